@@ -1,0 +1,46 @@
+// One wording for argument errors, whatever the device of the kernel.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace realign_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// rows [N, D], D >= 1, columns next to one another.
+inline void check_rows(const char* op, const Tensor& rows) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) >= 1, op,
+                  ": expected rows [N, D] with D >= 1, got ", rows.dim(), " dimensions");
+  STD_TORCH_CHECK(rows.size(1) == 1 || rows.stride(1) == 1, op,
+                  ": the columns of a row must be contiguous, got column stride ", rows.stride(1));
+}
+
+// vector [D], contiguous float64 on the device of the rows (the map's shift or centring vector).
+inline void check_vector(const char* op, const char* name, const Tensor& vector,
+                         const Tensor& rows) {
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == rows.size(1), op, ": rows have ",
+                  rows.size(1), " columns, ", name, " has ", vector.numel(), " entries");
+  STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Double && vector.is_contiguous(), op, ": ",
+                  name, " must be contiguous float64");
+  STD_TORCH_CHECK(vector.is_cuda() == rows.is_cuda(), op, ": ", name,
+                  " must be on the device of the rows");
+}
+
+// scale, shift and the optional recentre of one row map.
+inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
+                      const std::optional<Tensor>& recentre, const Tensor& rows) {
+  STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Double, op,
+                  ": scale must be one float64 number");
+  STD_TORCH_CHECK(scale.is_cuda() == rows.is_cuda(), op,
+                  ": scale must be on the device of the rows");
+  check_vector(op, "shift", shift, rows);
+  if (recentre) check_vector(op, "recentre", *recentre, rows);
+}
+
+}  // namespace realign_fast

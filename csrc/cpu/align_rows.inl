@@ -1,0 +1,81 @@
+// align_rows for one instruction set (for_each_isa.h): out = alpha x + beta b + gamma h, row_map.h.
+namespace realign_fast::REALIGN_ISA {
+namespace {
+
+// R rows at once share the loads of b and h and keep enough multiply-adds in flight.
+template <int R, bool Stream, class T, class O, class M>
+void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scratch) {
+  constexpr int W = Vec<M>::width;
+  const int64_t columns = task.map.columns;
+  const T* rows = task.rows + first * task.row_stride;
+  O* out = task.out + first * task.out_stride;
+  double dots[R][3];
+  dot_rows<R, 3>(rows, task.row_stride, columns, task.shift, task.recentre, dots);
+  Vec<M> alpha[R], beta[R], gamma[R];
+  bool usual = true;
+  for (int r = 0; r < R; ++r) {
+    Coefficients c;
+    const bool kept = row_coefficients(task.map, dots[r][0], dots[r][1], dots[r][2], &c);
+    usual = usual && kept && in_range<M>(dots[r][0]);
+    alpha[r] = broadcast(static_cast<M>(c.alpha));
+    beta[r] = broadcast(static_cast<M>(c.beta));
+    gamma[r] = broadcast(static_cast<M>(c.gamma));
+  }
+  if (!usual) {
+    if constexpr (R > 1) {
+      for (int r = 0; r < R; ++r) align_some_rows<1, Stream>(task, first + r, scratch);
+    } else {
+      align_row_directly(task, first, scratch);
+    }
+    return;
+  }
+  const Vec<M> none = broadcast(M(0));
+  int64_t j = 0;
+  auto combine = [&](int r, Vec<M> x, Vec<M> b, Vec<M> h) __attribute__((always_inline)) {
+    return fma(alpha[r], x, fma(beta[r], b, fma(gamma[r], h, none)));
+  };
+  for (; j + W <= columns; j += W) {
+    Vec<M> b, h, x;
+    load(task.shift + j, b);
+    load(task.recentre + j, h);
+    fetch_ahead<R, M>(rows, task.row_stride, j, 1);
+    for (int r = 0; r < R; ++r) {
+      load(rows + r * task.row_stride + j, x);
+      const Vec<M> y = combine(r, x, b, h);
+      if constexpr (Stream) {
+        stream(out + r * task.out_stride + j, y);
+      } else {
+        store(out + r * task.out_stride + j, y);
+      }
+    }
+  }
+  if (j == columns) return;
+  Vec<M> b, h, x;
+  load(task.shift + j, b);
+  load(task.recentre + j, h);
+  for (int r = 0; r < R; ++r) {
+    load_partial(rows + r * task.row_stride + j, columns - j, x);
+    store_partial(out + r * task.out_stride + j, columns - j, combine(r, x, b, h));
+  }
+}
+
+template <bool Stream, class T, class O, class M>
+void align_range(const AlignTask<T, O, M>& task, int64_t begin, int64_t end, double* scratch) {
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) align_some_rows<4, Stream>(task, i, scratch);
+  for (; i < end; ++i) align_some_rows<1, Stream>(task, i, scratch);
+  if constexpr (Stream) stream_fence();
+}
+
+// Rows [begin, end) of the task; scratch holds D doubles.
+template <class T, class O, class M>
+void align(const AlignTask<T, O, M>& task, int64_t begin, int64_t end, double* scratch) {
+  if (task.stream) {
+    align_range<true>(task, begin, end, scratch);
+  } else {
+    align_range<false>(task, begin, end, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace realign_fast::REALIGN_ISA

@@ -1,0 +1,71 @@
+// What both row kernels share on the CPU: dtypes, padded vectors, the call for an instruction set.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "isa.h"
+#include "row_map.h"
+
+namespace realign_fast {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// Arithmetic in float32 carries every 16-bit and float32 row; float64 needs its own. A bfloat16
+// result is rounded relative to each entry however small, so it is computed in float64 too.
+template <class T, class O>
+using Arithmetic =
+    std::conditional_t<std::is_same_v<T, double> || std::is_same_v<O, double>, double, float>;
+
+// values [columns] (zeros if null) as M, with zeros to the end of a whole register.
+template <class M>
+std::vector<M> padded(const double* values, int64_t columns) {
+  constexpr int64_t lanes = 64 / sizeof(M);
+  std::vector<M> copy((columns + lanes - 1) / lanes * lanes);
+  for (int64_t j = 0; values && j < columns; ++j) copy[j] = static_cast<M>(values[j]);
+  return copy;
+}
+
+// Calls `body` with a value of the tensor's element type.
+template <class Body>
+void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return body(Half());
+    case ScalarType::BFloat16: return body(BFloat16());
+    case ScalarType::Float: return body(float());
+    case ScalarType::Double: return body(double());
+    default:
+      STD_TORCH_CHECK(false, op, ": expected rows of float16, bfloat16, float32 or float64");
+  }
+}
+
+// The instruction set asked for, checked against what this CPU has.
+inline Isa usable_isa(int64_t asked) {
+  const Isa best = best_isa();
+  STD_TORCH_CHECK(asked >= 0 && asked <= static_cast<int64_t>(best), "isa ", asked,
+                  " is not available here; the best is ", static_cast<int64_t>(best));
+  return asked == 0 ? best : static_cast<Isa>(asked);
+}
+
+}  // namespace realign_fast
+
+#if defined(__x86_64__)
+#define REALIGN_CALL(isa, function, ...)                                \
+  switch (isa) {                                                        \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break;             \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;                 \
+    default: baseline::function(__VA_ARGS__); break;                    \
+  }
+#else
+#define REALIGN_CALL(isa, function, ...) (void)isa, baseline::function(__VA_ARGS__)
+#endif

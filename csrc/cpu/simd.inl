@@ -1,0 +1,294 @@
+// Rows in and out of vector registers. Included once for each instruction set by for_each_isa.h.
+//
+// Vec<float> and Vec<double> are one register of the arithmetic type. `load` widens any row dtype
+// into it, `store` rounds it (to nearest, ties to even) into any row dtype, `stream` does the same
+// past the caches to an address aligned to what it writes.
+namespace realign_fast::REALIGN_ISA {
+namespace {
+
+template <class M>
+struct Vec;
+
+#if defined(REALIGN_AVX512)
+template <>
+struct Vec<float> {
+  static constexpr int width = 16;
+  __m512 v;
+};
+template <>
+struct Vec<double> {
+  static constexpr int width = 8;
+  __m512d v;
+};
+
+inline Vec<float> broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec<double> broadcast(double x) { return {_mm512_set1_pd(x)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+inline double reduce(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline double reduce(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
+
+inline __m512 widen(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+inline __m256 widen(__m128i bf16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+}
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline __m128i load_128(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+inline void load(const Half* p, Vec<float>& a) { a.v = _mm512_cvtph_ps(load_256(p)); }
+inline void load(const BFloat16* p, Vec<float>& a) { a.v = widen(load_256(p)); }
+inline void load(const float* p, Vec<float>& a) { a.v = _mm512_loadu_ps(p); }
+inline void load(const Half* p, Vec<double>& a) {
+  a.v = _mm512_cvtps_pd(_mm256_cvtph_ps(load_128(p)));
+}
+inline void load(const BFloat16* p, Vec<double>& a) { a.v = _mm512_cvtps_pd(widen(load_128(p))); }
+inline void load(const float* p, Vec<double>& a) { a.v = _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline void load(const double* p, Vec<double>& a) { a.v = _mm512_loadu_pd(p); }
+
+inline __m256i to_half(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m128i to_half(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m256i to_bf16(__m512 v) {  // finite values only: a NaN row never comes here
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
+}
+inline __m128i to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  return _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_add_epi32(bits, half), 16));
+}
+inline void store(Half* p, Vec<float> a) { _mm256_storeu_si256((__m256i*)p, to_half(a.v)); }
+inline void store(BFloat16* p, Vec<float> a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a.v)); }
+inline void store(float* p, Vec<float> a) { _mm512_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec<double> a) {
+  _mm_storeu_si128((__m128i*)p, to_half(_mm512_cvtpd_ps(a.v)));
+}
+inline void store(BFloat16* p, Vec<double> a) {
+  _mm_storeu_si128((__m128i*)p, to_bf16(_mm512_cvtpd_ps(a.v)));
+}
+inline void store(float* p, Vec<double> a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline void store(double* p, Vec<double> a) { _mm512_storeu_pd(p, a.v); }
+
+inline void stream(Half* p, Vec<float> a) { _mm256_stream_si256((__m256i*)p, to_half(a.v)); }
+inline void stream(BFloat16* p, Vec<float> a) { _mm256_stream_si256((__m256i*)p, to_bf16(a.v)); }
+inline void stream(float* p, Vec<float> a) { _mm512_stream_ps(p, a.v); }
+inline void stream(Half* p, Vec<double> a) {
+  _mm_stream_si128((__m128i*)p, to_half(_mm512_cvtpd_ps(a.v)));
+}
+inline void stream(BFloat16* p, Vec<double> a) {
+  _mm_stream_si128((__m128i*)p, to_bf16(_mm512_cvtpd_ps(a.v)));
+}
+inline void stream(float* p, Vec<double> a) { _mm256_stream_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline void stream(double* p, Vec<double> a) { _mm512_stream_pd(p, a.v); }
+inline void stream_fence() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+
+#elif defined(REALIGN_AVX2)
+template <>
+struct Vec<float> {
+  static constexpr int width = 8;
+  __m256 v;
+};
+template <>
+struct Vec<double> {
+  static constexpr int width = 4;
+  __m256d v;
+};
+
+inline Vec<float> broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec<double> broadcast(double x) { return {_mm256_set1_pd(x)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+inline double reduce(Vec<float> a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline double reduce(Vec<double> a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+inline __m128i load_128(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+inline __m128i load_64(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
+inline __m256 widen(__m128i bf16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+}
+inline __m128 widen_low(__m128i bf16) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bf16), 16));
+}
+inline void load(const Half* p, Vec<float>& a) { a.v = _mm256_cvtph_ps(load_128(p)); }
+inline void load(const BFloat16* p, Vec<float>& a) { a.v = widen(load_128(p)); }
+inline void load(const float* p, Vec<float>& a) { a.v = _mm256_loadu_ps(p); }
+inline void load(const Half* p, Vec<double>& a) {
+  a.v = _mm256_cvtps_pd(_mm_cvtph_ps(load_64(p)));
+}
+inline void load(const BFloat16* p, Vec<double>& a) {
+  a.v = _mm256_cvtps_pd(widen_low(load_64(p)));
+}
+inline void load(const float* p, Vec<double>& a) { a.v = _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void load(const double* p, Vec<double>& a) { a.v = _mm256_loadu_pd(p); }
+
+inline __m128i to_half(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m128i to_half(__m128 v) { return _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m256i round_bf16(__m256 v) {  // finite values only; the result in the low 16 bits of each
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+}
+inline __m128i to_bf16(__m256 v) {
+  const __m256i r = round_bf16(v);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline __m128i to_bf16(__m128 v) { return to_bf16(_mm256_castps128_ps256(v)); }
+inline void store(Half* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_half(a.v)); }
+inline void store(BFloat16* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_bf16(a.v)); }
+inline void store(float* p, Vec<float> a) { _mm256_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec<double> a) {
+  _mm_storel_epi64((__m128i*)p, to_half(_mm256_cvtpd_ps(a.v)));
+}
+inline void store(BFloat16* p, Vec<double> a) {
+  _mm_storel_epi64((__m128i*)p, to_bf16(_mm256_cvtpd_ps(a.v)));
+}
+inline void store(float* p, Vec<double> a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
+inline void store(double* p, Vec<double> a) { _mm256_storeu_pd(p, a.v); }
+
+inline long long low_64(__m128i v) { return _mm_cvtsi128_si64(v); }
+inline void stream(Half* p, Vec<float> a) { _mm_stream_si128((__m128i*)p, to_half(a.v)); }
+inline void stream(BFloat16* p, Vec<float> a) { _mm_stream_si128((__m128i*)p, to_bf16(a.v)); }
+inline void stream(float* p, Vec<float> a) { _mm256_stream_ps(p, a.v); }
+inline void stream(Half* p, Vec<double> a) {
+  _mm_stream_si64((long long*)p, low_64(to_half(_mm256_cvtpd_ps(a.v))));
+}
+inline void stream(BFloat16* p, Vec<double> a) {
+  _mm_stream_si64((long long*)p, low_64(to_bf16(_mm256_cvtpd_ps(a.v))));
+}
+inline void stream(float* p, Vec<double> a) { _mm_stream_ps(p, _mm256_cvtpd_ps(a.v)); }
+inline void stream(double* p, Vec<double> a) { _mm256_stream_pd(p, a.v); }
+inline void stream_fence() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+
+#else
+template <class M>
+struct Vec {
+  static constexpr int width = 16 / sizeof(M);
+  M v[width];
+};
+
+template <class M>
+inline Vec<M> broadcast(M x) {
+  Vec<M> a;
+  for (M& lane : a.v) lane = x;
+  return a;
+}
+template <class M>
+inline Vec<M> fma(Vec<M> a, Vec<M> b, Vec<M> c) {
+  for (int i = 0; i < Vec<M>::width; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+template <class M>
+inline double reduce(Vec<M> a) {
+  M sum = 0;
+  for (M lane : a.v) sum += lane;
+  return sum;
+}
+template <class T, class M>
+inline void load(const T* p, Vec<M>& a) {
+  for (int i = 0; i < Vec<M>::width; ++i) a.v[i] = static_cast<M>(p[i]);
+}
+template <class O, class M>
+inline void store(O* p, Vec<M> a) {
+  for (int i = 0; i < Vec<M>::width; ++i) p[i] = static_cast<O>(a.v[i]);
+}
+template <class O, class M>
+inline void stream(O* p, Vec<M> a) {
+  store(p, a);
+}
+inline void stream_fence() {}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+#endif
+
+// The last columns of a row, fewer than a register holds; the rest of the register is zero.
+template <class T, class M>
+inline void load_partial(const T* p, int64_t count, Vec<M>& a) {
+  T lanes[Vec<M>::width] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  load(lanes, a);
+}
+template <class O, class M>
+inline void store_partial(O* p, int64_t count, Vec<M> a) {
+  O lanes[Vec<M>::width];
+  store(lanes, a);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// Ask for the R rows after these, in the order they lie in memory and half of them in each of a
+// kernel's two sweeps over the columns, so that the arithmetic hides the wait. Into L2: four rows
+// and the next four do not always fit the L1.
+template <int R, class M, class T>
+inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
+  if constexpr (R > 1) {
+    constexpr int64_t bytes = R / 2 * Vec<M>::width * sizeof(T);
+    const T* next = rows + (R + sweep * (R / 2)) * stride + j * (R / 2);
+    for (int64_t line = 0; line < bytes; line += 64)
+      prefetch(reinterpret_cast<const char*>(next) + line);
+  }
+}
+
+// Dot products of R rows with themselves (and with b and h where K is 2 and 3), each row's in an
+// order that depends on the row alone. A lane sums at most 64 products in M; the rest is float64.
+template <int R, int K, class T, class M>
+void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const M* h,
+              double (*dots)[3]) {
+  constexpr int64_t W = Vec<M>::width;
+  for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = dots[r][2] = 0;
+  for (int64_t begin = 0; begin < columns; begin += 64 * W) {
+    const int64_t end = begin + 64 * W < columns ? begin + 64 * W : columns;
+    Vec<M> sums[R][K], x[R], vb, vh;
+    for (auto& row : sums)
+      for (auto& sum : row) sum = broadcast(M(0));
+    const auto add_products = [&](int64_t j) __attribute__((always_inline)) {
+      if constexpr (K >= 2) load(b + j, vb);
+      if constexpr (K >= 3) load(h + j, vh);
+      for (int r = 0; r < R; ++r) {
+        sums[r][0] = fma(x[r], x[r], sums[r][0]);
+        if constexpr (K >= 2) sums[r][1] = fma(x[r], vb, sums[r][1]);
+        if constexpr (K >= 3) sums[r][2] = fma(x[r], vh, sums[r][2]);
+      }
+    };
+    int64_t j = begin;
+    for (; j + W <= end; j += W) {
+      for (int r = 0; r < R; ++r) load(rows + r * stride + j, x[r]);
+      fetch_ahead<R, M>(rows, stride, j, 0);
+      add_products(j);
+    }
+    if (j < end) {
+      for (int r = 0; r < R; ++r) load_partial(rows + r * stride + j, end - j, x[r]);
+      add_products(j);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < K; ++k) dots[r][k] += reduce(sums[r][k]);
+  }
+}
+
+// A row's x.x outside this range is left to the careful path; NaN and zero are outside too.
+template <class M>
+inline bool in_range(double xx) {
+  constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280;
+  return xx > 1 / limit && xx < limit;
+}
+
+}  // namespace
+}  // namespace realign_fast::REALIGN_ISA

@@ -1,0 +1,13 @@
+"""realign_fast: close the modality gap at memory speed.
+
+Moves the embeddings of one modality into the distribution of another (ReAlign, arXiv 2602.07026)
+from unpaired statistics, on fused kernels behind ``torch.ops.realign_fast``.
+"""
+
+from .align import ReAlign
+from .corpus import Corpus
+from .moments import Moments
+from .ops import align_rows, backend_of, sum_rows
+
+__version__ = "0.1.0"
+__all__ = ["Corpus", "Moments", "ReAlign", "align_rows", "backend_of", "sum_rows"]

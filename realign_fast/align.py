@@ -1,0 +1,299 @@
+"""ReAlign: text rows moved into the distribution of image rows, from unpaired statistics.
+
+arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x|``:
+
+1. anchor and trace:  ``z = mu_x + s (u - mu_y) = s u + b``, ``s = sqrt(T_x / T_y)``;
+   back to the sphere, ``e' = z / |z|``
+2. centroid:          ``e'' = e' + h``, ``h = mu_x - E[e']`` over the source; result ``e'' / |e''|``
+
+So the fitted map is the 2 D + 1 numbers ``s``, ``b = mu_x - s mu_y`` and ``h``, and fitting reads
+the target once and the source twice (moments, then drift), plus once for the residual gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import ops
+from .corpus import Corpus
+from .moments import Moments, RowMap
+
+Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
+_BATCH_ROWS = 1 << 16
+_VECTORS = ("shift", "recentre", "source_mean", "target_mean")
+_SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap")
+_COUNTS = ("source_count", "target_count")
+
+
+class ReAlign(nn.Module):
+    """The fitted, frozen map ``unit(unit(s u + b) + h)`` for rows of one encoder.
+
+    Build one with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
+    float64 whatever dtype the model around it is cast to; they travel in ``state_dict``.
+    """
+
+    scale: Tensor  # [] s = sqrt(T_x / T_y)
+    shift: Tensor  # [D] b = mu_x - s mu_y
+    recentre: Tensor  # [D] h = mu_x - E[e']
+    source_mean: Tensor  # [D] mu_y
+    target_mean: Tensor  # [D] mu_x
+    source_trace: Tensor  # [] T_y
+    target_trace: Tensor  # [] T_x
+    drift: Tensor  # [] |mu_x - E[e']|, what the last step takes away; NaN where it was left out
+    residual_gap: Tensor  # [] |mu_x - E[result]| on the rows fitted on; NaN where not measured
+    source_count: Tensor  # [] int64
+    target_count: Tensor  # [] int64; 0 in a module that was never fitted
+
+    def __init__(self, dimension: int) -> None:
+        """An unfitted map, to load a ``state_dict`` into; as it stands it only normalises."""
+        super().__init__()
+        for name in _VECTORS:
+            self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
+        for name in _SCALARS:
+            value = 1.0 if name == "scale" else math.nan
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        for name in _COUNTS:
+            self.register_buffer(name, torch.tensor(0))
+
+    @classmethod
+    def from_moments(
+        cls, source: Moments, target: Moments, drift: Moments | None = None
+    ) -> ReAlign:
+        """The map from ``source`` to ``target`` moments.
+
+        ``drift`` holds the moments of the source rows sent through the map fitted without it
+        (``Moments.update(rows, through=half.row_map)``); without it the map stops after the anchor
+        and trace steps (``h = 0``).
+
+        Raises:
+            ValueError: different dimensions, moments not of unit rows, or a source without spread.
+        """
+        for name, moments in (("source", source), ("target", target)):
+            if not moments.normalize:
+                raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
+        if source.dimension != target.dimension:
+            raise ValueError(
+                f"ReAlign: the source has {source.dimension} columns, the target "
+                f"{target.dimension}; embed both with one encoder"
+            )
+        if source.trace <= 1e-12:
+            raise ValueError(
+                f"ReAlign: the {source.count} source rows all point one way (trace "
+                f"{source.trace:.1e}), so no scale exists; fit on more rows"
+            )
+        self = cls(source.dimension)
+        mu_y, mu_x = source.mean.cpu(), target.mean.cpu()
+        scale = math.sqrt(target.trace / source.trace)
+        self.source_mean.copy_(mu_y)
+        self.target_mean.copy_(mu_x)
+        self.scale.fill_(scale)
+        self.shift.copy_(mu_x - scale * mu_y)
+        self.source_trace.fill_(source.trace)
+        self.target_trace.fill_(target.trace)
+        self.source_count.fill_(source.count)
+        self.target_count.fill_(target.count)
+        if drift is not None:
+            self.recentre.copy_(mu_x - drift.mean.cpu())
+            self.drift.copy_(self.recentre.norm())
+        return self
+
+    @classmethod
+    def fit(
+        cls,
+        source: Rows,
+        target: Rows,
+        *,
+        batch_rows: int = _BATCH_ROWS,
+        bad_rows: str = "error",
+        residual: bool = True,
+    ) -> ReAlign:
+        """Fit on rows: the source (text, say) is moved towards the target (image, say).
+
+        Args:
+            source, target: [N, D] tensor or array, a :class:`Corpus` or its path, or an iterable
+                of [n, D] tensors that can be read more than once (a list, a DataLoader).
+            batch_rows: rows a pass takes at a time from a tensor or array.
+            bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
+            residual: read the source once more for :attr:`residual_gap`.
+
+        Raises:
+            ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
+            TypeError: an iterator, which can be read only once.
+        """
+
+        def measure(rows: Rows, name: str, through: RowMap | None = None) -> Moments:
+            moments = Moments()
+            for where, first_row, batch in _batches(rows, name, batch_rows):
+                moments.update(
+                    batch, through=through, bad_rows=bad_rows, where=where, first_row=first_row
+                )
+            return moments
+
+        source_moments, target_moments = measure(source, "source"), measure(target, "target")
+        half = cls.from_moments(source_moments, target_moments)
+        drift = measure(source, "source", half.row_map)
+        self = cls.from_moments(source_moments, target_moments, drift)
+        if residual:
+            self.record_residual(measure(source, "source", self.row_map))
+        return self
+
+    def record_residual(self, aligned: Moments) -> None:
+        """Set :attr:`residual_gap` from the moments of aligned source rows."""
+        self.residual_gap.copy_(
+            (aligned.mean.to(self.target_mean.device) - self.target_mean).norm()
+        )
+
+    @property
+    def row_map(self) -> RowMap:
+        """``(scale, shift, recentre)``, as the ops and :class:`Moments` take it."""
+        return self.scale, self.shift, self.recentre
+
+    @property
+    def dimension(self) -> int:
+        """D, the columns of the rows it was fitted on."""
+        return len(self.shift)
+
+    @property
+    def statistical_floor(self) -> float:
+        """``sqrt(T_x (1/n_x + 1/n_y))``: the centroid gap to expect on rows not fitted on."""
+        n_x, n_y = int(self.target_count), int(self.source_count)
+        return math.sqrt(float(self.target_trace) * (1 / n_x + 1 / n_y)) if n_x * n_y else math.nan
+
+    @property
+    def record(self) -> dict[str, float | int | None]:
+        """What it was fitted on, as plain numbers (``None`` where not measured)."""
+        numbers: dict[str, float | int | None] = {"dimension": self.dimension}
+        numbers |= {name: int(getattr(self, name)) for name in _COUNTS}
+        numbers |= {name: float(getattr(self, name)) for name in _SCALARS}
+        gap = (self.target_mean - self.source_mean).norm()
+        numbers |= {"centroid_gap": float(gap), "statistical_floor": self.statistical_floor}
+        return {k: None if v is not None and math.isnan(v) else v for k, v in numbers.items()}
+
+    def forward(
+        self, rows: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Align rows [..., D] on the module's device; the result has their shape and dtype.
+
+        ``out_dtype`` chooses another dtype; ``out`` [N, D] is written into instead (rows must then
+        be [N, D]). Differentiable in ``rows``; otherwise as :func:`realign_fast.align_rows`.
+        """
+        if rows.shape[-1:] != self.shift.shape:
+            raise ValueError(
+                f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
+                f"{self.dimension} columns; align the encoder's own output"
+            )
+        if out is not None:
+            return ops.align_rows(rows, *self.row_map, out_dtype=out_dtype, out=out)
+        flat = rows.reshape(-1, rows.shape[-1])
+        return ops.align_rows(flat, *self.row_map, out_dtype=out_dtype).reshape(rows.shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, partial, {"format": "pt", "library": "realign_fast"})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ReAlign:
+        """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
+        try:
+            tensors = load_file(path)
+            self = cls(len(tensors["shift"]))
+            self.load_state_dict(tensors)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: expected an aligner written by ReAlign.save, got {error}; fit it again"
+            ) from error
+        return self
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``config.json``, as the Hugging Face hub lays them out."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.save(directory / "model.safetensors")
+        config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_options: str) -> ReAlign:
+        """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
+
+        ``hub_options`` (``revision=``, ``cache_dir=``, ...) go to ``hf_hub_download``.
+
+        Raises:
+            FileNotFoundError: no such file, or a directory without ``model.safetensors``.
+            ImportError: a hub name without the ``hub`` extra.
+        """
+        path = Path(name_or_path)
+        if path.is_dir():
+            path = path / "model.safetensors"
+        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
+            path = Path(_download(str(name_or_path), **hub_options))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected an aligner written by save, save_pretrained or "
+                "`realign-fast fit`, or a hub repository `owner/name`"
+            )
+        return cls.load(path)
+
+    def extra_repr(self) -> str:
+        fitted = f"{int(self.source_count)} source and {int(self.target_count)} target rows"
+        state = f"fitted on {fitted}" if int(self.target_count) else "not fitted"
+        return f"dimension={self.dimension}, {state}"
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to its device but stay in float64: a cast would cost the accuracy."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+def _batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int, Tensor]]:
+    """``(where, first row, rows [n, D])`` from whatever holds rows."""
+    if isinstance(rows, (str, os.PathLike)):
+        rows = Corpus(rows)
+    if isinstance(rows, Corpus):
+        for batch in rows.batches():
+            yield str(rows.shards[batch.shard].path), batch.first, batch.rows
+        return
+    if isinstance(rows, np.ndarray):
+        rows = torch.from_numpy(rows)
+    if isinstance(rows, Tensor):
+        if rows.dim() != 2:
+            raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
+        for first_row in range(0, len(rows), batch_rows):
+            yield name, first_row, rows[first_row : first_row + batch_rows]
+        return
+    if iter(rows) is rows:
+        raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
+    first_row = 0
+    for batch in rows:
+        yield name, first_row, batch
+        first_row += len(batch)
+
+
+def _download(name: str, **options: str) -> str:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no local path, and loading it from the Hugging Face hub needs an extra; "
+            "run `pip install 'realign_fast[hub]'`, or give the path of a saved aligner"
+        ) from error
+    return hf_hub_download(name, "model.safetensors", **options)

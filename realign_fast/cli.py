@@ -1,0 +1,192 @@
+"""The command line: one thin command for each verb of the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from . import __version__, ops
+from .align import ReAlign
+from .corpus import Corpus
+from .moments import BAD_ROWS
+from .pipeline import BATCH_BYTES, Run, Settings, align, describe, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``realign-fast`` and return its exit status: 0, 2 for an error, 130 when stopped."""
+    options = _parser().parse_args(arguments)
+    if getattr(options, "threads", None):
+        torch.set_num_threads(options.threads)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"realign-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("realign-fast: stopped; the shards already written are whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="realign-fast",
+        description="Move the embeddings of one modality into the distribution of another.",
+    )
+    parser.add_argument("--version", action="version", version=f"realign-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str, *options: str) -> None:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        for option in options:
+            _OPTIONS[option](sub)
+
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes")
+    command("info", _info, "Show versions and, for each op, which kernel answers and why.")
+    command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
+    command(
+        "align", _align, "Fit, and write the source aligned.", "source", "target", "out", *passes
+    )
+    command("fit", _fit, "Fit, and write the aligner alone.", "source", "target", "out", *passes)
+    command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+_OPTIONS = {
+    "source": lambda sub: sub.add_argument(
+        "--source",
+        "--text",
+        required=True,
+        metavar="DIR",
+        help="rows to move: a directory of .npy shards, or a clip-retrieval root (its text_emb/)",
+    ),
+    "target": lambda sub: sub.add_argument(
+        "--target",
+        "--image",
+        required=True,
+        metavar="DIR",
+        help="where to: a directory of .npy shards, or a clip-retrieval root (its img_emb/)",
+    ),
+    "out": lambda sub: sub.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="directory for the result"
+    ),
+    "demo-out": lambda sub: sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("realign_fast_demo"),
+        help="directory for the result (default: %(default)s)",
+    ),
+    "aligner": lambda sub: sub.add_argument(
+        "--aligner", required=True, metavar="FILE", help="aligner.safetensors of an earlier fit"
+    ),
+    "threads": lambda sub: sub.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    ),
+    "quiet": lambda sub: sub.add_argument("--quiet", action="store_true", help="no progress bars"),
+    "bad-rows": lambda sub: sub.add_argument(
+        "--bad-rows",
+        choices=BAD_ROWS,
+        default="error",
+        help="zero or non-finite rows: stop at the first (error, the default); leave them out of "
+        "the statistics and write zeros in their place (skip); count zero rows as data and write "
+        "NaN for non-finite ones (keep)",
+    ),
+    "batch-bytes": lambda sub: sub.add_argument(
+        "--batch-bytes",
+        type=_positive,
+        metavar="N",
+        default=BATCH_BYTES,
+        help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
+    ),
+}
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(options.bad_rows, options.batch_bytes, not options.quiet)
+
+
+def _info(_: argparse.Namespace) -> None:
+    print(f"realign_fast  {__version__}")
+    print(f"python        {platform.python_version()}")
+    print(f"torch         {torch.__version__}")
+    print(f"numpy         {numpy.__version__}")
+    print(f"cpu           {ops.cpu_isa()} kernels, {torch.get_num_threads()} threads")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"gpu           {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    else:
+        print("gpu           none that torch can use")
+    for op in ops.OPS:
+        for device in devices:
+            kernel, why = ops.backend_of(op, device)
+            print(f"{op:13} {device}: {kernel} ({why})")
+
+
+def _align(options: argparse.Namespace) -> None:
+    report = align(options.source, options.target, options.out, _settings(options))
+    _print_report(report, options.out)
+
+
+def _fit(options: argparse.Namespace) -> None:
+    source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
+    run = Run(_settings(options))
+    aligner = run.fit(source, target, residual=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    aligner.save(options.out / "aligner.safetensors")
+    report = run.report(aligner, source=describe(source), target=describe(target))
+    write_json(options.out / "report.json", report)
+    _print_report(report, options.out)
+
+
+def _apply(options: argparse.Namespace) -> None:
+    aligner = ReAlign.from_pretrained(options.aligner)
+    source, run = Corpus(options.source, "text"), Run(_settings(options))
+    aligned = run.apply(aligner, source, options.out)
+    gap = float((aligned.mean - aligner.target_mean).norm())
+    result = {"centroid_gap": gap, "trace": aligned.trace}
+    report = run.report(aligner, source=describe(source), result=result)
+    write_json(options.out / "report.json", report)
+    _print_report(report, options.out)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from . import demo
+
+    demo.run(options.out, progress=not options.quiet)
+
+
+def _print_report(report: dict[str, Any], out: Path) -> None:
+    fitted = report["fitted"]
+    for one in report["passes"]:
+        bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
+        print(
+            f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
+            f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
+            + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
+        )
+    after = report.get("result", {}).get("centroid_gap", fitted["residual_gap"])
+    print(
+        f"centroid gap {fitted['centroid_gap']:.6f} -> {after:.6f} "
+        f"(statistical floor on new rows {fitted['statistical_floor']:.6f}), "
+        f"scale {fitted['scale']:.6f}"
+    )
+    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

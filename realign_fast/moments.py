@@ -1,0 +1,266 @@
+"""Moments of rows: what every map of the family is fitted from, in one read of each row.
+
+``Moments`` is a monoid: start empty, ``update`` with batches, ``merge`` partial results from
+shards, workers or ranks. It holds sums in float64 and counts in int64, so a merge adds and nothing
+else, and the order in which partial results arrive changes at most the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import ops
+
+RowMap = tuple[Tensor, Tensor, Tensor | None]  # scale [], shift [D], recentre [D] or None
+BAD_ROWS = ("error", "skip", "keep")
+_BLOCK_ROWS = 4096  # rows a float64 product of the covariance takes at a time
+
+
+class Moments:
+    """Count, mean, energy and, if asked for, covariance of rows, streamed.
+
+    Args:
+        covariance: also accumulate the second moment, [D, D] float64.
+        normalize: take the rows' directions ``u = x / |x|`` (``unit(0) = 0``), as every map of
+            the family does; ``False`` takes the rows as they are.
+    """
+
+    total: Tensor | None  # [D] float64, sum of the rows; None before the first update
+    energy_total: Tensor | None  # [] float64, sum of squared norms
+    counts: Tensor | None  # [3] int64: rows, zero rows, non-finite rows
+    second: Tensor | None  # [D, D] float64, sum of outer products
+
+    def __init__(self, covariance: bool = False, normalize: bool = True) -> None:
+        self.with_covariance = covariance
+        self.normalize = normalize
+        self.total = self.energy_total = self.counts = self.second = None
+
+    def update(
+        self,
+        rows: Tensor,
+        *,
+        through: RowMap | None = None,
+        bad_rows: str = "keep",
+        where: str = "rows",
+        first_row: int = 0,
+    ) -> Moments:
+        """Add rows [..., D] of any floating dtype; each is read once.
+
+        Args:
+            through: a row map ``(scale, shift, recentre)``; the moments are then those of
+                ``unit(unit(s u + b) + h)`` (:attr:`realign_fast.ReAlign.row_map`).
+            bad_rows: ``"keep"`` counts zero rows as rows with ``u = 0``; ``"skip"`` leaves them
+                out; ``"error"`` refuses a zero or non-finite row. Non-finite rows are never summed.
+            where, first_row: how an error names the rows: a file, and its row number of ``rows[0]``.
+
+        Raises:
+            ValueError: other columns than before, or a bad row under ``bad_rows="error"``.
+        """
+        if bad_rows not in BAD_ROWS:
+            raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
+        rows = rows.detach().reshape(-1, rows.shape[-1])
+        self._expect_columns(rows.shape[1], where)
+        sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
+        counts = sums.counts
+        if bad_rows != "keep" and int(counts[1:].sum()):
+            if bad_rows == "error":
+                raise ValueError(_describe_bad_row(rows, where, first_row))
+            rows = rows[_good_rows(rows)]
+            sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
+            counts = torch.cat([sums.counts[:1], counts[1:]])
+        second = self._second_moment(rows, through) if self.with_covariance else None
+        self._add(sums.total, sums.energy, counts, second)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add what ``other`` holds; ``other`` is left as it is."""
+        if (self.normalize, self.with_covariance) != (other.normalize, other.with_covariance):
+            raise ValueError(
+                f"Moments: cannot merge {other!r} into {self!r}; "
+                "give both the same `normalize` and `covariance`"
+            )
+        if other.total is not None:
+            self._expect_columns(len(other.total), "the other moments")
+            self._add(other.total, other.energy_total, other.counts, other.second)
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Make every rank's moments those of the rows of all ranks (``torch.distributed``).
+
+        Collective: every rank calls it once; a rank that saw no row takes part. Call it on a copy
+        (``Moments().merge(local).all_reduce()``) to go on counting local rows afterwards.
+        """
+        device = self.total.device if self.total is not None else _default_device(group)
+        columns = torch.tensor([0 if self.total is None else len(self.total)], device=device)
+        dist.all_reduce(columns, dist.ReduceOp.MAX, group)
+        if int(columns) == 0:
+            return self
+        if self.total is None:
+            self._start(int(columns), device)
+        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
+        mismatch = (columns != len(self.total)).long()
+        dist.all_reduce(mismatch, dist.ReduceOp.MAX, group)
+        if int(mismatch):
+            raise ValueError(
+                f"Moments.all_reduce: this rank's rows have {len(self.total)} columns, "
+                f"another's {int(columns)}; use one encoder on all ranks"
+            )
+        for tensor in self._state().values():
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
+        return self
+
+    @property
+    def dimension(self) -> int:
+        """D, the number of columns."""
+        return len(self._filled(self.total))
+
+    @property
+    def count(self) -> int:
+        """Rows that took part; zero rows among them unless they were skipped."""
+        return 0 if self.counts is None else int(self.counts[0])
+
+    @property
+    def zero_rows(self) -> int:
+        """Rows seen whose entries are all zero."""
+        return 0 if self.counts is None else int(self.counts[1])
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows seen that hold a NaN or an infinity; they took no part."""
+        return 0 if self.counts is None else int(self.counts[2])
+
+    @property
+    def mean(self) -> Tensor:
+        """mu, [D] float64."""
+        return self._filled(self.total) / self._count_or_raise()
+
+    @property
+    def energy(self) -> float:
+        """E|u|^2: 1 for unit rows, less where zero rows were kept."""
+        return float(self._filled(self.energy_total)) / self._count_or_raise()
+
+    @property
+    def trace(self) -> float:
+        """T = E|u|^2 - |mu|^2, the trace of the covariance (divided by n); no second pass."""
+        return max(self.energy - float(self.mean.square().sum()), 0.0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """S = E[u u^T] - mu mu^T, [D, D] float64, divided by n."""
+        if not self.with_covariance:
+            raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
+        mean = self.mean
+        return self._filled(self.second) / self._count_or_raise() - torch.outer(mean, mean)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        path = Path(path)
+        flags = {"normalize": str(self.normalize), "covariance": str(self.with_covariance)}
+        partial = path.with_name(f".{path.name}.partial")
+        save_file({k: v.contiguous().cpu() for k, v in self._state().items()}, partial, flags)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is not a safetensors file of moments.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                flags = file.metadata()
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            moments = cls(flags["covariance"] == "True", flags["normalize"] == "True")
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected moments written by Moments.save, got {error!r}; measure again"
+            ) from error
+        for name, tensor in state.items():
+            setattr(moments, name, tensor)
+        return moments
+
+    def __repr__(self) -> str:
+        columns = "?" if self.total is None else len(self.total)
+        return (
+            f"Moments(count={self.count}, dimension={columns}, "
+            f"covariance={self.with_covariance}, normalize={self.normalize})"
+        )
+
+    def _state(self) -> dict[str, Tensor]:
+        names = ("total", "energy_total", "counts", "second")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def _start(self, columns: int, device: torch.device) -> None:
+        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.total, self.energy_total = zeros, zeros.new_zeros(())
+        self.counts = zeros.new_zeros(3, dtype=torch.int64)
+        self.second = zeros.new_zeros(columns, columns) if self.with_covariance else None
+
+    def _add(self, total: Tensor, energy: Tensor, counts: Tensor, second: Tensor | None) -> None:
+        if self.total is None:
+            self._start(len(total), total.device)
+        device = self.total.device
+        self.total += total.to(device)
+        self.energy_total += energy.to(device)
+        self.counts += counts.to(device)
+        if second is not None:
+            self.second += second.to(device)
+
+    def _expect_columns(self, columns: int, where: str) -> None:
+        if self.total is not None and columns != len(self.total):
+            raise ValueError(
+                f"Moments: {where} have {columns} columns, the rows before had {len(self.total)}; "
+                "keep one Moments for each encoder"
+            )
+
+    def _second_moment(self, rows: Tensor, through: RowMap | None) -> Tensor:
+        """Sum of outer products in float64, a block of rows at a time."""
+        second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for block in rows.split(_BLOCK_ROWS):
+            block = block[torch.isfinite(block).all(dim=1)].double()
+            if through is not None:
+                block = ops.align_rows(block, *through)
+            elif self.normalize:
+                block = ops.reference.unit(block)
+            second.addmm_(block.T, block)
+        return second
+
+    def _filled(self, tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            raise ValueError("Moments: no rows yet; call update first")
+        return tensor
+
+    def _count_or_raise(self) -> int:
+        if self.count == 0:
+            raise ValueError(
+                f"Moments: no usable row yet ({self.zero_rows} zero and {self.nonfinite_rows} "
+                "non-finite rows seen); update with rows that have a direction"
+            )
+        return self.count
+
+
+def _default_device(group: dist.ProcessGroup | None) -> torch.device:
+    backend = dist.get_backend(group)
+    return torch.device("cuda" if backend == "nccl" else "cpu")
+
+
+def _good_rows(rows: Tensor) -> Tensor:
+    return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
+
+
+def _describe_bad_row(rows: Tensor, where: str, first_row: int) -> str:
+    index = int((~_good_rows(rows)).nonzero()[0])
+    row = rows[index]
+    what = "is zero" if bool((row == 0).all()) else "holds a NaN or an infinity"
+    return (
+        f"{where}: row {first_row + index} {what}, expected a finite row with a direction; "
+        "mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave such rows out"
+    )

@@ -1,0 +1,233 @@
+"""The op door: every op's schema, shapes, public function and the kernel that answers it.
+
+An op is defined here once. ``reference.py`` answers it everywhere; the compiled library
+``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there.
+The dispatcher chooses by the device of the rows: nothing is swapped at run time, and
+:func:`backend_of` tells which kernel runs and why.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["Backend", "RowSums", "align_rows", "backend_of", "cpu_isa", "sum_rows"]
+
+OPS = ("align_rows", "align_rows_", "sum_rows")
+ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PACKAGE = Path(__file__).resolve().parent.parent
+_MAP = "Tensor scale, Tensor shift, Tensor? recentre"
+_SCHEMAS = (
+    # `isa` is for tests and benchmarks: 0 takes the best instruction set this CPU has.
+    f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int isa=0) -> Tensor",
+    f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
+    f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int isa=0)"
+    + " -> (Tensor, Tensor, Tensor)",
+    "cpu_isa() -> int",
+)
+
+
+def _define_ops() -> torch.library.Library:
+    library = torch.library.Library("realign_fast", "DEF")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    for name in OPS:
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    return library
+
+
+def _load_compiled() -> str:
+    """Load the compiled kernels and return "" or, where there are none, the reason."""
+    binary = _PACKAGE / "_C.abi3.so"
+    if binary.exists():
+        torch.ops.load_library(str(binary))
+        return ""
+    build_info = _PACKAGE / "_build_info.json"
+    if build_info.exists():
+        return str(json.loads(build_info.read_text())["reason"])
+    return f"{binary.name} was never built; run `pip install .` in the source tree"
+
+
+_library = _define_ops()
+_why_not_compiled = _load_compiled()
+
+
+@torch.library.register_fake("realign_fast::align_rows")
+def _(rows, scale, shift, recentre, dtype, isa=0):
+    return torch.empty(rows.shape, dtype=dtype, device=rows.device)
+
+
+@torch.library.register_fake("realign_fast::align_rows_")
+def _(out, rows, scale, shift, recentre, isa=0):
+    return None
+
+
+@torch.library.register_fake("realign_fast::sum_rows")
+def _(rows, scale, shift, recentre, normalize, isa=0):
+    total = rows.new_empty(rows.shape[-1], dtype=torch.float64)
+    return total, total.new_empty(()), rows.new_empty(3, dtype=torch.int64)
+
+
+def _keep_inputs(ctx, inputs, output):
+    rows, scale, shift, recentre, _dtype, _isa = inputs
+    ctx.save_for_backward(rows, scale, shift, recentre)
+
+
+def _align_rows_gradient(ctx, grad):
+    return reference.align_rows_backward(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "realign_fast::align_rows", _align_rows_gradient, setup_context=_keep_inputs
+)
+
+
+def align_rows(
+    rows: Tensor,
+    scale: Tensor | float,
+    shift: Tensor,
+    recentre: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Send rows through ``unit(unit(s u + b) + h)``, ``u = x / |x|``: one read, one write a row.
+
+    ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``.
+
+    Args:
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided.
+        scale: s, a number or a 0-d tensor.
+        shift: b, [D].
+        recentre: h, [D]; ``None`` stops after ``unit(s u + b)``.
+        out_dtype: dtype of the result; the rows' own by default.
+        out: [N, D] to write into instead of allocating; its dtype is then the result's.
+
+    Returns:
+        [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
+
+    Raises:
+        ValueError: a shape does not fit. TypeError: a dtype is not floating point.
+        RuntimeError: ``out=`` with rows that need a gradient.
+    """
+    _check_rows("align_rows", rows)
+    scale, shift, recentre = _map_arguments("align_rows", rows, scale, shift, recentre)
+    op = torch.ops.realign_fast
+    if out is None:
+        return op.align_rows(rows, scale, shift, recentre, out_dtype or rows.dtype)
+    if out.shape != rows.shape:
+        raise ValueError(
+            f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
+            "give out the shape of the rows"
+        )
+    if out_dtype not in (None, out.dtype):
+        raise TypeError(
+            f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; leave out_dtype away"
+        )
+    if torch.is_grad_enabled() and rows.requires_grad:
+        raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
+    op.align_rows_(out, rows, scale, shift, recentre)
+    return out
+
+
+class RowSums(NamedTuple):
+    """What :func:`sum_rows` returns; all on the rows' device."""
+
+    total: Tensor  # [D] float64, sum of the rows
+    energy: Tensor  # [] float64, sum of their squared norms
+    counts: Tensor  # [3] int64: rows (zero rows among them), zero rows, non-finite rows
+
+
+def sum_rows(
+    rows: Tensor,
+    scale: Tensor | float | None = None,
+    shift: Tensor | None = None,
+    recentre: Tensor | None = None,
+    *,
+    normalize: bool = True,
+) -> RowSums:
+    """Sum, energy and counts of unit rows in one read, accumulated in float64.
+
+    With ``scale`` and ``shift`` the unit rows are first sent through ``unit(s u + b)`` (the drift
+    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` through the whole map.
+
+    Args:
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided.
+        scale, shift, recentre: the map, as in :func:`align_rows`; none of them by default.
+        normalize: ``False`` sums the rows as they are (no map can be given then).
+
+    Returns:
+        :class:`RowSums`. A zero row counts as a row and adds nothing (with a map: the image of
+        ``u = 0``); a row with a NaN or an infinity is counted apart and left out.
+        The bytes do not depend on the number of threads.
+
+    Raises:
+        ValueError: a shape does not fit, or half a map. TypeError: a dtype is not floating point.
+    """
+    _check_rows("sum_rows", rows)
+    if (scale is None) != (shift is None) or (recentre is not None and shift is None):
+        raise ValueError("sum_rows: a map needs scale and shift together; give both or neither")
+    if shift is not None:
+        if not normalize:
+            raise ValueError("sum_rows: the map works on unit rows; leave normalize=True with it")
+        scale, shift, recentre = _map_arguments("sum_rows", rows, scale, shift, recentre)
+    op = torch.ops.realign_fast
+    return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize))
+
+
+def _check_rows(op: str, rows: Tensor) -> None:
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
+    if rows.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{op}: expected rows of {names}, got {rows.dtype}; convert them first")
+
+
+def _map_arguments(
+    op: str, rows: Tensor, scale: Tensor | float, shift: Tensor, recentre: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    for name, vector in (("shift", shift), ("recentre", recentre)):
+        if vector is not None and vector.shape != rows.shape[1:]:
+            raise ValueError(
+                f"{op}: rows have {rows.shape[1]} columns, {name} has shape {list(vector.shape)}; "
+                "align the output of the encoder that the map was fitted on"
+            )
+    kind = {"dtype": torch.float64, "device": rows.device}
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, **kind)
+    recentre = None if recentre is None else recentre.detach().to(**kind)
+    return scale.detach().to(**kind), shift.detach().to(**kind), recentre
+
+
+class Backend(NamedTuple):
+    """Which kernel answers an op, and why."""
+
+    kernel: str  # "cpu" (csrc/cpu) or "reference" (ops/reference.py)
+    why: str
+
+
+def backend_of(op: str, device: torch.device | str) -> Backend:
+    """The kernel that answers ``op`` for rows on ``device``; the dispatcher itself is asked."""
+    if op not in OPS:
+        raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
+    device = torch.device(device)
+    key = device.type.upper()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"realign_fast::{op}", key):
+        return Backend(device.type, f"compiled, {cpu_isa()} in use")
+    if device.type == "cpu":
+        return Backend("reference", f"plain torch: {_why_not_compiled}")
+    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}")
+
+
+def cpu_isa() -> str:
+    """The CPU instruction set that the compiled kernels use here, or "none" without them."""
+    if _why_not_compiled:
+        return "none"
+    return ISA_NAMES[torch.ops.realign_fast.cpu_isa()]

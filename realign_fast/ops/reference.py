@@ -1,0 +1,116 @@
+"""The truth: every op in plain torch, on any device and for any dtype.
+
+The kernels are tested against these functions (called on float64 rows), and these functions run
+where no kernel is compiled. They are written to be read: each follows METHOD's formula term by
+term. One convention carries all corner cases: ``unit(0) = 0``, and a row that holds a NaN or an
+infinity is *non-finite*: it maps to a row of NaN and takes no part in a sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit(rows: Tensor) -> Tensor:
+    """``x / |x|`` along the last axis; zero stays zero, no norm overflows or underflows.
+
+    The row is divided by its largest entry first, which changes nothing but the range.
+    """
+    peak = rows.abs().amax(dim=-1, keepdim=True).detach()
+    rows = rows / torch.where(peak > 0, peak, 1)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(norm > 0, norm, 1)
+
+
+def _affine_on_sphere(u: Tensor, scale: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
+    """``unit(unit(s u + b) + h)``: ReAlign's row map (arXiv 2602.07026, section 4) on unit rows."""
+    mapped = unit(scale.to(u.dtype) * u + shift.to(u.dtype))
+    return mapped if recentre is None else unit(mapped + recentre.to(u.dtype))
+
+
+def _working_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def align_rows(
+    rows: Tensor,  # [N, D] any floating dtype
+    scale: Tensor,  # [] float64, s
+    shift: Tensor,  # [D] float64, b
+    recentre: Tensor | None,  # [D] float64, h; None leaves the last step out
+    dtype: torch.dtype,
+    isa: int = 0,
+) -> Tensor:
+    """``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    x = rows.to(_working_dtype(rows.dtype, dtype))
+    out = _affine_on_sphere(unit(x), scale, shift, recentre)
+    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    return torch.where(finite, out, torch.nan).to(dtype)
+
+
+def align_rows_(
+    out: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    isa: int = 0,
+) -> None:
+    """:func:`align_rows` into ``out`` [N, D], whose dtype decides the rounding."""
+    out.copy_(align_rows(rows, scale, shift, recentre, out.dtype))
+
+
+def align_rows_backward(
+    grad: Tensor,  # [N, D] gradient of the result
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+) -> Tensor:
+    """Gradient of :func:`align_rows` in the rows: three projections off a unit vector.
+
+    ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first.
+    """
+    x = rows.to(_working_dtype(rows.dtype, grad.dtype))
+    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    u = unit(x)
+    half = scale * u + shift
+    g = grad.to(x.dtype)
+    if recentre is not None:
+        g = _unit_backward(g, unit(half) + recentre.to(x.dtype))
+    g = _unit_backward(g, half) * scale
+    return _unit_backward(g, x).to(rows.dtype)
+
+
+def _unit_backward(grad: Tensor, v: Tensor) -> Tensor:
+    direction = unit(v)
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    tangent = grad - direction * (direction * grad).sum(dim=-1, keepdim=True)
+    return torch.where(norm > 0, tangent / norm, 0)
+
+
+def sum_rows(
+    rows: Tensor,  # [N, D] any floating dtype
+    scale: Tensor | None,  # [] float64
+    shift: Tensor | None,  # [D] float64; None sums the rows themselves
+    recentre: Tensor | None,  # [D] float64
+    normalize: bool,
+    isa: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum [D], energy [] (sum of squared norms), counts [3] (rows, zero rows, non-finite rows).
+
+    What is summed: the rows (``normalize=False``), their directions ``u``, or, with ``scale`` and
+    ``shift``, their images ``unit(s u + b)`` and, with ``recentre``, ``unit(unit(s u + b) + h)``.
+    Zero rows count among the rows; non-finite rows do not.
+    """
+    x = rows.to(_working_dtype(rows.dtype))
+    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    zero = (x == 0).all(dim=-1)
+    x = torch.where(finite, x, 0)
+    if normalize:
+        x = unit(x)
+    if scale is not None and shift is not None:
+        x = _affine_on_sphere(x, scale, shift, recentre)
+    x = torch.where(finite, x, 0).double()
+    counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
+    return x.sum(dim=0), (x * x).sum(), counts
