@@ -220,7 +220,7 @@ class ReAlign(nn.Module):
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``config.json``, as the Hugging Face hub lays them out."""
+        """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory / "model.safetensors")

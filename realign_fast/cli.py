@@ -15,7 +15,8 @@ from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .moments import BAD_ROWS
-from .pipeline import BATCH_BYTES, Run, Settings, align, describe, write_json
+from .output import ALIGNER, REPORT, write_json
+from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,23 +145,21 @@ def _align(options: argparse.Namespace) -> None:
 
 def _fit(options: argparse.Namespace) -> None:
     source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
+    options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
     aligner = run.fit(source, target, residual=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    aligner.save(options.out / "aligner.safetensors")
+    aligner.save(options.out / ALIGNER)
     report = run.report(aligner, source=describe(source), target=describe(target))
-    write_json(options.out / "report.json", report)
+    write_json(options.out / REPORT, report)
     _print_report(report, options.out)
 
 
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text"), Run(_settings(options))
-    aligned = run.apply(aligner, source, options.out)
-    gap = float((aligned.mean - aligner.target_mean).norm())
-    result = {"centroid_gap": gap, "trace": aligned.trace}
+    result = describe_result(aligner, run.apply(aligner, source, options.out))
     report = run.report(aligner, source=describe(source), result=result)
-    write_json(options.out / "report.json", report)
+    write_json(options.out / REPORT, report)
     _print_report(report, options.out)
 
 
@@ -179,13 +178,17 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
             f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
             + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
         )
-    after = report.get("result", {}).get("centroid_gap", fitted["residual_gap"])
+    after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     print(
-        f"centroid gap {fitted['centroid_gap']:.6f} -> {after:.6f} "
-        f"(statistical floor on new rows {fitted['statistical_floor']:.6f}), "
-        f"scale {fitted['scale']:.6f}"
+        f"centroid gap {_number(fitted['centroid_gap'])} -> {_number(after)} "
+        f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), "
+        f"scale {_number(fitted['scale'])}"
     )
     print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.6f}"
 
 
 if __name__ == "__main__":

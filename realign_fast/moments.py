@@ -58,7 +58,7 @@ class Moments:
                 ``unit(unit(s u + b) + h)`` (:attr:`realign_fast.ReAlign.row_map`).
             bad_rows: ``"keep"`` counts zero rows as rows with ``u = 0``; ``"skip"`` leaves them
                 out; ``"error"`` refuses a zero or non-finite row. Non-finite rows are never summed.
-            where, first_row: how an error names the rows: a file, and its row number of ``rows[0]``.
+            where, first_row: how an error names the rows: a file, and the number of ``rows[0]``.
 
         Raises:
             ValueError: other columns than before, or a bad row under ``bad_rows="error"``.

@@ -1,44 +1,44 @@
 """A corpus measured, a map fitted, a corpus aligned: shards on disk in, shards on disk out.
 
-Every pass walks the shards in order and a shard in fixed batches, and merges what it measured in
-that order, so results have the same bytes whatever the machine. Reading is announced to the kernel
-ahead, writing happens on a thread of its own, and memory is a few batches, never the corpus.
+Every pass walks the shards in order and a shard in fixed batches and merges in that order, so
+results have the same bytes for any number of threads. Memory is a few batches, never the corpus.
 
 ``align`` = ``fit`` (moments of the source, of the target, drift of the source) + ``apply``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from . import __version__, ops
 from .align import ReAlign
-from .corpus import Corpus, ShardWriter
+from .corpus import Batch, Corpus, Shard, ShardWriter
 from .moments import Moments, RowMap
+from .output import ALIGNER, REPORT, check_output, write_json
 
 BATCH_BYTES = 4 << 20
-_BUFFERS = 3  # batches that may wait for the disk
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How passes run; none of it changes a result except ``bad_rows``.
+    """How passes run.
 
     ``bad_rows``: a zero or non-finite row is an ``"error"``; ``"skip"`` leaves it out of the
     statistics and writes a zero row; ``"keep"`` counts a zero row as data (``u = 0``) and writes
     NaN for a non-finite one. Rows keep their places in every case.
+    ``batch_bytes`` is also where float64 sums are cut: another value may move their last bits.
     """
 
     bad_rows: str = "error"
@@ -60,8 +60,7 @@ class Pass:
 
     def summary(self) -> dict[str, Any]:
         """The fields with rows/s and GB/s (bytes read and written, 1 GB = 10^9)."""
-        seconds = max(self.seconds, 1e-9)
-        moved = self.bytes_read + self.bytes_written
+        seconds, moved = max(self.seconds, 1e-9), self.bytes_read + self.bytes_written
         rates = {"rows_per_second": self.rows / seconds, "gb_per_second": moved / seconds / 1e9}
         return vars(self) | rates
 
@@ -76,18 +75,12 @@ class Run:
     def measure(self, name: str, corpus: Corpus, through: RowMap | None = None) -> Moments:
         """Moments of a corpus, of its rows sent through a row map if one is given."""
         total = Moments()
-        with _Timed(self, name, corpus, total) as progress:
+        with self._pass(name, corpus, total) as advance:
             for index, shard in enumerate(corpus.shards):
                 part = Moments()
                 for batch in corpus.batches(index, batch_bytes=self.settings.batch_bytes):
-                    part.update(
-                        batch.rows,
-                        through=through,
-                        bad_rows=self.settings.bad_rows,
-                        where=str(shard.path),
-                        first_row=batch.first,
-                    )
-                    progress(len(batch.rows))
+                    self._update(part, shard, batch, through)
+                    advance(len(batch.rows))
                 total.merge(part)
         return total
 
@@ -100,6 +93,12 @@ class Run:
             )
         source_moments = self.measure("source moments", source)
         target_moments = self.measure("target moments", target)
+        for corpus, moments in ((source, source_moments), (target, target_moments)):
+            if not moments.count:
+                raise ValueError(
+                    f"{corpus.path}: none of {corpus.rows} rows is usable ({moments.zero_rows} "
+                    f"zero, {moments.nonfinite_rows} non-finite); embed it again"
+                )
         half = ReAlign.from_moments(source_moments, target_moments)
         drift = self.measure("source drift", source, half.row_map)
         aligner = ReAlign.from_moments(source_moments, target_moments, drift)
@@ -107,68 +106,99 @@ class Run:
             aligner.record_residual(self.measure("source residual", source, aligner.row_map))
         return aligner
 
-    def apply(self, aligner: ReAlign, source: Corpus, out: Path) -> Moments:
-        """Write every shard of ``source`` aligned, in its own dtype, and return their moments.
+    def apply(self, aligner: ReAlign, source: Corpus, out: str | os.PathLike[str]) -> Moments:
+        """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
 
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
+        The moments are those of the result before it is rounded to the corpus's dtype.
         """
-        folder = out / source.subfolder
-        _check_output(source, folder)
+        out = Path(out)
+        check_output(out, source)
         if aligner.dimension != source.dimension:
             raise ValueError(
                 f"{source.path}: rows have {source.dimension} columns, the aligner was fitted on "
                 f"{aligner.dimension}; align the encoder's own output"
             )
+        folder = out / source.subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        (out / REPORT).unlink(missing_ok=True)
+        aligner.save(out / ALIGNER)
         total = Moments()
-        with (
-            _Timed(self, "apply", source, total, writes=True) as progress,
-            ThreadPoolExecutor(1, "realign-fast-writer") as disk,
-        ):
+        with self._pass("apply", source, total, writes=True) as advance:
             for index, shard in enumerate(source.shards):
                 path = folder / shard.path.name
                 with ShardWriter(path, shard.rows, shard.dimension, source.dtype) as writer:
-                    part = self._apply_shard(aligner, source, index, writer, disk, progress)
-                total.merge(part)
+                    total.merge(self._apply_shard(aligner, source, index, writer, advance))
         return total
 
-    def _apply_shard(self, aligner, source, index, writer, disk, progress) -> Moments:
-        """Align one shard; a ring of buffers lets the disk fall a few batches behind."""
-        part, policy = Moments(), self.settings.bad_rows
-        ring: list[tuple[Tensor, Future[None] | None]] = []
-        where = str(source.shards[index].path)
-        batches = source.batches(index, batch_bytes=self.settings.batch_bytes)
-        for number, (_, first, rows) in enumerate(batches):
-            if number < _BUFFERS:
-                ring.append((torch.empty_like(rows), None))
-            buffer, written = ring[number % _BUFFERS]
-            if written is not None:
-                written.result()
-            result = buffer[: len(rows)]
-            bad = part.zero_rows + part.nonfinite_rows
-            # The moments of the result come from the rows in the same visit to memory.
-            part.update(
-                rows, through=aligner.row_map, bad_rows=policy, where=where, first_row=first
-            )
-            aligner(rows, out=result)
-            if policy == "skip" and part.zero_rows + part.nonfinite_rows > bad:
-                result[~(torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1))] = 0
-            ring[number % _BUFFERS] = (buffer, disk.submit(writer.write, result))
-            progress(len(rows))
-        for _, written in ring:
-            if written is not None:
-                written.result()
+    def _apply_shard(self, aligner, source, index, writer, advance) -> Moments:
+        """Align one shard; while a batch is computed, the one before it is written.
+
+        Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
+        """
+        part, shard = Moments(), source.shards[index]
+        size = max(1, min(self.settings.batch_bytes // shard.row_bytes, shard.rows))
+        buffers = torch.empty(2, size, shard.dimension, dtype=source.dtype)
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+            for number, batch in enumerate(source.batches(index, batch_rows=size)):
+                rows, result = batch.rows, buffers[number % 2, : len(batch.rows)]
+                # The moments of the result come from the rows in the same visit to memory.
+                bad = self._update(part, shard, batch, aligner.row_map)
+                aligner(rows, out=result)
+                if bad and self.settings.bad_rows == "skip":
+                    result[~(torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1))] = 0
+                if writing:
+                    writing.result()
+                writing = disk.submit(writer.write, result)
+                advance(len(rows))
+            if writing:
+                writing.result()
         return part
+
+    def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
+        """Add a batch to moments; says whether a bad row was in it."""
+        bad = moments.zero_rows + moments.nonfinite_rows
+        moments.update(
+            batch.rows,
+            through=through,
+            bad_rows=self.settings.bad_rows,
+            where=str(shard.path),
+            first_row=batch.first,
+        )
+        return moments.zero_rows + moments.nonfinite_rows > bad
+
+    @contextmanager
+    def _pass(self, name, corpus, moments, writes=False) -> Iterator[Callable[[int], None]]:
+        """Time one pass, show its progress and book it; yields what to call with rows done."""
+        done, row_bytes, begin = Pass(name), corpus.shards[0].row_bytes, time.perf_counter()
+        with _bar(name, corpus.nbytes, self.settings.progress) as bar:
+
+            def advance(rows: int) -> None:
+                done.rows += rows
+                rate = done.rows / (time.perf_counter() - begin)
+                bar.set_postfix_str(f"{rate / 1e6:.2f} M rows/s", refresh=False)
+                bar.update(rows * row_bytes)
+
+            yield advance
+        done.seconds = time.perf_counter() - begin
+        done.bytes_read = done.rows * row_bytes
+        done.bytes_written = done.bytes_read * writes
+        done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
+        self.passes.append(done)
 
     def report(self, aligner: ReAlign, **facts: Any) -> dict[str, Any]:
         """Everything a reader needs to judge the run, as plain numbers."""
+        peak_unit = 1 if sys.platform == "darwin" else 1024
         return {
             **facts,
             "bad_rows": self.settings.bad_rows,
             "fitted": aligner.record,
             "passes": [one.summary() for one in self.passes],
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "kernels": {op: " ".join(ops.backend_of(op, "cpu")) for op in ops.OPS},
+            "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
 
 
@@ -178,33 +208,22 @@ def align(
     out: str | os.PathLike[str],
     settings: Settings | None = None,
 ) -> dict[str, Any]:
-    """Fit on two corpora and write the source aligned, with ``aligner.safetensors`` and a report.
+    """Fit on two corpora, write the source aligned into ``out``, and return the report.
 
-    Args:
-        source, target: directories of ``.npy`` shards, or a clip-retrieval root, whose
-            ``text_emb/`` is then the source and whose ``img_emb/`` the target.
-        out: directory for the aligned shards, ``aligner.safetensors`` and ``report.json``.
-
-    Returns:
-        The report.
-
-    Raises:
-        ValueError, TypeError, OSError: what is wrong with a file, a row or the output directory.
+    ``source`` and ``target`` are directories of ``.npy`` shards, or a clip-retrieval root, whose
+    ``text_emb/`` is then the source and whose ``img_emb/`` the target. ValueError, TypeError or
+    OSError says what is wrong with a file, a row or the output directory.
     """
     run, out = Run(settings or Settings()), Path(out)
     source_rows, target_rows = Corpus(source, "text"), Corpus(target, "image")
-    _check_output(source_rows, out / source_rows.subfolder)
+    check_output(out, source_rows, target_rows)
     aligner = run.fit(source_rows, target_rows)
     aligned = run.apply(aligner, source_rows, out)
     aligner.record_residual(aligned)
-    aligner.save(out / "aligner.safetensors")
-    report = run.report(
-        aligner,
-        source=describe(source_rows),
-        target=describe(target_rows),
-        result={"centroid_gap": float(aligner.residual_gap), "trace": aligned.trace},
-    )
-    write_json(out / "report.json", report)
+    aligner.save(out / ALIGNER)
+    facts = {"source": describe(source_rows), "target": describe(target_rows)}
+    report = run.report(aligner, **facts, result=describe_result(aligner, aligned))
+    write_json(out / REPORT, report)
     return report
 
 
@@ -220,73 +239,16 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a json file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+def describe_result(aligner: ReAlign, aligned: Moments) -> dict[str, Any]:
+    """Where aligned rows came to lie, for a report; ``None`` where no row had a direction."""
+    if not aligned.count:
+        return {"centroid_gap": None, "trace": None}
+    gap = float((aligned.mean - aligner.target_mean).norm())
+    return {"centroid_gap": gap, "trace": aligned.trace}
 
 
-class _Timed:
-    """Times one pass, shows its progress (bytes, GB/s, ETA, rows/s) and books it in the run."""
-
-    def __init__(
-        self, run: Run, name: str, corpus: Corpus, moments: Moments, writes: bool = False
-    ) -> None:
-        self.run, self.moments, self.passed = run, moments, Pass(name)
-        self.row_bytes = corpus.shards[0].row_bytes
-        self.writes = writes
-        self.bar = tqdm(
-            total=corpus.nbytes,
-            desc=name,
-            unit="B",
-            unit_scale=True,
-            disable=not run.settings.progress,
-            file=sys.stderr,
-        )
-
-    def __enter__(self):
-        self.begin = time.perf_counter()
-        return self
-
-    def __call__(self, rows: int) -> None:
-        self.passed.rows += rows
-        self.passed.bytes_read += rows * self.row_bytes
-        if self.bar.update(rows * self.row_bytes):
-            rate = self.passed.rows / (time.perf_counter() - self.begin)
-            self.bar.set_postfix_str(f"{rate / 1e6:.2f} M rows/s", refresh=False)
-
-    def __exit__(self, *error: object) -> None:
-        self.passed.seconds = time.perf_counter() - self.begin
-        self.passed.bytes_written = self.passed.bytes_read if self.writes else 0
-        self.passed.zero_rows = self.moments.zero_rows
-        self.passed.nonfinite_rows = self.moments.nonfinite_rows
-        self.run.passes.append(self.passed)
-        self.bar.close()
-
-
-def _check_output(source: Corpus, folder: Path) -> None:
-    """Refuse an output directory that would lose or mix rows, before anything is read."""
-    names = {shard.path.name for shard in source.shards}
-    if folder.resolve() in {shard.path.resolve().parent for shard in source.shards}:
-        raise ValueError(f"{folder}: is the source itself; give another --out")
-    strangers = sorted(path.name for path in folder.glob("*.npy") if path.name not in names)
-    if strangers:
-        raise ValueError(
-            f"{folder}: holds {strangers[0]}, which is no shard of {source.path}; "
-            "give an empty directory, or the one of an earlier run on the same corpus"
-        )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    replaced = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    if source.nbytes > free + replaced:
-        raise OSError(
-            f"{folder}: the result takes {source.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-            "free; make room or give another --out"
-        )
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _bar(name: str, total: int, shown: bool) -> tqdm:
+    """Progress in bytes: live on a terminal; in a log a line each half minute, none if quick."""
+    log = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30, "delay": 30}
+    options = {"unit": "B", "unit_scale": True, "miniters": 1, "file": sys.stderr}
+    return tqdm(total=total, desc=name, disable=not shown, **options, **log)

@@ -3,7 +3,7 @@ namespace realign_fast::REALIGN_ISA {
 namespace {
 
 // R rows at once share the loads of b and h and keep enough multiply-adds in flight.
-template <int R, bool Stream, class T, class O, class M>
+template <int R, class T, class O, class M>
 void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scratch) {
   constexpr int W = Vec<M>::width;
   const int64_t columns = task.map.columns;
@@ -23,7 +23,7 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
   }
   if (!usual) {
     if constexpr (R > 1) {
-      for (int r = 0; r < R; ++r) align_some_rows<1, Stream>(task, first + r, scratch);
+      for (int r = 0; r < R; ++r) align_some_rows<1>(task, first + r, scratch);
     } else {
       align_row_directly(task, first, scratch);
     }
@@ -42,11 +42,8 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
     for (int r = 0; r < R; ++r) {
       load(rows + r * task.row_stride + j, x);
       const Vec<M> y = combine(r, x, b, h);
-      if constexpr (Stream) {
-        stream(out + r * task.out_stride + j, y);
-      } else {
-        store(out + r * task.out_stride + j, y);
-      }
+      O* target = out + r * task.out_stride + j;
+      task.stream ? stream(target, y) : store(target, y);
     }
   }
   if (j == columns) return;
@@ -59,22 +56,13 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
   }
 }
 
-template <bool Stream, class T, class O, class M>
-void align_range(const AlignTask<T, O, M>& task, int64_t begin, int64_t end, double* scratch) {
-  int64_t i = begin;
-  for (; i + 4 <= end; i += 4) align_some_rows<4, Stream>(task, i, scratch);
-  for (; i < end; ++i) align_some_rows<1, Stream>(task, i, scratch);
-  if constexpr (Stream) stream_fence();
-}
-
 // Rows [begin, end) of the task; scratch holds D doubles.
 template <class T, class O, class M>
 void align(const AlignTask<T, O, M>& task, int64_t begin, int64_t end, double* scratch) {
-  if (task.stream) {
-    align_range<true>(task, begin, end, scratch);
-  } else {
-    align_range<false>(task, begin, end, scratch);
-  }
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) align_some_rows<4>(task, i, scratch);
+  for (; i < end; ++i) align_some_rows<1>(task, i, scratch);
+  if (task.stream) stream_fence();
 }
 
 }  // namespace

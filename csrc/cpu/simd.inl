@@ -256,28 +256,30 @@ void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const 
   for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = dots[r][2] = 0;
   for (int64_t begin = 0; begin < columns; begin += 64 * W) {
     const int64_t end = begin + 64 * W < columns ? begin + 64 * W : columns;
-    Vec<M> sums[R][K], x[R], vb, vh;
+    Vec<M> sums[R][K], vb, vh;
     for (auto& row : sums)
       for (auto& sum : row) sum = broadcast(M(0));
-    const auto add_products = [&](int64_t j) __attribute__((always_inline)) {
+    const auto add_products = [&](int64_t j, auto whole) __attribute__((always_inline)) {
       if constexpr (K >= 2) load(b + j, vb);
       if constexpr (K >= 3) load(h + j, vh);
       for (int r = 0; r < R; ++r) {
-        sums[r][0] = fma(x[r], x[r], sums[r][0]);
-        if constexpr (K >= 2) sums[r][1] = fma(x[r], vb, sums[r][1]);
-        if constexpr (K >= 3) sums[r][2] = fma(x[r], vh, sums[r][2]);
+        Vec<M> x;
+        if constexpr (whole) {
+          load(rows + r * stride + j, x);
+        } else {
+          load_partial(rows + r * stride + j, end - j, x);
+        }
+        sums[r][0] = fma(x, x, sums[r][0]);
+        if constexpr (K >= 2) sums[r][1] = fma(x, vb, sums[r][1]);
+        if constexpr (K >= 3) sums[r][2] = fma(x, vh, sums[r][2]);
       }
     };
     int64_t j = begin;
     for (; j + W <= end; j += W) {
-      for (int r = 0; r < R; ++r) load(rows + r * stride + j, x[r]);
       fetch_ahead<R, M>(rows, stride, j, 0);
-      add_products(j);
+      add_products(j, std::true_type());
     }
-    if (j < end) {
-      for (int r = 0; r < R; ++r) load_partial(rows + r * stride + j, end - j, x[r]);
-      add_products(j);
-    }
+    if (j < end) add_products(j, std::false_type());
     for (int r = 0; r < R; ++r)
       for (int k = 0; k < K; ++k) dots[r][k] += reduce(sums[r][k]);
   }

@@ -50,9 +50,8 @@ def _load_compiled() -> str:
         torch.ops.load_library(str(binary))
         return ""
     build_info = _PACKAGE / "_build_info.json"
-    if build_info.exists():
-        return str(json.loads(build_info.read_text())["reason"])
-    return f"{binary.name} was never built; run `pip install .` in the source tree"
+    reason = json.loads(build_info.read_text())["reason"] if build_info.exists() else ""
+    return reason or f"{binary.name} was never built; run `pip install .` in the source tree"
 
 
 _library = _define_ops()

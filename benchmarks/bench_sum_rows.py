@@ -1,0 +1,49 @@
+"""sum_rows against reading the same bytes, torch.compile, eager torch and numpy float64."""
+
+from __future__ import annotations
+
+import peers
+import pytest
+import timing
+import torch
+
+from realign_fast import ops, sum_rows
+from realign_fast.ops import reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FEW = 1 << 13  # rows for the peers that would take minutes on all
+
+
+@pytest.mark.parametrize("through", ["plain", "drift"])
+@pytest.mark.parametrize("dimension", timing.DIMENSIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def bench_sum_rows(dtype, dimension, through, benchmark, table):
+    rows = timing.random_rows(dtype, dimension)
+    row_map = timing.random_map(dimension)[:2] if through == "drift" else (None, None)
+    error = _error(rows, row_map)
+    assert error <= 1e-7, f"error {error:.1e}: no speed is printed for wrong results"
+    case = timing.Case("sum_rows", dtype, dimension, dimension * dtype.itemsize, error)
+    case.add("ceiling", len(rows), timing.read_ceiling(rows))
+    case.add("sum_rows", len(rows), lambda: sum_rows(rows, *row_map))
+    if ops.cpu_isa() == "avx512":
+        avx2 = ops.ISA_NAMES.index("avx2")
+        op = torch.ops.realign_fast.sum_rows
+        case.add("sum_rows on AVX2", len(rows), lambda: op(rows, *row_map, None, True, avx2))
+    if through == "plain":
+        compiled = torch.compile(reference.sum_rows, dynamic=False)
+        few = rows[:FEW].clone()
+        case.add("torch.compile", len(rows), lambda: compiled(rows, None, None, None, True))
+        case.add("torch eager", FEW, lambda: reference.sum_rows(few, None, None, None, True))
+        if dtype != torch.bfloat16:  # numpy has none
+            case.add("numpy float64", FEW, lambda: peers.numpy_sum_rows(few.numpy()))
+    table(case.run())
+    benchmark.extra_info.update(case.summary(), through=through)
+    benchmark.pedantic(sum_rows, (rows, *row_map), rounds=5, warmup_rounds=1)
+
+
+def _error(rows, row_map) -> float:
+    """Largest difference of the mean to float64, over all rows."""
+    truth = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for part in rows.split(1 << 13):
+        truth += reference.sum_rows(part.double(), *row_map, None, True)[0]
+    return float((sum_rows(rows, *row_map).total - truth).abs().max() / len(rows))

@@ -1,0 +1,137 @@
+"""How the benchmarks measure: candidates take turns, and ratios of the same round are compared.
+
+A machine's speed drifts and its neighbours come and go, so nothing is compared across runs: the
+kernel, the ceiling and the peers of one case run one after the other in every round, and what is
+claimed is the median over rounds of their ratio. Buffers are larger than the caches and random.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+THREADS = 2
+ROUNDS = 9
+BUFFER_BYTES = 256 << 20  # many times the last-level cache
+DIMENSIONS = (768, 1024, 1280)
+
+
+@dataclass
+class Case:
+    """One table: an op on one kind of rows, its ceiling and its peers, timed in turns."""
+
+    op: str
+    dtype: torch.dtype
+    dimension: int
+    row_bytes: int  # read and written for a row
+    error: float  # against float64, relative to the row's largest entry
+    rows: dict[str, int] = field(default_factory=dict)  # rows a call works on
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, rows: int, call: Callable[[], object]) -> None:
+        """A candidate; slow peers may work on fewer rows, which favours them (caches)."""
+        self.rows[name], self.calls[name], self.seconds[name] = rows, call, []
+
+    def run(self, rounds: int = ROUNDS) -> Case:
+        """Warm every candidate up once, then time them in turns."""
+        for call in self.calls.values():
+            call()
+        for _ in range(rounds):
+            for name, call in self.calls.items():
+                begin = time.perf_counter()
+                call()
+                self.seconds[name].append(time.perf_counter() - begin)
+        return self
+
+    def rate(self, name: str) -> float:
+        """Rows/s, the median over the rounds."""
+        return self.rows[name] / statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """How many times faster ``name`` is than ``to``: the median over the rounds."""
+        scale = self.rows[name] / self.rows[to]
+        turns = zip(self.seconds[name], self.seconds[to], strict=True)
+        return scale * statistics.median(theirs / ours for ours, theirs in turns)
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        lines = [f"{self.op} {_name(self.dtype)} D={self.dimension}: error {self.error:.1e}"]
+        for name, times in self.seconds.items():
+            rate, middle = self.rate(name), statistics.median(times)
+            lines.append(
+                f"  {name:22} {self.rows[name]:>9,} rows {middle * 1e3:9.2f} ms "
+                f"(+-{(max(times) - min(times)) / middle / 2:4.0%}) {rate / 1e6:9.3f} M rows/s "
+                f"{rate * self.row_bytes / 1e9:7.2f} GB/s"
+                f"  {self.ratio(name, 'ceiling'):6.3f} of ceiling"
+                f"  {self.ratio(self.op, name):8.2f}x behind {self.op}"
+            )
+        return lines
+
+    def summary(self) -> dict[str, object]:
+        """For the json file."""
+        return {
+            "op": self.op,
+            "dtype": _name(self.dtype),
+            "dimension": self.dimension,
+            "row_bytes": self.row_bytes,
+            "error": self.error,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "rows_per_second": {name: self.rate(name) for name in self.rows},
+            "share_of_ceiling": {name: self.ratio(name, "ceiling") for name in self.rows},
+            "speed_up_over": {name: self.ratio(self.op, name) for name in self.rows},
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def random_rows(dtype: torch.dtype, dimension: int) -> Tensor:
+    """Unit rows with a common mean of norm 0.7, much like CLIP's: [N, D] in BUFFER_BYTES."""
+    generator = torch.Generator().manual_seed(dimension)
+    centre = torch.nn.functional.normalize(torch.randn(dimension, generator=generator), dim=0)
+    rows = torch.empty(BUFFER_BYTES // (dimension * dtype.itemsize), dimension, dtype=dtype)
+    for part in rows.split(1 << 14):
+        noise = torch.randn(part.shape, generator=generator) / dimension**0.5
+        part.copy_(torch.nn.functional.normalize(centre + noise, dim=1))
+    return rows
+
+
+def random_map(dimension: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row map like the fitted ones: scale near 1, a shift of norm 0.8, a small recentre."""
+    generator = torch.Generator().manual_seed(dimension + 1)
+    shift, recentre = torch.randn(2, dimension, generator=generator, dtype=torch.float64)
+    scale = torch.tensor(0.983, dtype=torch.float64)
+    return scale, 0.8 * shift / shift.norm(), 0.006 * recentre / recentre.norm()
+
+
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_pool = ThreadPoolExecutor(THREADS)
+
+
+def copy_ceiling(source: Tensor) -> Callable[[], object]:
+    """The C library's memcpy of the same bytes, on as many threads as the kernel has."""
+    target, size = torch.zeros_like(source), source.numel() * source.element_size()
+    cuts = [size * part // THREADS // 4096 * 4096 for part in range(THREADS)] + [size]
+
+    def copy(span: tuple[int, int]) -> None:
+        begin, end = span
+        _memcpy(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+
+    return lambda: list(_pool.map(copy, pairwise(cuts)))
+
+
+def read_ceiling(source: Tensor) -> Callable[[], object]:
+    """Reading the same bytes: torch's int64 sum, one vector add for every 32 or 64 bytes."""
+    return source.view(torch.int64).view(-1).sum
