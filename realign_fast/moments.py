@@ -177,7 +177,7 @@ class Moments:
         try:
             with safe_open(path, "pt") as file:
                 flags = file.metadata()
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in file.keys()}
             moments = cls(flags["covariance"] == "True", flags["normalize"] == "True")
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(

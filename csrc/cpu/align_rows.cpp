@@ -7,12 +7,12 @@ namespace realign_fast {
 template <class T, class O, class M>
 struct AlignTask {
   RowMap map;
-  const M* shift;     // b and h as M, zero beyond D up to a whole register
+  const M* shift;  // b and h as M, zero beyond D up to a whole register
   const M* recentre;
-  const T* rows;      // [N, D]
-  O* out;             // [N, D]
+  const T* rows;  // [N, D]
+  O* out;         // [N, D]
   int64_t row_stride, out_stride;
-  bool stream;        // write past the caches
+  bool stream;  // write past the caches
 };
 
 template <class T, class O, class M>

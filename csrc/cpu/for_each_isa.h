@@ -38,7 +38,7 @@
 #define REALIGN_ISA avx512
 #define REALIGN_AVX512
 #ifdef __clang__
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else

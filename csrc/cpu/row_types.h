@@ -21,11 +21,13 @@ namespace realign_fast {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-// Arithmetic in float32 carries every 16-bit and float32 row; float64 needs its own. A bfloat16
-// result is rounded relative to each entry however small, so it is computed in float64 too.
+// float32 carries every 16-bit and float32 row to a float16 or float32 result. A bfloat16 result has
+// the exponents to show the error of an entry that cancels to almost nothing, so it takes float64.
 template <class T, class O>
-using Arithmetic =
-    std::conditional_t<std::is_same_v<T, double> || std::is_same_v<O, double>, double, float>;
+inline constexpr bool kNeedsDouble =
+    std::is_same_v<T, double> || std::is_same_v<O, double> || std::is_same_v<O, BFloat16>;
+template <class T, class O>
+using Arithmetic = std::conditional_t<kNeedsDouble<T, O>, double, float>;
 
 // values [columns] (zeros if null) as M, with zeros to the end of a whole register.
 template <class M>
@@ -44,8 +46,7 @@ void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
     case ScalarType::BFloat16: return body(BFloat16());
     case ScalarType::Float: return body(float());
     case ScalarType::Double: return body(double());
-    default:
-      STD_TORCH_CHECK(false, op, ": expected rows of float16, bfloat16, float32 or float64");
+    default: STD_TORCH_CHECK(false, op, ": expected rows of float16, bfloat16, float32 or float64");
   }
 }
 
@@ -60,11 +61,11 @@ inline Isa usable_isa(int64_t asked) {
 }  // namespace realign_fast
 
 #if defined(__x86_64__)
-#define REALIGN_CALL(isa, function, ...)                                \
-  switch (isa) {                                                        \
-    case Isa::avx512: avx512::function(__VA_ARGS__); break;             \
-    case Isa::avx2: avx2::function(__VA_ARGS__); break;                 \
-    default: baseline::function(__VA_ARGS__); break;                    \
+#define REALIGN_CALL(isa, function, ...)                    \
+  switch (isa) {                                            \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break; \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;     \
+    default: baseline::function(__VA_ARGS__); break;        \
   }
 #else
 #define REALIGN_CALL(isa, function, ...) (void)isa, baseline::function(__VA_ARGS__)

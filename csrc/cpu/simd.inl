@@ -131,9 +131,7 @@ inline __m128 widen_low(__m128i bf16) {
 inline void load(const Half* p, Vec<float>& a) { a.v = _mm256_cvtph_ps(load_128(p)); }
 inline void load(const BFloat16* p, Vec<float>& a) { a.v = widen(load_128(p)); }
 inline void load(const float* p, Vec<float>& a) { a.v = _mm256_loadu_ps(p); }
-inline void load(const Half* p, Vec<double>& a) {
-  a.v = _mm256_cvtps_pd(_mm_cvtph_ps(load_64(p)));
-}
+inline void load(const Half* p, Vec<double>& a) { a.v = _mm256_cvtps_pd(_mm_cvtph_ps(load_64(p))); }
 inline void load(const BFloat16* p, Vec<double>& a) {
   a.v = _mm256_cvtps_pd(widen_low(load_64(p)));
 }

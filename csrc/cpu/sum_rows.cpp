@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> sum_rows(Tensor rows, std::optional<Tensor> s
                                             int64_t isa) {
   constexpr const char* op = "sum_rows";
   check_rows(op, rows);
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value() && (shift || !recentre) &&
-                      (normalize || !shift),
-                  op, ": a map needs scale, shift and normalize=True");
+  STD_TORCH_CHECK(
+      scale.has_value() == shift.has_value() && (shift || !recentre) && (normalize || !shift), op,
+      ": a map needs scale, shift and normalize=True");
   std::optional<RowMap> map;
   if (shift) {
     check_map(op, *scale, *shift, recentre, rows);

@@ -1,5 +1,6 @@
-// sum_rows for one instruction set (for_each_isa.h). A row's image is alpha x + beta b + gamma h, so
-// the sum over rows is sum(alpha x) + b sum(beta) + h sum(gamma): only the first is of row length.
+// sum_rows for one instruction set (for_each_isa.h). A row's image is alpha x + beta b + gamma h,
+// so the sum over rows is sum(alpha x) + b sum(beta) + h sum(gamma): only the first is of row
+// length.
 namespace realign_fast::REALIGN_ISA {
 namespace {
 

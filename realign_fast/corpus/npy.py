@@ -1,0 +1,164 @@
+"""One shard: a `.npy` file of rows, its header checked before its data are touched; its writer.
+
+A shard is an `[N, D]` array of little-endian float16, float32 or float64 in C order. No pickle is
+ever loaded. What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`,
+`ValueError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
+MAX_COLUMNS = 1 << 24
+TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
+
+    path: Path
+    rows: int
+    dimension: int
+    dtype: np.dtype
+    offset: int  # bytes before the first row
+    row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
+    file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
+
+
+class ShardWriter:
+    """`with ShardWriter(path, rows, dimension, dtype) as writer: writer.write(rows)`, in pieces.
+
+    `path` appears whole or not at all: rows go to `.<name>.partial` beside it (never a shard; what
+    a dead run left is replaced), and a clean exit checks their number, syncs, renames and syncs
+    the directory. An exception removes it. Of two writers the later one wins; the other fails.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rows: int, dimension: int, dtype: torch.dtype):
+        self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
+        self.written = 0
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        if dtype not in TORCH_DTYPES.values():
+            want = "expected torch.float16, float32 or float64 (npy has no bfloat16); convert rows"
+            raise TypeError(f"{path}: got {dtype}, {want}")
+        if rows < 0 or not 0 < dimension < MAX_COLUMNS or not is_shard(self.path.name):
+            want = "expected rows >= 0, columns >= 1 and a visible name in .npy"
+            raise ValueError(f"{path}: got [{rows}, {dimension}], {want}")
+
+    def __enter__(self) -> ShardWriter:
+        header = {"descr": torch.empty(0, dtype=self.dtype).numpy().dtype.str}
+        header |= {"fortran_order": False, "shape": (int(self.rows), int(self.dimension))}
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.unlink(missing_ok=True)
+            self._file = open(self._partial, "xb", buffering=0)
+            np.lib.format.write_array_header_1_0(self._file, header)
+        return self
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Append `[n, D]` rows of the shard's dtype; contiguous rows on the CPU are not copied."""
+        known = rows.dtype == self.dtype and rows.ndim == 2 and rows.shape[1] == self.dimension
+        if not known or self.written + len(rows) > self.rows:
+            got = f"got {list(rows.shape)} {rows.dtype} after {self.written} rows"
+            want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
+            raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
+        data = rows.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
+        with explained(self.path):
+            while len(data):
+                data = data[self._file.write(data) :]
+        self.written += len(rows)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = kind is None and self.written == self.rows
+        with self._file, explained(self.path):
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
+                raise RuntimeError(f"{self.path}: another writer took over; run one at a time")
+            try:
+                if whole:
+                    os.fsync(self._file.fileno())
+                    os.replace(self._partial, self.path)
+                    directory = os.open(self.path.parent, os.O_RDONLY)
+                    os.fsync(directory)
+                    os.close(directory)
+            finally:
+                self._partial.unlink(missing_ok=True)
+        if kind is None and not whole:
+            want = f"expected {self.rows}; nothing was kept"
+            raise ValueError(f"{self.path}: got {self.written} rows, {want}")
+
+
+def read_header(path: Path) -> Shard:
+    """The shard at `path`; every error that one file can have is raised here."""
+    with opened(path) as (_, shard):
+        return shard
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+        advice = "check that it exists, that this user may use it and that the disk has room"
+        raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error
+
+
+@contextmanager
+def opened(path: Path, expected: Shard | None = None) -> Iterator[tuple[BinaryIO, Shard]]:
+    with explained(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError(errno.EINVAL, "Not a regular file")
+        file = open(path, "rb", buffering=0)
+    with file:
+        shard = _parse(file.fileno(), path)
+        if expected not in (None, shard):
+            raise changed(expected)
+        yield file, shard
+
+
+def _parse(descriptor: int, path: Path) -> Shard:
+    head = io.BytesIO(os.pread(descriptor, HEADER_BYTES, 0))
+    try:
+        major, _ = np.lib.format.read_magic(head)
+        one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        parse = {1: one, 2: two, 3: two}[major]  # 3 is 2 with other field names; fields are refused
+        shape, fortran_order, dtype = parse(head)
+    except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
+        raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
+    if dtype not in TORCH_DTYPES:
+        want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
+        why = "objects are pickles and never loaded, npy has no bfloat16"
+        raise TypeError(f"{path}: dtype is {dtype.str}, {want} ({why})")
+    if len(shape) != 2 or shape[0] < 0 or not 0 < shape[1] < MAX_COLUMNS:
+        raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")
+    if fortran_order:
+        raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
+    shard = Shard(path, int(shape[0]), int(shape[1]), dtype, head.tell())
+    if shard.offset % dtype.itemsize:
+        raise ValueError(f"{path}: data at byte {shard.offset} is not aligned; save it with numpy")
+    size = os.fstat(descriptor).st_size
+    if size != shard.file_bytes:
+        what = "truncated" if size < shard.file_bytes else "longer than its header says"
+        want = f"expected {shard.file_bytes} for {list(shape)} {dtype}"
+        raise ValueError(f"{path}: {what}: got {size} bytes, {want}; write it again")
+    return shard
+
+
+def changed(shard: Shard) -> ValueError:
+    return ValueError(f"{shard.path}: changed while it was read; let its writer finish, open again")
+
+
+def is_shard(name: str) -> bool:
+    return name.lower().endswith(".npy") and not name.startswith(".")
