@@ -54,7 +54,7 @@ def find_ninja() -> str:
 
 def find_torch() -> Path | None:
     """The directory of a torch >= 2.10 to compile against, or None."""
-    target = [*sys.path, *site.getsitepackages([sys.prefix, *_uv_prefixes()])]
+    target = [*sys.path, *site.getsitepackages([sys.prefix, *_uv_prefix()])]
     others = [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
     for folder in dict.fromkeys([*target, *others]):
         torch = Path(folder, "torch")
@@ -75,7 +75,7 @@ def torch_version(torch: Path) -> str:
     return re.search(r"__version__ = '(.*)'", (torch / "version.py").read_text())[1]
 
 
-def _uv_prefixes(uv: Path | None = None) -> list[str]:
+def _uv_prefix(uv: Path | None = None) -> list[str]:
     """The environment that uv installs into: it builds in another one and does not say for which.
 
     Its own process knows: the argument --python, the active environment, or .venv where it runs.
@@ -92,7 +92,8 @@ def _uv_prefixes(uv: Path | None = None) -> list[str]:
     named += [word.partition("=")[2] for word in words if word.startswith("--python=")]
     named += [v.partition("=")[2] for v in variables if re.match("(VIRTUAL_ENV|CONDA_PREFIX)=", v)]
     paths = [uv / "cwd" / name for name in [*named, ".venv"]]  # (an absolute name stays itself)
-    return [str(p) for path in paths for p in (path, path.parent.parent) if (p / "lib").is_dir()]
+    prefixes = [path.parent.parent if path.is_file() else path for path in paths]
+    return [str(prefix) for prefix in prefixes if (prefix / "lib").is_dir()][:1]
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:

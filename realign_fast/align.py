@@ -22,12 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import ops
 from .corpus import Corpus
 from .moments import Moments, RowMap
+from .whole_file import write_whole
 
 Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 _BATCH_ROWS = 1 << 16
@@ -200,11 +202,8 @@ class ReAlign(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it appears whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, partial, {"format": "pt", "library": "realign_fast"})
-        os.replace(partial, path)
+        write_whole(path, safetensors_bytes(tensors, {"format": "pt"}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReAlign:
@@ -225,7 +224,7 @@ class ReAlign(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory / "model.safetensors")
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_options: str) -> ReAlign:

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"realign-fast: error: {error}", file=sys.stderr)
+        # An OSError of ours says it all in strerror; "[Errno 28]" would only stand in the way.
+        ours = isinstance(error, OSError) and error.strerror and error.filename is None
+        print(f"realign-fast: error: {error.strerror if ours else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("realign-fast: stopped; the shards already written are whole", file=sys.stderr)

@@ -8,15 +8,15 @@ else, and the order in which partial results arrive changes at most the last bit
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import ops
+from .whole_file import write_whole
 
 RowMap = tuple[Tensor, Tensor, Tensor | None]  # scale [], shift [D], recentre [D] or None
 BAD_ROWS = ("error", "skip", "keep")
@@ -98,20 +98,22 @@ class Moments:
         (``Moments().merge(local).all_reduce()``) to go on counting local rows afterwards.
         """
         device = self.total.device if self.total is not None else _default_device(group)
-        columns = torch.tensor([0 if self.total is None else len(self.total)], device=device)
-        dist.all_reduce(columns, dist.ReduceOp.MAX, group)
-        if int(columns) == 0:
+        kind = [0 if self.total is None else len(self.total), *self._flags().values()]
+        most = torch.tensor(kind, device=device, dtype=torch.int64)
+        least = most.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX, group)
+        least[0] = least[0] if kind[0] else most[0]
+        dist.all_reduce(least, dist.ReduceOp.MIN, group)
+        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
+        if not torch.equal(most, least):
+            raise ValueError(
+                f"Moments.all_reduce: this rank has {self!r}, another something else; "
+                "use one encoder and the same flags on all ranks"
+            )
+        if int(most[0]) == 0:
             return self
         if self.total is None:
-            self._start(int(columns), device)
-        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
-        mismatch = (columns != len(self.total)).long()
-        dist.all_reduce(mismatch, dist.ReduceOp.MAX, group)
-        if int(mismatch):
-            raise ValueError(
-                f"Moments.all_reduce: this rank's rows have {len(self.total)} columns, "
-                f"another's {int(columns)}; use one encoder on all ranks"
-            )
+            self._start(int(most[0]), device)
         for tensor in self._state().values():
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return self
@@ -161,11 +163,10 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all."""
-        path = Path(path)
-        flags = {"normalize": str(self.normalize), "covariance": str(self.with_covariance)}
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({k: v.contiguous().cpu() for k, v in self._state().items()}, partial, flags)
-        os.replace(partial, path)
+        # One metadata key: safetensors writes several in no fixed order.
+        kind = {"moments": " ".join(k for k, on in self._flags().items() if on)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._state().items()}
+        write_whole(path, safetensors_bytes(tensors, kind))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -176,9 +177,9 @@ class Moments:
         """
         try:
             with safe_open(path, "pt") as file:
-                flags = file.metadata()
+                flags = file.metadata()["moments"].split()
                 state = {name: file.get_tensor(name) for name in file.keys()}
-            moments = cls(flags["covariance"] == "True", flags["normalize"] == "True")
+            moments = cls(**{name: name in flags for name in cls()._flags()})
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: expected moments written by Moments.save, got {error!r}; measure again"
@@ -193,6 +194,9 @@ class Moments:
             f"Moments(count={self.count}, dimension={columns}, "
             f"covariance={self.with_covariance}, normalize={self.normalize})"
         )
+
+    def _flags(self) -> dict[str, bool]:
+        return {"covariance": self.with_covariance, "normalize": self.normalize}
 
     def _state(self) -> dict[str, Tensor]:
         names = ("total", "energy_total", "counts", "second")

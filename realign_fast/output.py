@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import SUBFOLDERS, Corpus
+from .whole_file import write_whole
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
 
@@ -20,13 +21,7 @@ ALIGNER, REPORT = "aligner.safetensors", "report.json"
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a json file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def check_output(out: Path, source: Corpus, target: Corpus | None = None) -> None:

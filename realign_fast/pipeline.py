@@ -28,7 +28,7 @@ from .corpus import Batch, Corpus, Shard, ShardWriter
 from .moments import Moments, RowMap
 from .output import ALIGNER, REPORT, check_output, write_json
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 16 << 20  # with 2 threads on a busy machine 3 x as fast as 4 << 20, else the same
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,14 @@ class Run:
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """A :class:`ReAlign` from two corpora; ``residual`` reads the source a third time."""
         if source.dimension != target.dimension:
-            raise ValueError(
-                f"{source.path}: rows have {source.dimension} columns, those of {target.path} have "
-                f"{target.dimension}; embed both with one encoder"
-            )
+            got = f"rows have {source.dimension} columns, in {target.path} {target.dimension}"
+            raise ValueError(f"{source.path}: {got}; embed both with one encoder")
         source_moments = self.measure("source moments", source)
         target_moments = self.measure("target moments", target)
         for corpus, moments in ((source, source_moments), (target, target_moments)):
             if not moments.count:
-                raise ValueError(
-                    f"{corpus.path}: none of {corpus.rows} rows is usable ({moments.zero_rows} "
-                    f"zero, {moments.nonfinite_rows} non-finite); embed it again"
-                )
+                bad = f"{moments.zero_rows} zero, {moments.nonfinite_rows} non-finite"
+                raise ValueError(f"{corpus.path}: no usable row ({bad}); embed it again")
         half = ReAlign.from_moments(source_moments, target_moments)
         drift = self.measure("source drift", source, half.row_map)
         aligner = ReAlign.from_moments(source_moments, target_moments, drift)
@@ -115,9 +111,9 @@ class Run:
         out = Path(out)
         check_output(out, source)
         if aligner.dimension != source.dimension:
+            got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
             raise ValueError(
-                f"{source.path}: rows have {source.dimension} columns, the aligner was fitted on "
-                f"{aligner.dimension}; align the encoder's own output"
+                f"{source.path}: {got}; align the output of the encoder it was fitted on"
             )
         folder = out / source.subfolder
         folder.mkdir(parents=True, exist_ok=True)

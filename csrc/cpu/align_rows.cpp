@@ -34,7 +34,7 @@ namespace {
 
 // Below this many bytes the result is likely read again from the caches: write into them.
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
-constexpr int64_t kGrainBytes = int64_t(64) << 10;  // smallest share worth a thread
+constexpr int64_t kChunkBytes = int64_t(128) << 10;  // a thread's share at a time
 
 // One thread's aligned register store may not straddle: every row must start on a 64-byte line.
 template <class O>
@@ -61,10 +61,10 @@ void align_typed(const Tensor& out, const Tensor& rows, double scale, const Tens
                           out.stride(0),
                           false};
   task.stream = may_stream(task.out, task.out_stride, rows.size(0), columns);
-  const int64_t grain = kGrainBytes / (columns * static_cast<int64_t>(sizeof(T))) + 1;
-  torch::stable::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(columns);
-    REALIGN_CALL(isa, align, task, begin, end, scratch.data());
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  const int64_t step = (kChunkBytes / row_bytes + 4) / 4 * 4, n = rows.size(0);
+  for_each_chunk((n + step - 1) / step, columns, [&](int64_t chunk, double* scratch) {
+    REALIGN_CALL(isa, align, task, chunk * step, std::min(n, (chunk + 1) * step), scratch);
   });
 }
 

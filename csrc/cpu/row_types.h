@@ -6,6 +6,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -21,8 +23,9 @@ namespace realign_fast {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-// float32 carries every 16-bit and float32 row to a float16 or float32 result. A bfloat16 result has
-// the exponents to show the error of an entry that cancels to almost nothing, so it takes float64.
+// float32 carries every 16-bit and float32 row to a float16 or float32 result. A bfloat16 result
+// has the exponents to show the error of an entry that cancels to almost nothing, so it takes
+// float64.
 template <class T, class O>
 inline constexpr bool kNeedsDouble =
     std::is_same_v<T, double> || std::is_same_v<O, double> || std::is_same_v<O, BFloat16>;
@@ -48,6 +51,18 @@ void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
     case ScalarType::Double: return body(double());
     default: STD_TORCH_CHECK(false, op, ": expected rows of float16, bfloat16, float32 or float64");
   }
+}
+
+// Calls body(chunk, scratch [columns]) for every chunk on torch's threads. Whoever is free takes
+// the next one, so a thread that the machine slows down does not hold up the rest.
+template <class Body>
+void for_each_chunk(int64_t chunks, int64_t columns, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    std::vector<double> scratch(columns);
+    for (int64_t chunk = next++; chunk < chunks; chunk = next++) body(chunk, scratch.data());
+  });
 }
 
 // The instruction set asked for, checked against what this CPU has.

@@ -232,14 +232,14 @@ inline void store_partial(O* p, int64_t count, Vec<M> a) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// Ask for the R rows after these, in the order they lie in memory and half of them in each of a
-// kernel's two sweeps over the columns, so that the arithmetic hides the wait. Into L2: four rows
-// and the next four do not always fit the L1.
+// Ask for rows to come, in the order they lie in memory and evenly over a kernel's two sweeps over
+// the columns of R rows, so that the arithmetic hides the wait: a burst would fill the queue of
+// outstanding lines and be dropped. Two steps ahead, and into L2: they do not always fit the L1.
 template <int R, class M, class T>
 inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
   if constexpr (R > 1) {
     constexpr int64_t bytes = R / 2 * Vec<M>::width * sizeof(T);
-    const T* next = rows + (R + sweep * (R / 2)) * stride + j * (R / 2);
+    const T* next = rows + (2 * R + sweep * (R / 2)) * stride + j * (R / 2);
     for (int64_t line = 0; line < bytes; line += 64)
       prefetch(reinterpret_cast<const char*>(next) + line);
   }

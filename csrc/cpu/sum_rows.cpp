@@ -50,7 +50,7 @@ void sum_row_directly(const SumTask<T, M>& task, int64_t i, double* scratch, Chu
 namespace realign_fast {
 namespace {
 
-constexpr int64_t kLeastChunkRows = 512, kMostChunks = 1024;
+constexpr int64_t kLeastChunkRows = 256, kMostChunks = 1024;
 
 // A whole number of blocks; a function of N alone.
 int64_t chunk_rows(int64_t rows) {
@@ -75,16 +75,13 @@ void sum_typed(const Tensor& rows, const RowMap* map, bool normalize, Isa isa, d
   const int64_t step = chunk_rows(n), chunks = (n + step - 1) / step;
   std::vector<double> totals(chunks * columns);
   std::vector<ChunkSums> sums(chunks);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    std::vector<double> scratch(columns);
+  for_each_chunk(chunks, columns, [&](int64_t c, double* scratch) {
     std::vector<M> acc = padded<M>(nullptr, columns);
-    for (int64_t c = first; c < last; ++c) {
-      ChunkSums local;  // on this thread's stack: neighbours in `sums` share cache lines
-      local.total = totals.data() + c * columns;
-      const int64_t end = std::min(n, (c + 1) * step);
-      REALIGN_CALL(isa, sum_chunk, task, c * step, end, acc.data(), scratch.data(), local);
-      sums[c] = local;
-    }
+    ChunkSums local;  // on this thread's stack: neighbours in `sums` share cache lines
+    local.total = totals.data() + c * columns;
+    REALIGN_CALL(isa, sum_chunk, task, c * step, std::min(n, (c + 1) * step), acc.data(), scratch,
+                 local);
+    sums[c] = local;
   });
   for (const ChunkSums& part : sums) {
     for (int64_t j = 0; j < columns; ++j) {

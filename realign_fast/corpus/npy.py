@@ -63,8 +63,12 @@ class ShardWriter:
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.unlink(missing_ok=True)
-            self._file = open(self._partial, "xb", buffering=0)
-            np.lib.format.write_array_header_1_0(self._file, header)
+            try:
+                self._file = open(self._partial, "xb", buffering=0)
+                np.lib.format.write_array_header_1_0(self._file, header)
+            except BaseException:
+                self._partial.unlink(missing_ok=True)
+                raise
         return self
 
     def write(self, rows: torch.Tensor) -> None:
@@ -84,7 +88,7 @@ class ShardWriter:
         whole = kind is None and self.written == self.rows
         with self._file, explained(self.path):
             if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
-                raise RuntimeError(f"{self.path}: another writer took over; run one at a time")
+                raise OSError(errno.EBUSY, "Another writer took over the file")
             try:
                 if whole:
                     os.fsync(self._file.fileno())

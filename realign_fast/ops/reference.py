@@ -1,9 +1,9 @@
-"""The truth: every op in plain torch, on any device and for any dtype.
+"""The truth: every op in plain torch and float64, on any device and for rows of any dtype.
 
-The kernels are tested against these functions (called on float64 rows), and these functions run
-where no kernel is compiled. They are written to be read: each follows METHOD's formula term by
-term. One convention carries all corner cases: ``unit(0) = 0``, and a row that holds a NaN or an
-infinity is *non-finite*: it maps to a row of NaN and takes no part in a sum.
+The kernels are tested against these functions, and these functions run where no kernel is
+compiled. They are written to be read: each follows the formula term by term. One convention
+carries all corner cases: ``unit(0) = 0``, and a row that holds a NaN or an infinity is
+*non-finite*: it maps to a row of NaN and takes no part in a sum.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from torch import Tensor
 
 
 def unit(rows: Tensor) -> Tensor:
-    """``x / |x|`` along the last axis; zero stays zero, no norm overflows or underflows.
+    """``x / |x|`` along the last axis; zero stays zero, and no norm overflows or underflows."""
+    return _unit_and_norm(rows)[0]
 
-    The row is divided by its largest entry first, which changes nothing but the range.
-    """
+
+def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction and two factors of the norm (its product may overflow), zeros replaced by 1."""
     peak = rows.abs().amax(dim=-1, keepdim=True).detach()
-    rows = rows / torch.where(peak > 0, peak, 1)
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / torch.where(norm > 0, norm, 1)
+    peak = torch.where(peak > 0, peak, 1)
+    norm = torch.linalg.vector_norm(rows / peak, dim=-1, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1)
+    return rows / peak / norm, peak, norm
 
 
 def _affine_on_sphere(u: Tensor, scale: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
     """``unit(unit(s u + b) + h)``: ReAlign's row map (arXiv 2602.07026, section 4) on unit rows."""
-    mapped = unit(scale.to(u.dtype) * u + shift.to(u.dtype))
-    return mapped if recentre is None else unit(mapped + recentre.to(u.dtype))
-
-
-def _working_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    mapped = unit(scale * u + shift)
+    return mapped if recentre is None else unit(mapped + recentre)
 
 
 def align_rows(
@@ -42,7 +41,7 @@ def align_rows(
     isa: int = 0,
 ) -> Tensor:
     """``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
-    x = rows.to(_working_dtype(rows.dtype, dtype))
+    x = rows.double()
     out = _affine_on_sphere(unit(x), scale, shift, recentre)
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
     return torch.where(finite, out, torch.nan).to(dtype)
@@ -71,22 +70,19 @@ def align_rows_backward(
 
     ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first.
     """
-    x = rows.to(_working_dtype(rows.dtype, grad.dtype))
-    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    u = unit(x)
-    half = scale * u + shift
-    g = grad.to(x.dtype)
+    x = rows.double()
+    half = scale * unit(x) + shift
+    g = grad.double()
     if recentre is not None:
-        g = _unit_backward(g, unit(half) + recentre.to(x.dtype))
+        g = _unit_backward(g, unit(half) + recentre)
     g = _unit_backward(g, half) * scale
     return _unit_backward(g, x).to(rows.dtype)
 
 
 def _unit_backward(grad: Tensor, v: Tensor) -> Tensor:
-    direction = unit(v)
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    direction, peak, norm = _unit_and_norm(v)
     tangent = grad - direction * (direction * grad).sum(dim=-1, keepdim=True)
-    return torch.where(norm > 0, tangent / norm, 0)
+    return torch.where((v != 0).any(dim=-1, keepdim=True), tangent / peak / norm, 0)
 
 
 def sum_rows(
@@ -103,7 +99,7 @@ def sum_rows(
     ``shift``, their images ``unit(s u + b)`` and, with ``recentre``, ``unit(unit(s u + b) + h)``.
     Zero rows count among the rows; non-finite rows do not.
     """
-    x = rows.to(_working_dtype(rows.dtype))
+    x = rows.double()
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
     zero = (x == 0).all(dim=-1)
     x = torch.where(finite, x, 0)
@@ -111,6 +107,6 @@ def sum_rows(
         x = unit(x)
     if scale is not None and shift is not None:
         x = _affine_on_sphere(x, scale, shift, recentre)
-    x = torch.where(finite, x, 0).double()
+    x = torch.where(finite, x, 0)
     counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
     return x.sum(dim=0), (x * x).sum(), counts

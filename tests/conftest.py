@@ -1,0 +1,156 @@
+"""What the op tests share: a ``kernel`` fixture that runs a test on every backend, tolerances.
+
+The compiled kernels are tested one instruction set at a time. An instruction set that this CPU
+lacks, or a missing CUDA device, is skipped with its reason; a missing library where a compiler is
+present is a failure, so that no green run hides untested kernels.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import ops
+from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda")
+
+
+def require_compiled():
+    """Fail without the compiled CPU kernels, unless this machine has no compiler to build them."""
+    backend = backend_of("align_rows", "cpu")
+    if backend.kernel != "cpu":
+        if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+            pytest.fail(f"a C++ compiler is here, but no compiled kernel: {backend.why}")
+        pytest.skip(f"no compiled kernel and no C++ compiler: {backend.why}")
+
+
+class Kernel:
+    """One implementation of the ops; ``align``, ``align_into`` and ``sum`` call it and no other."""
+
+    def __init__(self, name):
+        self.name = name
+        self.device = torch.device("cuda" if name == "cuda" else "cpu")
+        if name in ISA_NAMES:
+            self.options = {"isa": ISA_NAMES.index(name)}
+            self.functions = torch.ops.realign_fast
+        else:
+            self.options = {}
+            self.functions = reference if name == "reference" else torch.ops.realign_fast
+
+    def align(self, rows, scale, shift, recentre=None, dtype=None):
+        arguments = self._send(rows, scale, shift, recentre)
+        out = self.functions.align_rows(*arguments, dtype or rows.dtype, **self.options)
+        return out.cpu()
+
+    def align_into(self, out, rows, scale, shift, recentre=None):
+        """``out`` may be a view of anything on the kernel's device."""
+        self.functions.align_rows_(out, *self._send(rows, scale, shift, recentre), **self.options)
+
+    def sum(self, rows, scale=None, shift=None, recentre=None, normalize=True):
+        arguments = self._send(rows, scale, shift, recentre)
+        sums = self.functions.sum_rows(*arguments, normalize, **self.options)
+        return ops.RowSums(*(tensor.cpu() for tensor in sums))
+
+    def _send(self, rows, scale, shift, recentre):
+        as_double = [
+            None if value is None else torch.as_tensor(value, dtype=torch.float64).to(self.device)
+            for value in (scale, shift, recentre)
+        ]
+        return (rows.to(self.device), *as_double)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    """Every implementation in turn."""
+    return _kernel_or_skip(request.param)
+
+
+@pytest.fixture(params=KERNELS[1:])
+def compiled_kernel(request):
+    """Every implementation but the reference: for what only kernels promise, or at their scale."""
+    return _kernel_or_skip(request.param)
+
+
+def _kernel_or_skip(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if name in ISA_NAMES:
+        require_compiled()
+        if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
+            pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
+    return Kernel(name)
+
+
+@pytest.fixture
+def set_threads():
+    """``torch.set_num_threads``, put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """(text, image) rows of 500 COCO pairs, float64 [500, 512] each."""
+    if not GOLDEN.exists():
+        pytest.skip(f"{GOLDEN} is not on this machine")
+    image, text = np.load(GOLDEN).astype(np.float64)
+    return text, image
+
+
+def random_rows(count, columns, dtype=torch.float64, seed=0):
+    """Gaussian rows around a common offset, so that means are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, columns, generator=generator, dtype=torch.float64)
+    return (rows + 0.3).to(dtype)
+
+
+def random_map(columns, seed=1):
+    """scale, shift [D], recentre [D] of the sizes a fit on real embeddings gives."""
+    b, h = random_rows(2, columns, seed=seed)
+    return 0.983, 0.8 * b / b.norm(), 0.05 * h / h.norm()
+
+
+def exact(tensor):
+    """The rows as longdouble: every digit, and more for what follows."""
+    return tensor.double().numpy().astype(np.longdouble)
+
+
+def ulps(a, b):
+    """How many representable numbers of their 16-bit dtype lie between a and b, entry by entry."""
+
+    def order(t):
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (order(a) - order(b)).abs()
+
+
+def assert_accurate(result, truth):
+    """The accuracy the project promises for ``align_rows``; ``truth`` is float64 or longdouble.
+
+    16-bit: 1 ulp of the truth rounded once, for every entry, and 0 ulp for all but a few: a kernel
+    that rounds up, or cuts off, is within 1 ulp too. float32: 1e-6 of the row's largest entry, a
+    dozen roundings' worth. float64: 1e-14 of it, since coefficients come from dot products of up
+    to 16384 terms.
+    """
+    assert result.shape == truth.shape
+    if result.numel() == 0:
+        return
+    rounded = torch.from_numpy(np.asarray(truth, dtype=np.float64))
+    if result.dtype in (torch.float16, torch.bfloat16):
+        distance = ulps(result, rounded.to(result.dtype))
+        far = int((distance > 1).sum())
+        assert far == 0, f"{far} of {result.numel()} entries off by up to {int(distance.max())} ulp"
+        near = int((distance == 1).sum())
+        assert near <= 2 + result.numel() // 500, f"{near} of {result.numel()} entries off by 1 ulp"
+        return
+    share = {torch.float32: 1e-6, torch.float64: 1e-14}[result.dtype]
+    peak = np.abs(truth).max(axis=-1, keepdims=True)
+    error = (np.abs(exact(result) - truth) / np.where(peak > 0, peak, 1)).max()
+    assert error <= share, f"error {error:.1e} of the row's largest entry, allowed {share:.0e}"

@@ -1,0 +1,186 @@
+"""Moments in a training loop on two processes: all_reduce over gloo, nothing may hang.
+
+Each scenario is a function of the rank. Two processes run them; what they return comes back here.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import realign_fast
+from realign_fast import Moments, ReAlign
+
+SECONDS = 60  # for all scenarios; a rank that waits for the other in vain ends before
+
+
+def batch(rank, step, columns=6):
+    """The rows rank sees at a step; ranks see different numbers of them."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(5 + 3 * rank + step, columns, generator=generator) + 0.5
+
+
+def train(rank):
+    """A few steps of a model on both ranks while each watches its own embeddings."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    local, aligned = Moments(covariance=True), ReAlign(4)
+    seen, after_each = [], []
+    for step in range(3):
+        rows = model(batch(rank, step))
+        local.update(rows)
+        seen.append(rows.detach())
+        loss = (aligned(rows) - 0.5).square().sum() / 100
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        after_each.append(Moments(covariance=True).merge(local).all_reduce())
+    return {
+        "rows": torch.cat(seen),
+        "local": local.count,
+        "counts": [moments.count for moments in after_each],
+        "mean": after_each[-1].mean,
+        "trace": after_each[-1].trace,
+        "covariance": after_each[-1].covariance,
+        "weight": model.weight.detach(),
+    }
+
+
+def one_rank_without_rows(rank):
+    moments = Moments(covariance=True)
+    if rank == 0:
+        rows = batch(0, 0)
+        rows[1], rows[2, 0] = 0, torch.nan
+        moments.update(rows)
+    moments.all_reduce()
+    return [moments.mean, moments.covariance, moments.counts.tolist()]
+
+
+def no_rank_with_rows(rank):
+    return Moments().all_reduce().count
+
+
+def raised(moments):
+    """What all_reduce says, and proof that the ranks can still talk to each other after it."""
+    try:
+        moments.all_reduce()
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "nothing raised"
+    alive = torch.ones(1)
+    dist.all_reduce(alive)
+    return message, float(alive)
+
+
+def different_columns(rank):
+    return raised(Moments().update(batch(rank, 0, columns=6 + rank)))
+
+
+def different_flags(rank):
+    return raised(Moments(covariance=rank == 0).update(batch(rank, 0)))
+
+
+SCENARIOS = (train, one_rank_without_rows, no_rank_with_rows, different_columns, different_flags)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """Both ranks run all scenarios once; ``outcome(scenario)`` is what the two ranks returned.
+
+    A scenario that failed or hung fails the test that asks for it, with what the ranks said.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    path = str(Path(realign_fast.__file__).parents[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = []
+    for process in processes:
+        try:
+            said.append(process.communicate(timeout=SECONDS)[1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said.append(process.communicate()[1] + "hung and was killed")
+
+    def look_up(scenario):
+        files = [folder / f"{scenario.__name__}_{rank}.pt" for rank in range(2)]
+        assert all(file.exists() for file in files), "\n".join(said)
+        return [torch.load(file) for file in files]
+
+    return look_up
+
+
+def test_every_rank_gets_the_moments_of_all_rows(outcome):
+    results = outcome(train)
+    rows = torch.cat([result["rows"] for result in results])
+    expected = Moments(covariance=True).update(rows)
+    for rank, result in enumerate(results):
+        assert result["counts"] == [13, 28, 45], "local counts go on between the reductions"
+        assert result["local"] == len(result["rows"]) == 18 + 9 * rank
+        torch.testing.assert_close(result["mean"], expected.mean, rtol=0, atol=1e-7)
+        torch.testing.assert_close(result["covariance"], expected.covariance, rtol=0, atol=1e-7)
+        assert result["trace"] == pytest.approx(expected.trace, abs=1e-7)
+    for name in ("mean", "covariance", "weight"):
+        assert torch.equal(results[0][name], results[1][name]), f"ranks disagree on {name}"
+
+
+def test_a_rank_without_rows_takes_part(outcome):
+    (mean, covariance, counts), other = outcome(one_rank_without_rows)
+    rows = batch(0, 0)
+    rows[1], rows[2, 0] = 0, torch.nan
+    expected = Moments(covariance=True).update(rows)
+    assert counts == other[2] == [4, 1, 1]
+    assert torch.equal(mean, expected.mean) and torch.equal(other[0], expected.mean)
+    assert torch.equal(covariance, expected.covariance)
+    assert torch.equal(other[1], expected.covariance)
+
+
+def test_no_rank_with_rows(outcome):
+    assert outcome(no_rank_with_rows) == [0, 0]
+
+
+def test_different_columns_raise_on_both_ranks(outcome):
+    results = outcome(different_columns)
+    for rank, (message, alive) in enumerate(results):
+        assert "Moments.all_reduce: this rank's rows have" in message, f"rank {rank}: {message}"
+        assert alive == 2.0
+
+
+def test_moments_of_different_kind_raise_on_both_ranks(outcome):
+    results = outcome(different_flags)
+    for rank, (message, alive) in enumerate(results):
+        assert message.startswith("Moments.all_reduce: "), f"rank {rank}: {message}"
+        assert alive == 2.0
+
+
+def main(rank, folder):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=int(rank),
+        world_size=2,
+        timeout=timedelta(seconds=SECONDS / 3),  # of one collective
+    )
+    for scenario in SCENARIOS:
+        result = scenario(int(rank))
+        torch.save(result, Path(folder) / f"{scenario.__name__}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
