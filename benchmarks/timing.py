@@ -21,7 +21,14 @@ from torch import Tensor
 THREADS = 2
 ROUNDS = 9
 BUFFER_BYTES = 256 << 20  # many times the last-level cache
-DIMENSIONS = (768, 1024, 1280)
+ROW_CASES = [
+    (torch.float16, 768),
+    (torch.float16, 1024),
+    (torch.float16, 1280),
+    (torch.bfloat16, 768),
+    (torch.float32, 768),
+    (torch.float32, 1280),
+]
 
 
 @dataclass
@@ -32,7 +39,8 @@ class Case:
     dtype: torch.dtype
     dimension: int
     row_bytes: int  # read and written for a row
-    error: float  # against float64, relative to the row's largest entry
+    error: float  # against float64; each benchmark says relative to what
+    kind: str = ""  # which variant of the op
     rows: dict[str, int] = field(default_factory=dict)  # rows a call works on
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -64,7 +72,8 @@ class Case:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        lines = [f"{self.op} {_name(self.dtype)} D={self.dimension}: error {self.error:.1e}"]
+        head = f"{self.op} {self.kind} {case_name(self.dtype)} D={self.dimension}"
+        lines = [f"{head}: error {self.error:.1e}"]
         for name, times in self.seconds.items():
             rate, middle = self.rate(name), statistics.median(times)
             lines.append(
@@ -72,7 +81,7 @@ class Case:
                 f"(+-{(max(times) - min(times)) / middle / 2:4.0%}) {rate / 1e6:9.3f} M rows/s "
                 f"{rate * self.row_bytes / 1e9:7.2f} GB/s"
                 f"  {self.ratio(name, 'ceiling'):6.3f} of ceiling"
-                f"  {self.ratio(self.op, name):8.2f}x behind {self.op}"
+                f"  {self.ratio(self.op, name):8.2f}x slower than {self.op}"
             )
         return lines
 
@@ -80,7 +89,8 @@ class Case:
         """For the json file."""
         return {
             "op": self.op,
-            "dtype": _name(self.dtype),
+            "kind": self.kind,
+            "dtype": case_name(self.dtype),
             "dimension": self.dimension,
             "row_bytes": self.row_bytes,
             "error": self.error,
@@ -92,8 +102,9 @@ class Case:
         }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def case_name(value: object) -> str:
+    """``torch.float16`` -> ``float16``, for tables and test ids."""
+    return str(value).removeprefix("torch.")
 
 
 def random_rows(dtype: torch.dtype, dimension: int) -> Tensor:

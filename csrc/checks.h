@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 namespace realign_fast {
 
@@ -41,6 +42,23 @@ inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
                   ": scale must be on the device of the rows");
   check_vector(op, "shift", shift, rows);
   if (recentre) check_vector(op, "recentre", *recentre, rows);
+}
+
+// out may be the rows themselves, but neither another part of their memory nor overlap itself.
+inline void check_no_overlap(const char* op, const Tensor& out, const Tensor& rows) {
+  const auto span = [](const Tensor& t) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const int64_t last = t.numel() ? (t.size(0) - 1) * t.stride(0) + t.size(1) : 0;
+    return std::pair(begin, begin + last * t.element_size());
+  };
+  STD_TORCH_CHECK(out.size(0) <= 1 || out.stride(0) >= out.size(1), op,
+                  ": the rows of out overlap one another; give out memory of its own");
+  const auto [out_begin, out_end] = span(out);
+  const auto [begin, end] = span(rows);
+  const bool same = out_begin == begin && out.stride(0) == rows.stride(0) &&
+                    out.scalar_type() == rows.scalar_type();
+  STD_TORCH_CHECK(same || out_end <= begin || end <= out_begin, op,
+                  ": out overlaps the rows; give out memory of its own, or the rows themselves");
 }
 
 }  // namespace realign_fast

@@ -75,8 +75,12 @@ class Moments:
             rows = rows[_good_rows(rows)]
             sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
             counts = torch.cat([sums.counts[:1], counts[1:]])
-        second = self._second_moment(rows, through) if self.with_covariance else None
-        self._add(sums.total, sums.energy, counts, second)
+        if self.with_covariance:
+            # Mean and energy from the same operands, or S = E[u u^T] - mu mu^T would mix roundings.
+            total, second = self._second_moment(rows, through)
+            self._add(total, second.trace(), counts, second)
+        else:
+            self._add(sums.total, sums.energy, counts, None)
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -225,8 +229,9 @@ class Moments:
                 "keep one Moments for each encoder"
             )
 
-    def _second_moment(self, rows: Tensor, through: RowMap | None) -> Tensor:
-        """Sum of outer products in float64, a block of rows at a time."""
+    def _second_moment(self, rows: Tensor, through: RowMap | None) -> tuple[Tensor, Tensor]:
+        """Sum of rows and of their outer products in float64, a block of rows at a time."""
+        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
         second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
         for block in rows.split(_BLOCK_ROWS):
             block = block[torch.isfinite(block).all(dim=1)].double()
@@ -234,8 +239,9 @@ class Moments:
                 block = ops.align_rows(block, *through)
             elif self.normalize:
                 block = ops.reference.unit(block)
+            total += block.sum(dim=0)
             second.addmm_(block.T, block)
-        return second
+        return total, second
 
     def _filled(self, tensor: Tensor | None) -> Tensor:
         if tensor is None:

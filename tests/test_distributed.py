@@ -157,7 +157,9 @@ def test_no_rank_with_rows(outcome):
 def test_different_columns_raise_on_both_ranks(outcome):
     results = outcome(different_columns)
     for rank, (message, alive) in enumerate(results):
-        assert "Moments.all_reduce: this rank's rows have" in message, f"rank {rank}: {message}"
+        assert "this rank has Moments(count=" in message, f"rank {rank}: {message}"
+            f"rank {rank}: {message}"
+        )
         assert alive == 2.0
 
 

@@ -229,7 +229,30 @@ REFUSED = {
         RuntimeError,
         "out= keeps no gradient",
     ),
+    "out that wants a gradient": (
+        lambda: align_rows(ROWS, *MAP, out=torch.empty(5, 7, requires_grad=True)),
+        RuntimeError,
+        "out= keeps no gradient",
+    ),
+    "integers as out_dtype": (
+        lambda: align_rows(ROWS, *MAP, out_dtype=torch.int32),
+        TypeError,
+        "out_dtype of torch.float16",
+    ),
 }
+OVERLAPS = {
+    "another part of the rows": lambda rows: (rows[:-1], rows[1:]),
+    "one row many times": lambda rows: (rows, torch.zeros(7).expand(5, 7)),
+    "the rows in another dtype": lambda rows: (rows, rows.view(torch.float16)[:, :7]),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_an_out_that_overlaps_is_refused_by_the_kernels(case):
+    require_compiled()
+    rows, out = OVERLAPS[case](ROWS.clone())
+    with pytest.raises(RuntimeError, match="overlap"):
+        align_rows(rows, *MAP, out=out)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -239,8 +262,26 @@ def test_what_is_refused_and_how_it_is_said(case):
         call()
 
 
-def test_columns_apart_in_memory_are_refused_by_the_kernels():
-    require_compiled()
-    for call in (lambda rows: align_rows(rows, *MAP), sum_rows):
-        with pytest.raises(RuntimeError, match="columns of a row must be contiguous"):
-            call(random_rows(7, 5).T)
+def test_columns_apart_in_memory_are_copied():
+    rows = random_rows(7, 5).T
+    assert torch.equal(align_rows(rows, *MAP), align_rows(rows.contiguous(), *MAP))
+    assert torch.equal(sum_rows(rows).total, sum_rows(rows.contiguous()).total)
+
+
+def test_a_map_cut_out_of_a_matrix():
+    apart = [torch.stack([vector, vector], dim=1)[:, 0] for vector in MAP[1:]]
+    assert torch.equal(align_rows(ROWS, MAP[0], *apart), align_rows(ROWS, *MAP))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
+def test_a_bad_row_has_no_gradient(bad):
+    rows = ROWS.clone()
+    rows[2] = bad
+    rows.requires_grad_()
+    align_rows(rows, *MAP).nan_to_num().sum().backward()
+    assert not rows.grad[2].any()
+    assert rows.grad[[0, 1, 3, 4]].ne(0).all()
+
+
+def test_devices_without_kernels_have_the_reference():
+    assert backend_of("align_rows", "meta").kernel == "reference"

@@ -76,6 +76,7 @@ void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
   STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == rows.size(1), op, ": out is [",
                   out.size(0), ", ", out.size(1), "], the rows [", rows.size(0), ", ", rows.size(1),
                   "]");
+  check_no_overlap(op, out, rows);
   check_map(op, scale, shift, recentre, rows);
   const double s = *static_cast<const double*>(scale.const_data_ptr());
   dispatch_rows(op, rows, [&](auto t) {

@@ -9,25 +9,22 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
   const int64_t columns = task.map.columns;
   const T* rows = task.rows + first * task.row_stride;
   O* out = task.out + first * task.out_stride;
-  double dots[R][3];
+  double dots[3][R];
   dot_rows<R, 3>(rows, task.row_stride, columns, task.shift, task.recentre, dots);
-  Vec<M> alpha[R], beta[R], gamma[R];
-  bool usual = true;
-  for (int r = 0; r < R; ++r) {
-    Coefficients c;
-    const bool kept = row_coefficients(task.map, dots[r][0], dots[r][1], dots[r][2], &c);
-    usual = usual && kept && in_range<M>(dots[r][0]);
-    alpha[r] = broadcast(static_cast<M>(c.alpha));
-    beta[r] = broadcast(static_cast<M>(c.beta));
-    gamma[r] = broadcast(static_cast<M>(c.gamma));
-  }
-  if (!usual) {
+  const Coefficients<R> c = row_coefficients(task.map, dots);
+  if (c.cancelled || !in_range<M>(dots[0])) {
     if constexpr (R > 1) {
       for (int r = 0; r < R; ++r) align_some_rows<1>(task, first + r, scratch);
     } else {
       align_row_directly(task, first, scratch);
     }
     return;
+  }
+  Vec<M> alpha[R], beta[R], gamma[R];
+  for (int r = 0; r < R; ++r) {
+    alpha[r] = broadcast(static_cast<M>(c.alpha[r]));
+    beta[r] = broadcast(static_cast<M>(c.beta[r]));
+    gamma[r] = broadcast(static_cast<M>(c.gamma[r]));
   }
   const Vec<M> none = broadcast(M(0));
   int64_t j = 0;

@@ -31,25 +31,37 @@ struct RowMap {
   }
 };
 
+// result = alpha x + beta b + gamma h, for R rows side by side (so that the compiler can compute
+// the roots and quotients of all of them at once).
+template <int R>
 struct Coefficients {
-  double alpha, beta, gamma;  // result = alpha x + beta b + gamma h
+  double alpha[R], beta[R], gamma[R];
+  bool cancelled;  // in one of the rows
 };
 
 // A squared norm below this share of its terms has lost too many digits to the expansion.
 constexpr double kCancelled = 1.0 / 8;
 
-// False where the expansion would cancel.
-inline bool row_coefficients(const RowMap& map, double xx, double xb, double xh, Coefficients* c) {
-  const double inverse = 1 / std::sqrt(xx);
-  const double s = map.scale, ub = xb * inverse, uh = xh * inverse;
-  const double rr = s * s + 2 * s * ub + map.bb;
-  const double r = std::sqrt(rr);
-  const double qq = 1 + 2 * (s * uh + map.bh) / r + map.hh;
-  const double q = std::sqrt(qq);
-  c->gamma = 1 / q;
-  c->beta = c->gamma / r;
-  c->alpha = c->beta * s * inverse;
-  return rr > kCancelled * (s * s + map.bb) && qq > kCancelled * (1 + map.hh);
+// dots[0] = x.x, dots[1] = x.b, dots[2] = x.h (0 without h).
+template <int R>
+inline Coefficients<R> row_coefficients(const RowMap& map, const double (&dots)[3][R]) {
+  Coefficients<R> c;
+  const double s = map.scale, least_rr = kCancelled * (s * s + map.bb);
+  const double least_qq = kCancelled * (1 + map.hh);
+  int cancelled = 0;
+  for (int r = 0; r < R; ++r) {
+    const double inverse = 1 / std::sqrt(dots[0][r]);
+    const double rr = s * s + 2 * s * inverse * dots[1][r] + map.bb;
+    const double inverse_r = 1 / std::sqrt(rr);
+    const double eh = (s * inverse * dots[2][r] + map.bh) * inverse_r;
+    const double qq = 1 + 2 * eh + map.hh;
+    c.gamma[r] = 1 / std::sqrt(qq);
+    c.beta[r] = c.gamma[r] * inverse_r;
+    c.alpha[r] = c.beta[r] * s * inverse;
+    cancelled |= !(rr > least_rr) | !(qq > least_qq);
+  }
+  c.cancelled = cancelled;
+  return c;
 }
 
 enum class Row { usual, zero, nonfinite };

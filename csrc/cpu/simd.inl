@@ -52,20 +52,13 @@ inline void load(const double* p, Vec<double>& a) { a.v = _mm512_loadu_pd(p); }
 
 inline __m256i to_half(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 inline __m128i to_half(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-inline __m256i to_bf16(__m512 v) {  // finite values only: a NaN row never comes here
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
-}
-inline __m128i to_bf16(__m256 v) {
+inline __m128i to_bf16(__m256 v) {  // finite values only: a NaN row never comes here
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
   return _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_add_epi32(bits, half), 16));
 }
 inline void store(Half* p, Vec<float> a) { _mm256_storeu_si256((__m256i*)p, to_half(a.v)); }
-inline void store(BFloat16* p, Vec<float> a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a.v)); }
 inline void store(float* p, Vec<float> a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec<double> a) {
   _mm_storeu_si128((__m128i*)p, to_half(_mm512_cvtpd_ps(a.v)));
@@ -77,7 +70,6 @@ inline void store(float* p, Vec<double> a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps
 inline void store(double* p, Vec<double> a) { _mm512_storeu_pd(p, a.v); }
 
 inline void stream(Half* p, Vec<float> a) { _mm256_stream_si256((__m256i*)p, to_half(a.v)); }
-inline void stream(BFloat16* p, Vec<float> a) { _mm256_stream_si256((__m256i*)p, to_bf16(a.v)); }
 inline void stream(float* p, Vec<float> a) { _mm512_stream_ps(p, a.v); }
 inline void stream(Half* p, Vec<double> a) {
   _mm_stream_si128((__m128i*)p, to_half(_mm512_cvtpd_ps(a.v)));
@@ -152,7 +144,6 @@ inline __m128i to_bf16(__m256 v) {
 }
 inline __m128i to_bf16(__m128 v) { return to_bf16(_mm256_castps128_ps256(v)); }
 inline void store(Half* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_half(a.v)); }
-inline void store(BFloat16* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_bf16(a.v)); }
 inline void store(float* p, Vec<float> a) { _mm256_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec<double> a) {
   _mm_storel_epi64((__m128i*)p, to_half(_mm256_cvtpd_ps(a.v)));
@@ -165,7 +156,6 @@ inline void store(double* p, Vec<double> a) { _mm256_storeu_pd(p, a.v); }
 
 inline long long low_64(__m128i v) { return _mm_cvtsi128_si64(v); }
 inline void stream(Half* p, Vec<float> a) { _mm_stream_si128((__m128i*)p, to_half(a.v)); }
-inline void stream(BFloat16* p, Vec<float> a) { _mm_stream_si128((__m128i*)p, to_bf16(a.v)); }
 inline void stream(float* p, Vec<float> a) { _mm256_stream_ps(p, a.v); }
 inline void stream(Half* p, Vec<double> a) {
   _mm_stream_si64((long long*)p, low_64(to_half(_mm256_cvtpd_ps(a.v))));
@@ -249,9 +239,10 @@ inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
 // order that depends on the row alone. A lane sums at most 64 products in M; the rest is float64.
 template <int R, int K, class T, class M>
 void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const M* h,
-              double (*dots)[3]) {
+              double (&dots)[3][R]) {
   constexpr int64_t W = Vec<M>::width;
-  for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = dots[r][2] = 0;
+  for (auto& dot : dots)
+    for (double& row : dot) row = 0;
   for (int64_t begin = 0; begin < columns; begin += 64 * W) {
     const int64_t end = begin + 64 * W < columns ? begin + 64 * W : columns;
     Vec<M> sums[R][K], vb, vh;
@@ -279,15 +270,18 @@ void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const 
     }
     if (j < end) add_products(j, std::false_type());
     for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k) dots[r][k] += reduce(sums[r][k]);
+      for (int k = 0; k < K; ++k) dots[k][r] += reduce(sums[r][k]);
   }
 }
 
-// A row's x.x outside this range is left to the careful path; NaN and zero are outside too.
-template <class M>
-inline bool in_range(double xx) {
+// False if one row's x.x is too large or too small for M, or zero or NaN: the careful path's
+// business.
+template <class M, int R>
+inline bool in_range(const double (&xx)[R]) {
   constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280;
-  return xx > 1 / limit && xx < limit;
+  int outside = 0;
+  for (double x : xx) outside |= !(x > 1 / limit) | !(x < limit);
+  return !outside;
 }
 
 }  // namespace

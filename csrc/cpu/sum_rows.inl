@@ -35,35 +35,26 @@ template <int R, class T, class M>
 void sum_some_rows(const SumTask<T, M>& task, int64_t first, M* acc, double* scratch,
                    ChunkSums& sums) {
   const T* rows = task.rows + first * task.row_stride;
-  double dots[R][3], weights[R];
+  double dots[3][R] = {};
+  Coefficients<R> c = {};
   if (!task.map) {
     dot_rows<R, 1>(rows, task.row_stride, task.columns, task.shift, task.recentre, dots);
-  } else if (!task.map->recentre) {
-    dot_rows<R, 2>(rows, task.row_stride, task.columns, task.shift, task.recentre, dots);
-    for (auto& dot : dots) dot[2] = 0;
+    for (int r = 0; r < R; ++r) c.alpha[r] = task.normalize ? 1 / __builtin_sqrt(dots[0][r]) : 1;
   } else {
-    dot_rows<R, 3>(rows, task.row_stride, task.columns, task.shift, task.recentre, dots);
-  }
-  bool usual = true;
-  double energy = 0, beta = 0, gamma = 0;
-  for (int r = 0; r < R; ++r) {
-    const double xx = dots[r][0];
-    usual = usual && in_range<M>(xx);
-    energy += task.normalize ? 1 : xx;
-    weights[r] = task.normalize ? 1 / __builtin_sqrt(xx) : 1;
-    if (task.map) {
-      Coefficients c;
-      usual = row_coefficients(*task.map, xx, dots[r][1], dots[r][2], &c) && usual;
-      weights[r] = c.alpha;
-      beta += c.beta;
-      gamma += c.gamma;
+    if (task.map->recentre) {
+      dot_rows<R, 3>(rows, task.row_stride, task.columns, task.shift, task.recentre, dots);
+    } else {
+      dot_rows<R, 2>(rows, task.row_stride, task.columns, task.shift, task.recentre, dots);
     }
+    c = row_coefficients(*task.map, dots);
   }
-  if (usual) {
-    add_weighted_rows<R>(rows, task.row_stride, task.columns, weights, acc);
-    sums.energy += energy;
-    sums.beta += beta;
-    sums.gamma += gamma;
+  if (!c.cancelled && in_range<M>(dots[0])) {
+    add_weighted_rows<R>(rows, task.row_stride, task.columns, c.alpha, acc);
+    for (int r = 0; r < R; ++r) {
+      sums.energy += task.normalize ? 1 : dots[0][r];
+      sums.beta += c.beta[r];
+      sums.gamma += c.gamma[r];
+    }
     sums.rows += R;
   } else if constexpr (R > 1) {
     for (int r = 0; r < R; ++r) sum_some_rows<1>(task, first + r, acc, scratch, sums);

@@ -102,7 +102,8 @@ def align_rows(
     ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``.
 
     Args:
-        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided.
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
         scale: s, a number or a 0-d tensor.
         shift: b, [D].
         recentre: h, [D]; ``None`` stops after ``unit(s u + b)``.
@@ -116,11 +117,13 @@ def align_rows(
         ValueError: a shape does not fit. TypeError: a dtype is not floating point.
         RuntimeError: ``out=`` with rows that need a gradient.
     """
-    _check_rows("align_rows", rows)
+    rows = _checked_rows("align_rows", rows)
     scale, shift, recentre = _map_arguments("align_rows", rows, scale, shift, recentre)
     op = torch.ops.realign_fast
     if out is None:
-        return op.align_rows(rows, scale, shift, recentre, out_dtype or rows.dtype)
+        out_dtype = out_dtype or rows.dtype
+        _check_dtype("align_rows", "out_dtype", out_dtype)
+        return op.align_rows(rows, scale, shift, recentre, out_dtype)
     if out.shape != rows.shape:
         raise ValueError(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
@@ -130,7 +133,7 @@ def align_rows(
         raise TypeError(
             f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; leave out_dtype away"
         )
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
         raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
     op.align_rows_(out, rows, scale, shift, recentre)
     return out
@@ -158,19 +161,20 @@ def sum_rows(
     pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` through the whole map.
 
     Args:
-        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided.
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
         scale, shift, recentre: the map, as in :func:`align_rows`; none of them by default.
         normalize: ``False`` sums the rows as they are (no map can be given then).
 
     Returns:
         :class:`RowSums`. A zero row counts as a row and adds nothing (with a map: the image of
         ``u = 0``); a row with a NaN or an infinity is counted apart and left out.
-        The bytes do not depend on the number of threads.
+        The compiled kernel's bytes do not depend on the number of threads.
 
     Raises:
         ValueError: a shape does not fit, or half a map. TypeError: a dtype is not floating point.
     """
-    _check_rows("sum_rows", rows)
+    rows = _checked_rows("sum_rows", rows)
     if (scale is None) != (shift is None) or (recentre is not None and shift is None):
         raise ValueError("sum_rows: a map needs scale and shift together; give both or neither")
     if shift is not None:
@@ -181,12 +185,17 @@ def sum_rows(
     return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize))
 
 
-def _check_rows(op: str, rows: Tensor) -> None:
+def _checked_rows(op: str, rows: Tensor) -> Tensor:
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
-    if rows.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{op}: expected rows of {names}, got {rows.dtype}; convert them first")
+    _check_dtype(op, "rows", rows.dtype)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        expected = ", ".join(str(known) for known in DTYPES)
+        raise TypeError(f"{op}: expected {name} of {expected}, got {dtype}; convert first")
 
 
 def _map_arguments(
@@ -201,8 +210,8 @@ def _map_arguments(
     kind = {"dtype": torch.float64, "device": rows.device}
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, **kind)
-    recentre = None if recentre is None else recentre.detach().to(**kind)
-    return scale.detach().to(**kind), shift.detach().to(**kind), recentre
+    recentre = None if recentre is None else recentre.detach().to(**kind).contiguous()
+    return scale.detach().to(**kind), shift.detach().to(**kind).contiguous(), recentre
 
 
 class Backend(NamedTuple):
@@ -217,8 +226,10 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
     if op not in OPS:
         raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
-    key = device.type.upper()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"realign_fast::{op}", key):
+    compiled = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"realign_fast::{op}", device.type.upper()
+    )
+    if compiled:
         return Backend(device.type, f"compiled, {cpu_isa()} in use")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")

@@ -68,9 +68,11 @@ def align_rows_backward(
 ) -> Tensor:
     """Gradient of :func:`align_rows` in the rows: three projections off a unit vector.
 
-    ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first.
+    ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first. It is 0
+    for zero and non-finite rows, so that a bad row does not poison what lies behind it.
     """
     x = rows.double()
+    x = torch.where(torch.isfinite(x).all(dim=-1, keepdim=True), x, 0)
     half = scale * unit(x) + shift
     g = grad.double()
     if recentre is not None:
