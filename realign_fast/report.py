@@ -24,14 +24,19 @@ def draw_alignment(
 ) -> None:
     """Write a PNG: both clouds on two principal axes, and cosines of pairs, before and after.
 
-    The axes are those of image and unaligned text rows together, the same in both pictures, so
-    that the move is seen. A grey line joins a held-out text to its image.
+    The axes are principal axes of image and unaligned text rows together, the same in both
+    pictures: the one of the first ten along which the two means lie furthest apart, and the first
+    of the others. A grey line joins a held-out text to its image.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     pyplot = _pyplot()
-    centre, axes = principal_axes(torch.cat([image, text[0]]))
+    centre, axes = principal_axes(torch.cat([image, text[0]]), 10)
+    apart = (unit(image.double()).mean(0) - unit(text[0].double()).mean(0)) @ axes
+    across = int(apart.abs().argmax())
+    along = 1 if across == 0 else 0
+    axes = axes[:, [across, along]]
 
     def flat(rows: Tensor) -> Tensor:
         return (unit(rows.double()) - centre) @ axes
@@ -46,7 +51,7 @@ def draw_alignment(
             clouds.scatter(*points.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
         ends = torch.stack([flat(held_image), flat(held_text[column])])
         clouds.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
-        clouds.set_title(f"{when}: rows on two principal axes")
+        clouds.set_title(f"{when}: rows on principal axes {across + 1} and {along + 1}")
         clouds.legend(markerscale=4, loc="upper right")
         _draw_cosines(cosines, held_image, held_text[column])
         cosines.set_title(f"{when}: cosine of held-out texts and images")
@@ -60,7 +65,8 @@ def _draw_cosines(panel, image: Tensor, text: Tensor) -> None:
     pairs = {"matched": image, "shuffled": image.roll(1, dims=0)}
     for (name, other), colour in zip(pairs.items(), (_TEXT, _PAIR), strict=True):
         values = matched_cosine(text, other)
-        panel.hist(values, bins=40, density=True, alpha=0.6, color=colour, label=name)
+        bins = torch.linspace(-0.4, 0.8, 49)
+        panel.hist(values, bins=bins, density=True, alpha=0.6, color=colour, label=name)
     panel.set_yticks([])
     panel.legend()
 

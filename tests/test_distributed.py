@@ -158,8 +158,6 @@ def test_different_columns_raise_on_both_ranks(outcome):
     results = outcome(different_columns)
     for rank, (message, alive) in enumerate(results):
         assert "this rank has Moments(count=" in message, f"rank {rank}: {message}"
-            f"rank {rank}: {message}"
-        )
         assert alive == 2.0
 
 
