@@ -28,7 +28,7 @@ from .corpus import Batch, Corpus, Shard, ShardWriter
 from .moments import Moments, RowMap
 from .output import ALIGNER, REPORT, check_output, write_json
 
-BATCH_BYTES = 16 << 20  # with 2 threads on a busy machine 3 x as fast as 4 << 20, else the same
+BATCH_BYTES = 16 << 20  # smaller ones give the threads of a busy machine too little at a time
 
 
 @dataclass(frozen=True)
