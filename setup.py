@@ -23,8 +23,9 @@ SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inl"))
 DEPENDS = [*HEADERS, "build_backend.py", "CMakeLists.txt"]  # (goes into source distributions)
 COMPILE = (
-    "-std=c++20 -O3 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror=return-type "
-    "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 -Icsrc"
+    "-std=c++20 -O3 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra "
+    "-Werror=return-type -DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 "
+    "-Icsrc"
 )
 LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -ltorch -ltorch_cpu"
 

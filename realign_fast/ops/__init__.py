@@ -9,6 +9,7 @@ The dispatcher chooses by the device of the rows: nothing is swapped at run time
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,9 @@ def _load_compiled() -> str:
         return ""
     build_info = _PACKAGE / "_build_info.json"
     reason = json.loads(build_info.read_text())["reason"] if build_info.exists() else ""
-    return reason or f"{binary.name} was never built; run `pip install .` in the source tree"
+    reason = reason or f"{binary.name} was never built; run `pip install .` in the source tree"
+    warnings.warn(f"realign_fast runs on plain torch: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 _library = _define_ops()
