@@ -27,7 +27,8 @@ COMPILE = (
     "-Werror=return-type -DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 "
     "-Icsrc"
 )
-LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -ltorch -ltorch_cpu"
+# -lstdc++ first: some builds of torch export parts of it, unversioned, that others lack.
+LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 
 compiler, why_not = build_backend.find_compiler()
 

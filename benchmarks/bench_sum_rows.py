@@ -24,9 +24,8 @@ def bench_sum_rows(dtype, dimension, through, benchmark, table):
     case.add("ceiling", len(rows), timing.read_ceiling(rows))
     case.add("sum_rows", len(rows), lambda: sum_rows(rows, *row_map))
     if ops.cpu_isa() == "avx512":
-        avx2 = ops.ISA_NAMES.index("avx2")
-        op = torch.ops.realign_fast.sum_rows
-        case.add("sum_rows on AVX2", len(rows), lambda: op(rows, *row_map, None, True, avx2))
+        op, avx512 = torch.ops.realign_fast.sum_rows, ops.ISA_NAMES.index("avx512")
+        case.add("sum_rows on AVX-512", len(rows), lambda: op(rows, *row_map, None, True, avx512))
     if through == "plain" and dimension == 768:
         few = rows[:FEW].clone()
         compiled = torch.compile(peers.torch_sum_rows, dynamic=False)
