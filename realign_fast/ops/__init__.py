@@ -61,17 +61,6 @@ _library = _define_ops()
 _why_not_compiled = _load_compiled()
 _cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
-# Ops for which a narrower instruction set than the CPU's best was measured ahead: sum_rows on an
-# AMD EPYC (Zen 4), two threads, 2026-11-24: AVX2 reads at 0.88-0.93 of the ceiling, AVX-512 at
-# 0.85-0.87. It is bound by memory, so nothing is lost where AVX-512 is faster.
-_NARROWER = {"sum_rows": "avx2"}
-
-
-def _isa_of(op: str) -> int:
-    """The `isa` argument for an op: 0 (the CPU's best) or the one of the table above."""
-    narrower = ISA_NAMES.index(_NARROWER.get(op, "best"))
-    return min(narrower, _cpu_isa)
-
 
 @torch.library.register_fake("realign_fast::align_rows")
 def _(rows, scale, shift, recentre, dtype, isa=0):
@@ -197,8 +186,7 @@ def sum_rows(
             raise ValueError("sum_rows: the map works on unit rows; leave normalize=True with it")
         scale, shift, recentre = _map_arguments("sum_rows", rows, scale, shift, recentre)
     op = torch.ops.realign_fast
-    isa = _isa_of("sum_rows") if rows.is_cpu else 0
-    return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize, isa))
+    return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize))
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:
@@ -246,7 +234,7 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         f"realign_fast::{op}", device.type.upper()
     )
     if compiled:
-        isa = f", {ISA_NAMES[_isa_of(op) or _cpu_isa]} in use" if device.type == "cpu" else ""
+        isa = f", {cpu_isa()} in use" if device.type == "cpu" else ""
         return Backend(device.type, f"compiled{isa}")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")
