@@ -33,6 +33,7 @@ from .whole_file import write_whole
 
 Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 _BATCH_ROWS = 1 << 16
+_NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
 _SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap")
 _COUNTS = ("source_count", "target_count")
@@ -89,11 +90,12 @@ class ReAlign(nn.Module):
                 f"ReAlign: the source has {source.dimension} columns, the target "
                 f"{target.dimension}; embed both with one encoder"
             )
-        if source.trace <= 1e-12:
-            raise ValueError(
-                f"ReAlign: the {source.count} source rows all point one way (trace "
-                f"{source.trace:.1e}), so no scale exists; fit on more rows"
-            )
+        for name, moments in (("source", source), ("target", target)):
+            if moments.count < 2 or moments.trace < _NO_SPREAD:
+                raise ValueError(
+                    f"ReAlign: the {moments.count} {name} rows all point one way (trace "
+                    f"{moments.trace:.1e}), so no scale exists; fit on more rows"
+                )
         self = cls(source.dimension)
         mu_y, mu_x = source.mean.cpu(), target.mean.cpu()
         scale = math.sqrt(target.trace / source.trace)
@@ -190,6 +192,9 @@ class ReAlign(nn.Module):
         ``out_dtype`` chooses another dtype; ``out`` [N, D] is written into instead (rows must then
         be [N, D]). Differentiable in ``rows``; otherwise as :func:`realign_fast.align_rows`.
         """
+        if not isinstance(rows, Tensor):
+            got = type(rows).__name__
+            raise TypeError(f"ReAlign: expected a tensor, got {got}; use torch.as_tensor(rows)")
         if rows.shape[-1:] != self.shift.shape:
             raise ValueError(
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
@@ -271,20 +276,27 @@ def _batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int,
         for batch in rows.batches():
             yield str(rows.shards[batch.shard].path), batch.first, batch.rows
         return
-    if isinstance(rows, np.ndarray):
-        rows = torch.from_numpy(rows)
-    if isinstance(rows, Tensor):
-        if rows.dim() != 2:
+    if isinstance(rows, (Tensor, np.ndarray)):
+        if rows.ndim != 2:
             raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
         for first_row in range(0, len(rows), batch_rows):
-            yield name, first_row, rows[first_row : first_row + batch_rows]
+            yield name, first_row, _as_tensor(rows[first_row : first_row + batch_rows], name)
         return
     if iter(rows) is rows:
         raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
     first_row = 0
     for batch in rows:
-        yield name, first_row, batch
+        yield name, first_row, _as_tensor(batch, name)
         first_row += len(batch)
+
+
+def _as_tensor(rows: Tensor | np.ndarray, name: str) -> Tensor:
+    if isinstance(rows, np.ndarray):  # of any byte order and strides
+        rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
+    if not isinstance(rows, Tensor) or rows.dim() < 2:
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"{name}: expected batches of rows [n, D], got {got}; give tensors")
+    return rows
 
 
 def _download(name: str, **options: str) -> str:

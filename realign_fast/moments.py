@@ -65,6 +65,8 @@ class Moments:
         """
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
+        if rows.dim() == 0:
+            raise ValueError(f"Moments: expected {where} [..., D], got a single number")
         rows = rows.detach().reshape(-1, rows.shape[-1])
         self._expect_columns(rows.shape[1], where)
         sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)

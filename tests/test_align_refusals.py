@@ -1,0 +1,37 @@
+"""What ReAlign refuses to be fitted on or called with, and what it takes all the same."""
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import Moments, ReAlign
+
+TEXT = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 1
+IMAGE = torch.randn(80, 8, generator=torch.Generator().manual_seed(1)) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [TEXT[:1], TEXT[:1].expand(50, 8)], ids=["one row", "one way"])
+def test_rows_without_spread_have_no_scale(rows, dtype):
+    with pytest.raises(ValueError, match="source rows all point one way"):
+        ReAlign.fit(rows.to(dtype), IMAGE)
+    with pytest.raises(ValueError, match="target rows all point one way"):
+        ReAlign.fit(IMAGE, rows.to(dtype))
+
+
+def test_what_holds_no_rows_is_named():
+    with pytest.raises(TypeError, match="source: expected batches of rows .* got list"):
+        ReAlign.fit([[1.0, 2.0]], IMAGE)
+    with pytest.raises(TypeError, match="expected a tensor, got ndarray"):
+        ReAlign.fit(TEXT, IMAGE)(TEXT.numpy())
+    with pytest.raises(ValueError, match="got a single number"):
+        Moments().update(torch.tensor(1.0))
+
+
+def test_arrays_of_any_byte_order_and_strides():
+    expected = ReAlign.fit(TEXT, IMAGE)
+    array = TEXT.numpy()
+    for same in (array.astype(">f4"), array[::-1].copy()[::-1], np.asfortranarray(array)):
+        fitted = ReAlign.fit(same, IMAGE)
+        assert torch.equal(fitted.shift, expected.shift)
+        assert torch.equal(fitted.recentre, expected.recentre)
