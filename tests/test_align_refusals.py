@@ -20,7 +20,7 @@ def test_rows_without_spread_have_no_scale(rows, dtype):
 
 
 def test_what_holds_no_rows_is_named():
-    with pytest.raises(TypeError, match="source: expected batches of rows .* got list"):
+    with pytest.raises(TypeError, match=r"source: expected batches of rows .* got list"):
         ReAlign.fit([[1.0, 2.0]], IMAGE)
     with pytest.raises(TypeError, match="expected a tensor, got ndarray"):
         ReAlign.fit(TEXT, IMAGE)(TEXT.numpy())
