@@ -74,7 +74,7 @@ class Moments:
         if bad_rows != "keep" and int(counts[1:].sum()):
             if bad_rows == "error":
                 raise ValueError(_describe_bad_row(rows, where, first_row))
-            rows = rows[_good_rows(rows)]
+            rows = rows[good_rows(rows)]
             sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
             counts = torch.cat([sums.counts[:1], counts[1:]])
         if self.with_covariance:
@@ -264,12 +264,13 @@ def _default_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cuda" if backend == "nccl" else "cpu")
 
 
-def _good_rows(rows: Tensor) -> Tensor:
+def good_rows(rows: Tensor) -> Tensor:
+    """Which of rows [N, D] are finite and have a direction, [N] bool."""
     return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
 
 
 def _describe_bad_row(rows: Tensor, where: str, first_row: int) -> str:
-    index = int((~_good_rows(rows)).nonzero()[0])
+    index = int((~good_rows(rows)).nonzero()[0])
     row = rows[index]
     what = "is zero" if bool((row == 0).all()) else "holds a NaN or an infinity"
     return (

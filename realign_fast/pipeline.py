@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Batch, Corpus, Shard, ShardWriter
-from .moments import Moments, RowMap
+from .moments import Moments, RowMap, good_rows
 from .output import ALIGNER, REPORT, check_output, write_json
 
 BATCH_BYTES = 16 << 20  # smaller ones give the threads of a busy machine too little at a time
@@ -143,7 +143,7 @@ class Run:
                 bad = self._update(part, shard, batch, aligner.row_map)
                 aligner(rows, out=result)
                 if bad and self.settings.bad_rows == "skip":
-                    result[~(torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1))] = 0
+                    result[~good_rows(rows)] = 0
                 if writing:
                     writing.result()
                 writing = disk.submit(writer.write, result)
