@@ -51,7 +51,7 @@ void align_typed(const Tensor& out, const Tensor& rows, double scale, const Tens
   const int64_t columns = rows.size(1);
   const auto* h = recentre ? static_cast<const double*>(recentre->const_data_ptr()) : nullptr;
   const auto* b = static_cast<const double*>(shift.const_data_ptr());
-  const std::vector<M> padded_b = padded<M>(b, columns), padded_h = padded<M>(h, columns);
+  const Registers<M> padded_b = padded<M>(b, columns), padded_h = padded<M>(h, columns);
   AlignTask<T, O, M> task{RowMap(columns, scale, b, h),
                           padded_b.data(),
                           padded_h.data(),

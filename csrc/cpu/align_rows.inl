@@ -27,20 +27,34 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
     gamma[r] = broadcast(static_cast<M>(c.gamma[r]));
   }
   const Vec<M> none = broadcast(M(0));
-  int64_t j = 0;
   auto combine = [&](int r, Vec<M> x, Vec<M> b, Vec<M> h) __attribute__((always_inline)) {
     return fma(alpha[r], x, fma(beta[r], b, fma(gamma[r], h, none)));
   };
+  // A row's whole cache line before the next row's: lines left half written past the caches get in
+  // one another's way, most of all where rows lie a power of two apart.
+  constexpr int64_t line = 64 / sizeof(O) < W ? W : 64 / sizeof(O);
+  int64_t j = 0;
+  for (; j + line <= columns; j += line) {
+    for (int64_t k = 0; k < line; k += W) fetch_ahead<R, M>(rows, task.row_stride, j + k, 1);
+    for (int r = 0; r < R; ++r) {
+      for (int64_t k = j; k < j + line; k += W) {
+        Vec<M> b, h, x;
+        load(task.shift + k, b);
+        load(task.recentre + k, h);
+        load(rows + r * task.row_stride + k, x);
+        const Vec<M> y = combine(r, x, b, h);
+        O* target = out + r * task.out_stride + k;
+        task.stream ? stream(target, y) : store(target, y);
+      }
+    }
+  }
   for (; j + W <= columns; j += W) {
     Vec<M> b, h, x;
     load(task.shift + j, b);
     load(task.recentre + j, h);
-    fetch_ahead<R, M>(rows, task.row_stride, j, 1);
     for (int r = 0; r < R; ++r) {
       load(rows + r * task.row_stride + j, x);
-      const Vec<M> y = combine(r, x, b, h);
-      O* target = out + r * task.out_stride + j;
-      task.stream ? stream(target, y) : store(target, y);
+      store(out + r * task.out_stride + j, combine(r, x, b, h));
     }
   }
   if (j == columns) return;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -32,11 +33,27 @@ inline constexpr bool kNeedsDouble =
 template <class T, class O>
 using Arithmetic = std::conditional_t<kNeedsDouble<T, O>, double, float>;
 
+// Whole registers of M on 64-byte lines: one that straddles two lines costs two accesses.
+template <class M>
+struct LineAllocator {
+  using value_type = M;
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  M* allocate(size_t count) {
+    return static_cast<M*>(::operator new(count * sizeof(M), std::align_val_t(64)));
+  }
+  void deallocate(M* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+template <class M>
+using Registers = std::vector<M, LineAllocator<M>>;
+
 // values [columns] (zeros if null) as M, with zeros to the end of a whole register.
 template <class M>
-std::vector<M> padded(const double* values, int64_t columns) {
+Registers<M> padded(const double* values, int64_t columns) {
   constexpr int64_t lanes = 64 / sizeof(M);
-  std::vector<M> copy((columns + lanes - 1) / lanes * lanes);
+  Registers<M> copy((columns + lanes - 1) / lanes * lanes);
   for (int64_t j = 0; values && j < columns; ++j) copy[j] = static_cast<M>(values[j]);
   return copy;
 }
@@ -54,14 +71,20 @@ void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
 }
 
 // Calls body(chunk, scratch [columns]) for every chunk on torch's threads. Whoever is free takes
-// the next one, so a thread that the machine slows down does not hold up the rest.
+// its share of what is left, so a thread that the machine slows down does not hold up the rest and
+// most chunks follow one that the same thread has just read (and fetched ahead from).
 template <class Body>
 void for_each_chunk(int64_t chunks, int64_t columns, const Body& body) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(chunks, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     std::vector<double> scratch(columns);
-    for (int64_t chunk = next++; chunk < chunks; chunk = next++) body(chunk, scratch.data());
+    for (int64_t begin = next; begin < chunks;) {
+      const int64_t end = begin + std::max<int64_t>(1, (chunks - begin) / (2 * workers));
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk, scratch.data());
+      begin = next;
+    }
   });
 }
 

@@ -229,7 +229,7 @@ template <int R, class M, class T>
 inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
   if constexpr (R > 1) {
     constexpr int64_t bytes = R / 2 * Vec<M>::width * sizeof(T);
-    const T* next = rows + (2 * R + sweep * (R / 2)) * stride + j * (R / 2);
+    const T* next = rows + (3 * R + sweep * (R / 2)) * stride + j * (R / 2);
     for (int64_t line = 0; line < bytes; line += 64)
       prefetch(reinterpret_cast<const char*>(next) + line);
   }

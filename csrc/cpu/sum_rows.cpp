@@ -63,8 +63,8 @@ template <class T, class M>
 void sum_typed(const Tensor& rows, const RowMap* map, bool normalize, Isa isa, double* total,
                double* energy, int64_t* counts) {
   const int64_t n = rows.size(0), columns = rows.size(1);
-  const std::vector<M> shift = padded<M>(map ? map->shift : nullptr, columns);
-  const std::vector<M> recentre = padded<M>(map ? map->recentre : nullptr, columns);
+  const Registers<M> shift = padded<M>(map ? map->shift : nullptr, columns);
+  const Registers<M> recentre = padded<M>(map ? map->recentre : nullptr, columns);
   const SumTask<T, M> task{static_cast<const T*>(rows.const_data_ptr()),
                            rows.stride(0),
                            columns,
@@ -76,7 +76,7 @@ void sum_typed(const Tensor& rows, const RowMap* map, bool normalize, Isa isa, d
   std::vector<double> totals(chunks * columns);
   std::vector<ChunkSums> sums(chunks);
   for_each_chunk(chunks, columns, [&](int64_t c, double* scratch) {
-    std::vector<M> acc = padded<M>(nullptr, columns);
+    Registers<M> acc = padded<M>(nullptr, columns);
     ChunkSums local;  // on this thread's stack: neighbours in `sums` share cache lines
     local.total = totals.data() + c * columns;
     REALIGN_CALL(isa, sum_chunk, task, c * step, std::min(n, (c + 1) * step), acc.data(), scratch,
