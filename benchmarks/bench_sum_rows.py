@@ -25,10 +25,9 @@ def bench_sum_rows(dtype, dimension, through, benchmark, table):
     )
     case.add("ceiling", timing.read_ceiling(rows))
     case.add("sum_rows", lambda: sum_rows(rows, *row_map))
-    for isa in {"avx2", "avx512"} - {ops.cpu_isa("sum_rows")}:
-        if ops.ISA_NAMES.index(isa) <= ops.ISA_NAMES.index(ops.cpu_isa()):
-            op, other = torch.ops.realign_fast.sum_rows, ops.ISA_NAMES.index(isa)
-            case.add(f"sum_rows on {isa}", lambda: op(rows, *row_map, None, True, other))
+    if ops.cpu_isa() == "avx512":
+        op, avx512 = torch.ops.realign_fast.sum_rows, ops.ISA_NAMES.index("avx512")
+        case.add("sum_rows on AVX-512", lambda: op(rows, *row_map, None, True, avx512))
     if through == "plain" and dimension == 768:
         compiled = torch.compile(peers.torch_sum_rows, dynamic=False)
         exact = torch.compile(reference.sum_rows, dynamic=False)

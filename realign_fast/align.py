@@ -59,13 +59,14 @@ class ReAlign(nn.Module):
     target_count: Tensor  # [] int64; 0 in a module that was never fitted
 
     def __init__(self, dimension: int) -> None:
-        """An unfitted map, to load a ``state_dict`` into; as it stands it only normalises."""
+        """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
+        if dimension < 1:
+            raise ValueError(f"ReAlign: expected a dimension from 1, got {dimension}")
         super().__init__()
         for name in _VECTORS:
             self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
         for name in _SCALARS:
-            value = 1.0 if name == "scale" else math.nan
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(math.nan, dtype=torch.float64))
         for name in _COUNTS:
             self.register_buffer(name, torch.tensor(0))
 
@@ -83,6 +84,8 @@ class ReAlign(nn.Module):
             ValueError: different dimensions, moments not of unit rows, or a source without spread.
         """
         for name, moments in (("source", source), ("target", target)):
+            if moments.total is None:
+                raise ValueError(f"ReAlign: the {name} has no rows; fit on rows of both sides")
             if not moments.normalize:
                 raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
         if source.dimension != target.dimension:
@@ -218,8 +221,9 @@ class ReAlign(nn.Module):
             self = cls(len(tensors["shift"]))
             self.load_state_dict(tensors)
         except (SafetensorError, KeyError, RuntimeError) as error:
+            got = f"no {error} in it" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path}: expected an aligner written by ReAlign.save, got {error}; fit it again"
+                f"{path}: expected an aligner written by ReAlign.save, got {got}; fit it again"
             ) from error
         return self
 
@@ -238,12 +242,17 @@ class ReAlign(nn.Module):
         ``hub_options`` (``revision=``, ``cache_dir=``, ...) go to ``hf_hub_download``.
 
         Raises:
-            FileNotFoundError: no such file, or a directory without ``model.safetensors``.
+            FileNotFoundError: no such file, or a directory without ``model.safetensors`` (or the
+                ``aligner.safetensors`` of the command line).
             ImportError: a hub name without the ``hub`` extra.
         """
         path = Path(name_or_path)
         if path.is_dir():
-            path = path / "model.safetensors"
+            names = (
+                "model.safetensors",
+                "aligner.safetensors",
+            )  # save_pretrained, the command line
+            path = path / next((name for name in names if (path / name).exists()), names[0])
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
             path = Path(_download(str(name_or_path), **hub_options))
         if not path.is_file():
@@ -282,10 +291,15 @@ def _batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int,
         for first_row in range(0, len(rows), batch_rows):
             yield name, first_row, _as_tensor(rows[first_row : first_row + batch_rows], name)
         return
+    if not isinstance(rows, Iterable):
+        got = type(rows).__name__
+        raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {got}")
     if iter(rows) is rows:
         raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
     first_row = 0
     for batch in rows:
+        if isinstance(batch, (list, tuple)) and len(batch) == 1:  # of a TensorDataset
+            (batch,) = batch
         yield name, first_row, _as_tensor(batch, name)
         first_row += len(batch)
 

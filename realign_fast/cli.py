@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,16 @@ from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_resu
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``realign-fast`` and return its exit status: 0, 2 for an error, 130 when stopped."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
         options.run(options)
+    except BrokenPipeError:  # whoever read our output (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         # An OSError of ours says it all in strerror; "[Errno 28]" would only stand in the way.
         ours = isinstance(error, OSError) and error.strerror and error.filename is None
@@ -68,6 +76,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    number, most = _positive(text), 4 * (os.cpu_count() or 1)
+    if number > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
+    return number
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return Path(text)
+
+
 _OPTIONS = {
     "source": lambda sub: sub.add_argument(
         "--source",
@@ -84,20 +105,24 @@ _OPTIONS = {
         help="where to: a directory of .npy shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="directory for the result"
+        "--out", required=True, type=_path, metavar="DIR", help="directory for the result"
     ),
     "demo-out": lambda sub: sub.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="DIR",
         default=Path("realign_fast_demo"),
         help="directory for the result (default: %(default)s)",
     ),
     "aligner": lambda sub: sub.add_argument(
-        "--aligner", required=True, metavar="FILE", help="aligner.safetensors of an earlier fit"
+        "--aligner",
+        required=True,
+        type=_path,
+        metavar="FILE",
+        help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
     "threads": lambda sub: sub.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
     ),
     "quiet": lambda sub: sub.add_argument("--quiet", action="store_true", help="no progress bars"),
     "bad-rows": lambda sub: sub.add_argument(
@@ -181,8 +206,11 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
             + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
         )
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
+    before = f"{_number(fitted['centroid_gap'])} -> "
+    if "target" not in report:  # other rows than those fitted on, and nobody measured them before
+        before = f"of the rows fitted on {_number(fitted['centroid_gap'])}, of these now "
     print(
-        f"centroid gap {_number(fitted['centroid_gap'])} -> {_number(after)} "
+        f"centroid gap {before}{_number(after)} "
         f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), "
         f"scale {_number(fitted['scale'])}"
     )

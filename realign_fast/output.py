@@ -38,6 +38,11 @@ def check_output(out: Path, source: Corpus, target: Corpus | None = None) -> Non
             f"{min(held - ours)}: is no shard that {source.path} becomes, and the two would mix; "
             "give an empty --out, or that of an earlier run on the same source"
         )
+    if held and not any((out / name).exists() for name in (ALIGNER, REPORT)):
+        raise ValueError(
+            f"{min(held)}: would be replaced, but {out} has no {ALIGNER} that says a run of ours "
+            "wrote it; give an empty --out"
+        )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"{existing}: expected a directory to write into; give another --out")

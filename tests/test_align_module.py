@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import random_rows
+from conftest import DTYPES, random_rows
 from test_align import NUMBERS, VECTORS, same, text_and_image
 from torch import nn
 from torch.autograd import gradcheck
@@ -76,11 +76,14 @@ def test_the_callers_dtype_or_out(fitted):
         fitted(rows[:, :5])
 
 
-def test_an_unfitted_module_only_normalises():
-    rows = random_rows(6, 12)
-    unit_rows = rows / rows.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(ReAlign(12)(rows), unit_rows, rtol=0, atol=1e-15)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_unfitted_module_shows_in_every_row(dtype):
+    """A state_dict that was never loaded must not pass for an alignment."""
+    assert ReAlign(12)(random_rows(6, 12, dtype)).isnan().all()
     assert "not fitted" in repr(ReAlign(12))
+    for dimension in (0, -3):
+        with pytest.raises(ValueError, match=f"expected a dimension from 1, got {dimension}"):
+            ReAlign(dimension)
 
 
 def by_pickle(aligner, folder):

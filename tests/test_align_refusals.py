@@ -24,8 +24,32 @@ def test_what_holds_no_rows_is_named():
         ReAlign.fit([[1.0, 2.0]], IMAGE)
     with pytest.raises(TypeError, match="expected a tensor, got ndarray"):
         ReAlign.fit(TEXT, IMAGE)(TEXT.numpy())
+    with pytest.raises(TypeError, match=r"target: expected rows .* got NoneType"):
+        ReAlign.fit(TEXT, None)
+    with pytest.raises(ValueError, match="the target has no rows"):
+        ReAlign.fit(TEXT, IMAGE[:0])
+    with pytest.raises(TypeError, match="expected Moments to merge, got NoneType"):
+        Moments().merge(None)
     with pytest.raises(ValueError, match="got a single number"):
         Moments().update(torch.tensor(1.0))
+
+
+def test_a_loader_of_a_tensor_dataset_yields_lists_of_one():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(TEXT), batch_size=32)
+    assert torch.equal(
+        ReAlign.fit(loader, IMAGE).source_mean, ReAlign.fit(TEXT.split(32), IMAGE).source_mean
+    )
+
+
+def test_forward_mode_is_refused_and_not_answered_with_zeros():
+    aligner = ReAlign.fit(TEXT, IMAGE)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(aligner, (TEXT,), (torch.ones_like(TEXT),))
+
+
+def test_all_reduce_without_a_process_group_says_so():
+    with pytest.raises(RuntimeError, match="call init_process_group first"):
+        Moments().update(TEXT).all_reduce()
 
 
 def test_arrays_of_any_byte_order_and_strides():

@@ -84,8 +84,10 @@ def test_fit_then_apply_is_align(corpora, capsys):
     fitted = ReAlign.load("parts/aligner.safetensors")
     assert fitted.record == ReAlign.load("out/aligner.safetensors").record
     assert json.loads(open("parts/report.json").read())["fitted"] == fitted.record
-    apply = ["apply", "--aligner", "parts/aligner.safetensors", "--source", "text"]
+    apply = ["apply", "--aligner", "parts", "--source", "text"]  # a file or its directory
+    capsys.readouterr()
     assert cli.main([*apply, "--out", "parts"]) == 0
+    assert "centroid gap of the rows fitted on" in capsys.readouterr().out
     assert shards(corpora / "parts") == shards(corpora / "out")
     report = json.loads(open("parts/report.json").read())
     assert report["result"] == json.loads(open("out/report.json").read())["result"]
@@ -109,7 +111,7 @@ def test_apply_on_rows_that_are_all_bad_does_not_crash(corpora, capsys):
     capsys.readouterr()
     assert cli.main([*apply, "--out", "empty", "--bad-rows", "skip"]) == 0
     printed = capsys.readouterr().out
-    assert "-> n/a" in printed and "4 zero and 0 non-finite rows" in printed
+    assert "of these now n/a" in printed and "4 zero and 0 non-finite rows" in printed
     assert not np.load("empty/zeros.npy").any()
     report = json.loads(open("empty/report.json").read())
     assert report["result"] == {"centroid_gap": None, "trace": None}
@@ -182,6 +184,7 @@ def test_a_faulty_file_is_one_error_that_names_it(corpora, capsys, fault, words)
             ["apply", "--aligner", "text/emb_0.npy", "--source", "text", "--out", "out"],
             ["text/emb_0.npy", "fit it again"],
         ),
+        (["align", "--source", "", *ALIGN[3:]], ["empty path"]),
     ],
 )
 def test_a_wrong_argument_is_one_error_that_names_it(corpora, capsys, arguments, words):
@@ -215,7 +218,15 @@ def test_an_error_from_a_shell_has_status_2_and_no_trace(corpora):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["align"], [*ALIGN, "--threads", "0"], [*ALIGN, "--bad-rows", "drop"]]
+    "arguments",
+    [
+        [],
+        ["align"],
+        [*ALIGN, "--threads", "0"],
+        [*ALIGN, "--threads", "999999"],
+        [*ALIGN[:-1], ""],
+        [*ALIGN, "--bad-rows", "drop"],
+    ],
 )
 def test_a_wrong_option_prints_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -224,8 +235,9 @@ def test_a_wrong_option_prints_the_usage(arguments, capsys):
     assert "usage: realign-fast" in capsys.readouterr().err
 
 
-def test_interrupted_from_a_shell_it_stops_with_130_and_leaves_no_half(corpora):
-    """A disk made slow, and Ctrl-C once the first rows are on it."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_from_a_shell_it_stops_with_130_and_leaves_no_half(corpora, sent):
+    """A disk made slow, and Ctrl-C (or a batch system's TERM) once the first rows are on it."""
     slow = (
         "import signal, sys, time\nfrom realign_fast import cli, corpus\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may have been ignored
@@ -244,7 +256,7 @@ def test_interrupted_from_a_shell_it_stops_with_130_and_leaves_no_half(corpora):
     while not os.path.exists(partial) or os.path.getsize(partial) <= 128:  # bytes of the header
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error == "realign-fast: stopped; the shards already written are whole\n"
@@ -303,6 +315,19 @@ def test_a_log_sees_a_line_now_and_then(capsys):
             bar.update(10)
     lines = capsys.readouterr().err.strip().split("\r")
     assert 15 < len(lines) < 35 and "100%" in lines[-1]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(corpora):
+    command = f"{sys.executable} -W ignore -m realign_fast info | head -n 1"
+    root = os.path.dirname(os.path.dirname(cli.__file__))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("realign_fast")
 
 
 def test_info_tells_which_kernel_answers_and_why(capsys):

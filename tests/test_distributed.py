@@ -30,7 +30,8 @@ def train(rank):
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    local, aligned = Moments(covariance=True), ReAlign(4)
+    local = Moments(covariance=True)
+    aligned = ReAlign.fit(torch.randn(50, 4) + 0.5, torch.randn(50, 4) - 0.5, residual=False)
     seen, after_each = [], []
     for step in range(3):
         rows = model(batch(rank, step))

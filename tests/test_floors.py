@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "realign_fast"
 FLOORS = {
+    "__main__": 7,
     "cli": 6,
     "demo": 5,
     "revision": 4,

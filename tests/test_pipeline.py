@@ -386,6 +386,11 @@ def test_an_output_with_other_shards_is_refused(corpora, tmp_path):
     out.mkdir()
     (out / "emb_9.npy").write_bytes(b"kept")
     refused(out, source, target, r"emb_9\.npy: is no shard that .*text becomes")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "emb_0.npy").write_bytes(b"kept")  # a name that ours would take
+    refused(other, source, target, r"emb_0\.npy: would be replaced, but .*other has no aligner")
+    assert (other / "emb_0.npy").read_bytes() == b"kept"
     root = tmp_path / "root"
     root.mkdir()
     source.rename(root / "text_emb")

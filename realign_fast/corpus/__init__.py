@@ -49,6 +49,8 @@ class Corpus:
     """
 
     def __init__(self, path: str | os.PathLike[str], modality: str | None = None) -> None:
+        if not os.fspath(path):
+            raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
         self.path = Path(path)
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"

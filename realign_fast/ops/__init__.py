@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -55,7 +56,10 @@ def _load_compiled() -> str:
         return ""
     build_info = _PACKAGE / "_build_info.json"
     reason = json.loads(build_info.read_text())["reason"] if build_info.exists() else ""
-    reason = reason or f"{binary.name} was never built; run `pip install .` in the source tree"
+    reason = reason or (
+        f"{_PACKAGE} holds no {binary.name}; run `pip install -e .` in the source tree, or start "
+        "Python outside it to import the installed package"
+    )
     warnings.warn(f"realign_fast runs on plain torch: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
@@ -123,10 +127,15 @@ def align_rows(
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype is not floating point.
         RuntimeError: ``out=`` with rows that need a gradient.
+        NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
     """
     rows = _checked_rows("align_rows", rows)
     scale, shift, recentre = _map_arguments("align_rows", rows, scale, shift, recentre)
     op = torch.ops.realign_fast
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
+        raise NotImplementedError(
+            "align_rows: has no forward-mode derivative; use reverse mode (backward)"
+        )
     if out is None:
         out_dtype = out_dtype or rows.dtype
         _check_dtype("align_rows", "out_dtype", out_dtype)

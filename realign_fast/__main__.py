@@ -1,0 +1,7 @@
+"""``python -m realign_fast``: the command line without its script."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
