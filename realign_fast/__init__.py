@@ -7,7 +7,15 @@ from unpaired statistics, on fused kernels behind ``torch.ops.realign_fast``.
 from .align import ReAlign
 from .corpus import Corpus
 from .moments import Moments
-from .ops import align_rows, backend_of, sum_rows
+from .ops import add_scatter_, align_rows, backend_of, sum_rows
 
 __version__ = "0.1.0"
-__all__ = ["Corpus", "Moments", "ReAlign", "align_rows", "backend_of", "sum_rows"]
+__all__ = [
+    "Corpus",
+    "Moments",
+    "ReAlign",
+    "add_scatter_",
+    "align_rows",
+    "backend_of",
+    "sum_rows",
+]

@@ -56,6 +56,14 @@ class Kernel:
         sums = self.functions.sum_rows(*arguments, normalize, **self.options)
         return ops.RowSums(*(tensor.cpu() for tensor in sums))
 
+    def add_scatter(self, scatter, total, rows, centre, weights, normalize, accurate):
+        sums = [tensor.to(self.device) for tensor in (scatter, total)]
+        inputs = [None if t is None else t.to(self.device) for t in (rows, centre, weights)]
+        counts = self.functions.add_scatter_(*sums, *inputs, normalize, accurate, **self.options)
+        scatter.copy_(sums[0])
+        total.copy_(sums[1])
+        return counts.cpu()
+
     def _send(self, rows, scale, shift, recentre):
         as_double = [
             None if value is None else torch.as_tensor(value, dtype=torch.float64).to(self.device)

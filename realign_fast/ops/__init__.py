@@ -19,9 +19,17 @@ from torch.autograd import forward_ad
 
 from . import reference
 
-__all__ = ["Backend", "RowSums", "align_rows", "backend_of", "cpu_isa", "sum_rows"]
+__all__ = [
+    "Backend",
+    "RowSums",
+    "add_scatter_",
+    "align_rows",
+    "backend_of",
+    "cpu_isa",
+    "sum_rows",
+]
 
-OPS = ("align_rows", "align_rows_", "sum_rows")
+OPS = ("add_scatter_", "align_rows", "align_rows_", "sum_rows")
 ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # An instruction set that was measured ahead of a newer one: sum_rows, 2026-11-24, two threads of a
@@ -35,6 +43,8 @@ _SCHEMAS = (
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
     f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int isa=0)"
     + " -> (Tensor, Tensor, Tensor)",
+    "add_scatter_(Tensor(a!) scatter, Tensor(b!) total, Tensor rows, Tensor centre, "
+    + "Tensor? weights, bool normalize, bool accurate, int isa=0) -> Tensor",
     "cpu_isa() -> int",
 )
 
@@ -83,6 +93,11 @@ def _(out, rows, scale, shift, recentre, isa=0):
 def _(rows, scale, shift, recentre, normalize, isa=0):
     total = rows.new_empty(rows.shape[-1], dtype=torch.float64)
     return total, total.new_empty(()), rows.new_empty(3, dtype=torch.int64)
+
+
+@torch.library.register_fake("realign_fast::add_scatter_")
+def _(scatter, total, rows, centre, weights, normalize, accurate, isa=0):
+    return rows.new_empty(3, dtype=torch.int64)
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -200,6 +215,66 @@ def sum_rows(
     op = torch.ops.realign_fast
     isa = ISA_NAMES.index(cpu_isa("sum_rows")) if rows.is_cpu and _cpu_isa else 0
     return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize, isa))
+
+
+def add_scatter_(
+    scatter: Tensor,
+    total: Tensor,
+    rows: Tensor,
+    centre: Tensor,
+    weights: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    accurate: bool = False,
+) -> Tensor:
+    """Add ``sum w (u - c)(u - c)^T`` and ``sum w (u - c)`` of rows, ``u = x / |x|``, in one read.
+
+    What a covariance is streamed from: with ``c`` near the mean the products do not cancel, so
+    float32 arithmetic is enough below the float64 sums (relative error about 1e-8).
+
+    Args:
+        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written.
+        total: [D] float64.
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
+        centre: c, [D]. Give a vector that float32 holds exactly (``.float()``), or its rounding
+            shifts every row by as much.
+        weights: w, [N], finite and not negative; 1 by default.
+        normalize: ``False`` takes the rows as they are.
+        accurate: multiply in float64 (as float64 rows always are): error 1e-15 instead of 1e-8,
+            at half the speed or less.
+
+    Returns:
+        [3] int64: rows added (zero rows, with ``u = 0``, among them), zero rows, and non-finite
+        rows, which are left out. The compiled kernel's bytes do not depend on the threads.
+
+    Raises:
+        ValueError: a shape does not fit, or a weight is negative or not finite.
+        TypeError: a dtype is not floating point, or a sum is not float64.
+    """
+    rows = _checked_rows("add_scatter_", rows)
+    columns = rows.shape[1]
+    shapes = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
+    for name, tensor, expected in (*shapes, ("centre", centre, [columns])):
+        if list(tensor.shape) != expected:
+            raise ValueError(
+                f"add_scatter_: rows have {columns} columns, {name} has shape "
+                f"{list(tensor.shape)}, expected {expected}"
+            )
+    for name, tensor, _ in shapes:
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
+    kind = {"dtype": torch.float64, "device": rows.device}
+    if weights is not None:
+        weights = weights.detach().to(**kind).contiguous()
+        if weights.shape != rows.shape[:1]:
+            got = list(weights.shape)
+            raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {got}")
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
+    centre = centre.detach().to(**kind).contiguous()
+    op = torch.ops.realign_fast
+    return op.add_scatter_(scatter, total, rows.detach(), centre, weights, normalize, accurate)
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:

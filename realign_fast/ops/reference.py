@@ -112,3 +112,29 @@ def sum_rows(
     x = torch.where(finite, x, 0)
     counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
     return x.sum(dim=0), (x * x).sum(), counts
+
+
+def add_scatter_(
+    scatter: Tensor,  # [D, D] float64; only its upper triangle is read and written
+    total: Tensor,  # [D] float64
+    rows: Tensor,  # [N, D] any floating dtype
+    centre: Tensor,  # [D] float64, c
+    weights: Tensor | None,  # [N] float64, not negative; None is 1
+    normalize: bool,
+    accurate: bool,
+    isa: int = 0,
+) -> Tensor:
+    """``scatter += sum w (u - c)(u - c)^T``, ``total += sum w (u - c)``; counts as `sum_rows`.
+
+    The plain two-operand form of the covariance sum about a provisional centre (Chan, Golub and
+    LeVeque, "Algorithms for computing the sample variance", 1983). Always in float64.
+    """
+    x = rows.double()
+    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    zero = (x == 0).all(dim=-1)
+    x = torch.where(finite, x, 0)
+    x = torch.where(finite, (unit(x) if normalize else x) - centre, 0)
+    weighted = x if weights is None else weights[:, None] * x
+    scatter += torch.triu(weighted.T @ x)
+    total += weighted.sum(dim=0)
+    return torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
