@@ -1,0 +1,356 @@
+"""The fixed-frame theory: what the gap of matched pairs is made of.
+
+arXiv 2602.07026, section 3 and appendices A to C. A frame is found once, on probe rows: ``U``, the
+leading eigenvectors of ``S = S_x + S_y``, and its complement ``V``; then it stays as it is. Pairs
+give ``D = x - y`` (image less text, unit rows) and ``m = E[D]``, which the frame splits in four:
+
+    D = beta + gamma + delta + zeta
+    beta  = U U' m          principal modality bias        delta = U U' (D - m)
+    gamma = V V' m          constant orthogonal bias       zeta  = V V' (D - m)
+
+All arithmetic is float64; memory is that of D x D matrices and one block of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from .moments import Moments, good_rows
+from .ops.reference import unit
+from .whole_file import write_whole
+
+Pairs = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]  # (target x, source y), [n, D] each
+_BLOCK_ROWS = 4096
+_SINGULAR = 1e-12  # an eigenvalue below this share of the largest counts as 0
+
+
+@dataclass(frozen=True, eq=False)
+class FixedFrame:
+    """An orthonormal basis of R^D, split after ``rank`` columns, that later data do not move."""
+
+    basis: Tensor  # [D, D] float64, eigenvectors of S_x + S_y, largest eigenvalue first
+    values: Tensor  # [D] float64, the eigenvalues
+    rank: int  # r, columns of U
+
+    @classmethod
+    def fit(
+        cls, source: Moments, target: Moments, *, energy: float = 0.9, rank: int | None = None
+    ) -> FixedFrame:
+        """The frame of ``S = S_x + S_y`` (section 3) from moments with covariances.
+
+        Args:
+            energy: U takes the fewest leading eigenvectors that hold this share of ``tr S``, in
+                (0, 1]. The paper gives no value.
+            rank: this many instead, 1..D, whatever their energy.
+
+        Raises:
+            ValueError: no covariance, other dimensions, no spread, or a threshold out of range.
+        """
+        if source.dimension != target.dimension:
+            raise ValueError(
+                f"FixedFrame: the source has {source.dimension} columns, the target "
+                f"{target.dimension}; embed both with one encoder"
+            )
+        total = target.covariance + source.covariance.to(target.mean.device)
+        values, basis = torch.linalg.eigh(total)
+        values, basis = values.flip(0).clamp(min=0), basis.flip(1).contiguous()
+        if not 0 < energy <= 1 or (rank is not None and not 1 <= rank <= len(values)):
+            raise ValueError(
+                f"FixedFrame: got energy={energy} and rank={rank}, expected energy in (0, 1] and "
+                f"rank None or 1..{len(values)}"
+            )
+        if not float(values.sum()) > 0:
+            raise ValueError("FixedFrame: the rows have no spread; fit on rows that differ")
+        if rank is None:
+            held = values.cumsum(0)
+            rank = int((held < energy * held[-1]).sum()) + 1
+        return cls(basis, values, rank)
+
+    @property
+    def principal(self) -> Tensor:
+        """U, [D, r]."""
+        return self.basis[:, : self.rank]
+
+    @property
+    def complement(self) -> Tensor:
+        """V, [D, D - r]."""
+        return self.basis[:, self.rank :]
+
+    @property
+    def energy(self) -> float:
+        """The share of ``tr S`` in U: at least the threshold asked for."""
+        return float(self.values[: self.rank].sum() / self.values.sum())
+
+    def leak(self, other: FixedFrame) -> float:
+        """``|P_V P_Ut|_2 = sin theta(U_t, U)``, 0 where the U of ``other`` lies in this one's U.
+
+        Spectral norm, the sine of the largest principal angle (section 3). Fit ``other`` at a
+        checkpoint with ``rank=frame.rank``; with more columns than U it is 1.
+        """
+        if other.basis.shape != self.basis.shape:
+            raise ValueError(
+                f"FixedFrame.leak: got a frame of {len(other.values)} dimensions, this one has "
+                f"{len(self.values)}; compare checkpoints of one encoder"
+            )
+        if self.rank == len(self.values):
+            return 0.0
+        across = self.complement.T @ other.principal.to(self.basis.device)
+        return min(float(torch.linalg.matrix_norm(across, 2)), 1.0)
+
+    def decompose(self, pairs: Pairs, *, ridge: float = 1e-6) -> Decomposition:
+        """Split the gap of matched pairs, read once.
+
+        Args:
+            pairs: ``(x, y)`` of target and source rows [N, D] each, or an iterable of such batches.
+            ridge: ``lambda`` of the coupling, as a share of ``tr(D D') / r``, the mean eigenvalue
+                of the delta rows' scatter: so it depends neither on N nor on the size of the gap.
+
+        Raises:
+            ValueError: rows that do not match one by one or have other columns than the frame, a
+                zero or non-finite row, or fewer than two pairs.
+        """
+        if not ridge >= 0:
+            raise ValueError(f"FixedFrame.decompose: ridge is {ridge}, expected 0 or more")
+        moments = Moments(covariance=True, normalize=False)
+        for x, y in _unit_blocks(pairs, len(self.values)):
+            moments.update(x - y)
+        if moments.count < 2:
+            raise ValueError(
+                f"FixedFrame.decompose: got {moments.count} pairs, expected 2 or more; an iterator "
+                "that was read before is empty"
+            )
+        basis, r = self.basis.to(moments.mean.device), self.rank
+        mean = basis.T @ moments.mean
+        covariance = basis.T @ moments.covariance @ basis
+        return Decomposition(
+            frame=self,
+            count=moments.count,
+            energy=moments.energy,
+            beta=basis[:, :r] @ mean[:r],
+            gamma=basis[:, r:] @ mean[r:],
+            delta_covariance=covariance[:r, :r],
+            zeta_covariance=covariance[r:, r:],
+            cross_covariance=covariance[r:, :r],
+            ridge=ridge,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        tensors = {"basis": self.basis, "values": self.values, "rank": torch.tensor(self.rank)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(path, safetensors_bytes(tensors, {"frame": "fixed"}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FixedFrame:
+        """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
+        try:
+            tensors = load_file(path)
+            return cls(tensors["basis"], tensors["values"], int(tensors["rank"]))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path}: expected a frame written by FixedFrame.save, got {error!r}; fit it again"
+            ) from error
+
+
+class Parts(NamedTuple):
+    """The four parts of every pair; their sum is ``x - y``."""
+
+    beta: Tensor  # [D]
+    gamma: Tensor  # [D]
+    delta: Tensor  # [N, D]
+    zeta: Tensor  # [N, D]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The gap of pairs in a fixed frame (section 3, appendices A to C).
+
+    Covariances are in the frame's coordinates, divided by N: r of U, then D - r of V.
+    """
+
+    frame: FixedFrame
+    count: int  # N pairs
+    energy: float  # E|D|^2
+    beta: Tensor  # [D] P_U m, principal modality bias
+    gamma: Tensor  # [D] P_V m, constant orthogonal bias
+    delta_covariance: Tensor  # [r, r] S_delta = U' cov(D) U
+    zeta_covariance: Tensor  # [D - r, D - r] S_zeta = V' cov(D) V
+    cross_covariance: Tensor  # [D - r, r] V' cov(D) U = E[zeta delta']
+    ridge: float  # lambda r / tr(D D')
+
+    @property
+    def energies(self) -> dict[str, float]:
+        """``|beta|^2``, ``|gamma|^2``, ``E|delta|^2``, ``E|zeta|^2``; their sum is ``E|D|^2``."""
+        return {
+            "beta": float(self.beta.square().sum()),
+            "gamma": float(self.gamma.square().sum()),
+            "delta": float(self.delta_covariance.trace()),
+            "zeta": float(self.zeta_covariance.trace()),
+        }
+
+    @property
+    def delta_spectrum(self) -> Tensor:
+        """Eigenvalues of S_delta, [r], descending."""
+        return torch.linalg.eigvalsh(self.delta_covariance).flip(0).clamp(min=0)
+
+    @property
+    def zeta_spectrum(self) -> Tensor:
+        """Eigenvalues of S_zeta, [D - r], descending."""
+        return torch.linalg.eigvalsh(self.zeta_covariance).flip(0).clamp(min=0)
+
+    @property
+    def gamma_angle(self) -> float:
+        """Degrees, 0..90, from gamma to the line of S_zeta's top eigenvector; NaN if 0."""
+        length = float(self.gamma.norm())
+        if not length > 0 or not float(self.zeta_covariance.trace()) > 0:
+            return math.nan
+        top = torch.linalg.eigh(self.zeta_covariance).eigenvectors[:, -1]
+        along = self.frame.complement.to(top.device) @ top
+        return math.degrees(math.acos(min(abs(float(along @ self.gamma)) / length, 1.0)))
+
+    @property
+    def coupling(self) -> Tensor:
+        """``L = Z D' (D D' + lambda I)^-1``, [D - r, r]: the ridge regression of zeta on delta."""
+        s = self.delta_covariance
+        penalised = s.clone()
+        penalised.diagonal().add_(self.ridge * s.trace() / len(s))
+        return self.cross_covariance @ torch.linalg.pinv(penalised, hermitian=True)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Plain numbers, ready for json; ``None`` for one that does not exist or is infinite."""
+        energies, total = self.energies, sum(self.energies.values())
+        numbers: dict[str, float | int] = {"pairs": self.count, "rank": self.frame.rank}
+        numbers |= {"frame_energy": self.frame.energy, "difference_energy": self.energy}
+        for name, value in energies.items():
+            numbers[f"{name}_norm"] = math.sqrt(max(value, 0.0))  # root mean square for a residual
+            numbers[f"{name}_share"] = value / total if total > 0 else math.nan
+        coupling, s = self.coupling, self.delta_covariance
+        explained = 2 * (coupling * self.cross_covariance).sum() - ((coupling @ s) * coupling).sum()
+        numbers |= {
+            "delta_condition": _condition(self.delta_spectrum),
+            "zeta_condition": _condition(self.zeta_spectrum),
+            "gamma_standard_error": math.sqrt(max(energies["zeta"], 0.0) / self.count),
+            "gamma_angle": self.gamma_angle,
+            "coupling_norm": float(torch.linalg.matrix_norm(coupling, 2)) if len(coupling) else 0.0,
+            "coupling_r2": float(explained) / energies["zeta"] if energies["zeta"] else math.nan,
+            "coupling_r2_chance": min(self.frame.rank / (self.count - 1), 1.0),
+            "ridge": self.ridge,
+        }
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+
+    def parts(self, x: Tensor, y: Tensor) -> Parts:
+        """The parts of pairs x (target), y (source), [N, D] each, with this mean and frame."""
+        differences = [x - y for x, y in _unit_blocks((x, y), len(self.beta))]
+        centred = torch.cat(differences) - (self.beta + self.gamma)
+        u, v = (b.to(centred.device) for b in (self.frame.principal, self.frame.complement))
+        return Parts(self.beta, self.gamma, centred @ u @ u.T, centred @ v @ v.T)
+
+
+class GammaHistory(NamedTuple):
+    """How the constant orthogonal bias moves over T checkpoints in one frame (section 3)."""
+
+    drift: Tensor  # [T - 1] |gamma_t - gamma_{t-1}|
+    cosine_to_previous: Tensor  # [T - 1]
+    cosine_to_first: Tensor  # [T]
+    cosine_to_last: Tensor  # [T]
+
+
+def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
+    """Drift and cosines of gamma over checkpoints, all decomposed in the same frame.
+
+    Sampling alone gives a drift of about ``gamma_standard_error * sqrt(2)`` between independent
+    samples of pairs.
+
+    Raises:
+        ValueError: fewer than two checkpoints, or different frames.
+    """
+    if len(decompositions) < 2:
+        got = len(decompositions)
+        raise ValueError(f"gamma_history: got {got} checkpoints, expected 2 or more")
+    frame = decompositions[0].frame
+    for frame_t in (one.frame for one in decompositions):
+        if frame_t.rank != frame.rank or not torch.equal(frame_t.basis, frame.basis):
+            raise ValueError("gamma_history: checkpoints have different frames; use one for all")
+    gammas = torch.stack([one.gamma for one in decompositions])
+    directions = unit(gammas)
+    return GammaHistory(
+        drift=(gammas[1:] - gammas[:-1]).norm(dim=1),
+        cosine_to_previous=(directions[1:] * directions[:-1]).sum(dim=1),
+        cosine_to_first=directions @ directions[0],
+        cosine_to_last=directions @ directions[-1],
+    )
+
+
+def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
+    """How far normalising moves the direction of a mean, to second order (Theorem B.14).
+
+    For ``Z = mean + e`` with ``E[e] = 0`` and covariance S, ``r = |mean|``, ``a = mean / r``:
+
+        E[unit(Z)] - a = -(1/r^2) S a - (1/2r^2) a tr S + (3/2r^2) a (a' S a) + O(E|e|^3 / r^3)
+
+    The part orthogonal to a vanishes where a is an eigenvector of S, so for every a iff S is
+    isotropic. For symmetric noise the rest is of fourth order.
+
+    Args:
+        mean: [D], not 0. covariance: [D, D].
+
+    Returns:
+        [D] float64.
+
+    Raises:
+        ValueError: shapes that do not fit, or a zero mean.
+    """
+    mean, s = mean.double(), covariance.double()
+    if mean.dim() != 1 or s.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"phantom_drift: expected mean [D] and covariance [D, D], got {list(mean.shape)} and "
+            f"{list(s.shape)}"
+        )
+    r = float(mean.norm())
+    if r == 0:
+        raise ValueError("phantom_drift: the mean is 0 and has no direction; expected another")
+    a = mean / r
+    return (-s @ a - a * s.trace() / 2 + 1.5 * a * (a @ s @ a)) / r**2
+
+
+def _condition(values: Tensor) -> float:
+    """Largest over smallest eigenvalue (descending); infinite where the smallest is rounding."""
+    if not len(values) or not float(values[0]) > 0:
+        return math.nan
+    ratio = float(values[-1] / values[0])
+    return 1 / ratio if ratio > _SINGULAR else math.inf
+
+
+def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unit rows of pairs in float64, a block at a time."""
+    if isinstance(pairs, Tensor):
+        raise ValueError("FixedFrame: expected (x, y) or batches of (x, y), got one tensor")
+    if isinstance(pairs, (tuple, list)) and len(pairs) == 2 and isinstance(pairs[0], Tensor):
+        pairs = [pairs]
+    first_row = 0
+    for batch in pairs:
+        x, y = batch
+        if x.shape != y.shape or x.dim() != 2 or x.shape[1] != columns:
+            raise ValueError(
+                f"FixedFrame: expected matched rows [n, {columns}] twice, got {list(x.shape)} and "
+                f"{list(y.shape)}; give both sides of the same pairs, from the frame's encoder"
+            )
+        good = good_rows(x) & good_rows(y.to(x.device))
+        if not bool(good.all()):
+            bad = first_row + int((~good).nonzero()[0])
+            raise ValueError(
+                f"FixedFrame: a row of pair {bad} is zero or not finite; leave the pair out"
+            )
+        for part_x, part_y in zip(x.split(_BLOCK_ROWS), y.split(_BLOCK_ROWS), strict=True):
+            yield unit(part_x.double()), unit(part_y.to(x.device).double())
+        first_row += len(x)

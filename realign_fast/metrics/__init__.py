@@ -1,0 +1,83 @@
+"""Gap metrics: how far apart two modalities lie, and what alignment did to them.
+
+| file | from | what |
+|---|---|---|
+| ``distribution`` | two :class:`Moments` | centroid, trace, covariance and Frechet distances |
+| ``spectrum`` | eigenvalues and eigenvectors | ranks, exponents, subspaces, anisotropy |
+| ``cosines`` | rows, paired or not | mean cosine, densities and correlation of pairwise cosines |
+| ``neighbours`` | rows, paired or not | k-NN mixing, k-NN overlap, retrieval |
+| ``gap_report`` | rows and moments | all of them in one flat dict |
+
+Everything is float64 unless a docstring says otherwise, rows are made unit length first, and memory
+is bounded by a ``block`` of rows, never by N x N. A figure estimated from a sample is an
+:class:`Estimate`: a float that carries its standard error.
+"""
+
+from .cosines import (
+    cosine_correlation,
+    cosine_divergence,
+    matched_cosine,
+    mean_cosine,
+    pairwise_cosines,
+)
+from .distribution import (
+    centroid_gap,
+    covariance_distance,
+    frechet_distance,
+    sampling_gap,
+    trace_ratio,
+)
+from .estimate import Estimate
+from .neighbours import (
+    Neighbours,
+    knn_mixing,
+    knn_overlap,
+    match_ranks,
+    nearest_rows,
+    recall_at_k,
+)
+from .spectrum import (
+    Spectrum,
+    anisotropy,
+    effective_rank,
+    log_spectrum_correlation,
+    participation_ratio,
+    power_law_exponent,
+    principal_axes,
+    residual_anisotropy,
+    spectrum_of,
+    subspace_overlap,
+)
+from .summary import GapSettings, gap_report
+
+__all__ = [
+    "Estimate",
+    "GapSettings",
+    "Neighbours",
+    "Spectrum",
+    "anisotropy",
+    "centroid_gap",
+    "cosine_correlation",
+    "cosine_divergence",
+    "covariance_distance",
+    "effective_rank",
+    "frechet_distance",
+    "gap_report",
+    "knn_mixing",
+    "knn_overlap",
+    "log_spectrum_correlation",
+    "match_ranks",
+    "matched_cosine",
+    "mean_cosine",
+    "nearest_rows",
+    "pairwise_cosines",
+    "participation_ratio",
+    "power_law_exponent",
+    "principal_axes",
+    "recall_at_k",
+    "residual_anisotropy",
+    "sampling_gap",
+    "spectrum_of",
+    "subspace_overlap",
+    "trace_ratio",
+]

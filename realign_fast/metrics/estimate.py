@@ -1,0 +1,31 @@
+"""A number estimated from a sample, with its standard error."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+class Estimate(float):
+    """A float that carries the standard error of its estimate; anywhere else a plain float.
+
+    ``standard_error`` is NaN where the inputs do not determine it. Arithmetic gives plain floats.
+    """
+
+    standard_error: float
+
+    def __new__(cls, value: float, standard_error: float = math.nan) -> Estimate:
+        self = super().__new__(cls, value)
+        self.standard_error = float(standard_error)
+        return self
+
+    @classmethod
+    def of_mean(cls, values: Tensor) -> Estimate:
+        """Mean of independent values [N], with ``std / sqrt(N)`` (NaN for a single value)."""
+        values = values.double()
+        spread = float(values.std()) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), spread / math.sqrt(len(values)))
+
+    def __repr__(self) -> str:
+        return f"{float(self)!r} ± {self.standard_error:.2g}"

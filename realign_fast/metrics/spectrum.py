@@ -1,0 +1,147 @@
+"""What the eigenvalues and eigenvectors of a covariance tell.
+
+``values`` is [D] float64, eigenvalues in descending order, none below 0, as :func:`spectrum_of`
+gives them. arXiv 2602.07026 names these figures (section 3) without formulas; each docstring says
+which standard definition is used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments
+from ..ops.reference import unit
+from .cosines import checked_pairs
+from .estimate import Estimate
+
+_FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding, not spectrum
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues, descending, and eigenvectors of a covariance, float64."""
+
+    values: Tensor  # [D], rounding below 0 cut off
+    vectors: Tensor  # [D, D], column i belongs to values[i]
+
+
+def spectrum_of(moments: Moments) -> Spectrum:
+    """The eigendecomposition of ``moments.covariance`` (ValueError without a covariance)."""
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1))
+
+
+def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
+    """Mean [D] and leading eigenvectors [D, count] of the rows' covariance (PCA), float64."""
+    moments = Moments(covariance=True).update(rows)
+    return moments.mean, spectrum_of(moments).vectors[:, :count]
+
+
+def effective_rank(values: Tensor) -> float:
+    """``exp(-sum p log p)``, ``p = values / sum``: Roy & Vetterli (EUSIPCO 2007); from 1 to D."""
+    return float(torch.special.entr(_shares("effective_rank", values)).sum().exp())
+
+
+def participation_ratio(values: Tensor) -> float:
+    """``tr(S)^2 / tr(S^2)``, the number of directions that share the variance; from 1 to D."""
+    return float(1 / _shares("participation_ratio", values).square().sum())
+
+
+def anisotropy(values: Tensor) -> float:
+    """``lambda_max / (tr / D)``: 1 for an isotropic covariance, D for a single direction."""
+    return float(_shares("anisotropy", values).max()) * len(values)
+
+
+def residual_anisotropy(a: Tensor, b: Tensor, block: int = 4096) -> float:
+    """:func:`anisotropy` of the residuals ``u_b - u_a`` of matching rows a, b [N, D].
+
+    NaN where all residuals are one and the same.
+
+    Raises:
+        ValueError: rows that do not match, fewer than two, or not finite.
+    """
+    checked_pairs("residual_anisotropy", a, b)
+    moments = Moments(covariance=True, normalize=False)
+    for part_a, part_b in zip(a.split(block), b.split(block), strict=True):
+        moments.update(unit(part_b.double()) - unit(part_a.double()))
+    if moments.trace < _FLOOR * moments.energy or moments.energy == 0:
+        return math.nan
+    return anisotropy(torch.linalg.eigvalsh(moments.covariance).clamp(min=0))
+
+
+def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) -> Estimate:
+    """alpha of ``lambda_r ~ r^-alpha``: least squares of log eigenvalue on log rank.
+
+    The fit weighs the ranks ``first..last`` (counted from 1, both included) alike. ``last`` is by
+    default D // 2, since the tail of a sample's spectrum bends with the sample's size; ranks whose
+    eigenvalue is below 1e-10 of the largest are left out. The standard error is that of the
+    regression, which takes deviations from the line as independent.
+
+    Raises:
+        ValueError: fewer than three ranks to fit.
+    """
+    last = len(values) // 2 if last is None else min(last, len(values))
+    keep = values[max(first, 1) - 1 : last]
+    keep = keep[keep > _FLOOR * values.max()].double()
+    if len(keep) < 3:
+        raise ValueError(
+            f"power_law_exponent: ranks {first}..{last} hold {len(keep)} eigenvalues above "
+            f"{_FLOOR:.0e} of the largest, expected 3 or more; widen first..last"
+        )
+    ranks = torch.arange(max(first, 1), max(first, 1) + len(keep), device=values.device)
+    x = ranks.double().log()
+    x, y = x - x.mean(), keep.log() - keep.log().mean()
+    slope = (x @ y) / (x @ x)
+    residual = (y - slope * x).square().sum() / (len(x) - 2)
+    return Estimate(-float(slope), float((residual / (x @ x)).sqrt()))
+
+
+def log_spectrum_correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of two log spectra [D], rank by rank.
+
+    Ranks where either eigenvalue is below 1e-10 of its largest are left out.
+
+    Raises:
+        ValueError: spectra of different lengths, or fewer than three ranks left.
+    """
+    if a.shape != b.shape:
+        raise ValueError(
+            f"log_spectrum_correlation: got {len(a)} and {len(b)} eigenvalues, expected as many; "
+            "compare rows of one encoder"
+        )
+    b = b.to(a.device)
+    keep = (a > _FLOOR * a.max()) & (b > _FLOOR * b.max())
+    if int(keep.sum()) < 3:
+        raise ValueError(
+            f"log_spectrum_correlation: {int(keep.sum())} ranks have variance in both spectra, "
+            "expected 3 or more; measure more rows"
+        )
+    return float(torch.corrcoef(torch.stack([a[keep], b[keep]]).double().log())[0, 1])
+
+
+def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
+    """``O_q = |U_a' U_b|_F^2 / q`` of the ``q = count`` leading eigenvectors.
+
+    a, b are ``Spectrum.vectors`` [D, >= q]. 1 for the same subspace; ``q / D`` is what two random
+    subspaces have in the mean.
+    """
+    most = min(a.shape[1], b.shape[1])
+    if not 1 <= count <= most or a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"subspace_overlap: got {count} leading vectors of {list(a.shape)} and "
+            f"{list(b.shape)}, expected 1..{most} vectors of one dimension"
+        )
+    return float((a[:, :count].T @ b[:, :count].to(a.device)).square().sum() / count)
+
+
+def _shares(name: str, values: Tensor) -> Tensor:
+    total = values.double().sum()
+    if values.dim() != 1 or not float(total) > 0:
+        raise ValueError(
+            f"{name}: expected eigenvalues [D] with a sum above 0, got shape "
+            f"{list(values.shape)} and sum {float(total):.1e}; measure rows that differ"
+        )
+    return values.double() / total

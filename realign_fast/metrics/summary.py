@@ -1,0 +1,187 @@
+"""Every gap metric of a source, a target and the aligned source, in one flat dict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..moments import Moments
+from . import cosines, distribution, neighbours, spectrum
+
+Numbers = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class GapSettings:
+    """What the metrics of :func:`gap_report` are asked with; recorded in its result."""
+
+    mixing_k: int = 20  # neighbours of knn_mixing, as in the paper
+    overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
+    recall_at: tuple[int, ...] = (1, 10)
+    subspace: int = 64  # leading eigenvectors of subspace_overlap, at most D // 2
+    cosine_pairs: int = 1 << 17  # of pairwise_cosines
+    cosine_bins: int = 100  # over [-1, 1]
+    seed: int = 0  # of the pairs drawn
+    block: int = 2048  # rows of a tile: bounds the memory, does not change results
+    engine: str = "auto"  # of nearest_rows
+
+
+def gap_report(
+    source_rows: Tensor,
+    target_rows: Tensor,
+    aligned_rows: Tensor | None = None,
+    *,
+    source_moments: Moments | None = None,
+    target_moments: Moments | None = None,
+    aligned_moments: Moments | None = None,
+    paired: bool = False,
+    settings: GapSettings | None = None,
+) -> Numbers:
+    """Every metric of this package as a flat dict of plain numbers, ready for json.
+
+    Keys begin with ``before_`` (source and target), ``after_`` (aligned and target) or ``kept_``
+    (source and aligned: Phi, Psi and k-NN overlap); ``_error`` ends a standard error. A number that
+    does not exist (NaN) is ``None``.
+
+    Args:
+        source_rows: [N, D] sample of the source (text).
+        target_rows: [M, D] sample of the target (images).
+        aligned_rows: [N, D], the same source rows aligned; ``None`` leaves ``after_`` and
+            ``kept_`` out.
+        source_moments, target_moments, aligned_moments: moments with covariances of the whole
+            corpora; those of the samples by default.
+        paired: row i of the source belongs to row i of the target, so N = M; adds matched cosine,
+            retrieval both ways, residual anisotropy and the correlation of pairwise cosines.
+
+    Raises:
+        ValueError: shapes that do not fit, moments without covariance or not of unit rows.
+    """
+    settings = settings or GapSettings()
+    target = _side("target", target_rows, target_moments)
+    source = _side("source", source_rows, source_moments)
+    report = _compare("before", source, target, paired, settings)
+    if aligned_rows is not None:
+        aligned = _side("aligned", aligned_rows, aligned_moments)
+        report |= _compare("after", aligned, target, paired, settings)
+        report |= _kept(source_rows, aligned_rows, settings)
+    used = {f"settings_{k}": v for k, v in asdict(settings).items() if isinstance(v, int)}
+    return _plain(report) | used
+
+
+class _Side(NamedTuple):
+    rows: Tensor  # [N, D] sample
+    moments: Moments  # of the sample, or of the corpus it is from
+    spectrum: spectrum.Spectrum  # of the moments
+
+
+def _side(name: str, rows: Tensor, moments: Moments | None) -> _Side:
+    if moments is None:
+        moments = Moments(covariance=True).update(rows)
+    if not moments.normalize or not moments.with_covariance:
+        raise ValueError(
+            f"gap_report: the {name} moments are {moments!r}, expected normalize=True and "
+            "covariance=True; measure again"
+        )
+    return _Side(rows, moments, spectrum.spectrum_of(moments))
+
+
+def _compare(
+    when: str, source: _Side, target: _Side, paired: bool, settings: GapSettings
+) -> Numbers:
+    """Figures of one source and one target, their names behind ``when``."""
+    figures = _distances(source, target) | _spectra(source, target, settings)
+    figures |= _samples(source.rows, target.rows, settings)
+    if paired:
+        figures |= _pairs(source.rows, target.rows, settings)
+    return {f"{when}_{name}": value for name, value in figures.items()}
+
+
+def _distances(source: _Side, target: _Side) -> Numbers:
+    y, x = source.moments, target.moments
+    return {
+        "source_rows": y.count,
+        "target_rows": x.count,
+        "centroid_gap": distribution.centroid_gap(y, x),
+        "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
+        "trace_ratio": distribution.trace_ratio(y, x),
+        "covariance_distance": distribution.covariance_distance(y, x),
+        "frechet_distance": distribution.frechet_distance(y, x),
+    }
+
+
+def _spectra(source: _Side, target: _Side, settings: GapSettings) -> Numbers:
+    (y, y_vectors), (x, x_vectors) = source.spectrum, target.spectrum
+    leading = max(1, min(settings.subspace, len(x) // 2))
+    figures: Numbers = {
+        "log_spectrum_correlation": spectrum.log_spectrum_correlation(y, x),
+        "subspace": leading,
+        "subspace_overlap": spectrum.subspace_overlap(y_vectors, x_vectors, leading),
+        "subspace_overlap_chance": leading / len(x),
+    }
+    for side, values in (("source", y), ("target", x)):
+        figures[f"{side}_effective_rank"] = spectrum.effective_rank(values)
+        figures[f"{side}_participation_ratio"] = spectrum.participation_ratio(values)
+        figures[f"{side}_anisotropy"] = spectrum.anisotropy(values)
+        figures[f"{side}_power_law_exponent"] = spectrum.power_law_exponent(values)
+    return figures
+
+
+def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
+    k, block, engine = settings.mixing_k, settings.block, settings.engine
+    mixing = neighbours.knn_mixing
+    others = len(source) + len(target) - 1
+    return {
+        "cosine_divergence": cosines.cosine_divergence(
+            source,
+            target,
+            pairs=settings.cosine_pairs,
+            bins=settings.cosine_bins,
+            seed=settings.seed,
+        ),
+        "source_mixing": mixing(source, target, k, block=block, engine=engine),
+        "source_mixing_chance": len(target) / others,
+        "target_mixing": mixing(target, source, k, block=block, engine=engine),
+        "target_mixing_chance": len(source) / others,
+    }
+
+
+def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
+    block = settings.block
+    figures: Numbers = {
+        "mean_cosine": cosines.mean_cosine(source, target, block),
+        "cosine_correlation": cosines.cosine_correlation(source, target, block),
+        "residual_anisotropy": spectrum.residual_anisotropy(source, target, block),
+    }
+    sides = {"source": (source, target), "target": (target, source)}
+    for side, (queries, gallery) in sides.items():
+        ranks = neighbours.match_ranks(queries, gallery, block)
+        for k in settings.recall_at:
+            figures[f"{side}_recall_at_{k}"] = neighbours.recall_of(ranks, k)
+    return figures
+
+
+def _kept(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
+    k, block, engine = settings.overlap_k, settings.block, settings.engine
+    return {
+        "kept_mean_cosine": cosines.mean_cosine(source, aligned, block),
+        "kept_cosine_correlation": cosines.cosine_correlation(source, aligned, block),
+        "kept_knn_overlap": neighbours.knn_overlap(source, aligned, k, block=block, engine=engine),
+        "kept_knn_overlap_chance": k / (len(source) - 1),
+    }
+
+
+def _plain(figures: Numbers) -> Numbers:
+    """Estimates become two numbers, NaN becomes None."""
+    numbers: Numbers = {}
+    for name, value in figures.items():
+        if isinstance(value, int):
+            numbers[name] = value
+            continue
+        numbers[name] = None if math.isnan(value) else float(value)
+        error = getattr(value, "standard_error", math.nan)
+        if not math.isnan(error):
+            numbers[f"{name}_error"] = error
+    return numbers
