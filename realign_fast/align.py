@@ -1,4 +1,4 @@
-"""ReAlign: text rows moved into the distribution of image rows, from unpaired statistics.
+"""ReAlign and its family: text rows moved into the distribution of image rows, unpaired.
 
 arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x|``:
 
@@ -7,7 +7,8 @@ arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x
 2. centroid:          ``e'' = e' + h``, ``h = mu_x - E[e']`` over the source; result ``e'' / |e''|``
 
 So the fitted map is the 2 D + 1 numbers ``s``, ``b = mu_x - s mu_y`` and ``h``, and fitting reads
-the target once and the source twice (moments, then drift), plus once for the residual gap.
+the target once and the source twice (moments, then drift), plus once for the residual gap. The
+other members of the family put another linear map A in the place of s (:mod:`family`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .corpus import Corpus
+from .family import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
 from .whole_file import write_whole
 
@@ -35,19 +37,23 @@ Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
-_SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap")
+_SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap", "noise")
 _COUNTS = ("source_count", "target_count")
+_CHOICES = ("method_number", "seed")
+_SIDES = [(f"source_{what}", f"target_{what}") for what in ("mean", "trace", "count")]
+_TWINS = dict(_SIDES) | {b: a for a, b in _SIDES}  # of a buffer, in the map back
 
 
 class ReAlign(nn.Module):
-    """The fitted, frozen map ``unit(unit(s u + b) + h)`` for rows of one encoder.
+    """The fitted, frozen map ``unit(unit(A u + b) + h)`` for rows of one encoder; ``A = s I``.
 
     Build one with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
     float64 whatever dtype the model around it is cast to; they travel in ``state_dict``.
     """
 
+    linear: Tensor  # A: [], s itself in ReAlign; [D] a diagonal; [D, D] a matrix
     scale: Tensor  # [] s = sqrt(T_x / T_y)
-    shift: Tensor  # [D] b = mu_x - s mu_y
+    shift: Tensor  # [D] b = mu_x - A mu_y
     recentre: Tensor  # [D] h = mu_x - E[e']
     source_mean: Tensor  # [D] mu_y
     target_mean: Tensor  # [D] mu_x
@@ -57,6 +63,9 @@ class ReAlign(nn.Module):
     residual_gap: Tensor  # [] |mu_x - E[result]| on the rows fitted on; NaN where not measured
     source_count: Tensor  # [] int64
     target_count: Tensor  # [] int64; 0 in a module that was never fitted
+    method_number: Tensor  # [] int64, which of family.METHODS
+    noise: Tensor  # [] energy of C3's noise as a share of T_x; NaN in the other methods
+    seed: Tensor  # [] int64, of C3's noise
 
     def __init__(self, dimension: int) -> None:
         """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
@@ -67,14 +76,28 @@ class ReAlign(nn.Module):
             self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
         for name in _SCALARS:
             self.register_buffer(name, torch.tensor(math.nan, dtype=torch.float64))
-        for name in _COUNTS:
+        self._method = METHODS[0]
+        self.register_buffer("linear", torch.tensor(math.nan, dtype=torch.float64))
+        for name in _COUNTS + _CHOICES:
             self.register_buffer(name, torch.tensor(0))
 
     @classmethod
     def from_moments(
-        cls, source: Moments, target: Moments, drift: Moments | None = None
+        cls,
+        source: Moments,
+        target: Moments,
+        drift: Moments | None = None,
+        *,
+        method: str = "realign",
+        shrinkage: Shrinkage = None,
+        floor: float | None = None,
+        energy: float = 0.9,
+        noise: float = 0.25,
+        seed: int = 0,
     ) -> ReAlign:
         """The map from ``source`` to ``target`` moments.
+
+        ``method`` and the options behind it are those of :meth:`fit`.
 
         ``drift`` holds the moments of the source rows sent through the map fitted without it
         (``Moments.update(rows, through=half.row_map)``); without it the map stops after the anchor
@@ -101,18 +124,25 @@ class ReAlign(nn.Module):
                 )
         self = cls(source.dimension)
         mu_y, mu_x = source.mean.cpu(), target.mean.cpu()
-        scale = math.sqrt(target.trace / source.trace)
+        options = {"shrinkage": shrinkage, "floor": floor, "energy": energy}
+        self.linear = a = linear_part(method, source, target, **options)
         self.source_mean.copy_(mu_y)
         self.target_mean.copy_(mu_x)
-        self.scale.fill_(scale)
-        self.shift.copy_(mu_x - scale * mu_y)
+        self.scale.fill_(math.sqrt(target.trace / source.trace))
+        self.shift.copy_(mu_x - (a @ mu_y if a.dim() == 2 else a * mu_y))
+        self._method = method
+        self.method_number.fill_(METHODS.index(method))
+        if method == "noise":
+            if not noise >= 0:
+                raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
+            self.noise.fill_(noise)
+            self.seed.fill_(seed)
         self.source_trace.fill_(source.trace)
         self.target_trace.fill_(target.trace)
         self.source_count.fill_(source.count)
         self.target_count.fill_(target.count)
         if drift is not None:
-            self.recentre.copy_(mu_x - drift.mean.cpu())
-            self.drift.copy_(self.recentre.norm())
+            self.record_drift(drift)
         return self
 
     @classmethod
@@ -124,6 +154,8 @@ class ReAlign(nn.Module):
         batch_rows: int = _BATCH_ROWS,
         bad_rows: str = "error",
         residual: bool = True,
+        method: str = "realign",
+        **options: Shrinkage,
     ) -> ReAlign:
         """Fit on rows: the source (text, say) is moved towards the target (image, say).
 
@@ -133,6 +165,14 @@ class ReAlign(nn.Module):
             batch_rows: rows a pass takes at a time from a tensor or array.
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
             residual: read the source once more for :attr:`residual_gap`.
+            method: which map of the family, one of ``family.METHODS``: ``"realign"``,
+                ``"mean-shift"``, ``"diagonal"``, ``"coral"``, ``"optimal-transport"``,
+                ``"blockwise"`` or ``"noise"``. Those with covariances amplify what is small in the
+                source and can tear neighbours apart; shrinkage tames them.
+            options: ``shrinkage`` (None, a number in [0, 1], ``"oas"``, ``"ledoit-wolf"``),
+                ``floor`` (of eigenvalues, a share of the largest), ``energy`` (of the frame of
+                ``"blockwise"``, 0.9), ``noise`` (energy of C3's noise as a share of T_x, 0.25) and
+                its ``seed``.
 
         Raises:
             ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
@@ -140,7 +180,7 @@ class ReAlign(nn.Module):
         """
 
         def measure(rows: Rows, name: str, through: RowMap | None = None) -> Moments:
-            moments = Moments()
+            moments = Moments(covariance=through is None and method in NEED_COVARIANCE)
             for where, first_row, batch in _batches(rows, name, batch_rows):
                 moments.update(
                     batch, through=through, bad_rows=bad_rows, where=where, first_row=first_row
@@ -148,12 +188,16 @@ class ReAlign(nn.Module):
             return moments
 
         source_moments, target_moments = measure(source, "source"), measure(target, "target")
-        half = cls.from_moments(source_moments, target_moments)
-        drift = measure(source, "source", half.row_map)
-        self = cls.from_moments(source_moments, target_moments, drift)
+        self = cls.from_moments(source_moments, target_moments, method=method, **options)
+        self.record_drift(measure(source, "source", self.row_map))
         if residual:
             self.record_residual(measure(source, "source", self.row_map))
         return self
+
+    def record_drift(self, drift: Moments) -> None:
+        """Set the last step, ``h = mu_x - E[e']``, from moments of the source through the map."""
+        self.recentre.copy_(self.target_mean - drift.mean.to(self.target_mean.device))
+        self.drift.copy_(self.recentre.norm())
 
     def record_residual(self, aligned: Moments) -> None:
         """Set :attr:`residual_gap` from the moments of aligned source rows."""
@@ -162,9 +206,40 @@ class ReAlign(nn.Module):
         )
 
     @property
+    def method(self) -> str:
+        """Which map of the family it is."""
+        return self._method  # (asking the buffer would make a GPU wait)
+
+    @property
     def row_map(self) -> RowMap:
-        """``(scale, shift, recentre)``, as the ops and :class:`Moments` take it."""
-        return self.scale, self.shift, self.recentre
+        """``(linear, shift, recentre)``, or a function of rows, as :class:`Moments` takes it."""
+        if self.method != "noise":
+            return self.linear, self.shift, self.recentre
+        sigma = math.sqrt(float(self.noise * self.target_trace) / self.dimension)
+        shift, recentre, seed = self.shift, self.recentre, int(self.seed)
+        return lambda rows: noisy_rows(rows, shift, recentre, sigma, seed)
+
+    @property
+    def inverse(self) -> ReAlign:
+        """The map back, ``A^-1`` with the roles of the sides exchanged; ``h = 0``.
+
+        It undoes ``A u + b``, not the two normalisations: means and covariances return, single rows
+        nearly. ValueError where A has no inverse, or for the noise.
+        """
+        a = self.linear
+        singular = bool(torch.linalg.cond(a) > 1e12) if a.dim() == 2 else bool((a == 0).any())
+        if self.method == "noise" or singular:
+            raise ValueError(f"ReAlign: the {self.method} map has no inverse; fit the other way")
+        back = ReAlign(self.dimension).to(a.device)
+        back._method = self._method
+        for name, buffer in self.named_buffers():
+            setattr(back, _TWINS.get(name, name), buffer.clone())
+        back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
+        back.scale = 1 / self.scale
+        back.shift = -(back.linear @ self.shift if a.dim() == 2 else back.linear * self.shift)
+        for name in ("recentre", "drift", "residual_gap"):
+            getattr(back, name).fill_(0 if name == "recentre" else math.nan)
+        return back
 
     @property
     def dimension(self) -> int:
@@ -178,14 +253,17 @@ class ReAlign(nn.Module):
         return math.sqrt(float(self.target_trace) * (1 / n_x + 1 / n_y)) if n_x * n_y else math.nan
 
     @property
-    def record(self) -> dict[str, float | int | None]:
+    def record(self) -> dict[str, float | int | str | None]:
         """What it was fitted on, as plain numbers (``None`` where not measured)."""
-        numbers: dict[str, float | int | None] = {"dimension": self.dimension}
+        numbers: dict[str, float | int | str | None] = {"dimension": self.dimension}
+        numbers["method"] = self.method
         numbers |= {name: int(getattr(self, name)) for name in _COUNTS}
         numbers |= {name: float(getattr(self, name)) for name in _SCALARS}
         gap = (self.target_mean - self.source_mean).norm()
         numbers |= {"centroid_gap": float(gap), "statistical_floor": self.statistical_floor}
-        return {k: None if v is not None and math.isnan(v) else v for k, v in numbers.items()}
+        return {
+            k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()
+        }
 
     def forward(
         self, rows: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -203,10 +281,20 @@ class ReAlign(nn.Module):
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
                 f"{self.dimension} columns; align the encoder's own output"
             )
+        row_map, flat = self.row_map, rows.reshape(-1, rows.shape[-1])
+        if callable(row_map):
+            noisy = row_map(flat).to(out_dtype or rows.dtype).reshape(rows.shape)
+            return noisy if out is None else out.copy_(noisy)
         if out is not None:
-            return ops.align_rows(rows, *self.row_map, out_dtype=out_dtype, out=out)
-        flat = rows.reshape(-1, rows.shape[-1])
-        return ops.align_rows(flat, *self.row_map, out_dtype=out_dtype).reshape(rows.shape)
+            return ops.align_rows(rows, *row_map, out_dtype=out_dtype, out=out)
+        return ops.align_rows(flat, *row_map, out_dtype=out_dtype).reshape(rows.shape)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """The shape of A depends on the method, so it is taken from what is loaded."""
+        if (saved := state_dict.get(f"{prefix}linear")) is not None:
+            self.linear = saved.new_empty(saved.shape, device=self.linear.device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._method = METHODS[int(self.method_number)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -265,7 +353,7 @@ class ReAlign(nn.Module):
     def extra_repr(self) -> str:
         fitted = f"{int(self.source_count)} source and {int(self.target_count)} target rows"
         state = f"fitted on {fitted}" if int(self.target_count) else "not fitted"
-        return f"dimension={self.dimension}, {state}"
+        return f"dimension={self.dimension}, method={self.method}, {state}"
 
     def _apply(self, fn, recurse=True):
         """Follow the model to its device but stay in float64: a cast would cost the accuracy."""

@@ -17,6 +17,7 @@ import torch
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
+from .family import METHODS
 from .moments import BAD_ROWS
 from .output import ALIGNER, REPORT, write_json
 from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
@@ -60,12 +61,11 @@ def _parser() -> argparse.ArgumentParser:
             _OPTIONS[option](sub)
 
     passes = ("threads", "quiet", "bad-rows", "batch-bytes")
+    both = ("source", "target", "out", "method", "shrinkage")
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
-    command(
-        "align", _align, "Fit, and write the source aligned.", "source", "target", "out", *passes
-    )
-    command("fit", _fit, "Fit, and write the aligner alone.", "source", "target", "out", *passes)
+    command("align", _align, "Fit, and write the source aligned.", *both, *passes)
+    command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
     command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
     return parser
 
@@ -81,6 +81,19 @@ def _threads(text: str) -> int:
     if number > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
     return number
+
+
+def _shrinkage(text: str) -> float | str:
+    if text in ("oas", "ledoit-wolf"):
+        return text
+    try:
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"expected a number from 0 to 1, oas or ledoit-wolf, got {text!r}"
+    )
 
 
 def _path(text: str) -> Path:
@@ -121,6 +134,20 @@ _OPTIONS = {
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
+    "method": lambda sub: sub.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="which map of the family (default: %(default)s); those from covariances fit the whole "
+        "shape of the target, and can tear neighbours apart",
+    ),
+    "shrinkage": lambda sub: sub.add_argument(
+        "--shrinkage",
+        type=_shrinkage,
+        metavar="R",
+        help="of the covariances towards a multiple of I: a number from 0 to 1, oas or ledoit-wolf "
+        "(default: none)",
+    ),
     "threads": lambda sub: sub.add_argument(
         "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
     ),
@@ -144,7 +171,8 @@ _OPTIONS = {
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(options.bad_rows, options.batch_bytes, not options.quiet)
+    fitting = {k: v for k, v in vars(options).items() if k in ("method", "shrinkage")}
+    return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
 
 
 def _info(_: argparse.Namespace) -> None:

@@ -69,8 +69,8 @@ class Moments:
             fweights: [...] whole numbers, how often each row was seen, as in ``torch.cov``.
             aweights: [...] how much each row matters, not negative, as in ``torch.cov``. Weights
                 need ``covariance=True``.
-            through: a row map ``(scale, shift, recentre)``; the moments are then those of
-                ``unit(unit(s u + b) + h)`` (:attr:`realign_fast.ReAlign.row_map`).
+            through: a row map (:attr:`realign_fast.ReAlign.row_map`): ``(scale, shift, recentre)``,
+                or a function of rows; the moments are then those of the mapped rows.
             bad_rows: ``"keep"`` counts zero rows as rows with ``u = 0``; ``"skip"`` leaves them
                 out; ``"error"`` refuses a zero or non-finite row. Non-finite rows are never summed.
             where, first_row: how an error names the rows: a file, and the number of ``rows[0]``.
@@ -92,13 +92,13 @@ class Moments:
         if self.with_covariance and bad_rows == "keep":
             self._add_scatter(rows, f, a, through)
             return self
-        sums, left_out = ops.sum_rows(rows, *(through or ()), normalize=self.normalize), None
+        sums, left_out = self._sums(rows, through), None
         if bad_rows != "keep" and int(sums.counts[1:].sum()):
             if bad_rows == "error":
                 raise ValueError(_describe_bad_row(rows, where, first_row))
             left_out, keep = sums.counts[1:], good_rows(rows)
             rows, f, a = (None if t is None else t[keep] for t in (rows, f, a))
-            sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
+            sums = self._sums(rows, through)
         if self.with_covariance:
             self._add_scatter(rows, f, a, through)
         else:
@@ -291,6 +291,11 @@ class Moments:
         self.total += total.to(device)
         self.energy_total += energy.to(device)
         self.counts += counts.to(device)
+
+    def _sums(self, rows: Tensor, through: RowMap | None) -> ops.RowSums:
+        if callable(through):
+            return ops.sum_mapped_rows(rows, through)
+        return ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
 
     def _add_scatter(
         self, rows: Tensor, f: Tensor | None, a: Tensor | None, through: RowMap | None

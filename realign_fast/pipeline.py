@@ -25,6 +25,7 @@ from tqdm import tqdm
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Batch, Corpus, Shard, ShardWriter
+from .family import NEED_COVARIANCE, Shrinkage
 from .moments import Moments, RowMap, good_rows
 from .output import ALIGNER, REPORT, check_output, write_json
 
@@ -39,11 +40,14 @@ class Settings:
     statistics and writes a zero row; ``"keep"`` counts a zero row as data (``u = 0``) and writes
     NaN for a non-finite one. Rows keep their places in every case.
     ``batch_bytes`` is also where float64 sums are cut: another value may move their last bits.
+    ``method`` and ``shrinkage`` are those of :meth:`ReAlign.fit`.
     """
 
     bad_rows: str = "error"
     batch_bytes: int = BATCH_BYTES
     progress: bool = True
+    method: str = "realign"
+    shrinkage: Shrinkage = None
 
 
 @dataclass
@@ -74,10 +78,11 @@ class Run:
 
     def measure(self, name: str, corpus: Corpus, through: RowMap | None = None) -> Moments:
         """Moments of a corpus, of its rows sent through a row map if one is given."""
-        total = Moments()
+        covariance = through is None and self.settings.method in NEED_COVARIANCE
+        total = Moments(covariance)
         with self._pass(name, corpus, total) as advance:
             for index, shard in enumerate(corpus.shards):
-                part = Moments()
+                part = Moments(covariance)
                 for batch in corpus.batches(index, batch_bytes=self.settings.batch_bytes):
                     self._update(part, shard, batch, through)
                     advance(len(batch.rows))
@@ -95,9 +100,9 @@ class Run:
             if not moments.count:
                 bad = f"{moments.zero_rows} zero, {moments.nonfinite_rows} non-finite"
                 raise ValueError(f"{corpus.path}: no usable row ({bad}); embed it again")
-        half = ReAlign.from_moments(source_moments, target_moments)
-        drift = self.measure("source drift", source, half.row_map)
-        aligner = ReAlign.from_moments(source_moments, target_moments, drift)
+        options = {"method": self.settings.method, "shrinkage": self.settings.shrinkage}
+        aligner = ReAlign.from_moments(source_moments, target_moments, **options)
+        aligner.record_drift(self.measure("source drift", source, aligner.row_map))
         if residual:
             aligner.record_residual(self.measure("source residual", source, aligner.row_map))
         return aligner

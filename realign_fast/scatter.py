@@ -8,12 +8,15 @@ one is moved to the centre of the other in float64, and their sums are added.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import ops
 
-RowMap = tuple[Tensor, Tensor, Tensor | None]  # scale [], shift [D], recentre [D] or None
+# (A [], [D] or [D, D], shift [D], recentre [D] or None), or what maps rows [N, D] itself.
+RowMap = tuple[Tensor, Tensor, Tensor | None] | Callable[[Tensor], Tensor]
 _FIRST_ROWS = 1024  # whose mean becomes the centre
 _BLOCK_ROWS = 1 << 13  # mapped and weighted at a time; whole blocks of the kernel
 
@@ -55,10 +58,7 @@ class Scatter:
     def _add_block(self, rows, f, a, through, normalize, accurate) -> Tensor:
         operands = rows
         if through is not None:
-            wide = accurate or rows.dtype == torch.float64
-            operands = ops.align_rows(
-                rows, *through, out_dtype=torch.float64 if wide else torch.float32
-            )
+            operands = map_rows(rows.double() if accurate else rows, through)
             normalize = False
         if self.centre is None and (centre := _mean_of_first(operands, normalize)) is not None:
             self.__init__(centre)
@@ -137,6 +137,13 @@ class Scatter:
         """Take what :meth:`state` gave."""
         for name in Scatter.__annotations__ if state else ():
             setattr(self, name, state[name])
+
+
+def map_rows(rows: Tensor, through: RowMap) -> Tensor:
+    """Rows [N, D] sent through a row map, as float32, or float64 if they are."""
+    if callable(through):
+        return through(rows)
+    return ops.align_rows(rows, *through, **ops.wide(rows))
 
 
 def checked_weights(name: str, weights: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -399,10 +399,15 @@ def _checked_frame(frame: Tensor, covariance: Tensor) -> Tensor:
     return wide
 
 
+def default_floor(covariance: Tensor) -> float:
+    """The share of the largest eigenvalue of S [D, D] that rounding alone can make."""
+    columns = len(covariance)
+    return max(columns * _EPSILON, columns**0.5 * torch.finfo(covariance.dtype).eps)
+
+
 def _floor(covariance: Tensor, floor: float | None) -> float:
     if floor is None:
-        columns = len(covariance)
-        return max(columns * _EPSILON, columns**0.5 * torch.finfo(covariance.dtype).eps)
+        return default_floor(covariance)
     if not 0 <= floor < 1:
         raise ValueError(f"whiten: floor={floor}, expected a share of the largest eigenvalue")
     return floor

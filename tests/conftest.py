@@ -56,6 +56,13 @@ class Kernel:
         sums = self.functions.sum_rows(*arguments, normalize, **self.options)
         return ops.RowSums(*(tensor.cpu() for tensor in sums))
 
+    def map(self, rows, matrix, shift, recentre=None, dtype=None):
+        arguments = self._send(rows, matrix, shift, recentre)
+        return self.functions.map_rows(*arguments, dtype or rows.dtype, **self.options).cpu()
+
+    def map_into(self, out, rows, matrix, shift, recentre=None):
+        self.functions.map_rows_(out, *self._send(rows, matrix, shift, recentre), **self.options)
+
     def add_scatter(self, scatter, total, rows, centre, weights, normalize, accurate):
         sums = [tensor.to(self.device) for tensor in (scatter, total)]
         inputs = [None if t is None else t.to(self.device) for t in (rows, centre, weights)]

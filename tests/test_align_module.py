@@ -125,7 +125,7 @@ def test_every_way_to_copy_or_store_keeps_every_bit(tmp_path, travel, residual):
 def test_the_state_dict_holds_what_is_documented(fitted):
     counts = ("source_count", "target_count")
     state = fitted.state_dict()
-    assert state.keys() == {*NUMBERS, *VECTORS, *counts}
+    assert state.keys() == {*NUMBERS, *VECTORS, *counts, "linear", "method_number", "noise", "seed"}
     assert all(state[name].dtype == torch.float64 for name in (*NUMBERS, *VECTORS))
     assert all(state[name].dtype == torch.int64 for name in counts)
 

@@ -37,6 +37,8 @@ def test_the_compiled_kernel_is_the_one_that_runs(name):
         "align_rows_": lambda: align_rows(rows, *MAP, out=torch.empty_like(rows)),
         "sum_rows": lambda: sum_rows(rows, *MAP),
         "add_scatter_": lambda: add_scatter_(*sums, rows, torch.zeros(7)),
+        "map_rows": lambda: align_rows(rows, torch.eye(7), *MAP[1:]),
+        "map_rows_": lambda: align_rows(rows, torch.eye(7), *MAP[1:], out=rows.clone()),
     }
     ran = aten_calls(calls[name])
     assert f"realign_fast::{name}" in ran
@@ -222,7 +224,11 @@ REFUSED = {
         ValueError,
         "leave normalize=True",
     ),
-    "several scales": (lambda: align_rows(ROWS, MAP[1], *MAP[1:]), RuntimeError, "one float64"),
+    "several scales": (
+        lambda: align_rows(ROWS, torch.ones(2), *MAP[1:]),
+        ValueError,
+        r"scale has shape \[2\]; expected a number, a diagonal \[D\] or a matrix",
+    ),
     "out of other shape": (
         lambda: align_rows(ROWS, *MAP, out=torch.empty(4, 7)),
         ValueError,

@@ -1,22 +1,8 @@
 // add_scatter_ for one instruction set (for_each_isa.h): packing, and the product of two panels.
+#include "tile.inl"
+
 namespace realign_fast::REALIGN_ISA {
 namespace {
-
-// A tile is kTileRows x kTileRegisters registers of sums, as many as leave room for the operands.
-#if defined(REALIGN_AVX512)
-constexpr int kTileRows = 8, kTileRegisters = 2;
-#elif defined(REALIGN_AVX2)
-constexpr int kTileRows = 4, kTileRegisters = 3;
-#else
-constexpr int kTileRows = 4, kTileRegisters = 2;
-#endif
-template <class M>
-constexpr int64_t kPanel = kTileRegisters * Vec<M>::width;  // columns
-
-template <class M>
-void panel_width(int64_t& width) {
-  width = kPanel<M>;
-}
 
 // Where row k of the block lies in its first panel; the next panel is kDepth * kPanel further.
 template <class M>
@@ -101,25 +87,6 @@ void pack_rows(const ScatterTask<T>& task, int64_t first, int64_t begin, int64_t
   }
 }
 
-// sums [kTileRows, kPanel] = a^T b over `depth` rows, from register kFirst of the panel on; a is
-// the tile's first column in its panel.
-template <int kFirst, class M>
-void multiply_tile(const M* a, const M* b, int64_t depth, M* sums) {
-  constexpr int64_t W = Vec<M>::width;
-  Vec<M> tile[kTileRows][kTileRegisters], right[kTileRegisters];
-  for (auto& row : tile)
-    for (auto& sum : row) sum = broadcast(M(0));
-  for (int64_t k = 0; k < depth; ++k, a += kPanel<M>, b += kPanel<M>) {
-    for (int v = kFirst; v < kTileRegisters; ++v) load(b + v * W, right[v]);
-    for (int i = 0; i < kTileRows; ++i) {
-      const Vec<M> left = broadcast(a[i]);
-      for (int v = kFirst; v < kTileRegisters; ++v) tile[i][v] = fma(left, right[v], tile[i][v]);
-    }
-  }
-  for (int i = 0; i < kTileRows; ++i)
-    for (int v = kFirst; v < kTileRegisters; ++v) store(sums + i * kPanel<M> + v * W, tile[i][v]);
-}
-
 // total [columns of the panel] += sum of sqrt(w) times the packed rows.
 template <class M>
 void add_panel_total(const M* panel, const M* root_weights, int64_t depth, int64_t columns,
@@ -159,9 +126,9 @@ void multiply_panels(PackedBlock<M>& packed, int64_t right, int64_t left, int64_
         }
         // In the panel on the diagonal nothing left of the tile's rows is asked for.
         if (p == right && row >= Vec<M>::width) {
-          multiply_tile<1>(a + row, b, depth, sums);
+          multiply_tile<1>(a + row, width, b, depth, sums);
         } else {
-          multiply_tile<0>(a + row, b, depth, sums);
+          multiply_tile<0>(a + row, width, b, depth, sums);
         }
         for (int64_t r = 0; r < kTileRows && p * width + row + r < columns; ++r) {
           double* out = scatter + (p * width + row + r) * columns + right * width;

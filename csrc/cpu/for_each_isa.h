@@ -1,9 +1,9 @@
 // Compiles the file named by REALIGN_KERNEL once for each instruction set, in a namespace of that
 // name, so that one binary carries all of them and needs no per-file compiler flags.
 //
-// Rules for a kernel file: include nothing (what it needs comes before this header, outside the
-// pragmas) and use no template of the standard library, or a function that was compiled for a newer
-// instruction set could be linked into code that runs on an older one.
+// Rules for a kernel file: include nothing but another .inl (what else it needs comes before this
+// header, outside the pragmas) and use no template of the standard library, or a function that was
+// compiled for a newer instruction set could be linked into code that runs on an older one.
 #define REALIGN_ISA baseline
 #include "simd.inl"
 #include REALIGN_KERNEL

@@ -49,11 +49,10 @@ struct LineAllocator {
 template <class M>
 using Registers = std::vector<M, LineAllocator<M>>;
 
-// values [columns] (zeros if null) as M, with zeros to the end of a whole register.
+// values [columns] (zeros if null) as M, with zeros to the end of a whole register (or `width`).
 template <class M>
-Registers<M> padded(const double* values, int64_t columns) {
-  constexpr int64_t lanes = 64 / sizeof(M);
-  Registers<M> copy((columns + lanes - 1) / lanes * lanes);
+Registers<M> padded(const double* values, int64_t columns, int64_t width = 64 / sizeof(M)) {
+  Registers<M> copy((columns + width - 1) / width * width);
   for (int64_t j = 0; values && j < columns; ++j) copy[j] = static_cast<M>(values[j]);
   return copy;
 }
@@ -70,15 +69,15 @@ void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
   }
 }
 
-// Calls body(chunk, scratch [columns]) for every chunk on torch's threads. Whoever is free takes
+// Calls body(chunk, scratch [size]) for every chunk on torch's threads. Whoever is free takes
 // its share of what is left, so a thread that the machine slows down does not hold up the rest and
 // most chunks follow one that the same thread has just read (and fetched ahead from).
 template <class Body>
-void for_each_chunk(int64_t chunks, int64_t columns, const Body& body) {
+void for_each_chunk(int64_t chunks, int64_t size, const Body& body) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(chunks, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    std::vector<double> scratch(columns);
+    Registers<double> scratch(size);
     for (int64_t begin = next; begin < chunks;) {
       const int64_t end = begin + std::max<int64_t>(1, (chunks - begin) / (2 * workers));
       if (!next.compare_exchange_weak(begin, end)) continue;

@@ -59,6 +59,11 @@ inline __m128i to_bf16(__m256 v) {  // finite values only: a NaN row never comes
   return _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_add_epi32(bits, half), 16));
 }
 inline void store(Half* p, Vec<float> a) { _mm256_storeu_si256((__m256i*)p, to_half(a.v)); }
+inline void store(BFloat16* p, Vec<float> a) {
+  const __m128i low = to_bf16(_mm512_castps512_ps256(a.v));
+  const __m128i high = to_bf16(_mm512_extractf32x8_ps(a.v, 1));
+  _mm256_storeu_si256((__m256i*)p, _mm256_set_m128i(high, low));
+}
 inline void store(float* p, Vec<float> a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec<double> a) {
   _mm_storeu_si128((__m128i*)p, to_half(_mm512_cvtpd_ps(a.v)));
@@ -144,6 +149,7 @@ inline __m128i to_bf16(__m256 v) {
 }
 inline __m128i to_bf16(__m128 v) { return to_bf16(_mm256_castps128_ps256(v)); }
 inline void store(Half* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_half(a.v)); }
+inline void store(BFloat16* p, Vec<float> a) { _mm_storeu_si128((__m128i*)p, to_bf16(a.v)); }
 inline void store(float* p, Vec<float> a) { _mm256_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec<double> a) {
   _mm_storel_epi64((__m128i*)p, to_half(_mm256_cvtpd_ps(a.v)));

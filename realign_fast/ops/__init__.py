@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,18 +30,22 @@ __all__ = [
     "sum_rows",
 ]
 
-OPS = ("add_scatter_", "align_rows", "align_rows_", "sum_rows")
+OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
 ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # An instruction set that was measured ahead of a newer one: sum_rows, 2026-11-24, two threads of a
 # Zen 4, D = 768-1280: AVX2 is 2-6% ahead of AVX-512 on 16-bit rows, and level on 32 and 64 bits.
 _FASTEST_ISA = {"sum_rows": "avx2"}
+_BLOCK_ROWS = 1 << 13  # rows that a sum through a matrix maps at a time
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
+_MATRIX = _MAP.replace("scale", "matrix")
 _SCHEMAS = (
     # `isa` is for tests and benchmarks: 0 takes the best instruction set this CPU has.
     f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int isa=0) -> Tensor",
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
+    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int isa=0) -> Tensor",
+    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, int isa=0) -> ()",
     f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int isa=0)"
     + " -> (Tensor, Tensor, Tensor)",
     "add_scatter_(Tensor(a!) scatter, Tensor(b!) total, Tensor rows, Tensor centre, "
@@ -80,12 +85,14 @@ _cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
 @torch.library.register_fake("realign_fast::align_rows")
-def _(rows, scale, shift, recentre, dtype, isa=0):
+@torch.library.register_fake("realign_fast::map_rows")
+def _(rows, linear, shift, recentre, dtype, isa=0):
     return torch.empty(rows.shape, dtype=dtype, device=rows.device)
 
 
 @torch.library.register_fake("realign_fast::align_rows_")
-def _(out, rows, scale, shift, recentre, isa=0):
+@torch.library.register_fake("realign_fast::map_rows_")
+def _(out, rows, linear, shift, recentre, isa=0):
     return None
 
 
@@ -101,17 +108,18 @@ def _(scatter, total, rows, centre, weights, normalize, accurate, isa=0):
 
 
 def _keep_inputs(ctx, inputs, output):
-    rows, scale, shift, recentre, _dtype, _isa = inputs
-    ctx.save_for_backward(rows, scale, shift, recentre)
+    rows, linear, shift, recentre, _dtype, _isa = inputs
+    ctx.save_for_backward(rows, linear, shift, recentre)
 
 
 def _align_rows_gradient(ctx, grad):
     return reference.align_rows_backward(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "realign_fast::align_rows", _align_rows_gradient, setup_context=_keep_inputs
-)
+for _name in ("align_rows", "map_rows"):
+    torch.library.register_autograd(
+        f"realign_fast::{_name}", _align_rows_gradient, setup_context=_keep_inputs
+    )
 
 
 def align_rows(
@@ -125,12 +133,14 @@ def align_rows(
 ) -> Tensor:
     """Send rows through ``unit(unit(s u + b) + h)``, ``u = x / |x|``: one read, one write a row.
 
-    ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``.
+    ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``. A vector or matrix
+    in place of s makes it ``unit(unit(A u + b) + h)`` (the ops ``map_rows``): the product is of
+    float32 unless the rows or the result are of float64.
 
     Args:
         rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
             are copied first.
-        scale: s, a number or a 0-d tensor.
+        scale: s, a number or a 0-d tensor; or A, [D, D], or its diagonal, [D].
         shift: b, [D].
         recentre: h, [D]; ``None`` stops after ``unit(s u + b)``.
         out_dtype: dtype of the result; the rows' own by default.
@@ -154,7 +164,8 @@ def align_rows(
     if out is None:
         out_dtype = out_dtype or rows.dtype
         _check_dtype("align_rows", "out_dtype", out_dtype)
-        return op.align_rows(rows, scale, shift, recentre, out_dtype)
+        kernel = op.map_rows if scale.dim() else op.align_rows
+        return kernel(rows, scale, shift, recentre, out_dtype)
     if out.shape != rows.shape:
         raise ValueError(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
@@ -166,7 +177,8 @@ def align_rows(
         )
     if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
         raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
-    op.align_rows_(out, rows, scale, shift, recentre)
+    kernel = op.map_rows_ if scale.dim() else op.align_rows_
+    kernel(out, rows, scale, shift, recentre)
     return out
 
 
@@ -212,9 +224,32 @@ def sum_rows(
         if not normalize:
             raise ValueError("sum_rows: the map works on unit rows; leave normalize=True with it")
         scale, shift, recentre = _map_arguments("sum_rows", rows, scale, shift, recentre)
+        if scale.dim():
+            return sum_mapped_rows(
+                rows.detach(),
+                lambda block: align_rows(block, scale, shift, recentre, **wide(block)),
+            )
     op = torch.ops.realign_fast
     isa = ISA_NAMES.index(cpu_isa("sum_rows")) if rows.is_cpu and _cpu_isa else 0
     return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize, isa))
+
+
+def sum_mapped_rows(rows: Tensor, mapping: Callable[[Tensor], Tensor]) -> RowSums:
+    """:func:`sum_rows` of ``mapping(rows)``, a block of rows at a time; counts are of the rows.
+
+    The mapping keeps non-finite rows non-finite, as :func:`align_rows` does.
+    """
+    parts = []
+    for block in rows.split(_BLOCK_ROWS) if len(rows) else [rows]:
+        total, energy, counts = sum_rows(mapping(block), normalize=False)
+        counts[1] = (block == 0).all(dim=1).sum()  # the image of a zero row is none
+        parts.append(RowSums(total, energy, counts))
+    return RowSums(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
+
+
+def wide(rows: Tensor) -> dict[str, torch.dtype]:
+    """``out_dtype`` for a result that is worked on further: float32, float64 of float64 rows."""
+    return {"out_dtype": torch.float64 if rows.dtype == torch.float64 else torch.float32}
 
 
 def add_scatter_(
@@ -302,8 +337,13 @@ def _map_arguments(
     kind = {"dtype": torch.float64, "device": rows.device}
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, **kind)
+    if list(scale.shape) not in ([], [rows.shape[1]], [rows.shape[1]] * 2):
+        raise ValueError(
+            f"{op}: rows have {rows.shape[1]} columns, scale has shape {list(scale.shape)}; "
+            "expected a number, a diagonal [D] or a matrix [D, D]"
+        )
     recentre = None if recentre is None else recentre.detach().to(**kind).contiguous()
-    return scale.detach().to(**kind), shift.detach().to(**kind).contiguous(), recentre
+    return scale.detach().to(**kind).contiguous(), shift.detach().to(**kind).contiguous(), recentre
 
 
 class Backend(NamedTuple):

@@ -26,9 +26,9 @@ def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows / peak / norm, peak, norm
 
 
-def _affine_on_sphere(u: Tensor, scale: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
-    """``unit(unit(s u + b) + h)``: ReAlign's row map (arXiv 2602.07026, section 4) on unit rows."""
-    mapped = unit(scale * u + shift)
+def _affine_on_sphere(scaled: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
+    """``unit(unit(s u + b) + h)`` of ``s u``: ReAlign's row map (arXiv 2602.07026, section 4)."""
+    mapped = unit(scaled + shift)
     return mapped if recentre is None else unit(mapped + recentre)
 
 
@@ -42,9 +42,42 @@ def align_rows(
 ) -> Tensor:
     """``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
     x = rows.double()
-    out = _affine_on_sphere(unit(x), scale, shift, recentre)
+    out = _affine_on_sphere(scale * unit(x), shift, recentre)
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
     return torch.where(finite, out, torch.nan).to(dtype)
+
+
+def map_rows(
+    rows: Tensor,  # [N, D] any floating dtype
+    matrix: Tensor,  # [D, D] float64, A; or [D], its diagonal
+    shift: Tensor,  # [D] float64, b
+    recentre: Tensor | None,  # [D] float64, h
+    dtype: torch.dtype,
+    isa: int = 0,
+) -> Tensor:
+    """``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    x = rows.double()
+    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    u = unit(torch.where(finite, x, 0))
+    out = _affine_on_sphere(_linear(u, matrix), shift, recentre)
+    return torch.where(finite, out, torch.nan).to(dtype)
+
+
+def _linear(u: Tensor, linear: Tensor) -> Tensor:
+    """A u for each row, A a number, a diagonal [D] or a matrix [D, D]."""
+    return linear * u if linear.dim() < 2 else u @ linear.T
+
+
+def map_rows_(
+    out: Tensor,
+    rows: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    isa: int = 0,
+) -> None:
+    """:func:`map_rows` into ``out`` [N, D], whose dtype decides the rounding."""
+    out.copy_(map_rows(rows, matrix, shift, recentre, out.dtype))
 
 
 def align_rows_(
@@ -62,22 +95,23 @@ def align_rows_(
 def align_rows_backward(
     grad: Tensor,  # [N, D] gradient of the result
     rows: Tensor,
-    scale: Tensor,
+    linear: Tensor,  # [] the scale, [D] or [D, D]
     shift: Tensor,
     recentre: Tensor | None,
 ) -> Tensor:
-    """Gradient of :func:`align_rows` in the rows: three projections off a unit vector.
+    """Gradient of `align_rows` and `map_rows` in the rows: three projections off a unit vector.
 
     ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first. It is 0
     for zero and non-finite rows, so that a bad row does not poison what lies behind it.
     """
     x = rows.double()
     x = torch.where(torch.isfinite(x).all(dim=-1, keepdim=True), x, 0)
-    half = scale * unit(x) + shift
+    half = _linear(unit(x), linear) + shift
     g = grad.double()
     if recentre is not None:
         g = _unit_backward(g, unit(half) + recentre)
-    g = _unit_backward(g, half) * scale
+    g = _unit_backward(g, half)
+    g = g * linear if linear.dim() < 2 else g @ linear
     return _unit_backward(g, x).to(rows.dtype)
 
 
@@ -108,7 +142,7 @@ def sum_rows(
     if normalize:
         x = unit(x)
     if scale is not None and shift is not None:
-        x = _affine_on_sphere(x, scale, shift, recentre)
+        x = _affine_on_sphere(scale * x, shift, recentre)
     x = torch.where(finite, x, 0)
     counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
     return x.sum(dim=0), (x * x).sum(), counts
