@@ -17,6 +17,13 @@ def torch_align_rows(rows: Tensor, scale: Tensor, shift: Tensor, recentre: Tenso
     return normalize(mapped + recentre.float(), dim=1).to(rows.dtype)
 
 
+def torch_map_rows(rows: Tensor, matrix: Tensor, shift: Tensor, recentre: Tensor) -> Tensor:
+    """``unit(unit(A u + b) + h)`` in float32, rounded to the rows' dtype."""
+    u = normalize(rows.float(), dim=1)
+    mapped = normalize(u @ matrix.float().T + shift.float(), dim=1)
+    return normalize(mapped + recentre.float(), dim=1).to(rows.dtype)
+
+
 def torch_sum_rows(rows: Tensor) -> Tensor:
     """The sum of the rows' directions, normalised in float32 and added in float64."""
     return normalize(rows.float(), dim=1).sum(dim=0, dtype=torch.float64)

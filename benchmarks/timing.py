@@ -42,6 +42,7 @@ class Case:
     error: float  # against float64; each benchmark says relative to what
     rows: int
     kind: str = ""  # which variant of the op
+    row_flops: int = 0  # of a row, where arithmetic and not memory is the limit
     rounds: dict[str, int] = field(default_factory=dict)
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Case:
 
     def lines(self) -> list[str]:
         """For the terminal."""
+        unit, amount = ("GF/s", self.row_flops) if self.row_flops else ("GB/s", self.row_bytes)
         head = f"{self.op} {self.kind} {case_name(self.dtype)} D={self.dimension}"
         lines = [f"{head} N={self.rows}: error {self.error:.1e}"]
         for name, times in self.seconds.items():
@@ -86,7 +88,7 @@ class Case:
             lines.append(
                 f"  {name:22} {middle * 1e3:9.2f} ms "
                 f"(+-{(max(times) - min(times)) / middle / 2:4.0%}) {rate / 1e6:9.3f} M rows/s "
-                f"{rate * self.row_bytes / 1e9:7.2f} GB/s"
+                f"{rate * amount / 1e9:7.2f} {unit}"
                 f"  {self.ratio(name, 'ceiling'):6.3f} of ceiling"
                 f"  {self.ratio(self.op, name):8.2f}x slower than {self.op}"
             )
@@ -100,6 +102,7 @@ class Case:
             "dtype": case_name(self.dtype),
             "dimension": self.dimension,
             "row_bytes": self.row_bytes,
+            "row_flops": self.row_flops,
             "error": self.error,
             "rows": self.rows,
             "seconds": self.seconds,
@@ -114,11 +117,12 @@ def case_name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def random_rows(dtype: torch.dtype, dimension: int) -> Tensor:
-    """Unit rows with a common mean of norm 0.7, much like CLIP's: [N, D] in BUFFER_BYTES."""
+def random_rows(dtype: torch.dtype, dimension: int, count: int | None = None) -> Tensor:
+    """Unit rows with a common mean of norm 0.7, much like CLIP's: [N, D], N by BUFFER_BYTES."""
     generator = torch.Generator().manual_seed(dimension)
     centre = torch.nn.functional.normalize(torch.randn(dimension, generator=generator), dim=0)
-    rows = torch.empty(BUFFER_BYTES // (dimension * dtype.itemsize), dimension, dtype=dtype)
+    count = count or BUFFER_BYTES // (dimension * dtype.itemsize)
+    rows = torch.empty(count, dimension, dtype=dtype)
     for part in rows.split(1 << 14):
         noise = torch.randn(part.shape, generator=generator) / dimension**0.5
         part.copy_(torch.nn.functional.normalize(centre + noise, dim=1))

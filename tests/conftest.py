@@ -5,8 +5,12 @@ lacks, or a missing CUDA device, is skipped with its reason; a missing library w
 present is a failure, so that no green run hides untested kernels.
 """
 
+import os
 import shutil
 from pathlib import Path
+
+# Where other work takes a core, threads that wait by spinning turn seconds into minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest

@@ -29,6 +29,10 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     gap = (names["aligned"].double().mean(0) - names["aligner"].target_mean).norm()
     assert gap < 2e-3
     assert "residual_gap" in capsys.readouterr().out
+    exec(compile(_block("python", "FixedFrame"), "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("kept_knn_overlap", "gamma_share"))
+    assert names["coral"].method == "coral"
 
 
 def test_every_file_of_the_tree_exists():
