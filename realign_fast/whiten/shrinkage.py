@@ -1,0 +1,95 @@
+"""Shrinkage of a covariance towards a multiple of the identity, and how much of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .spectrum import checked_covariance
+
+_NOT_UNIT = 1e-5  # E|u|^2 of rows that were made unit length in float32 is nearer to 1
+
+
+def shrinkage(
+    covariance: Tensor,
+    method: float | str | None,
+    *,
+    count: int | None = None,
+    mean: Tensor | None = None,
+    fourth_moment: float | None = None,
+) -> float:
+    """How far to shrink S [D, D] (divided by n) towards ``tr(S)/D I``, from 0 to 1.
+
+    Args:
+        method: None (0), the number itself, ``"oas"`` (Chen et al., arXiv 0907.4698, eq. 23
+            without its terms ``2/D``, as scikit-learn has it) or ``"ledoit-wolf"`` (Ledoit and
+            Wolf, 2004).
+        count: rows n behind S; needed by both named methods.
+        mean, fourth_moment: one of them is needed by Ledoit-Wolf, which takes
+            ``m_4 = E|x - mu|^4``. Unit rows have ``|u - mu|^2 = 1 - 2 u.mu + |mu|^2 =
+            T - 2 (u - mu).mu`` with ``T = tr S = 1 - |mu|^2``, hence ``m_4 = T^2 + 4 mu'S mu``
+            exactly: the mean [D] is enough. Other rows need the number itself.
+
+    Raises:
+        ValueError: an unknown method, a number outside [0, 1], a missing argument, a mean of rows
+            that were not unit length, or a fourth moment that no rows of this S can have.
+    """
+    if method is None:
+        return 0.0
+    if not isinstance(method, str):
+        if 0 <= method <= 1:
+            return float(method)
+        raise ValueError(f"whiten: shrinkage {method}, expected a number in [0, 1]")
+    if method not in ("oas", "ledoit-wolf"):
+        raise ValueError(f"whiten: shrinkage {method!r} is none of oas, ledoit-wolf, a number")
+    if count is None or count < 1:
+        raise ValueError(f"whiten: shrinkage {method!r} needs the count of rows, got {count}")
+    covariance = checked_covariance(covariance)
+    square, trace = float(covariance.square().sum()), float(covariance.trace())
+    spread = square - trace**2 / len(covariance)  # |S - tr(S)/D I|_F^2
+    if method == "oas":
+        wanted = (square + trace**2) / (count + 1)
+    else:
+        fourth = _fourth_moment(covariance, trace, mean, fourth_moment)
+        wanted = max(fourth - square, 0.0) / count  # E|S_n - E S_n|_F^2
+    return min(wanted / spread, 1.0) if spread > 0 else 0.0
+
+
+def shrink(
+    covariance: Tensor,
+    method: float | str | None,
+    *,
+    count: int | None = None,
+    mean: Tensor | None = None,
+    fourth_moment: float | None = None,
+) -> Tensor:
+    """``(1 - r) S + r tr(S)/D I`` [D, D] float64, with r as in :func:`shrinkage`."""
+    r = shrinkage(covariance, method, count=count, mean=mean, fourth_moment=fourth_moment)
+    covariance = checked_covariance(covariance)
+    result = (1 - r) * covariance
+    result.diagonal().add_(r * covariance.diagonal().mean())
+    return result
+
+
+def _fourth_moment(
+    covariance: Tensor, trace: float, mean: Tensor | None, fourth_moment: float | None
+) -> float:
+    if (mean is None) == (fourth_moment is None):
+        raise ValueError(
+            "whiten: shrinkage 'ledoit-wolf' needs either the mean of unit rows or the "
+            "fourth_moment E|x - mu|^4 of any rows"
+        )
+    if mean is None:
+        if fourth_moment < trace**2 * (1 - _NOT_UNIT):
+            raise ValueError(
+                f"whiten: fourth_moment={fourth_moment:.3g}, expected E|x - mu|^4, which is at "
+                f"least tr(S)^2 = {trace**2:.3g}; take both from the same rows"
+            )
+        return fourth_moment
+    mean = mean.detach().to(covariance)
+    energy = trace + float(mean.square().sum())
+    if abs(energy - 1) > _NOT_UNIT:
+        raise ValueError(
+            f"whiten: the rows behind S and mean have E|u|^2 = {energy:.6g}, expected 1, that of "
+            "unit rows; give their fourth_moment instead"
+        )
+    return trace**2 + 4 * float(mean @ covariance @ mean)
