@@ -92,7 +92,7 @@ class ReAlign(nn.Module):
         shrinkage: Shrinkage = None,
         floor: float | None = None,
         energy: float = 0.9,
-        noise: float = 0.25,
+        noise: float | None = None,
         seed: int = 0,
     ) -> ReAlign:
         """The map from ``source`` to ``target`` moments.
@@ -117,6 +117,8 @@ class ReAlign(nn.Module):
                 f"{target.dimension}; embed both with one encoder"
             )
         for name, moments in (("source", source), ("target", target)):
+            if method in ("mean-shift", "noise"):
+                continue  # no spread is asked for
             if moments.count < 2 or moments.trace < _NO_SPREAD:
                 raise ValueError(
                     f"ReAlign: the {moments.count} {name} rows all point one way (trace "
@@ -128,11 +130,14 @@ class ReAlign(nn.Module):
         self.linear = a = linear_part(method, source, target, **options)
         self.source_mean.copy_(mu_y)
         self.target_mean.copy_(mu_x)
-        self.scale.fill_(math.sqrt(target.trace / source.trace))
+        self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
         self.shift.copy_(mu_x - (a @ mu_y if a.dim() == 2 else a * mu_y))
         self._method = method
         self.method_number.fill_(METHODS.index(method))
+        if method != "noise" and noise is not None:
+            raise ValueError(f"ReAlign: method={method!r} adds no noise; leave noise out")
         if method == "noise":
+            noise = 0.25 if noise is None else noise
             if not noise >= 0:
                 raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
             self.noise.fill_(noise)
@@ -180,7 +185,8 @@ class ReAlign(nn.Module):
         """
 
         def measure(rows: Rows, name: str, through: RowMap | None = None) -> Moments:
-            moments = Moments(covariance=through is None and method in NEED_COVARIANCE)
+            covariance = through is None and method in NEED_COVARIANCE
+            moments = Moments(covariance, accurate=covariance)
             for where, first_row, batch in _batches(rows, name, batch_rows):
                 moments.update(
                     batch, through=through, bad_rows=bad_rows, where=where, first_row=first_row
@@ -226,6 +232,7 @@ class ReAlign(nn.Module):
         It undoes ``A u + b``, not the two normalisations: means and covariances return, single rows
         nearly. ValueError where A has no inverse, or for the noise.
         """
+        self._expect_fitted()
         a = self.linear
         singular = bool(torch.linalg.cond(a) > 1e12) if a.dim() == 2 else bool((a == 0).any())
         if self.method == "noise" or singular:
@@ -259,8 +266,10 @@ class ReAlign(nn.Module):
         numbers["method"] = self.method
         numbers |= {name: int(getattr(self, name)) for name in _COUNTS}
         numbers |= {name: float(getattr(self, name)) for name in _SCALARS}
-        gap = (self.target_mean - self.source_mean).norm()
-        numbers |= {"centroid_gap": float(gap), "statistical_floor": self.statistical_floor}
+        gap = float((self.target_mean - self.source_mean).norm())
+        numbers["scale"] = float(self.scale) if self.method == "realign" else None
+        numbers["centroid_gap"] = gap if numbers["target_count"] else None
+        numbers["statistical_floor"] = self.statistical_floor
         return {
             k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()
         }
@@ -298,6 +307,7 @@ class ReAlign(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it appears whole or not at all."""
+        self._expect_fitted()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_whole(path, safetensors_bytes(tensors, {"format": "pt"}))
 
@@ -349,6 +359,10 @@ class ReAlign(nn.Module):
                 "`realign-fast fit`, or a hub repository `owner/name`"
             )
         return cls.load(path)
+
+    def _expect_fitted(self) -> None:
+        if not int(self.target_count):
+            raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
 
     def extra_repr(self) -> str:
         fitted = f"{int(self.source_count)} source and {int(self.target_count)} target rows"

@@ -234,13 +234,13 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
             + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
         )
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
+    how = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "
     if "target" not in report:  # other rows than those fitted on, and nobody measured them before
         before = f"of the rows fitted on {_number(fitted['centroid_gap'])}, of these now "
     print(
         f"centroid gap {before}{_number(after)} "
-        f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), "
-        f"scale {_number(fitted['scale'])}"
+        f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), {how}"
     )
     print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
 

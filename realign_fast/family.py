@@ -61,6 +61,11 @@ def linear_part(
     if method not in METHODS:
         raise ValueError(f"ReAlign: method={method!r} is none of {', '.join(METHODS)}")
     if method not in NEED_COVARIANCE:
+        if shrinkage is not None or floor is not None:
+            raise ValueError(
+                f"ReAlign: shrinkage and floor are of covariances, and method={method!r} has "
+                f"none; leave them out, or choose one of {', '.join(NEED_COVARIANCE)}"
+            )
         scale = math.sqrt(target.trace / source.trace) if method == "realign" else 1.0
         return torch.tensor(scale, dtype=torch.float64)
     for name, moments in (("source", source), ("target", target)):
@@ -69,14 +74,11 @@ def linear_part(
                 f"ReAlign: method={method!r} needs covariances, the {name} moments have none; "
                 "measure with Moments(covariance=True)"
             )
-    s_y, s_x = (
-        whiten.shrink(side.covariance, shrinkage, count=side.count, mean=side.mean).cpu()
-        for side in (source, target)
-    )
+    s_y, s_x = (_shrunk(side, shrinkage) for side in (source, target))
     if method == "diagonal":
-        variance = s_y.diagonal()
+        variance = s_y.diagonal().double()
         least = (whiten.default_floor(s_y) if floor is None else floor) * variance.max()
-        ratio = s_x.diagonal() / torch.where(variance > least, variance, torch.inf)
+        ratio = s_x.diagonal().double() / torch.where(variance > least, variance, torch.inf)
         return ratio.clamp(min=0).sqrt()
     if method == "blockwise":
         frame = FixedFrame.fit(source, target, energy=energy)
@@ -85,6 +87,15 @@ def linear_part(
     return make(s_y, s_x, floor=floor)
 
 
+def _shrunk(side: Moments, shrinkage: Shrinkage) -> Tensor:
+    """A covariance on the CPU, in the dtype of its precision unless shrinkage gave it a floor."""
+    covariance = side.rounded_covariance.cpu()
+    if shrinkage is None or shrinkage == 0:
+        return covariance
+    return whiten.shrink(covariance, shrinkage, count=side.count, mean=side.mean.cpu())
+
+
+@torch.compiler.disable  # 64-bit integer hashing in a compiled loop takes minutes
 def noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
     """``unit(unit(u + b + sigma e) + h)`` of rows [N, D], float32 or (float64 rows) float64.
 

@@ -32,8 +32,8 @@ class Moments:
         normalize: take the rows' directions ``u = x / |x|`` (``unit(0) = 0``), as every map of
             the family does; ``False`` takes the rows as they are.
         accurate: multiply for the covariance in float64, not in float32 about a provisional mean:
-            relative error 1e-14 instead of 1e-8, at half the speed or less. Rows of float64
-            always are.
+            error 1e-14 of the largest entry instead of 1e-7 (1e-8 over many rows, as a Frobenius
+            norm), at half the speed or less. Rows of float64 always are.
     """
 
     total: Tensor | None  # [D] float64, sum of the rows; None before the first update
@@ -81,8 +81,12 @@ class Moments:
         """
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
-        if rows.dim() == 0:
-            raise ValueError(f"Moments: expected {where} [..., D], got a single number")
+        if not isinstance(rows, Tensor):
+            got = type(rows).__name__
+            raise TypeError(f"Moments: expected {where} as a tensor, got {got}; torch.as_tensor it")
+        if rows.dim() == 0 or rows.shape[-1] == 0:
+            got = "a single number" if rows.dim() == 0 else f"shape {list(rows.shape)}"
+            raise ValueError(f"Moments: expected {where} [..., D], got {got}")
         if not self.with_covariance and not (fweights is aweights is None):
             raise ValueError("Moments: weights need Moments(covariance=True)")
         f = checked_weights("fweights", fweights, rows)
@@ -127,7 +131,7 @@ class Moments:
         """Make every rank's moments those of the rows of all ranks (``torch.distributed``).
 
         Collective: every rank calls it once; a rank that saw no row takes part. Call it on a copy
-        (``Moments().merge(local).all_reduce()``) to go on counting local rows afterwards.
+        (``copy.deepcopy(local).all_reduce()``) to go on counting local rows afterwards.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
@@ -216,6 +220,19 @@ class Moments:
     def covariance(self) -> Tensor:
         """S = E[(u - mu)(u - mu)^T], [D, D] float64, divided by n."""
         return self.cov(correction=0)
+
+    @property
+    def rounded_covariance(self) -> Tensor:
+        """:attr:`covariance` in the dtype whose precision it has, which :mod:`whiten` heeds.
+
+        float32 if any rows were multiplied in it, so that eigenvalues which are its rounding are
+        not taken for spread; float64 otherwise. All zero where rounding is all there is.
+        """
+        covariance = self.covariance
+        rounding = torch.finfo(torch.float64).eps * self.dimension * self.energy
+        if float(covariance.trace()) <= rounding:
+            covariance.zero_()
+        return covariance.float() if float(self.scatter.weights[2]) else covariance
 
     def cov(self, correction: float = 1) -> Tensor:
         """The covariance [D, D] in float64 as ``torch.cov`` gives it, with its default correction.

@@ -79,10 +79,10 @@ class Run:
     def measure(self, name: str, corpus: Corpus, through: RowMap | None = None) -> Moments:
         """Moments of a corpus, of its rows sent through a row map if one is given."""
         covariance = through is None and self.settings.method in NEED_COVARIANCE
-        total = Moments(covariance)
+        total = Moments(covariance, accurate=covariance)
         with self._pass(name, corpus, total) as advance:
             for index, shard in enumerate(corpus.shards):
-                part = Moments(covariance)
+                part = Moments(covariance, accurate=covariance)
                 for batch in corpus.batches(index, batch_bytes=self.settings.batch_bytes):
                     self._update(part, shard, batch, through)
                     advance(len(batch.rows))

@@ -27,7 +27,7 @@ class Scatter:
     centre: Tensor | None  # [D] float64, c, of float32 numbers; None before the first finite row
     total: Tensor  # [D] float64, sum of w (u - c)
     scatter: Tensor  # [D, D] float64, sum of w (u - c)(u - c)^T, upper triangle
-    weights: Tensor  # [2] float64: sum of w, and of w a with w = f a (fweights, aweights)
+    weights: Tensor  # [3] float64: sum of w, of w a (w = f a), rows multiplied in float32
 
     def __init__(self, centre: Tensor | None = None) -> None:
         self.centre = None
@@ -35,7 +35,7 @@ class Scatter:
             self.centre = centre.float().double()
             self.total = torch.zeros_like(self.centre)
             self.scatter = self.total.new_zeros(len(centre), len(centre))
-            self.weights = self.total.new_zeros(2)
+            self.weights = self.total.new_zeros(3)
 
     def add(
         self,
@@ -60,8 +60,14 @@ class Scatter:
         if through is not None:
             operands = map_rows(rows.double() if accurate else rows, through)
             normalize = False
-        if self.centre is None and (centre := _mean_of_first(operands, normalize)) is not None:
-            self.__init__(centre)
+        start = _mean_and_trace(operands, normalize)
+        if self.centre is None and start is not None:
+            self.__init__(start[0])
+        elif start is not None and _far(self.centre, *start):
+            part = Scatter(start[0])
+            counts = part._add_block(rows, f, a, through, normalize, accurate)
+            self.merge(part)
+            return counts
         weights = a if f is None else f.double() if a is None else f * a
         counts = None
         if self.centre is not None:
@@ -70,20 +76,24 @@ class Scatter:
             counts = ops.add_scatter_(*sums, **options)
         if counts is None or weights is not None or through is not None:
             counts = _counts(rows, f)  # the op saw the rows after the map, each of them once
+        if self.centre is not None and not accurate and operands.dtype != torch.float64:
+            self.weights[2] += len(rows)
         if weights is not None and self.centre is not None:
             finite = torch.isfinite(rows).all(dim=1)
             self.weights[0] += weights[finite].sum()
             self.weights[1] += (weights if a is None else weights * a)[finite].sum()
         elif self.centre is not None:
-            self.weights += counts[0]
+            self.weights[:2] += counts[0]
         return counts
 
     def merge(self, other: Scatter) -> None:
-        """Add what ``other`` holds; ``other`` is left as it is."""
+        """Add what ``other`` holds, about the centre with more rows; ``other`` stays as it is."""
         if other.centre is None:
             return
         if self.centre is None:
             self.__init__(other.centre)
+        elif float(other.weights[0]) > float(self.weights[0]):
+            self.load_state(self.moved_to(other.centre.to(self.centre.device)).state())
         moved = other.moved_to(self.centre)
         self.total += moved.total
         self.scatter += moved.scatter
@@ -150,6 +160,7 @@ def checked_weights(name: str, weights: Tensor | None, rows: Tensor) -> Tensor |
     """fweights or aweights of rows [..., D] as [N] int64 or float64; ValueError, TypeError."""
     if weights is None:
         return None
+    weights = torch.as_tensor(weights)
     if weights.shape != rows.shape[:-1]:
         got, want = list(weights.shape), list(rows.shape[:-1])
         raise ValueError(f"Moments: {name} have shape {got}, the rows {want}; give one to each row")
@@ -158,15 +169,28 @@ def checked_weights(name: str, weights: Tensor | None, rows: Tensor) -> Tensor |
         raise TypeError(f"Moments: expected whole numbers as fweights, got {weights.dtype}")
     if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(f"Moments: a weight of {name} is negative or not finite")
+    if not whole and not bool(((weights == 0) | ((weights > 1e-20) & (weights < 1e20))).all()):
+        raise ValueError("Moments: aweights must be 0 or within 1e-20..1e20; scale them all alike")
     return weights.detach().reshape(-1).to(rows.device, torch.int64 if whole else torch.float64)
 
 
-def _mean_of_first(rows: Tensor, normalize: bool) -> Tensor | None:
+def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | None:
+    """Mean [D] of the first rows and the trace about it; None without a finite row."""
     for some in (rows[:_FIRST_ROWS], rows):
-        sums = ops.sum_rows(some, normalize=normalize)
-        if int(sums.counts[0]):
-            return sums.total / sums.counts[0]
+        total, energy, counts = ops.sum_rows(some, normalize=normalize)
+        if int(counts[0]):
+            mean = total / counts[0]
+            return mean, float(energy / counts[0] - mean @ mean)
     return None
+
+
+def _far(centre: Tensor, mean: Tensor, trace: float) -> bool:
+    """Whether rows of this mean and trace would cancel about the centre: off by their own spread.
+
+    Such a block gets a centre of its own. (What is below 1e-10 of the mean is rounding.)
+    """
+    off = float((mean.to(centre.device) - centre).square().sum())
+    return off > max(trace, 0.0) + 1e-10 * float(mean @ mean)
 
 
 def _counts(rows: Tensor, f: Tensor | None) -> Tensor:

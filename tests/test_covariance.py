@@ -181,3 +181,49 @@ def test_rows_before_the_first_finite_one():
     torch.testing.assert_close(
         moments.covariance, covariance(rows[1500:], True), rtol=1e-12, atol=1e-15
     )
+
+
+@pytest.mark.parametrize("off", (10.0, 1e3, 1e5))
+@pytest.mark.parametrize("batches", ((1, 4000), (1, 1, 3999), (2000, 2001)))
+def test_a_first_row_far_from_the_rest_costs_no_digits(off, batches):
+    """The centre is the mean of the first batch; what lies far from it gets one of its own."""
+    rows = random_rows(4001, 16).float()
+    rows[0] = off
+    moments = Moments(covariance=True, normalize=False)
+    for batch in rows.split(batches):
+        moments.update(batch)
+    expected = covariance(rows, False)
+    error = (moments.covariance - expected).abs().max() / expected.abs().max()
+    assert float(error) <= (1e-6 if batches[0] == 1 else 1e-5)
+    if batches[0] == 1:
+        least, truth = (torch.linalg.eigvalsh(s)[0] for s in (moments.covariance, expected))
+        assert float(least) == pytest.approx(float(truth), rel=1e-4)
+
+
+def test_clusters_far_apart_keep_their_small_spread():
+    centres = torch.nn.functional.normalize(random_rows(2, 64), dim=1)
+    rows = torch.cat([centres[:1], centres[1] + 1e-3 * (random_rows(20_000, 64, seed=3) - 0.3)])
+    rows = rows.float()
+    moments = Moments(covariance=True).update(rows[:1]).update(rows[1:])
+    expected = covariance(rows, True)
+    for ours, truth in zip(
+        torch.linalg.eigvalsh(moments.covariance), torch.linalg.eigvalsh(expected), strict=True
+    ):
+        assert float(ours) == pytest.approx(float(truth), rel=1e-2, abs=1e-12)
+
+
+def test_weights_that_no_float_can_carry_are_refused():
+    for size in (1e-200, 1e37):
+        with pytest.raises(ValueError, match=r"within 1e-20\.\.1e20"):
+            Moments(covariance=True).update(
+                random_rows(5, 3), aweights=torch.full((5,), size, dtype=torch.float64)
+            )
+    as_list = Moments(covariance=True).update(random_rows(5, 3), aweights=[1.0, 2.0, 3.0, 4.0, 5.0])
+    assert float(as_list.scatter.weights[0]) == 15
+
+
+def test_arrays_are_named():
+    with pytest.raises(TypeError, match=r"expected rows as a tensor, got ndarray"):
+        Moments().update(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"got shape \[3, 0\]"):
+        Moments().update(torch.zeros(3, 0))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_rank_deficient_rows_give_finite_maps_and_a_warning(sides):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_way_to_store_keeps_every_bit(sides, tmp_path, method):
-    aligner = ReAlign.fit(*sides, method=method, seed=5)
+    options = {"noise": 0.3, "seed": 5} if method == "noise" else {}
+    aligner = ReAlign.fit(*sides, method=method, **options)
     aligner.save_pretrained(tmp_path)
     loaded, copied = ReAlign.from_pretrained(tmp_path), ReAlign(D)
     copied.load_state_dict(aligner.state_dict())
@@ -174,6 +176,10 @@ def test_what_does_not_fit_is_refused(sides, moments):
         ReAlign.fit(*sides, method="pca")
     with pytest.raises(ValueError, match=r"method='coral' needs covariances, the source moments"):
         ReAlign.from_moments(Moments().update(sides[0]), moments[1], method="coral")
+    with pytest.raises(ValueError, match=r"method=.realign. has none"):
+        ReAlign.fit(*sides, shrinkage="oas")
+    with pytest.raises(ValueError, match="method='coral' adds no noise"):
+        ReAlign.fit(*sides, method="coral", noise=0.1)
     with pytest.raises(ValueError, match="noise=-1"):
         ReAlign.fit(*sides, method="noise", noise=-1)
     with pytest.raises(TypeError, match="shrink"):
@@ -187,11 +193,54 @@ def test_from_the_command_line(sides, tmp_path, monkeypatch, method, capsys):
         (tmp_path / name).mkdir()
         np.save(f"{name}/emb_0.npy", rows.float().numpy())
     command = ["align", "--text", "text", "--image", "image", "--method", method, "--quiet"]
-    assert cli.main([*command, "--shrinkage", "0.1", "--out", "out"]) == 0
+    if method in NEED_COVARIANCE:
+        command += ["--shrinkage", "0.1"]
+    assert cli.main([*command, "--out", "out"]) == 0
+    assert method in capsys.readouterr().out or method == "realign"
     aligner = ReAlign.from_pretrained("out")
     assert aligner.method == method
     expected = aligner(sides[0].float()).numpy()
     np.testing.assert_array_equal(np.load("out/emb_0.npy"), expected)
-    small = [*command, "--shrinkage", "0.1", "--batch-bytes", "4096", "--out", "small"]
+    small = [*command, "--batch-bytes", "4096", "--out", "small"]
     assert cli.main(small) == 0
     np.testing.assert_allclose(np.load("small/emb_0.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("count", (6, 9, 10, 11))
+def test_few_rows_of_low_precision_fit_as_in_float64(sides, dtype, count):
+    """As many rows as columns or fewer: what is missing is no noise to divide by."""
+    few, target = sides[0][:count].to(dtype), sides[1].to(dtype)
+    for method in NEED_COVARIANCE[1:3]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = ReAlign.fit(few, target, method=method)
+            exact = ReAlign.fit(few.double(), target.double(), method=method)
+        torch.testing.assert_close(ours.linear, exact.linear, rtol=1e-5, atol=1e-5)
+    fast = [Moments(covariance=True).update(rows) for rows in (few, target)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = ReAlign.from_moments(*fast, method="coral", floor=1e-4)
+    assert float(ours.linear.abs().max()) < 1e3
+
+
+def test_an_unfitted_map_is_neither_stored_nor_inverted(tmp_path):
+    for use in (lambda a: a.save(tmp_path / "a.safetensors"), lambda a: a.inverse):
+        with pytest.raises(ValueError, match="not fitted yet"):
+            use(ReAlign(4))
+    assert ReAlign(4).record["centroid_gap"] is None and not list(tmp_path.iterdir())
+
+
+def test_a_scale_is_reported_where_there_is_one(sides):
+    assert ReAlign.fit(*sides).record["scale"] > 0
+    assert ReAlign.fit(*sides, method="mean-shift").record["scale"] is None
+    assert bool(
+        torch.isfinite(ReAlign.fit(sides[0][:1], sides[1], method="mean-shift")(sides[0])).all()
+    )
+
+
+def test_the_noise_steps_out_of_a_compiled_model(sides):
+    aligner = ReAlign.fit(*sides, method="noise", residual=False)
+    compiled = torch.compile(nn.Sequential(aligner, nn.Identity()), backend="eager")
+    for count in (9, 5):
+        assert torch.equal(compiled(sides[0][:count]), aligner(sides[0][:count]))

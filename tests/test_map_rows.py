@@ -156,3 +156,22 @@ def test_the_reference_is_what_it_says():
         half = matrix @ (row / row.norm()) + shift
         whole = half / half.norm() + recentre
         torch.testing.assert_close(result, whole / whole.norm(), rtol=0, atol=1e-14)
+
+
+def test_what_is_no_tensor_or_does_not_fit_is_named():
+    rows, (matrix, shift, recentre) = random_rows(5, 4), matrix_map(4)
+    same = align_rows(rows, matrix.numpy(), shift, recentre)
+    assert torch.equal(same, align_rows(rows, matrix, shift, recentre))
+    for call, error, words in (
+        (lambda: align_rows(rows.numpy(), matrix, shift), TypeError, "as a tensor, got ndarray"),
+        (lambda: align_rows(rows, matrix, None), TypeError, "shift as a tensor"),
+        (lambda: align_rows(rows, matrix[:3], shift), ValueError, r"scale has shape \[3, 4\]"),
+        (lambda: align_rows(rows, matrix, shift, out=rows.long()), TypeError, "expected out of"),
+        (
+            lambda: align_rows(rows, matrix, shift, out=torch.empty(4, 5).double().T),
+            ValueError,
+            "columns of out lie 5 apart",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            call()

@@ -9,6 +9,7 @@ import torch
 from conftest import random_rows
 
 from realign_fast import Moments, ReAlign, metrics
+from realign_fast.metrics import GapSettings, gap_report
 
 SETTINGS = metrics.GapSettings(cosine_pairs=4000, engine="torch")
 
@@ -162,3 +163,35 @@ def test_auto_takes_faiss_for_short_floats_only(monkeypatch):
     assert not searched, "float64 rows would lose digits"
     metrics.nearest_rows(rows.half(), rows, 3)
     assert searched
+
+
+@pytest.mark.parametrize("count", (2, 15, 60))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_fewer_rows_than_columns_have_a_report(count, dtype):
+    rows = torch.randn(2, count, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    settings = GapSettings(mixing_k=1, overlap_k=1)
+    report = gap_report(rows[0], rows[1], rows[0], settings=settings)
+    assert report["before_frechet_distance"] > 0
+
+
+@pytest.mark.parametrize("columns", (1, 2, 3, 4))
+def test_what_so_few_columns_cannot_tell_is_none(columns):
+    rows = torch.randn(2, 50, columns, generator=torch.Generator().manual_seed(0))
+    report = gap_report(rows[0], rows[1])
+    assert report["before_source_power_law_exponent"] is None
+    assert report["before_centroid_gap"] > 0
+
+
+def test_rows_all_alike_have_a_report_too():
+    alike, other = torch.ones(30, 8), torch.randn(30, 8)
+    assert gap_report(alike, other)["before_source_rows"] == 30
+
+
+def test_samples_that_do_not_fit_are_named():
+    rows = torch.randn(30, 8)
+    with pytest.raises(ValueError, match=r"aligned rows are \[5, 8\], the source rows \[30, 8\]"):
+        gap_report(rows, rows, rows[:5])
+    with pytest.raises(ValueError, match=r"expected target rows .* got ndarray"):
+        gap_report(rows, rows.numpy())
+    with pytest.raises(ValueError, match=r"N from 2, got \[1, 8\]"):
+        gap_report(rows[:1], rows)

@@ -81,7 +81,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     _expect_one_encoder("frechet_distance", a, b)
     device = a.mean.device
     apart = float((a.mean - b.mean.to(device)).square().sum())
-    return apart + bures_distance(a.covariance, b.covariance.to(device)) ** 2
+    return apart + bures_distance(a.rounded_covariance, b.rounded_covariance.to(device)) ** 2
 
 
 def _expect_one_encoder(name: str, a: Moments, b: Moments) -> None:

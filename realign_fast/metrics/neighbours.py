@@ -128,6 +128,8 @@ def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> 
 
 def recall_of(ranks: Tensor, k: int) -> Estimate:
     """R@k from the :func:`match_ranks` [N]."""
+    if k < 1:
+        raise ValueError(f"recall_at_k: k={k}, expected 1 or more")
     share = float((ranks <= k).double().mean())
     return Estimate(share, (share * (1 - share) / len(ranks)) ** 0.5)
 

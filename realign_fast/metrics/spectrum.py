@@ -36,7 +36,7 @@ def spectrum_of(moments: Moments) -> Spectrum:
 
 def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
     """Mean [D] and leading eigenvectors [D, count] of the rows' covariance (PCA), float64."""
-    moments = Moments(covariance=True).update(rows)
+    moments = Moments(covariance=True, accurate=True).update(rows)
     return moments.mean, spectrum_of(moments).vectors[:, :count]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -60,6 +61,15 @@ def gap_report(
         ValueError: shapes that do not fit, moments without covariance or not of unit rows.
     """
     settings = settings or GapSettings()
+    for name, rows in (("source", source_rows), ("target", target_rows)):
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) < 2:
+            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 2, got {got}")
+    if aligned_rows is not None and aligned_rows.shape != source_rows.shape:
+        raise ValueError(
+            f"gap_report: aligned rows are {list(aligned_rows.shape)}, the source rows "
+            f"{list(source_rows.shape)}; give the same rows aligned"
+        )
     target = _side("target", target_rows, target_moments)
     source = _side("source", source_rows, source_moments)
     report = _compare("before", source, target, paired, settings)
@@ -79,7 +89,7 @@ class _Side(NamedTuple):
 
 def _side(name: str, rows: Tensor, moments: Moments | None) -> _Side:
     if moments is None:
-        moments = Moments(covariance=True).update(rows)
+        moments = Moments(covariance=True, accurate=True).update(rows)
     if not moments.normalize or not moments.with_covariance:
         raise ValueError(
             f"gap_report: the {name} moments are {moments!r}, expected normalize=True and "
@@ -116,17 +126,25 @@ def _spectra(source: _Side, target: _Side, settings: GapSettings) -> Numbers:
     (y, y_vectors), (x, x_vectors) = source.spectrum, target.spectrum
     leading = max(1, min(settings.subspace, len(x) // 2))
     figures: Numbers = {
-        "log_spectrum_correlation": spectrum.log_spectrum_correlation(y, x),
+        "log_spectrum_correlation": _or_nan(spectrum.log_spectrum_correlation, y, x),
         "subspace": leading,
         "subspace_overlap": spectrum.subspace_overlap(y_vectors, x_vectors, leading),
         "subspace_overlap_chance": leading / len(x),
     }
     for side, values in (("source", y), ("target", x)):
-        figures[f"{side}_effective_rank"] = spectrum.effective_rank(values)
-        figures[f"{side}_participation_ratio"] = spectrum.participation_ratio(values)
-        figures[f"{side}_anisotropy"] = spectrum.anisotropy(values)
-        figures[f"{side}_power_law_exponent"] = spectrum.power_law_exponent(values)
+        figures[f"{side}_effective_rank"] = _or_nan(spectrum.effective_rank, values)
+        figures[f"{side}_participation_ratio"] = _or_nan(spectrum.participation_ratio, values)
+        figures[f"{side}_anisotropy"] = _or_nan(spectrum.anisotropy, values)
+        figures[f"{side}_power_law_exponent"] = _or_nan(spectrum.power_law_exponent, values)
     return figures
+
+
+def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
+    """A figure that a spectrum with too few positive eigenvalues does not have is NaN."""
+    try:
+        return figure(*spectra)
+    except ValueError:
+        return math.nan
 
 
 def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:

@@ -171,6 +171,12 @@ def align_rows(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
             "give out the shape of the rows"
         )
+    _check_dtype("align_rows", "out", out.dtype)
+    if len(out) and out.stride(1) != 1 and out.shape[1] > 1:
+        raise ValueError(
+            f"align_rows: the columns of out lie {out.stride(1)} apart, expected 1; give a "
+            "contiguous out"
+        )
     if out_dtype not in (None, out.dtype):
         raise TypeError(
             f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; leave out_dtype away"
@@ -313,6 +319,9 @@ def add_scatter_(
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:
+    if not isinstance(rows, Tensor):
+        got = type(rows).__name__
+        raise TypeError(f"{op}: expected rows as a tensor, got {got}; use torch.as_tensor(rows)")
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
     _check_dtype(op, "rows", rows.dtype)
@@ -328,6 +337,8 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
 def _map_arguments(
     op: str, rows: Tensor, scale: Tensor | float, shift: Tensor, recentre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not isinstance(shift, Tensor):
+        raise TypeError(f"{op}: expected shift as a tensor [D], got {type(shift).__name__}")
     for name, vector in (("shift", shift), ("recentre", recentre)):
         if vector is not None and vector.shape != rows.shape[1:]:
             raise ValueError(
@@ -335,8 +346,7 @@ def _map_arguments(
                 "align the output of the encoder that the map was fitted on"
             )
     kind = {"dtype": torch.float64, "device": rows.device}
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, **kind)
+    scale = torch.as_tensor(scale, **kind)
     if list(scale.shape) not in ([], [rows.shape[1]], [rows.shape[1]] * 2):
         raise ValueError(
             f"{op}: rows have {rows.shape[1]} columns, scale has shape {list(scale.shape)}; "
