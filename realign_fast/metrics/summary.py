@@ -62,9 +62,9 @@ def gap_report(
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
-        if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) < 2:
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) < 4:
             got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 2, got {got}")
+            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 4, got {got}")
     if aligned_rows is not None and aligned_rows.shape != source_rows.shape:
         raise ValueError(
             f"gap_report: aligned rows are {list(aligned_rows.shape)}, the source rows "
