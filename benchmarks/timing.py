@@ -44,7 +44,7 @@ class Case:
     kind: str = ""  # which variant of the op
     row_flops: int = 0  # of a row, where arithmetic and not memory is the limit
     rounds: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    calls: dict[str, Callable[[], object] | None] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, call: Callable[[], object], rounds: int = ROUNDS) -> None:
@@ -67,6 +67,7 @@ class Case:
                     begin = time.perf_counter()
                     self.calls[name]()
                     self.seconds[name].append(time.perf_counter() - begin)
+        self.calls = dict.fromkeys(names)  # (they hold the rows: a gigabyte a case)
         return self
 
     def rate(self, name: str) -> float:
