@@ -61,12 +61,14 @@ def _parser() -> argparse.ArgumentParser:
             _OPTIONS[option](sub)
 
     passes = ("threads", "quiet", "bad-rows", "batch-bytes")
-    both = ("source", "target", "out", "method", "shrinkage")
+    reading = ("column", "allow-pickle")
+    both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
+    apply = ("aligner", "source", "out", *reading, *passes)
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
     command("align", _align, "Fit, and write the source aligned.", *both, *passes)
     command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
-    command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
+    command("apply", _apply, "Align with a fitted aligner.", *apply)
     return parser
 
 
@@ -108,14 +110,14 @@ _OPTIONS = {
         "--text",
         required=True,
         metavar="DIR",
-        help="rows to move: a directory of .npy shards, or a clip-retrieval root (its text_emb/)",
+        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/)",
     ),
     "target": lambda sub: sub.add_argument(
         "--target",
         "--image",
         required=True,
         metavar="DIR",
-        help="where to: a directory of .npy shards, or a clip-retrieval root (its img_emb/)",
+        help="where to: a directory of shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
         "--out", required=True, type=_path, metavar="DIR", help="directory for the result"
@@ -147,6 +149,20 @@ _OPTIONS = {
         metavar="R",
         help="of the covariances towards a multiple of I: a number from 0 to 1, oas or ledoit-wolf "
         "(default: none)",
+    ),
+    "column": lambda sub: sub.add_argument(
+        "--column",
+        metavar="NAME",
+        help="where the rows are in formats that have columns (default: embedding, embed in "
+        "pickles); NAME:float16 states the numbers of a fixed-size binary column",
+    ),
+    "target-column": lambda sub: sub.add_argument(
+        "--target-column", metavar="NAME", help="the same for the target, where it is another"
+    ),
+    "allow-pickle": lambda sub: sub.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read files of pickled lists too; plain data is built from them and nothing runs",
     ),
     "threads": lambda sub: sub.add_argument(
         "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
@@ -193,13 +209,20 @@ def _info(_: argparse.Namespace) -> None:
             print(f"{op:13} {device}: {kernel} ({why})")
 
 
+def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:
+    column = options.column if options.target_column is None else options.target_column
+    pickles = {"allow_pickle": options.allow_pickle}
+    source = Corpus(options.source, "text", column=options.column, **pickles)
+    return source, Corpus(options.target, "image", column=column, **pickles)
+
+
 def _align(options: argparse.Namespace) -> None:
-    report = align(options.source, options.target, options.out, _settings(options))
+    report = align(*_corpora(options), options.out, _settings(options))
     _print_report(report, options.out)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
+    source, target = _corpora(options)
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
     aligner = run.fit(source, target, residual=True)
@@ -211,7 +234,8 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
-    source, run = Corpus(options.source, "text"), Run(_settings(options))
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    source, run = Corpus(options.source, "text", **how), Run(_settings(options))
     result = describe_result(aligner, run.apply(aligner, source, options.out))
     report = run.report(aligner, source=describe(source), result=result)
     write_json(options.out / REPORT, report)
