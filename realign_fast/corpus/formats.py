@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import arrow, hf, npy, parquet, safetensors
+from . import arrow, hf, npy, parquet, pickled, safetensors
 from .npy import Shard, ShardWriter, explained
 from .streamed import StreamedShard
 
@@ -52,6 +52,12 @@ FORMATS = {
     "safetensors": Format(
         (".safetensors",), _is_safetensors, safetensors.read_shard, safetensors.TensorWriter
     ),
+    "pickle": Format(
+        (".pkl", ".pickle"),
+        lambda head: head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"),
+        pickled.read_shard,
+        pickled.PickleWriter,
+    ),
 }
 SUFFIXES = {suffix: name for name, one in FORMATS.items() for suffix in one.suffixes}
 
@@ -81,6 +87,9 @@ def shard_paths(folder: Path) -> list[Path]:
 def read_shard(path: Path, column: str | None = None, allow_pickle: bool = False) -> AnyShard:
     """The shard at `path`; every error that opening a file can have is raised here."""
     name = format_of(path.name) or _by_content(path) or "npy"
+    if name == "pickle" and not allow_pickle:
+        how = "allow_pickle=True or --allow-pickle (nothing in it is run)"
+        raise ValueError(f"{path}: a pickle is read only when asked to: give {how}")
     try:
         return FORMATS[name].read(path, column)
     except ValueError as error:
