@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import signal
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy
 import torch
+from tqdm import tqdm
 
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
+from .corpus.convert import TARGETS, convert
 from .family import METHODS
+from .inspection import as_lines, inspect
 from .moments import BAD_ROWS
 from .output import ALIGNER, REPORT, write_json
 from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
@@ -63,11 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     passes = ("threads", "quiet", "bad-rows", "batch-bytes")
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
+    convert = ("converted", *reading, "batch-bytes", "quiet")
+    inspect = ("sample", "seed", "json", *reading)
     apply = ("aligner", "source", "out", *reading, *passes)
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
     command("align", _align, "Fit, and write the source aligned.", *both, *passes)
     command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
+    command("convert", _convert, "Write a corpus in another format.", "path", "to", *convert)
+    command("inspect", _inspect, "Show what a corpus holds.", "path", *inspect)
     command("apply", _apply, "Align with a fitted aligner.", *apply)
     return parser
 
@@ -149,6 +157,28 @@ _OPTIONS = {
         metavar="R",
         help="of the covariances towards a multiple of I: a number from 0 to 1, oas or ledoit-wolf "
         "(default: none)",
+    ),
+    "path": lambda sub: sub.add_argument(
+        "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
+    ),
+    "converted": lambda sub: sub.add_argument(
+        "out", metavar="OUT", type=_path, help="directory for the result, without shards"
+    ),
+    "to": lambda sub: sub.add_argument(
+        "--to", required=True, choices=TARGETS, help="the format of the result"
+    ),
+    "sample": lambda sub: sub.add_argument(
+        "--sample",
+        type=_positive,
+        metavar="N",
+        default=10_000,
+        help="rows looked at, spread over the corpus (%(default)s)",
+    ),
+    "seed": lambda sub: sub.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of the sample (%(default)s)"
+    ),
+    "json": lambda sub: sub.add_argument(
+        "--json", action="store_true", help="one json object instead of lines to read"
     ),
     "column": lambda sub: sub.add_argument(
         "--column",
@@ -240,6 +270,20 @@ def _apply(options: argparse.Namespace) -> None:
     report = run.report(aligner, source=describe(source), result=result)
     write_json(options.out / REPORT, report)
     _print_report(report, options.out)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    corpus = Corpus(options.source, **how)
+    with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
+        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
+    print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    found = inspect(Corpus(options.source, **how), options.sample, options.seed)
+    print(json.dumps(found, indent=2) if options.json else as_lines(found))
 
 
 def _demo(options: argparse.Namespace) -> None:

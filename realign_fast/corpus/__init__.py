@@ -86,6 +86,12 @@ class Corpus:
         self.nbytes = self.rows * one.row_bytes
         self._index = {shard.path: index for index, shard in enumerate(self.shards)}
 
+    @property
+    def format(self) -> str:
+        """A key of `formats.FORMATS`, "arrow-stream", or "hf" for a Hugging Face dataset."""
+        saved = (self.path / self.subfolder / hf.STATE).is_file()
+        return "hf" if saved else self.shards[0].format
+
     def __len__(self) -> int:
         return self.rows
 
@@ -145,8 +151,8 @@ class Corpus:
 
     def finish(self, folder: Path) -> None:
         """Write what the shards in `folder`, made from all of these, have beside them."""
-        source = self.path / self.subfolder
-        if (source / hf.STATE).is_file():
+        if self.format == "hf":
+            source = self.path / self.subfolder
             hf.write_state(folder, [folder / shard.path.name for shard in self.shards], source)
 
 

@@ -37,6 +37,7 @@ RELEASE_BYTES = 16 << 20
 @dataclass(frozen=True)
 class ArrowShard(StreamedShard):
     stream: bool
+    format = property(lambda self: "arrow-stream" if self.stream else "arrow")
 
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
         vectors = Vectors(self.column, self.dtype, self.dimension)

@@ -39,6 +39,7 @@ class Shard:
     offset: int  # bytes before the first row
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
+    format = "npy"
     others = None  # no other columns
 
     def parse(self, descriptor: int) -> Shard:

@@ -33,6 +33,8 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ParquetShard(StreamedShard):
+    format = "parquet"
+
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
         vectors = Vectors(self.column, self.dtype, self.dimension)
         with _opened(self.path) as file:

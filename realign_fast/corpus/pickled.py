@@ -21,16 +21,20 @@ import numpy as np
 import torch
 
 from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, explained
+from .plain_values import Array
 from .streamed import StreamedShard, stamp_of, torch_dtype
-from .unpickle import Array, load
+from .unpickle import load
 
 MAX_BYTES = 4 << 30
+OTHER_ROWS = 1024
 DEFAULTS = ("embed", "embedding")
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
 
 
 @dataclass(frozen=True)
 class PickledShard(StreamedShard):
+    format = "pickle"
+
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
         entries = _entries(self.path, self.stamp)
         for begin in range(first, self.rows, size):
@@ -50,12 +54,21 @@ class PickledShard(StreamedShard):
 
     @property
     def others(self):
-        entries = _entries(self.path, self.stamp)
-        return self._other_columns if entries and len(entries[0]) > 1 else None
+        several = any(len(entry) > 1 for entry in _entries(self.path, self.stamp))
+        return self._other_columns if several else None
 
-    def _other_columns(self) -> Iterator[dict[str, Any]]:
-        for entry in _entries(self.path, self.stamp):
-            yield {key: value for key, value in entry.items() if key != self.column}
+    def _other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """What is beside the rows, a list of entries at a time; arrays as numpy's."""
+        entries = _entries(self.path, self.stamp)
+        for begin in range(0, len(entries), OTHER_ROWS):
+            yield [
+                {
+                    key: value.value if type(value) is Array else value
+                    for key, value in entry.items()
+                    if key != self.column
+                }
+                for entry in entries[begin : begin + OTHER_ROWS]
+            ]
 
     def writer(self, path: Path) -> PickleWriter:
         return PickleWriter(path, self.rows, self.dimension, torch_dtype(self), self)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from .npy import MAX_COLUMNS, TORCH_DTYPES, Shard, ShardWriter, explained, opened
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
 DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)}
 DEFAULT = "embedding"
+OTHER_ROWS = 65536  # of other tensors read at a time
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,31 @@ class TensorShard(Shard):
     name: str
     size: int  # of the file
     file_bytes = property(lambda self: self.size)
+    format = "safetensors"
 
     def parse(self, descriptor: int) -> TensorShard:
         return _parse(descriptor, self.path, self.name)
+
+    @property
+    def others(self):
+        with opened(self.path, self) as (file, _):
+            header, _ = _header(file.fileno(), self.path)
+        return self._other_columns if len(header) > 1 else None
+
+    def _other_columns(self) -> Iterator[dict[str, np.ndarray]]:
+        """The other tensors as columns, a number of rows at a time."""
+        with safe_open(self.path, "numpy") as file:
+            names = [name for name in file.keys() if name != self.name]
+            slices = {name: file.get_slice(name) for name in names}
+            for name, one in slices.items():
+                shape = one.get_shape()
+                if len(shape) not in (1, 2) or shape[0] != self.rows or one.get_dtype() == "BF16":
+                    got = f"tensor {name!r} is {one.get_dtype()} {shape}"
+                    want = f"cannot become a column of {self.rows} rows; leave it out of the file"
+                    raise ValueError(f"{self.path}: {got}, {want}")
+            for begin in range(0, self.rows, OTHER_ROWS):
+                end = min(begin + OTHER_ROWS, self.rows)
+                yield {name: one[begin:end] for name, one in slices.items()}
 
     def writer(self, path: Path) -> TensorWriter:
         return TensorWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype], self)

@@ -8,6 +8,7 @@ it (`embedding:float16`). Other columns pass through as they are.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .npy import MAX_COLUMNS, ShardWriter
+from .npy import MAX_COLUMNS, ShardWriter, explained
 
 DEFAULT = "embedding"
 FLOATS = ("float16", "float32", "float64")
@@ -215,6 +216,23 @@ class TableWriter(ShardWriter):
     def _abandon(self) -> None:
         with suppress(OSError, ValueError, pyarrow().ArrowException):  # the file goes anyway
             self._table.close()
+
+
+def write_table(path: Path, schema: Any, batches: Iterator[Any]) -> None:
+    """A parquet file of record batches that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                with pyarrow().parquet.ParquetWriter(file, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def plain_schema(dimension: int, dtype: torch.dtype, others: Any = ()) -> Any:
