@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tarfile
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.convert import BARE, TABLES, TARGETS, convert
+from realign_fast.corpus.convert import BARE, LISTS, TABLES, TARGETS, convert
 from realign_fast.inspection import inspect
 
 pa = pytest.importorskip("pyarrow")
@@ -52,7 +53,7 @@ def save(path, rows, form):
 
 
 def suffix(form):
-    return {"pickle": ".pkl", **{name: one[0] for name, one in (BARE | TABLES).items()}}[form]
+    return (BARE | TABLES | LISTS)[form][0]
 
 
 def everything(corpus):
@@ -64,6 +65,10 @@ def beside(folder, name, form):
     if form == "pickle":
         entries = pickle.loads((folder / name).read_bytes())  # of our own writing
         return {key: [entry[key] for entry in entries] for key in entries[0] if key != "embed"}
+    if form == "tar":
+        with tarfile.open(folder / name) as tar:
+            read = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+        return {key: [one[key] for one in read] for key in (read[0] if read else ())}
     if form in BARE:
         path = (folder / "metadata" / name).with_suffix(".parquet")
         return pq.read_table(path).to_pydict() if path.exists() else {}
@@ -106,7 +111,7 @@ def test_rows_and_columns_go_from_every_format_into_every_other(tmp_path, form, 
 def test_there_and_back_is_the_same_file(tmp_path):
     save(tmp_path / "in" / "x.npy", random_rows(9, "float16"), "npy")
     source, place = (tmp_path / "in" / "x.npy").read_bytes(), tmp_path / "in"
-    for number, to in enumerate([*TARGETS[1:3], "arrow", "arrow-stream", "pickle", "npy"]):
+    for number, to in enumerate([*TARGETS[1:3], "arrow", "arrow-stream", "pickle", "tar", "npy"]):
         place, before = tmp_path / str(number), place
         convert(Corpus(before, allow_pickle=True), place, to)
     assert (place / "x.npy").read_bytes() == source

@@ -1,8 +1,10 @@
 """A corpus written in another format: the same rows in the same order, shard by shard.
 
-Other columns go along as columns, or as keys in pickles. A format that has no room for them (npy,
-safetensors) gets `metadata/SHARD.parquet` beside its shards, row by row, as clip-retrieval keeps
-them. The rows are the last column, `embedding` (`embed` in pickles), a fixed-size list.
+Other columns go along as columns, as keys in pickles, as members in tars. A format that has no room
+for them (npy, safetensors) gets `metadata/SHARD.parquet` beside its shards, row by row, as
+clip-retrieval keeps them. The rows are the last column, `embedding` (`embed` in pickles), a
+fixed-size list. In a tar bytes and the columns `txt`, `json`, `cls` are members of their own, all
+others one json member.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arrow, hf, npy, parquet, pickled, safetensors
+from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .formats import AnyShard, shard_paths
 from .npy import TORCH_DTYPES
 from .table import DEFAULT, plain_schema, pyarrow, write_table
@@ -32,7 +34,11 @@ BARE = {
     "npy": (".npy", npy.ShardWriter),
     "safetensors": (".safetensors", safetensors.TensorWriter),
 }
-TARGETS = (*BARE, *TABLES, "pickle")
+LISTS = {
+    "pickle": (".pkl", pickled.PickleWriter),
+    "tar": (".tar", tar.TarWriter),
+}
+TARGETS = (*BARE, *TABLES, *LISTS)
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
 
 
@@ -68,7 +74,7 @@ def _names(corpus: Corpus, to: str) -> list[str]:
     count = len(corpus.shards)
     if to == "hf":
         return [f"data-{i:05}-of-{count:05}.arrow" for i in range(count)]
-    suffix = ".pkl" if to == "pickle" else (BARE | TABLES)[to][0]
+    suffix = (BARE | TABLES | LISTS)[to][0]
     names = [shard.path.stem + suffix for shard in corpus.shards]
     if len(set(names)) < count:
         twin = next(name for name in names if names.count(name) > 1)
@@ -79,9 +85,9 @@ def _names(corpus: Corpus, to: str) -> list[str]:
 def _writer(shard: AnyShard, path: Path, to: str) -> npy.ShardWriter:
     shape = (shard.rows, shard.dimension, TORCH_DTYPES[shard.dtype])
     others = shard.others
-    if to == "pickle":
+    if to in LISTS:
         entries = chain.from_iterable(map(_entries, others())) if others else None
-        return pickled.PickleWriter(path, *shape, others=entries)
+        return LISTS[to][1](path, *shape, others=entries)
     schema = _schema(shard) if others else None
     if to in BARE:
         if others:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import arrow, hf, npy, parquet, pickled, safetensors
+from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .npy import Shard, ShardWriter, explained
 from .streamed import StreamedShard
 
@@ -52,6 +52,7 @@ FORMATS = {
     "safetensors": Format(
         (".safetensors",), _is_safetensors, safetensors.read_shard, safetensors.TensorWriter
     ),
+    "tar": Format((".tar",), lambda head: head[257:262] == b"ustar", tar.read_shard, tar.TarWriter),
     "pickle": Format(
         (".pkl", ".pickle"),
         lambda head: head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"),
