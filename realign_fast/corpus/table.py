@@ -104,7 +104,9 @@ def first_dimension(path: Path, column: str, arrays: Iterator[Any]) -> int:
     """The numbers in the first row of a column of lists."""
     array = next((one for one in arrays if len(one)), None)
     where = f"{path}: column {column!r}"
-    if array is None or array[0].as_py() is None:
+    if array is not None:
+        array.validate()  # or a damaged offset would be followed
+    if array is None or not array[0].is_valid:
         got = "has no rows" if array is None else "is null in row 0"
         raise ValueError(f"{where} {got}, so nothing says its dimension; leave it out or write it")
     return _sized(where, len(array[0]))
