@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import signal
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy
 import torch
+from tqdm import tqdm
 
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
+from .corpus.convert import TARGETS, convert
 from .family import METHODS
+from .inspection import as_lines, inspect
 from .moments import BAD_ROWS
 from .output import ALIGNER, REPORT, write_json
 from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
@@ -61,12 +65,18 @@ def _parser() -> argparse.ArgumentParser:
             _OPTIONS[option](sub)
 
     passes = ("threads", "quiet", "bad-rows", "batch-bytes")
-    both = ("source", "target", "out", "method", "shrinkage")
+    reading = ("column", "allow-pickle")
+    both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
+    convert = ("converted", *reading, "batch-bytes", "quiet")
+    inspect = ("sample", "seed", "json", *reading)
+    apply = ("aligner", "source", "out", *reading, *passes)
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
     command("align", _align, "Fit, and write the source aligned.", *both, *passes)
     command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
-    command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
+    command("convert", _convert, "Write a corpus in another format.", "path", "to", *convert)
+    command("inspect", _inspect, "Show what a corpus holds.", "path", *inspect)
+    command("apply", _apply, "Align with a fitted aligner.", *apply)
     return parser
 
 
@@ -108,14 +118,14 @@ _OPTIONS = {
         "--text",
         required=True,
         metavar="DIR",
-        help="rows to move: a directory of .npy shards, or a clip-retrieval root (its text_emb/)",
+        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/)",
     ),
     "target": lambda sub: sub.add_argument(
         "--target",
         "--image",
         required=True,
         metavar="DIR",
-        help="where to: a directory of .npy shards, or a clip-retrieval root (its img_emb/)",
+        help="where to: a directory of shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
         "--out", required=True, type=_path, metavar="DIR", help="directory for the result"
@@ -147,6 +157,42 @@ _OPTIONS = {
         metavar="R",
         help="of the covariances towards a multiple of I: a number from 0 to 1, oas or ledoit-wolf "
         "(default: none)",
+    ),
+    "path": lambda sub: sub.add_argument(
+        "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
+    ),
+    "converted": lambda sub: sub.add_argument(
+        "out", metavar="OUT", type=_path, help="directory for the result, without shards"
+    ),
+    "to": lambda sub: sub.add_argument(
+        "--to", required=True, choices=TARGETS, help="the format of the result"
+    ),
+    "sample": lambda sub: sub.add_argument(
+        "--sample",
+        type=_positive,
+        metavar="N",
+        default=10_000,
+        help="rows looked at, spread over the corpus (%(default)s)",
+    ),
+    "seed": lambda sub: sub.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of the sample (%(default)s)"
+    ),
+    "json": lambda sub: sub.add_argument(
+        "--json", action="store_true", help="one json object instead of lines to read"
+    ),
+    "column": lambda sub: sub.add_argument(
+        "--column",
+        metavar="NAME",
+        help="where the rows are in formats that have columns (default: embedding, embed in "
+        "pickles); NAME:float16 states the numbers of a fixed-size binary column",
+    ),
+    "target-column": lambda sub: sub.add_argument(
+        "--target-column", metavar="NAME", help="the same for the target, where it is another"
+    ),
+    "allow-pickle": lambda sub: sub.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read files of pickled lists too; plain data is built from them and nothing runs",
     ),
     "threads": lambda sub: sub.add_argument(
         "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
@@ -193,13 +239,20 @@ def _info(_: argparse.Namespace) -> None:
             print(f"{op:13} {device}: {kernel} ({why})")
 
 
+def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:
+    column = options.column if options.target_column is None else options.target_column
+    pickles = {"allow_pickle": options.allow_pickle}
+    source = Corpus(options.source, "text", column=options.column, **pickles)
+    return source, Corpus(options.target, "image", column=column, **pickles)
+
+
 def _align(options: argparse.Namespace) -> None:
-    report = align(options.source, options.target, options.out, _settings(options))
+    report = align(*_corpora(options), options.out, _settings(options))
     _print_report(report, options.out)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
+    source, target = _corpora(options)
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
     aligner = run.fit(source, target, residual=True)
@@ -211,11 +264,26 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
-    source, run = Corpus(options.source, "text"), Run(_settings(options))
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    source, run = Corpus(options.source, "text", **how), Run(_settings(options))
     result = describe_result(aligner, run.apply(aligner, source, options.out))
     report = run.report(aligner, source=describe(source), result=result)
     write_json(options.out / REPORT, report)
     _print_report(report, options.out)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    corpus = Corpus(options.source, **how)
+    with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
+        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
+    print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    how = {"column": options.column, "allow_pickle": options.allow_pickle}
+    found = inspect(Corpus(options.source, **how), options.sample, options.seed)
+    print(json.dumps(found, indent=2) if options.json else as_lines(found))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .corpus import SUBFOLDERS, Corpus
+from .corpus import SUBFOLDERS, Corpus, format_of
 from .whole_file import write_whole
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
@@ -54,4 +54,4 @@ def check_output(out: Path, source: Corpus, target: Corpus | None = None) -> Non
 
 def _shards_in(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else []
-    return [path for path in found if path.suffix.lower() == ".npy" and path.name[0] != "."]
+    return [path for path in found if format_of(path.name)]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import __version__, ops
 from .align import ReAlign
-from .corpus import Batch, Corpus, Shard, ShardWriter
+from .corpus import Batch, Corpus, Shard
 from .family import NEED_COVARIANCE, Shrinkage
 from .moments import Moments, RowMap, good_rows
 from .output import ALIGNER, REPORT, check_output, write_json
@@ -128,8 +128,9 @@ class Run:
         with self._pass("apply", source, total, writes=True) as advance:
             for index, shard in enumerate(source.shards):
                 path = folder / shard.path.name
-                with ShardWriter(path, shard.rows, shard.dimension, source.dtype) as writer:
+                with source.writer(shard, path) as writer:
                     total.merge(self._apply_shard(aligner, source, index, writer, advance))
+            source.finish(folder)
         return total
 
     def _apply_shard(self, aligner, source, index, writer, advance) -> Moments:
@@ -204,19 +205,20 @@ class Run:
 
 
 def align(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: Corpus | str | os.PathLike[str],
+    target: Corpus | str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Fit on two corpora, write the source aligned into ``out``, and return the report.
 
-    ``source`` and ``target`` are directories of ``.npy`` shards, or a clip-retrieval root, whose
+    ``source`` and ``target`` are corpora, directories of shards, or a clip-retrieval root, whose
     ``text_emb/`` is then the source and whose ``img_emb/`` the target. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
     run, out = Run(settings or Settings()), Path(out)
-    source_rows, target_rows = Corpus(source, "text"), Corpus(target, "image")
+    source_rows = source if isinstance(source, Corpus) else Corpus(source, "text")
+    target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows)
     aligner = run.fit(source_rows, target_rows)
     aligned = run.apply(aligner, source_rows, out)

@@ -21,6 +21,7 @@ FLOORS = {
     "family": 4,
     "estimator": 3,
     "frame": 3,
+    "inspection": 3,
     "metrics": 3,
     "output": 3,
     "moments": 2,

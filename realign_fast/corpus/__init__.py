@@ -1,11 +1,13 @@
-"""Rows on disk: directories of `.npy` shards -> batches of rows -> shards.
+"""Rows on disk: directories of shards -> batches of rows -> shards of the same format.
 
-A shard is an `[N, D]` array of little-endian float16, float32 or float64 in C order. A corpus is a
-`.npy` file, a directory of them, or a side of a clip-retrieval root (`text_emb/`, `img_emb/`,
+A shard is a file of `[N, D]` rows of float16, float32 or float64: `.npy` or a format of
+`formats.py`, one format a file of this package. A corpus is a shard, a directory of them, a Hugging
+Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`, `img_emb/`,
 `metadata/`). There, shards of the two sides pair by the number that ends their name and must have
 as many rows; a number that one side lacks is fine (people download parts), one that `metadata/`
 (never read) lacks is a warning. Hidden files and other suffixes are not shards.
-Memory is bounded by `WINDOW_BYTES` and the batch, never by the corpus. No pickle is ever loaded.
+Memory is bounded by `WINDOW_BYTES` and the batch, never by the corpus (pickled lists: by a file).
+No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.
 What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`, `ValueError`.
 """
 
@@ -17,14 +19,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, explained, is_shard, opened, read_header
+from . import hf
+from .formats import AnyShard, format_of, read_shard, shard_paths
+from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, opened, read_header
 
-__all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "read_header", "sample_rows"]
+__all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "format_of", "read_header", "sample_rows"]
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 WINDOW_BYTES = 16 << 20  # mapped at a time; more only where one batch is larger
@@ -46,18 +50,28 @@ class Corpus:
     `modality` ("text", "image") must be given for a clip-retrieval root and chooses its `text_emb/`
     or `img_emb/`; any other directory or file is itself. All shards share dimension and dtype.
     What is made from a shard goes to `OUT / corpus.subfolder / shard.path.name`.
+    `column` is where the rows are, in formats that have columns (by default `embedding`);
+    `allow_pickle` lets files of pickled lists in, read by a machine that runs nothing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], modality: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        modality: str | None = None,
+        *,
+        column: str | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
         if not os.fspath(path):
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
         self.path = Path(path)
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
-        self.shards = tuple(map(read_header, _npy_paths(folder) if folder.is_dir() else [folder]))
+        paths = shard_paths(folder) if folder.is_dir() else [folder]
+        self.shards = tuple(read_shard(one, column, allow_pickle) for one in paths)
         if not self.shards:
-            raise FileNotFoundError(f"{folder}: has no .npy file, expected shards [rows, columns]")
+            raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
         one = self.shards[0]
         for shard in self.shards:
             if (shard.dimension, shard.dtype) != (one.dimension, one.dtype):
@@ -65,19 +79,25 @@ class Corpus:
                 want = f"expected {want} as in {one.path}; move one of them away"
                 raise ValueError(f"{shard.path}: rows are {got}, {want}")
         if self.subfolder:
-            _check_pairs(self.path, self.subfolder, self.shards)
+            _check_pairs(self.path, self.subfolder, self.shards, (column, allow_pickle))
         self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])  # [shards + 1]
         self.rows, self.dimension = int(self.starts[-1]), one.dimension
         self.dtype: torch.dtype = TORCH_DTYPES[one.dtype]
         self.nbytes = self.rows * one.row_bytes
         self._index = {shard.path: index for index, shard in enumerate(self.shards)}
 
+    @property
+    def format(self) -> str:
+        """A key of `formats.FORMATS`, "arrow-stream", or "hf" for a Hugging Face dataset."""
+        saved = (self.path / self.subfolder / hf.STATE).is_file()
+        return "hf" if saved else self.shards[0].format
+
     def __len__(self) -> int:
         return self.rows
 
     def batches(
         self,
-        shard: Shard | int | None = None,
+        shard: AnyShard | int | None = None,
         *,
         batch_rows: int | None = None,
         batch_bytes: int = 4 << 20,
@@ -91,7 +111,7 @@ class Corpus:
         Threads may read at once, each through its own iterator.
         """
         size = max(1, batch_bytes // self.shards[0].row_bytes) if batch_rows is None else batch_rows
-        index = self._index.get(shard.path, -1) if isinstance(shard, Shard) else shard
+        index = self._index.get(shard.path, -1) if isinstance(shard, AnyShard) else shard
         if index is not None and not 0 <= index < len(self.shards):
             raise IndexError(f"{self.path}: got shard {shard}, expected one of {len(self.shards)}")
         chosen = range(len(self.shards)) if index is None else range(index, index + 1)
@@ -114,12 +134,26 @@ class Corpus:
         order = np.argsort(ids, kind="stable")
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
-            with opened(self.shards[index].path, self.shards[index]) as (file, shard):
-                for place in order[ends[index] : ends[index + 1]]:
+            places, shard = order[ends[index] : ends[index + 1]], self.shards[index]
+            if not isinstance(shard, Shard):
+                out[places] = torch.from_numpy(shard.take(ids[places] - self.starts[index]))
+                continue
+            with opened(shard.path, shard) as (file, _):
+                for place in places:
                     begin = shard.offset + int(ids[place] - self.starts[index]) * shard.row_bytes
                     if os.preadv(file.fileno(), [target[place]], begin) != shard.row_bytes:
                         raise changed(shard)
         return out
+
+    def writer(self, shard: AnyShard, path: Path) -> ShardWriter:
+        """For the result of `shard`: its format, its number of rows, its other columns."""
+        return shard.writer(path)
+
+    def finish(self, folder: Path) -> None:
+        """Write what the shards in `folder`, made from all of these, have beside them."""
+        if self.format == "hf":
+            source = self.path / self.subfolder
+            hf.write_state(folder, [folder / shard.path.name for shard in self.shards], source)
 
 
 def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
@@ -133,10 +167,13 @@ def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
     return corpus.take(edges[:-1] + offsets.astype(np.int64))
 
 
-def _read(index: int, shard: Shard, first: int, size: int) -> Iterator[Batch]:
+def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]:
     """The batches of a shard from row `first` on, several to a mapped window."""
     window, low, high = None, 0, 0  # the window spans bytes low..high of the file
     if first >= shard.rows:
+        return
+    if not isinstance(shard, Shard):  # decoded, not mapped
+        yield from (Batch(index, *piece) for piece in shard.read(first, size))
         return
     with opened(shard.path, shard) as (file, _):
         while first < shard.rows:
@@ -172,8 +209,9 @@ def _subfolder(root: Path, modality: str | None) -> str:
     sides = [name for name in SUBFOLDERS.values() if (root / name).is_dir()]
     if not sides:
         return ""
-    if _npy_paths(root):
-        raise ValueError(f"{root}: has .npy files and {sides[0]}/; open the folder of the rows")
+    if loose := shard_paths(root):
+        kind = f"{loose[0].suffix} files and {sides[0]}/"
+        raise ValueError(f"{root}: has {kind}; open the folder of the rows")
     if modality is None:
         found = " and ".join(sides)
         raise ValueError(f"{root}: has {found}; choose with modality 'text' or 'image'")
@@ -182,31 +220,19 @@ def _subfolder(root: Path, modality: str | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    pieces = enumerate(re.split("([0-9]+)", path.name))
-    return [int(piece) if place % 2 else piece for place, piece in pieces], path.name
-
-
-def _npy_paths(folder: Path) -> list[Path]:
-    with explained(folder):
-        return sorted(
-            (folder / name for name in os.listdir(folder) if is_shard(name)), key=_natural
-        )
-
-
 def _number(path: Path) -> str:
     """What pairs a shard with its other side: the number that ends its name, else the name."""
     match = re.search("0*([0-9]+)$", path.stem)
     return match[1] if match else path.stem
 
 
-def _check_pairs(root: Path, subfolder: str, shards: Sequence[Shard]) -> None:
+def _check_pairs(root: Path, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
     other = next(name for name in SUBFOLDERS.values() if name != subfolder)
-    theirs = _npy_paths(root / other) if (root / other).is_dir() else []
+    theirs = shard_paths(root / other) if (root / other).is_dir() else []
     twins = {_number(path): path for path in theirs}
     for shard in shards:
         twin = twins.get(_number(shard.path))
-        if twin and (rows := read_header(twin).rows) != shard.rows:
+        if twin and (rows := read_shard(twin, *how).rows) != shard.rows:
             advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
             raise ValueError(f"{shard.path}: has {shard.rows} rows, {twin} has {rows}; {advice}")
     described = {_number(path) for path in (root / "metadata").glob("*")}

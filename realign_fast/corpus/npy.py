@@ -1,5 +1,8 @@
 """One shard: a `.npy` file of rows, its header checked before its data are touched; its writer.
 
+Other formats (`formats.py`) begin here: a format whose rows lie in one piece of the file is a
+`Shard` with another header; every writer is a `ShardWriter` with another beginning and end.
+
 A shard is an `[N, D]` array of little-endian float16, float32 or float64 in C order. No pickle is
 ever loaded. What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`,
 `ValueError`.
@@ -11,7 +14,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +39,16 @@ class Shard:
     offset: int  # bytes before the first row
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
+    format = "npy"
+    others = None  # no other columns
+
+    def parse(self, descriptor: int) -> Shard:
+        """This shard as its file says now."""
+        return _parse(descriptor, self.path)
+
+    def writer(self, path: Path) -> ShardWriter:
+        """For as many rows of the same kind, in the same format."""
+        return ShardWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype])
 
 
 class ShardWriter:
@@ -44,7 +57,10 @@ class ShardWriter:
     `path` appears whole or not at all: rows go to `.<name>.partial` beside it (never a shard; what
     a dead run left is replaced), and a clean exit checks their number, syncs, renames and syncs
     the directory. An exception removes it. Of two writers the later one wins; the other fails.
+    A subclass for another format overrides `suffix`, `_begin`, `_append` and `_finish`.
     """
+
+    suffix = ".npy"
 
     def __init__(self, path: str | os.PathLike[str], rows: int, dimension: int, dtype: torch.dtype):
         self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
@@ -53,19 +69,17 @@ class ShardWriter:
         if dtype not in TORCH_DTYPES.values():
             want = "expected torch.float16, float32 or float64 (npy has no bfloat16); convert rows"
             raise TypeError(f"{path}: got {dtype}, {want}")
-        if rows < 0 or not 0 < dimension < MAX_COLUMNS or not is_shard(self.path.name):
-            want = "expected rows >= 0, columns >= 1 and a visible name in .npy"
+        if rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
+            want = f"expected rows >= 0, columns >= 1 and a visible name in {self.suffix}"
             raise ValueError(f"{path}: got [{rows}, {dimension}], {want}")
 
     def __enter__(self) -> ShardWriter:
-        header = {"descr": torch.empty(0, dtype=self.dtype).numpy().dtype.str}
-        header |= {"fortran_order": False, "shape": (int(self.rows), int(self.dimension))}
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.unlink(missing_ok=True)
             try:
                 self._file = open(self._partial, "xb", buffering=0)
-                np.lib.format.write_array_header_1_0(self._file, header)
+                self._begin()
             except BaseException:
                 self._partial.unlink(missing_ok=True)
                 raise
@@ -78,10 +92,8 @@ class ShardWriter:
             got = f"got {list(rows.shape)} {rows.dtype} after {self.written} rows"
             want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
-        data = rows.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
         with explained(self.path):
-            while len(data):
-                data = data[self._file.write(data) :]
+            self._append(rows.detach().cpu().contiguous().numpy())
         self.written += len(rows)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -91,16 +103,42 @@ class ShardWriter:
                 raise OSError(errno.EBUSY, "Another writer took over the file")
             try:
                 if whole:
+                    self._finish()
                     os.fsync(self._file.fileno())
                     os.replace(self._partial, self.path)
                     directory = os.open(self.path.parent, os.O_RDONLY)
                     os.fsync(directory)
                     os.close(directory)
+                else:
+                    self._abandon()
             finally:
                 self._partial.unlink(missing_ok=True)
         if kind is None and not whole:
             want = f"expected {self.rows}; nothing was kept"
             raise ValueError(f"{self.path}: got {self.written} rows, {want}")
+
+    def _named(self) -> bool:
+        return self.path.name.lower().endswith(self.suffix) and not self.path.name.startswith(".")
+
+    def _begin(self) -> None:
+        header = {"descr": torch.empty(0, dtype=self.dtype).numpy().dtype.str}
+        header |= {"fortran_order": False, "shape": (int(self.rows), int(self.dimension))}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def _append(self, rows: np.ndarray) -> None:
+        self._put(rows.reshape(-1).view(np.uint8))
+
+    def _finish(self) -> None:
+        """After the last row, before the file is synced."""
+
+    def _abandon(self) -> None:
+        """Instead of `_finish`, before the file is removed."""
+
+    def _put(self, data: np.ndarray | memoryview | bytes) -> None:
+        """All of the bytes: a raw file may take fewer at a time."""
+        data = memoryview(data)
+        while len(data):
+            data = data[self._file.write(data) :]
 
 
 def read_header(path: Path) -> Shard:
@@ -120,13 +158,20 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: Path, expected: Shard | None = None) -> Iterator[tuple[BinaryIO, Shard]]:
+def opened(
+    path: Path,
+    expected: Shard | None = None,
+    parse: Callable[[int, Path], Shard] | None = None,
+) -> Iterator[tuple[BinaryIO, Shard]]:
+    """The file of a shard, its header read by `parse` and found as `expected`."""
     with explained(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError(errno.EINVAL, "Not a regular file")
         file = open(path, "rb", buffering=0)
     with file:
-        shard = _parse(file.fileno(), path)
+        shard = (
+            expected.parse(file.fileno()) if expected else (parse or _parse)(file.fileno(), path)
+        )
         if expected not in (None, shard):
             raise changed(expected)
         yield file, shard
@@ -162,7 +207,3 @@ def _parse(descriptor: int, path: Path) -> Shard:
 
 def changed(shard: Shard) -> ValueError:
     return ValueError(f"{shard.path}: changed while it was read; let its writer finish, open again")
-
-
-def is_shard(name: str) -> bool:
-    return name.lower().endswith(".npy") and not name.startswith(".")

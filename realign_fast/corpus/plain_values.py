@@ -1,0 +1,121 @@
+"""What a pickle may be made of beyond lists, dicts and the like: numpy's arrays, types and scalars.
+
+`unpickle.py` builds these; each checks what the file says of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][0-9]{1,6}")  # above all not O, objects
+
+_ARRAY, _DTYPE, _SCALAR, _BUFFER, _ENCODE = "array", "dtype", "scalar", "frombuffer", "encode"
+GLOBALS = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _DTYPE} | {
+    (f"{core}.{module}", name): token
+    for core in ("numpy.core", "numpy._core")
+    for module, name, token in (
+        ("multiarray", "_reconstruct", _ARRAY),
+        ("multiarray", "scalar", _SCALAR),
+        ("numeric", "_frombuffer", _BUFFER),
+    )
+}
+GLOBALS[("_codecs", "encode")] = _ENCODE  # how protocol 2 writes bytes, and these:
+GLOBALS |= {
+    (module, name): name
+    for module in ("builtins", "__builtin__")
+    for name in ("bytes", "set", "frozenset")
+}
+
+
+class Name(str):
+    """A global of `GLOBALS`: a word on the stack, not the thing."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise ValueError(f"{self} stands where a value is expected")
+
+
+class Type:
+    """A dtype in the making."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, text: Any) -> None:
+        if type(text) is not str or not PLAIN_TYPE.fullmatch(text):
+            raise ValueError(f"dtype {text!r:.40}: only numbers and text (never object arrays)")
+        self.dtype = np.dtype(text)
+
+    def build(self, state: Any) -> None:
+        order, text = state[1], self.dtype.kind in "US"
+        sizes = (self.dtype.itemsize, 4 if self.dtype.kind == "U" else 1) if text else (-1, -1)
+        if order not in ("<", "|", "=", ">") or state[2:7] != (None, None, None, *sizes):
+            raise ValueError("a dtype with fields, shape or objects is not plain")
+        self.dtype = self.dtype.newbyteorder(order if order == ">" else "<")
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return self.dtype.__reduce__()
+
+
+class Array:
+    """An array in the making; `value` is None until it is built."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: np.ndarray | None = None) -> None:
+        self.value = value
+
+    def build(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        self.value = array(data, kind, shape, "F" if fortran is True else "C")
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """It is pickled as the array that it stands for."""
+        if self.value is None:
+            raise ValueError("an array was begun and not built")
+        return self.value.__reduce_ex__(protocol)
+
+
+def array(data: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
+    if type(kind) is not Type or type(shape) is not tuple or order not in ("C", "F"):
+        raise ValueError("an array is not described by dtype, shape and order")
+    if type(data) is not bytes or not all(type(n) is int for n in shape):
+        raise ValueError("an array is not made of bytes (object arrays are never built)")
+    size = kind.dtype.itemsize
+    for count in shape:
+        size *= count
+    if len(shape) > 8 or any(count < 0 for count in shape) or size != len(data):
+        raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
+    return np.frombuffer(data, kind.dtype).reshape(shape, order=order)
+
+
+def call(name: Any, values: Any) -> Any:
+    """What a global makes of its arguments; an unknown one never comes so far."""
+    if type(name) is not Name or type(values) is not tuple:
+        raise ValueError("calls something that is no numpy constructor")
+    if name == _ARRAY and values[0] == "ndarray" and type(values[0]) is Name:
+        return Array()
+    if name == _DTYPE:
+        return Type(values[0])
+    if name == _SCALAR:
+        return array(values[1], values[0], (), "C")[()]
+    if name == _BUFFER:
+        data, kind, shape, order = values
+        return Array(array(data, kind, shape, order))
+    if name == _ENCODE and type(values[0]) is str and values[1:] == ("latin1",):
+        return values[0].encode("latin1")
+    if name == "bytes" and values == ():
+        return b""
+    if name in ("set", "frozenset") and len(values) == 1 and type(values[0]) is list:
+        return (set if name == "set" else frozenset)(map(plain_key, values[0]))
+    raise ValueError(f"calls {name} with arguments that numpy does not give it")
+
+
+def plain_key(key: Any) -> Any:
+    """Keys are text or numbers: others could hash by what a file nests in them."""
+    if type(key) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"a key is {type(key).__name__}, expected text or a number")
+    return key

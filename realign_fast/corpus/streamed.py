@@ -1,0 +1,77 @@
+"""Shards whose rows are decoded, not mapped: what their formats have in common."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .npy import TORCH_DTYPES, changed, explained
+
+
+@dataclass(frozen=True)
+class StreamedShard:
+    """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
+
+    path: Path
+    rows: int
+    dimension: int
+    dtype: np.dtype
+    column: str  # where the rows are: a column, a key, the ending of a member's name
+    stamp: tuple[int, int]  # of the file when it was opened
+    row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
+    others = None  # for `convert`: a function that yields the other columns as record batches
+
+    def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
+        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n."""
+        raise NotImplementedError
+
+    def read(self, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rows from `first` on as `(row, [n, D])`; cut at multiples of `size`, as mapped ones."""
+        if stamp_of(self.path) != self.stamp:
+            raise changed(self)
+        begin, filled, batch = first, 0, None
+        for piece in self.pieces(first, size):
+            while len(piece):
+                if begin == self.rows:
+                    raise changed(self)
+                if batch is None:
+                    count = min(begin - begin % size + size, self.rows) - begin
+                    batch = np.empty((count, self.dimension), self.dtype)
+                part = piece[: len(batch) - filled]
+                batch[filled : filled + len(part)] = part
+                piece, filled = piece[len(part) :], filled + len(part)
+                if filled == len(batch):
+                    yield begin, torch.from_numpy(batch)
+                    begin, filled, batch = begin + filled, 0, None
+        if begin != self.rows:
+            raise changed(self)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Rows at sorted `ids`. Everything between the first and the last of them is decoded."""
+        out = np.empty((len(ids), self.dimension), self.dtype)
+        size = max(1, (1 << 20) // self.row_bytes)
+        for first, rows in self.read(int(ids[0]), size):
+            low, high = np.searchsorted(ids, [first, first + len(rows)])
+            out[low:high] = rows.numpy()[ids[low:high] - first]
+            if high == len(ids):
+                break
+        return out
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a regular file: another stamp is another content."""
+    with explained(path):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "Not a regular file")
+    return status.st_size, status.st_mtime_ns
+
+
+def torch_dtype(shard: StreamedShard) -> torch.dtype:
+    return TORCH_DTYPES[shard.dtype]
