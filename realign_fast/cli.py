@@ -19,8 +19,9 @@ from .align import ReAlign
 from .corpus import Corpus
 from .family import METHODS
 from .moments import BAD_ROWS
-from .output import ALIGNER, REPORT, write_json
-from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
+from .output import ALIGNER, MODES, check_output
+from .pipeline import Run, Settings, align, describe, describe_result
+from .shard_work import BATCH_BYTES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         for option in options:
             _OPTIONS[option](sub)
 
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes")
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
     both = ("source", "target", "out", "method", "shrinkage")
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
@@ -167,11 +168,34 @@ _OPTIONS = {
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
+    "workers": lambda sub: sub.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes that share out the shards and the threads (default: %(default)s); the "
+        "result has the same bytes for any number",
+    ),
+    "mode": lambda sub: _add_mode(sub.add_mutually_exclusive_group()),
 }
 
 
+def _add_mode(group: Any) -> None:
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="what an earlier or killed run finished in --out: skip it where it is unchanged "
+        "(incremental, the default); do everything anew (overwrite); skip it, and count the saved "
+        "statistics of shards that are no longer there (extend)",
+    )
+    resume = {"action": "store_const", "dest": "mode", "const": MODES[0]}
+    group.add_argument("--resume", **resume, help="the same as --mode incremental")
+
+
 def _settings(options: argparse.Namespace) -> Settings:
-    fitting = {k: v for k, v in vars(options).items() if k in ("method", "shrinkage")}
+    chosen = ("method", "shrinkage", "mode", "workers")
+    fitting = {k: v for k, v in vars(options).items() if k in chosen}
     return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
 
 
@@ -202,19 +226,22 @@ def _fit(options: argparse.Namespace) -> None:
     source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
-    aligner = run.fit(source, target, residual=True)
-    aligner.save(options.out / ALIGNER)
-    report = run.report(aligner, source=describe(source), target=describe(target))
-    write_json(options.out / REPORT, report)
+    with run.keeping(options.out):
+        aligner = run.fit(source, target, residual=True)
+        aligner.save(options.out / ALIGNER)
+        report = run.report(aligner, source=describe(source), target=describe(target))
+        run.finish(aligner, report)
     _print_report(report, options.out)
 
 
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text"), Run(_settings(options))
-    result = describe_result(aligner, run.apply(aligner, source, options.out))
-    report = run.report(aligner, source=describe(source), result=result)
-    write_json(options.out / REPORT, report)
+    check_output(options.out, source, mode=options.mode)
+    with run.keeping(options.out):
+        result = describe_result(aligner, run.apply(aligner, source, options.out))
+        report = run.report(aligner, source=describe(source), result=result)
+        run.finish(aligner, report)
     _print_report(report, options.out)
 
 
@@ -227,11 +254,13 @@ def _demo(options: argparse.Namespace) -> None:
 def _print_report(report: dict[str, Any], out: Path) -> None:
     fitted = report["fitted"]
     for one in report["passes"]:
+        before = f", {one['finished_before']:,} rows were finished before"
         bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
         print(
             f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
             f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
             + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
+            + (before if one["finished_before"] else "")
         )
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     before = f"{_number(fitted['centroid_gap'])} -> "
