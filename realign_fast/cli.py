@@ -22,17 +22,19 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, MODES, check_output
 from .pipeline import Run, Settings, align, describe, describe_result
 from .shard_work import BATCH_BYTES
+from .verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``realign-fast`` and return its exit status: 0, 2 for an error, 130 when stopped."""
+    """Run ``realign-fast``; its exit status: 0, 1 if faults are found, 2 if stopped by an error, 130
+    if stopped by a signal."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except BrokenPipeError:  # whoever read our output (head, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -44,7 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("realign-fast: stopped; the shards already written are whole", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     command("align", _align, "Fit, and write the source aligned.", *both, *passes)
     command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
     command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
+    command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
     return parser
 
 
@@ -168,6 +170,7 @@ _OPTIONS = {
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
+    "result": lambda sub: sub.add_argument("out", type=_path, metavar="OUT", help="of a run"),
     "workers": lambda sub: sub.add_argument(
         "--workers",
         type=_positive,
@@ -243,6 +246,15 @@ def _apply(options: argparse.Namespace) -> None:
         report = run.report(aligner, source=describe(source), result=result)
         run.finish(aligner, report)
     _print_report(report, options.out)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    checked, faults = verify(options.out)
+    for fault in faults:
+        print(fault)
+    what = ", ".join(f"{count:,} {name}" for name, count in checked.items())
+    print(f"{options.out}: {what} checked, {len(faults)} faults")
+    return 1 if faults else 0
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -112,6 +112,7 @@ class Walks:
             self.identities[corpus] = tuple(map(identity, corpus.shards))
         facts = {"pass": name, "bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
         facts |= {"covariance": options.get("covariance", False), "map": map_hash(aligner)}
+        facts |= {"folder": corpus.subfolder} if kind is AlignWork else {}
         ledger = Ledger(self.out, facts | {"code": code_version()}) if self.out else None
         options |= {"bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
         return kind(name, corpus, self.identities[corpus], ledger, reading=self.reading, **options)
