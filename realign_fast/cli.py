@@ -26,8 +26,7 @@ from .verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``realign-fast``; its exit status: 0, 1 if faults are found, 2 if stopped by an error, 130
-    if stopped by a signal."""
+    """Run ``realign-fast``; returns 0, 1 where faults are found, 2 for errors, 130 if stopped."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     options = _parser().parse_args(arguments)
