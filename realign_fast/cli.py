@@ -18,6 +18,7 @@ from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .family import METHODS
+from .job_array import apply_part, merge, stats
 from .moments import BAD_ROWS
 from .output import ALIGNER, MODES, check_output
 from .pipeline import Run, Settings, align, describe, describe_result
@@ -67,7 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
     command("align", _align, "Fit, and write the source aligned.", *both, *passes)
     command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
-    command("apply", _apply, "Align with a fitted aligner.", "aligner", "source", "out", *passes)
+    command(
+        "apply",
+        _apply,
+        "Align with a fitted aligner.",
+        "aligner",
+        "source",
+        "out",
+        *passes,
+        "shard",
+    )
+    side = ("side", "out", "half", "method", *passes[:-1], "shard")
+    command("stats", _stats, "Keep statistics of one side, for merge: a job of an array.", *side)
+    command("merge", _merge, "Fit from kept statistics, reading no rows.", *both, *passes[:-2])
     command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
     return parser
 
@@ -83,6 +96,14 @@ def _threads(text: str) -> int:
     if number > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
     return number
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``"2/4"`` -> ``(1, 4)``."""
+    first, _, parts = text.partition("/")
+    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N from 1/N to N/N, got {text!r}")
+    return int(first) - 1, int(parts)
 
 
 def _shrinkage(text: str) -> float | str:
@@ -170,6 +191,20 @@ _OPTIONS = {
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
     "result": lambda sub: sub.add_argument("out", type=_path, metavar="OUT", help="of a run"),
+    "side": lambda sub: _add_side(sub.add_mutually_exclusive_group(required=True)),
+    "half": lambda sub: sub.add_argument(
+        "--aligner",
+        type=_path,
+        metavar="FILE",
+        help="half.safetensors that merge wrote: measure the drift of the source through it",
+    ),
+    "shard": lambda sub: sub.add_argument(
+        "--shard",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="do every N-th shard from the I-th on (1/4 ... 4/4), as one job of an array",
+    ),
     "workers": lambda sub: sub.add_argument(
         "--workers",
         type=_positive,
@@ -180,6 +215,11 @@ _OPTIONS = {
     ),
     "mode": lambda sub: _add_mode(sub.add_mutually_exclusive_group()),
 }
+
+
+def _add_side(group: Any) -> None:
+    group.add_argument("--source", "--text", metavar="DIR", help="measure rows to move")
+    group.add_argument("--target", "--image", metavar="DIR", help="measure where they are to go")
 
 
 def _add_mode(group: Any) -> None:
@@ -239,12 +279,32 @@ def _fit(options: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text"), Run(_settings(options))
+    if options.shard[1] > 1:
+        done = apply_part(aligner, source, options.out, options.shard, run.settings)
+        _print_pass(done.summary())
+        return
     check_output(options.out, source, mode=options.mode)
     with run.keeping(options.out):
         result = describe_result(aligner, run.apply(aligner, source, options.out))
         report = run.report(aligner, source=describe(source), result=result)
         run.finish(aligner, report)
     _print_report(report, options.out)
+
+
+def _stats(options: argparse.Namespace) -> None:
+    side = "source" if options.source is not None else "target"
+    rows = Corpus(getattr(options, side), {"source": "text", "target": "image"}[side])
+    aligner = options.aligner and ReAlign.load(options.aligner)
+    done = stats(rows, side, options.out, options.shard, aligner, _settings(options))
+    _print_pass(done.summary())
+
+
+def _merge(options: argparse.Namespace) -> None:
+    source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
+    words, report = merge(source, target, options.out, _settings(options))
+    if report:
+        _print_report(report, options.out)
+    print(words)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -265,14 +325,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _print_report(report: dict[str, Any], out: Path) -> None:
     fitted = report["fitted"]
     for one in report["passes"]:
-        before = f", {one['finished_before']:,} rows were finished before"
-        bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
-        print(
-            f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
-            f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
-            + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
-            + (before if one["finished_before"] else "")
-        )
+        _print_pass(one)
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     before = f"{_number(fitted['centroid_gap'])} -> "
     if "target" not in report:  # other rows than those fitted on, and nobody measured them before
@@ -283,6 +336,17 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
         f"scale {_number(fitted['scale'])}"
     )
     print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
+
+
+def _print_pass(one: dict[str, Any]) -> None:
+    before = f", {one['finished_before']:,} rows were finished before"
+    bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
+    print(
+        f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
+        f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
+        + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
+        + (before if one["finished_before"] else "")
+    )
 
 
 def _number(value: float | None) -> str:

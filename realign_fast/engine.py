@@ -9,8 +9,10 @@ from __future__ import annotations
 import _thread
 import os
 import pickle
+import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,63 +26,93 @@ import torch
 Work = Callable[[int], Any]
 Engine = Callable[[Work, Sequence[int]], Iterator[Any]]
 _GRACE_SECONDS = 5  # for a worker to put away what it began when its parent is gone
-_work: Work | None = None  # of this worker process
+_state = {"busy": False, "stopping": False}  # of this worker process
+_loaded: tuple[str, Work] | None = None  # the work of this worker process, and its file
 
 
 def engine_of(workers: int) -> Engine:
     """This process for 1, else that many processes."""
-    return map if workers == 1 else _processes(workers)
+    return map if workers == 1 else Processes(workers)
 
 
-def _processes(workers: int) -> Engine:
+class Processes:
     """An engine of spawned processes, which share out the threads of this one.
 
-    A script that uses it keeps its own doings behind ``if __name__ == "__main__"``.
+    They start with the first call and end with this object, or when this process dies. A script
+    that uses it keeps its own doings behind ``if __name__ == "__main__"``.
     """
 
-    def run(work: Work, shards: Sequence[int]) -> Iterator[Any]:
-        context, threads = get_context("spawn"), max(1, torch.get_num_threads() // workers)
-        alive, ours = context.Pipe(duplex=False)
-        options = {"mp_context": context, "initializer": _begin}
-        # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
-        options["initargs"] = (pickle.dumps(work), threads, alive)
-        pool, waiting = ProcessPoolExecutor(min(workers, len(shards)) or 1, **options), deque()
-        try:
-            for shard in shards:
-                if len(waiting) == 2 * workers:  # results of shards that wait are in memory
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._stop: weakref.finalize | None = None  # ends the pool; None: there is none
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, work: Work, shards: Sequence[int]) -> Iterator[Any]:
+        """Results of ``work`` in the order of the shards; at most 2 a worker wait in memory."""
+        waiting, ended = deque(), False
+        with tempfile.NamedTemporaryFile(prefix="realign-fast-work-") as file:
+            # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
+            file.write(pickle.dumps(work))
+            file.flush()
+            try:
+                for shard in shards:
+                    if len(waiting) == 2 * self.workers:
+                        yield pickle.loads(waiting.popleft().result())
+                    waiting.append(self._started().submit(_call, file.name, shard))
+                while waiting:
                     yield pickle.loads(waiting.popleft().result())
-                waiting.append(pool.submit(_call, shard))
-            while waiting:
-                yield pickle.loads(waiting.popleft().result())
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a worker process died (killed, or out of memory); what is finished is kept: "
-                "run the same command again, with fewer workers if memory was short"
-            ) from error
-        finally:
-            if waiting:  # something went wrong: whatever runs is stopped
-                ours.close()
-            pool.shutdown(cancel_futures=True)
-            ours.close()
-            alive.close()
+                ended = True
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a worker process died (killed, or out of memory); what is finished is kept: "
+                    "run the same command again, with fewer workers if memory was short"
+                ) from error
+            finally:
+                if not ended and self._stop:  # whatever still runs is stopped
+                    self._ours.close()
+                    self._stop()
+                    self._stop = None
 
-    return run
+    def _started(self) -> ProcessPoolExecutor:
+        if self._stop is None:
+            context, threads = get_context("spawn"), max(1, torch.get_num_threads() // self.workers)
+            alive, self._ours = context.Pipe(duplex=False)
+            options = {"mp_context": context, "initializer": _begin, "initargs": (threads, alive)}
+            self._pool = ProcessPoolExecutor(self.workers, **options)
+            self._stop = weakref.finalize(self, _end, self._pool, self._ours, alive)
+        return self._pool
 
 
-def _begin(work: bytes, threads: int, alive: Connection) -> None:
-    global _work
+def _end(pool: ProcessPoolExecutor, ours: Connection, alive: Connection) -> None:
+    pool.shutdown(cancel_futures=True)
+    ours.close()
+    alive.close()
+
+
+def _begin(threads: int, alive: Connection) -> None:
     torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, args=(alive,), daemon=True).start()
-    _work = pickle.loads(work)
 
 
-def _call(shard: int) -> bytes:
-    return pickle.dumps(_work(shard))
+def _call(path: str, shard: int) -> bytes:
+    global _loaded
+    if _loaded is None or _loaded[0] != path:
+        with open(path, "rb") as file:
+            _loaded = path, pickle.load(file)
+    _state["busy"] = True
+    try:
+        if _state["stopping"]:
+            raise KeyboardInterrupt
+        return pickle.dumps(_loaded[1](shard))
+    finally:
+        _state["busy"] = False
 
 
 def _stop_with_parent(alive: Connection) -> None:
     """Once the other end is closed, by a parent that stops or is killed, stop as Ctrl-C does."""
     alive.poll(None)
-    _thread.interrupt_main()
+    _state["stopping"] = True
+    if _state["busy"]:
+        _thread.interrupt_main()
     time.sleep(_GRACE_SECONDS)
     os._exit(1)

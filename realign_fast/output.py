@@ -43,7 +43,7 @@ def check_output(
             f"{min(held - ours)}: is no shard that {source.path} becomes, and the two would mix; "
             "give an empty --out, or that of an earlier run on the same source"
         )
-    if held and not any((out / name).exists() for name in (ALIGNER, REPORT)):
+    if held and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
         raise ValueError(
             f"{min(held)}: would be replaced, but {out} has no {ALIGNER} that says a run of ours "
             "wrote it; give an empty --out"

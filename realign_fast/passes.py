@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .corpus import Corpus
-from .engine import engine_of
+from .engine import Engine, engine_of
 from .family import Shrinkage
 from .ledger import Entry, Ledger, code_version, identity, map_hash
 from .lock import locked
@@ -83,6 +83,7 @@ class Walks:
     passes: list[Pass] = field(default_factory=list)
     part: tuple[int, int] = (0, 1)
     reading: bool = True
+    engine: Engine | None = None  # None: that of settings.workers
     out: Path | None = None  # where what is finished is kept; None: nowhere
     made: Passes = field(default_factory=dict)  # for the manifest
     identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict)
@@ -121,10 +122,11 @@ class Walks:
         """Map a work over the shards and merge what it gives into ``total``, in their order."""
         corpus, name, missing = work.corpus, work.name, []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
-        live = self.settings.workers == 1  # else progress is seen shard by shard
-        with self._pass(name, corpus, total, isinstance(work, AlignWork)) as advance:
-            engine = engine_of(self.settings.workers)
-            for part in engine(replace(work, advance=advance) if live else work, shards):
+        self.engine = self.engine or engine_of(self.settings.workers)
+        live = self.engine is map  # else progress is seen shard by shard
+        size = sum(corpus.shards[i].rows for i in shards) * corpus.shards[0].row_bytes
+        with self._pass(name, size, work, total) as advance:
+            for part in self.engine(replace(work, advance=advance) if live else work, shards):
                 if part.moments is None:
                     missing.append(str(corpus.shards[part.shard].path))
                     continue
@@ -136,7 +138,7 @@ class Walks:
         if missing:
             raise Missing(
                 f"{name}: {len(missing)} of {len(shards)} shards are not finished with these "
-                f"options, first {missing[0]}; run their part of the job array"
+                f"options, first {missing[0]}; run their part of the job array with them"
             )
         if work.ledger and self.part[1] == 1:
             self.made[name] = {"facts": work.ledger.facts, "shards": entries}
@@ -144,10 +146,11 @@ class Walks:
         return total
 
     @contextmanager
-    def _pass(self, name, corpus, moments, writes) -> Iterator[Callable[..., None]]:
+    def _pass(self, name, size, work, moments) -> Iterator[Callable[..., None]]:
         """Time one pass, show its progress and book it; yields what to call with rows done."""
-        done, row_bytes, begin = Pass(name), corpus.shards[0].row_bytes, time.perf_counter()
-        with _bar(name, corpus.nbytes, self.settings.progress) as bar:
+        done, row_bytes = Pass(name), work.corpus.shards[0].row_bytes
+        begin, writes = time.perf_counter(), isinstance(work, AlignWork)
+        with _bar(name, size, self.settings.progress) as bar:
 
             def advance(rows: int, finished_before: bool = False) -> None:
                 done.rows += rows * (not finished_before)

@@ -17,6 +17,7 @@ FLOORS = {
     "ray_engine": 8,
     "embed": 8,
     "verify": 8,
+    "job_array": 8,
     "pipeline": 7,
     "passes": 6,
     "shard_work": 5,
