@@ -21,7 +21,9 @@ from .family import METHODS
 from .job_array import apply_part, merge, stats
 from .moments import BAD_ROWS
 from .output import ALIGNER, MODES, check_output
-from .pipeline import Run, Settings, align, describe, describe_result
+from .passes import Settings
+from .pipeline import Run, align, describe, describe_result, open_source
+from .sample import DEFAULT_ROWS, EXACT_BYTES, rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
 
@@ -64,10 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
     passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
     both = ("source", "target", "out", "method", "shrinkage")
+    fitting = (*both, *passes, "fit-rows", "seed", "memory")
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
-    command("align", _align, "Fit, and write the source aligned.", *both, *passes)
-    command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
+    command("align", _align, "Fit, and write the source aligned.", *fitting)
+    command("fit", _fit, "Fit, and write the aligner alone.", *fitting)
     command(
         "apply",
         _apply,
@@ -96,6 +99,14 @@ def _threads(text: str) -> int:
     if number > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
     return number
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.rstrip("KMGT"), text.lstrip("0123456789.")
+    try:
+        return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4G, got {text!r}") from None
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -191,6 +202,24 @@ _OPTIONS = {
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
     "result": lambda sub: sub.add_argument("out", type=_path, metavar="OUT", help="of a run"),
+    "fit-rows": lambda sub: sub.add_argument(
+        "--fit-rows",
+        type=lambda text: 0 if text == "all" else _positive(text),
+        metavar="N",
+        help="fit on N rows of each side, spread evenly, and report how far off that can be; "
+        f"'all' for every row (default: all, or {DEFAULT_ROWS:,} where both sides take more than "
+        f"{EXACT_BYTES / 1e12:g} TB)",
+    ),
+    "seed": lambda sub: sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="chooses the rows (default: %(default)s)"
+    ),
+    "memory": lambda sub: sub.add_argument(
+        "--memory",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="such as 4G (G = 2^30): a source that fits is read from disk once and kept",
+    ),
     "side": lambda sub: _add_side(sub.add_mutually_exclusive_group(required=True)),
     "half": lambda sub: sub.add_argument(
         "--aligner",
@@ -236,7 +265,7 @@ def _add_mode(group: Any) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    chosen = ("method", "shrinkage", "mode", "workers")
+    chosen = ("method", "shrinkage", "mode", "workers", "fit_rows", "seed", "memory")
     fitting = {k: v for k, v in vars(options).items() if k in chosen}
     return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
 
@@ -265,13 +294,15 @@ def _align(options: argparse.Namespace) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    source, target = Corpus(options.source, "text"), Corpus(options.target, "image")
-    options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
+    source, target = open_source(options.source, run.settings), Corpus(options.target, "image")
+    options.out.mkdir(parents=True, exist_ok=True)
     with run.keeping(options.out):
         aligner = run.fit(source, target, residual=True)
         aligner.save(options.out / ALIGNER)
-        report = run.report(aligner, source=describe(source), target=describe(target))
+        facts = {"source": describe(source), "target": describe(target)}
+        facts["fitted_on"] = rows_to_fit(run.settings, source, target)[1]
+        report = run.report(aligner, **facts)
         run.finish(aligner, report)
     _print_report(report, options.out)
 
@@ -335,7 +366,11 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
         f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), "
         f"scale {_number(fitted['scale'])}"
     )
-    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
+    on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
+    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; {on}wrote {out}")
+    if report["sample"]:
+        bars = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
+        print((bars + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
 
 
 def _print_pass(one: dict[str, Any]) -> None:

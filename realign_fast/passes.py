@@ -36,6 +36,9 @@ class Settings:
     ``mode``: ``"incremental"`` does not read again what is finished and unchanged in the output
     directory; ``"overwrite"`` does everything anew; ``"extend"`` also counts the saved moments of
     shards that are no longer in the corpus. ``workers``: processes that take shards.
+    ``fit_rows``: fit on so many rows of each side, chosen by ``seed`` (:mod:`sample`); 0 on every
+    row; None on every row unless both sides take more than ``sample.EXACT_BYTES``.
+    ``memory``: bytes in which the source is kept between passes if it fits.
     """
 
     bad_rows: str = "error"
@@ -45,6 +48,9 @@ class Settings:
     shrinkage: Shrinkage = None
     mode: str = "incremental"
     workers: int = 1
+    fit_rows: int | None = None
+    seed: int = 0
+    memory: int = 0
 
 
 @dataclass
@@ -124,8 +130,8 @@ class Walks:
         shards = range(self.part[0], len(corpus.shards), self.part[1])
         self.engine = self.engine or engine_of(self.settings.workers)
         live = self.engine is map  # else progress is seen shard by shard
-        size = sum(corpus.shards[i].rows for i in shards) * corpus.shards[0].row_bytes
-        with self._pass(name, size, work, total) as advance:
+        rows, writes = sum(corpus.shards[i].rows for i in shards), isinstance(work, AlignWork)
+        with self.timed(name, corpus, rows, total, writes) as advance:
             for part in self.engine(replace(work, advance=advance) if live else work, shards):
                 if part.moments is None:
                     missing.append(str(corpus.shards[part.shard].path))
@@ -146,11 +152,13 @@ class Walks:
         return total
 
     @contextmanager
-    def _pass(self, name, size, work, moments) -> Iterator[Callable[..., None]]:
+    def timed(
+        self, name: str, corpus: Corpus, rows: int, moments: Moments, writes: bool = False
+    ) -> Iterator[Callable[..., None]]:
         """Time one pass, show its progress and book it; yields what to call with rows done."""
-        done, row_bytes = Pass(name), work.corpus.shards[0].row_bytes
-        begin, writes = time.perf_counter(), isinstance(work, AlignWork)
-        with _bar(name, size, self.settings.progress) as bar:
+        done, row_bytes, begin = Pass(name), corpus.shards[0].row_bytes, time.perf_counter()
+        in_memory = getattr(corpus, "rows_from_memory", 0)
+        with _bar(name, rows * row_bytes, self.settings.progress) as bar:
 
             def advance(rows: int, finished_before: bool = False) -> None:
                 done.rows += rows * (not finished_before)
@@ -161,8 +169,9 @@ class Walks:
 
             yield advance
         done.seconds = time.perf_counter() - begin
-        done.bytes_read = done.rows * row_bytes
-        done.bytes_written = done.bytes_read * writes
+        in_memory = getattr(corpus, "rows_from_memory", 0) - in_memory
+        done.bytes_read = (done.rows - in_memory) * row_bytes
+        done.bytes_written = done.rows * row_bytes * writes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
 

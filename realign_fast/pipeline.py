@@ -21,16 +21,20 @@ from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .family import NEED_COVARIANCE
+from .kept import Kept
 from .ledger import code_version, map_hash
 from .manifest import saved_moments, write_manifest
 from .moments import Moments
 from .output import ALIGNER, REPORT, check_output, write_json
 from .passes import Settings, Walks
+from .sample import Sampled, errors, measure_sample, rows_to_fit
 from .shard_work import AlignWork, ShardWork
 
 
 class Run(Walks):
     """What a command did: its passes in order, and what goes into ``report.json``."""
+
+    sample: dict[str, Any] | None = None  # error bars of a fit on a sample
 
     def measure(self, name: str, corpus: Corpus, aligner: ReAlign | None = None) -> Moments:
         """Moments of a corpus, of its rows sent through an aligner if one is given."""
@@ -47,6 +51,9 @@ class Run(Walks):
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """A :class:`ReAlign` from two corpora; ``residual`` reads the source a third time."""
         check_columns(source, target)
+        count, _ = rows_to_fit(self.settings, source, target)
+        if count:
+            return self.fit_sample(source, target, count)
         aligner = self.half_fit(source, target)
         aligner.record_drift(self.measure("source drift", source, aligner))
         if residual:
@@ -57,12 +64,31 @@ class Run(Walks):
         """The map without its last step, from the moments of both sides."""
         source_moments = self.measure("source moments", source)
         target_moments = self.measure("target moments", target)
-        for corpus, moments in ((source, source_moments), (target, target_moments)):
+        return self._half(source, source_moments, target, target_moments)
+
+    def fit_sample(self, source: Corpus, target: Corpus, count: int) -> ReAlign:
+        """The map from ``count`` rows of each side; its error bars go into the report."""
+        covariance = self.settings.method in NEED_COVARIANCE
+
+        def measure(name: str, corpus: Corpus, aligner: ReAlign | None = None) -> Sampled:
+            through = aligner.row_map if aligner is not None else None
+            spread = covariance and aligner is None
+            return measure_sample(self, name, corpus, count, spread, through)
+
+        y, x = measure("source sample", source), measure("target sample", target)
+        aligner = self._half(source, y.moments, target, x.moments)
+        drift = measure("drift of sample", source, aligner)
+        aligner.record_drift(drift.moments)
+        self.sample = errors(y, x, drift, self.settings.seed)
+        return aligner
+
+    def _half(self, source: Corpus, of_source: Moments, target: Corpus, of_target: Moments):
+        for corpus, moments in ((source, of_source), (target, of_target)):
             if not moments.count:
                 bad = f"{moments.zero_rows} zero, {moments.nonfinite_rows} non-finite"
                 raise ValueError(f"{corpus.path}: no usable row ({bad}); embed it again")
         options = {"method": self.settings.method, "shrinkage": self.settings.shrinkage}
-        return ReAlign.from_moments(source_moments, target_moments, **options)
+        return ReAlign.from_moments(of_source, of_target, **options)
 
     def apply(self, aligner: ReAlign, source: Corpus, out: str | os.PathLike[str]) -> Moments:
         """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
@@ -99,6 +125,7 @@ class Run(Walks):
             **facts,
             "bad_rows": self.settings.bad_rows,
             "fitted": aligner.record,
+            "sample": self.sample,
             "passes": [one.summary() for one in self.passes],
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
@@ -120,7 +147,7 @@ def align(
     OSError says what is wrong with a file, a row or the output directory.
     """
     run, out = Run(settings or Settings()), Path(out)
-    source_rows, target_rows = Corpus(source, "text"), Corpus(target, "image")
+    source_rows, target_rows = open_source(source, run.settings), Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode)
     check_columns(source_rows, target_rows)
     with run.keeping(out):
@@ -129,9 +156,18 @@ def align(
         aligner.record_residual(aligned)
         aligner.save(out / ALIGNER)
         facts = {"source": describe(source_rows), "target": describe(target_rows)}
+        facts["fitted_on"] = rows_to_fit(run.settings, source_rows, target_rows)[1]
         report = run.report(aligner, **facts, result=describe_result(aligner, aligned))
         run.finish(aligner, report)
     return report
+
+
+def open_source(path: str | os.PathLike[str], settings: Settings) -> Corpus | Kept:
+    """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""
+    corpus = Corpus(path, "text")
+    if settings.memory and settings.workers > 1:
+        raise ValueError("memory: rows are kept in one process; give --memory or --workers")
+    return Kept(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
 def check_columns(source: Corpus, target: Corpus) -> None:

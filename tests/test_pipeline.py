@@ -137,7 +137,10 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
         "threads",
         "kernels",
         "versions",
+        "fitted_on",
+        "sample",
     }
+    assert report["fitted_on"] == "every row" and report["sample"] is None
     assert report["source"] == {
         "path": str(source),
         "shards": 4,
