@@ -20,10 +20,11 @@ from .corpus import Corpus
 from .family import METHODS
 from .job_array import apply_part, merge, stats
 from .moments import BAD_ROWS
-from .output import ALIGNER, MODES, check_output
+from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
-from .sample import DEFAULT_ROWS, EXACT_BYTES, rows_to_fit
+from .run_options import RUN_OPTIONS, path, positive
+from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
 
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run)
         for option in options:
-            _OPTIONS[option](sub)
+            (_OPTIONS | RUN_OPTIONS)[option](sub)
 
     passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
     both = ("source", "target", "out", "method", "shrinkage")
@@ -88,33 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def _threads(text: str) -> int:
-    number, most = _positive(text), 4 * (os.cpu_count() or 1)
+    number, most = positive(text), 4 * (os.cpu_count() or 1)
     if number > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
     return number
-
-
-def _bytes(text: str) -> int:
-    number, unit = text.rstrip("KMGT"), text.lstrip("0123456789.")
-    try:
-        return int(float(number) * 1024 ** " KMGT".index(unit or " "))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a size such as 4G, got {text!r}") from None
-
-
-def _part(text: str) -> tuple[int, int]:
-    """``"2/4"`` -> ``(1, 4)``."""
-    first, _, parts = text.partition("/")
-    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"expected I/N from 1/N to N/N, got {text!r}")
-    return int(first) - 1, int(parts)
 
 
 def _shrinkage(text: str) -> float | str:
@@ -128,12 +107,6 @@ def _shrinkage(text: str) -> float | str:
     raise argparse.ArgumentTypeError(
         f"expected a number from 0 to 1, oas or ledoit-wolf, got {text!r}"
     )
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return Path(text)
 
 
 _OPTIONS = {
@@ -152,11 +125,11 @@ _OPTIONS = {
         help="where to: a directory of .npy shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
-        "--out", required=True, type=_path, metavar="DIR", help="directory for the result"
+        "--out", required=True, type=path, metavar="DIR", help="directory for the result"
     ),
     "demo-out": lambda sub: sub.add_argument(
         "--out",
-        type=_path,
+        type=path,
         metavar="DIR",
         default=Path("realign_fast_demo"),
         help="directory for the result (default: %(default)s)",
@@ -164,7 +137,7 @@ _OPTIONS = {
     "aligner": lambda sub: sub.add_argument(
         "--aligner",
         required=True,
-        type=_path,
+        type=path,
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
@@ -196,72 +169,13 @@ _OPTIONS = {
     ),
     "batch-bytes": lambda sub: sub.add_argument(
         "--batch-bytes",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
-    "result": lambda sub: sub.add_argument("out", type=_path, metavar="OUT", help="of a run"),
-    "fit-rows": lambda sub: sub.add_argument(
-        "--fit-rows",
-        type=lambda text: 0 if text == "all" else _positive(text),
-        metavar="N",
-        help="fit on N rows of each side, spread evenly, and report how far off that can be; "
-        f"'all' for every row (default: all, or {DEFAULT_ROWS:,} where both sides take more than "
-        f"{EXACT_BYTES / 1e12:g} TB)",
-    ),
-    "seed": lambda sub: sub.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="chooses the rows (default: %(default)s)"
-    ),
-    "memory": lambda sub: sub.add_argument(
-        "--memory",
-        type=_bytes,
-        default=0,
-        metavar="SIZE",
-        help="such as 4G (G = 2^30): a source that fits is read from disk once and kept",
-    ),
-    "side": lambda sub: _add_side(sub.add_mutually_exclusive_group(required=True)),
-    "half": lambda sub: sub.add_argument(
-        "--aligner",
-        type=_path,
-        metavar="FILE",
-        help="half.safetensors that merge wrote: measure the drift of the source through it",
-    ),
-    "shard": lambda sub: sub.add_argument(
-        "--shard",
-        type=_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="do every N-th shard from the I-th on (1/4 ... 4/4), as one job of an array",
-    ),
-    "workers": lambda sub: sub.add_argument(
-        "--workers",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="processes that share out the shards and the threads (default: %(default)s); the "
-        "result has the same bytes for any number",
-    ),
-    "mode": lambda sub: _add_mode(sub.add_mutually_exclusive_group()),
+    "result": lambda sub: sub.add_argument("out", type=path, metavar="OUT", help="of a run"),
 }
-
-
-def _add_side(group: Any) -> None:
-    group.add_argument("--source", "--text", metavar="DIR", help="measure rows to move")
-    group.add_argument("--target", "--image", metavar="DIR", help="measure where they are to go")
-
-
-def _add_mode(group: Any) -> None:
-    group.add_argument(
-        "--mode",
-        choices=MODES,
-        default=MODES[0],
-        help="what an earlier or killed run finished in --out: skip it where it is unchanged "
-        "(incremental, the default); do everything anew (overwrite); skip it, and count the saved "
-        "statistics of shards that are no longer there (extend)",
-    )
-    resume = {"action": "store_const", "dest": "mode", "const": MODES[0]}
-    group.add_argument("--resume", **resume, help="the same as --mode incremental")
 
 
 def _settings(options: argparse.Namespace) -> Settings:

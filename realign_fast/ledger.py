@@ -55,7 +55,10 @@ def check_unchanged(shard: Shard, known: Entry) -> None:
 
 
 def code_version() -> str:
-    """What the last bits of a result depend on in the program."""
+    """What a result depends on in the program.
+
+    Not the instruction set: it moves last bits alone, and jobs of an array may meet several CPUs.
+    """
     return f"realign_fast {__version__}, sum_rows on {ops.backend_of('sum_rows', 'cpu').kernel}"
 
 

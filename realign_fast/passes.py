@@ -101,8 +101,13 @@ class Walks:
             yield
             return
         index, parts = self.part
+        if self.settings.mode == "overwrite" and parts > 1:
+            raise ValueError(
+                f"{out}: a part of a job array cannot overwrite what others share; remove "
+                f"{out / STATS} before the jobs start, or give another --out"
+            )
         with locked(out / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
-            if self.settings.mode == "overwrite" and parts == 1:
+            if self.settings.mode == "overwrite":
                 (out / MANIFEST).unlink(missing_ok=True)
                 for folder in (path for path in (out / STATS).iterdir() if path.is_dir()):
                     shutil.rmtree(folder)

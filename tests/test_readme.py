@@ -57,4 +57,4 @@ def test_every_command_knows_its_options(words, capsys):
 
 
 def test_the_commands_are_there():
-    assert {words[1] for words in COMMANDS} == {"align", "fit", "apply"}
+    assert {words[1] for words in COMMANDS} == {"align", "fit", "apply", "stats", "merge"}

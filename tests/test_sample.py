@@ -89,9 +89,8 @@ def test_the_text_is_read_once_and_written_once(corpora, reads):
     assert 0 < report["result"]["centroid_gap"] < 5 * report["sample"]["residual_gap_error"]
     first = tree("out")
     align("text", "image", "again", quiet(fit_rows=300, seed=3, batch_bytes=777))
-    assert ReAlign.load("again/aligner.safetensors").shift.equal(
-        ReAlign.load("out/aligner.safetensors").shift
-    ) or np.allclose(*(ReAlign.load(f"{x}/aligner.safetensors").shift for x in ("again", "out")))
+    shifts = [ReAlign.load(f"{out}/aligner.safetensors").shift for out in ("again", "out")]
+    torch.testing.assert_close(*shifts, atol=1e-7, rtol=0)  # the same rows, summed otherwise
     align("text", "image", "out", quiet(fit_rows=300, seed=3))
     assert tree("out") == first  # and resumed
     align("text", "image", "out", quiet(fit_rows=300, seed=4))
