@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,7 +25,8 @@ import torch
 
 Work = Callable[[int], Any]
 Engine = Callable[[Work, Sequence[int]], Iterator[Any]]
-_GRACE_SECONDS = 5  # for a worker to put away what it began when its parent is gone
+_GRACE_SECONDS = 5  # for a worker to put away what it began when its parent stops
+_DEATH_SECONDS = 0.05  # in which a dying process closes its last descriptors
 _state = {"busy": False, "stopping": False}  # of this worker process
 _loaded: tuple[str, Work] | None = None  # the work of this worker process, and its file
 
@@ -109,8 +110,11 @@ def _call(path: str, shard: int) -> bytes:
 
 
 def _stop_with_parent(alive: Connection) -> None:
-    """Once the other end is closed, by a parent that stops or is killed, stop as Ctrl-C does."""
+    """Once the other end is closed: with a dead parent end at once, else stop as Ctrl-C does."""
     alive.poll(None)
+    time.sleep(_DEATH_SECONDS)
+    if not parent_process().is_alive():
+        os._exit(1)  # before another run takes over what this one was writing
     _state["stopping"] = True
     if _state["busy"]:
         _thread.interrupt_main()

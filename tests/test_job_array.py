@@ -195,6 +195,7 @@ def test_workers_go_with_a_parent_that_is_killed(tmp_path):
     found = workers()
     parent.kill()
     parent.wait()
+    deadline = time.monotonic() + 3  # less than it would take them to be told off
     while any(map(alive, found)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(found) == 2 and not any(map(alive, found))
