@@ -70,23 +70,22 @@ class Processes:
                 ) from error
             finally:
                 if not ended and self._stop:  # whatever still runs is stopped
-                    self._ours.close()
                     self._stop()
                     self._stop = None
 
     def _started(self) -> ProcessPoolExecutor:
         if self._stop is None:
             context, threads = get_context("spawn"), max(1, torch.get_num_threads() // self.workers)
-            alive, self._ours = context.Pipe(duplex=False)
+            alive, ours = context.Pipe(duplex=False)
             options = {"mp_context": context, "initializer": _begin, "initargs": (threads, alive)}
             self._pool = ProcessPoolExecutor(self.workers, **options)
-            self._stop = weakref.finalize(self, _end, self._pool, self._ours, alive)
+            self._stop = weakref.finalize(self, _end, self._pool, ours, alive)
         return self._pool
 
 
 def _end(pool: ProcessPoolExecutor, ours: Connection, alive: Connection) -> None:
+    ours.close()  # first: a worker that hangs is gone after its grace, and the wait has an end
     pool.shutdown(cancel_futures=True)
-    ours.close()
     alive.close()
 
 
