@@ -22,20 +22,26 @@ from .corpus import Corpus
 from .corpus.convert import TARGETS, convert
 from .family import METHODS
 from .inspection import as_lines, inspect
+from .job_array import apply_part, merge, stats
 from .moments import BAD_ROWS
-from .output import ALIGNER, REPORT, write_json
-from .pipeline import BATCH_BYTES, Run, Settings, align, describe, describe_result
+from .output import ALIGNER, check_output
+from .passes import Settings
+from .pipeline import Run, align, describe, describe_result, open_source
+from .run_options import RUN_OPTIONS, path, positive
+from .sample import rows_to_fit
+from .shard_work import BATCH_BYTES
+from .verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``realign-fast`` and return its exit status: 0, 2 for an error, 130 when stopped."""
+    """Run ``realign-fast``; returns 0, 1 where faults are found, 2 for errors, 130 if stopped."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except BrokenPipeError:  # whoever read our output (head, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -47,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("realign-fast: stopped; the shards already written are whole", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,32 +67,31 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run)
         for option in options:
-            _OPTIONS[option](sub)
+            (_OPTIONS | RUN_OPTIONS)[option](sub)
 
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes")
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
-    convert = ("converted", *reading, "batch-bytes", "quiet")
-    inspect = ("sample", "seed", "json", *reading)
-    apply = ("aligner", "source", "out", *reading, *passes)
+    fitting = (*both, *passes, "fit-rows", "seed", "memory")
+    converting = ("path", "to", "converted", *reading, "batch-bytes", "quiet")
+    inspecting = ("path", "sample", "inspect-seed", "json", *reading)
+    applying = ("aligner", "source", "out", *reading, *passes, "shard")
+    side = ("side", "out", "half", "method", *reading, *passes[:-1], "shard")
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
     command("demo", _demo, "Align the built-in embeddings and draw it.", "demo-out", *passes[:2])
-    command("align", _align, "Fit, and write the source aligned.", *both, *passes)
-    command("fit", _fit, "Fit, and write the aligner alone.", *both, *passes)
-    command("convert", _convert, "Write a corpus in another format.", "path", "to", *convert)
-    command("inspect", _inspect, "Show what a corpus holds.", "path", *inspect)
-    command("apply", _apply, "Align with a fitted aligner.", *apply)
+    command("align", _align, "Fit, and write the source aligned.", *fitting)
+    command("fit", _fit, "Fit, and write the aligner alone.", *fitting)
+    command("apply", _apply, "Align with a fitted aligner.", *applying)
+    command("stats", _stats, "Keep statistics of one side, for merge: a job of an array.", *side)
+    command("merge", _merge, "Fit from kept statistics, reading no rows.", *both, *passes[:-2])
+    command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
+    command("convert", _convert, "Write a corpus in another format.", *converting)
+    command("inspect", _inspect, "Show what a corpus holds.", *inspecting)
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def _threads(text: str) -> int:
-    number, most = _positive(text), 4 * (os.cpu_count() or 1)
+    number, most = positive(text), 4 * (os.cpu_count() or 1)
     if number > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {number}")
     return number
@@ -106,12 +110,6 @@ def _shrinkage(text: str) -> float | str:
     )
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return Path(text)
-
-
 _OPTIONS = {
     "source": lambda sub: sub.add_argument(
         "--source",
@@ -128,11 +126,11 @@ _OPTIONS = {
         help="where to: a directory of shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
-        "--out", required=True, type=_path, metavar="DIR", help="directory for the result"
+        "--out", required=True, type=path, metavar="DIR", help="directory for the result"
     ),
     "demo-out": lambda sub: sub.add_argument(
         "--out",
-        type=_path,
+        type=path,
         metavar="DIR",
         default=Path("realign_fast_demo"),
         help="directory for the result (default: %(default)s)",
@@ -140,7 +138,7 @@ _OPTIONS = {
     "aligner": lambda sub: sub.add_argument(
         "--aligner",
         required=True,
-        type=_path,
+        type=path,
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
@@ -162,19 +160,19 @@ _OPTIONS = {
         "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
     ),
     "converted": lambda sub: sub.add_argument(
-        "out", metavar="OUT", type=_path, help="directory for the result, without shards"
+        "out", metavar="OUT", type=path, help="directory for the result, without shards"
     ),
     "to": lambda sub: sub.add_argument(
         "--to", required=True, choices=TARGETS, help="the format of the result"
     ),
     "sample": lambda sub: sub.add_argument(
         "--sample",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=10_000,
         help="rows looked at, spread over the corpus (%(default)s)",
     ),
-    "seed": lambda sub: sub.add_argument(
+    "inspect-seed": lambda sub: sub.add_argument(
         "--seed", type=int, metavar="N", default=0, help="of the sample (%(default)s)"
     ),
     "json": lambda sub: sub.add_argument(
@@ -208,16 +206,18 @@ _OPTIONS = {
     ),
     "batch-bytes": lambda sub: sub.add_argument(
         "--batch-bytes",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
+    "result": lambda sub: sub.add_argument("out", type=path, metavar="OUT", help="of a run"),
 }
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    fitting = {k: v for k, v in vars(options).items() if k in ("method", "shrinkage")}
+    chosen = ("method", "shrinkage", "mode", "workers", "fit_rows", "seed", "memory")
+    fitting = {k: v for k, v in vars(options).items() if k in chosen}
     return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
 
 
@@ -240,10 +240,16 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:
-    column = options.column if options.target_column is None else options.target_column
-    pickles = {"allow_pickle": options.allow_pickle}
-    source = Corpus(options.source, "text", column=options.column, **pickles)
-    return source, Corpus(options.target, "image", column=column, **pickles)
+    how = _how(options)
+    source = Corpus(options.source, "text", **how)
+    if options.target_column is not None:
+        how["column"] = options.target_column
+    return source, Corpus(options.target, "image", **how)
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """How a corpus is opened."""
+    return {"column": options.column, "allow_pickle": options.allow_pickle}
 
 
 def _align(options: argparse.Namespace) -> None:
@@ -252,37 +258,70 @@ def _align(options: argparse.Namespace) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    source, target = _corpora(options)
-    options.out.mkdir(parents=True, exist_ok=True)
     run = Run(_settings(options))
-    aligner = run.fit(source, target, residual=True)
-    aligner.save(options.out / ALIGNER)
-    report = run.report(aligner, source=describe(source), target=describe(target))
-    write_json(options.out / REPORT, report)
+    source, target = _corpora(options)
+    source = open_source(source, run.settings)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with run.keeping(options.out):
+        aligner = run.fit(source, target, residual=True)
+        aligner.save(options.out / ALIGNER)
+        facts = {"source": describe(source), "target": describe(target)}
+        facts["fitted_on"] = rows_to_fit(run.settings, source, target)[1]
+        report = run.report(aligner, **facts)
+        run.finish(aligner, report)
     _print_report(report, options.out)
 
 
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
-    how = {"column": options.column, "allow_pickle": options.allow_pickle}
-    source, run = Corpus(options.source, "text", **how), Run(_settings(options))
-    result = describe_result(aligner, run.apply(aligner, source, options.out))
-    report = run.report(aligner, source=describe(source), result=result)
-    write_json(options.out / REPORT, report)
+    source, run = Corpus(options.source, "text", **_how(options)), Run(_settings(options))
+    if options.shard[1] > 1:
+        done = apply_part(aligner, source, options.out, options.shard, run.settings)
+        _print_pass(done.summary())
+        return
+    check_output(options.out, source, mode=options.mode)
+    with run.keeping(options.out):
+        result = describe_result(aligner, run.apply(aligner, source, options.out))
+        report = run.report(aligner, source=describe(source), result=result)
+        run.finish(aligner, report)
     _print_report(report, options.out)
 
 
+def _stats(options: argparse.Namespace) -> None:
+    side = "source" if options.source is not None else "target"
+    modality = {"source": "text", "target": "image"}[side]
+    rows = Corpus(getattr(options, side), modality, **_how(options))
+    aligner = options.aligner and ReAlign.load(options.aligner)
+    done = stats(rows, side, options.out, options.shard, aligner, _settings(options))
+    _print_pass(done.summary())
+
+
+def _merge(options: argparse.Namespace) -> None:
+    source, target = _corpora(options)
+    words, report = merge(source, target, options.out, _settings(options))
+    if report:
+        _print_report(report, options.out)
+    print(words)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    checked, faults = verify(options.out)
+    for fault in faults:
+        print(fault)
+    what = ", ".join(f"{count:,} {name}" for name, count in checked.items())
+    print(f"{options.out}: {what} checked, {len(faults)} faults")
+    return 1 if faults else 0
+
+
 def _convert(options: argparse.Namespace) -> None:
-    how = {"column": options.column, "allow_pickle": options.allow_pickle}
-    corpus = Corpus(options.source, **how)
+    corpus = Corpus(options.source, **_how(options))
     with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    how = {"column": options.column, "allow_pickle": options.allow_pickle}
-    found = inspect(Corpus(options.source, **how), options.sample, options.seed)
+    found = inspect(Corpus(options.source, **_how(options)), options.sample, options.seed)
     print(json.dumps(found, indent=2) if options.json else as_lines(found))
 
 
@@ -295,12 +334,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _print_report(report: dict[str, Any], out: Path) -> None:
     fitted = report["fitted"]
     for one in report["passes"]:
-        bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
-        print(
-            f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
-            f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
-            + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
-        )
+        _print_pass(one)
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     how = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "
@@ -310,7 +344,22 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
         f"centroid gap {before}{_number(after)} "
         f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), {how}"
     )
-    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; wrote {out}")
+    on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
+    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; {on}wrote {out}")
+    if report["sample"]:
+        bars = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
+        print((bars + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
+
+
+def _print_pass(one: dict[str, Any]) -> None:
+    before = f", {one['finished_before']:,} rows were finished before"
+    bad = f", {one['zero_rows']} zero and {one['nonfinite_rows']} non-finite rows"
+    print(
+        f"{one['name']:16} {one['rows']:>12,} rows  {one['seconds']:8.2f} s  "
+        f"{one['rows_per_second'] / 1e6:6.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s"
+        + (bad if one["zero_rows"] + one["nonfinite_rows"] else "")
+        + (before if one["finished_before"] else "")
+    )
 
 
 def _number(value: float | None) -> str:

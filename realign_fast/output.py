@@ -1,7 +1,8 @@
 """What an output directory holds, and which directories may become one.
 
-It loses an earlier ``report.json``, gets ``aligner.safetensors``, then the shards, each whole or
-not at all, and its ``report.json`` last: a directory without one is of a run that did not end.
+It loses an earlier ``report.json``, gets ``_stats/`` (what is finished, :mod:`ledger`), an
+``aligner.safetensors``, then the shards, each whole or not at all, ``manifest.json``, and its
+``report.json`` last: a directory without one is of a run that did not end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .corpus import SUBFOLDERS, Corpus, format_of
 from .whole_file import write_whole
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
+STATS, MANIFEST = "_stats", "manifest.json"
+MODES = ("incremental", "overwrite", "extend")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -24,7 +27,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def check_output(out: Path, source: Corpus, target: Corpus | None = None) -> None:
+def check_output(
+    out: Path, source: Corpus, target: Corpus | None = None, mode: str = MODES[0]
+) -> None:
     """Refuse an output directory that would lose or mix rows, before anything is read."""
     folder = out / source.subfolder
     inputs = [shard.path for corpus in (source, target) if corpus for shard in corpus.shards]
@@ -38,10 +43,17 @@ def check_output(out: Path, source: Corpus, target: Corpus | None = None) -> Non
             f"{min(held - ours)}: is no shard that {source.path} becomes, and the two would mix; "
             "give an empty --out, or that of an earlier run on the same source"
         )
-    if held and not any((out / name).exists() for name in (ALIGNER, REPORT)):
+    if held and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
         raise ValueError(
             f"{min(held)}: would be replaced, but {out} has no {ALIGNER} that says a run of ours "
             "wrote it; give an empty --out"
+        )
+    known = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
+    if held and not known:
+        raise ValueError(
+            f"{min(held)}: is of a run without {MANIFEST} (realign-fast before it could resume), "
+            "so nothing says what is finished; write it anew with --mode overwrite, or give "
+            "another --out"
         )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

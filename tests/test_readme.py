@@ -57,4 +57,5 @@ def test_every_command_knows_its_options(words, capsys):
 
 
 def test_the_commands_are_there():
-    assert {words[1] for words in COMMANDS} == {"align", "fit", "apply", "convert", "inspect"}
+    fitting = {"align", "fit", "apply", "stats", "merge"}
+    assert {words[1] for words in COMMANDS} == fitting | {"convert", "inspect"}

@@ -64,7 +64,7 @@ class Corpus:
     ) -> None:
         if not os.fspath(path):
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-        self.path = Path(path)
+        self.path, self.column, self.allow_pickle = Path(path), column, allow_pickle
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder

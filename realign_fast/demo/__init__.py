@@ -12,7 +12,9 @@ from .. import metrics
 from ..align import ReAlign
 from ..corpus import Corpus
 from ..moments import Moments
-from ..pipeline import Run, Settings, align, write_json
+from ..output import write_json
+from ..passes import Settings
+from ..pipeline import Run, align
 from ..report import draw_alignment
 
 DATA = Path(__file__).resolve().parent
@@ -24,7 +26,7 @@ encoder was trained on the fitted pictures, and places pictures it never saw a l
 
 def run(out: Path, progress: bool = True) -> dict:
     """Align the built-in corpus into ``out``; print a table, write ``demo.json``, ``demo.png``."""
-    settings = Settings(progress=progress)
+    settings = Settings(progress=progress, mode="overwrite")  # it shows how long each pass takes
     report = align(DATA, DATA, out, settings)
     aligner = ReAlign.load(out / "aligner.safetensors")
     Run(settings).apply(aligner, Corpus(DATA / "heldout", "text"), out / "heldout")

@@ -1,0 +1,61 @@
+"""One process at a time on an output directory, or the slices of one job array."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+@contextmanager
+def locked(folder: Path, part: str = "") -> Iterator[None]:
+    """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
+
+    The lock goes with the process, however it ends: nothing is left to clear away.
+
+    Raises:
+        OSError: another process holds it; the message says which.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_held(folder / "lock", alone=not part))
+        if part:
+            stack.enter_context(_held(folder / f"lock-{part}", alone=True))
+        yield
+
+
+@contextmanager
+def _held(path: Path, alone: bool) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        advice = "check that this user may write there and that the disk has room"
+        raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
+            advice = "wait until it ends, or give another --out"
+            busy = f"{path.parent.parent}: {holder} is working on it; {advice}"
+            raise OSError(errno.EBUSY, busy) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(f"{path}: this file system has no locks; run one at a time", stacklevel=4)
+        words = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, (words if alone else f"{words} (or its job array)").encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock holds without a name on it
+        yield
+    finally:
+        os.close(descriptor)

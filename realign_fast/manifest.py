@@ -1,0 +1,80 @@
+"""``manifest.json``: what an output directory was made from and what verify expects in it.
+
+``passes`` holds, for each pass, the ``facts`` its numbers depend on and an entry a shard: the
+source file's identity, its statistics' file and hash and, of an aligned shard, the checksum of its
+rows and how many of them are zero or NaN. It has no dates: equal runs write equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .ledger import Entry, digest
+from .moments import Moments
+from .output import MANIFEST, write_json
+
+FORMAT = 1
+Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of an output directory; one without passes where there is none yet.
+
+    Raises:
+        ValueError: it is not a manifest that this version writes.
+    """
+    path = out / MANIFEST
+    if not path.exists():
+        return {"format": FORMAT, "passes": {}}
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] == FORMAT and isinstance(manifest["passes"], dict):
+            return manifest
+        got = f"format {manifest['format']}"
+    except (ValueError, KeyError, TypeError) as error:
+        got = repr(error)
+    raise ValueError(
+        f"{path}: expected a manifest of format {FORMAT}, got {got}; run again with "
+        "--mode overwrite, or give another --out"
+    )
+
+
+def write_manifest(out: Path, code: str, settings: Entry, passes: Passes, aligner: str) -> None:
+    """Write it, with the passes of earlier runs that this one did not make anew.
+
+    ``aligner`` is the hash of the map in ``out``.
+    """
+    passes = read_manifest(out)["passes"] | passes
+    order = ("source moments", "target moments", "source drift", "source residual", "apply")
+    known = {name: passes[name] for name in order if name in passes}
+    facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner}
+    write_json(out / MANIFEST, facts | {"passes": known})
+
+
+def saved_moments(out: Path, name: str, facts: Entry, present: set[str]) -> list[tuple]:
+    """``(moments, entry)`` of the shards of an earlier pass whose paths are not ``present``.
+
+    Raises:
+        ValueError: they were measured with other settings, or their file is not what was written.
+    """
+    earlier = read_manifest(out)["passes"].get(name, {"facts": facts, "shards": []})
+    absent = [entry for entry in earlier["shards"] if entry["path"] not in present]
+    if absent and earlier["facts"] != facts:
+        pairs = [(k, v, facts.get(k)) for k, v in earlier["facts"].items() if v != facts.get(k)]
+        differ = "; ".join(f"{k} was {was!r} and is {now!r}" for k, was, now in pairs)
+        raise ValueError(
+            f"{out / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {differ}; "
+            "give the options of the earlier run, or read everything with --mode overwrite"
+        )
+    found = []
+    for entry in absent:
+        path = out / entry["stats"]
+        if not path.exists() or digest(path) != entry["blake2b"]:
+            raise ValueError(
+                f"{path}: is not what the manifest says of {entry['path']}; bring it back, or "
+                "give that shard again and --mode incremental"
+            )
+        found.append((Moments.load(path), entry))
+    return found

@@ -1,0 +1,103 @@
+"""Options that say how a run goes: parts, workers, resuming, samples, memory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .output import MODES
+from .sample import DEFAULT_ROWS, EXACT_BYTES
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def path(text: str) -> Path:
+    """A path that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return Path(text)
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.rstrip("KMGT"), text.lstrip("0123456789.")
+    try:
+        return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4G, got {text!r}") from None
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``"2/4"`` -> ``(1, 4)``."""
+    first, _, parts = text.partition("/")
+    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N from 1/N to N/N, got {text!r}")
+    return int(first) - 1, int(parts)
+
+
+def _add_side(group: Any) -> None:
+    group.add_argument("--source", "--text", metavar="DIR", help="measure rows to move")
+    group.add_argument("--target", "--image", metavar="DIR", help="measure where they are to go")
+
+
+def _add_mode(group: Any) -> None:
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="what an earlier or killed run finished in --out: skip it where it is unchanged "
+        "(incremental, the default); do everything anew (overwrite); skip it, and count the saved "
+        "statistics of shards that are no longer there (extend)",
+    )
+    resume = {"action": "store_const", "dest": "mode", "const": MODES[0]}
+    group.add_argument("--resume", **resume, help="the same as --mode incremental")
+
+
+RUN_OPTIONS = {
+    "fit-rows": lambda sub: sub.add_argument(
+        "--fit-rows",
+        type=lambda text: 0 if text == "all" else positive(text),
+        metavar="N",
+        help="fit on N rows of each side, spread evenly, and report how far off that can be; "
+        f"'all' for every row (default: all, or {DEFAULT_ROWS:,} where both sides take more than "
+        f"{EXACT_BYTES / 1e12:g} TB)",
+    ),
+    "seed": lambda sub: sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="chooses the rows (default: %(default)s)"
+    ),
+    "memory": lambda sub: sub.add_argument(
+        "--memory",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="such as 4G (G = 2^30): a source that fits is read from disk once and kept",
+    ),
+    "side": lambda sub: _add_side(sub.add_mutually_exclusive_group(required=True)),
+    "half": lambda sub: sub.add_argument(
+        "--aligner",
+        type=path,
+        metavar="FILE",
+        help="half.safetensors that merge wrote: measure the drift of the source through it",
+    ),
+    "shard": lambda sub: sub.add_argument(
+        "--shard",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="do every N-th shard from the I-th on (1/4 ... 4/4), as one job of an array",
+    ),
+    "workers": lambda sub: sub.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that share out the shards and the threads (default: %(default)s); the "
+        "result has the same bytes for any number",
+    ),
+    "mode": lambda sub: _add_mode(sub.add_mutually_exclusive_group()),
+}

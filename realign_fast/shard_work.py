@@ -1,0 +1,135 @@
+"""What is done to one shard: it is measured, or it is aligned. An engine maps these over shards.
+
+Each work knows its pass, takes the number of a shard, and looks in the ledger first: a shard that
+is finished and unchanged is not read again. It can be pickled, for engines of other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .corpus import Batch, Corpus, Shard, ShardWriter
+from .ledger import Entry, Ledger, check_unchanged, checksum
+from .moments import Moments, RowMap, good_rows
+
+BATCH_BYTES = 16 << 20  # smaller ones give the threads of a busy machine too little at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one shard."""
+
+    shard: int  # its number in the corpus
+    moments: Moments | None  # None: not finished, and nobody was to read it
+    rows: int  # read now: 0 where it was finished before
+    entry: Entry  # for the manifest
+
+
+def _silent(rows: int) -> None:
+    """For works in other processes: their progress is seen shard by shard."""
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One pass over a corpus, shard by shard.
+
+    ``identities`` are those of the shards when the run began; a shard that differs from its own
+    after it was read is refused. Without a ``ledger`` nothing is kept. ``reading=False`` takes only
+    what is finished.
+    """
+
+    name: str
+    corpus: Corpus
+    identities: tuple[Entry, ...]
+    ledger: Ledger | None
+    bad_rows: str = "error"
+    batch_bytes: int = BATCH_BYTES
+    covariance: bool = False
+    aligner: torch.nn.Module | None = None
+    reading: bool = True
+    advance: Callable[[int], None] = _silent
+
+    def __call__(self, index: int) -> Part:
+        """Measure shard ``index``: of its rows, or of those sent through the aligner."""
+        shard, known = self.corpus.shards[index], self.identities[index]
+        if self.ledger and (found := self.ledger.load(shard, known)):
+            return Part(index, found[0], 0, found[1])
+        if not self.reading:
+            return Part(index, None, 0, {})
+        moments = Moments(self.covariance, accurate=self.covariance)
+        through = self.aligner.row_map if self.aligner is not None else None
+        for batch in self.corpus.batches(index, batch_bytes=self.batch_bytes):
+            self._update(moments, shard, batch, through)
+            self.advance(len(batch.rows))
+        check_unchanged(shard, known)
+        entry = self.ledger.save(shard, known, moments) if self.ledger else {}
+        return Part(index, moments, shard.rows, entry)
+
+    def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
+        """Add a batch to moments; says whether a bad row was in it."""
+        bad = moments.zero_rows + moments.nonfinite_rows
+        options = {"bad_rows": self.bad_rows, "where": str(shard.path), "first_row": batch.first}
+        moments.update(batch.rows, through=through, **options)
+        return moments.zero_rows + moments.nonfinite_rows > bad
+
+
+@dataclass(frozen=True)
+class AlignWork(ShardWork):
+    """Shards sent through the aligner into ``folder``, under their own names."""
+
+    folder: Path = Path()
+
+    def __call__(self, index: int) -> Part:
+        """Align shard ``index``; the moments are those of its result before it is rounded."""
+        shard, known = self.corpus.shards[index], self.identities[index]
+        made = self.folder / shard.path.name
+        if found := self.ledger.load_aligned(shard, known, made):
+            return Part(index, found[0], 0, found[1])
+        if not self.reading:
+            return Part(index, None, 0, {})
+        self.ledger.begin_aligned(shard)
+        with self.corpus.writer(shard, made) as writer:
+            moments, total = self._write(index, shard, writer)
+            check_unchanged(shard, known)
+        facts = {"checksum": total, **self._expected(moments)}
+        entry = self.ledger.save_aligned(shard, known, made, moments, facts)
+        return Part(index, moments, shard.rows, entry)
+
+    def _write(self, index: int, shard: Shard, writer: ShardWriter) -> tuple[Moments, int]:
+        """Align into a writer; while a batch is computed, the one before it is written.
+
+        Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
+        """
+        moments, total = Moments(), 0
+        size = max(1, min(self.batch_bytes // shard.row_bytes, shard.rows))
+        buffers = torch.empty(2, size, shard.dimension, dtype=self.corpus.dtype)
+        writing: Future[int] | None = None
+
+        def write(rows: torch.Tensor, before: int) -> int:
+            writer.write(rows)
+            return checksum(rows, before)
+
+        through = self.aligner.row_map
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+            for number, batch in enumerate(self.corpus.batches(index, batch_rows=size)):
+                rows, result = batch.rows, buffers[number % 2, : len(batch.rows)]
+                # The moments of the result come from the rows in the same visit to memory.
+                bad = self._update(moments, shard, batch, through)
+                self.aligner(rows, out=result)
+                if bad and self.bad_rows == "skip":
+                    result[~good_rows(rows)] = 0
+                total = writing.result() if writing else 0
+                writing = disk.submit(write, result, total)
+                self.advance(len(rows))
+            return moments, writing.result() if writing else 0
+
+    def _expected(self, moments: Moments) -> Entry:
+        """How many rows of the result are zero and how many NaN."""
+        zero, nonfinite = moments.zero_rows, moments.nonfinite_rows
+        skip = self.bad_rows == "skip"
+        return {"zero_rows": (zero + nonfinite) * skip, "nan_rows": nonfinite * (not skip)}

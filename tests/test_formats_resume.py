@@ -1,0 +1,64 @@
+"""Every format through the whole pipeline: resumed, verified, by workers and by parts."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from realign_fast import Corpus, cli
+from realign_fast.corpus.convert import TARGETS
+
+D = 16
+FORMATS = [name for name in TARGETS if name != "npy"]
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("pyarrow", reason="the extra `parquet`")
+    for side, shift in (("text", 0.5), ("image", -0.5)):
+        os.mkdir(side)
+        rows = np.random.default_rng(len(side)).standard_normal((90, D)) + shift
+        for index, part in enumerate(np.split(rows.astype("f4"), [40])):
+            np.save(f"{side}/emb_{index}.npy", part)
+    return tmp_path
+
+
+def rows_of(folder, name):
+    corpus = Corpus(folder, allow_pickle=name == "pickle")
+    return corpus.take(range(corpus.rows)).numpy()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_aligned_resumed_and_verified_as_npy_is(corpora, name, capsys):
+    pickles = ["--allow-pickle"] if name == "pickle" else []
+    assert cli.main(["convert", "text", "other", "--to", name, "--quiet"]) == 0
+    align = ["align", "--image", "image", "--quiet"]
+    assert cli.main([*align, "--text", "text", "--out", "npy"]) == 0
+    command = [*align, "--text", "other", "--out", "out", *pickles]
+    assert cli.main(command) == 0
+    np.testing.assert_array_equal(rows_of("out", name), rows_of("npy", "npy"))
+    capsys.readouterr()
+    assert cli.main(["verify", "out"]) == 0, capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert "90 rows were finished before" in capsys.readouterr().out
+    passes = json.loads(open("out/report.json").read())["passes"]
+    assert all(one["rows"] == 0 for one in passes if one["name"].startswith(("source", "apply")))
+
+
+def test_another_column_is_another_corpus(corpora, capsys):
+    """Statistics of one column must not be taken for those of another."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    one, two = (np.random.default_rng(k).standard_normal((50, D)).astype("f4") + k for k in (1, 2))
+    columns = {name: pa.array(list(rows)) for name, rows in (("a", one), ("b", two))}
+    os.mkdir("both")
+    pq.write_table(pa.table(columns), "both/x.parquet")
+    fit = ["fit", "--text", "both", "--image", "image", "--target-column", "a", "--quiet"]
+    gaps = []
+    for column in ("a", "b"):
+        assert cli.main([*fit, "--column", column, "--out", "out"]) == 0
+        gaps.append(json.loads(open("out/report.json").read())["fitted"]["centroid_gap"])
+    assert gaps[0] != gaps[1]
