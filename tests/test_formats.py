@@ -185,7 +185,7 @@ def test_aligned_rows_are_those_of_npy_and_all_else_is_kept(tmp_path, form, dtyp
     out = tmp_path / "out"
     align(tmp_path / form, tmp_path / "target.npy", out, quick)
     assert sorted(os.listdir(out)) == sorted(
-        ["aligner.safetensors", "report.json", *(path.name for path in paths)]
+        ["_stats", "aligner.safetensors", "manifest.json", "report.json", *(p.name for p in paths)]
     )
     got, want = everything(Corpus(out)), everything(Corpus(tmp_path / "out-npy"))
     assert got.dtype == dtype and got.tobytes() == want.tobytes()

@@ -1,7 +1,7 @@
 """Which format a file has: the one table of suffixes, contents, readers and writers.
 
 The suffix decides; where a name has none of them (a single file, named by hand), the content does.
-A folder holds one format. `aligner.safetensors` is what we write beside shards, not a shard.
+A folder holds one format. What we write beside shards (`NOT_ROWS`) is no shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .npy import Shard, ShardWriter, explained
 from .streamed import StreamedShard
 
 AnyShard = Shard | StreamedShard
-NOT_ROWS = {"aligner.safetensors"}
+NOT_ROWS = {"aligner.safetensors", "half.safetensors"}
 
 
 class Format(NamedTuple):
