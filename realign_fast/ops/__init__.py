@@ -34,7 +34,7 @@ OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "su
 ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # An instruction set that was measured ahead of a newer one: sum_rows, 2026-11-24, two threads of a
-# Zen 4, D = 768-1280: AVX2 is 2-6% ahead of AVX-512 on 16-bit rows, and level on 32 and 64 bits.
+# Zen 4, D = 768-1280: on 16-bit rows AVX2 is 2-6% ahead of AVX-512 in three runs and level in two.
 _FASTEST_ISA = {"sum_rows": "avx2"}
 _BLOCK_ROWS = 1 << 13  # rows that a sum through a matrix maps at a time
 _PACKAGE = Path(__file__).resolve().parent.parent
