@@ -61,4 +61,14 @@ inline void check_no_overlap(const char* op, const Tensor& out, const Tensor& ro
                   ": out overlaps the rows; give out memory of its own, or the rows themselves");
 }
 
+// out [N, D] of the shape of rows, and memory that may be written while they are read.
+inline void check_out(const char* op, const Tensor& out, const Tensor& rows) {
+  check_rows(op, rows);
+  check_rows(op, out);
+  STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == rows.size(1), op, ": out is [",
+                  out.size(0), ", ", out.size(1), "], the rows [", rows.size(0), ", ", rows.size(1),
+                  "]");
+  check_no_overlap(op, out, rows);
+}
+
 }  // namespace realign_fast

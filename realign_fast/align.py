@@ -131,7 +131,7 @@ class ReAlign(nn.Module):
         self.source_mean.copy_(mu_y)
         self.target_mean.copy_(mu_x)
         self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
-        self.shift.copy_(mu_x - (a @ mu_y if a.dim() == 2 else a * mu_y))
+        self.shift.copy_(mu_x - _times(a, mu_y))
         self._method = method
         self.method_number.fill_(METHODS.index(method))
         if method != "noise" and noise is not None:
@@ -243,7 +243,7 @@ class ReAlign(nn.Module):
             setattr(back, _TWINS.get(name, name), buffer.clone())
         back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
         back.scale = 1 / self.scale
-        back.shift = -(back.linear @ self.shift if a.dim() == 2 else back.linear * self.shift)
+        back.shift = -_times(back.linear, self.shift)
         for name in ("recentre", "drift", "residual_gap"):
             getattr(back, name).fill_(0 if name == "recentre" else math.nan)
         return back
@@ -346,10 +346,8 @@ class ReAlign(nn.Module):
         """
         path = Path(name_or_path)
         if path.is_dir():
-            names = (
-                "model.safetensors",
-                "aligner.safetensors",
-            )  # save_pretrained, the command line
+            # As save_pretrained and the command line name it.
+            names = ("model.safetensors", "aligner.safetensors")
             path = path / next((name for name in names if (path / name).exists()), names[0])
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
             path = Path(_download(str(name_or_path), **hub_options))
@@ -377,6 +375,11 @@ class ReAlign(nn.Module):
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
+
+
+def _times(a: Tensor, v: Tensor) -> Tensor:
+    """A v for A a number, a diagonal [D] or a matrix [D, D]."""
+    return a @ v if a.dim() == 2 else a * v
 
 
 def _batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int, Tensor]]:

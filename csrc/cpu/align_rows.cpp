@@ -71,12 +71,7 @@ void align_typed(const Tensor& out, const Tensor& rows, double scale, const Tens
 void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
                  std::optional<Tensor> recentre, int64_t isa) {
   constexpr const char* op = "align_rows";
-  check_rows(op, rows);
-  check_rows(op, out);
-  STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == rows.size(1), op, ": out is [",
-                  out.size(0), ", ", out.size(1), "], the rows [", rows.size(0), ", ", rows.size(1),
-                  "]");
-  check_no_overlap(op, out, rows);
+  check_out(op, out, rows);
   check_map(op, scale, shift, recentre, rows);
   const double s = *static_cast<const double*>(scale.const_data_ptr());
   dispatch_rows(op, rows, [&](auto t) {

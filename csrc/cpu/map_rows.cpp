@@ -127,13 +127,8 @@ void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, cons
 void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
                int64_t isa) {
   constexpr const char* op = "map_rows";
-  check_rows(op, rows);
-  check_rows(op, out);
+  check_out(op, out, rows);
   const int64_t columns = rows.size(1);
-  STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == columns, op, ": out is [",
-                  out.size(0), ", ", out.size(1), "], the rows [", rows.size(0), ", ", columns,
-                  "]");
-  check_no_overlap(op, out, rows);
   const bool fits = (matrix.dim() == 1 || (matrix.dim() == 2 && matrix.size(1) == columns)) &&
                     matrix.size(0) == columns && matrix.scalar_type() == ScalarType::Double &&
                     matrix.is_contiguous();
