@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -62,8 +62,17 @@ class ShardWriter:
 
     suffix = ".npy"
 
-    def __init__(self, path: str | os.PathLike[str], rows: int, dimension: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        rows: int,
+        dimension: int,
+        dtype: torch.dtype,
+        source: Any = None,  # in other formats: the shard whose other columns are kept
+        others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
+    ) -> None:
         self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
+        self._source, self._others = source, others
         self.written = 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         if dtype not in TORCH_DTYPES.values():

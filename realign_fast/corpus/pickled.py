@@ -88,10 +88,9 @@ class PickleWriter(ShardWriter):
         source: PickledShard | None = None,
         others: Iterator[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(path, rows, dimension, dtype)
+        super().__init__(path, rows, dimension, dtype, source, others)
         if rows * dimension * dtype.itemsize > MAX_BYTES:
             raise ValueError(f"{path}: a pickle is at most {MAX_BYTES} bytes; convert to parquet")
-        self._source, self._others = source, others
 
     def _begin(self) -> None:
         self._entries: list[dict[str, Any]] = []

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from .npy import MAX_COLUMNS, TORCH_DTYPES, Shard, ShardWriter, explained, opened
@@ -72,17 +71,6 @@ class TensorWriter(ShardWriter):
     """`ShardWriter` for `.safetensors`; of `source` it keeps everything but the rows."""
 
     suffix = ".safetensors"
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        rows: int,
-        dimension: int,
-        dtype: torch.dtype,
-        source: TensorShard | None = None,
-    ) -> None:
-        super().__init__(path, rows, dimension, dtype)
-        self._source = source
 
     def _begin(self) -> None:
         if self._source:

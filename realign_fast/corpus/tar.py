@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter
 from .streamed import StreamedShard, stamp_of, torch_dtype
@@ -90,18 +88,6 @@ class TarWriter(ShardWriter):
     """`ShardWriter` for a tar of samples; of `source` it keeps everything but the rows."""
 
     suffix = ".tar"
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        rows: int,
-        dimension: int,
-        dtype: torch.dtype,
-        source: TarShard | None = None,
-        others: Iterator[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(path, rows, dimension, dtype)
-        self._source, self._others = source, others
 
     def _begin(self) -> None:
         self._buffered = io.BufferedWriter(self._file, 1 << 20)
