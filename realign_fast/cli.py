@@ -27,7 +27,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
-from .run_options import RUN_OPTIONS, path, positive
+from .run_options import RUN_OPTIONS, path, path_or_url, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
@@ -116,7 +116,8 @@ _OPTIONS = {
         "--text",
         required=True,
         metavar="DIR",
-        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/)",
+        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/); or a "
+        "URL (s3://, gs://, hf://, https://)",
     ),
     "target": lambda sub: sub.add_argument(
         "--target",
@@ -138,7 +139,7 @@ _OPTIONS = {
     "aligner": lambda sub: sub.add_argument(
         "--aligner",
         required=True,
-        type=path,
+        type=path_or_url,
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
@@ -157,7 +158,7 @@ _OPTIONS = {
         "(default: none)",
     ),
     "path": lambda sub: sub.add_argument(
-        "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
+        "source", metavar="SOURCE", help="a shard, a directory of shards, a saved dataset; or a URL"
     ),
     "converted": lambda sub: sub.add_argument(
         "out", metavar="OUT", type=path, help="directory for the result, without shards"
@@ -211,7 +212,9 @@ _OPTIONS = {
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
-    "result": lambda sub: sub.add_argument("out", type=path, metavar="OUT", help="of a run"),
+    "result": lambda sub: sub.add_argument(
+        "out", type=path_or_url, metavar="OUT", help="of a run, or of its copy: a URL"
+    ),
 }
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from . import __version__, ops
 from .corpus import Shard
 from .moments import Moments
 from .output import STATS
+from .url import Url, each
 from .whole_file import write_whole
 
 Entry = dict[str, Any]  # what the manifest says of one shard in one pass
@@ -32,14 +34,22 @@ Entry = dict[str, Any]  # what the manifest says of one shard in one pass
 
 def identity(shard: Shard) -> Entry:
     """What makes a shard the same shard: a change of its rows changes one of these."""
+    shape = {"rows": shard.rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
+    if isinstance(shard.path, Url):
+        size, version = shard.path.stamp()
+        return {"path": str(shard.path), **shape, "size": size, "version": version}
     try:
         state = os.stat(shard.path)
     except OSError as error:
         advice = "what is finished is kept: bring it back and run the same command again"
         raise OSError(error.errno, f"{shard.path}: {error.strerror}; {advice}") from error
-    shape = {"rows": shard.rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
     times = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
     return {"path": os.path.realpath(shard.path), **shape, **times}
+
+
+def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
+    """Of each shard; those of URLs are asked for at once."""
+    return tuple(each(identity, shards, lambda shard: shard.path))
 
 
 def check_unchanged(shard: Shard, known: Entry) -> None:

@@ -38,6 +38,8 @@ FLOORS = {
     "scatter": 1,
     "whiten": 1,
     "engine": 0,
+    "url": 0,
+    "read_ahead": -1,
     "lock": 0,
     "ops": 0,
     "whole_file": 0,
@@ -46,6 +48,7 @@ NEVER = {("corpus", "ops"), ("revision", "pipeline")}  # downwards, and still no
 HEAVY = {
     "ray": "ray_engine",
     "pyarrow": "corpus",
+    "fsspec": "url",
     "matplotlib": "report",
     "open_clip": "embed",
     "sklearn": "estimator",

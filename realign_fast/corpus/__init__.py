@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import hf
-from .formats import AnyShard, format_of, read_shard, shard_paths
+from ..url import Url, path_of
+from . import hf, remote
+from .formats import AnyShard, format_of, read_shards, shard_paths
 from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, opened, read_header
 
 __all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "format_of", "read_header", "sample_rows"]
@@ -56,20 +57,20 @@ class Corpus:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Url,
         modality: str | None = None,
         *,
         column: str | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        if not os.fspath(path):
+        if not str(path):
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-        self.path, self.column, self.allow_pickle = Path(path), column, allow_pickle
+        self.path, self.column, self.allow_pickle = path_of(path), column, allow_pickle
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
-        paths = shard_paths(folder) if folder.is_dir() else [folder]
-        self.shards = tuple(read_shard(one, column, allow_pickle) for one in paths)
+        paths = shard_paths(folder) if _is_folder(folder) else [folder]
+        self.shards = read_shards(paths, column, allow_pickle)
         if not self.shards:
             raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
         one = self.shards[0]
@@ -135,6 +136,9 @@ class Corpus:
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
             places, shard = order[ends[index] : ends[index + 1]], self.shards[index]
+            if isinstance(shard.path, Url) and isinstance(shard, Shard):
+                target[places] = remote.take(shard, ids[places] - self.starts[index])
+                continue
             if not isinstance(shard, Shard):
                 out[places] = torch.from_numpy(shard.take(ids[places] - self.starts[index]))
                 continue
@@ -175,6 +179,9 @@ def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]
     if not isinstance(shard, Shard):  # decoded, not mapped
         yield from (Batch(index, *piece) for piece in shard.read(first, size))
         return
+    if isinstance(shard.path, Url):  # fetched
+        yield from (Batch(index, *piece) for piece in remote.read(shard, first, size))
+        return
     with opened(shard.path, shard) as (file, _):
         while first < shard.rows:
             stop = min(first - first % size + size, shard.rows)
@@ -203,10 +210,16 @@ def _announce(descriptor: int, begin: int, end: int) -> None:
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
-def _subfolder(root: Path, modality: str | None) -> str:
+def _is_folder(path: Path | Url) -> bool:
+    """Without a question to a server where the name says that it is a shard."""
+    return not (isinstance(path, Url) and format_of(path.name)) and path.is_dir()
+
+
+def _subfolder(root: Path | Url, modality: str | None) -> str:
     if modality not in (None, *SUBFOLDERS):
         raise ValueError(f"{root}: modality is {modality!r}, expected 'text', 'image' or None")
-    sides = [name for name in SUBFOLDERS.values() if (root / name).is_dir()]
+    folder = _is_folder(root)
+    sides = [name for name in SUBFOLDERS.values() if folder and (root / name).is_dir()]
     if not sides:
         return ""
     if loose := shard_paths(root):
@@ -220,22 +233,26 @@ def _subfolder(root: Path, modality: str | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def _number(path: Path) -> str:
+def _number(path: Path | Url) -> str:
     """What pairs a shard with its other side: the number that ends its name, else the name."""
     match = re.search("0*([0-9]+)$", path.stem)
     return match[1] if match else path.stem
 
 
-def _check_pairs(root: Path, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
+def _check_pairs(root: Path | Url, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
     other = next(name for name in SUBFOLDERS.values() if name != subfolder)
     theirs = shard_paths(root / other) if (root / other).is_dir() else []
     twins = {_number(path): path for path in theirs}
-    for shard in shards:
-        twin = twins.get(_number(shard.path))
-        if twin and (rows := read_shard(twin, *how).rows) != shard.rows:
+    paired = [shard for shard in shards if _number(shard.path) in twins]
+    found = read_shards([twins[_number(shard.path)] for shard in paired], *how)
+    for shard, twin in zip(paired, found, strict=True):
+        if (rows := twin.rows) != shard.rows:
             advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
-            raise ValueError(f"{shard.path}: has {shard.rows} rows, {twin} has {rows}; {advice}")
-    described = {_number(path) for path in (root / "metadata").glob("*")}
+            raise ValueError(
+                f"{shard.path}: has {shard.rows} rows, {twin.path} has {rows}; {advice}"
+            )
+    metadata = root / "metadata"
+    described = {_number(path) for path in (metadata.iterdir() if metadata.is_dir() else ())}
     missing = [shard.path.name for shard in shards if _number(shard.path) not in described]
     if described and missing:
         message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"

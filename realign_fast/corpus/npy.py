@@ -23,6 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from ..read_ahead import pieces
+from ..url import Url, local_path
+
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 MAX_COLUMNS = 1 << 24
 TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
@@ -32,7 +35,7 @@ TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2,
 class Shard:
     """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
 
-    path: Path
+    path: Path | Url
     rows: int
     dimension: int
     dtype: np.dtype
@@ -42,9 +45,9 @@ class Shard:
     format = "npy"
     others = None  # no other columns
 
-    def parse(self, descriptor: int) -> Shard:
+    def parse(self, file: BinaryIO | Url) -> Shard:
         """This shard as its file says now."""
-        return _parse(descriptor, self.path)
+        return _parse(file, self.path)
 
     def writer(self, path: Path) -> ShardWriter:
         """For as many rows of the same kind, in the same format."""
@@ -71,7 +74,7 @@ class ShardWriter:
         source: Any = None,  # in other formats: the shard whose other columns are kept
         others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
     ) -> None:
-        self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
+        self.path, self.rows, self.dimension, self.dtype = local_path(path), rows, dimension, dtype
         self._source, self._others = source, others
         self.written = 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
@@ -150,17 +153,19 @@ class ShardWriter:
             data = data[self._file.write(data) :]
 
 
-def read_header(path: Path) -> Shard:
+def read_header(path: Path | Url) -> Shard:
     """The shard at `path`; every error that one file can have is raised here."""
     with opened(path) as (_, shard):
         return shard
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path | Url) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(path, Url):  # it has said so itself
+            raise
         link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
         advice = "check that it exists, that this user may use it and that the disk has room"
         raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error
@@ -168,26 +173,54 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(
-    path: Path,
+    path: Path | Url,
     expected: Shard | None = None,
-    parse: Callable[[int, Path], Shard] | None = None,
-) -> Iterator[tuple[BinaryIO, Shard]]:
-    """The file of a shard, its header read by `parse` and found as `expected`."""
+    parse: Callable[[BinaryIO | Url, Path | Url], Shard] | None = None,
+) -> Iterator[tuple[BinaryIO | Url, Shard]]:
+    """The file of a shard (a URL is its own), its header read by `parse`, found as `expected`."""
+    if isinstance(path, Url):
+        path.stamp()
+        shard = expected.parse(path) if expected else (parse or _parse)(path, path)
+        if expected not in (None, shard):
+            raise changed(expected)
+        yield path, shard
+        return
     with explained(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError(errno.EINVAL, "Not a regular file")
         file = open(path, "rb", buffering=0)
     with file:
-        shard = (
-            expected.parse(file.fileno()) if expected else (parse or _parse)(file.fileno(), path)
-        )
+        shard = expected.parse(file) if expected else (parse or _parse)(file, path)
         if expected not in (None, shard):
             raise changed(expected)
         yield file, shard
 
 
-def _parse(descriptor: int, path: Path) -> Shard:
-    head = io.BytesIO(os.pread(descriptor, HEADER_BYTES, 0))
+def pread(file: BinaryIO | Url, count: int, offset: int) -> bytes:
+    """Bytes of an opened file from `offset` on, wherever it is."""
+    return (
+        file.pread(count, offset)
+        if isinstance(file, Url)
+        else os.pread(file.fileno(), count, offset)
+    )
+
+
+def between(file: BinaryIO | Url, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin..end` of an opened file, a piece at a time; fewer if it has become shorter."""
+    if isinstance(file, Url):
+        yield from pieces(file, begin, end)
+        return
+    while begin < end and (data := os.pread(file.fileno(), min(end - begin, 1 << 20), begin)):
+        yield data
+        begin += len(data)
+
+
+def size_of(file: BinaryIO | Url) -> int:
+    return file.size if isinstance(file, Url) else os.fstat(file.fileno()).st_size
+
+
+def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
+    head = io.BytesIO(pread(file, HEADER_BYTES, 0))
     try:
         major, _ = np.lib.format.read_magic(head)
         one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
@@ -206,7 +239,7 @@ def _parse(descriptor: int, path: Path) -> Shard:
     shard = Shard(path, int(shape[0]), int(shape[1]), dtype, head.tell())
     if shard.offset % dtype.itemsize:
         raise ValueError(f"{path}: data at byte {shard.offset} is not aligned; save it with numpy")
-    size = os.fstat(descriptor).st_size
+    size = size_of(file)
     if size != shard.file_bytes:
         what = "truncated" if size < shard.file_bytes else "longer than its header says"
         want = f"expected {shard.file_bytes} for {list(shape)} {dtype}"

@@ -42,7 +42,7 @@ def decoded(path: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow().ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno:  # of the disk or of a URL
             raise
         advice = "truncated, damaged or of another format; write it again"
         raise ValueError(f"{path}: cannot be read ({error}): {advice}") from error
