@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..url import Url, local_path
 from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .formats import AnyShard, shard_paths
 from .npy import TORCH_DTYPES
@@ -55,7 +56,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
-    names = _names(corpus, to)
+    out, names = local_path(out), _names(corpus, to)
     if out.exists() and (held := shard_paths(out)):
         raise ValueError(f"{held[0]}: is there already; give an empty directory for the result")
     out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _record_batches(shard: AnyShard, schema: Any) -> Iterator[Any]:
         yield _record_batch(chunk, shard.path, schema)
 
 
-def _record_batch(chunk: Any, path: Path, schema: Any = None) -> Any:
+def _record_batch(chunk: Any, path: Path | Url, schema: Any = None) -> Any:
     """Other columns as a record batch of `schema`, or of the one that the chunk has."""
     pa = pyarrow()
     try:
