@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
-    converting = ("path", "to", "converted", *reading, "batch-bytes", "quiet")
+    converting = ("path", "to", "dtype", "converted", *reading, "batch-bytes", "quiet")
     inspecting = ("path", "sample", "inspect-seed", "json", *reading)
     applying = ("aligner", "source", "out", *reading, *passes, "shard")
     side = ("side", "out", "half", "method", *reading, *passes[:-1], "shard")
@@ -165,6 +165,11 @@ _OPTIONS = {
     ),
     "to": lambda sub: sub.add_argument(
         "--to", required=True, choices=TARGETS, help="the format of the result"
+    ),
+    "dtype": lambda sub: sub.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="numbers of the result (default: as they are; bfloat16 only in safetensors)",
     ),
     "sample": lambda sub: sub.add_argument(
         "--sample",
@@ -319,7 +324,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> None:
     corpus = Corpus(options.source, **_how(options))
     with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
-        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from . import __version__, ops
-from .corpus import Shard
+from .corpus import Shard, as_numpy
 from .moments import Moments
 from .output import STATS
 from .url import Url, each
@@ -90,7 +90,7 @@ def checksum(rows: torch.Tensor, before: int = 0) -> int:
     A word is 8 bytes where a row is a whole number of those, else 4 or 2. Every changed bit
     changes it, as does an exchange of rows.
     """
-    data = rows.numpy().reshape(len(rows), -1)  # [n, D]
+    data = as_numpy(rows).reshape(len(rows), -1)  # [n, D]
     width = next(w for w in (8, 4, 2, 1) if data.shape[1] * data.itemsize % w == 0)
     return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
 

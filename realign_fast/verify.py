@@ -26,8 +26,13 @@ from .url import Url, path_of
 
 # A rounded unit row: every entry moves by half an ulp of itself at most, in all half an ulp of 1;
 # the rows before rounding are unit to float32 (or, of float64 rows, float64).
-_NORM = {torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}
-_TINY = {torch.float16: 2.0**-25, torch.float32: 0.0, torch.float64: 0.0}  # half a subnormal step
+_NORM = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-20,
+    torch.float64: 2.0**-45,
+}
+_TINY = {torch.float16: 2.0**-25}  # half a subnormal step; that of the others is nothing
 
 
 @dataclass
@@ -140,7 +145,7 @@ def _mean(found: Found, corpus: Corpus, stats: Path | Url) -> Iterator[str]:
 
 def _slack(corpus: Corpus) -> float:
     """How far from 1 the norm of a rounded unit row may be."""
-    return _NORM[corpus.dtype] + _TINY[corpus.dtype] * math.sqrt(corpus.dimension)
+    return _NORM[corpus.dtype] + _TINY.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
 
 
 def _read(corpus: Corpus) -> Found:

@@ -1,12 +1,13 @@
 """Rows on disk: directories of shards -> batches of rows -> shards of the same format.
 
-A shard is a file of `[N, D]` rows of float16, float32 or float64: `.npy` or a format of
-`formats.py`, one format a file of this package. A corpus is a shard, a directory of them, a Hugging
-Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`, `img_emb/`,
-`metadata/`). There, shards of the two sides pair by the number that ends their name and must have
+A shard is a file of `[N, D]` rows of float16, float32 or float64 (in safetensors also bfloat16):
+`.npy` or a format of `formats.py`, one format a file of this package. A corpus is a shard, a
+directory of them, a Hugging Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`,
+`img_emb/`, `metadata/`), each a path or any URL of fsspec (`url.py`). In a root shards of the two sides pair by the number that ends their name and must have
 as many rows; a number that one side lacks is fine (people download parts), one that `metadata/`
 (never read) lacks is a warning. Hidden files and other suffixes are not shards.
-Memory is bounded by `WINDOW_BYTES` and the batch, never by the corpus (pickled lists: by a file).
+Memory is bounded by `WINDOW_BYTES` (of URLs: by what is in flight) and the batch, never by the
+corpus (pickled lists: by a file).
 No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.
 What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`, `ValueError`.
 """
@@ -27,9 +28,18 @@ import torch
 from ..url import Url, path_of
 from . import hf, remote
 from .formats import AnyShard, format_of, read_shards, shard_paths
-from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, opened, read_header
+from .npy import TORCH_DTYPES, Shard, ShardWriter, as_numpy, changed, opened, read_header
 
-__all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "format_of", "read_header", "sample_rows"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Shard",
+    "ShardWriter",
+    "as_numpy",
+    "format_of",
+    "read_header",
+    "sample_rows",
+]
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 WINDOW_BYTES = 16 << 20  # mapped at a time; more only where one batch is larger
@@ -131,7 +141,7 @@ class Corpus:
             got, want = f"{ids.min()}..{ids.max()}", f"0..{self.rows - 1}"
             raise IndexError(f"{self.path}: got rows {got}, expected {want}")
         out = torch.empty(len(ids), self.dimension, dtype=self.dtype)
-        target = out.numpy().view(np.uint8)
+        target = out.view(torch.uint8).numpy()
         order = np.argsort(ids, kind="stable")
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):

@@ -28,7 +28,20 @@ from ..url import Url, local_path
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 MAX_COLUMNS = 1 << 24
-TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """The type that numpy lacks: stands where the `np.dtype` of a shard stands."""
+
+    itemsize = 2
+
+    def __str__(self) -> str:
+        return "bfloat16"
+
+
+FLOATS = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Shard:
     path: Path | Url
     rows: int
     dimension: int
-    dtype: np.dtype
+    dtype: np.dtype | BFloat16
     offset: int  # bytes before the first row
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
@@ -64,6 +77,7 @@ class ShardWriter:
     """
 
     suffix = ".npy"
+    dtypes = tuple(FLOATS.values())  # that the format has
 
     def __init__(
         self,
@@ -78,8 +92,9 @@ class ShardWriter:
         self._source, self._others = source, others
         self.written = 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        if dtype not in TORCH_DTYPES.values():
-            want = "expected torch.float16, float32 or float64 (npy has no bfloat16); convert rows"
+        if dtype not in self.dtypes:
+            names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
+            want = f"expected one of {names} (bfloat16 only in safetensors); convert rows"
             raise TypeError(f"{path}: got {dtype}, {want}")
         if rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
             want = f"expected rows >= 0, columns >= 1 and a visible name in {self.suffix}"
@@ -105,7 +120,7 @@ class ShardWriter:
             want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
         with explained(self.path):
-            self._append(rows.detach().cpu().contiguous().numpy())
+            self._append(as_numpy(rows.detach().cpu().contiguous()))
         self.written += len(rows)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -151,6 +166,11 @@ class ShardWriter:
         data = memoryview(data)
         while len(data):
             data = data[self._file.write(data) :]
+
+
+def as_numpy(rows: torch.Tensor) -> np.ndarray:
+    """Rows as numpy sees them: its view of bfloat16 is uint16, their bits."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
 def read_header(path: Path | Url) -> Shard:
@@ -228,9 +248,9 @@ def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
         shape, fortran_order, dtype = parse(head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
         raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
-    if dtype not in TORCH_DTYPES:
+    if dtype not in FLOATS:
         want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
-        why = "objects are pickles and never loaded, npy has no bfloat16"
+        why = "objects are pickles and never loaded, npy has no bfloat16 (safetensors has)"
         raise TypeError(f"{path}: dtype is {dtype.str}, {want} ({why})")
     if len(shape) != 2 or shape[0] < 0 or not 0 < shape[1] < MAX_COLUMNS:
         raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")

@@ -19,6 +19,7 @@ from ..url import Url
 from .npy import (
     MAX_COLUMNS,
     TORCH_DTYPES,
+    BFloat16,
     Shard,
     ShardWriter,
     between,
@@ -29,10 +30,14 @@ from .npy import (
 )
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
-DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)}
+DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)} | {"BF16": BFloat16()}
+NAMES = {TORCH_DTYPES[dtype]: name for name, dtype in DTYPES.items()}
 DEFAULT = "embedding"
-OTHERS = DTYPES | {f"{k}{8 * n}": np.dtype(f"<{k.lower()}{n}") for k in "IU" for n in (1, 2, 4, 8)}
-OTHERS["BOOL"] = np.dtype("?")
+OTHERS = {  # of tensors beside the rows, as columns
+    f"{kind.upper()}{8 * n}": np.dtype(f"<{kind}{n}")
+    for kind, sizes in (("f", (2, 4, 8)), ("i", (1, 2, 4, 8)), ("u", (1, 2, 4, 8)))
+    for n in sizes
+} | {"BOOL": np.dtype("?")}
 OTHER_ROWS = 65536  # of other tensors read at a time
 
 
@@ -93,6 +98,7 @@ class TensorWriter(ShardWriter):
     """`ShardWriter` for `.safetensors`; of `source` it keeps everything but the rows."""
 
     suffix = ".safetensors"
+    dtypes = tuple(NAMES)
 
     def _begin(self) -> None:
         if self._source:
@@ -100,7 +106,7 @@ class TensorWriter(ShardWriter):
             return
         item = self.dtype.itemsize
         entry = {
-            "dtype": f"F{8 * item}",
+            "dtype": NAMES[self.dtype],
             "shape": [int(self.rows), int(self.dimension)],
             "data_offsets": [0, int(self.rows) * int(self.dimension) * item],
         }
@@ -128,7 +134,7 @@ def _parse(file: BinaryIO | Url, path: Path | Url, column: str | None) -> Tensor
     entry, size = header[name], size_of(file)
     dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if dtype not in DTYPES:
-        want = "expected F16, F32 or F64; save it as one of them"
+        want = "expected F16, BF16, F32 or F64; save it as one of them"
         raise TypeError(f"{path}: tensor {name!r} is {dtype}, {want}")
     if not _numbers(shape) or len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
         want = "expected [rows, columns]; reshape it, or name another tensor as the column"
