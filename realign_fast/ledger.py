@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,11 @@ def identity(shard: Shard) -> Entry:
 
 def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     """Of each shard; those of URLs are asked for at once."""
-    return tuple(each(identity, shards, lambda shard: shard.path))
+    found = tuple(each(identity, shards, lambda shard: shard.path))
+    if vague := [one["path"] for one in found if one.get("version") == ""]:
+        what = "its server gives no ETag and no time, so a new content of the same size is not seen"
+        warnings.warn(f"{vague[0]}: {what}; use --mode overwrite after a change", stacklevel=3)
+    return found
 
 
 def check_unchanged(shard: Shard, known: Entry) -> None:

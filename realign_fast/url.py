@@ -24,21 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from .read_ahead import ReadAhead, fill
+from .url_errors import may_pass, refuse
 
 ASKED_AT_A_TIME = 16
 WAITS = (0.5, 2.0, 8.0)  # seconds before each further attempt
 # What stores say of an object that another content changes; compared without case, "-" and "_".
 _VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "generation", "checksum"}
 _VERSIONS |= {"sha256", "blobid", "lastmodified", "mtime", "modified", "updated", "created"}
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
-_PACKAGES |= {"az": "adlfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
-_PACKAGES |= {"sftp": "paramiko", "ssh": "paramiko", "oss": "ossfs", "gdrive": "gdrivefs"}
-_REFUSED = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-_REFUSED |= {"DefaultCredentialsError", "LocalTokenNotFoundError"}
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
 
@@ -236,8 +232,8 @@ class Url:
             try:
                 return what(*self.connected())
             except Exception as error:
-                if wait is None or not _may_pass(error):
-                    _refuse(self, error)
+                if wait is None or not may_pass(error):
+                    refuse(self, error, len(WAITS) + 1)
             time.sleep(wait)
 
     def connected(self) -> tuple[Any, str]:
@@ -262,67 +258,3 @@ def _caches(fs: Any) -> bool:
     import fsspec.implementations.cached
 
     return isinstance(fs, fsspec.implementations.cached.CachingFileSystem)
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
-
-
-def _statuses(error: Exception) -> set[int]:
-    """The HTTP statuses that an error came of."""
-    found = set()
-    for one in _causes(error):
-        answer = getattr(one, "response", None)
-        if isinstance(answer, dict):  # botocore's
-            found.add(answer.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        found |= {getattr(one, "status", None), getattr(answer, "status_code", None)}
-    return {status for status in found if isinstance(status, int)}
-
-
-def _denied(error: Exception) -> bool:
-    names = {type(one).__name__ for one in _causes(error)}
-    return bool(_statuses(error) & {401, 403} or names & _REFUSED) or isinstance(
-        error, PermissionError
-    )
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt can help: connections break, servers are busy."""
-    if _denied(error) or isinstance(error, ImportError | IsADirectoryError | NotADirectoryError):
-        return False
-    if statuses := _statuses(error):
-        return bool(statuses & {408, 429}) or max(statuses) >= 500
-    if isinstance(error, FileNotFoundError):  # of fsspec's HTTP also if nobody answers
-        return any("Connect" in type(one).__name__ for one in _causes(error))
-    return not isinstance(error, ValueError | TypeError | NotImplementedError)
-
-
-def _refuse(url: Url, error: Exception) -> NoReturn:
-    """Raise what there is to say, once, with the URL in it."""
-    if isinstance(error, ImportError):
-        if str(url) in str(error):
-            raise error
-        protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
-        package = _PACKAGES.get(protocol)
-        how = f"pip install {package}" if package else "install the package that it names"
-        raise ImportError(f"{url}: {protocol}:// is read through another package: {how} ({error})")
-    said = f"{type(error).__name__}: {error}".rstrip(": ")
-    if _denied(error):
-        advice = (
-            "give credentials that may read it, as fsspec's package for its protocol wants them"
-        )
-        raise OSError(errno.EACCES, f"{url}: access is refused ({said}); {advice}") from error
-    if isinstance(error, FileNotFoundError) and not _may_pass(error):
-        raise OSError(errno.ENOENT, f"{url}: is not there; check its name") from error
-    if "Protocol not known" in str(error):
-        raise ValueError(f"{url}: {error}; expected one that fsspec knows") from error
-    if "range requests" in str(error):
-        what = "its server sends whole files, not the ranges asked for"
-        raise OSError(errno.EOPNOTSUPP, f"{url}: {what}; read simplecache::{url}") from error
-    tries = f" in {len(WAITS) + 1} attempts" if _may_pass(error) else ""
-    advice = "what is finished is kept: run the same command again"
-    raise OSError(errno.EIO, f"{url}: cannot be read{tries} ({said}); {advice}") from error

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import re
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         path, state = Path(self.translate_path(self.path)), self.server.state
         state.asked(self.command, path, self.headers.get("Range"))
+        state.busy += 1
+        state.most_busy = max(state.busy, state.most_busy)
+        time.sleep(state.delay)
+        try:
+            self._answer(path, state)
+        finally:
+            state.busy -= 1
+
+    do_HEAD = do_GET
+
+    def _answer(self, path, state):
         if status := state.statuses.get(path.name):
             self.send_error(status)
         elif path.is_file():
@@ -25,8 +37,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
         else:
             super().do_GET()
-
-    do_HEAD = do_GET
 
     def _send(self, path, state):
         data = path.read_bytes()
@@ -37,7 +47,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_response(206 if asked else 200)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Content-Length", str(end - begin))
-        self.send_header("ETag", f'"{hashlib.md5(data).hexdigest()}"')
+        if state.versions:
+            self.send_header("ETag", f'"{hashlib.md5(data).hexdigest()}"')
         if asked:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         self.end_headers()
@@ -58,6 +69,8 @@ class State:
 
     def __init__(self):
         self.log, self.statuses, self.cuts, self.ranges = [], {}, {}, True
+        self.versions = True  # whether answers have an ETag
+        self.busy, self.most_busy, self.delay = 0, 0, 0.0  # answers under way; seconds each takes
         self.before = {}  # name: called before the first GET of it is answered
 
     def asked(self, command, path, ranges):

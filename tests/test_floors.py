@@ -39,6 +39,7 @@ FLOORS = {
     "whiten": 1,
     "engine": 0,
     "url": 0,
+    "url_errors": -1,
     "read_ahead": -1,
     "lock": 0,
     "ops": 0,

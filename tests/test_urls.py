@@ -4,6 +4,7 @@ Every server is a real one on this machine: HTTP from the standard library (`far
 """
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -174,8 +175,24 @@ def test_several_pieces_are_on_their_way(tmp_path, served, monkeypatch):
     monkeypatch.setattr("realign_fast.read_ahead.PIECE_BYTES", 999)
     write(tmp_path / "www/text", 1, (700,))
     corpus, rows = Corpus(f"{served[0]}/text"), np.load(tmp_path / "www/text/emb_0.npy")
+    served[1].delay = 0.02
     got = torch.cat([batch.rows for batch in corpus.batches(batch_rows=100)])
     assert np.array_equal(got.numpy(), rows)
+    assert 4 <= served[1].most_busy <= 8
+
+
+def test_the_other_columns_of_an_arrow_file_stay_where_they_are(tmp_path, served):
+    pa = pytest.importorskip("pyarrow")
+    (tmp_path / "www/fat").mkdir()
+    rows = np.random.default_rng(0).standard_normal((64, D)).astype("f4")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), D)
+    table = pa.table({"picture": [os.urandom(1 << 18) for _ in rows], "embedding": column})
+    path = tmp_path / "www/fat/emb.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=16)
+    (batch,) = Corpus(f"{served[0]}/fat").batches()
+    assert np.array_equal(batch.rows.numpy(), rows)
+    assert served[1].fetched("emb.arrow") < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize("form", ("npy", "parquet"))
@@ -219,6 +236,22 @@ def test_an_object_replaced_during_the_run_is_refused(tmp_path, corpora, served)
     align(f"{served[0]}/text", f"{served[0]}/image", tmp_path / "far", QUIET)
     align(*corpora, tmp_path / "near", QUIET)
     assert shards(tmp_path / "near") == shards(tmp_path / "far")
+
+
+def test_a_server_that_tells_no_version_is_warned_about(tmp_path, corpora, served):
+    served[1].versions = False
+    with pytest.warns(UserWarning, match=r"emb_0.npy: its server gives no ETag and no time"):
+        align(f"{served[0]}/text", f"{served[0]}/image", tmp_path / "far", QUIET)
+
+
+@pytest.mark.parametrize("form", ("safetensors", "parquet", "arrow", "arrow-stream", "tar"))
+def test_every_format_says_what_its_server_did(form, tmp_path, corpora, served, monkeypatch):
+    monkeypatch.setattr(url, "WAITS", ())
+    (path, *_) = convert(Corpus(corpora[0]), tmp_path / "www" / form, form)
+    corpus = Corpus(f"{served[0]}/{form}")
+    served[1].cuts[path.name] = 10**6
+    with pytest.raises(OSError, match=rf"{path.name}: cannot be read in 1 attempts .*run the same"):
+        list(corpus.batches())
 
 
 def test_a_replaced_object_of_a_bucket_is_read_anew(tmp_path, corpora, bucket):

@@ -3,9 +3,10 @@
 A shard is a file of `[N, D]` rows of float16, float32 or float64 (in safetensors also bfloat16):
 `.npy` or a format of `formats.py`, one format a file of this package. A corpus is a shard, a
 directory of them, a Hugging Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`,
-`img_emb/`, `metadata/`), each a path or any URL of fsspec (`url.py`). In a root shards of the two sides pair by the number that ends their name and must have
-as many rows; a number that one side lacks is fine (people download parts), one that `metadata/`
-(never read) lacks is a warning. Hidden files and other suffixes are not shards.
+`img_emb/`, `metadata/`), at a path or any URL of fsspec (`url.py`, `remote.py`). In a root, shards
+of the two sides pair by the number that ends their name and must have as many rows; a number that
+one side lacks is fine (people download parts), one that `metadata/` (never read) lacks is a
+warning. Hidden files and other suffixes are not shards.
 Memory is bounded by `WINDOW_BYTES` (of URLs: by what is in flight) and the batch, never by the
 corpus (pickled lists: by a file).
 No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.

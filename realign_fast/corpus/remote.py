@@ -15,8 +15,9 @@ GAP_BYTES = 32 << 10  # between rows that are taken: what costs less to fetch th
 
 def read(shard: Shard, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Rows from `first` on as `(row, [n, D])`; cut at multiples of `size`, as mapped ones."""
-    with opened(shard.path, shard) as (url, _):
-        stamp = url.stamp()
+    url, stamp = shard.path, shard.path.stamp()
+    if shard.parse(url) != shard:
+        raise changed(shard)
     begin, end = (shard.offset + row * shard.row_bytes for row in (first, shard.rows))
     stream, rest = pieces(url, begin, end), np.empty(0, np.uint8)
     while first < shard.rows:
