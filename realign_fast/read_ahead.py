@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 IN_FLIGHT = 8  # requests at a time: one alone gives a connection's speed, and waits between
 PIECE_BYTES = 4 << 20  # of a request, where all that follows is wanted
-BLOCK_BYTES = 1 << 20  # of a request, where a reader jumps about
-BLOCKS_KEPT = 24  # of a file that is read, so that columns read in turns do not fetch twice
+FIRST_BYTES = 128 << 10  # of a request, where a reader has jumped to
+KEPT_BYTES = 48 << 20  # of a file, so that columns that are read in turns are not fetched twice
 
 
 class Source(Protocol):
@@ -56,12 +56,19 @@ def fill(source: Source, begin: int, target: memoryview) -> None:
 
 
 class ReadAhead(io.RawIOBase):
-    """A file to read and seek in. The longer it is read in sequence, the more it reads ahead."""
+    """A file to read and seek in. The longer it is read in sequence, the more it reads ahead.
+
+    A jump fetches `FIRST_BYTES`; whoever reads on behind them gets pieces of twice the size each,
+    up to `PIECE_BYTES`, and with each doubling one more is asked for before it is needed.
+    `error` is what its source last raised, for readers that lose it.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source, self._size, self._at = source, source.size, 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
-        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()  # the oldest use first
+        # By where they begin: where they end, and their bytes to be; the oldest use first.
+        self._pieces: OrderedDict[int, tuple[int, Future[bytes]]] = OrderedDict()
+        self.error: OSError | None = None
 
     def readable(self) -> bool:
         return True
@@ -82,27 +89,42 @@ class ReadAhead(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if self._at >= self._size:
             return 0
-        block, skip = divmod(self._at, BLOCK_BYTES)
-        data = self._block(block)[skip : skip + len(buffer)]
+        begin = self._begin()
+        try:
+            data = self._pieces[begin][1].result()
+        except OSError as error:
+            self.error = error
+            raise
+        data = memoryview(data)[self._at - begin :][: len(buffer)]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._blocks.clear()
+        self._pieces.clear()
         super().close()
 
-    def _block(self, number: int) -> bytes:
-        before = 0  # blocks in sequence that led here
-        while before < IN_FLIGHT - 1 and number - before - 1 in self._blocks:
-            before += 1
-        for wanted in range(number, number + before + 1):
-            if wanted not in self._blocks and wanted * BLOCK_BYTES < self._size:
-                start = wanted * BLOCK_BYTES
-                count = min(BLOCK_BYTES, self._size - start)
-                self._blocks[wanted] = self._pool.submit(self._source.pread, count, start)
-        self._blocks.move_to_end(number)
-        while len(self._blocks) > BLOCKS_KEPT:
-            self._blocks.popitem(last=False)[1].cancel()
-        return self._blocks[number].result()
+    def _begin(self) -> int:
+        """Where the piece of the next byte begins; it and those behind it are on their way."""
+        at, held = self._at, self._pieces.items()
+        begin = next((first for first, (end, _) in held if first <= at < end), None)
+        if begin is None:
+            before = next((first for first, (end, _) in held if end == at), None)
+            self._ask(at, FIRST_BYTES if before is None else 2 * (at - before))
+            begin = at
+        self._pieces.move_to_end(begin)
+        end = self._pieces[begin][0]
+        length = end - begin
+        for _ in range((length // FIRST_BYTES).bit_length() - 1):
+            if end not in self._pieces and end < self._size:
+                self._ask(end, 2 * length)
+            if end in self._pieces:
+                length, end = self._pieces[end][0] - end, self._pieces[end][0]
+        while sum(end - first for first, (end, _) in held) > KEPT_BYTES:
+            self._pieces.popitem(last=False)[1][1].cancel()
+        return begin
+
+    def _ask(self, begin: int, length: int) -> None:
+        end = min(begin + min(length, PIECE_BYTES), self._size)
+        self._pieces[begin] = end, self._pool.submit(self._source.pread, end - begin, begin)

@@ -31,6 +31,7 @@ from .read_ahead import ReadAhead, fill
 from .url_errors import may_pass, refuse
 
 ASKED_AT_A_TIME = 16
+BUFFER_BYTES = 256 << 10
 WAITS = (0.5, 2.0, 8.0)  # seconds before each further attempt
 # What stores say of an object that another content changes; compared without case, "-" and "_".
 _VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "generation", "checksum"}
@@ -164,7 +165,7 @@ class Url:
         """A file of bytes to read and seek in, which reads ahead."""
         if mode != "rb":
             raise ValueError(f"{self}: got mode {mode!r}, a URL is read as bytes")
-        return io.BufferedReader(ReadAhead(self), 1 << 18)
+        return io.BufferedReader(ReadAhead(self), BUFFER_BYTES)
 
     def read_bytes(self) -> bytearray:
         data = bytearray(self.stamp()[0])

@@ -53,10 +53,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         self.end_headers()
         if self.command == "GET":
-            cut = state.cuts.get(path.name, 0)
-            state.cuts[path.name] = max(0, cut - 1)
+            cut = state.cuts.get(path.name, 0) * (begin in state.cut_within)
             self.wfile.write(data[begin : (begin + end) // 2 if cut else end])
             if cut:  # the connection breaks in the middle
+                state.cuts[path.name] = cut - 1
                 self.wfile.flush()
                 self.close_connection = True
 
@@ -69,6 +69,7 @@ class State:
 
     def __init__(self):
         self.log, self.statuses, self.cuts, self.ranges = [], {}, {}, True
+        self.cut_within = range(1 << 40)  # where a range begins that is cut
         self.versions = True  # whether answers have an ETag
         self.busy, self.most_busy, self.delay = 0, 0, 0.0  # answers under way; seconds each takes
         self.before = {}  # name: called before the first GET of it is answered

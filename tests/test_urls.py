@@ -254,6 +254,22 @@ def test_every_format_says_what_its_server_did(form, tmp_path, corpora, served, 
         list(corpus.batches())
 
 
+@pytest.mark.parametrize("form", ("parquet", "arrow", "arrow-stream"))
+def test_a_server_that_dies_in_the_middle_is_named(form, tmp_path, corpora, served, monkeypatch):
+    """pyarrow would call the file damaged and print a page."""
+    monkeypatch.setattr(url, "WAITS", ())
+    monkeypatch.setattr("realign_fast.read_ahead.FIRST_BYTES", 512)
+    monkeypatch.setattr("realign_fast.read_ahead.PIECE_BYTES", 512)
+    monkeypatch.setattr("realign_fast.url.BUFFER_BYTES", 512)
+    (path, *_) = convert(Corpus(corpora[0]), tmp_path / "www" / form, form)
+    corpus = Corpus(f"{served[0]}/{form}")
+    served[1].cuts[path.name], served[1].cut_within = 10**6, range(1000, 1800)
+    with pytest.raises(OSError, match=rf"{path.name}: cannot be read in 1 attempts .*same command"):
+        list(corpus.batches())
+    served[1].cuts.clear()
+    assert sum(len(batch.rows) for batch in corpus.batches()) == 82
+
+
 def test_a_replaced_object_of_a_bucket_is_read_anew(tmp_path, corpora, bucket):
     for folder in corpora:
         bucket.put(str(folder), f"rows/{folder.name}", recursive=True)

@@ -122,7 +122,7 @@ def _data(path: Path | Url) -> Iterator[mmap.mmap | io.BufferedReader]:
     if not size:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
     if isinstance(path, Url):
-        with path.open() as file, decoded(path):
+        with path.open() as file, decoded(path, file):
             yield file
         return
     with explained(path), open(path, "rb") as file:

@@ -101,6 +101,6 @@ def read_shard(path: Path, column: str | None = None) -> ParquetShard:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     with explained(path), path.open("rb") as raw:
-        with decoded(path):
+        with decoded(path, raw):
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             yield pyarrow().parquet.ParquetFile(raw, **options)
