@@ -36,6 +36,7 @@ WAITS = (0.5, 2.0, 8.0)  # seconds before each further attempt
 # What stores say of an object that another content changes; compared without case, "-" and "_".
 _VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "generation", "checksum"}
 _VERSIONS |= {"sha256", "blobid", "lastmodified", "mtime", "modified", "updated", "created"}
+_URL = re.compile("(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://")
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
 
@@ -47,9 +48,7 @@ def path_of(path: str | os.PathLike[str] | Url) -> Path | Url:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else str(path)  # a UPath
     if local := re.fullmatch("(?:file|local)://(/[^:]*)", text):
         return Path(local[1])
-    return (
-        Url(text) if re.match("(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", text) else Path(text)
-    )
+    return Url(text) if _URL.match(text) else Path(text)
 
 
 def local_path(out: str | os.PathLike[str] | Url) -> Path:
@@ -88,7 +87,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], where: Any) 
     if not urls:
         return list(map(function, items))
     for url in urls:
-        url.connected()
+        url.connect()
     with ThreadPoolExecutor(ASKED_AT_A_TIME, "realign-fast-ask") as pool:
         answers = [pool.submit(function, item) for item in items]
         try:
@@ -231,14 +230,18 @@ class Url:
         """`what(file system, path)`, tried again where that may help."""
         for wait in (*WAITS, None):
             try:
-                return what(*self.connected())
+                return what(*self._connected())
             except Exception as error:
                 if wait is None or not may_pass(error):
                     refuse(self, error, len(WAITS) + 1)
             time.sleep(wait)
 
-    def connected(self) -> tuple[Any, str]:
-        """Its file system, and its path there. (For threads: call it before they start.)"""
+    def connect(self) -> None:
+        """Find its file system: before threads ask, as some file systems are a thread's own."""
+        self._ask(lambda fs, path: None)
+
+    def _connected(self) -> tuple[Any, str]:
+        """Its file system, and its path there."""
         if self._door is None or self._door[0] != os.getpid():
             self._door = (os.getpid(), *_fsspec(self).core.url_to_fs(self._text))
         return self._door[1:]

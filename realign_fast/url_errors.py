@@ -38,9 +38,8 @@ def _statuses(error: Exception) -> set[int]:
 
 def _denied(error: Exception) -> bool:
     names = {type(one).__name__ for one in _causes(error)}
-    return bool(_statuses(error) & {401, 403} or names & _REFUSED) or isinstance(
-        error, PermissionError
-    )
+    refused = isinstance(error, PermissionError) or names & _REFUSED
+    return bool(refused or _statuses(error) & {401, 403})
 
 
 def may_pass(error: Exception) -> bool:
@@ -65,9 +64,7 @@ def refuse(url: object, error: Exception, attempts: int) -> NoReturn:
         raise ImportError(f"{url}: {protocol}:// is read through another package: {how} ({error})")
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     if _denied(error):
-        advice = (
-            "give credentials that may read it, as fsspec's package for its protocol wants them"
-        )
+        advice = "give credentials that may read it, as the package of its protocol wants them"
         raise OSError(errno.EACCES, f"{url}: access is refused ({said}); {advice}") from error
     if isinstance(error, FileNotFoundError) and not may_pass(error):
         raise OSError(errno.ENOENT, f"{url}: is not there; check its name") from error

@@ -108,6 +108,13 @@ def test_a_bucket_gives_the_bytes_of_the_local_run(form, tmp_path, corpora, buck
     assert shards(tmp_path / "near") == shards(tmp_path / "far")
 
 
+def test_a_fit_on_a_sample_takes_the_rows_of_the_local_one(tmp_path, corpora, served):
+    settings = Settings(progress=False, fit_rows=30)
+    align(*corpora, tmp_path / "near", settings)
+    align(f"{served[0]}/text", f"{served[0]}/image", tmp_path / "far", settings)
+    assert shards(tmp_path / "near") == shards(tmp_path / "far")
+
+
 def test_worker_processes_read_urls(tmp_path, corpora, served):
     align(*corpora, tmp_path / "near", QUIET)
     address = served[0]
@@ -356,10 +363,11 @@ def test_a_bucket_without_credentials(bucket, monkeypatch):
         Corpus("s3://rows/text")
 
 
-def test_a_protocol_whose_package_is_missing_says_which(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ("text", "text/a.npy"))
+def test_a_protocol_whose_package_is_missing_says_which(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert cli.main(["inspect", "gs://bucket/text"]) == 2
-    words = "gs://bucket/text: gs:// is read through another package: pip install gcsfs"
+    assert cli.main(["inspect", f"gs://bucket/{name}"]) == 2
+    words = f"gs://bucket/{name}: gs:// is read through another package: pip install gcsfs"
     assert words in capsys.readouterr().err
 
 
