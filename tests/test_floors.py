@@ -37,6 +37,7 @@ FLOORS = {
     "corpus": 1,
     "scatter": 1,
     "whiten": 1,
+    "_io": 0,
     "engine": 0,
     "lock": 0,
     "ops": 0,
