@@ -37,6 +37,7 @@ FLOORS = {
     "corpus": 1,
     "scatter": 1,
     "whiten": 1,
+    "_io": 0,
     "engine": 0,
     "url": 0,
     "url_errors": -1,

@@ -25,9 +25,11 @@ import torch
 
 from ..read_ahead import pieces
 from ..url import Url, local_path
+from .native import start_writing
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 MAX_COLUMNS = 1 << 24
+START_BYTES = 8 << 20  # written before the disk is set to work on them
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class ShardWriter:
     ) -> None:
         self.path, self.rows, self.dimension, self.dtype = local_path(path), rows, dimension, dtype
         self._source, self._others = source, others
-        self.written = 0
+        self.written = self._started = 0  # rows; bytes that are on their way to the disk
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         if dtype not in self.dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
@@ -121,6 +123,9 @@ class ShardWriter:
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
         with explained(self.path):
             self._append(as_numpy(rows.detach().cpu().contiguous()))
+            if (end := self._file.tell()) >= self._started + START_BYTES:
+                start_writing(self._file.fileno(), self._started, end - self._started)
+                self._started = end
         self.written += len(rows)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
