@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -38,6 +39,7 @@ from .output import STATS
 from .ray_worker import Job
 from .shard_work import ShardWork
 
+_KNOCK_SECONDS = 10  # for a host to answer
 _LOOK_SECONDS = 5  # between two looks at the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
 _GRACE_SECONDS = 10  # for a cancelled task to put away what it began
@@ -142,6 +144,7 @@ class RayTasks:
         if self.ship:
             options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
         try:
+            _knock(address)
             with _handlers_kept(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address, **options)
@@ -209,6 +212,15 @@ def _ray() -> Any:
     except ImportError as error:
         raise ImportError(f"the engine ray needs Ray ({error}): {_INSTALL}") from error
     return ray
+
+
+def _knock(address: str) -> None:
+    """Refuse a host and port where nobody listens: Ray itself would try for minutes."""
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme in ("", "ray") and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS):
+            pass
 
 
 def _line(error: BaseException) -> str:
