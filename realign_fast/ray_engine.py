@@ -27,7 +27,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +265,12 @@ def _cancel(ray: Any, references: list[Any]) -> None:
     """Stop tasks as Ctrl-C does; who has not put away its files in a while is ended."""
     if not references or not ray.is_initialized():
         return
-    for reference in references:
-        ray.cancel(reference)
-    _, left = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
-    for reference in left:
-        ray.cancel(reference, force=True)
+    with suppress(Exception):  # of a cluster that is gone: the error that led here says so
+        for reference in references:
+            ray.cancel(reference)
+        _, left = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
+        for reference in left:
+            ray.cancel(reference, force=True)
 
 
 def _task() -> Callable[[list[Any], int], bytes]:

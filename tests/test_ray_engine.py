@@ -40,7 +40,7 @@ def free_ports(count):
         return [one.getsockname()[1] for one in sockets]
 
 
-def until(condition, what, seconds=60):
+def until(condition, what, seconds=120):
     """What ``condition`` gives once it is true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -63,7 +63,7 @@ def cluster():
     fixed = ("dashboard-port", "dashboard-agent-listen-port")
     options = [f"--{name}={one}" for name, one in zip(fixed, others, strict=True)]
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2"]
-    command += ["--num-gpus=0", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    command += ["--num-gpus=1", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     command += ["--disable-usage-stats", "--object-store-memory=100000000", *options]
     command += [f"--temp-dir={folder}", f"--port={port}", f"--ray-client-server-port={client}"]
     with tempfile.TemporaryFile() as log:
@@ -119,6 +119,13 @@ class Slow:
         return torch.full((2,), index), torch.get_num_threads()
 
 
+class Visible:
+    """A work that says which GPUs its process may use."""
+
+    def __call__(self, index):
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 class Marks:
     """A work that leaves a file for each time it is begun, and ends its process the first times."""
 
@@ -166,64 +173,6 @@ def test_ray_and_a_job_array_write_the_same_bytes(corpora, engine):
     run("merge", "--text", "text", "--image", "image")
     align("text", "image", "out", QUIET, engine)
     assert tree("out") == tree("parts")
-
-
-def workers_reading(shard):
-    """Processes of Ray's workers that have ``shard`` mapped."""
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdecimal() and b"ray::" in (process / "cmdline").read_bytes()[:5]:
-                if str(shard) in (process / "maps").read_text():
-                    yield int(process.name)
-        except OSError:
-            continue  # it ended
-
-
-def kill_in_the_middle(shard, unfinished, killed):
-    """SIGKILL a worker that reads ``shard``: stopped first, so that it cannot finish meanwhile."""
-
-    def once():
-        for pid in workers_reading(shard):
-            os.kill(pid, signal.SIGSTOP)
-            if pid in workers_reading(shard) and unfinished():
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return True
-            os.kill(pid, signal.SIGCONT)
-
-    until(once, f"a worker reads {shard}")
-
-
-@pytest.mark.parametrize("stage", ["source-moments", "apply"])
-def test_a_worker_killed_in_the_middle_costs_a_retry_and_no_byte(corpora, engine, stage):
-    """The killed one had begun a shard and not finished it; another did it, in the same run."""
-    write("text", (40, 100_000, 70))  # a thousand batches and more in the middle one
-    settings, killed = Settings(progress=False, batch_bytes=2048), []
-    align("text", "image", "one", settings)
-    stats, aligned = Path("out", "_stats", stage), Path("out", "emb_1.npy")
-
-    def unfinished():
-        partial = Path("out", ".emb_1.npy.partial").exists()
-        in_stage = (
-            partial if stage == "apply" else not Path("out", "_stats/target-moments").exists()
-        )
-        return in_stage and not aligned.exists() and not list(stats.glob("emb_1.npy.*"))
-
-    arguments = (corpora / "text" / "emb_1.npy", unfinished, killed)
-    killer = threading.Thread(target=kill_in_the_middle, args=arguments, daemon=True)
-    killer.start()
-    align("text", "image", "out", settings, engine)
-    killer.join(10)
-    assert len(killed) == 1 and not Path(f"/proc/{killed[0]}").exists()
-    assert tree("out") == tree("one") and list(stats.glob("emb_1.npy.*"))
-
-
-def test_a_shard_is_tried_again_as_often_as_asked(engine, tmp_path):
-    assert list(RayTasks(retries=1)(Marks(tmp_path, deaths=1), [1])) == [1]
-    assert len(list(tmp_path.glob("1-*"))) == 2
-    with pytest.raises(OSError, match=r"shard 5: Ray gave up .* after 0 retries; .*same command"):
-        list(RayTasks(retries=0)(Marks(tmp_path, deaths=9), [5]))
-    assert len(list(tmp_path.glob("5-*"))) == 1
 
 
 def test_an_error_in_a_task_is_the_error_of_one_process(corpora, engine):
@@ -300,6 +249,11 @@ def test_a_node_that_sees_another_file_is_one_error(corpora, engine):
         list(engine(work, range(5)))
 
 
+def test_a_task_sees_the_gpu_that_was_set_aside_for_it(engine):
+    """Ray is told of a GPU; that a kernel runs on one is tested where there is one."""
+    assert list(RayTasks(gpus_per_task=0.5)(Visible(), range(3))) == ["0"] * 3
+
+
 def test_what_no_node_has_is_one_error(engine, monkeypatch):
     monkeypatch.setattr(ray_engine, "_PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(ray_engine, "_LOOK_SECONDS", 0.1)
@@ -313,12 +267,71 @@ def test_a_reached_ray_takes_no_other_address(engine):
         list(RayTasks("auto")(Slow(), range(2)))
 
 
+def workers_reading(shard):
+    """Processes of Ray's workers that have ``shard`` mapped."""
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdecimal() and b"ray::" in (process / "cmdline").read_bytes()[:5]:
+                if str(shard) in (process / "maps").read_text():
+                    yield int(process.name)
+        except OSError:
+            continue  # it ended
+
+
+def kill_in_the_middle(shard, unfinished, killed):
+    """SIGKILL a worker that reads ``shard``: stopped first, so that it cannot finish meanwhile."""
+
+    def once():
+        for pid in workers_reading(shard):
+            os.kill(pid, signal.SIGSTOP)
+            if pid in workers_reading(shard) and unfinished():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return True
+            os.kill(pid, signal.SIGCONT)
+
+    until(once, f"a worker reads {shard}")
+
+
+@pytest.mark.parametrize("stage", ["source-moments", "apply"])
+def test_a_worker_killed_in_the_middle_costs_a_retry_and_no_byte(corpora, engine, stage):
+    """The killed one had begun a shard and not finished it; another did it, in the same run."""
+    write("text", (40, 100_000, 70))  # a thousand batches and more in the middle one
+    settings, killed = Settings(progress=False, batch_bytes=2048), []
+    align("text", "image", "one", settings)
+    stats, aligned = Path("out", "_stats", stage), Path("out", "emb_1.npy")
+
+    def unfinished():
+        partial = Path("out", ".emb_1.npy.partial").exists()
+        in_stage = (
+            partial if stage == "apply" else not Path("out", "_stats/target-moments").exists()
+        )
+        return in_stage and not aligned.exists() and not list(stats.glob("emb_1.npy.*"))
+
+    arguments = (corpora / "text" / "emb_1.npy", unfinished, killed)
+    killer = threading.Thread(target=kill_in_the_middle, args=arguments, daemon=True)
+    killer.start()
+    align("text", "image", "out", settings, engine)
+    killer.join(10)
+    assert len(killed) == 1 and not Path(f"/proc/{killed[0]}").exists()
+    assert tree("out") == tree("one") and list(stats.glob("emb_1.npy.*"))
+
+
+def test_a_shard_is_tried_again_as_often_as_asked(engine, tmp_path):
+    assert list(RayTasks(retries=1)(Marks(tmp_path, deaths=1), [1])) == [1]
+    assert len(list(tmp_path.glob("1-*"))) == 2
+    with pytest.raises(OSError, match=r"shard 5: Ray gave up .* after 0 retries; .*same command"):
+        list(RayTasks(retries=0)(Marks(tmp_path, deaths=9), [5]))
+    assert len(list(tmp_path.glob("5-*"))) == 1
+
+
 def test_a_client_outside_the_cluster_sends_the_package(corpora, cluster):
     """``ray://``: the same bytes, by the kernels that came along; the cluster goes on."""
     align("text", "image", "one", QUIET)
     _, outside, folder = cluster
     command = [sys.executable, "-m", "realign_fast.cli", "align", "--text", "text", "--image"]
     command += ["image", "--out", "out", "--engine", "ray", "--ray-address", outside, "--ray-ship"]
+    command += ["--cpus-per-task", "2", "--quiet"]
     done = subprocess.run(command, env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert tree("out") == tree("one")
@@ -351,17 +364,18 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
     write("text", (40, 100_000, 70))
     both = ["--text", "text", "--image", "image", "--out", "out", "--batch-bytes", "2048"]
     command = [sys.executable, "-m", "realign_fast.cli", "align", *both, "--engine", "ray"]
+    command += ["--threads", "1", "--quiet"]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
     try:
         partial = Path("out", ".emb_1.npy.partial")
-        until(lambda: partial.exists() or process.poll() is not None, "a shard is aligned", 120)
+        until(lambda: partial.exists() or process.poll() is not None, "a shard is aligned")
         below = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert (process.returncode, error.count("\n")) == (130, 1), error
         assert len(below) > 4  # gcs_server, raylet, agents, workers
-        until(lambda: not any(map(alive, below)), "they are gone", 10)
+        until(lambda: not any(map(alive, below)), "they are gone", 90)
         assert not partial.exists() and not Path("out", "emb_1.npy").exists()
     finally:
         with contextlib.suppress(ProcessLookupError):
