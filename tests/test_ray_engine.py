@@ -361,28 +361,29 @@ def alive(pid):
 
 def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
     """Ray started for the run; Ctrl-C reaches it and its workers as from a terminal."""
-    write("text", (40, 100_000, 70))
+    write("text", (40, 40_000, 40_000, 40_000, 70))
     both = ["--text", "text", "--image", "image", "--out", "out", "--batch-bytes", "2048"]
     command = [sys.executable, "-m", "realign_fast.cli", "align", *both, "--engine", "ray"]
     command += ["--threads", "1", "--quiet"]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
     try:
-        partial = Path("out", ".emb_1.npy.partial")
-        until(lambda: partial.exists() or process.poll() is not None, "a shard is aligned")
+        drift, partial = Path("out", "_stats", "source-drift"), Path("out", ".emb_1.npy.partial")
+        until(lambda: drift.exists() or process.poll() is not None, "the last pass but one")
         below = descendants(process.pid)
+        until(lambda: partial.exists() or process.poll() is not None, "a shard is aligned")
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert (process.returncode, error.count("\n")) == (130, 1), error
         assert len(below) > 4  # gcs_server, raylet, agents, workers
         until(lambda: not any(map(alive, below)), "they are gone", 90)
-        assert not partial.exists() and not Path("out", "emb_1.npy").exists()
+        assert not list(Path("out").glob(".*.partial")) and not Path("out", "report.json").exists()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     settings = Settings(progress=False, batch_bytes=2048)
     report = align("text", "image", "out", settings)
-    assert [one["finished_before"] for one in report["passes"]][:3] == [100_213, 120, 100_213]
+    assert [one["finished_before"] for one in report["passes"]][:3] == [120_110, 120, 120_110]
     align("text", "image", "one", settings)
     assert tree("out") == tree("one")
 
