@@ -173,7 +173,7 @@ class RayTasks:
         return self._places
 
     def _too_large(self) -> str:
-        wanted = ", ".join(f"{amount} {name}" for name, amount in self.needs.items() if amount)
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items() if amount)
         return (
             f"no node of the Ray cluster has what a task asks for ({wanted}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
