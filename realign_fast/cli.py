@@ -28,7 +28,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
-from .run_options import RUN_OPTIONS, path, path_or_url, positive
+from .run_options import RUN_OPTIONS, engine_from, path, path_or_url, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         for option in options:
             (_OPTIONS | RUN_OPTIONS)[option](sub)
 
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "engine", "mode")
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
@@ -263,14 +263,14 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _align(options: argparse.Namespace) -> None:
-    report = align(*_corpora(options), options.out, _settings(options))
+    report = align(*_corpora(options), options.out, _settings(options), engine_from(options))
     _print_report(report, options.out)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    run = Run(_settings(options))
+    run = Run(_settings(options), engine=engine_from(options))
     source, target = _corpora(options)
-    source = open_source(source, run.settings)
+    source = open_source(source, run.settings, run.engine)
     options.out.mkdir(parents=True, exist_ok=True)
     with run.keeping(options.out):
         aligner = run.fit(source, target, residual=True)
@@ -285,8 +285,9 @@ def _fit(options: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text", **_how(options)), Run(_settings(options))
+    run.engine = engine_from(options)
     if options.shard[1] > 1:
-        done = apply_part(aligner, source, options.out, options.shard, run.settings)
+        done = apply_part(aligner, source, options.out, options.shard, run.settings, run.engine)
         _print_pass(done.summary())
         return
     check_output(options.out, source, mode=options.mode)
@@ -302,7 +303,8 @@ def _stats(options: argparse.Namespace) -> None:
     modality = {"source": "text", "target": "image"}[side]
     rows = Corpus(getattr(options, side), modality, **_how(options))
     aligner = options.aligner and ReAlign.load(options.aligner)
-    done = stats(rows, side, options.out, options.shard, aligner, _settings(options))
+    how = _settings(options), engine_from(options)
+    done = stats(rows, side, options.out, options.shard, aligner, *how)
     _print_pass(done.summary())
 
 
