@@ -245,6 +245,26 @@ def test_a_wrong_row_is_named_and_those_around_it_are_read(tmp_path, wrong, word
     assert Corpus(path).take([10, 70])[:, 0].tolist() == [10, 70]
 
 
+def test_pyarrow_goes_on_in_the_middle_of_a_row_group(tmp_path, monkeypatch):
+    """At a page that states a wrong number of rows, which pyarrow does not ask for."""
+    rows, pages = random_rows(40, 6), {"data_page_version": "2.0", "write_batch_size": 10}
+    path = save(tmp_path / "x.parquet", rows, "binary", data_page_size=16, **pages)
+    begin = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    damaged = bytearray(path.read_bytes())
+    heads = list(re.finditer(rb"\x5c\x15\x14\x15\x00\x15(\x14)", damaged[begin:]))
+    damaged[begin + heads[2].start(1)] = 2 * 9
+    path.write_bytes(damaged)
+    asked, decode = [], ParquetShard._decoded
+
+    def record(self, file, groups, row, first, size):
+        asked.append((groups, row, first))
+        return decode(self, file, groups, row, first, size)
+
+    monkeypatch.setattr(ParquetShard, "_decoded", record)
+    np.testing.assert_array_equal(read(path, batch_rows=7), rows)
+    assert asked == [([0], 0, 14)], "(row 20 lies in the page, batches are of 7 rows)"
+
+
 def test_lengths_that_make_up_for_each_other_are_seen(tmp_path):
     values = [[1.0, 2.0], [3.0], [4.0, 5.0, 6.0], [7.0, 8.0]]
     table = pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))})

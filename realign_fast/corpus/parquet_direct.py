@@ -33,7 +33,7 @@ class NotDirect(ValueError):
 
 
 # What pages tell when they are read is the other half.
-NOT_PLAIN = (NotDirect, _io.NotPlain) if _io and hasattr(_io, "NotPlain") else (NotDirect,)
+NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
 
 
 class Buffers:
@@ -78,7 +78,7 @@ def pages_of(file: Any, descriptor: int | None, group: int, vectors: Vectors) ->
     Raises:
         NotDirect: they do not lie there as numbers, or there is no compiled reader.
     """
-    if _io is None or not hasattr(_io, "ParquetPages"):
+    if _io is None:
         raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
     if descriptor is None:
         raise NotDirect("its bytes are not in a file of this machine")
