@@ -20,6 +20,7 @@ from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .corpus.convert import TARGETS, convert
+from .corpus.native import reader_of
 from .family import METHODS
 from .inspection import as_lines, inspect
 from .job_array import apply_part, merge, stats
@@ -237,6 +238,7 @@ def _info(_: argparse.Namespace) -> None:
         for device in devices:
             kernel, why = ops.backend_of(op, device)
             print(f"{op:13} {device}: {kernel} ({why})")
+    print(f"files         {reader_of()}")
 
 
 def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:

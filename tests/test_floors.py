@@ -37,10 +37,10 @@ FLOORS = {
     "corpus": 1,
     "scatter": 1,
     "whiten": 1,
+    "_io": 0,
     "engine": 0,
     "lock": 0,
     "ops": 0,
-    "_io": 0,
     "whole_file": 0,
 }
 NEVER = {("corpus", "ops"), ("revision", "pipeline")}  # downwards, and still not allowed

@@ -82,6 +82,7 @@ PYBIND11_MODULE(_io, module) {
                                           "Page-aligned buffers for blocks of up to `bytes`.")
       .def(py::init<int64_t, int64_t>(), py::arg("buffers"), py::arg("bytes"))
       .def_property_readonly("bytes", &Ring::bytes)
+      .def_property_readonly("free", &Ring::free)
       .def_property_readonly("addresses", &Ring::addresses)
       .def(
           "take",

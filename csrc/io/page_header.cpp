@@ -75,7 +75,8 @@ void skip_value(Cursor& cursor, int type, int depth) {
 bool read_number(Cursor& cursor, int64_t id, int type, std::initializer_list<int64_t*> places) {
   if (id < 1 || id > static_cast<int64_t>(places.size()) || type != kI32) return false;
   const auto number = signed_of(cursor.varint());
-  if (number < 0 || number > INT32_MAX) throw NotPlain("a number of a page header is negative or too large");
+  if (number < 0 || number > INT32_MAX)
+    throw NotPlain("a number of a page header is negative or too large");
   *places.begin()[id - 1] = number;
   return true;
 }

@@ -80,6 +80,11 @@ std::vector<uintptr_t> Ring::addresses() const {
   return all;
 }
 
+int64_t Ring::free() const {
+  std::lock_guard lock(free_->mutex);
+  return static_cast<int64_t>(free_->buffers.size());
+}
+
 ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes,
                          int64_t ahead, int threads, std::shared_ptr<Ring> ring)
     : begin_(begin), end_(end), block_bytes_(block_bytes), ahead_(ahead), ring_(std::move(ring)) {
@@ -118,12 +123,11 @@ Block ShardReader::next() {
   std::unique_lock lock(mutex_);
   if (next_given_ == count_) return {};
   changed_.wait(lock, [&] { return ready_.contains(next_given_); });
-  auto result = std::move(ready_.extract(next_given_).mapped());
-  if (result.error) std::rethrow_exception(result.error);
-  next_given_++;
+  if (const auto error = ready_[next_given_].error) std::rethrow_exception(error);  // and it stays
+  auto block = std::move(ready_.extract(next_given_++).mapped().block);
   lock.unlock();
   changed_.notify_all();
-  return std::move(result.block);
+  return block;
 }
 
 void ShardReader::work() {

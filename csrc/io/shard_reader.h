@@ -22,6 +22,7 @@ class Ring {
   std::shared_ptr<std::byte> take();
   int64_t bytes() const { return bytes_; }  // of a buffer, a multiple of pages
   std::vector<uintptr_t> addresses() const;
+  int64_t free() const;  // buffers that no block holds
 
  private:
   struct Free;  // the buffers not in use; outlives the ring while blocks are alive

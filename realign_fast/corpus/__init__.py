@@ -6,14 +6,13 @@ Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`, `img_emb/
 `metadata/`). There, shards of the two sides pair by the number that ends their name and must have
 as many rows; a number that one side lacks is fine (people download parts), one that `metadata/`
 (never read) lacks is a warning. Hidden files and other suffixes are not shards.
-Memory is bounded by `WINDOW_BYTES` and the batch, never by the corpus (pickled lists: by a file).
+Memory is bounded by `reading.BLOCK_BYTES` and the batch, never by the corpus (pickles: a file).
 No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.
 What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`, `ValueError`.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import warnings
@@ -27,13 +26,11 @@ import torch
 from . import hf
 from .formats import AnyShard, format_of, read_shard, shard_paths
 from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, opened, read_header
+from .reading import read_rows
 
 __all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "format_of", "read_header", "sample_rows"]
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
-WINDOW_BYTES = 16 << 20  # mapped at a time; more only where one batch is larger
-WINDOW_ALIGNMENT = 2 << 20  # on this grid the kernel can map cached files by huge pages
-PREFETCH_BYTES = 32 << 20  # announced to the kernel beyond the mapped window
 
 
 class Batch(NamedTuple):
@@ -168,39 +165,11 @@ def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]:
-    """The batches of a shard from row `first` on, several to a mapped window."""
-    window, low, high = None, 0, 0  # the window spans bytes low..high of the file
-    if first >= shard.rows:
-        return
-    if not isinstance(shard, Shard):  # decoded, not mapped
-        yield from (Batch(index, *piece) for piece in shard.read(first, size))
-        return
-    with opened(shard.path, shard) as (file, _):
-        while first < shard.rows:
-            stop = min(first - first % size + size, shard.rows)
-            begin, end = (shard.offset + row * shard.row_bytes for row in (first, stop))
-            if os.fstat(file.fileno()).st_size != shard.file_bytes:
-                raise changed(shard)  # touching a page that is gone would be a SIGBUS
-            if end > high:
-                low = begin - begin % WINDOW_ALIGNMENT
-                high = min(max(low + WINDOW_BYTES, end), shard.file_bytes)
-                window = None  # unmapped before the next is mapped
-                window = mmap.mmap(file.fileno(), high - low, access=mmap.ACCESS_COPY, offset=low)
-                _announce(file.fileno(), begin, min(high + PREFETCH_BYTES, shard.file_bytes))
-            count, dtype = (stop - first) * shard.dimension, TORCH_DTYPES[shard.dtype]
-            rows = torch.frombuffer(window, dtype=dtype, count=count, offset=begin - low)
-            yield Batch(index, first, rows.view(-1, shard.dimension))
-            del rows  # or it would keep the window mapped
-            first = stop
-
-
-def _announce(descriptor: int, begin: int, end: int) -> None:
-    """Ask the kernel to read ahead, unless the end is cached already: asking costs 7-11% then."""
-    if hasattr(os, "RWF_NOWAIT"):  # Linux
-        try:
-            os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
-        except OSError:
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    """The batches of a shard from row `first` on."""
+    if first < shard.rows:
+        in_one_piece = isinstance(shard, Shard)  # else decoded
+        pieces = read_rows(shard, first, size) if in_one_piece else shard.read(first, size)
+        yield from (Batch(index, *piece) for piece in pieces)
 
 
 def _subfolder(root: Path, modality: str | None) -> str:

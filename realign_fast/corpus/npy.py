@@ -23,8 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from .native import start_writing
+
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 MAX_COLUMNS = 1 << 24
+START_BYTES = 8 << 20  # written before the disk is set to work on them
 TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
 
 
@@ -73,7 +76,7 @@ class ShardWriter:
     ) -> None:
         self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
         self._source, self._others = source, others
-        self.written = 0
+        self.written = self._started = 0  # rows; bytes that are on their way to the disk
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         if dtype not in TORCH_DTYPES.values():
             want = "expected torch.float16, float32 or float64 (npy has no bfloat16); convert rows"
@@ -103,6 +106,9 @@ class ShardWriter:
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
         with explained(self.path):
             self._append(rows.detach().cpu().contiguous().numpy())
+            if (end := self._file.tell()) >= self._started + START_BYTES:
+                start_writing(self._file.fileno(), self._started, end - self._started)
+                self._started = end
         self.written += len(rows)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

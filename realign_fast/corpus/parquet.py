@@ -80,6 +80,8 @@ class ParquetShard(StreamedShard):
         out = np.empty((len(ids), self.dimension), self.dtype)
         with _opened(self.path) as (file, descriptor):
             ends = _ends(file)
+            if ends[-1:] != self.rows:
+                raise changed(self)
             cuts = np.searchsorted(ids, ends)
             for group in np.flatnonzero(np.diff(cuts, prepend=0)):
                 row = int(ends[group - 1]) if group else 0

@@ -15,13 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from .native import io as _io
 from .streamed import StreamedShard
 from .table import Vectors
-
-try:
-    from .. import _io
-except ImportError:  # not built: _build_info.json says why
-    _io = None
 
 NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
 ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # (the latter two are of the levels)
