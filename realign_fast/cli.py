@@ -28,7 +28,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
-from .run_options import RUN_OPTIONS, path, positive
+from .run_options import RUN_OPTIONS, path, path_or_url, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
-    converting = ("path", "to", "converted", *reading, "batch-bytes", "quiet")
+    converting = ("path", "to", "dtype", "converted", *reading, "batch-bytes", "quiet")
     inspecting = ("path", "sample", "inspect-seed", "json", *reading)
     applying = ("aligner", "source", "out", *reading, *passes, "shard")
     side = ("side", "out", "half", "method", *reading, *passes[:-1], "shard")
@@ -117,7 +117,8 @@ _OPTIONS = {
         "--text",
         required=True,
         metavar="DIR",
-        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/)",
+        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/); or a "
+        "URL (s3://, gs://, hf://, https://)",
     ),
     "target": lambda sub: sub.add_argument(
         "--target",
@@ -139,7 +140,7 @@ _OPTIONS = {
     "aligner": lambda sub: sub.add_argument(
         "--aligner",
         required=True,
-        type=path,
+        type=path_or_url,
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
@@ -158,13 +159,18 @@ _OPTIONS = {
         "(default: none)",
     ),
     "path": lambda sub: sub.add_argument(
-        "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
+        "source", metavar="SOURCE", help="a shard, a directory of shards, a saved dataset; or a URL"
     ),
     "converted": lambda sub: sub.add_argument(
         "out", metavar="OUT", type=path, help="directory for the result, without shards"
     ),
     "to": lambda sub: sub.add_argument(
         "--to", required=True, choices=TARGETS, help="the format of the result"
+    ),
+    "dtype": lambda sub: sub.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="numbers of the result (default: as they are; bfloat16 only in safetensors)",
     ),
     "sample": lambda sub: sub.add_argument(
         "--sample",
@@ -212,7 +218,9 @@ _OPTIONS = {
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
-    "result": lambda sub: sub.add_argument("out", type=path, metavar="OUT", help="of a run"),
+    "result": lambda sub: sub.add_argument(
+        "out", type=path_or_url, metavar="OUT", help="of a run, or of its copy: a URL"
+    ),
 }
 
 
@@ -318,7 +326,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> None:
     corpus = Corpus(options.source, **_how(options))
     with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
-        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .output import ALIGNER, REPORT, check_output, write_json
 from .passes import Settings, Walks
 from .sample import Sampled, errors, measure_sample, rows_to_fit
 from .shard_work import AlignWork, ShardWork
+from .url import local_path
 
 
 class Run(Walks):
@@ -96,7 +96,7 @@ class Run(Walks):
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
         The moments are those of the result before it is rounded to the corpus's dtype.
         """
-        out = Path(out)
+        out = local_path(out)
         check_output(out, source, mode=self.settings.mode)
         if aligner.dimension != source.dimension:
             got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
@@ -149,7 +149,7 @@ def align(
     ``text_emb/`` is then the source and whose ``img_emb/`` the target. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
-    run, out = Run(settings or Settings()), Path(out)
+    run, out = Run(settings or Settings()), local_path(out)
     source_rows = open_source(source, run.settings)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode)

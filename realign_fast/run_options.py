@@ -8,6 +8,7 @@ from typing import Any
 
 from .output import MODES
 from .sample import DEFAULT_ROWS, EXACT_BYTES
+from .url import Url, local_path, path_of
 
 
 def positive(text: str) -> int:
@@ -18,10 +19,18 @@ def positive(text: str) -> int:
 
 
 def path(text: str) -> Path:
-    """A path that is not empty."""
+    """A path of this machine that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return Path(text)
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path_or_url(text: str) -> Path | Url:
+    """A path or a URL that is read from."""
+    return path_of(text) if text else path(text)
 
 
 def _bytes(text: str) -> int:
@@ -80,7 +89,7 @@ RUN_OPTIONS = {
     "side": lambda sub: _add_side(sub.add_mutually_exclusive_group(required=True)),
     "half": lambda sub: sub.add_argument(
         "--aligner",
-        type=path,
+        type=path_or_url,
         metavar="FILE",
         help="half.safetensors that merge wrote: measure the drift of the source through it",
     ),

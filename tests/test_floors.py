@@ -39,6 +39,9 @@ FLOORS = {
     "whiten": 1,
     "_io": 0,
     "engine": 0,
+    "url": 0,
+    "url_errors": -1,
+    "read_ahead": -1,
     "lock": 0,
     "ops": 0,
     "whole_file": 0,
@@ -47,6 +50,7 @@ NEVER = {("corpus", "ops"), ("revision", "pipeline")}  # downwards, and still no
 HEAVY = {
     "ray": "ray_engine",
     "pyarrow": "corpus",
+    "fsspec": "url",
     "matplotlib": "report",
     "open_clip": "embed",
     "sklearn": "estimator",

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..url import Url
 from .npy import changed, explained
 from .parquet_direct import NOT_PLAIN, Buffers, NotDirect, pages_of, read_pages
 from .streamed import StreamedShard, stamp_of, torch_dtype
@@ -75,6 +76,8 @@ class ParquetShard(StreamedShard):
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
+        if isinstance(self.path, Url):
+            return super().take(ids)
         if stamp_of(self.path) != self.stamp:
             raise changed(self)
         out = np.empty((len(ids), self.dimension), self.dtype)
@@ -168,8 +171,8 @@ def _ends(file: Any) -> np.ndarray:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, int | None]]:
     """pyarrow's reader, and the descriptor that it reads; None where the file has none."""
-    with explained(path), open(path, "rb") as raw:
-        with decoded(path):
+    with explained(path), path.open("rb") as raw:
+        with decoded(path, raw):
             try:
                 descriptor = raw.fileno()
             except io.UnsupportedOperation:
