@@ -29,7 +29,10 @@ class StreamedShard:
     others = None  # for `convert`: a function that yields the other columns as record batches
 
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
-        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n."""
+        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n.
+
+        A piece that may be written to is given away: a batch may be a view of it.
+        """
         raise NotImplementedError
 
     def read(self, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -43,6 +46,10 @@ class StreamedShard:
                     raise changed(self)
                 if batch is None:
                     count = min(begin - begin % size + size, self.rows) - begin
+                    if piece.flags.writeable and len(piece) >= count:
+                        yield begin, torch.from_numpy(piece[:count])
+                        piece, begin = piece[count:], begin + count
+                        continue
                     batch = np.empty((count, self.dimension), self.dtype)
                 part = piece[: len(batch) - filled]
                 batch[filled : filled + len(part)] = part
