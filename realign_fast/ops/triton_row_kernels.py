@@ -326,7 +326,7 @@ def sum_rows_kernel(
 def tile(columns: int, dtype: torch.dtype) -> dict[str, int]:
     """ROWS, BLOCK, CAREFUL_BLOCK and warps for rows of D columns computed in ``dtype``."""
     entries = _TILE_ENTRIES[dtype]
-    block = min(max(triton.next_power_of_2(columns), 16), entries)
+    block = min(max(triton.next_power_of_2(columns), 64), entries)
     rows = min(entries // block, _MOST_ROWS)
     return {
         "COLUMNS": columns,
@@ -349,6 +349,22 @@ def aligned(rows: Tensor) -> tuple[Tensor, int]:
     if rows.data_ptr() % 16 or rows.stride(0) % step or rows.stride(1) != 1:
         return rows.clone(memory_format=torch.contiguous_format), step
     return rows, step
+
+
+def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
+    """``out`` may be the rows themselves, but neither another part of them nor overlap itself."""
+    if len(out) > 1 and out.stride(0) < out.shape[1]:
+        raise RuntimeError(f"{op}: the rows of out overlap one another; give out memory of its own")
+    spans = []
+    for tensor in (out, rows):
+        last = (len(tensor) - 1) * tensor.stride(0) + tensor.shape[1] if len(tensor) else 0
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
+    (out_begin, out_end), (begin, end) = spans
+    same = out_begin == begin and out.stride(0) == rows.stride(0) and out.dtype == rows.dtype
+    if not same and out_end > begin and end > out_begin:
+        raise RuntimeError(
+            f"{op}: out overlaps the rows; give out memory of its own, or the rows themselves"
+        )
 
 
 def on_device_of(rows: Tensor) -> torch.cuda.device:
@@ -376,6 +392,7 @@ def align_rows_(
     isa: int = 0,
 ) -> None:
     """``reference.align_rows_`` in one read and one write of a row."""
+    check_no_overlap("align_rows", out, rows)
     count, columns = rows.shape
     if count == 0:
         return

@@ -1,16 +1,12 @@
-"""Triton kernels of ``add_scatter_`` and ``map_rows``: products on tensor cores.
+"""Triton kernels of ``add_scatter_``: a symmetric product on tensor cores.
 
-``add_scatter_`` takes a chunk of rows at a time. One kernel packs it: ``sqrt(w) (u - c)``, scaled
+A chunk of rows is taken at a time. One kernel packs it: ``sqrt(w) (u - c)``, scaled
 by a power of two for each column, split into two float16 numbers ``high + low``. Another multiplies
 tiles of the upper triangle, split over the rows as well, ``high high + high low + low high``, and
 starts a new sum every 1024 rows, because tensor cores cut off where they should round. A third adds
 the splits in float64, in their order, to the result. The ``low low`` that is left out matters on
-the diagonal alone, where it does not average out, and is added there.
-
-``map_rows`` multiplies a block of rows by A: float16 rows as they are, with A split into two
-float16 matrices; bfloat16 and float32 rows in float32 precision (three TF32 products, or what the
-GPU has for float32). A row kernel then finishes the block, and rows whose norms cancel are done
-again in float64, as in :mod:`triton_row_kernels`. Where float64 is asked for all is float64.
+the diagonal alone, where it does not average out, and is added there. Where float64 is asked for
+all is float64, and nothing is split.
 
 No launch waits for the GPU, and what is launched follows from shapes and dtypes alone.
 """
@@ -28,19 +24,16 @@ from .triton_row_kernels import (
     dot_rows,
     kind_of_rows,
     load_rows,
-    load_vector,
     on_device_of,
     squarable,
-    store_rows,
     tile,
 )
 
 _PROMOTE_ROWS = 1024  # that tensor cores add up; then a rounded sum goes on
 _PACK_ROWS = 32  # a program's
-_DEPTH = 64  # rows, or columns of u, that a product reads at a time
+_DEPTH = 64  # packed rows come in multiples of it
 _CHUNK_ENTRIES = 1 << 24  # of a packed term: 32 MiB in float16
 _PROGRAMS = 512  # that keep a GPU busy
-_MAP_ENTRIES = 1 << 23  # of A u at a time, so that it stays in the L2 cache
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows"])
