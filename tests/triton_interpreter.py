@@ -4,6 +4,11 @@ Importing this sets ``TRITON_INTERPRET``, which must happen before triton is imp
 interpreter's conversions between bfloat16 and float32: those of triton 3.8 lose the carry of a
 significand that rounds up to the next power of two and misread subnormal numbers. The hardware does
 neither, so the kernels must not work around it.
+
+As a pytest plugin it takes, of the op tests, the cases of the Triton kernels, and of each test a few
+spread evenly, since the interpreter needs a second for some; ``--triton-cases 1000`` takes all:
+
+    PYTHONPATH=tests pytest -p triton_interpreter --triton-cases 1000 tests/test_align_rows.py
 """
 
 import os
@@ -28,3 +33,24 @@ def _convert_float(values, source, target, rounding_mode):
 
 
 interpreter._convert_float = _convert_float
+
+TOO_LARGE = ("million", "threads", "caches", "no_row_is_lost")  # thousands of rows, or of threads
+
+
+def pytest_addoption(parser):
+    parser.addoption("--triton-cases", type=int, default=4, help="of each test; 4 by default")
+
+
+def pytest_collection_modifyitems(config, items):
+    by_test = {}
+    for item in items:
+        kernels = {"kernel", "compiled_kernel"} & set(item.fixturenames)
+        chosen = kernels and item.callspec.params[kernels.pop()] == "triton"
+        if chosen and not any(word in item.name for word in TOO_LARGE):
+            by_test.setdefault(item.function, []).append(item)
+    most = config.getoption("--triton-cases")
+    items[:] = [
+        cases[round(i * (len(cases) - 1) / max(min(most, len(cases)) - 1, 1))]
+        for cases in by_test.values()
+        for i in range(min(most, len(cases)))
+    ]
