@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (the environment comes before the imports)
 """Triton's interpreter, for tests: kernels run on the CPU, program by program, without a GPU.
 
 Importing this sets ``TRITON_INTERPRET``, which must happen before triton is imported, and mends the
@@ -5,8 +6,9 @@ interpreter's conversions between bfloat16 and float32: those of triton 3.8 lose
 significand that rounds up to the next power of two and misread subnormal numbers. The hardware does
 neither, so the kernels must not work around it.
 
-As a pytest plugin it takes, of the op tests, the cases of the Triton kernels, and of each test a few
-spread evenly, since the interpreter needs a second for some; ``--triton-cases 1000`` takes all:
+As a pytest plugin it takes, of the op tests, the cases of the Triton kernels, and of each test
+three spread evenly, since the interpreter needs a second for some; ``--triton-cases 1000`` takes
+all. It gives the kernels tiles of more rows: one number takes as long there as a thousand.
 
     PYTHONPATH=tests pytest -p triton_interpreter --triton-cases 1000 tests/test_align_rows.py
 """
@@ -34,11 +36,22 @@ def _convert_float(values, source, target, rounding_mode):
 
 interpreter._convert_float = _convert_float
 
-TOO_LARGE = ("million", "threads", "caches", "no_row_is_lost")  # thousands of rows, or of threads
+from realign_fast.ops import triton_row_kernels
+
+triton_row_kernels._MOST_ROWS = 32
+triton_row_kernels._CAREFUL_ENTRIES = 4096
+
+TOO_LARGE = (
+    "million",
+    "threads",
+    "caches",
+    "no_row_is_lost",
+    "far_mean",
+)  # thousands of rows, or of threads
 
 
 def pytest_addoption(parser):
-    parser.addoption("--triton-cases", type=int, default=4, help="of each test; 4 by default")
+    parser.addoption("--triton-cases", type=int, default=3, help="of each test; 3 by default")
 
 
 def pytest_collection_modifyitems(config, items):
