@@ -107,8 +107,11 @@ ROW_CASES += [(align_rows, BFLOAT, 1280), (align_rows, FLOAT, 1000), (align_rows
 ROW_CASES += [(align_rows, HALF, 16384), (drift, HALF, 16384)]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("op", "dtype", "columns"), ROW_CASES)
+TARGET_CASES = [("sm_90", *case) for case in ROW_CASES]
+TARGET_CASES += [("gfx942", *case) for case in ROW_CASES[:4]]
+
+
+@pytest.mark.parametrize(("target", "op", "dtype", "columns"), TARGET_CASES)
 def test_row_kernels_move_sixteen_bytes_at_a_time_and_spill_nothing(
     target, op, dtype, columns, tmp_path
 ):
