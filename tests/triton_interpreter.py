@@ -6,8 +6,8 @@ interpreter's conversions between bfloat16 and float32: those of triton 3.8 lose
 significand that rounds up to the next power of two and misread subnormal numbers. The hardware does
 neither, so the kernels must not work around it.
 
-As a pytest plugin it takes, of the op tests, the cases of the Triton kernels, and of each test
-two, the first and the last, since the interpreter needs a second for some; ``--triton-cases 1000`` takes
+As a pytest plugin it takes, of the op tests, the cases of the Triton kernels, and of each test two,
+the first and the last, since the interpreter needs a second for some; ``--triton-cases 1000`` takes
 all. It gives the kernels tiles of more rows: one number takes as long there as a thousand.
 
     PYTHONPATH=tests pytest -p triton_interpreter --triton-cases 1000 tests/test_align_rows.py
