@@ -18,7 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from .pictures import pillow
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Tokens = dict[str, torch.Tensor]  # by argument of the text tower: [n, L] each
@@ -70,23 +73,33 @@ class Encoder:
             one if isinstance(one, torch.Tensor) else self.prepare_image(one.convert("RGB"))
             for one in images
         )
-        parts = [torch.empty(0, self.dimension)]
+        parts = []
         while batch := list(islice(prepared, batch_size)):
             parts.append(self.image_rows(torch.stack(batch)).cpu())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, self.dimension)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """Unit rows `[N, D]` float32 on the CPU."""
-        texts, parts = list(texts), [torch.empty(0, self.dimension)]
+        texts, parts = list(texts), []
         for first in range(0, len(texts), batch_size):
             tokens = self.prepare_texts(texts[first : first + batch_size])
             parts.append(self.text_rows(tokens).cpu())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, self.dimension)
 
     def facts(self) -> dict[str, Any]:
         """Everything that rows depend on in the encoder, as plain values."""
         how = {"precision": self.precision, "settings": self.settings}
         return {"weights": self._weights, **how}
+
+    def _measure(self) -> int:
+        """D, as both towers give it."""
+        blank = np.zeros((3, 3, 3), np.uint8)
+        image = self.embed_images([pillow().Image.fromarray(blank)]).shape[1]
+        text = self.embed_texts(["a"]).shape[1]
+        if image != text:
+            got = f"images become {image} numbers, texts {text}"
+            raise ValueError(f"{type(self.model).__name__}: {got}; expected one space for both")
+        return image
 
     def _place(self, model: torch.nn.Module) -> torch.nn.Module:
         """A model on the device, frozen; its weights are hashed on the way."""

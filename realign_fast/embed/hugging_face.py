@@ -48,13 +48,15 @@ class HuggingFaceEncoder(Encoder):
         if not hasattr(made, "get_image_features") or not hasattr(made, "get_text_features"):
             want = "expected one with get_image_features and get_text_features, as CLIP and SigLIP"
             raise ValueError(f"{folder}: holds a {type(made).__name__}, {want}")
+        self._sigmoid = made.config.model_type.startswith("siglip")
         text = made.config.text_config
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
         self.settings["tokenizer"] = tokenizer_hash(Path(folder))
         self.settings["library"] = f"transformers {library.__version__}"
         self.model = self._place(made)
-        self.dimension = self.text_rows(self.prepare_texts(["a"])).shape[1]
+        with explained(folder):
+            self.dimension = self._measure()
 
     def prepare_image(self, image: Any) -> torch.Tensor:
         return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -62,7 +64,9 @@ class HuggingFaceEncoder(Encoder):
     def prepare_texts(self, texts: list[str]) -> Tokens:
         how = {"padding": "max_length", "truncation": True, "max_length": self._context}
         tokens = self._tokenizer(texts, return_tensors="pt", **how)
-        return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+        # SigLIP was trained without a mask, whatever its tokenizer gives.
+        names = ("input_ids",) if self._sigmoid else ("input_ids", "attention_mask")
+        return {name: tokens[name] for name in names if name in tokens}
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
@@ -94,8 +98,9 @@ def tokenizer_hash(folder: Path) -> str:
 def explained(folder: str | os.PathLike[str]):
     """What transformers says of a directory that it cannot load, in one line, with its name."""
     library = transformers()
-    before = library.logging.get_verbosity()
+    before, bars = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
     library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
     try:
         yield
     except ImportError as error:
@@ -110,3 +115,5 @@ def explained(folder: str | os.PathLike[str]):
         raise ValueError(f"{folder}: its weights are damaged ({error}); copy them again") from error
     finally:
         library.logging.set_verbosity(before)
+        if bars:
+            library.logging.enable_progress_bar()

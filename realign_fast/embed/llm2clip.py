@@ -69,7 +69,8 @@ class Llm2ClipEncoder(Encoder):
             weights = _weights(folder)
             tower = library.CLIPVisionModelWithProjection(vision)
             own = ("vision_model.", "visual_projection.")
-            tower.load_state_dict({k: v for k, v in weights.items() if k.startswith(own)})
+            named = {k: v for k, v in weights.items() if k.startswith(own)}
+            tower.load_state_dict({k: v for k, v in named.items() if "position_ids" not in k})
             adapter = Adapter.from_weights(weights)
             if any((folder / name).is_file() for name in PROCESSOR_FILES):
                 self._processor = load_processor(folder)

@@ -57,7 +57,7 @@ class OpenClipEncoder(Encoder):
         self.settings = plain({"preprocess": preprocess, "context": self._tokenize.context_length})
         self.settings["library"] = f"open_clip {library.__version__}"
         self.model = self._place(made)
-        self.dimension = self.text_rows(self.prepare_texts(["a"])).shape[1]
+        self.dimension = self._measure()
 
     def _name(self, model: str, pretrained: Any) -> str:
         """The name that open_clip knows the model by."""
