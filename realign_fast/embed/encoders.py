@@ -30,6 +30,7 @@ Tokens = dict[str, torch.Tensor]  # by argument of the text tower: [n, L] each
 class Encoder:
     """What `embed` needs of a model. A subclass has `model` and the four methods below."""
 
+    name: str  # as it was asked for
     dimension: int  # D
     model: torch.nn.Module
     settings: dict[str, Any]  # of preprocessing and tokens: rows depend on them

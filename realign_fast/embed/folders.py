@@ -57,12 +57,11 @@ class DatasetJson(Source):
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        side, key = {"images": ("images", "image"), "texts": ("texts", "text")}.get(kind, "??")
-        if side == "?":
+        if kind == "pairs":
             what = "has images and texts that are no pairs"
             raise ValueError(f"{path}: {what}; give it to --images and to --texts")
         self.reads_images = kind == "images"
-        self._key = key
+        side, self._key = ("images", "image") if self.reads_images else ("texts", "text")
         self._entries = _entries(path, side)
         super().__init__(path, [path], kind)
 

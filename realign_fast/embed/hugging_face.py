@@ -40,7 +40,7 @@ class HuggingFaceEncoder(Encoder):
         precision: str | None = None,
     ) -> None:
         super().__init__(device, precision)
-        library = transformers()
+        self.name, library = os.fspath(folder), transformers()
         with explained(folder):
             made = library.AutoModel.from_pretrained(folder, dtype=self.dtype, **LOCAL)
             self._processor = load_processor(Path(folder))

@@ -61,7 +61,7 @@ class Llm2ClipEncoder(Encoder):
         precision: str | None = None,
     ) -> None:
         super().__init__(device, precision)
-        folder, library = Path(folder), transformers()
+        self.name, folder, library = os.fspath(folder), Path(folder), transformers()
         with explained(folder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config

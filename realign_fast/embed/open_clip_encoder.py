@@ -43,6 +43,7 @@ class OpenClipEncoder(Encoder):
         precision: str | None = None,
     ) -> None:
         super().__init__(device, precision)
+        self.name = os.fspath(model) + (f" {os.fspath(pretrained)}" if pretrained else "")
         library, name = open_clip(), self._name(os.fspath(model), pretrained)
         weights = os.fspath(pretrained) if pretrained is not None else None
         with _explained(name, weights):

@@ -98,7 +98,12 @@ def embed(
         done = _walk(encoder, out, plan, facts, settings, metadata)
         failures = join_failures(out, len(plan))
         report = done | {"failures": failures, "seconds": time.monotonic() - begin}
-        report |= {"dimension": encoder.dimension, "dtype": settings.dtype, "shards": len(plan)}
+        report |= {
+            "model": encoder.name,
+            "dimension": encoder.dimension,
+            "dtype": settings.dtype,
+            "shards": len(plan),
+        }
         if not sum(done["rows"].values()):
             raise ValueError(f"{out}: all {failures} items failed; see failures.jsonl there")
         write_json(out / REPORT, report | {"made": facts})

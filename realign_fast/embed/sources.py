@@ -13,11 +13,12 @@ from .tables import Columns, Table
 from .tars import Tars
 
 
-def open_source(path: str | os.PathLike[str], kind: str, columns: Columns = Columns()) -> Source:  # noqa: B008
+def open_source(path: str | os.PathLike[str], kind: str, columns: Columns | None = None) -> Source:
     """The items of `path`; `kind` is "images", "texts" or "pairs" (an image with its caption).
 
     A `.tar`, `.parquet`, `.jsonl`, `.csv`, `.tsv`, `.txt`, the paper's `dataset.json`, or a
     directory of files of one of these kinds; any other directory is one of image files.
+    `columns` are those of tables, where they have other names than the usual ones.
 
     Raises:
         ValueError, TypeError, OSError: what is wrong with it, naming the file.
@@ -32,7 +33,7 @@ def open_source(path: str | os.PathLike[str], kind: str, columns: Columns = Colu
     if suffix == ".json" and path.is_file():
         return DatasetJson(path, kind)
     if suffix in tables.SUFFIXES and not (suffix == ".txt" and kind != "texts"):
-        return Table(path, files, kind, columns)
+        return Table(path, files, kind, columns or Columns())
     if path.is_dir() and kind != "texts":
         return Folder(path, [path], kind)
     want = ".tar, .parquet, .jsonl, .csv, .tsv, .json (the paper's)"

@@ -183,7 +183,10 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
 
 
 def forget_beyond(out: Path, count: int, sides: dict[int, Sequence[str]], metadata: str) -> None:
-    """Remove shards from number `count` on, and sides that a shard no longer has."""
+    """Remove shards from number `count` on, sides that a shard no longer has, unfinished files."""
+    for name in (*SUBFOLDERS.values(), "metadata"):
+        for partial in (out / name).glob(".*.partial"):
+            partial.unlink()
     numbers = {int(path.name.split(".")[0]) for path in (out / KEPT).glob("[0-9]*.*")}
     for number in sorted(numbers):
         absent = [side for side in SUBFOLDERS if side not in sides.get(number, ())]
