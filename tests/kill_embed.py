@@ -62,7 +62,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)  # so that a fork has no threads to lose
     chance, work = random.Random(options.seed), Path(tempfile.mkdtemp())
-    pictures = write_pictures(work / "pictures", 60)
+    pictures = write_pictures(work / "pictures", 48)
     for number in (3, 30, 31):
         (pictures / f"p_{number}.png").write_bytes(b"broken")
     encoder = load_encoder(*write_open_clip(work / "model"), device="cpu")

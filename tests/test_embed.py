@@ -102,7 +102,7 @@ def test_two_sides_that_are_no_pairs_share_no_number(encoder, pictures, tmp_path
     }
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_bytes_for_any_number_of_processes(encoder, pictures, tmp_path, workers):
     for name, count in (("one", 0), ("other", workers)):
         run(encoder, tmp_path / name, workers=count, pairs=pictures)
@@ -256,10 +256,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes():
     require("open_clip")
     script = Path(__file__).with_name("kill_embed.py")
     environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--kills", "4"]
+    command = [sys.executable, str(script), "--kills", "3"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["kills"] == 4
+    assert json.loads(ran.stdout)["kills"] == 3
 
 
 def command_line(*arguments, capsys):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,14 +83,9 @@ def embed(
         ValueError, TypeError, OSError: what is wrong with a source, the model or `out`.
     """
     settings, out = settings or EmbedSettings(), Path(out)
-    if pairs is not None and (images is not None or texts is not None):
-        raise ValueError("embed: pairs have both sides; give them, or images and texts")
-    chosen = [(texts, ("text",)), (images, ("image",)), (pairs, ("text", "image"))]
-    plan = [one for source, sides in chosen if source for one in _cut(source, sides, settings)]
-    if not plan:
-        raise ValueError("embed: got no source; give images, texts or pairs")
+    plan = _plan(images, texts, pairs, settings.shard_rows)
     begin, metadata = time.monotonic(), metadata_format()
-    facts = _facts(encoder, settings, metadata, [s for s, _ in chosen if s], plan)
+    facts = _facts(encoder, settings, metadata, plan)
     with locked(out / KEPT):
         check_out(out, facts, settings.mode == "overwrite")
         (out / REPORT).unlink(missing_ok=True)
@@ -110,22 +105,35 @@ def embed(
     return report
 
 
-def _cut(source: Source, sides: tuple[str, ...], settings: EmbedSettings) -> Iterator[Stretch]:
-    for start in range(0, source.total, settings.shard_rows):
-        yield Stretch(source, sides, start, min(start + settings.shard_rows, source.total))
+def _plan(
+    images: Source | None, texts: Source | None, pairs: Source | None, shard_rows: int
+) -> list[Stretch]:
+    """The shards to be, texts first: the number of each is its place."""
+    if pairs is not None and (images is not None or texts is not None):
+        raise ValueError("embed: pairs have both sides; give them, or images and texts")
+    chosen = ((texts, ("text",)), (images, ("image",)), (pairs, ("text", "image")))
+    plan = [
+        Stretch(source, sides, start, min(start + shard_rows, source.total))
+        for source, sides in chosen
+        if source is not None
+        for start in range(0, source.total, shard_rows)
+    ]
+    if not plan:
+        raise ValueError("embed: got no source; give images, texts or pairs")
+    return plan
 
 
 def _facts(
     encoder: Encoder,
     settings: EmbedSettings,
     metadata: str,
-    sources: Sequence[Source],
     plan: Sequence[Stretch],
 ) -> dict[str, Any]:
     """What every row depends on, and the layout."""
+    sources = {one.source.kind: os.path.realpath(one.source.path) for one in plan}
     facts = {"model": encoder.facts(), "batch_size": _batch_size(encoder, settings)}
     facts |= {"dtype": settings.dtype, "shard_rows": settings.shard_rows, "metadata": metadata}
-    facts |= {"sources": {one.kind: os.path.realpath(one.path) for one in sources}}
+    facts |= {"sources": sources}
     return facts | {"device": encoder.device.type, "code": f"realign_fast {__version__}, {CODE}"}
 
 
