@@ -87,7 +87,12 @@ def _embed(options: argparse.Namespace) -> None:
     names = ("batch_size", "workers", "shard_rows", "dtype", "mode")
     chosen = {name: getattr(options, name) for name in names}
     settings = EmbedSettings(progress=not options.quiet, **chosen)
-    _print(embed(encoder, options.out, settings=settings, **sources), options.out)
+    report = embed(encoder, options.out, settings=settings, **sources)
+    for source in sources.values():
+        if source.ignored:
+            others = ", ".join(f"{n:,} .{suffix}" for suffix, n in source.ignored.items())
+            print(f"{source.path}: files with other suffixes were not looked at: {others}")
+    _print(report, options.out)
 
 
 def _print(report: dict[str, Any], out: Path) -> None:

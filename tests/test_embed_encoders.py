@@ -1,6 +1,8 @@
 """Encoders give what their own libraries give, and say in one sentence what is wrong with them."""
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -246,3 +248,21 @@ def test_an_encoder_of_another_kind_is_refused(tmp_path):
     transformers.LlamaModel(config).save_pretrained(tmp_path)
     transformers.CLIPImageProcessor().save_pretrained(tmp_path)
     assert "get_image_features" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("open_clip", "clip"), ("transformers", "clip,train")]
+)
+def test_a_missing_package_names_the_extra(package, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "config.json").write_text("{}")
+    model = {"open_clip": "ViT-B-32", "transformers": tmp_path}[package]
+    with pytest.raises(ImportError, match=rf"pip install 'realign_fast\[{extra}\]'"):
+        load_encoder(model, device="cpu")
+
+
+def test_importing_embed_loads_nothing_heavy():
+    heavy = ["open_clip", "transformers", "PIL", "torchvision", "pyarrow"]
+    code = "import sys, realign_fast.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stderr

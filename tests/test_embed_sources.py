@@ -51,6 +51,20 @@ def test_a_folder_in_natural_order_with_its_subfolders(tmp_path):
     assert source.read(every(source)[3]) == (folder / "p_3.png").read_bytes()
 
 
+def test_files_that_are_no_images_are_counted(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 2)
+    (folder / "a.heic").write_bytes(b"x")
+    assert open_source(folder, "images").ignored == {"heic": 1, "txt": 2}
+    assert open_source(folder, "pairs").ignored == {"heic": 1}
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+    folder, other = (write_pictures(tmp_path / name, 1) for name in ("one", "other"))
+    (folder / "link").symlink_to(other)
+    (folder / "loop").symlink_to(folder)
+    assert [item.id for item in every(open_source(folder, "images"))] == ["p_0", "link/p_0"]
+
+
 def test_pairs_in_a_folder_take_the_text_beside(tmp_path):
     folder = write_pictures(tmp_path / "pictures", 2)
     (folder / "p_1.txt").unlink()

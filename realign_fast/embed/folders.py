@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,40 @@ MAX_CAPTION_BYTES = 1 << 20
 class Folder(Source):
     """Every image under a folder; the id is its path in it without the suffix.
 
-    What is an image is told by the suffix; hidden files and other suffixes are no items. For pairs
-    the caption of `a/b.jpg` is `a/b.txt`.
+    What is an image is told by the suffix; files with others are counted in `ignored`, hidden ones
+    are not looked at. For pairs the caption of `a/b.jpg` is `a/b.txt`.
     """
 
+    def count(self, file: Path) -> int:
+        suffixes = Counter(_suffix(path) for path in _files(os.fspath(file)))
+        images = sum(suffixes.pop(one, 0) for one in SUFFIXES)
+        if self.kind == "pairs":
+            del suffixes["txt"]
+        self.ignored = dict(sorted(suffixes.items()))
+        return images
+
     def walk(self, file: Path) -> Iterator[Item]:
-        for path in _images(os.fspath(file)):
-            name = os.path.splitext(os.path.relpath(path, file))[0].replace(os.sep, "/")
-            caption, failure = _beside(path) if self.kind == "pairs" else (None, None)
-            yield Item(name, path, None, caption, failure)
+        for path in _files(os.fspath(file)):
+            if _suffix(path) in SUFFIXES:
+                name = os.path.splitext(os.path.relpath(path, file))[0].replace(os.sep, "/")
+                caption, failure = _beside(path) if self.kind == "pairs" else (None, None)
+                yield Item(name, path, None, caption, failure)
 
 
-def _images(folder: str) -> Iterator[str]:
-    """Paths in natural order, files of a folder before its subfolders; one listing at a time."""
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def _files(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Visible files in natural order, those of a folder before its subfolders; one listing at a
+    time is in memory. Links to folders are followed unless they lead back."""
+    above = (*above, os.path.realpath(folder))
     with os.scandir(folder) as found:
         entries = sorted((natural(e.name), e.path, e.is_dir()) for e in found if e.name[0] != ".")
+    yield from (path for _, path, is_folder in entries if not is_folder)
     for _, path, is_folder in entries:
-        if not is_folder and os.path.splitext(path)[1][1:].lower() in SUFFIXES:
-            yield path
-    for _, path, is_folder in entries:
-        if is_folder and not os.path.islink(path):  # a link could lead back
-            yield from _images(path)
+        if is_folder and os.path.realpath(path) not in above:
+            yield from _files(path, above)
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:

@@ -39,6 +39,7 @@ class Source:
     reads_images = True
 
     def __init__(self, path: Path, files: Sequence[Path], kind: str) -> None:
+        self.ignored: dict[str, int] = {}  # files that are no items, by suffix
         self.path, self.files, self.kind = path, list(files), kind
         self.counts = [self.count(file) for file in self.files]
         self.starts = np.cumsum([0, *self.counts])  # [files + 1]
