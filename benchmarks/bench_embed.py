@@ -23,7 +23,7 @@ from realign_fast import Corpus
 from realign_fast.embed import EmbedSettings, OpenClipEncoder, embed, open_source
 
 CUDA = torch.cuda.is_available()
-DEVICE, ITEMS, BATCH = ("cuda", 16_384, 256) if CUDA else ("cpu", 384, 32)
+DEVICE, ITEMS, BATCH = ("cuda", 16_384, 256) if CUDA else ("cpu", 192, 32)
 WORKERS = max(1, min(16, (os.cpu_count() or 1) - 1)) if CUDA else 1
 ROUNDS = 3
 DIMENSION = 256

@@ -252,3 +252,26 @@ def test_a_pipe_is_no_image(tmp_path):
     source = open_source(folder, "images")
     with pytest.raises(Unreadable, match="not a regular file"):
         source.read(every(source)[1])
+
+
+def test_a_tar_that_webdataset_wrote(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "s.tar")) as tar:
+        for number in range(3):
+            tar.write({"__key__": f"{number:05}", "png": png(number), "txt": f"text {number}"})
+    items = every(source := open_source(tmp_path / "s.tar", "pairs"))
+    found = [(item.id, item.caption) for item in items]
+    assert found == [(f"{n:05}", f"text {n}") for n in range(3)]
+    assert [source.read(item) for item in items] == [png(n) for n in range(3)]
+
+
+def test_parquet_that_datasets_wrote(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [picture(n) for n in range(3)], "text": ["a", "b", "c"]}
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    made = datasets.Dataset.from_dict(columns, features=features)
+    made.to_parquet(str(tmp_path / "t.parquet"))
+    items = every(source := open_source(tmp_path / "t.parquet", "pairs"))
+    assert [item.caption for item in items] == ["a", "b", "c"]
+    for number, item in enumerate(items):
+        assert decode(source.read(item)).tobytes() == picture(number).tobytes()
