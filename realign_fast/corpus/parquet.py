@@ -100,7 +100,7 @@ def read_shard(path: Path, column: str | None = None) -> ParquetShard:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    with explained(path), open(path, "rb") as raw:
-        with decoded(path):
+    with explained(path), path.open("rb") as raw:
+        with decoded(path, raw):
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             yield pyarrow().parquet.ParquetFile(raw, **options)

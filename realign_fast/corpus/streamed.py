@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..url import Url
 from .npy import TORCH_DTYPES, changed, explained
 
 
@@ -18,12 +19,12 @@ from .npy import TORCH_DTYPES, changed, explained
 class StreamedShard:
     """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
 
-    path: Path
+    path: Path | Url
     rows: int
     dimension: int
     dtype: np.dtype
     column: str  # where the rows are: a column, a key, the ending of a member's name
-    stamp: tuple[int, int]  # of the file when it was opened
+    stamp: tuple[int, int | str]  # of the file when it was opened
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     others = None  # for `convert`: a function that yields the other columns as record batches
 
@@ -49,7 +50,7 @@ class StreamedShard:
                 if filled == len(batch):
                     yield begin, torch.from_numpy(batch)
                     begin, filled, batch = begin + filled, 0, None
-        if begin != self.rows:
+        if begin != self.rows or (isinstance(self.path, Url) and self.path.stamp() != self.stamp):
             raise changed(self)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -64,8 +65,10 @@ class StreamedShard:
         return out
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path | Url) -> tuple[int, int | str]:
     """Size and time of a regular file: another stamp is another content."""
+    if isinstance(path, Url):
+        return path.stamp()
     with explained(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
