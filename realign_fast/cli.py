@@ -16,7 +16,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from . import __version__, ops
+from . import __version__, embed_commands, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .corpus.convert import TARGETS, convert
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
     command("convert", _convert, "Write a corpus in another format.", *converting)
     command("inspect", _inspect, "Show what a corpus holds.", *inspecting)
+    embed_commands.add_commands(commands)
     return parser
 
 
