@@ -46,6 +46,7 @@ class Case:
     rounds: dict[str, int] = field(default_factory=dict)
     calls: dict[str, Callable[[], object] | None] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    prepare: Callable[[], object] = lambda: None  # before each turn, not timed
 
     def add(self, name: str, call: Callable[[], object], rounds: int = ROUNDS) -> None:
         """A candidate; a slow peer may sit out the later rounds."""
@@ -58,12 +59,14 @@ class Case:
         clock of the processor would otherwise always meet the same follower (3-4% here).
         """
         for call in self.calls.values():
+            self.prepare()
             call()
         names = list(self.calls)
         for turn in range(ROUNDS):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 if turn < self.rounds[name]:
+                    self.prepare()
                     begin = time.perf_counter()
                     self.calls[name]()
                     self.seconds[name].append(time.perf_counter() - begin)
