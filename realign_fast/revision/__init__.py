@@ -10,7 +10,8 @@ done again. Any causal language model, the rows of any CLIP-like encoder.
 
 `projector.py` rows to tokens; `model.py` the splice; `llava.py` the same rows for LLaVA-type
 models; `lists.py` the files of conversations; `ids.py` which row an id has; `templates.py`
-conversations as tokens and labels; `data.py` the join of lists and rows; `train.py` both stages;
+conversations as tokens and labels; `join.py` lists and rows
+joined by id; `data.py` batches of them; `train.py` both stages;
 `scores.py` and `evaluate.py` figures with intervals; `respond.py` captions and answers;
 `commands.py` the commands.
 transformers, accelerate and peft come with the extra `train` and load when first used.
@@ -29,7 +30,7 @@ _WHERE = {
     "Chat": "templates",
     "Plain": "templates",
     "Collator": "data",
-    "prepare": "data",
+    "prepare": "join",
     "pretrain": "train",
     "finetune": "train",
     "evaluate": "evaluate",
