@@ -31,7 +31,8 @@ class Conversations(torch.utils.data.Dataset):
         self.folder, self.rows, self.template = folder, rows, template
         self.report = json.loads((folder / REPORT).read_text())
         self._spans, self._starts, self._places = (
-            np.memmap(folder / f"{name}.i64", np.int64, "r") for name in ("spans", "starts", "rows")
+            np.asarray(np.memmap(folder / f"{name}.i64", np.int64, "r"))  # a view, still mapped
+            for name in ("spans", "starts", "rows")
         )
         own = folder / "list.jsonl"
         self.path = own if own.is_file() else source

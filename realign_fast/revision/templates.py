@@ -34,6 +34,7 @@ class Plain:
     def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
         self.tokenizer, self.image = tokenizer, [image_token] * visual_tokens
         self.bos, self.eos = (_one(tokenizer, what) for what in ("bos", "eos"))
+        self.ends = self.eos  # tokens that end what is generated
 
     def caption(self, sample: Sample) -> str:
         """The caption, or the last answer of a conversation."""
@@ -62,6 +63,14 @@ class Plain:
         """What a caption is generated after."""
         return self.bos + self.image * images
 
+    def question(self, sample: Sample) -> list[int]:
+        """The prompt of a sample."""
+        return self.prompt(len(sample.images))
+
+    def expected(self, sample: Sample) -> str:
+        """What should be generated after it."""
+        return self.caption(sample)
+
 
 class Chat:
     """The tokenizer's chat template, or the Jinja text `template`."""
@@ -83,6 +92,13 @@ class Chat:
         if not tokenizer.is_fast:
             what = "cannot say which characters a token stands for"
             raise ValueError(f"{tokenizer.name_or_path}: {what}; use its fast tokenizer")
+        self.ends = sorted({*_one(tokenizer, "eos"), *self._end_of_turn()})
+
+    def _end_of_turn(self) -> list[int]:
+        """The special token that the template puts after an answer, if it puts one."""
+        labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
+        last = [one for one in labels if one != IGNORED][-1]
+        return [last] if last in self.tokenizer.added_tokens_decoder else []
 
     def problem(self, sample: Sample) -> str | None:
         """Which fault keeps a sample from being used."""
@@ -121,6 +137,20 @@ class Chat:
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """Ids that an answer is generated after."""
         return self._tokens(self.render(turns, generate=True), []).ids
+
+    def question(self, sample: Sample) -> list[int]:
+        """The prompt of a sample: everything before its last answer."""
+        turns = sample.turns or _as_turns(sample)
+        return self.prompt(turns[: self._last(turns)])
+
+    def expected(self, sample: Sample) -> str:
+        """What should be generated after it."""
+        turns = sample.turns or _as_turns(sample)
+        return turns[self._last(turns)][1].strip()
+
+    @staticmethod
+    def _last(turns: Sequence[tuple[str, str]]) -> int:
+        return max(number for number, (role, _) in enumerate(turns) if role == "assistant")
 
     def _answer(self, turns: Sequence[tuple[str, str]], text: str) -> tuple[int, int]:
         """Where in `text` the last of `turns` and the token that ends it lie."""
