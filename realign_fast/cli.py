@@ -27,6 +27,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
+from .revision import commands as revision
 from .run_options import RUN_OPTIONS, path, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
     command("convert", _convert, "Write a corpus in another format.", *converting)
     command("inspect", _inspect, "Show what a corpus holds.", *inspecting)
+    revision.add(commands)
     return parser
 
 

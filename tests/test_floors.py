@@ -18,7 +18,7 @@ FLOORS = {
     "embed": 9,
     "verify": 9,
     "job_array": 9,
-    "run_options": 9,
+    "run_options": 8,
     "pipeline": 8,
     "sample": 7,
     "passes": 6,

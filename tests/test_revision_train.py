@@ -18,7 +18,6 @@ from realign_fast.corpus import Corpus
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.train import PRESETS, Run, finetune, pretrain
 
-ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
 IDS = [f"x{number}" for number in range(48)]
 FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}

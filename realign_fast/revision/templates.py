@@ -71,6 +71,10 @@ class Plain:
         """What should be generated after it."""
         return self.caption(sample)
 
+    def answered(self, sample: Sample, text: str) -> Sample:
+        """The sample with another caption."""
+        return sample._replace(caption=text)
+
 
 class Chat:
     """The tokenizer's chat template, or the Jinja text `template`."""
@@ -147,6 +151,11 @@ class Chat:
         """What should be generated after it."""
         turns = sample.turns or _as_turns(sample)
         return turns[self._last(turns)][1].strip()
+
+    def answered(self, sample: Sample, text: str) -> Sample:
+        """The sample up to its last answer, with another text for it."""
+        turns = sample.turns or _as_turns(sample)
+        return sample._replace(turns=[*turns[: self._last(turns)], ("assistant", text)])
 
     @staticmethod
     def _last(turns: Sequence[tuple[str, str]]) -> int:

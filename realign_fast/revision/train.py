@@ -1,9 +1,8 @@
 """Both stages of ReVision on transformers' Trainer (arXiv 2602.07026, section 5).
 
 Trainer, accelerate and PEFT do the training: bf16, accumulation, checkpoints, FSDP and DeepSpeed
-(through accelerate's configuration), logging. What is here are the paper's settings and three
-things that Trainer cannot know: how our model is saved and loaded, an order of samples that takes
-no memory, and sample generations beside the held-out loss.
+(through accelerate's configuration), logging. Here are the paper's settings and what they are
+applied to; `trainer.py` has the little that Trainer must be told.
 
 On many devices: `accelerate launch --config_file FILE -m realign_fast pretrain ...`
 """
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..align import ReAlign
 from ..corpus import Corpus
@@ -28,8 +26,6 @@ from .data import Collator, Conversations, Part
 from .join import FAULTS, prepare
 from .model import ReVisionModel, transformers
 from .projector import CONFIG, ReVisionConfig, read_config
-from .respond import respond
-from .shuffle import Shuffled
 from .templates import Chat, Plain
 
 BOTH = {
@@ -112,6 +108,8 @@ def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(stage: str, run: Run) -> dict[str, Any]:
+    from .trainer import Epochs, Generations, ReVisionTrainer
+
     preset = PRESETS[stage]
     arguments = _arguments(preset, run)
     old = (Path(run.start) / CONFIG).is_file() and read_config(Path(run.start))
@@ -143,7 +141,7 @@ def _train(stage: str, run: Run) -> dict[str, Any]:
     )
     trainer.add_callback(Epochs(trainer))
     if held is not None and run.generations:
-        trainer.add_callback(Generations(trainer, template, run))
+        trainer.add_callback(Generations(trainer, template, run.generations, run.aligner))
     _say(trainer, whole.report, model)
     last = _last_checkpoint(Path(run.out)) if run.resume else None
     result = trainer.train(resume_from_checkpoint=last)
@@ -207,74 +205,7 @@ def _parts(whole: Conversations, held_out: int | None) -> tuple[Conversations | 
     return whole.split(count) if count else (whole, None)
 
 
-class ReVisionTrainer(transformers().Trainer):
-    """Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            out = output_dir or self.args.output_dir
-            self.accelerator.unwrap_model(self.model).save_pretrained(out, state_dict)
-            self.processing_class.save_pretrained(out)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load their own files
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.accelerator.unwrap_model(self.model).load_trained(resume_from_checkpoint)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.shuffled = Shuffled(len(train_dataset or self.train_dataset), seed)
-        return self.shuffled
-
-
-class Epochs(transformers().TrainerCallback):
-    """Tells the order of samples which epoch it is, also where a resumed loader hides it."""
-
-    def __init__(self, trainer: ReVisionTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if hasattr(self.trainer, "shuffled"):
-            self.trainer.shuffled.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class Generations(transformers().TrainerCallback):
-    """Answers a few held-out samples at each evaluation, into `samples.jsonl` and the log.
-
-    Left out where the parameters are spread over devices (FSDP, DeepSpeed stage 3).
-    """
-
-    def __init__(self, trainer: ReVisionTrainer, template: Plain | Chat, run: Run) -> None:
-        self.trainer, self.template, self.run = trainer, template, run
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return
-        if not state.is_world_process_zero:
-            return
-        held = self.trainer.eval_dataset
-        count = min(self.run.generations, len(held))
-        places = [number * len(held) // count for number in range(count)]
-        samples, items = [held.sample(one) for one in places], held.__getitems__(places)
-        rows = [item["image_rows"].float() for item in items]
-        if self.run.aligner is not None:
-            rows = [self.run.aligner(one) if len(one) else one for one in rows]
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        training = model.training
-        model.eval()
-        answers = respond(model, self.template, samples, rows, max_new_tokens=48)
-        model.train(training)
-        with open(Path(args.output_dir) / "samples.jsonl", "a") as file:
-            for sample, answer in zip(samples, answers, strict=True):
-                one = {"step": state.global_step, "id": sample.name, "answer": answer}
-                file.write(json.dumps(one | {"expected": self.template.expected(sample)}) + "\n")
-                print(f"step {state.global_step}, {sample.name}: {answer!r}")
-
-
-def _say(trainer: ReVisionTrainer, report: dict[str, Any], model: ReVisionModel) -> None:
+def _say(trainer: Any, report: dict[str, Any], model: ReVisionModel) -> None:
     """What will be trained, on what; once."""
     if not trainer.is_world_process_zero():
         return
@@ -299,6 +230,7 @@ def _summary(stage: str, run: Run, trainer: Any, report: dict[str, Any], result:
     summary = {
         "stage": stage,
         "out": run.out,
+        "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "held_out_losses": evaluations,
