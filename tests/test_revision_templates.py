@@ -172,9 +172,12 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="has no chat template"):
         Chat(word_tokenizer(None), K)
     content = "{{ message['content'] }}"
-    forgets = CHATML.replace(content, "{% if loop.last %}" + content + "{% endif %}")
+    forgets = CHATML.replace(content, "{% if add_generation_prompt %}" + content + "{% endif %}")
+    with pytest.raises(ValueError, match="renders answer 'x' in another way"):
+        Chat(word_tokenizer(forgets), K)
+    short = CHATML.replace(content, "{{ message['content'][:3 + 9 * loop.last] }}")
     with pytest.raises(ValueError, match="renders answer 'a red dog' in another way"):
-        Chat(word_tokenizer(forgets), K).encode(SAMPLE)
+        Chat(word_tokenizer(short), K).encode(SAMPLE)
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"refuses turns of system, user.*roles must alternate"):
-        Chat(word_tokenizer(strict), K).encode(SAMPLE)
+    with pytest.raises(ValueError, match=r"refuses turns of user.*roles must alternate"):
+        Chat(word_tokenizer(strict), K)

