@@ -1,5 +1,7 @@
 """The commands from a list and rows to captions, answers and figures; two processes for real."""
 
+import argparse
+import io
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ from revision_parts import tiny_llama, word_tokenizer, write_corpus
 from safetensors.torch import load_file
 
 from realign_fast.cli import main
+from realign_fast.revision import commands
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
@@ -84,9 +87,37 @@ def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
                                                                ("x1", CAPTIONS[1])]  # fmt: skip
 
 
-def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
-    import io
+class Colours:
+    """An encoder for the seam: a picture's row is that of the caption its colour stands for."""
 
+    def __init__(self, name):
+        self.colours = {"plain": [(255, 0, 0), (0, 0, 255), (0, 255, 0), (9, 9, 9)]}[name]
+
+    def embed_images(self, images):
+        kinds = [self.colours.index(image.getpixel((0, 0))) for image in images]
+        return np.eye(16, dtype=np.float32)[kinds] + 0.05
+
+
+def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    paths = []
+    for name, colour in (("green", (0, 255, 0)), ("red", (255, 0, 0))):
+        paths.append(tmp_path / f"{name}.png")
+        image.new("RGB", (4, 4), colour).save(paths[-1])
+    parser = argparse.ArgumentParser()
+    commands.add(parser.add_subparsers(), open_encoder=Colours)
+    base = ["caption", "--model", trained, "--ask", "what is this ?", "--image", *paths]
+    options = parser.parse_args(words(*base, "--encoder", "plain"))
+    options.run(options)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["caption"] for one in lines] == [CAPTIONS[2], CAPTIONS[0]]
+    assert [one["row"] for one in lines] == words(*paths)
+    options = parser.parse_args(words(*base))
+    with pytest.raises(ValueError, match="--image needs --encoder"):
+        options.run(options)
+
+
+def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is this ?\nand this ?\n\n"))
     assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 0
     answers = capsys.readouterr().out.splitlines()

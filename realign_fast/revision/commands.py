@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import torch
 
 from ..align import ReAlign
 from ..corpus import Corpus
@@ -95,8 +99,6 @@ _SAME = (
 
 
 def _open(options: argparse.Namespace) -> Any:
-    import torch
-
     from .respond import open_model
 
     dtype = getattr(torch, options.dtype)
@@ -147,7 +149,8 @@ def _pictures(options: argparse.Namespace, paths: list[str]) -> tuple[list[str],
     from PIL import Image
 
     encoder = options.open_encoder(options.encoder)
-    return paths, encoder.embed_images([Image.open(path).convert("RGB") for path in paths])
+    rows = encoder.embed_images([Image.open(path).convert("RGB") for path in paths])
+    return paths, torch.as_tensor(rows)
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -166,16 +169,27 @@ def _caption(options: argparse.Namespace) -> None:
             first = int(corpus.starts[batch.shard]) + batch.first
             yield list(range(first, first + len(batch.rows))), batch.rows
 
-    out = open(options.out, "w") if options.out else sys.stdout
-    try:
+    with _written(options.out) as out:
         for names, rows in batches():
             how = {"max_new_tokens": options.max_new_tokens}
             texts = caption_rows(model, template, [rows.float()], options.ask, **how)
             for name, text in zip(names, texts, strict=True):
                 print(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file=out)
+
+
+@contextmanager
+def _written(path: str | None) -> Iterator[TextIO]:
+    """A file that appears whole or not at all, or the terminal."""
+    if not path:
+        yield sys.stdout
+        return
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    try:
+        with open(partial, "w") as file:
+            yield file
+        os.replace(partial, path)
     finally:
-        if options.out:
-            out.close()
+        partial.unlink(missing_ok=True)
 
 
 def _chat(options: argparse.Namespace) -> None:

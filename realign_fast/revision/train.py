@@ -172,6 +172,7 @@ def _arguments(preset: dict[str, Any], run: Run) -> Any:
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
     }
     arguments = transformers().TrainingArguments(**settings | trainer_options(run.trainer))
     if arguments.n_gpu > 1:  # DataParallel would cut image rows as if each sample had one

@@ -52,7 +52,7 @@ class Epochs(transformers().TrainerCallback):
 class Generations(transformers().TrainerCallback):
     """Answers a few held-out samples at each evaluation, into `samples.jsonl` and the log.
 
-    Left out where the parameters are spread over devices (FSDP, DeepSpeed stage 3).
+    Left out under FSDP and DeepSpeed, which may have spread the parameters over devices.
     """
 
     def __init__(
