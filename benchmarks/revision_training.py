@@ -39,9 +39,9 @@ from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 from realign_fast.revision.shuffle import Shuffled
 from realign_fast.revision.templates import Plain
 
-D, HIDDEN, LAYERS, WORDS = 768, 256, 2, 2000
-BATCH, ROUNDS = 4, 7
-STEPS = {576: 2, 16: 16}  # of a round, by K
+D, HIDDEN, LAYERS, WORDS = 768, 512, 4, 2000
+ROUNDS = 5
+BATCHES, STEPS = {576: 4, 16: 32}, {576: 1, 16: 2}  # of a round, by K
 Batches = Iterator[dict[str, torch.Tensor]]
 
 
@@ -130,9 +130,9 @@ def straightforward_batches(root: Path, k: int) -> Batches:
     entries, rows = all_in_memory(root)
     words = tokenizer()
     order = list(Shuffled(len(entries), 0))
-    for begin in range(0, len(order) - BATCH, BATCH):
+    for begin in range(0, len(order) - BATCHES[k], BATCHES[k]):
         ids, labels, images = [], [], []
-        for place in order[begin : begin + BATCH]:
+        for place in order[begin : begin + BATCHES[k]]:
             caption = words(entries[place]["caption"], add_special_tokens=False)["input_ids"]
             ids.append([0, *[IMAGE_TOKEN] * k, *caption, 1])
             labels.append([-100] * (1 + k) + [*caption, 1])
@@ -151,7 +151,7 @@ def our_batches(root: Path, k: int, workers: int = 0) -> Batches:
         root / "list.jsonl", Corpus(root, "text"), Plain(tokenizer(), k), root / f"cache-{k}"
     )
     options = {"sampler": Shuffled(len(data), 0), "collate_fn": Collator(0)}
-    yield from torch.utils.data.DataLoader(data, BATCH, num_workers=workers, **options)
+    yield from torch.utils.data.DataLoader(data, BATCHES[k], num_workers=workers, **options)
 
 
 class Trained:
@@ -182,21 +182,22 @@ def speed(root: Path, k: int) -> dict:
     ours = Trained(model(k), our_batches(root, k))
     other = Trained(Straightforward(model(k)), straightforward_batches(root, k))
     for one in (ours, other):
-        one.steps(2)
+        one.steps(1)
     ratios, rates, steps = [], [], STEPS[k]
     for _ in range(ROUNDS):
         seconds = [one.steps(steps) for one in (ours, other)]
         ratios.append(seconds[1] / seconds[0])
-        rates.append([BATCH * steps / one for one in seconds])
+        rates.append([BATCHES[k] * steps / one for one in seconds])
     apart = max(abs(a - b) for a, b in zip(ours.losses, other.losses, strict=True))
     if apart > 1e-3:
         raise SystemExit(f"K = {k}: the losses differ by {apart:.1e}, so no speed is told")
     fed = Trained(model(k), our_batches(root, k, workers=2))
-    fed.steps(2)
+    fed.steps(1)
     fed.waited = 0.0
     seconds = fed.steps(steps * ROUNDS)
     return {
         "k": k,
+        "batch": BATCHES[k],
         "largest_difference_of_losses": apart,
         "samples_per_second": statistics.median(one[0] for one in rates),
         "straightforward_samples_per_second": statistics.median(one[1] for one in rates),
@@ -210,7 +211,7 @@ def speed(root: Path, k: int) -> dict:
 def projector_alone(k: int) -> float:
     """How much faster projecting once is than projecting copies, forward and backward."""
     made, ratios = model(k).projector, []
-    rows, target = torch.randn(BATCH, D), torch.randn(BATCH, k, HIDDEN)
+    rows, target = torch.randn(BATCHES[k], D), torch.randn(BATCHES[k], k, HIDDEN)
     copies = rows[:, None].expand(-1, k, -1).contiguous()
     for _ in range(ROUNDS):
         times = []
@@ -256,7 +257,7 @@ def main() -> None:
         found = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
         found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         found["language_model"] = f"random Llama, hidden {HIDDEN}, {LAYERS} layers, frozen"
-        found["batch"], found["columns"] = BATCH, D
+        found["columns"] = D
         found["speed"] = [speed(worlds[options.rows], k) for k in (576, 16)]
         found["memory_mib"] = {
             way: {str(count): _measured(root, way) / 1024 for count, root in worlds.items()}

@@ -193,3 +193,9 @@ def test_two_processes_train_as_one(world, tmp_path):
     one, two = (load_file(tmp_path / name / "projector.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         assert np.allclose(value, two[name], atol=2e-6), name
+
+
+def test_without_transformers_the_extra_is_named(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(pretrain(world, tmp_path / "out")) == 2
+    assert "pip install 'realign_fast[train]'" in capsys.readouterr().err
