@@ -12,6 +12,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def find_compiler() -> tuple[str, str]:
         if shutil.which(name):
             return name, ""
     return "", NO_COMPILER
+
+
+def why_no_python_headers() -> str:
+    """Why the native reader cannot be built for this Python, or ""."""
+    if Path(sysconfig.get_path("include"), "Python.h").exists():
+        return ""
+    return (
+        "Python.h was not found when realign_fast was installed; install the headers of Python "
+        "(python3-dev), then realign_fast again with --force-reinstall --no-deps --no-cache-dir"
+    )
 
 
 def find_ninja() -> str:

@@ -1,8 +1,10 @@
-"""Builds realign_fast/_C.abi3.so: csrc/cpu/*.cpp on torch's stable ABI, through ninja.
+"""Builds the compiled parts of realign_fast, through ninja.
 
-The library holds no Python code and no C++ symbol of torch, so one binary serves every Python >=
-3.10 and torch >= 2.10. The metadata are in pyproject.toml; build_backend.py finds torch and the
-compiler; CMakeLists.txt builds the same files for IDEs and sanitizers.
+_C.abi3.so is csrc/cpu/*.cpp on torch's stable ABI: it holds no Python code and no C++ symbol of
+torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _io is csrc/io/*.cpp on
+pybind11, without torch, for the Python that builds it. The metadata are in pyproject.toml;
+build_backend.py finds torch and the compiler; CMakeLists.txt builds the same files for IDEs and
+sanitizers.
 """
 
 import json
@@ -19,23 +21,27 @@ from setuptools.command.build_py import build_py
 
 import build_backend
 
-SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+SOURCES, IO_SOURCES = (
+    sorted(str(path) for path in Path("csrc", part).glob("*.cpp")) for part in ("cpu", "io")
+)
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inl"))
 DEPENDS = [*HEADERS, "build_backend.py", "CMakeLists.txt"]  # (goes into source distributions)
 COMPILE = (
     "-std=c++20 -O3 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra "
-    "-Werror=return-type -DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 "
-    "-Icsrc"
+    "-Werror=return-type"
 )
+STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 -Icsrc"
 # -lstdc++ first: some builds of torch export parts of it, unversioned, that others lack.
 LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 
 compiler, why_not = build_backend.find_compiler()
+why_no_reader = why_not or build_backend.why_no_python_headers()
 
 
-class BuildLibrary(build_ext):
+class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".abi3.so"
+        stable = fullname.replace(".", "/") + ".abi3.so"
+        return stable if fullname.endswith("_C") else super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
         if (torch := build_backend.find_torch()) is None:
@@ -43,15 +49,18 @@ class BuildLibrary(build_ext):
                 "realign_fast: this environment has no torch >= 2.10 to build with; run "
                 "`pip install torch` first, or install without --no-build-isolation"
             )
-        include, libraries = quote(f"{torch}/include"), quote(f"{torch}/lib")
+        flags, link = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
+        if extension.name.endswith("_C"):
+            flags, link = f"{flags} {STABLE}", f"-L{quote(f'{torch}/lib')} {LINK}"
+        else:  # (torch brings the headers of pybind11)
+            flags += f" -isystem {quote(sysconfig.get_path('include'))} -pthread"
         steps = {}  # output: (inputs, command)
         for source in extension.sources:
-            output = f"build/objects/{Path(source).stem}.o"
-            flags = f"{COMPILE} -isystem {include} -MD -MF {output}.d"
-            steps[output] = [source], f"{compiler} {flags} -c {source} -o {output}"
+            output = f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"
+            command = f"{compiler} {flags} -MD -MF {output}.d -c {source} -o {output}"
+            steps[output] = [source], command
         output = os.path.relpath(self.get_ext_fullpath(extension.name))
-        command = f"{compiler} {' '.join(steps)} -L{libraries} {LINK} -o {quote(output)}"
-        steps[output] = list(steps), command
+        steps[output] = list(steps), f"{compiler} {' '.join(steps)} {link} -o {quote(output)}"
         run_steps(steps)
 
 
@@ -81,6 +90,7 @@ class BuildPython(build_py):
         info = {
             "compiled": bool(compiler),
             "reason": why_not,
+            "why_no_reader": why_no_reader,
             "compiler": compiler,
             "torch": build_backend.torch_version(torch) if torch else "",
         }
@@ -91,10 +101,12 @@ class BuildPython(build_py):
 if not compiler:
     print(f"WARNING: realign_fast will run on plain torch: {why_not}", file=sys.stderr)
 # A source distribution holds the sources whether or not there is a compiler here.
-is_built = bool(compiler) or "sdist" in sys.argv
-has_gil = not sysconfig.get_config_var("Py_GIL_DISABLED")  # (without it no wheel may say abi3)
+extensions, is_sdist = [], "sdist" in sys.argv
+if compiler or is_sdist:
+    extensions.append(Extension("realign_fast._C", SOURCES, depends=DEPENDS))
+if not why_no_reader or is_sdist:
+    extensions.append(Extension("realign_fast._io", IO_SOURCES))
 setup(
-    ext_modules=[Extension("realign_fast._C", SOURCES, depends=DEPENDS)] if is_built else [],
-    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if is_built and has_gil else {},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
 )

@@ -52,9 +52,10 @@ def read(command: list[str]) -> list[str]:
 # What setup.py and CMakeLists.txt say.
 
 
-def test_cmake_has_the_sources_of_setup(run_setup):
-    (pattern,) = re.findall(r"file\(GLOB SOURCES CONFIGURE_DEPENDS (\S+)\)", cmake_text())
-    sources = run_setup("c++")["SOURCES"]
+@pytest.mark.parametrize("name", ["SOURCES", "IO_SOURCES"])
+def test_cmake_has_the_sources_of_setup(run_setup, name):
+    (pattern,) = re.findall(rf"file\(GLOB {name} CONFIGURE_DEPENDS (\S+)\)", cmake_text())
+    sources = run_setup("c++")[name]
     assert sources
     assert sources == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
@@ -62,28 +63,32 @@ def test_cmake_has_the_sources_of_setup(run_setup):
 def test_cmake_has_the_flags_of_setup(run_setup):
     text = cmake_text().partition("if(REALIGN_FAST_SANITIZE)")[0]
 
-    def arguments(function: str) -> list[str]:
-        return re.search(function + r"\(realign_fast PRIVATE\s([^)]*)\)", text)[1].split()
+    def arguments(function: str, target: str = "realign_fast") -> list[str]:
+        return re.search(rf"{function}\({target} PRIVATE\s([^)]*)\)", text)[1].split()
 
     definitions = [f"-D{name}" for name in arguments("target_compile_definitions")]
     folders = [f"-I{name}" for name in arguments("target_include_directories")]
     setup = run_setup("c++")
-    compile_flags = [*arguments("target_compile_options"), *definitions, *folders]
-    assert compile_flags == setup["COMPILE"].split()
+    options = arguments("target_compile_options")
+    assert options == setup["COMPILE"].split()
+    assert [*definitions, *folders] == setup["STABLE"].split()
     link_flags = [*arguments("target_link_options"), *arguments("target_link_libraries")]
     assert ["-shared", *link_flags] == setup["LINK"].split()
+    assert arguments("target_compile_options", "realign_fast_io") == [*options, "-pthread"]
 
 
 def cmake_text() -> str:
     return (ROOT / "CMakeLists.txt").read_text()
 
 
-def test_a_wheel_claims_a_platform_only_for_a_library(run_setup):
-    compiled = run_setup("c++")["arguments"]
-    assert [extension.name for extension in compiled["ext_modules"]] == ["realign_fast._C"]
-    plain = run_setup("")["arguments"]
-    assert plain["ext_modules"] == []
-    assert plain["options"] == {}
+def test_a_wheel_claims_a_platform_only_for_a_library(run_setup, monkeypatch, backend):
+    def extensions(compiler: str) -> list[str]:
+        return [one.name for one in run_setup(compiler)["arguments"]["ext_modules"]]
+
+    assert extensions("c++") == ["realign_fast._C", "realign_fast._io"]
+    assert extensions("") == []
+    monkeypatch.setattr(backend, "why_no_python_headers", lambda: "no Python.h")
+    assert extensions("c++") == ["realign_fast._C"]
 
 
 # What was built.

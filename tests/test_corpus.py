@@ -18,8 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from realign_fast import corpus as module
-from realign_fast.corpus import Batch, Corpus, ShardWriter, read_header, sample_rows
+from realign_fast.corpus import Batch, Corpus, ShardWriter, read_header, reading, sample_rows
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -96,15 +95,20 @@ def test_batch_bytes_sets_the_batch_and_a_wide_row_is_still_read(tmp_path):
     assert [len(b.rows) for b in Corpus(tmp_path).batches(batch_bytes=5)] == [1] * 10
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("batch_rows", [1, 9, 40, 200])
-def test_windows_do_not_show(tmp_path, monkeypatch, batch_rows):
-    """Windows smaller than a batch, and many a file: the rows are the same."""
-    monkeypatch.setattr(module, "WINDOW_BYTES", 8192)
-    monkeypatch.setattr(module, "WINDOW_ALIGNMENT", 4096)
-    monkeypatch.setattr(module, "PREFETCH_BYTES", 4096)
+def test_blocks_do_not_show(tmp_path, monkeypatch, batch_rows, native):
+    """Blocks smaller than a batch, and many a file: the rows are the same, whoever reads them."""
+    if not native:
+        monkeypatch.setattr(reading.native, "io", None)
+    elif not reading.native.io:
+        pytest.skip("the native reader was not built")
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(reading, "WINDOW_ALIGNMENT", 4096)
     array = save(tmp_path / "x.npy", 333, 100, "<f4")
-    batches = list(Corpus(tmp_path).batches(batch_rows=batch_rows))
-    np.testing.assert_array_equal(torch.cat([b.rows for b in batches]).numpy(), array)
+    for start in (0, 5, 332):
+        batches = list(Corpus(tmp_path).batches(batch_rows=batch_rows, start=start))
+        np.testing.assert_array_equal(torch.cat([b.rows for b in batches]).numpy(), array[start:])
 
 
 def test_start_keeps_the_partition(tmp_path):

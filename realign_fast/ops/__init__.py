@@ -1,7 +1,8 @@
 """The op door: every op's schema, shapes, public function and the kernel that answers it.
 
 An op is defined here once. ``reference.py`` answers it everywhere; the compiled library
-``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there.
+``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there;
+on a GPU without a compiled library the Triton kernels do (``triton_kernels.py``).
 The dispatcher chooses by the device of the rows: nothing is swapped at run time, and
 :func:`backend_of` tells which kernel runs and why.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, triton_kernels
 
 __all__ = [
     "Backend",
@@ -81,6 +82,7 @@ def _load_compiled() -> str:
 
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
+_triton_ops, _why_not_triton = triton_kernels.register(_library)
 _cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
@@ -359,7 +361,7 @@ def _map_arguments(
 class Backend(NamedTuple):
     """Which kernel answers an op, and why."""
 
-    kernel: str  # "cpu" (csrc/cpu) or "reference" (ops/reference.py)
+    kernel: str  # "cpu" (csrc/cpu), "triton" or "reference" (ops/reference.py)
     why: str
 
 
@@ -368,6 +370,8 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
     if op not in OPS:
         raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
+    if device.type == "cuda" and op in _triton_ops:
+        return Backend("triton", "Triton: no compiled library for this GPU")
     compiled = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"realign_fast::{op}", device.type.upper()
     )
@@ -376,7 +380,8 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         return Backend(device.type, f"compiled{isa}")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")
-    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}")
+    also = f", and {_why_not_triton}" if device.type == "cuda" else ""
+    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{also}")
 
 
 def cpu_isa(op: str = "") -> str:

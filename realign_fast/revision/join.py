@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..corpus import Corpus, Shard, ShardWriter
+from ..url import Url
 from ..whole_file import write_whole
 from .data import REPORT, Conversations
 from .ids import IdIndex, build, id_files
@@ -60,6 +61,9 @@ def prepare(
         ValueError: more samples than `max_skipped` cannot be used, none can, or one is no sample.
     """
     source, cache = Path(conversations), Path(cache)
+    if isinstance(rows.path, Url):
+        why = "training reads rows in random order, from local files alone"
+        raise ValueError(f"{rows.path}: {why}; copy the corpus first (realign-fast convert)")
     cache.mkdir(parents=True, exist_ok=True)
     settings = [_VERSION, template.name, repr(getattr(template, "template", None)), max_length]
     settings += [len(template.image), template.tokenizer.name_or_path, len(template.tokenizer)]

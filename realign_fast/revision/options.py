@@ -6,8 +6,6 @@ import argparse
 import json
 from typing import Any
 
-from ..run_options import positive
-
 
 def rows(sub: Any, side: str, required: bool = True) -> None:
     text = f"a directory of shards, or a clip-retrieval root ({side} side unless --side)"
@@ -26,7 +24,7 @@ def data(sub: Any, side: str) -> None:
     text = "move raw text rows with it on the way (aligner.safetensors)"
     sub.add_argument("--aligner", metavar="FILE", help=text)
     text = "tokens of a sample, visual ones included; longer ones are left out (%(default)s)"
-    sub.add_argument("--max-length", type=positive, default=2048, metavar="N", help=text)
+    sub.add_argument("--max-length", type=_positive, default=2048, metavar="N", help=text)
     text = "share of samples that may be unusable before it is an error (%(default)s)"
     sub.add_argument("--max-skipped", type=_share, default=0.01, metavar="SHARE", help=text)
 
@@ -36,7 +34,7 @@ def train(sub: Any) -> None:
     sub.add_argument("--projector", choices=("linear", "mlp", "prefix"), default="mlp",
                      help="of a fresh model: one layer, two, or two that give different tokens "
                      "(%(default)s)")  # fmt: skip
-    sub.add_argument("--visual-tokens", type=positive, default=576, metavar="K",
+    sub.add_argument("--visual-tokens", type=_positive, default=576, metavar="K",
                      help="tokens of an image in a fresh model (%(default)s)")  # fmt: skip
     sub.add_argument("--no-normalize", action="store_true",
                      help="do not make rows unit first, in a fresh model")  # fmt: skip
@@ -46,9 +44,9 @@ def train(sub: Any) -> None:
                      "commas (default: the stage's)")  # fmt: skip
     sub.add_argument("--lora", action="append", default=[], type=_setting, metavar="NAME=VALUE",
                      help="field of PEFT's LoraConfig, such as r=64")  # fmt: skip
-    sub.add_argument("--batch", type=positive, metavar="N",
+    sub.add_argument("--batch", type=_positive, metavar="N",
                      help="samples a step over all devices (default: the stage's)")  # fmt: skip
-    sub.add_argument("--micro-batch", type=positive, default=8, metavar="N",
+    sub.add_argument("--micro-batch", type=_positive, default=8, metavar="N",
                      help="samples at a time on a device (%(default)s)")  # fmt: skip
     sub.add_argument("--held-out", type=int, metavar="N", help="samples for the held-out loss, "
                      "0 for none (default: a hundredth, 512 at most)")  # fmt: skip
@@ -76,10 +74,13 @@ def asking(sub: Any, several: bool, pictures: bool) -> None:
     sub.add_argument("--id", metavar="ID", help="id of a row", **how)
     if pictures:
         sub.add_argument("--image", metavar="FILE", help="a picture", **how)
-        sub.add_argument("--encoder", metavar="NAME", help="that the model's rows came from")
+        sub.add_argument("--encoder", metavar="NAME", help="that the model's rows came "
+                         "from: a directory, or NAME:WEIGHTS of open_clip")  # fmt: skip
     text = "what to ask (default: %(default)s)" if several else "one question, then stop"
     sub.add_argument("--ask", default="Describe the image." if several else None, help=text)
-    sub.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="%(default)s")
+    sub.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="%(default)s"
+    )
     if several:
         sub.add_argument("--out", metavar="FILE", help="JSON lines (default: printed)")
 
@@ -87,13 +88,21 @@ def asking(sub: Any, several: bool, pictures: bool) -> None:
 def evaluate(sub: Any) -> None:
     sub.add_argument("--choices", type=int, default=4, metavar="N", help="texts to choose from by "
                      "likelihood, 0 for no choice (%(default)s)")  # fmt: skip
-    sub.add_argument("--limit", type=positive, metavar="N", help="samples, spread over the list")
-    sub.add_argument("--batch", type=positive, default=8, metavar="N", help="(%(default)s)")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="samples, spread over the list")
+    sub.add_argument("--batch", type=_positive, default=8, metavar="N", help="(%(default)s)")
     sub.add_argument("--no-generate", action="store_true", help="likelihoods alone")
-    sub.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="%(default)s")
+    sub.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="%(default)s"
+    )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (%(default)s)")
     sub.add_argument("--out", metavar="FILE", help="json (default: printed)")
     sub.add_argument("--cache", metavar="DIR", help="for the join (default: MODEL/data)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _share(text: str) -> float:

@@ -1,0 +1,107 @@
+"""The four-pass method as a plain numpy script: what realign_fast's corpus runs are held against.
+
+python benchmarks/four_pass_numpy.py --text DIR --image DIR --out DIR
+
+float64 in batches of 4096 rows: means of both sides, traces of both sides, the mean of the mapped
+text, then apply (ReAlign, arXiv 2602.07026 section 4). Reads and writes `.npy` shards, or `.pkl`
+shards that are lists of ``{"id", "embed", ...}`` (Python's own pickle: only for files you made).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+BATCH_ROWS = 4096
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of rows in a folder, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".pkl"))
+
+
+def load(path: Path) -> np.ndarray:
+    """All rows of a shard, `[N, D]`."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    with open(path, "rb") as file:
+        return np.stack([np.asarray(item["embed"]) for item in pickle.load(file)])
+
+
+def save(path: Path, rows: np.ndarray, source: Path) -> None:
+    """Aligned rows where `source` had its own."""
+    if path.suffix == ".npy":
+        np.save(path, rows)
+        return
+    with open(source, "rb") as file:
+        items = pickle.load(file)
+    with open(path, "wb") as file:
+        pickle.dump([{**item, "embed": row} for item, row in zip(items, rows, strict=True)], file)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def batches(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """`(first row, unit rows in float64)`."""
+    for first in range(0, len(rows), BATCH_ROWS):
+        yield first, unit(rows[first : first + BATCH_ROWS].astype(np.float64))
+
+
+def mean_of(folder: Path, change=lambda rows: rows) -> np.ndarray:
+    """Mean of the unit rows of a folder, or of what `change` makes of them."""
+    total, count = 0.0, 0
+    for path in shards(folder):
+        for _, rows in batches(load(path)):
+            total, count = total + change(rows).sum(axis=0), count + len(rows)
+    return total / count
+
+
+def main() -> None:
+    """Four passes; prints rows and seconds of each as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("text", "image", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    seconds, begin = {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        seconds[name] = time.perf_counter() - begin - sum(seconds.values())
+
+    mean_y, mean_x = mean_of(options.text), mean_of(options.image)
+    lap("means")
+    trace_y, trace_x = (
+        mean_of(folder, lambda rows, mean=mean: ((rows - mean) ** 2).sum(axis=1, keepdims=True))
+        for folder, mean in ((options.text, mean_y), (options.image, mean_x))
+    )
+    scale = float(np.sqrt(trace_x / trace_y)[0])
+    lap("traces")
+
+    def halfway(rows: np.ndarray) -> np.ndarray:
+        return unit(mean_x + scale * (rows - mean_y))
+
+    drift = mean_of(options.text, halfway)
+    lap("drift")
+    count = 0
+    for path in shards(options.text):
+        rows = load(path)
+        result = np.empty(rows.shape, rows.dtype)
+        for first, part in batches(rows):
+            result[first : first + len(part)] = unit(halfway(part) - drift + mean_x)
+        save(options.out / path.name, result, path)
+        count += len(rows)
+    lap("apply")
+    print(json.dumps({"rows": count, "seconds": sum(seconds.values()), "passes": seconds}))
+
+
+if __name__ == "__main__":
+    main()

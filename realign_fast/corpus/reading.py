@@ -1,0 +1,79 @@
+"""The rows of a file that holds them in one piece, in blocks: natively, or through Python's mmap.
+
+The native reader (`csrc/io`) maps windows of the file and brings their pages in on threads of its
+own, so a cold file is read while the rows before are computed on, and rows are never copied.
+Without it (no compiler at installation) Python maps the same windows and asks the kernel to read
+ahead. Either way batches are the same rows.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import torch
+
+from . import native
+from .npy import TORCH_DTYPES, Shard, changed, explained, opened
+
+BLOCK_BYTES = 16 << 20  # more only where one batch is larger
+BLOCKS_AHEAD = 2
+THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
+WINDOW_ALIGNMENT = 2 << 20  # on this grid the kernel can map cached files by huge pages
+
+
+def read_rows(shard: Shard, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """`(row, rows [n, D])` from row `first` on; batches end at multiples of `size`."""
+    step = max(1, BLOCK_BYTES // (size * shard.row_bytes)) * size  # rows in a block
+    begin = first - first % size
+    with opened(shard.path, shard) as (file, _), explained(shard.path):
+        blocks = (_native_blocks if native.io else _mapped_blocks)(file, shard, begin, step)
+        for start, block, offset in blocks:
+            for row in range(start, min(start + step, shard.rows), size):
+                if os.fstat(file.fileno()).st_size != shard.file_bytes:
+                    raise changed(shard)  # touching a page that is gone would be a SIGBUS
+                low, high = max(row, first), min(row + size, shard.rows)
+                skip = offset + (low - start) * shard.row_bytes
+                count, dtype = (high - low) * shard.dimension, TORCH_DTYPES[shard.dtype]
+                rows = torch.frombuffer(block, dtype=dtype, count=count, offset=skip)
+                yield low, rows.view(-1, shard.dimension)
+                del rows  # or it would keep the block in memory
+            del block
+
+
+Blocks = Iterator[tuple[int, Any, int]]  # first row, memory, where in it the row begins
+
+
+def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Blocks:
+    edges = shard.offset + begin * shard.row_bytes, shard.file_bytes
+    options = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
+    reader = native.io.ShardReader(file.fileno(), *edges, step * shard.row_bytes, **options)
+    for row in range(begin, shard.rows, step):
+        try:
+            yield row, next(reader), 0
+        except EOFError as error:
+            raise changed(shard) from error
+
+
+def _mapped_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Blocks:
+    for row in range(begin, shard.rows, step):
+        start = shard.offset + row * shard.row_bytes
+        end = min(start + step * shard.row_bytes, shard.file_bytes)
+        _announce(file.fileno(), start, min(end + 2 * BLOCK_BYTES, shard.file_bytes))
+        low = start - start % WINDOW_ALIGNMENT
+        yield (
+            row,
+            mmap.mmap(file.fileno(), end - low, access=mmap.ACCESS_COPY, offset=low),
+            start - low,
+        )
+
+
+def _announce(descriptor: int, begin: int, end: int) -> None:
+    """Ask the kernel to read ahead, unless the end is cached already: asking costs 7-11% then."""
+    if hasattr(os, "RWF_NOWAIT"):  # Linux
+        try:
+            os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
+        except OSError:
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)

@@ -1,0 +1,171 @@
+"""The native reader: bytes of a file in blocks, by mapping or through a ring of buffers."""
+
+import errno
+import gc
+import os
+import threading
+import time
+
+import pytest
+
+io = pytest.importorskip("realign_fast._io", reason="the native reader was not built")
+
+PAGE = 4096
+
+
+@pytest.fixture
+def content():
+    return os.urandom(10 * PAGE + 123)
+
+
+@pytest.fixture
+def file(tmp_path, content):
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+    with open(path, "rb") as file:
+        yield file
+
+
+def ring(block_bytes, buffers=2):
+    return io.Ring(buffers, block_bytes)
+
+
+@pytest.mark.parametrize("through_ring", [False, True])
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 1), (2, 1), (5, 3), (100, 8)])
+@pytest.mark.parametrize("block_bytes", [1, 777, PAGE, 3 * PAGE + 1, 1 << 20])
+@pytest.mark.parametrize(("begin", "end"), [(0, None), (128, None), (PAGE + 3, 2 * PAGE + 5)])
+def test_blocks_are_the_bytes(file, content, through_ring, ahead, threads, block_bytes, begin, end):
+    begin = begin if block_bytes > 1 else len(content) - 300
+    end = end if block_bytes > 1 and end else len(content)
+    options = {"ahead": ahead, "threads": threads}
+    options |= {"ring": ring(block_bytes)} if through_ring else {}
+    blocks = io.ShardReader(file.fileno(), begin, end, block_bytes, **options)
+    pieces = [bytes(block) for block in blocks]
+    assert b"".join(pieces) == content[begin:end]
+    assert {len(piece) for piece in pieces[:-1]} <= {block_bytes}
+    assert len(pieces) == -(-(end - begin) // block_bytes)
+
+
+@pytest.mark.parametrize("through_ring", [False, True])
+def test_kept_blocks_stay_as_they_are(file, content, through_ring):
+    """More of them than the ring has buffers; none waits for another to be given back."""
+    options = {"ring": ring(1000)} if through_ring else {}
+    kept = list(io.ShardReader(file.fileno(), 0, len(content), 1000, **options))
+    assert b"".join(map(bytes, kept)) == content
+    assert len({block.address for block in kept}) == len(kept)
+
+
+def test_a_ring_is_used_again_and_again(file, content):
+    buffers = ring(1000)
+    assert all(address % PAGE == 0 for address in buffers.addresses)
+    for _ in range(2):
+        used = set()
+        for block in io.ShardReader(file.fileno(), 0, len(content), 1000, ahead=1, ring=buffers):
+            used.add(block.address)
+            del block
+        assert used <= set(buffers.addresses)
+
+
+def test_a_ring_reads_past_the_cache_where_it_can(tmp_path, content):
+    """Every file system has the ring; what cannot do O_DIRECT is read as usual."""
+    for folder in (tmp_path, "/dev/shm"):
+        path = os.path.join(folder, f"realign-fast-{os.getpid()}")
+        try:
+            with open(path, "wb") as file:
+                file.write(content)
+            with open(path, "rb") as file:
+                try:
+                    os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+                    can = True
+                except OSError:
+                    can = False
+                reader = io.ShardReader(file.fileno(), 5, len(content), 999, ring=ring(999))
+                assert reader.direct == can
+                assert b"".join(map(bytes, reader)) == content[5:]
+        finally:
+            os.unlink(path)
+
+
+@pytest.mark.parametrize("through_ring", [False, True])
+def test_writes_to_a_block_never_reach_the_file(file, content, through_ring):
+    options = {"ring": ring(PAGE)} if through_ring else {}
+    for block in io.ShardReader(file.fileno(), 0, len(content), PAGE, **options):
+        memoryview(block)[0] ^= 0xFF
+    assert os.pread(file.fileno(), len(content), 0) == content
+
+
+@pytest.mark.parametrize("through_ring", [False, True])
+def test_a_file_that_ends_early_is_an_error(file, content, through_ring):
+    options = {"ring": ring(PAGE)} if through_ring else {}
+    reader = io.ShardReader(file.fileno(), 0, len(content) + 1, PAGE, ahead=1, **options)
+    with pytest.raises(EOFError):
+        list(reader)
+    with pytest.raises(EOFError):  # and stays one
+        next(reader)
+
+
+def test_an_error_of_the_system_keeps_its_number(tmp_path):
+    with pytest.raises(OSError) as caught:
+        io.ShardReader(987654, 0, 10, 10)
+    assert caught.value.errno == errno.EBADF
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError) as caught:
+            list(io.ShardReader(directory, 0, 10, 10))
+        assert caught.value.errno == errno.ENODEV  # a directory cannot be mapped
+    finally:
+        os.close(directory)
+
+
+@pytest.mark.parametrize("arguments", [(-1, 5, 1), (5, 4, 1), (0, 5, 0)])
+def test_bad_ranges_are_refused(file, arguments):
+    with pytest.raises(ValueError, match="expected 0 <= begin <= end"):
+        io.ShardReader(file.fileno(), *arguments)
+    with pytest.raises(ValueError, match="smaller blocks"):
+        io.ShardReader(file.fileno(), 0, 9, 1 << 20, ring=ring(PAGE))
+
+
+def test_nothing_is_read_of_an_empty_range(file):
+    assert list(io.ShardReader(file.fileno(), 7, 7, 10)) == []
+
+
+def test_a_reader_can_be_left_at_any_moment(file, content):
+    """Its threads end with it, and its descriptor is closed."""
+    descriptors, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    for taken in range(12):
+        reader = io.ShardReader(file.fileno(), 0, len(content), PAGE, ahead=4, threads=3)
+        blocks = [next(reader) for _ in range(min(taken, 11))]
+        del reader
+        gc.collect()
+        assert b"".join(map(bytes, blocks)) == content[: len(blocks) * PAGE]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/task")) == threads
+
+
+def test_it_reads_ahead_and_no_further(file, content):
+    """Buffers in use say how far it has come: those ahead, and the one that is held."""
+    buffers = ring(PAGE, buffers=8)
+    reader = io.ShardReader(file.fileno(), 0, len(content), PAGE, ahead=3, threads=3, ring=buffers)
+    held = next(reader)
+    deadline = time.monotonic() + 20
+    while buffers.free > 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert buffers.free == 4
+    assert bytes(held) == content[:PAGE]
+
+
+def test_readers_of_several_threads(file, content):
+    results = []
+
+    def read():
+        blocks = io.ShardReader(file.fileno(), 0, len(content), 500, ring=buffers)
+        results.append(b"".join(map(bytes, blocks)))
+
+    buffers = ring(500)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [content] * 4
