@@ -180,10 +180,7 @@ def base(tmp_path_factory):
 def test_saved_and_loaded_it_is_the_same(parts, base, tmp_path):
     model = ReVisionModel.start(base, D, visual_tokens=K, projector="prefix")
     model.train_only(parts)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+    shake(model)
     model.eval().save_pretrained(tmp_path)
     assert (tmp_path / "language_model").is_dir() == ("language_model" in parts)
     assert (tmp_path / "adapter").is_dir() == ("lora" in parts)
@@ -192,6 +189,28 @@ def test_saved_and_loaded_it_is_the_same(parts, base, tmp_path):
     want = model(**batch_of(*MIXED), image_rows=rows)
     got = again(**batch_of(*MIXED), image_rows=rows)
     assert torch.equal(want.logits, got.logits)
+
+
+def shake(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+
+
+def test_an_adapter_on_a_trained_language_model_is_saved_with_it(base, tmp_path):
+    model, rows = ReVisionModel.start(base, D, visual_tokens=K), torch.randn(3, D)
+    for stage, parts in ((tmp_path / "one", ["language_model"]), (tmp_path / "two", ["lora"])):
+        model.train_only(parts)
+        shake(model)
+        model.eval().save_pretrained(stage)
+        want = model(**batch_of(*MIXED), image_rows=rows).logits
+        model = ReVisionModel.from_pretrained(stage)
+        assert torch.equal(model(**batch_of(*MIXED), image_rows=rows).logits, want)
+    plain = type(tiny_llama()).from_pretrained(tmp_path / "two" / "language_model")
+    first = ReVisionModel.from_pretrained(tmp_path / "one").language_model
+    pairs = zip(plain.parameters(), first.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
 
 
 def test_an_adapter_is_merged_before_the_whole_model_trains(base):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -207,8 +207,9 @@ class ReVisionModel(nn.Module):
         if hasattr(self.language_model, "peft_config"):
             self.language_model.save_pretrained(directory / ADAPTER, **given)
         if self.whole:
-            base, given = self.base, given if self.base is self.language_model else {}
-            base.save_pretrained(directory / WHOLE, **given)
+            weights = given.get("state_dict") or self.language_model.state_dict()
+            weights = dict(_without_adapter(weights))
+            self.base.save_pretrained(directory / WHOLE, state_dict=weights)
         text = json.dumps(asdict(self.revision_config), indent=2) + "\n"
         write_whole(directory / CONFIG, text.encode())
 
@@ -242,7 +243,7 @@ class ReVisionModel(nn.Module):
         except RuntimeError as error:
             what = f"{directory / WEIGHTS}: does not fit {self.revision_config}"
             raise ValueError(f"{what}: {error}") from error
-        if whole and self.whole:
+        if whole and self.whole and not hasattr(self.language_model, "peft_config"):
             saved = _load_language_model(directory / WHOLE, self.base.dtype)
             self.base.load_state_dict(saved.state_dict())
         if (adapter := directory / ADAPTER).is_dir():
@@ -273,6 +274,13 @@ def _peft() -> ModuleType:
         what = f"LoRA adapters run on peft, which does not import ({error})"
         raise ImportError(f"{what}: pip install 'realign_fast[train]'") from error
     return peft
+
+
+def _without_adapter(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The language model's own weights, where PEFT has wrapped some of its layers."""
+    for name, tensor in weights.items():
+        if "lora_" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
 def _part(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:

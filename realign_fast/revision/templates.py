@@ -51,7 +51,7 @@ class Plain:
 
     def longest(self, sample: Sample) -> int:
         """No encoding has more tokens: a token stands for a byte at least."""
-        return len(sample.images) * len(self.image) + len(self.caption(sample).encode()) + 2
+        return len(sample.images) * len(self.image) + len(self.caption(sample).encode()) + 3
 
     def encode(self, sample: Sample) -> Encoded:
         before = self.prompt(len(sample.images))
@@ -115,7 +115,8 @@ class Chat:
 
     def longest(self, sample: Sample) -> int:
         text = self.render(sample.turns or _as_turns(sample))
-        return len(sample.images) * len(self.image) + len(text.encode())
+        pieces = 1 + len(sample.images)  # a tokenizer may put a token of its own before each
+        return len(sample.images) * len(self.image) + len(text.encode()) + pieces
 
     def render(self, turns: Sequence[tuple[str, str]], generate: bool = False) -> str:
         messages = [{"role": role, "content": text} for role, text in turns]
