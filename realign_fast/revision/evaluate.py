@@ -97,7 +97,8 @@ def _choice(
     random, texts = np.random.default_rng(seed), sorted(set(truth))
     if choices < 2 or len(texts) < choices:
         got = f"{len(texts)} different texts"
-        raise ValueError(f"evaluate: {got} for a choice of {choices}; expected 2 to {len(texts)}")
+        want = f"expected 2 to {len(texts)}, or 0 for no choice; lower it, or take more samples"
+        raise ValueError(f"evaluate: {got} for a choice of {choices}, {want}")
 
     def candidates() -> Iterator[tuple[Sample, str, torch.Tensor]]:
         for sample, own, image in zip(samples, truth, rows, strict=True):
