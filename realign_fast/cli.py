@@ -28,6 +28,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
+from .revision import commands as revision_commands
 from .run_options import RUN_OPTIONS, engine_from, path, path_or_url, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
@@ -89,7 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     command("convert", _convert, "Write a corpus in another format.", *converting)
     command("inspect", _inspect, "Show what a corpus holds.", *inspecting)
     embed_commands.add_commands(commands)
+    revision_commands.add(commands, _open_encoder)
     return parser
+
+
+def _open_encoder(name: str) -> Any:
+    """Of a directory, or of open_clip by ``NAME`` or ``NAME:WEIGHTS``."""
+    from .embed import load_encoder
+
+    if Path(name).exists():
+        return load_encoder(name)
+    model, _, weights = name.partition(":")
+    return load_encoder(model, weights or None)
 
 
 def _threads(text: str) -> int:

@@ -1,0 +1,244 @@
+"""Both stages of ReVision on transformers' Trainer (arXiv 2602.07026, section 5).
+
+Trainer, accelerate and PEFT do the training: bf16, accumulation, checkpoints, FSDP and DeepSpeed
+(through accelerate's configuration), logging. Here are the paper's settings and what they are
+applied to; `trainer.py` has the little that Trainer must be told.
+
+On many devices: `accelerate launch --config_file FILE -m realign_fast pretrain ...`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..align import ReAlign
+from ..corpus import Corpus
+from ..whole_file import write_whole
+from .data import Collator, Conversations, Part
+from .join import FAULTS, prepare
+from .model import ReVisionModel, transformers
+from .projector import CONFIG, ReVisionConfig, read_config
+from .templates import Chat, Plain
+
+BOTH = {
+    "num_train_epochs": 1.0,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # of all steps
+    "bf16": True,
+    "seed": 0,
+    "logging_steps": 10,
+    "eval_steps": 0.1,  # of all steps
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 2,
+    "report_to": "none",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "template": "plain",
+        "train": ("projector",),
+        "batch": 256,
+        "trainer": BOTH | {"learning_rate": 5e-4},
+    },
+    # The paper's batch of stage 2 is not known to us; 128 is LLaVA's.
+    "finetune": {
+        "template": "chat",
+        "train": ("projector", "language_model"),
+        "batch": 128,
+        "trainer": BOTH | {"learning_rate": 1e-5},
+    },
+}
+
+
+@dataclass
+class Run:
+    """What one training is made of; None takes the stage's preset."""
+
+    conversations: str  # a file of lists.py
+    rows: Corpus  # aligned text rows in stage 1, image rows in stage 2
+    out: str  # directory for checkpoints and the result
+    start: str  # a language model, or a directory that pretrain wrote
+    ids: str | None = None  # where the rows have their ids (ids.py)
+    aligner: ReAlign | None = None  # moves raw text rows on the way
+    projector: str = "mlp"  # of a fresh model, as the next three
+    visual_tokens: int = 576
+    normalize: bool = True
+    template: str | None = None  # "plain" or "chat"
+    chat_template: str | None = None  # Jinja, where the tokenizer has none
+    train: tuple[str, ...] | None = None  # of model.PARTS
+    lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
+    batch: int | None = None  # samples a step, over all devices
+    micro_batch: int = 8  # samples at a time on one device
+    max_length: int = 2048  # tokens of a sample
+    max_skipped: float = 0.01  # share of samples that may be unusable
+    held_out: int | None = None  # samples; None: a hundredth, 512 at most
+    generations: int = 3  # held-out samples answered at each evaluation
+    resume: bool = False  # from the last checkpoint in `out`, if there is one
+    trainer: dict[str, Any] = field(default_factory=dict)  # any of TrainingArguments
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+    """Stage 1: aligned captions stand for images, the caption is the target; returns a summary."""
+    return _train("pretrain", run)
+
+
+def finetune(run: Run) -> dict[str, Any]:
+    """Stage 2: image rows and conversations, loss on the answers; returns a summary."""
+    return _train("finetune", run)
+
+
+def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Checked names of TrainingArguments; ValueError names the nearest."""
+    known = {one.name for one in dataclasses.fields(transformers().TrainingArguments) if one.init}
+    for name in given:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, 3)) or "see transformers' docs"
+            raise ValueError(f"{name}: no setting of Trainer; nearest: {near}")
+    return given
+
+
+def _train(stage: str, run: Run) -> dict[str, Any]:
+    from .trainer import Epochs, Generations, ReVisionTrainer
+
+    preset = PRESETS[stage]
+    arguments = _arguments(preset, run)
+    old = (Path(run.start) / CONFIG).is_file() and read_config(Path(run.start))
+    tokenizer = transformers().AutoTokenizer.from_pretrained(run.start)
+    kind = run.template or preset["template"]
+    tokens = old.visual_tokens if old else run.visual_tokens
+    chat = {"template": run.chat_template} if kind == "chat" else {}
+    template = {"plain": Plain, "chat": Chat}[kind](tokenizer, tokens, **chat)
+    if run.chat_template:
+        tokenizer.chat_template = run.chat_template  # saved with the result
+    with arguments.main_process_first(local=False):
+        options = {"max_length": run.max_length, "max_skipped": run.max_skipped}
+        whole = prepare(
+            run.conversations, run.rows, template, Path(run.out) / "data", ids=run.ids, **options
+        )
+    train, held = _parts(whole, run.held_out)
+    model = _model(run, old, run.train or preset["train"], arguments.bf16)
+    model.revision_config.template = kind
+    if held is None:
+        arguments.eval_strategy = "no"
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    trainer = ReVisionTrainer(
+        model,
+        arguments,
+        data_collator=Collator(pad, run.aligner),
+        train_dataset=train,
+        eval_dataset=held,
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(Epochs(trainer))
+    if held is not None and run.generations:
+        trainer.add_callback(Generations(trainer, template, run.generations, run.aligner))
+    _say(trainer, whole.report, model)
+    last = _last_checkpoint(Path(run.out)) if run.resume else None
+    result = trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    trainer.save_state()
+    return _summary(stage, run, trainer, whole.report, result)
+
+
+def _arguments(preset: dict[str, Any], run: Run) -> Any:
+    """TrainingArguments of the preset, with what was given over it."""
+    out = Path(run.out)
+    if not run.resume and _last_checkpoint(out):
+        want = "go on with it (--resume), or name another directory"
+        raise ValueError(f"{out}: holds checkpoints of an earlier training; {want}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, at_once = run.batch or preset["batch"], run.micro_batch * world
+    if batch % at_once:
+        want = f"micro batch {run.micro_batch} x {world} devices; choose a multiple"
+        raise ValueError(f"batch: got {batch}, expected a multiple of {at_once}, {want}")
+    settings = preset["trainer"] | {
+        "output_dir": run.out,
+        "per_device_train_batch_size": run.micro_batch,
+        "per_device_eval_batch_size": run.micro_batch,
+        "gradient_accumulation_steps": batch // at_once,
+        "eval_strategy": "steps",
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
+    }
+    arguments = transformers().TrainingArguments(**settings | trainer_options(run.trainer))
+    if arguments.n_gpu > 1:  # DataParallel would cut image rows as if each sample had one
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    return transformers().trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
+
+
+def _model(run: Run, old: Any, parts: tuple[str, ...], bf16: bool) -> ReVisionModel:
+    dtype = torch.bfloat16 if bf16 and "language_model" not in parts else torch.float32
+    if old:
+        model = ReVisionModel.from_pretrained(run.start, dtype=dtype)
+        if old.row_dimension != run.rows.dimension:
+            got = f"rows have {run.rows.dimension} columns, the model was trained on"
+            raise ValueError(f"{run.rows.path}: {got} {old.row_dimension}; embed with its encoder")
+    else:
+        names = ("projector", "visual_tokens", "normalize")
+        seed = int(run.trainer.get("seed", BOTH["seed"]))
+        transformers().set_seed(seed)  # of the fresh projector
+        options = {name: getattr(run, name) for name in names}
+        model = ReVisionModel.start(run.start, run.rows.dimension, dtype=dtype, **options)
+    model.train_only(parts, **run.lora)
+    return model
+
+
+def _parts(whole: Conversations, held_out: int | None) -> tuple[Conversations | Part, Part | None]:
+    count = min(512, len(whole) // 100) if held_out is None else held_out
+    return whole.split(count) if count else (whole, None)
+
+
+def _say(trainer: Any, report: dict[str, Any], model: ReVisionModel) -> None:
+    """What will be trained, on what; once."""
+    if not trainer.is_world_process_zero():
+        return
+    skipped = ", ".join(f"{report[name]:,} {what}" for name, what in FAULTS.items() if report[name])
+    print(
+        f"{report['used']:,} of {report['samples']:,} samples"
+        + (f" ({skipped})" if skipped else "")
+    )
+    counts: dict[str, list[int]] = {}
+    for name, one in model.named_parameters():
+        part = "lora" if "lora_" in name else name.split(".")[0]
+        both = counts.setdefault(part, [0, 0])
+        both[0] += one.numel() * one.requires_grad
+        both[1] += one.numel()
+    parts = [f"{part} {some:,} of {every:,}" for part, (some, every) in counts.items()]
+    print(f"parameters that train: {', '.join(parts)}")
+
+
+def _summary(stage: str, run: Run, trainer: Any, report: dict[str, Any], result: Any) -> dict:
+    evaluations = [one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one]
+    config: ReVisionConfig = trainer.accelerator.unwrap_model(trainer.model).revision_config
+    summary = {
+        "stage": stage,
+        "out": run.out,
+        "processes": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "held_out_losses": evaluations,
+        "samples_per_second": result.metrics.get("train_samples_per_second"),
+        "data": report,
+        "model": dataclasses.asdict(config),
+    }
+    if trainer.is_world_process_zero():
+        write_whole(Path(run.out) / "training.json", json.dumps(summary, indent=2).encode())
+    return summary

@@ -1,0 +1,135 @@
+"""Scores against values worked out by hand, and the likelihoods behind the evaluation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from revision_parts import tiny_llama, word_tokenizer, write_corpus
+
+pytest.importorskip("transformers")
+from realign_fast.corpus import Corpus
+from realign_fast.revision.evaluate import evaluate
+from realign_fast.revision.join import prepare
+from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
+from realign_fast.revision.scores import cider, exact_match, interval
+from realign_fast.revision.templates import Chat, Plain
+
+
+def test_cider_of_an_example_worked_out_by_hand():
+    """Two images; "a" is in both references, so it weighs log(2/2) = 0; every other gram log 2.
+
+    Candidate "a dog", reference "a dog": cosine 1 for n = 1 and 2, no longer grams: 10 * 2/4.
+    Candidate "a cat sits", reference "a cat": of n = 1 cat.cat over |cat, sits| |cat| =
+    1/sqrt(2); of n = 2 (a cat).(a cat) over |a cat, cat sits| |a cat| = 1/sqrt(2); one word longer.
+    """
+    got = cider(["a dog", "a cat sits"], [["A dog."], ["a cat"]])
+    second = 10 * math.exp(-1 / 72) * (2 / math.sqrt(2)) / 4
+    assert got == pytest.approx([5.0, second], abs=1e-12)
+
+
+def test_cider_counts_a_repeated_word_only_as_often_as_the_reference():
+    """Two images, log 2 a word: candidate (dog dog dog cat) against (dog cat).
+
+    n = 1: min((3, 1), (1, 1)).(1, 1) / (sqrt(10) sqrt(2)) = 2 / sqrt(20); n = 2: "dog cat" is one
+    of 2 x "dog dog" and "dog cat": 1 / sqrt(5); n = 3 and 4: the reference has none; 2 words apart.
+    """
+    got = cider(["dog dog dog cat", "x"], [["dog cat"], ["y"]])[0]
+    want = 10 * math.exp(-4 / 72) * (2 / math.sqrt(20) + 1 / math.sqrt(5)) / 4
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_cider_averages_over_references_and_knows_no_word_order():
+    one = cider(["red dog", "x"], [["red dog"], ["y"]])[0]
+    two = cider(["red dog", "x"], [["red dog", "blue cat"], ["y"]])[0]
+    assert two == pytest.approx(one / 2)
+    with pytest.raises(ValueError, match="at least one each"):
+        cider(["x"], [[]])
+
+
+def test_exact_match_forgives_case_and_punctuation():
+    references = [["a red dog"], ["no", "yes"], ["a dog"]]
+    assert exact_match(["A red dog.", "yes!", "dog"], references).tolist() == [1, 1, 0]
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = interval(values)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    weighted = interval(np.array([1.0, 3.0]), np.array([3.0, 1.0]))
+    assert weighted["value"] == 1.5
+    with pytest.raises(ValueError, match="no values"):
+        interval(np.array([]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    ids = [f"x{n}" for n in range(12)]
+    texts = ["a red dog", "the cat sits on the mat", "one", "two small trees"] * 3
+    write_corpus(root / "corpus", ids)
+    turn = {"from": "human", "value": "<image>\nwhat ?"}
+    lines = [
+        {"id": one, "caption": text, "conversations": [turn, {"from": "gpt", "value": text}]}
+        for one, text in zip(ids, texts, strict=True)
+    ]
+    (root / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    torch.manual_seed(1)
+    config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
+    return root, texts, ReVisionModel(config, tiny_llama(vocabulary=400)).eval()
+
+
+@pytest.mark.parametrize("kind", [Plain, Chat])
+def test_the_loss_is_that_of_each_sample_alone(kind, world):
+    root, _, model = world
+    corpus, template = Corpus(root / "corpus", "text"), kind(word_tokenizer(), 2)
+    data = prepare(root / "list.jsonl", corpus, template, root / "cache")
+    found = evaluate(model, data, choices=0, batch=5, generate=False)
+    total = count = 0
+    for number in range(len(data)):
+        one = data[number]
+        inputs = {name: torch.tensor([one[name]]) for name in ("input_ids", "labels")}
+        loss = model(**inputs, image_rows=one["image_rows"]).loss.detach()
+        tokens = sum(label != -100 for label in one["labels"])
+        total, count = total + float(loss) * tokens, count + tokens
+    assert found["tokens"] == count
+    assert found["loss"]["value"] == pytest.approx(total / count, rel=1e-5)
+    assert found["loss"]["low"] < found["loss"]["value"] < found["loss"]["high"]
+
+
+class Knowing(torch.nn.Module):
+    """Not a model: likelihoods that are right where `knows`, to check what is made of them."""
+
+    def __init__(self, knows, data):
+        super().__init__()
+        self.device, self.knows = torch.device("cpu"), knows
+        self.right = {}
+        for number in range(len(data)):
+            one = data[number]
+            self.right[tuple(one["image_rows"][0].tolist())] = one["input_ids"]
+
+    def forward(self, input_ids, attention_mask, image_rows):
+        logits = torch.zeros(*input_ids.shape, 400)
+        for place, (ids, row) in enumerate(zip(input_ids, image_rows, strict=True)):
+            right = self.right[tuple(row.tolist())]
+            for at, token in enumerate(right[1 : len(ids)]):
+                if token != IMAGE_TOKEN and self.knows:
+                    logits[place, at, token] = 9.0
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize(("knows", "low", "high"), [(True, 1.0, 1.0), (False, 0.25, 0.25)])
+def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_equal(
+    knows, low, high, world
+):
+    root, _, _ = world
+    template = Plain(word_tokenizer(), 2)
+    data = prepare(root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache")
+    found = evaluate(Knowing(knows, data), data, choices=4, generate=False)["choice"]
+    assert low - 1e-6 <= found["value"] <= high + 1e-6
+    assert (found["of"], found["chance"]) == (4, 0.25)
+    with pytest.raises(ValueError, match="4 different texts for a choice of 5"):
+        evaluate(Knowing(knows, data), data, choices=5, generate=False)
