@@ -15,13 +15,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
+from cuda_emulation import emulated
 
 from realign_fast import ops
 from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda")
+KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "emulated cuda")
 
 
 def require_compiled():
@@ -39,7 +40,11 @@ class Kernel:
     def __init__(self, name):
         self.name = name
         self.device = torch.device("cuda" if name == "cuda" else "cpu")
-        if name in ISA_NAMES:
+        if name == "emulated cuda":
+            emulated.configure()
+            self.options = {}
+            self.functions = torch.ops.realign_emulated
+        elif name in ISA_NAMES:
             self.options = {"isa": ISA_NAMES.index(name)}
             self.functions = torch.ops.realign_fast
         else:
@@ -89,9 +94,9 @@ def kernel(request):
     return _kernel_or_skip(request.param)
 
 
-@pytest.fixture(params=KERNELS[1:])
+@pytest.fixture(params=KERNELS[1:-1])
 def compiled_kernel(request):
-    """Every implementation but the reference: for what only kernels promise, or at their scale."""
+    """Every kernel on its own device: for what only kernels promise, or at their scale."""
     return _kernel_or_skip(request.param)
 
 
@@ -102,6 +107,8 @@ def _kernel_or_skip(name):
         require_compiled()
         if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
             pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
+    if name == "emulated cuda" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler to emulate CUDA with")
     return Kernel(name)
 
 
