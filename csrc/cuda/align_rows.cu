@@ -34,7 +34,7 @@ __device__ void align_directly(Team<SIZE>& team, int64_t i, const AlignTask<T, M
 }
 
 template <class T, class M, int SIZE, int PACKS>
-__global__ void __launch_bounds__(256, 2) align_kernel(AlignTask<T, M> task) {
+__global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
   constexpr int E = kEntries<T>;
   Team<SIZE> team(shared_memory());
   const MapNumbers numbers = *task.map.numbers;
@@ -99,7 +99,7 @@ void align_typed(const Tensor& out, const Tensor& rows, const Tensor& scale, con
                                on_16_bytes(x, rows.stride(0)),
                                row_output(out)};
     const int64_t blocks = (n + Members::kTeams - 1) / Members::kTeams;
-    launch(align_kernel<T, M, size(), packs()>, persistent_blocks(blocks, 8), Members::kThreads,
+    launch(align_kernel<T, M, size(), packs()>, persistent_blocks(blocks, 16), Members::kThreads,
            Members::kSharedBytes, work.stream(), task);
   });
 }

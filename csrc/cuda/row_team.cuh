@@ -136,7 +136,7 @@ inline RowOutput row_output(const Tensor& out) {
 // `sum` and `peak` return is the same bits in every thread of the team.
 template <int SIZE>
 struct Team {
-  static constexpr int kThreads = SIZE == 32 ? 256 : SIZE;  // of a block
+  static constexpr int kThreads = SIZE == 32 ? 128 : SIZE;  // of a block
   static constexpr int kTeams = kThreads / SIZE;            // in a block
   static constexpr int kMostSums = 4;
   static constexpr size_t kSharedBytes = SIZE == 32 ? 0 : sizeof(double) * kMostSums * (SIZE / 32);
@@ -163,6 +163,15 @@ struct Team {
       sums[k] = static_cast<double>(part);
     }
     across_warps(sums, [](double a, double b) { return a + b; });
+  }
+
+  // Memory written by one thread of the team is there for the others.
+  __device__ void wait() const {
+    if constexpr (SIZE == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
   }
 
   __device__ double peak(double part) {
@@ -239,9 +248,9 @@ void dispatch_team(int64_t columns, const Body& body) {
   using std::integral_constant;
   if (columns <= 32 * 4 * kEntries<T>)
     return body(integral_constant<int, 32>(), integral_constant<int, 4>());
-  if (columns <= 256 * 4 * kEntries<T>)
-    return body(integral_constant<int, 256>(), integral_constant<int, 4>());
-  body(integral_constant<int, 256>(), integral_constant<int, 0>());
+  if (columns <= 128 * 4 * kEntries<T>)
+    return body(integral_constant<int, 128>(), integral_constant<int, 4>());
+  body(integral_constant<int, 128>(), integral_constant<int, 0>());
 }
 
 }  // namespace realign_fast
