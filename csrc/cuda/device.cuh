@@ -43,12 +43,19 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cu
 }
 
 inline int multiprocessors() { return emulation::multiprocessors; }
+inline void make_opaque(uint4&) {}
 
 #else
 
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
+}
+
+// The compiler may no longer know what it has computed from these words: it would keep 16-bit
+// entries as widened copies, in twice the registers, from one use to the next.
+__device__ __forceinline__ void make_opaque(uint4& words) {
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
 }
 
 inline void check_cuda(cudaError_t status) {

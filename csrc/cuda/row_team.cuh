@@ -47,8 +47,18 @@ __device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64
   return pack;
 }
 
+template <bool kKeep, class V>
+__device__ __forceinline__ void store_word(V* target, V word) {
+  if constexpr (kKeep) {
+    *target = word;
+  } else {
+    __stcs(target, word);
+  }
+}
+
 // E values of arithmetic type M as O, in whole stores of up to 16 bytes where the row allows it.
-template <class O, int E, class M>
+// (kKeep: the result is read again at once, so it should stay in the caches.)
+template <class O, bool kKeep = false, int E, class M>
 __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t column, int64_t columns,
                                          bool aligned, const M (&values)[E]) {
   O* target = static_cast<O*>(out) + offset + column;
@@ -63,17 +73,17 @@ __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t colu
       for (int k = 0; k < kBytes / 16; ++k) {
         uint4 bytes;
         memcpy(&bytes, reinterpret_cast<const char*>(rounded) + 16 * k, 16);
-        __stcs(reinterpret_cast<uint4*>(target) + k, bytes);
+        store_word<kKeep>(reinterpret_cast<uint4*>(target) + k, bytes);
       }
     } else if constexpr (kBytes == 8) {
       unsigned long long bytes;
       memcpy(&bytes, rounded, 8);
-      __stcs(reinterpret_cast<unsigned long long*>(target), bytes);
+      store_word<kKeep>(reinterpret_cast<unsigned long long*>(target), bytes);
     } else {
       static_assert(kBytes == 4);
       unsigned bytes;
       memcpy(&bytes, rounded, 4);
-      __stcs(reinterpret_cast<unsigned*>(target), bytes);
+      store_word<kKeep>(reinterpret_cast<unsigned*>(target), bytes);
     }
     return;
   }
@@ -228,6 +238,17 @@ struct TeamRow {
     return int64_t(p) * SIZE * kEntries<T> < columns;
   }
 
+  // Between two sweeps: keep the row as it was read, not as it was used.
+  __device__ __forceinline__ void forget_widened() {
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+      uint4 words;
+      memcpy(&words, &held[p], sizeof(words));
+      make_opaque(words);
+      memcpy(&held[p], &words, sizeof(words));
+    }
+  }
+
   // body(p, first column, pack); the team walks together, so a thread may see an empty pack.
   template <class Body>
   __device__ __forceinline__ void for_each_pack(const Body& body) const {
@@ -241,6 +262,14 @@ struct TeamRow {
     }
   }
 };
+
+// Where column j lies in a team's sums over rows: entry e of every thread's pack side by side, so that the
+// threads of a team add to neighbouring addresses.
+template <int E>
+__device__ __forceinline__ int64_t place(int64_t j, int size) {
+  const int64_t pack = j / E;
+  return (pack / size * E + j % E) * size + pack % size;
+}
 
 // Calls body(SIZE, PACKS) as constants: a warp a row, a block a row, or a block that reads again.
 template <class T, class Body>

@@ -30,14 +30,7 @@ struct SumTask {
   double* partial;  // [chunks, padded + kScalars], columns in the order of `place`
 };
 
-// Where column j lies in a chunk's sums: entry e of every thread's pack side by side, so that the
-// threads of a team add to neighbouring addresses.
-template <int E>
-__device__ __forceinline__ int64_t place(int64_t j, int size) {
-  const int64_t pack = j / E;
-  return (pack / size * E + j % E) * size + pack % size;
-}
-
+// What a team counts, in shared memory; its first thread writes.
 struct RowScalars {
   double energy = 0, beta = 0, gamma = 0;
   double rows = 0, zero = 0, nonfinite = 0;  // (whole numbers below 2^53 are exact)
@@ -51,11 +44,9 @@ __device__ void sum_directly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& t
   const T* row = task.rows + i * task.row_stride;
   const DirectRow direct = direct_row(team, row, task.columns, task.map);
   if (!direct.finite) {
-    scalars.nonfinite += 1;
+    if (team.thread == 0) scalars.nonfinite += 1;
     return;
   }
-  scalars.rows += 1;
-  scalars.zero += direct.zero ? 1 : 0;
   const double s = task.map.given ? task.map.numbers->scale : 0;
   double squares[1] = {0}, energy[1];
 #pragma unroll 1
@@ -66,7 +57,10 @@ __device__ void sum_directly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& t
     squares[0] += v * v;
   }
   team.sum(squares, energy);
+  if (team.thread != 0) return;
   scalars.energy += energy[0];
+  scalars.rows += 1;
+  scalars.zero += direct.zero ? 1 : 0;
 }
 
 // The row's weight in the sum into `weight`; false if it has to be done term by term.
@@ -95,18 +89,17 @@ __device__ bool row_weight(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS>& row,
   });
   team.sum(parts, dots);
   if (!in_range<M>(dots[0])) return false;
+  const bool counts = team.thread == 0;
   if (kMayMap && task.map.given) {
     const Coefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
     if (c.cancelled) return false;
     weight = static_cast<M>(c.alpha);
-    scalars.energy += 1;
-    scalars.beta += c.beta;
-    scalars.gamma += c.gamma;
+    if (counts) scalars.energy += 1, scalars.beta += c.beta, scalars.gamma += c.gamma;
   } else {
     weight = task.normalize ? static_cast<M>(rsqrt(dots[0])) : static_cast<M>(1);
-    scalars.energy += task.normalize ? 1 : dots[0];
+    if (counts) scalars.energy += task.normalize ? 1 : dots[0];
   }
-  scalars.rows += 1;
+  if (counts) scalars.rows += 1;
   return true;
 }
 
@@ -120,13 +113,14 @@ __device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t
   unsigned long long left = 0;
 #pragma unroll 1
   for (int64_t i = first; i < last; ++i) {
-    const TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
+    TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
                                       task.aligned);
     M weight;
     if (!row_weight(team, row, task, numbers, weight, scalars)) {
       left |= 1ull << (i - first);
       continue;
     }
+    row.forget_widened();
     row.for_each_pack([&](int p, int64_t column, const Pack<T>& pack) {
 #pragma unroll
       for (int e = 0; e < kEntries<T>; ++e) {
@@ -185,12 +179,12 @@ __global__ void __launch_bounds__(128, 3) sum_kernel(SumTask<T, M> task) {
     double* out = task.partial + chunk * (task.padded + kScalars);
     double* sums = SIZE == 32 ? scalars + kScalars * Members::kTeams : out;
     for (int64_t j = thread; j < task.padded; j += Members::kThreads) sums[j] = 0;
+    RowScalars& own = reinterpret_cast<RowScalars*>(scalars)[team.team];
+    if (team.thread == 0) own = RowScalars();
     __syncthreads();
     const int64_t begin = chunk * task.chunk_rows;
     const int64_t end = begin + task.chunk_rows < task.count ? begin + task.chunk_rows : task.count;
-    RowScalars own;
     sum_chunk<T, M, SIZE, PACKS>(team, begin, end, task, sums, own);
-    if (team.thread == 0) memcpy(scalars + kScalars * team.team, &own, sizeof(own));
     __syncthreads();
     if (SIZE == 32)
       for (int64_t j = thread; j < task.padded; j += Members::kThreads) out[j] = sums[j];
