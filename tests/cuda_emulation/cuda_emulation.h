@@ -291,9 +291,16 @@ V atomicMax(V* p, V value) {
   return std::exchange(*p, std::max(*p, value));
 }
 using std::isfinite;
+using std::ilogb;
+using std::ldexp;
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline long long __double_as_longlong(double x) {
   long long bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
