@@ -37,8 +37,9 @@ struct PackTask {
 template <class T, class V, int SIZE, int PACKS>
 struct PackSums {
   using M = typename PackTask<T, V>::M;
+  static constexpr bool kLow = std::is_same_v<V, Half>;  // only float16 has low terms
   M total[PACKS ? PACKS : 1][kEntries<T>];
-  M low[PACKS ? PACKS : 1][kEntries<T>];
+  M low[PACKS && kLow ? PACKS : 1][kLow ? kEntries<T> : 1];
 };
 
 template <class V, class M>
@@ -126,7 +127,7 @@ __device__ bool pack_usual(Team<SIZE>& team, int64_t i, const PackTask<T, V>& ta
       const M total = factor * (high_m[e] + low_m[e]), square = low_m[e] * low_m[e];
       if constexpr (PACKS > 0) {
         held.total[p][e] += total;
-        held.low[p][e] += square;
+        if constexpr (std::is_same_v<V, Half>) held.low[p][e] += square;
       } else if (sums && column + e < task.columns) {
         const int64_t at = (int64_t(p) * E + e) * SIZE + team.thread;
         sums[at] += static_cast<double>(total);
@@ -190,8 +191,9 @@ __global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
           for (int e = 0; e < E; ++e)
             if (int64_t(p) * SIZE * E < task.columns) {
               sums[(p * E + e) * SIZE + team.thread] += static_cast<double>(held.total[p][e]);
-              sums[task.padded + (p * E + e) * SIZE + team.thread] +=
-                  static_cast<double>(held.low[p][e]);
+              if constexpr (std::is_same_v<V, Half>)
+                sums[task.padded + (p * E + e) * SIZE + team.thread] +=
+                    static_cast<double>(held.low[p][e]);
             }
       }
       team.wait();

@@ -17,22 +17,24 @@ inline float cut_off(double x) {
 inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                          emulation::Site site = emulation::Site::current()) {
   struct Operands {
-    unsigned a[4], b[2];
-  } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const auto* all = emulation::exchange(mine, site);
-  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float a[8], b[4];  // entry e of word w is [2 w + e]
+  } mine;
   const auto entry = [](unsigned word, unsigned which) {
     return half_bits_to_float(static_cast<uint16_t>(which ? word >> 16 : word & 0xffff));
   };
+  for (unsigned e = 0; e < 8; ++e) mine.a[e] = entry(a[e / 2], e % 2);
+  for (unsigned e = 0; e < 4; ++e) mine.b[e] = entry(e / 2 ? b1 : b0, e % 2);
+  const auto* all = emulation::exchange(mine, site);
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (unsigned e = 0; e < 4; ++e) {
     const unsigned row = g + 8 * (e / 2), column = 2 * t + e % 2;
     double sum = c[e];
     for (unsigned k = 0; k < 16; ++k) {
       // A[row, k] lies in lane (row % 8, (k % 8) / 2), word row / 8 + 2 (k / 8), entry k % 2.
-      const auto left = emulation::lane_value<Operands>(all, row % 8 * 4 + k % 8 / 2);
-      const auto right = emulation::lane_value<Operands>(all, column * 4 + k % 8 / 2);
-      sum += double(entry(left.a[row / 8 + 2 * (k / 8)], k % 2)) *
-             double(entry(right.b[k / 8], k % 2));
+      float left, right;
+      std::memcpy(&left, all[row % 8 * 4 + k % 8 / 2] + 4 * (2 * (row / 8 + 2 * (k / 8)) + k % 2), 4);
+      std::memcpy(&right, all[column * 4 + k % 8 / 2] + 4 * (8 + 2 * (k / 8) + k % 2), 4);
+      sum += double(left) * double(right);
     }
     c[e] = cut_off(sum);
   }
