@@ -11,6 +11,7 @@ minutes. REALIGN_FAST_CUDA_ARCHS="90" compiles for one kind of GPU, and faster.
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ COMPILE = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA"
 LINK = "-shared -cudart static -Xlinker --no-as-needed -ltorch -ltorch_cpu"
 ARCHS = "80 90 100"
 NO_NVCC = (
-    "no nvcc ($CUDA_HOME/bin, PATH, /usr/local/cuda*/bin, or the package nvidia-cuda-nvcc) was found "
+    "no nvcc ($CUDA_HOME/bin, PATH, /usr/local/cuda*/bin, or the packages "
+    "nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, -runtime and -cccl of one version) was found "
     "when realign_fast was installed; install one, then realign_fast again with REALIGN_FAST_CUDA=1 "
     "and --force-reinstall --no-deps --no-cache-dir"
 )
@@ -30,9 +32,12 @@ def find_nvcc() -> tuple[str, str]:
     """The path of an nvcc that runs and its version, "13.0", or two times ""."""
     homes = [os.environ.get("CUDA_HOME", "")]
     on_path = shutil.which("nvcc")
-    found = [Path(home, "bin/nvcc") for home in homes if home] + ([Path(on_path)] if on_path else [])
+    found = [Path(home, "bin/nvcc") for home in homes if home] + (
+        [Path(on_path)] if on_path else []
+    )
     found += sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)
-    found += [Path(folder, "nvidia/cu13/bin/nvcc") for folder in sys.path]  # from PyPI
+    packages = [*sys.path, *site.getsitepackages([sys.prefix])]  # (pip hides the second)
+    found += [Path(folder, "nvidia/cu13/bin/nvcc") for folder in packages]
     for nvcc in found:
         if nvcc.exists() and (version := nvcc_version(nvcc)):
             return str(nvcc), version

@@ -1,8 +1,8 @@
 """Builds the compiled parts of realign_fast, through ninja.
 
 _C.abi3.so is csrc/cpu/*.cpp on torch's stable ABI: it holds no Python code and no C++ symbol of
-torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _C_cuda.abi3.so is csrc/cuda/*.cu
-on the same ABI, through nvcc (build_cuda.py says when). _io is csrc/io/*.cpp on
+torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _C_cuda.abi3.so is
+csrc/cuda/*.cu on the same ABI, through nvcc (build_cuda.py says when). _io is csrc/io/*.cpp on
 pybind11, without torch, for the Python that builds it. The metadata are in pyproject.toml;
 build_backend.py finds torch and the compiler; CMakeLists.txt builds the same files for IDEs and
 sanitizers.
@@ -24,9 +24,12 @@ import build_backend
 import build_cuda
 
 SOURCES, IO_SOURCES, CUDA_SOURCES = (
-    sorted(map(str, Path("csrc").glob(pattern))) for pattern in ("cpu/*.cpp", "io/*.cpp", "cuda/*.cu")
+    sorted(map(str, Path("csrc").glob(pattern)))
+    for pattern in ("cpu/*.cpp", "io/*.cpp", "cuda/*.cu")
 )
-HEADERS = sorted(map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}"))))
+HEADERS = sorted(
+    map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}")))
+)
 # (DEPENDS go into source distributions.)
 DEPENDS = [*HEADERS, "build_backend.py", "build_cuda.py", "CMakeLists.txt"]
 COMPILE = (
@@ -47,7 +50,7 @@ if compiler:
 class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         stable = fullname.replace(".", "/") + ".abi3.so"
-        return stable if "._C" in fullname else super().get_ext_filename(fullname)
+        return stable if "_C" in fullname else super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
         if (torch := build_backend.find_torch()) is None:

@@ -112,7 +112,9 @@ def _kernel_or_skip(name):
         require_compiled()
         if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
             pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
-    if name == "emulated cuda" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if name == "emulated cuda" and not any(
+        shutil.which(name) for name in ("c++", "g++", "clang++")
+    ):
         pytest.skip("no C++ compiler to emulate CUDA with")
     return Kernel(name)
 

@@ -58,9 +58,11 @@ def library(build, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cuobjdump():
     """cuobjdump of a toolkit, of the package nvidia-cuda-cuobjdump, or of Triton."""
-    folders = [Path(folder, part) for folder in sys.path for part in (
-        "nvidia/cu13/bin", "nvidia/cuobjdump/bin", "triton/backends/nvidia/bin"
-    )]
+    folders = [
+        Path(folder, part)
+        for folder in sys.path
+        for part in ("nvidia/cu13/bin", "nvidia/cuobjdump/bin", "triton/backends/nvidia/bin")
+    ]
     search = os.pathsep.join([*map(str, folders), os.environ["PATH"], "/usr/local/cuda/bin"])
     tool = shutil.which("cuobjdump", path=search)
     if not tool:

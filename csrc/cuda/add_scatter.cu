@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(256)
     weight_peaks(const double* weights, int64_t count, unsigned long long* peak) {
   Team<256> team(shared_memory());
   double most = 0;
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256)
+  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * 256)
     most = fmax(most, weights[i]);
   most = team.peak(most);
   if (threadIdx.x == 0)
@@ -138,10 +139,9 @@ const double* scales(Work& work, const ScatterCall& call, int64_t stride, bool h
     launch(weight_peaks, persistent_blocks((n + 255) / 256, 8), 256, Team<256>::kSharedBytes,
            work.stream(), call.weights, n, weight_peak);
   if (half && !call.normalize)
-    launch(row_peaks<T>,
-           dim3(across, persistent_blocks((n + 63) / 64, 16)), 256, 0,
-           work.stream(), static_cast<const T*>(call.rows.const_data_ptr()), call.rows.stride(0), n,
-           columns, call.centre, peaks);
+    launch(row_peaks<T>, dim3(across, persistent_blocks((n + 63) / 64, 16)), 256, 0, work.stream(),
+           static_cast<const T*>(call.rows.const_data_ptr()), call.rows.stride(0), n, columns,
+           call.centre, peaks);
   launch(column_scales, across, 256, 0, work.stream(), peaks, weight_peak, call.weights != nullptr,
          stride, half, scale);
   return scale;
@@ -179,14 +179,14 @@ void add_scatter_typed(const ScatterCall& call) {
     task.padded_count = (task.count + Tile::kDepth - 1) / Tile::kDepth * Tile::kDepth;
     packing.run(work, task);
     const Operand<V> operand{task.high, task.low, stride};
-    const Product<V, S> product{operand,  operand, task.padded_count, kSliceRows,
-                                partial, 0,       tiles};
+    const Product<V, S> product{operand, operand, task.padded_count, kSliceRows, partial, 0, tiles};
     const int64_t down = (task.padded_count + kSliceRows - 1) / kSliceRows;
     multiply<Tile, false, kTerms>(work, product, down);
-    launch(add_partials<S>,
-           dim3(static_cast<unsigned>(upper_tiles(tiles)), static_cast<unsigned>(side * side / 256)),
-           256, 0, work.stream(), partial, static_cast<int>(down), tiles, static_cast<int>(side),
-           scale, call.out);
+    launch(
+        add_partials<S>,
+        dim3(static_cast<unsigned>(upper_tiles(tiles)), static_cast<unsigned>(side * side / 256)),
+        256, 0, work.stream(), partial, static_cast<int>(down), tiles, static_cast<int>(side),
+        scale, call.out);
     launch(add_totals<kEntries<T>>, static_cast<unsigned>((columns + 127) / 128), 128, 0,
            work.stream(), task.sums, Packing<T, V>::blocks(task.padded_count), task.padded,
            team_size<T>(columns), scale, call.out);

@@ -28,9 +28,8 @@ __device__ void align_directly(Team<SIZE>& team, int64_t i, const AlignTask<T, M
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.columns; j += SIZE)
     store_entry(task.out, i, j,
-                direct.finite
-                    ? direct_value(direct, task.map, s, static_cast<double>(row[j]), j)
-                    : nan(""));
+                direct.finite ? direct_value(direct, task.map, s, static_cast<double>(row[j]), j)
+                              : nan(""));
 }
 
 template <class T, class M, int SIZE, int PACKS>

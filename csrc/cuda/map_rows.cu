@@ -68,13 +68,13 @@ __global__ void __launch_bounds__(256)
 
 template <class T, class M>
 struct FinishTask {
-  const T* rows;              // [count, D] of the chunk
-  const M* product;           // [count, stride], A u times row_scale scale_j
-  const double* scale;        // [stride] or null
+  const T* rows;        // [count, D] of the chunk
+  const M* product;     // [count, stride], A u times row_scale scale_j
+  const double* scale;  // [stride] or null
   double row_scale;
   const unsigned char* finite;  // [count]
-  const double* matrix;       // A
-  DeviceMap map;              // b, h and their numbers
+  const double* matrix;         // A
+  DeviceMap map;                // b, h and their numbers
   int64_t count, columns, row_stride, stride;
   bool diagonal;
   double* direct;  // [blocks, 2, D]
@@ -111,8 +111,8 @@ __device__ void map_directly(Team<kFinishThreads>& team, int64_t i, const Finish
   if (task.map.recentre) direct_norm(team, y, columns, recentred, direct.peak_q, direct.norm_q);
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += kFinishThreads) {
-    const double value = task.map.recentre ? direct.whole(recentred(y[j], j))
-                                           : direct.half(moved(y[j], j));
+    const double value =
+        task.map.recentre ? direct.whole(recentred(y[j], j)) : direct.half(moved(y[j], j));
     store_entry(task.out, i, j, value);
   }
   __syncthreads();  // before the block's next row takes the memory
@@ -207,8 +207,8 @@ void map_typed(const MapCall& call) {
 
   const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(V) * kTerms + sizeof(M));
   const int64_t padded_n = (n + side - 1) / side * side;
-  const int64_t chunk = std::min(
-      padded_n, std::max<int64_t>(8, kChunkBytes / (row_bytes * side)) * side);
+  const int64_t chunk =
+      std::min(padded_n, std::max<int64_t>(8, kChunkBytes / (row_bytes * side)) * side);
   PackTask<T, V> task = packing.task;
   task.high = work.take<V>(chunk * stride);
   task.low = kTerms == 2 && !diagonal ? work.take<V>(chunk * stride) : nullptr;
@@ -225,8 +225,9 @@ void map_typed(const MapCall& call) {
     packing.run(work, task);
     if constexpr (kTerms > 0) {
       if (!diagonal) {
-        const Product<V, M> job{{task.high, task.low, stride}, right, stride, stride, product,
-                                stride, static_cast<int>(stride / side)};
+        const Product<V, M> job{
+            {task.high, task.low, stride},  right, stride, stride, product, stride,
+            static_cast<int>(stride / side)};
         multiply<Tile, true, kTerms>(work, job, task.padded_count / side);
       }
     }
@@ -234,9 +235,19 @@ void map_typed(const MapCall& call) {
     if constexpr (std::is_same_v<V, M>) {
       if (diagonal) finished = task.high;
     }
-    FinishTask<T, M> finish{task.rows, finished, scale, half ? kRowScale : 1.0, task.finite, a,
+    FinishTask<T, M> finish{task.rows,
+                            finished,
+                            scale,
+                            half ? kRowScale : 1.0,
+                            task.finite,
+                            a,
                             {vectors.numbers, call.shift, call.recentre, true},
-                            task.count, columns, task.row_stride, stride, diagonal, direct,
+                            task.count,
+                            columns,
+                            task.row_stride,
+                            stride,
+                            diagonal,
+                            direct,
                             row_output(call.out)};
     finish.out.data = static_cast<char*>(finish.out.data) +
                       first * call.out.stride(0) * static_cast<int64_t>(call.out.element_size());
@@ -268,15 +279,14 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
   if (rows.size(0) == 0) return;
   const MapCall call{out, rows, matrix, static_cast<const double*>(shift.const_data_ptr()),
                      recentre ? static_cast<const double*>(recentre->const_data_ptr()) : nullptr};
-  const bool full = rows.scalar_type() == ScalarType::Double ||
-                    out.scalar_type() == ScalarType::Double;
+  const bool full =
+      rows.scalar_type() == ScalarType::Double || out.scalar_type() == ScalarType::Double;
   dispatch_rows(op, out, [](auto) {});
   dispatch_rows(op, rows, [&](auto t) {
     using T = decltype(t);
     if constexpr (!std::is_same_v<T, double>) {
       if (!full && matrix.dim() == 1) return map_typed<T, NoTile, 0, float, float>(call);
-      if (!full && variant == 1)
-        return map_typed<T, HalfTile<true, 1>, 1, Half, float>(call);
+      if (!full && variant == 1) return map_typed<T, HalfTile<true, 1>, 1, Half, float>(call);
       if (!full) return map_typed<T, HalfTile<true, 2>, 2, Half, float>(call);
     }
     map_typed<T, DoubleTile<true>, 1, double, double>(call);

@@ -26,11 +26,11 @@ struct PackTask {
   const M* ordered_scale;
   int64_t count, padded_count, columns, row_stride;
   bool aligned, normalize;
-  V *high, *low;   // [padded_count, stride]; low may be null
-  int64_t stride;  // D up to whole tiles
-  int64_t padded;  // D up to whole packs of the team
-  double* sums;    // [blocks, 2, padded], columns in the order of `place`; null: not wanted
-  unsigned char* finite;       // [padded_count] or null
+  V *high, *low;          // [padded_count, stride]; low may be null
+  int64_t stride;         // D up to whole tiles
+  int64_t padded;         // D up to whole packs of the team
+  double* sums;           // [blocks, 2, padded], columns in the order of `place`; null: not wanted
+  unsigned char* finite;  // [padded_count] or null
   unsigned long long* counts;  // [3] rows, zero, non-finite; or null
 };
 
@@ -213,8 +213,7 @@ struct Packing {
   PackTask<T, V> task;
   int64_t columns;
 
-  Packing(Work& work, const Tensor& rows, const double* centre, const double* scale,
-          int64_t stride)
+  Packing(Work& work, const Tensor& rows, const double* centre, const double* scale, int64_t stride)
       : task{}, columns(rows.size(1)) {
     const auto* x = static_cast<const T*>(rows.const_data_ptr());
     task.rows = x;
@@ -228,8 +227,7 @@ struct Packing {
     dispatch_team<T>(columns, [&](auto size, auto) {
       constexpr int64_t tile = size() * kEntries<T>;
       task.padded = (columns + tile - 1) / tile * tile;
-      const auto vectors =
-          prepare<M, kEntries<T>>(work, centre, scale, nullptr, columns, size());
+      const auto vectors = prepare<M, kEntries<T>>(work, centre, scale, nullptr, columns, size());
       task.ordered_centre = vectors.first;
       task.ordered_scale = vectors.second;
     });

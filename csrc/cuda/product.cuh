@@ -53,13 +53,14 @@ struct HalfTile {
   using Value = Half;
   using Sum = float;
   static constexpr int kSide = 128, kDepth = 32, kPad = 8;
-  static constexpr int kPromote = kTerms == 1 ? 16 : 4;  // steps: 512 and 128 of k
+  static constexpr int kPromote = kTerms == 1 ? 16 : 2;  // steps: 512 and 64 of k
   static constexpr int kRight = kSide + kPad;            // stride of right [k][n]
   static constexpr int kLeft = kLeftInner ? kDepth + kPad : kSide + kPad;
 
   Sum sums[4][4][4] = {}, rounded[4][4][4] = {};
 
-  __device__ void multiply(const Value* const (&left)[kTerms], const Value* const (&right)[kTerms]) {
+  __device__ void multiply(const Value* const (&left)[kTerms],
+                           const Value* const (&right)[kTerms]) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int m0 = warp / 4 * 64, n0 = warp % 4 * 32, r = lane % 8, low = lane / 8 % 2,
               high = lane / 16;
@@ -218,17 +219,17 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         const V* left = term ? task.left.low : task.left.high;
         const V* right = term ? task.right.low : task.right.high;
         if constexpr (kLeftInner) {
-          fetch<kSide, kDepth, Tile::kLeft>(
-              left_of(step % kStages, term), left + int64_t(at.row) * kSide * task.left.stride + k,
-              task.left.stride);
+          fetch<kSide, kDepth, Tile::kLeft>(left_of(step % kStages, term),
+                                            left + int64_t(at.row) * kSide * task.left.stride + k,
+                                            task.left.stride);
         } else {
           fetch<kDepth, kSide, Tile::kLeft>(left_of(step % kStages, term),
                                             left + k * task.left.stride + int64_t(at.row) * kSide,
                                             task.left.stride);
         }
-        fetch<kDepth, kSide, Tile::kRight>(right_of(step % kStages, term),
-                                           right + k * task.right.stride + int64_t(at.column) * kSide,
-                                           task.right.stride);
+        fetch<kDepth, kSide, Tile::kRight>(
+            right_of(step % kStages, term),
+            right + k * task.right.stride + int64_t(at.column) * kSide, task.right.stride);
       }
     }
     copy_async_commit();

@@ -87,8 +87,7 @@ template <class M, int E>
 OrderedVectors<M> prepare(Work& work, const double* first, const double* second,
                           const double* scale, int64_t columns, int size) {
   const int64_t padded = VectorOrder<M, E>::padded(columns, size);
-  OrderedVectors<M> vectors{work.take<M>(padded), work.take<M>(padded),
-                            work.take<MapNumbers>(1)};
+  OrderedVectors<M> vectors{work.take<M>(padded), work.take<M>(padded), work.take<MapNumbers>(1)};
   launch(prepare_vectors<M, E>, 1, 256, Team<256>::kSharedBytes, work.stream(), first, second,
          scale, columns, padded, size, vectors.first, vectors.second, vectors.numbers);
   return vectors;

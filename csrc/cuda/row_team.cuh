@@ -64,8 +64,9 @@ __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t colu
   O* target = static_cast<O*>(out) + offset + column;
   alignas(16) O rounded[E];
 #pragma unroll
-  for (int e = 0; e < E; ++e) rounded[e] = static_cast<O>(static_cast<std::conditional_t<
-      sizeof(O) == 8, double, float>>(values[e]));
+  for (int e = 0; e < E; ++e)
+    rounded[e] =
+        static_cast<O>(static_cast<std::conditional_t<sizeof(O) == 8, double, float>>(values[e]));
   if (aligned && column + E <= columns) {
     constexpr int kBytes = E * static_cast<int>(sizeof(O));
     if constexpr (kBytes % 16 == 0) {
@@ -168,8 +169,7 @@ struct Team {
     for (int k = 0; k < K; ++k) {
       M part = parts[k];
 #pragma unroll
-      for (int offset = 16; offset; offset /= 2)
-        part += __shfl_xor_sync(0xffffffffu, part, offset);
+      for (int offset = 16; offset; offset /= 2) part += __shfl_xor_sync(0xffffffffu, part, offset);
       sums[k] = static_cast<double>(part);
     }
     across_warps(sums, [](double a, double b) { return a + b; });
@@ -263,8 +263,8 @@ struct TeamRow {
   }
 };
 
-// Where column j lies in a team's sums over rows: entry e of every thread's pack side by side, so that the
-// threads of a team add to neighbouring addresses.
+// Where column j lies in a team's sums over rows: entry e of every thread's pack side by side, so
+// that the threads of a team add to neighbouring addresses.
 template <int E>
 __device__ __forceinline__ int64_t place(int64_t j, int size) {
   const int64_t pack = j / E;

@@ -12,11 +12,11 @@
 namespace realign_fast {
 namespace {
 
-constexpr int kGroupRows = 64;            // rows that one team adds up in the arithmetic type
-constexpr int64_t kMostChunks = 2048;     // partial sums [D] in memory
+constexpr int kGroupRows = 64;         // rows that one team adds up in the arithmetic type
+constexpr int64_t kMostChunks = 2048;  // partial sums [D] in memory
 constexpr int64_t kLeastChunkRows = 128;
-constexpr int kFan = 64;                  // chunks that one thread adds up
-constexpr int kScalars = 6;               // beyond the sum: energy, beta, gamma and three counts
+constexpr int kFan = 64;     // chunks that one thread adds up
+constexpr int kScalars = 6;  // beyond the sum: energy, beta, gamma and three counts
 
 template <class T, class M>
 struct SumTask {
@@ -114,7 +114,7 @@ __device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t
 #pragma unroll 1
   for (int64_t i = first; i < last; ++i) {
     TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
-                                      task.aligned);
+                                task.aligned);
     M weight;
     if (!row_weight(team, row, task, numbers, weight, scalars)) {
       left |= 1ull << (i - first);
@@ -274,8 +274,9 @@ void sum_typed(const Tensor& rows, const double* scale, const double* b, const d
              to, count, width);
       sums = to;
     }
-    launch(finish_sums<kEntries<T>>, static_cast<unsigned>((std::max<int64_t>(columns, 3) + 255) / 256),
-           256, 0, work.stream(), sums, columns, padded, size(), b, h, result.total, result.energy,
+    launch(finish_sums<kEntries<T>>,
+           static_cast<unsigned>((std::max<int64_t>(columns, 3) + 255) / 256), 256, 0,
+           work.stream(), sums, columns, padded, size(), b, h, result.total, result.energy,
            result.counts);
   });
 }
