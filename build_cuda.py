@@ -23,8 +23,8 @@ ARCHS = "80 90 100"
 NO_NVCC = (
     "no nvcc ($CUDA_HOME/bin, PATH, /usr/local/cuda*/bin, or the packages "
     "nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, -runtime and -cccl of one version) was found "
-    "when realign_fast was installed; install one, then realign_fast again with REALIGN_FAST_CUDA=1 "
-    "and --force-reinstall --no-deps --no-cache-dir"
+    "when realign_fast was installed; install one, then realign_fast again with "
+    "REALIGN_FAST_CUDA=1 and --force-reinstall --no-deps --no-cache-dir"
 )
 
 

@@ -3,8 +3,9 @@
 //   out [m, n] = sum over k of left [k, m] right [k, n]     (scatter: left = right, m <= n)
 //   out [m, n] = sum over k of left [m, k] right [k, n]     (map: the rows times A^T)
 //
-// One block makes one square tile over one slice of k: three stages of operands in shared memory,
-// filled by cp.async two steps ahead. With two terms a side (value = high + low) it adds high high
+// One block makes one square tile over one slice of k: two or three stages of operands in shared
+// memory, filled by cp.async ahead of their use. With two terms a side (value = high + low) it adds
+// high high
 // + high low + low high; low low is left to the caller. The tensor cores cut sums off, so a
 // float32 sum is moved into a rounded one every `promote` steps. Which slices there are depends on
 // the problem alone, never on the device, and so do the bytes.
@@ -45,7 +46,8 @@ __host__ __device__ inline TileAt upper_tile(int tile, int tiles) {
 inline int upper_tiles(int tiles) { return tiles * (tiles + 1) / 2; }
 
 constexpr int kProductThreads = 256;  // 2 x 4 warps
-constexpr int kStages = 3;
+template <int kTerms>
+constexpr int kStages = kTerms == 1 ? 3 : 2;  // (any GPU since sm_80 has 99 KiB for a block)
 
 // A tile of float16 operands: each warp makes 64 x 32 of 128 x 128 with m16n8k16.
 template <bool kLeftInner, int kTerms>
@@ -187,7 +189,7 @@ struct ProductShared {
   static constexpr int kLeftSize = (kLeftInner ? Tile::kSide : Tile::kDepth) * Tile::kLeft;
   static constexpr int kRightSize = Tile::kDepth * Tile::kRight;
   static constexpr int kStageSize = kTerms * (kLeftSize + kRightSize);
-  static constexpr size_t kBytes = sizeof(V) * kStages * kStageSize;
+  static constexpr size_t kBytes = sizeof(V) * kStages<kTerms> * kStageSize;
 };
 
 template <class Tile, bool kLeftInner, int kTerms>
@@ -219,16 +221,16 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         const V* left = term ? task.left.low : task.left.high;
         const V* right = term ? task.right.low : task.right.high;
         if constexpr (kLeftInner) {
-          fetch<kSide, kDepth, Tile::kLeft>(left_of(step % kStages, term),
+          fetch<kSide, kDepth, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
                                             left + int64_t(at.row) * kSide * task.left.stride + k,
                                             task.left.stride);
         } else {
-          fetch<kDepth, kSide, Tile::kLeft>(left_of(step % kStages, term),
+          fetch<kDepth, kSide, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
                                             left + k * task.left.stride + int64_t(at.row) * kSide,
                                             task.left.stride);
         }
         fetch<kDepth, kSide, Tile::kRight>(
-            right_of(step % kStages, term),
+            right_of(step % kStages<kTerms>, term),
             right + k * task.right.stride + int64_t(at.column) * kSide, task.right.stride);
       }
     }
@@ -236,16 +238,16 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   };
 
   Tile tile;
-  for (int step = 0; step < kStages - 1; ++step) fetch_step(step);
+  for (int step = 0; step < kStages<kTerms> - 1; ++step) fetch_step(step);
   for (int step = 0; step < steps; ++step) {
-    copy_async_wait<kStages - 2>();  // this step's operands have come
-    __syncthreads();                 // for every thread; and the stage before is free
-    fetch_step(step + kStages - 1);
+    copy_async_wait<kStages<kTerms> - 2>();  // this step's operands have come
+    __syncthreads();                         // for every thread; and the stage before is free
+    fetch_step(step + kStages<kTerms> - 1);
     const V *left[kTerms], *right[kTerms];
 #pragma unroll
     for (int term = 0; term < kTerms; ++term) {
-      left[term] = left_of(step % kStages, term);
-      right[term] = right_of(step % kStages, term);
+      left[term] = left_of(step % kStages<kTerms>, term);
+      right[term] = right_of(step % kStages<kTerms>, term);
     }
     tile.multiply(left, right);
     if (step % Tile::kPromote == Tile::kPromote - 1) tile.promote();

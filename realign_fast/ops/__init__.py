@@ -43,8 +43,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
 _MATRIX = _MAP.replace("scale", "matrix")
 _SCHEMAS = (
-    # `isa` chooses among a device's kernels, 0 is its best. On a CPU: the instruction set, for tests
-    # and benchmarks. On CUDA: the operands of add_scatter_ and map_rows, 1 is one float16 term.
+    # `isa` chooses among a device's kernels, 0 is its best. On a CPU: the instruction set, for
+    # tests and benchmarks. On CUDA: the operands of add_scatter_ and map_rows (1 is "fast").
     f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int isa=0) -> Tensor",
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
     f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int isa=0) -> Tensor",
