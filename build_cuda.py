@@ -18,7 +18,8 @@ from pathlib import Path
 from shlex import quote
 
 COMPILE = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA"
-LINK = "-shared -cudart static -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+# (-lstdc++ first, as in setup.py.)
+LINK = "-shared -cudart static -Xlinker --no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 ARCHS = "80 90 100"
 NO_NVCC = (
     "no nvcc ($CUDA_HOME/bin, PATH, /usr/local/cuda*/bin, or the packages "
