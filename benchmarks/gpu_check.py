@@ -7,8 +7,8 @@ version (the packages nvidia-cuda-nvcc, -nvvm, -crt and -runtime will do). It bu
 this GPU alone, runs every test that wants a GPU, measures the ceilings of the machine, every kernel
 beside its peers, and what the documents only simulate or predict. Each part is on its own: one that
 fails or has no time left is written down as such, and the file is written again after every part.
-Kernels, ceilings and peers of one case take turns; a figure is the median over rounds. No speed is
-given for a result whose error is above its bound.
+Kernels, ceilings and peers of one case take turns; a figure is the median over rounds, and beside
+every speed stands the error of the result.
 """
 
 # ruff: noqa: B023 - a case's calls are run before its loop goes on
@@ -205,7 +205,7 @@ def row_kernels() -> list[dict]:
         rows, (s, b, h) = rows_of(count, columns, dtype), row_map(columns)
         out, few = torch.empty_like(rows), rows[:2000]
         narrow = [b.float(), h.float()]
-        expected = reference.align_rows(few, torch.tensor(s).cuda(), b, h, torch.float64)
+        expected = reference.align_rows(few, torch.tensor(s, dtype=torch.float64).cuda(), b, h, torch.float64)
         error = float((ops.align_rows(few, s, b, h).double() - expected).abs().max())
         mean = torch.nn.functional.normalize(rows.double()[:20000], dim=1).sum(dim=0)
         sum_error = float((ops.sum_rows(rows[:20000]).total - mean).abs().max() / 20000)
