@@ -205,9 +205,10 @@ def row_kernels() -> list[dict]:
         rows, (s, b, h) = rows_of(count, columns, dtype), row_map(columns)
         out, few = torch.empty_like(rows), rows[:2000]
         narrow = [b.float(), h.float()]
-        expected = reference.align_rows(few, torch.tensor(s, dtype=torch.float64).cuda(), b, h, torch.float64)
+        scale = torch.tensor(s, dtype=torch.float64, device="cuda")
+        expected = reference.align_rows(few, scale, b, h, torch.float64)
         error = float((ops.align_rows(few, s, b, h).double() - expected).abs().max())
-        mean = torch.nn.functional.normalize(rows.double()[:20000], dim=1).sum(dim=0)
+        mean = torch.nn.functional.normalize(rows[:20000].double(), dim=1).sum(dim=0)
         sum_error = float((ops.sum_rows(rows[:20000]).total - mean).abs().max() / 20000)
         times = seconds(
             {
