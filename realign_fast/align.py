@@ -31,6 +31,7 @@ from . import ops
 from .corpus import Corpus
 from .family import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
+from .url import at_hand, path_of
 from .whole_file import write_whole
 
 Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
@@ -315,7 +316,8 @@ class ReAlign(nn.Module):
     def load(cls, path: str | os.PathLike[str]) -> ReAlign:
         """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
         try:
-            tensors = load_file(path)
+            with at_hand(path) as local:
+                tensors = load_file(local)
             self = cls(len(tensors["shift"]))
             self.load_state_dict(tensors)
         except (SafetensorError, KeyError, RuntimeError) as error:
@@ -344,7 +346,7 @@ class ReAlign(nn.Module):
                 ``aligner.safetensors`` of the command line).
             ImportError: a hub name without the ``hub`` extra.
         """
-        path = Path(name_or_path)
+        path = path_of(name_or_path)
         if path.is_dir():
             # As save_pretrained and the command line name it.
             names = ("model.safetensors", "aligner.safetensors")

@@ -16,7 +16,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from . import __version__, ops
+from . import __version__, embed_commands, ops
 from .align import ReAlign
 from .corpus import Corpus
 from .corpus.convert import TARGETS, convert
@@ -28,7 +28,7 @@ from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
-from .run_options import RUN_OPTIONS, path, positive
+from .run_options import RUN_OPTIONS, engine_from, path, path_or_url, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
 from .verify import verify
@@ -70,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         for option in options:
             (_OPTIONS | RUN_OPTIONS)[option](sub)
 
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "workers", "mode")
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "engine", "mode")
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
-    converting = ("path", "to", "converted", *reading, "batch-bytes", "quiet")
+    converting = ("path", "to", "dtype", "converted", *reading, "batch-bytes", "quiet")
     inspecting = ("path", "sample", "inspect-seed", "json", *reading)
     applying = ("aligner", "source", "out", *reading, *passes, "shard")
     side = ("side", "out", "half", "method", *reading, *passes[:-1], "shard")
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command("verify", _verify, "Read a result again and hold it against its manifest.", "result")
     command("convert", _convert, "Write a corpus in another format.", *converting)
     command("inspect", _inspect, "Show what a corpus holds.", *inspecting)
+    embed_commands.add_commands(commands)
     return parser
 
 
@@ -117,7 +118,8 @@ _OPTIONS = {
         "--text",
         required=True,
         metavar="DIR",
-        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/)",
+        help="rows to move: a directory of shards, or a clip-retrieval root (its text_emb/); or a "
+        "URL (s3://, gs://, hf://, https://)",
     ),
     "target": lambda sub: sub.add_argument(
         "--target",
@@ -139,7 +141,7 @@ _OPTIONS = {
     "aligner": lambda sub: sub.add_argument(
         "--aligner",
         required=True,
-        type=path,
+        type=path_or_url,
         metavar="FILE",
         help="aligner.safetensors of an earlier fit, or the directory it lies in",
     ),
@@ -158,13 +160,18 @@ _OPTIONS = {
         "(default: none)",
     ),
     "path": lambda sub: sub.add_argument(
-        "source", metavar="SOURCE", help="a shard, a directory of shards or a saved dataset"
+        "source", metavar="SOURCE", help="a shard, a directory of shards, a saved dataset; or a URL"
     ),
     "converted": lambda sub: sub.add_argument(
         "out", metavar="OUT", type=path, help="directory for the result, without shards"
     ),
     "to": lambda sub: sub.add_argument(
         "--to", required=True, choices=TARGETS, help="the format of the result"
+    ),
+    "dtype": lambda sub: sub.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="numbers of the result (default: as they are; bfloat16 only in safetensors)",
     ),
     "sample": lambda sub: sub.add_argument(
         "--sample",
@@ -212,7 +219,9 @@ _OPTIONS = {
         default=BATCH_BYTES,
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
-    "result": lambda sub: sub.add_argument("out", type=path, metavar="OUT", help="of a run"),
+    "result": lambda sub: sub.add_argument(
+        "out", type=path_or_url, metavar="OUT", help="of a run, or of its copy: a URL"
+    ),
 }
 
 
@@ -256,14 +265,14 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _align(options: argparse.Namespace) -> None:
-    report = align(*_corpora(options), options.out, _settings(options))
+    report = align(*_corpora(options), options.out, _settings(options), engine_from(options))
     _print_report(report, options.out)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    run = Run(_settings(options))
+    run = Run(_settings(options), engine=engine_from(options))
     source, target = _corpora(options)
-    source = open_source(source, run.settings)
+    source = open_source(source, run.settings, run.engine)
     options.out.mkdir(parents=True, exist_ok=True)
     with run.keeping(options.out):
         aligner = run.fit(source, target, residual=True)
@@ -278,8 +287,9 @@ def _fit(options: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text", **_how(options)), Run(_settings(options))
+    run.engine = engine_from(options)
     if options.shard[1] > 1:
-        done = apply_part(aligner, source, options.out, options.shard, run.settings)
+        done = apply_part(aligner, source, options.out, options.shard, run.settings, run.engine)
         _print_pass(done.summary())
         return
     check_output(options.out, source, mode=options.mode)
@@ -295,7 +305,8 @@ def _stats(options: argparse.Namespace) -> None:
     modality = {"source": "text", "target": "image"}[side]
     rows = Corpus(getattr(options, side), modality, **_how(options))
     aligner = options.aligner and ReAlign.load(options.aligner)
-    done = stats(rows, side, options.out, options.shard, aligner, _settings(options))
+    how = _settings(options), engine_from(options)
+    done = stats(rows, side, options.out, options.shard, aligner, *how)
     _print_pass(done.summary())
 
 
@@ -319,7 +330,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> None:
     corpus = Corpus(options.source, **_how(options))
     with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
-        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
 
 

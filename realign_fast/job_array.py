@@ -13,6 +13,7 @@ from typing import Any
 
 from .align import ReAlign
 from .corpus import Corpus
+from .engine import Engine
 from .output import ALIGNER, check_output
 from .passes import Missing, Pass, Settings
 from .pipeline import Run, check_columns, describe, describe_result
@@ -27,6 +28,7 @@ def stats(
     part: tuple[int, int] = (0, 1),
     aligner: ReAlign | None = None,
     settings: Settings | None = None,
+    engine: Engine | None = None,
 ) -> Pass:
     """Statistics of part ``(i, n)`` of the ``"source"`` or ``"target"`` shards, kept in ``out``.
 
@@ -40,17 +42,22 @@ def stats(
     if aligner is not None and aligner.dimension != rows.dimension:
         got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
         raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
-    run = Run(settings or Settings(), part=part)
+    run = Run(settings or Settings(), part=part, engine=engine)
     with run.keeping(out):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
     return run.passes[0]
 
 
 def apply_part(
-    aligner: ReAlign, source: Corpus, out: Path, part: tuple[int, int], settings: Settings
+    aligner: ReAlign,
+    source: Corpus,
+    out: Path,
+    part: tuple[int, int],
+    settings: Settings,
+    engine: Engine | None = None,
 ) -> Pass:
     """Align part ``(i, n)`` of the source shards into ``out``."""
-    run = Run(settings, part=part)
+    run = Run(settings, part=part, engine=engine)
     run.apply(aligner, source, out)
     return run.passes[0]
 

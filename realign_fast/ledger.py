@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ import numpy as np
 import torch
 
 from . import __version__, ops
-from .corpus import Shard
+from .corpus import Shard, as_numpy
 from .moments import Moments
 from .output import STATS
+from .url import Url, each
 from .whole_file import write_whole
 
 Entry = dict[str, Any]  # what the manifest says of one shard in one pass
@@ -32,14 +35,26 @@ Entry = dict[str, Any]  # what the manifest says of one shard in one pass
 
 def identity(shard: Shard) -> Entry:
     """What makes a shard the same shard: a change of its rows changes one of these."""
+    shape = {"rows": shard.rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
+    if isinstance(shard.path, Url):
+        size, version = shard.path.stamp()
+        return {"path": str(shard.path), **shape, "size": size, "version": version}
     try:
         state = os.stat(shard.path)
     except OSError as error:
         advice = "what is finished is kept: bring it back and run the same command again"
         raise OSError(error.errno, f"{shard.path}: {error.strerror}; {advice}") from error
-    shape = {"rows": shard.rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
     times = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
     return {"path": os.path.realpath(shard.path), **shape, **times}
+
+
+def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
+    """Of each shard; those of URLs are asked for at once."""
+    found = tuple(each(identity, shards, lambda shard: shard.path))
+    if vague := [one["path"] for one in found if one.get("version") == ""]:
+        what = "its server gives no ETag and no time, so a new content of the same size is not seen"
+        warnings.warn(f"{vague[0]}: {what}; use --mode overwrite after a change", stacklevel=3)
+    return found
 
 
 def check_unchanged(shard: Shard, known: Entry) -> None:
@@ -80,7 +95,7 @@ def checksum(rows: torch.Tensor, before: int = 0) -> int:
     A word is 8 bytes where a row is a whole number of those, else 4 or 2. Every changed bit
     changes it, as does an exchange of rows.
     """
-    data = rows.numpy().reshape(len(rows), -1)  # [n, D]
+    data = as_numpy(rows).reshape(len(rows), -1)  # [n, D]
     width = next(w for w in (8, 4, 2, 1) if data.shape[1] * data.itemsize % w == 0)
     return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
 

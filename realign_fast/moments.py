@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .scatter import RowMap, Scatter, checked_weights
+from .url import at_hand
 from .whole_file import write_whole
 
 BAD_ROWS = ("error", "skip", "keep")
@@ -265,7 +266,7 @@ class Moments:
             ValueError: the file is not a safetensors file of moments.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with at_hand(path) as local, safe_open(local, "pt") as file:
                 flags = file.metadata()["moments"].split()
                 state = {name: file.get_tensor(name) for name in file.keys()}
             moments = cls(**{name: name in flags for name in cls()._flags()})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import SUBFOLDERS, Corpus, format_of
+from .url import Url
 from .whole_file import write_whole
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
@@ -33,6 +34,7 @@ def check_output(
     """Refuse an output directory that would lose or mix rows, before anything is read."""
     folder = out / source.subfolder
     inputs = [shard.path for corpus in (source, target) if corpus for shard in corpus.shards]
+    inputs = [path for path in inputs if not isinstance(path, Url)]
     taken = {path.parent.resolve() for path in inputs} | {path.resolve().parent for path in inputs}
     if taken & {out.resolve(), folder.resolve()}:
         raise ValueError(f"{out}: holds rows that are read; give another --out")

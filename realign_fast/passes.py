@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .corpus import Corpus
 from .engine import Engine, engine_of
 from .family import Shrinkage
-from .ledger import Entry, Ledger, code_version, identity, map_hash
+from .ledger import Entry, Ledger, code_version, identities, map_hash
 from .lock import locked
 from .manifest import Passes
 from .moments import Moments
@@ -121,7 +121,7 @@ class Walks:
         """A work of this kind for pass ``name``, with the settings and the ledger of this run."""
         settings, aligner = self.settings, options.get("aligner")
         if corpus not in self.identities:
-            self.identities[corpus] = tuple(map(identity, corpus.shards))
+            self.identities[corpus] = identities(corpus.shards)
         facts = {"pass": name, "bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
         facts |= {"column": corpus.column, "allow_pickle": corpus.allow_pickle}
         facts |= {"covariance": options.get("covariance", False), "map": map_hash(aligner)}

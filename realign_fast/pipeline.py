@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch
 from . import __version__, ops
 from .align import ReAlign
 from .corpus import Corpus
+from .engine import Engine
 from .family import NEED_COVARIANCE
 from .kept import Kept
 from .ledger import code_version, map_hash
@@ -29,6 +29,7 @@ from .output import ALIGNER, REPORT, check_output, write_json
 from .passes import Settings, Walks
 from .sample import Sampled, errors, measure_sample, rows_to_fit
 from .shard_work import AlignWork, ShardWork
+from .url import local_path
 
 
 class Run(Walks):
@@ -96,7 +97,7 @@ class Run(Walks):
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
         The moments are those of the result before it is rounded to the corpus's dtype.
         """
-        out = Path(out)
+        out = local_path(out)
         check_output(out, source, mode=self.settings.mode)
         if aligner.dimension != source.dimension:
             got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
@@ -142,15 +143,17 @@ def align(
     target: Corpus | str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: Settings | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Fit on two corpora, write the source aligned into ``out``, and return the report.
 
     ``source`` and ``target`` are corpora, directories of shards, or a clip-retrieval root, whose
-    ``text_emb/`` is then the source and whose ``img_emb/`` the target. ValueError, TypeError or
+    ``text_emb/`` is then the source and whose ``img_emb/`` the target. An ``engine``, such as
+    :class:`ray_engine.RayTasks`, takes the place of ``settings.workers``. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
-    run, out = Run(settings or Settings()), Path(out)
-    source_rows = open_source(source, run.settings)
+    run, out = Run(settings or Settings(), engine=engine), local_path(out)
+    source_rows = open_source(source, run.settings, engine)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode)
     check_columns(source_rows, target_rows)
@@ -166,11 +169,14 @@ def align(
     return report
 
 
-def open_source(source: Corpus | str | os.PathLike[str], settings: Settings) -> Corpus | Kept:
+def open_source(
+    source: Corpus | str | os.PathLike[str], settings: Settings, engine: Engine | None = None
+) -> Corpus | Kept:
     """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""
     corpus = source if isinstance(source, Corpus) else Corpus(source, "text")
-    if settings.memory and settings.workers > 1:
-        raise ValueError("memory: rows are kept in one process; give --memory or --workers")
+    if settings.memory and (settings.workers > 1 or engine):
+        others = "--engine ray" if engine else "--workers"
+        raise ValueError(f"memory: rows are kept in one process; give --memory or {others}")
     return Kept(corpus) if corpus.nbytes <= settings.memory else corpus
 
 

@@ -3,7 +3,7 @@
 For every aligned shard: it is there, its shape and dtype, the checksum of its rows, how many rows
 are zero or NaN, that the others are unit rows, and that its mean is the one recorded while it was
 made. For every statistics' file: its hash. For the aligner: that it is the map the rows went
-through. The source is not read.
+through. The source is not read. `OUT` may be the URL of a copy.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from .ledger import checksum, digest, map_hash
 from .manifest import read_manifest
 from .moments import Moments
 from .output import ALIGNER, MANIFEST, REPORT
+from .url import Url, path_of
 
 # A rounded unit row: every entry moves by half an ulp of itself at most, in all half an ulp of 1;
 # the rows before rounding are unit to float32 (or, of float64 rows, float64).
-_NORM = {torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}
-_TINY = {torch.float16: 2.0**-25, torch.float32: 0.0, torch.float64: 0.0}  # half a subnormal step
+_NORM = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-20,
+    torch.float64: 2.0**-45,
+}
+_TINY = {torch.float16: 2.0**-25}  # half a subnormal step; that of the others is nothing
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Found:
     total: torch.Tensor | float = field(default=0.0, repr=False)
 
 
-def verify(out: Path) -> tuple[dict[str, int], list[str]]:
+def verify(out: Path | Url) -> tuple[dict[str, int], list[str]]:
     """How much was checked, and a line for each fault (none: the output is what was written).
 
     Raises:
@@ -64,14 +70,14 @@ def verify(out: Path) -> tuple[dict[str, int], list[str]]:
     facts = applied.get("facts", {})
     how = {name: facts[name] for name in ("column", "allow_pickle") if name in facts}
     for entry in applied["shards"]:
-        path = out / applied["facts"]["folder"] / Path(entry["path"]).name
+        path = out / applied["facts"]["folder"] / path_of(entry["path"]).name
         faults += [f"{path}: {words}" for words in _shard(path, how, entry, out)]
         rows += entry["rows"]
     files = sum(len(one["shards"]) for one in passes.values())
     return {"shards": len(applied["shards"]), "rows": rows, "statistics": files}, faults
 
 
-def _statistics(out: Path, entries: list[dict[str, Any]]) -> Iterator[str]:
+def _statistics(out: Path | Url, entries: list[dict[str, Any]]) -> Iterator[str]:
     for entry in entries:
         path = out / entry["stats"]
         if not path.is_file():
@@ -80,7 +86,7 @@ def _statistics(out: Path, entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{path}: has blake2b {got}, the manifest says {entry['blake2b']}"
 
 
-def _aligner(out: Path, passes: dict[str, Any]) -> Iterator[str]:
+def _aligner(out: Path | Url, passes: dict[str, Any]) -> Iterator[str]:
     path, want = out / ALIGNER, read_manifest(out)["aligner"]
     if not path.is_file():
         yield f"{path}: missing"
@@ -97,7 +103,9 @@ def _aligner(out: Path, passes: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: is map {got}, the rows went through {applied}; apply it, or fit elsewhere"
 
 
-def _shard(path: Path, how: dict[str, Any], entry: dict[str, Any], out: Path) -> Iterator[str]:
+def _shard(
+    path: Path | Url, how: dict[str, Any], entry: dict[str, Any], out: Path | Url
+) -> Iterator[str]:
     try:
         corpus = Corpus(path, **how)
         shape = corpus.rows, corpus.dimension, str(corpus.shards[0].dtype)
@@ -119,7 +127,7 @@ def _shard(path: Path, how: dict[str, Any], entry: dict[str, Any], out: Path) ->
     yield from _mean(found, corpus, out / entry["stats"])
 
 
-def _mean(found: Found, corpus: Corpus, stats: Path) -> Iterator[str]:
+def _mean(found: Found, corpus: Corpus, stats: Path | Url) -> Iterator[str]:
     """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
     try:
         recorded = Moments.load(stats)
@@ -137,7 +145,7 @@ def _mean(found: Found, corpus: Corpus, stats: Path) -> Iterator[str]:
 
 def _slack(corpus: Corpus) -> float:
     """How far from 1 the norm of a rounded unit row may be."""
-    return _NORM[corpus.dtype] + _TINY[corpus.dtype] * math.sqrt(corpus.dimension)
+    return _NORM[corpus.dtype] + _TINY.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
 
 
 def _read(corpus: Corpus) -> Found:

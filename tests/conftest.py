@@ -7,6 +7,7 @@ present is a failure, so that no green run hides untested kernels.
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 # Where other work takes a core, threads that wait by spinning turn seconds into minutes.
@@ -18,11 +19,13 @@ import torch
 from cuda_emulation import emulated
 
 from realign_fast import ops
-from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference
+from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_kernels
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "emulated cuda")
+if os.environ.get("TRITON_INTERPRET") or (torch.cuda.is_available() and find_spec("triton")):
+    KERNELS += ("triton",)  # (without a GPU test_triton_kernels.py runs them in the interpreter)
 
 
 def require_compiled():
@@ -39,7 +42,8 @@ class Kernel:
 
     def __init__(self, name):
         self.name = name
-        self.device = torch.device("cuda" if name == "cuda" else "cpu")
+        on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if on_gpu else "cpu")
         if name == "emulated cuda":
             emulated.configure()
             self.options = {}
@@ -49,7 +53,8 @@ class Kernel:
             self.functions = torch.ops.realign_fast
         else:
             self.options = {}
-            self.functions = reference if name == "reference" else torch.ops.realign_fast
+            own = {"reference": reference, "triton": triton_kernels}
+            self.functions = own.get(name, torch.ops.realign_fast)
 
     def align(self, rows, scale, shift, recentre=None, dtype=None):
         arguments = self._send(rows, scale, shift, recentre)
@@ -100,7 +105,7 @@ def kernel(request):
     return _kernel_or_skip(request.param)
 
 
-@pytest.fixture(params=KERNELS[1:-1])
+@pytest.fixture(params=[name for name in KERNELS[1:] if name != "emulated cuda"])
 def compiled_kernel(request):
     """Every kernel on its own device: for what only kernels promise, or at their scale."""
     return _kernel_or_skip(request.param)

@@ -9,16 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "realign_fast"
 FLOORS = {
-    "__main__": 12,
-    "cli": 11,
+    "__main__": 13,
+    "cli": 12,
+    "embed_commands": 11,
     "demo": 10,
+    "run_options": 10,
     "revision": 9,
     "report": 9,
     "ray_engine": 9,
+    "ray_worker": 6,
     "embed": 9,
     "verify": 9,
     "job_array": 9,
-    "run_options": 9,
     "pipeline": 8,
     "sample": 7,
     "passes": 6,
@@ -39,6 +41,9 @@ FLOORS = {
     "whiten": 1,
     "_io": 0,
     "engine": 0,
+    "url": 0,
+    "url_errors": -1,
+    "read_ahead": -1,
     "lock": 0,
     "ops": 0,
     "whole_file": 0,
@@ -47,10 +52,12 @@ NEVER = {("corpus", "ops"), ("revision", "pipeline")}  # downwards, and still no
 HEAVY = {
     "ray": "ray_engine",
     "pyarrow": "corpus",
+    "fsspec": "url",
     "matplotlib": "report",
     "open_clip": "embed",
     "sklearn": "estimator",
-    "transformers": "revision",
+    "transformers": ("embed", "revision"),
+    "triton": "ops",
 }
 FACE = "__init__"  # the package's own __init__.py: the roof, which nothing inside may import
 
@@ -90,8 +97,9 @@ def violations(source, parts):
     found = []
     for inside, package in imports(source, parts):
         if not inside:
-            if HEAVY.get(package, own) != own:
-                found.append(f"{package} is imported in {own}, its door is {HEAVY[package]}")
+            doors = HEAVY.get(package, own)
+            if own not in ((doors,) if isinstance(doors, str) else doors):
+                found.append(f"{package} is imported in {own}, its door is {doors}")
         elif inside == FACE:
             found.append(f"{own} imports the package's public face; import the module itself")
         elif inside not in FLOORS:
@@ -124,7 +132,7 @@ def test_imports_go_downwards_and_heavy_packages_through_their_door(file):
         ("from .helpers import x", ("align",), "helpers, which has no floor"),
         ("import os", ("helpers",), "no floor"),
         ("import matplotlib.pyplot as plt", ("demo", "__init__"), "its door is report"),
-        ("from transformers import Trainer", ("embed",), "its door is revision"),
+        ("from transformers import Trainer", ("report",), "its door is ('embed', 'revision')"),
     ],
 )
 def test_a_wrong_import_is_found(source, parts, words):
@@ -150,7 +158,8 @@ def test_a_right_import_is_left_alone(source, parts):
 
 def test_importing_the_package_loads_no_heavy_package():
     code = "import sys, realign_fast; print([m for m in sys.argv[1:] if m in sys.modules])"
-    command = [sys.executable, "-c", code, *HEAVY]
+    heavy = set(HEAVY) - {"triton"}  # torch imports it by itself, with its first custom op
+    command = [sys.executable, "-c", code, *heavy]
     ran = subprocess.run(
         command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60, check=True
     )

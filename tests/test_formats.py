@@ -411,7 +411,7 @@ def test_damaged_files_never_escape(tmp_path, form, data):
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (b'{"embedding":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}}', "expected F16"),
+        (b'{"embedding":{"dtype":"I16","shape":[1,2],"data_offsets":[0,4]}}', "expected F16"),
         (b'{"embedding":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', r"shape \[4\]"),
         (b'{"embedding":{"dtype":"F32","shape":[-1,2],"data_offsets":[0,8]}}', "shape"),
         (b'{"embedding":{"dtype":"F32","shape":[1,2],"data_offsets":[0,4]}}', "takes 8 bytes"),

@@ -4,6 +4,7 @@
 
 #include <system_error>
 
+#include "parquet_pages.h"
 #include "shard_reader.h"
 
 namespace py = pybind11;
@@ -26,6 +27,30 @@ Reader make_reader(int descriptor, int64_t begin, int64_t end, int64_t block_byt
 
 py::buffer_info as_buffer(Block& block) {
   return {block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes};
+}
+
+// A writable object in one piece, and no other thread may resize it meanwhile.
+class Target {
+ public:
+  explicit Target(const py::object& object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_CONTIG) != 0) throw py::error_already_set();
+  }
+  ~Target() { PyBuffer_Release(&view_); }
+  Target(const Target&) = delete;
+  std::byte* data() const { return static_cast<std::byte*>(view_.buf); }
+  int64_t bytes() const { return view_.len; }
+
+ private:
+  Py_buffer view_;
+};
+
+void read_rows(ParquetPages& pages, int64_t row, const py::object& out) {
+  const Target target(out);
+  if (target.bytes() % pages.row_bytes()) {
+    throw py::value_error("ParquetPages: the buffer is not a whole number of rows");
+  }
+  py::gil_scoped_release release;
+  pages.read(row, target.bytes() / pages.row_bytes(), target.data());
 }
 
 void as_python_error(std::exception_ptr error) {
@@ -58,7 +83,14 @@ PYBIND11_MODULE(_io, module) {
       .def(py::init<int64_t, int64_t>(), py::arg("buffers"), py::arg("bytes"))
       .def_property_readonly("bytes", &Ring::bytes)
       .def_property_readonly("free", &Ring::free)
-      .def_property_readonly("addresses", &Ring::addresses);
+      .def_property_readonly("addresses", &Ring::addresses)
+      .def(
+          "take",
+          [](Ring& ring) {
+            auto memory = ring.take();
+            return Block{memory, memory.get(), ring.bytes()};
+          },
+          "A buffer of `bytes`, which is the ring's again when nothing looks at it.");
 
   py::class_<ShardReader, Reader>(
       module, "ShardReader",
@@ -79,6 +111,27 @@ PYBIND11_MODULE(_io, module) {
         if (!block.memory) throw py::stop_iteration();
         return block;
       });
+
+  py::register_exception<NotPlain>(module, "NotPlain", PyExc_ValueError);
+  py::class_<ParquetPages>(
+      module, "ParquetPages",
+      "Rows of a parquet column chunk, the bytes `begin`..`end` of an open file, if they lie "
+      "there\n"
+      "as they are: in uncompressed PLAIN pages, none null, all of `row_values` values.\n\n"
+      "Raises NotPlain (a ValueError) where they do not, OSError where reading fails.")
+      .def(py::init([](int descriptor, int64_t begin, int64_t end, int64_t rows, int64_t row_values,
+                       int64_t value_bytes, int max_definition, int max_repetition) {
+             const ColumnChunk chunk = {
+                 begin, end, rows, row_values, value_bytes, max_definition, max_repetition};
+             return std::make_unique<ParquetPages>(descriptor, chunk);
+           }),
+           py::arg("descriptor"), py::arg("begin"), py::arg("end"), py::kw_only(), py::arg("rows"),
+           py::arg("row_values"), py::arg("value_bytes"), py::arg("max_definition"),
+           py::arg("max_repetition"))
+      .def("read", &read_rows, py::arg("row"), py::arg("out"),
+           "Fill `out` (a writable buffer) with the rows from `row` on.")
+      .def("check", &ParquetPages::check, without_gil(),
+           "Look through the heads and levels of all pages, without their values.");
 
   module.def("start_writing", &start_writing, without_gil(), py::arg("descriptor"),
              py::arg("begin"), py::arg("bytes"),

@@ -1,12 +1,14 @@
 """Rows on disk: directories of shards -> batches of rows -> shards of the same format.
 
-A shard is a file of `[N, D]` rows of float16, float32 or float64: `.npy` or a format of
-`formats.py`, one format a file of this package. A corpus is a shard, a directory of them, a Hugging
-Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`, `img_emb/`,
-`metadata/`). There, shards of the two sides pair by the number that ends their name and must have
-as many rows; a number that one side lacks is fine (people download parts), one that `metadata/`
-(never read) lacks is a warning. Hidden files and other suffixes are not shards.
-Memory is bounded by `reading.BLOCK_BYTES` and the batch, never by the corpus (pickles: a file).
+A shard is a file of `[N, D]` rows of float16, float32 or float64 (in safetensors also bfloat16):
+`.npy` or a format of `formats.py`, one format a file of this package. A corpus is a shard, a
+directory of them, a Hugging Face dataset on disk, or a side of a clip-retrieval root (`text_emb/`,
+`img_emb/`, `metadata/`), at a path or any URL of fsspec (`url.py`, `remote.py`). In a root, shards
+of the two sides pair by the number that ends their name and must have as many rows; a number that
+one side lacks is fine (people download parts), one that `metadata/` (never read) lacks is a
+warning. Hidden files and other suffixes are not shards.
+Memory is bounded by the batch and `reading.BLOCK_BYTES` (of URLs: by what is in flight), never by
+the corpus (pickles: by a file).
 No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.
 What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`, `ValueError`.
 """
@@ -23,12 +25,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import hf
-from .formats import AnyShard, format_of, read_shard, shard_paths
-from .npy import TORCH_DTYPES, Shard, ShardWriter, changed, opened, read_header
+from ..url import Url, path_of
+from . import hf, remote
+from .formats import AnyShard, format_of, read_shards, shard_paths
+from .npy import TORCH_DTYPES, Shard, ShardWriter, as_numpy, changed, opened, read_header
 from .reading import read_rows
 
-__all__ = ["Batch", "Corpus", "Shard", "ShardWriter", "format_of", "read_header", "sample_rows"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Shard",
+    "ShardWriter",
+    "as_numpy",
+    "format_of",
+    "read_header",
+    "sample_rows",
+]
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 
@@ -53,20 +65,20 @@ class Corpus:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Url,
         modality: str | None = None,
         *,
         column: str | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        if not os.fspath(path):
+        if not str(path):
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-        self.path, self.column, self.allow_pickle = Path(path), column, allow_pickle
+        self.path, self.column, self.allow_pickle = path_of(path), column, allow_pickle
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
-        paths = shard_paths(folder) if folder.is_dir() else [folder]
-        self.shards = tuple(read_shard(one, column, allow_pickle) for one in paths)
+        paths = shard_paths(folder) if _is_folder(folder) else [folder]
+        self.shards = read_shards(paths, column, allow_pickle)
         if not self.shards:
             raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
         one = self.shards[0]
@@ -127,11 +139,14 @@ class Corpus:
             got, want = f"{ids.min()}..{ids.max()}", f"0..{self.rows - 1}"
             raise IndexError(f"{self.path}: got rows {got}, expected {want}")
         out = torch.empty(len(ids), self.dimension, dtype=self.dtype)
-        target = out.numpy().view(np.uint8)
+        target = out.view(torch.uint8).numpy()
         order = np.argsort(ids, kind="stable")
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
             places, shard = order[ends[index] : ends[index + 1]], self.shards[index]
+            if isinstance(shard.path, Url) and isinstance(shard, Shard):
+                target[places] = remote.take(shard, ids[places] - self.starts[index])
+                continue
             if not isinstance(shard, Shard):
                 out[places] = torch.from_numpy(shard.take(ids[places] - self.starts[index]))
                 continue
@@ -167,15 +182,25 @@ def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
 def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]:
     """The batches of a shard from row `first` on."""
     if first < shard.rows:
-        in_one_piece = isinstance(shard, Shard)  # else decoded
-        pieces = read_rows(shard, first, size) if in_one_piece else shard.read(first, size)
+        if not isinstance(shard, Shard):  # decoded
+            pieces = shard.read(first, size)
+        elif isinstance(shard.path, Url):
+            pieces = remote.read(shard, first, size)
+        else:
+            pieces = read_rows(shard, first, size)
         yield from (Batch(index, *piece) for piece in pieces)
 
 
-def _subfolder(root: Path, modality: str | None) -> str:
+def _is_folder(path: Path | Url) -> bool:
+    """Without a question to a server where the name says that it is a shard."""
+    return not (isinstance(path, Url) and format_of(path.name)) and path.is_dir()
+
+
+def _subfolder(root: Path | Url, modality: str | None) -> str:
     if modality not in (None, *SUBFOLDERS):
         raise ValueError(f"{root}: modality is {modality!r}, expected 'text', 'image' or None")
-    sides = [name for name in SUBFOLDERS.values() if (root / name).is_dir()]
+    folder = _is_folder(root)
+    sides = [name for name in SUBFOLDERS.values() if folder and (root / name).is_dir()]
     if not sides:
         return ""
     if loose := shard_paths(root):
@@ -189,22 +214,26 @@ def _subfolder(root: Path, modality: str | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def _number(path: Path) -> str:
+def _number(path: Path | Url) -> str:
     """What pairs a shard with its other side: the number that ends its name, else the name."""
     match = re.search("0*([0-9]+)$", path.stem)
     return match[1] if match else path.stem
 
 
-def _check_pairs(root: Path, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
+def _check_pairs(root: Path | Url, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
     other = next(name for name in SUBFOLDERS.values() if name != subfolder)
     theirs = shard_paths(root / other) if (root / other).is_dir() else []
     twins = {_number(path): path for path in theirs}
-    for shard in shards:
-        twin = twins.get(_number(shard.path))
-        if twin and (rows := read_shard(twin, *how).rows) != shard.rows:
+    paired = [shard for shard in shards if _number(shard.path) in twins]
+    found = read_shards([twins[_number(shard.path)] for shard in paired], *how)
+    for shard, twin in zip(paired, found, strict=True):
+        if (rows := twin.rows) != shard.rows:
             advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
-            raise ValueError(f"{shard.path}: has {shard.rows} rows, {twin} has {rows}; {advice}")
-    described = {_number(path) for path in (root / "metadata").glob("*")}
+            raise ValueError(
+                f"{shard.path}: has {shard.rows} rows, {twin.path} has {rows}; {advice}"
+            )
+    metadata = root / "metadata"
+    described = {_number(path) for path in (metadata.iterdir() if metadata.is_dir() else ())}
     missing = [shard.path.name for shard in shards if _number(shard.path) not in described]
     if described and missing:
         message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"

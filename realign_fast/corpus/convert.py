@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from ..url import Url, local_path
 from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .formats import AnyShard, shard_paths
-from .npy import TORCH_DTYPES
 from .table import DEFAULT, plain_schema, pyarrow, write_table
 
 if TYPE_CHECKING:
-    from . import Corpus
+    from . import Batch, Corpus
 
 TABLES = {
     "parquet": (".parquet", parquet.ParquetWriter),
@@ -48,21 +49,26 @@ def convert(
     to: str,
     advance: Callable[[int], None] = lambda rows: None,
     batch_bytes: int = BATCH_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Write `corpus` into the directory `out` in the format `to`; returns the shards.
 
+    `dtype` is that of the result: float16, float32, float64, in safetensors also bfloat16. None is
+    the corpus's own; bfloat16 rows need one where the format has no bfloat16, as none is chosen
+    unasked. Each number is rounded to the nearest; one beyond the range of `dtype` is a ValueError.
     `out` must hold no shards yet. `advance` is called with numbers of rows done.
     """
     if to not in TARGETS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
-    names = _names(corpus, to)
+    out, names = local_path(out), _names(corpus, to)
+    dtype = _dtype(corpus, to, dtype)
     if out.exists() and (held := shard_paths(out)):
         raise ValueError(f"{held[0]}: is there already; give an empty directory for the result")
     out.mkdir(parents=True, exist_ok=True)
     for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
-        with _writer(shard, out / name, to) as writer:
+        with _writer(shard, out / name, to, dtype) as writer:
             for batch in corpus.batches(index, batch_bytes=batch_bytes):
-                writer.write(batch.rows)
+                writer.write(_rounded(batch, shard, dtype))
                 advance(len(batch.rows))
     paths = [out / name for name in names]
     if to == "hf":
@@ -82,8 +88,32 @@ def _names(corpus: Corpus, to: str) -> list[str]:
     return names
 
 
-def _writer(shard: AnyShard, path: Path, to: str) -> npy.ShardWriter:
-    shape = (shard.rows, shard.dimension, TORCH_DTYPES[shard.dtype])
+def _dtype(corpus: Corpus, to: str, dtype: torch.dtype | None) -> torch.dtype:
+    dtype = corpus.dtype if dtype is None else dtype
+    if dtype == torch.bfloat16 and to != "safetensors":
+        advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
+        raise ValueError(
+            f"{corpus.path}: {to} has no bfloat16; {advice}; or convert to safetensors"
+        )
+    return dtype
+
+
+def _rounded(batch: Batch, shard: AnyShard, dtype: torch.dtype) -> torch.Tensor:
+    rows = batch.rows.to(dtype)
+    if (
+        rows.dtype != batch.rows.dtype
+        and torch.finfo(dtype).max < torch.finfo(batch.rows.dtype).max
+    ):
+        lost = (torch.isfinite(batch.rows) & ~torch.isfinite(rows)).any(dim=1)
+        if bool(lost.any()):
+            row = batch.first + int(lost.nonzero()[0])
+            what = f"row {row} holds a number beyond {dtype}"
+            raise ValueError(f"{shard.path}: {what}; convert to a wider dtype")
+    return rows
+
+
+def _writer(shard: AnyShard, path: Path, to: str, dtype: torch.dtype) -> npy.ShardWriter:
+    shape = (shard.rows, shard.dimension, dtype)
     others = shard.others
     if to in LISTS:
         entries = chain.from_iterable(map(_entries, others())) if others else None
@@ -142,7 +172,7 @@ def _record_batches(shard: AnyShard, schema: Any) -> Iterator[Any]:
         yield _record_batch(chunk, shard.path, schema)
 
 
-def _record_batch(chunk: Any, path: Path, schema: Any = None) -> Any:
+def _record_batch(chunk: Any, path: Path | Url, schema: Any = None) -> Any:
     """Other columns as a record batch of `schema`, or of the one that the chunk has."""
     pa = pyarrow()
     try:

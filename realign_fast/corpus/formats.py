@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..url import Url, each
 from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .npy import Shard, ShardWriter, explained
 from .streamed import StreamedShard
@@ -70,12 +71,12 @@ def format_of(name: str) -> str | None:
     return SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
-def shard_paths(folder: Path) -> list[Path]:
+def shard_paths(folder: Path | Url) -> list[Path | Url]:
     """The shards in a folder, in natural order; those of one format."""
     with explained(folder):
         if (folder / hf.STATE).is_file():
             return hf.data_files(folder)
-        found = [folder / name for name in os.listdir(folder) if format_of(name)]
+        found = [path for path in folder.iterdir() if format_of(path.name)]
     found.sort(key=_natural)
     first = {format_of(path.name): path for path in reversed(found)}
     if len(first) > 1:
@@ -85,7 +86,12 @@ def shard_paths(folder: Path) -> list[Path]:
     return found
 
 
-def read_shard(path: Path, column: str | None = None, allow_pickle: bool = False) -> AnyShard:
+def read_shards(paths: Sequence[Path | Url], *how: Any) -> tuple[AnyShard, ...]:
+    """The shards at `paths`, in their order; of URLs several at a time."""
+    return tuple(each(lambda path: read_shard(path, *how), paths, lambda path: path))
+
+
+def read_shard(path: Path | Url, column: str | None = None, allow_pickle: bool = False) -> AnyShard:
     """The shard at `path`; every error that opening a file can have is raised here."""
     name = format_of(path.name) or _by_content(path) or "npy"
     if name == "pickle" and not allow_pickle:
@@ -100,10 +106,10 @@ def read_shard(path: Path, column: str | None = None, allow_pickle: bool = False
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error
 
 
-def _by_content(path: Path) -> str | None:
+def _by_content(path: Path | Url) -> str | None:
     try:
         if path.is_file():
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 head = file.read(512)
             return next((name for name, one in FORMATS.items() if one.begins(head)), None)
     except OSError:
@@ -111,6 +117,6 @@ def _by_content(path: Path) -> str | None:
     return None
 
 
-def _natural(path: Path) -> tuple[list[Any], str]:
+def _natural(path: Path | Url) -> tuple[list[Any], str]:
     pieces = enumerate(re.split("([0-9]+)", path.name))
     return [int(piece) if place % 2 else piece for place, piece in pieces], path.name

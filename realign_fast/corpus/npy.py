@@ -23,31 +23,46 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from ..read_ahead import pieces
+from ..url import Url, local_path
 from .native import start_writing
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 MAX_COLUMNS = 1 << 24
 START_BYTES = 8 << 20  # written before the disk is set to work on them
-TORCH_DTYPES = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """The type that numpy lacks: stands where the `np.dtype` of a shard stands."""
+
+    itemsize = 2
+
+    def __str__(self) -> str:
+        return "bfloat16"
+
+
+FLOATS = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
 
 
 @dataclass(frozen=True)
 class Shard:
     """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
 
-    path: Path
+    path: Path | Url
     rows: int
     dimension: int
-    dtype: np.dtype
+    dtype: np.dtype | BFloat16
     offset: int  # bytes before the first row
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
     format = "npy"
     others = None  # no other columns
 
-    def parse(self, descriptor: int) -> Shard:
+    def parse(self, file: BinaryIO | Url) -> Shard:
         """This shard as its file says now."""
-        return _parse(descriptor, self.path)
+        return _parse(file, self.path)
 
     def writer(self, path: Path) -> ShardWriter:
         """For as many rows of the same kind, in the same format."""
@@ -64,6 +79,7 @@ class ShardWriter:
     """
 
     suffix = ".npy"
+    dtypes = tuple(FLOATS.values())  # that the format has
 
     def __init__(
         self,
@@ -74,12 +90,13 @@ class ShardWriter:
         source: Any = None,  # in other formats: the shard whose other columns are kept
         others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
     ) -> None:
-        self.path, self.rows, self.dimension, self.dtype = Path(path), rows, dimension, dtype
+        self.path, self.rows, self.dimension, self.dtype = local_path(path), rows, dimension, dtype
         self._source, self._others = source, others
         self.written = self._started = 0  # rows; bytes that are on their way to the disk
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        if dtype not in TORCH_DTYPES.values():
-            want = "expected torch.float16, float32 or float64 (npy has no bfloat16); convert rows"
+        if dtype not in self.dtypes:
+            names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
+            want = f"expected one of {names} (bfloat16 only in safetensors); convert rows"
             raise TypeError(f"{path}: got {dtype}, {want}")
         if rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
             want = f"expected rows >= 0, columns >= 1 and a visible name in {self.suffix}"
@@ -105,7 +122,7 @@ class ShardWriter:
             want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
         with explained(self.path):
-            self._append(rows.detach().cpu().contiguous().numpy())
+            self._append(as_numpy(rows.detach().cpu().contiguous()))
             if (end := self._file.tell()) >= self._started + START_BYTES:
                 start_writing(self._file.fileno(), self._started, end - self._started)
                 self._started = end
@@ -156,17 +173,24 @@ class ShardWriter:
             data = data[self._file.write(data) :]
 
 
-def read_header(path: Path) -> Shard:
+def as_numpy(rows: torch.Tensor) -> np.ndarray:
+    """Rows as numpy sees them: its view of bfloat16 is uint16, their bits."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def read_header(path: Path | Url) -> Shard:
     """The shard at `path`; every error that one file can have is raised here."""
     with opened(path) as (_, shard):
         return shard
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path | Url) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(path, Url):  # it has said so itself
+            raise
         link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
         advice = "check that it exists, that this user may use it and that the disk has room"
         raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error
@@ -174,26 +198,54 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(
-    path: Path,
+    path: Path | Url,
     expected: Shard | None = None,
-    parse: Callable[[int, Path], Shard] | None = None,
-) -> Iterator[tuple[BinaryIO, Shard]]:
-    """The file of a shard, its header read by `parse` and found as `expected`."""
+    parse: Callable[[BinaryIO | Url, Path | Url], Shard] | None = None,
+) -> Iterator[tuple[BinaryIO | Url, Shard]]:
+    """The file of a shard (a URL is its own), its header read by `parse`, found as `expected`."""
+    if isinstance(path, Url):
+        path.stamp()
+        shard = expected.parse(path) if expected else (parse or _parse)(path, path)
+        if expected not in (None, shard):
+            raise changed(expected)
+        yield path, shard
+        return
     with explained(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError(errno.EINVAL, "Not a regular file")
         file = open(path, "rb", buffering=0)
     with file:
-        shard = (
-            expected.parse(file.fileno()) if expected else (parse or _parse)(file.fileno(), path)
-        )
+        shard = expected.parse(file) if expected else (parse or _parse)(file, path)
         if expected not in (None, shard):
             raise changed(expected)
         yield file, shard
 
 
-def _parse(descriptor: int, path: Path) -> Shard:
-    head = io.BytesIO(os.pread(descriptor, HEADER_BYTES, 0))
+def pread(file: BinaryIO | Url, count: int, offset: int) -> bytes:
+    """Bytes of an opened file from `offset` on, wherever it is."""
+    return (
+        file.pread(count, offset)
+        if isinstance(file, Url)
+        else os.pread(file.fileno(), count, offset)
+    )
+
+
+def between(file: BinaryIO | Url, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin..end` of an opened file, a piece at a time; fewer if it has become shorter."""
+    if isinstance(file, Url):
+        yield from pieces(file, begin, end)
+        return
+    while begin < end and (data := os.pread(file.fileno(), min(end - begin, 1 << 20), begin)):
+        yield data
+        begin += len(data)
+
+
+def size_of(file: BinaryIO | Url) -> int:
+    return file.size if isinstance(file, Url) else os.fstat(file.fileno()).st_size
+
+
+def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
+    head = io.BytesIO(pread(file, HEADER_BYTES, 0))
     try:
         major, _ = np.lib.format.read_magic(head)
         one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
@@ -201,9 +253,9 @@ def _parse(descriptor: int, path: Path) -> Shard:
         shape, fortran_order, dtype = parse(head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
         raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
-    if dtype not in TORCH_DTYPES:
+    if dtype not in FLOATS:
         want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
-        why = "objects are pickles and never loaded, npy has no bfloat16"
+        why = "objects are pickles and never loaded, npy has no bfloat16 (safetensors has)"
         raise TypeError(f"{path}: dtype is {dtype.str}, {want} ({why})")
     if len(shape) != 2 or shape[0] < 0 or not 0 < shape[1] < MAX_COLUMNS:
         raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")
@@ -212,7 +264,7 @@ def _parse(descriptor: int, path: Path) -> Shard:
     shard = Shard(path, int(shape[0]), int(shape[1]), dtype, head.tell())
     if shard.offset % dtype.itemsize:
         raise ValueError(f"{path}: data at byte {shard.offset} is not aligned; save it with numpy")
-    size = os.fstat(descriptor).st_size
+    size = size_of(file)
     if size != shard.file_bytes:
         what = "truncated" if size < shard.file_bytes else "longer than its header says"
         want = f"expected {shard.file_bytes} for {list(shape)} {dtype}"

@@ -8,20 +8,36 @@ copied. The result of a shard is its file with other rows: header, metadata and 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import safe_open
 
-from .npy import MAX_COLUMNS, TORCH_DTYPES, Shard, ShardWriter, explained, opened
+from ..url import Url
+from .npy import (
+    MAX_COLUMNS,
+    TORCH_DTYPES,
+    BFloat16,
+    Shard,
+    ShardWriter,
+    between,
+    explained,
+    opened,
+    pread,
+    size_of,
+)
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
-DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)}
+DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)} | {"BF16": BFloat16()}
+NAMES = {TORCH_DTYPES[dtype]: name for name, dtype in DTYPES.items()}
 DEFAULT = "embedding"
+OTHERS = {  # of tensors beside the rows, as columns
+    f"{kind.upper()}{8 * n}": np.dtype(f"<{kind}{n}")
+    for kind, sizes in (("f", (2, 4, 8)), ("i", (1, 2, 4, 8)), ("u", (1, 2, 4, 8)))
+    for n in sizes
+} | {"BOOL": np.dtype("?")}
 OTHER_ROWS = 65536  # of other tensors read at a time
 
 
@@ -34,29 +50,40 @@ class TensorShard(Shard):
     file_bytes = property(lambda self: self.size)
     format = "safetensors"
 
-    def parse(self, descriptor: int) -> TensorShard:
-        return _parse(descriptor, self.path, self.name)
+    def parse(self, file: BinaryIO | Url) -> TensorShard:
+        return _parse(file, self.path, self.name)
 
     @property
     def others(self):
         with opened(self.path, self) as (file, _):
-            header, _ = _header(file.fileno(), self.path)
+            header, _ = _header(file, self.path)
         return self._other_columns if len(header) > 1 else None
 
     def _other_columns(self) -> Iterator[dict[str, np.ndarray]]:
         """The other tensors as columns, a number of rows at a time."""
-        with safe_open(self.path, "numpy") as file:
-            names = [name for name in file.keys() if name != self.name]
-            slices = {name: file.get_slice(name) for name in names}
-            for name, one in slices.items():
-                shape = one.get_shape()
-                if len(shape) not in (1, 2) or shape[0] != self.rows or one.get_dtype() == "BF16":
-                    got = f"tensor {name!r} is {one.get_dtype()} {shape}"
-                    want = f"cannot become a column of {self.rows} rows; leave it out of the file"
-                    raise ValueError(f"{self.path}: {got}, {want}")
-            for begin in range(0, self.rows, OTHER_ROWS):
-                end = min(begin + OTHER_ROWS, self.rows)
-                yield {name: one[begin:end] for name, one in slices.items()}
+        with opened(self.path, self) as (file, _):
+            header, data = _header(file, self.path)
+            others = {name: entry for name, entry in header.items() if name != self.name}
+            columns = {name: self._column(name, entry) for name, entry in others.items()}
+            for first in range(0, self.rows, OTHER_ROWS):
+                count, chunk = min(OTHER_ROWS, self.rows - first), {}
+                for name, (dtype, width) in columns.items():
+                    row_bytes, begin = dtype.itemsize * width, header[name]["data_offsets"][0]
+                    begin += data + first * row_bytes
+                    got = b"".join(between(file, begin, begin + count * row_bytes))
+                    values, flat = np.frombuffer(got, dtype), len(header[name]["shape"]) == 1
+                    chunk[name] = values if flat else values.reshape(count, width)
+                yield chunk
+
+    def _column(self, name: str, entry: dict[str, Any]) -> tuple[np.dtype, int]:
+        """The number type of another tensor, and how many a row has."""
+        kind, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if kind in OTHERS and _numbers(shape) and len(shape) in (1, 2) and shape[0] == self.rows:
+            dtype, width = OTHERS[kind], shape[1] if len(shape) == 2 else 1
+            if ends[1] - ends[0] == dtype.itemsize * width * self.rows:
+                return dtype, width
+        want = f"cannot become a column of {self.rows} rows; leave it out of the file"
+        raise ValueError(f"{self.path}: tensor {name!r} is {kind} {shape}, {want}")
 
     def writer(self, path: Path) -> TensorWriter:
         return TensorWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype], self)
@@ -71,6 +98,7 @@ class TensorWriter(ShardWriter):
     """`ShardWriter` for `.safetensors`; of `source` it keeps everything but the rows."""
 
     suffix = ".safetensors"
+    dtypes = tuple(NAMES)
 
     def _begin(self) -> None:
         if self._source:
@@ -78,7 +106,7 @@ class TensorWriter(ShardWriter):
             return
         item = self.dtype.itemsize
         entry = {
-            "dtype": f"F{8 * item}",
+            "dtype": NAMES[self.dtype],
             "shape": [int(self.rows), int(self.dimension)],
             "data_offsets": [0, int(self.rows) * int(self.dimension) * item],
         }
@@ -91,23 +119,22 @@ class TensorWriter(ShardWriter):
             self._copy(one.offset + one.rows * one.row_bytes, one.size)
 
     def _copy(self, begin: int, end: int) -> None:
-        """Bytes `begin..end` of the source, 1 MiB at a time."""
+        """Bytes `begin..end` of the source."""
         with opened(self._source.path, self._source) as (file, _):
-            while begin < end:
-                data = os.pread(file.fileno(), min(end - begin, 1 << 20), begin)
-                if not data:
-                    raise ValueError(f"{self._source.path}: truncated while it was copied")
+            for data in between(file, begin, end):
                 self._put(data)
                 begin += len(data)
+        if begin < end:
+            raise ValueError(f"{self._source.path}: truncated while it was copied")
 
 
-def _parse(descriptor: int, path: Path, column: str | None) -> TensorShard:
-    header, data = _header(descriptor, path)
+def _parse(file: BinaryIO | Url, path: Path | Url, column: str | None) -> TensorShard:
+    header, data = _header(file, path)
     name = _choose(path, header, column)
-    entry, size = header[name], os.fstat(descriptor).st_size
+    entry, size = header[name], size_of(file)
     dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if dtype not in DTYPES:
-        want = "expected F16, F32 or F64; save it as one of them"
+        want = "expected F16, BF16, F32 or F64; save it as one of them"
         raise TypeError(f"{path}: tensor {name!r} is {dtype}, {want}")
     if not _numbers(shape) or len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
         want = "expected [rows, columns]; reshape it, or name another tensor as the column"
@@ -125,11 +152,11 @@ def _parse(descriptor: int, path: Path, column: str | None) -> TensorShard:
     return TensorShard(path, shape[0], shape[1], DTYPES[dtype], data + ends[0], name, size)
 
 
-def _header(descriptor: int, path: Path) -> tuple[dict[str, Any], int]:
+def _header(file: BinaryIO | Url, path: Path | Url) -> tuple[dict[str, Any], int]:
     """The tensors of the header, and the byte at which their data begin."""
     with explained(path):
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        text = os.pread(descriptor, length, 8) if 0 < length <= MAX_HEADER else b""
+        length = int.from_bytes(pread(file, 8, 0), "little")
+        text = pread(file, length, 8) if 0 < length <= MAX_HEADER else b""
     try:
         if len(text) != length or not text:
             raise ValueError("its header is cut off or longer than 100 MiB")

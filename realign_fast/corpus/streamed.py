@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..url import Url
 from .npy import TORCH_DTYPES, changed, explained
 
 
@@ -18,17 +19,20 @@ from .npy import TORCH_DTYPES, changed, explained
 class StreamedShard:
     """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
 
-    path: Path
+    path: Path | Url
     rows: int
     dimension: int
     dtype: np.dtype
     column: str  # where the rows are: a column, a key, the ending of a member's name
-    stamp: tuple[int, int]  # of the file when it was opened
+    stamp: tuple[int, int | str]  # of the file when it was opened
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
     others = None  # for `convert`: a function that yields the other columns as record batches
 
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
-        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n."""
+        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n.
+
+        A piece that may be written to is given away: a batch may be a view of it.
+        """
         raise NotImplementedError
 
     def read(self, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -42,6 +46,10 @@ class StreamedShard:
                     raise changed(self)
                 if batch is None:
                     count = min(begin - begin % size + size, self.rows) - begin
+                    if piece.flags.writeable and len(piece) >= count:
+                        yield begin, torch.from_numpy(piece[:count])
+                        piece, begin = piece[count:], begin + count
+                        continue
                     batch = np.empty((count, self.dimension), self.dtype)
                 part = piece[: len(batch) - filled]
                 batch[filled : filled + len(part)] = part
@@ -49,7 +57,7 @@ class StreamedShard:
                 if filled == len(batch):
                     yield begin, torch.from_numpy(batch)
                     begin, filled, batch = begin + filled, 0, None
-        if begin != self.rows:
+        if begin != self.rows or (isinstance(self.path, Url) and self.path.stamp() != self.stamp):
             raise changed(self)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -64,8 +72,10 @@ class StreamedShard:
         return out
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path | Url) -> tuple[int, int | str]:
     """Size and time of a regular file: another stamp is another content."""
+    if isinstance(path, Url):
+        return path.stamp()
     with explained(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

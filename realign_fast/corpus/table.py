@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..url import Url
 from .npy import MAX_COLUMNS, ShardWriter, explained
 
 DEFAULT = "embedding"
@@ -37,11 +38,14 @@ def pyarrow() -> ModuleType:
 
 
 @contextmanager
-def decoded(path: Path) -> Iterator[None]:
+def decoded(path: Path | Url, file: Any = None) -> Iterator[None]:
     """What pyarrow says of a file that it cannot read, with the name of the file."""
     try:
         yield
     except (pyarrow().ArrowException, UnicodeDecodeError, OSError) as error:
+        # Of a file that fetches, pyarrow may leave the words of an error and lose the error.
+        if told := getattr(getattr(file, "raw", None), "error", None):
+            raise told from None
         if isinstance(error, OSError) and error.errno:
             raise
         advice = "truncated, damaged or of another format; write it again"

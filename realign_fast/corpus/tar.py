@@ -46,7 +46,7 @@ class TarShard(StreamedShard):
                 out[filled], filled = row, filled + 1
                 if filled == size:
                     yield out
-                    filled = 0
+                    out, filled = np.empty_like(out), 0
         yield out[:filled]
 
     _shape = property(lambda self: (self.dimension, self.dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +52,8 @@ def walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tarfile.TarFile]:
-    with explained(path), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
+    with explained(path), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
         ended = file.read() == bytes(1024)
         file.seek(0)
         advice = "write it again, uncompressed"

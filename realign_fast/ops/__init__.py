@@ -2,7 +2,8 @@
 
 An op is defined here once. ``reference.py`` answers it everywhere; the compiled library
 ``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there,
-``_C_cuda.abi3.so`` under the CUDA key, where torch has CUDA (docs/kernels.md).
+``_C_cuda.abi3.so`` under the CUDA key, where torch has CUDA (docs/kernels.md); on a GPU without it
+the Triton kernels do (``triton_kernels.py``).
 The dispatcher chooses by the device of the rows: nothing is swapped at run time, and
 :func:`backend_of` tells which kernel runs and why.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, triton_kernels
 
 __all__ = [
     "Backend",
@@ -106,6 +107,7 @@ def _load_cuda() -> str:
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
 _why_not_cuda = _load_cuda()
+_triton_ops, _why_not_triton = triton_kernels.register(_library)
 _cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
@@ -393,7 +395,7 @@ def _map_arguments(
 class Backend(NamedTuple):
     """Which kernel answers an op, and why."""
 
-    kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda) or "reference" (ops/reference.py)
+    kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
     why: str
 
 
@@ -402,6 +404,8 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
     if op not in OPS:
         raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
+    if device.type == "cuda" and op in _triton_ops:
+        return Backend("triton", "Triton: no compiled library for this GPU")
     compiled = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"realign_fast::{op}", device.type.upper()
     )
@@ -410,8 +414,8 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         return Backend(device.type, f"compiled{isa}")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")
-    why = f": {_why_not_cuda}" if device.type == "cuda" else ""
-    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{why}")
+    also = f": {_why_not_cuda}, and {_why_not_triton}" if device.type == "cuda" else ""
+    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{also}")
 
 
 def why_no_cuda() -> str:

@@ -1,0 +1,28 @@
+"""From images and texts to rows: a CLIP-like encoder over a source, into clip-retrieval's layout.
+
+    encoder = load_encoder("ViT-B-32", "laion2b_s34b_b79k")
+    embed(encoder, "OUT", pairs=open_source("tars/", "pairs"))
+
+A source (`items.py`, `sources.py`) walks its files; processes read and decode (`loader.py`,
+`pictures.py`); the model makes rows (`encoders.py` and a file for each library); `writing.py` puts
+them into shards and `run.py` holds it together. Nothing heavy is imported before it is needed.
+"""
+
+from .encoders import Encoder, load_encoder
+from .hugging_face import HuggingFaceEncoder
+from .llm2clip import Llm2ClipEncoder
+from .open_clip_encoder import OpenClipEncoder
+from .run import EmbedSettings, embed
+from .sources import Columns, open_source
+
+__all__ = [
+    "Columns",
+    "EmbedSettings",
+    "Encoder",
+    "HuggingFaceEncoder",
+    "Llm2ClipEncoder",
+    "OpenClipEncoder",
+    "embed",
+    "load_encoder",
+    "open_source",
+]

@@ -1,0 +1,89 @@
+"""From the bytes of an image file to RGB pixels, or the reason why not.
+
+The content decides, never the suffix. Where a file leaves room, this is what happens:
+
+- EXIF orientation is applied: the picture stands as people see it.
+- 16-bit gray keeps its high byte (Pillow's own conversion would turn nearly everything white).
+- Transparency is dropped as the models' own preprocessing drops it (`convert("RGB")`).
+- Of an animation the first frame is taken.
+
+A picture that could fill the memory is refused by what its header says: more than `MAX_PIXELS`, or
+so narrow that resizing its short side to the model's would take more than that.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its Image.MAX_IMAGE_PIXELS
+MAX_ASPECT = 1000  # long side to short side
+SUFFIXES = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm avif jp2".split())
+
+
+class Unreadable(Exception):
+    """What is wrong with one image or caption, in words: it is listed and becomes no row."""
+
+
+@lru_cache(maxsize=1)
+def pillow() -> ModuleType:
+    """PIL with what is used of it."""
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        what = f"images are decoded by Pillow, which does not import ({error})"
+        raise ImportError(f"{what}: pip install 'realign_fast[clip]'") from error
+    return PIL
+
+
+def decode(data: bytes) -> Any:
+    """A `PIL.Image` in RGB of the bytes of an image file.
+
+    Raises:
+        Unreadable: with the reason.
+    """
+    pil = pillow()
+    if not data:
+        raise Unreadable("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, which we judge, and odd metadata
+            image = pil.Image.open(io.BytesIO(data))
+            _check_size(*image.size)
+            image.load()
+            return _as_rgb(pil.ImageOps.exif_transpose(image))
+    except Unreadable:
+        raise
+    except pil.Image.DecompressionBombError as error:
+        raise Unreadable(f"too large: {error}") from error
+    except pil.UnidentifiedImageError as error:
+        raise Unreadable("no image that Pillow knows") from error
+    except MemoryError as error:
+        raise Unreadable("out of memory while decoding") from error
+    except Exception as error:  # damaged files raise nearly everything: OSError, SyntaxError...
+        raise Unreadable(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Unreadable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS} in all")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise Unreadable(f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT} to 1")
+
+
+def _as_rgb(image: Any) -> Any:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        gray = image.convert("I")
+        low, high = gray.getextrema()
+        if low < 0 or high > 65535:
+            raise Unreadable(f"32-bit pixels from {low} to {high}; save it with 8 or 16 bits")
+        image = gray.point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode == "F":
+        raise Unreadable("floating-point pixels; save it with 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

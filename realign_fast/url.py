@@ -1,0 +1,264 @@
+"""A path that is a URL: what this package asks of a `pathlib.Path`, over fsspec. Its door.
+
+`path_of("s3://bucket/text")` is a `Url`, `path_of("/data/text")` and `path_of("file:///data/text")`
+are paths of this machine and never come here again. Every protocol of fsspec is one of ours, also
+in chains (`simplecache::s3://bucket/text`); endpoints and credentials are told as fsspec and its
+packages are told them: the environment (`AWS_PROFILE`, `FSSPEC_S3_ENDPOINT_URL`), their own files.
+
+URLs are read, never written: object stores have neither renames nor locks, and those are what an
+output directory's promises stand on (`local_path`). What is wrong is one OSError that names the
+URL; what may pass (a broken connection, a busy server) is tried again after each of `WAITS`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
+
+from .read_ahead import ReadAhead, fill
+from .url_errors import may_pass, refuse
+
+ASKED_AT_A_TIME = 16
+BUFFER_BYTES = 256 << 10
+WAITS = (0.5, 2.0, 8.0)  # seconds before each further attempt
+# What stores say of an object that another content changes; compared without case, "-" and "_".
+_VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "generation", "checksum"}
+_VERSIONS |= {"sha256", "blobid", "lastmodified", "mtime", "modified", "updated", "created"}
+_URL = re.compile("(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://")
+Item, Result = TypeVar("Item"), TypeVar("Result")
+_one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
+
+
+def path_of(path: str | os.PathLike[str] | Url) -> Path | Url:
+    """A URL, or a path of this machine."""
+    if isinstance(path, Url):
+        return path
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else str(path)  # a UPath
+    if local := re.fullmatch("(?:file|local)://(/[^:]*)", text):
+        return Path(local[1])
+    return Url(text) if _URL.match(text) else Path(text)
+
+
+def local_path(out: str | os.PathLike[str] | Url) -> Path:
+    """Where something is written.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if isinstance(path := path_of(out), Url):
+        raise ValueError(
+            f"{out}: results are written to a directory of this machine, as object stores have no "
+            "renames and no locks to keep them whole; give a directory, copy it when the run has "
+            f"ended, and check the copy: realign-fast verify {out}"
+        )
+    return path
+
+
+@contextmanager
+def at_hand(path: str | os.PathLike[str] | Url) -> Iterator[str | os.PathLike[str]]:
+    """A small file as one of this machine, for libraries that open files themselves."""
+    if not isinstance(path := path_of(path), Url):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="realign-fast-", suffix=path.suffix) as file:
+        file.write(path.read_bytes())
+        file.flush()
+        yield file.name
+
+
+def each(function: Callable[[Item], Result], items: Sequence[Item], where: Any) -> list[Result]:
+    """`function` of every item; of items at URLs (`where(item)`) many at a time.
+
+    Asking a server is waiting for it.
+    """
+    urls = [path for path in map(where, items) if isinstance(path, Url)]
+    if not urls:
+        return list(map(function, items))
+    for url in urls:
+        url.connect()
+    with ThreadPoolExecutor(ASKED_AT_A_TIME, "realign-fast-ask") as pool:
+        answers = [pool.submit(function, item) for item in items]
+        try:
+            return [answer.result() for answer in answers]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Url:
+    """A place that fsspec opens. Equal and hashed by its text; pickled as its text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        # The first link of a chain that has a path is where names are; what follows encloses it.
+        self._prefix, path, self._suffix = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text).groups()
+        self._web = self._prefix.endswith(("http://", "https://"))
+        self._path, mark, query = path.partition("?") if self._web else (path, "", "")
+        self._suffix = mark + query + self._suffix
+        self._door: tuple[int, Any, str] | None = None  # process, file system, path in it
+        self._size: int | None = None
+
+    @property
+    def name(self) -> str:
+        last = self._path.rstrip("/").rpartition("/")[2]
+        return unquote(last) if self._web else last
+
+    stem = property(lambda self: os.path.splitext(self.name)[0])
+    suffix = property(lambda self: os.path.splitext(self.name)[1])
+
+    def __truediv__(self, name: str) -> Url:
+        name = quote(name) if self._web else name
+        base = f"{self._path.rstrip('/')}/" if self._path else ""
+        return Url(f"{self._prefix}{base}{name}{self._suffix}") if name else self
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Url({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Url) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __lt__(self, other: Url) -> bool:
+        return self._text < other._text
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return Url, (self._text,)
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def exists(self) -> bool:
+        return self._kind() is not None
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def iterdir(self) -> Iterator[Url]:
+        """What lies in it. A web server has to send a page of links."""
+        names = self._ask(lambda fs, path: [one["name"] for one in fs.ls(path, detail=True)])
+        names = [name.rstrip("/").rpartition("/")[2] for name in names]
+        if self._web:
+            names = [unquote(name) for name in names if not name.startswith("?")]
+        return (self / name for name in names if name)
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """A file of bytes to read and seek in, which reads ahead."""
+        if mode != "rb":
+            raise ValueError(f"{self}: got mode {mode!r}, a URL is read as bytes")
+        return io.BufferedReader(ReadAhead(self), BUFFER_BYTES)
+
+    def read_bytes(self) -> bytearray:
+        data = bytearray(self.stamp()[0])
+        fill(self, 0, memoryview(data))
+        return data
+
+    @property
+    def size(self) -> int:
+        """Bytes, as they were when they were last asked for."""
+        return self.stamp()[0] if self._size is None else self._size
+
+    def stamp(self) -> tuple[int, str]:
+        """Size, and what its store says of its content: another stamp is another content."""
+        info = self._info()
+        if info["type"] != "file" or info["size"] is None:
+            got = "is a directory" if info["type"] != "file" else "its server does not say its size"
+            raise OSError(errno.EINVAL, f"{self}: {got}; expected a file that is read by ranges")
+        words = {re.sub("[-_]", "", key.lower()): value for key, value in info.items()}
+        known = [f"{key} {words[key]}" for key in sorted(_VERSIONS & set(words)) if words[key]]
+        self._size = int(info["size"])
+        return self._size, ", ".join(known)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Bytes from `offset` on, fewer than `count` only at the end of the file."""
+        count = min(count, self.size - offset)
+        return (
+            self._ask(lambda fs, path: self._range(fs, path, count, offset)) if count > 0 else b""
+        )
+
+    def _range(self, fs: Any, path: str, count: int, offset: int) -> bytes:
+        if self._web and not _caches(fs):  # cat_file would take in all that a server sends
+            headers = fs.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
+            options = {"size": self.size, "cache_type": "none", "headers": headers}
+            with fs.open(path, "rb", **options) as file:
+                file.seek(offset)
+                data = file.read(count)
+        elif _caches(fs):
+            with _one_at_a_time:
+                data = fs.cat_file(path, start=offset, end=offset + count)
+        else:
+            data = fs.cat_file(path, start=offset, end=offset + count)
+        if len(data) != count:
+            raise ConnectionError(f"got {len(data)} of {count} bytes from byte {offset}")
+        return data
+
+    def _kind(self) -> str | None:
+        try:
+            info = self._info()
+        except FileNotFoundError:
+            return None
+        # A web server has files only, and of a directory it shows a page.
+        listing = self._web and info.get("mimetype") == "text/html"
+        return "directory" if listing else info["type"]
+
+    def _info(self) -> dict[str, Any]:
+        def fresh(fs: Any, path: str) -> dict[str, Any]:
+            fs.invalidate_cache()  # of listings, which would tell how an object was
+            return fs.info(path)
+
+        return self._ask(fresh)
+
+    def _ask(self, what: Callable[[Any, str], Any]) -> Any:
+        """`what(file system, path)`, tried again where that may help."""
+        for wait in (*WAITS, None):
+            try:
+                return what(*self._connected())
+            except Exception as error:
+                if wait is None or not may_pass(error):
+                    refuse(self, error, len(WAITS) + 1)
+            time.sleep(wait)
+
+    def connect(self) -> None:
+        """Find its file system: before threads ask, as some file systems are a thread's own."""
+        self._ask(lambda fs, path: None)
+
+    def _connected(self) -> tuple[Any, str]:
+        """Its file system, and its path there."""
+        if self._door is None or self._door[0] != os.getpid():
+            self._door = (os.getpid(), *_fsspec(self).core.url_to_fs(self._text))
+        return self._door[1:]
+
+
+def _fsspec(url: Url) -> ModuleType:
+    try:
+        import fsspec
+        import fsspec.core
+        import fsspec.implementations.cached
+    except ImportError as error:
+        what = f"{url}: URLs are read through fsspec, which does not import ({error})"
+        raise ImportError(f"{what}: pip install 'realign_fast[urls]'") from error
+    return fsspec
+
+
+def _caches(fs: Any) -> bool:
+    import fsspec.implementations.cached
+
+    return isinstance(fs, fsspec.implementations.cached.CachingFileSystem)
