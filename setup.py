@@ -1,7 +1,8 @@
 """Builds the compiled parts of realign_fast, through ninja.
 
 _C.abi3.so is csrc/cpu/*.cpp on torch's stable ABI: it holds no Python code and no C++ symbol of
-torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _io is csrc/io/*.cpp on
+torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _C_cuda.abi3.so is
+csrc/cuda/*.cu on the same ABI, through nvcc (build_cuda.py says when). _io is csrc/io/*.cpp on
 pybind11, without torch, for the Python that builds it. The metadata are in pyproject.toml;
 build_backend.py finds torch and the compiler; CMakeLists.txt builds the same files for IDEs and
 sanitizers.
@@ -20,12 +21,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 import build_backend
+import build_cuda
 
-SOURCES, IO_SOURCES = (
-    sorted(str(path) for path in Path("csrc", part).glob("*.cpp")) for part in ("cpu", "io")
+SOURCES, IO_SOURCES, CUDA_SOURCES = (
+    sorted(map(str, Path("csrc").glob(pattern)))
+    for pattern in ("cpu/*.cpp", "io/*.cpp", "cuda/*.cu")
 )
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inl"))
-DEPENDS = [*HEADERS, "build_backend.py", "CMakeLists.txt"]  # (goes into source distributions)
+HEADERS = sorted(
+    map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}")))
+)
+# (DEPENDS go into source distributions.)
+DEPENDS = [*HEADERS, "build_backend.py", "build_cuda.py", "CMakeLists.txt"]
 COMPILE = (
     "-std=c++20 -O3 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra "
     "-Werror=return-type"
@@ -36,12 +42,15 @@ LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 
 compiler, why_not = build_backend.find_compiler()
 why_no_reader = why_not or build_backend.why_no_python_headers()
+nvcc, cuda, why_no_cuda = "", "", why_not
+if compiler:
+    nvcc, cuda, why_no_cuda = build_cuda.decide(build_backend.find_torch())
 
 
 class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         stable = fullname.replace(".", "/") + ".abi3.so"
-        return stable if fullname.endswith("_C") else super().get_ext_filename(fullname)
+        return stable if "_C" in fullname else super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
         if (torch := build_backend.find_torch()) is None:
@@ -49,6 +58,9 @@ class BuildLibraries(build_ext):
                 "realign_fast: this environment has no torch >= 2.10 to build with; run "
                 "`pip install torch` first, or install without --no-build-isolation"
             )
+        if extension.name.endswith("_C_cuda"):
+            inputs = (extension.sources, os.path.relpath(self.get_ext_fullpath(extension.name)))
+            return run_steps(build_cuda.steps(nvcc, cuda, torch, STABLE, *inputs))
         flags, link = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
         if extension.name.endswith("_C"):
             flags, link = f"{flags} {STABLE}", f"-L{quote(f'{torch}/lib')} {LINK}"
@@ -59,8 +71,8 @@ class BuildLibraries(build_ext):
             output = f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"
             command = f"{compiler} {flags} -MD -MF {output}.d -c {source} -o {output}"
             steps[output] = [source], command
-        output = os.path.relpath(self.get_ext_fullpath(extension.name))
-        steps[output] = list(steps), f"{compiler} {' '.join(steps)} {link} -o {quote(output)}"
+        library = os.path.relpath(self.get_ext_fullpath(extension.name))
+        steps[library] = list(steps), f"{compiler} {' '.join(steps)} {link} -o {quote(library)}"
         run_steps(steps)
 
 
@@ -91,6 +103,8 @@ class BuildPython(build_py):
             "compiled": bool(compiler),
             "reason": why_not,
             "why_no_reader": why_no_reader,
+            "cuda": cuda,
+            "why_no_cuda": why_no_cuda,
             "compiler": compiler,
             "torch": build_backend.torch_version(torch) if torch else "",
         }
@@ -104,6 +118,8 @@ if not compiler:
 extensions, is_sdist = [], "sdist" in sys.argv
 if compiler or is_sdist:
     extensions.append(Extension("realign_fast._C", SOURCES, depends=DEPENDS))
+if nvcc or is_sdist:
+    extensions.append(Extension("realign_fast._C_cuda", CUDA_SOURCES))
 if not why_no_reader or is_sdist:
     extensions.append(Extension("realign_fast._io", IO_SOURCES))
 setup(

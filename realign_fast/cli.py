@@ -255,6 +255,7 @@ def _info(_: argparse.Namespace) -> None:
         print(f"gpu           {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     else:
         print("gpu           none that torch can use")
+    print(f"cuda kernels  {ops.why_no_cuda() or 'loaded'}")
     for op in ops.OPS:
         for device in devices:
             kernel, why = ops.backend_of(op, device)

@@ -16,13 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
+from cuda_emulation import emulated
 
 from realign_fast import ops
 from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_kernels
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda")
+KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "emulated cuda")
 if os.environ.get("TRITON_INTERPRET") or (torch.cuda.is_available() and find_spec("triton")):
     KERNELS += ("triton",)  # (without a GPU test_triton_kernels.py runs them in the interpreter)
 
@@ -43,7 +44,11 @@ class Kernel:
         self.name = name
         on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        if name in ISA_NAMES:
+        if name == "emulated cuda":
+            emulated.configure()
+            self.options = {}
+            self.functions = torch.ops.realign_emulated
+        elif name in ISA_NAMES:
             self.options = {"isa": ISA_NAMES.index(name)}
             self.functions = torch.ops.realign_fast
         else:
@@ -91,12 +96,18 @@ class Kernel:
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     """Every implementation in turn."""
+    sizes = request.node.callspec.params
+    if request.param == "emulated cuda" and (
+        sizes.get("count", 0) > 100_000
+        or (sizes.get("kind") == "matrix" and sizes.get("columns", 0) > 1000)
+    ):
+        pytest.skip("too large to emulate")
     return _kernel_or_skip(request.param)
 
 
-@pytest.fixture(params=KERNELS[1:])
+@pytest.fixture(params=[name for name in KERNELS[1:] if name != "emulated cuda"])
 def compiled_kernel(request):
-    """Every implementation but the reference: for what only kernels promise, or at their scale."""
+    """Every kernel on its own device: for what only kernels promise, or at their scale."""
     return _kernel_or_skip(request.param)
 
 
@@ -107,6 +118,10 @@ def _kernel_or_skip(name):
         require_compiled()
         if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
             pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
+    if name == "emulated cuda" and not any(
+        shutil.which(name) for name in ("c++", "g++", "clang++")
+    ):
+        pytest.skip("no C++ compiler to emulate CUDA with")
     return Kernel(name)
 
 

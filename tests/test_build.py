@@ -33,11 +33,12 @@ def run_setup(monkeypatch, backend):
     """Run setup.py without building; its globals, and under "arguments" those of setup()."""
     monkeypatch.chdir(ROOT)
 
-    def run(compiler: str) -> dict:
+    def run(compiler: str, cuda: str = "0") -> dict:
         arguments = {}
         monkeypatch.setattr(setuptools, "setup", arguments.update)
         monkeypatch.setattr(backend, "find_compiler", lambda: (compiler, "" if compiler else "why"))
         monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+        monkeypatch.setenv("REALIGN_FAST_CUDA", cuda)
         return {**runpy.run_path("setup.py"), "arguments": arguments}
 
     return run
@@ -52,7 +53,7 @@ def read(command: list[str]) -> list[str]:
 # What setup.py and CMakeLists.txt say.
 
 
-@pytest.mark.parametrize("name", ["SOURCES", "IO_SOURCES"])
+@pytest.mark.parametrize("name", ["SOURCES", "IO_SOURCES", "CUDA_SOURCES"])
 def test_cmake_has_the_sources_of_setup(run_setup, name):
     (pattern,) = re.findall(rf"file\(GLOB {name} CONFIGURE_DEPENDS (\S+)\)", cmake_text())
     sources = run_setup("c++")[name]
@@ -75,6 +76,20 @@ def test_cmake_has_the_flags_of_setup(run_setup):
     link_flags = [*arguments("target_link_options"), *arguments("target_link_libraries")]
     assert ["-shared", *link_flags] == setup["LINK"].split()
     assert arguments("target_compile_options", "realign_fast_io") == [*options, "-pthread"]
+
+
+def test_cmake_has_the_flags_of_the_cuda_build(backend):
+    import build_cuda
+
+    def arguments(function: str) -> list[str]:
+        return re.search(rf"{function}\(realign_fast_cuda PRIVATE\s([^)]*)\)", cmake_text())[
+            1
+        ].split()
+
+    assert [*arguments("target_compile_options"), "-DUSE_CUDA"] == build_cuda.COMPILE.split()
+    assert arguments("target_compile_definitions")[0] == "USE_CUDA"
+    (architectures,) = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", cmake_text())
+    assert architectures.replace("-real", "") == build_cuda.ARCHS
 
 
 def cmake_text() -> str:

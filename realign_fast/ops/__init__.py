@@ -1,8 +1,9 @@
 """The op door: every op's schema, shapes, public function and the kernel that answers it.
 
 An op is defined here once. ``reference.py`` answers it everywhere; the compiled library
-``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there;
-on a GPU without a compiled library the Triton kernels do (``triton_kernels.py``).
+``_C.abi3.so``, where it was built, registers its kernels under the CPU key and takes over there,
+``_C_cuda.abi3.so`` under the CUDA key, where torch has CUDA (docs/kernels.md); on a GPU without it
+the Triton kernels do (``triton_kernels.py``).
 The dispatcher chooses by the device of the rows: nothing is swapped at run time, and
 :func:`backend_of` tells which kernel runs and why.
 """
@@ -29,6 +30,7 @@ __all__ = [
     "backend_of",
     "cpu_isa",
     "sum_rows",
+    "why_no_cuda",
 ]
 
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
@@ -42,7 +44,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
 _MATRIX = _MAP.replace("scale", "matrix")
 _SCHEMAS = (
-    # `isa` is for tests and benchmarks: 0 takes the best instruction set this CPU has.
+    # `isa` chooses among a device's kernels, 0 is its best. On a CPU: the instruction set, for
+    # tests and benchmarks. On CUDA: the operands of add_scatter_ and map_rows (1 is "fast").
     f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int isa=0) -> Tensor",
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
     f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int isa=0) -> Tensor",
@@ -80,8 +83,30 @@ def _load_compiled() -> str:
     return reason
 
 
+def _load_cuda() -> str:
+    """Load the CUDA kernels where torch has CUDA and return "" or, if not, the reason."""
+    binary, build_info = _PACKAGE / "_C_cuda.abi3.so", _PACKAGE / "_build_info.json"
+    if not torch.version.cuda:
+        return "this torch has no CUDA"
+    info = json.loads(build_info.read_text()) if build_info.exists() else {}
+    if not binary.exists():
+        return info.get("why_no_cuda") or f"{_PACKAGE} holds no {binary.name}"
+    built = info.get("cuda", "")
+    if built and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"{binary.name} is built with CUDA {built}, torch with {torch.version.cuda}; "
+            "install realign_fast again with an nvcc of that version"
+        )
+    try:
+        torch.ops.load_library(str(binary))
+    except OSError as error:
+        return f"{binary.name} does not load: {error}"
+    return ""
+
+
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
+_why_not_cuda = _load_cuda()
 _triton_ops, _why_not_triton = triton_kernels.register(_library)
 _cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
@@ -269,11 +294,13 @@ def add_scatter_(
     *,
     normalize: bool = True,
     accurate: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     """Add ``sum w (u - c)(u - c)^T`` and ``sum w (u - c)`` of rows, ``u = x / |x|``, in one read.
 
     What a covariance is streamed from: with ``c`` near the mean the products do not cancel, so
-    float32 arithmetic is enough below the float64 sums (relative error about 1e-8).
+    float32 arithmetic is enough below the float64 sums (relative error about 1e-8; by emulation
+    2e-7 on CUDA, whose tensor cores cut sums off).
 
     Args:
         scatter: [D, D] float64, contiguous. Only its upper triangle is read and written.
@@ -286,6 +313,9 @@ def add_scatter_(
         normalize: ``False`` takes the rows as they are.
         accurate: multiply in float64 (as float64 rows always are): error 1e-15 instead of 1e-8,
             at half the speed or less.
+        fast: on CUDA multiply one float16 term of each entry instead of two: a third of
+            the products, a relative error of some 1e-5. Other devices, and
+            float64 rows, have no such kernel and are as accurate as without it.
 
     Returns:
         [3] int64: rows added (zero rows, with ``u = 0``, among them), zero rows, and non-finite
@@ -317,7 +347,9 @@ def add_scatter_(
             raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
     centre = centre.detach().to(**kind).contiguous()
     op = torch.ops.realign_fast
-    return op.add_scatter_(scatter, total, rows.detach(), centre, weights, normalize, accurate)
+    variant = 1 if fast and rows.is_cuda else 0
+    kernel = op.add_scatter_
+    return kernel(scatter, total, rows.detach(), centre, weights, normalize, accurate, variant)
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:
@@ -348,6 +380,8 @@ def _map_arguments(
                 "align the output of the encoder that the map was fitted on"
             )
     kind = {"dtype": torch.float64, "device": rows.device}
+    if isinstance(scale, int | float):
+        scale = torch.full((), scale, **kind)  # (a copy to a GPU would wait for it)
     scale = torch.as_tensor(scale, **kind)
     if list(scale.shape) not in ([], [rows.shape[1]], [rows.shape[1]] * 2):
         raise ValueError(
@@ -361,7 +395,7 @@ def _map_arguments(
 class Backend(NamedTuple):
     """Which kernel answers an op, and why."""
 
-    kernel: str  # "cpu" (csrc/cpu), "triton" or "reference" (ops/reference.py)
+    kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
     why: str
 
 
@@ -380,8 +414,13 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         return Backend(device.type, f"compiled{isa}")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")
-    also = f", and {_why_not_triton}" if device.type == "cuda" else ""
+    also = f": {_why_not_cuda}, and {_why_not_triton}" if device.type == "cuda" else ""
     return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{also}")
+
+
+def why_no_cuda() -> str:
+    """Why the compiled CUDA kernels are not loaded, or ""."""
+    return _why_not_cuda
 
 
 def cpu_isa(op: str = "") -> str:

@@ -1,0 +1,257 @@
+// Rows into the operands of a product: normalised, shifted, weighted, scaled and split, in the one
+// read that a row gets. Row i becomes
+//
+//   v = sqrt(w_i) (u_i - c) scale,   high = round(v),   low = round(v - high)
+//
+// as float16 (scale_j is a power of two that puts column j high in its range: see column_scales),
+// or v itself as float32 or float64. Non-finite rows and rows beyond N become zeros. What a
+// product of the operands needs beside it comes along: sums over rows of sqrt(w) (high + low) and
+// of low^2, from the very numbers that are multiplied, and the kinds of rows.
+#pragma once
+
+#include "row_map.cuh"
+
+namespace realign_fast {
+
+constexpr int kPackRows = 64;  // rows of a block
+
+template <class T, class V>
+struct PackTask {
+  using M = std::conditional_t<std::is_same_v<V, double>, double, float>;
+  const T* rows;          // [count, D]
+  const double* weights;  // [count] or null
+  const double* centre;   // c [D]
+  const double* scale;    // [stride]
+  const M* ordered_centre;
+  const M* ordered_scale;
+  int64_t count, padded_count, columns, row_stride;
+  bool aligned, normalize;
+  V *high, *low;          // [padded_count, stride]; low may be null
+  int64_t stride;         // D up to whole tiles
+  int64_t padded;         // D up to whole packs of the team
+  double* sums;           // [blocks, 2, padded], columns in the order of `place`; null: not wanted
+  unsigned char* finite;  // [padded_count] or null
+  unsigned long long* counts;  // [3] rows, zero, non-finite; or null
+};
+
+template <class T, class V, int SIZE, int PACKS>
+struct PackSums {
+  using M = typename PackTask<T, V>::M;
+  static constexpr bool kLow = std::is_same_v<V, Half>;  // only float16 has low terms
+  M total[PACKS ? PACKS : 1][kEntries<T>];
+  M low[PACKS && kLow ? PACKS : 1][kLow ? kEntries<T> : 1];
+};
+
+template <class V, class M>
+__device__ __forceinline__ void split(M v, V& high, V& low) {
+  high = static_cast<V>(v);
+  low = static_cast<V>(v - static_cast<M>(high));
+}
+
+// One row term by term, and its sums into `sums` [2, padded].
+template <class T, class V, int SIZE>
+__device__ void pack_directly(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
+                              double* sums) {
+  const T* row = task.rows + i * task.row_stride;
+  const DirectRow direct = direct_row(team, row, task.columns, DeviceMap{});
+  const double factor = task.weights ? sqrt(task.weights[i]) : 1;
+  V* high_row = task.high + i * task.stride;
+#pragma unroll 1
+  for (int64_t j = team.thread; j < task.stride; j += SIZE) {
+    double v = 0;
+    if (direct.finite && j < task.columns) {
+      const double x = static_cast<double>(row[j]);
+      v = factor * ((task.normalize ? direct.unit(x) : x) - task.centre[j]) * task.scale[j];
+    }
+    V high, low;
+    if constexpr (std::is_same_v<V, Half>) {
+      high = static_cast<V>(static_cast<float>(v));
+      low = static_cast<V>(static_cast<float>(v - static_cast<float>(high)));
+    } else {
+      high = static_cast<V>(v);
+      low = 0;
+    }
+    high_row[j] = high;
+    double kept = static_cast<double>(high);
+    if (task.low) {
+      task.low[i * task.stride + j] = low;
+      kept += static_cast<double>(low);
+    }
+    if (sums && j < task.columns) {
+      const int64_t at = place<kEntries<T>>(j, SIZE);
+      sums[at] += factor * kept;
+      if (task.low) sums[task.padded + at] += static_cast<double>(low) * static_cast<double>(low);
+    }
+  }
+  if (team.thread != 0) return;
+  if (task.finite) task.finite[i] = direct.finite ? 1 : 0;
+  if (task.counts) {
+    atomicAdd(task.counts + (direct.finite ? 0 : 2), 1ull);
+    if (direct.finite && direct.zero) atomicAdd(task.counts + 1, 1ull);
+  }
+}
+
+// One row of the usual kind. False, and nothing written, if it has to be done term by term.
+template <class T, class V, int SIZE, int PACKS>
+__device__ bool pack_usual(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
+                           PackSums<T, V, SIZE, PACKS>& held, double* sums) {
+  using M = typename PackTask<T, V>::M;
+  constexpr int E = kEntries<T>;
+  TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
+                              task.aligned);
+  M parts[1] = {0};
+  double xx[1];
+  row.for_each_pack([&](int, int64_t, const Pack<T>& pack) {
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const M x = static_cast<M>(pack.values[e]);
+      parts[0] += x * x;
+    }
+  });
+  team.sum(parts, xx);
+  if (!in_range<M>(xx[0])) return false;
+  const M a = static_cast<M>(task.normalize ? rsqrt(xx[0]) : 1.0);
+  const M factor = static_cast<M>(task.weights ? sqrt(task.weights[i]) : 1.0);
+  row.forget_widened();
+  row.for_each_pack([&](int p, int64_t column, const Pack<T>& pack) {
+    M c[E], scale[E], high_m[E], low_m[E];
+    load_vector(task.ordered_centre, p, team.thread, SIZE, c);
+    load_vector(task.ordered_scale, p, team.thread, SIZE, scale);
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const M v = factor * (a * static_cast<M>(pack.values[e]) - c[e]) * scale[e];
+      V high = static_cast<V>(v), low = static_cast<V>(static_cast<M>(0));
+      if (task.low) split(v, high, low);
+      high_m[e] = static_cast<M>(high);
+      low_m[e] = static_cast<M>(low);
+      const M total = factor * (high_m[e] + low_m[e]), square = low_m[e] * low_m[e];
+      if constexpr (PACKS > 0) {
+        held.total[p][e] += total;
+        if constexpr (std::is_same_v<V, Half>) held.low[p][e] += square;
+      } else if (sums && column + e < task.columns) {
+        const int64_t at = (int64_t(p) * E + e) * SIZE + team.thread;
+        sums[at] += static_cast<double>(total);
+        sums[task.padded + at] += static_cast<double>(square);
+      }
+    }
+    if (column >= task.stride) return;
+    store_as<V, true>(task.high, i * task.stride, column, task.stride, true, high_m);
+    if (task.low) store_as<V, true>(task.low, i * task.stride, column, task.stride, true, low_m);
+  });
+  if (team.thread == 0 && task.finite) task.finite[i] = 1;
+  return true;
+}
+
+// Row i beyond N: zeros.
+template <class T, class V, int SIZE>
+__device__ void pack_nothing(const Team<SIZE>& team, int64_t i, const PackTask<T, V>& task) {
+  const V zero = static_cast<V>(0.0f);
+#pragma unroll 1
+  for (int64_t j = team.thread; j < task.stride; j += SIZE) {
+    task.high[i * task.stride + j] = zero;
+    if (task.low) task.low[i * task.stride + j] = zero;
+  }
+}
+
+template <class T, class V, int SIZE, int PACKS>
+__global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
+  using Members = Team<SIZE>;
+  constexpr int E = kEntries<T>, kGroup = kPackRows / Members::kTeams;
+  unsigned char* shared = shared_memory();
+  Members team(shared);
+  double* out = task.sums ? task.sums + blockIdx.x * 2 * task.padded : nullptr;
+  double* sums = out;
+  if (SIZE == 32 && out) sums = reinterpret_cast<double*>(shared + Members::kSharedBytes);
+  for (int64_t j = threadIdx.x; out && j < 2 * task.padded; j += Members::kThreads) sums[j] = 0;
+  __syncthreads();
+
+  PackSums<T, V, SIZE, PACKS> held = {};
+  const int64_t first = int64_t(blockIdx.x) * kPackRows + team.team * kGroup;
+  unsigned long long left = 0;
+  int usual = 0;
+#pragma unroll 1
+  for (int k = 0; k < kGroup && first + k < task.padded_count; ++k) {
+    if (first + k >= task.count) {
+      pack_nothing(team, first + k, task);
+    } else if (pack_usual(team, first + k, task, held, sums)) {
+      ++usual;
+    } else {
+      left |= 1ull << k;
+    }
+  }
+  if (team.thread == 0 && task.counts && usual)
+    atomicAdd(task.counts, static_cast<unsigned long long>(usual));
+#pragma unroll 1
+  for (int turn = 0; turn < Members::kTeams; ++turn) {  // always in this order
+    if (turn == team.team) {
+      if (PACKS > 0 && sums) {
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p)
+#pragma unroll
+          for (int e = 0; e < E; ++e)
+            if (int64_t(p) * SIZE * E < task.columns) {
+              sums[(p * E + e) * SIZE + team.thread] += static_cast<double>(held.total[p][e]);
+              if constexpr (std::is_same_v<V, Half>)
+                sums[task.padded + (p * E + e) * SIZE + team.thread] +=
+                    static_cast<double>(held.low[p][e]);
+            }
+      }
+      team.wait();
+#pragma unroll 1
+      for (int64_t i = first; left; ++i, left >>= 1)
+        if (left & 1) pack_directly(team, i, task, sums);
+    }
+    __syncthreads();
+  }
+  for (int64_t j = threadIdx.x; SIZE == 32 && out && j < 2 * task.padded; j += Members::kThreads)
+    out[j] = sums[j];
+}
+
+// What a call packs with: vectors and sizes that do not change from chunk to chunk.
+template <class T, class V>
+struct Packing {
+  PackTask<T, V> task;
+  int64_t columns;
+
+  Packing(Work& work, const Tensor& rows, const double* centre, const double* scale, int64_t stride)
+      : task{}, columns(rows.size(1)) {
+    const auto* x = static_cast<const T*>(rows.const_data_ptr());
+    task.rows = x;
+    task.centre = centre;
+    task.scale = scale;
+    task.columns = columns;
+    task.row_stride = rows.stride(0);
+    task.aligned = on_16_bytes(x, rows.stride(0));
+    task.stride = stride;
+    using M = typename PackTask<T, V>::M;
+    dispatch_team<T>(columns, [&](auto size, auto) {
+      constexpr int64_t tile = size() * kEntries<T>;
+      task.padded = (columns + tile - 1) / tile * tile;
+      const auto vectors = prepare<M, kEntries<T>>(work, centre, scale, nullptr, columns, size());
+      task.ordered_centre = vectors.first;
+      task.ordered_scale = vectors.second;
+    });
+  }
+
+  static int64_t blocks(int64_t padded_count) { return (padded_count + kPackRows - 1) / kPackRows; }
+
+  void run(Work& work, const PackTask<T, V>& chunk) const {
+    dispatch_team<T>(columns, [&](auto size, auto packs) {
+      using Members = Team<size()>;
+      size_t shared = Members::kSharedBytes;
+      if (size() == 32) shared += 2 * sizeof(double) * static_cast<size_t>(chunk.padded);
+      launch(pack_kernel<T, V, size(), packs()>, static_cast<unsigned>(blocks(chunk.padded_count)),
+             Members::kThreads, shared, work.stream(), chunk);
+    });
+  }
+};
+
+// size of `place` for rows of T with these columns.
+template <class T>
+int team_size(int64_t columns) {
+  int threads = 0;
+  dispatch_team<T>(columns, [&](auto size, auto) { threads = size(); });
+  return threads;
+}
+
+}  // namespace realign_fast

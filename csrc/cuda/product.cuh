@@ -1,0 +1,275 @@
+// The product of packed operands on tensor cores, for add_scatter_ and map_rows.
+//
+//   out [m, n] = sum over k of left [k, m] right [k, n]     (scatter: left = right, m <= n)
+//   out [m, n] = sum over k of left [m, k] right [k, n]     (map: the rows times A^T)
+//
+// One block makes one square tile over one slice of k: two or three stages of operands in shared
+// memory, filled by cp.async ahead of their use. With two terms a side (value = high + low) it adds
+// high high
+// + high low + low high; low low is left to the caller. The tensor cores cut sums off, so a
+// float32 sum is moved into a rounded one every `promote` steps. Which slices there are depends on
+// the problem alone, never on the device, and so do the bytes.
+//
+// Operands are padded with zeros to whole tiles: nothing in here looks at a border.
+#pragma once
+
+#include "tensor_core.cuh"
+
+namespace realign_fast {
+
+template <class V>
+struct Operand {
+  const V* high;
+  const V* low;    // null with one term
+  int64_t stride;  // of a row, a multiple of the tile
+};
+
+template <class V, class S>
+struct Product {
+  Operand<V> left, right;
+  int64_t depth;        // k
+  int64_t slice_depth;  // k of a block
+  S* out;               // scatter: [slices, tiles, side, side]; map: [m, out_stride]
+  int64_t out_stride;   // of a row of out
+  int tiles;            // along n
+};
+
+// The tile'th of the tiles on and above the diagonal, row after row.
+struct TileAt {
+  int row, column;
+};
+__host__ __device__ inline TileAt upper_tile(int tile, int tiles) {
+  int row = 0;
+  for (; tile >= tiles - row; ++row) tile -= tiles - row;
+  return {row, row + tile};
+}
+inline int upper_tiles(int tiles) { return tiles * (tiles + 1) / 2; }
+
+constexpr int kProductThreads = 256;  // 2 x 4 warps
+template <int kTerms>
+constexpr int kStages = kTerms == 1 ? 3 : 2;  // (any GPU since sm_80 has 99 KiB for a block)
+
+// A tile of float16 operands: each warp makes 64 x 32 of 128 x 128 with m16n8k16.
+template <bool kLeftInner, int kTerms>
+struct HalfTile {
+  using Value = Half;
+  using Sum = float;
+  static constexpr int kSide = 128, kDepth = 32, kPad = 8;
+  static constexpr int kPromote = kTerms == 1 ? 16 : 2;  // steps: 512 and 64 of k
+  static constexpr int kRight = kSide + kPad;            // stride of right [k][n]
+  static constexpr int kLeft = kLeftInner ? kDepth + kPad : kSide + kPad;
+
+  Sum sums[4][4][4] = {}, rounded[4][4][4] = {};
+
+  __device__ void multiply(const Value* const (&left)[kTerms],
+                           const Value* const (&right)[kTerms]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int m0 = warp / 4 * 64, n0 = warp % 4 * 32, r = lane % 8, low = lane / 8 % 2,
+              high = lane / 16;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      unsigned a[kTerms][4][4], b[kTerms][2][4];
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // matrices: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
+          const int m = m0 + 16 * i + 8 * low;
+          if constexpr (kLeftInner) {
+            load_matrices<false>(a[term][i], left[term] + (m + r) * kLeft + k + 8 * high);
+          } else {
+            load_matrices<true>(a[term][i], left[term] + (k + 8 * high + r) * kLeft + m);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j)  // matrices: (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)
+          load_matrices<true>(b[term][j],
+                              right[term] + (k + 8 * low + r) * kRight + n0 + 16 * j + 8 * high);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int word = j % 2 * 2;
+          if constexpr (kTerms == 2) {
+            multiply_add(sums[i][j], a[1][i], b[0][j / 2][word], b[0][j / 2][word + 1]);
+            multiply_add(sums[i][j], a[0][i], b[1][j / 2][word], b[1][j / 2][word + 1]);
+          }
+          multiply_add(sums[i][j], a[0][i], b[0][j / 2][word], b[0][j / 2][word + 1]);
+        }
+    }
+  }
+
+  __device__ void promote() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          rounded[i][j][e] += sums[i][j][e];
+          sums[i][j][e] = 0;
+        }
+  }
+
+  __device__ void write(Sum* out, int64_t stride) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int m = warp / 4 * 64 + 16 * i + lane / 4 + 8 * (e / 2);
+          const int n = warp % 4 * 32 + 8 * j + lane % 4 * 2 + e % 2;
+          out[m * stride + n] = rounded[i][j][e];
+        }
+  }
+};
+
+// A tile of float64 operands: each warp makes 32 x 16 of 64 x 64 with m8n8k4.
+template <bool kLeftInner>
+struct DoubleTile {
+  using Value = double;
+  using Sum = double;
+  static constexpr int kSide = 64, kDepth = 16, kPad = 4, kPromote = 1 << 30;
+  static constexpr int kRight = kSide + kPad;
+  static constexpr int kLeft = kLeftInner ? kDepth + kPad : kSide + kPad;
+
+  Sum sums[4][2][2] = {};
+
+  __device__ void multiply(const Value* const (&left)[1], const Value* const (&right)[1]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int m0 = warp / 4 * 32 + lane / 4, n0 = warp % 4 * 16 + lane / 4, t = lane % 4;
+#pragma unroll
+    for (int k = t; k < kDepth + t; k += 4) {
+      double a[4], b[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[i] = kLeftInner ? left[0][(m0 + 8 * i) * kLeft + k] : left[0][k * kLeft + m0 + 8 * i];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) b[j] = right[0][k * kRight + n0 + 8 * j];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) multiply_add(sums[i][j], a[i], b[j]);
+    }
+  }
+
+  __device__ void promote() {}
+
+  __device__ void write(Sum* out, int64_t stride) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          out[(warp / 4 * 32 + 8 * i + lane / 4) * stride + warp % 4 * 16 + 8 * j + lane % 4 * 2 +
+              e] = sums[i][j][e];
+  }
+};
+
+// rows x columns of V at `from` into shared memory, as groups of 16 bytes.
+template <int kRows, int kColumns, int kTo, class V>
+__device__ __forceinline__ void fetch(V* to, const V* from, int64_t stride) {
+  constexpr int kWide = 16 / sizeof(V), kAcross = kColumns / kWide;
+  static_assert(kRows * kAcross % kProductThreads == 0);
+#pragma unroll
+  for (int n = 0; n < kRows * kAcross; n += kProductThreads) {
+    const int piece = n + static_cast<int>(threadIdx.x), row = piece / kAcross,
+              column = piece % kAcross * kWide;
+    copy_async(to + row * kTo + column, from + row * stride + column);
+  }
+}
+
+template <class Tile, bool kLeftInner, int kTerms>
+struct ProductShared {
+  using V = typename Tile::Value;
+  static constexpr int kLeftSize = (kLeftInner ? Tile::kSide : Tile::kDepth) * Tile::kLeft;
+  static constexpr int kRightSize = Tile::kDepth * Tile::kRight;
+  static constexpr int kStageSize = kTerms * (kLeftSize + kRightSize);
+  static constexpr size_t kBytes = sizeof(V) * kStages<kTerms> * kStageSize;
+};
+
+template <class Tile, bool kLeftInner, int kTerms>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product_kernel(Product<typename Tile::Value, typename Tile::Sum> task) {
+  using V = typename Tile::Value;
+  using Shared = ProductShared<Tile, kLeftInner, kTerms>;
+  constexpr int kSide = Tile::kSide, kDepth = Tile::kDepth;
+  V* shared = reinterpret_cast<V*>(shared_memory());
+  const TileAt at = kLeftInner ? TileAt{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)}
+                               : upper_tile(static_cast<int>(blockIdx.x), task.tiles);
+  const int64_t first = kLeftInner ? 0 : blockIdx.y * task.slice_depth;
+  const int64_t depth =
+      task.depth - first < task.slice_depth ? task.depth - first : task.slice_depth;
+  const int steps = static_cast<int>(depth / kDepth);
+
+  const auto left_of = [&](int stage, int term) {
+    return shared + stage * Shared::kStageSize + term * Shared::kLeftSize;
+  };
+  const auto right_of = [&](int stage, int term) {
+    return shared + stage * Shared::kStageSize + kTerms * Shared::kLeftSize +
+           term * Shared::kRightSize;
+  };
+  const auto fetch_step = [&](int step) {
+    const int64_t k = first + int64_t(step) * kDepth;
+    if (step < steps) {
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        const V* left = term ? task.left.low : task.left.high;
+        const V* right = term ? task.right.low : task.right.high;
+        if constexpr (kLeftInner) {
+          fetch<kSide, kDepth, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
+                                            left + int64_t(at.row) * kSide * task.left.stride + k,
+                                            task.left.stride);
+        } else {
+          fetch<kDepth, kSide, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
+                                            left + k * task.left.stride + int64_t(at.row) * kSide,
+                                            task.left.stride);
+        }
+        fetch<kDepth, kSide, Tile::kRight>(
+            right_of(step % kStages<kTerms>, term),
+            right + k * task.right.stride + int64_t(at.column) * kSide, task.right.stride);
+      }
+    }
+    copy_async_commit();
+  };
+
+  Tile tile;
+  for (int step = 0; step < kStages<kTerms> - 1; ++step) fetch_step(step);
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<kStages<kTerms> - 2>();  // this step's operands have come
+    __syncthreads();                         // for every thread; and the stage before is free
+    fetch_step(step + kStages<kTerms> - 1);
+    const V *left[kTerms], *right[kTerms];
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      left[term] = left_of(step % kStages<kTerms>, term);
+      right[term] = right_of(step % kStages<kTerms>, term);
+    }
+    tile.multiply(left, right);
+    if (step % Tile::kPromote == Tile::kPromote - 1) tile.promote();
+  }
+  tile.promote();
+  copy_async_wait<0>();
+  if constexpr (kLeftInner) {
+    tile.write(task.out + int64_t(at.row) * kSide * task.out_stride + int64_t(at.column) * kSide,
+               task.out_stride);
+  } else {
+    tile.write(task.out + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kSide * kSide, kSide);
+  }
+}
+
+// Launches `product`; `down` is the number of slices (scatter) or of tiles along m (map).
+template <class Tile, bool kLeftInner, int kTerms>
+void multiply(Work& work, const Product<typename Tile::Value, typename Tile::Sum>& product,
+              int64_t down) {
+  const int across = kLeftInner ? product.tiles : upper_tiles(product.tiles);
+  launch(product_kernel<Tile, kLeftInner, kTerms>,
+         dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kProductThreads,
+         ProductShared<Tile, kLeftInner, kTerms>::kBytes, work.stream(), product);
+}
+
+}  // namespace realign_fast
