@@ -8,6 +8,7 @@ partial results arrive changes at most the last bits.
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import torch
@@ -253,22 +254,24 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all."""
-        # One metadata key: safetensors writes several in no fixed order.
-        kind = {"moments": " ".join(k for k, on in self._flags().items() if on)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._state().items()}
-        write_whole(path, safetensors_bytes(tensors, kind))
+        words = [name for name, on in self._flags().items() if on] + [_hash(tensors)]
+        # One metadata key: safetensors writes several in no fixed order.
+        write_whole(path, safetensors_bytes(tensors, {"moments": " ".join(words)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is not a safetensors file of moments.
+            ValueError: the file is not a safetensors file of moments, or is damaged.
         """
         try:
             with at_hand(path) as local, safe_open(local, "pt") as file:
                 flags = file.metadata()["moments"].split()
                 state = {name: file.get_tensor(name) for name in file.keys()}
+            if flags[-1:] != [_hash(state)]:
+                raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
             for name in _SUMS if state else ():
                 setattr(moments, name, state[name])
@@ -366,3 +369,12 @@ def _describe_bad_row(rows: Tensor, where: str, first_row: int) -> str:
         f"{where}: row {first_row + index} {what}, expected a finite row with a direction; "
         "mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave such rows out"
     )
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """Of names and numbers: what a file of moments says of itself."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"blake2b={total.hexdigest()}"

@@ -96,7 +96,7 @@ class AlignWork(ShardWork):
         with self.corpus.writer(shard, made) as writer:
             moments, total = self._write(index, shard, writer)
             check_unchanged(shard, known)
-        facts = {"checksum": total, **self._expected(moments)}
+        facts = {"name": made.name, "checksum": total, **self._expected(moments)}
         entry = self.ledger.save_aligned(shard, known, made, moments, facts)
         return Part(index, moments, shard.rows, entry)
 

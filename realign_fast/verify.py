@@ -2,8 +2,9 @@
 
 For every aligned shard: it is there, its shape and dtype, the checksum of its rows, how many rows
 are zero or NaN, that the others are unit rows, and that its mean is the one recorded while it was
-made. For every statistics' file: its hash. For the aligner: that it is the map the rows went
-through. The source is not read. `OUT` may be the URL of a copy.
+made. No shard is there that the manifest does not know. For every statistics' file: its hash. For
+the aligner: that it is the map the rows went through. The source is not read. `OUT` may be the URL
+of a copy.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 import torch
 
 from .align import ReAlign
-from .corpus import Corpus
+from .corpus import Corpus, format_of
 from .ledger import checksum, digest, map_hash
 from .manifest import read_manifest
 from .moments import Moments
 from .output import ALIGNER, MANIFEST, REPORT
-from .url import Url, path_of
+from .url import Url
 
 # A rounded unit row: every entry moves by half an ulp of itself at most, in all half an ulp of 1;
 # the rows before rounding are unit to float32 (or, of float64 rows, float64).
@@ -69,12 +70,21 @@ def verify(out: Path | Url) -> tuple[dict[str, int], list[str]]:
     rows = 0
     facts = applied.get("facts", {})
     how = {name: facts[name] for name in ("column", "allow_pickle") if name in facts}
+    folder = out / facts.get("folder", "")
     for entry in applied["shards"]:
-        path = out / applied["facts"]["folder"] / path_of(entry["path"]).name
+        path = folder / entry["name"]
         faults += [f"{path}: {words}" for words in _shard(path, how, entry, out)]
         rows += entry["rows"]
+    if "apply" in passes:
+        faults += _strangers(folder, {entry["name"] for entry in applied["shards"]})
     files = sum(len(one["shards"]) for one in passes.values())
     return {"shards": len(applied["shards"]), "rows": rows, "statistics": files}, faults
+
+
+def _strangers(folder: Path | Url, known: set[str]) -> Iterator[str]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if format_of(path.name) and path.name not in known:
+            yield f"{path}: is a shard that the manifest does not know; move it away"
 
 
 def _statistics(out: Path | Url, entries: list[dict[str, Any]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,10 @@ FAULTS = {
     "no aligner": (unlink("aligner.safetensors"), ["aligner.safetensors: missing"]),
     "another aligner": (other_aligner, ["the manifest says", "the rows went through"]),
     "other statistics": (other_moments, ["source-drift/emb_", "has blake2b"]),
+    "another shard": (
+        lambda out: np.save(out / "emb_9.npy", np.zeros((3, D))),
+        ["emb_9.npy: is a shard that the manifest does not know"],
+    ),
     "no report": (unlink("report.json"), ["report.json: missing: the last run did not end"]),
 }
 
@@ -106,6 +111,26 @@ def test_every_fault_is_a_line_that_names_the_file(tmp_path, capsys, fault):
         assert any(word in line for line in faults), (word, faults)
     assert all(line.startswith(f"{out}/") for line in faults)
     assert lines[-1].endswith(f", {len(faults)} faults")
+
+
+def test_shards_that_are_links_are_known_by_their_own_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side in ("text", "image"):
+        Path(side).mkdir()
+        np.save(f"{side}-of-old.npy", np.random.default_rng(len(side)).standard_normal((40, D)))
+        Path(side, "emb_0.npy").symlink_to(tmp_path / f"{side}-of-old.npy")
+    assert cli.main(["align", "--text", "text", "--image", "image", "--out", "out"]) == 0
+    assert cli.main(["verify", "out"]) == 0
+
+
+def test_damaged_statistics_are_made_again(tmp_path):
+    """One bit of a mean: the file is still one of moments, but not the one that was written."""
+    Moments().update(torch.randn(5, D)).save(tmp_path / "m.safetensors")
+    data = bytearray((tmp_path / "m.safetensors").read_bytes())
+    data[-9] ^= 1
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="hash of its numbers"):
+        Moments.load(tmp_path / "m.safetensors")
 
 
 def test_no_manifest_is_an_error(tmp_path, capsys):
