@@ -41,9 +41,12 @@ def check_output(
     ours = {folder / shard.path.name for shard in source.shards}
     held = {path for place in ("", *SUBFOLDERS.values()) for path in _shards_in(out / place)}
     if held - ours:
+        advice = "give an empty --out, or that of an earlier run on the same source"
+        if mode == "extend":
+            advice = f"move it away (it went through the earlier map; its {STATS} still count)"
         raise ValueError(
             f"{min(held - ours)}: is no shard that {source.path} becomes, and the two would mix; "
-            "give an empty --out, or that of an earlier run on the same source"
+            f"{advice}"
         )
     if held and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
         raise ValueError(
