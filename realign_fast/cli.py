@@ -23,7 +23,7 @@ from .corpus.convert import TARGETS, convert
 from .corpus.native import reader_of
 from .family import METHODS
 from .inspection import as_lines, inspect
-from .job_array import apply_part, merge, stats
+from .job_array import HALF, apply_part, merge, stats
 from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
-    converting = ("path", "to", "dtype", "converted", *reading, "batch-bytes", "quiet")
-    inspecting = ("path", "sample", "inspect-seed", "json", *reading)
+    converting = ("path", "modality", "to", "dtype", "converted", *reading, "batch-bytes", "quiet")
+    inspecting = ("path", "modality", "sample", "inspect-seed", "json", *reading)
     applying = ("aligner", "source", "out", *reading, *passes, "shard")
     side = ("side", "out", "half", "method", *reading, *passes[:-1], "shard")
     command("info", _info, "Show versions and, for each op, which kernel answers and why.")
@@ -173,6 +173,11 @@ _OPTIONS = {
     ),
     "path": lambda sub: sub.add_argument(
         "source", metavar="SOURCE", help="a shard, a directory of shards, a saved dataset; or a URL"
+    ),
+    "modality": lambda sub: sub.add_argument(
+        "--modality",
+        choices=("text", "image"),
+        help="which side of a clip-retrieval root with both (text_emb/, img_emb/)",
     ),
     "converted": lambda sub: sub.add_argument(
         "out", metavar="OUT", type=path, help="directory for the result, without shards"
@@ -273,7 +278,8 @@ def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     """How a corpus is opened."""
-    return {"column": options.column, "allow_pickle": options.allow_pickle}
+    side = {"modality": options.modality} if hasattr(options, "modality") else {}
+    return {"column": options.column, "allow_pickle": options.allow_pickle, **side}
 
 
 def _align(options: argparse.Namespace) -> None:
@@ -297,6 +303,9 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _apply(options: argparse.Namespace) -> None:
+    if str(options.aligner).endswith(HALF):
+        what = "is a map without its last step, for stats --aligner; run merge and give its result"
+        raise ValueError(f"{options.aligner}: {what}")
     aligner = ReAlign.from_pretrained(options.aligner)
     source, run = Corpus(options.source, "text", **_how(options)), Run(_settings(options))
     run.engine = engine_from(options)
@@ -316,6 +325,8 @@ def _stats(options: argparse.Namespace) -> None:
     side = "source" if options.source is not None else "target"
     modality = {"source": "text", "target": "image"}[side]
     rows = Corpus(getattr(options, side), modality, **_how(options))
+    if options.aligner and options.aligner.is_dir():
+        raise ValueError(f"{options.aligner}: is a directory; name {options.aligner / HALF} itself")
     aligner = options.aligner and ReAlign.load(options.aligner)
     how = _settings(options), engine_from(options)
     done = stats(rows, side, options.out, options.shard, aligner, *how)
@@ -345,6 +356,8 @@ def _convert(options: argparse.Namespace) -> None:
         dtype = options.dtype and getattr(torch, options.dtype)
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
+    if (options.out / "metadata").is_dir():
+        print(f"wrote their other columns to {options.out / 'metadata'}, row by row")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -362,6 +375,8 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     fitted = report["fitted"]
     for one in report["passes"]:
         _print_pass(one)
+    for name, rows in report["extended"].items():
+        print(f"{name:16} {rows:>12,} rows of shards that are gone, from saved statistics")
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     how = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "

@@ -8,6 +8,7 @@ rows and how many of them are zero or NaN. It has no dates: equal runs write equ
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,24 @@ def write_manifest(out: Path, code: str, settings: Entry, passes: Passes, aligne
     write_json(out / MANIFEST, facts | {"passes": known})
 
 
-def saved_moments(out: Path, name: str, facts: Entry, present: set[str]) -> list[tuple]:
-    """``(moments, entry)`` of the shards of an earlier pass whose paths are not ``present``.
+def saved_moments(out: Path, name: str, facts: Entry, present: Sequence[Entry]) -> list[tuple]:
+    """``(moments, entry)`` of the shards of an earlier pass that are not among those ``present``.
 
     Raises:
-        ValueError: they were measured with other settings, or their file is not what was written.
+        ValueError: they were measured with other settings, their file is not what was written, or
+            one seems to be there still, under another name: its rows would count twice.
     """
     earlier = read_manifest(out)["passes"].get(name, {"facts": facts, "shards": []})
-    absent = [entry for entry in earlier["shards"] if entry["path"] not in present]
+    paths = {one["path"] for one in present}
+    absent = [entry for entry in earlier["shards"] if entry["path"] not in paths]
+    same = ("rows", "size", "mtime_ns")
+    known = {tuple(map(one.get, same)): one["path"] for one in present if one.get("mtime_ns")}
+    for entry in absent:
+        if twin := known.get(tuple(map(entry.get, same))):
+            raise ValueError(
+                f"{twin}: has the size and time of {entry['path']}, which is gone: renamed, it "
+                "would count twice; give the old name back, or run with --mode incremental"
+            )
     if absent and earlier["facts"] != facts:
         pairs = [(k, v, facts.get(k)) for k, v in earlier["facts"].items() if v != facts.get(k)]
         differ = "; ".join(f"{k} was {was!r} and is {now!r}" for k, was, now in pairs)

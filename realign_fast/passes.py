@@ -92,6 +92,7 @@ class Walks:
     engine: Engine | None = None  # None: that of settings.workers
     out: Path | None = None  # where what is finished is kept; None: nowhere
     made: Passes = field(default_factory=dict)  # for the manifest
+    extended: dict[str, int] = field(default_factory=dict)  # by pass: rows of shards that are gone
     identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict)
 
     @contextmanager

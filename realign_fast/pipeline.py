@@ -43,10 +43,10 @@ class Run(Walks):
         work = self.work(ShardWork, name, corpus, covariance=covariance, aligner=aligner)
         total, entries = Moments(covariance, accurate=covariance), []
         if self.settings.mode == "extend" and aligner is None and self.out:
-            present = {known["path"] for known in work.identities}
-            for moments, entry in saved_moments(self.out, name, work.ledger.facts, present):
+            for moments, entry in saved_moments(self.out, name, work.ledger.facts, work.identities):
                 total.merge(moments)
                 entries.append(entry)
+                self.extended[name] = self.extended.get(name, 0) + entry["rows"]
         return self.walk(work, total, entries)
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
@@ -131,6 +131,7 @@ class Run(Walks):
             "fitted": aligner.record,
             "sample": self.sample,
             "passes": [one.summary() for one in self.passes],
+            "extended": self.extended,
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
             "kernels": {op: " ".join(ops.backend_of(op, "cpu")) for op in ops.OPS},

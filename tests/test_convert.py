@@ -263,3 +263,32 @@ def test_inspect_without_a_good_row(tmp_path, rows, capsys):
         warnings.simplefilter("error")
         assert main(["inspect", str(tmp_path)]) == 0
     assert f"{len(rows)} zero, 0 non-finite" in capsys.readouterr().out
+
+
+def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):
+    """Killed between two shards: nobody takes the part for the whole, and a rerun completes it."""
+    for index in range(3):
+        folder = tmp_path / "source"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"x_{index}.npy", np.random.default_rng(index).standard_normal((20, 4)))
+    corpus, out = Corpus(tmp_path / "source"), tmp_path / "out"
+
+    def stop(rows):
+        stop.rows += rows
+        if stop.rows > 20:
+            raise KeyboardInterrupt
+
+    stop.rows = 0
+    with pytest.raises(KeyboardInterrupt):
+        convert(corpus, out, "hf", stop)
+    with pytest.raises(ValueError, match="a conversion that did not end"):
+        Corpus(out)
+    with pytest.raises(ValueError, match="another conversion that did not end"):
+        convert(corpus, out, "arrow")
+    first = (out / "data-00000-of-00003.arrow").stat().st_mtime_ns
+    convert(corpus, out, "hf")
+    assert (out / "data-00000-of-00003.arrow").stat().st_mtime_ns == first
+    whole = convert(corpus, tmp_path / "whole", "hf")
+    for path in whole:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert Corpus(out).rows == 60

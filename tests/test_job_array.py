@@ -78,6 +78,16 @@ def test_a_part_that_does_not_exist_prints_the_usage(capsys, shard):
     assert stop.value.code == 2 and "from 1/N to N/N" in capsys.readouterr().err
 
 
+def test_a_map_without_its_last_step_is_not_applied(corpora, capsys):
+    run("align", "--text", "text", "--image", "image", "--out", "one")
+    Path("one/aligner.safetensors").rename("half.safetensors")
+    for aligner in ("half.safetensors", "./half.safetensors"):
+        assert cli.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 2
+        assert "without its last step" in capsys.readouterr().err
+    assert cli.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 2
+    assert "is a directory; name" in capsys.readouterr().err
+
+
 def test_an_aligner_is_for_the_source_alone(corpora, capsys):
     run("align", "--text", "text", "--image", "image", "--out", "one")
     arguments = ["--out", "out", "--aligner", "one/aligner.safetensors"]

@@ -155,6 +155,22 @@ def spoil(path, how):
         os.truncate(path, path.stat().st_size - 1)
 
 
+def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_path, capsys):
+    text, _ = corpora
+    fit = ["fit", "--text", str(text), "--image", str(corpora[1]), "--out", str(tmp_path / "out")]
+    assert cli.main(fit) == 0
+    path = sorted(text.glob("emb_*.npy"))[-1]
+    renamed = path.with_name("emb_99.npy")
+    path.rename(renamed)
+    assert cli.main([*fit, "--mode", "extend"]) == 2
+    assert "renamed, it would count twice" in capsys.readouterr().err
+    rows = len(np.load(renamed))
+    renamed.unlink()
+    assert cli.main([*fit, "--mode", "extend"]) == 0
+    out = capsys.readouterr().out
+    assert f"{rows} rows of shards that are gone, from saved statistics" in out
+
+
 @pytest.mark.parametrize("how", ["deleted", "bytes", "truncated"])
 @pytest.mark.parametrize("what", ["emb_3.npy", "_stats/apply/emb_3.npy.json", "moments"])
 def test_a_lost_or_damaged_file_is_made_again(corpora, tmp_path, what, how):

@@ -27,7 +27,7 @@ import torch
 
 from ..url import Url, path_of
 from . import hf, remote
-from .formats import AnyShard, format_of, read_shards, shard_paths
+from .formats import UNFINISHED, AnyShard, format_of, read_shards, shard_paths
 from .npy import TORCH_DTYPES, Shard, ShardWriter, as_numpy, changed, opened, read_header
 from .reading import read_rows
 
@@ -78,6 +78,9 @@ class Corpus:
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
         paths = shard_paths(folder) if _is_folder(folder) else [folder]
+        if not isinstance(folder, Url) and (folder / UNFINISHED).exists():
+            what = "is a conversion that did not end; run the same convert again (it goes on)"
+            raise ValueError(f"{folder}: {what}")
         self.shards = read_shards(paths, column, allow_pickle)
         if not self.shards:
             raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
@@ -206,6 +209,8 @@ def _subfolder(root: Path | Url, modality: str | None) -> str:
     if loose := shard_paths(root):
         kind = f"{loose[0].suffix} files and {sides[0]}/"
         raise ValueError(f"{root}: has {kind}; open the folder of the rows")
+    if modality is None and len(sides) == 1:
+        return sides[0]
     if modality is None:
         found = " and ".join(sides)
         raise ValueError(f"{root}: has {found}; choose with modality 'text' or 'image'")

@@ -9,6 +9,7 @@ others one json member.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from ..url import Url, local_path
+from ..whole_file import write_whole
 from . import arrow, hf, npy, parquet, pickled, safetensors, tar
-from .formats import AnyShard, shard_paths
+from .formats import UNFINISHED, AnyShard, shard_paths
+from .streamed import stamp_of
 from .table import DEFAULT, plain_schema, pyarrow, write_table
 
 if TYPE_CHECKING:
@@ -56,24 +59,47 @@ def convert(
     `dtype` is that of the result: float16, float32, float64, in safetensors also bfloat16. None is
     the corpus's own; bfloat16 rows need one where the format has no bfloat16, as none is chosen
     unasked. Each number is rounded to the nearest; one beyond the range of `dtype` is a ValueError.
-    `out` must hold no shards yet. `advance` is called with numbers of rows done.
+    `out` must hold no shards yet, but for those of the same conversion that was stopped: they are
+    not written again. `advance` is called with numbers of rows done.
     """
     if to not in TARGETS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
     out, names = local_path(out), _names(corpus, to)
     dtype = _dtype(corpus, to, dtype)
-    if out.exists() and (held := shard_paths(out)):
-        raise ValueError(f"{held[0]}: is there already; give an empty directory for the result")
-    out.mkdir(parents=True, exist_ok=True)
-    for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
-        with _writer(shard, out / name, to, dtype) as writer:
-            for batch in corpus.batches(index, batch_bytes=batch_bytes):
-                writer.write(_rounded(batch, shard, dtype))
-                advance(len(batch.rows))
+    finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
+    try:
+        for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
+            if name in finished:
+                advance(shard.rows)
+                continue
+            with _writer(shard, out / name, to, dtype) as writer:
+                for batch in corpus.batches(index, batch_bytes=batch_bytes):
+                    writer.write(_rounded(batch, shard, dtype))
+                    advance(len(batch.rows))
+    except BaseException:
+        if not shard_paths(out):
+            (out / UNFINISHED).unlink()
+        raise
     paths = [out / name for name in names]
     if to == "hf":
         hf.write_state(out, paths)
+    (out / UNFINISHED).unlink()
     return paths
+
+
+def _begin(corpus: Corpus, out: Path, how: list[Any]) -> set[str]:
+    """Mark `out` as unfinished; the names of shards that the same conversion left there whole."""
+    shards = [[str(one.path), one.rows, *map(str, stamp_of(one.path))] for one in corpus.shards]
+    told, mark = json.dumps([how, shards]), out / UNFINISHED
+    held = shard_paths(out) if out.exists() else []
+    if mark.is_file() and mark.read_text() == told:
+        return {path.name for path in held}
+    if held:
+        whose = "another conversion that did not end" if mark.is_file() else "there already"
+        raise ValueError(f"{held[0]}: is {whose}; give an empty directory for the result")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(mark, told.encode())
+    return set()
 
 
 def _names(corpus: Corpus, to: str) -> list[str]:

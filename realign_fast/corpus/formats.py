@@ -18,6 +18,7 @@ from .npy import Shard, ShardWriter, explained
 from .streamed import StreamedShard
 
 AnyShard = Shard | StreamedShard
+UNFINISHED = ".converting"  # where it is, not all shards of a conversion are
 NOT_ROWS = {"aligner.safetensors", "half.safetensors"}
 
 
