@@ -19,7 +19,7 @@ from . import native
 from .npy import TORCH_DTYPES, Shard, changed, explained, opened
 
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
-BLOCKS_AHEAD = 2
+BLOCKS_AHEAD = 6  # where files are read and written at once, 2 starve: a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
 WINDOW_ALIGNMENT = 2 << 20  # on this grid the kernel can map cached files by huge pages
 
