@@ -44,6 +44,43 @@ inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
   if (recentre) check_vector(op, "recentre", *recentre, rows);
 }
 
+// The matrix [D, D] or diagonal [D] of a map, its shift and the optional recentre.
+inline void check_matrix_map(const char* op, const Tensor& matrix, const Tensor& shift,
+                             const std::optional<Tensor>& recentre, const Tensor& rows) {
+  const int64_t columns = rows.size(1);
+  const bool fits = (matrix.dim() == 1 || (matrix.dim() == 2 && matrix.size(1) == columns)) &&
+                    matrix.size(0) == columns && matrix.scalar_type() == ScalarType::Double &&
+                    matrix.is_contiguous() && matrix.is_cuda() == rows.is_cuda();
+  STD_TORCH_CHECK(fits, op,
+                  ": the matrix must be contiguous float64, [D] or [D, D] with D = ", columns,
+                  ", on the device of the rows");
+  check_vector(op, "shift", shift, rows);
+  if (recentre) check_vector(op, "recentre", *recentre, rows);
+}
+
+// scatter [D, D] and total [D], contiguous float64 on the device of the rows.
+inline void check_sums(const char* op, const Tensor& scatter, const Tensor& total,
+                       const Tensor& rows) {
+  const int64_t columns = rows.size(1);
+  STD_TORCH_CHECK(scatter.dim() == 2 && scatter.size(0) == columns && scatter.size(1) == columns &&
+                      scatter.scalar_type() == ScalarType::Double && scatter.is_contiguous() &&
+                      scatter.is_cuda() == rows.is_cuda(),
+                  op, ": scatter must be contiguous float64 [", columns, ", ", columns,
+                  "] on the device of the rows");
+  check_vector(op, "total", total, rows);
+}
+
+// The weights [N] of the rows; null where there are none.
+inline const double* checked_weights(const char* op, const std::optional<Tensor>& weights,
+                                     const Tensor& rows) {
+  if (!weights) return nullptr;
+  STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == rows.size(0) &&
+                      weights->scalar_type() == ScalarType::Double && weights->is_contiguous(),
+                  op, ": weights must be contiguous float64, one for each of the ", rows.size(0),
+                  " rows");
+  return static_cast<const double*>(weights->const_data_ptr());
+}
+
 // out may be the rows themselves, but neither another part of their memory nor overlap itself.
 inline void check_no_overlap(const char* op, const Tensor& out, const Tensor& rows) {
   const auto span = [](const Tensor& t) {

@@ -136,28 +136,13 @@ void add_scatter_typed(const ScatterTask<T>& task, int64_t n, Isa isa, const Sca
   }
 }
 
-void check_sums(const char* op, const Tensor& scatter, const Tensor& total, const Tensor& rows) {
-  const int64_t columns = rows.size(1);
-  STD_TORCH_CHECK(scatter.dim() == 2 && scatter.size(0) == columns && scatter.size(1) == columns &&
-                      scatter.scalar_type() == ScalarType::Double && scatter.is_contiguous(),
-                  op, ": scatter must be contiguous float64 [", columns, ", ", columns, "]");
-  check_vector(op, "total", total, rows);
-}
-
 Tensor add_scatter_(Tensor scatter, Tensor total, Tensor rows, Tensor centre,
                     std::optional<Tensor> weights, bool normalize, bool accurate, int64_t isa) {
   constexpr const char* op = "add_scatter_";
   check_rows(op, rows);
   check_sums(op, scatter, total, rows);
   check_vector(op, "centre", centre, rows);
-  const double* w = nullptr;
-  if (weights) {
-    STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == rows.size(0) &&
-                        weights->scalar_type() == ScalarType::Double && weights->is_contiguous(),
-                    op, ": weights must be contiguous float64, one for each of the ", rows.size(0),
-                    " rows");
-    w = static_cast<const double*>(weights->const_data_ptr());
-  }
+  const double* w = checked_weights(op, weights, rows);
   Tensor counts = torch::stable::new_zeros(rows, {3}, ScalarType::Long);
   RowCounts sums;
   const ScatterOutput out{static_cast<double*>(scatter.mutable_data_ptr()),

@@ -128,14 +128,7 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
                int64_t isa) {
   constexpr const char* op = "map_rows";
   check_out(op, out, rows);
-  const int64_t columns = rows.size(1);
-  const bool fits = (matrix.dim() == 1 || (matrix.dim() == 2 && matrix.size(1) == columns)) &&
-                    matrix.size(0) == columns && matrix.scalar_type() == ScalarType::Double &&
-                    matrix.is_contiguous();
-  STD_TORCH_CHECK(fits, op,
-                  ": the matrix must be contiguous float64, [D] or [D, D] with D = ", columns);
-  check_vector(op, "shift", shift, rows);
-  if (recentre) check_vector(op, "recentre", *recentre, rows);
+  check_matrix_map(op, matrix, shift, recentre, rows);
   dispatch_rows(op, rows, [&](auto t) {
     dispatch_rows(op, out, [&](auto o) {
       map_typed<decltype(t), decltype(o)>(out, rows, matrix, shift, recentre, usable_isa(isa));

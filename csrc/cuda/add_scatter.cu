@@ -193,16 +193,6 @@ void add_scatter_typed(const ScatterCall& call) {
   }
 }
 
-void check_sums(const char* op, const Tensor& scatter, const Tensor& total, const Tensor& rows) {
-  const int64_t columns = rows.size(1);
-  STD_TORCH_CHECK(scatter.dim() == 2 && scatter.size(0) == columns && scatter.size(1) == columns &&
-                      scatter.scalar_type() == ScalarType::Double && scatter.is_contiguous() &&
-                      scatter.is_cuda() == rows.is_cuda(),
-                  op, ": scatter must be contiguous float64 [", columns, ", ", columns,
-                  "] on the device of the rows");
-  check_vector(op, "total", total, rows);
-}
-
 Tensor add_scatter_(Tensor scatter, Tensor total, Tensor rows, Tensor centre,
                     std::optional<Tensor> weights, bool normalize, bool accurate, int64_t variant) {
   constexpr const char* op = "add_scatter_";
@@ -211,14 +201,7 @@ Tensor add_scatter_(Tensor scatter, Tensor total, Tensor rows, Tensor centre,
   check_vector(op, "centre", centre, rows);
   STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": isa ", variant,
                   " is not available here; on CUDA it is 0, or 1 for one float16 operand");
-  const double* w = nullptr;
-  if (weights) {
-    STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == rows.size(0) &&
-                        weights->scalar_type() == ScalarType::Double && weights->is_contiguous(),
-                    op, ": weights must be contiguous float64, one for each of the ", rows.size(0),
-                    " rows");
-    w = static_cast<const double*>(weights->const_data_ptr());
-  }
+  const double* w = checked_weights(op, weights, rows);
   Tensor counts = torch::stable::new_zeros(rows, {3}, ScalarType::Long);
   const ScatterCall call{rows,
                          w,

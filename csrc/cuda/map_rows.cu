@@ -265,15 +265,7 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
                int64_t variant) {
   constexpr const char* op = "map_rows";
   check_out(op, out, rows);
-  const int64_t columns = rows.size(1);
-  const bool fits = (matrix.dim() == 1 || (matrix.dim() == 2 && matrix.size(1) == columns)) &&
-                    matrix.size(0) == columns && matrix.scalar_type() == ScalarType::Double &&
-                    matrix.is_contiguous() && matrix.is_cuda() == rows.is_cuda();
-  STD_TORCH_CHECK(fits, op,
-                  ": the matrix must be contiguous float64, [D] or [D, D] with D = ", columns,
-                  ", on the device of the rows");
-  check_vector(op, "shift", shift, rows);
-  if (recentre) check_vector(op, "recentre", *recentre, rows);
+  check_matrix_map(op, matrix, shift, recentre, rows);
   STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": isa ", variant,
                   " is not available here; on CUDA it is 0, or 1 for one float16 operand");
   if (rows.size(0) == 0) return;
