@@ -95,13 +95,18 @@ def _shrunk(side: Moments, shrinkage: Shrinkage) -> Tensor:
     return whiten.shrink(covariance, shrinkage, count=side.count, mean=side.mean.cpu())
 
 
-@torch.compiler.disable  # 64-bit integer hashing in a compiled loop takes minutes
 def noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
     """``unit(unit(u + b + sigma e) + h)`` of rows [N, D], float32 or (float64 rows) float64.
 
     C3, the baseline of the paper's section 5. The noise e is a function of the row and the seed:
     the same row gets the same noise in any batch, shard or process.
     """
+    if torch.compiler.is_compiling():  # 64-bit integer hashing in a compiled loop takes minutes
+        return torch.compiler.disable(_noisy_rows)(rows, shift, recentre, sigma, seed)
+    return _noisy_rows(rows, shift, recentre, sigma, seed)
+
+
+def _noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     x, finite = rows.to(wide), torch.isfinite(rows).all(dim=1, keepdim=True)
     noise = seeded_noise(rows, seed).to(wide)

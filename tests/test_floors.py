@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "realign_fast"
 FLOORS = {
+    "omp": 0,
     "__main__": 13,
     "cli": 12,
     "embed_commands": 11,

@@ -1,0 +1,36 @@
+"""The start of a process: what is imported, and how OpenMP waits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SLOW = {"torch._dynamo", "pyarrow", "transformers", "matplotlib", "ray", "sklearn", "fsspec"}
+
+
+def answer(*command: str, **environment: str):
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, *command], env=clean | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_command_line_imports_nothing_that_it_may_not_need():
+    """torch._dynamo alone takes longer than torch itself."""
+    code = "import json, sys, realign_fast.cli; print(json.dumps([*sys.modules]))"
+    assert not SLOW & set(answer("-c", code))
+
+
+SHOW = "import json, os, realign_fast; print(json.dumps(os.environ.get('OMP_WAIT_POLICY')))"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("realign-fast", "passive"), ("train.py", None)])
+def test_openmp_waits_passively_in_our_command_alone(tmp_path, name, expected):
+    script = tmp_path / name
+    script.write_text(SHOW)
+    assert answer(str(script)) == expected
+    assert answer(str(script), OMP_WAIT_POLICY="active") == "active"
