@@ -24,6 +24,7 @@ from .corpus.native import reader_of
 from .family import METHODS
 from .inspection import as_lines, inspect
 from .job_array import HALF, apply_part, merge, stats
+from .lanes import check_device
 from .moments import BAD_ROWS
 from .output import ALIGNER, check_output
 from .passes import Settings
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         for option in options:
             (_OPTIONS | RUN_OPTIONS)[option](sub)
 
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "engine", "mode")
+    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "device", "engine", "mode")
     reading = ("column", "allow-pickle")
     both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
     fitting = (*both, *passes, "fit-rows", "seed", "memory")
@@ -243,7 +244,9 @@ _OPTIONS = {
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    chosen = ("method", "shrinkage", "mode", "workers", "fit_rows", "seed", "memory")
+    if getattr(options, "engine", "local") == "local":  # Ray's nodes look for themselves
+        check_device(options.device)
+    chosen = ("method", "shrinkage", "mode", "workers", "fit_rows", "seed", "memory", "device")
     fitting = {k: v for k, v in vars(options).items() if k in chosen}
     return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
 

@@ -27,7 +27,7 @@ Work = Callable[[int], Any]
 Engine = Callable[[Work, Sequence[int]], Iterator[Any]]
 _GRACE_SECONDS = 5  # for a worker to put away what it began when its parent stops
 _DEATH_SECONDS = 0.05  # in which a dying process closes its last descriptors
-_state = {"busy": False, "stopping": False}  # of this worker process
+_state = {"busy": False, "stopping": False, "number": 0}  # of this worker process
 _loaded: tuple[str, Work] | None = None  # the work of this worker process, and its file
 
 
@@ -77,7 +77,8 @@ class Processes:
         if self._stop is None:
             context, threads = get_context("spawn"), max(1, torch.get_num_threads() // self.workers)
             alive, ours = context.Pipe(duplex=False)
-            options = {"mp_context": context, "initializer": _begin, "initargs": (threads, alive)}
+            begin = (threads, alive, context.Value("i", 0))
+            options = {"mp_context": context, "initializer": _begin, "initargs": begin}
             self._pool = ProcessPoolExecutor(self.workers, **options)
             self._stop = weakref.finalize(self, _end, self._pool, ours, alive)
         return self._pool
@@ -89,7 +90,14 @@ def _end(pool: ProcessPoolExecutor, ours: Connection, alive: Connection) -> None
     alive.close()
 
 
-def _begin(threads: int, alive: Connection) -> None:
+def worker_number() -> int:
+    """Of this worker among those of its engine, from 0; 0 in any other process."""
+    return _state["number"]
+
+
+def _begin(threads: int, alive: Connection, begun: Any) -> None:
+    with begun.get_lock():
+        _state["number"], begun.value = begun.value, begun.value + 1
     torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, args=(alive,), daemon=True).start()
 

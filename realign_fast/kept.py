@@ -28,7 +28,12 @@ class Kept:
         return len(self._corpus)
 
     def batches(
-        self, index: int, *, batch_rows: int | None = None, batch_bytes: int = 4 << 20
+        self,
+        index: int,
+        *,
+        batch_rows: int | None = None,
+        batch_bytes: int = 4 << 20,
+        ring: Any = None,
     ) -> Iterator[Batch]:
         """The batches of shard ``index``, as :meth:`Corpus.batches` gives them."""
         shard = self._corpus.shards[index]
@@ -40,7 +45,7 @@ class Kept:
                 self.rows_from_memory += len(rows)
             return
         rows = torch.empty(shard.rows, shard.dimension, dtype=self._corpus.dtype)
-        for batch in self._corpus.batches(index, batch_rows=size):
+        for batch in self._corpus.batches(index, batch_rows=size, ring=ring):
             rows[batch.first : batch.first + len(batch.rows)] = batch.rows
             yield batch
         self._rows[index] = rows

@@ -69,12 +69,14 @@ def check_unchanged(shard: Shard, known: Entry) -> None:
             )
 
 
-def code_version() -> str:
-    """What a result depends on in the program.
+def code_version(device: str = "cpu") -> str:
+    """What a result depends on in the program and the kind of device.
 
     Not the instruction set: it moves last bits alone, and jobs of an array may meet several CPUs.
     """
-    return f"realign_fast {__version__}, sum_rows on {ops.backend_of('sum_rows', 'cpu').kernel}"
+    kind = torch.device(device).type
+    on = ops.backend_of("sum_rows", "cpu").kernel if kind == "cpu" else kind
+    return f"realign_fast {__version__}, sum_rows on {on}"
 
 
 def map_hash(aligner: torch.nn.Module | None) -> str | None:

@@ -175,6 +175,12 @@ class Moments:
         dist.all_reduce(centre := centre.clone(), dist.ReduceOp.SUM, group)
         self.scatter = self.scatter.moved_to(centre)
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments with their sums on ``device``."""
+        moved = Moments(**self._flags())
+        moved._take({name: tensor.to(device) for name, tensor in self._state().items()})
+        return moved
+
     @property
     def dimension(self) -> int:
         """D, the number of columns."""
@@ -273,13 +279,7 @@ class Moments:
             if flags[-1:] != [_hash(state)]:
                 raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
-            for name in _SUMS if state else ():
-                setattr(moments, name, state[name])
-            if moments.scatter is not None:
-                part = "scatter."
-                moments.scatter.load_state(
-                    {k.removeprefix(part): t for k, t in state.items() if k.startswith(part)}
-                )
+            moments._take(state)
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: expected moments written by Moments.save, got {error!r}; measure again"
@@ -299,6 +299,16 @@ class Moments:
         sums = {name: t for name in _SUMS if (t := getattr(self, name)) is not None}
         scatter = self.scatter.state() if self.scatter is not None else {}
         return sums | {f"scatter.{name}": tensor for name, tensor in scatter.items()}
+
+    def _take(self, state: dict[str, Tensor]) -> None:
+        """Take what :meth:`_state` gave."""
+        for name in _SUMS if state else ():
+            setattr(self, name, state[name])
+        if self.scatter is not None:
+            part = "scatter."
+            self.scatter.load_state(
+                {k.removeprefix(part): t for k, t in state.items() if k.startswith(part)}
+            )
 
     def _start(self, columns: int, device: torch.device) -> None:
         zeros = torch.zeros(columns, dtype=torch.float64, device=device)

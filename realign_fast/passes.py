@@ -39,6 +39,8 @@ class Settings:
     ``fit_rows``: fit on so many rows of each side, chosen by ``seed`` (:mod:`sample`); 0 on every
     row; None on every row unless both sides take more than ``sample.EXACT_BYTES``.
     ``memory``: bytes in which the source is kept between passes if it fits.
+    ``device``: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``: where rows
+    are computed; sums of another kind of device may differ in their last bits.
     """
 
     bad_rows: str = "error"
@@ -51,6 +53,7 @@ class Settings:
     fit_rows: int | None = None
     seed: int = 0
     memory: int = 0
+    device: str = "cpu"
 
 
 @dataclass
@@ -127,8 +130,10 @@ class Walks:
         facts |= {"column": corpus.column, "allow_pickle": corpus.allow_pickle}
         facts |= {"covariance": options.get("covariance", False), "map": map_hash(aligner)}
         facts |= {"folder": corpus.subfolder} if kind is AlignWork else {}
-        ledger = Ledger(self.out, facts | {"code": code_version()}) if self.out else None
+        code = code_version(settings.device)
+        ledger = Ledger(self.out, facts | {"code": code}) if self.out else None
         options |= {"bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
+        options |= {"device": settings.device}
         return kind(name, corpus, self.identities[corpus], ledger, reading=self.reading, **options)
 
     def walk(self, work: ShardWork, total: Moments, entries: list[Entry]) -> Moments:

@@ -119,7 +119,9 @@ class Run(Walks):
         """Write the manifest of what was made, then the report."""
         chosen = ("bad_rows", "batch_bytes", "method", "shrinkage")
         settings = {name: getattr(self.settings, name) for name in chosen}
-        write_manifest(self.out, code_version(), settings, self.made, map_hash(aligner))
+        write_manifest(
+            self.out, code_version(self.settings.device), settings, self.made, map_hash(aligner)
+        )
         write_json(self.out / REPORT, report)
 
     def report(self, aligner: ReAlign, **facts: Any) -> dict[str, Any]:
@@ -134,7 +136,8 @@ class Run(Walks):
             "extended": self.extended,
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
-            "kernels": {op: " ".join(ops.backend_of(op, "cpu")) for op in ops.OPS},
+            "kernels": {op: " ".join(ops.backend_of(op, self.settings.device)) for op in ops.OPS},
+            "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
 

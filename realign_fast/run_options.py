@@ -188,5 +188,12 @@ RUN_OPTIONS = {
         help="do every N-th shard from the I-th on (1/4 ... 4/4), as one job of an array",
     ),
     "engine": lambda sub: _add_engine(sub),
+    "device": lambda sub: sub.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="where rows are computed: cpu (the default), cuda (with --workers N each takes the "
+        "next GPU) or cuda:N",
+    ),
     "mode": lambda sub: _add_mode(sub.add_mutually_exclusive_group()),
 }

@@ -6,6 +6,8 @@ is finished and unchanged is not read again. It can be pickled, for engines of o
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .corpus import Batch, Corpus, Shard, ShardWriter
+from .lanes import Lanes, Outlet, Sent, batches_on, lanes_of
 from .ledger import Entry, Ledger, check_unchanged, checksum
 from .moments import Moments, RowMap, good_rows
 
@@ -52,6 +55,7 @@ class ShardWork:
     covariance: bool = False
     aligner: torch.nn.Module | None = None
     reading: bool = True
+    device: str = "cpu"
     advance: Callable[[int], None] = _silent
 
     def __call__(self, index: int) -> Part:
@@ -62,13 +66,24 @@ class ShardWork:
         if not self.reading:
             return Part(index, None, 0, {})
         moments = Moments(self.covariance, accurate=self.covariance)
-        through = self.aligner.row_map if self.aligner is not None else None
-        for batch in self.corpus.batches(index, batch_bytes=self.batch_bytes):
+        lanes = lanes_of(self.device)
+        aligner = self._aligner_on(lanes)
+        through = aligner.row_map if aligner is not None else None
+        for batch in batches_on(lanes, self.corpus, index, self._batch_rows(shard)):
             self._update(moments, shard, batch, through)
             self.advance(len(batch.rows))
+        moments = moments.to("cpu")
         check_unchanged(shard, known)
         entry = self.ledger.save(shard, known, moments) if self.ledger else {}
         return Part(index, moments, shard.rows, entry)
+
+    def _batch_rows(self, shard: Shard) -> int:
+        return max(1, self.batch_bytes // shard.row_bytes)
+
+    def _aligner_on(self, lanes: Lanes | None) -> torch.nn.Module | None:
+        if self.aligner is None or lanes is None:
+            return self.aligner
+        return copy.deepcopy(self.aligner).to(lanes.device)
 
     def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
         """Add a batch to moments; says whether a bad row was in it."""
@@ -101,32 +116,38 @@ class AlignWork(ShardWork):
         return Part(index, moments, shard.rows, entry)
 
     def _write(self, index: int, shard: Shard, writer: ShardWriter) -> tuple[Moments, int]:
-        """Align into a writer; while a batch is computed, the one before it is written.
+        """Align into a writer; while a batch is computed, the ones before it are written.
 
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
-        moments, total = Moments(), 0
-        size = max(1, min(self.batch_bytes // shard.row_bytes, shard.rows))
-        buffers = torch.empty(2, size, shard.dimension, dtype=self.corpus.dtype)
-        writing: Future[int] | None = None
+        moments, total, lanes = Moments(), 0, lanes_of(self.device)
+        size = max(1, min(self._batch_rows(shard), shard.rows))
+        outlet = Outlet(lanes, size, shard.dimension, self.corpus.dtype)
+        writing: deque[Future[None]] = deque()
 
-        def write(rows: torch.Tensor, before: int) -> int:
+        def write(sent: Sent) -> None:
+            nonlocal total
+            rows = outlet.rows_of(sent)
             writer.write(rows)
-            return checksum(rows, before)
+            total = checksum(rows, total)
 
-        through = self.aligner.row_map
+        aligner = self._aligner_on(lanes)
+        through = aligner.row_map
         with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for number, batch in enumerate(self.corpus.batches(index, batch_rows=size)):
-                rows, result = batch.rows, buffers[number % 2, : len(batch.rows)]
+            for batch in batches_on(lanes, self.corpus, index, size):
+                if len(writing) == outlet.slots:
+                    writing.popleft().result()
+                rows, result = batch.rows, outlet.next(len(batch.rows))
                 # The moments of the result come from the rows in the same visit to memory.
                 bad = self._update(moments, shard, batch, through)
-                self.aligner(rows, out=result)
+                aligner(rows, out=result)
                 if bad and self.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                total = writing.result() if writing else 0
-                writing = disk.submit(write, result, total)
+                writing.append(disk.submit(write, outlet.send(len(rows))))
                 self.advance(len(rows))
-            return moments, writing.result() if writing else 0
+            while writing:
+                writing.popleft().result()
+            return moments.to("cpu"), total
 
     def _expected(self, moments: Moments) -> Entry:
         """How many rows of the result are zero and how many NaN."""

@@ -26,6 +26,7 @@ FLOORS = {
     "sample": 7,
     "passes": 6,
     "shard_work": 5,
+    "lanes": 2,
     "manifest": 5,
     "align": 5,
     "ledger": 4,

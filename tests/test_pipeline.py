@@ -137,6 +137,7 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
         "threads",
         "kernels",
         "versions",
+        "device",
         "fitted_on",
         "sample",
         "extended",

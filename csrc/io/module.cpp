@@ -16,9 +16,9 @@ namespace {
 using Reader = std::shared_ptr<ShardReader>;
 
 Reader make_reader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes, int64_t ahead,
-                   int threads, std::shared_ptr<Ring> ring) {
+                   int threads, std::shared_ptr<Ring> ring, bool direct) {
   auto* reader =
-      new ShardReader(descriptor, begin, end, block_bytes, ahead, threads, std::move(ring));
+      new ShardReader(descriptor, begin, end, block_bytes, ahead, threads, std::move(ring), direct);
   return Reader(reader, [](ShardReader* ended) {
     py::gil_scoped_release release;  // its threads may be in the middle of a large read
     delete ended;
@@ -95,11 +95,12 @@ PYBIND11_MODULE(_io, module) {
   py::class_<ShardReader, Reader>(
       module, "ShardReader",
       "Iterator over the bytes `begin`..`end` of an open file in blocks, several read at once.\n\n"
-      "Without a ring a block is a mapped window, with one it is a buffer read past the cache.\n"
+      "Without a ring a block is a mapped window, with one it is a buffer, read past the cache if\n"
+      "`direct`.\n"
       "Raises OSError, and EOFError where the file is shorter than `end`.")
       .def(py::init(&make_reader), py::arg("descriptor"), py::arg("begin"), py::arg("end"),
            py::arg("block_bytes"), py::kw_only(), py::arg("ahead") = 2, py::arg("threads") = 2,
-           py::arg("ring") = std::shared_ptr<Ring>())
+           py::arg("ring") = std::shared_ptr<Ring>(), py::arg("direct") = true)
       .def_property_readonly("direct", &ShardReader::direct)
       .def("__iter__", [](ShardReader& reader) -> ShardReader& { return reader; })
       .def("__next__", [](ShardReader& reader) {

@@ -86,7 +86,7 @@ int64_t Ring::free() const {
 }
 
 ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes,
-                         int64_t ahead, int threads, std::shared_ptr<Ring> ring)
+                         int64_t ahead, int threads, std::shared_ptr<Ring> ring, bool direct)
     : begin_(begin), end_(end), block_bytes_(block_bytes), ahead_(ahead), ring_(std::move(ring)) {
   if (begin < 0 || end < begin || block_bytes < 1 || ahead < 1 || threads < 1) {
     throw std::invalid_argument(
@@ -98,7 +98,7 @@ ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t blo
   }
   count_ = (end - begin + block_bytes - 1) / block_bytes;
   descriptor_ = -1;
-  if (ring_) {  // a second opening of the same file, which may be another kind of opening
+  if (ring_ && direct) {  // a second opening of the same file, which may be another kind of opening
     const auto path = "/proc/self/fd/" + std::to_string(descriptor);
     descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
     direct_ = descriptor_ >= 0;

@@ -40,12 +40,12 @@ struct Block {
 // The bytes begin..end of a file, block_bytes at a time (the last block has the rest).
 //
 // Without a ring a block is a window of the file's cached pages, mapped and brought in ahead of its
-// use: nothing is copied. With a ring it is read past the page cache (O_DIRECT) where the file
-// system can, which leaves the cache to others and the processor idle.
+// use: nothing is copied. With a ring it is read into a buffer: if `direct` past the page cache
+// (O_DIRECT) where the file system can, which leaves the cache to others and the processor idle.
 class ShardReader {
  public:
   ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes, int64_t ahead,
-              int threads, std::shared_ptr<Ring> ring);
+              int threads, std::shared_ptr<Ring> ring, bool direct = true);
   ~ShardReader();
   ShardReader(const ShardReader&) = delete;
 

@@ -114,13 +114,15 @@ class Corpus:
         batch_rows: int | None = None,
         batch_bytes: int = 4 << 20,
         start: int = 0,
+        ring: Any = None,
     ) -> Iterator[Batch]:
         """All rows from `start` on, `batch_rows` at a time (None: what fits `batch_bytes`).
 
         `start` is a row of `shard`, else of the corpus. No batch crosses a shard, and batches end
         at multiples of their size whatever `start` is: the partition depends on file shapes and
         this setting alone. A batch kept alive keeps its window mapped and a descriptor open.
-        Threads may read at once, each through its own iterator.
+        Threads may read at once, each through its own iterator. With a `ring` (of
+        `lanes`) the rows of files that hold them in one piece lie in its buffers.
         """
         size = max(1, batch_bytes // self.shards[0].row_bytes) if batch_rows is None else batch_rows
         index = self._index.get(shard.path, -1) if isinstance(shard, AnyShard) else shard
@@ -132,7 +134,9 @@ class Corpus:
             want = f"expected 1 or more and 0..{start - skips[chosen.stop]}"
             raise ValueError(f"{self.path}: got batch_rows {size} and start {start}, {want}")
         return (
-            one for i in chosen for one in _read(i, self.shards[i], max(0, int(skips[i])), size)
+            one
+            for i in chosen
+            for one in _read(i, self.shards[i], max(0, int(skips[i])), size, ring)
         )
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
@@ -182,7 +186,7 @@ def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
     return corpus.take(edges[:-1] + offsets.astype(np.int64))
 
 
-def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]:
+def _read(index: int, shard: AnyShard, first: int, size: int, ring: Any) -> Iterator[Batch]:
     """The batches of a shard from row `first` on."""
     if first < shard.rows:
         if not isinstance(shard, Shard):  # decoded
@@ -190,7 +194,7 @@ def _read(index: int, shard: AnyShard, first: int, size: int) -> Iterator[Batch]
         elif isinstance(shard.path, Url):
             pieces = remote.read(shard, first, size)
         else:
-            pieces = read_rows(shard, first, size)
+            pieces = read_rows(shard, first, size, ring)
         yield from (Batch(index, *piece) for piece in pieces)
 
 

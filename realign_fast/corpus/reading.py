@@ -21,15 +21,29 @@ from .npy import TORCH_DTYPES, Shard, changed, explained, opened
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # where files are read and written at once, 2 starve: a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
+RING_THREADS = 4  # that copy out of the cache, or have several large reads in flight
 WINDOW_ALIGNMENT = 2 << 20  # on this grid the kernel can map cached files by huge pages
 
 
-def read_rows(shard: Shard, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """`(row, rows [n, D])` from row `first` on; batches end at multiples of `size`."""
-    step = max(1, BLOCK_BYTES // (size * shard.row_bytes)) * size  # rows in a block
+def block_rows(row_bytes: int, size: int) -> int:
+    """Rows in a block, for batches of `size` rows."""
+    return max(1, BLOCK_BYTES // (size * row_bytes)) * size
+
+
+def read_rows(
+    shard: Shard, first: int, size: int, ring: Any = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`(row, rows [n, D])` from row `first` on; batches end at multiples of `size`.
+
+    With a `ring` (`_io.Ring`, of buffers for such blocks) the rows lie in its buffers.
+    """
+    step = block_rows(shard.row_bytes, size)
     begin = first - first % size
     with opened(shard.path, shard) as (file, _), explained(shard.path):
-        blocks = (_native_blocks if native.io else _mapped_blocks)(file, shard, begin, step)
+        if native.io:
+            blocks = _native_blocks(file, shard, begin, step, ring)
+        else:
+            blocks = _mapped_blocks(file, shard, begin, step)
         for start, block, offset in blocks:
             for row in range(start, min(start + step, shard.rows), size):
                 if os.fstat(file.fileno()).st_size != shard.file_bytes:
@@ -46,9 +60,12 @@ def read_rows(shard: Shard, first: int, size: int) -> Iterator[tuple[int, torch.
 Blocks = Iterator[tuple[int, Any, int]]  # first row, memory, where in it the row begins
 
 
-def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Blocks:
+def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int, ring: Any) -> Blocks:
     edges = shard.offset + begin * shard.row_bytes, shard.file_bytes
     options = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
+    if ring is not None:
+        options |= {"ring": ring, "threads": RING_THREADS}
+        options |= {"direct": not _cached(file.fileno(), shard.file_bytes - 1)}
     reader = native.io.ShardReader(file.fileno(), *edges, step * shard.row_bytes, **options)
     for row in range(begin, shard.rows, step):
         try:
@@ -72,8 +89,16 @@ def _mapped_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Block
 
 def _announce(descriptor: int, begin: int, end: int) -> None:
     """Ask the kernel to read ahead, unless the end is cached already: asking costs 7-11% then."""
-    if hasattr(os, "RWF_NOWAIT"):  # Linux
-        try:
-            os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
-        except OSError:
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    if hasattr(os, "posix_fadvise") and not _cached(descriptor, end - 1):  # Linux
+        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+def _cached(descriptor: int, place: int) -> bool:
+    """Whether this byte of a file could be read without its disk."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT)
+    except OSError:
+        return False
+    return True
