@@ -20,11 +20,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +133,7 @@ def gpu_tests() -> dict:
     command += ["(cuda and not emulated) or Cuda or loads", "--tb=short", "--maxfail=25"]
     files = [f"tests/test_{name}.py" for name in ("align_rows", "sum_rows", "add_scatter")]
     files += ["tests/test_map_rows.py", "tests/test_cuda.py", "tests/test_cuda_build.py"]
+    files += ["tests/test_lanes.py"]
     ran = subprocess.run(
         [*command, *files],
         cwd=ROOT,
@@ -404,6 +407,27 @@ def tall_products() -> list[dict]:
     return found
 
 
+def pipeline() -> list[dict]:
+    """From files to files through the GPU: GB/s of each pass, beside the pinned copy's."""
+    from realign_fast.passes import Settings
+    from realign_fast.pipeline import align
+
+    found = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for side, count in (("text", 6), ("image", 2)):
+            Path(folder, side).mkdir()
+            for number in range(count):  # 2^18 rows x 1024 of fp16: 512 MiB a shard, in memory
+                rows = rows_of(1 << 18, 1024, torch.float16).cpu().numpy()
+                np.save(Path(folder, side, f"{number}.npy"), rows)
+        for device, batch in (("cuda", 16), ("cuda", 64), ("cpu", 16)):
+            how = Settings(progress=False, device=device, batch_bytes=batch << 20, mode="overwrite")
+            sides = (Path(folder, name) for name in ("text", "image", "out"))
+            passes = align(*sides, how)["passes"]
+            rates = {one["name"]: one["gb_per_second"] for one in passes}
+            found.append({"device": device, "batch MiB": batch, "GBps": rates})
+    return found
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check: torch sees no CUDA device here")
@@ -414,6 +438,7 @@ def main() -> None:
     part("row kernels", row_kernels, 60)
     part("scatter kernels", scatter_kernels, 60)
     part("map kernels", map_kernels, 45)
+    part("pipeline", pipeline, 45)
     part("tests", gpu_tests, 100)
     part("profile", profile, 25)
     part("truncation", truncation, 15)

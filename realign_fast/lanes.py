@@ -190,18 +190,14 @@ class Outlet:
         self._host = [lanes.host_buffer(rows, columns, dtype) for _ in range(SLOTS)]
         kind = {"dtype": dtype, "device": lanes.device}
         self._results = [torch.empty(rows, columns, **kind) for _ in range(SLOTS)]
-        self._left: list[Any] = [None] * SLOTS  # by slot: its result has left the device
 
     def next(self, rows: int) -> Tensor:
         """Where the next result of so many rows is computed, [rows, columns].
 
-        The caller is done with what :meth:`rows_of` gave ``slots`` results ago.
+        What :meth:`rows_of` gave ``slots`` results ago is overwritten: the caller has done with it.
         """
         self._number += 1
-        slot = self._number % self.slots
-        if self._lanes is not None and self._left[slot] is not None:
-            self._lanes.hold(self._left[slot])
-        return self._results[slot][:rows]
+        return self._results[self._number % self.slots][:rows]
 
     def send(self, rows: int) -> Sent:
         """Begin to copy the result that was computed; see :meth:`rows_of`."""
@@ -210,8 +206,7 @@ class Outlet:
         if self._lanes is None:
             return host, None
         after = [self._lanes.mark()]
-        self._left[slot] = self._lanes.copy("out", host, self._results[slot][:rows], after)
-        return host, self._left[slot]
+        return host, self._lanes.copy("out", host, self._results[slot][:rows], after)
 
     def rows_of(self, sent: Sent) -> Tensor:
         """The rows of a result on the host, from any thread; waits for them."""

@@ -90,6 +90,20 @@ def test_a_graph_replays_every_op():
     assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
 
 
+def test_a_graph_holds_weighted_sums():
+    rows = random_rows(3000, 200, torch.float16).cuda()
+    weights = torch.rand(3000, dtype=torch.float64, device="cuda")
+    centre = torch.zeros(200, dtype=torch.float64, device="cuda")
+    first, replayed = (centre.new_zeros(200, 200) for _ in range(2))
+    total = torch.zeros_like(centre)
+    add_scatter_(first, total.clone(), rows, centre, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add_scatter_(replayed, total, rows, centre, weights)
+    graph.replay()
+    assert torch.equal(first, replayed)
+
+
 def test_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")

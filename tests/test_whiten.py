@@ -516,3 +516,17 @@ def test_rounding_asymmetry_is_no_error_and_the_argument_is_left_alone():
     close(symmetric_root(skewed), symmetric_root(covariance), 1e-10)
     shrink(skewed, 0.5), whitening(skewed), LowRank.of(skewed, 2)
     assert torch.equal(skewed, before)
+
+
+def test_a_device_whose_eigh_fails_is_helped_by_the_cpu(monkeypatch):
+    honest, matrix = torch.linalg.eigh, torch.eye(5, dtype=torch.float64)
+    asked = []
+
+    def broken(given):
+        asked.append(given)
+        values, vectors = honest(given)
+        return (values, vectors) if len(asked) > 1 else (values, vectors * torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    assert torch.allclose(symmetric_root(4 * matrix), 2 * matrix)
+    assert len(asked) == 2

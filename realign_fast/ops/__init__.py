@@ -309,7 +309,8 @@ def add_scatter_(
             are copied first.
         centre: c, [D]. Give a vector that float32 holds exactly (``.float()``), or its rounding
             shifts every row by as much.
-        weights: w, [N], finite and not negative; 1 by default.
+        weights: w, [N], finite and not negative; 1 by default. (Not looked at while a CUDA graph
+            is captured, which may not wait for the device.)
         normalize: ``False`` takes the rows as they are.
         accurate: multiply in float64 (as float64 rows always are): error 1e-15 instead of 1e-8,
             at half the speed or less.
@@ -343,7 +344,8 @@ def add_scatter_(
         if weights.shape != rows.shape[:1]:
             got = list(weights.shape)
             raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {got}")
-        if not bool((weights.isfinite() & (weights >= 0)).all()):
+        captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
     centre = centre.detach().to(**kind).contiguous()
     op = torch.ops.realign_fast

@@ -36,7 +36,7 @@ def spectrum_of(
     rounded_to: torch.dtype | None = None,
 ) -> Spectrum:
     checked, floor = checked_covariance(covariance, name), floor_of(covariance, floor)
-    values, vectors = torch.linalg.eigh(checked)
+    values, vectors = eigenpairs(checked)
     values, vectors = values.flip(0), vectors.flip(1)
     largest, least = max(float(values[0]), 0.0), float(values[-1])
     if least < -largest * torch.finfo(rounded_to or covariance.dtype).eps ** 0.5:
@@ -46,6 +46,23 @@ def spectrum_of(
         )
     kept = values > floor * largest
     return Spectrum(values.where(kept, 0.0), vectors, int((~kept).sum()), floor)
+
+
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``eigh`` of a finite symmetric matrix [D, D] where it lies, never non-finite.
+
+    Solvers of devices have given NaN for repeated eigenvalues, or have not converged: LAPACK on the
+    CPU answers then.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+            return values, vectors
+    except torch.linalg.LinAlgError:
+        if matrix.device.type == "cpu":
+            raise
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def pair_of(
