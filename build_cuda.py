@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 
 COMPILE = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA"
-# (-lstdc++ first, as in setup.py.)
+# (-lstdc++ first, as in build_steps.py.)
 LINK = "-shared -cudart static -Xlinker --no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 ARCHS = "80 90 100"
 NO_NVCC = (
@@ -98,7 +98,7 @@ def architectures(version: str) -> str:
 def steps(
     nvcc: str, version: str, torch: Path, stable: str, sources: list[str], output: str
 ) -> dict[str, tuple[list[str], str]]:
-    """output: (inputs, command), as setup.py runs them."""
+    """output: (inputs, command), as build_steps.py runs them."""
     flags = f"{COMPILE} {stable} {architectures(version)} -isystem {quote(f'{torch}/include')}"
     objects = {}
     for source in sources:

@@ -4,17 +4,14 @@ _C.abi3.so is csrc/cpu/*.cpp on torch's stable ABI: it holds no Python code and 
 torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _C_cuda.abi3.so is
 csrc/cuda/*.cu on the same ABI, through nvcc (build_cuda.py says when). _io is csrc/io/*.cpp on
 pybind11, without torch, for the Python that builds it. The metadata are in pyproject.toml;
-build_backend.py finds torch and the compiler; CMakeLists.txt builds the same files for IDEs and
-sanitizers.
+build_backend.py finds torch and the compiler, build_steps.py has the commands; CMakeLists.txt
+builds the same files for IDEs and sanitizers.
 """
 
 import json
 import os
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
-from shlex import quote
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -22,6 +19,7 @@ from setuptools.command.build_py import build_py
 
 import build_backend
 import build_cuda
+from build_steps import STABLE, run_steps, steps
 
 SOURCES, IO_SOURCES, CUDA_SOURCES = (
     sorted(map(str, Path("csrc").glob(pattern)))
@@ -31,14 +29,7 @@ HEADERS = sorted(
     map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}")))
 )
 # (DEPENDS go into source distributions.)
-DEPENDS = [*HEADERS, "build_backend.py", "build_cuda.py", "CMakeLists.txt"]
-COMPILE = (
-    "-std=c++20 -O3 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra "
-    "-Werror=return-type"
-)
-STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 -Icsrc"
-# -lstdc++ first: some builds of torch export parts of it, unversioned, that others lack.
-LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
+DEPENDS = [*HEADERS, "build_backend.py", "build_cuda.py", "build_steps.py", "CMakeLists.txt"]
 
 compiler, why_not = build_backend.find_compiler()
 why_no_reader = why_not or build_backend.why_no_python_headers()
@@ -58,39 +49,11 @@ class BuildLibraries(build_ext):
                 "realign_fast: this environment has no torch >= 2.10 to build with; run "
                 "`pip install torch` first, or install without --no-build-isolation"
             )
+        files = extension.sources, os.path.relpath(self.get_ext_fullpath(extension.name))
         if extension.name.endswith("_C_cuda"):
-            inputs = (extension.sources, os.path.relpath(self.get_ext_fullpath(extension.name)))
-            return run_steps(build_cuda.steps(nvcc, cuda, torch, STABLE, *inputs))
-        flags, link = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
-        if extension.name.endswith("_C"):
-            flags, link = f"{flags} {STABLE}", f"-L{quote(f'{torch}/lib')} {LINK}"
-        else:  # (torch brings the headers of pybind11)
-            flags += f" -isystem {quote(sysconfig.get_path('include'))} -pthread"
-        steps = {}  # output: (inputs, command)
-        for source in extension.sources:
-            output = f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"
-            command = f"{compiler} {flags} -MD -MF {output}.d -c {source} -o {output}"
-            steps[output] = [source], command
-        library = os.path.relpath(self.get_ext_fullpath(extension.name))
-        steps[library] = list(steps), f"{compiler} {' '.join(steps)} {link} -o {quote(library)}"
-        run_steps(steps)
-
-
-def run_steps(steps: dict[str, tuple[list[str], str]]) -> None:
-    """Run what changed through ninja, side by side; all of it in order where there is no ninja."""
-    Path("build/objects").mkdir(parents=True, exist_ok=True)
-    if not (ninja := build_backend.find_ninja()):
-        for _, command in steps.values():
-            print(command, flush=True)
-            subprocess.run(command, shell=True, check=True)
-        return
-    text = "builddir = build\nrule run\n  command = $command\n  depfile = $out.d\n  deps = gcc\n"
-    for output, (inputs, command) in steps.items():
-        text += f"build {output.replace(' ', '$ ')}: run {' '.join(inputs)}\n"
-        text += f"  command = {command.replace('$', '$$')}\n"
-    Path("build/build.ninja").write_text(text)
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run([ninja, "-f", "build/build.ninja", *jobs], check=True)
+            run_steps(build_cuda.steps(nvcc, cuda, torch, STABLE, *files))
+        else:
+            run_steps(steps(compiler, torch, extension.name.endswith("_C"), *files))
 
 
 class BuildPython(build_py):
