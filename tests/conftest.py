@@ -18,7 +18,7 @@ import pytest
 import torch
 from cuda_emulation import emulated
 
-from realign_fast import ops
+from realign_fast import Corpus, ops
 from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_kernels
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
@@ -193,3 +193,16 @@ def assert_accurate(result, truth):
     peak = np.abs(truth).max(axis=-1, keepdims=True)
     error = (np.abs(exact(result) - truth) / np.where(peak > 0, peak, 1)).max()
     assert error <= share, f"error {error:.1e} of the row's largest entry, allowed {share:.0e}"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the shards that are read, in order."""
+    names, batches = [], Corpus.batches
+
+    def noted(self, index, **options):
+        names.append(f"{self.path.name}/{self.shards[index].path.name}")
+        return batches(self, index, **options)
+
+    monkeypatch.setattr(Corpus, "batches", noted)
+    return names

@@ -25,8 +25,18 @@ WORDS = (
 def tiny_llama(vocabulary=64, hidden=64, layers=2, seed=0):
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    return _decoder(LlamaForCausalLM, LlamaConfig, vocabulary, hidden, layers, seed)
+
+
+def tiny_qwen2(vocabulary=64):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _decoder(Qwen2ForCausalLM, Qwen2Config, vocabulary, tie_word_embeddings=True)
+
+
+def _decoder(kind, config, vocabulary, hidden=64, layers=2, seed=0, **options):
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    made = config(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -37,8 +47,9 @@ def tiny_llama(vocabulary=64, hidden=64, layers=2, seed=0):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **options,
     )
-    return LlamaForCausalLM(config).eval()
+    return kind(made).eval()
 
 
 def tiny_gpt2(vocabulary=64):
@@ -56,25 +67,6 @@ def tiny_gpt2(vocabulary=64):
         pad_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
-
-
-def tiny_qwen2(vocabulary=64):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 LANGUAGE_MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen2": tiny_qwen2}

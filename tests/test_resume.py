@@ -41,19 +41,6 @@ def corpora(tmp_path):
     return write_corpus(tmp_path / "text", 1), write_corpus(tmp_path / "image", 2, [90, 30])
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The names of the shards that are read, in order."""
-    names, batches = [], Corpus.batches
-
-    def noted(self, index, **options):
-        names.append(f"{self.path.name}/{self.shards[index].path.name}")
-        return batches(self, index, **options)
-
-    monkeypatch.setattr(Corpus, "batches", noted)
-    return names
-
-
 def again(shard):
     """Write a shard anew with other rows of the same shape, a second later."""
     rows, state = np.load(shard), shard.stat()

@@ -33,19 +33,6 @@ def corpora(tmp_path, monkeypatch):
     return Corpus("text"), Corpus("image")
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The shards that are read from disk to their end, in order."""
-    names, batches = [], Corpus.batches
-
-    def noted(self, index, **options):
-        names.append(f"{self.path.name}/{self.shards[index].path.name}")
-        return batches(self, index, **options)
-
-    monkeypatch.setattr(Corpus, "batches", noted)
-    return names
-
-
 TEXT = [f"text/emb_{index}.npy" for index in range(4)]
 
 
