@@ -31,7 +31,7 @@ from . import ops
 from .corpus import Corpus
 from .family import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
-from .url import at_hand, path_of
+from .url import at_hand, path_of, place_of
 from .whole_file import write_whole
 
 Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
@@ -329,7 +329,7 @@ class ReAlign(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
-        directory = Path(directory)
+        directory = place_of(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory / "model.safetensors")
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}

@@ -26,13 +26,14 @@ from .inspection import as_lines, inspect
 from .job_array import HALF, apply_part, merge, stats
 from .lanes import check_device
 from .moments import BAD_ROWS
-from .output import ALIGNER, check_output
+from .output import ALIGNER, STATS, check_output, check_scratch
 from .passes import Settings
 from .pipeline import Run, align, describe, describe_result, open_source
 from .revision import commands as revision_commands
-from .run_options import RUN_OPTIONS, engine_from, path, path_or_url, positive
+from .run_options import RUN_OPTIONS, engine_from, path, path_or_url, place, positive
 from .sample import rows_to_fit
 from .shard_work import BATCH_BYTES
+from .url import Url
 from .verify import verify
 
 
@@ -142,7 +143,11 @@ _OPTIONS = {
         help="where to: a directory of shards, or a clip-retrieval root (its img_emb/)",
     ),
     "out": lambda sub: sub.add_argument(
-        "--out", required=True, type=path, metavar="DIR", help="directory for the result"
+        "--out",
+        required=True,
+        type=place,
+        metavar="DIR",
+        help="directory for the result, or a URL (s3://, gs://)",
     ),
     "demo-out": lambda sub: sub.add_argument(
         "--out",
@@ -181,7 +186,7 @@ _OPTIONS = {
         help="which side of a clip-retrieval root with both (text_emb/, img_emb/)",
     ),
     "converted": lambda sub: sub.add_argument(
-        "out", metavar="OUT", type=path, help="directory for the result, without shards"
+        "out", metavar="OUT", type=place, help="directory or URL for the result, without shards"
     ),
     "to": lambda sub: sub.add_argument(
         "--to", required=True, choices=TARGETS, help="the format of the result"
@@ -273,10 +278,32 @@ def _info(_: argparse.Namespace) -> None:
 
 def _corpora(options: argparse.Namespace) -> tuple[Corpus, Corpus]:
     how = _how(options)
-    source = Corpus(options.source, "text", **how)
+    source = _source(options)
     if options.target_column is not None:
         how["column"] = options.target_column
-    return source, Corpus(options.target, "image", **how)
+    target = Corpus(options.target, "image", **how)
+    if options.target_column is not None:
+        _expect_columns(target, "--target-column")
+    return source, target
+
+
+def _source(options: argparse.Namespace) -> Corpus:
+    corpus = Corpus(options.source, **{"modality": "text", **_how(options)})
+    if options.column is not None:
+        _expect_columns(corpus, "--column")
+    return corpus
+
+
+def _expect_columns(corpus: Corpus, option: str) -> None:
+    if corpus.format == "npy":
+        raise ValueError(f"{corpus.path}: npy has no columns; leave {option} out")
+
+
+def _say_scratch(options: argparse.Namespace, source: Corpus) -> None:
+    """Where a result for a URL takes room on this machine."""
+    words = check_scratch(options.out, source, getattr(options, "workers", 1))
+    if words and not options.quiet:
+        print(f"realign-fast: {words}", file=sys.stderr)
 
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
@@ -286,7 +313,9 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _align(options: argparse.Namespace) -> None:
-    report = align(*_corpora(options), options.out, _settings(options), engine_from(options))
+    source, target = _corpora(options)
+    _say_scratch(options, source)
+    report = align(source, target, options.out, _settings(options), engine_from(options))
     _print_report(report, options.out)
 
 
@@ -309,9 +338,11 @@ def _apply(options: argparse.Namespace) -> None:
     if str(options.aligner).endswith(HALF):
         what = "is a map without its last step, for stats --aligner; run merge and give its result"
         raise ValueError(f"{options.aligner}: {what}")
+    _expect_merged(options.aligner)
     aligner = ReAlign.from_pretrained(options.aligner)
-    source, run = Corpus(options.source, "text", **_how(options)), Run(_settings(options))
+    source, run = _source(options), Run(_settings(options))
     run.engine = engine_from(options)
+    _say_scratch(options, source)
     if options.shard[1] > 1:
         done = apply_part(aligner, source, options.out, options.shard, run.settings, run.engine)
         _print_pass(done.summary())
@@ -324,10 +355,22 @@ def _apply(options: argparse.Namespace) -> None:
     _print_report(report, options.out)
 
 
+def _expect_merged(aligner: Path | Url) -> None:
+    """Refuse the output of a job array that was not merged yet."""
+    out = aligner.parent if aligner.name == ALIGNER else aligner
+    if (out / STATS).is_dir() and not (out / ALIGNER).exists():
+        what = "merge has to fit the map first: run it with the same --source, --target and --out"
+        if (out / HALF).exists():
+            what = f"the drift is missing: run stats --aligner {out / HALF} --shard i/n, then merge"
+        raise FileNotFoundError(f"{out}: has statistics and no {ALIGNER}; {what}")
+
+
 def _stats(options: argparse.Namespace) -> None:
     side = "source" if options.source is not None else "target"
     modality = {"source": "text", "target": "image"}[side]
     rows = Corpus(getattr(options, side), modality, **_how(options))
+    if options.column is not None:
+        _expect_columns(rows, "--column")
     if options.aligner and options.aligner.is_dir():
         raise ValueError(f"{options.aligner}: is a directory; name {options.aligner / HALF} itself")
     aligner = options.aligner and ReAlign.load(options.aligner)
@@ -354,7 +397,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    corpus = Corpus(options.source, **_how(options))
+    corpus = _source(options)
+    _say_scratch(options, corpus)
     with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
         dtype = options.dtype and getattr(torch, options.dtype)
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
@@ -364,7 +408,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    found = inspect(Corpus(options.source, **_how(options)), options.sample, options.seed)
+    found = inspect(_source(options), options.sample, options.seed)
     print(json.dumps(found, indent=2) if options.json else as_lines(found))
 
 

@@ -17,6 +17,7 @@ from .engine import Engine
 from .output import ALIGNER, check_output
 from .passes import Missing, Pass, Settings
 from .pipeline import Run, check_columns, describe, describe_result
+from .url import Url, place_of
 
 HALF = "half.safetensors"
 
@@ -24,7 +25,7 @@ HALF = "half.safetensors"
 def stats(
     rows: Corpus,
     side: str,
-    out: Path,
+    out: Path | Url,
     part: tuple[int, int] = (0, 1),
     aligner: ReAlign | None = None,
     settings: Settings | None = None,
@@ -42,7 +43,7 @@ def stats(
     if aligner is not None and aligner.dimension != rows.dimension:
         got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
         raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
-    run = Run(settings or Settings(), part=part, engine=engine)
+    run, out = Run(settings or Settings(), part=part, engine=engine), place_of(out)
     with run.keeping(out):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
     return run.passes[0]
@@ -51,7 +52,7 @@ def stats(
 def apply_part(
     aligner: ReAlign,
     source: Corpus,
-    out: Path,
+    out: Path | Url,
     part: tuple[int, int],
     settings: Settings,
     engine: Engine | None = None,
@@ -63,14 +64,14 @@ def apply_part(
 
 
 def merge(
-    source: Corpus, target: Corpus, out: Path, settings: Settings | None = None
+    source: Corpus, target: Corpus, out: Path | Url, settings: Settings | None = None
 ) -> tuple[str, dict[str, Any] | None]:
     """Go as far as what is finished in ``out`` allows; say what is next, or give the report.
 
     Raises:
         ValueError: moments of a shard are missing.
     """
-    run = Run(settings or Settings(), reading=False)
+    run, out = Run(settings or Settings(), reading=False), place_of(out)
     check_output(out, source, target, run.settings.mode)
     check_columns(source, target)
     with run.keeping(out):

@@ -5,7 +5,8 @@ mtime) and of everything else that its numbers depend on: the pass, its settings
 code. What does not match is not found, so it is made again; nothing is ever patched.
 
 ``_stats/<pass>/<shard>.<key>.safetensors`` holds the moments of a shard. ``_stats/apply/<shard>``
-has its moments and, written last, a ``.json`` that says the aligned shard itself is whole.
+has its moments and, written last, a ``.json`` that says the aligned shard itself is whole, by its
+size and time, or by what its store says of it (ETag, checksum).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from . import __version__, ops
 from .corpus import Shard, as_numpy
 from .moments import Moments
 from .output import STATS
-from .url import Url, each
+from .url import Url, at_hand, each
 from .whole_file import write_whole
 
 Entry = dict[str, Any]  # what the manifest says of one shard in one pass
@@ -102,7 +103,7 @@ def checksum(rows: torch.Tensor, before: int = 0) -> int:
     return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
 
 
-def digest(path: Path) -> str:
+def digest(path: Path | Url) -> str:
     """Of a small file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -111,11 +112,11 @@ def digest(path: Path) -> str:
 class Ledger:
     """The finished work of one pass in ``out``."""
 
-    out: Path
+    out: Path | Url
     facts: dict[str, Any] = field(default_factory=dict)  # what the numbers of a pass depend on
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | Url:
         """Where the files of this pass lie."""
         return self.out / STATS / self.facts["pass"].replace(" ", "-")
 
@@ -126,34 +127,33 @@ class Ledger:
 
     def load(self, shard: Shard, known: Entry) -> tuple[Moments, Entry] | None:
         """Moments of a shard that is finished, and its entry."""
-        return _load(self._moments(shard, known), self.out)
+        return _load(self._moments(shard, known))
 
     def save(self, shard: Shard, known: Entry, moments: Moments) -> Entry:
         """Keep the moments of a finished shard."""
-        return _save(self._moments(shard, known), self.out, moments)
+        return _save(self._moments(shard, known), moments)
 
-    def load_aligned(self, shard: Shard, known: Entry, made: Path) -> tuple[Moments, Entry] | None:
+    def load_aligned(
+        self, shard: Shard, known: Entry, made: Path | Url
+    ) -> tuple[Moments, Entry] | None:
         """The same of an aligned shard ``made``, if it is still the file that was written."""
         record = self._record(shard)
         try:
             said = json.loads(record.read_bytes())
-            state = made.stat()
-            same = said["key"] == self.key(known)
-            same = same and said["written"] == [state.st_size, state.st_mtime_ns]
-        except (OSError, ValueError, KeyError, TypeError):
+            same = said["key"] == self.key(known) and said["written"] == _written(made)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _expect_absent(record, error)
             return None
-        found = _load(record.with_suffix(".safetensors"), self.out) if same else None
+        found = _load(self._aligned(shard)) if same else None
         return found and (found[0], said["entry"]) if found and _agree(found, said) else None
 
     def save_aligned(
-        self, shard: Shard, known: Entry, made: Path, moments: Moments, facts: Entry
+        self, shard: Shard, known: Entry, made: Path | Url, moments: Moments, facts: Entry
     ) -> Entry:
         """Say that the aligned shard ``made`` is whole; ``facts`` are what verify checks."""
         record = self._record(shard)
-        entry = _save(record.with_suffix(".safetensors"), self.out, moments) | facts
-        state = made.stat()
-        written = [state.st_size, state.st_mtime_ns]
-        said = {"key": self.key(known), "written": written, "entry": entry}
+        entry = _save(self._aligned(shard), moments) | facts
+        said = {"key": self.key(known), "written": _written(made), "entry": entry}
         write_whole(record, json.dumps(said).encode())
         return entry
 
@@ -165,14 +165,18 @@ class Ledger:
         """Remove moments of these shards under other keys: of other contents, maps or settings."""
         kept = {self._moments(shard, known).name for shard, known in shards}
         names = {shard.path.name for shard, _ in shards}
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in kept and path.name.rsplit(".", 2)[0] in names:
+        for path in list(self.folder.iterdir()):
+            ours = path.suffix == ".safetensors" and path.name.rsplit(".", 2)[0] in names
+            if ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 
-    def _moments(self, shard: Shard, known: Entry) -> Path:
+    def _moments(self, shard: Shard, known: Entry) -> Path | Url:
         return self.folder / f"{shard.path.name}.{self.key(known)}.safetensors"
 
-    def _record(self, shard: Shard) -> Path:
+    def _aligned(self, shard: Shard) -> Path | Url:
+        return self.folder / f"{shard.path.name}.safetensors"
+
+    def _record(self, shard: Shard) -> Path | Url:
         return self.folder / f"{shard.path.name}.json"
 
 
@@ -180,18 +184,36 @@ def _agree(found: tuple[Moments, Entry], said: Entry) -> bool:
     return found[1]["blake2b"] == said["entry"]["blake2b"]
 
 
-def _save(path: Path, out: Path, moments: Moments) -> Entry:
+def _save(path: Path | Url, moments: Moments) -> Entry:
     path.parent.mkdir(parents=True, exist_ok=True)
     moments.save(path)
-    return _entry(path, out)
+    return _entry(path, path)
 
 
-def _load(path: Path, out: Path) -> tuple[Moments, Entry] | None:
+def _load(path: Path | Url) -> tuple[Moments, Entry] | None:
     try:
-        return Moments.load(path), _entry(path, out)
-    except (OSError, ValueError):  # not there, or not what was written: it is made again
+        with at_hand(path) as local:
+            return Moments.load(local), _entry(path, Path(local))
+    except (OSError, ValueError) as error:  # not there, or not what was written: it is made again
+        _expect_absent(path, error)
         return None
 
 
-def _entry(path: Path, out: Path) -> Entry:
-    return {"stats": path.relative_to(out).as_posix(), "blake2b": digest(path)}
+def _entry(path: Path | Url, local: Path | Url) -> Entry:
+    """Of the file that ``path`` names and ``local`` holds."""
+    return {"stats": f"{STATS}/{path.parent.name}/{path.name}", "blake2b": digest(local)}
+
+
+def _expect_absent(path: Path | Url, error: Exception) -> None:
+    """Raise what a store says that is no answer: nothing is known of what is there."""
+    unknown = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if isinstance(path, Url) and unknown:
+        raise error
+
+
+def _written(made: Path | Url) -> list[int | str]:
+    """What tells a shard that was written from another in its place."""
+    if isinstance(made, Url):
+        return list(made.stamp())
+    state = made.stat()
+    return [state.st_size, state.st_mtime_ns]

@@ -11,18 +11,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .object_lock import locked_object
+from .url import Url
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def locked(folder: Path, part: str = "") -> Iterator[None]:
+def locked(folder: Path | Url, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
-    The lock goes with the process, however it ends: nothing is left to clear away.
+    The lock goes with the process, however it ends: nothing is left to clear away. (At a URL
+    something may be: :mod:`object_lock`.)
 
     Raises:
         OSError: another process holds it; the message says which.
     """
+    if isinstance(folder, Url):
+        with locked_object(folder, part):
+            yield
+        return
     with ExitStack() as stack:
         stack.enter_context(_held(folder / "lock", alone=not part))
         if part:
@@ -37,6 +45,8 @@ def _held(path: Path, alone: bool) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         advice = "check that this user may write there and that the disk has room"
+        if error.errno == errno.EROFS:
+            advice = "give an --out on one that may be written"
         raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
     try:
         try:

@@ -15,12 +15,15 @@ from typing import Any
 from .ledger import Entry, digest
 from .moments import Moments
 from .output import MANIFEST, write_json
+from .url import Url
 
 FORMAT = 1
+_SHARD = {"path": str, "rows": int, "dimension": int, "dtype": str, "stats": str, "blake2b": str}
+_ALIGNED = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
+def read_manifest(out: Path | Url) -> dict[str, Any]:
     """The manifest of an output directory; one without passes where there is none yet.
 
     Raises:
@@ -31,9 +34,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
         return {"format": FORMAT, "passes": {}}
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["format"] == FORMAT and isinstance(manifest["passes"], dict):
+        if manifest["format"] == FORMAT and not (got := _wrong(manifest)):
             return manifest
-        got = f"format {manifest['format']}"
+        if manifest["format"] != FORMAT:
+            got = f"format {manifest['format']}"
     except (ValueError, KeyError, TypeError) as error:
         got = repr(error)
     raise ValueError(
@@ -42,7 +46,27 @@ def read_manifest(out: Path) -> dict[str, Any]:
     )
 
 
-def write_manifest(out: Path, code: str, settings: Entry, passes: Passes, aligner: str) -> None:
+def _wrong(manifest: dict[str, Any]) -> str:
+    """The first entry that is of another type than those we write; empty if there is none."""
+    if not isinstance(manifest["passes"], dict) or not isinstance(manifest["aligner"], str):
+        return "passes that are no object, or an aligner that is no hash"
+    for name, one in manifest["passes"].items():
+        if not isinstance(one, dict) or not isinstance(one.get("facts"), dict):
+            return f"{name} without facts"
+        if not isinstance(shards := one.get("shards"), list):
+            return f"{name} without a list of shards"
+        types = _SHARD | (_ALIGNED if name == "apply" else {})
+        for place, entry in enumerate(shards):
+            for key, kind in types.items():
+                value = entry.get(key) if isinstance(entry, dict) else None
+                if type(value) is not kind:
+                    return f"{value!r} as {key} of shard {place} of {name}, not {kind.__name__}"
+    return ""
+
+
+def write_manifest(
+    out: Path | Url, code: str, settings: Entry, passes: Passes, aligner: str
+) -> None:
     """Write it, with the passes of earlier runs that this one did not make anew.
 
     ``aligner`` is the hash of the map in ``out``.
@@ -54,7 +78,9 @@ def write_manifest(out: Path, code: str, settings: Entry, passes: Passes, aligne
     write_json(out / MANIFEST, facts | {"passes": known})
 
 
-def saved_moments(out: Path, name: str, facts: Entry, present: Sequence[Entry]) -> list[tuple]:
+def saved_moments(
+    out: Path | Url, name: str, facts: Entry, present: Sequence[Entry]
+) -> list[tuple]:
     """``(moments, entry)`` of the shards of an earlier pass that are not among those ``present``.
 
     Raises:

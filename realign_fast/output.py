@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,89 @@ STATS, MANIFEST = "_stats", "manifest.json"
 MODES = ("incremental", "overwrite", "extend")
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path | Url, value: dict[str, Any]) -> None:
     """Write a json file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def check_output(
-    out: Path, source: Corpus, target: Corpus | None = None, mode: str = MODES[0]
+    out: Path | Url,
+    source: Corpus,
+    target: Corpus | None = None,
+    mode: str = MODES[0],
+    workers: int = 1,
 ) -> None:
-    """Refuse an output directory that would lose or mix rows, before anything is read."""
+    """Refuse an output directory that would lose or mix rows, before anything is read.
+
+    ``workers`` are those that write shards at a time.
+    """
+    for corpus in (source, target):
+        if corpus and _touches(out, corpus, source.subfolder):
+            raise ValueError(
+                f"{out}: is or lies in {corpus.path}, which holds rows that are read; give "
+                "another --out"
+            )
+    held = _check_shards(out, source, mode)
+    if isinstance(out, Url):
+        check_scratch(out, source, workers)
+        return
     folder = out / source.subfolder
-    inputs = [shard.path for corpus in (source, target) if corpus for shard in corpus.shards]
-    inputs = [path for path in inputs if not isinstance(path, Url)]
-    taken = {path.parent.resolve() for path in inputs} | {path.resolve().parent for path in inputs}
-    if taken & {out.resolve(), folder.resolve()}:
-        raise ValueError(f"{out}: holds rows that are read; give another --out")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if existing.is_dir() and os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise OSError(f"{existing}: is on a read-only file system; give another --out")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{existing}: expected a directory to write into; give another --out")
+    room = shutil.disk_usage(existing).free + sum(path.lstat().st_size for path in held)
+    if source.nbytes > room:
+        need = f"the result takes {in_words(source.nbytes)}, there are {in_words(room)}"
+        raise OSError(f"{folder}: {need}; make room or give another --out")
+
+
+def check_scratch(out: Path | Url, source: Corpus, workers: int = 1) -> str:
+    """Where shards for a URL are kept until they are whole, in words; empty if ``out`` is none.
+
+    Raises:
+        OSError: there is no room for one a worker.
+    """
+    if not isinstance(out, Url):
+        return ""
+    largest = max(shard.rows * shard.row_bytes for shard in source.shards)
+    need, place = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
+    if need > (room := shutil.disk_usage(place).free):
+        words = f"a shard a worker waits here for its upload, {in_words(need)} in all"
+        advice = "make room, or name another place with TMPDIR"
+        raise OSError(f"{place}: {words}, there are {in_words(room)}; {advice}")
+    return (
+        f"each shard waits in {place} for its upload (TMPDIR names another place): up to "
+        f"{in_words(need)} at a time"
+    )
+
+
+def in_words(count: int) -> str:
+    """A number of bytes, in a unit in which it is not nothing."""
+    units = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
+    return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
+
+
+def _touches(out: Path | Url, corpus: Corpus, subfolder: str) -> bool:
+    """Whether the result would come to lie beside or below rows that are read."""
+    urls = isinstance(out, Url)
+    shards = [shard.path for shard in corpus.shards if isinstance(shard.path, Url) == urls]
+    root = corpus.path if isinstance(corpus.path, Url) == urls else None
+    if urls:
+        taken = {path.parent for path in shards}  # a child's parent has no "/" at its end
+        within = root and root not in shards and out.is_within(root)
+        return bool(within or taken & {(out / "shard").parent, (out / subfolder / "shard").parent})
+    taken = {path.parent.resolve() for path in shards} | {path.resolve().parent for path in shards}
+    if taken & {out.resolve(), (out / subfolder).resolve()}:
+        return True
+    return bool(root and root.is_dir() and out.resolve().is_relative_to(root.resolve()))
+
+
+def _check_shards(out: Path | Url, source: Corpus, mode: str) -> set[Path | Url]:
+    """The shards in ``out``: those of an earlier run on the same source, and no others."""
+    folder = out / source.subfolder
     ours = {folder / shard.path.name for shard in source.shards}
     held = {path for place in ("", *SUBFOLDERS.values()) for path in _shards_in(out / place)}
     if held - ours:
@@ -60,15 +128,9 @@ def check_output(
             "so nothing says what is finished; write it anew with --mode overwrite, or give "
             "another --out"
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{existing}: expected a directory to write into; give another --out")
-    room = shutil.disk_usage(existing).free + sum(path.lstat().st_size for path in held)
-    if source.nbytes > room:
-        need = f"the result takes {source.nbytes / 1e9:.1f} GB, there are {room / 1e9:.1f}"
-        raise OSError(f"{folder}: {need}; make room or give another --out")
+    return held
 
 
-def _shards_in(folder: Path) -> list[Path]:
+def _shards_in(folder: Path | Url) -> list[Path | Url]:
     found = folder.iterdir() if folder.is_dir() else []
     return [path for path in found if format_of(path.name)]

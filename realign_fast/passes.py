@@ -22,6 +22,7 @@ from .manifest import Passes
 from .moments import Moments
 from .output import MANIFEST, STATS
 from .shard_work import BATCH_BYTES, AlignWork, ShardWork
+from .url import Url
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,21 @@ class Walks:
     part: tuple[int, int] = (0, 1)
     reading: bool = True
     engine: Engine | None = None  # None: that of settings.workers
-    out: Path | None = None  # where what is finished is kept; None: nowhere
+    out: Path | Url | None = None  # where what is finished is kept; None: nowhere
     made: Passes = field(default_factory=dict)  # for the manifest
     extended: dict[str, int] = field(default_factory=dict)  # by pass: rows of shards that are gone
     identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict)
 
     @contextmanager
-    def keeping(self, out: Path) -> Iterator[None]:
+    def keeping(self, out: Path | Url) -> Iterator[None]:
         """Keep what is finished in ``out``, which no other process works on meanwhile."""
         if self.out == out:
             yield
             return
         index, parts = self.part
+        if isinstance(out, Url) and out.protocol == "memory" and self.has_workers:
+            what = "memory:// is of one process, workers would write into their own"
+            raise ValueError(f"{out}: {what}; give one worker, or another --out")
         if self.settings.mode == "overwrite" and parts > 1:
             raise ValueError(
                 f"{out}: a part of a job array cannot overwrite what others share; remove "
@@ -113,13 +117,17 @@ class Walks:
         with locked(out / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
             if self.settings.mode == "overwrite":
                 (out / MANIFEST).unlink(missing_ok=True)
-                for folder in (path for path in (out / STATS).iterdir() if path.is_dir()):
-                    shutil.rmtree(folder)
+                _remove_folders(out / STATS)
             self.out = out
             try:
                 yield
             finally:
                 self.out = None
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes do the shards."""
+        return self.settings.workers > 1 or self.engine not in (None, map)
 
     def work(self, kind: type, name: str, corpus: Corpus, **options: Any) -> ShardWork:
         """A work of this kind for pass ``name``, with the settings and the ledger of this run."""
@@ -186,6 +194,15 @@ class Walks:
         done.bytes_written = done.rows * row_bytes * writes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
+
+
+def _remove_folders(place: Path | Url) -> None:
+    if isinstance(place, Url):
+        for name in place.folders():
+            (place / name).remove_tree()
+        return
+    for folder in (path for path in place.iterdir() if path.is_dir()):
+        shutil.rmtree(folder)
 
 
 def _bar(name: str, total: int, shown: bool) -> tqdm:

@@ -29,7 +29,7 @@ from .output import ALIGNER, REPORT, check_output, write_json
 from .passes import Settings, Walks
 from .sample import Sampled, errors, measure_sample, rows_to_fit
 from .shard_work import AlignWork, ShardWork
-from .url import local_path
+from .url import place_of
 
 
 class Run(Walks):
@@ -97,8 +97,8 @@ class Run(Walks):
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
         The moments are those of the result before it is rounded to the corpus's dtype.
         """
-        out = local_path(out)
-        check_output(out, source, mode=self.settings.mode)
+        out = place_of(out)
+        check_output(out, source, None, self.settings.mode, self.settings.workers)
         if aligner.dimension != source.dimension:
             got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
             raise ValueError(
@@ -156,10 +156,10 @@ def align(
     :class:`ray_engine.RayTasks`, takes the place of ``settings.workers``. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
-    run, out = Run(settings or Settings(), engine=engine), local_path(out)
+    run, out = Run(settings or Settings(), engine=engine), place_of(out)
     source_rows = open_source(source, run.settings, engine)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
-    check_output(out, source_rows, target_rows, run.settings.mode)
+    check_output(out, source_rows, target_rows, run.settings.mode, run.settings.workers)
     check_columns(source_rows, target_rows)
     with run.keeping(out):
         aligner = run.fit(source_rows, target_rows)

@@ -2,8 +2,9 @@
 
 The work of a pass (its corpus, map and settings) goes into Ray's object store once; a task is told
 the number of a shard. It reads and writes the files of that shard itself, by the paths that this
-process uses, and sends back statistics: rows never travel, so the nodes need a shared file system.
-A node that sees other files, or runs another ``realign_fast``, is refused before it reads a row.
+process uses, and sends back statistics: rows never travel, so the nodes need a shared file system
+or URLs, with the packages and the credentials that open them. A node that sees other files, or runs
+another ``realign_fast``, is refused before it reads a row.
 
 Ray runs a task again whose worker or node died; an exception of ours is not run again and comes out
 as it is. Results come in the order of the shards, with a bounded number of tasks behind the first
@@ -38,6 +39,7 @@ from .ledger import code_version
 from .output import STATS
 from .ray_worker import Job
 from .shard_work import ShardWork
+from .url import Url
 
 _KNOCK_SECONDS = 10  # for a host to answer
 _LOOK_SECONDS = 5  # between two looks at the nodes
@@ -248,9 +250,12 @@ def _handlers_kept() -> Iterator[None]:
 
 @contextmanager
 def _witness(work: Work) -> Iterator[str | None]:
-    """A new file in the output directory, by which a node proves that it sees that directory."""
+    """A new file in the output directory, by which a node proves that it sees that directory.
+
+    A URL needs no witness: it means the same on every node.
+    """
     ledger = getattr(work, "ledger", None)
-    if ledger is None:
+    if ledger is None or isinstance(ledger.out, Url):
         yield None
         return
     path = ledger.out / STATS / f"lock-ray-{uuid.uuid4().hex}"

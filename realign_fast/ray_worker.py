@@ -20,6 +20,7 @@ import torch
 from .engine import Work
 from .ledger import code_version, identity
 from .shard_work import ShardWork
+from .url import Url
 
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 
@@ -71,12 +72,15 @@ def _run(get: Callable[[Any], tuple], reference: Any, shard: int) -> Any:
 
 def _check_shared(work: ShardWork, shard: int, job: Job) -> None:
     """Refuse a node that does not see the files that the driver sees."""
-    path = os.path.join(job.folder, work.corpus.shards[shard].path)
+    path = work.corpus.shards[shard].path
+    path = path if isinstance(path, Url) else os.path.join(job.folder, path)
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
         now = identity(work.corpus.shards[shard])
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
+        if isinstance(path, Url):
+            raise OSError(f"on {_here()}: {error.strerror or error}") from error
         raise OSError(f"{path}: is not seen on {_here()} ({why}); {advice}") from error
     known = work.identities[shard]
     if differ := [f"{k} is {now[k]!r}, not {v!r}" for k, v in known.items() if now[k] != v]:

@@ -10,7 +10,7 @@ from .engine import Engine
 from .output import MODES
 from .ray_engine import RayTasks
 from .sample import DEFAULT_ROWS, EXACT_BYTES
-from .url import Url, local_path, path_of
+from .url import Url, local_path, path_of, place_of
 
 
 def positive(text: str) -> int:
@@ -33,6 +33,14 @@ def path(text: str) -> Path:
 def path_or_url(text: str) -> Path | Url:
     """A path or a URL that is read from."""
     return path_of(text) if text else path(text)
+
+
+def place(text: str) -> Path | Url:
+    """A directory or a URL that a result is written to."""
+    try:
+        return place_of(text) if text else path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _bytes(text: str) -> int:

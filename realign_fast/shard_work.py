@@ -19,6 +19,7 @@ from .corpus import Batch, Corpus, Shard, ShardWriter
 from .lanes import Lanes, Outlet, Sent, batches_on, lanes_of
 from .ledger import Entry, Ledger, check_unchanged, checksum
 from .moments import Moments, RowMap, good_rows
+from .url import Url
 
 BATCH_BYTES = 16 << 20  # smaller ones give the threads of a busy machine too little at a time
 
@@ -97,7 +98,7 @@ class ShardWork:
 class AlignWork(ShardWork):
     """Shards sent through the aligner into ``folder``, under their own names."""
 
-    folder: Path = Path()
+    folder: Path | Url = Path()
 
     def __call__(self, index: int) -> Part:
         """Align shard ``index``; the moments are those of its result before it is rounded."""

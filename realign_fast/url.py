@@ -5,9 +5,9 @@ are paths of this machine and never come here again. Every protocol of fsspec is
 in chains (`simplecache::s3://bucket/text`); endpoints and credentials are told as fsspec and its
 packages are told them: the environment (`AWS_PROFILE`, `FSSPEC_S3_ENDPOINT_URL`), their own files.
 
-URLs are read, never written: object stores have neither renames nor locks, and those are what an
-output directory's promises stand on (`local_path`). What is wrong is one OSError that names the
-URL; what may pass (a broken connection, a busy server) is tried again after each of `WAITS`.
+What is written appears whole: an object does when its upload ends, a file of another system is
+renamed. What is wrong is one OSError that names the URL; what may pass (a broken connection, a busy
+server) is tried again after each of `WAITS`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from .read_ahead import ReadAhead, fill
 from .url_errors import may_pass, refuse
+from .url_write import UrlWriter
 
 ASKED_AT_A_TIME = 16
 BUFFER_BYTES = 256 << 10
@@ -52,17 +53,25 @@ def path_of(path: str | os.PathLike[str] | Url) -> Path | Url:
 
 
 def local_path(out: str | os.PathLike[str] | Url) -> Path:
-    """Where something is written.
+    """Where something is written that is no corpus.
 
     Raises:
         ValueError: it is a URL.
     """
     if isinstance(path := path_of(out), Url):
-        raise ValueError(
-            f"{out}: results are written to a directory of this machine, as object stores have no "
-            "renames and no locks to keep them whole; give a directory, copy it when the run has "
-            f"ended, and check the copy: realign-fast verify {out}"
-        )
+        raise ValueError(f"{out}: is a URL, this is written to a directory; give one, and copy it")
+    return path
+
+
+def place_of(out: str | os.PathLike[str] | Url) -> Path | Url:
+    """Where a result is written.
+
+    Raises:
+        ValueError: it is a URL that takes none.
+    """
+    if isinstance(path := path_of(out), Url) and (path.chained or path.is_web):
+        what = "is read only: " + ("a chain of systems" if path.chained else "a web server")
+        raise ValueError(f"{out}: {what} takes no files; give a directory, or s3://, gs://, ...")
     return path
 
 
@@ -96,49 +105,13 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], where: Any) 
             pool.shutdown(cancel_futures=True)
 
 
-class Url:
+class Url(UrlWriter):
     """A place that fsspec opens. Equal and hashed by its text; pickled as its text."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
-        # The first link of a chain that has a path is where names are; what follows encloses it.
-        self._prefix, path, self._suffix = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text).groups()
-        self._web = self._prefix.endswith(("http://", "https://"))
-        self._path, mark, query = path.partition("?") if self._web else (path, "", "")
-        self._suffix = mark + query + self._suffix
+        super().__init__(text)
         self._door: tuple[int, Any, str] | None = None  # process, file system, path in it
         self._size: int | None = None
-
-    @property
-    def name(self) -> str:
-        last = self._path.rstrip("/").rpartition("/")[2]
-        return unquote(last) if self._web else last
-
-    stem = property(lambda self: os.path.splitext(self.name)[0])
-    suffix = property(lambda self: os.path.splitext(self.name)[1])
-
-    def __truediv__(self, name: str) -> Url:
-        name = quote(name) if self._web else name
-        base = f"{self._path.rstrip('/')}/" if self._path else ""
-        return Url(f"{self._prefix}{base}{name}{self._suffix}") if name else self
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __repr__(self) -> str:
-        return f"Url({self._text!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Url) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __lt__(self, other: Url) -> bool:
-        return self._text < other._text
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return Url, (self._text,)
 
     def is_file(self) -> bool:
         return self._kind() == "file"
@@ -154,11 +127,25 @@ class Url:
 
     def iterdir(self) -> Iterator[Url]:
         """What lies in it. A web server has to send a page of links."""
-        names = self._ask(lambda fs, path: [one["name"] for one in fs.ls(path, detail=True)])
-        names = [name.rstrip("/").rpartition("/")[2] for name in names]
-        if self._web:
-            names = [unquote(name) for name in names if not name.startswith("?")]
-        return (self / name for name in names if name)
+        return (self / name for name, _ in self._listed())
+
+    def folders(self) -> list[str]:
+        """The names of the directories in it."""
+        return [name for name, kind in self._listed() if kind == "directory"]
+
+    def _listed(self) -> Iterator[tuple[str, str]]:
+        """The name and type of what lies in it."""
+
+        def fresh(fs: Any, path: str) -> list[tuple[str, str]]:
+            fs.invalidate_cache()
+            found = fs.ls(path, detail=True)
+            mine = path.rstrip("/")  # some stores have an object in the name of the folder itself
+            return [(o["name"], o["type"]) for o in found if o["name"].rstrip("/") != mine]
+
+        for name, kind in self._ask(fresh):
+            name = name.rstrip("/").rpartition("/")[2]
+            if name and not (self._web and name.startswith("?")):
+                yield unquote(name) if self._web else name, kind
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """A file of bytes to read and seek in, which reads ahead."""
@@ -166,7 +153,9 @@ class Url:
             raise ValueError(f"{self}: got mode {mode!r}, a URL is read as bytes")
         return io.BufferedReader(ReadAhead(self), BUFFER_BYTES)
 
-    def read_bytes(self) -> bytearray:
+    def read_bytes(self) -> bytes | bytearray:
+        if not self._web and not self.chained:  # one request
+            return self._ask(lambda fs, path: fs.cat_file(path))
         data = bytearray(self.stamp()[0])
         fill(self, 0, memoryview(data))
         return data
@@ -226,14 +215,14 @@ class Url:
 
         return self._ask(fresh)
 
-    def _ask(self, what: Callable[[Any, str], Any]) -> Any:
-        """`what(file system, path)`, tried again where that may help."""
+    def _ask(self, what: Callable[[Any, str], Any], done: str = "read") -> Any:
+        """`what(file system, path)`, tried again where that may help; `done` is for its error."""
         for wait in (*WAITS, None):
             try:
                 return what(*self._connected())
             except Exception as error:
                 if wait is None or not may_pass(error):
-                    refuse(self, error, len(WAITS) + 1)
+                    refuse(self, error, len(WAITS) + 1, done)
             time.sleep(wait)
 
     def connect(self) -> None:

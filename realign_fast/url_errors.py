@@ -16,6 +16,8 @@ _PACKAGES |= {"sftp": "paramiko", "ssh": "paramiko", "oss": "ossfs", "gdrive": "
 _REFUSED = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 _REFUSED |= {"DefaultCredentialsError", "LocalTokenNotFoundError"}
 
+_NOBODY = re.compile("Connector|EndpointConnection|ConnectTimeout|ConnectionRefused")
+
 
 def _causes(error: BaseException | None) -> list[BaseException]:
     found: list[BaseException] = []
@@ -50,11 +52,16 @@ def may_pass(error: Exception) -> bool:
         return bool(statuses & {408, 429}) or max(statuses) >= 500
     if isinstance(error, FileNotFoundError):  # of fsspec's HTTP also if nobody answers
         return any("Connect" in type(one).__name__ for one in _causes(error))
-    return not isinstance(error, ValueError | TypeError | NotImplementedError)
+    return not isinstance(error, ValueError | TypeError | NotImplementedError | FileExistsError)
 
 
-def refuse(url: object, error: Exception, attempts: int) -> NoReturn:
-    """Raise what there is to say, once, with the URL in it."""
+def _unanswered(error: Exception) -> BaseException | None:
+    """What says that nobody answers, where that is the cause."""
+    return next((one for one in _causes(error) if _NOBODY.search(type(one).__name__)), None)
+
+
+def refuse(url: object, error: Exception, attempts: int, done: str = "read") -> NoReturn:
+    """Raise what there is to say, once, with the URL in it; `done` is what was to be done."""
     if isinstance(error, ImportError):
         if str(url) in str(error):
             raise error
@@ -64,10 +71,12 @@ def refuse(url: object, error: Exception, attempts: int) -> NoReturn:
         raise ImportError(f"{url}: {protocol}:// is read through another package: {how} ({error})")
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     if _denied(error):
-        advice = "give credentials that may read it, as the package of its protocol wants them"
+        advice = "as the package of its protocol wants them"
+        advice = f"give credentials with which it may be {done}, {advice}"
         raise OSError(errno.EACCES, f"{url}: access is refused ({said}); {advice}") from error
     if isinstance(error, FileNotFoundError) and not may_pass(error):
-        raise OSError(errno.ENOENT, f"{url}: is not there; check its name") from error
+        what = f"its bucket or folder is not there ({error})" if done == "written" else ""
+        raise OSError(errno.ENOENT, f"{url}: {what or 'is not there'}; check its name") from error
     if "Protocol not known" in str(error):
         raise ValueError(f"{url}: {error}; expected one that fsspec knows") from error
     if "range requests" in str(error):
@@ -75,4 +84,6 @@ def refuse(url: object, error: Exception, attempts: int) -> NoReturn:
         raise OSError(errno.EOPNOTSUPP, f"{url}: {what}; read simplecache::{url}") from error
     tries = f" in {attempts} attempts" if may_pass(error) else ""
     advice = "what is finished is kept: run the same command again"
-    raise OSError(errno.EIO, f"{url}: cannot be read{tries} ({said}); {advice}") from error
+    if nobody := _unanswered(error):
+        said = f"its server cannot be reached: {nobody}"
+    raise OSError(errno.EIO, f"{url}: cannot be {done}{tries} ({said}); {advice}") from error

@@ -1,18 +1,24 @@
-"""Small files that appear whole or not at all."""
+"""Files that appear whole or not at all, here or at a URL."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import tempfile
+from typing import BinaryIO
+
+from .url import Url, place_of
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def write_whole(path: str | os.PathLike[str] | Url, data: bytes) -> None:
     """Write ``data`` under a temporary name beside ``path``, sync it, and rename it.
 
     Raises:
         OSError: names the file; nothing of it is left behind.
     """
-    path = Path(path)
+    path = place_of(path)
+    if isinstance(path, Url):
+        path.write_bytes(data)
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -26,3 +32,17 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             advice = "check that the directory exists, may be written and has room"
             raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
         raise
+
+
+def open_scratch(buffering: int = 0) -> BinaryIO:
+    """A file for what is uploaded when it is whole (``TMPDIR`` chooses where).
+
+    It has no name, so nothing is left of it however this process ends.
+    """
+    return tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering)
+
+
+def upload(file: BinaryIO, url: Url) -> None:
+    """What was written to a scratch file, whole or not at all."""
+    file.seek(0)
+    url.upload(f"/dev/fd/{file.fileno()}")

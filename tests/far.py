@@ -1,7 +1,8 @@
-"""Servers for the tests of URLs: HTTP with ranges, from the standard library, and S3, by moto."""
+"""Servers for the tests of URLs: HTTP with ranges, and what stands before another and fails."""
 
 import functools
 import hashlib
+import http.client
 import http.server
 import re
 import threading
@@ -88,9 +89,15 @@ class State:
 @contextmanager
 def web(folder):
     """`(URL, State)` of a server of `folder`."""
-    handler = functools.partial(Handler, directory=str(folder))
+    with serving(functools.partial(Handler, directory=str(folder))) as served:
+        yield served
+
+
+@contextmanager
+def serving(handler, **facts):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads, server.state = True, State()
+    vars(server).update(facts)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -99,3 +106,45 @@ def web(folder):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Passes everything on to another server, but for what `server.state` says goes wrong."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        name, state = self.path.partition("?")[0].rpartition("/")[2], self.server.state
+        state.asked(self.command, Path(name), None)
+        if self.command == "PUT" and (status := state.statuses.get(name)):
+            self._answer(status, {}, b"")
+            return
+        behind = http.client.HTTPConnection(self.server.behind.partition("//")[2])
+        try:
+            behind.request(self.command, self.path, body, dict(self.headers))
+            answer = behind.getresponse()
+            self._answer(answer.status, dict(answer.getheaders()), answer.read())
+        finally:
+            behind.close()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def _answer(self, status, headers, data):
+        self.send_response(status)
+        skipped = {"transfer-encoding", "connection", "date", "server"}
+        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+            if name.lower() not in skipped:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def proxy(address):
+    """`(URL, State)` of a server before that of `address`."""
+    with serving(Proxy, behind=address) as served:
+        yield served

@@ -725,3 +725,45 @@ def test_a_destination_that_cannot_be_names_it(tmp_path):
         with ShardWriter(tmp_path / "x.npy", 0, 1, torch.float32):
             pass
     assert sorted(os.listdir(tmp_path)) == ["file", "x.npy"]
+
+
+def test_shards_in_folders_are_named(tmp_path):
+    save(tmp_path / "only/a/x.npy")
+    save(tmp_path / "only/b/x.npy")
+    with pytest.raises(
+        FileNotFoundError, match=r"only: its shards are in folders \(a, b\); open one"
+    ):
+        Corpus(tmp_path / "only")
+    save(tmp_path / "both/x.npy", rows=4)
+    save(tmp_path / "both/more/y.npy")
+    save(tmp_path / "both/metadata/y.npy")
+    save(tmp_path / "both/_stats/y.npy")
+    (tmp_path / "both/empty").mkdir()
+    with pytest.warns(UserWarning, match="both: shards in its folders more are not read"):
+        assert Corpus(tmp_path / "both").rows == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Corpus(tmp_path / "both/x.npy")
+        Corpus(tmp_path / "both/more")
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.npy.zst"])
+def test_compressed_files_are_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\x1f\x8b\x08\0")
+    with pytest.raises(ValueError, match=rf"{name}: is compressed .*decompress it"):
+        Corpus(path)
+    with pytest.raises(FileNotFoundError, match=rf"compressed files \({name}\), which have no row"):
+        Corpus(tmp_path)
+
+
+def test_a_dataset_of_several_splits_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"embedding": [[1.0, 2.0], [3.0, 4.0]]})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "d")
+    words = (
+        rf"is a DatasetDict of the splits train, test; give one of them, such as {tmp_path}/d/train"
+    )
+    with pytest.raises(ValueError, match=words):
+        Corpus(tmp_path / "d")
+    assert Corpus(tmp_path / "d/train").rows == 2

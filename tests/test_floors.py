@@ -43,12 +43,15 @@ FLOORS = {
     "whiten": 1,
     "_io": 0,
     "engine": 0,
-    "url": 0,
-    "url_errors": -1,
-    "read_ahead": -1,
-    "lock": 0,
+    "lock": 1,
+    "object_lock": 0,
     "ops": 0,
     "whole_file": 0,
+    "url": -1,
+    "url_errors": -2,
+    "url_write": -2,
+    "read_ahead": -2,
+    "url_name": -3,
 }
 NEVER = {("corpus", "ops"), ("revision", "pipeline")}  # downwards, and still not allowed
 HEAVY = {

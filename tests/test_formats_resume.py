@@ -56,9 +56,35 @@ def test_another_column_is_another_corpus(corpora, capsys):
     columns = {name: pa.array(list(rows)) for name, rows in (("a", one), ("b", two))}
     os.mkdir("both")
     pq.write_table(pa.table(columns), "both/x.parquet")
-    fit = ["fit", "--text", "both", "--image", "image", "--target-column", "a", "--quiet"]
+    assert cli.main(["convert", "image", "images", "--to", "parquet", "--quiet"]) == 0
+    fit = ["fit", "--text", "both", "--image", "images", "--target-column", "embedding", "--quiet"]
     gaps = []
     for column in ("a", "b"):
         assert cli.main([*fit, "--column", column, "--out", "out"]) == 0
         gaps.append(json.loads(open("out/report.json").read())["fitted"]["centroid_gap"])
     assert gaps[0] != gaps[1]
+
+
+@pytest.mark.parametrize("command", ["align", "stats", "apply", "convert", "inspect", "target"])
+def test_a_column_of_a_format_without_columns_is_refused(corpora, capsys, command):
+    both = ["--text", "text", "--image", "image"]
+    assert cli.main(["align", *both, "--out", "one", "--quiet"]) == 0
+    commands = {
+        "align": ["align", *both, "--out", "two", "--column", "emb"],
+        "target": ["align", *both, "--out", "two", "--target-column", "emb"],
+        "stats": ["stats", "--text", "text", "--out", "two", "--column", "emb"],
+        "apply": ["apply", "--text", "text", "--aligner", "one", "--out", "two", "--column", "emb"],
+        "convert": ["convert", "text", "two", "--to", "parquet", "--column", "emb"],
+        "inspect": ["inspect", "text", "--column", "emb"],
+    }
+    assert cli.main(commands[command]) == 2
+    place, option = ("image", "--target-column") if command == "target" else ("text", "--column")
+    words = f"realign-fast: error: {place}: npy has no columns; leave {option} out"
+    assert words in capsys.readouterr().err
+    assert not os.path.exists("two")
+
+
+def test_the_column_of_the_source_is_not_asked_of_a_target_without_columns(corpora):
+    assert cli.main(["convert", "text", "table", "--to", "parquet", "--quiet"]) == 0
+    both = ["--text", "table", "--image", "image", "--column", "embedding", "--quiet"]
+    assert cli.main(["align", *both, "--out", "out"]) == 0

@@ -71,6 +71,20 @@ def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
     assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
 
 
+@pytest.mark.parametrize("aligner", ["out", "out/aligner.safetensors"])
+def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
+    both = ["--text", "text", "--image", "image"]
+    for side in ("text", "image"):
+        run("stats", f"--{side}", side, "--out", "out")
+    apply = ["apply", *both[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
+    assert cli.main(apply) == 2
+    words = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
+    assert words in capsys.readouterr().err
+    run("merge", *both, "--out", "out")
+    assert cli.main(apply) == 2
+    assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
 def test_a_part_that_does_not_exist_prints_the_usage(capsys, shard):
     with pytest.raises(SystemExit) as stop:

@@ -16,7 +16,7 @@ from far import web
 from kill_and_resume import tree
 
 from realign_fast import ReAlign, cli, url
-from realign_fast.corpus import Corpus, ShardWriter
+from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import TARGETS, convert
 from realign_fast.passes import Settings
 from realign_fast.pipeline import align
@@ -49,32 +49,6 @@ def served(tmp_path):
     (tmp_path / "www").mkdir(exist_ok=True)
     with web(tmp_path / "www") as (address, state):
         yield address, state
-
-
-@pytest.fixture(scope="session")
-def s3_server():
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_server, monkeypatch, tmp_path):
-    """A file system with an empty bucket `rows`."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "of-a-test")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    files = fsspec.filesystem("s3")
-    files.mkdir("rows")
-    yield files
-    files.rm("rows", recursive=True)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def shards(out):
@@ -302,25 +276,6 @@ def test_a_copied_output_is_verified_and_applied_by_url(tmp_path, corpora, bucke
     assert fault.startswith("s3://rows/out/emb_0.npy: checksum is")
 
 
-@pytest.mark.parametrize("what", ("out", "convert", "writer", "apply"))
-def test_results_are_written_to_this_machine(what, tmp_path, corpora, capsys):
-    place, words = "s3://rows/out", "results are written to a directory of this machine"
-    if what == "out":
-        both = ["--source", str(corpora[0]), "--target", str(corpora[1])]
-        with pytest.raises(SystemExit):
-            cli.main(["align", *both, "--out", place])
-        assert words in capsys.readouterr().err
-        return
-    with pytest.raises(ValueError, match=words):
-        if what == "convert":
-            convert(Corpus(corpora[0]), place, "npy")
-        elif what == "writer":
-            ShardWriter(f"{place}/a.npy", 1, D, torch.float16)
-        else:
-            align(*corpora, place, QUIET)
-    assert not list(Path().glob("s3:*"))
-
-
 def test_what_is_not_there_is_named(served):
     with pytest.raises(FileNotFoundError) as caught:
         Corpus(f"{served[0]}/text/emb_9.npy")
@@ -340,7 +295,9 @@ def test_a_server_that_nobody_runs(tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     with web(tmp_path / "www") as (address, _):
         pass
-    with pytest.raises(OSError, match=r"/a.npy: cannot be read in 2 attempts") as caught:
+    with pytest.raises(
+        OSError, match=r"/a.npy: cannot be read in 2 attempts .*its server cannot"
+    ) as caught:
         Corpus(f"{address}/a.npy")
     assert not isinstance(caught.value, FileNotFoundError)
 

@@ -160,3 +160,27 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
             assert checksum(rows) != whole
             data[place] ^= 1 << bit
     assert len(seen) == 2 and checksum(rows) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m | {"passes": []}, "passes that are no object"),
+        (lambda m: m | {"aligner": 7}, "an aligner that is no hash"),
+        (lambda m: m | {"passes": {"apply": [1]}}, "apply without facts"),
+        (lambda m: m | {"passes": {"apply": {"facts": {}, "shards": {}}}}, "without a list"),
+        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "None as path of shard 2 of app"),
+        (lambda m: m["passes"]["apply"]["shards"][1].update(rows="9") or m, "'9' as rows of shard"),
+        (lambda m: m["passes"]["apply"]["shards"][0].update(checksum=None) or m, "None as checks"),
+        (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "None as stats"),
+        (lambda m: [m], "TypeError"),
+    ],
+)
+def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, words):
+    out = make(tmp_path)
+    path = out / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert cli.main(["verify", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"realign-fast: error: {path}: expected a manifest of format 1, got ")
+    assert words in line and line.endswith("or give another --out")

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from ..url import Url, path_of
-from . import hf, remote
-from .formats import UNFINISHED, AnyShard, format_of, read_shards, shard_paths
+from . import beside, hf, remote
+from .formats import AnyShard, format_of, read_shards, shard_paths
 from .npy import TORCH_DTYPES, Shard, ShardWriter, as_numpy, changed, opened, read_header
 from .reading import read_rows
 
@@ -78,12 +78,9 @@ class Corpus:
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
         paths = shard_paths(folder) if _is_folder(folder) else [folder]
-        if not isinstance(folder, Url) and (folder / UNFINISHED).exists():
-            what = "is a conversion that did not end; run the same convert again (it goes on)"
-            raise ValueError(f"{folder}: {what}")
+        if paths != [folder]:
+            beside.check(folder, paths)
         self.shards = read_shards(paths, column, allow_pickle)
-        if not self.shards:
-            raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
         one = self.shards[0]
         for shard in self.shards:
             if (shard.dimension, shard.dtype) != (one.dimension, one.dtype):
@@ -164,11 +161,11 @@ class Corpus:
                         raise changed(shard)
         return out
 
-    def writer(self, shard: AnyShard, path: Path) -> ShardWriter:
+    def writer(self, shard: AnyShard, path: Path | Url) -> ShardWriter:
         """For the result of `shard`: its format, its number of rows, its other columns."""
         return shard.writer(path)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path | Url) -> None:
         """Write what the shards in `folder`, made from all of these, have beside them."""
         if self.format == "hf":
             source = self.path / self.subfolder

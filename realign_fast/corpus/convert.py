@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..url import Url, local_path
+from ..url import Url, place_of
 from ..whole_file import write_whole
 from . import arrow, hf, npy, parquet, pickled, safetensors, tar
 from .formats import UNFINISHED, AnyShard, shard_paths
@@ -48,12 +49,12 @@ BATCH_BYTES = 16 << 20  # a record batch or row group of the result
 
 def convert(
     corpus: Corpus,
-    out: Path,
+    out: Path | Url,
     to: str,
     advance: Callable[[int], None] = lambda rows: None,
     batch_bytes: int = BATCH_BYTES,
     dtype: torch.dtype | None = None,
-) -> list[Path]:
+) -> list[Path | Url]:
     """Write `corpus` into the directory `out` in the format `to`; returns the shards.
 
     `dtype` is that of the result: float16, float32, float64, in safetensors also bfloat16. None is
@@ -64,7 +65,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
-    out, names = local_path(out), _names(corpus, to)
+    out, names = place_of(out), _names(corpus, to)
     dtype = _dtype(corpus, to, dtype)
     finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
     try:
@@ -77,8 +78,9 @@ def convert(
                     writer.write(_rounded(batch, shard, dtype))
                     advance(len(batch.rows))
     except BaseException:
-        if not shard_paths(out):
-            (out / UNFINISHED).unlink()
+        with suppress(OSError):  # of a server that is gone: what led here says so
+            if not shard_paths(out):
+                (out / UNFINISHED).unlink()
         raise
     paths = [out / name for name in names]
     if to == "hf":
@@ -87,12 +89,12 @@ def convert(
     return paths
 
 
-def _begin(corpus: Corpus, out: Path, how: list[Any]) -> set[str]:
+def _begin(corpus: Corpus, out: Path | Url, how: list[Any]) -> set[str]:
     """Mark `out` as unfinished; the names of shards that the same conversion left there whole."""
     shards = [[str(one.path), one.rows, *map(str, stamp_of(one.path))] for one in corpus.shards]
     told, mark = json.dumps([how, shards]), out / UNFINISHED
     held = shard_paths(out) if out.exists() else []
-    if mark.is_file() and mark.read_text() == told:
+    if mark.is_file() and mark.read_bytes().decode() == told:
         return {path.name for path in held}
     if held:
         whose = "another conversion that did not end" if mark.is_file() else "there already"
@@ -138,7 +140,7 @@ def _rounded(batch: Batch, shard: AnyShard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-def _writer(shard: AnyShard, path: Path, to: str, dtype: torch.dtype) -> npy.ShardWriter:
+def _writer(shard: AnyShard, path: Path | Url, to: str, dtype: torch.dtype) -> npy.ShardWriter:
     shape = (shard.rows, shard.dimension, dtype)
     others = shard.others
     if to in LISTS:

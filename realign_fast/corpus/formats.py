@@ -21,6 +21,8 @@ AnyShard = Shard | StreamedShard
 UNFINISHED = ".converting"  # where it is, not all shards of a conversion are
 NOT_ROWS = {"aligner.safetensors", "half.safetensors"}
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
 
 class Format(NamedTuple):
     suffixes: tuple[str, ...]
@@ -72,6 +74,13 @@ def format_of(name: str) -> str | None:
     return SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
+def compressed(name: str) -> str | None:
+    """What a shard is compressed with, by its name, where it is as a whole: `rows.tar.gz`."""
+    name = name.lower().replace(".tgz", ".tar.gz")
+    stem, suffix = os.path.splitext(name)
+    return suffix[1:] if suffix in COMPRESSED and format_of(stem) else None
+
+
 def shard_paths(folder: Path | Url) -> list[Path | Url]:
     """The shards in a folder, in natural order; those of one format."""
     with explained(folder):
@@ -95,6 +104,9 @@ def read_shards(paths: Sequence[Path | Url], *how: Any) -> tuple[AnyShard, ...]:
 def read_shard(path: Path | Url, column: str | None = None, allow_pickle: bool = False) -> AnyShard:
     """The shard at `path`; every error that opening a file can have is raised here."""
     name = format_of(path.name) or _by_content(path) or "npy"
+    if compression := compressed(path.name):
+        what = f"is compressed ({compression}), so a row cannot be read without all before it"
+        raise ValueError(f"{path}: {what}; decompress it")
     if name == "pickle" and not allow_pickle:
         how = "allow_pickle=True or --allow-pickle (nothing in it is run)"
         raise ValueError(f"{path}: a pickle is read only when asked to: give {how}")

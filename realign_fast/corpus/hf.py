@@ -14,10 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..url import Url
 from ..whole_file import write_whole
 
-STATE, INFO = "state.json", "dataset_info.json"
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
+
+
+def splits_of(folder: Path | Url) -> list[str]:
+    """The splits of a `DatasetDict` in this folder; none where it is no such thing."""
+    if not (folder / SPLITS).is_file():
+        return []
+    splits = _load(folder / SPLITS).get("splits")
+    return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -33,13 +42,15 @@ def data_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def write_state(folder: Path, shards: Sequence[Path], source: Path | None = None) -> None:
+def write_state(
+    folder: Path | Url, shards: Sequence[Path | Url], source: Path | Url | None = None
+) -> None:
     """What makes a dataset of `shards` in `folder`: as in `source`, or with no words of its own."""
     state: dict[str, Any] = _load(source / STATE) if source else _PLAIN
     info = _load(source / INFO) if source and (source / INFO).exists() else {}
     digest = hashlib.sha256(str(state.get("_fingerprint")).encode())
     for path in shards:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             digest.update(file.read(HEAD_BYTES))
     state = state | {"_data_files": [{"filename": path.name} for path in shards]}
     state["_fingerprint"] = digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ import errno
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 
 from ..read_ahead import pieces
-from ..url import Url, local_path
+from ..url import Url, place_of
+from ..whole_file import open_scratch, upload
 from .native import start_writing
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
@@ -75,6 +77,7 @@ class ShardWriter:
     `path` appears whole or not at all: rows go to `.<name>.partial` beside it (never a shard; what
     a dead run left is replaced), and a clean exit checks their number, syncs, renames and syncs
     the directory. An exception removes it. Of two writers the later one wins; the other fails.
+    Rows for a URL go to a scratch file of this machine, which a clean exit uploads.
     A subclass for another format overrides `suffix`, `_begin`, `_append` and `_finish`.
     """
 
@@ -83,17 +86,16 @@ class ShardWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Url,
         rows: int,
         dimension: int,
         dtype: torch.dtype,
         source: Any = None,  # in other formats: the shard whose other columns are kept
         others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
     ) -> None:
-        self.path, self.rows, self.dimension, self.dtype = local_path(path), rows, dimension, dtype
+        self.path, self.rows, self.dimension, self.dtype = place_of(path), rows, dimension, dtype
         self._source, self._others = source, others
         self.written = self._started = 0  # rows; bytes that are on their way to the disk
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
         if dtype not in self.dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
             want = f"expected one of {names} (bfloat16 only in safetensors); convert rows"
@@ -104,15 +106,24 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.unlink(missing_ok=True)
+            self._file = open_scratch() if isinstance(self.path, Url) else self._open_partial()
             try:
-                self._file = open(self._partial, "xb", buffering=0)
                 self._begin()
             except BaseException:
-                self._partial.unlink(missing_ok=True)
+                self._file.close()
+                if not isinstance(self.path, Url):
+                    self._partial.unlink(missing_ok=True)
                 raise
         return self
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def _open_partial(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial.unlink(missing_ok=True)
+        return open(self._partial, "xb", buffering=0)
 
     def write(self, rows: torch.Tensor) -> None:
         """Append `[n, D]` rows of the shard's dtype; contiguous rows on the CPU are not copied."""
@@ -131,23 +142,32 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         whole = kind is None and self.written == self.rows
         with self._file, explained(self.path):
-            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
-                raise OSError(errno.EBUSY, "Another writer took over the file")
-            try:
-                if whole:
-                    self._finish()
-                    os.fsync(self._file.fileno())
-                    os.replace(self._partial, self.path)
-                    directory = os.open(self.path.parent, os.O_RDONLY)
-                    os.fsync(directory)
-                    os.close(directory)
-                else:
-                    self._abandon()
-            finally:
-                self._partial.unlink(missing_ok=True)
+            if not isinstance(self.path, Url):
+                self._leave(whole)
+            elif whole:
+                self._finish()
+                upload(self._file, self.path)
+            else:
+                self._abandon()
         if kind is None and not whole:
             want = f"expected {self.rows}; nothing was kept"
             raise ValueError(f"{self.path}: got {self.written} rows, {want}")
+
+    def _leave(self, whole: bool) -> None:
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
+            raise OSError(errno.EBUSY, "Another writer took over the file")
+        try:
+            if whole:
+                self._finish()
+                os.fsync(self._file.fileno())
+                os.replace(self._partial, self.path)
+                directory = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(directory)
+                os.close(directory)
+            else:
+                self._abandon()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def _named(self) -> bool:
         return self.path.name.lower().endswith(self.suffix) and not self.path.name.startswith(".")
@@ -189,8 +209,13 @@ def explained(path: Path | Url) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(path, Url):  # it has said so itself
-            raise
+        if isinstance(path, Url):
+            if not error.errno or error.strerror != os.strerror(error.errno):
+                raise  # a URL has said what is wrong itself
+            where = f"in its scratch file in {tempfile.gettempdir()}"
+            advice = "make room there, or name another place with TMPDIR"
+            words = f"{path}: {error.strerror} {where}; {advice}"
+            raise OSError(error.errno, words) from error
         link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
         advice = "check that it exists, that this user may use it and that the disk has room"
         raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
 from ..url import Url
+from ..whole_file import open_scratch, upload
 from .npy import MAX_COLUMNS, ShardWriter, explained
 
 DEFAULT = "embedding"
@@ -224,21 +225,30 @@ class TableWriter(ShardWriter):
             self._table.close()
 
 
-def write_table(path: Path, schema: Any, batches: Iterator[Any]) -> None:
+def write_table(path: Path | Url, schema: Any, batches: Iterator[Any]) -> None:
     """A parquet file of record batches that appears whole or not at all."""
+    if isinstance(path, Url):
+        with explained(path), open_scratch(-1) as file:
+            _write_batches(file, schema, batches)
+            upload(file, path)
+        return
     partial = path.with_name(f".{path.name}.partial")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                with pyarrow().parquet.ParquetWriter(file, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
+                _write_batches(file, schema, batches)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _write_batches(file: BinaryIO, schema: Any, batches: Iterator[Any]) -> None:
+    with pyarrow().parquet.ParquetWriter(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def plain_schema(dimension: int, dtype: torch.dtype, others: Any = ()) -> Any:

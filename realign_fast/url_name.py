@@ -1,0 +1,80 @@
+"""What a URL is called: its name, its folder, what lies in it. Nothing here asks a server."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TypeVar
+from urllib.parse import quote, unquote
+
+Own = TypeVar("Own", bound="UrlName")
+
+
+class UrlName:
+    """The text of a URL in parts. Equal and hashed by its text; pickled as its text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        # The first link of a chain that has a path is where names are; what follows encloses it.
+        self._prefix, path, self._suffix = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text).groups()
+        self._web = self._prefix.endswith(("http://", "https://"))
+        self._path, mark, query = path.partition("?") if self._web else (path, "", "")
+        self._suffix = mark + query + self._suffix
+
+    @property
+    def name(self) -> str:
+        last = self._path.rstrip("/").rpartition("/")[2]
+        return unquote(last) if self._web else last
+
+    stem = property(lambda self: os.path.splitext(self.name)[0])
+    suffix = property(lambda self: os.path.splitext(self.name)[1])
+
+    @property
+    def protocol(self) -> str:
+        """Of the place itself, not of what encloses it: `zip` of `zip://a::s3://bucket/b.zip`."""
+        return self._prefix.rpartition("::")[2].removesuffix("://")
+
+    @property
+    def chained(self) -> bool:
+        """Whether one file system lies in another."""
+        return "::" in self._text
+
+    @property
+    def is_web(self) -> bool:
+        """Whether a web server shows it."""
+        return self._web
+
+    @property
+    def parent(self: Own) -> Own:
+        """The folder it lies in; of a bucket itself."""
+        path, _, last = self._path.rstrip("/").rpartition("/")
+        kept = path if path.strip("/") else f"{path}/{last}" if path else last
+        return type(self)(f"{self._prefix}{kept}{self._suffix}")
+
+    def is_within(self, folder: UrlName) -> bool:
+        """Whether it is `folder` or lies in it, by their texts."""
+        mine, theirs = (one._path.strip("/") + "/" for one in (self, folder))
+        return self._prefix == folder._prefix and mine.startswith(theirs)
+
+    def __truediv__(self: Own, name: str) -> Own:
+        name = quote(name) if self._web else name
+        base = f"{self._path.rstrip('/')}/" if self._path else ""
+        return type(self)(f"{self._prefix}{base}{name}{self._suffix}") if name else self
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UrlName) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __lt__(self, other: UrlName) -> bool:
+        return self._text < other._text
+
+    def __reduce__(self: Own) -> tuple[type[Own], tuple[str]]:
+        return type(self), (self._text,)
