@@ -243,7 +243,7 @@ _OPTIONS = {
         help="rows worked on at a time, in bytes; memory is a few times this (%(default)s)",
     ),
     "result": lambda sub: sub.add_argument(
-        "out", type=path_or_url, metavar="OUT", help="of a run, or of its copy: a URL"
+        "out", type=path_or_url, metavar="OUT", help="of a run: a directory or a URL"
     ),
 }
 

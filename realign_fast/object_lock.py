@@ -26,6 +26,7 @@ from typing import Any
 from .url import Url
 
 BEAT_SECONDS = 60
+_ATTEMPTS = 5  # to be the one that creates it, where a dead one is in the way
 
 
 @contextmanager
@@ -64,10 +65,14 @@ def _held(path: Url, out: Url) -> Iterator[None]:
 
 
 def _take(path: Url, mine: dict[str, Any], out: Url) -> None:
-    while not path.create(_bytes(mine)):
+    for _ in range(_ATTEMPTS):
+        if path.create(_bytes(mine)):
+            break
         if (_read(path) or {}).get("token") == mine["token"]:  # an answer was lost on its way
-            return
+            break
         _clear(path, out)
+    else:
+        raise OSError(errno.EBUSY, f"{path}: others take it at the same time; run again")
     if path.create(_bytes(mine), look=False):  # where it is already
         what = "its store cannot create an object only where there is none"
         warnings.warn(f"{path}: {what}, so nothing keeps two runs apart; run one", stacklevel=5)
@@ -85,8 +90,11 @@ def _clear(path: Url, out: Url) -> None:
 
 def _busy(path: Url, holder: dict[str, Any], out: Url) -> str:
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    age = time.time() - holder.get("alive", 0)
-    if age < 3 * BEAT_SECONDS:
+    alive = holder.get("alive")
+    age = time.time() - alive if isinstance(alive, float) else None
+    if age is None:
+        state = "does not say when it last was"
+    elif age < 3 * BEAT_SECONDS:
         state = f"gave a sign of life {max(0, round(age))} s ago"
     else:
         state = f"gave no sign of life for {age / 60:.0f} min (there is one every minute)"

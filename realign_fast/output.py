@@ -2,7 +2,7 @@
 
 It loses an earlier ``report.json``, gets ``_stats/`` (what is finished, :mod:`ledger`), an
 ``aligner.safetensors``, then the shards, each whole or not at all, ``manifest.json``, and its
-``report.json`` last: a directory without one is of a run that did not end.
+``report.json`` last: a directory without one is of a run that did not end. At a URL it is the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import SUBFOLDERS, Corpus, format_of
+from .corpus.beside import check_apart
 from .url import Url
 from .whole_file import write_whole
 
@@ -40,12 +41,8 @@ def check_output(
 
     ``workers`` are those that write shards at a time.
     """
-    for corpus in (source, target):
-        if corpus and _touches(out, corpus, source.subfolder):
-            raise ValueError(
-                f"{out}: is or lies in {corpus.path}, which holds rows that are read; give "
-                "another --out"
-            )
+    for corpus in filter(None, (source, target)):
+        check_apart(out, corpus, source.subfolder)
     held = _check_shards(out, source, mode)
     if isinstance(out, Url):
         check_scratch(out, source, workers)
@@ -86,21 +83,6 @@ def in_words(count: int) -> str:
     """A number of bytes, in a unit in which it is not nothing."""
     units = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
-
-
-def _touches(out: Path | Url, corpus: Corpus, subfolder: str) -> bool:
-    """Whether the result would come to lie beside or below rows that are read."""
-    urls = isinstance(out, Url)
-    shards = [shard.path for shard in corpus.shards if isinstance(shard.path, Url) == urls]
-    root = corpus.path if isinstance(corpus.path, Url) == urls else None
-    if urls:
-        taken = {path.parent for path in shards}  # a child's parent has no "/" at its end
-        within = root and root not in shards and out.is_within(root)
-        return bool(within or taken & {(out / "shard").parent, (out / subfolder / "shard").parent})
-    taken = {path.parent.resolve() for path in shards} | {path.resolve().parent for path in shards}
-    if taken & {out.resolve(), (out / subfolder).resolve()}:
-        return True
-    return bool(root and root.is_dir() and out.resolve().is_relative_to(root.resolve()))
 
 
 def _check_shards(out: Path | Url, source: Corpus, mode: str) -> set[Path | Url]:

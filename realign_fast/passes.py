@@ -198,7 +198,7 @@ class Walks:
 
 def _remove_folders(place: Path | Url) -> None:
     if isinstance(place, Url):
-        for name in place.folders():
+        for name in [name for name, kind in place.listed() if kind == "directory"]:
             (place / name).remove_tree()
         return
     for folder in (path for path in place.iterdir() if path.is_dir()):

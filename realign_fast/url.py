@@ -127,14 +127,10 @@ class Url(UrlWriter):
 
     def iterdir(self) -> Iterator[Url]:
         """What lies in it. A web server has to send a page of links."""
-        return (self / name for name, _ in self._listed())
+        return (self / name for name, _ in self.listed())
 
-    def folders(self) -> list[str]:
-        """The names of the directories in it."""
-        return [name for name, kind in self._listed() if kind == "directory"]
-
-    def _listed(self) -> Iterator[tuple[str, str]]:
-        """The name and type of what lies in it."""
+    def listed(self) -> Iterator[tuple[str, str]]:
+        """The name and type ("file", "directory") of what lies in it."""
 
         def fresh(fs: Any, path: str) -> list[tuple[str, str]]:
             fs.invalidate_cache()

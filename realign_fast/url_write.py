@@ -100,7 +100,8 @@ class UrlWriter(UrlName):
 
 
 def _keeps_objects(fs: Any) -> bool:
-    return bool(_OBJECTS & {fs.protocol, *fs.protocol})
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return bool(_OBJECTS & names)
 
 
 def _only_looks(fs: Any) -> bool:

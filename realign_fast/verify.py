@@ -3,8 +3,7 @@
 For every aligned shard: it is there, its shape and dtype, the checksum of its rows, how many rows
 are zero or NaN, that the others are unit rows, and that its mean is the one recorded while it was
 made. No shard is there that the manifest does not know. For every statistics' file: its hash. For
-the aligner: that it is the map the rows went through. The source is not read. `OUT` may be the URL
-of a copy.
+the aligner: that it is the map the rows went through. The source is not read. `OUT` may be a URL.
 """
 
 from __future__ import annotations

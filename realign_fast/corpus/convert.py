@@ -21,7 +21,7 @@ import torch
 
 from ..url import Url, place_of
 from ..whole_file import write_whole
-from . import arrow, hf, npy, parquet, pickled, safetensors, tar
+from . import arrow, beside, hf, npy, parquet, pickled, safetensors, tar
 from .formats import UNFINISHED, AnyShard, shard_paths
 from .streamed import stamp_of
 from .table import DEFAULT, plain_schema, pyarrow, write_table
@@ -67,6 +67,8 @@ def convert(
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
     out, names = place_of(out), _names(corpus, to)
     dtype = _dtype(corpus, to, dtype)
+    if corpus.path.is_dir():  # one file may become another beside it
+        beside.check_apart(out, corpus)
     finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
     try:
         for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):

@@ -22,9 +22,7 @@ HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
 
 
 def splits_of(folder: Path | Url) -> list[str]:
-    """The splits of a `DatasetDict` in this folder; none where it is no such thing."""
-    if not (folder / SPLITS).is_file():
-        return []
+    """The splits of the `DatasetDict` in this folder."""
     splits = _load(folder / SPLITS).get("splits")
     return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
 
