@@ -162,15 +162,21 @@ def test_a_clip_retrieval_root(tmp_path, corpora, bucket):
     assert "text_emb/emb_0.npy" in keys(bucket)
 
 
-def test_workers_and_ray_write_the_same_bytes(tmp_path, corpora, bucket):
+def test_workers_write_the_same_bytes(tmp_path, corpora, bucket):
     align(*corpora, tmp_path / "near", QUIET)
     align(*corpora, S3, Settings(progress=False, workers=2))
-    assert fetched(S3, tmp_path / "a") == tree(tmp_path / "near")
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
+def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
     pytest.importorskip("ray")
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", f"{S3}-ray"]
-    command = [sys.executable, "-m", "realign_fast", "align", *both, "--quiet", "--engine", "ray"]
+    for one in corpora:
+        bucket.put(str(one), f"rows/{one.name}", recursive=True)
+    both = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3, "--quiet"]
+    command = [sys.executable, "-m", "realign_fast", "align", *both, "--engine", "ray"]
     subprocess.run(command, env=environment(), check=True, timeout=300)
-    assert fetched(f"{S3}-ray", tmp_path / "b") == tree(tmp_path / "near")
+    align("s3://rows/text", "s3://rows/image", tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
 
 
 def test_the_memory_of_a_process_is_no_place_for_workers(corpora):
