@@ -161,16 +161,20 @@ def test_tensors_that_are_no_columns_say_so(tmp_path):
     tensors = {"embedding": random_rows(3), "other": np.zeros(4)}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"'other' is F64 \[4\], cannot become a column of 3 rows"):
-        convert(Corpus(tmp_path), tmp_path / "out", "npy")
+        convert(Corpus(tmp_path / "x.safetensors"), tmp_path / "out", "npy")
 
 
 def test_nothing_is_written_over(tmp_path):
     save(tmp_path / "in" / "x.npy", random_rows(3), "npy")
     corpus = Corpus(tmp_path / "in")
     convert(corpus, tmp_path / "out", "parquet")
-    for out in ("in", "out"):
-        with pytest.raises(ValueError, match=r"x\.\w+: is there already; give an empty directory"):
+    with pytest.raises(ValueError, match=r"x\.\w+: is there already; give an empty directory"):
+        convert(corpus, tmp_path / "out", "parquet")
+    for out in ("in", "in/side"):
+        with pytest.raises(ValueError, match="in, which holds rows that are read"):
             convert(corpus, tmp_path / out, "parquet")
+    with pytest.raises(ValueError, match=r"x\.npy: is there already"):
+        convert(Corpus(tmp_path / "in" / "x.npy"), tmp_path / "in", "parquet")
     with pytest.raises(ValueError, match="got format 'csv', expected one of npy"):
         convert(corpus, tmp_path / "csv", "csv")
     save(tmp_path / "in" / "X.npy", random_rows(3), "npy")
@@ -185,7 +189,7 @@ def test_a_bad_row_leaves_no_shard_behind(tmp_path):
         pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))}), tmp_path / "x.parquet"
     )
     with pytest.raises(ValueError, match="row 9 is null"):
-        convert(Corpus(tmp_path), tmp_path / "out", "arrow")
+        convert(Corpus(tmp_path / "x.parquet"), tmp_path / "out", "arrow")
     assert os.listdir(tmp_path / "out") == []
 
 
