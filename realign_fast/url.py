@@ -87,17 +87,19 @@ def at_hand(path: str | os.PathLike[str] | Url) -> Iterator[str | os.PathLike[st
         yield file.name
 
 
-def each(function: Callable[[Item], Result], items: Sequence[Item], where: Any) -> list[Result]:
-    """`function` of every item; of items at URLs (`where(item)`) many at a time.
+def each(
+    function: Callable[[Item], Result], items: Sequence[Item], where: Any, threads: int = 1
+) -> list[Result]:
+    """`function` of every item, `threads` at a time; of items at URLs (`where(item)`) many.
 
     Asking a server is waiting for it.
     """
     urls = [path for path in map(where, items) if isinstance(path, Url)]
-    if not urls:
+    if not urls and threads == 1:
         return list(map(function, items))
     for url in urls:
         url.connect()
-    with ThreadPoolExecutor(ASKED_AT_A_TIME, "realign-fast-ask") as pool:
+    with ThreadPoolExecutor(ASKED_AT_A_TIME if urls else threads, "realign-fast-ask") as pool:
         answers = [pool.submit(function, item) for item in items]
         try:
             return [answer.result() for answer in answers]

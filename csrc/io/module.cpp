@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "parquet_pages.h"
+#include "pickled_rows.h"
 #include "shard_reader.h"
 
 namespace py = pybind11;
@@ -29,11 +30,12 @@ py::buffer_info as_buffer(Block& block) {
   return {block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes};
 }
 
-// A writable object in one piece, and no other thread may resize it meanwhile.
+// An object in one piece, writable unless it is asked for otherwise; no other thread may resize it
+// meanwhile.
 class Target {
  public:
-  explicit Target(const py::object& object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_CONTIG) != 0) throw py::error_already_set();
+  explicit Target(const py::object& object, int flags = PyBUF_CONTIG) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
   }
   ~Target() { PyBuffer_Release(&view_); }
   Target(const Target&) = delete;
@@ -44,13 +46,33 @@ class Target {
   Py_buffer view_;
 };
 
-void read_rows(ParquetPages& pages, int64_t row, const py::object& out) {
-  const Target target(out);
-  if (target.bytes() % pages.row_bytes()) {
-    throw py::value_error("ParquetPages: the buffer is not a whole number of rows");
+int64_t rows_in(const Target& target, int64_t row_bytes) {
+  if (target.bytes() % row_bytes) {
+    throw py::value_error("the buffer is not a whole number of rows");
   }
+  return target.bytes() / row_bytes;
+}
+
+void read_pages(ParquetPages& pages, int64_t row, const py::object& out) {
+  const Target target(out);
+  const auto rows = rows_in(target, pages.row_bytes());
   py::gil_scoped_release release;
-  pages.read(row, target.bytes() / pages.row_bytes(), target.data());
+  pages.read(row, rows, target.data());
+}
+
+void read_pickled(const PickledRows& pickled, int descriptor, int64_t row, const py::object& out) {
+  const Target target(out);
+  const auto rows = rows_in(target, pickled.row_bytes());
+  py::gil_scoped_release release;
+  pickled.read(descriptor, row, rows, target.data());
+}
+
+void write_pickled(const PickledRows& pickled, int descriptor, int64_t row,
+                   const py::object& numbers, int out) {
+  const Target source(numbers, PyBUF_CONTIG_RO);
+  const auto rows = rows_in(source, pickled.row_bytes());
+  py::gil_scoped_release release;
+  pickled.write(descriptor, row, rows, source.data(), out);
 }
 
 void as_python_error(std::exception_ptr error) {
@@ -129,10 +151,36 @@ PYBIND11_MODULE(_io, module) {
            py::arg("descriptor"), py::arg("begin"), py::arg("end"), py::kw_only(), py::arg("rows"),
            py::arg("row_values"), py::arg("value_bytes"), py::arg("max_definition"),
            py::arg("max_repetition"))
-      .def("read", &read_rows, py::arg("row"), py::arg("out"),
+      .def("read", &read_pages, py::arg("row"), py::arg("out"),
            "Fill `out` (a writable buffer) with the rows from `row` on.")
       .def("check", &ParquetPages::check, without_gil(),
            "Look through the heads and levels of all pages, without their values.");
+
+  py::class_<PickledRows>(
+      module, "PickledRows",
+      "Where the rows of a pickled list of dicts lie in an open file of `bytes` bytes.\n\n"
+      "The rows are under the first of `names` (one or two) that the first dict has. Raises\n"
+      "NotPlain (a ValueError) where the file is not plain data of rows of one kind, or is\n"
+      "unusual; OSError where reading or writing fails.")
+      .def(py::init<int, int64_t, const std::vector<std::string>&, int64_t>(), without_gil(),
+           py::arg("descriptor"), py::arg("bytes"), py::arg("names"), py::arg("most_steps"))
+      .def("__len__", &PickledRows::rows)
+      .def_property_readonly("name", [](const PickledRows& rows) { return rows.list().name; })
+      .def_property_readonly("columns", [](const PickledRows& rows) { return rows.list().columns; })
+      .def_property_readonly("value_bytes",
+                             [](const PickledRows& rows) { return rows.list().value_bytes; })
+      .def_property_readonly("has_others",
+                             [](const PickledRows& rows) { return rows.list().has_others; })
+      .def_property_readonly(
+          "replaceable", [](const PickledRows& rows) { return rows.list().replaceable; },
+          "Whether `write` can be used: no other value is made of the bytes of rows.")
+      .def("read", &read_pickled, py::arg("descriptor"), py::arg("row"), py::arg("out"),
+           "Fill `out` (a writable buffer) with the rows from `row` on.")
+      .def(
+          "write", &write_pickled, py::arg("descriptor"), py::arg("row"), py::arg("numbers"),
+          py::arg("out"),
+          "Append to the open file `out` what lies behind the row before `row`, with `numbers` in\n"
+          "place of the rows from there on; without numbers, all that lies behind it.");
 
   module.def("start_writing", &start_writing, without_gil(), py::arg("descriptor"),
              py::arg("begin"), py::arg("bytes"),

@@ -98,7 +98,9 @@ def shard_paths(folder: Path | Url) -> list[Path | Url]:
 
 def read_shards(paths: Sequence[Path | Url], *how: Any) -> tuple[AnyShard, ...]:
     """The shards at `paths`, in their order; of URLs several at a time."""
-    return tuple(each(lambda path: read_shard(path, *how), paths, lambda path: path))
+    pickles = any(format_of(path.name) == "pickle" for path in paths)
+    threads = pickled.THREADS if pickles else 1  # (they are looked through to their ends)
+    return tuple(each(lambda path: read_shard(path, *how), paths, lambda path: path, threads))
 
 
 def read_shard(path: Path | Url, column: str | None = None, allow_pickle: bool = False) -> AnyShard:

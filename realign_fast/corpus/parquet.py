@@ -21,8 +21,8 @@ import numpy as np
 
 from ..url import Url
 from .npy import changed, explained
-from .parquet_direct import NOT_PLAIN, Buffers, NotDirect, pages_of, read_pages
-from .streamed import StreamedShard, stamp_of, torch_dtype
+from .parquet_direct import NOT_PLAIN, NotDirect, pages_of, read_pages
+from .streamed import Buffers, StreamedShard, stamp_of, torch_dtype
 from .table import (
     OTHER_ROWS,
     TableWriter,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .native import io as _io
-from .streamed import StreamedShard
+from .streamed import Buffers
 from .table import Vectors
 
 NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
@@ -30,21 +30,6 @@ class NotDirect(ValueError):
 
 # What pages tell when they are read is the other half.
 NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
-
-
-class Buffers:
-    """Memory for batches of `size` rows, used again when a batch is no longer looked at."""
-
-    def __init__(self, shard: StreamedShard, size: int) -> None:
-        self.size, self.dimension, self.dtype = size, shard.dimension, shard.dtype
-        self._bytes, self._ring = min(size, shard.rows) * shard.row_bytes, None
-
-    def empty(self, count: int) -> np.ndarray:
-        """`[count, D]`"""
-        if self._ring is None:
-            self._ring = _io.Ring(2, self._bytes)  # one is looked at while the next is filled
-        values = np.frombuffer(self._ring.take(), self.dtype, count * self.dimension)
-        return values.reshape(count, self.dimension)
 
 
 def read_pages(

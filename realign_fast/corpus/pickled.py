@@ -1,8 +1,9 @@
 """A shard as the paper's code writes it: a pickled list of `{"id": ..., "embed": row, ...}`.
 
-Read only when asked to (`allow_pickle`), by `unpickle.py`, which builds plain data, runs nothing.
-A pickle can only be read whole: memory holds one file, at most `MAX_BYTES` of it, and while a shard
-is written its result. All keys but the rows', and their order, are kept. A row is an array
+Read only when asked to (`allow_pickle`), by machines that run nothing. `pickled_direct.py` copies
+rows out of files and into copies of them. Files that it leaves, and what is beside the rows,
+`unpickle.py` builds as plain data: then memory holds one file, at most `MAX_BYTES` of it, and while
+a shard is written its result. All keys but the rows', and their order, are kept. A row is an array
 `[D]` or `[1, D]` of float16, float32 or float64, or a list of floats.
 """
 
@@ -15,27 +16,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 
-from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, explained
+from ..url import Url
+from .native import io as _io
+from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, changed, explained
+from .pickled_direct import PickleCopy, direct_rows, read_direct, take_direct
 from .plain_values import Array
 from .streamed import StreamedShard, stamp_of, torch_dtype
 from .unpickle import load
 
 MAX_BYTES = 4 << 30
+THREADS = 4 if _io else 1  # that look through files; what they leave is built one at a time
 OTHER_ROWS = 1024
 DEFAULTS = ("embed", "embedding")
+_building = Lock()
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
 
 
 @dataclass(frozen=True)
 class PickledShard(StreamedShard):
+    asked: str | None = None  # for the key of the rows
     format = "pickle"
 
+    @property
+    def _direct(self) -> Any:
+        return _direct(self.path, self.stamp, self.asked)
+
     def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
+        if direct := self._direct:
+            yield from read_direct(self, direct, first, size)
+            return
         entries = _entries(self.path, self.stamp)
         for begin in range(first, self.rows, size):
             part = entries[begin : begin + size]
@@ -43,6 +58,13 @@ class PickledShard(StreamedShard):
             for place, entry in enumerate(part):
                 out[place] = self._row(entry, begin + place)
             yield out
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        if (direct := self._direct) is None:
+            return super().take(ids)
+        if stamp_of(self.path) != self.stamp:
+            raise changed(self)
+        return take_direct(self, direct, ids)
 
     def _row(self, entry: Any, number: int) -> np.ndarray:
         row = _vector(self.path, number, entry, self.column)
@@ -54,6 +76,8 @@ class PickledShard(StreamedShard):
 
     @property
     def others(self):
+        if direct := self._direct:
+            return self._other_columns if direct.has_others else None
         several = any(len(entry) > 1 for entry in _entries(self.path, self.stamp))
         return self._other_columns if several else None
 
@@ -70,7 +94,9 @@ class PickledShard(StreamedShard):
                 for entry in entries[begin : begin + OTHER_ROWS]
             ]
 
-    def writer(self, path: Path) -> PickleWriter:
+    def writer(self, path: Path) -> ShardWriter:
+        if (direct := self._direct) and direct.replaceable:
+            return PickleCopy(path, self, direct)
         return PickleWriter(path, self.rows, self.dimension, torch_dtype(self), self)
 
 
@@ -130,15 +156,28 @@ class _Unclosed(io.RawIOBase):
         return self._file.write(data)
 
 
-def read_shard(path: Path, column: str | None = None) -> PickledShard:
+def read_shard(path: Path | Url, column: str | None = None) -> PickledShard:
     stamp = stamp_of(path)
-    entries = _entries(path, stamp)
-    if not entries:
-        raise ValueError(f"{path}: an empty list has no dimension; leave the file out")
-    first = entries[0] if type(entries[0]) is dict else {}
-    name = column or next((one for one in DEFAULTS if one in first), DEFAULTS[0])
-    row = _vector(path, 0, entries[0], name)
-    return PickledShard(path, len(entries), row.size, row.dtype, name, stamp)
+    if direct := _direct(path, stamp, column):
+        name, dtype = _names(column)[direct.name], np.dtype(f"<f{direct.value_bytes}")
+        return PickledShard(path, len(direct), direct.columns, dtype, name, stamp, column)
+    with _building:
+        entries = _entries(path, stamp)
+        if not entries:
+            raise ValueError(f"{path}: an empty list has no dimension; leave the file out")
+        first = entries[0] if type(entries[0]) is dict else {}
+        name = next((one for one in _names(column) if one in first), _names(column)[0])
+        row = _vector(path, 0, entries[0], name)
+        return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, column)
+
+
+def _names(column: str | None) -> tuple[str, ...]:
+    return DEFAULTS if column is None else (column,)
+
+
+def _direct(path: Path | Url, stamp: tuple[int, int | str], column: str | None) -> Any:
+    """Where the rows lie in the file, or None: they are those of `_entries`."""
+    return direct_rows(path, stamp, _names(column)) if stamp[0] <= MAX_BYTES else None
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..url import Url
+from .native import io as _io
 from .npy import TORCH_DTYPES, changed, explained
 
 
@@ -70,6 +71,21 @@ class StreamedShard:
             if high == len(ids):
                 break
         return out
+
+
+class Buffers:
+    """Memory for batches of `size` rows, used again when a batch is no longer looked at."""
+
+    def __init__(self, shard: StreamedShard, size: int) -> None:
+        self.size, self.dimension, self.dtype = size, shard.dimension, shard.dtype
+        self._bytes, self._ring = min(size, shard.rows) * shard.row_bytes, None
+
+    def empty(self, count: int) -> np.ndarray:
+        """`[count, D]`"""
+        if self._ring is None:
+            self._ring = _io.Ring(2, self._bytes)  # one is looked at while the next is filled
+        values = np.frombuffer(self._ring.take(), self.dtype, count * self.dimension)
+        return values.reshape(count, self.dimension)
 
 
 def stamp_of(path: Path | Url) -> tuple[int, int | str]:

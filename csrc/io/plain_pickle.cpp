@@ -1,0 +1,339 @@
+#include "plain_pickle.h"
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "pickle_values.h"
+
+namespace realign_fast::io {
+namespace {
+
+constexpr uint32_t kMostColumns = 1 << 24;
+
+class Machine {
+ public:
+  Machine(Window& window, std::span<const std::string> names)
+      : window_(window), values_(window, names), at_(window.begin()), end_(window.end()) {}
+
+  PickledList run(int64_t most_steps);
+
+ private:
+  bool step();  // false at the end
+  void step_with_mark(uint8_t code);
+  bool push(uint8_t code);
+  PickledList rows_of(Value list);
+  bool add(PickledList& found, Value row);
+  bool are_replaceable(const PickledList& found, const List& list);
+
+  uint8_t byte() {
+    if (at_ >= end_) cut_off();
+    return window_.byte(at_++);
+  }
+  uint64_t number(int bytes) {  // little-endian
+    uint64_t value = 0;
+    for (int shift = 0; shift < 8 * bytes; shift += 8) value |= uint64_t{byte()} << shift;
+    return value;
+  }
+  int64_t take(uint64_t bytes) {
+    if (bytes > static_cast<uint64_t>(end_ - at_)) cut_off();
+    at_ += static_cast<int64_t>(bytes);
+    return at_ - static_cast<int64_t>(bytes);
+  }
+  [[noreturn]] static void cut_off() { throw NotPlain("it is cut off"); }
+
+  size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
+  Value pop() {
+    const auto value = top();
+    stack_.pop_back();
+    return value;
+  }
+  Value top() const {
+    if (stack_.size() <= floor()) throw NotPlain("a value is not there");
+    return stack_.back();
+  }
+  Value top(Kind kind) const {
+    if (top().kind != kind) throw NotPlain("it fills another kind of value");
+    return stack_.back();
+  }
+  void drop_mark() {
+    if (marks_.empty()) throw NotPlain("a mark is not there");
+    stack_.resize(marks_.back());
+    marks_.pop_back();
+  }
+
+  void push_text(int bytes);
+  void push_bytes(int bytes);
+  void push_long();
+  void push_tuple(size_t count);
+  void put(uint64_t place);
+  void get(uint64_t place);
+  Word line();
+
+  Window& window_;
+  Values values_;
+  int64_t at_, end_;
+  std::vector<Value> stack_, memo_, taken_;
+  std::vector<size_t> marks_;
+};
+
+PickledList Machine::run(int64_t most_steps) {
+  for (int64_t steps = 0; steps < most_steps; steps++) {
+    if (step()) continue;
+    if (stack_.size() != 1 || !marks_.empty() || at_ != end_) {
+      throw NotPlain("it ends with other than one value, or before the file does");
+    }
+    return rows_of(stack_[0]);
+  }
+  throw NotPlain("it takes too many steps");
+}
+
+void Machine::push_text(int bytes) {
+  const auto length = number(bytes);
+  const auto begin = take(length);
+  stack_.push_back(values_.text(begin, length));
+}
+
+void Machine::push_bytes(int bytes) {
+  const auto length = number(bytes);
+  const auto begin = take(length);
+  stack_.push_back({.kind = Kind::bytes, .count = static_cast<uint32_t>(length), .at = begin});
+}
+
+void Machine::push_long() {
+  const auto bytes = static_cast<int>(number(1));
+  if (bytes > 8) {
+    take(bytes);
+    return stack_.push_back({.kind = Kind::big_integer});
+  }
+  auto value = number(bytes);
+  if (bytes > 0 && bytes < 8 && value >> (8 * bytes - 1)) value |= ~uint64_t{0} << (8 * bytes);
+  stack_.push_back({.kind = Kind::integer, .at = static_cast<int64_t>(value)});
+}
+
+void Machine::push_tuple(size_t count) {
+  if (stack_.size() - floor() < count) throw NotPlain("a tuple of values that are not there");
+  const auto made = values_.tuple(std::span(stack_).last(count));
+  stack_.resize(stack_.size() - count);
+  stack_.push_back(made);
+}
+
+// Python numbers places one after the other; another order is rare, and a far place a trap.
+void Machine::put(uint64_t place) {
+  if (place != memo_.size()) throw NotPlain("its memo is not in order");
+  memo_.push_back(top());
+  memo_.back().fetched = false;
+}
+
+void Machine::get(uint64_t place) {
+  if (place >= memo_.size()) throw NotPlain("its memo has no such place");
+  memo_[place].fetched = true;
+  stack_.push_back(memo_[place]);
+}
+
+// A line of text, as what it means.
+Word Machine::line() {
+  std::array<char, 32> text;
+  for (size_t length = 0; length < text.size(); length++) {
+    text[length] = static_cast<char>(byte());
+    if (text[length] == '\n') return Values::word_of({text.data(), length});
+  }
+  throw NotPlain("it names something else than numpy's arrays");
+}
+
+// Opcodes that only push what stands in the file.
+bool Machine::push(uint8_t code) {
+  switch (code) {
+    case 'N': stack_.push_back({.kind = Kind::none}); return true;
+    case 0x88: stack_.push_back({.kind = Kind::boolean, .at = 1}); return true;
+    case 0x89: stack_.push_back({.kind = Kind::boolean}); return true;
+    case 'K':
+    case 'M': {
+      const auto value = static_cast<int64_t>(number(code == 'K' ? 1 : 2));
+      stack_.push_back({.kind = Kind::integer, .at = value});
+      return true;
+    }
+    case 'J': {
+      const auto value = static_cast<int32_t>(static_cast<uint32_t>(number(4)));
+      stack_.push_back({.kind = Kind::integer, .at = value});
+      return true;
+    }
+    case 0x8A: push_long(); return true;
+    case 'G': stack_.push_back({.kind = Kind::real, .at = take(8) - 1}); return true;
+    case 0x8C: push_text(1); return true;
+    case 'X': push_text(4); return true;
+    case 0x8D: push_text(8); return true;
+    case 'C': push_bytes(1); return true;
+    case 'B': push_bytes(4); return true;
+    case 0x8E:
+    case 0x96: push_bytes(8); return true;  // (a bytearray: protocol 5's data in band)
+    case ')': stack_.push_back(values_.tuple({})); return true;
+    case ']': stack_.push_back(values_.list({})); return true;
+    case '}': stack_.push_back(values_.dict()); return true;
+    case 0x8F: stack_.push_back({.kind = Kind::set}); return true;
+    case 'h':
+    case 'j': get(number(code == 'h' ? 1 : 4)); return true;
+    default: return false;
+  }
+}
+
+// Opcodes that take what lies above the last mark.
+void Machine::step_with_mark(uint8_t code) {
+  taken_.assign(stack_.begin() + static_cast<int64_t>(floor()), stack_.end());
+  const std::span<const Value> taken = taken_;
+  drop_mark();
+  switch (code) {
+    case '1': return;
+    case 't': return stack_.push_back(values_.tuple(taken));
+    case 'l': return stack_.push_back(values_.list(taken));
+    case 'e': {
+      const auto target = top(Kind::list);
+      for (const auto& value : taken) values_.append(target, value);
+      return;
+    }
+    case 'u': {
+      const auto target = top(Kind::dict);
+      if (taken.size() % 2) throw NotPlain("a key has no value");
+      for (size_t i = 0; i < taken.size(); i += 2) values_.set(target, taken[i], taken[i + 1]);
+      return;
+    }
+    default:
+      for (const auto& value : taken) Values::check_key(value);
+      if (code == 0x90) static_cast<void>(top(Kind::set));
+      if (code == 0x91) stack_.push_back({.kind = Kind::frozen_set});
+  }
+}
+
+bool Machine::step() {
+  const auto code = byte();
+  if (push(code)) return true;
+  switch (code) {
+    case '.': return false;
+    case 0x80: {
+      const auto protocol = byte();
+      if (protocol < 2 || protocol > 5) throw NotPlain("it is of another protocol");
+      return true;
+    }
+    case 0x95: take(8); return true;  // the length of a frame is of no use here
+    case '(': marks_.push_back(stack_.size()); return true;
+    case '0': pop(); return true;
+    case 't':
+    case 'l':
+    case '1':
+    case 'e':
+    case 'u':
+    case 0x90:
+    case 0x91: step_with_mark(code); return true;
+    case 0x85:
+    case 0x86:
+    case 0x87: push_tuple(code - 0x84); return true;
+    case 'a': {
+      const auto value = pop();
+      values_.append(top(Kind::list), value);
+      return true;
+    }
+    case 's': {
+      const auto value = pop(), key = pop();
+      values_.set(top(Kind::dict), key, value);
+      return true;
+    }
+    case 'q':
+    case 'r': put(number(code == 'q' ? 1 : 4)); return true;
+    case 0x94: put(memo_.size()); return true;
+    case 0x93: {
+      const auto name = pop(), module = pop();
+      if (name.kind != Kind::text || module.kind != Kind::text) throw NotPlain("a name is no text");
+      stack_.push_back(values_.global(module.word, name.word));
+      return true;
+    }
+    case 'c': {
+      const auto module = line();
+      stack_.push_back(values_.global(module, line()));
+      return true;
+    }
+    case 'R': {
+      const auto arguments = pop(), name = pop();
+      stack_.push_back(values_.call(name, arguments));
+      return true;
+    }
+    case 'b': {
+      const auto state = pop();
+      values_.build(top(), state);
+      return true;
+    }
+    default: throw NotPlain("it has an opcode that builds no plain data");
+  }
+}
+
+// Takes the place of a row, if it is one of the same kind as those before.
+bool Machine::add(PickledList& found, Value row) {
+  int64_t at = 0, columns = 0;
+  int bytes = 8;
+  if (row.kind == Kind::array) {
+    const auto& array = values_.arrays[row.at];
+    bytes = static_cast<int>(array.type.bytes);
+    if (array.type.kind != 'f' || array.type.big_endian) return false;
+    at = array.at, columns = array.columns;
+  } else if (row.kind == Kind::list) {
+    const auto& list = values_.lists[row.at];
+    if (list.holds != List::Holds::reals) return false;
+    at = list.at, columns = list.count;
+  }
+  const bool lists = row.kind == Kind::list;
+  if (found.rows.empty()) found.columns = columns, found.value_bytes = bytes, found.lists = lists;
+  found.rows.push_back(static_cast<uint32_t>(at));
+  return columns > 0 && columns < kMostColumns && found.columns == columns &&
+         found.value_bytes == bytes && found.lists == lists;
+}
+
+PickledList Machine::rows_of(Value root) {
+  if (root.kind != Kind::list) throw NotPlain("it is no list");
+  const auto& list = values_.lists[root.at];
+  if (list.holds != List::Holds::dicts) throw NotPlain("it is no list of dicts");
+  PickledList found;
+  const auto& first = values_.dicts[list.first].rows;
+  while (found.name < kNames && first[found.name].kind == Kind::absent) found.name++;
+  if (found.name == kNames) throw NotPlain("row 0 has no such key");
+  for (auto place = list.first; place != kNowhere; place = values_.dicts[place].next) {
+    const auto& dict = values_.dicts[place];
+    if (!add(found, dict.rows[found.name])) {
+      throw NotPlain("its rows are not all arrays, or lists of floats, of one kind and length");
+    }
+    found.has_others |= dict.has_others || dict.rows[kNames - 1 - found.name].kind != Kind::absent;
+  }
+  found.replaceable = are_replaceable(found, list);
+  return found;
+}
+
+// Whether the bytes of each row are its own: no other value is made of them, and a value that holds
+// it stands in the list and nowhere else.
+bool Machine::are_replaceable(const PickledList& found, const List& list) {
+  for (const auto& value : memo_) {
+    if (value.fetched) values_.share(value);
+  }
+  if (list.shared || values_.shared_reals) return false;
+  std::ranges::sort(values_.shared_bytes);
+  const auto bytes =
+      found.lists ? real_offset(found.columns - 1) + 9 : found.columns * int64_t{found.value_bytes};
+  int64_t end = 0;
+  for (auto place = list.first; place != kNowhere; place = values_.dicts[place].next) {
+    const auto& dict = values_.dicts[place];
+    const auto row = dict.rows[found.name];
+    const int64_t at = found.lists ? values_.lists[row.at].at : values_.arrays[row.at].at;
+    const bool shared = found.lists ? values_.lists[row.at].shared : values_.arrays[row.at].shared;
+    if (dict.shared || shared || at < end) return false;
+    if (std::ranges::binary_search(values_.shared_bytes, at)) return false;
+    end = at + bytes;
+  }
+  const auto is_built = [](const Array& array) { return array.built; };
+  return std::ranges::all_of(values_.arrays, is_built);
+}
+
+}  // namespace
+
+PickledList find_rows(Window& window, std::span<const std::string> names, int64_t most_steps) {
+  if (window.begin() != 0 || window.end() > int64_t{kNowhere}) throw NotPlain("it is too large");
+  return Machine(window, names).run(most_steps);
+}
+
+}  // namespace realign_fast::io
