@@ -123,8 +123,9 @@ void Values::append(Value target, Value value) {
   auto& list = lists[target.at];
   auto holds = List::Holds::other;
   if (value.kind == Kind::real) {
-    if (list.count == 0) list.at = value.at;
-    if (value.at == list.at + real_offset(list.count)) holds = List::Holds::reals;
+    if (list.count == 0) list.real = value;
+    const bool is_next = value.count == list.real.count + list.count;
+    if (is_next && clean_from <= list.real.at) holds = List::Holds::reals;
   } else if (value.kind == Kind::dict && !dicts[value.at].listed) {
     const auto place = static_cast<uint32_t>(value.at);
     dicts[place].listed = true;
@@ -168,7 +169,6 @@ void Values::share(Value value) {
     case Kind::dict: dicts[value.at].shared = true; return;
     case Kind::array: arrays[value.at].shared = true; return;
     case Kind::bytes: return shared_bytes.push_back(value.at);
-    case Kind::real: shared_reals = true; return;
     case Kind::tuple:  // its bytes may be the data of two arrays; all else has a place of its own
       for (const auto& item : items(value)) {
         if (item.kind == Kind::bytes) shared_bytes.push_back(item.at);

@@ -67,8 +67,8 @@ struct Value {
   Word word = Word::other;  // of a text or name
   uint8_t column = 0;       // of a text: which of the asked-for keys it is, from 1; 0: none
   bool fetched = false;     // in the memo: it was taken out again
-  uint32_t count = 0;       // bytes, items of a tuple, of a text that is a type its bytes
-  int64_t at = 0;           // place in the file or in a table; an integer or boolean itself
+  uint32_t count = 0;  // bytes, items of a tuple; reals before this one; bytes of a number type
+  int64_t at = 0;      // place in the file or in a table; an integer or boolean itself
 };
 
 constexpr int kNames = 2;  // keys that may hold the rows
@@ -79,7 +79,7 @@ struct List {
   bool shared = false;
   uint32_t count = 0;
   uint32_t first = kNowhere, last = kNowhere;  // dicts, in a chain
-  int64_t at = 0;                              // of the first real
+  Value real;                                  // the first one
 };
 
 struct Dict {
@@ -95,8 +95,11 @@ struct Array {
   int64_t at = 0;
 };
 
-// Where real number `index` of a list lies, behind the first one: Python writes 1000 at a time.
-constexpr int64_t real_offset(int64_t index) { return 9 * index + 2 * (index / 1000); }
+// Whether an opcode may stand between the numbers of a list (and pushes nothing): Python writes a
+// thousand at a time, and begins a new frame wherever the last one is full.
+constexpr bool is_between_reals(uint8_t code) {
+  return code == '(' || code == 'e' || code == 'a' || code == 0x95;
+}
 
 class Values {
  public:
@@ -120,7 +123,7 @@ class Values {
   std::vector<Dict> dicts;
   std::vector<Array> arrays;
   std::vector<int64_t> shared_bytes;  // where they lie
-  bool shared_reals = false;
+  int64_t clean_from = 0;  // since here there were reals and what may be between them, nothing else
 
  private:
   std::span<const Value> items(Value tuple) const;

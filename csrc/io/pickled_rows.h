@@ -30,7 +30,7 @@ class PickledRows {
              int target) const;
 
  private:
-  int64_t span() const;  // bytes of the file from the first number of a row to behind the last
+  int64_t end_of(int64_t row, Window& window) const;  // behind its last number
   void check(int64_t first, int64_t rows) const;
 
   int64_t bytes_;

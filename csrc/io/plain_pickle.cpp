@@ -75,6 +75,7 @@ class Machine {
   int64_t at_, end_;
   std::vector<Value> stack_, memo_, taken_;
   std::vector<size_t> marks_;
+  uint32_t reals_ = 0;  // so far
 };
 
 PickledList Machine::run(int64_t most_steps) {
@@ -159,7 +160,9 @@ bool Machine::push(uint8_t code) {
       return true;
     }
     case 0x8A: push_long(); return true;
-    case 'G': stack_.push_back({.kind = Kind::real, .at = take(8) - 1}); return true;
+    case 'G':
+      stack_.push_back({.kind = Kind::real, .count = reals_++, .at = take(8) - 1});
+      return true;
     case 0x8C: push_text(1); return true;
     case 'X': push_text(4); return true;
     case 0x8D: push_text(8); return true;
@@ -206,6 +209,7 @@ void Machine::step_with_mark(uint8_t code) {
 
 bool Machine::step() {
   const auto code = byte();
+  if (code != 'G' && !is_between_reals(code)) values_.clean_from = at_;
   if (push(code)) return true;
   switch (code) {
     case '.': return false;
@@ -277,7 +281,7 @@ bool Machine::add(PickledList& found, Value row) {
   } else if (row.kind == Kind::list) {
     const auto& list = values_.lists[row.at];
     if (list.holds != List::Holds::reals) return false;
-    at = list.at, columns = list.count;
+    at = list.real.at, columns = list.count;
   }
   const bool lists = row.kind == Kind::list;
   if (found.rows.empty()) found.columns = columns, found.value_bytes = bytes, found.lists = lists;
@@ -311,15 +315,15 @@ bool Machine::are_replaceable(const PickledList& found, const List& list) {
   for (const auto& value : memo_) {
     if (value.fetched) values_.share(value);
   }
-  if (list.shared || values_.shared_reals) return false;
+  if (list.shared) return false;
   std::ranges::sort(values_.shared_bytes);
-  const auto bytes =
-      found.lists ? real_offset(found.columns - 1) + 9 : found.columns * int64_t{found.value_bytes};
+  // (Lists of reals do not overlap: no real stands in two of them, or between those of another.)
+  const auto bytes = found.lists ? 1 : found.columns * int64_t{found.value_bytes};
   int64_t end = 0;
   for (auto place = list.first; place != kNowhere; place = values_.dicts[place].next) {
     const auto& dict = values_.dicts[place];
     const auto row = dict.rows[found.name];
-    const int64_t at = found.lists ? values_.lists[row.at].at : values_.arrays[row.at].at;
+    const int64_t at = found.lists ? values_.lists[row.at].real.at : values_.arrays[row.at].at;
     const bool shared = found.lists ? values_.lists[row.at].shared : values_.arrays[row.at].shared;
     if (dict.shared || shared || at < end) return false;
     if (std::ranges::binary_search(values_.shared_bytes, at)) return false;
