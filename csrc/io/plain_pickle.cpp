@@ -1,6 +1,5 @@
 #include "plain_pickle.h"
 
-#include <algorithm>
 #include <array>
 #include <string_view>
 
@@ -8,8 +7,6 @@
 
 namespace realign_fast::io {
 namespace {
-
-constexpr uint32_t kMostColumns = 1 << 24;
 
 class Machine {
  public:
@@ -22,9 +19,6 @@ class Machine {
   bool step();  // false at the end
   void step_with_mark(uint8_t code);
   bool push(uint8_t code);
-  PickledList rows_of(Value list);
-  bool add(PickledList& found, Value row);
-  bool are_replaceable(const PickledList& found, const List& list);
 
   uint8_t byte() {
     if (at_ >= end_) cut_off();
@@ -84,7 +78,10 @@ PickledList Machine::run(int64_t most_steps) {
     if (stack_.size() != 1 || !marks_.empty() || at_ != end_) {
       throw NotPlain("it ends with other than one value, or before the file does");
     }
-    return rows_of(stack_[0]);
+    for (const auto& value : memo_) {
+      if (value.fetched) values_.share(value);
+    }
+    return list_of(values_, stack_[0]);
   }
   throw NotPlain("it takes too many steps");
 }
@@ -267,70 +264,6 @@ bool Machine::step() {
     }
     default: throw NotPlain("it has an opcode that builds no plain data");
   }
-}
-
-// Takes the place of a row, if it is one of the same kind as those before.
-bool Machine::add(PickledList& found, Value row) {
-  int64_t at = 0, columns = 0;
-  int bytes = 8;
-  if (row.kind == Kind::array) {
-    const auto& array = values_.arrays[row.at];
-    bytes = static_cast<int>(array.type.bytes);
-    if (array.type.kind != 'f' || array.type.big_endian) return false;
-    at = array.at, columns = array.columns;
-  } else if (row.kind == Kind::list) {
-    const auto& list = values_.lists[row.at];
-    if (list.holds != List::Holds::reals) return false;
-    at = list.real.at, columns = list.count;
-  }
-  const bool lists = row.kind == Kind::list;
-  if (found.rows.empty()) found.columns = columns, found.value_bytes = bytes, found.lists = lists;
-  found.rows.push_back(static_cast<uint32_t>(at));
-  return columns > 0 && columns < kMostColumns && found.columns == columns &&
-         found.value_bytes == bytes && found.lists == lists;
-}
-
-PickledList Machine::rows_of(Value root) {
-  if (root.kind != Kind::list) throw NotPlain("it is no list");
-  const auto& list = values_.lists[root.at];
-  if (list.holds != List::Holds::dicts) throw NotPlain("it is no list of dicts");
-  PickledList found;
-  const auto& first = values_.dicts[list.first].rows;
-  while (found.name < kNames && first[found.name].kind == Kind::absent) found.name++;
-  if (found.name == kNames) throw NotPlain("row 0 has no such key");
-  for (auto place = list.first; place != kNowhere; place = values_.dicts[place].next) {
-    const auto& dict = values_.dicts[place];
-    if (!add(found, dict.rows[found.name])) {
-      throw NotPlain("its rows are not all arrays, or lists of floats, of one kind and length");
-    }
-    found.has_others |= dict.has_others || dict.rows[kNames - 1 - found.name].kind != Kind::absent;
-  }
-  found.replaceable = are_replaceable(found, list);
-  return found;
-}
-
-// Whether the bytes of each row are its own: no other value is made of them, and a value that holds
-// it stands in the list and nowhere else.
-bool Machine::are_replaceable(const PickledList& found, const List& list) {
-  for (const auto& value : memo_) {
-    if (value.fetched) values_.share(value);
-  }
-  if (list.shared) return false;
-  std::ranges::sort(values_.shared_bytes);
-  // (Lists of reals do not overlap: no real stands in two of them, or between those of another.)
-  const auto bytes = found.lists ? 1 : found.columns * int64_t{found.value_bytes};
-  int64_t end = 0;
-  for (auto place = list.first; place != kNowhere; place = values_.dicts[place].next) {
-    const auto& dict = values_.dicts[place];
-    const auto row = dict.rows[found.name];
-    const int64_t at = found.lists ? values_.lists[row.at].real.at : values_.arrays[row.at].at;
-    const bool shared = found.lists ? values_.lists[row.at].shared : values_.arrays[row.at].shared;
-    if (dict.shared || shared || at < end) return false;
-    if (std::ranges::binary_search(values_.shared_bytes, at)) return false;
-    end = at + bytes;
-  }
-  const auto is_built = [](const Array& array) { return array.built; };
-  return std::ranges::all_of(values_.arrays, is_built);
 }
 
 }  // namespace

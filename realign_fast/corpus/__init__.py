@@ -8,7 +8,7 @@ of the two sides pair by the number that ends their name and must have as many r
 one side lacks is fine (people download parts), one that `metadata/` (never read) lacks is a
 warning. Hidden files and other suffixes are not shards.
 Memory is bounded by the batch and `reading.BLOCK_BYTES` (of URLs: by what is in flight), never by
-the corpus (pickles: by a file).
+the corpus (pickles: 4 bytes a row; unusual ones: by a file).
 No pickle is loaded by Python's machinery; `pickled.py` reads lists of rows with its own, if asked.
 What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`, `ValueError`.
 """

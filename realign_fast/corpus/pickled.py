@@ -31,7 +31,7 @@ from .streamed import StreamedShard, stamp_of, torch_dtype
 from .unpickle import load
 
 MAX_BYTES = 4 << 30
-THREADS = 4 if _io else 1  # that look through files; what they leave is built one at a time
+THREADS = 2 if _io else 1  # that look through files; what they leave is built one at a time
 OTHER_ROWS = 1024
 DEFAULTS = ("embed", "embedding")
 _building = Lock()

@@ -89,16 +89,21 @@ class PickleCopy(ShardWriter):
 
     def _copy(self, first: int, rows: np.ndarray) -> None:
         with _opened(self._source.path, self._source.stamp) as descriptor:
-            try:
+            with _unchanged(self._source):
                 self._rows.write(descriptor, first, rows, self._file.fileno())
-            except _io.NotPlain as error:
-                raise changed(self._source) from error
 
 
 def _read(shard: StreamedShard, rows: Any, descriptor: int, first: int, out: np.ndarray) -> None:
-    try:
+    with _unchanged(shard):
         rows.read(descriptor, first, out)
-    except _io.NotPlain as error:  # the file is shorter than it was
+
+
+@contextmanager
+def _unchanged(shard: StreamedShard) -> Iterator[None]:
+    """What was read within is of the file that was looked through."""
+    try:
+        yield
+    except _io.NotPlain as error:  # it is shorter than it was
         raise changed(shard) from error
     if not isinstance(shard.path, Url) and stamp_of(shard.path) != shard.stamp:
         raise changed(shard)
