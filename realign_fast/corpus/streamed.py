@@ -6,7 +6,9 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,14 +80,17 @@ class Buffers:
 
     def __init__(self, shard: StreamedShard, size: int) -> None:
         self.size, self.dimension, self.dtype = size, shard.dimension, shard.dtype
-        self._bytes, self._ring = min(size, shard.rows) * shard.row_bytes, None
+        self._bytes = min(size, shard.rows) * shard.row_bytes
 
     def empty(self, count: int) -> np.ndarray:
         """`[count, D]`"""
-        if self._ring is None:
-            self._ring = _io.Ring(2, self._bytes)  # one is looked at while the next is filled
-        values = np.frombuffer(self._ring.take(), self.dtype, count * self.dimension)
+        values = np.frombuffer(_ring(self._bytes).take(), self.dtype, count * self.dimension)
         return values.reshape(count, self.dimension)
+
+
+@lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
+def _ring(size: int) -> Any:
+    return _io.Ring(2, size)  # one is looked at while the next is filled
 
 
 def stamp_of(path: Path | Url) -> tuple[int, int | str]:
