@@ -3,9 +3,9 @@
 python benchmarks/pickled_run.py DIR --json benchmarks/results/pickled_run.json
 
 Makes `--shards` files of `--rows` dicts {"id", "embed", "text"} a side in DIR (768 float16 numbers
-a row, pickled by Python) unless they are there, then runs `four_pass_numpy.py` (which loads them with Python's own
-pickle) and the command line in turns. Seconds are of the processes from their start to their end;
-the results' rows are compared before a ratio is told.
+a row, pickled by Python) unless they are there. Runs `four_pass_numpy.py`, which loads them with
+Python's own pickle, and the command line in turns. Seconds are of the processes from their start to
+their end; the results' rows are compared before a ratio is told.
 """
 
 from __future__ import annotations
