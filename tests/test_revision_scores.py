@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from revision_parts import tiny_llama, word_tokenizer, write_corpus
+from revision_parts import WORDS, tiny_llama, word_tokenizer, write_corpus
 
 pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
@@ -133,3 +133,36 @@ def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_
     assert (found["of"], found["chance"]) == (4, 0.25)
     with pytest.raises(ValueError, match="4 different texts for a choice of 5"):
         evaluate(Knowing(knows, data), data, choices=5, generate=False)
+
+
+def test_a_choice_that_stops_early_is_that_of_all_its_texts(tmp_path):
+    """Against every likelihood, one text at a time: 30 samples, 25 choices, three rounds."""
+    ids, words = [f"x{n}" for n in range(30)], WORDS[:30]
+    write_corpus(tmp_path / "corpus", ids, seed=4)
+    lines = [{"id": one, "caption": f"a {word}"} for one, word in zip(ids, words, strict=True)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    template = Plain(word_tokenizer(), 2)
+    corpus = Corpus(tmp_path / "corpus", "text")
+    data = prepare(tmp_path / "list.jsonl", corpus, template, tmp_path / "cache")
+    torch.manual_seed(2)
+    config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
+    model = ReVisionModel(config, tiny_llama(vocabulary=600)).eval()
+    for layer in (0, 2):
+        model.projector.layers[layer].weight.data *= 40  # or every image would say the same
+    captions = [f"a {word}" for word in words]
+    table = np.zeros((30, 30))  # [image, text]
+    for image in range(30):
+        sample, rows = data.sample(image), data[image]["image_rows"].float()
+        for text, caption in enumerate(captions):
+            ids_, labels = template.encode(template.answered(sample, caption))
+            inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
+            table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
+    random, names, right = np.random.default_rng(7), sorted(captions), []
+    for image in range(30):
+        drawn = [names[one] for one in random.permutation(30)[:25]]
+        wrong = [one for one in drawn if one != captions[image]][:24]
+        best = max(table[image, captions.index(one)] for one in wrong)
+        right.append(best < table[image, image])
+    found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)["choice"]
+    assert 0 < np.mean(right) < 1
+    assert found["value"] == pytest.approx(np.mean(right))

@@ -6,7 +6,7 @@ against the right ones by exact match and CIDEr-D. Each with a 95% interval over
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from .model import ReVisionModel
 from .respond import respond
 from .scores import cider, exact_match, interval
 from .templates import IGNORED, Chat, Plain
+
+FIRST = 8  # wrong texts of the first round of a choice; each round asks twice as many
 
 
 def evaluate(
@@ -53,12 +55,13 @@ def evaluate(
     if aligner is not None:
         rows = [aligner(own) if len(own) else own for own in rows]
     truth = [template.expected(one) for one in samples]
-    sums, tokens = _likelihoods(model, template, zip(samples, truth, rows, strict=True), batch)
+    asked = list(zip(samples, truth, rows, strict=True))
+    sums, tokens = _likelihoods(model, template, asked, batch)
     found: dict[str, Any] = {"samples": count, "tokens": int(tokens.sum())}
     found["loss"] = interval(-sums / tokens, tokens)
     if choices:
         found["choice"] = _choice(
-            model, template, samples, truth, rows, (sums, tokens), choices, batch, seed
+            model, template, samples, truth, rows, sums / tokens, choices, batch, seed
         )
     if generate:
         texts = []
@@ -88,60 +91,70 @@ def _choice(
     samples: Sequence[Sample],
     truth: Sequence[str],
     rows: Sequence[torch.Tensor],
-    right: tuple[np.ndarray, np.ndarray],
+    right: np.ndarray,
     choices: int,
     batch: int,
     seed: int,
 ) -> dict[str, float]:
-    """How often the right text is the likeliest of `choices`, a tie counted by its share."""
+    """How often the right text is the likeliest of `choices`, a tie counted by its share.
+
+    `right` [n] are the right texts' mean log-likelihoods. One likelier wrong text decides a sample,
+    so the wrong ones are asked a few at a time, the likeliest beside their own images first, and
+    those left of a decided sample never.
+    """
     random, texts = np.random.default_rng(seed), sorted(set(truth))
     if choices < 2 or len(texts) < choices:
         got = f"{len(texts)} different texts"
         want = f"expected 2 to {len(texts)}, or 0 for no choice; lower it, or take more samples"
         raise ValueError(f"evaluate: {got} for a choice of {choices}, {want}")
-
-    def candidates() -> Iterator[tuple[Sample, str, torch.Tensor]]:
-        for sample, own, image in zip(samples, truth, rows, strict=True):
-            others = [one for one in random.permutation(len(texts))[:choices] if texts[one] != own]
-            for one in others[: choices - 1]:
-                yield sample, texts[one], image
-
-    sums, tokens = _likelihoods(model, template, candidates(), batch)
-    wrong = (sums / tokens).reshape(len(samples), choices - 1)
-    mine = (right[0] / right[1])[:, None]
-    ties = (wrong == mine).sum(1)
-    wins = (wrong <= mine).all(1) / (1 + ties)
-    return interval(wins) | {"of": choices, "chance": 1 / choices}
+    own = dict(zip(truth, right, strict=True))
+    asked = []
+    for mine in truth:
+        others = [texts[one] for one in random.permutation(len(texts))[:choices]]
+        others = [one for one in others if one != mine][: choices - 1]
+        asked.append(sorted(others, key=own.__getitem__, reverse=True))
+    beaten, ties = np.zeros(len(samples), bool), np.zeros(len(samples), int)
+    begin, count = 0, FIRST
+    while begin < choices - 1 and not beaten.all():
+        open_ = [(at, text) for at in np.flatnonzero(~beaten)
+                 for text in asked[at][begin : begin + count]]  # fmt: skip
+        wrong = _likelihoods(
+            model, template, [(samples[at], text, rows[at]) for at, text in open_], batch
+        )
+        for (at, _), value in zip(open_, wrong[0] / wrong[1], strict=True):
+            beaten[at] |= value > right[at]
+            ties[at] += value == right[at]
+        begin, count = begin + count, 2 * count
+    return interval(~beaten / (1 + ties)) | {"of": choices, "chance": 1 / choices}
 
 
 @torch.no_grad()
 def _likelihoods(
-    model: ReVisionModel, template: Plain | Chat, asked: Any, batch: int
+    model: ReVisionModel,
+    template: Plain | Chat,
+    asked: Sequence[tuple[Sample, str, torch.Tensor]],
+    batch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihood and number of tokens of each text after its sample's prompt, `[n]` each."""
-    collate, device = Collator(0), model.device
-    sums: list[float] = []
-    tokens: list[int] = []
+    """Log-likelihood and number of tokens of each text after its sample's prompt, `[n]` each.
 
-    def measure(items: list[dict[str, Any]]) -> None:
-        inputs = {name: one.to(device) for name, one in collate(items).items()}
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
-        )
-        sums.extend((-losses.sum(1)).tolist())
-        tokens.extend((labels != IGNORED).sum(1).tolist())
-
+    Texts of like length run together, so that little is padded.
+    """
     items: list[dict[str, Any]] = []
     for sample, text, rows in asked:
         ids, labels = template.encode(template.answered(sample, text))
         prompt = len(template.question(sample))
         labels = [IGNORED] * prompt + labels[prompt:]
         items.append({"input_ids": ids, "labels": labels, "image_rows": rows})
-        if len(items) == batch:
-            measure(items)
-            items = []
-    if items:
-        measure(items)
-    return np.array(sums), np.array(tokens)
+    order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
+    sums, tokens = np.zeros(len(items)), np.zeros(len(items))
+    for begin in range(0, len(order), batch):
+        places = order[begin : begin + batch]
+        inputs = Collator(0)([items[at] for at in places])
+        inputs = {name: one.to(model.device) for name, one in inputs.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        meant = labels != IGNORED
+        logits = model(**inputs).logits[:, :-1][meant].float()
+        losses = torch.zeros(labels.shape, device=labels.device)
+        losses[meant] = torch.nn.functional.cross_entropy(logits, labels[meant], reduction="none")
+        sums[places], tokens[places] = -losses.sum(1).cpu().numpy(), meant.sum(1).cpu().numpy()
+    return sums, tokens
