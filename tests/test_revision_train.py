@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
+from realign_fast.revision.evaluate import evaluate
+from realign_fast.revision.join import prepare
 from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.templates import Plain
 from realign_fast.revision.train import PRESETS, Run, finetune, pretrain
 
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
@@ -134,6 +137,33 @@ def test_raw_rows_aligned_on_the_way_train_as_aligned_ones(world, tmp_path):
     )
     pairs = zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True)
     assert all(abs(one[1] - two[1]) < 1e-4 for one, two in pairs)
+
+
+def test_a_test_list_is_measured_on_its_own_rows_which_nothing_moves(world, tmp_path):
+    """Stage 1 takes text rows through an aligner; what is watched is the loss on images as is."""
+    raw = Corpus(world / "corpus", "text")
+    aligner = ReAlign.fit(raw, torch.randn(100, 16) + 1)
+    rows = write_corpus(tmp_path / "pictures", IDS[:12], modality="image", seed=3)
+    pictures = Corpus(tmp_path / "pictures", "image")
+    entries = json.loads((world / "list.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps(entries[:12]))
+    test = {"test": str(tmp_path / "test.json"), "test_rows": pictures}
+    out = tmp_path / "out"
+    trainer = SHORT | {"eval_steps": 1, "per_device_eval_batch_size": 12}
+    found = pretrain(run_of(world, out, aligner=aligner, trainer=trainer, generations=2, **test))
+    assert found["data"]["used"] == len(IDS) and len(found["held_out_losses"]) == 3
+    template = Plain(word_tokenizer(), 2)
+    data = prepare(tmp_path / "test.json", pictures, template, tmp_path / "cache")
+    assert torch.equal(data[3]["image_rows"][0], torch.from_numpy(rows[3]))
+    model = ReVisionModel.from_pretrained(out, world / "llama")
+    measured = evaluate(model, data, choices=0, generate=False)
+    assert found["held_out_losses"][-1] == pytest.approx(measured["loss"]["value"], rel=1e-4)
+    moved = evaluate(model, data, choices=0, generate=False, aligner=aligner)
+    assert abs(moved["loss"]["value"] - measured["loss"]["value"]) > 1e-3
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in lines[-2:]] == ["x0", "x6"]
+    with pytest.raises(ValueError, match="got one of them"):
+        pretrain(run_of(world, tmp_path / "x", test=test["test"]))
 
 
 def test_gradient_checkpointing_trains_the_same(world, tmp_path):

@@ -82,6 +82,8 @@ class Run:
     max_length: int = 2048  # tokens of a sample
     max_skipped: float = 0.01  # share of samples that may be unusable
     held_out: int | None = None  # samples; None: a hundredth, 512 at most
+    test: str | None = None  # a list to measure on instead: in stage 1, say, real images
+    test_rows: Corpus | None = None  # its rows, taken as they are, with ids beside them
     generations: int = 3  # held-out samples answered at each evaluation
     resume: bool = False  # from the last checkpoint in `out`, if there is one
     trainer: dict[str, Any] = field(default_factory=dict)  # any of TrainingArguments
@@ -125,7 +127,7 @@ def _train(stage: str, run: Run) -> dict[str, Any]:
         whole = prepare(
             run.conversations, run.rows, template, Path(run.out) / "data", ids=run.ids, **options
         )
-    train, held = _parts(whole, run.held_out)
+        train, held, moved = _parts(whole, run, template)
     model = _model(run, old, run.train or preset["train"], arguments.bf16)
     model.revision_config.template = kind
     if held is None:
@@ -135,13 +137,14 @@ def _train(stage: str, run: Run) -> dict[str, Any]:
         model,
         arguments,
         data_collator=Collator(pad, run.aligner),
+        test_collator=Collator(pad, moved),
         train_dataset=train,
         eval_dataset=held,
         processing_class=tokenizer,
     )
     trainer.add_callback(Epochs(trainer))
     if held is not None and run.generations:
-        trainer.add_callback(Generations(trainer, template, run.generations, run.aligner))
+        trainer.add_callback(Generations(trainer, template, run.generations, moved))
     _say(trainer, whole.report, model)
     last = _last_checkpoint(Path(run.out)) if run.resume else None
     result = trainer.train(resume_from_checkpoint=last)
@@ -201,9 +204,18 @@ def _model(run: Run, old: Any, parts: tuple[str, ...], bf16: bool) -> ReVisionMo
     return model
 
 
-def _parts(whole: Conversations, held_out: int | None) -> tuple[Conversations | Part, Part | None]:
-    count = min(512, len(whole) // 100) if held_out is None else held_out
-    return whole.split(count) if count else (whole, None)
+def _parts(
+    whole: Conversations, run: Run, template: Plain | Chat
+) -> tuple[Conversations | Part, Conversations | Part | None, ReAlign | None]:
+    """What is trained on, what is measured on, and what moves the rows of the latter."""
+    if (run.test is None) != (run.test_rows is None):
+        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
+    if run.test is not None:
+        options = {"max_length": run.max_length, "max_skipped": run.max_skipped}
+        held = prepare(run.test, run.test_rows, template, Path(run.out) / "data", **options)
+        return whole, held, None
+    count = min(512, len(whole) // 100) if run.held_out is None else run.held_out
+    return (*whole.split(count), run.aligner) if count else (whole, None, None)
 
 
 def _say(trainer: Any, report: dict[str, Any], model: ReVisionModel) -> None:

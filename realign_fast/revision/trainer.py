@@ -16,7 +16,23 @@ from .templates import Chat, Plain
 
 
 class ReVisionTrainer(transformers().Trainer):
-    """Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices."""
+    """Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices.
+
+    `test_collator` makes the batches of evaluations, whose rows need not be moved as those of
+    training.
+    """
+
+    def __init__(self, *arguments: Any, test_collator: Any = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.test_collator = test_collator or self.data_collator
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        training = self.data_collator
+        self.data_collator = self.test_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
