@@ -73,6 +73,18 @@ def test_training_leaves_a_summary(trained, world):
     assert (world / "one" / "projector.safetensors").is_file()
 
 
+def test_pretrain_watches_a_list_of_its_own(world, tmp_path):
+    lines = (world / "list.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:5]))
+    more = ["--test", tmp_path / "test.jsonl", "--test-rows", world / "corpus"]
+    more += ["--set", "max_steps=2", "--set", "eval_steps=1"]
+    assert main(pretrain(world, tmp_path / "out", *more)) == 0
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["data"]["used"] == 48 and len(summary["held_out_losses"]) == 2
+    ids = [one["id"] for one in map(json.loads, open(tmp_path / "out" / "samples.jsonl"))]
+    assert set(ids) == {json.loads(line)["id"] for line in (lines[0], lines[1], lines[3])}
+
+
 def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
     base = ["caption", "--model", trained, "--rows", world / "corpus", "--ask", "what is this ?"]
     assert main(words(*base, "--out", tmp_path / "all.jsonl")) == 0
@@ -156,6 +168,7 @@ def test_mistakes_of_chat(more, said, trained, world, capsys):
         (["--rows", "nowhere"], "nowhere"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--ids", "nowhere"], "has no metadata/"),
+        (["--test", "alone.jsonl"], "test, test_rows: got one of them"),
         (["--language-model", "nowhere/at/all"], "nowhere/at/all"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--max-length", "4"], "48 of 48 samples cannot be used"),

@@ -77,6 +77,7 @@ def _train(options: argparse.Namespace) -> None:
         conversations=options.data,
         rows=_corpus(options),
         aligner=_aligner(options),
+        test_rows=Corpus(options.test_rows, "image") if options.test_rows else None,
         normalize=not options.no_normalize,
         train=tuple(options.train.split(",")) if options.train else None,
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
@@ -94,7 +95,7 @@ def _train(options: argparse.Namespace) -> None:
 
 _SAME = (
     "out", "start", "ids", "projector", "visual_tokens", "template", "batch", "micro_batch",
-    "max_length", "max_skipped", "held_out", "generations", "resume",
+    "max_length", "max_skipped", "held_out", "test", "generations", "resume",
 )  # fmt: skip
 
 

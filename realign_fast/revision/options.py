@@ -50,6 +50,10 @@ def train(sub: Any) -> None:
                      help="samples at a time on a device (%(default)s)")  # fmt: skip
     sub.add_argument("--held-out", type=int, metavar="N", help="samples for the held-out loss, "
                      "0 for none (default: a hundredth, 512 at most)")  # fmt: skip
+    text = "a list to measure on instead, with --test-rows: in stage 1, say, pairs of real images"
+    sub.add_argument("--test", metavar="FILE", help=text)
+    text = "its rows (image side of a root), with ids beside them; --aligner does not move them"
+    sub.add_argument("--test-rows", metavar="DIR", help=text)
     sub.add_argument("--generations", type=int, default=3, metavar="N",
                      help="held-out samples answered at each evaluation (%(default)s)")  # fmt: skip
     sub.add_argument("--resume", action="store_true", help="from the last checkpoint in --out")
