@@ -4,7 +4,7 @@ Moves the embeddings of one modality into the distribution of another (ReAlign, 
 from unpaired statistics, on fused kernels behind ``torch.ops.realign_fast``.
 """
 
-from . import omp  # noqa: F401  # before torch
+from . import start  # noqa: F401  # before torch
 from .align import ReAlign
 from .corpus import Corpus
 from .moments import Moments

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from . import __version__, embed_commands, ops
 from .align import ReAlign
 from .corpus import Corpus
+from .corpus.beside import check_apart, metadata_of
 from .corpus.convert import TARGETS, convert
 from .corpus.native import reader_of
 from .family import METHODS
@@ -40,7 +41,8 @@ from .verify import verify
 def main(arguments: list[str] | None = None) -> int:
     """Run ``realign-fast``; returns 0, 1 where faults are found, 2 for errors, 130 if stopped."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.default_int_handler)
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
@@ -317,12 +319,15 @@ def _align(options: argparse.Namespace) -> None:
     _say_scratch(options, source)
     report = align(source, target, options.out, _settings(options), engine_from(options))
     _print_report(report, options.out)
+    _say_metadata(source)
 
 
 def _fit(options: argparse.Namespace) -> None:
     run = Run(_settings(options), engine=engine_from(options))
     source, target = _corpora(options)
     source = open_source(source, run.settings, run.engine)
+    for corpus in (source, target):
+        check_apart(options.out, corpus)
     options.out.mkdir(parents=True, exist_ok=True)
     with run.keeping(options.out):
         aligner = run.fit(source, target, residual=True)
@@ -353,6 +358,7 @@ def _apply(options: argparse.Namespace) -> None:
         report = run.report(aligner, source=describe(source), result=result)
         run.finish(aligner, report)
     _print_report(report, options.out)
+    _say_metadata(source)
 
 
 def _expect_merged(aligner: Path | Url) -> None:
@@ -373,6 +379,9 @@ def _stats(options: argparse.Namespace) -> None:
         _expect_columns(rows, "--column")
     if options.aligner and options.aligner.is_dir():
         raise ValueError(f"{options.aligner}: is a directory; name {options.aligner / HALF} itself")
+    if options.aligner and not options.aligner.exists():
+        what = f"no such file; give the {HALF} that merge wrote"
+        raise FileNotFoundError(f"{options.aligner}: {what}")
     aligner = options.aligner and ReAlign.load(options.aligner)
     how = _settings(options), engine_from(options)
     done = stats(rows, side, options.out, options.shard, aligner, *how)
@@ -396,6 +405,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
+def _say_metadata(corpus: Corpus) -> None:
+    """Say that `metadata/` is not copied: it may be larger than the rows, and still fits them."""
+    if folder := metadata_of(corpus):
+        print(f"{folder} stays where it is; it describes the result too, row by row")
+
+
 def _convert(options: argparse.Namespace) -> None:
     corpus = _source(options)
     _say_scratch(options, corpus)
@@ -403,6 +418,7 @@ def _convert(options: argparse.Namespace) -> None:
         dtype = options.dtype and getattr(torch, options.dtype)
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
+    _say_metadata(corpus)
     if (options.out / "metadata").is_dir():
         print(f"wrote their other columns to {options.out / 'metadata'}, row by row")
 

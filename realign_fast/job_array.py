@@ -13,6 +13,7 @@ from typing import Any
 
 from .align import ReAlign
 from .corpus import Corpus
+from .corpus.beside import check_apart
 from .engine import Engine
 from .output import ALIGNER, check_output
 from .passes import Missing, Pass, Settings
@@ -44,6 +45,7 @@ def stats(
         got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
         raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
     run, out = Run(settings or Settings(), part=part, engine=engine), place_of(out)
+    check_apart(out, rows)
     with run.keeping(out):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
     return run.passes[0]

@@ -45,6 +45,8 @@ def _held(path: Path, alone: bool) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         advice = "check that this user may write there and that the disk has room"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            advice = "a file or a link to nowhere stands in the way; give another --out"
         if error.errno == errno.EROFS:
             advice = "give an --out on one that may be written"
         raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error

@@ -1,7 +1,6 @@
 """``convert`` and ``inspect``: rows and what is beside them from every format into every other."""
 
 import json
-import os
 import pickle
 import tarfile
 import warnings
@@ -154,7 +153,7 @@ def test_keys_that_are_no_columns_say_so(tmp_path, more, words):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(entries))
     with pytest.raises(ValueError, match=rf"x\.pkl: .*{words}"):
         convert(Corpus(tmp_path / "x.pkl", allow_pickle=True), tmp_path / "out", "parquet")
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensors_that_are_no_columns_say_so(tmp_path):
@@ -190,7 +189,7 @@ def test_a_bad_row_leaves_no_shard_behind(tmp_path):
     )
     with pytest.raises(ValueError, match="row 9 is null"):
         convert(Corpus(tmp_path / "x.parquet"), tmp_path / "out", "arrow")
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the command line
@@ -296,3 +295,26 @@ def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):
     for path in whole:
         assert (out / path.name).read_bytes() == path.read_bytes()
     assert Corpus(out).rows == 60
+
+
+def test_two_at_once_are_one_and_an_error(tmp_path):
+    """The second finds the first at work, and leaves what it does alone."""
+    for name in ("a.npy", "b.npy"):
+        save(tmp_path / "source" / name, random_rows(9), "npy")
+    corpus, out, told = Corpus(tmp_path / "source"), tmp_path / "out", []
+
+    def second(_):
+        if not told:
+            with pytest.raises(OSError, match=r"process \d+ on .* is working on it") as error:
+                convert(corpus, out, "npy")
+            told.append(error)
+
+    paths = convert(corpus, out, "npy", second)
+    assert told and sorted(out.iterdir()) == sorted(paths)
+
+
+def test_what_was_refused_leaves_no_empty_directory(tmp_path):
+    save(tmp_path / "source" / "a.npy", np.full((2, DIMENSION), 1e30, np.float32), "npy")
+    with pytest.raises(ValueError, match="beyond"):
+        convert(Corpus(tmp_path / "source"), tmp_path / "out", "npy", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import realign_fast
 
 SLOW = {"torch._dynamo", "pyarrow", "transformers", "matplotlib", "ray", "sklearn", "fsspec"}
 
@@ -34,3 +37,17 @@ def test_openmp_waits_passively_in_our_command_alone(tmp_path, name, expected):
     script.write_text(SHOW)
     assert answer(str(script)) == expected
     assert answer(str(script), OMP_WAIT_POLICY="active") == "active"
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """A stand-in for torch sends the signal while it is imported."""
+    (tmp_path / "realign-fast").write_text("import realign_fast\n")
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    root = str(Path(realign_fast.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "realign-fast")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "realign-fast: stopped before it began\n")

@@ -53,6 +53,12 @@ def check(folder: Path | Url, shards: Sequence[Path | Url]) -> None:
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
 
 
+def metadata_of(corpus: Corpus) -> Path | None:
+    """The folder of clip-retrieval's layout that describes the rows of files without columns."""
+    folder = corpus.path / "metadata"
+    return folder if isinstance(folder, Path) and folder.is_dir() else None
+
+
 def check_apart(out: Path | Url, corpus: Corpus, subfolder: str = "") -> None:
     """Refuse a result in `out / subfolder` that would come to lie beside or below rows read."""
     if isinstance(out, Url):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..lock import locked
 from ..url import Url, place_of
 from ..whole_file import write_whole
 from . import arrow, beside, hf, npy, parquet, pickled, safetensors, tar
@@ -69,7 +70,40 @@ def convert(
     dtype = _dtype(corpus, to, dtype)
     if corpus.path.is_dir():  # one file may become another beside it
         beside.check_apart(out, corpus)
-    finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
+    with _alone(out):
+        finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
+        return _shards(corpus, out, to, names, finished, advance, batch_bytes, dtype)
+
+
+@contextmanager
+def _alone(out: Path | Url) -> Iterator[None]:
+    """Hold `out` against other processes; nothing of that, nor an empty `out`, is left after it."""
+    new = not out.exists()
+    try:
+        with locked(out / "_stats"):
+            try:
+                yield
+            finally:
+                if isinstance(out, Path):
+                    (out / "_stats" / "lock").unlink(missing_ok=True)
+    finally:
+        for folder in (out / "_stats", *([out] if new else [])):
+            with suppress(OSError):  # (another process has its lock there, or there are files)
+                if isinstance(folder, Path):
+                    folder.rmdir()
+
+
+def _shards(
+    corpus: Corpus,
+    out: Path | Url,
+    to: str,
+    names: list[str],
+    finished: set[str],
+    advance: Callable[[int], None],
+    batch_bytes: int,
+    dtype: torch.dtype,
+) -> list[Path | Url]:
+    """Write what is not finished; the mark of an unfinished conversion goes last."""
     try:
         for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
             if name in finished:

@@ -50,7 +50,8 @@ def decoded(path: Path | Url, file: Any = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise
         advice = "truncated, damaged or of another format; write it again"
-        raise ValueError(f"{path}: cannot be read ({error}): {advice}") from error
+        words = " ".join(str(error).split())  # of pyarrow, which may take several lines
+        raise ValueError(f"{path}: cannot be read ({words}): {advice}") from error
 
 
 class Vectors(NamedTuple):
@@ -206,7 +207,8 @@ class TableWriter(ShardWriter):
             if not self._rest:
                 self._rest = next(self._others, None)
                 if self._rest is None:
-                    raise ValueError(f"{self.path}: its other columns end early; open it again")
+                    what = f"the other columns of its source end before row {self.written}"
+                    raise ValueError(f"{self.path}: {what}; write that source again")
             parts.append(self._rest.slice(0, missing))
             self._rest = self._rest.slice(len(parts[-1]))
             missing -= len(parts[-1])
