@@ -1,66 +1,151 @@
-"""Collects the cases' tables, prints them at the end and writes them with machine and date."""
+"""The suite's options, its fixtures, and what it prints and writes at the end.
+
+    pytest benchmarks/                                     # everything, the table, no file
+    pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
+    pytest benchmarks/ --compare benchmarks/results/cpu.json   # ratios that changed beyond noise
+    pytest benchmarks/ --ci                                # the subset of CI, against results/ci.json
+"""
 
 from __future__ import annotations
 
-import json
-import platform
-from datetime import datetime, timezone
+import contextlib
+import os
 from pathlib import Path
 
+# Threads that wait by spinning would take a core from the next candidate.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import peers
 import pytest
+import records
 import timing
 import torch
 
-from realign_fast import __version__, ops
+COMMITTED = Path(__file__).with_name("results") / "ci.json"
+FALL = 0.3  # of a ratio against the committed one: more fails CI
+TRIES = 3  # a ratio has fallen if it has in every one of them
+FOUND: list[object] = []  # cases and other records, each with lines() and summary()
+NOTES: list[str] = []
 
-CASES: list[timing.Case] = []
+
+class CaseRecord:
+    """A case as it stands at the end."""
+
+    def __init__(self, case: timing.Case) -> None:
+        self.lines = lambda: records.case_lines(case)
+        self.summary = lambda: records.summary(case)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", type=Path, help="write every case to this json file")
+    group = parser.getgroup("realign_fast")
+    group.addoption("--results", type=Path, help="write everything to this json, and a csv")
+    group.addoption("--compare", type=Path, help="flag ratios that changed since this json")
+    group.addoption("--rounds", type=int, help=f"of every case (default: {timing.ROUNDS})")
+    group.addoption("--threads", type=int, help="default: every processor this may run on")
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
+    help_ci = f"the subset of CI: fails where a ratio fell by {FALL:.0%} from {COMMITTED.name}"
+    group.addoption("--ci", action="store_true", help=help_ci)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ci: a case of the subset that CI runs")
+    config.option.benchmark_quiet = True  # our table has what its table has
+    timing.ROUNDS = config.getoption("--rounds") or timing.ROUNDS
+    timing.THREADS = config.getoption("--threads") or timing.THREADS
+    peers.COMPILE = not (config.getoption("--no-compile") or config.getoption("--ci"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--ci"):
+        config.hook.pytest_deselected(items=[one for one in items if not _in_ci(one)])
+        items[:] = filter(_in_ci, items)
+
+
+def _in_ci(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ci") is not None
 
 
 @pytest.fixture(autouse=True)
 def _threads():
     before = torch.get_num_threads()
     torch.set_num_threads(timing.THREADS)
-    yield
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):  # (it comes with scikit-learn)
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(timing.THREADS))
+        yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def table():
-    """Call it with a finished case to have it printed and written."""
-    return CASES.append
+def show():
+    """Call it with anything that has `lines()` and `summary()`, to have it printed and written."""
+    return FOUND.append
 
 
-def _machine() -> dict[str, object]:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), name)
-    return {
-        "processor": name,
-        "isa": ops.cpu_isa(),
-        "threads": timing.THREADS,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "realign_fast": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+@pytest.fixture
+def measure(benchmark, request):
+    """Call it with a case: checks it, times it, shows it and, in CI, judges its ratios."""
+
+    def run(case: timing.Case) -> timing.Case:
+        FOUND.append(CaseRecord(case))
+        try:
+            case.run(benchmark)
+            if request.config.getoption("--ci"):
+                judge(case, records.load(COMMITTED), FALL)
+            benchmark.extra_info.update(records.summary(case))
+        except timing.ParityError as error:
+            pytest.fail(str(error), pytrace=False)
+        except BaseException as error:  # (an interrupt leaves half a case)
+            if not isinstance(error, pytest.fail.Exception):  # (a fallen ratio has its speeds)
+                case.failed = case.failed or f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            case.release()
+        return case
+
+    return run
+
+
+def judge(case: timing.Case, committed: dict, by: float) -> None:
+    """Fail if a ratio of the case fell by more than `by`, also when it was measured again."""
+    if differs := records.other_machine(committed["machine"], records.machine()):
+        note = f"ratios are not judged: {COMMITTED.name} is of another machine ({differs})"
+        NOTES.extend([note] if note not in NOTES else [])
+        return
+    fell = records.fallen(committed["results"], [records.summary(case)], by)
+    for attempt in range(1, TRIES):
+        if not fell:
+            return
+        NOTES.append(f"measured again ({attempt}): {'; '.join(map(str, fell))}")
+        again = records.fallen(committed["results"], [records.summary(case.run())], by)
+        fell = [one for one in again if one.candidate in {was.candidate for was in fell}]
+    if fell:
+        pytest.fail(
+            f"ratios fell by more than {by:.0%}, {TRIES} times over:\n" + "\n".join(map(str, fell)),
+            pytrace=False,
+        )
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not CASES:
+    if not FOUND:
         return
-    machine = _machine()
+    write = terminalreporter.write_line
     terminalreporter.section("realign_fast: medians over interleaved rounds")
-    terminalreporter.write_line(", ".join(f"{key} {value}" for key, value in machine.items()))
-    for case in CASES:
-        for line in case.lines():
-            terminalreporter.write_line(line)
+    write(", ".join(f"{key} {value}" for key, value in records.machine().items()))
+    if not torch.cuda.is_available():
+        write("missing: a CUDA device, and with it the cases of the GPU, cuML and CuPy")
+    for one in FOUND:
+        for line in one.lines():
+            write(line)
+    summaries = [one.summary() for one in FOUND]
+    if path := config.getoption("--compare"):
+        terminalreporter.section(f"compared with {path}")
+        for line in records.comparison(records.load(path), summaries):
+            write(line)
+    for note in NOTES:
+        write(note)
     if path := config.getoption("--results"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cases = [case.summary() for case in CASES]
-        path.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+        records.write(path, summaries)
+        write(f"written: {path} and {path.with_suffix('.csv')}")

@@ -1,0 +1,91 @@
+"""The table of cases: op x device x dtype x D x N. What `pytest benchmarks/` times is here.
+
+A kind is a variant of an op. ``ci`` marks the subset of CI: cases of under ten seconds whose
+ratios hold still. The GPU's cases are made where a GPU is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import timing
+import torch
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+class Line(NamedTuple):
+    """One case, before its rows are made."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    dimension: int
+    rows: int
+    kind: str = ""
+    cache: str = "cold"
+    ci: bool = False
+
+    @property
+    def peers(self) -> bool:
+        """Whether its peers run too: one width says enough, and they take most of the time."""
+        return self.cache == "cold" and (self.device == "cuda" or self.dimension == 768)
+
+    @property
+    def exact(self) -> bool:
+        """Whether peers that compute in float64 run, the slowest."""
+        return self.peers and self.dtype == F16 and self.device == "cpu"
+
+    def facts(self) -> dict[str, object]:
+        """What a `timing.Case` has of it."""
+        names = ("op", "device", "dtype", "dimension", "rows", "kind", "cache")
+        return {name: getattr(self, name) for name in names}
+
+
+def _lines() -> list[Line]:
+    found = []
+    for op, kinds in (("sum_rows", ("plain", "drift")), ("align_rows", ("",))):
+        for kind in kinds:
+            for dimension in (512, 768, 1024, 1280, 4096):
+                count = 131_072 if dimension < 4096 else 32_768
+                ci = dimension == 768 and kind != "drift"
+                found.append(Line(op, "cpu", F16, dimension, count, kind, ci=ci))
+            found.append(Line(op, "cpu", BF16, 768, 131_072, kind))
+            found += [Line(op, "cpu", F32, dimension, 65_536, kind) for dimension in (768, 1280)]
+            found.append(Line(op, "cpu", F16, 768, 4096, kind, "warm"))
+    for dtype in (F32, F16):
+        for dimension in (512, 768, 1024, 1280):
+            ci = dtype == F32 and dimension == 768
+            found.append(Line("add_scatter_", "cpu", dtype, dimension, 65_536, ci=ci))
+            found.append(Line("map_rows", "cpu", dtype, dimension, 32_768, ci=ci))
+    found.append(Line("covariance", "cpu", F32, 768, 65_536, ci=True))
+    found += [Line("whitening", "cpu", F64, d, d, ci=d == 512) for d in (512, 768, 1024)]
+    found += [Line("transport", "cpu", F64, d, d) for d in (512, 768)]
+    return found + _on_a_gpu()
+
+
+def _on_a_gpu() -> list[Line]:
+    found = []
+    for op in ("sum_rows", "align_rows", "add_scatter_", "map_rows"):
+        for dimension in (768, 1024, 1280, 4096):
+            found.append(Line(op, "cuda", F16, dimension, (1 << 30) // dimension))
+        found += [Line(op, "cuda", dtype, 1024, 1 << 19) for dtype in (BF16, F32)]
+    found.append(Line("covariance", "cuda", F32, 768, 1 << 19))
+    found += [Line("whitening", "cuda", F64, d, d) for d in (768, 1024, 2048)]
+    return found
+
+
+TABLE = _lines()
+
+
+def of(op: str) -> pytest.MarkDecorator:
+    """The lines of an op as parameters of its benchmark, ``line``."""
+    made = []
+    for line in TABLE:
+        if line.op != op or (line.device == "cuda" and not torch.cuda.is_available()):
+            continue
+        words = (line.kind, line.device, timing.case_name(line.dtype), f"D{line.dimension}")
+        name = "-".join([*filter(None, words), f"N{line.rows}", line.cache])
+        made.append(pytest.param(line, id=name, marks=[pytest.mark.ci] * line.ci))
+    return pytest.mark.parametrize("line", made)
