@@ -3,7 +3,7 @@
     pytest benchmarks/                                     # everything, the table, no file
     pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
     pytest benchmarks/ --compare benchmarks/results/cpu.json   # ratios that changed beyond noise
-    pytest benchmarks/ --ci                                # the subset of CI, against results/ci.json
+    pytest benchmarks/ --ci                                # CI's subset, against results/ci.json
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from pathlib import Path
 # Threads that wait by spinning would take a core from the next candidate.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import ci
 import peers
 import pytest
 import records
 import timing
 import torch
 
-COMMITTED = Path(__file__).with_name("results") / "ci.json"
-FALL = 0.3  # of a ratio against the committed one: more fails CI
-TRIES = 3  # a ratio has fallen if it has in every one of them
 FOUND: list[object] = []  # cases and other records, each with lines() and summary()
-NOTES: list[str] = []
+NOTES: list[str] = []  # printed at the end
 
 
 class CaseRecord:
@@ -43,8 +41,9 @@ def pytest_addoption(parser):
     group.addoption("--rounds", type=int, help=f"of every case (default: {timing.ROUNDS})")
     group.addoption("--threads", type=int, help="default: every processor this may run on")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
-    help_ci = f"the subset of CI: fails where a ratio fell by {FALL:.0%} from {COMMITTED.name}"
+    help_ci = f"the subset of CI: fails where a ratio fell by {ci.FALL:.0%} of {ci.COMMITTED.name}"
     group.addoption("--ci", action="store_true", help=help_ci)
+    group.addoption("--commit", action="store_true", help="with --ci: judge nothing, write anew")
 
 
 def pytest_configure(config):
@@ -92,40 +91,19 @@ def measure(benchmark, request):
         FOUND.append(CaseRecord(case))
         try:
             case.run(benchmark)
-            if request.config.getoption("--ci"):
-                judge(case, records.load(COMMITTED), FALL)
+            if request.config.getoption("--ci") and not request.config.getoption("--commit"):
+                NOTES.extend(ci.judge(case, records.load(ci.COMMITTED)))
             benchmark.extra_info.update(records.summary(case))
-        except timing.ParityError as error:
+        except (timing.ParityError, ci.Fallen) as error:
             pytest.fail(str(error), pytrace=False)
-        except BaseException as error:  # (an interrupt leaves half a case)
-            if not isinstance(error, pytest.fail.Exception):  # (a fallen ratio has its speeds)
-                case.failed = case.failed or f"{type(error).__name__}: {error}"
+        except BaseException as error:  # (an interrupt, too, leaves half a case)
+            case.failed = case.failed or f"{type(error).__name__}: {error}"
             raise
         finally:
             case.release()
         return case
 
     return run
-
-
-def judge(case: timing.Case, committed: dict, by: float) -> None:
-    """Fail if a ratio of the case fell by more than `by`, also when it was measured again."""
-    if differs := records.other_machine(committed["machine"], records.machine()):
-        note = f"ratios are not judged: {COMMITTED.name} is of another machine ({differs})"
-        NOTES.extend([note] if note not in NOTES else [])
-        return
-    fell = records.fallen(committed["results"], [records.summary(case)], by)
-    for attempt in range(1, TRIES):
-        if not fell:
-            return
-        NOTES.append(f"measured again ({attempt}): {'; '.join(map(str, fell))}")
-        again = records.fallen(committed["results"], [records.summary(case.run())], by)
-        fell = [one for one in again if one.candidate in {was.candidate for was in fell}]
-    if fell:
-        pytest.fail(
-            f"ratios fell by more than {by:.0%}, {TRIES} times over:\n" + "\n".join(map(str, fell)),
-            pytrace=False,
-        )
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -144,8 +122,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"compared with {path}")
         for line in records.comparison(records.load(path), summaries):
             write(line)
-    for note in NOTES:
+    for note in dict.fromkeys(NOTES):
         write(note)
-    if path := config.getoption("--results"):
+    if path := config.getoption("--results") or (config.getoption("--commit") and ci.COMMITTED):
         records.write(path, summaries)
         write(f"written: {path} and {path.with_suffix('.csv')}")

@@ -70,7 +70,7 @@ def case_lines(case: timing.Case) -> list[str]:
         name = one["name"] + (" (the ceiling)" if one["role"] == "ceiling" else "")
         lines.append(
             f"  {name:44} {one['seconds'] * 1e3:10.3f} ms +-{one['spread']:4.0%}"
-            f" {one['rows_s'] / 1e6:9.4g} M rows/s {rate:8.4g} {unit}"
+            f" {one['rows_s']:9.4g} rows/s {rate:8.4g} {unit}"
             + (f" {share:7.3f} of ceiling" if share else "")
             + f"   ours is {one['ours_is']:7.3g}x{error}"
         )

@@ -62,6 +62,15 @@ def _lines() -> list[Line]:
     found.append(Line("covariance", "cpu", F32, 768, 65_536, ci=True))
     found += [Line("whitening", "cpu", F64, d, d, ci=d == 512) for d in (512, 768, 1024)]
     found += [Line("transport", "cpu", F64, d, d) for d in (512, 768)]
+    for cache in ("cached", "cold"):
+        found.append(Line("read", "cpu", F16, 768, 400_000, "npy", cache))
+        found.append(Line("apply", "cpu", F16, 768, 400_000, "npy", cache))
+        found.append(Line("align", "cpu", F16, 768, 100_000, "npy", cache, ci=cache == "cached"))
+    for kind in ("parquet list", "parquet fixed-size list", "parquet fixed-size binary"):
+        ci = kind == "parquet list"
+        found.append(Line("read", "cpu", F16, 768, 100_000, kind, "cached", ci))
+    found += [Line("training_step", "cpu", F32, 768, n, f"K={k}") for k, n in ((576, 4), (16, 32))]
+    found += [Line("embed", "cpu", F32, 256, 192, kind, "cached") for kind in ("images", "texts")]
     return found + _on_a_gpu()
 
 
@@ -73,19 +82,22 @@ def _on_a_gpu() -> list[Line]:
         found += [Line(op, "cuda", dtype, 1024, 1 << 19) for dtype in (BF16, F32)]
     found.append(Line("covariance", "cuda", F32, 768, 1 << 19))
     found += [Line("whitening", "cuda", F64, d, d) for d in (768, 1024, 2048)]
+    found += [Line("embed", "cuda", F16, 256, 16_384, kind, "cached") for kind in ("images", "texts")]
     return found
 
 
 TABLE = _lines()
 
 
-def of(op: str) -> pytest.MarkDecorator:
-    """The lines of an op as parameters of its benchmark, ``line``."""
+def of(op: str, kind: str = "") -> pytest.MarkDecorator:
+    """The lines of an op (whose kind begins so) as parameters of its benchmark, ``line``."""
     made = []
     for line in TABLE:
-        if line.op != op or (line.device == "cuda" and not torch.cuda.is_available()):
+        if line.op != op or not line.kind.startswith(kind):
             continue
-        words = (line.kind, line.device, timing.case_name(line.dtype), f"D{line.dimension}")
+        if line.device == "cuda" and not torch.cuda.is_available():
+            continue
+        words = (line.kind.replace(" ", "_"), line.device, timing.case_name(line.dtype), f"D{line.dimension}")
         name = "-".join([*filter(None, words), f"N{line.rows}", line.cache])
         made.append(pytest.param(line, id=name, marks=[pytest.mark.ci] * line.ci))
     return pytest.mark.parametrize("line", made)
