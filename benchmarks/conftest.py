@@ -1,9 +1,9 @@
 """The suite's options, its fixtures, and what it prints and writes at the end.
 
-    pytest benchmarks/                                     # everything, the table, no file
-    pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
-    pytest benchmarks/ --compare benchmarks/results/cpu.json   # ratios that changed beyond noise
-    pytest benchmarks/ --ci                                # CI's subset, against results/ci.json
+pytest benchmarks/                                     # everything, the table, no file
+pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
+pytest benchmarks/ --compare benchmarks/results/cpu.json   # ratios that changed beyond noise
+pytest benchmarks/ --ci                                # CI's subset, against results/ci.json
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "ci: a case of the subset that CI runs")
     config.option.benchmark_quiet = True  # our table has what its table has
     timing.ROUNDS = config.getoption("--rounds") or timing.ROUNDS
     timing.THREADS = config.getoption("--threads") or timing.THREADS
+    timing.SECONDS = 1.5 if config.getoption("--ci") else timing.SECONDS
     peers.COMPILE = not (config.getoption("--no-compile") or config.getoption("--ci"))
 
 
@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _in_ci(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ci") is not None
+    line = item.callspec.params.get("line") if hasattr(item, "callspec") else None
+    return line is not None and line.ci
 
 
 @pytest.fixture(autouse=True)

@@ -120,9 +120,7 @@ def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> peer
     mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
     for what, function in compiled.items():
         if peers.COMPILE:
-            found[f"{what} ({name})"] = whole(
-                torch.compile(function, dynamic=False, mode=mode)
-            )
+            found[f"{what} ({name})"] = whole(torch.compile(function, dynamic=False, mode=mode))
         else:
             missing.append(f"{what} (left out: --no-compile)")
     if device == "cuda":
