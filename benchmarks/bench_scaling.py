@@ -59,9 +59,7 @@ def bench_time_against_n(benchmark, show):
     rows = inputs.random_rows(F16, columns, largest)
     out = torch.zeros_like(rows)
     counts = [n for n in (10_000, 30_000, 100_000, 300_000) if n < largest / 2] + [largest]
-    fixed = (
-        f"D={columns} float16, {timing.THREADS} threads, up to what fits {budget / 2**30:.1f} GiB"
-    )
+    fixed = f"D={columns} float16, {timing.THREADS} threads, to {budget / 2**30:.1f} GiB"
     series = {op: Series(op, "seconds", "N", fixed, 1) for op in ("sum_rows", "align_rows")}
     few = "D=768 float16, to 100,000"
     series |= {op: Series(op, "seconds", "N", few, 1) for op in ("add_scatter_", "map_rows")}

@@ -1,8 +1,8 @@
 """The float64 algebra on covariances: whitening, and transport from one to another.
 
-The ceiling is the decomposition that both need, torch's ``eigh`` in float64 (the LAPACK it brings, on
-a GPU cuSOLVER), one for whitening and two for transport. Errors are residuals: of ``W S W' - I`` in the spectral norm, and
-of ``A S_y A - S_x`` over ``S_x``. The covariance has condition 1e4.
+The ceiling is the decomposition that both need, torch's ``eigh`` in float64 (the LAPACK it brings,
+on a GPU cuSOLVER), one for whitening and two for transport. Errors are residuals: of ``W S W' - I``
+in the spectral norm, and of ``A S_y A - S_x`` over ``S_x``. The covariance has condition 1e4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What CI judges: the ratios of a case against the committed ones, measured again before it fails."""
+"""What CI judges: the ratios of a case against the committed ones, measured again if one fell."""
 
 from __future__ import annotations
 

@@ -48,10 +48,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.option.benchmark_quiet = True  # our table has what its table has
-    timing.ROUNDS = config.getoption("--rounds") or timing.ROUNDS
+    in_ci = config.getoption("--ci")
+    timing.ROUNDS = config.getoption("--rounds") or (5 if in_ci else timing.ROUNDS)
     timing.THREADS = config.getoption("--threads") or timing.THREADS
-    timing.SECONDS = 1.5 if config.getoption("--ci") else timing.SECONDS
-    peers.COMPILE = not (config.getoption("--no-compile") or config.getoption("--ci"))
+    timing.SECONDS = 1.0 if in_ci else timing.SECONDS
+    peers.COMPILE = not (config.getoption("--no-compile") or in_ci)
 
 
 def pytest_collection_modifyitems(config, items):

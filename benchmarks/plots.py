@@ -127,9 +127,7 @@ def page(found: dict, out: Path) -> None:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise SystemExit(
-            "plots: expected two paths, python benchmarks/plots.py RESULTS.json OUT.png"
-        )
+        raise SystemExit("plots: expected two paths, python benchmarks/plots.py RUN.json OUT.png")
     page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
 
 

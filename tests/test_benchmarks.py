@@ -16,7 +16,6 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 
 import covariance_peers
 import four_pass_numpy
@@ -207,7 +206,7 @@ def test_pytest_fails_prints_and_writes(tmp_path):
     shutil.copytree(BENCHMARKS, copied, ignore=shutil.ignore_patterns("bench_*", "__pycache__"))
     (copied / "bench_wrong.py").write_text(WRONG)
     (tmp_path / "pytest.ini").write_text(
-        "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\naddopts = --strict-markers"
+        "[pytest]\npython_files = bench_*.py\npython_functions = bench_*"
     )
     words = ["-m", "pytest", "benchmarks", "--results", "found.json", "--rounds", "2"]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
