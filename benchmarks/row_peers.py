@@ -117,10 +117,9 @@ def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> peer
     """The peers that there are on this device, for this dtype."""
     name = f"torch {torch.__version__}"
     found, missing = {f"torch eager float32 ({name})": whole(in_blocks)}, []
-    mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
     for what, function in compiled.items():
         if peers.COMPILE:
-            found[f"{what} ({name})"] = whole(torch.compile(function, dynamic=False, mode=mode))
+            found[f"{what} ({name})"] = whole(torch.compile(function, dynamic=False))
         else:
             missing.append(f"{what} (left out: --no-compile)")
     if device == "cuda":

@@ -30,7 +30,7 @@ class Line(NamedTuple):
     @property
     def peers(self) -> bool:
         """Whether its peers run too: one width says enough, and they take most of the time."""
-        return self.cache == "cold" and (self.device == "cuda" or self.dimension == 768)
+        return self.cache == "cold" and self.dimension == (1024 if self.device == "cuda" else 768)
 
     @property
     def exact(self) -> bool:

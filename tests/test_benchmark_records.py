@@ -7,19 +7,15 @@ import json
 import math
 import random
 import time
-from pathlib import Path
-
-import pytest
-import torch
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 import ci
 import plots
+import pytest
 import records
 import scaling
 import table
 import timing
+import torch
 
 F32 = torch.float32
 

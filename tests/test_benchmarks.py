@@ -11,22 +11,20 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 import covariance_peers
 import four_pass_numpy
 import inputs
 import memory
+import numpy as np
 import peers
+import pytest
 import records
 import row_peers
 import table
 import timing
+import torch
 
+BENCHMARKS = Path(timing.__file__).parent
 F32 = torch.float32
 
 
