@@ -88,6 +88,8 @@ def bench_read_npy(line, folder, measure):
     )
     case.add("read", lambda _: ours(folder), "ours")
     case.add("dd", lambda _: ceilings.dd(paths), "ceiling")
+    if line.cache == "cold":
+        case.add("dd past the cache", lambda _: ceilings.dd(paths, "iflag=direct"), "ceiling")
     case.add("read through mmap", lambda _: through_mmap(folder), "variant")
     case.add(f"np.load mapped (numpy {np.__version__})", lambda _: numpy_mapped(folder))
     reader = "embedding-reader", "embedding_reader", lambda _: embedding_reader(folder)

@@ -1,8 +1,7 @@
 """The offline pipeline, files to aligned files, against the four-pass method in numpy float64.
 
 `align` reads the text three times and the images once and writes the text; the ceiling moves the
-same bytes with dd and cp and syncs them. The truth is what the numpy script wrote. Peak memory of
-either is what the process grew by (`memory.py`).
+same bytes with dd and cp and syncs them. The truth is what the numpy script wrote.
 """
 
 from __future__ import annotations

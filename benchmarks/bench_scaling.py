@@ -25,7 +25,7 @@ from realign_fast.passes import Settings
 from realign_fast.pipeline import align
 
 F16 = torch.float16
-LARGEST = 3 << 30  # bytes of rows and result; a third of what is free, if that is less
+LARGEST = 2 << 30  # bytes of rows and result; a third of what is free, if that is less
 ROUNDS = 3
 
 

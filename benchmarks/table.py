@@ -48,23 +48,23 @@ def _lines() -> list[Line]:
     for op, kinds in (("sum_rows", ("plain", "drift")), ("align_rows", ("",))):
         for kind in kinds:
             for dimension in (512, 768, 1024, 1280, 4096):
-                count = 131_072 if dimension < 4096 else 32_768
+                count = 65_536 if dimension < 4096 else 16_384
                 ci = dimension == 768 and kind != "drift"
                 found.append(Line(op, "cpu", F16, dimension, count, kind, ci=ci))
-            found.append(Line(op, "cpu", BF16, 768, 131_072, kind))
-            found += [Line(op, "cpu", F32, dimension, 65_536, kind) for dimension in (768, 1280)]
+            found.append(Line(op, "cpu", BF16, 768, 65_536, kind))
+            found += [Line(op, "cpu", F32, dimension, 32_768, kind) for dimension in (768, 1280)]
             found.append(Line(op, "cpu", F16, 768, 4096, kind, "warm"))
     for dtype in (F32, F16):
         for dimension in (512, 768, 1024, 1280):
             ci = dtype == F32 and dimension == 768
-            found.append(Line("add_scatter_", "cpu", dtype, dimension, 65_536, ci=ci))
+            found.append(Line("add_scatter_", "cpu", dtype, dimension, 32_768, ci=ci))
             found.append(Line("map_rows", "cpu", dtype, dimension, 32_768, ci=ci))
     found.append(Line("covariance", "cpu", F32, 768, 65_536))
     found += [Line("whitening", "cpu", F64, d, d) for d in (512, 768, 1024)]
     found += [Line("transport", "cpu", F64, d, d) for d in (512, 768)]
     for cache in ("cached", "cold"):
-        found.append(Line("read", "cpu", F16, 768, 400_000, "npy", cache))
-        found.append(Line("apply", "cpu", F16, 768, 400_000, "npy", cache))
+        found.append(Line("read", "cpu", F16, 768, 200_000, "npy", cache))
+        found.append(Line("apply", "cpu", F16, 768, 200_000, "npy", cache))
         found.append(Line("align", "cpu", F16, 768, 100_000, "npy", cache))
     for kind in ("parquet list", "parquet fixed-size list", "parquet fixed-size binary"):
         ci = kind == "parquet list"

@@ -21,7 +21,7 @@ import torch
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ROUNDS = 9
-SECONDS = 3.0  # of one candidate in one case: a slow one takes fewer rounds, at least SLOWEST
+SECONDS = 2.0  # of one candidate in one case: a slow one takes fewer rounds, at least SLOWEST
 SLOWEST = 3
 
 
