@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import cycle
 
 import inputs
 import memory
@@ -37,19 +38,41 @@ def seconds(call: Callable[[], object]) -> list[float]:
     return [clock(lambda _: call(), None) for _ in range(rounds)]
 
 
-def calls(rows: Tensor, out: Tensor) -> dict[str, tuple[float, Callable[[], object]]]:
-    """Every op on rows [N, D], and how its time grows with D."""
-    columns = rows.shape[1]
-    row_map, centre = inputs.random_map(columns), rows[:64].float().mean(dim=0)
-    kind = {"dtype": torch.float64}
-    matrix = torch.eye(columns, **kind)
-    sums = torch.zeros(columns, columns, **kind), torch.zeros(columns, **kind)
+def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:
+    """So many rows at a time, one part after the other: no part is in a cache when it comes."""
+    turn = cycle(rows.split(count)[: max(1, len(rows) // count)])
+    return lambda: next(turn)
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def row_ops(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
+    """The ops that memory limits, on the rows that come next."""
+    row_map = inputs.random_map(feed().shape[1])
     return {
-        "sum_rows": (1, lambda: sum_rows(rows)),
-        "align_rows": (1, lambda: align_rows(rows, *row_map, out=out)),
-        "add_scatter_": (2, lambda: add_scatter_(*sums, rows, centre)),
-        "map_rows": (2, lambda: align_rows(rows, matrix, *row_map[1:], out=out)),
+        "sum_rows": lambda: sum_rows(feed()),
+        "align_rows": lambda: align_rows(feed(), *row_map, out=out()),
     }
+
+
+def products(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
+    """The ops that arithmetic limits."""
+    columns, kind = feed().shape[1], {"dtype": torch.float64}
+    row_map, centre = inputs.random_map(columns), feed()[:64].float().mean(dim=0)
+    sums = torch.zeros(columns, columns, **kind), torch.zeros(columns, **kind)
+    matrix = torch.eye(columns, **kind)
+    return {
+        "add_scatter_": lambda: add_scatter_(*sums, feed(), centre),
+        "map_rows": lambda: align_rows(feed(), matrix, *row_map[1:], out=out()),
+    }
+
+
+def measure_all(series: dict[str, Series], size: int, calls: Calls, **facts: object) -> None:
+    """A point more of every series; those that are not there begin, with these facts."""
+    for op, call in calls.items():
+        one = series.setdefault(op, Series(op, "seconds", **facts))
+        one.add(size, seconds(call))
 
 
 def bench_time_against_n(benchmark, show):
@@ -58,34 +81,36 @@ def bench_time_against_n(benchmark, show):
     largest = budget // (2 * columns * F16.itemsize)
     rows = inputs.random_rows(F16, columns, largest)
     out = torch.zeros_like(rows)
-    counts = [n for n in (10_000, 30_000, 100_000, 300_000) if n < largest / 2] + [largest]
-    fixed = f"D={columns} float16, {timing.THREADS} threads, to {budget / 2**30:.1f} GiB"
-    series = {op: Series(op, "seconds", "N", fixed, 1) for op in ("sum_rows", "align_rows")}
-    few = "D=768 float16, to 100,000"
-    series |= {op: Series(op, "seconds", "N", few, 1) for op in ("add_scatter_", "map_rows")}
-    for count in counts:
-        for op, (_, call) in calls(rows[:count], out[:count]).items():
-            if op in ("sum_rows", "align_rows") or count <= 100_000:
-                series[op].add(count, seconds(call))
+    fixed = f"D={columns} float16, {timing.THREADS} threads"
+    series: dict[str, Series] = {}
+    for count in [*(n for n in (10_000, 30_000, 100_000, 300_000) if n < largest / 2), largest]:
+        buffers = parts(rows, count), parts(out, count)
+        facts = {"against": "N", "fixed": fixed, "theory": 1}
+        measure_all(series, count, row_ops(*buffers), **facts)
+        if count <= 100_000:
+            measure_all(series, count, products(*buffers), **facts)
     for one in series.values():
         show(one)
     benchmark.pedantic(sum_rows, (rows,), rounds=1)
 
 
 def bench_time_against_d(benchmark, show):
-    count = 4096
     series: dict[str, Series] = {}
+    facts = {"against": "D"}
     for columns in (256, 512, 1024, 2048, 4096, 8192):
-        rows = inputs.random_rows(F16, columns, count)
-        for op, (theory, call) in calls(rows, torch.zeros_like(rows)).items():
-            one = series.setdefault(op, Series(op, "seconds", "D", f"N={count} float16", theory))
-            one.add(columns, seconds(call))
-    whitening = Series("whitening", "seconds", "D", "float64", 3)
+        rows = inputs.random_rows(F16, columns, 16_384)
+        buffers = inputs.Rotation(rows), inputs.Rotation(torch.zeros_like(rows))
+        fixed = "N=16384 float16"
+        measure_all(series, columns, row_ops(*buffers), fixed=fixed, theory=1, **facts)
+        few = [lambda one=one: one()[:4096] for one in buffers]
+        fixed = "N=4096 float16"
+        measure_all(series, columns, products(*few), fixed=fixed, theory=2, **facts)
     for columns in (256, 512, 1024, 2048):
         rows = torch.randn(2 * columns, columns, dtype=torch.float64)
         covariance = rows.T @ rows / len(rows)
-        whitening.add(columns, seconds(lambda given=covariance: whiten.whitening(given)))
-    for one in [*series.values(), whitening]:
+        calls = {"whitening": lambda given=covariance: whiten.whitening(given)}
+        measure_all(series, columns, calls, fixed="float64", theory=3, **facts)
+    for one in series.values():
         show(one)
     benchmark.pedantic(whiten.whitening, (covariance[:256, :256],), rounds=1)
 
@@ -93,15 +118,15 @@ def bench_time_against_d(benchmark, show):
 def bench_time_against_threads(benchmark, show):
     if timing.THREADS < 2:
         pytest.skip("one processor: nothing to compare")
-    rows = inputs.random_rows(F16, 768, 100_000)
-    out = torch.zeros_like(rows)
+    rows = inputs.random_rows(F16, 768, 65_536)
+    buffers = inputs.Rotation(rows), inputs.Rotation(torch.zeros_like(rows))
     counts = [1 << k for k in range(timing.THREADS.bit_length()) if 1 << k <= timing.THREADS]
-    fixed = "N=100000 D=768 float16"
-    series = {op: Series(op, "seconds", "threads", fixed, -1) for op in calls(rows, out)}
+    series: dict[str, Series] = {}
+    facts = {"against": "threads", "fixed": "N=65536 D=768 float16"}
     for threads in counts:
         torch.set_num_threads(threads)
-        for op, (_, call) in calls(rows, out).items():
-            series[op].add(threads, seconds(call))
+        measure_all(series, threads, row_ops(*buffers), theory=None, **facts)
+        measure_all(series, threads, products(*buffers), theory=-1, **facts)
     for one in series.values():
         show(one)
     benchmark.pedantic(sum_rows, (rows,), rounds=1)
@@ -134,7 +159,7 @@ def bench_files_against_n_shards_and_workers(tmp_path, benchmark, show):
         if not folder.exists():
             write_side(folder, rows[:count], shards)
         chosen = Settings(progress=False, mode="overwrite", workers=workers)
-        out = tmp_path / "out"
+        out = tmp_path / f"{name}-out"
         return lambda: align(Corpus(folder), Corpus(images), out, chosen)
 
     fixed = "D=768 float16 npy, 20,000 images, cached"

@@ -95,7 +95,7 @@ def error_and_speed(axes: Axes, cases: list[dict]) -> None:
 def scaling(axes: Axes, series: list[dict]) -> None:
     """Time over its first value against size over its first, with the fitted slopes."""
     for one in series:
-        if one["what"] != "seconds" or one["against"] not in ("N", "D") or not one["values"]:
+        if one["what"] != "seconds" or one["against"] not in ("N", "D") or not one["slope"]:
             continue
         xs = [x / one["sizes"][0] for x in one["sizes"]]
         ys = [y / one["values"][0] for y in one["values"]]

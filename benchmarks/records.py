@@ -66,10 +66,11 @@ def case_lines(case: timing.Case) -> list[str]:
     for one in summary(case)["candidates"]:
         rate, unit = (one["gb_s"], "GB/s") if case.limit == "bytes" else (one["gf_s"], "GF/s")
         share = one["share_of_ceiling"]
+        spread = "" if one["spread"] is None else f"+-{one['spread']:4.0%}"
         error = "" if one["error"] is None else f"   error {one['error']:.1e}"
         name = one["name"] + (" (the ceiling)" if one["role"] == "ceiling" else "")
         lines.append(
-            f"  {name:44} {one['seconds'] * 1e3:10.3f} ms +-{one['spread']:4.0%}"
+            f"  {name:44} {one['seconds'] * 1e3:10.3f} ms {spread:6}"
             f" {one['rows_s']:9.4g} rows/s {rate:8.4g} {unit}"
             + (f" {share:7.3f} of ceiling" if share else "")
             + f"   ours is {one['ours_is']:7.3g}x{error}"
@@ -107,7 +108,7 @@ def _candidate(case: timing.Case, name: str) -> dict[str, object]:
         "name": name,
         "role": one.role,
         "seconds": seconds,
-        "spread": timing.spread(one.seconds),
+        "spread": timing.spread(one.seconds) if len(one.seconds) > 1 else None,
         "rows_s": case.rows / seconds,
         "gb_s": case.bytes / seconds / 1e9,
         "gf_s": case.flops / seconds / 1e9,
@@ -206,8 +207,29 @@ def noise(*runs: list[float]) -> float:
 
 
 def fallen(before: list[dict], now: list[dict], by: float) -> list[Change]:
-    """The ratios that are less than ``1 - by`` of what they were."""
-    return [one for one in changes(before, now) if one.now < (1 - by) * one.before]
+    """The ratios that are less than ``1 - by`` of what they were, median and fastest.
+
+    Neighbours on a machine move medians of rounds; the fastest rounds are those that they spared.
+    A kernel that became slower is slower in both.
+    """
+    old, new = fastest(before), fastest(now)
+    return [
+        one
+        for one in changes(before, now)
+        if one.now < (1 - by) * one.before
+        and new[one.case, one.candidate] < (1 - by) * old[one.case, one.candidate]
+    ]
+
+
+def fastest(found: list[dict]) -> dict[tuple[str, str], float]:
+    """The ratio of the fastest rounds, by case and candidate."""
+    ratios = {}
+    for case in (one for one in found if one["record"] == "case" and one["candidates"]):
+        (ours,) = (one for one in case["candidates"] if one["role"] == "ours")
+        for one in case["candidates"]:
+            ratio = min(one["all_seconds"]) / min(ours["all_seconds"])
+            ratios[case["name"], one["name"].split(" (")[0]] = ratio
+    return ratios
 
 
 def other_machine(before: dict[str, object], now: dict[str, object]) -> str:

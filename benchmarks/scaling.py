@@ -42,11 +42,16 @@ class Series:
             f"{size}: {value:.3g}" for size, value in zip(self.sizes, self.values, strict=True)
         )
         head = f"{self.op}: {self.what} against {self.against}, {self.fixed}"
-        return [f"{head}: slope {self.slope:.2f}{theory}", f"  {points}"]
+        fitted = "nothing grows" if math.isnan(self.slope) else f"slope {self.slope:.2f}{theory}"
+        return [f"{head}: {fitted}", f"  {points}"]
 
     def summary(self) -> dict[str, object]:
         facts = {"record": "series", "name": f"{self.op} {self.what} against {self.against}"}
-        return facts | vars(self) | {"slope": self.slope, "straight": self.straight}
+        return (
+            facts
+            | vars(self)
+            | {"slope": None if math.isnan(self.slope) else self.slope, "straight": self.straight}
+        )
 
 
 def slope(sizes: list[float], values: list[float]) -> float:

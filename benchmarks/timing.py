@@ -9,7 +9,6 @@ larger than the caches and are used in turn ("cold"), or in one that fits ("warm
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
@@ -179,9 +178,7 @@ class Case:
 
 
 def spread(times: list[float]) -> float:
-    """Half the distance between the quartiles, over the median."""
-    if len(times) < 2:
-        return math.nan
+    """Half the distance between the quartiles, over the median; of two times and more."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / 2 / middle
 
