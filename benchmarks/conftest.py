@@ -49,6 +49,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.option.benchmark_quiet = True  # our table has what its table has
     in_ci = config.getoption("--ci")
+    if config.getoption("--commit") and not in_ci:
+        raise pytest.UsageError("--commit writes the ratios of the subset: give --ci with it")
     timing.ROUNDS = config.getoption("--rounds") or (5 if in_ci else timing.ROUNDS)
     timing.THREADS = config.getoption("--threads") or timing.THREADS
     timing.SECONDS = 1.0 if in_ci else timing.SECONDS

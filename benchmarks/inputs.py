@@ -37,13 +37,13 @@ class Rotation:
 
 def random_rows(dtype: torch.dtype, dimension: int, count: int, device: str = "cpu") -> Tensor:
     """Unit rows [N, D] with a common mean of norm 0.7, much like CLIP's."""
-    generator = torch.Generator().manual_seed(dimension)
-    centre = torch.nn.functional.normalize(torch.randn(dimension, generator=generator), dim=0)
-    rows = torch.empty(count, dimension, dtype=dtype)
+    kind = {"generator": torch.Generator(device).manual_seed(dimension), "device": device}
+    centre = torch.nn.functional.normalize(torch.randn(dimension, **kind), dim=0)
+    rows = torch.empty(count, dimension, dtype=dtype, device=device)
     for part in rows.split(1 << 14):
-        noise = torch.randn(part.shape, generator=generator) / dimension**0.5
+        noise = torch.randn(part.shape, **kind) / dimension**0.5
         part.copy_(torch.nn.functional.normalize(centre + noise, dim=1))
-    return rows.to(device)
+    return rows
 
 
 def random_map(dimension: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

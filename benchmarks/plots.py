@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 
 OPS = ("sum_rows", "align_rows", "add_scatter_", "map_rows", "covariance", "whitening", "transport")
 OPS += ("read", "apply", "align", "training_step", "embed")
-COLOURS = dict(zip(OPS, plt.get_cmap("tab20").colors, strict=False))
+_PALETTE = plt.get_cmap("tab20").colors
+COLOURS = dict(zip(OPS, _PALETTE[::2] + _PALETTE[1::2], strict=False))
 ROOFS = {"sum_rows": "read", "align_rows": "copy", "add_scatter_": "product", "map_rows": "product"}
 
 

@@ -78,7 +78,7 @@ def _on_a_gpu() -> list[Line]:
     found = []
     for op in ("sum_rows", "align_rows", "add_scatter_", "map_rows"):
         for dimension in (768, 1024, 1280, 4096):
-            found.append(Line(op, "cuda", F16, dimension, (1 << 30) // dimension))
+            found.append(Line(op, "cuda", F16, dimension, (1 << 29) // dimension))
         found += [Line(op, "cuda", dtype, 1024, 1 << 19) for dtype in (BF16, F32)]
     found.append(Line("covariance", "cuda", F32, 768, 1 << 19))
     found += [Line("whitening", "cuda", F64, d, d) for d in (768, 1024, 2048)]
