@@ -34,6 +34,9 @@ def bench_map_rows(line, measure):
     )
     case.add("map_rows", lambda rows: align_rows(rows, *row_map, out=outs()), "ours")
     case.add("product", ceilings.product(row_map[0], count, dtype), "ceiling")
+    if device == "cpu":  # torch brings another BLAS
+        wide, single, bare = rows.float(), row_map[0].float(), torch.empty(count, columns)
+        case.add("torch.mm", lambda _: torch.mm(wide, single, out=bare), "ceiling")
     if line.peers:
         case.add_peers(*row_peers.of_align_rows(row_map, outs, dtype, device, exact=False))
     measure(case)

@@ -151,7 +151,7 @@ def bench_memory_against_n(benchmark, show):
 
 def bench_files_against_n_shards_and_workers(tmp_path, benchmark, show):
     """`align`: time as N, memory flat; neither shards nor (on a busy disk) workers matter much."""
-    rows = inputs.random_rows(F16, 768, 200_000)
+    rows = inputs.random_rows(F16, 768, 400_000)
     images = write_side(tmp_path / "image", rows[:20_000].roll(1, 1), 1)[0].parent
 
     def run(name: str, shards: int, count: int, workers: int = 1) -> Callable[[], object]:
@@ -163,10 +163,10 @@ def bench_files_against_n_shards_and_workers(tmp_path, benchmark, show):
         return lambda: align(Corpus(folder), Corpus(images), out, chosen)
 
     fixed = "D=768 float16 npy, 20,000 images, cached"
-    took = Series("align", "seconds", "N", f"4 shards, {fixed}", 1)
-    used = Series("align", "bytes", "N", f"4 shards, {fixed}", 0)
-    for count in (25_000, 50_000, 100_000, 200_000):
-        call = run(f"n{count}", 4, count)
+    took = Series("align", "seconds", "N", f"1 shard, {fixed}", 1)
+    used = Series("align", "bytes", "N", f"1 shard, {fixed}", 0)
+    for count in (100_000, 200_000, 400_000):  # from the size of the windows of a file on
+        call = run(f"n{count}", 1, count)
         took.add(count, seconds(call))
         if memory.known():
             used.add(count, [memory.peak(call)])
@@ -179,5 +179,5 @@ def bench_files_against_n_shards_and_workers(tmp_path, benchmark, show):
     for one in (took, used, shards, workers):
         if one.sizes:
             show(one)
-    benchmark.pedantic(run("n25000", 4, 25_000), rounds=1)
+    benchmark.pedantic(run("n100000", 1, 100_000), rounds=1)
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -59,7 +59,7 @@ def _lines() -> list[Line]:
             ci = dtype == F32 and dimension == 768
             found.append(Line("add_scatter_", "cpu", dtype, dimension, 32_768, ci=ci))
             found.append(Line("map_rows", "cpu", dtype, dimension, 32_768, ci=ci))
-    found.append(Line("covariance", "cpu", F32, 768, 65_536))
+    found.append(Line("covariance", "cpu", F32, 768, 32_768))
     found += [Line("whitening", "cpu", F64, d, d) for d in (512, 768, 1024)]
     found += [Line("transport", "cpu", F64, d, d) for d in (512, 768)]
     for cache in ("cached", "cold"):
