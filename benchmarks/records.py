@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -124,7 +125,10 @@ def write(path: Path, found: list[dict[str, object]]) -> None:
     """A json with everything, and beside it a csv with a line for each candidate of each case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = machine()
-    path.write_text(json.dumps({"machine": where, "results": found}, indent=1) + "\n")
+    text = json.dumps({"machine": where, "results": found}, indent=1)
+    numbers = re.compile(r"\[\s+([-+.\deE,\s]+?)\s+\]")  # a list of them on one line
+    text = numbers.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    path.write_text(text + "\n")
     lists = ("ratios", "all_seconds", "candidates", "missing", "record", "name")
     with open(path.with_suffix(".csv"), "w", newline="") as file:
         writer = None

@@ -156,7 +156,7 @@ def test_slopes():
 
 
 def test_plots_are_drawn(tmp_path):
-    case = make_case(op="sum_rows").run()
+    case = make_case(op="sum_rows", dimension=768).run()
     line = scaling.Series("sum_rows", "seconds", "N", "D=2", 1, [1, 2], [1.0, 2.0])
     records.write(tmp_path / "x.json", [records.summary(case), line.summary()])
     plots.page(records.load(tmp_path / "x.json"), tmp_path / "x.png")
