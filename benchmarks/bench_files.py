@@ -1,132 +1,134 @@
 """Files, cold and cached: reading npy against dd, and `apply` against cp on the same files.
 
-Cold: before each turn the pages of the files are dropped. dd reads in blocks of 16 MiB, through the
-page cache and past it (O_DIRECT). Copies are compared twice: cp alone, which returns while its
-result still lies in memory, and cp with a sync of its result, which is what `apply` does with its
-own. Bytes are those of the source, counted once.
+Cold: before each turn the pages of the files are dropped. What `apply` writes is synced, so the
+copy is too. Bytes read and bytes written both count. The checksum, a sum of the first column,
+looks into every page.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import ceilings
+import inputs
+import numpy as np
+import peers
 import pytest
+import row_peers
+import table
 import timing
-import torch
 
 from realign_fast import ReAlign
-from realign_fast.corpus import Corpus, ShardWriter, native, reading
+from realign_fast.corpus import Corpus, ShardWriter, native
 from realign_fast.passes import Settings
 from realign_fast.pipeline import Run
 
-DIMENSION, SHARDS, SHARD_ROWS = 768, 2, 500_000  # 1.5 GB
+SHARDS = 2
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("files") / "text"
-    rows = timing.random_rows(torch.float16, DIMENSION, SHARD_ROWS)
+def folder(tmp_path_factory) -> Path:
+    """Two shards of npy."""
+    made = tmp_path_factory.mktemp("files") / "text"
+    (line,) = {(one.dtype, one.dimension, one.rows) for one in table.TABLE if one.op == "apply"}
+    dtype, columns, count = line
+    rows = inputs.random_rows(dtype, columns, count // SHARDS)
     for index in range(SHARDS):
-        path = folder / f"emb_{index}.npy"
-        with ShardWriter(path, SHARD_ROWS, DIMENSION, torch.float16) as writer:
+        path = made / f"emb_{index}.npy"
+        with ShardWriter(path, len(rows), columns, dtype) as writer:
             writer.write(rows)
-    return Corpus(folder)
+    return made
 
 
-@pytest.fixture(scope="module")
-def aligner() -> ReAlign:
-    text, image = (timing.random_rows(torch.float16, DIMENSION, 4096).roll(n, 1) for n in (0, 5))
-    return ReAlign.fit(text, image)
+def embedding_reader(folder: Path, kind: str = "npy") -> float:
+    """LAION's reader, which gives float32."""
+    from embedding_reader import EmbeddingReader
+
+    reader = EmbeddingReader(str(folder), file_format=kind)
+    batches = reader(batch_size=16_384, show_progress=False)
+    return sum(float(rows[:, 0].sum(dtype=np.float64)) for rows, _ in batches)
 
 
-def drop(paths: list[Path]) -> None:
-    """Leave nothing of these files in the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def ours(folder: Path) -> float:
+    """The batches of a corpus."""
+    batches = Corpus(folder).batches(batch_bytes=16 << 20)
+    return sum(float(one.rows[:, 0].double().sum()) for one in batches)
 
 
-def fill(paths: list[Path]) -> None:
-    """Have all of these files in the page cache."""
-    for path in paths:
-        path.read_bytes()
-
-
-def read(corpus: Corpus) -> None:
-    """Every batch, a word of each page of it."""
-    for batch in corpus.batches(batch_bytes=16 << 20):
-        batch.rows.view(torch.int64).view(-1)[::512].sum()
-
-
-def run(*words: object) -> None:
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
-
-
-def dd(corpus: Corpus, *flags: str) -> None:
-    for shard in corpus.shards:
-        run("dd", f"if={shard.path}", "of=/dev/null", "bs=16M", *flags)
-
-
-def copy(corpus: Corpus, out: Path, synced: bool) -> None:
-    for shard in corpus.shards:
-        run("cp", shard.path, out / shard.path.name)
-        if synced:
-            with open(out / shard.path.name, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def apply(corpus: Corpus, out: Path, aligner: ReAlign) -> None:
-    Run(Settings(progress=False)).apply(aligner, corpus, out)
-
-
-def with_python_reader(call: Callable[[], None]) -> Callable[[], None]:
+def through_mmap(folder: Path) -> float:
     """The same through Python's mmap, as where nothing was compiled."""
-
-    def do() -> None:
-        kept, native.io = native.io, None
-        try:
-            call()
-        finally:
-            native.io = kept
-
-    return do
+    kept, native.io = native.io, None
+    try:
+        return ours(folder)
+    finally:
+        native.io = kept
 
 
-def bench_cold_reading(corpus, benchmark, table):
-    assert reading.native.io, "the native reader was not built"
-    paths = [shard.path for shard in corpus.shards]
-    case = timing.Case("read_npy", corpus.dtype, DIMENSION, 2 * DIMENSION, 0.0, corpus.rows, "cold")
-    case.prepare = lambda: drop(paths)
-    case.add("ceiling", lambda: dd(corpus))
-    case.add("dd past the cache", lambda: dd(corpus, "iflag=direct"))
-    case.add("read_npy", lambda: read(corpus))
-    case.add("read_npy through mmap", with_python_reader(lambda: read(corpus)))
-    table(case.run())
-    benchmark.extra_info.update(case.summary())
-    benchmark.pedantic(read, (corpus,), setup=case.prepare, rounds=3)
+def numpy_mapped(folder: Path) -> float:
+    shards = (np.load(path, mmap_mode="r") for path in sorted(folder.iterdir()))
+    return sum(float(one[:, 0].sum(dtype=np.float64)) for one in shards)
 
 
-@pytest.mark.parametrize("state", ["cached", "cold"])
-def bench_apply(state, corpus, aligner, tmp_path, benchmark, table):
-    paths, out = [shard.path for shard in corpus.shards], tmp_path / "out"
-    case = timing.Case("apply", corpus.dtype, DIMENSION, 2 * DIMENSION, 0.0, corpus.rows, state)
+@table.of("read", "npy")
+def bench_read_npy(line, folder, measure):
+    assert native.io, "the native reader was not built"
+    paths = sorted(folder.iterdir())
+    truth = numpy_mapped(folder)
+    case = timing.Case(
+        **line.facts(),
+        bytes=sum(path.stat().st_size for path in paths),
+        flops=0,
+        limit="bytes",
+        error_of=lambda found: abs(found - truth),
+        tolerance=0.0,
+        prepare=partial(ceilings.drop if line.cache == "cold" else ceilings.fill, paths),
+    )
+    case.add("read", lambda _: ours(folder), "ours")
+    case.add("dd", lambda _: ceilings.dd(paths), "ceiling")
+    if line.cache == "cold":
+        case.add("dd past the cache", lambda _: ceilings.dd(paths, "iflag=direct"), "ceiling")
+    case.add("read through mmap", lambda _: through_mmap(folder), "variant")
+    case.add(f"np.load mapped (numpy {np.__version__})", lambda _: numpy_mapped(folder))
+    reader = "embedding-reader", "embedding_reader", lambda _: embedding_reader(folder)
+    case.add_peers(*peers.installed({"EmbeddingReader": reader}))
+    measure(case)
+
+
+@table.of("apply")
+def bench_apply(line, folder, tmp_path, measure):
+    paths, out = sorted(folder.iterdir()), tmp_path / "out"
+    kind = line.dtype, line.dimension, 4096
+    text, image = (inputs.random_rows(*kind).roll(step, 1) for step in (1, 5))
+    aligner = ReAlign.fit(text, image)
+    first = inputs.random_rows(line.dtype, line.dimension, line.rows // SHARDS)
+
+    def error_of(result: Path) -> float:
+        found = next(Corpus(result).batches(batch_bytes=1 << 30)).rows
+        return row_peers.align_rows_error(first[: len(found)], aligner.row_map, found)
 
     def prepare() -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        (fill if state == "cached" else drop)(paths)
+        (ceilings.drop if line.cache == "cold" else ceilings.fill)(paths)
         os.sync()
 
-    case.prepare = prepare
-    case.add("ceiling", lambda: copy(corpus, out, synced=True))
-    case.add("cp without a sync", lambda: copy(corpus, out, synced=False))
-    case.add("apply", lambda: apply(corpus, out, aligner))
-    table(case.run())
-    benchmark.extra_info.update(case.summary())
-    benchmark.pedantic(apply, (corpus, out, aligner), setup=case.prepare, rounds=3)
+    def apply(_: object) -> Path:
+        Run(Settings(progress=False)).apply(aligner, Corpus(folder), out)
+        return out
+
+    case = timing.Case(
+        **line.facts(),
+        bytes=2 * sum(path.stat().st_size for path in paths),
+        flops=12 * line.rows * line.dimension,
+        limit="bytes",
+        error_of=error_of,
+        tolerance=2**-11,
+        prepare=prepare,
+    )
+    case.add("apply", apply, "ours")
+    case.add("cp and sync", lambda _: ceilings.cp(paths, out), "ceiling")
+    measure(case)
     shutil.rmtree(out)

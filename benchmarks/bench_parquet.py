@@ -1,47 +1,59 @@
-"""Rows of a cached parquet file, read from its pages, against pyarrow's way to numpy.
+"""Rows of a cached parquet file, read from its pages, against pyarrow and embedding-reader.
 
-The ceiling is reading the same bytes from memory. Ours includes opening the file, looking through
-its levels and handing out batches of 4 MiB; pyarrow reads the column at once, which is its fastest
-way, and its numbers are not copied again.
+The ceiling is reading the same bytes from memory. pyarrow reads the column at once, which is its
+fastest way, and its numbers are not copied again.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import ceilings
+import inputs
 import numpy as np
+import peers
 import pytest
+import table
 import timing
-import torch
+from bench_files import embedding_reader, ours
 
 from realign_fast.corpus import Corpus
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-ROWS, DIMENSION = 200_000, 768
-SLOW = 3  # rounds for the peers that are slower by far
 
-
-@pytest.mark.parametrize("kind", ["list", "fixed-size list", "fixed-size binary"])
-def bench_parquet_pages(kind, tmp_path, benchmark, table):
-    rows = timing.random_rows(torch.float16, DIMENSION, ROWS)
+@table.of("read", "parquet")
+def bench_read_parquet(line, tmp_path, measure):
+    rows = inputs.random_rows(line.dtype, line.dimension, line.rows)
     path = tmp_path / "x.parquet"
-    pq.write_table(_table(rows.numpy(), kind), path, compression="none", use_dictionary=False)
+    made = _table(rows.numpy(), line.kind.removeprefix("parquet "))
+    pq.write_table(made, path, compression="none", use_dictionary=False)
+    del made
     why = Corpus(path).shards[0].why_decoded()
     assert why == "", f"not read directly: {why}"
-    for one in Corpus(path).batches():
-        same = torch.equal(one.rows, rows[one.first : one.first + len(one.rows)])
-        assert same, "no speed is printed for wrong results"
-    assert np.array_equal(np.concatenate(_pyarrow(path)), rows.numpy())
-    case = timing.Case("parquet_pages", rows.dtype, DIMENSION, 2 * DIMENSION, 0.0, ROWS, kind)
-    case.add("ceiling", timing.read_ceiling(rows))
-    case.add("parquet_pages", lambda: _batches(path))
-    case.add("pyarrow to_numpy", lambda: _pyarrow(path), SLOW)
-    case.add("pyarrow, mapped", lambda: _pyarrow(path, memory_map=True), SLOW)
-    table(case.run())
-    benchmark.extra_info.update(case.summary())
-    benchmark.pedantic(_batches, (path,), rounds=5, warmup_rounds=1)
+    truth = float(rows[:, 0].double().sum())
+    case = timing.Case(
+        **line.facts(),
+        bytes=rows.nbytes,
+        flops=0,
+        limit="bytes",
+        error_of=lambda found: abs(found - truth),
+        tolerance=0.0,
+    )
+    case.add("read", lambda _: ours(path), "ours")
+    case.add("read from memory", lambda _: ceilings.read(rows), "ceiling")
+    reader = "embedding-reader", "embedding_reader"
+    case.add_peers(
+        *peers.installed(
+            {
+                "to_numpy": ("pyarrow", "pyarrow", lambda _: _pyarrow(path, line)),
+                "to_numpy mapped": ("pyarrow", "pyarrow", lambda _: _pyarrow(path, line, True)),
+                "EmbeddingReader": (*reader, lambda _: embedding_reader(path.parent, "parquet")),
+            }
+        )
+    )
+    measure(case)
 
 
 def _table(rows: np.ndarray, kind: str) -> pa.Table:
@@ -58,19 +70,15 @@ def _table(rows: np.ndarray, kind: str) -> pa.Table:
     return pa.table([array], schema=pa.schema([field]))
 
 
-def _batches(path: Path) -> None:
-    for _ in Corpus(path).batches():
-        pass
-
-
-def _pyarrow(path: Path, **options: bool) -> list[np.ndarray]:
-    """`[n, D]` at a time, through the column's own way to numpy."""
-    parts = []
-    for array in pq.read_table(path, columns=["embedding"], **options)["embedding"].chunks:
+def _pyarrow(path: Path, line: table.Line, memory_map: bool = False) -> float:
+    """The checksum of a column through its own way to numpy."""
+    found = pq.read_table(path, columns=["embedding"], memory_map=memory_map)["embedding"]
+    total, columns = 0.0, line.dimension
+    for array in found.chunks:
         if pa.types.is_fixed_size_binary(array.type):
-            start, count = 2 * array.offset * DIMENSION, len(array) * DIMENSION
+            start, count = 2 * array.offset * columns, len(array) * columns
             flat = np.frombuffer(array.buffers()[1], np.float16, count, start)
         else:
             flat = array.flatten().to_numpy(zero_copy_only=False)
-        parts.append(flat.reshape(-1, DIMENSION))
-    return parts
+        total += float(flat.reshape(-1, columns)[:, 0].sum(dtype=np.float64))
+    return total

@@ -1,49 +1,48 @@
-"""sum_rows against reading the same bytes, torch.compile, eager torch and numpy float64."""
+"""sum_rows against reading the same bytes, torch.compile, eager torch, numpy and CuPy."""
 
 from __future__ import annotations
 
-import peers
-import pytest
+import ceilings
+import inputs
+import row_peers
+import table
 import timing
 import torch
+from torch import Tensor
 
 from realign_fast import ops, sum_rows
 from realign_fast.ops import reference
 
-SLOW = 3  # rounds for the peers that are slower by far
 
-
-@pytest.mark.parametrize("through", ["plain", "drift"])
-@pytest.mark.parametrize(("dtype", "dimension"), timing.ROW_CASES, ids=timing.case_name)
-def bench_sum_rows(dtype, dimension, through, benchmark, table):
-    rows = timing.random_rows(dtype, dimension)
-    row_map = timing.random_map(dimension)[:2] if through == "drift" else (None, None)
-    error = _error(rows, row_map)
-    assert error <= 1e-7, f"error {error:.1e}: no speed is printed for wrong results"
+@table.of("sum_rows")
+def bench_sum_rows(line, measure):
+    _, device, dtype, columns, count, kind, *_ = line
+    rows = inputs.random_rows(dtype, columns, count, device)
+    row_map = inputs.random_map(columns, device)[:2] if kind == "drift" else (None, None)
+    truth = _truth(rows, row_map)
     case = timing.Case(
-        "sum_rows", dtype, dimension, dimension * dtype.itemsize, error, len(rows), through
+        **line.facts(),
+        bytes=rows.nbytes,
+        flops=(8 if kind == "drift" else 4) * rows.numel(),
+        limit="bytes",
+        error_of=lambda total: float((total - truth).abs().max() / count),  # of the mean
+        tolerance=1e-7,
+        feed=inputs.Rotation(rows, line.cache),
     )
-    case.add("ceiling", timing.read_ceiling(rows))
-    case.add("sum_rows", lambda: sum_rows(rows, *row_map))
-    if ops.cpu_isa() == "avx512":
+    case.add("sum_rows", lambda rows: sum_rows(rows, *row_map).total, "ours")
+    case.add("read", ceilings.read, "ceiling")
+    if device == "cpu" and ops.cpu_isa() == "avx512":
         op, avx512 = torch.ops.realign_fast.sum_rows, ops.ISA_NAMES.index("avx512")
-        case.add("sum_rows on AVX-512", lambda: op(rows, *row_map, None, True, avx512))
-    if through == "plain" and dimension == 768:
-        compiled = torch.compile(peers.torch_sum_rows, dynamic=False)
-        exact = torch.compile(reference.sum_rows, dynamic=False)
-        case.add("torch.compile float32", lambda: compiled(rows))
-        case.add("torch.compile reference", lambda: exact(rows, None, None, None, True), SLOW)
-        case.add("torch eager float32", lambda: peers.torch_sum_rows(rows), SLOW)
-        if dtype != torch.bfloat16:  # numpy has none
-            case.add("numpy float64", lambda: peers.numpy_sum_rows(rows.numpy()), SLOW)
-    table(case.run())
-    benchmark.extra_info.update(case.summary())
-    benchmark.pedantic(sum_rows, (rows, *row_map), rounds=5, warmup_rounds=1)
+        other = lambda rows: op(rows, *row_map, None, True, avx512)[0]  # noqa: E731
+        case.add("sum_rows on AVX-512", other, "variant")
+    if line.peers and kind == "plain":
+        case.add_peers(*row_peers.of_sum_rows(dtype, device, line.exact))
+    measure(case)
 
 
-def _error(rows, row_map) -> float:
-    """Largest difference of the mean to float64, over all rows."""
-    truth = torch.zeros(rows.shape[1], dtype=torch.float64)
+def _truth(rows: Tensor, row_map: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """The sum in float64, over all rows."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(1 << 13):
-        truth += reference.sum_rows(part.double(), *row_map, None, True)[0]
-    return float((sum_rows(rows, *row_map).total - truth).abs().max() / len(rows))
+        total += reference.sum_rows(part.double(), *row_map, None, True)[0]
+    return total

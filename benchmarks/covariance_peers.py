@@ -1,15 +1,15 @@
 """Mean and covariance as the peers compute them, each through its fastest public path.
 
-A peer that is not installed is named as missing (``pip install '.[bench-peers]'``).
+What a library keeps of a covariance is put together again, so that it can be held against float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
 
 import numpy as np
+import peers
 import torch
 from torch import Tensor
 
@@ -17,7 +17,7 @@ Covariance = Callable[[Tensor], np.ndarray]  # rows [N, D] float32 -> [D, D], di
 
 
 def torch_cov(rows: Tensor) -> np.ndarray:
-    return torch.cov(rows.T, correction=0).numpy()
+    return torch.cov(rows.T, correction=0).cpu().numpy()
 
 
 def numpy_cov(rows: Tensor) -> np.ndarray:
@@ -28,20 +28,45 @@ def numpy_cov_float32(rows: Tensor) -> np.ndarray:
     return np.cov(rows.numpy(), rowvar=False, bias=True, dtype=np.float32)
 
 
-def sklearn_empirical(rows: Tensor) -> np.ndarray:
-    from sklearn.covariance import empirical_covariance
+def empirical(module: str) -> Covariance:
+    """scikit-learn's estimator, or what Intel's extension puts in its place."""
 
-    return empirical_covariance(rows.numpy())
+    def fit(rows: Tensor) -> np.ndarray:
+        estimators = import_module(f"{module}.covariance")
+        if module == "sklearn":
+            return estimators.empirical_covariance(rows.numpy())
+        return estimators.IncrementalEmpiricalCovariance().fit(rows.numpy()).covariance_
+
+    return fit
 
 
-def sklearn_pca(rows: Tensor) -> np.ndarray:
-    """What PCA(svd_solver="covariance_eigh") kept, put together again."""
-    from sklearn.decomposition import PCA
+def pca(module: str) -> Covariance:
+    """What PCA kept (by the covariance and its eigenvectors)."""
 
-    count = len(rows)
-    pca = PCA(svd_solver="covariance_eigh").fit(rows.numpy())
-    parts = pca.components_.astype(np.float64)
-    return (parts.T * pca.explained_variance_.astype(np.float64)) @ parts * (count - 1) / count
+    def fit(rows: Tensor) -> np.ndarray:
+        estimator = import_module(f"{module}.decomposition").PCA(svd_solver="covariance_eigh")
+        found = estimator.fit(rows.numpy())
+        axes = found.components_.astype(np.float64)
+        values = found.explained_variance_.astype(np.float64)
+        return (axes.T * values) @ axes * (len(rows) - 1) / len(rows)
+
+    return fit
+
+
+def cuml_pca(rows: Tensor) -> np.ndarray:
+    """cuML's PCA of rows on the GPU."""
+    import cupy
+    from cuml.decomposition import PCA
+
+    found = PCA(n_components=rows.shape[1], svd_solver="full").fit(cupy.from_dlpack(rows))
+    axes, values = (cupy.asnumpy(x) for x in (found.components_, found.explained_variance_))
+    return (axes.T * values) @ axes * (len(rows) - 1) / len(rows)
+
+
+def cupy_cov(rows: Tensor) -> np.ndarray:
+    import cupy
+
+    return cupy.asnumpy(cupy.cov(cupy.from_dlpack(rows), rowvar=False, bias=True))
 
 
 def faiss_pca(rows: Tensor) -> np.ndarray:
@@ -61,46 +86,76 @@ def concept_erasure_fitter(rows: Tensor) -> np.ndarray:
     """Its streaming Welford update in float32 batches; the sums for the concept are one column."""
     from concept_erasure import LeaceFitter
 
-    fitter = LeaceFitter(rows.shape[1], 1, dtype=torch.float32, shrinkage=False)
+    kind = {"dtype": torch.float32, "device": rows.device}
+    fitter = LeaceFitter(rows.shape[1], 1, **kind, shrinkage=False)
     for batch in rows.split(1 << 14):
         fitter.update(batch, batch[:, :1])
-    return fitter.sigma_xx.double().numpy() * (len(rows) - 1) / len(rows)
+    return fitter.sigma_xx.double().cpu().numpy() * (len(rows) - 1) / len(rows)
+
+
+class _AsTheyAre(torch.nn.Module):
+    """An image encoder whose images are rows already."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.num_features = columns
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, : self.num_features]
 
 
 def torchmetrics_sums(rows: Tensor) -> np.ndarray:
     """What its Frechet distance accumulates, with a feature extractor that gives the rows."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    extractor = torch.nn.Identity()
-    extractor.num_features = rows.shape[1]
-    metric = FrechetInceptionDistance(feature=extractor)
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(rows.shape[1]))
     for batch in rows.split(1 << 14):
         metric.update(batch, real=True)
-    mean = metric.real_features_sum / len(rows)
-    second = metric.real_features_cov_sum / len(rows)
-    return (second.double() - torch.outer(mean, mean).double()).numpy()
+    return _of_sums(metric.real_features_sum, metric.real_features_cov_sum, len(rows))
 
 
-PEERS: dict[str, tuple[str, Covariance]] = {
-    "torch.cov": ("torch", torch_cov),
-    "numpy.cov": ("numpy", numpy_cov),
-    "numpy.cov float32": ("numpy", numpy_cov_float32),
-    "sklearn empirical_covariance": ("scikit-learn", sklearn_empirical),
-    "sklearn PCA": ("scikit-learn", sklearn_pca),
-    "faiss PCAMatrix": ("faiss-cpu", faiss_pca),
-    "concept-erasure LeaceFitter": ("concept-erasure", concept_erasure_fitter),
-    "torchmetrics FID sums": ("torchmetrics", torchmetrics_sums),
+def torcheval_sums(rows: Tensor) -> np.ndarray:
+    """The same of torcheval's, in float32; it asks for images, so rows come as [N, 3, 1, D / 3]."""
+    from torcheval.metrics import FrechetInceptionDistance
+
+    columns = rows.shape[1]
+    metric = FrechetInceptionDistance(_AsTheyAre(columns), feature_dim=columns)
+    images = torch.nn.functional.pad(rows, (0, -columns % 3)) if columns % 3 else rows
+    for batch in images.split(1 << 14):
+        metric.update(batch.view(len(batch), 3, 1, -1), is_real=True)
+    return _of_sums(metric.real_sum, metric.real_cov_sum, len(rows))
+
+
+def _of_sums(total: Tensor, products: Tensor, count: int) -> np.ndarray:
+    mean = total.double() / count
+    return (products.double() / count - torch.outer(mean, mean)).cpu().numpy()
+
+
+_CPU = {
+    "torch.cov": ("torch", "torch", torch_cov),
+    "numpy.cov": ("numpy", "numpy", numpy_cov),
+    "numpy.cov float32": ("numpy", "numpy", numpy_cov_float32),
+    "empirical_covariance": ("scikit-learn", "sklearn", empirical("sklearn")),
+    "PCA": ("scikit-learn", "sklearn", pca("sklearn")),
+    "IncrementalEmpiricalCovariance": (
+        "scikit-learn-intelex",
+        "sklearnex.covariance",
+        empirical("sklearnex"),
+    ),
+    "sklearnex PCA": ("scikit-learn-intelex", "sklearnex.decomposition", pca("sklearnex")),
+    "PCAMatrix": ("faiss-cpu", "faiss", faiss_pca),
+    "LeaceFitter": ("concept-erasure", "concept_erasure", concept_erasure_fitter),
+    "FID sums": ("torchmetrics", "torchmetrics", torchmetrics_sums),
+    "torcheval FID sums": ("torcheval", "torcheval.metrics", torcheval_sums),
 }
-_MODULES = {"scikit-learn": "sklearn", "faiss-cpu": "faiss", "concept-erasure": "concept_erasure"}
+_CUDA = {
+    "torch.cov": ("torch", "torch", torch_cov),
+    "cupy.cov": ("cupy", "cupy", cupy_cov),
+    "cuML PCA": ("cuml", "cuml", cuml_pca),
+    "LeaceFitter": ("concept-erasure", "concept_erasure", concept_erasure_fitter),
+}
 
 
-def installed() -> tuple[dict[str, Covariance], list[str]]:
-    """The peers that can be imported, with their versions in their names; and those that cannot."""
-    found, missing = {}, []
-    for name, (package, function) in PEERS.items():
-        try:
-            import_module(_MODULES.get(package, package))
-            found[f"{name} ({package} {version(package)})"] = function
-        except ImportError:
-            missing.append(f"{name} ({package} is not installed)")
-    return found, missing
+def installed(device: str = "cpu") -> peers.Found:
+    """The peers that compute on this device."""
+    return peers.installed(_CUDA if device == "cuda" else _CPU)

@@ -1,17 +1,14 @@
 """Everything that has to be found out on a GPU, in one run of under 9 minutes.
 
-    python benchmarks/gpu_check.py            # writes $OUT/gpu_check.json, and prints as it goes
+    python benchmarks/gpu_check.py    # writes $OUT/gpu_check.json, and prints as it goes
 
 It needs torch with CUDA and, unless the CUDA library is there already, an nvcc of the same major
 version (the packages nvidia-cuda-nvcc, -nvvm, -crt and -runtime will do). It builds the library for
-this GPU alone, runs every test that wants a GPU, measures the ceilings of the machine, every kernel
-beside its peers, and what the documents only simulate or predict. Each part is on its own: one that
-fails or has no time left is written down as such, and the file is written again after every part.
-Kernels, ceilings and peers of one case take turns; a figure is the median over rounds, and beside
-every speed stands the error of the result.
+this GPU alone, runs the benchmarks' cases of the GPU (every kernel beside its ceiling and peers,
+kept in $OUT/gpu_OP.json) and every test that wants a GPU, and measures the machine and what the
+documents only simulate or predict. Each part is on its own: one that fails or has no time left is
+written down as such, and the file is written again after every part.
 """
-
-# ruff: noqa: B023 - a case's calls are run before its loop goes on
 
 from __future__ import annotations
 
@@ -183,136 +180,21 @@ def row_map(columns: int) -> tuple[float, torch.Tensor, torch.Tensor]:
     return 0.983, 0.8 * b / b.norm(), 0.05 * h / h.norm()
 
 
-def plain_align(x: torch.Tensor, s: float, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """What torch.compile is given: the formula in float32."""
-    u = torch.nn.functional.normalize(x.float(), dim=1)
-    half = torch.nn.functional.normalize(s * u + b, dim=1)
-    return torch.nn.functional.normalize(half + h, dim=1).to(x.dtype)
-
-
-def plain_sum(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(x.float(), dim=1).sum(dim=0, dtype=torch.float64)
-
-
-def row_kernels() -> list[dict]:
-    from realign_fast import ops
-    from realign_fast.ops import reference
-
-    compiled_align, compiled_sum = torch.compile(plain_align), torch.compile(plain_sum)
-    found = []
-    dtypes = [(d, torch.float16) for d in WIDTHS] + [(1024, torch.bfloat16), (1024, torch.float32)]
-    for columns, dtype in dtypes:
-        if left() < 40:
-            break
-        count = ROW_BYTES // columns // dtype.itemsize // 2
-        rows, (s, b, h) = rows_of(count, columns, dtype), row_map(columns)
-        out, few = torch.empty_like(rows), rows[:2000]
-        narrow = [b.float(), h.float()]
-        scale = torch.tensor(s, dtype=torch.float64, device="cuda")
-        expected = reference.align_rows(few, scale, b, h, torch.float64)
-        error = float((ops.align_rows(few, s, b, h).double() - expected).abs().max())
-        mean = torch.nn.functional.normalize(rows[:20000].double(), dim=1).sum(dim=0)
-        sum_error = float((ops.sum_rows(rows[:20000]).total - mean).abs().max() / 20000)
-        times = seconds(
-            {
-                "copy": lambda: out.copy_(rows),
-                "align_rows": lambda: ops.align_rows(rows, s, b, h, out=out),
-                "compiled align": lambda: compiled_align(rows, s, *narrow),
-                "read": lambda: rows.view(torch.int16).amax(),
-                "sum_rows": lambda: ops.sum_rows(rows),
-                "sum_rows drift": lambda: ops.sum_rows(rows, s, b),
-                "compiled sum": lambda: compiled_sum(rows),
-            },
-            7,
+def suite() -> dict:
+    """Every op beside its peers and ceilings: the benchmarks' cases of the GPU, a run an op."""
+    found = {}
+    for op in ("align_rows", "sum_rows", "add_scatter", "map_rows", "covariance", "whitening"):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"benchmarks/bench_{op}.py", "-k", "cuda", "--rounds", "5"]
+        command += ["--results", str(OUT / f"gpu_{op}.json")]
+        ran = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=max(30, min(90, left() - 180)),
         )
-        bytes_ = rows.numel() * dtype.itemsize
-        found.append(
-            {
-                "D": columns,
-                "dtype": str(dtype),
-                "N": count,
-                "align error": error,
-                "mean error": sum_error,
-                "GBps": {
-                    name: (2 if "align" in name or name == "copy" else 1) * bytes_ / t / 1e9
-                    for name, t in times.items()
-                },
-                "align of copy": times["copy"] / times["align_rows"],
-                "sum of copy": times["copy"] / 2 / times["sum_rows"],
-                "sum of read": times["read"] / times["sum_rows"],
-            }
-        )
-    return found
-
-
-def scatter_kernels() -> list[dict]:
-    from realign_fast import ops
-    from realign_fast.ops import reference
-
-    found = []
-    for columns in WIDTHS:
-        if left() < 40:
-            break
-        count = max(65536, (1 << 29) // columns)
-        rows = rows_of(count, columns, torch.float16)
-        centre = torch.nn.functional.normalize(rows[:4096].float(), dim=1).mean(dim=0).double()
-        few, errors = rows[:20000], {}
-        sums = [torch.zeros(columns, columns).double().cuda(), torch.zeros(columns).double().cuda()]
-        expected = [s.clone() for s in sums]
-        reference.add_scatter_(*expected, few, centre, None, True, True)
-        modes = {"fast": {"fast": True}, "split": {}, "exact": {"accurate": True}}
-        for name, options in modes.items():
-            got = [s.clone() for s in sums]
-            ops.add_scatter_(*got, few, centre, **options)
-            errors[name] = float((got[0] - expected[0]).norm() / expected[0].norm())
-        unit = torch.nn.functional.normalize(rows.float(), dim=1).half()
-        calls = {
-            name: lambda options=options: ops.add_scatter_(*sums, rows, centre, **options)
-            for name, options in modes.items()
-            if name != "exact" or columns < 4096
-        }
-        calls["cublas X.T @ X"] = lambda: unit.T @ unit
-        times = seconds(calls, 4)
-        flops = count * columns * (columns + 1)  # of the upper triangle
-        found.append(
-            {
-                "D": columns,
-                "N": count,
-                "relative error": errors,
-                "TFps of the symmetric product": {n: flops / t / 1e12 for n, t in times.items()},
-                "seconds": times,
-            }
-        )
-    return found
-
-
-def map_kernels() -> list[dict]:
-    from realign_fast.ops import reference
-
-    found = []
-    for columns in WIDTHS:
-        if left() < 40:
-            break
-        count = max(32768, (1 << 28) // columns)
-        rows, (_, b, h) = rows_of(count, columns, torch.float16), row_map(columns)
-        matrix = torch.eye(columns).double() + 0.3 * torch.randn(columns, columns) / columns**0.5
-        matrix = matrix.double().cuda()
-        out, narrow = torch.empty_like(rows), matrix.half()
-        few = rows[:2000]
-        expected = reference.map_rows(few, matrix, b, h, torch.float64)
-        op = torch.ops.realign_fast
-        got = op.map_rows(few, matrix, b, h, torch.float32, 0).double()
-        times = seconds(
-            {
-                "bare GEMM": lambda: torch.mm(rows, narrow, out=out),
-                "map split": lambda: op.map_rows_(out, rows, matrix, b, h, 0),
-                "map fast": lambda: op.map_rows_(out, rows, matrix, b, h, 1),
-            },
-            5,
-        )
-        error = float((got - expected).abs().max())
-        share = {name: times["bare GEMM"] / t for name, t in times.items()}
-        found.append({"D": columns, "N": count, "error": error, "of bare GEMM": share})
+        found[op] = {"returncode": ran.returncode, "tail": ran.stdout.splitlines()[-60:]}
     return found
 
 
@@ -435,9 +317,7 @@ def main() -> None:
     part("build", build, 60)
     part("backends", backends, 5)
     part("ceilings", ceilings, 20)
-    part("row kernels", row_kernels, 60)
-    part("scatter kernels", scatter_kernels, 60)
-    part("map kernels", map_kernels, 45)
+    part("suite", suite, 120)
     part("pipeline", pipeline, 45)
     part("tests", gpu_tests, 100)
     part("profile", profile, 25)

@@ -1,119 +1,186 @@
 """How the benchmarks measure: candidates take turns, and ratios of the same round are compared.
 
-A machine's speed drifts and its neighbours come and go, so nothing is compared across runs: the
-kernel, the ceiling and the peers of one case run one after the other in every round, and what is
-claimed is the median over rounds of their ratio. Buffers are larger than the caches and random.
+A machine's speed drifts and its neighbours come and go, so nothing is compared across runs: ours,
+the ceiling and the peers of one case run one after the other in every round, and what is claimed
+is the median over rounds of their ratio. Every candidate is held against float64 first; where ours
+is wrong, nothing is timed and no speed is printed. Rows are random, in buffers that together are
+larger than the caches and are used in turn ("cold"), or in one that fits ("warm").
 """
 
 from __future__ import annotations
 
-import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, islice
 
 import torch
-from torch import Tensor
 
-THREADS = 2
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ROUNDS = 9
-BUFFER_BYTES = 256 << 20  # many times the last-level cache
-ROW_CASES = [
-    (torch.float16, 768),
-    (torch.float16, 1024),
-    (torch.float16, 1280),
-    (torch.bfloat16, 768),
-    (torch.float32, 768),
-    (torch.float32, 1280),
-]
+SECONDS = 2.0  # of one candidate in one case: a slow one takes fewer rounds, at least SLOWEST
+SLOWEST = 3
+
+
+class ParityError(AssertionError):
+    """Ours is further from float64 than it may be: there is no speed to tell."""
+
+
+@dataclass
+class Candidate:
+    """One way to do a case's work."""
+
+    name: str
+    call: Callable[[object], object] | None  # takes what the case feeds; None once it was timed
+    role: str  # "ours", "variant" (ours, another way), "ceiling" or "peer"
+    error: float | None = None  # against float64; None of a ceiling, which computes something else
+    rounds: int = 0
+    seconds: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Case:
-    """One table: an op on one kind of rows, its ceiling and its peers, timed in turns."""
+    """One line of the table of cases: ours, its ceiling and its peers, timed in turns."""
 
     op: str
     dtype: torch.dtype
-    dimension: int
-    row_bytes: int  # read and written for a row
-    error: float  # against float64; each benchmark says relative to what
-    rows: int
+    dimension: int  # D
+    rows: int  # N
+    bytes: int  # read and written by a call: the least that the task needs
+    flops: int  # multiplications and additions of a call
+    limit: str  # "bytes" or "flops": the one whose rate is printed
+    error_of: Callable[[object], float]  # of a candidate's result
+    tolerance: float  # of ours
     kind: str = ""  # which variant of the op
-    row_flops: int = 0  # of a row, where arithmetic and not memory is the limit
-    rounds: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, Callable[[], object] | None] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cache: str = "cold"
+    device: str = "cpu"
+    feed: Callable[[], object] = lambda: None  # the next input, its buffer not in a cache
+    sample: object = None  # what errors are measured on, where it is not what is timed
     prepare: Callable[[], object] = lambda: None  # before each turn, not timed
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # peers that are not here, and why
+    failed: str = ""  # why there is no speed
 
-    def add(self, name: str, call: Callable[[], object], rounds: int = ROUNDS) -> None:
-        """A candidate; a slow peer may sit out the later rounds."""
-        self.calls[name], self.rounds[name], self.seconds[name] = call, rounds, []
+    def add(self, name: str, call: Callable[[object], object], role: str = "peer") -> None:
+        """A candidate; the first of role "ours" is what ratios are of."""
+        self.candidates[name] = Candidate(name, call, role)
 
-    def run(self) -> Case:
-        """Warm every candidate up once, then time them in turns.
+    def add_peers(self, found: dict[str, Callable], missing: list[str]) -> None:
+        """Peers by name, and those that are not installed."""
+        for name, call in found.items():
+            self.add(name, call)
+        self.missing += missing
 
-        Every round begins with the next one: what a candidate leaves in the caches and in the
-        clock of the processor would otherwise always meet the same follower (3-4% here).
+    @property
+    def name(self) -> str:
+        """What identifies the case in a file of results."""
+        words = (self.op, self.kind, self.device, case_name(self.dtype))
+        return " ".join([*filter(None, words), f"D={self.dimension} N={self.rows} {self.cache}"])
+
+    @property
+    def ours(self) -> str:
+        return next(one.name for one in self.candidates.values() if one.role == "ours")
+
+    @property
+    def ceiling(self) -> str | None:
+        return next((c.name for c in self.candidates.values() if c.role == "ceiling"), None)
+
+    def check(self) -> None:
+        """Call everything once: it is warm then, and its error is known.
+
+        Raises:
+            ParityError: ours is off by more than the tolerance. A peer that fails is missing.
         """
-        for call in self.calls.values():
+        for name, one in sorted(self.candidates.items(), key=lambda item: item[1].role != "ours"):
+            try:
+                self._check(one)
+            except ParityError as error:
+                self.failed = str(error)
+                raise
+            except Exception as error:
+                if one.role == "ours":
+                    self.failed = f"{type(error).__name__}: {error}"
+                    raise
+                self.missing.append(f"{name} ({type(error).__name__}: {str(error)[:120]})")
+                del self.candidates[name]
+
+    def _check(self, one: Candidate) -> None:
+        self.prepare()
+        if one.role != "ceiling":
+            one.error = float(
+                self.error_of(one.call(self.feed() if self.sample is None else self.sample))
+            )
+        if one.role == "ours" and not one.error <= self.tolerance:
+            raise ParityError(
+                f"{self.name}: {one.name} is off float64 by {one.error:.1e}, allowed are "
+                f"{self.tolerance:.1e}: no speed is printed for wrong results"
+            )
+        clock = clock_of(self.device)
+        if one.role == "ceiling" or self.sample is not None:
+            one.call(self.feed())
+        self.prepare()
+        taken = clock(one.call, self.feed())
+        one.rounds = max(min(ROUNDS, SLOWEST), min(ROUNDS, int(SECONDS / max(taken, 1e-9))))
+
+    def run(self, benchmark=None) -> Case:
+        """Check, then time in turns; ``benchmark`` is pytest-benchmark's fixture.
+
+        Its rounds are ours: the others run in its set-up. Every round begins with the next one:
+        what a candidate leaves in the caches and in the clock of the processor would otherwise
+        always meet the same follower (3-4% on the machine of the committed results).
+        """
+        if not all(one.rounds for one in self.candidates.values()):
+            self.check()
+        for one in self.candidates.values():
+            one.seconds = []
+        ours, clock = self.candidates[self.ours], clock_of(self.device)
+        others = [one for one in self.candidates.values() if one is not ours]
+        turns = iter(range(ROUNDS))
+
+        def time_one(one: Candidate) -> None:
             self.prepare()
-            call()
-        names = list(self.calls)
-        for turn in range(ROUNDS):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                if turn < self.rounds[name]:
-                    self.prepare()
-                    begin = time.perf_counter()
-                    self.calls[name]()
-                    self.seconds[name].append(time.perf_counter() - begin)
-        self.calls = dict.fromkeys(names)  # (they hold the rows: a gigabyte a case)
+            one.seconds.append(clock(one.call, self.feed()))
+
+        def the_others() -> None:
+            turn = next(turns)
+            for one in islice(cycle(others), turn, turn + len(others)):
+                if turn < one.rounds:
+                    time_one(one)
+
+        if benchmark is None:
+            for _ in range(ours.rounds):
+                the_others()
+                time_one(ours)
+        else:
+            benchmark.pedantic(time_one, (ours,), setup=the_others, rounds=ours.rounds)
         return self
 
-    def rate(self, name: str) -> float:
-        """Rows/s, the median over the rounds."""
-        return self.rows / statistics.median(self.seconds[name])
+    def release(self) -> None:
+        """Let go of the rows, which the calls hold: up to a gigabyte a case."""
+        for one in self.candidates.values():
+            one.call = None
+        self.feed = self.prepare = self.error_of = lambda *_: None
+        self.sample = None
+
+    def seconds(self, name: str) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.candidates[name].seconds)
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """How many times faster ``name`` is than ``to``, round by round."""
+        turns = zip(self.candidates[name].seconds, self.candidates[to].seconds, strict=False)
+        return [theirs / ours for ours, theirs in turns]
 
     def ratio(self, name: str, to: str) -> float:
-        """How many times faster ``name`` is than ``to``: the median over the rounds."""
-        turns = zip(self.seconds[name], self.seconds[to], strict=False)
-        return statistics.median(theirs / ours for ours, theirs in turns)
+        return statistics.median(self.ratios(name, to))
 
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        unit, amount = ("GF/s", self.row_flops) if self.row_flops else ("GB/s", self.row_bytes)
-        head = f"{self.op} {self.kind} {case_name(self.dtype)} D={self.dimension}"
-        lines = [f"{head} N={self.rows}: error {self.error:.1e}"]
-        for name, times in self.seconds.items():
-            rate, middle = self.rate(name), statistics.median(times)
-            lines.append(
-                f"  {name:22} {middle * 1e3:9.2f} ms "
-                f"(+-{(max(times) - min(times)) / middle / 2:4.0%}) {rate / 1e6:9.3f} M rows/s "
-                f"{rate * amount / 1e9:7.2f} {unit}"
-                f"  {self.ratio(name, 'ceiling'):6.3f} of ceiling"
-                f"  {self.ratio(self.op, name):8.2f}x slower than {self.op}"
-            )
-        return lines
 
-    def summary(self) -> dict[str, object]:
-        """For the json file."""
-        return {
-            "op": self.op,
-            "kind": self.kind,
-            "dtype": case_name(self.dtype),
-            "dimension": self.dimension,
-            "row_bytes": self.row_bytes,
-            "row_flops": self.row_flops,
-            "error": self.error,
-            "rows": self.rows,
-            "seconds": self.seconds,
-            "rows_per_second": {name: self.rate(name) for name in self.calls},
-            "share_of_ceiling": {name: self.ratio(name, "ceiling") for name in self.calls},
-            "speed_up_over": {name: self.ratio(self.op, name) for name in self.calls},
-        }
+def spread(times: list[float]) -> float:
+    """Half the distance between the quartiles, over the median; of two times and more."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / middle
 
 
 def case_name(value: object) -> str:
@@ -121,43 +188,24 @@ def case_name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def random_rows(dtype: torch.dtype, dimension: int, count: int | None = None) -> Tensor:
-    """Unit rows with a common mean of norm 0.7, much like CLIP's: [N, D], N by BUFFER_BYTES."""
-    generator = torch.Generator().manual_seed(dimension)
-    centre = torch.nn.functional.normalize(torch.randn(dimension, generator=generator), dim=0)
-    count = count or BUFFER_BYTES // (dimension * dtype.itemsize)
-    rows = torch.empty(count, dimension, dtype=dtype)
-    for part in rows.split(1 << 14):
-        noise = torch.randn(part.shape, generator=generator) / dimension**0.5
-        part.copy_(torch.nn.functional.normalize(centre + noise, dim=1))
-    return rows
+def clock_of(device: str) -> Callable[[Callable, object], float]:
+    """What times ``call(argument)`` on a device, in seconds."""
+    return _cuda_clock if device == "cuda" else _cpu_clock
 
 
-def random_map(dimension: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A row map like the fitted ones: scale near 1, a shift of norm 0.8, a small recentre."""
-    generator = torch.Generator().manual_seed(dimension + 1)
-    shift, recentre = torch.randn(2, dimension, generator=generator, dtype=torch.float64)
-    scale = torch.tensor(0.983, dtype=torch.float64)
-    return scale, 0.8 * shift / shift.norm(), 0.006 * recentre / recentre.norm()
+def _cpu_clock(call: Callable[[object], object], argument: object) -> float:
+    begin = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - begin
 
 
-_memcpy = ctypes.CDLL(None).memcpy
-_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_pool = ThreadPoolExecutor(THREADS)
-
-
-def copy_ceiling(source: Tensor) -> Callable[[], object]:
-    """The C library's memcpy of the same bytes, on as many threads as the kernel has."""
-    target, size = torch.zeros_like(source), source.numel() * source.element_size()
-    cuts = [size * part // THREADS // 4096 * 4096 for part in range(THREADS)] + [size]
-
-    def copy(span: tuple[int, int]) -> None:
-        begin, end = span
-        _memcpy(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
-
-    return lambda: list(_pool.map(copy, pairwise(cuts)))
-
-
-def read_ceiling(source: Tensor) -> Callable[[], object]:
-    """Reading the same bytes: torch's int64 sum, one vector add for every 32 or 64 bytes."""
-    return source.view(torch.int64).view(-1).sum
+def _cuda_clock(call: Callable[[object], object], argument: object) -> float:
+    """Events around the call; before it the L2 cache is written over."""
+    size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call(argument)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
