@@ -255,7 +255,7 @@ def outcome(path):
         rows = torch.cat([batch for _, batch in shard.read(0, 3)]).numpy()
         return shard.column, shard.dtype, rows.shape, rows.tobytes(), shard.others is None
     except (ValueError, TypeError) as error:
-        return re.sub("0x[0-9a-f]{6,}", "an address", str(error))
+        return without_addresses(str(error))
 
 
 def plain(value, above=()):
@@ -270,7 +270,13 @@ def plain(value, above=()):
         return [(key, plain(one, above)) for key, one in value.items()]
     if isinstance(value, list | tuple):
         return type(value), [plain(one, above) for one in value]
-    return type(value), sorted(map(repr, value)) if isinstance(value, set) else repr(value)
+    if isinstance(value, set | frozenset):
+        return type(value), sorted(without_addresses(repr(one)) for one in value)
+    return type(value), without_addresses(repr(value))
+
+
+def without_addresses(text):
+    return re.sub("0x[0-9a-f]{6,}", "an address", text)
 
 
 def agree(path):
