@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,20 +50,25 @@ def spectrum_of(
 
 
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` of a finite symmetric matrix [D, D] where it lies, never non-finite.
+    """``eigh`` of a finite symmetric matrix [D, D] float64, never non-finite.
 
-    Solvers of devices have given NaN for repeated eigenvalues, or have not converged: LAPACK on the
-    CPU answers then.
+    On the CPU numpy's: it is at least as fast as torch's, and not three times slower where OpenMP's
+    threads wait passively. On a device torch's, unless that fails there.
     """
+    found = None if matrix.device.type == "cpu" else _on_device(matrix)
+    if found is None:
+        pair = np.linalg.eigh(matrix.cpu().numpy())
+        found = tuple(torch.from_numpy(one).to(matrix.device) for one in pair)
+    return found
+
+
+def _on_device(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenpairs by torch; None where it does not converge or, on repeated values, gives NaN."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
-        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
-            return values, vectors
     except torch.linalg.LinAlgError:
-        if matrix.device.type == "cpu":
-            raise
-    values, vectors = torch.linalg.eigh(matrix.cpu())
-    return values.to(matrix.device), vectors.to(matrix.device)
+        return None
+    return (values, vectors) if bool(torch.isfinite(vectors).all()) else None
 
 
 def pair_of(
