@@ -151,29 +151,35 @@ def through(
     """Batches of at most ``size`` rows, copied to the device ahead of their use."""
     on_device = [torch.empty(size, columns, dtype=dtype, device=lanes.device) for _ in range(SLOTS)]
     pinned: list[Tensor | None] = [None] * SLOTS
-    used: list[Any] = [None] * SLOTS  # by slot: the kernels that read it are done
+    # By slot: the kernels that read it are done (at first those that had this memory before).
+    used: list[Any] = [lanes.mark()] * SLOTS
     ahead: deque[tuple[Batch, Tensor, int, Any]] = deque()
 
     def arrived() -> Iterator[Batch]:
         batch, rows, slot, event = ahead.popleft()
         lanes.hold(event)
-        yield Batch(batch.shard, batch.first, on_device[slot][: len(rows)])
-        used[slot] = lanes.mark()
-        lanes.finish(event)  # the rows of the host are read: their memory may go
+        try:
+            yield Batch(batch.shard, batch.first, on_device[slot][: len(rows)])
+        finally:
+            used[slot] = lanes.mark()
+            lanes.finish(event)  # the rows of the host are read: their memory may go
 
-    for number, batch in enumerate(batches):
-        slot, rows = number % SLOTS, batch.rows
-        if not rows.is_pinned():
-            if pinned[slot] is None:
-                pinned[slot] = lanes.host_buffer(size, columns, dtype)
-            rows = pinned[slot][: len(rows)].copy_(rows)
-        after = [used[slot]] if used[slot] is not None else []
-        event = lanes.copy("in", on_device[slot][: len(rows)], rows, after)
-        ahead.append((batch, rows, slot, event))
-        if len(ahead) == SLOTS:
+    try:
+        for number, batch in enumerate(batches):
+            slot, rows = number % SLOTS, batch.rows
+            if not rows.is_pinned():
+                if pinned[slot] is None:
+                    pinned[slot] = lanes.host_buffer(size, columns, dtype)
+                rows = pinned[slot][: len(rows)].copy_(rows)
+            event = lanes.copy("in", on_device[slot][: len(rows)], rows, [used[slot]])
+            ahead.append((batch, rows, slot, event))
+            if len(ahead) == SLOTS:
+                yield from arrived()
+        while ahead:
             yield from arrived()
-    while ahead:
-        yield from arrived()
+    finally:  # no copy is in flight when its buffers go
+        for *_, event in ahead:
+            lanes.finish(event)
 
 
 class Outlet:

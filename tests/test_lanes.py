@@ -216,3 +216,16 @@ def test_workers_of_an_engine_have_numbers():
 def _number(_: int) -> int:
     time.sleep(0.05)
     return worker_number()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nothing_is_in_flight_when_a_consumer_leaves(seed):
+    """Buffers go to others then, who know nothing of our copies."""
+    lanes, copies = ThreadLanes(seed), []
+    copy, lanes.copy = lanes.copy, lambda *what: copies.append(copy(*what)) or copies[-1]
+    arriving = through(iter(batches(100, 8)), lanes, 8, D, torch.float32)
+    for _ in range(4):
+        next(arriving)
+        lanes.launch(lambda: None)
+    arriving.close()
+    assert len(copies) > 4 and all(one.done() for one in copies)
