@@ -21,7 +21,7 @@ from .lock import locked
 from .manifest import Passes
 from .moments import Moments
 from .output import MANIFEST, STATS
-from .shard_work import BATCH_BYTES, AlignWork, ShardWork
+from .shard_work import BATCH_BYTES, AlignWork, ShardWork, in_turn
 from .url import Url
 
 
@@ -152,7 +152,8 @@ class Walks:
         live = self.engine is map  # else progress is seen shard by shard
         rows, writes = sum(corpus.shards[i].rows for i in shards), isinstance(work, AlignWork)
         with self.timed(name, corpus, rows, total, writes) as advance:
-            for part in self.engine(replace(work, advance=advance) if live else work, shards):
+            engine = in_turn if live and writes and not isinstance(self.out, Url) else self.engine
+            for part in engine(replace(work, advance=advance) if live else work, shards):
                 if part.moments is None:
                     missing.append(str(corpus.shards[part.shard].path))
                     continue

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,22 @@ class Part:
     moments: Moments | None  # None: not finished, and nobody was to read it
     rows: int  # read now: 0 where it was finished before
     entry: Entry  # for the manifest
+
+
+def in_turn(work: AlignWork, shards: Sequence[int]) -> Iterator[Part]:
+    """``map``, but a shard is synced while the next is computed.
+
+    A shard that was written is put in its place whatever becomes of the others: leaving the pool
+    waits for it.
+    """
+    with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
+        ends: deque[Future[Part]] = deque()
+        for shard in shards:
+            ends.append(disk.submit(work.begin(shard)))
+            if len(ends) == 2:
+                yield ends.popleft().result()
+        while ends:
+            yield ends.popleft().result()
 
 
 def _silent(rows: int) -> None:
@@ -102,19 +119,33 @@ class AlignWork(ShardWork):
 
     def __call__(self, index: int) -> Part:
         """Align shard ``index``; the moments are those of its result before it is rounded."""
+        return self.begin(index)()
+
+    def begin(self, index: int) -> Callable[[], Part]:
+        """Align shard ``index`` and write it; what is returned syncs it and puts it in its place.
+
+        It has to be called, once, by any thread.
+        """
         shard, known = self.corpus.shards[index], self.identities[index]
         made = self.folder / shard.path.name
         if found := self.ledger.load_aligned(shard, known, made):
-            return Part(index, found[0], 0, found[1])
+            return lambda: Part(index, found[0], 0, found[1])
         if not self.reading:
-            return Part(index, None, 0, {})
+            return lambda: Part(index, None, 0, {})
         self.ledger.begin_aligned(shard)
-        with self.corpus.writer(shard, made) as writer:
+        with ExitStack() as stack:
+            writer = stack.enter_context(self.corpus.writer(shard, made))
             moments, total = self._write(index, shard, writer)
             check_unchanged(shard, known)
-        facts = {"name": made.name, "checksum": total, **self._expected(moments)}
-        entry = self.ledger.save_aligned(shard, known, made, moments, facts)
-        return Part(index, moments, shard.rows, entry)
+            writing = stack.pop_all()
+
+        def end() -> Part:
+            writing.close()
+            facts = {"name": made.name, "checksum": total, **self._expected(moments)}
+            entry = self.ledger.save_aligned(shard, known, made, moments, facts)
+            return Part(index, moments, shard.rows, entry)
+
+        return end
 
     def _write(self, index: int, shard: Shard, writer: ShardWriter) -> tuple[Moments, int]:
         """Align into a writer; while a batch is computed, the ones before it are written.

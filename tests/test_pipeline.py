@@ -1,5 +1,6 @@
 """The pipeline end to end: files in, files out, against a float64 oracle; no half is ever left."""
 
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from realign_fast import Corpus, ReAlign, pipeline
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline import Run, Settings, align
+from realign_fast.shard_work import AlignWork
 
 QUIET = Settings(progress=False)
 D = 24
@@ -469,3 +471,48 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
     # 256 and 1024 MiB: both are more than what is mapped ahead of its use (112 MiB).
     small, large = peak_memory(tmp_path, 1 << 18), peak_memory(tmp_path, 1 << 20)
     assert large - small < 30 << 20, f"{small >> 20} MiB, then {large >> 20} MiB"
+
+
+def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeypatch):
+    source, target, *_ = corpora
+    order, sync, write = [], os.fsync, AlignWork._write
+
+    def slow(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".emb_0.npy.partial"):
+            time.sleep(0.5)
+            order.append("synced")
+        sync(descriptor)
+
+    def noted(work, index, *what):
+        order.append(f"shard {index}")
+        return write(work, index, *what)
+
+    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    monkeypatch.setattr(AlignWork, "_write", noted)
+    monkeypatch.setattr(os, "fsync", slow)
+    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+    assert order.index("shard 1") < order.index("synced")
+
+
+def test_a_sync_that_fails_is_the_error_and_other_shards_are_whole(corpora, tmp_path, monkeypatch):
+    source, target, *_ = corpora
+    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "whole")
+    sync = os.fsync
+
+    def failing(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".emb_0.npy.partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+    first, *others = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
+    made = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
+    assert first not in made and made == others[: len(made)]
+    assert not list((tmp_path / "out").glob(".*.partial"))
+    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+    for name in (first, *others):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
