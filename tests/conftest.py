@@ -19,6 +19,7 @@ import torch
 from cuda_emulation import emulated
 
 from realign_fast import Corpus, ops
+from realign_fast.corpus import native
 from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_kernels
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
@@ -233,3 +234,12 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(Corpus, "batches", noted)
     return names
+
+
+@pytest.fixture
+def needs_the_reader():
+    """Skips where `csrc/io` could not be built, and fails where it could."""
+    if native.io is None:
+        if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+            pytest.fail("a C++ compiler is here, but realign_fast._io is not built")
+        pytest.skip("realign_fast._io is not built, and no C++ compiler is here")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from itertools import groupby
 
 import numpy as np
@@ -21,12 +20,7 @@ KINDS = ("list", "large_list", "fixed_list", "binary")
 PLAIN = {"compression": "none", "use_dictionary": False}
 
 
-@pytest.fixture(autouse=True)
-def _needs_the_reader():
-    if parquet_direct._io is None:
-        if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-            pytest.fail("a C++ compiler is here, but realign_fast._io is not built")
-        pytest.skip("realign_fast._io is not built, and no C++ compiler is here")
+pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import pickle
 import pickletools
 import re
-import shutil
 import threading
 from contextlib import contextmanager
 
@@ -22,12 +21,7 @@ FAST = settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _needs_the_reader():
-    if pickled_direct._io is None:
-        if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-            pytest.fail("a C++ compiler is here, but realign_fast._io is not built")
-        pytest.skip("realign_fast._io is not built, and no C++ compiler is here")
+pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
 
 @pytest.fixture
