@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .moments import Moments, good_rows
 from .ops.reference import unit
+from .whiten.one_thread import one_thread
 from .whole_file import write_whole
 
 Pairs = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]  # (target x, source y), [n, D] each
@@ -43,6 +44,7 @@ class FixedFrame:
     rank: int  # r, columns of U
 
     @classmethod
+    @one_thread
     def fit(
         cls, source: Moments, target: Moments, *, energy: float = 0.9, rank: int | None = None
     ) -> FixedFrame:

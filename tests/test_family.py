@@ -187,6 +187,21 @@ def test_what_does_not_fit_is_refused(sides, moments):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_fitted_bytes_do_not_depend_on_threads(method, set_threads):
+    wide = (random_rows(2000, 300, seed=seed) + shift for seed, shift in ((1, 0.1), (2, 0.2)))
+    source, target = (Moments(covariance=True).update(rows) for rows in wide)
+    fitted = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        fitted.append(ReAlign.from_moments(source, target, method=method).state_dict())
+    for name, value in fitted[0].items():
+        for other in fitted[1:]:
+            assert not torch.is_tensor(value) or torch.equal(
+                value.nan_to_num(), other[name].nan_to_num()
+            ), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_from_the_command_line(sides, tmp_path, monkeypatch, method, capsys):
     monkeypatch.chdir(tmp_path)
     for name, rows in zip(("text", "image"), sides, strict=True):

@@ -519,16 +519,40 @@ def test_rounding_asymmetry_is_no_error_and_the_argument_is_left_alone():
     assert torch.equal(skewed, before)
 
 
-def test_a_device_whose_eigh_fails_is_told(monkeypatch):
-    """(What follows then, numpy on the CPU, is what every other test here runs on.)"""
-    honest, matrix = torch.linalg.eigh, torch.diag(torch.tensor([1.0, 1, 3], dtype=torch.float64))
-    values, vectors = spectrum._on_device(matrix)
-    assert torch.allclose(vectors * values @ vectors.T, matrix)
-    monkeypatch.setattr(torch.linalg, "eigh", lambda given: (honest(given)[0], given * torch.nan))
-    assert spectrum._on_device(matrix) is None
+def test_where_the_eigh_of_torch_fails_that_of_numpy_answers(monkeypatch):
+    honest, matrix = torch.linalg.eigh, conditioned(30)
+    expected = matrix @ matrix
 
     def unconverged(_):
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(torch.linalg, "eigh", unconverged)
-    assert spectrum._on_device(matrix) is None
+    for failing in (unconverged, lambda given: (honest(given)[0], given * torch.nan)):
+        monkeypatch.setattr(torch.linalg, "eigh", failing)
+        close(spectrum.spectrum_of(matrix, None).power(2), expected)
+
+
+ALGEBRA = {
+    **{f"whitening {kind}": lambda s, kind=kind: whitening(s, kind) for kind in KINDS},
+    "symmetric_root": symmetric_root,
+    "inverse_root": inverse_root,
+    "coral": lambda s: coral(s, s.flip(0, 1)),
+    "optimal_transport": lambda s: optimal_transport(s, s.flip(0, 1)),
+    "bures_distance": lambda s: torch.tensor(bures_distance(s, s.flip(0, 1))),
+    "blockwise": lambda s: blockwise(s, s.flip(0, 1), identity(len(s))[:, :100]),
+    "shrink": lambda s: shrink(s, "oas", count=500),
+    "low rank, eigh": lambda s: LowRank.of(s, 50).vectors,
+    "low rank, krylov": lambda s: LowRank.of(torch.block_diag(s, s, s, s), 8).vectors,
+}
+
+
+@pytest.mark.parametrize("algebra", ALGEBRA.values(), ids=ALGEBRA)
+def test_bytes_do_not_depend_on_threads(algebra, set_threads):
+    covariance, found = conditioned(300), []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results = algebra(covariance)
+        found.append(results if isinstance(results, tuple) else (results,))
+        assert torch.get_num_threads() == threads, "the caller's threads are put back"
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)

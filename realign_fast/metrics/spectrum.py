@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..moments import Moments
 from ..ops.reference import unit
+from ..whiten.one_thread import one_thread
 from .cosines import checked_pairs
 from .estimate import Estimate
 
@@ -28,6 +29,7 @@ class Spectrum(NamedTuple):
     vectors: Tensor  # [D, D], column i belongs to values[i]
 
 
+@one_thread
 def spectrum_of(moments: Moments) -> Spectrum:
     """The eigendecomposition of ``moments.covariance`` (ValueError without a covariance)."""
     values, vectors = torch.linalg.eigh(moments.covariance)
@@ -55,6 +57,7 @@ def anisotropy(values: Tensor) -> float:
     return float(_shares("anisotropy", values).max()) * len(values)
 
 
+@one_thread
 def residual_anisotropy(a: Tensor, b: Tensor, block: int = 4096) -> float:
     """:func:`anisotropy` of the residuals ``u_b - u_a`` of matching rows a, b [N, D].
 

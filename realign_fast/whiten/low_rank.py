@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .one_thread import one_thread
 from .spectrum import (
     EPSILON,
     checked_covariance,
@@ -35,6 +36,7 @@ class LowRank(NamedTuple):
     rest: float  # 0 at or under the floor, or where rank = D
 
     @classmethod
+    @one_thread
     def of(
         cls, covariance: Tensor, rank: int, *, floor: float | None = None, seed: int = 0
     ) -> LowRank:

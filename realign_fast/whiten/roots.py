@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .one_thread import one_thread
 from .spectrum import spectrum_of, warn_floored
 
 
@@ -17,11 +18,13 @@ class Whitening(NamedTuple):
     inverse: Tensor  # [D, D] float64, W^-1; W^-1 W projects on what was kept: I if all were
 
 
+@one_thread
 def symmetric_root(covariance: Tensor) -> Tensor:
     """``S^1/2``, the symmetric positive semidefinite root [D, D] float64 of S [D, D]."""
     return spectrum_of(covariance, 0.0).power(0.5)
 
 
+@one_thread
 def inverse_root(covariance: Tensor, *, floor: float | None = None) -> Tensor:
     """``S^-1/2``, [D, D] float64 and symmetric; directions under the floor are left out."""
     spectrum = spectrum_of(covariance, floor)
@@ -29,6 +32,7 @@ def inverse_root(covariance: Tensor, *, floor: float | None = None) -> Tensor:
     return spectrum.power(-0.5)
 
 
+@one_thread
 def whitening(covariance: Tensor, kind: str = "zca", *, floor: float | None = None) -> Whitening:
     """A whitening matrix of S [D, D] and its inverse; with ``S = V L V'``, L descending:
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .one_thread import one_thread
 from .spectrum import checked_covariance
 
 _NOT_UNIT = 1e-5  # E|u|^2 of rows that were made unit length in float32 is nearer to 1
 
 
+@one_thread
 def shrinkage(
     covariance: Tensor,
     method: float | str | None,
@@ -54,6 +56,7 @@ def shrinkage(
     return min(wanted / spread, 1.0) if spread > 0 else 0.0
 
 
+@one_thread
 def shrink(
     covariance: Tensor,
     method: float | str | None,

@@ -52,17 +52,16 @@ def spectrum_of(
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``eigh`` of a finite symmetric matrix [D, D] float64, never non-finite.
 
-    On the CPU numpy's: it is at least as fast as torch's, and not three times slower where OpenMP's
-    threads wait passively. On a device torch's, unless that fails there.
+    torch's where the matrix is, numpy's where that fails.
     """
-    found = None if matrix.device.type == "cpu" else _on_device(matrix)
+    found = _by_torch(matrix)
     if found is None:
         pair = np.linalg.eigh(matrix.cpu().numpy())
         found = tuple(torch.from_numpy(one).to(matrix.device) for one in pair)
     return found
 
 
-def _on_device(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+def _by_torch(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenpairs by torch; None where it does not converge or, on repeated values, gives NaN."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -135,7 +134,7 @@ def warn_floored(floored: int, columns: int, floor: float) -> None:
             f"whiten: {floored} of {columns} directions have an eigenvalue at or under {floor:.1e} "
             "of the largest and are left out; shrink the covariance to keep them",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

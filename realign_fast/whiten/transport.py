@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .one_thread import one_thread
 from .spectrum import (
     checked_covariance,
     expect_same_columns,
@@ -16,6 +17,7 @@ from .spectrum import (
 )
 
 
+@one_thread
 def coral(source: Tensor, target: Tensor, *, floor: float | None = None) -> Tensor:
     """``A = S_x^1/2 S_y^-1/2`` [D, D] float64, so that ``A S_y A' = S_x`` (source y, target x)."""
     y, x = pair_of(source, target, floor)
@@ -23,6 +25,7 @@ def coral(source: Tensor, target: Tensor, *, floor: float | None = None) -> Tens
     return x.power(0.5) @ y.power(-0.5)
 
 
+@one_thread
 def optimal_transport(source: Tensor, target: Tensor, *, floor: float | None = None) -> Tensor:
     """The symmetric positive semidefinite A [D, D] float64 with ``A S_y A' = S_x``.
 
@@ -37,6 +40,7 @@ def optimal_transport(source: Tensor, target: Tensor, *, floor: float | None = N
     return symmetric(root @ root.T)
 
 
+@one_thread
 def bures_distance(a: Tensor, b: Tensor) -> float:
     """Bures distance of covariances [D, D], not squared: a metric.
 
@@ -49,6 +53,7 @@ def bures_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b @ (left @ right)).norm())
 
 
+@one_thread
 def blockwise(
     source: Tensor, target: Tensor, frame: Tensor, *, floor: float | None = None
 ) -> Tensor:
