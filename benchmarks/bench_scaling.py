@@ -27,15 +27,15 @@ from realign_fast.pipeline import align
 
 F16 = torch.float16
 LARGEST = 2 << 30  # bytes of rows and result; a third of what is free, if that is less
-ROUNDS = 3
+LEAST = 3  # rounds of a point, unless a call takes a second
 
 
 def seconds(call: Callable[[], object]) -> list[float]:
-    """Of ROUNDS calls after one that warms up; of one call where they are slow."""
+    """Of as many calls as a case has, fewer where they are slow, after one that warms up."""
     clock = timing.clock_of("cpu")
     first = clock(lambda _: call(), None)
-    rounds = min(ROUNDS, timing.ROUNDS) if first < timing.SECONDS / 2 else 1
-    return [clock(lambda _: call(), None) for _ in range(rounds)]
+    rounds = max(min(LEAST, timing.ROUNDS), min(timing.ROUNDS, int(timing.SECONDS / 4 / first)))
+    return [clock(lambda _: call(), None) for _ in range(rounds if first < timing.SECONDS / 2 else 1)]
 
 
 def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:
@@ -80,7 +80,7 @@ def bench_time_against_n(benchmark, show):
     budget = min(LARGEST, memory.available() // 3)
     largest = budget // (2 * columns * F16.itemsize)
     rows = inputs.random_rows(F16, columns, largest)
-    out = torch.zeros_like(rows)
+    out = rows.clone()  # every page is there
     fixed = f"D={columns} float16, {timing.THREADS} threads"
     series: dict[str, Series] = {}
     for count in [*(n for n in (10_000, 30_000, 100_000, 300_000) if n < largest / 2), largest]:
@@ -98,14 +98,14 @@ def bench_time_against_d(benchmark, show):
     series: dict[str, Series] = {}
     facts = {"against": "D"}
     for columns in (256, 512, 1024, 2048, 4096, 8192):
-        rows = inputs.random_rows(F16, columns, 16_384)
-        buffers = inputs.Rotation(rows), inputs.Rotation(torch.zeros_like(rows))
-        fixed = "N=16384 float16"
+        rows = inputs.random_rows(F16, columns, 32_768)  # results are written past the caches
+        buffers = inputs.Rotation(rows), inputs.Rotation(rows.clone())
+        fixed = "N=32768 float16"
         measure_all(series, columns, row_ops(*buffers), fixed=fixed, theory=1, **facts)
         few = [lambda one=one: one()[:4096] for one in buffers]
         fixed = "N=4096 float16"
         measure_all(series, columns, products(*few), fixed=fixed, theory=2, **facts)
-    for columns in (256, 512, 1024, 2048):
+    for columns in (512, 1024, 2048):  # (at 256 the steps that are not cubic take a third)
         rows = torch.randn(2 * columns, columns, dtype=torch.float64)
         covariance = rows.T @ rows / len(rows)
         calls = {"whitening": lambda given=covariance: whiten.whitening(given)}
@@ -119,7 +119,7 @@ def bench_time_against_threads(benchmark, show):
     if timing.THREADS < 2:
         pytest.skip("one processor: nothing to compare")
     rows = inputs.random_rows(F16, 768, 65_536)
-    buffers = inputs.Rotation(rows), inputs.Rotation(torch.zeros_like(rows))
+    buffers = inputs.Rotation(rows), inputs.Rotation(rows.clone())
     counts = [1 << k for k in range(timing.THREADS.bit_length()) if 1 << k <= timing.THREADS]
     series: dict[str, Series] = {}
     facts = {"against": "threads", "fixed": "N=65536 D=768 float16"}

@@ -1,8 +1,8 @@
 """The float64 algebra on covariances: whitening, and transport from one to another.
 
 The ceiling is the decomposition that both need, ``eigh`` in float64 of numpy's LAPACK (on a GPU
-torch's: cuSOLVER), one for whitening and two for transport. Ours gives W^-1 beside W and refuses what
-is no covariance; the peers do neither. Errors are residuals: of ``W S W' - I`` in the spectral
+torch's: cuSOLVER), one for whitening and two for transport. Ours gives W^-1 beside W, refuses what
+is no covariance, and runs on one thread, for the same bytes everywhere; peers do none of that. Errors are residuals: of ``W S W' - I`` in the spectral
 norm, and of ``A S_y A - S_x`` over ``S_x``. The covariance has condition 1e4.
 """
 
