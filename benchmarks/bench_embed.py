@@ -1,7 +1,8 @@
 """`embed` from files to shards, against the model's own forward on batches that lie ready.
 
-The model is as deep as ViT-B/32 and half as wide, with random weights: the arithmetic is what is
-timed. On the CPU it computes on one thread, so that decoding in one process beside it can keep up.
+The model has a third of ViT-B/32's layers and half its width, with random weights: the arithmetic
+is what is timed, over batches enough that starting a process counts for little. On the CPU
+it computes on one thread, so that decoding in one process beside it can keep up.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ from realign_fast.embed import EmbedSettings, OpenClipEncoder, embed, open_sourc
 
 BATCH = {"cpu": 32, "cuda": 256}
 WORKERS = {"cpu": 1, "cuda": max(1, min(16, (os.cpu_count() or 1) - 1))}
+LAYERS = 4
 CONFIG = {
     "embed_dim": 256,
-    "vision_cfg": {"image_size": 224, "layers": 12, "width": 384, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 12},
+    "vision_cfg": {"image_size": 224, "layers": LAYERS, "width": 384, "patch_size": 32},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 256,
+        "heads": 4,
+        "layers": LAYERS,
+    },
 }
-FLOPS = {"images": 2 * 12 * 12 * 384**2 * 50, "texts": 2 * 12 * 12 * 256**2 * 77}  # an item
+FLOPS = {"images": 2 * 12 * LAYERS * 384**2 * 50, "texts": 2 * 12 * LAYERS * 256**2 * 77}  # an item
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,9 @@ def seconds(call: Callable[[], object]) -> list[float]:
     clock = timing.clock_of("cpu")
     first = clock(lambda _: call(), None)
     rounds = max(min(LEAST, timing.ROUNDS), min(timing.ROUNDS, int(timing.SECONDS / 4 / first)))
-    return [clock(lambda _: call(), None) for _ in range(rounds if first < timing.SECONDS / 2 else 1)]
+    if first > timing.SECONDS / 2:
+        rounds = 1
+    return [clock(lambda _: call(), None) for _ in range(rounds)]
 
 
 def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:

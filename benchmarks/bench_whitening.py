@@ -2,8 +2,9 @@
 
 The ceiling is the decomposition that both need, ``eigh`` in float64 of numpy's LAPACK (on a GPU
 torch's: cuSOLVER), one for whitening and two for transport. Ours gives W^-1 beside W, refuses what
-is no covariance, and runs on one thread, for the same bytes everywhere; peers do none of that. Errors are residuals: of ``W S W' - I`` in the spectral
-norm, and of ``A S_y A - S_x`` over ``S_x``. The covariance has condition 1e4.
+is no covariance, and runs on one thread, for the same bytes everywhere; peers do none of that.
+Errors are residuals: of ``W S W' - I`` in the spectral norm, and of ``A S_y A - S_x`` over ``S_x``.
+The covariance has condition 1e4.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def _lines() -> list[Line]:
         ci = kind == "parquet list"
         found.append(Line("read", "cpu", F16, 768, 100_000, kind, "cached", ci))
     found += [Line("training_step", "cpu", F32, 768, n, f"K={k}") for k, n in ((576, 2), (16, 16))]
-    found += [Line("embed", "cpu", F32, 256, 64, kind, "cached") for kind in ("images", "texts")]
+    found += [Line("embed", "cpu", F32, 256, 384, kind, "cached") for kind in ("images", "texts")]
     return found + _on_a_gpu()
 
 
