@@ -12,7 +12,7 @@ import torch
 from training_dynamics import processor
 
 STAGES = ("stage 1", "stage 2")
-FIGURES = {"loss": -1, "choice": 1, "cider": 1}  # which way is better
+FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1, "cider": 1}  # 1: more is better
 STEPS = ("mean shift (step 1)", "steps 1+2", "ReAlign")
 ORDERINGS = {  # worse before better; the paper's own averages where it gives them
     "a stage 1 on text as it is helps (paper 43.58, 47.50)": ("no stage 1", "text as it is"),
@@ -102,9 +102,11 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         f"{about['transformers']}; {about['minutes']:.0f} minutes in all (others used the machine "
         f"too). Settings: {json.dumps(settings)}.",
         "",
-        f"Held-out pictures of the demo corpus: loss (nats a token) on {settings['measured']}, the "
-        f"right title among {settings['choices']} and CIDEr on {settings['chosen']}; after stage 1 "
-        "and after stage 2; mean ± standard deviation over seeds.",
+        "Held-out pictures of the demo corpus: the loss (nats a token), and how much higher it is "
+        f"beside another picture (gain), on {settings['measured']}; the right title among "
+        f"{settings['choices']}, by likelihood and by what the picture adds to it "
+        f"(choice_by_gain), and CIDEr on {settings['chosen']}; after stage 1 and after stage 2; "
+        "mean ± standard deviation over seeds.",
         "",
         *table(results, order),
     ]

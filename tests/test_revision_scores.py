@@ -114,7 +114,7 @@ class Knowing(torch.nn.Module):
     def forward(self, input_ids, attention_mask, image_rows):
         logits = torch.zeros(*input_ids.shape, 400)
         for place, (ids, row) in enumerate(zip(input_ids, image_rows, strict=True)):
-            right = self.right[tuple(row.tolist())]
+            right = self.right.get(tuple(row.tolist()), [])  # it knows nothing of the mean row
             for at, token in enumerate(right[1 : len(ids)]):
                 if token != IMAGE_TOKEN and self.knows:
                     logits[place, at, token] = 9.0
@@ -128,14 +128,16 @@ def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_
     root, _, _ = world
     template = Plain(word_tokenizer(), 2)
     data = prepare(root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache")
-    found = evaluate(Knowing(knows, data), data, choices=4, generate=False)["choice"]
-    assert low - 1e-6 <= found["value"] <= high + 1e-6
-    assert (found["of"], found["chance"]) == (4, 0.25)
+    every = evaluate(Knowing(knows, data), data, choices=4, generate=False)
+    for found in (every["choice"], every["choice_by_gain"]):
+        assert low - 1e-6 <= found["value"] <= high + 1e-6
+        assert (found["of"], found["chance"]) == (4, 0.25)
+    assert (every["gain"]["value"] > 1) == knows and every["gain"]["value"] >= 0
     with pytest.raises(ValueError, match="4 different texts for a choice of 5"):
         evaluate(Knowing(knows, data), data, choices=5, generate=False)
 
 
-def test_a_choice_that_stops_early_is_that_of_all_its_texts(tmp_path):
+def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path):
     """Against every likelihood, one text at a time: 30 samples, 25 choices, three rounds."""
     ids, words = [f"x{n}" for n in range(30)], WORDS[:30]
     write_corpus(tmp_path / "corpus", ids, seed=4)
@@ -150,19 +152,40 @@ def test_a_choice_that_stops_early_is_that_of_all_its_texts(tmp_path):
     for layer in (0, 2):
         model.projector.layers[layer].weight.data *= 40  # or every image would say the same
     captions = [f"a {word}" for word in words]
-    table = np.zeros((30, 30))  # [image, text]
-    for image in range(30):
-        sample, rows = data.sample(image), data[image]["image_rows"].float()
+    images = [data[image]["image_rows"].float() for image in range(30)]
+    images.append(torch.cat(images).mean(0, keepdim=True))
+    table = np.zeros((31, 30))  # [image, text], the mean row last
+    for image, rows in enumerate(images):
+        sample = data.sample(min(image, 29))
         for text, caption in enumerate(captions):
             ids_, labels = template.encode(template.answered(sample, caption))
             inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
             table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
-    random, names, right = np.random.default_rng(7), sorted(captions), []
-    for image in range(30):
-        drawn = [names[one] for one in random.permutation(30)[:25]]
-        wrong = [one for one in drawn if one != captions[image]][:24]
-        best = max(table[image, captions.index(one)] for one in wrong)
-        right.append(best < table[image, image])
-    found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)["choice"]
-    assert 0 < np.mean(right) < 1
-    assert found["value"] == pytest.approx(np.mean(right))
+    found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)
+    for name, scores in (("choice", table[:30]), ("choice_by_gain", table[:30] - table[30])):
+        random, names, right = np.random.default_rng(7), sorted(captions), []
+        for image in range(30):
+            drawn = [names[one] for one in random.permutation(30)[:25]]
+            wrong = [one for one in drawn if one != captions[image]][:24]
+            best = max(scores[image, captions.index(one)] for one in wrong)
+            right.append(best < scores[image, image])
+        assert 0 < np.mean(right) < 1
+        assert found[name]["value"] == pytest.approx(np.mean(right))
+    order = np.random.default_rng(7).permutation(30)
+    apart = table[order, order] - table[np.roll(order, 1), order]
+    tokens = np.array([sum(label != -100 for label in data[at]["labels"]) for at in order])
+    assert found["gain"]["value"] == pytest.approx((apart * tokens).sum() / tokens.sum(), rel=1e-4)
+
+
+def test_without_images_there_is_no_gain_to_tell(world, tmp_path):
+    root, _, model = world
+    turns = [[("human", "what ?"), ("gpt", word)] for word in WORDS[:4]]
+    lines = [
+        {"id": n, "conversations": [{"from": who, "value": said} for who, said in one]}
+        for n, one in enumerate(turns)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(lines))
+    template, corpus = Chat(word_tokenizer(), 2), Corpus(root / "corpus", "text")
+    data = prepare(tmp_path / "list.json", corpus, template, tmp_path / "cache")
+    found = evaluate(model, data, choices=3, generate=False)
+    assert "gain" not in found and "choice_by_gain" not in found and "choice" in found

@@ -68,19 +68,23 @@ def test_verdicts_look_at_means_and_at_every_seed():
     }
     results = {
         arm: {
-            seed: fake(arm, seed, loss=loss, choice=choice, cider=0.0)
+            seed: fake(arm, seed, loss=loss, gain=-loss, choice=choice, choice_by_gain=0.5, cider=0)
             for seed, (loss, choice) in enumerate(seeds)
         }
         for arm, seeds in table.items()
     }
     found = {one.figure: one for one in pairs_report.verdicts(results)}
-    assert set(found) == {"loss", "choice", "cider"}
+    assert set(found) == set(pairs_report.FIGURES)
     assert found["loss"].means == pytest.approx([4.1, 4.0, 3.55])
     assert (found["loss"].holds, found["loss"].seeds) == (True, (2, 2))  # lower is better
+    assert (found["gain"].holds, found["gain"].seeds) == (True, (2, 2))  # higher is
     assert (found["choice"].holds, found["choice"].seeds) == (True, (1, 2))
     assert (found["cider"].holds, found["cider"].seeds) == (False, (0, 2))  # all are equal
     lines = pairs_report.table(results, ["C3"])
-    assert lines[2] == "| C3 | 2 |  |  |  | 4.000 ± 0.141 | 0.190 ± 0.014 | 0.000 ± 0.000 |"
+    assert lines[2] == (
+        f"| C3 | 2 |{'  |' * 5} 4.000 ± 0.141 | -4.000 ± 0.141 | 0.190 ± 0.014 | "
+        "0.500 ± 0.000 | 0.000 ± 0.000 |"
+    )
 
 
 @pytest.mark.skipif(

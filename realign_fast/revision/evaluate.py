@@ -1,12 +1,14 @@
 """How well a trained model says what is in an image, on held-out pairs of rows and texts.
 
-Loss of the right text a token; choice of the right text among N by likelihood; generated texts
-against the right ones by exact match and CIDEr-D. Each with a 95% interval over the samples.
+Loss of the right text a token; what of it the image takes away; choice of the right text among N by
+likelihood; generated texts against the right ones by exact match and CIDEr-D. Each with a 95%
+interval over the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from .respond import respond
 from .scores import cider, exact_match, interval
 from .templates import IGNORED, Chat, Plain
 
+Pair = tuple[int, str]  # a sample's place and a text
+Score = Callable[[Sequence[Pair]], np.ndarray]
 FIRST = 8  # wrong texts of the first round of a choice; each round asks twice as many
 
 
@@ -41,12 +45,16 @@ def evaluate(
         aligner: moves the rows first, where they are raw text rows.
         choices: N of the choice; texts of other samples, drawn by `seed`, are the wrong ones.
             Likelihoods are means over a text's tokens, or short texts would win. 0: left out.
+            Some texts are likelier than others beside any image, which hides what a weak model
+            sees: `choice_by_gain` takes off the likelihood beside the mean of all rows first.
         limit: samples, spread over the list; None: all.
         batch: sequences at a time.
 
     Returns:
-        `loss` (of a token of the last answer), `choice`, `exact_match` and `cider`, each with
-        `value`, `low` and `high` (95%, bootstrap over samples), and what they were measured on.
+        `loss` (of a token of the last answer), `gain` (how much lower the loss is than beside
+        another sample's image, nats: 0 of a model that does not look; left out without images),
+        `choice`, `choice_by_gain`, `exact_match` and `cider`, each with `value`, `low` and `high`
+        (95%, bootstrap over samples), and what they were measured on.
     """
     count = len(data) if limit is None else min(limit, len(data))
     numbers = [place * len(data) // count for place in range(count)]
@@ -55,14 +63,16 @@ def evaluate(
     if aligner is not None:
         rows = [aligner(own) if len(own) else own for own in rows]
     truth = [template.expected(one) for one in samples]
-    asked = list(zip(samples, truth, rows, strict=True))
-    sums, tokens = _likelihoods(model, template, asked, batch)
+    judge = Judge(model, template, samples, rows, batch)
+    sums, tokens = judge.sums(list(enumerate(truth)))
     found: dict[str, Any] = {"samples": count, "tokens": int(tokens.sum())}
     found["loss"] = interval(-sums / tokens, tokens)
+    if gain := _gain(judge, truth, sums, tokens, seed):
+        found["gain"] = gain
     if choices:
-        found["choice"] = _choice(
-            model, template, samples, truth, rows, sums / tokens, choices, batch, seed
-        )
+        found["choice"] = _choice(judge.likelihood, truth, choices, seed)
+        if gain:
+            found["choice_by_gain"] = _choice(judge.gain, truth, choices, seed)
     if generate:
         texts = []
         for begin in range(0, count, batch):
@@ -85,23 +95,82 @@ def _rows(data: Conversations, numbers: Sequence[int]) -> Sequence[torch.Tensor]
     return data.rows.take(np.concatenate(places)).split([len(one) for one in places])
 
 
-def _choice(
-    model: ReVisionModel,
-    template: Plain | Chat,
-    samples: Sequence[Sample],
-    truth: Sequence[str],
-    rows: Sequence[torch.Tensor],
-    right: np.ndarray,
-    choices: int,
-    batch: int,
-    seed: int,
-) -> dict[str, float]:
-    """How often the right text is the likeliest of `choices`, a tie counted by its share.
+class Judge:
+    """How likely texts are for samples, beside their own images or others; asks nothing twice."""
 
-    `right` [n] are the right texts' mean log-likelihoods. One likelier wrong text decides a sample,
-    so the wrong ones are asked a few at a time, the likeliest beside their own images first, and
-    those left of a decided sample never.
+    def __init__(
+        self,
+        model: ReVisionModel,
+        template: Plain | Chat,
+        samples: Sequence[Sample],
+        rows: Sequence[torch.Tensor],
+        batch: int,
+    ) -> None:
+        self.samples, self.rows, self.template = samples, rows, template
+        self._likelihoods = partial(_likelihoods, model, template, batch=batch)
+        self._known: dict[Any, tuple[float, float]] = {}
+
+    def sums(
+        self, asked: Sequence[Pair], images: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-likelihoods and tokens [n] of texts beside their samples' images, or `images`'."""
+        images = [at for at, _ in asked] if images is None else images
+        keys = [(*pair, image) for pair, image in zip(asked, images, strict=True)]
+        return self._kept(asked, keys, [self.rows[at] for at in images])
+
+    def likelihood(self, asked: Sequence[Pair]) -> np.ndarray:
+        """Mean log-likelihood [n] of a text's tokens beside the images of its sample."""
+        sums, tokens = self.sums(asked)
+        return sums / tokens
+
+    def gain(self, asked: Sequence[Pair]) -> np.ndarray:
+        """`likelihood` less that beside the mean row: what a text owes to these very images."""
+        mean = torch.cat(list(self.rows)).mean(0)
+        keys = [(tuple(self.template.question(self.samples[at])), text) for at, text in asked]
+        sums, tokens = self._kept(asked, keys, [mean.expand_as(self.rows[at]) for at, _ in asked])
+        return self.likelihood(asked) - sums / tokens
+
+    def _kept(
+        self, asked: Sequence[Pair], keys: Sequence[Any], rows: Sequence[torch.Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of texts beside `rows`: what `keys` know already, and the rest asked now."""
+        new = {
+            key: (self.samples[at], text, own)
+            for key, (at, text), own in zip(keys, asked, rows, strict=True)
+            if key not in self._known
+        }
+        found = self._likelihoods(list(new.values()))
+        self._known |= dict(zip(new, zip(*found, strict=True), strict=True))
+        sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
+        return sums, tokens
+
+
+def _gain(
+    judge: Judge, truth: Sequence[str], right: np.ndarray, tokens: np.ndarray, seed: int
+) -> dict[str, float] | None:
+    """Loss beside another sample's images (as many) less that beside the own, and its interval.
+
+    An estimate of the pointwise mutual information of images and text under the model, a token.
+    None where no two samples have as many images.
     """
+    images, other = [len(own) for own in judge.rows], np.arange(len(truth))
+    for count in sorted(set(images) - {0}):
+        group = np.random.default_rng(seed).permutation(np.flatnonzero(np.equal(images, count)))
+        other[group] = np.roll(group, 1)
+    swapped = other != np.arange(len(truth))
+    if not swapped.any():
+        return None
+    wrong, _ = judge.sums(list(enumerate(truth)), other)
+    return interval(((right - wrong) / tokens)[swapped], tokens[swapped])
+
+
+def _choice(score: Score, truth: Sequence[str], choices: int, seed: int) -> dict[str, float]:
+    """How often the right text has the highest score of `choices`, a tie counted by its share.
+
+    One higher wrong text decides a sample, so the wrong ones are asked a few at a time, the highest
+    beside their own images first, and those left of a decided sample never.
+    """
+    right = score(list(enumerate(truth)))
     random, texts = np.random.default_rng(seed), sorted(set(truth))
     if choices < 2 or len(texts) < choices:
         got = f"{len(texts)} different texts"
@@ -113,15 +182,12 @@ def _choice(
         others = [texts[one] for one in random.permutation(len(texts))[:choices]]
         others = [one for one in others if one != mine][: choices - 1]
         asked.append(sorted(others, key=own.__getitem__, reverse=True))
-    beaten, ties = np.zeros(len(samples), bool), np.zeros(len(samples), int)
+    beaten, ties = np.zeros(len(truth), bool), np.zeros(len(truth), int)
     begin, count = 0, FIRST
     while begin < choices - 1 and not beaten.all():
         open_ = [(at, text) for at in np.flatnonzero(~beaten)
                  for text in asked[at][begin : begin + count]]  # fmt: skip
-        wrong = _likelihoods(
-            model, template, [(samples[at], text, rows[at]) for at, text in open_], batch
-        )
-        for (at, _), value in zip(open_, wrong[0] / wrong[1], strict=True):
+        for (at, _), value in zip(open_, score(open_), strict=True):
             beaten[at] |= value > right[at]
             ties[at] += value == right[at]
         begin, count = begin + count, 2 * count
