@@ -10,10 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "realign_fast"
 FLOORS = {
     "start": 0,
-    "__main__": 13,
-    "cli": 12,
+    "__main__": 14,
+    "cli": 13,
+    "corpus_commands": 12,
     "embed_commands": 11,
     "demo": 10,
+    "corpus_options": 11,
     "run_options": 10,
     "revision": 9,
     "report": 9,
