@@ -17,10 +17,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,13 +26,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import ops
-from .corpus import Corpus
+from .batches import Rows, batches
 from .family import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
 from .url import at_hand, path_of, place_of
+from .whiten.one_thread import one_thread
 from .whole_file import write_whole
 
-Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
@@ -188,7 +186,7 @@ class ReAlign(nn.Module):
         def measure(rows: Rows, name: str, through: RowMap | None = None) -> Moments:
             covariance = through is None and method in NEED_COVARIANCE
             moments = Moments(covariance, accurate=covariance)
-            for where, first_row, batch in _batches(rows, name, batch_rows):
+            for where, first_row, batch in batches(rows, name, batch_rows):
                 moments.update(
                     batch, through=through, bad_rows=bad_rows, where=where, first_row=first_row
                 )
@@ -227,6 +225,7 @@ class ReAlign(nn.Module):
         return lambda rows: noisy_rows(rows, shift, recentre, sigma, seed)
 
     @property
+    @one_thread
     def inverse(self) -> ReAlign:
         """The map back, ``A^-1`` with the roles of the sides exchanged; ``h = 0``.
 
@@ -382,42 +381,6 @@ class ReAlign(nn.Module):
 def _times(a: Tensor, v: Tensor) -> Tensor:
     """A v for A a number, a diagonal [D] or a matrix [D, D]."""
     return a @ v if a.dim() == 2 else a * v
-
-
-def _batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int, Tensor]]:
-    """``(where, first row, rows [n, D])`` from whatever holds rows."""
-    if isinstance(rows, (str, os.PathLike)):
-        rows = Corpus(rows)
-    if isinstance(rows, Corpus):
-        for batch in rows.batches():
-            yield str(rows.shards[batch.shard].path), batch.first, batch.rows
-        return
-    if isinstance(rows, (Tensor, np.ndarray)):
-        if rows.ndim != 2:
-            raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
-        for first_row in range(0, len(rows), batch_rows):
-            yield name, first_row, _as_tensor(rows[first_row : first_row + batch_rows], name)
-        return
-    if not isinstance(rows, Iterable):
-        got = type(rows).__name__
-        raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {got}")
-    if iter(rows) is rows:
-        raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
-    first_row = 0
-    for batch in rows:
-        if isinstance(batch, (list, tuple)) and len(batch) == 1:  # of a TensorDataset
-            (batch,) = batch
-        yield name, first_row, _as_tensor(batch, name)
-        first_row += len(batch)
-
-
-def _as_tensor(rows: Tensor | np.ndarray, name: str) -> Tensor:
-    if isinstance(rows, np.ndarray):  # of any byte order and strides
-        rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
-    if not isinstance(rows, Tensor) or rows.dim() < 2:
-        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"{name}: expected batches of rows [n, D], got {got}; give tensors")
-    return rows
 
 
 def _download(name: str, **options: str) -> str:

@@ -38,6 +38,7 @@ FLOORS = {
     "inspection": 3,
     "metrics": 3,
     "output": 3,
+    "batches": 2,
     "moments": 2,
     "kept": 2,
     "corpus": 1,
