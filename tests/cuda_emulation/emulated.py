@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from realign_fast import ops
+from realign_fast.ops import register
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -74,7 +74,7 @@ def load() -> ctypes.CDLL:
     """Define and load the ops; the library, for :func:`configure`."""
     path = build()
     library = torch.library.Library("realign_emulated", "DEF")
-    for schema in ops._SCHEMAS:
+    for schema in register.SCHEMAS:
         library.define(schema)
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
