@@ -203,7 +203,7 @@ def train(
 
 def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
     """Loss, gain, choices and CIDEr of a trained model on held-out pictures."""
-    from realign_fast.revision.evaluate import evaluate
+    from realign_fast.revision.evaluation import evaluate
     from realign_fast.revision.join import prepare
     from realign_fast.revision.respond import open_model
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"realign-fast: error: {error.strerror if ours else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("realign-fast: stopped; the shards already written are whole", file=sys.stderr)
+        print("realign-fast: stopped; what was written is whole", file=sys.stderr)
         return 130
 
 

@@ -73,7 +73,9 @@ def _add_model(sub: Any) -> None:
 
 
 def _workers(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def _embed(options: argparse.Namespace) -> None:

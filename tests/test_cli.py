@@ -260,7 +260,7 @@ def test_interrupted_from_a_shell_it_stops_with_130_and_leaves_no_half(corpora, 
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "realign-fast: stopped; the shards already written are whole\n"
+    assert error == "realign-fast: stopped; what was written is whole\n"
     assert set(os.listdir("out")) - KEPT == {"aligner.safetensors"}
 
 

@@ -287,6 +287,8 @@ def test_the_command_lines_errors_are_one_line(model, pictures, tmp_path, capsys
         ([*how, *out, "--pairs", pictures, "--images", pictures], "or --pairs alone"),
         ([*how, *out, "--images", tmp_path / "none"], "does not exist"),
         ([*how[:2], *out, "--images", pictures], "give --pretrained"),
+        (["--model", "/no/such", *out, "--images", pictures], "no such directory or file"),
+        ([*how, "--images", pictures, "--out", pictures / "out"], "which is read; give another"),
     ):
         status, said = command_line(*arguments, capsys=capsys)
         assert status == 2

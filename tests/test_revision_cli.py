@@ -127,6 +127,13 @@ def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys):
     options = parser.parse_args(words(*base))
     with pytest.raises(ValueError, match="--image needs --encoder"):
         options.run(options)
+    (tmp_path / "text.png").write_text("no picture")
+    options = parser.parse_args(words(*base, tmp_path / "text.png", "--encoder", "plain"))
+    with pytest.raises(ValueError, match=r"text.png: cannot be read as a picture"):
+        options.run(options)
+    with pytest.raises(SystemExit):  # what would be left out otherwise
+        parser.parse_args(words(*base, "--encoder", "plain", "--row", "3"))
+    assert "not allowed with argument --image" in capsys.readouterr().err
 
 
 def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
@@ -134,17 +141,47 @@ def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
     assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 0
     answers = capsys.readouterr().out.splitlines()
     assert answers[0] == CAPTIONS[3] and len(answers) == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 2
+    assert "nothing to read questions from" in capsys.readouterr().err
 
 
 def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path):
     where = ["--data", world / "list.jsonl", "--rows", world / "corpus"]
-    out = tmp_path / "figures.json"
+    out = tmp_path / "made" / "figures.json"
     assert main(words("evaluate", "--model", trained, *where, "--out", out, "--limit", 16)) == 0
     found = json.loads(out.read_text())
     assert found["samples"] == 16
     assert found["exact_match"]["value"] == 1 and found["choice"]["value"] == 1
     assert found["loss"]["low"] <= found["loss"]["value"] <= found["loss"]["high"] < 1
-    assert found["cider"]["value"] > 1
+    assert found["cider"]["value"] > 1 and found["gain"]["low"] > 0
+    assert main(words("evaluate", "--model", trained, *where, "--out", tmp_path)) == 2
+
+
+def test_stopping_says_where_training_goes_on(world, tmp_path, capsys, monkeypatch):
+    from realign_fast.revision.trainer import ReVisionTrainer
+
+    step = ReVisionTrainer.training_step
+
+    def stopped(self, *arguments, **options):
+        if self.state.global_step == self.stops_at:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(ReVisionTrainer, "training_step", stopped)
+    for stops_at, said in ((0, "no checkpoint yet"), (3, "--resume goes on from")):
+        monkeypatch.setattr(ReVisionTrainer, "stops_at", stops_at, raising=False)
+        more = ["--set", "save_steps=2", "--held-out", "0"]
+        assert main(pretrain(world, tmp_path / str(stops_at), *more)) == 130
+        assert said in capsys.readouterr().err
+
+
+def test_public_names_are_functions_however_often_they_are_asked_for():
+    import realign_fast.revision as revision
+
+    for _ in range(2):
+        assert callable(revision.evaluate) and callable(revision.prepare)
+    assert set(revision.__all__) <= set(dir(revision))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +203,14 @@ def test_mistakes_of_chat(more, said, trained, world, capsys):
     [
         (["--set", "learning_rat=1"], "nearest: learning_rate"),
         (["--rows", "nowhere"], "nowhere"),
-        (["--data", "nowhere.json"], "nowhere.json"),
+        (["--data", "nowhere.json"], "nowhere.json: no such file; expected a list"),
         (["--ids", "nowhere"], "has no metadata/"),
         (["--test", "alone.jsonl"], "test, test_rows: got one of them"),
         (["--language-model", "nowhere/at/all"], "nowhere/at/all"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--max-length", "4"], "48 of 48 samples cannot be used"),
+        (["--max-length", "2"], "an image alone takes 2 tokens of the 2 of max_length"),
+        (["--language-model", "/nowhere"], "/nowhere: no such directory"),
     ],
 )
 def test_mistakes_of_pretrain(more, said, world, tmp_path, capsys):

@@ -177,17 +177,18 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
     entries[4]["image"] = "x4.jpg"
     entries[5]["conversations"][1]["value"] = "  "
     entries[6] = entry("x6", "a red dog " * 50)
+    entries[7]["conversations"].reverse()
     path, chat = write_list(tmp_path / "list.json", entries), Chat(tokenizer, K)
     options = {"max_length": 60}
-    with pytest.raises(ValueError, match=r"4 of 40 samples cannot be used \(10.0%, at most 1.0%"):
+    with pytest.raises(ValueError, match=r"5 of 40 samples cannot be used \(12.5%, at most 1.0%"):
         ready(path, root[0], chat, tmp_path / "cache", **options)
-    found = ready(path, root[0], chat, tmp_path / "cache", max_skipped=0.1, **options)
-    kinds = ("missing_ids", "missing_images", "empty_captions", "over_long")
-    assert [found.report[kind] for kind in kinds] == [1, 1, 1, 1]
+    found = ready(path, root[0], chat, tmp_path / "cache", max_skipped=0.125, **options)
+    kinds = ("missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long")
+    assert [found.report[kind] for kind in kinds] == [1, 1, 1, 1, 1]
     assert found.report["examples"]["over_long"] == ["x6"]
-    assert (found.report["used"], len(found)) == (36, 36)
-    assert {found.sample(n).name for n in range(36)} == set(IDS) - {"x3", "x4", "x5", "x6"}
-    longest = max(len(found[number]["input_ids"]) for number in range(36))
+    assert (found.report["used"], len(found)) == (35, 35)
+    assert {found.sample(n).name for n in range(35)} == set(IDS) - {f"x{n}" for n in range(3, 8)}
+    longest = max(len(found[number]["input_ids"]) for number in range(35))
     assert longest <= 60 < len(chat.encode(lists.sample_of(entries[6], ""))[0])
 
 
@@ -208,7 +209,7 @@ def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path)
         ('["x1"]', "entry 0: is a str, expected an object"),
         ('[{"id": "x1"}]', "has neither a caption nor conversations, but 'id'"),
         ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "a turn is"),
-        ("[]", "0 of 0 samples cannot be used"),
+        ("[]", "holds no entry"),
     ],
 )
 def test_a_damaged_list_is_refused_and_nothing_is_left(text, words, root, tokenizer, tmp_path):

@@ -10,7 +10,7 @@ from revision_parts import WORDS, tiny_llama, word_tokenizer, write_corpus
 
 pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
-from realign_fast.revision.evaluate import evaluate
+from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.join import prepare
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from safetensors.torch import load_file
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
-from realign_fast.revision.evaluate import evaluate
+from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.join import prepare
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.templates import Plain
-from realign_fast.revision.train import PRESETS, Run, finetune, pretrain
+from realign_fast.revision.train import FRESH, PRESETS, Run, finetune, pretrain
 
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
 IDS = [f"x{number}" for number in range(48)]
@@ -183,7 +184,8 @@ def test_the_presets_are_the_papers():
         assert trainer["warmup_steps"] == 0.03 and trainer["lr_scheduler_type"] == "cosine"
         assert trainer["weight_decay"] == 0 and trainer["num_train_epochs"] == 1
     assert PRESETS["pretrain"]["batch"] == 256
-    assert Run.max_length == 2048 and Run.visual_tokens == 576 and Run.projector == "mlp"
+    assert Run.max_length == 2048
+    assert FRESH == {"projector": "mlp", "visual_tokens": 576, "normalize": True}
 
 
 def test_mistakes_are_named(world, tmp_path):
@@ -200,3 +202,45 @@ def test_mistakes_are_named(world, tmp_path):
         finetune(run_of(world, tmp_path / "x", start=tmp_path / "done", rows=wide))
     with pytest.raises(ValueError, match="expected some of projector"):
         pretrain(run_of(world, tmp_path / "y", train=("vision",)))
+    with pytest.raises(ValueError, match="got r for an adapter that is not trained"):
+        pretrain(run_of(world, tmp_path / "y", lora={"r": 8}))
+    adapted = {"train": ("projector", "lora")}
+    with pytest.raises(ValueError, match="rr: no field of LoraConfig; nearest:"):
+        pretrain(run_of(world, tmp_path / "y", lora={"rr": 8}, **adapted))
+    with pytest.raises(ValueError, match="r: got 'abc', expected a number"):
+        pretrain(run_of(world, tmp_path / "y", lora={"r": "abc"}, **adapted))
+    with pytest.raises(ValueError, match="learning_rate: got 'abc', expected a number"):
+        pretrain(run_of(world, tmp_path / "y", trainer={"learning_rate": "abc"}))
+    with pytest.raises(ValueError, match="bf16: got 'no', expected true or false"):
+        pretrain(run_of(world, tmp_path / "y", trainer={"bf16": "no"}))
+    with pytest.raises(ValueError, match="setting of Trainer: "):
+        pretrain(run_of(world, tmp_path / "y", trainer={"lr_scheduler_type": "none such"}))
+    with pytest.raises(ValueError, match="got visual_tokens 3, and the model was made with 2"):
+        finetune(run_of(world, tmp_path / "y", start=tmp_path / "done", visual_tokens=3))
+    with pytest.raises(FileNotFoundError, match="/nowhere: no such directory; give a language"):
+        finetune(run_of(world, tmp_path / "y", start=Path("/nowhere")))
+    assert not (tmp_path / "y" / "training.json").exists()
+
+
+def test_a_fresh_adapter_begins_from_the_seed(world, tmp_path):
+    options = {"start": "gpt2", "train": ("lora",), "template": "chat"}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name))  # whatever ran before
+        finetune(run_of(world, tmp_path / name, trainer=SHORT | {"seed": seed}, **options))
+    adapters = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc"
+    ]
+    assert same(*adapters[:2]) and not same(adapters[0], adapters[2])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
+    steps = {"max_steps": 6, "save_steps": 3, "save_total_limit": 9}
+    whole = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert "holds no checkpoint to resume from" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    done = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert done["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    assert done["samples_per_second"] is None and done["steps"] == 6

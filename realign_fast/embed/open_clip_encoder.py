@@ -81,6 +81,11 @@ class OpenClipEncoder(Encoder):
         if not known:
             import difflib
 
+            if os.sep in model:
+                want = (
+                    "a Hugging Face or open_clip directory, a json config, or a name of open_clip"
+                )
+                raise ValueError(f"{model}: no such directory or file; expected {want}")
             near = difflib.get_close_matches(model, library.list_models(), 3, 0.4)
             raise ValueError(
                 f"model: open_clip knows no {model!r}; near are {', '.join(near) or 'none'}; "

@@ -84,6 +84,10 @@ def embed(
     """
     settings, out = settings or EmbedSettings(), Path(out)
     plan = _plan(images, texts, pairs, settings.shard_rows)
+    for source in {id(one.source): one.source for one in plan}.values():
+        folder = Path(os.path.realpath(source.path))
+        if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
+            raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
     begin, metadata = time.monotonic(), metadata_format()
     facts = _facts(encoder, settings, metadata, plan)
     with locked(out / KEPT):

@@ -100,6 +100,8 @@ class Table(Source):
             if found[role] not in there and (asked or needed):
                 want = f"column {asked!r}" if asked else f"column for the {role}"
                 advice = f"choose one with --{role}-column, of: {', '.join(there)}"
+                if not there:
+                    advice = "its first entry names none; mend it"
                 raise ValueError(f"{file}: has no {want}; {advice}")
         return Columns(**found)
 

@@ -10,10 +10,9 @@ done again. Any causal language model, the rows of any CLIP-like encoder.
 
 `projector.py` rows to tokens; `model.py` the splice; `llava.py` the same rows for LLaVA-type
 models; `lists.py` the files of conversations; `ids.py` which row an id has; `templates.py`
-conversations as tokens and labels; `join.py` lists and rows
-joined by id; `data.py` batches of them; `train.py` both stages;
-`scores.py` and `evaluate.py` figures with intervals; `respond.py` captions and answers;
-`commands.py` the commands.
+conversations as tokens and labels; `join.py` lists and rows joined by id; `data.py` batches of
+them; `train.py` both stages; `scores.py` and `evaluation.py` figures with intervals; `respond.py`
+captions and answers; `commands.py` the commands.
 transformers, accelerate and peft come with the extra `train` and load when first used.
 """
 
@@ -33,7 +32,7 @@ _WHERE = {
     "prepare": "join",
     "pretrain": "train",
     "finetune": "train",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "caption_rows": "respond",
     "caption_images": "respond",
 }
@@ -45,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -70,7 +70,7 @@ def _aligner(options: argparse.Namespace) -> ReAlign | None:
     return ReAlign.from_pretrained(options.aligner) if options.aligner else None
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from . import train
 
     run = train.Run(
@@ -78,24 +78,30 @@ def _train(options: argparse.Namespace) -> None:
         rows=_corpus(options),
         aligner=_aligner(options),
         test_rows=Corpus(options.test_rows, "image") if options.test_rows else None,
-        normalize=not options.no_normalize,
         train=tuple(options.train.split(",")) if options.train else None,
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
         lora=dict(options.lora),
         trainer=dict(options.set),
         **{name: getattr(options, name) for name in _SAME},
     )
-    summary = getattr(train, options.stage)(run)
+    try:
+        summary = getattr(train, options.stage)(run)
+    except KeyboardInterrupt:
+        last = train.last_checkpoint(Path(run.out))
+        how = f"--resume goes on from {last}" if last else "there was no checkpoint yet"
+        print(f"realign-fast: stopped; {how}", file=sys.stderr)
+        return 130
     losses = summary["held_out_losses"]
     held = f", held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
     print(
         f"{summary['steps']} steps, train loss {summary['train_loss']:.4f}{held}; wrote {run.out}"
     )
+    return 0
 
 
 _SAME = (
-    "out", "start", "ids", "projector", "visual_tokens", "template", "batch", "micro_batch",
-    "max_length", "max_skipped", "held_out", "test", "generations", "resume",
+    "out", "start", "ids", "projector", "visual_tokens", "normalize", "template", "batch",
+    "micro_batch", "max_length", "max_skipped", "held_out", "test", "generations", "resume",
 )  # fmt: skip
 
 
@@ -145,13 +151,22 @@ def _rows_of_ids(corpus: Corpus, ids: str | None, names: list[str]) -> list[int]
 
 
 def _pictures(options: argparse.Namespace, paths: list[str]) -> tuple[list[str], Any]:
-    if not options.encoder:
-        raise ValueError("--image needs --encoder: the one that the model's rows came from")
+    if not options.encoder or options.rows:
+        want = "--encoder, the one that the model's rows came from, and no --rows"
+        raise ValueError(f"--image needs {want}")
+    encoder = options.open_encoder(options.encoder)
+    return paths, torch.as_tensor(encoder.embed_images([_picture(path) for path in paths]))
+
+
+def _picture(path: str) -> Any:
     from PIL import Image
 
-    encoder = options.open_encoder(options.encoder)
-    rows = encoder.embed_images([Image.open(path).convert("RGB") for path in paths])
-    return paths, torch.as_tensor(rows)
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; give a picture") from error
+    except (OSError, ValueError, SyntaxError) as error:  # whatever Pillow's readers raise
+        raise ValueError(f"{path}: cannot be read as a picture; leave it out") from error
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -184,6 +199,7 @@ def _written(path: str | None) -> Iterator[TextIO]:
     if not path:
         yield sys.stdout
         return
+    _room_for(path)
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     try:
         with open(partial, "w") as file:
@@ -191,6 +207,13 @@ def _written(path: str | None) -> Iterator[TextIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _room_for(path: str) -> None:
+    """The directory of a result, before anything is worked out for it."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a directory; name a file in it")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -216,6 +239,8 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _read_questions() -> Iterator[str]:
     """Lines of the terminal or a pipe, until it ends or an empty one comes."""
+    if sys.stdin is None:
+        raise ValueError("chat: nothing to read questions from; give one (--ask)")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -226,9 +251,11 @@ def _read_questions() -> Iterator[str]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluate import evaluate
+    from .evaluation import evaluate
     from .join import prepare
 
+    if options.out:
+        _room_for(options.out)
     model, template = _open(options)
     cache = options.cache or Path(options.model) / "data"
     how = {"ids": options.ids, "max_length": options.max_length}

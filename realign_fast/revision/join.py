@@ -33,9 +33,10 @@ FAULTS = {
     "missing_ids": "images whose id has no row",
     "missing_images": "<image> marks and images differ in number, or no image where one must be",
     "empty_captions": "empty captions or answers",
+    "missing_questions": "answers that no question stands before",
     "over_long": "longer than max_length",
 }
-_VERSION = 1
+_VERSION = 2
 
 
 def prepare(
@@ -64,6 +65,14 @@ def prepare(
     if isinstance(rows.path, Url):
         why = "training reads rows in random order, from local files alone"
         raise ValueError(f"{rows.path}: {why}; copy the corpus first (realign-fast convert)")
+    if not source.is_file():
+        want = "expected a list of conversations or captions: json, jsonl or parquet"
+        raise FileNotFoundError(f"{source}: no such file; {want}")
+    if len(template.image) >= max_length:
+        what = (
+            f"an image alone takes {len(template.image)} tokens of the {max_length} of max_length"
+        )
+        raise ValueError(f"{source}: {what}; raise --max-length, or train with fewer visual tokens")
     cache.mkdir(parents=True, exist_ok=True)
     settings = [_VERSION, template.name, repr(getattr(template, "template", None)), max_length]
     settings += [len(template.image), template.tokenizer.name_or_path, len(template.tokenizer)]
@@ -146,14 +155,16 @@ def _fault(
 
 def _judge(report: dict[str, Any], source: Path, max_skipped: float) -> None:
     total, skipped = report["samples"], report["samples"] - report["used"]
-    if total and report["used"] and skipped <= max_skipped * total:
+    if not total:
+        raise ValueError(f"{source}: holds no entry; give a list with at least one")
+    if report["used"] and skipped <= max_skipped * total:
         return
     parts = [
         f"{report[name]:,} {what} (first {', '.join(map(repr, report['examples'][name]))})"
         for name, what in FAULTS.items()
         if report[name]
     ]
-    share = f"{skipped / total:.1%}, at most {max_skipped:.1%} may be" if total else "empty list"
+    share = f"{skipped / total:.1%}, at most {max_skipped:.1%} may be"
     what = f"{skipped:,} of {total:,} samples cannot be used ({share}): {'; '.join(parts)}"
     raise ValueError(f"{source}: {what}. Mend the list, or allow more (--max-skipped)")
 

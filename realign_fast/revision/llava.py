@@ -3,7 +3,8 @@
 `attach(llava, config)` gives the model a projector of ours. Its `forward` then takes `image_rows`
 [M, D] beside `input_ids`, and hands them on through transformers' own seam for ready-made features
 (`mm_encoder_outputs`, LLaVA from transformers 5.18). The vision tower is never run. Input ids hold
-the model's own image token K times for every row: `Collator(..., image_token=...)` does that.
+the model's own image token K times for every row: a template made with `image_token=` (`Plain`,
+`Chat`) does that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .model import transformers
 from .projector import Projector, ReVisionConfig
 
-NAME = "realign_projector"  # of the submodule: its weights are saved and loaded with the model's
+NAME = "realign_projector"  # of the submodule: its weights are saved with the model's
 
 
 def attach(
@@ -24,8 +25,9 @@ def attach(
 ) -> nn.Module:
     """Give `model` a projector and the argument `image_rows`; returns the same model.
 
-    For `generate` pass `**visual_inputs(model, image_rows)` instead. ValueError where the model
-    has no such seam, or embeds in another size.
+    For `generate` pass `**visual_inputs(model, image_rows)` instead. `save_pretrained` keeps the
+    projector's weights, `from_pretrained` of transformers does not know them: `attach` first, then
+    `load_state_dict`. ValueError where the model has no such seam, or embeds in another size.
     """
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         found = f"{type(model).__name__} of transformers {transformers().__version__}"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..whole_file import write_whole
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
+from .settings import made
 
 PARTS = ("projector", "language_model", "lora")
 ADAPTER, WHOLE = "adapter", "language_model"
@@ -187,7 +188,7 @@ class ReVisionModel(nn.Module):
             return
         peft = _peft()
         options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | options
-        adapter = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+        adapter = made(peft.LoraConfig, "field of LoraConfig", options, task_type="CAUSAL_LM")
         self.language_model = peft.get_peft_model(self.language_model, adapter)
 
     def save_pretrained(
@@ -261,9 +262,10 @@ def _load_language_model(where: str | os.PathLike[str], dtype: torch.dtype) -> n
     try:
         return auto.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]  # transformers may list every model it knows
         advice = "give the name or directory of a causal language model"
         raise ValueError(
-            f"{where}: cannot be loaded as a language model ({error}); {advice}"
+            f"{where}: cannot be loaded as a language model ({what}); {advice}"
         ) from error
 
 

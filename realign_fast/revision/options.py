@@ -18,7 +18,10 @@ def rows(sub: Any, side: str, required: bool = True) -> None:
 
 
 def data(sub: Any, side: str) -> None:
-    text = "list of conversations: json, jsonl or parquet"
+    text = (
+        'list of entries {"id", "caption"} or {"id", "conversations": [{"from", "value"}]}: json, '
+        "jsonl or parquet; the image of an entry is the row with its id"
+    )
     sub.add_argument("--data", required=True, metavar="FILE", help=text)
     rows(sub, side)
     text = "move raw text rows with it on the way (aligner.safetensors)"
@@ -31,12 +34,12 @@ def data(sub: Any, side: str) -> None:
 
 def train(sub: Any) -> None:
     sub.add_argument("--out", required=True, metavar="DIR", help="checkpoints and result")
-    sub.add_argument("--projector", choices=("linear", "mlp", "prefix"), default="mlp",
+    sub.add_argument("--projector", choices=("linear", "mlp", "prefix"),
                      help="of a fresh model: one layer, two, or two that give different tokens "
-                     "(%(default)s)")  # fmt: skip
-    sub.add_argument("--visual-tokens", type=_positive, default=576, metavar="K",
-                     help="tokens of an image in a fresh model (%(default)s)")  # fmt: skip
-    sub.add_argument("--no-normalize", action="store_true",
+                     "(mlp)")  # fmt: skip
+    sub.add_argument("--visual-tokens", type=_positive, metavar="K",
+                     help="tokens of an image in a fresh model (576)")  # fmt: skip
+    sub.add_argument("--no-normalize", dest="normalize", action="store_false", default=None,
                      help="do not make rows unit first, in a fresh model")  # fmt: skip
     sub.add_argument("--template", choices=("plain", "chat"), help="(default: the stage's)")
     sub.add_argument("--chat-template", metavar="FILE", help="Jinja, instead of the tokenizer's")
@@ -74,10 +77,11 @@ def model(sub: Any) -> None:
 
 def asking(sub: Any, several: bool, pictures: bool) -> None:
     how = {"nargs": "+"} if several else {}
-    sub.add_argument("--row", type=int, metavar="N", help="number of a row", **how)
-    sub.add_argument("--id", metavar="ID", help="id of a row", **how)
+    one = sub.add_mutually_exclusive_group()
+    one.add_argument("--row", type=int, metavar="N", help="number of a row", **how)
+    one.add_argument("--id", metavar="ID", help="id of a row", **how)
     if pictures:
-        sub.add_argument("--image", metavar="FILE", help="a picture", **how)
+        one.add_argument("--image", metavar="FILE", help="a picture", **how)
         sub.add_argument("--encoder", metavar="NAME", help="that the model's rows came "
                          "from: a directory, or NAME:WEIGHTS of open_clip")  # fmt: skip
     text = "what to ask (default: %(default)s)" if several else "one question, then stop"

@@ -110,6 +110,9 @@ class Chat:
         answers = [text for role, text in turns if role == "assistant"]
         if not answers or not all(text.strip() for text in answers):
             return "empty_captions"
+        roles = [role for role, _ in turns]
+        if "user" not in roles[: roles.index("assistant")]:
+            return "missing_questions"
         marks = sum(text.count(MARK) for _, text in turns)
         return None if marks == len(sample.images) and "" not in sample.images else "missing_images"
 

@@ -10,7 +10,6 @@ On many devices: `accelerate launch --config_file FILE -m realign_fast pretrain 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from .data import Collator, Conversations, Part
 from .join import FAULTS, prepare
 from .model import ReVisionModel, transformers
 from .projector import CONFIG, ReVisionConfig, read_config
+from .settings import made
 from .templates import Chat, Plain
 
 BOTH = {
@@ -43,6 +43,7 @@ BOTH = {
     "dataloader_num_workers": 2,
     "report_to": "none",
 }
+FRESH = {"projector": "mlp", "visual_tokens": 576, "normalize": True}  # of a model that begins here
 PRESETS: dict[str, dict[str, Any]] = {
     "pretrain": {
         "template": "plain",
@@ -70,9 +71,11 @@ class Run:
     start: str  # a language model, or a directory that pretrain wrote
     ids: str | None = None  # where the rows have their ids (ids.py)
     aligner: ReAlign | None = None  # moves raw text rows on the way
-    projector: str = "mlp"  # of a fresh model, as the next three
-    visual_tokens: int = 576
-    normalize: bool = True
+    projector: str | None = (
+        None  # of a fresh model ("mlp"), as the next two; a trained one has its own
+    )
+    visual_tokens: int | None = None  # 576
+    normalize: bool | None = None  # True
     template: str | None = None  # "plain" or "chat"
     chat_template: str | None = None  # Jinja, where the tokenizer has none
     train: tuple[str, ...] | None = None  # of model.PARTS
@@ -99,25 +102,21 @@ def finetune(run: Run) -> dict[str, Any]:
     return _train("finetune", run)
 
 
-def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Checked names of TrainingArguments; ValueError names the nearest."""
-    known = {one.name for one in dataclasses.fields(transformers().TrainingArguments) if one.init}
-    for name in given:
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, 3)) or "see transformers' docs"
-            raise ValueError(f"{name}: no setting of Trainer; nearest: {near}")
-    return given
-
-
 def _train(stage: str, run: Run) -> dict[str, Any]:
     from .trainer import Epochs, Generations, ReVisionTrainer
 
     preset = PRESETS[stage]
+    parts = run.train or preset["train"]
+    if run.lora and "lora" not in parts:
+        want = f"--train projector,lora; what trains is {', '.join(parts)}"
+        raise ValueError(
+            f"lora: got {', '.join(run.lora)} for an adapter that is not trained; {want}"
+        )
     arguments = _arguments(preset, run)
-    old = (Path(run.start) / CONFIG).is_file() and read_config(Path(run.start))
+    old = _saved_config(run)
     tokenizer = transformers().AutoTokenizer.from_pretrained(run.start)
     kind = run.template or preset["template"]
-    tokens = old.visual_tokens if old else run.visual_tokens
+    tokens = old.visual_tokens if old else run.visual_tokens or FRESH["visual_tokens"]
     chat = {"template": run.chat_template} if kind == "chat" else {}
     template = {"plain": Plain, "chat": Chat}[kind](tokenizer, tokens, **chat)
     if run.chat_template:
@@ -128,7 +127,7 @@ def _train(stage: str, run: Run) -> dict[str, Any]:
             run.conversations, run.rows, template, Path(run.out) / "data", ids=run.ids, **options
         )
         train, held, moved = _parts(whole, run, template)
-    model = _model(run, old, run.train or preset["train"], arguments.bf16)
+    model = _model(run, old, parts, arguments)
     model.revision_config.template = kind
     if held is None:
         arguments.eval_strategy = "no"
@@ -146,17 +145,19 @@ def _train(stage: str, run: Run) -> dict[str, Any]:
     if held is not None and run.generations:
         trainer.add_callback(Generations(trainer, template, run.generations, moved))
     _say(trainer, whole.report, model)
-    last = _last_checkpoint(Path(run.out)) if run.resume else None
+    last = last_checkpoint(Path(run.out)) if run.resume else None
+    if run.resume and last is None and trainer.is_world_process_zero():
+        print(f"{run.out}: holds no checkpoint to resume from; training starts from the beginning")
     result = trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
     trainer.save_state()
-    return _summary(stage, run, trainer, whole.report, result)
+    return _summary(stage, run, trainer, whole.report, result, resumed=last is not None)
 
 
 def _arguments(preset: dict[str, Any], run: Run) -> Any:
     """TrainingArguments of the preset, with what was given over it."""
     out = Path(run.out)
-    if not run.resume and _last_checkpoint(out):
+    if not run.resume and last_checkpoint(out):
         want = "go on with it (--resume), or name another directory"
         raise ValueError(f"{out}: holds checkpoints of an earlier training; {want}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -177,28 +178,46 @@ def _arguments(preset: dict[str, Any], run: Run) -> Any:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
     }
-    arguments = transformers().TrainingArguments(**settings | trainer_options(run.trainer))
+    arguments = made(transformers().TrainingArguments, "setting of Trainer", settings | run.trainer)
     if arguments.n_gpu > 1:  # DataParallel would cut image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
 
 
-def _last_checkpoint(out: Path) -> str | None:
+def last_checkpoint(out: Path) -> str | None:
+    """The newest in a directory of a training; None without any."""
     return transformers().trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
 
 
-def _model(run: Run, old: Any, parts: tuple[str, ...], bf16: bool) -> ReVisionModel:
-    dtype = torch.bfloat16 if bf16 and "language_model" not in parts else torch.float32
+def _saved_config(run: Run) -> ReVisionConfig | None:
+    """Of the model that training goes on from; None where it starts from a language model."""
+    start = Path(run.start)
+    if not (start / CONFIG).is_file():
+        if run.start.startswith(("/", "./", "../", "~")) and not start.is_dir():
+            want = "give a language model's name or directory, or a directory that pretrain wrote"
+            raise FileNotFoundError(f"{start}: no such directory; {want}")
+        return None
+    config = read_config(start)
+    for name in FRESH:
+        asked, has = getattr(run, name), getattr(config, name)
+        if asked not in (None, has):
+            what = f"the model was made with {has}; leave it out, or pretrain another one"
+            raise ValueError(f"{start}: got {name} {asked}, and {what}")
+    return config
+
+
+def _model(run: Run, old: Any, parts: tuple[str, ...], arguments: Any) -> ReVisionModel:
+    bf16 = arguments.bf16 and "language_model" not in parts
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    transformers().set_seed(arguments.seed)  # of a fresh projector, of a fresh adapter
     if old:
         model = ReVisionModel.from_pretrained(run.start, dtype=dtype)
         if old.row_dimension != run.rows.dimension:
             got = f"rows have {run.rows.dimension} columns, the model was trained on"
             raise ValueError(f"{run.rows.path}: {got} {old.row_dimension}; embed with its encoder")
     else:
-        names = ("projector", "visual_tokens", "normalize")
-        seed = int(run.trainer.get("seed", BOTH["seed"]))
-        transformers().set_seed(seed)  # of the fresh projector
-        options = {name: getattr(run, name) for name in names}
+        given = {name: getattr(run, name) for name in FRESH}
+        options = FRESH | {name: one for name, one in given.items() if one is not None}
         model = ReVisionModel.start(run.start, run.rows.dimension, dtype=dtype, **options)
     model.train_only(parts, **run.lora)
     return model
@@ -237,7 +256,19 @@ def _say(trainer: Any, report: dict[str, Any], model: ReVisionModel) -> None:
     print(f"parameters that train: {', '.join(parts)}")
 
 
-def _summary(stage: str, run: Run, trainer: Any, report: dict[str, Any], result: Any) -> dict:
+def _logged_loss(trainer: Any) -> float | None:
+    """The mean of the logged losses of all steps, those before a resumption too."""
+    logged = [one for one in trainer.state.log_history if "loss" in one]
+    if not logged:
+        return None
+    steps = [0, *(one["step"] for one in logged)]
+    sums = (one["loss"] * (to - by) for one, by, to in zip(logged, steps, steps[1:], strict=False))
+    return sum(sums) / steps[-1]
+
+
+def _summary(
+    stage: str, run: Run, trainer: Any, report: dict[str, Any], result: Any, resumed: bool
+) -> dict[str, Any]:
     evaluations = [one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one]
     config: ReVisionConfig = trainer.accelerator.unwrap_model(trainer.model).revision_config
     summary = {
@@ -245,9 +276,9 @@ def _summary(stage: str, run: Run, trainer: Any, report: dict[str, Any], result:
         "out": run.out,
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": (resumed and _logged_loss(trainer)) or result.training_loss,
         "held_out_losses": evaluations,
-        "samples_per_second": result.metrics.get("train_samples_per_second"),
+        "samples_per_second": result.metrics.get("train_samples_per_second") or None,
         "data": report,
         "model": dataclasses.asdict(config),
     }
