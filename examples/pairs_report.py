@@ -99,8 +99,8 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         f"# Text in place of pairs, {about['date']}",
         "",
         f"{about['machine']}, threads a process: {about['threads']}, torch {about['torch']}, "
-        f"transformers {about['transformers']}; {about['minutes']:.0f} minutes of all runs together (others "
-        f"used the machine too). Settings: {json.dumps(settings)}.",
+        f"transformers {about['transformers']}; {about['minutes']:.0f} minutes of all runs "
+        f"together (others used the machine too). Settings: {json.dumps(settings)}.",
         "",
         "Held-out pictures of the demo corpus: the loss (nats a token), and how much higher it is "
         f"beside another picture (gain), on {settings['measured']}; the right title among "
