@@ -41,7 +41,7 @@ def pytest_addoption(parser):
     group.addoption("--rounds", type=int, help=f"of every case (default: {timing.ROUNDS})")
     group.addoption("--threads", type=int, help="default: every processor this may run on")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
-    help_ci = f"the subset of CI: fails where a ratio fell by {ci.FALL:.0%} of {ci.COMMITTED.name}"
+    help_ci = f"the subset of CI: fails where a ratio fell by {ci.FALL:.0%}% of {ci.COMMITTED.name}"
     group.addoption("--ci", action="store_true", help=help_ci)
     group.addoption("--commit", action="store_true", help="with --ci: judge nothing, write anew")
 
@@ -51,10 +51,24 @@ def pytest_configure(config):
     in_ci = config.getoption("--ci")
     if config.getoption("--commit") and not in_ci:
         raise pytest.UsageError("--commit writes the ratios of the subset: give --ci with it")
+    _check_paths(config)  # before anything is measured
     timing.ROUNDS = config.getoption("--rounds") or (5 if in_ci else timing.ROUNDS)
     timing.THREADS = config.getoption("--threads") or timing.THREADS
     timing.SECONDS = 1.0 if in_ci else timing.SECONDS
     peers.COMPILE = not (config.getoption("--no-compile") or in_ci)
+
+
+def _check_paths(config: pytest.Config) -> None:
+    """Refuse a file to compare with that is none of ours, and a place that takes no results."""
+    try:
+        if path := config.getoption("--compare"):
+            records.load(path)
+        if path := config.getoption("--results"):
+            if path.suffix != ".json" or path.is_dir():
+                raise ValueError(f"{path}: expected the name of a .json file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--compare, --results: {error}") from error
 
 
 def pytest_collection_modifyitems(config, items):

@@ -36,6 +36,7 @@ class Candidate:
     call: Callable[[object], object] | None  # takes what the case feeds; None once it was timed
     role: str  # "ours", "variant" (ours, another way), "ceiling" or "peer"
     error: float | None = None  # against float64; None of a ceiling, which computes something else
+    tolerance: float | None = None  # of a variant that may be off by more than ours
     rounds: int = 0
     seconds: list[float] = field(default_factory=list)
 
@@ -63,9 +64,15 @@ class Case:
     missing: list[str] = field(default_factory=list)  # peers that are not here, and why
     failed: str = ""  # why there is no speed
 
-    def add(self, name: str, call: Callable[[object], object], role: str = "peer") -> None:
+    def add(
+        self,
+        name: str,
+        call: Callable[[object], object],
+        role: str = "peer",
+        tolerance: float | None = None,
+    ) -> None:
         """A candidate; the first of role "ours" is what ratios are of."""
-        self.candidates[name] = Candidate(name, call, role)
+        self.candidates[name] = Candidate(name, call, role, tolerance=tolerance)
 
     def add_peers(self, found: dict[str, Callable], missing: list[str]) -> None:
         """Peers by name, and those that are not installed."""
@@ -100,7 +107,7 @@ class Case:
                 self.failed = str(error)
                 raise
             except Exception as error:
-                if one.role == "ours":
+                if one.role in ("ours", "variant"):
                     self.failed = f"{type(error).__name__}: {error}"
                     raise
                 self.missing.append(f"{name} ({type(error).__name__}: {str(error)[:120]})")
@@ -112,10 +119,11 @@ class Case:
             one.error = float(
                 self.error_of(one.call(self.feed() if self.sample is None else self.sample))
             )
-        if one.role == "ours" and not one.error <= self.tolerance:
+        allowed = self.tolerance if one.tolerance is None else one.tolerance
+        if one.role in ("ours", "variant") and not one.error <= allowed:
             raise ParityError(
                 f"{self.name}: {one.name} is off float64 by {one.error:.1e}, allowed are "
-                f"{self.tolerance:.1e}: no speed is printed for wrong results"
+                f"{allowed:.1e}: no speed is printed for wrong results"
             )
         clock = clock_of(self.device)
         if one.role == "ceiling" or self.sample is not None:

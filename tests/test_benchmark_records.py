@@ -6,6 +6,9 @@ import csv
 import json
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import ci
 import plots
@@ -15,6 +18,8 @@ import scaling
 import table
 import timing
 from benchmark_parts import F32, few_rounds, make_case, sleeping  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
 
 
 def result(ratios: list[float], name: str = "op", version: str = "1") -> dict:
@@ -135,3 +140,20 @@ def test_plots_are_drawn(tmp_path):
     plots.page(records.load(tmp_path / "x.json"), tmp_path / "x.png")
     drawn = (tmp_path / "x.png").read_bytes()
     assert drawn[:4] == b"\x89PNG" and len(drawn) > 20_000
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--help"], "fell by 30% of"),
+        (["--compare", "nothere.json"], "nothere.json"),
+        (["--results", "x.csv"], "expected the name of a .json file"),
+        (["--results", "."], "expected the name of a .json file"),
+    ],
+)
+def test_options_are_looked_at_before_anything_is_measured(given, words):
+    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "-k", "nothing", *given]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    said = " ".join((ran.stdout + ran.stderr).split())
+    assert words in said and "Traceback (most" not in said
+    assert ran.returncode == (0 if given == ["--help"] else 4)

@@ -38,6 +38,17 @@ def test_a_wrong_result_has_no_speed(wrong):
     assert not any(one.seconds for one in case.candidates.values())
 
 
+def test_a_wrong_variant_of_ours_has_no_speed_either():
+    case = make_case()
+    case.add("ours, another way", lambda _: 1.2, "variant")
+    with pytest.raises(timing.ParityError, match="ours, another way is off float64"):
+        case.run()
+    assert "NO SPEED" in records.case_lines(case)[0]
+    case = make_case()
+    case.add("rough", lambda _: 1.2, "variant", tolerance=0.5)
+    assert case.run().seconds("rough") > 0
+
+
 def test_an_inexact_peer_keeps_its_speed_and_shows_its_error():
     case = make_case(peer=lambda _: 3.0).run()
     (line,) = (line for line in records.case_lines(case) if line.startswith("  peer"))
