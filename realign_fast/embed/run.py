@@ -84,7 +84,7 @@ def embed(
     """
     settings, out = settings or EmbedSettings(), Path(out)
     plan = _plan(images, texts, pairs, settings.shard_rows)
-    for source in {id(one.source): one.source for one in plan}.values():
+    for source in filter(None, (images, texts, pairs)):
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")

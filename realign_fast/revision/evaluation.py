@@ -109,6 +109,7 @@ class Judge:
         self.samples, self.rows, self.template = samples, rows, template
         self._likelihoods = partial(_likelihoods, model, template, batch=batch)
         self._known: dict[Any, tuple[float, float]] = {}
+        self._mean = torch.cat(list(rows)).mean(0)
 
     def sums(
         self, asked: Sequence[Pair], images: Sequence[int] | None = None
@@ -125,9 +126,10 @@ class Judge:
 
     def gain(self, asked: Sequence[Pair]) -> np.ndarray:
         """`likelihood` less that beside the mean row: what a text owes to these very images."""
-        mean = torch.cat(list(self.rows)).mean(0)
         keys = [(tuple(self.template.question(self.samples[at])), text) for at, text in asked]
-        sums, tokens = self._kept(asked, keys, [mean.expand_as(self.rows[at]) for at, _ in asked])
+        sums, tokens = self._kept(
+            asked, keys, [self._mean.expand_as(self.rows[at]) for at, _ in asked]
+        )
         return self.likelihood(asked) - sums / tokens
 
     def _kept(

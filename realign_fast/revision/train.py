@@ -43,7 +43,8 @@ BOTH = {
     "dataloader_num_workers": 2,
     "report_to": "none",
 }
-FRESH = {"projector": "mlp", "visual_tokens": 576, "normalize": True}  # of a model that begins here
+# Of a model that begins here, by default; a trained one has its own.
+FRESH = {n: getattr(ReVisionConfig, n) for n in ("projector", "visual_tokens", "normalize")}
 PRESETS: dict[str, dict[str, Any]] = {
     "pretrain": {
         "template": "plain",
@@ -71,11 +72,9 @@ class Run:
     start: str  # a language model, or a directory that pretrain wrote
     ids: str | None = None  # where the rows have their ids (ids.py)
     aligner: ReAlign | None = None  # moves raw text rows on the way
-    projector: str | None = (
-        None  # of a fresh model ("mlp"), as the next two; a trained one has its own
-    )
-    visual_tokens: int | None = None  # 576
-    normalize: bool | None = None  # True
+    projector: str | None = None  # of a fresh model, as the next two; None: as in FRESH
+    visual_tokens: int | None = None
+    normalize: bool | None = None
     template: str | None = None  # "plain" or "chat"
     chat_template: str | None = None  # Jinja, where the tokenizer has none
     train: tuple[str, ...] | None = None  # of model.PARTS
