@@ -22,9 +22,9 @@ import table
 import timing
 
 from realign_fast import ReAlign
-from realign_fast.corpus import Corpus, ShardWriter, native
-from realign_fast.passes import Settings
-from realign_fast.pipeline import Run
+from realign_fast.corpus import Corpus, ShardWriter, io_extension
+from realign_fast.pipeline.align_run import Run
+from realign_fast.pipeline.passes import Settings
 
 SHARDS = 2
 
@@ -60,11 +60,11 @@ def ours(folder: Path) -> float:
 
 def through_mmap(folder: Path) -> float:
     """The same through Python's mmap, as where nothing was compiled."""
-    kept, native.io = native.io, None
+    kept, io_extension.io = io_extension.io, None
     try:
         return ours(folder)
     finally:
-        native.io = kept
+        io_extension.io = kept
 
 
 def numpy_mapped(folder: Path) -> float:
@@ -74,7 +74,7 @@ def numpy_mapped(folder: Path) -> float:
 
 @table.of("read", "npy")
 def bench_read_npy(line, folder, measure):
-    assert native.io, "the native reader was not built"
+    assert io_extension.io, "the native reader was not built"
     paths = sorted(folder.iterdir())
     truth = numpy_mapped(folder)
     case = timing.Case(

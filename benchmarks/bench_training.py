@@ -28,11 +28,11 @@ pytest.importorskip("transformers", reason="training_step is missing: pip instal
 import transformers
 
 from realign_fast.corpus import Corpus
-from realign_fast.revision.data import Collator
-from realign_fast.revision.join import prepare
+from realign_fast.revision.dataset import Collator
 from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.permutation_sampler import Shuffled
+from realign_fast.revision.prepare import prepare
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
-from realign_fast.revision.shuffle import Shuffled
 from realign_fast.revision.templates import Plain
 
 D, HIDDEN, LAYERS, WORDS, CAPTION = 768, 512, 4, 2000, 12

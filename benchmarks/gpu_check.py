@@ -128,9 +128,13 @@ def gpu_tests() -> dict:
     """The op tests on the device alone."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
     command += ["(cuda and not emulated) or Cuda or loads", "--tb=short", "--maxfail=25"]
-    files = [f"tests/test_{name}.py" for name in ("align_rows", "sum_rows", "add_scatter")]
-    files += ["tests/test_map_rows.py", "tests/test_cuda.py", "tests/test_cuda_build.py"]
-    files += ["tests/test_lanes.py"]
+    files = [f"tests/ops/test_{name}.py" for name in ("align_rows", "sum_rows", "add_scatter")]
+    files += [
+        "tests/ops/test_map_rows.py",
+        "tests/ops/test_cuda.py",
+        "tests/ops/test_cuda_build.py",
+    ]
+    files += ["tests/pipeline/test_device_streams.py"]
     ran = subprocess.run(
         [*command, *files],
         cwd=ROOT,
@@ -291,8 +295,8 @@ def tall_products() -> list[dict]:
 
 def pipeline() -> list[dict]:
     """From files to files through the GPU: GB/s of each pass, beside the pinned copy's."""
-    from realign_fast.passes import Settings
-    from realign_fast.pipeline import align
+    from realign_fast.pipeline.align_run import align
+    from realign_fast.pipeline.passes import Settings
 
     found = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

@@ -8,8 +8,8 @@ that this machine and every node see. A run that stopped goes on when it is star
 
 import argparse
 
-from realign_fast.pipeline import align
-from realign_fast.ray_engine import RayTasks
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.engines.ray_driver import RayTasks
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name in ("text", "image", "out"):

@@ -4,12 +4,16 @@ Moves the embeddings of one modality into the distribution of another (ReAlign, 
 from unpaired statistics, on fused kernels behind ``torch.ops.realign_fast``.
 """
 
-from . import start  # noqa: F401  # before torch
+from . import (
+    _old_names,
+    _startup,  # noqa: F401  # before torch
+)
 from .align import ReAlign
 from .corpus import Corpus
 from .moments import Moments
 from .ops import add_scatter_, align_rows, backend_of, sum_rows
 
+_old_names.install()
 __version__ = "0.1.0"
 __all__ = [
     "Corpus",

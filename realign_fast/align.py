@@ -26,12 +26,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import ops
-from .batches import Rows, batches
-from .family import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
+from ._one_thread import one_thread
+from .corpus.row_batches import Rows, batches
+from .methods import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
-from .url import at_hand, path_of, place_of
-from .whiten.one_thread import one_thread
-from .whole_file import write_whole
+from .storage.atomic import write_whole
+from .storage.url import at_hand, path_of, place_of
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread

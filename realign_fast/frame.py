@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ._one_thread import one_thread
 from .moments import Moments, good_rows
 from .ops.reference import unit
-from .whiten.one_thread import one_thread
-from .whole_file import write_whole
+from .storage.atomic import write_whole
 
 Pairs = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]  # (target x, source y), [n, D] each
 _BLOCK_ROWS = 4096

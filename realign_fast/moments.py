@@ -18,9 +18,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import ops
-from .scatter import RowMap, Scatter, checked_weights
-from .url import at_hand
-from .whole_file import write_whole
+from .covariance_sums import RowMap, Scatter, checked_weights
+from .storage.atomic import write_whole
+from .storage.url import at_hand
 
 BAD_ROWS = ("error", "skip", "keep")
 _SUMS = ("total", "energy_total", "counts")

@@ -7,8 +7,6 @@ present is a failure, so that no green run hides untested kernels.
 
 import os
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 # Where other work takes a core, threads that wait by spinning turn seconds into minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,82 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
-from cuda_emulation import emulated
+from support.op_checks import GOLDEN, KERNELS, kernel_or_skip
 
-from realign_fast import Corpus, ops
-from realign_fast.corpus import native
-from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_kernels
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "emulated cuda")
-if os.environ.get("TRITON_INTERPRET") or (torch.cuda.is_available() and find_spec("triton")):
-    KERNELS += ("triton",)  # (without a GPU test_triton_kernels.py runs them in the interpreter)
-
-
-def require_compiled():
-    """Fail without the compiled CPU kernels, unless this machine has no compiler to build them."""
-    backend = backend_of("align_rows", "cpu")
-    if backend.kernel != "cpu":
-        if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-            pytest.fail(f"a C++ compiler is here, but no compiled kernel: {backend.why}")
-        pytest.skip(f"no compiled kernel and no C++ compiler: {backend.why}")
-
-
-class Kernel:
-    """One implementation of the ops; ``align``, ``align_into`` and ``sum`` call it and no other."""
-
-    def __init__(self, name):
-        self.name = name
-        on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if on_gpu else "cpu")
-        if name == "emulated cuda":
-            emulated.configure()
-            self.options = {}
-            self.functions = torch.ops.realign_emulated
-        elif name in ISA_NAMES:
-            self.options = {"isa": ISA_NAMES.index(name)}
-            self.functions = torch.ops.realign_fast
-        else:
-            self.options = {}
-            own = {"reference": reference, "triton": triton_kernels}
-            self.functions = own.get(name, torch.ops.realign_fast)
-
-    def align(self, rows, scale, shift, recentre=None, dtype=None):
-        arguments = self._send(rows, scale, shift, recentre)
-        out = self.functions.align_rows(*arguments, dtype or rows.dtype, **self.options)
-        return out.cpu()
-
-    def align_into(self, out, rows, scale, shift, recentre=None):
-        """``out`` may be a view of anything on the kernel's device."""
-        self.functions.align_rows_(out, *self._send(rows, scale, shift, recentre), **self.options)
-
-    def sum(self, rows, scale=None, shift=None, recentre=None, normalize=True):
-        arguments = self._send(rows, scale, shift, recentre)
-        sums = self.functions.sum_rows(*arguments, normalize, **self.options)
-        return ops.RowSums(*(tensor.cpu() for tensor in sums))
-
-    def map(self, rows, matrix, shift, recentre=None, dtype=None):
-        arguments = self._send(rows, matrix, shift, recentre)
-        return self.functions.map_rows(*arguments, dtype or rows.dtype, **self.options).cpu()
-
-    def map_into(self, out, rows, matrix, shift, recentre=None):
-        self.functions.map_rows_(out, *self._send(rows, matrix, shift, recentre), **self.options)
-
-    def add_scatter(self, scatter, total, rows, centre, weights, normalize, accurate):
-        sums = [tensor.to(self.device) for tensor in (scatter, total)]
-        inputs = [None if t is None else t.to(self.device) for t in (rows, centre, weights)]
-        counts = self.functions.add_scatter_(*sums, *inputs, normalize, accurate, **self.options)
-        scatter.copy_(sums[0])
-        total.copy_(sums[1])
-        return counts.cpu()
-
-    def _send(self, rows, scale, shift, recentre):
-        as_double = [
-            None if value is None else torch.as_tensor(value, dtype=torch.float64).to(self.device)
-            for value in (scale, shift, recentre)
-        ]
-        return (rows.to(self.device), *as_double)
+from realign_fast import Corpus
+from realign_fast.corpus import io_extension
 
 
 @pytest.fixture(params=KERNELS)
@@ -103,27 +29,13 @@ def kernel(request):
         or (sizes.get("kind") == "matrix" and sizes.get("columns", 0) > 1000)
     ):
         pytest.skip("too large to emulate")
-    return _kernel_or_skip(request.param)
+    return kernel_or_skip(request.param)
 
 
 @pytest.fixture(params=[name for name in KERNELS[1:] if name != "emulated cuda"])
 def compiled_kernel(request):
     """Every kernel on its own device: for what only kernels promise, or at their scale."""
-    return _kernel_or_skip(request.param)
-
-
-def _kernel_or_skip(name):
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if name in ISA_NAMES:
-        require_compiled()
-        if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
-            pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
-    if name == "emulated cuda" and not any(
-        shutil.which(name) for name in ("c++", "g++", "clang++")
-    ):
-        pytest.skip("no C++ compiler to emulate CUDA with")
-    return Kernel(name)
+    return kernel_or_skip(request.param)
 
 
 @pytest.fixture
@@ -170,59 +82,6 @@ def golden():
     return text, image
 
 
-def random_rows(count, columns, dtype=torch.float64, seed=0):
-    """Gaussian rows around a common offset, so that means are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(count, columns, generator=generator, dtype=torch.float64)
-    return (rows + 0.3).to(dtype)
-
-
-def random_map(columns, seed=1):
-    """scale, shift [D], recentre [D] of the sizes a fit on real embeddings gives."""
-    b, h = random_rows(2, columns, seed=seed)
-    return 0.983, 0.8 * b / b.norm(), 0.05 * h / h.norm()
-
-
-def exact(tensor):
-    """The rows as longdouble: every digit, and more for what follows."""
-    return tensor.double().numpy().astype(np.longdouble)
-
-
-def ulps(a, b):
-    """How many representable numbers of their 16-bit dtype lie between a and b, entry by entry."""
-
-    def order(t):
-        bits = t.contiguous().view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return (order(a) - order(b)).abs()
-
-
-def assert_accurate(result, truth):
-    """The accuracy the project promises for ``align_rows``; ``truth`` is float64 or longdouble.
-
-    16-bit: 1 ulp of the truth rounded once, for every entry, and 0 ulp for all but a few: a kernel
-    that rounds up, or cuts off, is within 1 ulp too. float32: 1e-6 of the row's largest entry, a
-    dozen roundings' worth. float64: 1e-14 of it, since coefficients come from dot products of up
-    to 16384 terms.
-    """
-    assert result.shape == truth.shape
-    if result.numel() == 0:
-        return
-    rounded = torch.from_numpy(np.asarray(truth, dtype=np.float64))
-    if result.dtype in (torch.float16, torch.bfloat16):
-        distance = ulps(result, rounded.to(result.dtype))
-        far = int((distance > 1).sum())
-        assert far == 0, f"{far} of {result.numel()} entries off by up to {int(distance.max())} ulp"
-        near = int((distance == 1).sum())
-        assert near <= 2 + result.numel() // 500, f"{near} of {result.numel()} entries off by 1 ulp"
-        return
-    share = {torch.float32: 1e-6, torch.float64: 1e-14}[result.dtype]
-    peak = np.abs(truth).max(axis=-1, keepdims=True)
-    error = (np.abs(exact(result) - truth) / np.where(peak > 0, peak, 1)).max()
-    assert error <= share, f"error {error:.1e} of the row's largest entry, allowed {share:.0e}"
-
-
 @pytest.fixture
 def reads(monkeypatch):
     """The names of the shards that are read, in order."""
@@ -239,7 +98,7 @@ def reads(monkeypatch):
 @pytest.fixture
 def needs_the_reader():
     """Skips where `csrc/io` could not be built, and fails where it could."""
-    if native.io is None:
+    if io_extension.io is None:
         if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
             pytest.fail("a C++ compiler is here, but realign_fast._io is not built")
         pytest.skip("realign_fast._io is not built, and no C++ compiler is here")

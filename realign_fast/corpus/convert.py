@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..lock import locked
-from ..url import Url, place_of
-from ..whole_file import write_whole
-from . import arrow, beside, hf, npy, parquet, pickled, safetensors, tar
-from .formats import UNFINISHED, AnyShard, shard_paths
-from .streamed import stamp_of
-from .table import DEFAULT, plain_schema, pyarrow, write_table
+from ..storage.atomic import write_whole
+from ..storage.lock import locked
+from ..storage.url import Url, place_of
+from . import layout as beside
+from .format_registry import UNFINISHED, AnyShard, shard_paths
+from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
+from .formats.arrow_columns import DEFAULT, plain_schema, pyarrow, write_table
+from .streamed_shard import stamp_of
 
 if TYPE_CHECKING:
-    from . import Batch, Corpus
+    from .corpus import Batch, Corpus
 
 TABLES = {
     "parquet": (".parquet", parquet.ParquetWriter),
@@ -41,8 +42,8 @@ BARE = {
     "safetensors": (".safetensors", safetensors.TensorWriter),
 }
 LISTS = {
-    "pickle": (".pkl", pickled.PickleWriter),
-    "tar": (".tar", tar.TarWriter),
+    "pickle": (".pkl", pickle_list.PickleWriter),
+    "tar": (".tar", webdataset.TarWriter),
 }
 TARGETS = (*BARE, *TABLES, *LISTS)
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
@@ -120,7 +121,7 @@ def _shards(
         raise
     paths = [out / name for name in names]
     if to == "hf":
-        hf.write_state(out, paths)
+        hf_dataset.write_state(out, paths)
     (out / UNFINISHED).unlink()
     return paths
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..read_ahead import PIECE_BYTES, pieces, spans
-from .npy import TORCH_DTYPES, Shard, changed, opened
+from ..storage.read_ahead import PIECE_BYTES, pieces, spans
+from .formats.npy import TORCH_DTYPES, Shard, changed, opened
 
 GAP_BYTES = 32 << 10  # between rows that are taken: what costs less to fetch than another request
 

@@ -8,11 +8,14 @@ A source (`items.py`, `sources.py`) walks its files; processes read and decode (
 them into shards and `run.py` holds it together. Nothing heavy is imported before it is needed.
 """
 
-from .encoders import Encoder, load_encoder
-from .hugging_face import HuggingFaceEncoder
-from .llm2clip import Llm2ClipEncoder
-from .open_clip_encoder import OpenClipEncoder
-from .run import EmbedSettings, embed
+from .embed_run import EmbedSettings, embed
+from .encoders import (
+    Encoder,
+    HuggingFaceEncoder,
+    Llm2ClipEncoder,
+    OpenClipEncoder,
+    load_encoder,
+)
 from .sources import Columns, open_source
 
 __all__ = [

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .encoders import Encoder, Tokens
-from .items import Item, Source
-from .pictures import Unreadable, decode
+from .decode import Unreadable, decode
+from .encoders.base import Encoder, Tokens
+from .sources.base import Item, Source
 
 PREFETCH = 2  # batches in flight a process
 

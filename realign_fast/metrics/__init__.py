@@ -28,14 +28,8 @@ from .distribution import (
     trace_ratio,
 )
 from .estimate import Estimate
-from .neighbours import (
-    Neighbours,
-    knn_mixing,
-    knn_overlap,
-    match_ranks,
-    nearest_rows,
-    recall_at_k,
-)
+from .gap_report import GapSettings, gap_report
+from .neighbours import Neighbours, knn_mixing, knn_overlap, match_ranks, nearest_rows, recall_at_k
 from .spectrum import (
     Spectrum,
     anisotropy,
@@ -48,7 +42,6 @@ from .spectrum import (
     spectrum_of,
     subspace_overlap,
 )
-from .summary import GapSettings, gap_report
 
 __all__ = [
     "Estimate",

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._one_thread import one_thread
 from ..moments import Moments
 from ..ops.reference import unit
-from ..whiten.one_thread import one_thread
 from .cosines import checked_pairs
 from .estimate import Estimate
 

@@ -28,13 +28,13 @@ _WHERE = {
     "attach": "llava",
     "Chat": "templates",
     "Plain": "templates",
-    "Collator": "data",
-    "prepare": "join",
+    "Collator": "dataset",
+    "prepare": "prepare",
     "pretrain": "train",
     "finetune": "train",
     "evaluate": "evaluation",
-    "caption_rows": "respond",
-    "caption_images": "respond",
+    "caption_rows": "generation",
+    "caption_images": "generation",
 }
 __all__ = list(_WHERE)
 

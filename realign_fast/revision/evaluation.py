@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ..align import ReAlign
-from .data import Collator, Conversations
-from .lists import Sample
+from .conversation_files import Sample
+from .dataset import Collator, Conversations
+from .generation import respond
 from .model import ReVisionModel
-from .respond import respond
-from .scores import cider, exact_match, interval
 from .templates import IGNORED, Chat, Plain
+from .text_scores import cider, exact_match, interval
 
 Pair = tuple[int, str]  # a sample's place and a text
 Score = Callable[[Sequence[Pair]], np.ndarray]

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from ..whole_file import write_whole
+from ..storage.atomic import write_whole
+from .overrides import made
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
-from .settings import made
 
 PARTS = ("projector", "language_model", "lora")
 ADAPTER, WHOLE = "adapter", "language_model"

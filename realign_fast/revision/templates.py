@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .lists import MARK, Sample
+from .conversation_files import MARK, Sample
 from .projector import IMAGE_TOKEN
 
 IGNORED = -100

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from ..align import ReAlign
-from ..corpus import Corpus
-from ..whole_file import write_whole
-from .data import Collator, Conversations, Part
-from .join import FAULTS, prepare
+from ..corpus.corpus import Corpus
+from ..storage.atomic import write_whole
+from .dataset import Collator, Conversations, Part
 from .model import ReVisionModel, transformers
+from .overrides import made
+from .prepare import FAULTS, prepare
 from .projector import CONFIG, ReVisionConfig, read_config
-from .settings import made
 from .templates import Chat, Plain
 
 BOTH = {

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..align import ReAlign
+from .generation import respond
 from .model import transformers
-from .respond import respond
-from .shuffle import Shuffled
+from .permutation_sampler import Shuffled
 from .templates import Chat, Plain
 
 

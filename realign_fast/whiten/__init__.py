@@ -18,10 +18,10 @@ What is no covariance (not [D, D], not finite, not symmetric, or with an eigenva
 rounding explains) is refused with a ValueError, what is no floating tensor with a TypeError.
 """
 
+from .eigen import default_floor
 from .low_rank import LowRank
-from .roots import Whitening, inverse_root, symmetric_root, whitening
+from .matrix_roots import Whitening, inverse_root, symmetric_root, whitening
 from .shrinkage import shrink, shrinkage
-from .spectrum import default_floor
 from .transport import blockwise, bures_distance, coral, optimal_transport
 
 __all__ = [

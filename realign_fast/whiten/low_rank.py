@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .one_thread import one_thread
-from .spectrum import (
+from .._one_thread import one_thread
+from .eigen import (
     EPSILON,
     checked_covariance,
     floor_of,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .one_thread import one_thread
-from .spectrum import checked_covariance
+from .._one_thread import one_thread
+from .eigen import checked_covariance
 
 _NOT_UNIT = 1e-5  # E|u|^2 of rows that were made unit length in float32 is nearer to 1
 

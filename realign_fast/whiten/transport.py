@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .one_thread import one_thread
-from .spectrum import (
+from .._one_thread import one_thread
+from .eigen import (
     checked_covariance,
     expect_same_columns,
     floor_of,

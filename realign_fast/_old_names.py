@@ -1,0 +1,49 @@
+"""Module names of version 0.1.0, which keep importing for one release, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_NEW_NAMES = {
+    "batches": "corpus.row_batches",
+    "estimator": "integrations.sklearn",
+    "family": "methods",
+    "passes": "pipeline.passes",
+    "ray_engine": "pipeline.engines.ray_driver",
+    "scatter": "covariance_sums",
+}
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _OldNameFinder(MetaPathFinder, Loader):
+    """Import the module that replaced an old one, under both names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        known = package == _PACKAGE and name in _NEW_NAMES
+        return ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new_name = f"{_PACKAGE}.{_NEW_NAMES[spec.name.rpartition('.')[2]]}"
+        warnings.warn(
+            f"{spec.name} is called {new_name} now; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return importlib.import_module(new_name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: the module under its new name has been executed."""
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    sys.meta_path.append(_OldNameFinder())

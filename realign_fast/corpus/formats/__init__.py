@@ -1,0 +1,1 @@
+"""One file for each shard format; `..format_registry` lists them."""

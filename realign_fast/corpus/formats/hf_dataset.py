@@ -1,0 +1,76 @@
+"""A Hugging Face dataset on disk, as `save_to_disk` writes it: Arrow streams and `state.json`.
+
+`state.json` names the shards in their order. The result of a dataset is a dataset: its two json
+files are written when the last shard is there, with a fingerprint of its own (by the old one `map`
+of the datasets library would find what it has cached of the old rows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...storage.atomic import write_whole
+from ...storage.url import Url
+
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
+
+
+def splits_of(folder: Path | Url) -> list[str]:
+    """The splits of the `DatasetDict` in this folder."""
+    splits = _load(folder / SPLITS).get("splits")
+    return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
+
+
+def data_files(folder: Path) -> list[Path]:
+    state = _load(folder / STATE)
+    files = state.get("_data_files")
+    names = [one.get("filename") if isinstance(one, dict) else None for one in files or [0]]
+    if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        want = "expected _data_files to name files beside it; save the dataset with save_to_disk"
+        raise ValueError(f"{folder / STATE}: {want}")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        advice = "call flatten_indices() and save_to_disk again"
+        raise ValueError(f"{folder / STATE}: its rows are chosen by an index file; {advice}")
+    return [folder / name for name in names]
+
+
+def write_state(
+    folder: Path | Url, shards: Sequence[Path | Url], source: Path | Url | None = None
+) -> None:
+    """What makes a dataset of `shards` in `folder`: as in `source`, or with no words of its own."""
+    state: dict[str, Any] = _load(source / STATE) if source else _PLAIN
+    info = _load(source / INFO) if source and (source / INFO).exists() else {}
+    digest = hashlib.sha256(str(state.get("_fingerprint")).encode())
+    for path in shards:
+        with path.open("rb") as file:
+            digest.update(file.read(HEAD_BYTES))
+    state = state | {"_data_files": [{"filename": path.name} for path in shards]}
+    state["_fingerprint"] = digest.hexdigest()[:16]
+    info.pop("download_checksums", None)
+    write_whole(folder / INFO, json.dumps(info, indent=2).encode())
+    write_whole(folder / STATE, json.dumps(state, indent=2, sort_keys=True).encode())
+
+
+_PLAIN = {
+    "_format_columns": None,
+    "_format_kwargs": {},
+    "_format_type": None,
+    "_output_all_columns": False,
+    "_split": None,
+}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not json ({error}); save the dataset again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a json object; save the dataset with save_to_disk")
+    return value

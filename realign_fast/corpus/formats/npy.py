@@ -1,0 +1,301 @@
+"""One shard: a `.npy` file of rows, its header checked before its data are touched; its writer.
+
+Other formats (`formats.py`) begin here: a format whose rows lie in one piece of the file is a
+`Shard` with another header; every writer is a `ShardWriter` with another beginning and end.
+
+A shard is an `[N, D]` array of little-endian float16, float32 or float64 in C order. No pickle is
+ever loaded. What is wrong with a file is one error that names it: `TypeError` (dtype), `OSError`,
+`ValueError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from ...storage.atomic import open_scratch, upload
+from ...storage.read_ahead import pieces
+from ...storage.url import Url, place_of
+from ..io_extension import start_writing
+
+HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
+MAX_COLUMNS = 1 << 24
+START_BYTES = 8 << 20  # written before the disk is set to work on them
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """The type that numpy lacks: stands where the `np.dtype` of a shard stands."""
+
+    itemsize = 2
+
+    def __str__(self) -> str:
+        return "bfloat16"
+
+
+FLOATS = {np.dtype(f"<f{n}"): getattr(torch, f"float{8 * n}") for n in (2, 4, 8)}
+TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
+
+    path: Path | Url
+    rows: int
+    dimension: int
+    dtype: np.dtype | BFloat16
+    offset: int  # bytes before the first row
+    row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
+    file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
+    format = "npy"
+    others = None  # no other columns
+
+    def parse(self, file: BinaryIO | Url) -> Shard:
+        """This shard as its file says now."""
+        return _parse(file, self.path)
+
+    def writer(self, path: Path) -> ShardWriter:
+        """For as many rows of the same kind, in the same format."""
+        return ShardWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype])
+
+
+class ShardWriter:
+    """`with ShardWriter(path, rows, dimension, dtype) as writer: writer.write(rows)`, in pieces.
+
+    `path` appears whole or not at all: rows go to `.<name>.partial` beside it (never a shard; what
+    a dead run left is replaced), and a clean exit checks their number, syncs, renames and syncs
+    the directory. An exception removes it. Of two writers the later one wins; the other fails.
+    Rows for a URL go to a scratch file of this machine, which a clean exit uploads.
+    A subclass for another format overrides `suffix`, `_begin`, `_append` and `_finish`.
+    """
+
+    suffix = ".npy"
+    dtypes = tuple(FLOATS.values())  # that the format has
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Url,
+        rows: int,
+        dimension: int,
+        dtype: torch.dtype,
+        source: Any = None,  # in other formats: the shard whose other columns are kept
+        others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
+    ) -> None:
+        self.path, self.rows, self.dimension, self.dtype = place_of(path), rows, dimension, dtype
+        self._source, self._others = source, others
+        self.written = self._started = 0  # rows; bytes that are on their way to the disk
+        if dtype not in self.dtypes:
+            names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
+            want = f"expected one of {names} (bfloat16 only in safetensors); convert rows"
+            raise TypeError(f"{path}: got {dtype}, {want}")
+        if rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
+            want = f"expected rows >= 0, columns >= 1 and a visible name in {self.suffix}"
+            raise ValueError(f"{path}: got [{rows}, {dimension}], {want}")
+
+    def __enter__(self) -> ShardWriter:
+        with explained(self.path):
+            self._file = open_scratch() if isinstance(self.path, Url) else self._open_partial()
+            try:
+                self._begin()
+            except BaseException:
+                self._file.close()
+                if not isinstance(self.path, Url):
+                    self._partial.unlink(missing_ok=True)
+                raise
+        return self
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def _open_partial(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial.unlink(missing_ok=True)
+        return open(self._partial, "xb", buffering=0)
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Append `[n, D]` rows of the shard's dtype; contiguous rows on the CPU are not copied."""
+        known = rows.dtype == self.dtype and rows.ndim == 2 and rows.shape[1] == self.dimension
+        if not known or self.written + len(rows) > self.rows:
+            got = f"got {list(rows.shape)} {rows.dtype} after {self.written} rows"
+            want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
+            raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
+        with explained(self.path):
+            self._append(as_numpy(rows.detach().cpu().contiguous()))
+            if (end := self._file.tell()) >= self._started + START_BYTES:
+                start_writing(self._file.fileno(), self._started, end - self._started)
+                self._started = end
+        self.written += len(rows)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = kind is None and self.written == self.rows
+        with self._file, explained(self.path):
+            if not isinstance(self.path, Url):
+                self._leave(whole)
+            elif whole:
+                self._finish()
+                upload(self._file, self.path)
+            else:
+                self._abandon()
+        if kind is None and not whole:
+            want = f"expected {self.rows}; nothing was kept"
+            raise ValueError(f"{self.path}: got {self.written} rows, {want}")
+
+    def _leave(self, whole: bool) -> None:
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
+            raise OSError(errno.EBUSY, "Another writer took over the file")
+        try:
+            if whole:
+                self._finish()
+                os.fsync(self._file.fileno())
+                os.replace(self._partial, self.path)
+                directory = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(directory)
+                os.close(directory)
+            else:
+                self._abandon()
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _named(self) -> bool:
+        return self.path.name.lower().endswith(self.suffix) and not self.path.name.startswith(".")
+
+    def _begin(self) -> None:
+        header = {"descr": torch.empty(0, dtype=self.dtype).numpy().dtype.str}
+        header |= {"fortran_order": False, "shape": (int(self.rows), int(self.dimension))}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def _append(self, rows: np.ndarray) -> None:
+        self._put(rows.reshape(-1).view(np.uint8))
+
+    def _finish(self) -> None:
+        """After the last row, before the file is synced."""
+
+    def _abandon(self) -> None:
+        """Instead of `_finish`, before the file is removed."""
+
+    def _put(self, data: np.ndarray | memoryview | bytes) -> None:
+        """All of the bytes: a raw file may take fewer at a time."""
+        data = memoryview(data)
+        while len(data):
+            data = data[self._file.write(data) :]
+
+
+def as_numpy(rows: torch.Tensor) -> np.ndarray:
+    """Rows as numpy sees them: its view of bfloat16 is uint16, their bits."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def read_header(path: Path | Url) -> Shard:
+    """The shard at `path`; every error that one file can have is raised here."""
+    with opened(path) as (_, shard):
+        return shard
+
+
+@contextmanager
+def explained(path: Path | Url) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(path, Url):
+            if not error.errno or error.strerror != os.strerror(error.errno):
+                raise  # a URL has said what is wrong itself
+            where = f"in its scratch file in {tempfile.gettempdir()}"
+            advice = "make room there, or name another place with TMPDIR"
+            words = f"{path}: {error.strerror} {where}; {advice}"
+            raise OSError(error.errno, words) from error
+        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+        advice = "check that it exists, that this user may use it and that the disk has room"
+        raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error
+
+
+@contextmanager
+def opened(
+    path: Path | Url,
+    expected: Shard | None = None,
+    parse: Callable[[BinaryIO | Url, Path | Url], Shard] | None = None,
+) -> Iterator[tuple[BinaryIO | Url, Shard]]:
+    """The file of a shard (a URL is its own), its header read by `parse`, found as `expected`."""
+    if isinstance(path, Url):
+        path.stamp()
+        shard = expected.parse(path) if expected else (parse or _parse)(path, path)
+        if expected not in (None, shard):
+            raise changed(expected)
+        yield path, shard
+        return
+    with explained(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError(errno.EINVAL, "Not a regular file")
+        file = open(path, "rb", buffering=0)
+    with file:
+        shard = expected.parse(file) if expected else (parse or _parse)(file, path)
+        if expected not in (None, shard):
+            raise changed(expected)
+        yield file, shard
+
+
+def pread(file: BinaryIO | Url, count: int, offset: int) -> bytes:
+    """Bytes of an opened file from `offset` on, wherever it is."""
+    return (
+        file.pread(count, offset)
+        if isinstance(file, Url)
+        else os.pread(file.fileno(), count, offset)
+    )
+
+
+def between(file: BinaryIO | Url, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin..end` of an opened file, a piece at a time; fewer if it has become shorter."""
+    if isinstance(file, Url):
+        yield from pieces(file, begin, end)
+        return
+    while begin < end and (data := os.pread(file.fileno(), min(end - begin, 1 << 20), begin)):
+        yield data
+        begin += len(data)
+
+
+def size_of(file: BinaryIO | Url) -> int:
+    return file.size if isinstance(file, Url) else os.fstat(file.fileno()).st_size
+
+
+def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
+    head = io.BytesIO(pread(file, HEADER_BYTES, 0))
+    try:
+        major, _ = np.lib.format.read_magic(head)
+        one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        parse = {1: one, 2: two, 3: two}[major]  # 3 is 2 with other field names; fields are refused
+        shape, fortran_order, dtype = parse(head)
+    except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
+        raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
+    if dtype not in FLOATS:
+        want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
+        why = "objects are pickles and never loaded, npy has no bfloat16 (safetensors has)"
+        raise TypeError(f"{path}: dtype is {dtype.str}, {want} ({why})")
+    if len(shape) != 2 or shape[0] < 0 or not 0 < shape[1] < MAX_COLUMNS:
+        raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")
+    if fortran_order:
+        raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
+    shard = Shard(path, int(shape[0]), int(shape[1]), dtype, head.tell())
+    if shard.offset % dtype.itemsize:
+        raise ValueError(f"{path}: data at byte {shard.offset} is not aligned; save it with numpy")
+    size = size_of(file)
+    if size != shard.file_bytes:
+        what = "truncated" if size < shard.file_bytes else "longer than its header says"
+        want = f"expected {shard.file_bytes} for {list(shape)} {dtype}"
+        raise ValueError(f"{path}: {what}: got {size} bytes, {want}; write it again")
+    return shard
+
+
+def changed(shard: Shard) -> ValueError:
+    return ValueError(f"{shard.path}: changed while it was read; let its writer finish, open again")

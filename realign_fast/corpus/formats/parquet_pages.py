@@ -1,0 +1,108 @@
+"""Rows straight out of a parquet file's pages, where they lie there as numbers.
+
+A column chunk (one column of a row group) is a run of pages. Written uncompressed and without a
+dictionary (`PLAIN`) a page is its levels, which say where lists begin and what is null, and then
+the numbers as they are in memory. `csrc/io/parquet_pages.cpp` looks through the levels and copies
+the numbers into a batch, many times faster than pyarrow builds its lists. Where a chunk lies and
+how it was written is in the footer, which pyarrow reads. All else is pyarrow's (`parquet.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..io_extension import io as _io
+from ..streamed_shard import Buffers
+from .arrow_columns import Vectors
+
+NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
+ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # (the latter two are of the levels)
+HOW = "write it with compression 'none' and use_dictionary=False to have it read directly"
+
+
+class NotDirect(ValueError):
+    """Why a row group is left to pyarrow, told by the footer of its file."""
+
+
+# What pages tell when they are read is the other half.
+NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
+
+
+def read_pages(
+    pages: Any, buffers: Buffers, row: int, first: int, end: int
+) -> Iterator[np.ndarray]:
+    """Rows `first..end` of a row group that begins at `row`, cut at multiples of the batch.
+
+    It stops early at a page that has to be decoded.
+    """
+    while first < end:
+        rows = buffers.empty(min(buffers.size - first % buffers.size, end - first))
+        try:
+            pages.read(first - row, rows)
+        except _io.NotPlain:
+            return
+        first += len(rows)
+        yield rows
+        del rows  # or its memory would be kept from the next batch
+
+
+def pages_of(file: Any, descriptor: int | None, group: int, vectors: Vectors) -> Any:
+    """The rows of a row group, as `_io.ParquetPages`.
+
+    Args:
+        file: a `pyarrow.parquet.ParquetFile`.
+        descriptor: of the same file, open; None where there is none (a file far away).
+    Raises:
+        NotDirect: they do not lie there as numbers, or there is no compiled reader.
+    """
+    if _io is None:
+        raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
+    if descriptor is None:
+        raise NotDirect("its bytes are not in a file of this machine")
+    leaf, chunk, group_rows = _chunk(file, group, vectors.name)
+    if chunk.compression != "UNCOMPRESSED" or chunk.file_path:
+        raise NotDirect(f"its column is compressed with {chunk.compression}; {HOW}")
+    if chunk.has_dictionary_page or not set(chunk.encodings) <= ENCODINGS:
+        raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {HOW}")
+    row_values, value_bytes = _sizes(leaf, vectors)
+    begin, bytes_ = chunk.data_page_offset, chunk.total_compressed_size
+    if not 0 <= begin <= begin + bytes_ <= os.fstat(descriptor).st_size:
+        raise NotDirect("its column is not inside the file")
+    if chunk.num_values != group_rows * row_values:
+        raise NotDirect(f"it has {chunk.num_values} values for {group_rows} rows of {row_values}")
+    sizes = {"rows": group_rows, "row_values": row_values, "value_bytes": value_bytes}
+    levels = {
+        "max_definition": leaf.max_definition_level,
+        "max_repetition": leaf.max_repetition_level,
+    }
+    try:
+        return _io.ParquetPages(descriptor, begin, begin + bytes_, **sizes, **levels)
+    except ValueError as error:
+        raise NotDirect(str(error)) from error
+
+
+def _chunk(file: Any, group: int, name: str) -> tuple[Any, Any, int]:
+    """The description of a column's only leaf, its chunk in the row group, the group's rows."""
+    schema, rows = file.schema, file.metadata.row_group(group)
+    paths = [schema.column(i).path for i in range(len(schema))]
+    leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+    if len(leaves) != 1:
+        raise NotDirect(f"{len(leaves)} columns could be {name!r}")
+    return schema.column(leaves[0]), rows.column(leaves[0]), rows.num_rows
+
+
+def _sizes(leaf: Any, vectors: Vectors) -> tuple[int, int]:
+    """Values in a row, and the bytes of each."""
+    kind, size = leaf.physical_type, vectors.dtype.itemsize
+    row_bytes = vectors.dimension * size
+    fixed = kind == "FIXED_LEN_BYTE_ARRAY"
+    if leaf.max_repetition_level == 0 and fixed and leaf.length == row_bytes:
+        return 1, row_bytes
+    if leaf.max_repetition_level == 1 and NUMBERS.get(kind) == vectors.dtype.name:
+        if not fixed or leaf.length == size:
+            return vectors.dimension, size
+    raise NotDirect(f"its column is {kind}, not rows of {vectors.dimension} {vectors.dtype}")

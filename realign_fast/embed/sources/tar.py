@@ -1,0 +1,68 @@
+"""WebDataset tars: a sample is the members of one key, its image and its caption among them.
+
+Walking reads headers and captions; images are read later, by their place in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tarfile import TarInfo
+
+from ...corpus.formats.tar_members import opened, samples
+from ..decode import SUFFIXES
+from .base import Item, Source, read_at
+
+MAX_CAPTION_BYTES = 1 << 20
+JSON_KEYS = ("caption", "text")
+
+
+class Tars(Source):
+    """Samples of `.tar` files. The id is the key; the caption is the `txt` member, else `caption`
+    or `text` of the `json` member."""
+
+    def __init__(self, path: Path, files: list[Path], kind: str) -> None:
+        self.reads_images = kind != "texts"
+        super().__init__(path, files, kind)
+
+    def count(self, file: Path) -> int:
+        with opened(file) as tar:
+            return sum(1 for _ in samples(file, tar))
+
+    def walk(self, file: Path) -> Iterator[Item]:
+        with opened(file) as tar, open(file, "rb") as data:
+            for key, members in samples(file, tar):
+                image = next((one for end, one in members.items() if end in SUFFIXES), None)
+                caption, failure = None, None
+                try:
+                    caption = _caption(data.fileno(), members)
+                except ValueError as error:
+                    failure = f"its caption cannot be read: {error}"
+                if self.kind == "images":
+                    failure = None  # the picture may still be good
+                if self.reads_images and image is None:
+                    failure = f"has no image member, only {', '.join(members)}"
+                at = image and (image.offset_data, image.size)
+                yield Item(key, str(file), at, caption, failure)
+
+    def read(self, item: Item) -> bytes:
+        return read_at(item.path, *item.at)
+
+
+def _caption(file: int, members: dict[str, TarInfo]) -> str | None:
+    for ending in ("txt", "json"):
+        if ending not in members:
+            continue
+        size = min(members[ending].size, MAX_CAPTION_BYTES)
+        data = os.pread(file, size, members[ending].offset_data)
+        if ending == "txt":
+            return data.decode("utf-8-sig").strip()
+        try:
+            value = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if isinstance(value, dict):
+            return next((value[k] for k in JSON_KEYS if isinstance(value.get(k), str)), None)
+    return None

@@ -1,0 +1,99 @@
+"""Streamed covariance as a scikit-learn estimator, for those who work in its terms.
+
+``StreamingCovariance`` is scikit-learn's ``EmpiricalCovariance`` with ``partial_fit``: rows are
+read once, a batch at a time, into :class:`realign_fast.Moments` of the rows as they are. It needs
+the extra ``sklearn`` (scikit-learn 1.6 or later), which nothing else here imports.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from ..moments import Moments
+
+try:
+    from scipy.linalg import pinvh
+    from sklearn.base import _fit_context
+    from sklearn.covariance import EmpiricalCovariance
+    from sklearn.utils.validation import validate_data
+except ImportError as error:
+    raise ImportError(
+        "realign_fast.integrations.sklearn: expected scikit-learn 1.6 or later, which is an "
+        f"extra, got {error}; run `pip install 'realign_fast[sklearn]'`"
+    ) from error
+
+
+class StreamingCovariance(EmpiricalCovariance):
+    """Maximum likelihood covariance (divided by n) of rows that need not fit in memory.
+
+    ``score``, ``mahalanobis``, ``error_norm`` and ``get_precision`` are those of scikit-learn's
+    ``EmpiricalCovariance``. Batches in any cut give what ``fit`` on all rows gives, to rounding.
+
+    Args:
+        store_precision: keep the pseudo-inverse in ``precision_`` (``None`` otherwise).
+        assume_centered: take second moments about zero instead of the mean.
+
+    Attributes:
+        location_: mean [D] float64, or zeros if ``assume_centered``.
+        covariance_: [D, D] float64.
+        precision_: [D, D] float64; computed when first asked for, not at every batch.
+        moments_: the :class:`Moments` behind them, to save or merge.
+        n_samples_seen_, n_features_in_: rows and columns so far.
+    """
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
+        """Forget what was seen and fit on rows X [N, D]; ``y`` is ignored.
+
+        Raises:
+            ValueError: rows with a NaN or an infinity, or no row.
+        """
+        self._add(X, reset=True)
+        if self.n_samples_seen_ == 1:
+            warnings.warn(
+                "Only one sample available. You may want to reshape your data array", stacklevel=2
+            )
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
+        """Add a batch of rows X [n, D]; ``y`` is ignored.
+
+        Raises:
+            ValueError: rows with a NaN or an infinity, no row, or other columns than before.
+        """
+        self._add(X, reset=not hasattr(self, "moments_"))
+        return self
+
+    @property
+    def precision_(self) -> np.ndarray | None:
+        if not self.store_precision:
+            return None
+        covariance = self.covariance_
+        if self._precision is None:
+            self._precision = pinvh(covariance, check_finite=False)
+        return self._precision
+
+    def _add(self, rows: ArrayLike, reset: bool) -> None:
+        rows = validate_data(
+            self,
+            rows,
+            reset=reset,
+            dtype=(np.float64, np.float32, np.float16),
+            order="C",
+            force_writeable=True,  # torch takes no read-only memory
+        )
+        if reset:
+            self.moments_ = Moments(covariance=True, normalize=False)
+        self.moments_.update(torch.from_numpy(rows))
+        mean, covariance = self.moments_.mean, self.moments_.covariance
+        if self.assume_centered:
+            covariance = covariance + torch.outer(mean, mean)
+            mean = torch.zeros_like(mean)
+        self.location_, self.covariance_ = mean.numpy(), covariance.numpy()
+        self.n_samples_seen_ = self.moments_.count
+        self._precision = None

@@ -1,0 +1,277 @@
+"""The op door: every op's public function, with its checks of shapes and dtypes.
+
+The schemas and the kernels behind them are in ``register.py``, what they compute, in plain torch,
+is in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .dispatch import ISA_NAMES, OPS, Backend, backend_of, cpu_isa, isa_of, why_no_cuda
+
+__all__ = [
+    "ISA_NAMES",
+    "OPS",
+    "Backend",
+    "RowSums",
+    "add_scatter_",
+    "align_rows",
+    "backend_of",
+    "cpu_isa",
+    "sum_rows",
+    "why_no_cuda",
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK_ROWS = 1 << 13  # rows that a sum through a matrix maps at a time
+
+
+def align_rows(
+    rows: Tensor,
+    scale: Tensor | float,
+    shift: Tensor,
+    recentre: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Send rows through ``unit(unit(s u + b) + h)``, ``u = x / |x|``: one read, one write a row.
+
+    ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``. A vector or matrix
+    in place of s makes it ``unit(unit(A u + b) + h)`` (the ops ``map_rows``): the product is of
+    float32 unless the rows or the result are of float64.
+
+    Args:
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
+        scale: s, a number or a 0-d tensor; or A, [D, D], or its diagonal, [D].
+        shift: b, [D].
+        recentre: h, [D]; ``None`` stops after ``unit(s u + b)``.
+        out_dtype: dtype of the result; the rows' own by default.
+        out: [N, D] to write into instead of allocating; its dtype is then the result's.
+
+    Returns:
+        [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
+
+    Raises:
+        ValueError: a shape does not fit. TypeError: a dtype is not floating point.
+        RuntimeError: ``out=`` with rows that need a gradient.
+        NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
+    """
+    rows = _checked_rows("align_rows", rows)
+    scale, shift, recentre = _map_arguments("align_rows", rows, scale, shift, recentre)
+    op = torch.ops.realign_fast
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
+        raise NotImplementedError(
+            "align_rows: has no forward-mode derivative; use reverse mode (backward)"
+        )
+    if out is None:
+        out_dtype = out_dtype or rows.dtype
+        _check_dtype("align_rows", "out_dtype", out_dtype)
+        kernel = op.map_rows if scale.dim() else op.align_rows
+        return kernel(rows, scale, shift, recentre, out_dtype)
+    if out.shape != rows.shape:
+        raise ValueError(
+            f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
+            "give out the shape of the rows"
+        )
+    _check_dtype("align_rows", "out", out.dtype)
+    if len(out) and out.stride(1) != 1 and out.shape[1] > 1:
+        raise ValueError(
+            f"align_rows: the columns of out lie {out.stride(1)} apart, expected 1; give a "
+            "contiguous out"
+        )
+    if out_dtype not in (None, out.dtype):
+        raise TypeError(
+            f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; leave out_dtype away"
+        )
+    if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
+        raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
+    kernel = op.map_rows_ if scale.dim() else op.align_rows_
+    kernel(out, rows, scale, shift, recentre)
+    return out
+
+
+class RowSums(NamedTuple):
+    """What :func:`sum_rows` returns; all on the rows' device."""
+
+    total: Tensor  # [D] float64, sum of the rows
+    energy: Tensor  # [] float64, sum of their squared norms
+    counts: Tensor  # [3] int64: rows (zero rows among them), zero rows, non-finite rows
+
+
+def sum_rows(
+    rows: Tensor,
+    scale: Tensor | float | None = None,
+    shift: Tensor | None = None,
+    recentre: Tensor | None = None,
+    *,
+    normalize: bool = True,
+) -> RowSums:
+    """Sum, energy and counts of unit rows in one read, accumulated in float64.
+
+    With ``scale`` and ``shift`` the unit rows are first sent through ``unit(s u + b)`` (the drift
+    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` through the whole map.
+
+    Args:
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
+        scale, shift, recentre: the map, as in :func:`align_rows`; none of them by default.
+        normalize: ``False`` sums the rows as they are (no map can be given then).
+
+    Returns:
+        :class:`RowSums`. A zero row counts as a row and adds nothing (with a map: the image of
+        ``u = 0``); a row with a NaN or an infinity is counted apart and left out.
+        The compiled kernel's bytes do not depend on the number of threads.
+
+    Raises:
+        ValueError: a shape does not fit, or half a map. TypeError: a dtype is not floating point.
+    """
+    rows = _checked_rows("sum_rows", rows)
+    if (scale is None) != (shift is None) or (recentre is not None and shift is None):
+        raise ValueError("sum_rows: a map needs scale and shift together; give both or neither")
+    if shift is not None:
+        if not normalize:
+            raise ValueError("sum_rows: the map works on unit rows; leave normalize=True with it")
+        scale, shift, recentre = _map_arguments("sum_rows", rows, scale, shift, recentre)
+        if scale.dim():
+            return sum_mapped_rows(
+                rows.detach(),
+                lambda block: align_rows(block, scale, shift, recentre, **wide(block)),
+            )
+    op = torch.ops.realign_fast
+    isa = isa_of("sum_rows") if rows.is_cpu else 0
+    return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize, isa))
+
+
+def sum_mapped_rows(rows: Tensor, mapping: Callable[[Tensor], Tensor]) -> RowSums:
+    """:func:`sum_rows` of ``mapping(rows)``, a block of rows at a time; counts are of the rows.
+
+    The mapping keeps non-finite rows non-finite, as :func:`align_rows` does.
+    """
+    parts = []
+    for block in rows.split(_BLOCK_ROWS) if len(rows) else [rows]:
+        total, energy, counts = sum_rows(mapping(block), normalize=False)
+        counts[1] = (block == 0).all(dim=1).sum()  # the image of a zero row is none
+        parts.append(RowSums(total, energy, counts))
+    return RowSums(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
+
+
+def wide(rows: Tensor) -> dict[str, torch.dtype]:
+    """``out_dtype`` for a result that is worked on further: float32, float64 of float64 rows."""
+    return {"out_dtype": torch.float64 if rows.dtype == torch.float64 else torch.float32}
+
+
+def add_scatter_(
+    scatter: Tensor,
+    total: Tensor,
+    rows: Tensor,
+    centre: Tensor,
+    weights: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    accurate: bool = False,
+    fast: bool = False,
+) -> Tensor:
+    """Add ``sum w (u - c)(u - c)^T`` and ``sum w (u - c)`` of rows, ``u = x / |x|``, in one read.
+
+    What a covariance is streamed from: with ``c`` near the mean the products do not cancel, so
+    float32 arithmetic is enough below the float64 sums (relative error about 1e-8; by emulation
+    2e-7 on CUDA, whose tensor cores cut sums off).
+
+    Args:
+        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written.
+        total: [D] float64.
+        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
+            are copied first.
+        centre: c, [D]. Give a vector that float32 holds exactly (``.float()``), or its rounding
+            shifts every row by as much.
+        weights: w, [N], finite and not negative; 1 by default. (Not looked at while a CUDA graph
+            is captured, which may not wait for the device.)
+        normalize: ``False`` takes the rows as they are.
+        accurate: multiply in float64 (as float64 rows always are): error 1e-15 instead of 1e-8,
+            at half the speed or less.
+        fast: on CUDA multiply one float16 term of each entry instead of two: a third of
+            the products, a relative error of some 1e-5. Other devices, and
+            float64 rows, have no such kernel and are as accurate as without it.
+
+    Returns:
+        [3] int64: rows added (zero rows, with ``u = 0``, among them), zero rows, and non-finite
+        rows, which are left out. The compiled kernel's bytes do not depend on the threads.
+
+    Raises:
+        ValueError: a shape does not fit, or a weight is negative or not finite.
+        TypeError: a dtype is not floating point, or a sum is not float64.
+    """
+    rows = _checked_rows("add_scatter_", rows)
+    columns = rows.shape[1]
+    shapes = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
+    for name, tensor, expected in (*shapes, ("centre", centre, [columns])):
+        if list(tensor.shape) != expected:
+            raise ValueError(
+                f"add_scatter_: rows have {columns} columns, {name} has shape "
+                f"{list(tensor.shape)}, expected {expected}"
+            )
+    for name, tensor, _ in shapes:
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
+    kind = {"dtype": torch.float64, "device": rows.device}
+    if weights is not None:
+        weights = weights.detach().to(**kind).contiguous()
+        if weights.shape != rows.shape[:1]:
+            got = list(weights.shape)
+            raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {got}")
+        captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
+    centre = centre.detach().to(**kind).contiguous()
+    op = torch.ops.realign_fast
+    variant = 1 if fast and rows.is_cuda else 0
+    kernel = op.add_scatter_
+    return kernel(scatter, total, rows.detach(), centre, weights, normalize, accurate, variant)
+
+
+def _checked_rows(op: str, rows: Tensor) -> Tensor:
+    if not isinstance(rows, Tensor):
+        got = type(rows).__name__
+        raise TypeError(f"{op}: expected rows as a tensor, got {got}; use torch.as_tensor(rows)")
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
+    _check_dtype(op, "rows", rows.dtype)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        expected = ", ".join(str(known) for known in DTYPES)
+        raise TypeError(f"{op}: expected {name} of {expected}, got {dtype}; convert first")
+
+
+def _map_arguments(
+    op: str, rows: Tensor, scale: Tensor | float, shift: Tensor, recentre: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not isinstance(shift, Tensor):
+        raise TypeError(f"{op}: expected shift as a tensor [D], got {type(shift).__name__}")
+    for name, vector in (("shift", shift), ("recentre", recentre)):
+        if vector is not None and vector.shape != rows.shape[1:]:
+            raise ValueError(
+                f"{op}: rows have {rows.shape[1]} columns, {name} has shape {list(vector.shape)}; "
+                "align the output of the encoder that the map was fitted on"
+            )
+    kind = {"dtype": torch.float64, "device": rows.device}
+    if isinstance(scale, int | float):
+        scale = torch.full((), scale, **kind)  # (a copy to a GPU would wait for it)
+    scale = torch.as_tensor(scale, **kind)
+    if list(scale.shape) not in ([], [rows.shape[1]], [rows.shape[1]] * 2):
+        raise ValueError(
+            f"{op}: rows have {rows.shape[1]} columns, scale has shape {list(scale.shape)}; "
+            "expected a number, a diagonal [D] or a matrix [D, D]"
+        )
+    recentre = None if recentre is None else recentre.detach().to(**kind).contiguous()
+    return scale.detach().to(**kind).contiguous(), shift.detach().to(**kind).contiguous(), recentre

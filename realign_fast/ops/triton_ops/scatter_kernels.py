@@ -1,0 +1,326 @@
+"""Triton kernels of ``add_scatter_``: a symmetric product on tensor cores.
+
+A chunk of rows is taken at a time. One kernel packs it: ``sqrt(w) (u - c)``, scaled
+by a power of two for each column, split into two float16 numbers ``high + low``. Another multiplies
+tiles of the upper triangle, split over the rows as well, ``high high + high low + low high``, and
+starts a new sum every 1024 rows, because tensor cores cut off where they should round. A third adds
+the splits in float64, in their order, to the result. The ``low low`` that is left out matters on
+the diagonal alone, where it does not average out, and is added there. Where float64 is asked for
+all is float64, and nothing is split.
+
+No launch waits for the GPU, and what is launched follows from shapes and dtypes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .row_kernels import (
+    TRITON_DTYPE,
+    aligned,
+    dot_rows,
+    kind_of_rows,
+    load_rows,
+    on_device_of,
+    squarable,
+    tile,
+)
+
+_PROMOTE_ROWS = 1024  # that tensor cores add up; then a rounded sum goes on
+_PACK_ROWS = 32  # a program's
+_DEPTH = 64  # packed rows come in multiples of it
+_CHUNK_ENTRIES = 1 << 24  # of a packed term: 32 MiB in float16
+_PROGRAMS = 512  # that keep a GPU busy
+
+
+@triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows"])
+def pack_rows_kernel(
+    packed,  # [TERMS, packed_rows, WIDTH] float16 or float64
+    sums,  # [3, programs, WIDTH] float64: of sqrt(w) packed, of low^2; largest |sqrt(w) (u - c)|
+    counts,  # [programs, 3] int64: rows, zero, non-finite rows
+    rows,  # [N, D]
+    centre,  # c [WIDTH] M
+    wide_centre,  # c [WIDTH] float64
+    weights,  # [N] float64
+    scale,  # [WIDTH] float64, powers of two
+    row_count,
+    row_stride,
+    packed_rows,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # D up to whole tiles of the product
+    PROGRAM_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAREFUL_BLOCK: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MEASURE: tl.constexpr,  # only the largest entries, to choose the scale by
+    TERMS: tl.constexpr,
+    M: tl.constexpr,
+):
+    own = tl.program_id(1) * BLOCK
+    there = own + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.float64)
+    seen = tl.zeros([ROWS], tl.int64)
+    zeros = tl.zeros([ROWS], tl.int64)
+    outside = tl.zeros([ROWS], tl.int64)
+    c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
+    factor = tl.load(scale + there, there < WIDTH, other=1)[None, :]
+    for offset in range(0, PROGRAM_ROWS, ROWS):
+        number = tl.program_id(0).to(tl.int64) * PROGRAM_ROWS + offset + tl.arange(0, ROWS)
+        alive = number < row_count
+        row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
+        root = alive.to(tl.float64)
+        if WEIGHTED:
+            root = tl.sqrt(tl.load(weights + number, alive, other=0))
+        xx, _, _ = dot_rows(row, alive, row, row, COLUMNS, ROWS, BLOCK, 1, M)
+        usual = alive & squarable(xx, M)
+        x = load_rows(row, own, alive, COLUMNS, BLOCK, M)
+        if NORMALIZE:
+            x = x * (1 / tl.sqrt(tl.where(usual, xx, 1))).to(M)[:, None]
+        value = (x - c) * root.to(M)[:, None]
+        value = tl.where(usual[:, None], value, 0)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), axis=0).to(tl.float64))
+        value = value * factor.to(M)
+        seen += usual.to(tl.int64)
+
+        unusual = alive & (usual == 0)
+        if tl.max(unusual.to(tl.int32), axis=0) > 0:
+            peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, ROWS, CAREFUL_BLOCK)
+            some = unusual & finite
+            if NORMALIZE:
+                norm = tl.zeros([ROWS], tl.float64)
+                for start in range(0, COLUMNS, CAREFUL_BLOCK):
+                    y = load_rows(row, start, some, COLUMNS, CAREFUL_BLOCK, tl.float64)
+                    norm += tl.sum((y / peak[:, None]) * (y / peak[:, None]), axis=1)
+                peak = peak * tl.where(norm > 0, tl.sqrt(norm), 1)
+            else:
+                peak = tl.full([ROWS], 1, tl.float64)
+            exact = load_rows(row, own, some, COLUMNS, BLOCK, tl.float64) / peak[:, None]
+            exact = (exact - tl.load(wide_centre + there, there < WIDTH, other=0)) * root[:, None]
+            exact = tl.where(some[:, None], exact, 0)
+            largest = tl.maximum(largest, tl.max(tl.abs(exact), axis=0))
+            value = tl.where(unusual[:, None], (exact * factor).to(M), value)
+            seen += some.to(tl.int64)
+            zeros += (some & zero).to(tl.int64)
+            outside += (unusual & (finite == 0)).to(tl.int64)
+
+        if MEASURE == 0:
+            target = packed + number[:, None] * WIDTH + there[None, :]
+            mask = (number < packed_rows)[:, None] & (there < WIDTH)[None, :]
+            high = value.to(packed.dtype.element_ty)
+            tl.store(target, high, mask)
+            if TERMS == 2:
+                low = (value - high.to(M)).to(packed.dtype.element_ty)
+                tl.store(target + packed_rows.to(tl.int64) * WIDTH, low, mask)
+                value = high.to(M) + low.to(M)
+                squares += tl.sum(low.to(M) * low.to(M), axis=0).to(tl.float64)
+            total += tl.sum(value * root.to(M)[:, None], axis=0).to(tl.float64)
+
+    program = tl.program_id(0).to(tl.int64)
+    size = tl.num_programs(0).to(tl.int64) * WIDTH
+    sums += program * WIDTH + there
+    tl.store(sums, total, there < WIDTH)
+    tl.store(sums + size, squares, there < WIDTH)
+    tl.store(sums + 2 * size, largest, there < WIDTH)
+    if own == 0:
+        tl.store(counts + program * 3, tl.sum(seen, axis=0))
+        tl.store(counts + program * 3 + 1, tl.sum(zeros, axis=0))
+        tl.store(counts + program * 3 + 2, tl.sum(outside, axis=0))
+
+
+@triton.jit(do_not_specialize=["packed_rows", "split_rows"])
+def multiply_packed_kernel(
+    parts,  # [splits, tiles, TILE, TILE] SUM: what a split of the rows adds to a tile
+    packed,  # [TERMS, packed_rows, WIDTH]
+    pairs,  # [2, tiles] int64: which columns, in tiles, are multiplied with which
+    packed_rows,  # a multiple of DEPTH
+    split_rows,  # a multiple of PROMOTE
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    TERMS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    tiles = tl.num_programs(0)
+    left = tl.load(pairs + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    right = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    left, right = tl.multiple_of(left, TILE), tl.multiple_of(right, TILE)
+    low = packed_rows.to(tl.int64) * WIDTH
+    begin = tl.program_id(1) * split_rows
+    end = tl.minimum(begin + split_rows, packed_rows)
+    whole = tl.zeros([TILE, TILE], SUM)
+    for group in range(begin, end, PROMOTE):
+        part = tl.zeros([TILE, TILE], SUM)
+        for row in range(group, tl.minimum(group + PROMOTE, end), DEPTH):
+            deep = (row + tl.arange(0, DEPTH)).to(tl.int64) * WIDTH
+            left_entry = packed + deep[None, :] + left[:, None]
+            right_entry = packed + deep[:, None] + right[None, :]
+            a, b = tl.load(left_entry), tl.load(right_entry)
+            part = tl.dot(a, b, part, input_precision="ieee")
+            if TERMS == 2:
+                part = tl.dot(a, tl.load(right_entry + low), part)
+                part = tl.dot(tl.load(left_entry + low), b, part)
+        whole += part
+    entry = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    slot = tl.program_id(1).to(tl.int64) * tiles + tl.program_id(0)
+    tl.store(parts + slot * (TILE * TILE) + entry, whole)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_parts_kernel(
+    scatter,  # [D, D] float64; only its upper triangle is read and written
+    parts,  # [splits, tiles, TILE, TILE]
+    pairs,  # [2, tiles] int64
+    unscale,  # [WIDTH] float64
+    splits,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    tiles = tl.num_programs(0)
+    line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    entry = line[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    sums = tl.zeros([ROWS, TILE], tl.float64)
+    for split in range(0, splits):
+        slot = (split * tiles).to(tl.int64) + tl.program_id(0)
+        sums += tl.load(parts + slot * (TILE * TILE) + entry).to(tl.float64)
+    left = tl.load(pairs + tl.program_id(0)) * TILE + line
+    right = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    sums = sums * tl.load(unscale + left)[:, None] * tl.load(unscale + right)[None, :]
+    mask = (left[:, None] <= right[None, :]) & (right < COLUMNS)[None, :]
+    target = scatter + left[:, None] * COLUMNS + right[None, :]
+    tl.store(target, tl.load(target, mask, other=0) + sums, mask)
+
+
+def _power_above(values: Tensor) -> Tensor:
+    """Powers of two above the values, float64; 1 where they are 0."""
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent)
+
+
+def _column_scale(largest: Tensor) -> Tensor:
+    """The powers of two that bring a column to the upper end of float16, [WIDTH] float64."""
+    return 2.0**15 / _power_above(largest)
+
+
+def add_scatter_(
+    scatter: Tensor,  # [D, D] float64; only its upper triangle is read and written
+    total: Tensor,  # [D] float64
+    rows: Tensor,  # [N, D]
+    centre: Tensor,  # [D] float64
+    weights: Tensor | None,  # [N] float64
+    normalize: bool,
+    accurate: bool,
+    isa: int = 0,
+) -> Tensor:
+    """``reference.add_scatter_`` in one read from memory (two with ``normalize=False``)."""
+    count, columns = rows.shape
+    wide = accurate or rows.dtype == torch.float64
+    side = 64 if wide or columns <= 64 else 128
+    width = triton.cdiv(columns, side) * side
+    m = torch.float64 if wide else torch.float32
+    c = torch.zeros(width, dtype=torch.float64, device=rows.device)
+    c[:columns] = centre
+    counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
+    scale = torch.ones_like(c)
+    if not wide and normalize and count:
+        largest = 1 + c.abs()
+        scale = _column_scale(largest if weights is None else largest * weights.amax().sqrt())
+    pairs = torch.triu_indices(width // side, width // side, device=rows.device)
+    most = max(_CHUNK_ENTRIES // width // _PROMOTE_ROWS, 1) * _PROMOTE_ROWS
+    source, row_step = aligned(rows)
+    with on_device_of(rows):
+        for first in range(0, count, most):
+            some = source[first : first + most]
+            w = None if weights is None else weights[first : first + most]
+            pack = {"weights": w, "normalize": normalize, "row_step": row_step, "m": m}
+            if not wide and not normalize:
+                sums, _, _ = _pack(some, c, scale, measure=True, **pack)
+                scale = _column_scale(sums[2].amax(dim=0))
+            sums, part_counts, packed = _pack(some, c, scale, measure=False, **pack)
+            added = sums[:2].sum(dim=1) / torch.stack([scale, scale * scale])
+            total += added[0, :columns]
+            counts += part_counts
+            _multiply(scatter, packed, pairs, 1 / scale, side)
+            scatter.diagonal().add_(added[1, :columns])
+    return counts
+
+
+def _pack(rows, centre, scale, weights, normalize, row_step, m, measure):
+    """sums [3, programs, WIDTH], counts [3] and packed [TERMS, packed rows, WIDTH] of a chunk."""
+    count, columns = rows.shape
+    terms, kind = (1, torch.float64) if m == torch.float64 else (2, torch.float16)
+    packed_rows = triton.cdiv(count, _DEPTH) * _DEPTH
+    shape = tile(columns, m)
+    programs, width = packed_rows // _PACK_ROWS, len(centre)
+    new = {"device": rows.device}
+    sums = torch.empty(3, programs, width, dtype=torch.float64, **new)
+    counts = torch.empty(programs, 3, dtype=torch.int64, **new)
+    packed = torch.empty(0 if measure else terms, packed_rows, width, dtype=kind, **new)
+    pack_rows_kernel[(programs, triton.cdiv(width, shape["BLOCK"]))](
+        packed,
+        sums,
+        counts,
+        rows,
+        centre.to(m),
+        centre,
+        centre if weights is None else weights,
+        scale,
+        count,
+        rows.stride(0),
+        packed_rows,
+        WIDTH=width,
+        PROGRAM_ROWS=_PACK_ROWS,
+        ROW_STEP=row_step,
+        WEIGHTED=weights is not None,
+        NORMALIZE=normalize,
+        MEASURE=measure,
+        TERMS=terms,
+        M=TRITON_DTYPE[m],
+        **shape,
+    )
+    return sums, counts.sum(dim=0), packed
+
+
+def _multiply(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, side: int) -> None:
+    """scatter += packed^T packed, unscaled; its upper triangle."""
+    terms, packed_rows, width = packed.shape
+    tiles = pairs.shape[1]
+    groups = triton.cdiv(packed_rows, _PROMOTE_ROWS)
+    splits = triton.cdiv(groups, triton.cdiv(groups, triton.cdiv(_PROGRAMS, tiles)))
+    split_rows = triton.cdiv(groups, splits) * _PROMOTE_ROWS
+    kind = torch.float32 if terms == 2 else torch.float64
+    parts = torch.empty(splits, tiles, side, side, dtype=kind, device=packed.device)
+    multiply_packed_kernel[(tiles, splits)](
+        parts,
+        packed,
+        pairs,
+        packed_rows,
+        split_rows,
+        WIDTH=width,
+        PROMOTE=_PROMOTE_ROWS,
+        TERMS=terms,
+        SUM=TRITON_DTYPE[kind],
+        **product_tile(side, terms),
+    )
+    rows = 16
+    add_parts_kernel[(tiles, side // rows)](
+        scatter, parts, pairs, unscale, splits, COLUMNS=len(scatter), TILE=side, ROWS=rows
+    )
+
+
+def product_tile(side: int, terms: int) -> dict[str, int]:
+    """TILE, DEPTH, warps and stages: operands of 3 stages within 99 KiB of shared memory."""
+    return {
+        "TILE": side,
+        "DEPTH": 32 if side == 128 else 16 if terms == 1 else 64,
+        "num_warps": 8 if side == 128 else 4,
+        "num_stages": 3,
+    }

@@ -1,0 +1,84 @@
+"""Pictures of an alignment (matplotlib, the ``report`` extra)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..metrics import matched_cosine, principal_axes
+from ..ops.reference import unit
+
+_TEXT, _IMAGE, _PAIR = "#d1495b", "#2e6f95", "#9a9a9a"
+_POINTS = 1500  # of each cloud
+
+
+def draw_alignment(
+    path: str | os.PathLike[str],
+    image: Tensor,  # [N, D] image rows
+    text: tuple[Tensor, Tensor],  # [M, D] text rows before and after
+    held_image: Tensor,  # [P, D] held-out pairs: image rows
+    held_text: tuple[Tensor, Tensor],  # [P, D] their texts before and after
+    title: str,
+) -> None:
+    """Write a PNG: both clouds on two principal axes, and cosines of pairs, before and after.
+
+    The axes are principal axes of image and unaligned text rows together, the same in both
+    pictures: the one of the first ten along which the two means lie furthest apart, and the first
+    of the others. A grey line joins a held-out text to its image.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    centre, axes = principal_axes(torch.cat([image, text[0]]), 10)
+    apart = (unit(image.double()).mean(0) - unit(text[0].double()).mean(0)) @ axes
+    across = int(apart.abs().argmax())
+    along = 1 if across == 0 else 0
+    axes = axes[:, [across, along]]
+
+    def flat(rows: Tensor) -> Tensor:
+        return (unit(rows.double()) - centre) @ axes
+
+    figure, panels = pyplot.subplots(
+        2, 2, figsize=(11, 9), height_ratios=(2, 1), sharex="row", sharey="row"
+    )
+    for column, when in enumerate(("before", "after")):
+        clouds, cosines = panels[0][column], panels[1][column]
+        for rows, colour, name in ((image, _IMAGE, "image"), (text[column], _TEXT, "text")):
+            points = flat(rows[:: max(1, len(rows) // _POINTS)])
+            clouds.scatter(*points.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
+        ends = torch.stack([flat(held_image), flat(held_text[column])])
+        clouds.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
+        clouds.set_title(f"{when}: rows on principal axes {across + 1} and {along + 1}")
+        clouds.legend(markerscale=4, loc="upper right")
+        _draw_cosines(cosines, held_image, held_text[column])
+        cosines.set_title(f"{when}: cosine of held-out texts and images")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_cosines(panel, image: Tensor, text: Tensor) -> None:
+    pairs = {"matched": image, "shuffled": image.roll(1, dims=0)}
+    for (name, other), colour in zip(pairs.items(), (_TEXT, _PAIR), strict=True):
+        values = matched_cosine(text, other)
+        bins = torch.linspace(-0.4, 0.8, 49)
+        panel.hist(values, bins=bins, density=True, alpha=0.6, color=colour, label=name)
+    panel.set_yticks([])
+    panel.legend()
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib; run `pip install 'realign_fast[report]'`"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,1 @@
+"""Files on this machine and at URLs: paths, atomic writes, locks, reading ahead."""

@@ -1,0 +1,181 @@
+"""ReAlign as a module: dtypes, shapes, files, copies, gradients, torch.compile."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from support.op_checks import DTYPES, random_rows
+from test_align import NUMBERS, VECTORS, same, text_and_image
+from torch import nn
+from torch.autograd import gradcheck
+
+from realign_fast import ReAlign, align_rows
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return ReAlign.fit(*text_and_image())
+
+
+class Model(nn.Module):
+    def __init__(self, aligner):
+        super().__init__()
+        self.aligner = aligner
+        self.projector = nn.Linear(aligner.dimension, 3)
+
+    def forward(self, rows):
+        return self.projector(self.aligner(rows))
+
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "float": lambda model: model.float(),
+    "and back": lambda model: model.bfloat16().double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_buffers_stay_float64_to_the_bit_whatever_the_model_becomes(fitted, cast):
+    model = CASTS[cast](Model(copy.deepcopy(fitted)))
+    assert same(model.aligner, fitted)
+    dtype = model.projector.weight.dtype
+    assert model(random_rows(4, 12, dtype)).dtype == dtype
+    assert not list(fitted.parameters()), "nothing to train"
+
+
+def test_rows_may_have_any_leading_axes(fitted):
+    rows = random_rows(24, 12, torch.float32)
+    flat = fitted(rows)
+    assert torch.equal(flat, align_rows(rows, *fitted.row_map))
+    assert torch.equal(fitted(rows.reshape(2, 3, 4, 12)), flat.reshape(2, 3, 4, 12))
+    assert torch.equal(fitted(rows[0]), flat[0])
+    assert fitted(rows[:0]).shape == (0, 12)
+    assert fitted(rows[:0].reshape(5, 0, 12)).shape == (5, 0, 12)
+
+
+def test_strided_and_expanded_batches(fitted):
+    rows = random_rows(24, 24, torch.float32)[:, 5:17]
+    expected = fitted(rows.clone())
+    assert torch.equal(fitted(rows), expected)
+    turned = rows.reshape(4, 6, 12).transpose(0, 1)
+    assert torch.equal(fitted(turned), expected.reshape(4, 6, 12).transpose(0, 1))
+    assert torch.equal(fitted(rows[:1].expand(7, 12)), expected[:1].expand(7, 12))
+
+
+def test_the_callers_dtype_or_out(fitted):
+    rows = random_rows(6, 12, torch.float32)
+    assert fitted(rows, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+    out = torch.full((6, 12), math.nan)
+    assert fitted(rows, out=out) is out
+    assert torch.equal(out, fitted(rows))
+    with pytest.raises(ValueError, match=r"shape \[6, 5\], the aligner was fitted on 12 columns"):
+        fitted(rows[:, :5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_unfitted_module_shows_in_every_row(dtype):
+    """A state_dict that was never loaded must not pass for an alignment."""
+    assert ReAlign(12)(random_rows(6, 12, dtype)).isnan().all()
+    assert "not fitted" in repr(ReAlign(12))
+    for dimension in (0, -3):
+        with pytest.raises(ValueError, match=f"expected a dimension from 1, got {dimension}"):
+            ReAlign(dimension)
+
+
+def by_pickle(aligner, folder):
+    return pickle.loads(pickle.dumps(aligner))
+
+
+def by_state_dict(aligner, folder):
+    torch.save(Model(aligner).state_dict(), folder / "state.pt")
+    model = Model(ReAlign(12)).to(torch.bfloat16)  # a model of another dtype takes every bit
+    model.load_state_dict(torch.load(folder / "state.pt"))
+    return model.aligner
+
+
+def by_file(aligner, folder):
+    aligner.save(folder / "a.safetensors")
+    assert [file.name for file in folder.iterdir()] == ["a.safetensors"], "no partial file stays"
+    assert same(ReAlign.from_pretrained(folder / "a.safetensors"), aligner)
+    return ReAlign.load(folder / "a.safetensors")
+
+
+def by_directory(aligner, folder):
+    aligner.save_pretrained(folder / "new" / "one")
+    return ReAlign.from_pretrained(str(folder / "new" / "one"))
+
+
+@pytest.mark.parametrize(
+    "travel", (by_pickle, by_state_dict, by_file, by_directory, lambda a, _: copy.deepcopy(a))
+)
+@pytest.mark.parametrize("residual", (True, False))
+def test_every_way_to_copy_or_store_keeps_every_bit(tmp_path, travel, residual):
+    aligner = ReAlign.fit(*text_and_image(), residual=residual)
+    arrived = travel(aligner, tmp_path)
+    assert same(arrived, aligner)
+    assert arrived.record == aligner.record and repr(arrived) == repr(aligner)
+    arrived.shift.zero_()
+    assert bool(aligner.shift.any()), "a copy shares no memory"
+
+
+def test_the_state_dict_holds_what_is_documented(fitted):
+    counts = ("source_count", "target_count")
+    state = fitted.state_dict()
+    assert state.keys() == {*NUMBERS, *VECTORS, *counts, "linear", "method_number", "noise", "seed"}
+    assert all(state[name].dtype == torch.float64 for name in (*NUMBERS, *VECTORS))
+    assert all(state[name].dtype == torch.int64 for name in counts)
+
+
+def test_config_json_says_what_it_was_fitted_on(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in fitted.record} == fitted.record
+    assert config["library_name"] == "realign_fast"
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_files_that_are_none_are_refused_by_name(tmp_path):
+    (tmp_path / "notes.txt").write_text("no aligner")
+    with pytest.raises(ValueError, match=r"notes\.txt: expected an aligner written by"):
+        ReAlign.load(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file; expected"):
+        ReAlign.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file; expected an aligner"):
+        ReAlign.from_pretrained(tmp_path / "missing.safetensors")
+
+
+def test_gradcheck_through_forward(fitted):
+    rows = random_rows(2, 36).reshape(2, 3, 12).requires_grad_()
+    assert gradcheck(fitted, rows)
+
+
+def test_gradient_is_that_of_the_formula_in_plain_torch(fitted):
+    def formula(rows):
+        u = rows / rows.norm(dim=-1, keepdim=True)
+        mapped = fitted.target_mean + fitted.scale * (u - fitted.source_mean)
+        mapped = mapped / mapped.norm(dim=-1, keepdim=True) + fitted.recentre
+        return mapped / mapped.norm(dim=-1, keepdim=True)
+
+    rows = random_rows(9, 12).requires_grad_()
+    weights = random_rows(9, 12, seed=4)
+    (expected,) = torch.autograd.grad((formula(rows) * weights).sum(), rows)
+    (gradient,) = torch.autograd.grad((fitted(rows) * weights).sum(), rows)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_model_that_holds_one_compiles_to_one_graph_and_trains(fitted, dtype):
+    """inductor, the compiler people use; the op stays one call inside."""
+    model = Model(copy.deepcopy(fitted)).to(dtype)
+    compiled = torch.compile(model, fullgraph=True)
+    rows = random_rows(6, 12, dtype).reshape(2, 3, 12).requires_grad_()
+    result, expected = compiled(rows), model(rows)
+    torch.testing.assert_close(result, expected)
+    (gradient,) = torch.autograd.grad(result[..., 0].sum(), rows)
+    (again,) = torch.autograd.grad(expected[..., 0].sum(), rows)
+    assert bool(gradient.any())
+    torch.testing.assert_close(gradient, again)

@@ -1,0 +1,320 @@
+"""``convert`` and ``inspect``: rows and what is beside them from every format into every other."""
+
+import json
+import pickle
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from realign_fast.cli.main import main
+from realign_fast.corpus import Corpus
+from realign_fast.corpus.convert import BARE, LISTS, TABLES, TARGETS, convert
+from realign_fast.pipeline.inspection import inspect
+
+pa = pytest.importorskip("pyarrow")
+ipc, pq = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")
+
+DIMENSION = 8
+
+
+def random_rows(count, dtype="float32", seed=0):
+    return (np.random.default_rng(seed).standard_normal((count, DIMENSION)) + 1).astype(dtype)
+
+
+def others_of(count):
+    """A column of text and one of numbers."""
+    return {"id": [f"é{i}" for i in range(count)], "n": list(range(count))}
+
+
+def save(path, rows, form):
+    """A shard with two more columns, where the format has any."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = others_of(len(rows))
+    table = pa.table({**others, "embedding": list(rows)})
+    if form == "npy":
+        np.save(path, rows)
+    elif form == "safetensors":
+        save_file({"n": np.array(others["n"]), "embedding": rows}, path)
+    elif form == "pickle":
+        entries = [
+            {"id": i, "n": n, "embed": r} for i, n, r in zip(*others.values(), rows, strict=True)
+        ]
+        path.write_bytes(pickle.dumps(entries))
+    elif form == "parquet":
+        pq.write_table(table, path, row_group_size=4)
+    else:
+        with (ipc.new_file if form == "arrow" else ipc.new_stream)(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+
+
+def suffix(form):
+    return (BARE | TABLES | LISTS)[form][0]
+
+
+def everything(corpus):
+    return torch.cat([batch.rows for batch in corpus.batches(batch_rows=3)]).numpy()
+
+
+def beside(folder, name, form):
+    """What a shard has beside its rows, as a dict of lists."""
+    if form == "pickle":
+        entries = pickle.loads((folder / name).read_bytes())  # of our own writing
+        return {key: [entry[key] for entry in entries] for key in entries[0] if key != "embed"}
+    if form == "tar":
+        with tarfile.open(folder / name) as tar:
+            read = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+        return {key: [one[key] for one in read] for key in (read[0] if read else ())}
+    if form in BARE:
+        path = (folder / "metadata" / name).with_suffix(".parquet")
+        return pq.read_table(path).to_pydict() if path.exists() else {}
+    if form == "parquet":
+        table = pq.read_table(folder / name)
+    else:
+        table = (ipc.open_file if form == "arrow" else ipc.open_stream)(folder / name).read_all()
+    return table.drop_columns(["embedding"]).to_pydict()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize(
+    "form", ["npy", "safetensors", "parquet", "arrow", "arrow-stream", "pickle"]
+)
+def test_rows_and_columns_go_from_every_format_into_every_other(tmp_path, form, to, dtype):
+    parts = [random_rows(n, dtype, n) for n in (11, 1, 6)]
+    for i, rows in enumerate(parts):
+        save(tmp_path / "in" / f"x_{i}{suffix(form)}", rows, form)
+    corpus = Corpus(tmp_path / "in", allow_pickle=True)
+    done = []
+    paths = convert(
+        corpus, tmp_path / "out", to, done.append, batch_bytes=5 * corpus.shards[0].row_bytes
+    )
+    assert done == [5, 5, 1, 1, 5, 1]
+    result = Corpus(tmp_path / "out", allow_pickle=True)
+    assert [shard.path for shard in result.shards] == paths and result.format == to
+    assert [shard.rows for shard in result.shards] == [11, 1, 6]
+    assert everything(result).dtype == dtype
+    np.testing.assert_array_equal(everything(result), np.concatenate(parts))
+    for path, rows in zip(paths, parts, strict=True):
+        want = others_of(len(rows)) if form not in ("npy", "safetensors") else {}
+        if form == "safetensors":
+            want = {"n": list(range(len(rows)))}
+        elif form == "npy" and to == "pickle":
+            want = {"id": list(range(len(rows)))}
+        assert beside(tmp_path / "out", path.name, to) == want
+
+
+def test_there_and_back_is_the_same_file(tmp_path):
+    save(tmp_path / "in" / "x.npy", random_rows(9, "float16"), "npy")
+    source, place = (tmp_path / "in" / "x.npy").read_bytes(), tmp_path / "in"
+    for number, to in enumerate([*TARGETS[1:3], "arrow", "arrow-stream", "pickle", "tar", "npy"]):
+        place, before = tmp_path / str(number), place
+        convert(Corpus(before, allow_pickle=True), place, to)
+    assert (place / "x.npy").read_bytes() == source
+
+
+def test_a_converted_dataset_is_loaded_by_its_library(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for i in range(11):  # more than ten: order by name and by number differ
+        save(tmp_path / "in" / f"x_{i}.parquet", random_rows(2, seed=i), "parquet")
+    corpus = Corpus(tmp_path / "in")
+    convert(corpus, tmp_path / "out", "hf")
+    back = datasets.load_from_disk(tmp_path / "out")
+    assert back["n"] == [0, 1] * 11
+    np.testing.assert_array_equal(np.asarray(back["embedding"], np.float32), everything(corpus))
+
+
+def test_keys_that_come_and_go_become_nulls(tmp_path):
+    row = np.zeros(2, "f4")
+    entries = [{"embed": row, "a": 1}] * 1500 + [{"embed": row, "b": [1.5], "c": np.arange(2)}]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(entries))
+    convert(Corpus(tmp_path / "x.pkl", allow_pickle=True), tmp_path / "out", "parquet")
+    last = pq.read_table(tmp_path / "out" / "x.parquet").slice(1499).to_pylist()
+    assert [one["a"] for one in last] == [1, None]
+    assert (last[1]["b"], last[1]["c"]) == ([1.5], [0, 1]) and last[0]["b"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([{"a": 1}, {"a": "text"}], "cannot become columns"),
+        ([{"a": 1}] * 1024 + [{"a": "text"}], "its entries do not agree"),
+        ([{"a": [1, "text"]}], "cannot become columns"),
+        ([{1: 1}], "cannot become columns"),
+        ([{"embedding": 1}], "has another column 'embedding'"),
+    ],
+)
+def test_keys_that_are_no_columns_say_so(tmp_path, more, words):
+    row = np.zeros(2, "f4")
+    entries = [{"embed": row, **one} for one in more]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(entries))
+    with pytest.raises(ValueError, match=rf"x\.pkl: .*{words}"):
+        convert(Corpus(tmp_path / "x.pkl", allow_pickle=True), tmp_path / "out", "parquet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_are_no_columns_say_so(tmp_path):
+    tensors = {"embedding": random_rows(3), "other": np.zeros(4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"'other' is F64 \[4\], cannot become a column of 3 rows"):
+        convert(Corpus(tmp_path / "x.safetensors"), tmp_path / "out", "npy")
+
+
+def test_nothing_is_written_over(tmp_path):
+    save(tmp_path / "in" / "x.npy", random_rows(3), "npy")
+    corpus = Corpus(tmp_path / "in")
+    convert(corpus, tmp_path / "out", "parquet")
+    with pytest.raises(ValueError, match=r"x\.\w+: is there already; give an empty directory"):
+        convert(corpus, tmp_path / "out", "parquet")
+    for out in ("in", "in/side"):
+        with pytest.raises(ValueError, match="in, which holds rows that are read"):
+            convert(corpus, tmp_path / out, "parquet")
+    with pytest.raises(ValueError, match=r"x\.npy: is there already"):
+        convert(Corpus(tmp_path / "in" / "x.npy"), tmp_path / "in", "parquet")
+    with pytest.raises(ValueError, match="got format 'csv', expected one of npy"):
+        convert(corpus, tmp_path / "csv", "csv")
+    save(tmp_path / "in" / "X.npy", random_rows(3), "npy")
+    (tmp_path / "in" / "x.NPY").write_bytes((tmp_path / "in" / "x.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"two shards would become x\.parquet"):
+        convert(Corpus(tmp_path / "in"), tmp_path / "new", "parquet")
+
+
+def test_a_bad_row_leaves_no_shard_behind(tmp_path):
+    values = [[1.0, 2.0]] * 9 + [None]
+    pq.write_table(
+        pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(ValueError, match="row 9 is null"):
+        convert(Corpus(tmp_path / "x.parquet"), tmp_path / "out", "arrow")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the command line
+
+
+def test_the_commands(tmp_path, capsys):
+    save(tmp_path / "in" / "x.parquet", random_rows(9), "parquet")
+    assert (
+        main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "npy", "--quiet"])
+        == 0
+    )
+    assert "wrote 9 rows in 1 shards" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "in")]) == 0
+    shown = capsys.readouterr().out
+    assert "parquet, flat" in shown and "9 x 8 float32" in shown
+    assert main(["inspect", str(tmp_path / "in"), "--json", "--sample", "5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["sample"]["rows"]) == (9, 5)
+    assert main(["inspect", str(tmp_path / "in"), "--column", "id"]) == 2
+    assert "column 'id' is string" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+
+
+def test_align_takes_a_column_for_each_side(tmp_path):
+    table = pa.table(
+        {"text": list(random_rows(9)), "image": list(-random_rows(7))[:9] + [None] * 2}
+    )
+    pq.write_table(table.select(["text"]), tmp_path / "t.parquet")
+    pq.write_table(table.select(["image"]).slice(0, 7), tmp_path / "i.parquet")
+    command = [
+        "align",
+        "--text",
+        str(tmp_path / "t.parquet"),
+        "--image",
+        str(tmp_path / "i.parquet"),
+    ]
+    command += ["--out", str(tmp_path / "out"), "--quiet", "--column", "text"]
+    assert main([*command, "--target-column", "image"]) == 0
+    assert pq.read_table(tmp_path / "out" / "t.parquet").column_names == ["text"]
+    assert main(command) == 2
+
+
+# ---- inspect
+
+
+def test_inspect_counts_what_is_there(tmp_path):
+    rows = random_rows(400, "float64") * np.linspace(1, 5, 400)[:, None]
+    rows[7], rows[9], rows[11, 0] = 0, np.nan, np.inf
+    save(tmp_path / "x.npy", rows, "npy")
+    found = inspect(Corpus(tmp_path), 1000)
+    good = rows[[i for i in range(400) if i not in (7, 9, 11)]]
+    norms, unit = np.linalg.norm(good, axis=1), good / np.linalg.norm(good, axis=1, keepdims=True)
+    sample = found["sample"]
+    assert (found["format"], found["rows"], found["dtype"], found["shards"]) == (
+        "npy",
+        400,
+        "float64",
+        1,
+    )
+    assert (sample["rows"], sample["zero_rows"], sample["nonfinite_rows"]) == (400, 1, 2)
+    np.testing.assert_allclose(
+        sample["norms"], [norms.min(), norms.mean(), norms.max()], rtol=1e-12
+    )
+    np.testing.assert_allclose(sample["mean_norm"], np.linalg.norm(unit.mean(0)), rtol=1e-10)
+    np.testing.assert_allclose(sample["trace"], unit.var(0).sum(), rtol=1e-10)
+    few = inspect(Corpus(tmp_path), 50, seed=1)
+    assert few == inspect(Corpus(tmp_path), 50, seed=1) != inspect(Corpus(tmp_path), 50, seed=2)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((3, 4), "f4"), np.zeros((0, 4), "f4")])
+def test_inspect_without_a_good_row(tmp_path, rows, capsys):
+    np.save(tmp_path / "x.npy", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["inspect", str(tmp_path)]) == 0
+    assert f"{len(rows)} zero, 0 non-finite" in capsys.readouterr().out
+
+
+def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):
+    """Killed between two shards: nobody takes the part for the whole, and a rerun completes it."""
+    for index in range(3):
+        folder = tmp_path / "source"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"x_{index}.npy", np.random.default_rng(index).standard_normal((20, 4)))
+    corpus, out = Corpus(tmp_path / "source"), tmp_path / "out"
+
+    def stop(rows):
+        stop.rows += rows
+        if stop.rows > 20:
+            raise KeyboardInterrupt
+
+    stop.rows = 0
+    with pytest.raises(KeyboardInterrupt):
+        convert(corpus, out, "hf", stop)
+    with pytest.raises(ValueError, match="a conversion that did not end"):
+        Corpus(out)
+    with pytest.raises(ValueError, match="another conversion that did not end"):
+        convert(corpus, out, "arrow")
+    first = (out / "data-00000-of-00003.arrow").stat().st_mtime_ns
+    convert(corpus, out, "hf")
+    assert (out / "data-00000-of-00003.arrow").stat().st_mtime_ns == first
+    whole = convert(corpus, tmp_path / "whole", "hf")
+    for path in whole:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert Corpus(out).rows == 60
+
+
+def test_two_at_once_are_one_and_an_error(tmp_path):
+    """The second finds the first at work, and leaves what it does alone."""
+    for name in ("a.npy", "b.npy"):
+        save(tmp_path / "source" / name, random_rows(9), "npy")
+    corpus, out, told = Corpus(tmp_path / "source"), tmp_path / "out", []
+
+    def second(_):
+        if not told:
+            with pytest.raises(OSError, match=r"process \d+ on .* is working on it") as error:
+                convert(corpus, out, "npy")
+            told.append(error)
+
+    paths = convert(corpus, out, "npy", second)
+    assert told and sorted(out.iterdir()) == sorted(paths)
+
+
+def test_what_was_refused_leaves_no_empty_directory(tmp_path):
+    save(tmp_path / "source" / "a.npy", np.full((2, DIMENSION), 1e30, np.float32), "npy")
+    with pytest.raises(ValueError, match="beyond"):
+        convert(Corpus(tmp_path / "source"), tmp_path / "out", "npy", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,514 @@
+"""Every format of rows on disk: what goes in comes out, aligned or not, and what is refused how."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from realign_fast.corpus import Corpus, sample_rows
+from realign_fast.corpus.formats import arrow as arrow_module
+from realign_fast.pipeline.align_run import Settings, align
+
+pa = pytest.importorskip("pyarrow")
+ipc, pq = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")
+
+ROOT = Path(__file__).parents[2]
+DIMENSION = 12
+FLOATS = ("float16", "float32", "float64")
+KINDS = ("list", "large_list", "fixed_list", "binary")
+TABLES = [f"{file}-{kind}" for file in ("parquet", "arrow", "stream") for kind in KINDS]
+
+
+def random_rows(count, dtype="float32", seed=0, columns=DIMENSION):
+    return (np.random.default_rng(seed).standard_normal((count, columns)) + 1).astype(dtype)
+
+
+def vectors(rows, kind):
+    """The rows as an Arrow column of a kind."""
+    values = pa.array(rows.reshape(-1))
+    if kind == "fixed_list":
+        return pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    if kind == "binary":
+        return pa.array([row.tobytes() for row in rows], pa.binary(rows[0].nbytes))
+    make = pa.list_ if kind == "list" else pa.large_list
+    return pa.array(list(rows), make(values.type))
+
+
+def table_of(rows, kind="fixed_list", column="embedding"):
+    """Rows between two other columns, one of them with nulls, and metadata everywhere."""
+    array, count = vectors(rows, kind), len(rows)
+    ids = pa.array([None if i == 1 else f"id é {i}" for i in range(count)], pa.string())
+    schema = pa.schema(
+        [
+            pa.field("id", pa.string(), metadata={"about": "text"}),
+            pa.field(column, array.type, metadata={"dtype": str(rows.dtype)}),
+            pa.field("tags", pa.list_(pa.int64())),
+        ],
+        metadata={"made by": "hand"},
+    )
+    return pa.Table.from_arrays(
+        [ids, array, pa.array([[i] * (i % 3) for i in range(count)])], schema=schema
+    )
+
+
+def save_table(table, path, file, chunk=7):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file == "parquet":
+        pq.write_table(table, path, row_group_size=chunk)
+    else:
+        with (ipc.new_file if file == "arrow" else ipc.new_stream)(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=chunk)
+
+
+def load_table(path, file):
+    if file == "parquet":
+        return pq.read_table(path)
+    return (ipc.open_file if file == "arrow" else ipc.open_stream)(path.read_bytes()).read_all()
+
+
+def save_shards(folder, form, parts):
+    """`parts` as shards of a format; returns their paths."""
+    file, _, kind = form.partition("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = {"stream": "arrow"}.get(file, file)
+    paths = [folder / f"rows_{i}.{suffix}" for i in range(len(parts))]
+    for path, rows in zip(paths, parts, strict=True):
+        if file == "npy":
+            np.save(path, rows)
+        elif file == "safetensors":
+            tensors = {"a": rows[:, :1].copy(), "embedding": rows, "n": np.arange(len(rows))}
+            tensors["z"] = rows[:, :2].copy()  # lies behind the rows
+            save_file(tensors, path, metadata={"made by": "hand"})
+        else:
+            save_table(table_of(rows, kind), path, file)
+    return paths
+
+
+def everything(corpus, **options):
+    return torch.cat([batch.rows for batch in corpus.batches(**options)]).numpy()
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", ["safetensors", *TABLES])
+def test_rows_and_batches_are_those_of_npy(tmp_path, form, dtype):
+    parts = [random_rows(n, dtype, n) for n in (23, 1, 16)]
+    save_shards(tmp_path / "npy", "npy", parts)
+    save_shards(tmp_path / "form", form, parts)
+    npy, corpus = Corpus(tmp_path / "npy"), Corpus(tmp_path / "form")
+    assert (corpus.rows, corpus.dimension, corpus.dtype) == (npy.rows, npy.dimension, npy.dtype)
+    for options in ({"batch_rows": 5}, {"batch_rows": 5, "start": 12}, {"batch_rows": 100}):
+        for ours, theirs in zip(corpus.batches(**options), npy.batches(**options), strict=True):
+            assert ours[:2] == theirs[:2] and ours.rows.dtype == theirs.rows.dtype
+            assert torch.equal(ours.rows, theirs.rows)
+            ours.rows.zero_()  # a batch may be written to, and the file stays as it is
+    np.testing.assert_array_equal(everything(corpus), np.concatenate(parts))
+    ids = [39, 0, 22, 23, 24, 24, 7]
+    assert torch.equal(corpus.take(ids), npy.take(ids))
+    assert torch.equal(sample_rows(corpus, 9, 3), sample_rows(npy, 9, 3))
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(TABLES),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.integers(1, 50),
+    st.integers(0, 40),
+)
+def test_any_chunks_any_batches_any_start(tmp_path, form, rows, chunk, batch, start):
+    file, _, kind = form.partition("-")
+    data, start = random_rows(rows), min(start, rows)
+    path = tmp_path / f"x.{ {'stream': 'arrow'}.get(file, file) }"
+    save_table(table_of(data, kind), path, file, chunk)
+    got = [batch.rows for batch in Corpus(path).batches(batch_rows=batch, start=start)]
+    np.testing.assert_array_equal(torch.cat([torch.empty(0, DIMENSION), *got]), data[start:])
+
+
+def test_another_column_is_read_by_its_name(tmp_path):
+    data = random_rows(9, "float16")
+    path = tmp_path / "x.parquet"
+    save_table(table_of(data, "binary", "text_emb").replace_schema_metadata(), path, "parquet")
+    assert np.array_equal(everything(Corpus(path, column="text_emb")), data)
+    bare = pa.table({"v": pa.array([row.tobytes() for row in data], pa.binary(DIMENSION * 2))})
+    pq.write_table(bare, path)
+    assert np.array_equal(everything(Corpus(path, column="v:float16")), data)
+    with pytest.raises(TypeError, match=r"x\.parquet: column 'v' .*number type; ask .*'v:float16'"):
+        Corpus(path, column="v")
+    with pytest.raises(TypeError, match="expected a multiple of 8"):
+        pq.write_table(pa.table({"v": pa.array([b"123456"], pa.binary(6))}), path)
+        Corpus(path, column="v:float64")
+
+
+def test_a_tensor_is_read_by_its_name(tmp_path):
+    a, b = random_rows(4), random_rows(6, "float64")
+    save_file({"text": a, "image": b}, tmp_path / "x.safetensors")
+    assert np.array_equal(everything(Corpus(tmp_path, column="image")), b)
+    with pytest.raises(ValueError, match=r"no tensor 'embedding'; .*of: .*text \[4, 12\]"):
+        Corpus(tmp_path)
+    save_file({"only": a}, tmp_path / "x.safetensors")
+    assert np.array_equal(everything(Corpus(tmp_path)), a)
+
+
+def test_compressed_arrow_and_sliced_tables_are_read(tmp_path):
+    data = random_rows(40)
+    options = ipc.IpcWriteOptions(compression="zstd")
+    with ipc.new_file(tmp_path / "x.arrow", table_of(data).schema, options=options) as writer:
+        writer.write_table(table_of(data).slice(3, 20))
+    assert np.array_equal(everything(Corpus(tmp_path)), data[3:23])
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", ["safetensors", *TABLES])
+def test_aligned_rows_are_those_of_npy_and_all_else_is_kept(tmp_path, form, dtype):
+    parts = [random_rows(n, dtype, n) for n in (23, 1, 16)]
+    np.save(tmp_path / "target.npy", -random_rows(30, dtype))
+    quick = Settings(progress=False, batch_bytes=400)
+    save_shards(tmp_path / "npy", "npy", parts)
+    align(tmp_path / "npy", tmp_path / "target.npy", tmp_path / "out-npy", quick)
+    paths = save_shards(tmp_path / form, form, parts)
+    out = tmp_path / "out"
+    align(tmp_path / form, tmp_path / "target.npy", out, quick)
+    assert sorted(os.listdir(out)) == sorted(
+        ["_stats", "aligner.safetensors", "manifest.json", "report.json", *(p.name for p in paths)]
+    )
+    got, want = everything(Corpus(out)), everything(Corpus(tmp_path / "out-npy"))
+    assert got.dtype == dtype and got.tobytes() == want.tobytes()
+    for path in paths:
+        same_but_rows(path, out / path.name, form.partition("-")[0])
+    align(tmp_path / form, tmp_path / "target.npy", out, quick)  # again, over the first result
+    assert everything(Corpus(out)).tobytes() == want.tobytes()
+
+
+def same_but_rows(source, result, file):
+    if file == "safetensors":
+        before, after = load_file(source), load_file(result)
+        assert source.stat().st_size == result.stat().st_size
+        for name in ("a", "n", "z"):
+            assert before[name].tobytes() == after[name].tobytes()
+        length = 8 + int.from_bytes(source.read_bytes()[:8], "little")
+        assert source.read_bytes()[:length] == result.read_bytes()[:length]
+        return
+    before, after = load_table(source, file), load_table(result, file)
+    assert before.schema.equals(after.schema, check_metadata=True)
+    assert before.drop_columns(["embedding"]).equals(after.drop_columns(["embedding"]))
+    assert not before.equals(after)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet-list", "arrow-list", "stream-binary"])
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path, form):
+    (path,) = save_shards(tmp_path / "in", form, [random_rows(9)])
+    shard, out = Corpus(path).shards[0], tmp_path / "out" / path.name
+    with shard.writer(out) as writer:
+        writer.write(torch.zeros(4, DIMENSION))
+        assert os.listdir(out.parent) == [f".{path.name}.partial"]
+        writer.write(torch.ones(5, DIMENSION))
+    assert os.listdir(out.parent) == [path.name]
+    whole = out.read_bytes()
+    with pytest.raises(ValueError, match="got 4 rows, expected 9; nothing was kept"):
+        with shard.writer(out) as writer:
+            writer.write(torch.zeros(4, DIMENSION))
+    with pytest.raises(KeyboardInterrupt), shard.writer(out) as writer:
+        writer.write(torch.zeros(9, DIMENSION))
+        raise KeyboardInterrupt
+    assert os.listdir(out.parent) == [path.name] and out.read_bytes() == whole
+    assert everything(Corpus(out)).sum() == 5 * DIMENSION
+
+
+def test_the_file_is_whole_before_it_is_synced_and_renamed(tmp_path, monkeypatch):
+    (path,) = save_shards(tmp_path / "in", "parquet-list", [random_rows(9)])
+    sizes, fsync = [], os.fsync
+
+    def record(descriptor):
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with Corpus(path).shards[0].writer(tmp_path / "x.parquet") as writer:
+        writer.write(torch.zeros(9, DIMENSION))
+    assert sizes[0] == (tmp_path / "x.parquet").stat().st_size
+
+
+# ---- Hugging Face datasets
+
+
+def test_a_saved_dataset_becomes_a_saved_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = random_rows(50)
+    data = {"id": [f"n{i}" for i in range(50)], "embedding": list(rows)}
+    kind = getattr(datasets, "List", datasets.Sequence)
+    features = {"id": datasets.Value("string"), "embedding": kind(datasets.Value("float32"))}
+    made = datasets.Dataset.from_dict(data, features=datasets.Features(features))
+    made.save_to_disk(tmp_path / "in", num_shards=12)
+    np.save(tmp_path / "target.npy", -random_rows(30))
+    corpus = Corpus(tmp_path / "in")
+    np.testing.assert_array_equal(everything(corpus), rows)
+    align(corpus, tmp_path / "target.npy", tmp_path / "out", Settings(progress=False))
+    back = datasets.load_from_disk(tmp_path / "out")
+    assert back["id"] == data["id"] and back.features == made.features
+    np.testing.assert_array_equal(
+        np.asarray(back["embedding"], np.float32), everything(Corpus(tmp_path / "out"))
+    )
+    old, new = (
+        json.loads((tmp_path / place / "state.json").read_text())["_fingerprint"]
+        for place in ("in", "out")
+    )
+    assert new != old  # or the library would serve cached maps of the old rows
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("{", "not json"),
+        ("[]", "expected a json object"),
+        ("{}", "expected _data_files to name files"),
+        ('{"_data_files": [{"filename": "../x.arrow"}]}', "expected _data_files to name files"),
+        ('{"_data_files": [{"filename": "x.arrow"}], "_indices_files": [1]}', "flatten_indices"),
+    ],
+)
+def test_a_state_that_names_no_shards_is_refused(tmp_path, state, words):
+    save_shards(tmp_path, "stream-list", [random_rows(3)])
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(ValueError, match=rf"state\.json: .*{words}"):
+        Corpus(tmp_path)
+
+
+# ---- refusals
+
+
+def refuse(path, words, error=ValueError, **options):
+    with pytest.raises(error, match=words) as caught:
+        everything(Corpus(path, **options))
+    assert str(path) in str(caught.value), "the error must name the file"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["parquet", "arrow", "stream"])
+@pytest.mark.parametrize(
+    ("values", "kind", "words", "error"),
+    [
+        ([[1, 2]], pa.list_(pa.int64()), "holds int64, expected half, float or double", TypeError),
+        ([1.0], pa.float32(), "is float, expected a list", TypeError),
+        (["a"], pa.string(), "is string, expected a list", TypeError),
+        (
+            [[1.0, 2.0], [3.0]],
+            pa.list_(pa.float32()),
+            "row 1 has 1 numbers, expected 2",
+            ValueError,
+        ),
+        ([[1.0, 2.0], None], pa.list_(pa.float32()), "row 1 is null", ValueError),
+        ([None, [1.0, 2.0]], pa.list_(pa.float32()), "is null in row 0", ValueError),
+        ([[1.0, 2.0], [3.0, None]], pa.list_(pa.float32()), "row 1 has a null in it", ValueError),
+        ([[1.0, 2.0], None], pa.list_(pa.float32(), 2), "row 1 is null", ValueError),
+        ([[]], pa.list_(pa.float32()), "has 0 numbers a row", ValueError),
+        ([], pa.list_(pa.float32()), "has no rows, so nothing says", ValueError),
+    ],
+)
+def test_a_column_that_holds_no_rows_says_which_row(tmp_path, file, values, kind, words, error):
+    table = pa.table({"id": range(len(values)), "embedding": pa.array(values, kind)})
+    path = tmp_path / ("x.parquet" if file == "parquet" else "x.arrow")
+    save_table(table, path, file)
+    refuse(path, f"column 'embedding'.* {words}", error)
+
+
+@pytest.mark.parametrize("begin", [1 << 20, -(1 << 20)])
+@pytest.mark.parametrize("rows", [2, 9])  # in the first record batch, in the second
+def test_offsets_beyond_the_numbers_are_not_followed(tmp_path, rows, begin):
+    (path,) = save_shards(tmp_path, "stream-list", [random_rows(rows)])
+    offsets, whole = np.arange(3, dtype="<i4") * DIMENSION, path.read_bytes()
+    place = whole.rindex(offsets.tobytes())
+    shifted = (offsets + np.int32(begin)).tobytes()
+    path.write_bytes(whole[:place] + shifted + whole[place + len(shifted) :])
+    refuse(path, "cannot be read")
+
+
+def test_the_row_of_an_error_is_that_of_the_file(tmp_path):
+    values = [[1.0, 2.0]] * 90 + [[1.0]] + [[1.0, 2.0]] * 9
+    table = pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))})
+    for file, name in (("parquet", "x.parquet"), ("arrow", "x.arrow")):
+        save_table(table, tmp_path / name, file)
+        refuse(tmp_path / name, "row 90 has 1 numbers")
+
+
+@pytest.mark.parametrize("file", ["parquet", "arrow"])
+def test_ids_that_are_no_utf8_are_not_copied_on(tmp_path, file):
+    array = vectors(random_rows(3), "list")
+    ids = pa.array([b"a", b"\xff\xfe", b"c"]).view(pa.string())
+    path = tmp_path / f"x.{file}"
+    save_table(pa.table({"id": ids, "embedding": array}), path, file)
+    shard = Corpus(path).shards[0]
+    with pytest.raises(ValueError, match=rf"{path}: cannot be read .*UTF8"):
+        with shard.writer(tmp_path / "out" / path.name) as writer:
+            writer.write(torch.zeros(3, DIMENSION))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_missing_column_lists_those_there_are(tmp_path):
+    save_shards(tmp_path, "parquet-list", [random_rows(3)])
+    words = r"no column 'emb'; choose one as the column, of: id \(string\), embedding \(list<"
+    refuse(tmp_path / "rows_0.parquet", words, column="emb")
+
+
+def test_mixed_formats_are_refused_by_both_names(tmp_path):
+    save_shards(tmp_path, "parquet-list", [random_rows(3)])
+    save_shards(tmp_path, "npy", [random_rows(3)])
+    refuse(tmp_path, r"has rows_0\.\w+ and rows_0\.\w+; a corpus has one format")
+
+
+def test_a_wrong_suffix_is_named_and_no_suffix_is_none(tmp_path):
+    for form in ("npy", "safetensors", "parquet-list", "arrow-list", "stream-list"):
+        (path,) = save_shards(tmp_path, form, [random_rows(3)])
+        kind = {"stream": "arrow"}.get(form.partition("-")[0], form.partition("-")[0])
+        wrong = tmp_path / ("x.npy" if kind == "parquet" else "x.parquet")
+        path.rename(wrong)
+        refuse(wrong, f"by its content it is {kind}: rename it")
+        wrong.rename(tmp_path / "x")
+        assert everything(Corpus(tmp_path / "x")).shape == (3, DIMENSION)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet-list", "arrow-list", "stream-list"])
+def test_a_truncated_file_is_one_clear_error(tmp_path, form):
+    (path,) = save_shards(tmp_path, form, [random_rows(60)])
+    whole = path.read_bytes()
+    for length in [0, 1, 7, 8, 9, *range(20, len(whole) - 1, len(whole) // 25), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refuse(path, r"write it|save")
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+@pytest.mark.parametrize("form", ["safetensors", "parquet-fixed_list", "stream-list"])
+def test_damaged_files_never_escape(tmp_path, form, data):
+    (path,) = save_shards(tmp_path, form, [random_rows(20)])
+    damaged = bytearray(path.read_bytes())
+    places = st.integers(0, min(len(damaged), 600) - 1) | st.integers(0, len(damaged) - 1)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(places)] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    try:
+        everything(Corpus(path))
+    except (ValueError, TypeError, OSError) as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b'{"embedding":{"dtype":"I16","shape":[1,2],"data_offsets":[0,4]}}', "expected F16"),
+        (b'{"embedding":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', r"shape \[4\]"),
+        (b'{"embedding":{"dtype":"F32","shape":[-1,2],"data_offsets":[0,8]}}', "shape"),
+        (b'{"embedding":{"dtype":"F32","shape":[1,2],"data_offsets":[0,4]}}', "takes 8 bytes"),
+        (b'{"embedding":{"dtype":"F32","shape":[1,2],"data_offsets":[0]}}', "takes 8 bytes"),
+        (b'{"embedding":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}', "truncated"),
+        (b'{"embedding":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}', "longer than"),
+        (b'{"embedding":7}', "other things than tensors"),
+        (b"{}", "no tensor 'embedding'.*of: none"),
+        (b"[" * 100_000, "not a .safetensors file"),
+        (b"[1]", "not a .safetensors file"),
+    ],
+)
+def test_hostile_safetensors_headers(tmp_path, header, words):
+    path = tmp_path / "x.safetensors"
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    refuse(path, words, (ValueError, TypeError))
+
+
+def test_a_shard_replaced_after_opening_is_refused(tmp_path):
+    for form in ("safetensors", "parquet-list", "stream-list"):
+        (path,) = save_shards(tmp_path / form, form, [random_rows(30)])
+        corpus = Corpus(path)
+        save_shards(tmp_path / form, form, [random_rows(31)])
+        for read in (lambda c=corpus: next(c.batches()), lambda c=corpus: c.take([0])):
+            with pytest.raises(ValueError, match="changed while it was read"):
+                read()
+
+
+def test_what_a_run_wrote_beside_its_shards_is_no_shard(tmp_path):
+    save_shards(tmp_path, "parquet-list", [random_rows(3)])
+    save_file({"embedding": random_rows(3)}, tmp_path / "aligner.safetensors")
+    assert [shard.path.name for shard in Corpus(tmp_path).shards] == ["rows_0.parquet"]
+
+
+def run_python(code, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+
+def test_without_pyarrow_the_error_names_the_extra(tmp_path):
+    save_shards(tmp_path, "parquet-list", [random_rows(3)])
+    code = """
+import sys
+sys.modules["pyarrow"] = None
+from realign_fast.cli.main import main
+sys.exit(main(["fit", "--text", sys.argv[1], "--image", sys.argv[1], "--out", sys.argv[1]]) != 2)
+"""
+    said = run_python(code, tmp_path).stderr
+    assert "pip install 'realign_fast[parquet]'" in said and "Traceback" not in said
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    "form", ["parquet-fixed_list", "parquet-binary", "arrow-list", "stream-list"]
+)
+def test_memory_is_bounded_by_the_batch_not_the_file(tmp_path, form):
+    """One row group, one record batch, of 8 and of 160 MiB: nearly the same peak."""
+    file, _, kind = form.partition("-")
+    paths = []
+    for mebibytes in (8, 160):
+        rows = np.zeros((mebibytes << 8, 1024), np.float32)
+        rows[:] = np.arange(1024)
+        array = vectors(rows, "fixed_list") if kind != "binary" else vectors(rows, kind)
+        if kind == "list":
+            offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * 1024)
+            array = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))
+        field = pa.field("embedding", array.type, metadata={"dtype": "float32"})
+        table = pa.Table.from_arrays([array], schema=pa.schema([field]))
+        paths.append(tmp_path / f"{mebibytes}.{ {'stream': 'arrow'}.get(file, file) }")
+        save_table(table, paths[-1], file, chunk=len(rows))
+    code = """
+import sys
+from pathlib import Path
+from realign_fast.corpus import Corpus
+import torch
+peaks = []
+for path in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+    shard = Corpus(path).shards[0]
+    out = Path(path).with_name("out") / Path(path).name
+    with shard.writer(out) as writer:
+        for batch in Corpus(path).batches(batch_bytes=1 << 20):
+            writer.write(batch.rows)
+    text = Path("/proc/self/status").read_text()
+    peaks.append(int(text.split("VmHWM:")[1].split()[0]))
+print(*peaks)
+"""
+    small, large = map(int, run_python(code, *paths).stdout.split())
+    assert large - small < 64 << 10, f"peak KiB: {small} {large}"
+    assert everything(Corpus(tmp_path / "out" / paths[1].name))[::1000].mean() == 511.5
+
+
+def test_the_map_of_an_arrow_file_is_let_go_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow_module, "RELEASE_BYTES", 100)
+    (path,) = save_shards(tmp_path, "stream-list", [random_rows(500)])
+    np.testing.assert_array_equal(everything(Corpus(path), batch_rows=3), random_rows(500))

@@ -1,0 +1,297 @@
+"""Runs of `embed`: rows where they belong, the same bytes whoever decodes, nothing done twice."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from PIL import Image
+from support.kill_embed import tree
+from support.small_models import picture, require, write_open_clip, write_pictures
+
+from realign_fast import Corpus
+from realign_fast.cli import main
+from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
+from realign_fast.storage.lock import locked
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    require("open_clip")
+    return write_open_clip(tmp_path_factory.mktemp("models") / "open_clip")
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return load_encoder(*model, device="cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """30 pictures with captions, of which 3, 10 and 11 cannot be embedded."""
+    folder = write_pictures(tmp_path / "pictures", 30)
+    (folder / "p_3.png").write_bytes(b"no image")
+    (folder / "p_10.png").write_bytes(b"")
+    (folder / "p_11.txt").write_text(" \n")
+    return folder
+
+
+def run(encoder, out, workers=0, shard_rows=12, **sources):
+    options = {key: sources.pop(key) for key in ("dtype", "mode", "batch_size") if key in sources}
+    given = {kind: open_source(path, kind) for kind, path in sources.items()}
+    chosen = {"batch_size": 5, "progress": False} | options
+    settings = EmbedSettings(workers=workers, shard_rows=shard_rows, **chosen)
+    return embed(encoder, out, settings=settings, **given)
+
+
+def rows_of(out, side):
+    return torch.cat([batch.rows for batch in Corpus(out, side).batches()])
+
+
+def metadata(out, number):
+    path = out / "metadata" / f"metadata_{number}.parquet"
+    if path.exists():
+        return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def failures(out):
+    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+
+
+def test_pairs_lie_in_the_same_row_and_failures_are_listed(encoder, pictures, tmp_path):
+    report = run(encoder, tmp_path / "out", workers=2, pairs=pictures)
+    about = [row for number in range(3) for row in metadata(tmp_path / "out", number)]
+    kept = [i for i in range(30) if i not in (3, 10, 11)]
+    assert [row["id"] for row in about] == [f"p_{i}" for i in kept]
+    assert [row["source"] for row in about] == [str(pictures / f"p_{i}.png") for i in kept]
+    images = encoder.embed_images([Image.open(row["source"]) for row in about])
+    texts = encoder.embed_texts([row["caption"] for row in about])
+    for side, own in (("image", images), ("text", texts)):
+        found = rows_of(tmp_path / "out", side)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), own, rtol=0, atol=3e-4)
+    reasons = {one["id"]: one["reason"] for one in failures(tmp_path / "out")}
+    assert reasons == {
+        "p_3": "no image that Pillow knows",
+        "p_10": "empty file",
+        "p_11": "empty caption",
+    }
+    assert (report["rows"], report["failures"]) == ({"text": 27, "image": 27}, 3)
+
+
+def test_two_sides_that_are_no_pairs_share_no_number(encoder, pictures, tmp_path):
+    (tmp_path / "t.txt").write_text("a red cat\n\na blue dog\n")
+    run(encoder, tmp_path / "out", images=pictures, texts=tmp_path / "t.txt")
+    names = sorted(path.name for path in (tmp_path / "out").glob("*_emb/*"))
+    assert names == ["img_emb_1.npy", "img_emb_2.npy", "img_emb_3.npy", "text_emb_0.npy"]
+    assert Corpus(tmp_path / "out", "text").rows == 2
+    assert Corpus(tmp_path / "out", "image").rows == 28
+    assert metadata(tmp_path / "out", 0)[1] == {
+        "id": "2",
+        "caption": "a blue dog",
+        "source": str(tmp_path / "t.txt"),
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_for_any_number_of_processes(encoder, pictures, tmp_path, workers):
+    for name, count in (("one", 0), ("other", workers)):
+        run(encoder, tmp_path / name, workers=count, pairs=pictures)
+    assert tree(tmp_path / "one") == tree(tmp_path / "other")
+
+
+def test_dtype_of_the_rows(encoder, pictures, tmp_path):
+    run(encoder, tmp_path / "out", images=pictures, dtype="float32")
+    norms = rows_of(tmp_path / "out", "image").norm(dim=1)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, torch.ones(len(norms)), rtol=0, atol=1e-6)
+
+
+def test_what_is_finished_is_not_embedded_again(encoder, pictures, tmp_path):
+    first = run(encoder, tmp_path / "out", pairs=pictures)
+    before = tree(tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_emb/*")}
+    again = run(encoder, tmp_path / "out", pairs=pictures)
+    assert (first["embedded_now"], again["embedded_now"]) == (30, 0)
+    assert again["finished_before"] == 30
+    assert tree(tmp_path / "out") == before
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def test_a_changed_image_and_a_lost_shard_are_embedded_anew(encoder, pictures, tmp_path):
+    out = tmp_path / "out"
+    run(encoder, out, pairs=pictures)
+    picture(99).save(pictures / "p_20.png")  # in shard 1
+    (out / "text_emb" / "text_emb_2.npy").unlink()
+    again = run(encoder, out, pairs=pictures)
+    assert (again["embedded_now"], again["finished_before"]) == (18, 12)
+    run(encoder, tmp_path / "fresh", pairs=pictures)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_more_and_fewer_items(encoder, pictures, tmp_path):
+    out = tmp_path / "out"
+    run(encoder, out, pairs=pictures)
+    for number in range(30, 40):
+        picture(number).save(pictures / f"p_{number}.png")
+        (pictures / f"p_{number}.txt").write_text("a cat")
+    assert run(encoder, out, pairs=pictures)["finished_before"] == 24  # two whole shards
+    for number in range(20, 40):
+        (pictures / f"p_{number}.png").unlink()
+    run(encoder, out, pairs=pictures)
+    assert Corpus(out, "image").rows == Corpus(out, "text").rows == 17
+    run(encoder, tmp_path / "fresh", pairs=pictures)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_shard_of_failures_alone_has_no_files(encoder, pictures, tmp_path):
+    for number in range(12):
+        (pictures / f"p_{number}.png").write_bytes(b"x")
+    run(encoder, tmp_path / "out", pairs=pictures)
+    names = [path.name for path in sorted((tmp_path / "out" / "img_emb").iterdir())]
+    assert names == ["img_emb_1.npy", "img_emb_2.npy"]
+    assert run(encoder, tmp_path / "out", pairs=pictures)["embedded_now"] == 0
+
+
+def test_nothing_but_failures_is_an_error(encoder, pictures, tmp_path):
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"all 30 items failed; see failures\.jsonl"):
+        run(encoder, tmp_path / "out", images=pictures)
+    assert len(failures(tmp_path / "out")) == 30
+
+
+def test_an_output_begun_otherwise_is_refused_unless_overwritten(encoder, pictures, tmp_path):
+    out = tmp_path / "out"
+    run(encoder, out, pairs=pictures)
+    before = tree(out)
+    with pytest.raises(ValueError, match=r"begun with batch_size 5, now it is 4.*--mode overwrite"):
+        run(encoder, out, pairs=pictures, batch_size=4)
+    with pytest.raises(ValueError, match="begun with sources"):
+        run(encoder, out, images=pictures)
+    assert tree(out) == before
+    run(encoder, out, images=pictures, mode="overwrite")
+    assert not (out / "text_emb").exists()
+    assert Corpus(out, "image").rows == 28
+
+
+def test_an_output_of_something_else_is_refused(encoder, pictures, tmp_path):
+    (tmp_path / "out" / "img_emb").mkdir(parents=True)
+    np.save(tmp_path / "out" / "img_emb" / "img_emb_0.npy", np.ones((2, 24), "f2"))
+    for mode in ("incremental", "overwrite"):
+        with pytest.raises(ValueError, match="no embed run of ours wrote it"):
+            run(encoder, tmp_path / "out", images=pictures, mode=mode)
+
+
+def test_one_process_at_a_time(encoder, pictures, tmp_path):
+    out = tmp_path / "out"
+    with locked(out / "_embed"), pytest.raises(OSError, match="is working on it"):
+        run(encoder, out, images=pictures)
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(encoder, pictures, tmp_path):
+    source = open_source(pictures, "images")
+    read = source.read
+
+    def read_and_change(item):
+        picture(77).save(pictures / "p_0.png", compress_level=0)
+        return read(item)
+
+    source.read = read_and_change
+    with pytest.raises(ValueError, match="changed while it was embedded"):
+        embed(
+            encoder, tmp_path / "out", images=source, settings=EmbedSettings(8, 0, progress=False)
+        )
+    assert run(encoder, tmp_path / "out", shard_rows=100_000, batch_size=8, images=pictures)["rows"]
+
+
+def test_a_model_without_finite_rows_is_an_error(model, pictures, tmp_path):
+    state = torch.load(model[1], weights_only=True)
+    state["visual.proj"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    broken = load_encoder(model[0], tmp_path / "nan.pt", device="cpu")
+    with pytest.raises(ValueError, match="no finite row for 'p_0'"):
+        run(broken, tmp_path / "out", images=pictures)
+    assert not list((tmp_path / "out").glob("img_emb/*"))
+
+
+def test_a_decoding_process_that_dies_is_one_clear_error(encoder, pictures, tmp_path):
+    source = open_source(pictures, "images")
+
+    def die(item):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for memory
+
+    source.read = die
+    with pytest.raises(OSError, match=r"a decoding process died.*fewer --workers"):
+        embed(
+            encoder, tmp_path / "out", images=source, settings=EmbedSettings(8, 1, progress=False)
+        )
+
+
+def test_metadata_as_json_lines_without_pyarrow(encoder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    run(encoder, tmp_path / "out", pairs=pictures)
+    lines = (tmp_path / "out" / "metadata" / "metadata_0.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["caption"] == "a small picture of number 0"
+
+
+def test_a_name_that_is_no_utf8(encoder, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    shutil.copy(folder / "p_0.png", os.fsencode(folder) + b"/\xff.png")
+    run(encoder, tmp_path / "out", images=folder)
+    assert [row["id"] for row in metadata(tmp_path / "out", 0)] == ["p_0", "\\udcff"]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes():
+    require("open_clip")
+    script = Path(__file__).parents[1] / "support" / "kill_embed.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "--kills", "3"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["kills"] == 3
+
+
+def command_line(*arguments, capsys):
+    status = main.main(["embed", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_the_command_line(model, pictures, tmp_path, capsys):
+    out, how = tmp_path / "out", ["--model", model[0], "--pretrained", model[1], "--device", "cpu"]
+    arguments = ["--pairs", pictures, *how, "--out", out, "--workers", 1]
+    status, said = command_line(*arguments, capsys=capsys)
+    assert status == 0, said.err
+    assert "27 text rows and 27 image rows of 24 columns in 1 shards" in said.out
+    assert "3 items failed and are no rows" in said.out
+    assert "30/30" in said.err  # the progress bar
+    status, said = command_line(*arguments, "--quiet", capsys=capsys)
+    assert (status, said.err) == (0, "")
+    assert "30 items were finished before" in said.out
+
+
+def test_the_command_lines_errors_are_one_line(model, pictures, tmp_path, capsys):
+    out, how = ["--out", tmp_path / "out"], ["--model", model[0], "--pretrained", model[1]]
+    for arguments, words in (
+        ([*how, *out], "give --images, --texts or both, or --pairs alone"),
+        ([*how, *out, "--pairs", pictures, "--images", pictures], "or --pairs alone"),
+        ([*how, *out, "--images", tmp_path / "none"], "does not exist"),
+        ([*how[:2], *out, "--images", pictures], "give --pretrained"),
+        (["--model", "/no/such", *out, "--images", pictures], "no such directory or file"),
+        ([*how, "--images", pictures, "--out", pictures / "out"], "which is read; give another"),
+    ):
+        status, said = command_line(*arguments, capsys=capsys)
+        assert status == 2
+        assert words in said.err
+        assert said.err.count("\n") == 1

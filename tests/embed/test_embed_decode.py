@@ -1,0 +1,127 @@
+"""Decoding: what becomes pixels, what becomes a reason, and that no file can fill the memory."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from PIL import Image
+
+from realign_fast.embed.decode import MAX_PIXELS, Unreadable, decode
+
+RAMP = np.arange(40 * 48 * 3, dtype=np.uint32).reshape(48, 40, 3).astype(np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_header(width, height, body=b""):
+    """A PNG of any size by its header, with next to nothing behind it."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ends = chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + ends
+
+
+def test_pixels_of_a_png_are_exact():
+    image = decode(encoded(Image.fromarray(RAMP)))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), RAMP)
+
+
+def test_the_content_decides_not_a_name():
+    assert decode(encoded(Image.fromarray(RAMP), "BMP")).size == (40, 48)
+    assert decode(encoded(Image.fromarray(RAMP), "WEBP", lossless=True)).size == (40, 48)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the top of the picture is at the right
+    data = encoded(Image.fromarray(RAMP), exif=exif)
+    assert np.array_equal(np.asarray(decode(data)), np.rot90(RAMP, -1))
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    gray = np.arange(0, 65536, 32, dtype=np.uint16).reshape(32, 64)
+    image = np.asarray(decode(encoded(Image.fromarray(gray))))
+    assert np.array_equal(image[..., 0], (gray >> 8).astype(np.uint8))
+
+
+def test_cmyk_becomes_rgb():
+    cmyk = Image.new("CMYK", (20, 20), (255, 0, 0, 0))  # cyan
+    red, green, blue = np.asarray(decode(encoded(cmyk, "JPEG"))).reshape(-1, 3).mean(axis=0)
+    assert red < 40
+    assert min(green, blue) > 160
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_other_modes_become_rgb(mode):
+    image = Image.fromarray(RAMP).convert(mode)
+    found = decode(encoded(image))
+    assert found.mode == "RGB"
+    assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+
+
+def test_a_palette_with_transparent_colours_becomes_rgb_without_a_warning(recwarn):
+    image = Image.fromarray(RAMP).quantize(8)
+    image.info["transparency"] = bytes(range(8))
+    found = decode(encoded(image, transparency=bytes(range(8))))
+    assert found.mode == "RGB"
+    assert not recwarn.list
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode(data))[8, 8].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty file"),
+        (b"no image at all" * 20, "no image"),
+        (encoded(Image.fromarray(RAMP), "JPEG")[:-100], "truncated"),
+        (encoded(Image.fromarray(RAMP))[:-60], "truncated|Truncated"),
+        (png_header(100, 100), "OSError|SyntaxError|truncated"),
+        (png_header(60_000, 60_000), "too large"),
+        (png_header(13_000, 14_000), "too large"),
+        (png_header(1, 40_000), "too narrow"),
+        (png_header(0, 10), "ValueError|SyntaxError|no image|ZeroDivision|cannot|OSError"),
+        (encoded(Image.fromarray(RAMP[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(RAMP[..., 0].astype(np.int32) << 20), "TIFF"), "32-bit pixels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
+)
+def test_what_cannot_be_read_is_a_reason_in_one_line(data, words):
+    with pytest.raises(Unreadable, match=words) as caught:
+        decode(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limit_is_where_pillow_has_it():
+    assert 2 * Image.MAX_IMAGE_PIXELS - MAX_PIXELS in (0, 1)
+
+
+def test_every_byte_of_a_jpeg_may_be_damaged():
+    data = bytearray(encoded(Image.fromarray(RAMP), "JPEG"))
+    chance = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = data.copy()
+        for place in chance.integers(0, len(data), 3):
+            damaged[place] = chance.integers(256)
+        try:
+            assert decode(bytes(damaged)).mode == "RGB"
+        except Unreadable:
+            pass

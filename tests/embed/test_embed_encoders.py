@@ -1,0 +1,268 @@
+"""Encoders give what their own libraries give, and say in one sentence what is wrong with them."""
+
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from support.small_models import (
+    picture,
+    require,
+    write_hugging_face,
+    write_llm2clip,
+    write_open_clip,
+    write_tokenizer,
+)
+
+from realign_fast.embed import HuggingFaceEncoder, Llm2ClipEncoder, OpenClipEncoder, load_encoder
+
+TEXTS = ["a red cat", "a small picture of a blue dog", "green " * 40]
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def open_clip_files(tmp_path_factory):
+    require("open_clip")
+    return write_open_clip(tmp_path_factory.mktemp("models") / "open_clip")
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def hugging_face_folder(request, tmp_path_factory):
+    require("transformers")
+    return write_hugging_face(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def llm2clip_folder(tmp_path_factory):
+    require("transformers")
+    return write_llm2clip(tmp_path_factory.mktemp("models") / "llm2clip")
+
+
+def test_open_clip_rows_are_open_clips_own(open_clip_files):
+    config, weights = open_clip_files
+    encoder = load_encoder(config, weights, device="cpu")
+    assert isinstance(encoder, OpenClipEncoder)
+    library = require("open_clip")
+    model, _, preprocess = library.create_model_and_transforms("small-clip", str(weights))
+    images = [picture(0), picture(1, 200, 60)]
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(image) for image in images])
+        own = model.eval().encode_image(pixels, normalize=True)
+        own_text = model.encode_text(library.get_tokenizer("small-clip")(TEXTS), normalize=True)
+    torch.testing.assert_close(encoder.embed_images(images), own, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), own_text, rtol=0, atol=1e-6)
+    assert encoder.dimension == own.shape[1] == 24
+
+
+def test_hugging_face_rows_are_transformers_own(hugging_face_folder):
+    encoder = load_encoder(hugging_face_folder, device="cpu")
+    assert isinstance(encoder, HuggingFaceEncoder)
+    library, folder = require("transformers"), hugging_face_folder
+    model = library.AutoModel.from_pretrained(folder).eval()
+    process = library.AutoImageProcessor.from_pretrained(folder)
+    tokenize = library.AutoTokenizer.from_pretrained(folder)
+    images = [picture(0), picture(1, 200, 60)]
+    with torch.no_grad():
+        own = model.get_image_features(**process(images=images, return_tensors="pt"))
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        tokens = tokenize(TEXTS, **options)
+        names = (
+            ["input_ids"] if "Siglip" in type(model).__name__ else ["input_ids", "attention_mask"]
+        )
+        own_text = model.get_text_features(**{name: tokens[name] for name in names})
+    own, own_text = (unit(getattr(one, "pooler_output", one)) for one in (own, own_text))
+    torch.testing.assert_close(encoder.embed_images(images), own, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), own_text, rtol=0, atol=1e-6)
+
+
+def test_llm2clip_text_is_the_formula(llm2clip_folder):
+    """Written a second time, a text at a time: no padding, no batches, eager attention."""
+    from safetensors.torch import load_file
+
+    library, weights = require("transformers"), load_file(llm2clip_folder / "model.safetensors")
+    folder = llm2clip_folder / "text_model"
+    tokenize = library.AutoTokenizer.from_pretrained(folder)
+    model = library.LlamaModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+    def norm(x, name):
+        return torch.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    rows = []
+    for text in TEXTS[:2]:
+        own = tokenize(f"{text}<|eot_id|>", add_special_tokens=False)["input_ids"]
+        whole = f"<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+        ids = torch.tensor([tokenize(whole)["input_ids"]])
+        nothing_hidden = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+        with torch.no_grad():
+            states = model(input_ids=ids, attention_mask=nothing_hidden).last_hidden_state[0]
+        x = unit(states[-len(own) :].mean(dim=0))
+        for i in range(4):
+            name = f"text_adapter.adaptor.{i}"
+            inner = torch.nn.functional.gelu(linear(norm(x, f"{name}.ln"), f"{name}.fn.0"))
+            x = x + linear(inner, f"{name}.fn.3")
+        x = linear(norm(x, "text_adapter.adaptor.4"), "text_adapter.adaptor.5")
+        rows.append(unit(x))
+    encoder = load_encoder(llm2clip_folder, device="cpu")
+    assert isinstance(encoder, Llm2ClipEncoder)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS[:2]), torch.stack(rows), rtol=0, atol=2e-6)
+
+
+def test_llm2clip_image_is_the_towers(llm2clip_folder):
+    encoder = load_encoder(llm2clip_folder, device="cpu")
+    library = require("transformers")
+    process = library.CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    with torch.no_grad():
+        pixels = process(images=[picture(3)], return_tensors="pt")["pixel_values"]
+        own = unit(encoder.model["tower"](pixel_values=pixels).image_embeds)
+    torch.testing.assert_close(encoder.embed_images([picture(3)]), own, rtol=0, atol=1e-6)
+    assert encoder.dimension == 20
+
+
+def test_llm2clip_without_its_language_model_embeds_images_alone(tmp_path):
+    require("transformers")
+    folder = write_llm2clip(tmp_path / "llm2clip")
+    (folder / "text_model").rename(tmp_path / "llama")
+    encoder = load_encoder(folder, device="cpu")
+    assert encoder.embed_images([picture(0)]).shape == (1, 20)
+    with pytest.raises(ValueError, match="give --text-model"):
+        encoder.embed_texts(["a cat"])
+    assert load_encoder(folder, text_model=tmp_path / "llama", device="cpu").embed_texts(
+        ["a cat"]
+    ).shape == (1, 20)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_are_unit_float32_in_either_precision(open_clip_files, precision):
+    encoder = load_encoder(*open_clip_files, device="cpu", precision=precision)
+    for rows in (encoder.embed_images([picture(0)]), encoder.embed_texts(TEXTS)):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), rtol=0, atol=1e-6)
+
+
+def test_bf16_is_close_to_fp32_and_not_the_same(open_clip_files):
+    one, other = (
+        load_encoder(*open_clip_files, device="cpu", precision=p).embed_images([picture(0)])
+        for p in ("fp32", "bf16")
+    )
+    assert not torch.equal(one, other)
+    assert torch.cosine_similarity(one, other).item() > 0.999
+
+
+def test_no_rows_of_nothing(open_clip_files):
+    encoder = load_encoder(*open_clip_files, device="cpu")
+    assert encoder.embed_images([]).shape == encoder.embed_texts([]).shape == (0, 24)
+
+
+def test_other_weights_are_another_encoder(open_clip_files, tmp_path):
+    config, weights = open_clip_files
+    state = torch.load(weights, weights_only=True)
+    state["text_projection"][0, 0] += 1
+    torch.save(state, tmp_path / "other.pt")
+    facts = [load_encoder(config, one).facts() for one in (weights, tmp_path / "other.pt")]
+    assert facts[0]["weights"] != facts[1]["weights"]
+    assert facts[0]["settings"] == facts[1]["settings"]
+
+
+def refused(model, pretrained=None, **options):
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_encoder(model, pretrained, device="cpu", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_open_clip_refusals(open_clip_files, tmp_path):
+    config, weights = open_clip_files
+    assert "near are ViT-B-32" in refused("ViT-B-33", "x")
+    assert "give --pretrained" in refused("ViT-B-32")
+    assert "known tag" in refused("ViT-B-32", "no-such-tag")
+    assert "no model directory" in refused(tmp_path)
+    (tmp_path / "bad.json").write_text("{}")
+    assert "no model config" in refused(tmp_path / "bad.json", weights)
+    (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:9999])
+    assert "is no checkpoint of small-clip" in refused(config, tmp_path / "half.pt")
+    assert "is no checkpoint of ViT-B-32" in refused("ViT-B-32", weights)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(open_clip_files, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": Runs()}, tmp_path / "evil.pt")
+    assert "not loaded" in refused(open_clip_files[0], tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hugging_face_refusals(tmp_path):
+    require("transformers")
+    folder = write_hugging_face(tmp_path / "clip", "clip")
+    assert "leave 'tag' out" in refused(folder, "tag")
+    assert "no LLM2CLIP directory" in refused(folder, text_model=folder)
+    (folder / "preprocessor_config.json").rename(tmp_path / "processor")
+    assert "expected preprocessor_config.json" in refused(folder)
+    (tmp_path / "processor").rename(folder / "preprocessor_config.json")
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    assert str(folder) in refused(folder)
+    (folder / "config.json").write_text("{]")
+    assert str(folder) in refused(folder)
+
+
+def test_a_language_model_of_another_width_is_refused(tmp_path):
+    require("transformers")
+    one, other = (write_llm2clip(tmp_path / str(width), width) for width in (48, 64))
+    assert "hidden size is 64" in refused(one, text_model=other / "text_model")
+
+
+def test_devices_and_precisions(open_clip_files):
+    with pytest.raises(ValueError, match="expected cpu, cuda"):
+        load_encoder(*open_clip_files, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees 0 CUDA devices"):
+            load_encoder(*open_clip_files, device="cuda")
+    assert "expected one of fp32, bf16" in refused(*open_clip_files, precision="fp8")
+
+
+def test_an_encoder_of_another_kind_is_refused(tmp_path):
+    transformers = require("transformers")
+    size = write_tokenizer(tmp_path, ["<unk>", "</s>"], "$A </s>", pad_token="</s>")
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=size,
+    )
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor().save_pretrained(tmp_path)
+    assert "get_image_features" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("open_clip", "clip"), ("transformers", "clip,train")]
+)
+def test_a_missing_package_names_the_extra(package, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "config.json").write_text("{}")
+    model = {"open_clip": "ViT-B-32", "transformers": tmp_path}[package]
+    with pytest.raises(ImportError, match=rf"pip install 'realign_fast\[{extra}\]'"):
+        load_encoder(model, device="cpu")
+
+
+def test_importing_embed_loads_nothing_heavy():
+    heavy = ["open_clip", "transformers", "PIL", "torchvision", "pyarrow"]
+    code = "import sys, realign_fast.cli.main; print([m for m in sys.argv[1:] if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stderr

@@ -1,0 +1,277 @@
+"""Sources: which items there are, in which order, under which ids; and what is refused."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from support.small_models import picture, write_pictures
+
+from realign_fast.embed import Columns, open_source
+from realign_fast.embed.decode import Unreadable, decode
+from realign_fast.embed.sources.base import identity
+
+
+def png(seed):
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def every(source):
+    return source.items(0, source.total)
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_parquet(path, columns, **options):
+    table = pytest.importorskip("pyarrow").table(columns)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, **options)
+    return path
+
+
+def test_a_folder_in_natural_order_with_its_subfolders(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 11)
+    write_pictures(folder / "deep" / "er", 2)
+    (folder / ".hidden.png").write_bytes(png(0))
+    (folder / "notes.md").write_text("no image")
+    source = open_source(folder, "images")
+    ids = [f"p_{i}" for i in range(11)] + ["deep/er/p_0", "deep/er/p_1"]
+    assert [item.id for item in every(source)] == ids
+    assert source.read(every(source)[3]) == (folder / "p_3.png").read_bytes()
+
+
+def test_files_that_are_no_images_are_counted(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 2)
+    (folder / "a.heic").write_bytes(b"x")
+    assert open_source(folder, "images").ignored == {"heic": 1, "txt": 2}
+    assert open_source(folder, "pairs").ignored == {"heic": 1}
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+    folder, other = (write_pictures(tmp_path / name, 1) for name in ("one", "other"))
+    (folder / "link").symlink_to(other)
+    (folder / "loop").symlink_to(folder)
+    assert [item.id for item in every(open_source(folder, "images"))] == ["p_0", "link/p_0"]
+
+
+def test_pairs_in_a_folder_take_the_text_beside(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 2)
+    (folder / "p_1.txt").unlink()
+    first, second = every(open_source(folder, "pairs"))
+    assert first.caption == "a small picture of number 0"
+    assert "no caption: p_1.txt" in second.failure
+
+
+def test_a_tar_of_samples(tmp_path):
+    members = [("a/1.png", png(1)), ("a/1.txt", b"one\n"), ("a/2.json", b'{"caption": "two"}')]
+    members += [("a/2.jpg", b"bytes"), ("a/3.txt", b"three")]
+    source = open_source(write_tar(tmp_path / "s.tar", members), "pairs")
+    one, two, three = every(source)
+    assert [(item.id, item.caption) for item in (one, two)] == [("a/1", "one"), ("a/2", "two")]
+    assert source.read(one) == png(1)
+    assert source.read(two) == b"bytes"
+    assert three.failure == "has no image member, only txt"
+    texts = open_source(tmp_path / "s.tar", "texts")
+    assert [(item.caption, item.failure) for item in every(texts)] == [
+        ("one", None),
+        ("two", None),
+        ("three", None),
+    ]
+
+
+def test_a_folder_of_tars_goes_on_from_one_to_the_next(tmp_path):
+    for number in (2, 10):
+        members = [(f"{number}-{i}.png", png(i)) for i in range(3)]
+        write_tar(tmp_path / f"part{number}.tar", members)
+    source = open_source(tmp_path, "images")
+    ids = ["2-0", "2-1", "2-2", "10-0", "10-1", "10-2"]
+    assert [item.id for item in every(source)] == ids
+    assert [item.id for item in source.items(2, 5)] == ids[2:5]
+    assert [item.id for item in source.items(5, 6)] == ids[5:]
+    assert [item.id for item in source.items(1, 2)] == ids[1:2]  # back again
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
+def test_images_in_parquet(tmp_path, kind):
+    data, paths = [png(i) for i in range(70)], [f"p_{i}.png" for i in range(70)]
+    for path, one in zip(paths, data, strict=True):
+        (tmp_path / path).write_bytes(one)
+    struct = [{"bytes": data[i] if i % 2 else None, "path": paths[i]} for i in range(70)]
+    column = {"bytes": data, "struct": struct, "path": paths}[kind]
+    columns = {"id": [f"i{n}" for n in range(70)], "image": column, "caption": ["x"] * 70}
+    source = open_source(write_parquet(tmp_path / "t.parquet", columns, row_group_size=20), "pairs")
+    items = every(source)
+    assert [(item.id, item.caption) for item in items] == [(f"i{n}", "x") for n in range(70)]
+    for place in (0, 1, 19, 20, 65, 3, 69):  # forward, and back
+        assert source.read(items[place]) == data[place]
+
+
+def test_a_null_image_in_parquet_fails_alone(tmp_path):
+    source = open_source(write_parquet(tmp_path / "t.parquet", {"image": [png(0), None]}), "images")
+    items = every(source)
+    assert decode(source.read(items[0])).size == (40, 48)
+    with pytest.raises(Unreadable, match="null"):
+        source.read(items[1])
+
+
+TABLES = {
+    "t.txt": "a cat\n\na dög\n",
+    "t.jsonl": '{"text": "a cat"}\n\n{"text": ""}\n{"text": "a dög"}\n',
+    "t.csv": 'n,caption\n1,a cat\n2,""\n3,a dög\n',
+    "t.tsv": "n\tcaption\n1\ta cat\n2\t\n3\ta dög\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_texts(tmp_path, name, ends):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + TABLES[name].replace("\n", ends).encode())
+    found = [(item.id, item.caption) for item in every(open_source(tmp_path / name, "texts"))]
+    assert found == [("0", "a cat"), ("1", ""), ("2", "a dög")]
+
+
+def test_columns_are_chosen(tmp_path):
+    rows = [{"key": n, "title": f"t{n}", "caption": "no"} for n in (5, 6)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(tmp_path / "t.jsonl", "texts", Columns(id="key", caption="title"))
+    assert [(item.id, item.caption) for item in every(source)] == [("5", "t5"), ("6", "t6")]
+
+
+def test_a_csv_record_may_span_lines(tmp_path):
+    (tmp_path / "t.csv").write_text('id,text\n1,"a cat,\nand a dog"\n2,x\n')
+    captions = [item.caption for item in every(open_source(tmp_path / "t.csv", "texts"))]
+    assert captions == ["a cat,\nand a dog", "x"]
+
+
+def test_several_files_of_texts_have_ids_of_their_own(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    ids = [item.id for item in every(open_source(tmp_path, "texts"))]
+    assert ids == ["a-0", "a-1", "b-0", "b-1"]
+
+
+def test_a_caption_that_is_no_text_fails_alone(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": 5}\n{"other": 1}\n{"text": "x"}\n')
+    one, two, three = every(open_source(tmp_path / "t.jsonl", "texts"))
+    assert one.failure == "its caption is int, expected text"
+    assert (two.caption, three.caption) == (None, "x")
+
+
+def test_the_papers_dataset_json(tmp_path):
+    write_pictures(tmp_path / "img", 2)
+    value = {
+        "images": [{"id": 7, "image": "img/p_0.png"}, {"id": "b", "image": "img/p_1.png"}],
+        "texts": [{"id": "t", "text": "a cat"}],
+    }
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(value))
+    images, texts = open_source(path, "images"), open_source(path, "texts")
+    assert [item.id for item in every(images)] == ["7", "b"]
+    assert images.read(every(images)[1]) == (tmp_path / "img" / "p_1.png").read_bytes()
+    assert [(item.id, item.caption) for item in every(texts)] == [("t", "a cat")]
+
+
+def test_another_content_is_another_identity(tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    before = identity(every(open_source(tmp_path / "t.txt", "texts")))
+    assert before == identity(every(open_source(tmp_path / "t.txt", "texts")))
+    (tmp_path / "t.txt").write_text("one\ntwq\n")
+    assert before != identity(every(open_source(tmp_path / "t.txt", "texts")))
+
+
+REFUSED = {
+    "t.jsonl": [
+        b'{"text": "x"}\n{"text": ',
+        b"[1]\n",
+        b'{"a": 1}\n',
+        b"[" * 200_000,
+        b"\xff\n",
+        b"",
+    ],
+    "t.csv": [b"id,text\n1\n", b"id,id\n1,2\n", b"a,b\n1,2\n", b"text\n\xff\n", b"text\n\0x,y\n"],
+    "t.txt": [b"ok\n\xff\n", b"x" * (2 << 20), b""],
+    "t.parquet": [b"PAR1garbagePAR1", b""],
+    "t.tar": [b"\0" * 100, b"x" * 2048, b"\0" * 1024],
+    "t.json": [b"{", b"[]", b'{"texts": 5}', b'{"texts": [{"id": 1}]}', b"[" * 100_000],
+    "t.pkl": [b"x"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [(name, one) for name, many in REFUSED.items() for one in many]
+)
+def test_what_is_refused_names_the_file_in_one_line(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name) as caught:
+        every(open_source(tmp_path / name, "texts"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tar_that_ends_early_is_refused(tmp_path):
+    path = write_tar(tmp_path / "t.tar", [("1.png", png(1)), ("2.png", png(2))])
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ValueError, match="not a whole tar"):
+        open_source(path, "images")
+
+
+def test_folders_of_two_kinds_or_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path, "images")
+    with pytest.raises(ValueError, match="a directory without any"):
+        open_source(tmp_path, "texts")
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "a.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"has \*\.csv and images"):
+        open_source(tmp_path, "images")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_source(tmp_path / "none", "images")
+
+
+def test_parquet_without_images_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "t.parquet", {"image": [1, 2]})
+    with pytest.raises(TypeError, match="expected bytes of image files, or paths"):
+        every(open_source(path, "images"))
+    with pytest.raises(ValueError, match="choose one with --image-column, of: image"):
+        every(open_source(path, "images", Columns(image="picture")))
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    os.mkfifo(folder / "pipe.png")
+    source = open_source(folder, "images")
+    with pytest.raises(Unreadable, match="not a regular file"):
+        source.read(every(source)[1])
+
+
+def test_a_tar_that_webdataset_wrote(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "s.tar")) as tar:
+        for number in range(3):
+            tar.write({"__key__": f"{number:05}", "png": png(number), "txt": f"text {number}"})
+    items = every(source := open_source(tmp_path / "s.tar", "pairs"))
+    found = [(item.id, item.caption) for item in items]
+    assert found == [(f"{n:05}", f"text {n}") for n in range(3)]
+    assert [source.read(item) for item in items] == [png(n) for n in range(3)]
+
+
+def test_parquet_that_datasets_wrote(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [picture(n) for n in range(3)], "text": ["a", "b", "c"]}
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    made = datasets.Dataset.from_dict(columns, features=features)
+    made.to_parquet(str(tmp_path / "t.parquet"))
+    items = every(source := open_source(tmp_path / "t.parquet", "pairs"))
+    assert [item.caption for item in items] == ["a", "b", "c"]
+    for number, item in enumerate(items):
+        assert decode(source.read(item)).tobytes() == picture(number).tobytes()

@@ -1,0 +1,88 @@
+"""The Triton kernels: the op tests in the interpreter, and who answers on a GPU without a library.
+
+Without a GPU the kernels run in Triton's interpreter (``triton_interpreter.py``), which a process
+has to choose before triton is imported: so the op tests run once more in a process of their own.
+Where there is a GPU they run on it with all others, as the kernel "triton" of ``conftest.py``.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from realign_fast.ops import OPS, backend_of, triton_ops
+
+TESTS = Path(__file__).parents[1]
+OP_TESTS = [f"ops/test_{op}.py" for op in ("align_rows", "sum_rows", "add_scatter", "map_rows")]
+needs_triton = pytest.mark.skipif(
+    not find_spec("triton"), reason="triton is not installed (CUDA builds of torch bring it)"
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (no GPU)")
+
+
+def run(*arguments):
+    """A Python process that finds the package and the tests; what it printed."""
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=600
+    )
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU that is here")
+def test_interpreted_kernels_pass_the_tests_of_the_ops():
+    options = ("-p", "support.triton_interpreter", "-p", "no:cacheprovider", "-q", "--tb=short")
+    ran = run("-m", "pytest", *options, *(str(TESTS / name) for name in OP_TESTS))
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    assert passed and int(passed[1]) >= 50, ran.stdout[-2000:]
+    assert "skipped" not in ran.stdout, ran.stdout[-2000:]
+
+
+WHO_ANSWERS = """
+import torch
+torch.cuda.device_count = lambda: 1  # what a machine with a GPU says, all that is asked at import
+from realign_fast.ops import OPS, backend_of
+answers = torch._C._dispatch_has_kernel_for_dispatch_key
+for op in OPS:
+    print(op, backend_of(op, "cuda").kernel, answers(f"realign_fast::{op}", "CUDA"))
+"""
+
+
+@needs_triton
+def test_triton_answers_on_a_gpu_without_a_compiled_library():
+    ran = run("-W", "ignore", "-c", WHO_ANSWERS)
+    assert ran.returncode == 0, ran.stderr
+    compiled = {"cuda", "triton"}  # (where the library for CUDA was built it goes first)
+    for line, op in zip(ran.stdout.splitlines(), OPS, strict=True):
+        name, kernel, registered = line.split()
+        assert (name, registered) == (op, "True") and kernel in compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_backend_of_says_what_is_missing():
+    backend = backend_of("sum_rows", "cuda")
+    if backend.kernel == "cuda":
+        pytest.skip("the compiled library for CUDA is here")
+    assert backend.kernel == "reference" and "torch sees no GPU" in backend.why
+
+
+@needs_gpu
+@needs_triton
+def test_benchmark_calls_run():
+    rows = torch.randn(300, 64, device="cuda").half()
+    vectors = torch.randn(2, 64, device="cuda", dtype=torch.float64)
+    matrix = torch.eye(64, device="cuda", dtype=torch.float64)
+    scale = torch.ones((), device="cuda", dtype=torch.float64)
+    calls = triton_ops.benchmark_calls(rows, scale, *vectors, matrix)
+    assert set(calls) == {"align_rows", "sum_rows", "add_scatter_", "map_rows"}
+    for pairs in calls.values():
+        for _, call in pairs:
+            call()

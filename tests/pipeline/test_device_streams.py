@@ -1,0 +1,239 @@
+"""Rows through a device and back: no buffer is reused early, results are those of the CPU.
+
+`ThreadLanes` keeps the promises of streams and no more: copies and kernels run whenever they like,
+after what they were told to wait for. A GPU is used where there is one.
+"""
+
+import random
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import Corpus, Moments
+from realign_fast.corpus import Batch
+from realign_fast.pipeline import shard_tasks
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.device_streams import (
+    SLOTS,
+    Outlet,
+    batches_on,
+    check_device,
+    lanes_of,
+    through,
+)
+from realign_fast.pipeline.engines.local import Processes, worker_number
+from realign_fast.pipeline.passes import Settings
+
+D = 24
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (GPU)")
+DEVICES = ["threads", pytest.param("cuda", marks=needs_gpu)]
+
+
+class ThreadLanes:
+    """Streams of threads: each does its work in order, at a speed of its own."""
+
+    def __init__(self, seed: int, compute_at_once: bool = False) -> None:
+        self.device, self._random = torch.device("cpu"), random.Random(seed)
+        self._streams = {name: ThreadPoolExecutor(1) for name in ("in", "out", "compute")}
+        self._slow = self._random.choice(["in", "out", "compute"])
+        self._at_once, self._held, self._last = compute_at_once, [], _done()
+
+    def host_buffer(self, rows, columns, dtype):
+        return torch.full((rows, columns), torch.nan, dtype=dtype)
+
+    def ring(self, bytes):
+        return None
+
+    def copy(self, lane, to, source, after):
+        assert (to.shape, to.dtype) == (source.shape, source.dtype)
+        return self._submit(lane, lambda: to.copy_(source), after)
+
+    def mark(self):
+        return self._last
+
+    def hold(self, event):
+        if self._at_once:
+            event.result()
+        else:
+            self._held.append(event)
+
+    def finish(self, event):
+        event.result()
+
+    def launch(self, kernel) -> None:
+        """A kernel: begins after the events held until now."""
+        held, self._held = self._held, []
+        self._last = self._submit("compute", kernel, held)
+
+    def _submit(self, lane, work, after) -> Future:
+        delay = self._random.random() * (3e-3 if lane == self._slow else 3e-4)
+
+        def run():
+            for event in after:
+                event.result()
+            time.sleep(delay)
+            work()
+
+        return self._streams[lane].submit(run)
+
+
+def _done() -> Future:
+    future = Future()
+    future.set_result(None)
+    return future
+
+
+def batches(count: int, size: int) -> list[Batch]:
+    """Batches of `size` rows, the last of fewer."""
+    rows = torch.randn(count, D, generator=torch.Generator().manual_seed(count))
+    return [Batch(0, first, rows[first : first + size]) for first in range(0, count, size)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("count", [0, 1, 7, 8 * SLOTS, 100])
+def test_rows_arrive_whole_and_in_order(count, seed):
+    lanes, seen, given = ThreadLanes(seed), [], batches(count, 8)
+    for batch in through(iter(given), lanes, 8, D, torch.float32):
+        lanes.launch(lambda batch=batch: seen.append((batch.first, batch.rows.clone())))
+    lanes.mark().result()
+    assert [first for first, _ in seen] == [batch.first for batch in given]
+    for (_, rows), batch in zip(seen, given, strict=True):
+        assert torch.equal(rows, batch.rows)
+
+
+def test_memory_of_the_host_is_not_touched_after_the_batch():
+    """A batch may lie in a window that is unmapped, or a ring that is filled again."""
+    lanes, seen = ThreadLanes(3), []
+    memory, expected = torch.empty(4, 8, D), []
+
+    def recycled():
+        for number in range(20):
+            rows = memory[number % 4].fill_(number)
+            expected.append(rows.clone())
+            yield Batch(0, 8 * number, rows)
+
+    for batch in through(recycled(), lanes, 8, D, torch.float32):
+        lanes.launch(lambda batch=batch: seen.append(batch.rows.clone()))
+    lanes.mark().result()
+    assert torch.equal(torch.cat(seen), torch.cat(expected))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_results_leave_whole_and_in_order(seed):
+    lanes, written, writing = ThreadLanes(seed), [], deque()
+    outlet = Outlet(lanes, 8, D, torch.float32)
+    given = batches(100, 8)
+    delay = random.Random(seed)
+
+    def write(sent):
+        rows = outlet.rows_of(sent)
+        time.sleep(delay.random() * 2e-3)
+        written.append(rows.clone())
+
+    with ThreadPoolExecutor(1) as disk:
+        for batch in through(iter(given), lanes, 8, D, torch.float32):
+            if len(writing) == outlet.slots:
+                writing.popleft().result()
+            result = outlet.next(len(batch.rows))
+            lanes.launch(lambda rows=batch.rows, result=result: result.copy_(2 * rows))
+            writing.append(disk.submit(write, outlet.send(len(batch.rows))))
+        for one in writing:
+            one.result()
+    assert torch.equal(torch.cat(written), 2 * torch.cat([batch.rows for batch in given]))
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    random = np.random.default_rng(0)
+    for side, shift in (("text", 0.5), ("image", -0.5)):
+        (tmp_path / side).mkdir()
+        for number, count in enumerate((700, 1, 333)):
+            rows = random.standard_normal((count, D)).astype(np.float16) + np.float16(shift)
+            np.save(tmp_path / side / f"{number}.npy", rows)
+    return tmp_path / "text", tmp_path / "image", tmp_path / "out"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["realign", "coral", "noise"])
+def test_a_run_through_a_device_gives_what_the_cpu_gives(corpora, monkeypatch, method, device):
+    *sides, out = corpora
+    how = {"batch_bytes": 100 * 2 * D, "progress": False, "method": method, "bad_rows": "skip"}
+    align(*sides, out, Settings(**how))
+    if device == "threads":
+        monkeypatch.setattr(shard_tasks, "lanes_of", lambda _: ThreadLanes(1, compute_at_once=True))
+    else:
+        how["device"] = "cuda"
+    align(*sides, out.with_name("through"), Settings(**how))
+    for path in sorted(out.glob("*.npy")):
+        ours, theirs = np.load(out.with_name("through") / path.name), np.load(path)
+        if device == "threads":
+            assert ours.tobytes() == theirs.tobytes()
+        else:
+            np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+@needs_gpu
+def test_rows_of_a_ring_are_pinned_and_the_same(corpora):
+    corpus, lanes = Corpus(corpora[0]), lanes_of("cuda")
+    host = torch.cat([batch.rows for batch in corpus.batches(0)])
+    there = torch.cat([batch.rows.clone() for batch in batches_on(lanes, corpus, 0, 64)])
+    assert there.is_cuda and torch.equal(there.cpu(), host)
+    ring = lanes.ring(1 << 20)
+    assert torch.frombuffer(ring.take(), dtype=torch.uint8).is_pinned()
+
+
+def test_batches_read_into_a_ring_are_those_of_the_file(corpora):
+    from realign_fast.corpus.io_extension import io
+    from realign_fast.corpus.mapped_reader import BLOCK_BYTES
+
+    if io is None:
+        pytest.skip("no native reader was built")
+    corpus, ring = Corpus(corpora[0]), io.Ring(8, BLOCK_BYTES)
+    for first, second in zip(
+        corpus.batches(batch_rows=64), corpus.batches(batch_rows=64, ring=ring), strict=True
+    ):
+        assert (first.shard, first.first) == (second.shard, second.first)
+        assert torch.equal(first.rows, second.rows)
+        address = second.rows.data_ptr()
+        assert any(begin <= address < begin + ring.bytes for begin in ring.addresses)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_clear_error(device):
+    with pytest.raises(ValueError, match="--device"):
+        check_device(device)
+
+
+def test_cpu_has_no_lanes_and_moments_move():
+    assert lanes_of("cpu") is None
+    moments = Moments(covariance=True).update(torch.randn(50, D))
+    moved = moments.to("cpu")
+    assert torch.equal(moved.covariance, moments.covariance) and moved.count == 50
+    assert Moments().to("cpu").count == 0
+
+
+def test_workers_of_an_engine_have_numbers():
+    numbers = set(Processes(2)(_number, range(8)))
+    assert numbers <= {0, 1} and worker_number() == 0
+
+
+def _number(_: int) -> int:
+    time.sleep(0.05)
+    return worker_number()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nothing_is_in_flight_when_a_consumer_leaves(seed):
+    """Buffers go to others then, who know nothing of our copies."""
+    lanes, copies = ThreadLanes(seed), []
+    copy, lanes.copy = lanes.copy, lambda *what: copies.append(copy(*what)) or copies[-1]
+    arriving = through(iter(batches(100, 8)), lanes, 8, D, torch.float32)
+    for _ in range(4):
+        next(arriving)
+        lanes.launch(lambda: None)
+    arriving.close()
+    assert len(copies) > 4 and all(one.done() for one in copies)

@@ -1,0 +1,233 @@
+"""Job arrays and worker processes: the bytes of one process, whatever the parts and their order."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.kill_and_resume import tree
+
+from realign_fast.cli import main
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.engines.local import engine_of
+from realign_fast.pipeline.passes import Settings
+from realign_fast.storage.lock import locked
+
+D, SHARDS = 16, (40, 1, 0, 70, 33)
+ROOT = Path(main.__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side, sizes in (("text", SHARDS), ("image", (90, 30))):
+        os.mkdir(side)
+        generator = np.random.default_rng(len(side))
+        for index, size in enumerate(sizes):
+            rows = generator.standard_normal((size, D)) + len(side)
+            np.save(f"{side}/emb_{index}.npy", rows.astype("f2"))
+    return tmp_path
+
+
+def run(*arguments):
+    assert main.main([*arguments, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("parts", "method"), [(1, "realign"), (3, "realign"), (2, "coral")])
+def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method):
+    options = ["--out", "out", "--method", method]
+    both = ["merge", "--text", "text", "--image", "image", *options]
+    jobs = [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
+    for side in ("text", "image"):
+        for job in jobs:
+            run("stats", f"--{side}", side, *options, "--shard", job)
+    run(*both)
+    assert "next: stats --aligner out/half.safetensors" in capsys.readouterr().out
+    drift = ["stats", "--text", "text", *options, "--aligner", "out/half.safetensors"]
+    for job in jobs:
+        run(*drift, "--shard", job)
+    run(*both)
+    assert "next: apply --aligner out/aligner.safetensors" in capsys.readouterr().out
+    for job in jobs:
+        run("apply", "--text", "text", "--aligner", "out", "--out", "out", "--shard", job)
+    run(*both)
+    assert "every shard is aligned" in capsys.readouterr().out
+    run("align", "--text", "text", "--image", "image", "--out", "one", "--method", method)
+    found, expected = tree("out"), tree("one")
+    assert found == expected and "apply" in json.loads(expected["manifest.json"])["passes"]
+    assert main.main(["verify", "out"]) == 0
+
+
+def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
+    run("stats", "--image", "image", "--out", "out")
+    run("stats", "--text", "text", "--out", "out", "--shard", "1/2")
+    assert main.main(["merge", "--text", "text", "--image", "image", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
+
+
+@pytest.mark.parametrize("aligner", ["out", "out/aligner.safetensors"])
+def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
+    both = ["--text", "text", "--image", "image"]
+    for side in ("text", "image"):
+        run("stats", f"--{side}", side, "--out", "out")
+    apply = ["apply", *both[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
+    assert main.main(apply) == 2
+    words = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
+    assert words in capsys.readouterr().err
+    run("merge", *both, "--out", "out")
+    assert main.main(apply) == 2
+    assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
+def test_a_part_that_does_not_exist_prints_the_usage(capsys, shard):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["stats", "--text", "text", "--out", "out", f"--shard={shard}"])
+    assert stop.value.code == 2 and "from 1/N to N/N" in capsys.readouterr().err
+
+
+def test_a_map_without_its_last_step_is_not_applied(corpora, capsys):
+    run("align", "--text", "text", "--image", "image", "--out", "one")
+    Path("one/aligner.safetensors").rename("half.safetensors")
+    for aligner in ("half.safetensors", "./half.safetensors"):
+        assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 2
+        assert "without its last step" in capsys.readouterr().err
+    assert main.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 2
+    assert "is a directory; name" in capsys.readouterr().err
+
+
+def test_an_aligner_is_for_the_source_alone(corpora, capsys):
+    run("align", "--text", "text", "--image", "image", "--out", "one")
+    arguments = ["--out", "out", "--aligner", "one/aligner.safetensors"]
+    assert main.main(["stats", "--image", "image", *arguments]) == 2
+    assert "leave --aligner out" in capsys.readouterr().err
+
+
+def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):
+    with locked(tmp_path, "1-of-2"):
+        with locked(tmp_path, "2-of-2"):
+            pass
+        with pytest.raises(OSError, match=f"process {os.getpid()} on .* is working on it"):
+            with locked(tmp_path, "1-of-2"):
+                pass
+        with pytest.raises(OSError, match="or its job array"):
+            with locked(tmp_path):
+                pass
+    with locked(tmp_path):
+        with pytest.raises(OSError, match="is working on it"):
+            with locked(tmp_path, "1-of-2"):
+                pass
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(corpora, workers):
+    align("text", "image", "one", Settings(progress=False))
+    report = align("text", "image", "many", Settings(progress=False, workers=workers))
+    assert tree("many") == tree("one")
+    assert [one["rows"] for one in report["passes"]] == [144, 120, 144, 144]
+
+
+def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):
+    rows = np.load("text/emb_3.npy")
+    rows[7] = 0
+    np.save("text/emb_3.npy", rows)
+    command = ["align", "--text", "text", "--image", "image", "--out", "out", "--workers", "2"]
+    assert main.main([*command, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "text/emb_3.npy: row 7 is zero" in error and error.count("\n") == 1
+
+
+def test_workers_from_a_shell_stop_with_130_and_leave_no_half(corpora):
+    """A TERM to the parent alone; what the workers were at is put away, and a rerun mends it."""
+    rows = np.random.default_rng(0).standard_normal((400_000, D)).astype("f4")
+    for index in range(6):
+        np.save(f"text/emb_{index}.npy", rows)
+    np.save("image/emb_0.npy", rows[:90])
+    np.save("image/emb_1.npy", rows[:90])
+    both = ["--text", "text", "--image", "image", "--batch-bytes", "65536"]
+    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *both]
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--out", "out", "--workers", "2"], **options)
+    while not list(Path("out").glob(".emb*.partial")) and process.poll() is None:
+        time.sleep(0.001)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error.count("\n")) == (130, 1), error
+    assert not list(Path("out").glob(".*.partial"))
+    done = subprocess.run([*command, "--out", "out", "--workers", "2"], timeout=120, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    subprocess.run([*command, "--out", "one"], timeout=120, check=True, **options)
+    assert tree("out") == tree("one")
+
+
+class Slow:
+    """A work that takes time, or ends its process."""
+
+    def __init__(self, dies=None):
+        self.dies = dies
+
+    def __call__(self, index):
+        if index == self.dies:
+            os._exit(9)
+        time.sleep(0.05 * (3 - index % 4))  # later ones end first
+        return torch.full((2,), index), torch.get_num_threads()
+
+
+def test_results_come_in_the_order_of_the_shards():
+    engine = engine_of(3)
+    for count in (8, 0, 5):
+        results = list(engine(Slow(), range(count)))
+        assert [int(tensor[0]) for tensor, _ in results] == list(range(count))
+        assert all(threads == max(1, torch.get_num_threads() // 3) for _, threads in results)
+
+
+def test_a_worker_that_dies_is_one_error():
+    engine = engine_of(2)
+    with pytest.raises(OSError, match=r"a worker process died .* run the same command again"):
+        list(engine(Slow(dies=3), range(8)))
+    assert len(list(engine(Slow(), range(3)))) == 3  # others take their place
+
+
+def test_workers_go_with_a_parent_that_is_killed(tmp_path):
+    """Its workers sleep in a work; none of them is left a moment later."""
+    code = (
+        "import os, sys, time\nfrom realign_fast.pipeline.engines.local import engine_of\n"
+        "class Work:\n    def __call__(self, index):\n"
+        f"        open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()\n"
+        "        time.sleep(100)\n"
+        "if __name__ == '__main__':\n    list(engine_of(2)(Work(), range(2)))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 60
+
+    def workers():
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+
+    while len(workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = workers()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 3  # less than it would take them to be told off
+    while any(map(alive, found)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(found) == 2 and not any(map(alive, found))
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,313 @@
+"""Never loses, never repeats: after kills, changes and errors, the bytes of a clean run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.kill_and_resume import tree
+
+from realign_fast import Corpus, ReAlign
+from realign_fast.cli import main
+from realign_fast.corpus import ShardWriter
+from realign_fast.pipeline.align_run import Run, align
+from realign_fast.pipeline.checkpoints import Ledger, checksum
+from realign_fast.pipeline.passes import Settings
+
+D, SHARDS = 16, (40, 1, 0, 70)
+QUIET = Settings(progress=False)
+ROOT = Path(main.__file__).resolve().parents[2]
+
+
+def quiet(**options):
+    return Settings(progress=False, **options)
+
+
+def write_corpus(folder, seed, sizes=SHARDS, dtype="f4"):
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index, size in enumerate(sizes):
+        rows = generator.standard_normal((size, D)) + seed
+        np.save(folder / f"emb_{index}.npy", rows.astype(dtype))
+    return folder
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    return write_corpus(tmp_path / "text", 1), write_corpus(tmp_path / "image", 2, [90, 30])
+
+
+def again(shard):
+    """Write a shard anew with other rows of the same shape, a second later."""
+    rows, state = np.load(shard), shard.stat()
+    np.save(shard, rows[::-1] + np.float32(0.25))
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+
+
+def finished(report):
+    return {one["name"]: (one["rows"], one["finished_before"]) for one in report["passes"]}
+
+
+def test_what_an_output_holds(corpora, tmp_path):
+    align(*corpora, tmp_path / "out", QUIET)
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    shards = [f"emb_{index}.npy" for index in range(4)]
+    assert found == ["_stats", "aligner.safetensors", *shards, "manifest.json", "report.json"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    passes = ["source moments", "target moments", "source drift", "apply"]
+    assert list(manifest["passes"]) == passes
+    entry = manifest["passes"]["apply"]["shards"][3]
+    shard = corpora[0] / "emb_3.npy"
+    assert entry["path"] == str(shard) and (entry["rows"], entry["dimension"]) == (70, D)
+    assert (entry["size"], entry["mtime_ns"]) == (shard.stat().st_size, shard.stat().st_mtime_ns)
+    aligned = Corpus(tmp_path / "out").take(range(41, 111))
+    assert entry["dtype"] == "float32" and entry["checksum"] == checksum(aligned)
+
+
+@pytest.mark.parametrize("method", ["realign", "coral", "noise"])
+def test_a_second_run_reads_nothing_and_leaves_the_same_bytes(corpora, tmp_path, reads, method):
+    out, settings = tmp_path / "out", quiet(method=method)
+    first = align(*corpora, out, settings)
+    before = tree(out)
+    reads.clear()
+    second = align(*corpora, out, settings)
+    assert reads == [] and tree(out) == before
+    assert second["fitted"] == first["fitted"] and second["result"] == first["result"]
+    assert finished(first)["apply"] == (111, 0) and finished(second)["apply"] == (0, 111)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            ROOT / "tests" / "support" / "kill_and_resume.py",
+            "--kills",
+            "25",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["kills"] == 25 and said["rows_not_read_again"] > 0
+
+
+def test_a_changed_shard_is_read_again_and_no_other(corpora, tmp_path, reads):
+    text, image = corpora
+    out = tmp_path / "out"
+    align(text, image, out, QUIET)
+    again(text / "emb_3.npy")
+    reads.clear()
+    align(text, image, out, QUIET)
+    shards = [f"text/emb_{index}.npy" for index in range(4)]
+    assert reads == [shards[3], *shards, *shards]  # its moments, then the new map's drift, apply
+    align(text, image, tmp_path / "fresh", QUIET)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_new_shards_cost_only_their_own_moments(corpora, tmp_path, reads):
+    text, image = corpora
+    out = tmp_path / "out"
+    align(text, image, out, QUIET)
+    new = write_corpus(tmp_path / "more", 5, [9])
+    (new / "emb_0.npy").rename(text / "emb_4.npy")
+    reads.clear()
+    align(text, image, out, QUIET)
+    assert reads[0] == "text/emb_4.npy" and len(reads) == 1 + 5 + 5
+    align(text, image, tmp_path / "fresh", QUIET)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("bad_rows", "keep"), ("batch_bytes", 512), ("method", "coral"), ("mode", "overwrite")],
+)
+def test_other_options_do_not_meet_finished_work(corpora, tmp_path, option, value):
+    align(*corpora, tmp_path / "out", QUIET)
+    report = align(*corpora, tmp_path / "out", quiet(**{option: value}))
+    assert finished(report)["source moments"] == (111, 0)
+    align(*corpora, tmp_path / "fresh", quiet(**{option: value}))
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def spoil(path, how):
+    if how == "deleted":
+        path.unlink()
+    elif how == "bytes":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 64
+        path.write_bytes(data)
+    else:
+        os.truncate(path, path.stat().st_size - 1)
+
+
+def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_path, capsys):
+    text, _ = corpora
+    fit = ["fit", "--text", str(text), "--image", str(corpora[1]), "--out", str(tmp_path / "out")]
+    assert main.main(fit) == 0
+    path = sorted(text.glob("emb_*.npy"))[-1]
+    renamed = path.with_name("emb_99.npy")
+    path.rename(renamed)
+    assert main.main([*fit, "--mode", "extend"]) == 2
+    assert "renamed, it would count twice" in capsys.readouterr().err
+    rows = len(np.load(renamed))
+    renamed.unlink()
+    assert main.main([*fit, "--mode", "extend"]) == 0
+    out = capsys.readouterr().out
+    assert f"{rows} rows of shards that are gone, from saved statistics" in out
+
+
+@pytest.mark.parametrize("how", ["deleted", "bytes", "truncated"])
+@pytest.mark.parametrize("what", ["emb_3.npy", "_stats/apply/emb_3.npy.json", "moments"])
+def test_a_lost_or_damaged_file_is_made_again(corpora, tmp_path, what, how):
+    out = tmp_path / "out"
+    align(*corpora, out, QUIET)
+    before = tree(out)
+    path = next((out / "_stats/source-moments").glob("emb_3*")) if what == "moments" else out / what
+    time.sleep(0.01)  # a coarse clock would not see the change
+    spoil(path, how)
+    align(*corpora, out, QUIET)
+    assert tree(out) == before
+
+
+def test_a_shard_of_another_map_is_never_taken_for_finished(corpora, tmp_path, monkeypatch):
+    """Aligned by A; then by B, killed between the rename and the record; then A."""
+    text, image = corpora
+    out = tmp_path / "out"
+    there, back = (Run(QUIET).fit(Corpus(a), Corpus(b)) for a, b in ((text, image), (image, text)))
+    Run(QUIET).apply(there, Corpus(text), out)
+    before = tree(out)
+    times = {path: path.stat() for path in out.glob("*.npy")}
+
+    def killed(*_):
+        for path, state in times.items():  # a clock too coarse to tell the two apart
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "save_aligned", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Run(QUIET).apply(back, Corpus(text), out)
+    assert (out / "emb_0.npy").read_bytes() != before["emb_0.npy"]
+    Run(QUIET).apply(there, Corpus(text), out)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("stage", ["moments", "apply"])
+@pytest.mark.parametrize("event", ["changes", "vanishes"])
+def test_a_shard_that_changes_or_vanishes_is_one_error(
+    corpora, tmp_path, monkeypatch, stage, event
+):
+    text, image = corpora
+    shard, out, batches, seen = text / "emb_3.npy", tmp_path / "out", Corpus.batches, []
+    kept = shard.read_bytes()
+
+    def meanwhile(self, index, **options):
+        seen.append(self.path.name)
+        if seen.count("text") == (4 if stage == "moments" else 12):
+            again(shard) if event == "changes" else shard.unlink()
+        yield from batches(self, index, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "batches", meanwhile)
+        words = "changed during the run" if event == "changes" else "No such file"
+        with pytest.raises((ValueError, OSError), match=rf"emb_3\.npy: {words}"):
+            align(text, image, out, QUIET)
+    finished_shards = sorted(path.name for path in out.glob("*.npy"))
+    assert finished_shards == ([f"emb_{i}.npy" for i in range(3)] if stage == "apply" else [])
+    if event == "vanishes":
+        shard.write_bytes(kept)
+    report = align(text, image, out, QUIET)
+    assert finished(report)["source moments"][1] >= 41  # shards 0 to 2 stayed finished
+    align(text, image, tmp_path / "fresh", QUIET)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_full_disk_keeps_what_is_finished(corpora, tmp_path, monkeypatch, reads):
+    out, write = tmp_path / "out", ShardWriter.write
+
+    def full(self, rows):
+        if self.path.name == "emb_3.npy":
+            raise OSError(28, f"{self.path}: No space left on device")
+        write(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            align(*corpora, out, QUIET)
+    reads.clear()
+    align(*corpora, out, QUIET)
+    assert reads == ["text/emb_3.npy"]
+    align(*corpora, tmp_path / "fresh", QUIET)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_two_processes_do_not_share_an_output(corpora, tmp_path, capsys):
+    text, image, out = *corpora, tmp_path / "out"
+    hold = (
+        "import sys, time, pathlib\nfrom realign_fast.storage.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", hold, str(out / "_stats")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout.readline() == b"1\n"
+        command = ["align", "--text", str(text), "--image", str(image), "--out", str(out)]
+        assert main.main(command) == 2
+        error = capsys.readouterr().err
+        assert f"process {process.pid} on " in error and error.count("\n") == 1
+        assert f"{out}: " in error and "another --out" in error
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert main.main(command) == 0  # the lock went with the process
+
+
+def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, tmp_path):
+    out = tmp_path / "out"
+    align(*corpora, out, QUIET)
+    before = tree(out)
+    (out / "manifest.json").unlink()
+    os.rename(out / "_stats", tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"without manifest\.json .* --mode overwrite"):
+        align(*corpora, out, QUIET)
+    align(*corpora, out, quiet(mode="overwrite"))
+    assert tree(out) == before
+
+
+def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
+    """The moments of old and new shards are those of one corpus; the old are not there to read."""
+    text, image = corpora
+    everything = Run(QUIET).fit(Corpus(text), Corpus(image))
+    new, run = tmp_path / "new", Run(quiet(mode="extend"))
+    new.mkdir()
+    (text / "emb_3.npy").rename(new / "emb_3.npy")
+    arguments = ["fit", "--image", str(image), "--out", str(tmp_path / "out"), "--text"]
+    assert main.main([*arguments, str(text)]) == 0
+    for shard in text.iterdir():
+        shard.unlink()
+    reads.clear()
+    assert main.main([*arguments, str(new), "--mode", "extend"]) == 0
+    assert reads == ["new/emb_3.npy"] * 3  # moments, drift, residual
+    fitted = ReAlign.load(tmp_path / "out" / "aligner.safetensors")
+    for name in ("shift", "scale", "source_mean", "source_count"):
+        assert getattr(fitted, name).equal(getattr(everything, name)), name
+    assert int(fitted.source_count) == 111
+    with run.keeping(tmp_path / "out"):
+        assert run.half_fit(Corpus(new), Corpus(image)).source_count == 111  # and once more
+    with pytest.raises(ValueError, match=r"cannot be extended: bad_rows was 'error' and is 'skip'"):
+        run = Run(quiet(mode="extend", bad_rows="skip"))
+        with run.keeping(tmp_path / "out"):
+            run.half_fit(Corpus(new), Corpus(image))

@@ -1,0 +1,159 @@
+"""A fit on a sample is as far off as it says; a source that fits in memory is read once."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.kill_and_resume import tree
+
+from realign_fast import Corpus, ReAlign
+from realign_fast.cli import main
+from realign_fast.pipeline import sampling
+from realign_fast.pipeline.align_run import Run, align
+from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.sampling import sample_ids
+
+D, SHARDS = 16, (2000, 1, 0, 3000)
+
+
+def quiet(**options):
+    return Settings(progress=False, **options)
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side, sizes in (("text", SHARDS), ("image", (2500, 1500))):
+        (tmp_path / side).mkdir()
+        generator = np.random.default_rng(len(side))
+        spread = np.linspace(0.3, 2, D)
+        for index, size in enumerate(sizes):
+            rows = generator.standard_normal((size, D)) * spread + len(side) / 5
+            np.save(f"{side}/emb_{index}.npy", rows.astype("f4"))
+    return Corpus("text"), Corpus("image")
+
+
+TEXT = [f"text/emb_{index}.npy" for index in range(4)]
+
+
+def test_errors_are_as_large_as_they_say(corpora):
+    exact, ratios = Run(quiet()).fit(*corpora), []
+    for seed in range(40):
+        run = Run(quiet(fit_rows=500, seed=seed))
+        fitted, said = run.fit(*corpora), run.sample
+        rest = [(fitted.source_mean - exact.source_mean).norm() / said["source_mean_error"]]
+        rest += [(fitted.target_mean - exact.target_mean).norm() / said["target_mean_error"]]
+        rest += [(fitted.scale - exact.scale) / said["scale_error"]]
+        everything = run.measure("all", corpora[0], fitted)
+        gap = (everything.mean - exact.target_mean).norm()
+        ratios.append([*map(float, rest), float(gap / said["residual_gap_error"])])
+    rms = np.sqrt(np.mean(np.square(ratios), axis=0))
+    assert ((rms > 0.7) & (rms < 1.4)).all(), rms
+
+
+def test_a_sample_of_all_rows_is_the_exact_fit_without_error(corpora):
+    exact, run = Run(quiet()).fit(*corpora), Run(quiet(fit_rows=10**6))
+    fitted = run.fit(*corpora)
+    for name in ("shift", "recentre", "scale"):
+        torch.testing.assert_close(getattr(fitted, name), getattr(exact, name), atol=1e-6, rtol=0)
+    assert run.sample["source_rows"] == 5001 and run.sample["scale_error"] == 0
+
+
+def test_the_text_is_read_once_and_written_once(corpora, reads):
+    report = align("text", "image", "out", quiet(fit_rows=300, seed=3))
+    assert reads == TEXT
+    passes = {one["name"]: one["rows"] for one in report["passes"]}
+    assert passes == {
+        "source sample": 300,
+        "target sample": 300,
+        "drift of sample": 300,
+        "apply": 5001,
+    }
+    assert (
+        report["fitted_on"] == "a sample of 300 of 5,001 source rows and 300 of 4,000 target rows"
+    )
+    assert report["sample"]["seed"] == 3 and report["fitted"]["source_count"] == 300
+    assert 0 < report["result"]["centroid_gap"] < 5 * report["sample"]["residual_gap_error"]
+    first = tree("out")
+    align("text", "image", "again", quiet(fit_rows=300, seed=3, batch_bytes=777))
+    shifts = [ReAlign.load(f"{out}/aligner.safetensors").shift for out in ("again", "out")]
+    torch.testing.assert_close(*shifts, atol=1e-7, rtol=0)  # the same rows, summed otherwise
+    align("text", "image", "out", quiet(fit_rows=300, seed=3))
+    assert tree("out") == first  # and resumed
+    align("text", "image", "out", quiet(fit_rows=300, seed=4))
+    assert tree("out")["emb_0.npy"] != first["emb_0.npy"]
+
+
+def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, capsys):
+    align("text", "image", "one", quiet())
+    monkeypatch.setattr(sampling, "EXACT_BYTES", 10_000)
+    monkeypatch.setattr(sampling, "DEFAULT_ROWS", 200)
+    command = ["align", "--text", "text", "--image", "image", "--quiet", "--out"]
+    assert main.main([*command, "out"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "fitted on a sample of 200 of 5,001 source rows and 200 of 4,000 target rows, as both"
+        in (printed)
+    )
+    assert "gap of all rows to expect" in printed
+    assert main.main([*command, "exact", "--fit-rows", "all"]) == 0
+    assert "fitted on every row; " in capsys.readouterr().out
+    assert tree("exact") == tree("one")
+    assert main.main([*command, "out", "--fit-rows", "9", "--mode", "extend"]) == 2
+    assert "not samples" in capsys.readouterr().err
+
+
+def test_a_bad_row_of_the_sample_is_named_or_skipped(corpora):
+    rows = np.load("text/emb_3.npy")
+    rows[7] = 0
+    np.save("text/emb_3.npy", rows)
+    everything = 5001
+    with pytest.raises(ValueError, match=r"emb_3\.npy: row 7 is zero or not finite"):
+        Run(quiet(fit_rows=everything)).fit(Corpus("text"), corpora[1])
+    run = Run(quiet(fit_rows=everything, bad_rows="skip"))
+    assert int(run.fit(Corpus("text"), corpora[1]).source_count) == 5000
+    assert run.passes[0].zero_rows == 1
+
+
+def test_every_row_is_as_likely_as_any_other():
+    counts = np.zeros(103)
+    for seed in range(3000):
+        ids = sample_ids(103, 10, seed)
+        assert (np.diff(ids) > 0).all()
+        counts[ids] += 1
+    expected = 3000 * 10 / 103
+    assert np.abs(counts - expected).max() < 5 * math.sqrt(expected)
+    assert list(sample_ids(3, 10, 0)) == [0, 1, 2] and len(sample_ids(0, 10, 0)) == 0
+
+
+@pytest.mark.parametrize("batch_bytes", [1000, 1 << 20])
+def test_a_source_in_memory_is_read_once(corpora, reads, batch_bytes):
+    align("text", "image", "one", quiet(batch_bytes=batch_bytes))
+    once = [name for name in reads if name.startswith("text")]
+    assert once == TEXT * 3
+    reads.clear()
+    kept = quiet(batch_bytes=batch_bytes, memory=corpora[0].nbytes)
+    report = align("text", "image", "kept", kept)
+    assert [name for name in reads if name.startswith("text")] == TEXT
+    assert tree("kept") == tree("one")
+    read = {one["name"]: one["bytes_read"] for one in report["passes"]}
+    assert read["source moments"] == corpora[0].nbytes and read["source drift"] == 0
+    assert read["apply"] == 0 and report["passes"][-1]["bytes_written"] == corpora[0].nbytes
+    reads.clear()
+    align("text", "image", "small", quiet(memory=corpora[0].nbytes - 1))
+    assert [name for name in reads if name.startswith("text")] == TEXT * 3
+
+
+def test_memory_from_the_command_line(corpora, capsys, reads):
+    command = ["align", "--text", "text", "--image", "image", "--out", "out", "--quiet"]
+    assert main.main([*command, "--memory", "0.5G"]) == 0
+    assert reads.count("text/emb_0.npy") == 1
+    assert json.loads(open("out/report.json").read())["passes"][2]["bytes_read"] == 0
+    assert main.main([*command, "--memory", "1M", "--workers", "2"]) == 2
+    assert "give --memory or --workers" in capsys.readouterr().err
+    for size in ("G", "4X", "-1", "1GB"):
+        with pytest.raises(SystemExit):
+            main.main([*command, f"--memory={size}"])
+        assert "expected a size such as 4G" in capsys.readouterr().err

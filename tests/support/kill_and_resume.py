@@ -1,0 +1,121 @@
+"""Kill a run with SIGKILL at random moments until it ends, again and again; compare every byte.
+
+    python tests/support/kill_and_resume.py --kills 100
+
+Prints one line of JSON. The test suite runs it with a few kills (tests/pipeline/test_resume.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.passes import Settings
+
+NOT_COMPARED = ("report.json", "lock")  # times and speeds; a process id
+
+
+def tree(out):
+    """Every byte of an output by path, less what says when it was made."""
+    files = [path for path in Path(out).rglob("*") if path.is_file()]
+    found = {}
+    for path in files:
+        if path.name.startswith(NOT_COMPARED):
+            continue
+        data = path.read_bytes()
+        if path.parent.name == "apply" and path.suffix == ".json":
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "written"})
+        found[path.relative_to(out).as_posix()] = data
+    return found
+
+
+def write(folder, seed, shards=6, rows=3000, columns=64):
+    folder.mkdir()
+    generator = np.random.default_rng(seed)
+    centre = generator.standard_normal(columns)
+    for index in range(shards):
+        data = generator.standard_normal((rows, columns)) + centre
+        np.save(folder / f"emb_{index}.npy", data.astype("f2"))
+    return folder
+
+
+def child(arguments):
+    """A process that runs ``align`` and may be killed; forked, as importing torch takes seconds."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            align(*arguments)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def round_of_kills(arguments, longest, kills, chance):
+    """Start and kill until the run ends or ``kills`` are spent; the last one is left to end."""
+    done = 0
+    while True:
+        pid = child(arguments)
+        if done < kills:
+            time.sleep(longest * chance.random() ** 2)  # early more often: several kills a round
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            done += 1
+        elif os.WEXITSTATUS(status):
+            sys.exit("a run failed by itself")
+        else:
+            return done
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # so that a fork has no threads to lose
+    chance, work = random.Random(options.seed), Path(tempfile.mkdtemp())
+    text, image = write(work / "text", 1), write(work / "image", 2)
+    settings = Settings(batch_bytes=1 << 14, progress=False)
+    os.waitpid(child((text, image, work / "warm", settings)), 0)
+    clean, seconds = tree(work / "warm"), []
+    for _ in range(3):
+        begin = time.monotonic()
+        os.waitpid(child((text, image, work / "clean", settings)), 0)
+        seconds.append(time.monotonic() - begin)
+        if tree(work / "clean") != clean:
+            sys.exit("two runs without a kill differ")
+        shutil.rmtree(work / "clean")
+    longest = min(seconds)
+    kills, rounds, resumed = 0, 0, 0
+    while kills < options.kills:
+        out = work / "out"
+        arguments = (text, image, out, settings)
+        kills += round_of_kills(arguments, longest, options.kills - kills, chance)
+        rounds += 1
+        found = tree(out)
+        if found != clean:
+            differ = sorted(k for k in found.keys() | clean if found.get(k) != clean.get(k))
+            sys.exit(f"round {rounds}: other bytes than without a kill: {differ}")
+        passes = json.loads((out / "report.json").read_text())["passes"]
+        resumed += sum(one["finished_before"] for one in passes)
+        shutil.rmtree(out)
+    shutil.rmtree(work)
+    print(json.dumps({"kills": kills, "rounds": rounds, "rows_not_read_again": resumed}))
+
+
+if __name__ == "__main__":
+    main()
