@@ -52,15 +52,18 @@ def align_rows(
             are copied first.
         scale: s, a number or a 0-d tensor; or A, [D, D], or its diagonal, [D].
         shift: b, [D].
-        recentre: h, [D]; ``None`` stops after ``unit(s u + b)``.
+        recentre: h, [D]; ``None`` stops after ``unit(s u + b)``. Tensors of the map that are on
+            another device than the rows are copied to it in every call.
         out_dtype: dtype of the result; the rows' own by default.
-        out: [N, D] to write into instead of allocating; its dtype is then the result's.
+        out: [N, D] to write into instead of allocating, on the rows' device; its dtype is then
+            the result's.
 
     Returns:
         [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: a dtype is not floating point.
+        ValueError: a shape does not fit, or ``out`` is on another device than the rows.
+        TypeError: a dtype is not floating point.
         RuntimeError: ``out=`` with rows that need a gradient.
         NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
     """
@@ -81,6 +84,7 @@ def align_rows(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
             "give out the shape of the rows"
         )
+    _check_devices("align_rows", rows, out=out)
     _check_dtype("align_rows", "out", out.dtype)
     if len(out) and out.stride(1) != 1 and out.shape[1] > 1:
         raise ValueError(
@@ -186,7 +190,8 @@ def add_scatter_(
     2e-7 on CUDA, whose tensor cores cut sums off).
 
     Args:
-        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written.
+        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written. It, total
+            and weights are on the device of the rows.
         total: [D] float64.
         rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
             are copied first.
@@ -206,7 +211,8 @@ def add_scatter_(
         rows, which are left out. The compiled kernel's bytes do not depend on the threads.
 
     Raises:
-        ValueError: a shape does not fit, or a weight is negative or not finite.
+        ValueError: a shape does not fit, a tensor is on another device than the rows, or a weight
+            is negative or not finite.
         TypeError: a dtype is not floating point, or a sum is not float64.
     """
     rows = _checked_rows("add_scatter_", rows)
@@ -221,16 +227,16 @@ def add_scatter_(
     for name, tensor, _ in shapes:
         if tensor.dtype != torch.float64 or not tensor.is_contiguous():
             raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
-    kind = {"dtype": torch.float64, "device": rows.device}
+    _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
     if weights is not None:
-        weights = weights.detach().to(**kind).contiguous()
+        weights = weights.detach().double().contiguous()
         if weights.shape != rows.shape[:1]:
             got = list(weights.shape)
             raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {got}")
         captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
         if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
-    centre = centre.detach().to(**kind).contiguous()
+    centre = centre.detach().to(rows.device, torch.float64).contiguous()
     op = torch.ops.realign_fast
     variant = 1 if fast and rows.is_cuda else 0
     kernel = op.add_scatter_
@@ -251,6 +257,16 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         expected = ", ".join(str(known) for known in DTYPES)
         raise TypeError(f"{op}: expected {name} of {expected}, got {dtype}; convert first")
+
+
+def _check_devices(op: str, rows: Tensor, **tensors: Tensor | None) -> None:
+    """Compare device types and indices: a kernel would read another device's memory as its own."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != rows.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, the rows are on {rows.device}; "
+                "move one of them to the device of the other"
+            )
 
 
 def _map_arguments(

@@ -109,7 +109,10 @@ def test_a_far_mean_costs_no_digits(compiled_kernel):
     compiled_kernel.add_scatter(scatter, total, rows, centre, None, False, False)
     expected = np.triu(truth(rows, centre, None, False)[0])
     error = np.linalg.norm(scatter.numpy() - expected.astype(float))
-    assert error <= 2e-7 * np.linalg.norm(expected.astype(float))
+    # Tensor cores cut sums off (see test_cuda.py): 2.4e-7 by emulation where a rounded sum takes
+    # over every 64 rows, as in csrc/cuda, and by arithmetic 4e-6 every 1024, as in Triton.
+    allowed = {"cuda": 5e-7, "triton": 5e-6}.get(compiled_kernel.name, 2e-7)
+    assert error <= allowed * np.linalg.norm(expected.astype(float))
 
 
 @pytest.mark.parametrize("accurate", (False, True))

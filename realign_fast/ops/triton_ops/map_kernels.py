@@ -276,7 +276,7 @@ def map_rows_(
     recentre: Tensor | None,  # [D] float64
     isa: int = 0,
 ) -> None:
-    """``reference.map_rows_``, a block of rows at a time; memory beside it is about 64 MiB."""
+    """``reference.map_rows_``, a block of rows at a time; memory beside it is 64 to 128 MiB."""
     check_no_overlap("map_rows", out, rows)
     count, columns = rows.shape
     if count == 0:
@@ -349,6 +349,8 @@ def _matrix_terms(matrix: Tensor, dtype: torch.dtype, m: torch.dtype) -> tuple[T
 
 def _multiply(rows: Tensor, pieces: Tensor, row_step: int, m: torch.dtype) -> Tensor:
     """A x, scaled as `_matrix_terms` did, [N, WIDTH] of M."""
+    if m == torch.float64:  # Triton 3.8 compiles no float64 product of widened 16-bit operands
+        rows, row_step = aligned(rows.double())  # for sm_80, sm_90 and sm_100
     count, columns = rows.shape
     terms, width, _ = pieces.shape
     product = torch.empty(count, width, dtype=m, device=rows.device)

@@ -374,8 +374,10 @@ def on_device_of(rows: Tensor) -> torch.cuda.device:
 
 def _map_vectors(rows, scale, shift, recentre, m) -> tuple[Tensor, ...]:
     """b and h as M, b and h, and s, b.b, b.h, h.h, where the kernels expect them."""
-    wide = torch.stack([shift, shift if recentre is None else recentre])
-    products = (wide[[0, 0, 1]] * wide[[0, 1, 1]]).sum(dim=1)
+    b, h = shift, shift if recentre is None else recentre
+    wide = torch.stack([b, h])
+    # (An index such as wide[[0, 0, 1]] lies on the CPU; copying it would wait for the GPU.)
+    products = (torch.stack([b, b, h]) * torch.stack([b, h, h])).sum(dim=1)
     if recentre is None:
         products[1:] = 0
     narrow = wide.to(m, copy=True)
