@@ -4,15 +4,24 @@
 For an H100 (sm_90): tensor-core instructions in the products, 16-byte loads and stores in the row
 kernels, nothing spilled. For an MI300 (gfx942): that they compile at all, so that nothing in them
 is NVIDIA's alone, and the same.
+
+What each op launches is traced on fake CUDA tensors, which have a device and dtypes but no memory.
+The traced launches are compiled for every pair of dtypes and every generation of NVIDIA GPUs, and
+the trace shows that no tensor on the CPU takes part: copying one would wait for the GPU.
 """
 
 import os
 import re
 import subprocess
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip(
     "triton", reason="triton is not installed (CUDA builds of torch bring it)"
@@ -24,6 +33,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from realign_fast.ops import triton_ops
 from realign_fast.ops.triton_ops import map_kernels, row_kernels, scatter_kernels
 
 H100, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
@@ -195,3 +205,129 @@ def test_products_run_on_the_matrix_cores_of_an_mi300(case, tmp_path):
     assert "v_mfma" in binary.asm["amdgcn"]
     assert binary.metadata.shared <= 64 << 10
     assert spilled_bytes(binary, tmp_path) == 0
+
+
+DTYPES = (HALF, BFLOAT, FLOAT, DOUBLE)
+GENERATIONS = (80, 89, 90, 100, 120)  # A100, L4 and RTX 40, H100, B200, RTX 50
+# Kernels whose code differs between generations: those with products, and one for all conversions
+# of dtypes, which the other kernels share. Compiling those for one generation saves a minute.
+FOR_EVERY_GENERATION = ("align_rows_kernel", "multiply_rows_kernel", "multiply_packed_kernel")
+
+
+class RefuseCpu(TorchDispatchMode):
+    """Fails where an operation reads or returns a tensor on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, torch.Tensor) or value.is_cuda, f"{function} on the CPU"
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, arguments, options) of the kernels that are launched, which do not run."""
+    recorded = []
+
+    def record(kernel, *positional, grid, warmup, **named):
+        arguments = dict(zip(kernel.arg_names, positional, strict=False))
+        arguments |= {name: named.pop(name) for name in kernel.arg_names if name in named}
+        recorded.append((kernel, arguments, named))
+
+    def address(tensor):  # (an area of its own for every fake storage)
+        start = tensor.untyped_storage()._cdata << 24
+        return start + tensor.storage_offset() * tensor.element_size()
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", record)
+    monkeypatch.setattr(FakeTensor, "data_ptr", address)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())  # (no driver is here)
+    return recorded
+
+
+def fake(*shape, dtype=DOUBLE):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def call_maps(dtype, out_dtype, columns):
+    """Every call of a row map that launches kernels of other types or constants."""
+    rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
+    shift, recentre = fake(columns), fake(columns)
+    for last in (recentre, None):
+        triton_ops.align_rows_(out, rows, fake(), shift, last)
+        triton_ops.map_rows_(out, rows, fake(columns, columns), shift, last)
+        triton_ops.map_rows_(out, rows, fake(columns), shift, last)
+
+
+def call_sums(dtype, columns):
+    rows, row_map = fake(200, columns, dtype=dtype), (fake(), fake(columns), fake(columns))
+    triton_ops.sum_rows(rows, None, None, None, True)
+    triton_ops.sum_rows(rows, None, None, None, False)
+    triton_ops.sum_rows(rows, *row_map[:2], None, True)
+    triton_ops.sum_rows(rows, *row_map, True)
+    for weights, normalize, accurate in product((None, fake(200)), (True, False), (True, False)):
+        sums = fake(columns, columns), fake(columns)
+        triton_ops.add_scatter_(*sums, rows, fake(columns), weights, normalize, accurate)
+
+
+def test_no_op_waits_for_the_gpu(launches):
+    """A tensor on the CPU, such as the index in ``wide[[0, 0, 1]]``, is copied to the GPU first."""
+    with FakeTensorMode(), RefuseCpu():
+        for dtype, out_dtype in product(DTYPES, DTYPES):
+            call_maps(dtype, out_dtype, 100)
+        for dtype in DTYPES:
+            call_sums(dtype, 100)
+        with pytest.raises(AssertionError, match="on the CPU"):
+            fake(2, 5)[[0, 0, 1]]
+    assert {kernel.fn.__name__ for kernel, _, _ in launches} == {
+        *FOR_EVERY_GENERATION,
+        "add_parts_kernel",
+        "finish_rows_kernel",
+        "map_rows_directly_kernel",
+        "pack_rows_kernel",
+        "sum_rows_kernel",
+    }
+
+
+def variants(launches):
+    """Each kernel once for every combination of pointer types and constants."""
+    found = {}
+    for kernel, arguments, options in launches:
+        pointers, constants = {}, dict(options)
+        for parameter in kernel.params:
+            value = arguments[parameter.name]
+            if isinstance(value, torch.Tensor):
+                integers = {torch.int8: "*i8", torch.int64: "*i64"}
+                pointers[parameter.name] = TYPE.get(value.dtype) or integers[value.dtype]
+            elif parameter.is_constexpr:
+                constants[parameter.name] = value
+        found[f"{kernel.fn.__name__} {pointers} {constants}"] = kernel, pointers, constants
+    return found
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda number: f"sm_{number}")
+def test_every_pair_of_dtypes_compiles(generation, launches, monkeypatch, tmp_path):
+    """Compile as far as PTX; the tests above assemble it too, which takes a third of the time."""
+    with FakeTensorMode():
+        for dtype, out_dtype in product(DTYPES, DTYPES):
+            rows, out = fake(200, 64, dtype=dtype), fake(200, 64, dtype=out_dtype)
+            triton_ops.align_rows_(out, rows, fake(), fake(64), fake(64))
+            triton_ops.map_rows_(out, rows, fake(64, 64), fake(64), fake(64))
+        for dtype, accurate in product(DTYPES, (False, True)):
+            rows, sums = fake(200, 64, dtype=dtype), (fake(64, 64), fake(64))
+            triton_ops.sum_rows(rows, fake(), fake(64), fake(64), True)
+            triton_ops.add_scatter_(*sums, rows, fake(64), None, True, accurate)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # (which then holds no machine code)
+    monkeypatch.setattr(nvidia.compiler.CUDABackend, "make_cubin", lambda *arguments: b"")
+    failed, pairs = [], set()
+    for name, (kernel, pointers, constants) in variants(launches).items():
+        if generation != GENERATIONS[0] and kernel.fn.__name__ not in FOR_EVERY_GENERATION:
+            continue
+        try:
+            binary = compiled(kernel, GPUTarget("cuda", generation, 32), pointers, constants)
+            assert f".target sm_{generation}" in binary.asm["ptx"]
+        except RuntimeError as error:
+            failed.append(f"{name}: {error}")
+        if kernel.fn.__name__ == "align_rows_kernel":
+            pairs.add((pointers["rows"], pointers["out"]))
+    assert not failed, "\n".join(failed)
+    assert len(pairs) == len(DTYPES) ** 2

@@ -379,7 +379,7 @@ def _map_vectors(rows, scale, shift, recentre, m) -> tuple[Tensor, ...]:
     # (An index such as wide[[0, 0, 1]] lies on the CPU; copying it would wait for the GPU.)
     products = (torch.stack([b, b, h]) * torch.stack([b, h, h])).sum(dim=1)
     if recentre is None:
-        products[1:] = 0
+        products[1:].zero_()
     narrow = wide.to(m, copy=True)
     constants = torch.cat([scale.reshape(1), products])
     return narrow[0], narrow[1].clone(), wide[0], wide[1].clone(), constants
