@@ -86,7 +86,7 @@ def wide_accesses(binary):
 
 
 def step(columns, dtype):
-    """As `triton_row_kernels.aligned` finds it."""
+    """As `row_kernels.aligned` finds it."""
     return 16 // dtype.itemsize if columns * dtype.itemsize % 16 == 0 else 1
 
 
