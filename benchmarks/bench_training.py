@@ -31,7 +31,7 @@ from realign_fast.corpus import Corpus
 from realign_fast.revision.dataset import Collator
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.permutation_sampler import Shuffled
-from realign_fast.revision.prepare import prepare
+from realign_fast.revision.preparation import prepare
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 from realign_fast.revision.templates import Plain
 

@@ -205,7 +205,7 @@ def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
     """Loss, gain, choices and CIDEr of a trained model on held-out pictures."""
     from realign_fast.revision.evaluation import evaluate
     from realign_fast.revision.generation import open_model
-    from realign_fast.revision.prepare import prepare
+    from realign_fast.revision.preparation import prepare
 
     model, template = open_model(folder, dtype=torch.bfloat16)
     data = prepare(test, Corpus(DATA / "heldout", "image"), template, folder / "data")

@@ -252,7 +252,7 @@ def _read_questions() -> Iterator[str]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from ..revision.evaluation import evaluate
-    from ..revision.prepare import prepare
+    from ..revision.preparation import prepare
 
     if options.out:
         _room_for(options.out)

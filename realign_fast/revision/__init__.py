@@ -29,7 +29,7 @@ _WHERE = {
     "Chat": "templates",
     "Plain": "templates",
     "Collator": "dataset",
-    "prepare": "prepare",
+    "prepare": "preparation",
     "pretrain": "train",
     "finetune": "train",
     "evaluate": "evaluation",

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from .._extras import import_extra
 from ..storage.atomic import write_whole
 from .overrides import made
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
@@ -33,13 +34,8 @@ ADAPTER, WHOLE = "adapter", "language_model"
 
 
 def transformers() -> ModuleType:
-    """The package, or an error that says how to get it."""
-    try:
-        import transformers
-    except ImportError as error:
-        what = f"the language model runs on transformers, which does not import ({error})"
-        raise ImportError(f"{what}: pip install 'realign_fast[train]'") from error
-    return transformers
+    """Import transformers; the error says how to install it."""
+    return import_extra("transformers", "train", "A ReVision model")
 
 
 class ReVisionModel(nn.Module):
@@ -270,12 +266,7 @@ def _load_language_model(where: str | os.PathLike[str], dtype: torch.dtype) -> n
 
 
 def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        what = f"LoRA adapters run on peft, which does not import ({error})"
-        raise ImportError(f"{what}: pip install 'realign_fast[train]'") from error
-    return peft
+    return import_extra("peft", "train", "A LoRA adapter")
 
 
 def _without_adapter(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from ..storage.atomic import write_whole
 from .dataset import Collator, Conversations, Part
 from .model import ReVisionModel, transformers
 from .overrides import made
-from .prepare import FAULTS, prepare
+from .preparation import FAULTS, prepare
 from .projector import CONFIG, ReVisionConfig, read_config
 from .templates import Chat, Plain
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
-    ("ops", "storage", "_startup", "_one_thread", "_io"),
+    ("ops", "storage", "_startup", "_one_thread", "_extras", "_io"),
     ("corpus", "covariance_sums", "whiten"),
     ("moments",),
     ("frame", "metrics"),
@@ -52,6 +52,8 @@ def imports(source, parts):
             above = above[: len(above) - node.level + 1] if node.level else []
             base = above + (node.module.split(".") if node.module else [])
             names = [[*base, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra":
+            names = [ast.literal_eval(node.args[0]).split(".")]
         else:
             continue
         for name in names:
@@ -109,6 +111,7 @@ def test_imports_go_downwards_and_heavy_packages_have_one_place(file):
         ("import os", ("helpers",), "no level"),
         ("import matplotlib.pyplot as plt", ("demo", "demo_run"), "its place is report"),
         ("from transformers import Trainer", ("cli", "main"), "its place is ('embed', 'revision')"),
+        ("import_extra('ray', 'ray', 'it')", ("cli", "main"), "its place is pipeline"),
     ],
 )
 def test_a_wrong_import_is_found(source, parts, words):

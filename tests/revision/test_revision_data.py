@@ -20,7 +20,7 @@ from realign_fast.corpus.formats import arrow_columns
 from realign_fast.revision import conversation_files
 from realign_fast.revision.dataset import Collator
 from realign_fast.revision.permutation_sampler import Shuffled, permuted
-from realign_fast.revision.prepare import prepare
+from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Chat, Plain
 
 
@@ -305,9 +305,9 @@ MEASURE = """
 import sys, re
 sys.path.insert(0, sys.argv[3])
 from realign_fast.corpus import Corpus
-from realign_fast.revision.data import Collator
-from realign_fast.revision.join import prepare
-from realign_fast.revision.shuffle import Shuffled
+from realign_fast.revision.dataset import Collator
+from realign_fast.revision.preparation import prepare
+from realign_fast.revision.permutation_sampler import Shuffled
 from realign_fast.revision.templates import Plain
 from support.revision_parts import word_tokenizer
 

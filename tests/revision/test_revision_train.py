@@ -18,7 +18,7 @@ from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.prepare import prepare
+from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Plain
 from realign_fast.revision.train import FRESH, PRESETS, Run, finetune, pretrain
 

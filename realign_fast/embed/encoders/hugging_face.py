@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..._extras import import_extra
 from .base import Encoder, Tokens, files_hash, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -17,13 +18,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def transformers() -> ModuleType:
-    """The package, with an error that says how to have it."""
-    try:
-        import transformers
-    except ImportError as error:
-        what = f"Hugging Face models need transformers, which does not import ({error})"
-        raise ImportError(f"{what}: pip install 'realign_fast[clip,train]'") from error
-    return transformers
+    """Import transformers; the error says how to install it."""
+    return import_extra("transformers", "clip,train", "A Hugging Face model")
 
 
 class HuggingFaceEncoder(Encoder):
