@@ -66,7 +66,7 @@ def load(pairs: Path) -> list[Data]:
 
     def rows(path: Path, modality: str) -> Tensor:
         corpus = Corpus(path, modality)
-        return unit(corpus.take(range(corpus.rows)).double())
+        return unit(corpus.take(range(corpus.num_rows)).double())
 
     sides = [rows(path, m) for path in (DATA, DATA / "heldout") for m in ("text", "image")]
     data = [Data("demo", *sides)]

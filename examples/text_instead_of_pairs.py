@@ -105,7 +105,7 @@ def split(seed: int, settings: Settings) -> Split:
     alone) and skin tones (the held-out pictures have none, and the text half has most of them).
     """
     random = np.random.default_rng(seed)
-    count, every = Corpus(DATA, "text").rows, entries(DATA)
+    count, every = Corpus(DATA, "text").num_rows, entries(DATA)
     texts = [one for one in every[:count] if one["id"][0] != "w" and one["id"][-1] != "t"]
     named = {one["id"] for one in texts}
     images = [one for one in every[count:] if one["id"] not in named]
@@ -119,7 +119,7 @@ def split(seed: int, settings: Settings) -> Split:
 
 def rows_of(chosen: list[dict[str, str]], side: str) -> Tensor:
     """Rows [n, D] of entries, from the `text` or `image` side of the demo corpus."""
-    count, every = Corpus(DATA, "text").rows, entries(DATA)
+    count, every = Corpus(DATA, "text").num_rows, entries(DATA)
     own = every[:count] if side == "text" else every[count:]
     place = {one["id"]: at for at, one in enumerate(own)}
     return Corpus(DATA, side).take([place[one["id"]] for one in chosen])

@@ -199,10 +199,10 @@ def _say_metadata(corpus: Corpus) -> None:
 def _convert(options: argparse.Namespace) -> None:
     corpus = _source(options)
     _say_scratch(options, corpus)
-    with tqdm(total=corpus.rows, unit="row", disable=options.quiet) as bar:
+    with tqdm(total=corpus.num_rows, unit="row", disable=options.quiet) as bar:
         dtype = options.dtype and getattr(torch, options.dtype)
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
-    print(f"wrote {corpus.rows:,} rows in {len(paths)} shards to {options.out}")
+    print(f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {options.out}")
     _say_metadata(corpus)
     if (options.out / "metadata").is_dir():
         print(f"wrote their other columns to {options.out / 'metadata'}, row by row")

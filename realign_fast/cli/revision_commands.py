@@ -141,7 +141,7 @@ def _rows_of_ids(corpus: Corpus, ids: str | None, names: list[str]) -> list[int]
         path = Path(folder) / "ids.sqlite"
         if ids != "row":
             build(corpus, ids, path)
-        index = IdIndex(path if ids != "row" else None, corpus.rows)
+        index = IdIndex(path if ids != "row" else None, corpus.num_rows)
         found = [index.row(name) for name in names]
         index.close()
     if None in found:

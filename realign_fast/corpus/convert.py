@@ -108,7 +108,7 @@ def _shards(
     try:
         for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
             if name in finished:
-                advance(shard.rows)
+                advance(shard.num_rows)
                 continue
             with _writer(shard, out / name, to, dtype) as writer:
                 for batch in corpus.batches(index, batch_bytes=batch_bytes):
@@ -128,7 +128,7 @@ def _shards(
 
 def _begin(corpus: Corpus, out: Path | Url, how: list[Any]) -> set[str]:
     """Mark `out` as unfinished; the names of shards that the same conversion left there whole."""
-    shards = [[str(one.path), one.rows, *map(str, stamp_of(one.path))] for one in corpus.shards]
+    shards = [[str(one.path), one.num_rows, *map(str, stamp_of(one.path))] for one in corpus.shards]
     told, mark = json.dumps([how, shards]), out / UNFINISHED
     held = shard_paths(out) if out.exists() else []
     if mark.is_file() and mark.read_bytes().decode() == told:
@@ -178,7 +178,7 @@ def _rounded(batch: Batch, shard: AnyShard, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _writer(shard: AnyShard, path: Path | Url, to: str, dtype: torch.dtype) -> npy.ShardWriter:
-    shape = (shard.rows, shard.dimension, dtype)
+    shape = (shard.num_rows, shard.dimension, dtype)
     others = shard.others
     if to in LISTS:
         entries = chain.from_iterable(map(_entries, others())) if others else None

@@ -90,11 +90,17 @@ class Corpus:
                 raise ValueError(f"{shard.path}: rows are {got}, {want}")
         if self.subfolder:
             _check_pairs(self.path, self.subfolder, self.shards, (column, allow_pickle))
-        self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])  # [shards + 1]
-        self.rows, self.dimension = int(self.starts[-1]), one.dimension
+        self.starts = np.cumsum([0] + [shard.num_rows for shard in self.shards])  # [shards + 1]
+        self.num_rows, self.dimension = int(self.starts[-1]), one.dimension
         self.dtype: torch.dtype = TORCH_DTYPES[one.dtype]
-        self.nbytes = self.rows * one.row_bytes
+        self.nbytes = self.num_rows * one.row_bytes
         self._index = {shard.path: index for index, shard in enumerate(self.shards)}
+
+    @property
+    def rows(self) -> int:
+        """Return `num_rows` under its deprecated name; it goes in the next release."""
+        warnings.warn("Corpus.rows is deprecated; use Corpus.num_rows", DeprecationWarning, 2)
+        return self.num_rows
 
     @property
     def format(self) -> str:
@@ -103,7 +109,7 @@ class Corpus:
         return "hf" if saved else self.shards[0].format
 
     def __len__(self) -> int:
-        return self.rows
+        return self.num_rows
 
     def batches(
         self,
@@ -140,8 +146,8 @@ class Corpus:
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Rows `ids` of the corpus, `[len(ids), D]`, in the order of `ids`. Only they are read."""
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.rows:
-            got, want = f"{ids.min()}..{ids.max()}", f"0..{self.rows - 1}"
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_rows:
+            got, want = f"{ids.min()}..{ids.max()}", f"0..{self.num_rows - 1}"
             raise IndexError(f"{self.path}: got rows {got}, expected {want}")
         out = torch.empty(len(ids), self.dimension, dtype=self.dtype)
         target = out.view(torch.uint8).numpy()
@@ -180,15 +186,15 @@ def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
 
     Corpora with as many rows give the same ids for a seed, so a source and its result compare.
     """
-    count = min(count, corpus.rows)
-    edges = np.arange(count + 1) * corpus.rows // max(count, 1)
+    count = min(count, corpus.num_rows)
+    edges = np.arange(count + 1) * corpus.num_rows // max(count, 1)
     offsets = np.random.default_rng(seed).random(count) * np.diff(edges)
     return corpus.take(edges[:-1] + offsets.astype(np.int64))
 
 
 def _read(index: int, shard: AnyShard, first: int, size: int, ring: Any) -> Iterator[Batch]:
     """The batches of a shard from row `first` on."""
-    if first < shard.rows:
+    if first < shard.num_rows:
         if not isinstance(shard, Shard):  # decoded
             pieces = shard.read(first, size)
         elif isinstance(shard.path, Url):
@@ -236,10 +242,10 @@ def _check_pairs(root: Path | Url, subfolder: str, shards: Sequence[AnyShard], h
     paired = [shard for shard in shards if _number(shard.path) in twins]
     found = read_shards([twins[_number(shard.path)] for shard in paired], *how)
     for shard, twin in zip(paired, found, strict=True):
-        if (rows := twin.rows) != shard.rows:
+        if (rows := twin.num_rows) != shard.num_rows:
             advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
             raise ValueError(
-                f"{shard.path}: has {shard.rows} rows, {twin.path} has {rows}; {advice}"
+                f"{shard.path}: has {shard.num_rows} rows, {twin.path} has {rows}; {advice}"
             )
     metadata = root / "metadata"
     described = {_number(path) for path in (metadata.iterdir() if metadata.is_dir() else ())}

@@ -45,10 +45,10 @@ def read_rows(
         else:
             blocks = _mapped_blocks(file, shard, begin, step)
         for start, block, offset in blocks:
-            for row in range(start, min(start + step, shard.rows), size):
+            for row in range(start, min(start + step, shard.num_rows), size):
                 if os.fstat(file.fileno()).st_size != shard.file_bytes:
                     raise changed(shard)  # touching a page that is gone would be a SIGBUS
-                low, high = max(row, first), min(row + size, shard.rows)
+                low, high = max(row, first), min(row + size, shard.num_rows)
                 skip = offset + (low - start) * shard.row_bytes
                 count, dtype = (high - low) * shard.dimension, TORCH_DTYPES[shard.dtype]
                 rows = torch.frombuffer(block, dtype=dtype, count=count, offset=skip)
@@ -67,7 +67,7 @@ def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int, ring: An
         options |= {"ring": ring, "threads": RING_THREADS}
         options |= {"direct": not _cached(file.fileno(), shard.file_bytes - 1)}
     reader = io_extension.io.ShardReader(file.fileno(), *edges, step * shard.row_bytes, **options)
-    for row in range(begin, shard.rows, step):
+    for row in range(begin, shard.num_rows, step):
         try:
             yield row, next(reader), 0
         except EOFError as error:
@@ -75,7 +75,7 @@ def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int, ring: An
 
 
 def _mapped_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Blocks:
-    for row in range(begin, shard.rows, step):
+    for row in range(begin, shard.num_rows, step):
         start = shard.offset + row * shard.row_bytes
         end = min(start + step * shard.row_bytes, shard.file_bytes)
         _announce(file.fileno(), start, min(end + 2 * BLOCK_BYTES, shard.file_bytes))

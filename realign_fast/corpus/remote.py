@@ -18,10 +18,10 @@ def read(shard: Shard, first: int, size: int) -> Iterator[tuple[int, torch.Tenso
     url, stamp = shard.path, shard.path.stamp()
     if shard.parse(url) != shard:
         raise changed(shard)
-    begin, end = (shard.offset + row * shard.row_bytes for row in (first, shard.rows))
+    begin, end = (shard.offset + row * shard.row_bytes for row in (first, shard.num_rows))
     stream, rest = pieces(url, begin, end), np.empty(0, np.uint8)
-    while first < shard.rows:
-        stop = min(first - first % size + size, shard.rows)
+    while first < shard.num_rows:
+        stop = min(first - first % size + size, shard.num_rows)
         batch, filled = np.empty((stop - first) * shard.row_bytes, np.uint8), 0
         while filled < len(batch):
             rest = rest if len(rest) else np.frombuffer(_next(shard, stream, stamp), np.uint8)

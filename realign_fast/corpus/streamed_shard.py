@@ -23,7 +23,7 @@ class StreamedShard:
     """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
 
     path: Path | Url
-    rows: int
+    num_rows: int
     dimension: int
     dtype: np.dtype
     column: str  # where the rows are: a column, a key, the ending of a member's name
@@ -45,10 +45,10 @@ class StreamedShard:
         begin, filled, batch = first, 0, None
         for piece in self.pieces(first, size):
             while len(piece):
-                if begin == self.rows:
+                if begin == self.num_rows:
                     raise changed(self)
                 if batch is None:
-                    count = min(begin - begin % size + size, self.rows) - begin
+                    count = min(begin - begin % size + size, self.num_rows) - begin
                     if piece.flags.writeable and len(piece) >= count:
                         yield begin, torch.from_numpy(piece[:count])
                         piece, begin = piece[count:], begin + count
@@ -60,7 +60,9 @@ class StreamedShard:
                 if filled == len(batch):
                     yield begin, torch.from_numpy(batch)
                     begin, filled, batch = begin + filled, 0, None
-        if begin != self.rows or (isinstance(self.path, Url) and self.path.stamp() != self.stamp):
+        if begin != self.num_rows or (
+            isinstance(self.path, Url) and self.path.stamp() != self.stamp
+        ):
             raise changed(self)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -80,7 +82,7 @@ class Buffers:
 
     def __init__(self, shard: StreamedShard, size: int) -> None:
         self.size, self.dimension, self.dtype = size, shard.dimension, shard.dtype
-        self._bytes = min(size, shard.rows) * shard.row_bytes
+        self._bytes = min(size, shard.num_rows) * shard.row_bytes
 
     def empty(self, count: int) -> np.ndarray:
         """`[count, D]`"""

@@ -62,7 +62,7 @@ def run(out: Path, progress: bool = True) -> dict:
 
 def _rows(path: Path, modality: str):
     corpus = Corpus(path, modality)
-    return corpus.take(range(corpus.rows))
+    return corpus.take(range(corpus.num_rows))
 
 
 def _figures(text, image, paired: bool = False) -> dict[str, float]:

@@ -28,7 +28,7 @@ Failure = dict[str, str]
 
 
 class OpenEndedWriter(ShardWriter):
-    """A `ShardWriter` for at most `rows` rows: the header gets their number at the end."""
+    """A `ShardWriter` for at most `num_rows` rows: the header gets their number at the end."""
 
     def _finish(self) -> None:
         self._file.seek(0)
@@ -36,7 +36,7 @@ class OpenEndedWriter(ShardWriter):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
-            self.rows = self.written
+            self.num_rows = self.written
         super().__exit__(kind, *rest)
 
 

@@ -197,7 +197,7 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     return {
         "path": str(corpus.path),
         "shards": len(corpus.shards),
-        "rows": corpus.rows,
+        "rows": corpus.num_rows,
         "dimension": corpus.dimension,
         "dtype": str(corpus.dtype).removeprefix("torch."),
         "bytes": corpus.nbytes,

@@ -39,12 +39,12 @@ class Kept:
         shard = self._corpus.shards[index]
         size = batch_rows or max(1, batch_bytes // shard.row_bytes)
         if index in self._rows:
-            for first in range(0, shard.rows, size):
+            for first in range(0, shard.num_rows, size):
                 rows = self._rows[index][first : first + size]
                 yield Batch(index, first, rows)
                 self.rows_from_memory += len(rows)
             return
-        rows = torch.empty(shard.rows, shard.dimension, dtype=self._corpus.dtype)
+        rows = torch.empty(shard.num_rows, shard.dimension, dtype=self._corpus.dtype)
         for batch in self._corpus.batches(index, batch_rows=size, ring=ring):
             rows[batch.first : batch.first + len(batch.rows)] = batch.rows
             yield batch

@@ -36,7 +36,7 @@ Entry = dict[str, Any]  # what the manifest says of one shard in one pass
 
 def identity(shard: Shard) -> Entry:
     """What makes a shard the same shard: a change of its rows changes one of these."""
-    shape = {"rows": shard.rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
+    shape = {"rows": shard.num_rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
     if isinstance(shard.path, Url):
         size, version = shard.path.stamp()
         return {"path": str(shard.path), **shape, "size": size, "version": version}

@@ -22,7 +22,7 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
         "path": str(corpus.path),
         "format": corpus.format,
         "layout": corpus.layout,
-        "rows": corpus.rows,
+        "rows": corpus.num_rows,
         "dimension": corpus.dimension,
         "dtype": str(corpus.dtype).removeprefix("torch."),
         "shards": len(corpus.shards),

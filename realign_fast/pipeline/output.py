@@ -58,7 +58,7 @@ def check_scratch(out: Path | Url, source: Corpus, workers: int = 1) -> str:
     """
     if not isinstance(out, Url):
         return ""
-    largest = max(shard.rows * shard.row_bytes for shard in source.shards)
+    largest = max(shard.num_rows * shard.row_bytes for shard in source.shards)
     need, place = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
     if need > (room := shutil.disk_usage(place).free):
         words = f"a shard a worker waits here for its upload, {in_words(need)} in all"

@@ -150,7 +150,7 @@ class Walks:
         shards = range(self.part[0], len(corpus.shards), self.part[1])
         self.engine = self.engine or engine_of(self.settings.workers)
         live = self.engine is map  # else progress is seen shard by shard
-        rows, writes = sum(corpus.shards[i].rows for i in shards), isinstance(work, AlignWork)
+        rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(work, AlignWork)
         with self.timed(name, corpus, rows, total, writes) as advance:
             engine = in_turn if live and writes and not isinstance(self.out, Url) else self.engine
             for part in engine(replace(work, advance=advance) if live else work, shards):
@@ -159,7 +159,7 @@ class Walks:
                     continue
                 if not live:
                     advance(part.rows)
-                advance(corpus.shards[part.shard].rows - part.rows, finished_before=True)
+                advance(corpus.shards[part.shard].num_rows - part.rows, finished_before=True)
                 total.merge(part.moments)
                 entries.append(work.identities[part.shard] | part.entry)
         if missing:

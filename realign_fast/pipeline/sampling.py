@@ -70,7 +70,7 @@ def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int
     if settings.mode == "extend":
         raise ValueError("fit-rows: statistics of every row are extended, not samples; drop one")
     parts = [
-        f"{min(count, corpus.rows):,} of {corpus.rows:,} {side} rows"
+        f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
         for side, corpus in (("source", source), ("target", target))
     ]
     return count, f"a sample of {' and '.join(parts)}{why}"
@@ -83,7 +83,7 @@ def measure_sample(
 
     The same rows for the same ``settings.seed``; memory is a batch, whatever the count.
     """
-    settings, ids = run.settings, sample_ids(corpus.rows, count, run.settings.seed)
+    settings, ids = run.settings, sample_ids(corpus.num_rows, count, run.settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
     total, blocks = Moments(covariance, accurate=covariance), []
     number = min(_BLOCKS, max(1, len(ids) // 2))
@@ -98,7 +98,7 @@ def measure_sample(
             total.merge(part)
             if part.count:
                 blocks.append((part.count, part.mean * part.count, part.energy * part.count))
-    return Sampled(total, corpus.rows, blocks)
+    return Sampled(total, corpus.num_rows, blocks)
 
 
 def errors(source: Sampled, target: Sampled, drift: Sampled, seed: int) -> Entry:

@@ -93,7 +93,7 @@ class ShardWork:
         moments = moments.to("cpu")
         check_unchanged(shard, known)
         entry = self.ledger.save(shard, known, moments) if self.ledger else {}
-        return Part(index, moments, shard.rows, entry)
+        return Part(index, moments, shard.num_rows, entry)
 
     def _batch_rows(self, shard: Shard) -> int:
         return max(1, self.batch_bytes // shard.row_bytes)
@@ -143,7 +143,7 @@ class AlignWork(ShardWork):
             writing.close()
             facts = {"name": made.name, "checksum": total, **self._expected(moments)}
             entry = self.ledger.save_aligned(shard, known, made, moments, facts)
-            return Part(index, moments, shard.rows, entry)
+            return Part(index, moments, shard.num_rows, entry)
 
         return end
 
@@ -153,7 +153,7 @@ class AlignWork(ShardWork):
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
         moments, total, lanes = Moments(), 0, lanes_of(self.device)
-        size = max(1, min(self._batch_rows(shard), shard.rows))
+        size = max(1, min(self._batch_rows(shard), shard.num_rows))
         outlet = Outlet(lanes, size, shard.dimension, self.corpus.dtype)
         writing: deque[Future[None]] = deque()
 

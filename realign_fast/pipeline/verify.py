@@ -117,7 +117,7 @@ def _shard(
 ) -> Iterator[str]:
     try:
         corpus = Corpus(path, **how)
-        shape = corpus.rows, corpus.dimension, str(corpus.shards[0].dtype)
+        shape = corpus.num_rows, corpus.dimension, str(corpus.shards[0].dtype)
         want = entry["rows"], entry["dimension"], entry["dtype"]
         if shape != want:
             yield f"is {_words(shape)}, expected {_words(want)}"

@@ -64,8 +64,8 @@ def build(corpus: Corpus, ids: str | os.PathLike[str] | None, path: Path) -> Non
                 rows = range(start + count, start + count + len(some))
                 data.executemany("INSERT INTO ids VALUES (?, ?)", zip(some, rows, strict=True))
                 count += len(some)
-            if count != shard.rows:
-                want = f"{shard.path} has {shard.rows} rows; they must be row-aligned"
+            if count != shard.num_rows:
+                want = f"{shard.path} has {shard.num_rows} rows; they must be row-aligned"
                 raise ValueError(f"{source}: has {count} ids, {want}")
         data.commit()
         _make_unique(corpus, data)

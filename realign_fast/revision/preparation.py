@@ -175,12 +175,12 @@ def _put(file: Any, *numbers: int) -> None:
 
 def _index(rows: Corpus, ids: Any, cache: Path) -> IdIndex:
     if ids == "row":
-        return IdIndex(None, rows.rows)
+        return IdIndex(None, rows.num_rows)
     paths = [shard.path for shard in rows.shards] + id_files(rows, ids)
     path = cache / f"ids-{_key([_VERSION], paths)}.sqlite"
     if not path.is_file():
         build(rows, ids, path)
-    return IdIndex(path, rows.rows)
+    return IdIndex(path, rows.num_rows)
 
 
 def _readable_at_random(rows: Corpus, cache: Path) -> Corpus:
@@ -189,7 +189,7 @@ def _readable_at_random(rows: Corpus, cache: Path) -> Corpus:
         return rows
     path = cache / f"rows-{_key([_VERSION, rows.column], [one.path for one in rows.shards])}.npy"
     if not path.is_file():
-        with ShardWriter(path, rows.rows, rows.dimension, rows.dtype) as writer:
+        with ShardWriter(path, rows.num_rows, rows.dimension, rows.dtype) as writer:
             for batch in rows.batches():
                 writer.write(batch.rows)
     return Corpus(path)

@@ -95,7 +95,7 @@ def test_rows_and_columns_go_from_every_format_into_every_other(tmp_path, form, 
     assert done == [5, 5, 1, 1, 5, 1]
     result = Corpus(tmp_path / "out", allow_pickle=True)
     assert [shard.path for shard in result.shards] == paths and result.format == to
-    assert [shard.rows for shard in result.shards] == [11, 1, 6]
+    assert [shard.num_rows for shard in result.shards] == [11, 1, 6]
     assert everything(result).dtype == dtype
     np.testing.assert_array_equal(everything(result), np.concatenate(parts))
     for path, rows in zip(paths, parts, strict=True):
@@ -294,7 +294,7 @@ def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):
     whole = convert(corpus, tmp_path / "whole", "hf")
     for path in whole:
         assert (out / path.name).read_bytes() == path.read_bytes()
-    assert Corpus(out).rows == 60
+    assert Corpus(out).num_rows == 60
 
 
 def test_two_at_once_are_one_and_an_error(tmp_path):

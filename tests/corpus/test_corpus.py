@@ -67,12 +67,18 @@ def fork(work):
 # ---- reading
 
 
+def test_corpus_rows_is_a_deprecated_name_of_num_rows(tmp_path):
+    save(tmp_path / "a.npy", 3)
+    with pytest.warns(DeprecationWarning, match="Corpus.num_rows"):
+        assert Corpus(tmp_path).rows == 3
+
+
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
 @pytest.mark.parametrize("batch_rows", [1, 2, 3, 7, 100])
 def test_batches_are_the_rows_of_np_load(tmp_path, dtype, batch_rows):
     arrays = [save(tmp_path / f"x_{i}.npy", rows, 4, dtype, i) for i, rows in enumerate((7, 1, 6))]
     corpus = Corpus(tmp_path)
-    assert (corpus.rows, corpus.dimension, len(corpus), corpus.layout) == (14, 4, 14, "flat")
+    assert (corpus.num_rows, corpus.dimension, len(corpus), corpus.layout) == (14, 4, 14, "flat")
     assert corpus.subfolder == "" and corpus.nbytes == 14 * 4 * np.dtype(dtype).itemsize
     assert corpus.dtype == torch.from_numpy(arrays[0]).dtype
     batches = list(corpus.batches(batch_rows=batch_rows))
@@ -166,13 +172,17 @@ def test_zero_row_shards_keep_their_place(tmp_path):
     for i, rows in enumerate((0, 2, 0, 3, 0)):
         save(tmp_path / f"x_{i}.npy", rows)
     corpus = Corpus(tmp_path)
-    assert [s.rows for s in corpus.shards] == [0, 2, 0, 3, 0] and corpus.rows == 5
+    assert [s.num_rows for s in corpus.shards] == [0, 2, 0, 3, 0] and corpus.num_rows == 5
     assert [b.shard for b in corpus.batches()] == [1, 3]
     everything = torch.cat([b.rows for b in corpus.batches()])
     assert torch.equal(corpus.take(range(5)), everything)
     save(tmp_path / "none" / "x.npy", 0)
     empty = Corpus(tmp_path / "none")
-    assert empty.rows == 0 and list(empty.batches()) == [] and sample_rows(empty, 3).shape == (0, 3)
+    assert (
+        empty.num_rows == 0
+        and list(empty.batches()) == []
+        and sample_rows(empty, 3).shape == (0, 3)
+    )
 
 
 def test_a_single_file_is_a_corpus_and_a_corpus_pickles(tmp_path):
@@ -473,19 +483,19 @@ def test_clip_retrieval_root_needs_a_side(tmp_path):
     refuse(root, ValueError, "modality is 'img', expected 'text', 'image' or None", "img")
     text, image = Corpus(root, "text"), Corpus(root, "image")
     assert (text.subfolder, text.layout, text.dimension) == ("text_emb", "clip-retrieval", 2)
-    assert (image.subfolder, image.rows, image.dimension) == ("img_emb", 7, 3)
+    assert (image.subfolder, image.num_rows, image.dimension) == ("img_emb", 7, 3)
     assert text.shards[1].path == root / "text_emb" / "text_emb_1.npy" and text.path == root
     plain = Corpus(root / "text_emb", "text")
-    assert (plain.layout, plain.subfolder, plain.rows) == ("flat", "", 7)
+    assert (plain.layout, plain.subfolder, plain.num_rows) == ("flat", "", 7)
 
 
 def test_clip_retrieval_one_side_only(tmp_path):
     root = clip(tmp_path, image=())
     assert Corpus(root).subfolder == "text_emb"
     refuse(root, FileNotFoundError, "has text_emb/ but no img_emb/", "image")
-    assert Corpus(root, "text").rows == 7
+    assert Corpus(root, "text").num_rows == 7
     (root / "img_emb").mkdir()
-    assert Corpus(root, "text").rows == 7
+    assert Corpus(root, "text").num_rows == 7
     with pytest.raises(FileNotFoundError, match=r"img_emb: has no \.npy file"):
         Corpus(root, "image")
 
@@ -503,9 +513,9 @@ def test_clip_retrieval_pairs_must_have_as_many_rows(tmp_path):
     refuse(root, ValueError, want, "text")
     with pytest.raises(ValueError, match=r"img_emb_1\.npy: has 9 rows, .*text_emb_1\.npy has 4"):
         Corpus(root, "image")
-    assert Corpus(root / "text_emb").rows == 12
+    assert Corpus(root / "text_emb").num_rows == 12
     save(root / "img_emb" / "img_emb_1.npy", 4)
-    assert Corpus(root, "text").rows == 12  # a number one side lacks is no error
+    assert Corpus(root, "text").num_rows == 12  # a number one side lacks is no error
     os.rename(root / "img_emb" / "img_emb_1.npy", root / "img_emb" / "img_emb_0001.npy")
     save(root / "img_emb" / "img_emb_0001.npy", 8)
     refuse(root, ValueError, r"img_emb_0001\.npy has 8", "text")  # paired by number, not by name
@@ -521,7 +531,7 @@ def test_clip_retrieval_metadata_is_counted_not_read(tmp_path):
     with pytest.warns(
         UserWarning, match=r"metadata: no file for 1 of 2 shards, first text_emb_1\.npy"
     ):
-        assert Corpus(root, "text").rows == 7
+        assert Corpus(root, "text").num_rows == 7
     (root / "metadata" / "metadata_1.parquet").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -542,7 +552,7 @@ from realign_fast.corpus import Corpus
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def read(path):
     corpus = Corpus(path)
-    assert corpus.rows == sum(len(b.rows) for b in corpus.batches() if b.rows[:, 0].sum() == 0)
+    assert corpus.num_rows == sum(len(b.rows) for b in corpus.batches() if b.rows[:, 0].sum() == 0)
 next(Corpus(sys.argv[1]).batches()).rows[:, 0].sum()
 peaks = [peak()]
 for path in sys.argv[1:]:
@@ -567,7 +577,7 @@ with ShardWriter(sys.argv[1], 4 * 32768, 512, torch.float32) as writer:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     assert int(python(code, tmp_path / "x.npy").stdout) < 16 << 10  # a copy would be 64 MiB
-    assert Corpus(tmp_path).rows == 4 * 32768
+    assert Corpus(tmp_path).num_rows == 4 * 32768
 
 
 # ---- writing
@@ -740,7 +750,7 @@ def test_shards_in_folders_are_named(tmp_path):
     save(tmp_path / "both/_stats/y.npy")
     (tmp_path / "both/empty").mkdir()
     with pytest.warns(UserWarning, match=r"both: shards in its folders \(more\) are not read"):
-        assert Corpus(tmp_path / "both").rows == 4
+        assert Corpus(tmp_path / "both").num_rows == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Corpus(tmp_path / "both/x.npy")
@@ -766,4 +776,4 @@ def test_a_dataset_of_several_splits_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=words):
         Corpus(tmp_path / "d")
-    assert Corpus(tmp_path / "d/train").rows == 2
+    assert Corpus(tmp_path / "d/train").num_rows == 2

@@ -106,7 +106,11 @@ def test_rows_and_batches_are_those_of_npy(tmp_path, form, dtype):
     save_shards(tmp_path / "npy", "npy", parts)
     save_shards(tmp_path / "form", form, parts)
     npy, corpus = Corpus(tmp_path / "npy"), Corpus(tmp_path / "form")
-    assert (corpus.rows, corpus.dimension, corpus.dtype) == (npy.rows, npy.dimension, npy.dtype)
+    assert (corpus.num_rows, corpus.dimension, corpus.dtype) == (
+        npy.num_rows,
+        npy.dimension,
+        npy.dtype,
+    )
     for options in ({"batch_rows": 5}, {"batch_rows": 5, "start": 12}, {"batch_rows": 100}):
         for ours, theirs in zip(corpus.batches(**options), npy.batches(**options), strict=True):
             assert ours[:2] == theirs[:2] and ours.rows.dtype == theirs.rows.dtype

@@ -28,7 +28,7 @@ def corpora(tmp_path, monkeypatch):
 
 def rows_of(folder, name):
     corpus = Corpus(folder, allow_pickle=name == "pickle")
-    return corpus.take(range(corpus.rows)).numpy()
+    return corpus.take(range(corpus.num_rows)).numpy()
 
 
 @pytest.mark.parametrize("name", FORMATS)

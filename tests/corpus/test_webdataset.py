@@ -68,7 +68,7 @@ def test_rows_are_read_and_all_else_is_kept(tmp_path, dtype):
         save(tmp_path / "in" / f"x_{i}.tar", members_of(rows, lambda row: row[None]))
         np.testing.assert_array_equal(read(tmp_path / "in" / f"x_{i}.tar"), rows)
     corpus = Corpus(tmp_path / "in")
-    assert (corpus.rows, corpus.format, str(corpus.dtype)) == (14, "tar", f"torch.{dtype}")
+    assert (corpus.num_rows, corpus.format, str(corpus.dtype)) == (14, "tar", f"torch.{dtype}")
     assert torch.equal(corpus.take([13, 0, 8, 9]), Corpus(tmp_path / "npy").take([13, 0, 8, 9]))
     np.save(tmp_path / "target.npy", -random_rows(20, dtype))
     align(tmp_path / "npy", tmp_path / "target.npy", tmp_path / "want", QUICK)

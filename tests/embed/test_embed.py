@@ -94,8 +94,8 @@ def test_two_sides_that_are_no_pairs_share_no_number(encoder, pictures, tmp_path
     run(encoder, tmp_path / "out", images=pictures, texts=tmp_path / "t.txt")
     names = sorted(path.name for path in (tmp_path / "out").glob("*_emb/*"))
     assert names == ["img_emb_1.npy", "img_emb_2.npy", "img_emb_3.npy", "text_emb_0.npy"]
-    assert Corpus(tmp_path / "out", "text").rows == 2
-    assert Corpus(tmp_path / "out", "image").rows == 28
+    assert Corpus(tmp_path / "out", "text").num_rows == 2
+    assert Corpus(tmp_path / "out", "image").num_rows == 28
     assert metadata(tmp_path / "out", 0)[1] == {
         "id": "2",
         "caption": "a blue dog",
@@ -149,7 +149,7 @@ def test_more_and_fewer_items(encoder, pictures, tmp_path):
     for number in range(20, 40):
         (pictures / f"p_{number}.png").unlink()
     run(encoder, out, pairs=pictures)
-    assert Corpus(out, "image").rows == Corpus(out, "text").rows == 17
+    assert Corpus(out, "image").num_rows == Corpus(out, "text").num_rows == 17
     run(encoder, tmp_path / "fresh", pairs=pictures)
     assert tree(out) == tree(tmp_path / "fresh")
 
@@ -182,7 +182,7 @@ def test_an_output_begun_otherwise_is_refused_unless_overwritten(encoder, pictur
     assert tree(out) == before
     run(encoder, out, images=pictures, mode="overwrite")
     assert not (out / "text_emb").exists()
-    assert Corpus(out, "image").rows == 28
+    assert Corpus(out, "image").num_rows == 28
 
 
 def test_an_output_of_something_else_is_refused(encoder, pictures, tmp_path):

@@ -144,7 +144,7 @@ def test_other_columns_go_beside_the_shards(tmp_path, bucket):
         assert pa.parquet.read_table(file)["caption"].to_pylist() == list("abcd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Corpus(S3).rows == 4  # metadata/ holds no shards
+        assert Corpus(S3).num_rows == 4  # metadata/ holds no shards
     with pytest.raises(FileNotFoundError, match=r"rows: its shards are in folders \(out\); open"):
         Corpus("s3://rows")
 
@@ -531,7 +531,7 @@ def test_a_conversion_that_stopped_goes_on(corpora, bucket, failing):
     before = bucket.info("rows/out/emb_0.parquet")["LastModified"]
     convert(Corpus(corpora[0]), S3, "parquet")
     assert bucket.info("rows/out/emb_0.parquet")["LastModified"] == before
-    assert Corpus(S3).rows == 82
+    assert Corpus(S3).num_rows == 82
     with pytest.raises(ValueError, match=f"{S3}/emb_0.parquet: is there already"):
         convert(Corpus(corpora[0]), S3, "parquet")
 

@@ -123,7 +123,7 @@ def test_a_clip_retrieval_root_and_its_pairs(tmp_path, served):
 def test_opening_reads_headers_only(tmp_path, served):
     write(tmp_path / "www/big", 1, (90_000, 90_000))
     corpus = Corpus(f"{served[0]}/big")
-    assert corpus.rows == 180_000
+    assert corpus.num_rows == 180_000
     assert sum(served[1].fetched(f"emb_{i}.npy") for i in (0, 1)) < 40_000
 
 
@@ -131,7 +131,7 @@ def test_opening_reads_headers_only(tmp_path, served):
 def test_opening_a_format_fetches_a_small_part(form, tmp_path, served):
     write(tmp_path / "rows", 1, (130_000,))
     (path,) = convert(Corpus(tmp_path / "rows"), tmp_path / "www/big", form, batch_bytes=1 << 19)
-    assert Corpus(f"{served[0]}/big").rows == 130_000
+    assert Corpus(f"{served[0]}/big").num_rows == 130_000
     assert served[1].fetched(path.name) < path.stat().st_size / 2
 
 

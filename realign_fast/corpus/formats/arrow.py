@@ -78,7 +78,7 @@ class ArrowShard(StreamedShard):
     def writer(self, path: Path) -> ArrowWriter:
         dtype = torch_dtype(self)
         kind = StreamWriter if self.stream else ArrowWriter
-        shape = (self.rows, self.dimension, dtype)
+        shape = (self.num_rows, self.dimension, dtype)
         return kind(path, *shape, self.schema, self.column, self.others)
 
 

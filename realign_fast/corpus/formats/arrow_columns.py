@@ -182,14 +182,14 @@ class TableWriter(ShardWriter):
     def __init__(
         self,
         path: Path,
-        rows: int,
+        num_rows: int,
         dimension: int,
         dtype: torch.dtype,
         schema: Any = None,
         column: str = DEFAULT,
         others: Callable[[], Iterator[Any]] | None = None,
     ) -> None:
-        super().__init__(path, rows, dimension, dtype)
+        super().__init__(path, num_rows, dimension, dtype)
         self.schema, self.column = schema or plain_schema(dimension, dtype), column
         self._others = iter(others()) if others else None
         self._rest: Any = None  # of the record batch of other columns at hand

@@ -53,12 +53,12 @@ class Shard:
     """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
 
     path: Path | Url
-    rows: int
+    num_rows: int
     dimension: int
     dtype: np.dtype | BFloat16
     offset: int  # bytes before the first row
     row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
-    file_bytes = property(lambda self: self.offset + self.rows * self.row_bytes)
+    file_bytes = property(lambda self: self.offset + self.num_rows * self.row_bytes)
     format = "npy"
     others = None  # no other columns
 
@@ -68,11 +68,11 @@ class Shard:
 
     def writer(self, path: Path) -> ShardWriter:
         """For as many rows of the same kind, in the same format."""
-        return ShardWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype])
+        return ShardWriter(path, self.num_rows, self.dimension, TORCH_DTYPES[self.dtype])
 
 
 class ShardWriter:
-    """`with ShardWriter(path, rows, dimension, dtype) as writer: writer.write(rows)`, in pieces.
+    """Write one shard in pieces: `with ShardWriter(path, num_rows, dimension, dtype) as writer:`.
 
     `path` appears whole or not at all: rows go to `.<name>.partial` beside it (never a shard; what
     a dead run left is replaced), and a clean exit checks their number, syncs, renames and syncs
@@ -87,22 +87,23 @@ class ShardWriter:
     def __init__(
         self,
         path: str | os.PathLike[str] | Url,
-        rows: int,
+        num_rows: int,
         dimension: int,
         dtype: torch.dtype,
         source: Any = None,  # in other formats: the shard whose other columns are kept
         others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
     ) -> None:
-        self.path, self.rows, self.dimension, self.dtype = place_of(path), rows, dimension, dtype
+        self.path, self.num_rows = place_of(path), num_rows
+        self.dimension, self.dtype = dimension, dtype
         self._source, self._others = source, others
         self.written = self._started = 0  # rows; bytes that are on their way to the disk
         if dtype not in self.dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
             want = f"expected one of {names} (bfloat16 only in safetensors); convert rows"
             raise TypeError(f"{path}: got {dtype}, {want}")
-        if rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
+        if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._named():
             want = f"expected rows >= 0, columns >= 1 and a visible name in {self.suffix}"
-            raise ValueError(f"{path}: got [{rows}, {dimension}], {want}")
+            raise ValueError(f"{path}: got [{num_rows}, {dimension}], {want}")
 
     def __enter__(self) -> ShardWriter:
         with explained(self.path):
@@ -128,9 +129,9 @@ class ShardWriter:
     def write(self, rows: torch.Tensor) -> None:
         """Append `[n, D]` rows of the shard's dtype; contiguous rows on the CPU are not copied."""
         known = rows.dtype == self.dtype and rows.ndim == 2 and rows.shape[1] == self.dimension
-        if not known or self.written + len(rows) > self.rows:
+        if not known or self.written + len(rows) > self.num_rows:
             got = f"got {list(rows.shape)} {rows.dtype} after {self.written} rows"
-            want = f"expected [n, {self.dimension}] {self.dtype}, {self.rows} rows in all"
+            want = f"expected [n, {self.dimension}] {self.dtype}, {self.num_rows} rows in all"
             raise ValueError(f"{self.path}: {got}, {want}; convert or slice before writing")
         with explained(self.path):
             self._append(as_numpy(rows.detach().cpu().contiguous()))
@@ -140,7 +141,7 @@ class ShardWriter:
         self.written += len(rows)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        whole = kind is None and self.written == self.rows
+        whole = kind is None and self.written == self.num_rows
         with self._file, explained(self.path):
             if not isinstance(self.path, Url):
                 self._leave(whole)
@@ -150,7 +151,7 @@ class ShardWriter:
             else:
                 self._abandon()
         if kind is None and not whole:
-            want = f"expected {self.rows}; nothing was kept"
+            want = f"expected {self.num_rows}; nothing was kept"
             raise ValueError(f"{self.path}: got {self.written} rows, {want}")
 
     def _leave(self, whole: bool) -> None:
@@ -174,7 +175,7 @@ class ShardWriter:
 
     def _begin(self) -> None:
         header = {"descr": torch.empty(0, dtype=self.dtype).numpy().dtype.str}
-        header |= {"fortran_order": False, "shape": (int(self.rows), int(self.dimension))}
+        header |= {"fortran_order": False, "shape": (int(self.num_rows), int(self.dimension))}
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def _append(self, rows: np.ndarray) -> None:

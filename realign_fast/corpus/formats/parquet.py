@@ -83,7 +83,7 @@ class ParquetShard(StreamedShard):
         out = np.empty((len(ids), self.dimension), self.dtype)
         with _opened(self.path) as (file, descriptor):
             ends = _ends(file)
-            if ends[-1:].sum() != self.rows:
+            if ends[-1:].sum() != self.num_rows:
                 raise changed(self)
             cuts = np.searchsorted(ids, ends)
             for group in np.flatnonzero(np.diff(cuts, prepend=0)):
@@ -128,7 +128,7 @@ class ParquetShard(StreamedShard):
             yield from map(checked, file.iter_batches(OTHER_ROWS, columns=names))
 
     def writer(self, path: Path) -> ParquetWriter:
-        shape = (self.rows, self.dimension, torch_dtype(self))
+        shape = (self.num_rows, self.dimension, torch_dtype(self))
         return ParquetWriter(path, *shape, self.schema, self.column, self.others)
 
 

@@ -52,7 +52,7 @@ class PickledShard(StreamedShard):
             yield from read_direct(self, direct, first, size)
             return
         entries = _entries(self.path, self.stamp)
-        for begin in range(first, self.rows, size):
+        for begin in range(first, self.num_rows, size):
             part = entries[begin : begin + size]
             out = np.empty((len(part), self.dimension), self.dtype)
             for place, entry in enumerate(part):
@@ -97,7 +97,7 @@ class PickledShard(StreamedShard):
     def writer(self, path: Path) -> ShardWriter:
         if (direct := self._direct) and direct.replaceable:
             return PickleCopy(path, self, direct)
-        return PickleWriter(path, self.rows, self.dimension, torch_dtype(self), self)
+        return PickleWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
 
 
 class PickleWriter(ShardWriter):
@@ -108,14 +108,14 @@ class PickleWriter(ShardWriter):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        rows: int,
+        num_rows: int,
         dimension: int,
         dtype: torch.dtype,
         source: PickledShard | None = None,
         others: Iterator[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(path, rows, dimension, dtype, source, others)
-        if rows * dimension * dtype.itemsize > MAX_BYTES:
+        super().__init__(path, num_rows, dimension, dtype, source, others)
+        if num_rows * dimension * dtype.itemsize > MAX_BYTES:
             raise ValueError(f"{path}: a pickle is at most {MAX_BYTES} bytes; convert to parquet")
 
     def _begin(self) -> None:

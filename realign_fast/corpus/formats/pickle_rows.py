@@ -51,8 +51,8 @@ def read_direct(shard: StreamedShard, rows: Any, first: int, size: int) -> Itera
     """`StreamedShard.pieces` through `rows`, which are those of the shard."""
     buffers = Buffers(shard, size)
     with _opened(shard.path, shard.stamp) as descriptor:
-        while first < shard.rows:
-            piece = buffers.empty(min(size - first % size, shard.rows - first))
+        while first < shard.num_rows:
+            piece = buffers.empty(min(size - first % size, shard.num_rows - first))
             _read(shard, rows, descriptor, first, piece)
             first += len(piece)
             yield piece
@@ -74,7 +74,7 @@ class PickleCopy(ShardWriter):
     suffix = (".pkl", ".pickle")
 
     def __init__(self, path: str | os.PathLike[str], source: StreamedShard, rows: Any) -> None:
-        super().__init__(path, source.rows, source.dimension, torch_dtype(source), source)
+        super().__init__(path, source.num_rows, source.dimension, torch_dtype(source), source)
         self._rows = rows
 
     def _begin(self) -> None:
@@ -85,7 +85,7 @@ class PickleCopy(ShardWriter):
             self._copy(self.written, rows)
 
     def _finish(self) -> None:
-        self._copy(self.rows, np.empty(0, self._source.dtype))
+        self._copy(self.num_rows, np.empty(0, self._source.dtype))
 
     def _copy(self, first: int, rows: np.ndarray) -> None:
         with _opened(self._source.path, self._source.stamp) as descriptor:

@@ -65,8 +65,8 @@ class TensorShard(Shard):
             header, data = _header(file, self.path)
             others = {name: entry for name, entry in header.items() if name != self.name}
             columns = {name: self._column(name, entry) for name, entry in others.items()}
-            for first in range(0, self.rows, OTHER_ROWS):
-                count, chunk = min(OTHER_ROWS, self.rows - first), {}
+            for first in range(0, self.num_rows, OTHER_ROWS):
+                count, chunk = min(OTHER_ROWS, self.num_rows - first), {}
                 for name, (dtype, width) in columns.items():
                     row_bytes, begin = dtype.itemsize * width, header[name]["data_offsets"][0]
                     begin += data + first * row_bytes
@@ -78,15 +78,20 @@ class TensorShard(Shard):
     def _column(self, name: str, entry: dict[str, Any]) -> tuple[np.dtype, int]:
         """The number type of another tensor, and how many a row has."""
         kind, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if kind in OTHERS and _numbers(shape) and len(shape) in (1, 2) and shape[0] == self.rows:
+        if (
+            kind in OTHERS
+            and _numbers(shape)
+            and len(shape) in (1, 2)
+            and shape[0] == self.num_rows
+        ):
             dtype, width = OTHERS[kind], shape[1] if len(shape) == 2 else 1
-            if ends[1] - ends[0] == dtype.itemsize * width * self.rows:
+            if ends[1] - ends[0] == dtype.itemsize * width * self.num_rows:
                 return dtype, width
-        want = f"cannot become a column of {self.rows} rows; leave it out of the file"
+        want = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
         raise ValueError(f"{self.path}: tensor {name!r} is {kind} {shape}, {want}")
 
     def writer(self, path: Path) -> TensorWriter:
-        return TensorWriter(path, self.rows, self.dimension, TORCH_DTYPES[self.dtype], self)
+        return TensorWriter(path, self.num_rows, self.dimension, TORCH_DTYPES[self.dtype], self)
 
 
 def read_shard(path: Path, column: str | None = None) -> TensorShard:
@@ -107,8 +112,8 @@ class TensorWriter(ShardWriter):
         item = self.dtype.itemsize
         entry = {
             "dtype": NAMES[self.dtype],
-            "shape": [int(self.rows), int(self.dimension)],
-            "data_offsets": [0, int(self.rows) * int(self.dimension) * item],
+            "shape": [int(self.num_rows), int(self.dimension)],
+            "data_offsets": [0, int(self.num_rows) * int(self.dimension) * item],
         }
         text = json.dumps({DEFAULT: entry}).encode()
         text += b" " * (-len(text) % 8)
@@ -116,7 +121,7 @@ class TensorWriter(ShardWriter):
 
     def _finish(self) -> None:
         if one := self._source:
-            self._copy(one.offset + one.rows * one.row_bytes, one.size)
+            self._copy(one.offset + one.num_rows * one.row_bytes, one.size)
 
     def _copy(self, begin: int, end: int) -> None:
         """Bytes `begin..end` of the source."""

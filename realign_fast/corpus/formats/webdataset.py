@@ -81,7 +81,7 @@ class TarShard(StreamedShard):
             yield found
 
     def writer(self, path: Path) -> TarWriter:
-        return TarWriter(path, self.rows, self.dimension, torch_dtype(self), self)
+        return TarWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
 
 
 class TarWriter(ShardWriter):
@@ -93,7 +93,7 @@ class TarWriter(ShardWriter):
         self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._tar = tarfile.open(fileobj=self._buffered, mode="w", format=tarfile.PAX_FORMAT)
         self._rest = self._copied() if self._source else None
-        self._place = next(self._rest) if self._rest and self.rows else None
+        self._place = next(self._rest) if self._rest and self.num_rows else None
 
     def _append(self, rows: np.ndarray) -> None:
         for place, row in enumerate(rows):
