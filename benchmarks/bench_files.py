@@ -23,8 +23,8 @@ import timing
 
 from realign_fast import ReAlign
 from realign_fast.corpus import Corpus, ShardWriter, io_extension
-from realign_fast.pipeline.align_run import Run
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.align_run import AlignRun
+from realign_fast.pipeline.settings import Settings
 
 SHARDS = 2
 
@@ -116,7 +116,7 @@ def bench_apply(line, folder, tmp_path, measure):
         os.sync()
 
     def apply(_: object) -> Path:
-        Run(Settings(progress=False)).apply(aligner, Corpus(folder), out)
+        AlignRun(Settings(progress=False)).apply(aligner, Corpus(folder), out)
         return out
 
     case = timing.Case(

@@ -20,7 +20,7 @@ import timing
 
 from realign_fast.corpus import Corpus, ShardWriter
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 
 IMAGES = 0.25  # of the number of texts
 

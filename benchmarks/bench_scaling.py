@@ -23,7 +23,7 @@ from torch import Tensor
 from realign_fast import Moments, add_scatter_, align_rows, sum_rows, whiten
 from realign_fast.corpus import Corpus
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 
 F16 = torch.float16
 LARGEST = 2 << 30  # bytes of rows and result; a third of what is free, if that is less

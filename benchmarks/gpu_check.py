@@ -296,7 +296,7 @@ def tall_products() -> list[dict]:
 def pipeline() -> list[dict]:
     """From files to files through the GPU: GB/s of each pass, beside the pinned copy's."""
     from realign_fast.pipeline.align_run import align
-    from realign_fast.pipeline.passes import Settings
+    from realign_fast.pipeline.settings import Settings
 
     found = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

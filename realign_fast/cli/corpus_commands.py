@@ -15,13 +15,13 @@ from ..align import ReAlign
 from ..corpus.convert import convert
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart, metadata_of
-from ..pipeline.align_run import Run, align, describe, describe_result, open_source
+from ..pipeline.align_run import AlignRun, align, describe, describe_result, open_source
 from ..pipeline.device_streams import check_device
 from ..pipeline.inspection import as_lines, inspect
 from ..pipeline.job_array import HALF, apply_part, merge, stats
 from ..pipeline.output import ALIGNER, STATS, check_output, check_scratch
-from ..pipeline.passes import Settings
 from ..pipeline.sampling import rows_to_fit
+from ..pipeline.settings import Settings
 from ..pipeline.verify import verify
 from ..storage.url import Url
 from .corpus_options import CORPUS_OPTIONS
@@ -108,7 +108,7 @@ def _align(options: argparse.Namespace) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    run = Run(_settings(options), engine=engine_from(options))
+    run = AlignRun(_settings(options), engine=engine_from(options))
     source, target = _corpora(options)
     source = open_source(source, run.settings, run.engine)
     for corpus in (source, target):
@@ -130,7 +130,7 @@ def _apply(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.aligner}: {what}")
     _expect_merged(options.aligner)
     aligner = ReAlign.from_pretrained(options.aligner)
-    source, run = _source(options), Run(_settings(options))
+    source, run = _source(options), AlignRun(_settings(options))
     run.engine = engine_from(options)
     _say_scratch(options, source)
     if options.shard[1] > 1:

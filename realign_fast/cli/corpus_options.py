@@ -9,7 +9,7 @@ from pathlib import Path
 from ..corpus.convert import TARGETS
 from ..methods import METHODS
 from ..moments import BAD_ROWS
-from ..pipeline.shard_tasks import BATCH_BYTES
+from ..pipeline.settings import BATCH_BYTES
 from .run_options import path, path_or_url, place, positive
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..pipeline.engines.local import Engine
 from ..pipeline.engines.ray_driver import RayTasks
-from ..pipeline.output import MODES
 from ..pipeline.sampling import DEFAULT_ROWS, EXACT_BYTES
+from ..pipeline.settings import MODES
 from ..storage.url import Url, local_path, path_of, place_of
 
 

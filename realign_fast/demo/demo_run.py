@@ -12,8 +12,8 @@ from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..moments import Moments
-from ..pipeline.align_run import Run, align
-from ..pipeline.passes import Settings
+from ..pipeline.align_run import AlignRun, align
+from ..pipeline.settings import Settings
 from ..report.pictures import draw_alignment
 from ..storage.atomic import write_json
 
@@ -29,7 +29,7 @@ def run(out: Path, progress: bool = True) -> dict:
     settings = Settings(progress=progress, mode="overwrite")  # it shows how long each pass takes
     report = align(DATA, DATA, out, settings)
     aligner = ReAlign.load(out / "aligner.safetensors")
-    Run(settings).apply(aligner, Corpus(DATA / "heldout", "text"), out / "heldout")
+    AlignRun(settings).apply(aligner, Corpus(DATA / "heldout", "text"), out / "heldout")
 
     image, text = _rows(DATA, "image"), (_rows(DATA, "text"), _rows(out, "text"))
     held = DATA / "heldout"

@@ -1,6 +1,6 @@
 """Aligning a corpus on disk: passes over its shards, on processes or on Ray."""
 
-from .align_run import Run, align
-from .passes import Settings
+from .align_run import AlignRun, align
+from .settings import Settings
 
-__all__ = ["Run", "Settings", "align"]
+__all__ = ["AlignRun", "Settings", "align"]

@@ -23,17 +23,18 @@ from ..methods import NEED_COVARIANCE
 from ..moments import Moments
 from ..storage.atomic import write_json
 from ..storage.url import place_of
-from .cached_corpus import Kept
+from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .manifest import saved_moments, write_manifest
 from .output import ALIGNER, REPORT, check_output
-from .passes import Settings, Walks
+from .passes import PassRunner
 from .sampling import Sampled, errors, measure_sample, rows_to_fit
+from .settings import Settings
 from .shard_tasks import AlignWork, ShardWork
 
 
-class Run(Walks):
+class AlignRun(PassRunner):
     """What a command did: its passes in order, and what goes into ``report.json``."""
 
     sample: dict[str, Any] | None = None  # error bars of a fit on a sample
@@ -44,7 +45,9 @@ class Run(Walks):
         work = self.work(ShardWork, name, corpus, covariance=covariance, aligner=aligner)
         total, entries = Moments(covariance, accurate=covariance), []
         if self.settings.mode == "extend" and aligner is None and self.out:
-            for moments, entry in saved_moments(self.out, name, work.ledger.facts, work.identities):
+            for moments, entry in saved_moments(
+                self.out, name, work.checkpoints.facts, work.identities
+            ):
                 total.merge(moments)
                 entries.append(entry)
                 self.extended[name] = self.extended.get(name, 0) + entry["rows"]
@@ -157,7 +160,7 @@ def align(
     :class:`ray_engine.RayTasks`, takes the place of ``settings.workers``. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
-    run, out = Run(settings or Settings(), engine=engine), place_of(out)
+    run, out = AlignRun(settings or Settings(), engine=engine), place_of(out)
     source_rows = open_source(source, run.settings, engine)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode, run.settings.workers)
@@ -176,13 +179,13 @@ def align(
 
 def open_source(
     source: Corpus | str | os.PathLike[str], settings: Settings, engine: Engine | None = None
-) -> Corpus | Kept:
+) -> Corpus | CachedCorpus:
     """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""
     corpus = source if isinstance(source, Corpus) else Corpus(source, "text")
     if settings.memory and (settings.workers > 1 or engine):
         others = "--engine ray" if engine else "--workers"
         raise ValueError(f"memory: rows are kept in one process; give --memory or {others}")
-    return Kept(corpus) if corpus.nbytes <= settings.memory else corpus
+    return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
 def check_columns(source: Corpus, target: Corpus) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..corpus.corpus import Batch, Corpus
 
 
-class Kept:
+class CachedCorpus:
     """A :class:`Corpus` whose shards stay in memory once they were read to their end.
 
     Batches are cut where those of the corpus are, so results have the same bytes.

@@ -109,7 +109,7 @@ def digest(path: Path | Url) -> str:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class Checkpoints:
     """The finished work of one pass in ``out``."""
 
     out: Path | Url

@@ -15,10 +15,11 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
 from ..storage.url import Url, place_of
-from .align_run import Run, check_columns, describe, describe_result
+from .align_run import AlignRun, check_columns, describe, describe_result
 from .engines.local import Engine
 from .output import ALIGNER, check_output
-from .passes import Missing, Pass, Settings
+from .passes import Missing, Pass
+from .settings import Settings
 
 HALF = "half.safetensors"
 
@@ -44,7 +45,7 @@ def stats(
     if aligner is not None and aligner.dimension != rows.dimension:
         got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
         raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
-    run, out = Run(settings or Settings(), part=part, engine=engine), place_of(out)
+    run, out = AlignRun(settings or Settings(), part=part, engine=engine), place_of(out)
     check_apart(out, rows)
     with run.keeping(out):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
@@ -60,7 +61,7 @@ def apply_part(
     engine: Engine | None = None,
 ) -> Pass:
     """Align part ``(i, n)`` of the source shards into ``out``."""
-    run = Run(settings, part=part, engine=engine)
+    run = AlignRun(settings, part=part, engine=engine)
     run.apply(aligner, source, out)
     return run.passes[0]
 
@@ -73,7 +74,7 @@ def merge(
     Raises:
         ValueError: moments of a shard are missing.
     """
-    run, out = Run(settings or Settings(), reading=False), place_of(out)
+    run, out = AlignRun(settings or Settings(), reading=False), place_of(out)
     check_output(out, source, target, run.settings.mode)
     check_columns(source, target)
     with run.keeping(out):

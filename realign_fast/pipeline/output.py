@@ -1,6 +1,6 @@
 """What an output directory holds, and which directories may become one.
 
-It loses an earlier ``report.json``, gets ``_stats/`` (what is finished, :mod:`ledger`), an
+It loses an earlier ``report.json``, gets ``_stats/`` (what is finished, :mod:`checkpoints`), an
 ``aligner.safetensors``, then the shards, each whole or not at all, ``manifest.json``, and its
 ``report.json`` last: a directory without one is of a run that did not end. At a URL it is the same.
 """
@@ -15,17 +15,17 @@ from pathlib import Path
 from ..corpus.corpus import SUBFOLDERS, Corpus, format_of
 from ..corpus.layout import check_apart
 from ..storage.url import Url
+from .settings import Mode
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
 STATS, MANIFEST = "_stats", "manifest.json"
-MODES = ("incremental", "overwrite", "extend")
 
 
 def check_output(
     out: Path | Url,
     source: Corpus,
     target: Corpus | None = None,
-    mode: str = MODES[0],
+    mode: Mode = "incremental",
     workers: int = 1,
 ) -> None:
     """Refuse an output directory that would lose or mix rows, before anything is read.
@@ -76,7 +76,7 @@ def in_words(count: int) -> str:
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
 
 
-def _check_shards(out: Path | Url, source: Corpus, mode: str) -> set[Path | Url]:
+def _check_shards(out: Path | Url, source: Corpus, mode: Mode) -> set[Path | Url]:
     """The shards in ``out``: those of an earlier run on the same source, and no others."""
     folder = out / source.subfolder
     ours = {folder / shard.path.name for shard in source.shards}

@@ -14,47 +14,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..corpus.corpus import Corpus
-from ..methods import Shrinkage
 from ..moments import Moments
 from ..storage.lock import locked
 from ..storage.url import Url
-from .checkpoints import Entry, Ledger, code_version, identities, map_hash
+from .checkpoints import Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import Passes
 from .output import MANIFEST, STATS
-from .shard_tasks import BATCH_BYTES, AlignWork, ShardWork, in_turn
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How passes run.
-
-    ``bad_rows``: a zero or non-finite row is an ``"error"``; ``"skip"`` leaves it out of the
-    statistics and writes a zero row; ``"keep"`` counts a zero row as data (``u = 0``) and writes
-    NaN for a non-finite one. Rows keep their places in every case.
-    ``batch_bytes`` is also where float64 sums are cut: another value may move their last bits.
-    ``method`` and ``shrinkage`` are those of :meth:`ReAlign.fit`.
-    ``mode``: ``"incremental"`` does not read again what is finished and unchanged in the output
-    directory; ``"overwrite"`` does everything anew; ``"extend"`` also counts the saved moments of
-    shards that are no longer in the corpus. ``workers``: processes that take shards.
-    ``fit_rows``: fit on so many rows of each side, chosen by ``seed`` (:mod:`sample`); 0 on every
-    row; None on every row unless both sides take more than ``sample.EXACT_BYTES``.
-    ``memory``: bytes in which the source is kept between passes if it fits.
-    ``device``: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``: where rows
-    are computed; sums of another kind of device may differ in their last bits.
-    """
-
-    bad_rows: str = "error"
-    batch_bytes: int = BATCH_BYTES
-    progress: bool = True
-    method: str = "realign"
-    shrinkage: Shrinkage = None
-    mode: str = "incremental"
-    workers: int = 1
-    fit_rows: int | None = None
-    seed: int = 0
-    memory: int = 0
-    device: str = "cpu"
+from .settings import Settings
+from .shard_tasks import AlignWork, ShardWork, in_turn
 
 
 @dataclass
@@ -82,7 +50,7 @@ class Missing(ValueError):
 
 
 @dataclass
-class Walks:
+class PassRunner:
     """The passes of one command in order, and what it keeps of them in an output directory.
 
     ``part``: ``(i, n)`` to do shards i, i + n, ... of a job array (from 0); ``reading=False`` to
@@ -130,7 +98,7 @@ class Walks:
         return self.settings.workers > 1 or self.engine not in (None, map)
 
     def work(self, kind: type, name: str, corpus: Corpus, **options: Any) -> ShardWork:
-        """A work of this kind for pass ``name``, with the settings and the ledger of this run."""
+        """A work of this kind for pass ``name``, with the settings of this run."""
         settings, aligner = self.settings, options.get("aligner")
         if corpus not in self.identities:
             self.identities[corpus] = identities(corpus.shards)
@@ -139,10 +107,12 @@ class Walks:
         facts |= {"covariance": options.get("covariance", False), "map": map_hash(aligner)}
         facts |= {"folder": corpus.subfolder} if kind is AlignWork else {}
         code = code_version(settings.device)
-        ledger = Ledger(self.out, facts | {"code": code}) if self.out else None
+        checkpoints = Checkpoints(self.out, facts | {"code": code}) if self.out else None
         options |= {"bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
         options |= {"device": settings.device}
-        return kind(name, corpus, self.identities[corpus], ledger, reading=self.reading, **options)
+        return kind(
+            name, corpus, self.identities[corpus], checkpoints, reading=self.reading, **options
+        )
 
     def walk(self, work: ShardWork, total: Moments, entries: list[Entry]) -> Moments:
         """Map a work over the shards and merge what it gives into ``total``, in their order."""
@@ -167,9 +137,9 @@ class Walks:
                 f"{name}: {len(missing)} of {len(shards)} shards are not finished with these "
                 f"options, first {missing[0]}; run their part of the job array with them"
             )
-        if work.ledger and self.part[1] == 1:
-            self.made[name] = {"facts": work.ledger.facts, "shards": entries}
-            work.ledger.forget_others(list(zip(corpus.shards, work.identities, strict=True)))
+        if work.checkpoints and self.part[1] == 1:
+            self.made[name] = {"facts": work.checkpoints.facts, "shards": entries}
+            work.checkpoints.forget_others(list(zip(corpus.shards, work.identities, strict=True)))
         return total
 
     @contextmanager

@@ -18,7 +18,8 @@ import torch
 from ..corpus.corpus import Corpus
 from ..moments import Moments, RowMap, good_rows
 from .checkpoints import Entry
-from .passes import Settings, Walks
+from .passes import PassRunner
+from .settings import Settings
 
 EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
 DEFAULT_ROWS = 1_000_000  # of each side above that
@@ -77,7 +78,7 @@ def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int
 
 
 def measure_sample(
-    run: Walks, name: str, corpus: Corpus, count: int, covariance: bool, through: RowMap | None
+    run: PassRunner, name: str, corpus: Corpus, count: int, covariance: bool, through: RowMap | None
 ) -> Sampled:
     """Moments of ``count`` rows of a corpus, one of each of as many equal stretches.
 

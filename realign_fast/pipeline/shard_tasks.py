@@ -1,7 +1,7 @@
 """What is done to one shard: it is measured, or it is aligned. An engine maps these over shards.
 
-Each work knows its pass, takes the number of a shard, and looks in the ledger first: a shard that
-is finished and unchanged is not read again. It can be pickled, for engines of other processes.
+Each work knows its pass, takes the number of a shard, and looks in the checkpoints first: a shard
+that is finished and unchanged is not read again. It can be pickled, for engines of other processes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from ..corpus.corpus import Batch, Corpus, Shard, ShardWriter
 from ..moments import Moments, RowMap, good_rows
 from ..storage.url import Url
-from .checkpoints import Entry, Ledger, check_unchanged, checksum
+from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import Lanes, Outlet, Sent, batches_on, lanes_of
-
-BATCH_BYTES = 16 << 20  # smaller ones give the threads of a busy machine too little at a time
+from .settings import BATCH_BYTES
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardResult:
     """What became of one shard."""
 
     shard: int  # its number in the corpus
@@ -35,14 +34,14 @@ class Part:
     entry: Entry  # for the manifest
 
 
-def in_turn(work: AlignWork, shards: Sequence[int]) -> Iterator[Part]:
+def in_turn(work: AlignWork, shards: Sequence[int]) -> Iterator[ShardResult]:
     """``map``, but a shard is synced while the next is computed.
 
     A shard that was written is put in its place whatever becomes of the others: leaving the pool
     waits for it.
     """
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        ends: deque[Future[Part]] = deque()
+        ends: deque[Future[ShardResult]] = deque()
         for shard in shards:
             ends.append(disk.submit(work.begin(shard)))
             if len(ends) == 2:
@@ -60,14 +59,14 @@ class ShardWork:
     """One pass over a corpus, shard by shard.
 
     ``identities`` are those of the shards when the run began; a shard that differs from its own
-    after it was read is refused. Without a ``ledger`` nothing is kept. ``reading=False`` takes only
-    what is finished.
+    after it was read is refused. Without ``checkpoints`` nothing is kept. ``reading=False`` takes
+    only what is finished.
     """
 
     name: str
     corpus: Corpus
     identities: tuple[Entry, ...]
-    ledger: Ledger | None
+    checkpoints: Checkpoints | None
     bad_rows: str = "error"
     batch_bytes: int = BATCH_BYTES
     covariance: bool = False
@@ -76,13 +75,13 @@ class ShardWork:
     device: str = "cpu"
     advance: Callable[[int], None] = _silent
 
-    def __call__(self, index: int) -> Part:
+    def __call__(self, index: int) -> ShardResult:
         """Measure shard ``index``: of its rows, or of those sent through the aligner."""
         shard, known = self.corpus.shards[index], self.identities[index]
-        if self.ledger and (found := self.ledger.load(shard, known)):
-            return Part(index, found[0], 0, found[1])
+        if self.checkpoints and (found := self.checkpoints.load(shard, known)):
+            return ShardResult(index, found[0], 0, found[1])
         if not self.reading:
-            return Part(index, None, 0, {})
+            return ShardResult(index, None, 0, {})
         moments = Moments(self.covariance, accurate=self.covariance)
         lanes = lanes_of(self.device)
         aligner = self._aligner_on(lanes)
@@ -92,8 +91,8 @@ class ShardWork:
             self.advance(len(batch.rows))
         moments = moments.to("cpu")
         check_unchanged(shard, known)
-        entry = self.ledger.save(shard, known, moments) if self.ledger else {}
-        return Part(index, moments, shard.num_rows, entry)
+        entry = self.checkpoints.save(shard, known, moments) if self.checkpoints else {}
+        return ShardResult(index, moments, shard.num_rows, entry)
 
     def _batch_rows(self, shard: Shard) -> int:
         return max(1, self.batch_bytes // shard.row_bytes)
@@ -117,33 +116,33 @@ class AlignWork(ShardWork):
 
     folder: Path | Url = Path()
 
-    def __call__(self, index: int) -> Part:
+    def __call__(self, index: int) -> ShardResult:
         """Align shard ``index``; the moments are those of its result before it is rounded."""
         return self.begin(index)()
 
-    def begin(self, index: int) -> Callable[[], Part]:
+    def begin(self, index: int) -> Callable[[], ShardResult]:
         """Align shard ``index`` and write it; what is returned syncs it and puts it in its place.
 
         It has to be called, once, by any thread.
         """
         shard, known = self.corpus.shards[index], self.identities[index]
         made = self.folder / shard.path.name
-        if found := self.ledger.load_aligned(shard, known, made):
-            return lambda: Part(index, found[0], 0, found[1])
+        if found := self.checkpoints.load_aligned(shard, known, made):
+            return lambda: ShardResult(index, found[0], 0, found[1])
         if not self.reading:
-            return lambda: Part(index, None, 0, {})
-        self.ledger.begin_aligned(shard)
+            return lambda: ShardResult(index, None, 0, {})
+        self.checkpoints.begin_aligned(shard)
         with ExitStack() as stack:
             writer = stack.enter_context(self.corpus.writer(shard, made))
             moments, total = self._write(index, shard, writer)
             check_unchanged(shard, known)
             writing = stack.pop_all()
 
-        def end() -> Part:
+        def end() -> ShardResult:
             writing.close()
             facts = {"name": made.name, "checksum": total, **self._expected(moments)}
-            entry = self.ledger.save_aligned(shard, known, made, moments, facts)
-            return Part(index, moments, shard.num_rows, entry)
+            entry = self.checkpoints.save_aligned(shard, known, made, moments, facts)
+            return ShardResult(index, moments, shard.num_rows, entry)
 
         return end
 

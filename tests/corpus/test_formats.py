@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from realign_fast.corpus import Corpus, sample_rows
 from realign_fast.corpus.formats import arrow as arrow_module
-from realign_fast.pipeline.align_run import Settings, align
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.settings import Settings
 
 pa = pytest.importorskip("pyarrow")
 ipc, pq = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")

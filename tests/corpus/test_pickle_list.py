@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.formats import pickle_interpreter, pickle_list, pickle_rows
-from realign_fast.pipeline.align_run import Settings, align
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.settings import Settings
 
 DIMENSION = 6
 QUICK = Settings(progress=False, batch_bytes=100)

@@ -11,7 +11,7 @@ from realign_fast.corpus.convert import TARGETS, convert
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.checkpoints import checksum
 from realign_fast.pipeline.inspection import inspect
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)

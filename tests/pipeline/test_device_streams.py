@@ -26,7 +26,7 @@ from realign_fast.pipeline.device_streams import (
     through,
 )
 from realign_fast.pipeline.engines.local import Processes, worker_number
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 
 D = 24
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (GPU)")

@@ -15,7 +15,7 @@ from support.kill_and_resume import tree
 from realign_fast.cli import main
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.engines.local import engine_of
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 from realign_fast.storage.lock import locked
 
 D, SHARDS = 16, (40, 1, 0, 70, 33)

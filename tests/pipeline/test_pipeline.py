@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline import align_run
-from realign_fast.pipeline.align_run import Run, Settings, align
+from realign_fast.pipeline.align_run import AlignRun, align
+from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import AlignWork
 
 QUIET = Settings(progress=False)
@@ -230,12 +231,12 @@ def test_a_corpus_without_a_usable_row_cannot_be_fitted_on(corpora, tmp_path):
 
 def test_apply_refuses_a_bad_row_in_the_middle_and_keeps_finished_shards(corpora, tmp_path):
     source, target, text, image = corpora
-    run, out = Run(QUIET), tmp_path / "out"
+    run, out = AlignRun(QUIET), tmp_path / "out"
     aligner = run.fit(Corpus(source), Corpus(target))
     bad = text.copy()
     bad[301 + 400] = 0
     write_corpus(source, bad)
-    small = Run(Settings(progress=False, batch_bytes=50 * D * 4))
+    small = AlignRun(Settings(progress=False, batch_bytes=50 * D * 4))
     with pytest.raises(ValueError, match=r"emb_3\.npy: row 400 is zero"):
         small.apply(aligner, Corpus(source), out)
     assert names(out) == ["aligner.safetensors", "emb_0.npy", "emb_1.npy", "emb_2.npy"]
@@ -246,7 +247,7 @@ def test_apply_refuses_a_bad_row_in_the_middle_and_keeps_finished_shards(corpora
 def test_no_write_is_in_flight_when_a_shard_is_given_up(corpora, tmp_path, monkeypatch):
     """A slow disk, and a bad row while it still writes: the file closes after the last write."""
     source, target, text, _ = corpora
-    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
     text[160] = 0
     write_corpus(source, text)
     log, write, leave = [], ShardWriter.write, ShardWriter.__exit__
@@ -258,7 +259,7 @@ def test_no_write_is_in_flight_when_a_shard_is_given_up(corpora, tmp_path, monke
 
     monkeypatch.setattr(ShardWriter, "write", slow_write)
     monkeypatch.setattr(ShardWriter, "__exit__", lambda *a: (log.append("closed"), leave(*a))[1])
-    run = Run(Settings(progress=False, batch_bytes=50 * D * 4))
+    run = AlignRun(Settings(progress=False, batch_bytes=50 * D * 4))
     with pytest.raises(ValueError, match="row 160 is zero"):
         run.apply(aligner, Corpus(source), tmp_path / "out")
     assert log == ["written"] * 3 + ["closed"]
@@ -278,12 +279,12 @@ def test_a_buffer_is_not_reused_before_it_is_written(corpora, tmp_path, monkeypa
 def test_a_full_disk_is_one_error_and_leaves_no_half(corpora, tmp_path, batch):
     """The system's own limit on file sizes stands for the disk: the writer's thread meets EFBIG."""
     source, target, *_ = corpora
-    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"emb_0\.npy.*disk has room"):
-            Run(Settings(progress=False, batch_bytes=batch * D * 4)).apply(
+            AlignRun(Settings(progress=False, batch_bytes=batch * D * 4)).apply(
                 aligner, Corpus(source), tmp_path / "out"
             )
     finally:
@@ -316,8 +317,8 @@ def test_a_failed_run_leaves_no_report_and_a_rerun_mends_it(corpora, tmp_path, m
 def test_apply_brings_the_aligner_it_used(corpora, tmp_path):
     source, target, *_ = corpora
     align(source, target, tmp_path / "out", QUIET)
-    other = Run(QUIET).fit(Corpus(target), Corpus(source))
-    Run(QUIET).apply(other, Corpus(source), tmp_path / "out")
+    other = AlignRun(QUIET).fit(Corpus(target), Corpus(source))
+    AlignRun(QUIET).apply(other, Corpus(source), tmp_path / "out")
     assert ReAlign.load(tmp_path / "out" / "aligner.safetensors").scale == other.scale
 
 
@@ -411,7 +412,7 @@ def test_an_output_with_other_shards_is_refused(corpora, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp_path, monkeypatch):
     source, target, *_ = corpora
-    monkeypatch.setattr(Run, "fit", lambda *a: pytest.fail("rows were read"))
+    monkeypatch.setattr(AlignRun, "fit", lambda *a: pytest.fail("rows were read"))
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", source, target, "file: expected a directory", OSError)
     refused(tmp_path / "file" / "out", source, target, "file: expected a directory", OSError)
@@ -442,9 +443,9 @@ def test_columns_that_differ_are_refused(corpora, tmp_path):
     source, target, *_ = corpora
     np.save(tmp_path / "wide.npy", np.ones((5, D + 1), "f4"))
     refused(tmp_path / "out", source, tmp_path / "wide.npy", "text: rows have 24 columns, in .* 25")
-    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
     with pytest.raises(ValueError, match=r"wide\.npy: rows have 25 columns, the aligner 24"):
-        Run(QUIET).apply(aligner, Corpus(tmp_path / "wide.npy"), tmp_path / "out")
+        AlignRun(QUIET).apply(aligner, Corpus(tmp_path / "wide.npy"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -488,17 +489,17 @@ def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeyp
         order.append(f"shard {index}")
         return write(work, index, *what)
 
-    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
+    aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
     monkeypatch.setattr(AlignWork, "_write", noted)
     monkeypatch.setattr(os, "fsync", slow)
-    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+    AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     assert order.index("shard 1") < order.index("synced")
 
 
 def test_a_sync_that_fails_is_the_error_and_other_shards_are_whole(corpora, tmp_path, monkeypatch):
     source, target, *_ = corpora
-    aligner = Run(QUIET).fit(Corpus(source), Corpus(target))
-    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "whole")
+    aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
+    AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "whole")
     sync = os.fsync
 
     def failing(descriptor):
@@ -509,11 +510,11 @@ def test_a_sync_that_fails_is_the_error_and_other_shards_are_whole(corpora, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
         with pytest.raises(OSError, match="Input/output error"):
-            Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+            AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     first, *others = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
     made = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
     assert first not in made and made == others[: len(made)]
     assert not list((tmp_path / "out").glob(".*.partial"))
-    Run(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
+    AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     for name in (first, *others):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

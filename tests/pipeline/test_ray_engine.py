@@ -19,10 +19,10 @@ from support.kill_and_resume import tree
 
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus
-from realign_fast.pipeline.align_run import Run, align
+from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.engines import ray_driver
 from realign_fast.pipeline.engines.ray_driver import RayTasks
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import ShardWork
 
 pytest.importorskip("ray", reason='pip install "realign_fast[ray]"')
@@ -245,7 +245,7 @@ def test_a_node_that_does_not_see_the_files_is_one_error(corpora, engine, side):
 
 def test_a_node_that_sees_another_file_is_one_error(corpora, engine):
     text = Corpus("text")
-    work = Run(QUIET).work(ShardWork, "source moments", text)
+    work = AlignRun(QUIET).work(ShardWork, "source moments", text)
     os.utime("text/emb_3.npy", ns=(0, 10**9))
     with pytest.raises(ValueError, match=r"emb_3\.npy: on Ray node .* its mtime_ns is 1000000000"):
         list(engine(work, range(5)))

@@ -15,9 +15,9 @@ from support.kill_and_resume import tree
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
 from realign_fast.corpus import ShardWriter
-from realign_fast.pipeline.align_run import Run, align
-from realign_fast.pipeline.checkpoints import Ledger, checksum
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.align_run import AlignRun, align
+from realign_fast.pipeline.checkpoints import Checkpoints, checksum
+from realign_fast.pipeline.settings import Settings
 
 D, SHARDS = 16, (40, 1, 0, 70)
 QUIET = Settings(progress=False)
@@ -183,8 +183,10 @@ def test_a_shard_of_another_map_is_never_taken_for_finished(corpora, tmp_path, m
     """Aligned by A; then by B, killed between the rename and the record; then A."""
     text, image = corpora
     out = tmp_path / "out"
-    there, back = (Run(QUIET).fit(Corpus(a), Corpus(b)) for a, b in ((text, image), (image, text)))
-    Run(QUIET).apply(there, Corpus(text), out)
+    there, back = (
+        AlignRun(QUIET).fit(Corpus(a), Corpus(b)) for a, b in ((text, image), (image, text))
+    )
+    AlignRun(QUIET).apply(there, Corpus(text), out)
     before = tree(out)
     times = {path: path.stat() for path in out.glob("*.npy")}
 
@@ -194,11 +196,11 @@ def test_a_shard_of_another_map_is_never_taken_for_finished(corpora, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "save_aligned", killed)
+        patch.setattr(Checkpoints, "save_aligned", killed)
         with pytest.raises(KeyboardInterrupt):
-            Run(QUIET).apply(back, Corpus(text), out)
+            AlignRun(QUIET).apply(back, Corpus(text), out)
     assert (out / "emb_0.npy").read_bytes() != before["emb_0.npy"]
-    Run(QUIET).apply(there, Corpus(text), out)
+    AlignRun(QUIET).apply(there, Corpus(text), out)
     assert tree(out) == before
 
 
@@ -290,8 +292,8 @@ def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, 
 def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
     """The moments of old and new shards are those of one corpus; the old are not there to read."""
     text, image = corpora
-    everything = Run(QUIET).fit(Corpus(text), Corpus(image))
-    new, run = tmp_path / "new", Run(quiet(mode="extend"))
+    everything = AlignRun(QUIET).fit(Corpus(text), Corpus(image))
+    new, run = tmp_path / "new", AlignRun(quiet(mode="extend"))
     new.mkdir()
     (text / "emb_3.npy").rename(new / "emb_3.npy")
     arguments = ["fit", "--image", str(image), "--out", str(tmp_path / "out"), "--text"]
@@ -308,6 +310,6 @@ def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
     with run.keeping(tmp_path / "out"):
         assert run.half_fit(Corpus(new), Corpus(image)).source_count == 111  # and once more
     with pytest.raises(ValueError, match=r"cannot be extended: bad_rows was 'error' and is 'skip'"):
-        run = Run(quiet(mode="extend", bad_rows="skip"))
+        run = AlignRun(quiet(mode="extend", bad_rows="skip"))
         with run.keeping(tmp_path / "out"):
             run.half_fit(Corpus(new), Corpus(image))

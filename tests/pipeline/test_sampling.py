@@ -11,9 +11,9 @@ from support.kill_and_resume import tree
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
 from realign_fast.pipeline import sampling
-from realign_fast.pipeline.align_run import Run, align
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.sampling import sample_ids
+from realign_fast.pipeline.settings import Settings
 
 D, SHARDS = 16, (2000, 1, 0, 3000)
 
@@ -39,9 +39,9 @@ TEXT = [f"text/emb_{index}.npy" for index in range(4)]
 
 
 def test_errors_are_as_large_as_they_say(corpora):
-    exact, ratios = Run(quiet()).fit(*corpora), []
+    exact, ratios = AlignRun(quiet()).fit(*corpora), []
     for seed in range(40):
-        run = Run(quiet(fit_rows=500, seed=seed))
+        run = AlignRun(quiet(fit_rows=500, seed=seed))
         fitted, said = run.fit(*corpora), run.sample
         rest = [(fitted.source_mean - exact.source_mean).norm() / said["source_mean_error"]]
         rest += [(fitted.target_mean - exact.target_mean).norm() / said["target_mean_error"]]
@@ -54,7 +54,7 @@ def test_errors_are_as_large_as_they_say(corpora):
 
 
 def test_a_sample_of_all_rows_is_the_exact_fit_without_error(corpora):
-    exact, run = Run(quiet()).fit(*corpora), Run(quiet(fit_rows=10**6))
+    exact, run = AlignRun(quiet()).fit(*corpora), AlignRun(quiet(fit_rows=10**6))
     fitted = run.fit(*corpora)
     for name in ("shift", "recentre", "scale"):
         torch.testing.assert_close(getattr(fitted, name), getattr(exact, name), atol=1e-6, rtol=0)
@@ -111,8 +111,8 @@ def test_a_bad_row_of_the_sample_is_named_or_skipped(corpora):
     np.save("text/emb_3.npy", rows)
     everything = 5001
     with pytest.raises(ValueError, match=r"emb_3\.npy: row 7 is zero or not finite"):
-        Run(quiet(fit_rows=everything)).fit(Corpus("text"), corpora[1])
-    run = Run(quiet(fit_rows=everything, bad_rows="skip"))
+        AlignRun(quiet(fit_rows=everything)).fit(Corpus("text"), corpora[1])
+    run = AlignRun(quiet(fit_rows=everything, bad_rows="skip"))
     assert int(run.fit(Corpus("text"), corpora[1]).source_count) == 5000
     assert run.passes[0].zero_rows == 1
 

@@ -13,7 +13,7 @@ from realign_fast.cli import main
 from realign_fast.moments import Moments
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.checkpoints import checksum
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 
 D = 24

@@ -26,7 +26,7 @@ from realign_fast.cli import main
 from realign_fast.corpus import Corpus, ShardWriter
 from realign_fast.corpus.convert import TARGETS, convert
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import object_lock, url
 from realign_fast.storage.lock import locked

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.passes import Settings
+from realign_fast.pipeline.settings import Settings
 
 NOT_COMPARED = ("report.json", "lock")  # times and speeds; a process id
 

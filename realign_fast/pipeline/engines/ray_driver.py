@@ -254,11 +254,11 @@ def _witness(work: Work) -> Iterator[str | None]:
 
     A URL needs no witness: it means the same on every node.
     """
-    ledger = getattr(work, "ledger", None)
-    if ledger is None or isinstance(ledger.out, Url):
+    checkpoints = getattr(work, "checkpoints", None)
+    if checkpoints is None or isinstance(checkpoints.out, Url):
         yield None
         return
-    path = ledger.out / STATS / f"lock-ray-{uuid.uuid4().hex}"
+    path = checkpoints.out / STATS / f"lock-ray-{uuid.uuid4().hex}"
     path.touch()
     try:
         yield os.path.abspath(path)

@@ -1,0 +1,50 @@
+"""Options of a run that reads, measures or aligns shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..methods import Shrinkage
+
+BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too little at a time
+Mode = Literal["incremental", "overwrite", "extend"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of a run, the same for each of its passes.
+
+    Args:
+        bad_rows: treatment of a row that is zero or not finite. ``"error"`` refuses it; ``"skip"``
+            leaves it out of the statistics and writes a zero row; ``"keep"`` counts a zero row as
+            data (``u = 0``) and writes NaN for a row that is not finite. Rows keep their positions
+            in every case.
+        batch_bytes: bytes of rows that are read at a time. The float64 sums are cut at the same
+            rows, so another value may change their last bits.
+        progress: show a progress bar on stderr.
+        method, shrinkage: the map and its shrinkage, as :meth:`ReAlign.fit` takes them.
+        mode: ``"incremental"`` does not read a shard again that is finished and unchanged in the
+            output directory; ``"overwrite"`` reads everything again; ``"extend"`` also counts the
+            saved moments of shards that are no longer in the corpus.
+        workers: number of processes that share the shards.
+        fit_rows: number of rows of each side to fit on, chosen by ``seed`` (:mod:`.sampling`). 0 is
+            every row. None is every row, unless both sides together take more than
+            ``sampling.EXACT_BYTES``.
+        memory: bytes of memory in which the source is kept between passes if it fits.
+        device: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``. The sums of
+            another type of device may differ in their last bits.
+    """
+
+    bad_rows: str = "error"
+    batch_bytes: int = BATCH_BYTES
+    progress: bool = True
+    method: str = "realign"
+    shrinkage: Shrinkage = None
+    mode: Mode = "incremental"
+    workers: int = 1
+    fit_rows: int | None = None
+    seed: int = 0
+    memory: int = 0
+    device: str = "cpu"
