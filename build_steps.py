@@ -27,7 +27,7 @@ def steps(compiler: str, torch: Path, stable: bool, sources: list[str], output: 
     if stable:
         flags, link = f"{flags} {STABLE}", f"-L{quote(f'{torch}/lib')} {LINK}"
     else:  # (torch brings the headers of pybind11)
-        flags += f" -isystem {quote(sysconfig.get_path('include'))} -pthread"
+        flags += f" -Icsrc -isystem {quote(sysconfig.get_path('include'))} -pthread"
     found: Steps = {}
     for source in sources:
         target = f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"

@@ -23,7 +23,7 @@ from build_steps import STABLE, run_steps, steps
 
 SOURCES, IO_SOURCES, CUDA_SOURCES = (
     sorted(map(str, Path("csrc").glob(pattern)))
-    for pattern in ("cpu/*.cpp", "io/*.cpp", "cuda/*.cu")
+    for pattern in ("cpu/*.cpp", "io/**/*.cpp", "cuda/*.cu")
 )
 HEADERS = sorted(
     map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}")))

@@ -1,21 +1,21 @@
-// add_scatter_ for one instruction set (for_each_isa.h): packing, and the product of two panels.
-#include "tile.inl"
+// add_scatter_ for one instruction set (see for_each_isa.h): packing, and products of two panels.
+#include "cpu/tile.inl"
 
 namespace realign_fast::REALIGN_ISA {
 namespace {
 
-// Where row k of the block lies in its first panel; the next panel is kDepth * kPanel further.
+// The address of row k of the block in its first panel; the next panel is kDepth * kPanel further.
 template <class M>
 inline M* packed_row(PackedBlock<M>& packed, int64_t k) {
   return packed.values + k / kDepth * kDepth * packed.columns + k % kDepth * kPanel<M>;
 }
 
-// factor * (scale * x - c) of one row into its panels.
+// Packs factor * (scale * x - c) of one row into its panels.
 template <class T, class M>
 void pack_row(const T* row, int64_t columns, double scale, double factor, const M* centre, M* out) {
   constexpr int64_t W = Vec<M>::width;
   const Vec<M> a = broadcast(static_cast<M>(scale)), w = broadcast(static_cast<M>(factor));
-  const Vec<M> minus = broadcast(M(-1)), none = broadcast(M(0));
+  const Vec<M> minus = broadcast(M(-1)), zeros = broadcast(M(0));
   const bool weighted = factor != 1;
   for (int64_t j = 0; j < columns; j += kPanel<M>, out += kDepth * kPanel<M>) {
     for (int64_t k = 0; k < kPanel<M>; k += W) {
@@ -26,12 +26,13 @@ void pack_row(const T* row, int64_t columns, double scale, double factor, const 
       } else {
         load_partial(row + j + k, columns > j + k ? columns - j - k : 0, x);
       }
-      x = fma(a, x, fma(minus, c, none));
-      store(out + k, weighted ? fma(w, x, none) : x);
+      x = fma(a, x, fma(minus, c, zeros));
+      store(out + k, weighted ? fma(w, x, zeros) : x);
     }
   }
 }
 
+// Packs v [D] into the panels of one row.
 template <class M>
 void pack_values(const double* v, int64_t columns, M* out) {
   for (int64_t j = 0; j < columns; j += kPanel<M>, out += kDepth * kPanel<M>)
@@ -39,55 +40,55 @@ void pack_values(const double* v, int64_t columns, M* out) {
       out[k] = j + k < columns ? static_cast<M>(v[j + k]) : M(0);
 }
 
-// Row `first + k` of the corpus as row k of the block; xx is its squared norm.
+// Packs row `first + k` of the task as row k of the block.
 template <class T, class M>
-void pack_some_row(const ScatterTask<T>& task, int64_t first, int64_t k, double xx,
-                   PackedBlock<M>& packed, double* scratch, RowCounts& counts, bool& fits) {
+void pack_one_row(const ScatterTask<T>& task, int64_t first, int64_t k, double squared_norm,
+                  PackedBlock<M>& packed, double* scratch, RowCounts& counts, bool& fits) {
   const int64_t i = first + k, columns = task.columns;
   const T* row = task.rows + i * task.row_stride;
   const double factor = task.weights ? __builtin_sqrt(task.weights[i]) : 1;
   packed.root_weights[k] = static_cast<M>(factor);
-  if (in_range<M>({xx})) {
+  if (in_range<M>(squared_norm)) {
     ++counts.rows;
-    const double scale = task.normalize ? 1 / __builtin_sqrt(xx) : 1;
+    const double scale = task.normalize ? 1 / __builtin_sqrt(squared_norm) : 1;
     pack_row(row, columns, scale, factor, packed.centre, packed_row(packed, k));
     return;
   }
-  const Row kind = kind_of(row, columns);
-  if (kind == Row::nonfinite) {
+  const RowState state = row_state(row, columns);
+  if (state == RowState::nonfinite) {
     ++counts.nonfinite;
     packed.root_weights[k] = 0;
     for (int64_t j = 0; j < columns; ++j) scratch[j] = 0;
   } else {
     ++counts.rows;
-    counts.zero += kind == Row::zero;
-    fits = fits && (task.normalize || kind == Row::zero || sizeof(M) == 8);
-    centre_directly(task, i, factor, scratch);
+    counts.zero += state == RowState::zero;
+    fits = fits && (task.normalize || state == RowState::zero || sizeof(M) == 8);
+    centre_exactly(task, i, factor, scratch);
   }
   pack_values(scratch, columns, packed_row(packed, k));
 }
 
-// Rows [begin, end) of a block that starts at row `first`; the last one's depth is filled up.
+// Packs rows [chunk_first, end) of a block that starts at row `first`.
 template <class T, class M>
-void pack_rows(const ScatterTask<T>& task, int64_t first, int64_t begin, int64_t end,
+void pack_rows(const ScatterTask<T>& task, int64_t first, int64_t chunk_first, int64_t end,
                PackedBlock<M>& packed, double* scratch, RowCounts& counts, bool& fits) {
-  double dots[3][4], one[3][1];
+  double dots[3][4], row_dots[3][1];
   const T* rows = task.rows + first * task.row_stride;
-  int64_t k = begin;
+  int64_t k = chunk_first;
   for (; k + 4 <= end; k += 4) {
     dot_rows<4, 1, T, M>(rows + k * task.row_stride, task.row_stride, task.columns, nullptr,
                          nullptr, dots);
     for (int r = 0; r < 4; ++r)
-      pack_some_row(task, first, k + r, dots[0][r], packed, scratch, counts, fits);
+      pack_one_row(task, first, k + r, dots[0][r], packed, scratch, counts, fits);
   }
   for (; k < end; ++k) {
     dot_rows<1, 1, T, M>(rows + k * task.row_stride, task.row_stride, task.columns, nullptr,
-                         nullptr, one);
-    pack_some_row(task, first, k, one[0][0], packed, scratch, counts, fits);
+                         nullptr, row_dots);
+    pack_one_row(task, first, k, row_dots[0][0], packed, scratch, counts, fits);
   }
 }
 
-// total [columns of the panel] += sum of sqrt(w) times the packed rows.
+// total [columns of the panel] += the sum over rows of sqrt(w) times the packed row.
 template <class M>
 void add_panel_total(const M* panel, const M* root_weights, int64_t depth, int64_t columns,
                      double* total) {
@@ -104,7 +105,8 @@ void add_panel_total(const M* panel, const M* root_weights, int64_t depth, int64
   for (int64_t j = 0; j < columns; ++j) total[j] += lanes[j];
 }
 
-// Panels [left, end) against the panel `right`: their part of the upper triangle.
+// Multiplies panels [left, end) by the panel `right` and adds the products to their part of the
+// upper triangle.
 template <class M>
 void multiply_panels(PackedBlock<M>& packed, int64_t right, int64_t left, int64_t end,
                      double* scatter, double* total, int64_t columns) {
@@ -124,7 +126,7 @@ void multiply_panels(PackedBlock<M>& packed, int64_t right, int64_t left, int64_
           const double* out = scatter + (p * width + row + r) * columns + right * width;
           for (int64_t j = 0; j < right_columns; j += 8) prefetch(out + j);
         }
-        // In the panel on the diagonal nothing left of the tile's rows is asked for.
+        // In the panel on the diagonal, columns to the left of the tile's rows are not needed.
         if (p == right && row >= Vec<M>::width) {
           multiply_tile<1>(a + row, width, b, depth, sums);
         } else {

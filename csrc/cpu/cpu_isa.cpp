@@ -1,7 +1,7 @@
-// cpu_isa: which instruction set the kernels use on this machine.
+// cpu_isa: returns the number of the instruction set that the kernels use on this machine.
 #include <torch/csrc/stable/library.h>
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace realign_fast {
 
@@ -23,6 +23,6 @@ int64_t cpu_isa() { return static_cast<int64_t>(best_isa()); }
 
 }  // namespace realign_fast
 
-STABLE_TORCH_LIBRARY_IMPL(realign_fast, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&realign_fast::cpu_isa));
+STABLE_TORCH_LIBRARY_IMPL(realign_fast, CompositeExplicitAutograd, library) {
+  library.impl("cpu_isa", TORCH_BOX(&realign_fast::cpu_isa));
 }

@@ -1,17 +1,18 @@
-// Compiles the file named by REALIGN_KERNEL once for each instruction set, in a namespace of that
-// name, so that one binary carries all of them and needs no per-file compiler flags.
+// Compiles the file that REALIGN_KERNEL names once for each instruction set, in a namespace of that
+// name. One binary then holds all of them, and no file needs compiler flags of its own.
 //
-// Rules for a kernel file: include nothing but another .inl (what else it needs comes before this
-// header, outside the pragmas) and use no template of the standard library, or a function that was
-// compiled for a newer instruction set could be linked into code that runs on an older one.
+// Rules for a kernel file: it includes nothing but other .inl files (include headers before this
+// one, outside the pragmas), and it uses no template of the standard library. Otherwise a function
+// that was compiled for a newer instruction set could be linked into code that runs on an older
+// one.
 #define REALIGN_ISA baseline
-#include "simd.inl"
+#include "cpu/simd.inl"
 #include REALIGN_KERNEL
 #undef REALIGN_ISA
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC's own intrinsics read "undefined" registers on purpose (GCC bug 105593).
+// GCC's own intrinsics read undefined registers on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -25,7 +26,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "simd.inl"
+#include "cpu/simd.inl"
 #include REALIGN_KERNEL
 #ifdef __clang__
 #pragma clang attribute pop
@@ -45,7 +46,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
-#include "simd.inl"
+#include "cpu/simd.inl"
 #include REALIGN_KERNEL
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,25 +1,26 @@
-// map_rows_: unit(unit(A u + b) + h), u = x / |x|, A a matrix or a diagonal. Reference:
-// ops/reference.py.
+// map_rows: unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The reference
+// is realign_fast/ops/reference.py.
 //
-// A is packed once into panels of a few registers' width. A thread then takes a block of rows: it
-// normalises and packs them, multiplies tile by tile into a buffer that stays in its caches, and
-// finishes every row there: one pass adds b and finds the norms, one writes. A row is computed from
-// itself alone, so the result has the same bytes for any number of threads.
-#include "row_types.h"
+// A is packed once into panels that are a few registers wide. A thread then takes a block of rows:
+// it normalises and packs them, multiplies tile by tile into a buffer that stays in its caches, and
+// finishes every row there: one pass adds b and computes the norms, the next one writes. A row is
+// computed from itself alone, so the result has the same bytes for any number of threads.
+#include "cpu/execution.h"
 
 namespace realign_fast {
 
 constexpr int64_t kMapRows = 64;     // rows of a block
-constexpr int64_t kMapDepth = 1024;  // columns that a product adds up at a time
+constexpr int64_t kMapDepth = 1024;  // columns that a product sums at a time
 
+// T is the element type of the rows, O that of the result, and M that of the arithmetic.
 template <class T, class O, class M>
 struct MapTask {
   const T* rows;           // [N, D]
   O* out;                  // [N, D]
-  const double* matrix;    // [D, D], or [D] where `diagonal`
+  const double* matrix;    // [D, D], or [D] if `diagonal`
   const double* shift;     // b [D]
   const double* recentre;  // h [D] or null
-  const M* packed;         // A, [panels, D, panel width]; the diagonal itself where `diagonal`
+  const M* packed;         // A as [panels, D, panel width], or the diagonal itself if `diagonal`
   const M* b;              // b and h as M, zero beyond D up to a whole panel
   const M* h;
   int64_t row_stride, out_stride, count, columns, padded_columns;
@@ -27,49 +28,45 @@ struct MapTask {
   bool diagonal;
 };
 
-// What a thread works in, each zero beyond D.
+// The working memory of a thread; each buffer is zero beyond D.
 template <class M>
 struct MapBuffers {
-  M* left;       // [D, kMapRows]: u of the block, in strips of a tile's rows
-  M* product;    // [kMapRows, padded_columns]: A u
-  double* full;  // [2, D]: u and the result of a row that is done term by term
+  M* left;        // [D, kMapRows]: u of the block, in strips of as many rows as a tile has
+  M* product;     // [kMapRows, padded_columns]: A u
+  double* exact;  // [2, D]: u and the result of a row that is computed step by step
 };
 
-// One row term by term in float64.
+// Computes one row step by step in float64.
 template <class T, class O, class M>
-void map_row_directly(const MapTask<T, O, M>& task, int64_t i, double* full) {
+void map_row_exactly(const MapTask<T, O, M>& task, int64_t i, double* exact) {
   const int64_t columns = task.columns;
-  double *u = full, *v = full + columns;
-  const Row kind = map_directly(task.rows + i * task.row_stride, columns, nullptr, u);
+  double *u = exact, *v = exact + columns;
+  const auto state = map_exactly(task.rows + i * task.row_stride, columns, nullptr, u);
   for (int64_t j = 0; j < columns; ++j) {
     double sum = task.diagonal ? task.matrix[j] * u[j] : 0;
     for (int64_t k = 0; !task.diagonal && k < columns; ++k)
       sum += task.matrix[j * columns + k] * u[k];
-    v[j] = sum + task.shift[j];
+    v[j] = sum;
   }
-  make_unit(v, columns);
-  if (task.recentre) {
-    for (int64_t j = 0; j < columns; ++j) v[j] += task.recentre[j];
-    make_unit(v, columns);
-  }
+  shift_and_recentre(v, task.shift, task.recentre, columns);
   O* out = task.out + i * task.out_stride;
   for (int64_t j = 0; j < columns; ++j)
-    out[j] = static_cast<O>(kind == Row::nonfinite ? __builtin_nan("") : v[j]);
+    out[j] = static_cast<O>(state == RowState::nonfinite ? __builtin_nan("") : v[j]);
 }
 
 }  // namespace realign_fast
 
-#define REALIGN_KERNEL "map_rows.inl"
-#include "for_each_isa.h"
+#define REALIGN_KERNEL "cpu/map_rows.inl"
+#include "cpu/for_each_isa.h"
 
 namespace realign_fast {
 namespace {
 
-// A^T in panels: packed [panel, k, j] = A [panel * width + j, k].
+// Packs A^T into panels: packed [panel, k, j] = A [panel * width + j, k].
 template <class M>
-Registers<M> packed_matrix(const double* matrix, int64_t columns, int64_t width) {
-  const int64_t panels = (columns + width - 1) / width;
-  Registers<M> packed(panels * columns * width);
+AlignedVector<M> packed_matrix(const double* matrix, int64_t columns, int64_t width) {
+  const int64_t panels = divide_up(columns, width);
+  AlignedVector<M> packed(panels * columns * width);
   for_each_chunk(panels, 0, [&](int64_t p, double*) {
     M* panel = packed.data() + p * columns * width;
     for (int64_t j = 0; j < std::min(width, columns - p * width); ++j)
@@ -80,47 +77,42 @@ Registers<M> packed_matrix(const double* matrix, int64_t columns, int64_t width)
 }
 
 template <class T, class O>
-void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, const Tensor& shift,
-               const std::optional<Tensor>& recentre, Isa isa) {
-  using M =
-      std::conditional_t<std::is_same_v<T, double> || std::is_same_v<O, double>, double, float>;
+void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, const double* shift,
+               const double* recentre, Isa isa) {
+  constexpr bool kDouble = either_is_double(scalar_type_of<T>(), scalar_type_of<O>());
+  using M = std::conditional_t<kDouble, double, float>;
   int64_t width = 0;
   REALIGN_CALL(isa, panel_width<M>, width);
-  const int64_t columns = rows.size(1), n = rows.size(0);
-  const int64_t wide = (columns + width - 1) / width * width;
-  const auto* a = static_cast<const double*>(matrix.const_data_ptr());
-  const auto* b = static_cast<const double*>(shift.const_data_ptr());
-  const auto* h = recentre ? static_cast<const double*>(recentre->const_data_ptr()) : nullptr;
+  const int64_t columns = rows.size(1), count = rows.size(0);
+  const int64_t padded_columns = round_up(columns, width);
   const bool diagonal = matrix.dim() == 1;
-  const Registers<M> packed =
-      diagonal ? padded<M>(a, columns, width) : packed_matrix<M>(a, columns, width);
-  const Registers<M> padded_b = padded<M>(b, columns, width),
-                     padded_h = padded<M>(h, columns, width);
+  const AlignedVector<M> packed = diagonal ? padded<M>(doubles(matrix), columns, width)
+                                           : packed_matrix<M>(doubles(matrix), columns, width);
+  const auto b = padded<M>(shift, columns, width), h = padded<M>(recentre, columns, width);
   double hh = 0;
-  for (int64_t j = 0; h && j < columns; ++j) hh += h[j] * h[j];
+  for (int64_t j = 0; recentre && j < columns; ++j) hh += recentre[j] * recentre[j];
   const MapTask<T, O, M> task{static_cast<const T*>(rows.const_data_ptr()),
                               static_cast<O*>(out.mutable_data_ptr()),
-                              a,
-                              b,
-                              h,
+                              doubles(matrix),
+                              shift,
+                              recentre,
                               packed.data(),
-                              padded_b.data(),
-                              padded_h.data(),
+                              b.data(),
+                              h.data(),
                               rows.stride(0),
                               out.stride(0),
-                              n,
+                              count,
                               columns,
-                              wide,
+                              padded_columns,
                               hh,
                               diagonal};
-  const int64_t blocks = (n + kMapRows - 1) / kMapRows;
-  // (widths are multiples of a cache line, so each buffer begins on one)
-  const int64_t in_doubles = (2 * kMapRows + 4) * wide;
-  for_each_chunk(blocks, in_doubles, [&](int64_t block, double* scratch) {
-    M* left = reinterpret_cast<M*>(scratch + 4 * wide);
-    const MapBuffers<M> buffers{left, left + kMapRows * wide, scratch};
-    const int64_t first = block * kMapRows, last = std::min(n, first + kMapRows);
-    REALIGN_CALL(isa, map_block, task, first, last, buffers);
+  // Panels are a multiple of a cache line wide, so each buffer starts on a line.
+  const int64_t scratch_size = (2 * kMapRows + 4) * padded_columns;
+  for_each_chunk(divide_up(count, kMapRows), scratch_size, [&](int64_t block, double* scratch) {
+    M* left = reinterpret_cast<M*>(scratch + 4 * padded_columns);
+    const MapBuffers<M> buffers{left, left + kMapRows * padded_columns, scratch};
+    const int64_t first = block * kMapRows, end = std::min(count, first + kMapRows);
+    REALIGN_CALL(isa, map_block, task, first, end, buffers);
   });
 }
 
@@ -129,25 +121,17 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
   constexpr const char* op = "map_rows";
   check_out(op, out, rows);
   check_matrix_map(op, matrix, shift, recentre, rows);
-  dispatch_rows(op, rows, [&](auto t) {
-    dispatch_rows(op, out, [&](auto o) {
-      map_typed<decltype(t), decltype(o)>(out, rows, matrix, shift, recentre, usable_isa(isa));
-    });
+  dispatch_dtypes(op, rows, out, [&](auto row_value, auto out_value) {
+    map_typed<decltype(row_value), decltype(out_value)>(out, rows, matrix, doubles(shift),
+                                                        doubles(recentre), checked_isa(isa));
   });
-}
-
-Tensor map_rows(Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
-                ScalarType dtype, int64_t isa) {
-  check_rows("map_rows", rows);
-  Tensor out = torch::stable::new_empty(rows, rows.sizes(), dtype);
-  map_rows_(out, rows, matrix, shift, recentre, isa);
-  return out;
 }
 
 }  // namespace
 }  // namespace realign_fast
 
-STABLE_TORCH_LIBRARY_IMPL(realign_fast, CPU, m) {
-  m.impl("map_rows", TORCH_BOX(&realign_fast::map_rows));
-  m.impl("map_rows_", TORCH_BOX(&realign_fast::map_rows_));
+STABLE_TORCH_LIBRARY_IMPL(realign_fast, CPU, library) {
+  using namespace realign_fast;
+  library.impl("map_rows", TORCH_BOX(&map_to_new_tensor<map_rows_>));
+  library.impl("map_rows_", TORCH_BOX(&map_rows_));
 }

@@ -1,46 +1,45 @@
-// map_rows_ for one instruction set (for_each_isa.h): pack a block of rows, multiply, finish.
-#include "tile.inl"
+// map_rows for one instruction set (see for_each_isa.h): pack a block of rows, multiply, finish.
+#include "cpu/tile.inl"
 
 namespace realign_fast::REALIGN_ISA {
 namespace {
 
-// u of row i into column `r` of its strip, left [D, kTileRows]; zeros for a row that is done term
-// by term afterwards. Returns whether the row is of the usual kind.
+// Writes u of row i to `line` [D] and, unless it is null, to a column of its strip, left
+// [D, kTileRows]. Writes zeros and returns false if the row must be computed step by step.
 template <class T, class O, class M>
-bool pack_left(const MapTask<T, O, M>& task, int64_t i, double xx, M* left, M* line) {
+bool pack_left(const MapTask<T, O, M>& task, int64_t i, double squared_norm, M* left, M* line) {
   constexpr int64_t W = Vec<M>::width;
   const T* row = task.rows + i * task.row_stride;
-  const bool usual = in_range<M>({xx});
-  const Vec<M> scale = broadcast(static_cast<M>(usual ? 1 / __builtin_sqrt(xx) : 0));
-  const Vec<M> none = broadcast(M(0));
+  const bool regular = in_range<M>(squared_norm);
+  const Vec<M> scale = broadcast(static_cast<M>(regular ? 1 / __builtin_sqrt(squared_norm) : 0));
+  const Vec<M> zeros = broadcast(M(0));
   for (int64_t j = 0; j < task.columns; j += W) {
-    Vec<M> x = none;
-    if (!usual) {
+    Vec<M> x = zeros;
+    if (!regular) {
     } else if (j + W <= task.columns) {
       load(row + j, x);
     } else {
       load_partial(row + j, task.columns - j, x);
     }
-    store(line + j, fma(scale, x, none));
+    store(line + j, fma(scale, x, zeros));
   }
   for (int64_t k = 0; left && k < task.columns; ++k) left[k * kTileRows] = line[k];
-  return usual;
+  return regular;
 }
 
-// product [rows, D] = A u of the packed strips.
+// product [rows, D] = A u for the packed strips.
 template <class T, class O, class M>
 void multiply_block(const MapTask<T, O, M>& task, int64_t rows, const MapBuffers<M>& buffers) {
   constexpr int64_t W = Vec<M>::width;
   alignas(64) M sums[kTileRows * kPanel<M>];
-  const int64_t pieces = (task.columns + kMapDepth - 1) / kMapDepth;
-  const int64_t depth = (task.columns + pieces - 1) / pieces;
+  const int64_t depth = divide_up(task.columns, divide_up(task.columns, kMapDepth));
   for (int64_t k = 0; k < task.columns; k += depth) {
-    const int64_t deep = k + depth < task.columns ? depth : task.columns - k;
+    const int64_t depth_here = k + depth < task.columns ? depth : task.columns - k;
     for (int64_t j = 0; j < task.padded_columns; j += kPanel<M>) {
       const M* panel = task.packed + j * task.columns + k * kPanel<M>;
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        multiply_tile<0>(buffers.left + r * task.columns + k * kTileRows, kTileRows, panel, deep,
-                         sums);
+        multiply_tile<0>(buffers.left + r * task.columns + k * kTileRows, kTileRows, panel,
+                         depth_here, sums);
         for (int64_t i = 0; i < kTileRows; ++i) {
           M* target = buffers.product + (r + i) * task.padded_columns + j;
           for (int64_t v = 0; v < kPanel<M>; v += W) {
@@ -55,17 +54,17 @@ void multiply_block(const MapTask<T, O, M>& task, int64_t rows, const MapBuffers
   }
 }
 
-// unit(unit(y + b) + h) of one row y [padded D]. False if a norm cancels in M.
+// Writes unit(unit(y + b) + h) of one row y [padded D]. Returns false if a norm cancels in M.
 template <class T, class O, class M>
 bool finish_row(const MapTask<T, O, M>& task, M* y, O* out) {
   constexpr int64_t W = Vec<M>::width;
   const Vec<M> one = broadcast(M(1));
   double yy = 0, bb = 0, vv = 0, vh = 0;
-  for (int64_t begin = 0; begin < task.padded_columns; begin += 64 * W) {
-    const int64_t end = begin + 64 * W < task.padded_columns ? begin + 64 * W : task.padded_columns;
+  for (int64_t first = 0; first < task.padded_columns; first += 64 * W) {
+    const int64_t end = first + 64 * W < task.padded_columns ? first + 64 * W : task.padded_columns;
     Vec<M> sums[4];
     for (auto& sum : sums) sum = broadcast(M(0));
-    for (int64_t j = begin; j < end; j += W) {
+    for (int64_t j = first; j < end; j += W) {
       Vec<M> x, b, h;
       load(y + j, x);
       load(task.b + j, b);
@@ -79,54 +78,52 @@ bool finish_row(const MapTask<T, O, M>& task, M* y, O* out) {
     }
     yy += reduce(sums[0]), bb += reduce(sums[1]), vv += reduce(sums[2]), vh += reduce(sums[3]);
   }
-  const double inverse = 1 / __builtin_sqrt(vv);
-  const double qq = task.recentre ? 1 + 2 * inverse * vh + task.hh : 1;
-  const bool cancelled = !(vv > kCancelled * (yy + bb)) || !(qq > kCancelled * (1 + task.hh));
-  if (cancelled || !in_range<M>({vv})) return false;
-  const double gamma = 1 / __builtin_sqrt(qq);
-  const Vec<M> beta = broadcast(static_cast<M>(gamma * inverse));
-  const Vec<M> g = broadcast(static_cast<M>(gamma)), none = broadcast(M(0));
+  const auto row = finish_coefficients(yy, bb, vv, vh, task.hh, task.recentre != nullptr);
+  if (row.cancelled || !in_range<M>(vv)) return false;
+  const Vec<M> beta = broadcast(static_cast<M>(row.beta));
+  const Vec<M> gamma = broadcast(static_cast<M>(row.gamma)), zeros = broadcast(M(0));
   int64_t j = 0;
   Vec<M> v, h;
   for (; j + W <= task.columns; j += W) {
     load(y + j, v);
     load(task.h + j, h);
-    store(out + j, fma(beta, v, fma(g, h, none)));
+    store(out + j, fma(beta, v, fma(gamma, h, zeros)));
   }
   if (j < task.columns) {
     load(y + j, v);
     load(task.h + j, h);
-    store_partial(out + j, task.columns - j, fma(beta, v, fma(g, h, none)));
+    store_partial(out + j, task.columns - j, fma(beta, v, fma(gamma, h, zeros)));
   }
   return true;
 }
 
-// Rows [first, last), at most kMapRows.
+// Maps rows [first, end), at most kMapRows of them.
 template <class T, class O, class M>
-void map_block(const MapTask<T, O, M>& task, int64_t first, int64_t last,
+void map_block(const MapTask<T, O, M>& task, int64_t first, int64_t end,
                const MapBuffers<M>& buffers) {
-  const int64_t rows = last - first, wide = task.padded_columns;
-  bool usual[kMapRows];
+  const int64_t rows = end - first, padded_columns = task.padded_columns;
+  bool regular[kMapRows];
   for (int64_t r = 0; r < rows; ++r) {
     double dots[3][1];
     dot_rows<1, 1, T, M>(task.rows + (first + r) * task.row_stride, task.row_stride, task.columns,
                          nullptr, nullptr, dots);
     M* strip = buffers.left + r / kTileRows * kTileRows * task.columns + r % kTileRows;
-    usual[r] = pack_left(task, first + r, dots[0][0], task.diagonal ? nullptr : strip,
-                         buffers.product + r * wide);
+    regular[r] = pack_left(task, first + r, dots[0][0], task.diagonal ? nullptr : strip,
+                           buffers.product + r * padded_columns);
   }
   if (task.diagonal) {
     for (int64_t r = 0; r < rows; ++r) {
-      M* y = buffers.product + r * wide;
-      for (int64_t j = 0; j < wide; ++j) y[j] = j < task.columns ? y[j] * task.packed[j] : M(0);
+      M* y = buffers.product + r * padded_columns;
+      for (int64_t j = 0; j < padded_columns; ++j)
+        y[j] = j < task.columns ? y[j] * task.packed[j] : M(0);
     }
   } else {
     multiply_block(task, rows, buffers);
   }
   for (int64_t r = 0; r < rows; ++r) {
     O* out = task.out + (first + r) * task.out_stride;
-    if (!usual[r] || !finish_row(task, buffers.product + r * wide, out))
-      map_row_directly(task, first + r, buffers.full);
+    if (!regular[r] || !finish_row(task, buffers.product + r * padded_columns, out))
+      map_row_exactly(task, first + r, buffers.exact);
   }
 }
 

@@ -1,8 +1,9 @@
-// Rows in and out of vector registers. Included once for each instruction set by for_each_isa.h.
+// Vector registers: arithmetic on them, and their loads from and stores to rows of any element
+// type. for_each_isa.h includes this file once for each instruction set.
 //
-// Vec<float> and Vec<double> are one register of the arithmetic type. `load` widens any row dtype
-// into it, `store` rounds it (to nearest, ties to even) into any row dtype, `stream` does the same
-// past the caches to an address aligned to what it writes.
+// Vec<float> and Vec<double> are one register of the arithmetic type. `load` widens any element
+// type of rows into it. `store` rounds it (to nearest, ties to even) to any element type. `stream`
+// does the same past the caches; its address must be aligned to the bytes that it writes.
 namespace realign_fast::REALIGN_ISA {
 namespace {
 
@@ -52,7 +53,7 @@ inline void load(const double* p, Vec<double>& a) { a.v = _mm512_loadu_pd(p); }
 
 inline __m256i to_half(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 inline __m128i to_half(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-inline __m128i to_bf16(__m256 v) {  // finite values only: a NaN row never comes here
+inline __m128i to_bf16(__m256 v) {  // for finite values only: NaN rows never come here
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -214,7 +215,7 @@ inline void stream_fence() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 #endif
 
-// The last columns of a row, fewer than a register holds; the rest of the register is zero.
+// Loads the last columns of a row, fewer than a register holds; the rest of the register is zero.
 template <class T, class M>
 inline void load_partial(const T* p, int64_t count, Vec<M>& a) {
   T lanes[Vec<M>::width] = {};
@@ -228,11 +229,12 @@ inline void store_partial(O* p, int64_t count, Vec<M> a) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// Ask for rows to come, in the order they lie in memory and evenly over a kernel's two sweeps over
-// the columns of R rows, so that the arithmetic hides the wait: a burst would fill the queue of
-// outstanding lines and be dropped. Two steps ahead, and into L2: they do not always fit the L1.
+// Prefetches the rows that come next, in the order of their addresses and evenly over a kernel's
+// two sweeps over the columns of R rows, so that arithmetic hides the latency: a burst of
+// prefetches would fill the queue of outstanding lines and be dropped. It prefetches two steps
+// ahead and into L2, because the rows do not always fit into L1.
 template <int R, class M, class T>
-inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
+inline void prefetch_rows(const T* rows, int64_t stride, int64_t j, int sweep) {
   if constexpr (R > 1) {
     constexpr int64_t bytes = R / 2 * Vec<M>::width * sizeof(T);
     const T* next = rows + (3 * R + sweep * (R / 2)) * stride + j * (R / 2);
@@ -241,16 +243,17 @@ inline void fetch_ahead(const T* rows, int64_t stride, int64_t j, int sweep) {
   }
 }
 
-// Dot products of R rows with themselves (and with b and h where K is 2 and 3), each row's in an
-// order that depends on the row alone. A lane sums at most 64 products in M; the rest is float64.
+// Computes the dot products of R rows with themselves (K = 1), with b (K = 2) and with h (K = 3).
+// Each is summed in an order that depends on the row alone. A lane sums at most 64 products in M;
+// those sums are added in float64.
 template <int R, int K, class T, class M>
 void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const M* h,
               double (&dots)[3][R]) {
   constexpr int64_t W = Vec<M>::width;
   for (auto& dot : dots)
     for (double& row : dot) row = 0;
-  for (int64_t begin = 0; begin < columns; begin += 64 * W) {
-    const int64_t end = begin + 64 * W < columns ? begin + 64 * W : columns;
+  for (int64_t first = 0; first < columns; first += 64 * W) {
+    const int64_t end = first + 64 * W < columns ? first + 64 * W : columns;
     Vec<M> sums[R][K], vb, vh;
     for (auto& row : sums)
       for (auto& sum : row) sum = broadcast(M(0));
@@ -269,9 +272,9 @@ void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const 
         if constexpr (K >= 3) sums[r][2] = fma(x, vh, sums[r][2]);
       }
     };
-    int64_t j = begin;
+    int64_t j = first;
     for (; j + W <= end; j += W) {
-      fetch_ahead<R, M>(rows, stride, j, 0);
+      prefetch_rows<R, M>(rows, stride, j, 0);
       add_products(j, std::true_type());
     }
     if (j < end) add_products(j, std::false_type());
@@ -280,13 +283,11 @@ void dot_rows(const T* rows, int64_t stride, int64_t columns, const M* b, const 
   }
 }
 
-// False if one row's x.x is too large or too small for M, or zero or NaN: the careful path's
-// business.
+// Whether M can compute with the squared norms of all rows (see row_map_math.h).
 template <class M, int R>
-inline bool in_range(const double (&xx)[R]) {
-  constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280;
+inline bool all_in_range(const double (&squared_norms)[R]) {
   int outside = 0;
-  for (double x : xx) outside |= !(x > 1 / limit) | !(x < limit);
+  for (double squared_norm : squared_norms) outside |= !in_range<M>(squared_norm);
   return !outside;
 }
 

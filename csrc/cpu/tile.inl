@@ -1,4 +1,4 @@
-// The inner product of every matrix product, for one instruction set: a tile of sums in registers.
+// The inner loop of every matrix product, for one instruction set: a tile of sums in registers.
 namespace realign_fast::REALIGN_ISA {
 namespace {
 
@@ -11,15 +11,15 @@ constexpr int kTileRows = 4, kTileRegisters = 3;
 constexpr int kTileRows = 4, kTileRegisters = 2;
 #endif
 template <class M>
-constexpr int64_t kPanel = kTileRegisters * Vec<M>::width;  // columns
+constexpr int64_t kPanel = kTileRegisters * Vec<M>::width;  // columns of a panel
 
 template <class M>
 void panel_width(int64_t& width) {
   width = kPanel<M>;
 }
 
-// sums [kTileRows, kPanel] = a^T b with a [depth, kTileRows] in steps of a_stride and b [depth,
-// kPanel], from register kFirst of the panel on.
+// sums [kTileRows, kPanel] = a^T b, with a [depth, kTileRows] whose rows are a_stride apart and
+// b [depth, kPanel]; only the registers of the panel from kFirst on.
 template <int kFirst, class M>
 void multiply_tile(const M* a, int64_t a_stride, const M* b, int64_t depth, M* sums) {
   constexpr int64_t W = Vec<M>::width;

@@ -1,10 +1,11 @@
-// align_rows: unit(unit(s u + b) + h), one read and one write a row. Reference: ops/reference.py.
+// align_rows: unit(unit(s u + b) + h) with one read and one write of each row. The reference is
+// realign_fast/ops/reference.py.
 //
-// A team of threads (row_team.cuh) holds a row in registers, reduces three dot products, turns
-// them into three numbers (row_map.cuh) and writes alpha x + beta b + gamma h. Teams walk over the
-// rows in a persistent grid; a row is computed from itself alone, so its bytes depend neither on
-// its neighbours nor on the device's size.
-#include "row_map.cuh"
+// A team of threads (row_team.cuh) holds a row in registers, reduces three dot products, computes
+// three coefficients from them (common/row_map_math.h), and writes alpha x + beta b + gamma h.
+// Teams walk over the rows in a persistent grid. A row is computed from itself alone, so its bytes
+// depend neither on its neighbours nor on the size of the device.
+#include "cuda/row_map.cuh"
 
 namespace realign_fast {
 namespace {
@@ -21,15 +22,15 @@ struct AlignTask {
 };
 
 template <class T, class M, int SIZE>
-__device__ void align_directly(Team<SIZE>& team, int64_t i, const AlignTask<T, M>& task) {
+__device__ void align_exactly(Team<SIZE>& team, int64_t i, const AlignTask<T, M>& task) {
   const T* row = task.rows + i * task.row_stride;
-  const DirectRow direct = direct_row(team, row, task.columns, task.map);
+  const ExactRow exact = exact_row(team, row, task.columns, task.map);
   const double s = task.map.numbers->scale;
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.columns; j += SIZE)
-    store_entry(task.out, i, j,
-                direct.finite ? direct_value(direct, task.map, s, static_cast<double>(row[j]), j)
-                              : nan(""));
+    store_entry(
+        task.out, i, j,
+        exact.finite ? exact_value(exact, task.map, s, static_cast<double>(row[j]), j) : nan(""));
 }
 
 template <class T, class M, int SIZE, int PACKS>
@@ -42,24 +43,11 @@ __global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
        i += step) {
     const TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
                                       task.aligned);
-    M parts[3] = {0, 0, 0};
-    row.for_each_pack([&](int p, int64_t, const Pack<T>& pack) {
-      M b[E], h[E];
-      load_vector(task.shift, p, team.thread, SIZE, b);
-      load_vector(task.recentre, p, team.thread, SIZE, h);
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        const M x = static_cast<M>(pack.values[e]);
-        parts[0] += x * x;
-        parts[1] += x * b[e];
-        parts[2] += x * h[e];
-      }
-    });
     double dots[3];
-    team.sum(parts, dots);
-    const Coefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
+    dot_products(team, row, task.shift, task.recentre, true, dots);
+    const RowCoefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
     if (c.cancelled || !in_range<M>(dots[0])) {
-      align_directly(team, i, task);
+      align_exactly(team, i, task);
       continue;
     }
     const M alpha = static_cast<M>(c.alpha), beta = static_cast<M>(c.beta),
@@ -77,29 +65,27 @@ __global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
 }
 
 template <class T, class M>
-void align_typed(const Tensor& out, const Tensor& rows, const Tensor& scale, const Tensor& shift,
-                 const std::optional<Tensor>& recentre) {
-  Work work(rows);
-  const int64_t n = rows.size(0), columns = rows.size(1);
-  const auto* s = static_cast<const double*>(scale.const_data_ptr());
-  const auto* b = static_cast<const double*>(shift.const_data_ptr());
-  const auto* h = recentre ? static_cast<const double*>(recentre->const_data_ptr()) : nullptr;
-  const auto* x = static_cast<const T*>(rows.const_data_ptr());
+void align_typed(const Tensor& out, const Tensor& rows, const double* scale, const double* shift,
+                 const double* recentre) {
+  CallResources resources(rows);
+  const int64_t count = rows.size(0), columns = rows.size(1);
+  const auto* first_row = static_cast<const T*>(rows.const_data_ptr());
   dispatch_team<T>(columns, [&](auto size, auto packs) {
     using Members = Team<size()>;
-    const auto vectors = prepare<M, kEntries<T>>(work, b, h, s, columns, size());
-    const AlignTask<T, M> task{{vectors.numbers, b, h, true},
+    const auto vectors =
+        prepare<M, kEntries<T>>(resources, shift, recentre, scale, columns, size());
+    const AlignTask<T, M> task{{vectors.numbers, shift, recentre, true},
                                vectors.first,
                                vectors.second,
-                               x,
-                               n,
+                               first_row,
+                               count,
                                columns,
                                rows.stride(0),
-                               on_16_bytes(x, rows.stride(0)),
+                               is_aligned(first_row, rows.stride(0)),
                                row_output(out)};
-    const int64_t blocks = (n + Members::kTeams - 1) / Members::kTeams;
+    const int64_t blocks = divide_up(count, Members::kTeams);
     launch(align_kernel<T, M, size(), packs()>, persistent_blocks(blocks, 16), Members::kThreads,
-           Members::kSharedBytes, work.stream(), task);
+           Members::kSharedBytes, resources.stream(), task);
   });
 }
 
@@ -109,29 +95,19 @@ void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
   check_out(op, out, rows);
   check_map(op, scale, shift, recentre, rows);
   if (rows.size(0) == 0) return;
-  dispatch_rows(op, out, [](auto) {});
-  const bool full = needs_double(rows.scalar_type(), out.scalar_type());
-  dispatch_rows(op, rows, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (!full) return align_typed<T, float>(out, rows, scale, shift, recentre);
-    }
-    align_typed<T, double>(out, rows, scale, shift, recentre);
+  check_dtype(op, out);
+  const bool needs_double = align_needs_double(rows.scalar_type(), out.scalar_type());
+  dispatch_arithmetic(op, rows, needs_double, [&](auto row_value, auto arithmetic) {
+    align_typed<decltype(row_value), decltype(arithmetic)>(out, rows, doubles(scale),
+                                                           doubles(shift), doubles(recentre));
   });
-}
-
-Tensor align_rows(Tensor rows, Tensor scale, Tensor shift, std::optional<Tensor> recentre,
-                  ScalarType dtype, int64_t variant) {
-  check_rows("align_rows", rows);
-  Tensor out = torch::stable::new_empty(rows, rows.sizes(), dtype);
-  align_rows_(out, rows, scale, shift, recentre, variant);
-  return out;
 }
 
 }  // namespace
 }  // namespace realign_fast
 
-REALIGN_REGISTER(m) {
-  m.impl("align_rows", TORCH_BOX(&realign_fast::align_rows));
-  m.impl("align_rows_", TORCH_BOX(&realign_fast::align_rows_));
+REALIGN_REGISTER(library) {
+  using namespace realign_fast;
+  library.impl("align_rows", TORCH_BOX(&map_to_new_tensor<align_rows_>));
+  library.impl("align_rows_", TORCH_BOX(&align_rows_));
 }

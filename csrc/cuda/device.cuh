@@ -1,8 +1,8 @@
-// What every kernel needs of the device: how one is launched, its stream, memory to work in.
+// How a CUDA kernel runs: its launch, its stream, and the memory that it works in.
 //
-// No CUDA header of torch is included: torch's stable ABI gives the stream and the memory. Under
-// REALIGN_EMULATION the same sources compile with g++ for the CPU, where tests/cuda_emulation runs
-// them thread by thread.
+// No CUDA header of torch is included: torch's stable ABI provides the stream and the memory. Under
+// REALIGN_EMULATION the same sources are compiled by g++ for the CPU, where the tests run them
+// thread by thread (cuda_emulation.h).
 #pragma once
 
 #ifdef REALIGN_EMULATION
@@ -12,27 +12,18 @@
 #endif
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "../checks.h"
+#include "common/dispatch.h"
 
 namespace realign_fast {
 
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
-
 #ifdef REALIGN_EMULATION
 
-// The shared memory of the block, `bytes` of the launch.
+// Returns the shared memory of the block, as many bytes as the launch asked for.
 inline unsigned char* shared_memory() { return emulation::machine.shared.data(); }
 
 template <class... Params, class... Args>
@@ -52,17 +43,18 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 }
 
-// The compiler may no longer know what it has computed from these words: it would keep 16-bit
-// entries as widened copies, in twice the registers, from one use to the next.
+// Hides from the compiler what it has computed from these words. Otherwise it would keep 16-bit
+// entries as widened copies, which take twice the registers, from one use to the next.
 __device__ __forceinline__ void make_opaque(uint4& words) {
   asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
 }
 
 inline void check_cuda(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "realign_fast: CUDA says ", cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess,
+                  "realign_fast: a CUDA call failed: ", cudaGetErrorString(status));
 }
 
-// An empty grid is no launch. From 48 KiB on shared memory has to be asked for.
+// Launches a kernel, unless its grid is empty. More than 48 KiB of shared memory must be requested.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
             Args... args) {
@@ -83,15 +75,16 @@ inline int multiprocessors() {
 
 #endif
 
-// One call's place: the device of a tensor made current, its current stream, and memory that torch
-// lends until the call is over (in the order of the stream, so under graph capture too).
-class Work {
+// The resources of one call: it makes the device of a tensor current, and holds that device's
+// current stream and the memory that torch lends until the call is over. Memory is reused in the
+// order of the stream, so this also works under graph capture.
+class CallResources {
  public:
 #ifdef REALIGN_EMULATION
-  explicit Work(const Tensor& rows) : rows_(rows) {}
+  explicit CallResources(const Tensor& rows) : rows_(rows) {}
   cudaStream_t stream() const { return nullptr; }
 #else
-  explicit Work(const Tensor& rows) : rows_(rows), guard_(rows.get_device_index()) {
+  explicit CallResources(const Tensor& rows) : rows_(rows), guard_(rows.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(rows.get_device_index(), &stream));
@@ -100,9 +93,9 @@ class Work {
   cudaStream_t stream() const { return stream_; }
 #endif
 
-  // Uninitialised memory for `count` values, on a 16-byte line.
+  // Returns uninitialised memory for `count` values, aligned to 16 bytes.
   template <class V>
-  V* take(int64_t count) {
+  V* allocate(int64_t count) {
     const int64_t bytes = std::max<int64_t>(1, count) * static_cast<int64_t>(sizeof(V));
     memory_.push_back(torch::stable::new_empty(rows_, {bytes}, ScalarType::Byte));
     return static_cast<V*>(memory_.back().mutable_data_ptr());
@@ -117,29 +110,17 @@ class Work {
   std::vector<Tensor> memory_;
 };
 
-// Blocks of a persistent grid: enough to fill the device, no more than there is work.
+// The blocks of a persistent grid: enough to fill the device, and no more than there is work.
 inline unsigned persistent_blocks(int64_t work, int blocks_per_multiprocessor) {
   const int64_t most = int64_t(multiprocessors()) * blocks_per_multiprocessor;
   return static_cast<unsigned>(std::min(work, most));
 }
 
-// Calls `body` with a value of the tensor's element type.
-template <class Body>
-void dispatch_rows(const char* op, const Tensor& tensor, const Body& body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return body(Half());
-    case ScalarType::BFloat16: return body(BFloat16());
-    case ScalarType::Float: return body(float());
-    case ScalarType::Double: return body(double());
-    default: STD_TORCH_CHECK(false, op, ": expected rows of float16, bfloat16, float32 or float64");
-  }
-}
-
 }  // namespace realign_fast
 
-// Which dispatcher key a file registers its kernels under.
+// Registers the kernels of a file with the dispatcher.
 #ifdef REALIGN_EMULATION
-#define REALIGN_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(realign_emulated, CPU, m)
+#define REALIGN_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(realign_emulated, CPU, library)
 #else
-#define REALIGN_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(realign_fast, CUDA, m)
+#define REALIGN_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(realign_fast, CUDA, library)
 #endif

@@ -1,13 +1,14 @@
-// map_rows: unit(unit(A u + b) + h), u = x / |x|, A a matrix or a diagonal. Reference:
-// ops/reference.py.
+// map_rows: unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The reference
+// is realign_fast/ops/reference.py.
 //
-// Rows are taken in chunks that fit the L2 cache: pack u (pack_rows.cuh), multiply by A^T on tensor
-// cores (product.cuh), and finish every row in one extra pass, which adds b, finds both norms and
-// writes. A diagonal needs no product: the packing multiplies by it. Float16 terms, two a side,
-// carry 22 bits of every entry; float64 rows or results take float64 tensor cores; variant 1 takes
-// one float16 term. A row is computed from itself alone: the same bytes in any company.
-#include "pack_rows.cuh"
-#include "product.cuh"
+// Rows are processed in chunks that fit into the L2 cache: pack u (pack_rows.cuh), multiply by A^T
+// on tensor cores (product.cuh), and finish every row in one more pass, which adds b, computes both
+// norms and writes. A diagonal needs no product, because the packing multiplies by it. Two float16
+// terms for each value carry 22 bits of it; float64 rows or results use float64 tensor cores;
+// variant 1 uses one float16 term. A row is computed from itself alone, so its bytes do not depend
+// on the other rows.
+#include "cuda/pack_rows.cuh"
+#include "cuda/product.cuh"
 
 namespace realign_fast {
 namespace {
@@ -16,7 +17,8 @@ constexpr int64_t kChunkBytes = int64_t(24) << 20;  // of packed rows and their 
 constexpr double kRowScale = 1 << 13;               // of the entries of u, at most 1
 constexpr int kFinishThreads = 128;
 
-// One block a row of A: scale [j] is the power of two that takes its peak to [2^13, 2^14).
+// One block for each row of A: scale [j] is the power of two that scales it to the range of
+// float16.
 __global__ void __launch_bounds__(128)
     matrix_scales(const double* matrix, int64_t columns, bool half, double* scale) {
   Team<128> team(shared_memory());
@@ -25,12 +27,11 @@ __global__ void __launch_bounds__(128)
   for (int64_t k = team.thread; k < columns && blockIdx.x < columns; k += 128)
     most = fmax(most, fabs(row[k]));
   most = team.peak(most);
-  int exponent = half && most > 0 && isfinite(most) ? 13 - ilogb(most) : 0;
-  exponent = exponent > 120 ? 120 : exponent < -120 ? -120 : exponent;
-  if (team.thread == 0) scale[blockIdx.x] = ldexp(1.0, exponent);
+  if (team.thread == 0)
+    scale[blockIdx.x] = half && most > 0 && isfinite(most) ? half_scale(most) : 1.0;
 }
 
-// A^T as operands: high, low [stride, stride] with row k, column j = A[j, k] scale_j; zeros beyond.
+// Packs A^T: high and low [stride, stride], row k and column j of A[j, k] scale_j, zeros beyond D.
 template <class V>
 __global__ void __launch_bounds__(256)
     pack_matrix(const double* matrix, int64_t columns, int64_t stride, const double* scale, V* high,
@@ -45,12 +46,12 @@ __global__ void __launch_bounds__(256)
   __syncthreads();
   for (int r = y; r < 32; r += 8) {
     const double v = tile[x * 33 + r];
-    const int64_t at = (k0 + r) * stride + j0 + x;
+    const int64_t place = (k0 + r) * stride + j0 + x;
     if constexpr (std::is_same_v<V, Half>) {
-      high[at] = static_cast<V>(static_cast<float>(v));
-      if (low) low[at] = static_cast<V>(static_cast<float>(v - static_cast<float>(high[at])));
+      high[place] = static_cast<V>(static_cast<float>(v));
+      if (low) low[place] = static_cast<V>(static_cast<float>(v - static_cast<float>(high[place])));
     } else {
-      high[at] = v;
+      high[place] = v;
     }
   }
 }
@@ -61,9 +62,9 @@ __global__ void __launch_bounds__(256) fill(double* values, int64_t count, doubl
 }
 
 __global__ void __launch_bounds__(256)
-    copy_padded(const double* from, int64_t columns, int64_t stride, double* to) {
+    copy_padded(const double* source, int64_t columns, int64_t stride, double* target) {
   const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (j < stride) to[j] = j < columns ? from[j] : 0;
+  if (j < stride) target[j] = j < columns ? source[j] : 0;
 }
 
 template <class T, class M>
@@ -77,20 +78,20 @@ struct FinishTask {
   DeviceMap map;                // b, h and their numbers
   int64_t count, columns, row_stride, stride;
   bool diagonal;
-  double* direct;  // [blocks, 2, D]
+  double* exact;  // [blocks, 2, D]
   RowOutput out;
 };
 
-// The row term by term in float64: u and A u into `direct`, then both normalisations.
+// Maps a row step by step in float64: u and A u in task.exact, then both normalisations.
 template <class T, class M>
-__device__ void map_directly(Team<kFinishThreads>& team, int64_t i, const FinishTask<T, M>& task) {
+__device__ void map_exactly(Team<kFinishThreads>& team, int64_t i, const FinishTask<T, M>& task) {
   const T* row = task.rows + i * task.row_stride;
   const int64_t columns = task.columns;
-  double *u = task.direct + blockIdx.x * 2 * columns, *y = u + columns;
-  DirectRow direct = direct_row(team, row, columns, DeviceMap{});
+  double *u = task.exact + blockIdx.x * 2 * columns, *y = u + columns;
+  ExactRow exact = exact_row(team, row, columns, DeviceMap{});
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += kFinishThreads) {
-    u[j] = direct.unit(static_cast<double>(row[j]));
+    u[j] = exact.direction(static_cast<double>(row[j]));
     if (task.diagonal) y[j] = task.matrix[j] * u[j];
   }
   __syncthreads();
@@ -103,19 +104,19 @@ __device__ void map_directly(Team<kFinishThreads>& team, int64_t i, const Finish
     if (team.thread % 32 == 0) y[j] = sum;
   }
   __syncthreads();
-  const auto moved = [&](double x, int64_t j) { return x + task.map.shift[j]; };
-  direct_norm(team, y, columns, moved, direct.peak_r, direct.norm_r);
+  const auto shifted = [&](double x, int64_t j) { return x + task.map.shift[j]; };
+  exact_norm(team, y, columns, shifted, exact.peak_r, exact.norm_r);
   const auto recentred = [&](double x, int64_t j) {
-    return direct.half(moved(x, j)) + task.map.recentre[j];
+    return exact.shifted_unit(shifted(x, j)) + task.map.recentre[j];
   };
-  if (task.map.recentre) direct_norm(team, y, columns, recentred, direct.peak_q, direct.norm_q);
+  if (task.map.recentre) exact_norm(team, y, columns, recentred, exact.peak_q, exact.norm_q);
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += kFinishThreads) {
-    const double value =
-        task.map.recentre ? direct.whole(recentred(y[j], j)) : direct.half(moved(y[j], j));
+    const double value = task.map.recentre ? exact.recentred_unit(recentred(y[j], j))
+                                           : exact.shifted_unit(shifted(y[j], j));
     store_entry(task.out, i, j, value);
   }
-  __syncthreads();  // before the block's next row takes the memory
+  __syncthreads();  // before the block's next row uses the memory
 }
 
 template <class T, class M>
@@ -144,20 +145,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishTask<T, M> t
       if (task.map.recentre) parts[2] += v * static_cast<M>(task.map.recentre[j]);
     }
     team.sum(parts, sums);
-    const double yy = sums[0], vv = sums[1], inverse = rsqrt(vv);
-    const double qq = task.map.recentre ? 1 + 2 * inverse * sums[2] + numbers.hh : 1;
-    const bool cancelled =
-        !(vv > kCancelled * (yy + numbers.bb)) || !(qq > kCancelled * (1 + numbers.hh));
-    if (cancelled || !in_range<M>(vv)) {
-      map_directly(team, i, task);
+    const FinishCoefficients c = finish_coefficients(sums[0], numbers.bb, sums[1], sums[2],
+                                                     numbers.hh, task.map.recentre != nullptr);
+    if (c.cancelled || !in_range<M>(sums[1])) {
+      map_exactly(team, i, task);
       continue;
     }
-    const double gamma = rsqrt(qq);
-    const M beta = static_cast<M>(gamma * inverse), g = static_cast<M>(gamma);
+    const M beta = static_cast<M>(c.beta), gamma = static_cast<M>(c.gamma);
     for (int64_t j = team.thread; j < task.columns; j += kFinishThreads) {
       const M v = product_entry(task, i, j) + static_cast<M>(task.map.shift[j]);
       const M h = task.map.recentre ? static_cast<M>(task.map.recentre[j]) : static_cast<M>(0);
-      store_entry(task.out, i, j, static_cast<double>(beta * v + g * h));
+      store_entry(task.out, i, j, static_cast<double>(beta * v + gamma * h));
     }
   }
 }
@@ -167,68 +165,69 @@ struct MapCall {
   const double *shift, *recentre;
 };
 
-// V is the operands' type, Tile the product's; M the arithmetic of the last pass.
+// V is the type of the operands, Tile that of the product, and M the arithmetic of the last pass.
 template <class T, class Tile, int kTerms, class V, class M>
 void map_typed(const MapCall& call) {
-  Work work(call.rows);
+  CallResources resources(call.rows);
   constexpr int64_t side = Tile::kSide;
   constexpr bool half = std::is_same_v<V, Half>;
-  const int64_t n = call.rows.size(0), columns = call.rows.size(1);
-  const int64_t stride = (columns + side - 1) / side * side;
+  const int64_t count = call.rows.size(0), columns = call.rows.size(1);
+  const int64_t stride = round_up(columns, side);
   const bool diagonal = call.matrix.dim() == 1;
-  const auto* a = static_cast<const double*>(call.matrix.const_data_ptr());
-  const auto across = static_cast<unsigned>((stride + 255) / 256);
+  const double* matrix = doubles(call.matrix);
+  const auto across = static_cast<unsigned>(divide_up(stride, 256));
 
-  // The rows' operands are scaled by one number, or by the diagonal itself.
-  double* row_scale = work.take<double>(stride);
+  // The packed rows are scaled by one number, or by the diagonal itself.
+  double* row_scale = resources.allocate<double>(stride);
   if (diagonal) {
-    launch(copy_padded, across, 256, 0, work.stream(), a, columns, stride, row_scale);
+    launch(copy_padded, across, 256, 0, resources.stream(), matrix, columns, stride, row_scale);
   } else {
-    launch(fill, across, 256, 0, work.stream(), row_scale, stride, half ? kRowScale : 1.0);
+    launch(fill, across, 256, 0, resources.stream(), row_scale, stride, half ? kRowScale : 1.0);
   }
-  double* zeros = work.take<double>(stride);
-  launch(fill, across, 256, 0, work.stream(), zeros, stride, 0.0);
-  const Packing<T, V> packing(work, call.rows, zeros, row_scale, stride);
-  const auto vectors = prepare<double, 2>(work, call.shift, call.recentre, zeros, columns, 128);
+  double* zeros = resources.allocate<double>(stride);
+  launch(fill, across, 256, 0, resources.stream(), zeros, stride, 0.0);
+  const Packing<T, V> packing(resources, call.rows, zeros, row_scale, stride);
+  const auto vectors =
+      prepare<double, 2>(resources, call.shift, call.recentre, zeros, columns, 128);
 
   Operand<V> right{nullptr, nullptr, stride};
   double* scale = nullptr;
   if (!diagonal) {
-    scale = work.take<double>(stride);
-    V* high = work.take<V>(stride * stride);
-    V* low = kTerms == 2 ? work.take<V>(stride * stride) : nullptr;
+    scale = resources.allocate<double>(stride);
+    V* high = resources.allocate<V>(stride * stride);
+    V* low = kTerms == 2 ? resources.allocate<V>(stride * stride) : nullptr;
     launch(matrix_scales, static_cast<unsigned>(stride), 128, Team<128>::kSharedBytes,
-           work.stream(), a, columns, half, scale);
+           resources.stream(), matrix, columns, half, scale);
     const auto squares = static_cast<unsigned>(stride / 32);
-    launch(pack_matrix<V>, dim3(squares, squares), 256, sizeof(double) * 32 * 33, work.stream(), a,
-           columns, stride, scale, high, low);
+    launch(pack_matrix<V>, dim3(squares, squares), 256, sizeof(double) * 32 * 33,
+           resources.stream(), matrix, columns, stride, scale, high, low);
     right = {high, low, stride};
   }
 
   const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(V) * kTerms + sizeof(M));
-  const int64_t padded_n = (n + side - 1) / side * side;
-  const int64_t chunk =
-      std::min(padded_n, std::max<int64_t>(8, kChunkBytes / (row_bytes * side)) * side);
+  const int64_t padded_count = round_up(count, side);
+  const int64_t chunk_rows =
+      std::min(padded_count, std::max<int64_t>(8, kChunkBytes / (row_bytes * side)) * side);
   PackTask<T, V> task = packing.task;
-  task.high = work.take<V>(chunk * stride);
-  task.low = kTerms == 2 && !diagonal ? work.take<V>(chunk * stride) : nullptr;
+  task.high = resources.allocate<V>(chunk_rows * stride);
+  task.low = kTerms == 2 && !diagonal ? resources.allocate<V>(chunk_rows * stride) : nullptr;
   task.normalize = true;
-  task.finite = work.take<unsigned char>(chunk);
+  task.finite = resources.allocate<unsigned char>(chunk_rows);
   M* product = nullptr;
-  if (!diagonal) product = work.take<M>(chunk * stride);
-  const unsigned finishers = persistent_blocks(std::min(chunk, n), 16);
-  double* direct = work.take<double>(2 * columns * finishers);
-  for (int64_t first = 0; first < n; first += chunk) {
+  if (!diagonal) product = resources.allocate<M>(chunk_rows * stride);
+  const unsigned finishers = persistent_blocks(std::min(chunk_rows, count), 16);
+  double* exact = resources.allocate<double>(2 * columns * finishers);
+  for (int64_t first = 0; first < count; first += chunk_rows) {
     task.rows = packing.task.rows + first * task.row_stride;
-    task.count = std::min(chunk, n - first);
-    task.padded_count = (task.count + side - 1) / side * side;
-    packing.run(work, task);
+    task.count = std::min(chunk_rows, count - first);
+    task.padded_count = round_up(task.count, side);
+    packing.run(resources, task);
     if constexpr (kTerms > 0) {
       if (!diagonal) {
         const Product<V, M> job{
             {task.high, task.low, stride},  right, stride, stride, product, stride,
             static_cast<int>(stride / side)};
-        multiply<Tile, true, kTerms>(work, job, task.padded_count / side);
+        multiply<Tile, true, kTerms>(resources, job, task.padded_count / side);
       }
     }
     const M* finished = product;
@@ -240,23 +239,23 @@ void map_typed(const MapCall& call) {
                             scale,
                             half ? kRowScale : 1.0,
                             task.finite,
-                            a,
+                            matrix,
                             {vectors.numbers, call.shift, call.recentre, true},
                             task.count,
                             columns,
                             task.row_stride,
                             stride,
                             diagonal,
-                            direct,
+                            exact,
                             row_output(call.out)};
     finish.out.data = static_cast<char*>(finish.out.data) +
                       first * call.out.stride(0) * static_cast<int64_t>(call.out.element_size());
     launch(finish_rows<T, M>, static_cast<unsigned>(std::min<int64_t>(finishers, task.count)),
-           kFinishThreads, Team<kFinishThreads>::kSharedBytes, work.stream(), finish);
+           kFinishThreads, Team<kFinishThreads>::kSharedBytes, resources.stream(), finish);
   }
 }
 
-// No product: packed values are the diagonal times u.
+// No product: the packed values are the diagonal times u.
 struct NoTile {
   static constexpr int64_t kSide = 128;
 };
@@ -266,37 +265,30 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
   constexpr const char* op = "map_rows";
   check_out(op, out, rows);
   check_matrix_map(op, matrix, shift, recentre, rows);
-  STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": isa ", variant,
-                  " is not available here; on CUDA it is 0, or 1 for one float16 operand");
+  check_operand_variant(op, variant);
   if (rows.size(0) == 0) return;
-  const MapCall call{out, rows, matrix, static_cast<const double*>(shift.const_data_ptr()),
-                     recentre ? static_cast<const double*>(recentre->const_data_ptr()) : nullptr};
-  const bool full =
-      rows.scalar_type() == ScalarType::Double || out.scalar_type() == ScalarType::Double;
-  dispatch_rows(op, out, [](auto) {});
-  dispatch_rows(op, rows, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (!full && matrix.dim() == 1) return map_typed<T, NoTile, 0, float, float>(call);
-      if (!full && variant == 1) return map_typed<T, HalfTile<true, 1>, 1, Half, float>(call);
-      if (!full) return map_typed<T, HalfTile<true, 2>, 2, Half, float>(call);
+  check_dtype(op, out);
+  const MapCall call{out, rows, matrix, doubles(shift), doubles(recentre)};
+  const bool needs_double = either_is_double(rows.scalar_type(), out.scalar_type());
+  dispatch_arithmetic(op, rows, needs_double, [&](auto row_value, auto arithmetic) {
+    using T = decltype(row_value);
+    if constexpr (std::is_same_v<decltype(arithmetic), double>) {
+      map_typed<T, DoubleTile<true>, 1, double, double>(call);
+    } else if (matrix.dim() == 1) {
+      map_typed<T, NoTile, 0, float, float>(call);
+    } else if (variant == 1) {
+      map_typed<T, HalfTile<true, 1>, 1, Half, float>(call);
+    } else {
+      map_typed<T, HalfTile<true, 2>, 2, Half, float>(call);
     }
-    map_typed<T, DoubleTile<true>, 1, double, double>(call);
   });
-}
-
-Tensor map_rows(Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
-                ScalarType dtype, int64_t variant) {
-  check_rows("map_rows", rows);
-  Tensor out = torch::stable::new_empty(rows, rows.sizes(), dtype);
-  map_rows_(out, rows, matrix, shift, recentre, variant);
-  return out;
 }
 
 }  // namespace
 }  // namespace realign_fast
 
-REALIGN_REGISTER(m) {
-  m.impl("map_rows", TORCH_BOX(&realign_fast::map_rows));
-  m.impl("map_rows_", TORCH_BOX(&realign_fast::map_rows_));
+REALIGN_REGISTER(library) {
+  using namespace realign_fast;
+  library.impl("map_rows", TORCH_BOX(&map_to_new_tensor<map_rows_>));
+  library.impl("map_rows_", TORCH_BOX(&map_rows_));
 }

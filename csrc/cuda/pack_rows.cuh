@@ -1,15 +1,16 @@
-// Rows into the operands of a product: normalised, shifted, weighted, scaled and split, in the one
-// read that a row gets. Row i becomes
+// Packs rows into the operands of a matrix product: normalised, shifted, weighted, scaled and
+// split, with one read of each row. Row i becomes
 //
 //   v = sqrt(w_i) (u_i - c) scale,   high = round(v),   low = round(v - high)
 //
-// as float16 (scale_j is a power of two that puts column j high in its range: see column_scales),
-// or v itself as float32 or float64. Non-finite rows and rows beyond N become zeros. What a
-// product of the operands needs beside it comes along: sums over rows of sqrt(w) (high + low) and
-// of low^2, from the very numbers that are multiplied, and the kinds of rows.
+// as float16 (scale_j is a power of two that puts column j at the upper end of float16's range, see
+// half_scale), or v itself as float32 or float64. Non-finite rows and rows beyond N become zeros.
+// Packing also computes what a caller needs beside the product: the sums over rows of
+// sqrt(w) (high + low) and of low^2, from the same numbers that are multiplied, and the counts of
+// rows.
 #pragma once
 
-#include "row_map.cuh"
+#include "cuda/row_map.cuh"
 
 namespace realign_fast {
 
@@ -26,12 +27,12 @@ struct PackTask {
   const M* ordered_scale;
   int64_t count, padded_count, columns, row_stride;
   bool aligned, normalize;
-  V *high, *low;          // [padded_count, stride]; low may be null
-  int64_t stride;         // D up to whole tiles
-  int64_t padded;         // D up to whole packs of the team
-  double* sums;           // [blocks, 2, padded], columns in the order of `place`; null: not wanted
-  unsigned char* finite;  // [padded_count] or null
-  unsigned long long* counts;  // [3] rows, zero, non-finite; or null
+  V *high, *low;               // [padded_count, stride]; low may be null
+  int64_t stride;              // D, rounded up to whole tiles
+  int64_t padded;              // D, rounded up to whole packs of the team
+  double* sums;                // [blocks, 2, padded], columns in the order of `sum_place`; or null
+  unsigned char* finite;       // [padded_count] or null
+  unsigned long long* counts;  // [3]: rows, zero rows, non-finite rows; or null
 };
 
 template <class T, class V, int SIZE, int PACKS>
@@ -42,26 +43,32 @@ struct PackSums {
   M low[PACKS && kLow ? PACKS : 1][kLow ? kEntries<T> : 1];
 };
 
+// Returns the power of two that scales the largest size of a column, above 0, to [2^13, 2^14).
+__device__ inline double half_scale(double peak) {
+  const int exponent = 13 - ilogb(peak);
+  return ldexp(1.0, exponent > 120 ? 120 : exponent < -120 ? -120 : exponent);
+}
+
 template <class V, class M>
 __device__ __forceinline__ void split(M v, V& high, V& low) {
   high = static_cast<V>(v);
   low = static_cast<V>(v - static_cast<M>(high));
 }
 
-// One row term by term, and its sums into `sums` [2, padded].
+// Packs one row step by step in float64 and adds its sums to `sums` [2, padded].
 template <class T, class V, int SIZE>
-__device__ void pack_directly(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
-                              double* sums) {
+__device__ void pack_exactly(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
+                             double* sums) {
   const T* row = task.rows + i * task.row_stride;
-  const DirectRow direct = direct_row(team, row, task.columns, DeviceMap{});
+  const ExactRow exact = exact_row(team, row, task.columns, DeviceMap{});
   const double factor = task.weights ? sqrt(task.weights[i]) : 1;
   V* high_row = task.high + i * task.stride;
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.stride; j += SIZE) {
     double v = 0;
-    if (direct.finite && j < task.columns) {
+    if (exact.finite && j < task.columns) {
       const double x = static_cast<double>(row[j]);
-      v = factor * ((task.normalize ? direct.unit(x) : x) - task.centre[j]) * task.scale[j];
+      v = factor * ((task.normalize ? exact.direction(x) : x) - task.centre[j]) * task.scale[j];
     }
     V high, low;
     if constexpr (std::is_same_v<V, Half>) {
@@ -72,29 +79,30 @@ __device__ void pack_directly(Team<SIZE>& team, int64_t i, const PackTask<T, V>&
       low = 0;
     }
     high_row[j] = high;
-    double kept = static_cast<double>(high);
+    double packed = static_cast<double>(high);
     if (task.low) {
       task.low[i * task.stride + j] = low;
-      kept += static_cast<double>(low);
+      packed += static_cast<double>(low);
     }
     if (sums && j < task.columns) {
-      const int64_t at = place<kEntries<T>>(j, SIZE);
-      sums[at] += factor * kept;
+      const int64_t at = sum_place<kEntries<T>>(j, SIZE);
+      sums[at] += factor * packed;
       if (task.low) sums[task.padded + at] += static_cast<double>(low) * static_cast<double>(low);
     }
   }
   if (team.thread != 0) return;
-  if (task.finite) task.finite[i] = direct.finite ? 1 : 0;
+  if (task.finite) task.finite[i] = exact.finite ? 1 : 0;
   if (task.counts) {
-    atomicAdd(task.counts + (direct.finite ? 0 : 2), 1ull);
-    if (direct.finite && direct.zero) atomicAdd(task.counts + 1, 1ull);
+    atomicAdd(task.counts + (exact.finite ? 0 : 2), 1ull);
+    if (exact.finite && exact.zero) atomicAdd(task.counts + 1, 1ull);
   }
 }
 
-// One row of the usual kind. False, and nothing written, if it has to be done term by term.
+// Packs one row in the arithmetic type. Returns false, and writes nothing, if the row must be
+// packed step by step.
 template <class T, class V, int SIZE, int PACKS>
-__device__ bool pack_usual(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
-                           PackSums<T, V, SIZE, PACKS>& held, double* sums) {
+__device__ bool pack_regular(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
+                             PackSums<T, V, SIZE, PACKS>& held, double* sums) {
   using M = typename PackTask<T, V>::M;
   constexpr int E = kEntries<T>;
   TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
@@ -142,9 +150,9 @@ __device__ bool pack_usual(Team<SIZE>& team, int64_t i, const PackTask<T, V>& ta
   return true;
 }
 
-// Row i beyond N: zeros.
+// Packs zeros for row i beyond N.
 template <class T, class V, int SIZE>
-__device__ void pack_nothing(const Team<SIZE>& team, int64_t i, const PackTask<T, V>& task) {
+__device__ void pack_zeros(const Team<SIZE>& team, int64_t i, const PackTask<T, V>& task) {
   const V zero = static_cast<V>(0.0f);
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.stride; j += SIZE) {
@@ -167,22 +175,22 @@ __global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
 
   PackSums<T, V, SIZE, PACKS> held = {};
   const int64_t first = int64_t(blockIdx.x) * kPackRows + team.team * kGroup;
-  unsigned long long left = 0;
-  int usual = 0;
+  unsigned long long remaining = 0;
+  int regular_rows = 0;
 #pragma unroll 1
   for (int k = 0; k < kGroup && first + k < task.padded_count; ++k) {
     if (first + k >= task.count) {
-      pack_nothing(team, first + k, task);
-    } else if (pack_usual(team, first + k, task, held, sums)) {
-      ++usual;
+      pack_zeros(team, first + k, task);
+    } else if (pack_regular(team, first + k, task, held, sums)) {
+      ++regular_rows;
     } else {
-      left |= 1ull << k;
+      remaining |= 1ull << k;
     }
   }
-  if (team.thread == 0 && task.counts && usual)
-    atomicAdd(task.counts, static_cast<unsigned long long>(usual));
+  if (team.thread == 0 && task.counts && regular_rows)
+    atomicAdd(task.counts, static_cast<unsigned long long>(regular_rows));
 #pragma unroll 1
-  for (int turn = 0; turn < Members::kTeams; ++turn) {  // always in this order
+  for (int turn = 0; turn < Members::kTeams; ++turn) {  // the teams, always in this order
     if (turn == team.team) {
       if (PACKS > 0 && sums) {
 #pragma unroll
@@ -198,8 +206,8 @@ __global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
       }
       team.wait();
 #pragma unroll 1
-      for (int64_t i = first; left; ++i, left >>= 1)
-        if (left & 1) pack_directly(team, i, task, sums);
+      for (int64_t i = first; remaining; ++i, remaining >>= 1)
+        if (remaining & 1) pack_exactly(team, i, task, sums);
     }
     __syncthreads();
   }
@@ -207,46 +215,46 @@ __global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
     out[j] = sums[j];
 }
 
-// What a call packs with: vectors and sizes that do not change from chunk to chunk.
+// The vectors and sizes of a call that are the same for every chunk of its rows.
 template <class T, class V>
 struct Packing {
   PackTask<T, V> task;
   int64_t columns;
 
-  Packing(Work& work, const Tensor& rows, const double* centre, const double* scale, int64_t stride)
+  Packing(CallResources& resources, const Tensor& rows, const double* centre, const double* scale,
+          int64_t stride)
       : task{}, columns(rows.size(1)) {
-    const auto* x = static_cast<const T*>(rows.const_data_ptr());
-    task.rows = x;
+    task.rows = static_cast<const T*>(rows.const_data_ptr());
     task.centre = centre;
     task.scale = scale;
     task.columns = columns;
     task.row_stride = rows.stride(0);
-    task.aligned = on_16_bytes(x, rows.stride(0));
+    task.aligned = is_aligned(task.rows, rows.stride(0));
     task.stride = stride;
     using M = typename PackTask<T, V>::M;
     dispatch_team<T>(columns, [&](auto size, auto) {
-      constexpr int64_t tile = size() * kEntries<T>;
-      task.padded = (columns + tile - 1) / tile * tile;
-      const auto vectors = prepare<M, kEntries<T>>(work, centre, scale, nullptr, columns, size());
+      task.padded = round_up(columns, size() * kEntries<T>);
+      const auto vectors =
+          prepare<M, kEntries<T>>(resources, centre, scale, nullptr, columns, size());
       task.ordered_centre = vectors.first;
       task.ordered_scale = vectors.second;
     });
   }
 
-  static int64_t blocks(int64_t padded_count) { return (padded_count + kPackRows - 1) / kPackRows; }
+  static int64_t blocks(int64_t padded_count) { return divide_up(padded_count, kPackRows); }
 
-  void run(Work& work, const PackTask<T, V>& chunk) const {
+  void run(CallResources& resources, const PackTask<T, V>& chunk) const {
     dispatch_team<T>(columns, [&](auto size, auto packs) {
       using Members = Team<size()>;
       size_t shared = Members::kSharedBytes;
       if (size() == 32) shared += 2 * sizeof(double) * static_cast<size_t>(chunk.padded);
       launch(pack_kernel<T, V, size(), packs()>, static_cast<unsigned>(blocks(chunk.padded_count)),
-             Members::kThreads, shared, work.stream(), chunk);
+             Members::kThreads, shared, resources.stream(), chunk);
     });
   }
 };
 
-// size of `place` for rows of T with these columns.
+// Returns the size of the team, as `sum_place` needs it, for rows of T with so many columns.
 template <class T>
 int team_size(int64_t columns) {
   int threads = 0;

@@ -3,25 +3,24 @@
 //   out [m, n] = sum over k of left [k, m] right [k, n]     (scatter: left = right, m <= n)
 //   out [m, n] = sum over k of left [m, k] right [k, n]     (map: the rows times A^T)
 //
-// One block makes one square tile over one slice of k: two or three stages of operands in shared
-// memory, filled by cp.async ahead of their use. With two terms a side (value = high + low) it adds
-// high high
-// + high low + low high; low low is left to the caller. The tensor cores cut sums off, so a
-// float32 sum is moved into a rounded one every `promote` steps. Which slices there are depends on
-// the problem alone, never on the device, and so do the bytes.
+// One block computes one square tile over one slice of k. Two or three stages of operands in shared
+// memory are filled by cp.async before they are used. If every value has two terms, high + low, the
+// product is high high + high low + low high; low low is left to the caller. Tensor cores truncate
+// their sums, so a float32 sum is added to a rounded one every kPromote steps. The slices, and with
+// them the bytes, depend on the problem alone and never on the device.
 //
-// Operands are padded with zeros to whole tiles: nothing in here looks at a border.
+// Operands are padded with zeros to whole tiles, so that no code here has to check a border.
 #pragma once
 
-#include "tensor_core.cuh"
+#include "cuda/tensor_core.cuh"
 
 namespace realign_fast {
 
 template <class V>
 struct Operand {
   const V* high;
-  const V* low;    // null with one term
-  int64_t stride;  // of a row, a multiple of the tile
+  const V* low;    // null if there is one term
+  int64_t stride;  // of a row; a multiple of the tile
 };
 
 template <class V, class S>
@@ -34,22 +33,29 @@ struct Product {
   int tiles;            // along n
 };
 
-// The tile'th of the tiles on and above the diagonal, row after row.
-struct TileAt {
+// The place of a tile.
+struct TilePlace {
   int row, column;
 };
-__host__ __device__ inline TileAt upper_tile(int tile, int tiles) {
+// Returns the place of tile number `tile` of those on and above the diagonal, row after row.
+__host__ __device__ inline TilePlace upper_tile(int tile, int tiles) {
   int row = 0;
   for (; tile >= tiles - row; ++row) tile -= tiles - row;
   return {row, row + tile};
 }
 inline int upper_tiles(int tiles) { return tiles * (tiles + 1) / 2; }
 
+// Checks the ops' `isa` argument, which selects the float16 operands of a product.
+inline void check_operand_variant(const char* op, int64_t variant) {
+  STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": isa ", variant,
+                  " is not available here; on CUDA it is 0, or 1 for one float16 operand");
+}
+
 constexpr int kProductThreads = 256;  // 2 x 4 warps
 template <int kTerms>
-constexpr int kStages = kTerms == 1 ? 3 : 2;  // (any GPU since sm_80 has 99 KiB for a block)
+constexpr int kStages = kTerms == 1 ? 3 : 2;  // every GPU since sm_80 has 99 KiB for a block
 
-// A tile of float16 operands: each warp makes 64 x 32 of 128 x 128 with m16n8k16.
+// A tile of float16 operands: each warp computes 64 x 32 of 128 x 128 with m16n8k16.
 template <bool kLeftInner, int kTerms>
 struct HalfTile {
   using Value = Half;
@@ -126,7 +132,7 @@ struct HalfTile {
   }
 };
 
-// A tile of float64 operands: each warp makes 32 x 16 of 64 x 64 with m8n8k4.
+// A tile of float64 operands: each warp computes 32 x 16 of 64 x 64 with m8n8k4.
 template <bool kLeftInner>
 struct DoubleTile {
   using Value = double;
@@ -170,16 +176,16 @@ struct DoubleTile {
   }
 };
 
-// rows x columns of V at `from` into shared memory, as groups of 16 bytes.
-template <int kRows, int kColumns, int kTo, class V>
-__device__ __forceinline__ void fetch(V* to, const V* from, int64_t stride) {
+// Copies kRows x kColumns of V from `source` to shared memory, in groups of 16 bytes.
+template <int kRows, int kColumns, int kTargetStride, class V>
+__device__ __forceinline__ void fetch(V* target, const V* source, int64_t stride) {
   constexpr int kWide = 16 / sizeof(V), kAcross = kColumns / kWide;
   static_assert(kRows * kAcross % kProductThreads == 0);
 #pragma unroll
   for (int n = 0; n < kRows * kAcross; n += kProductThreads) {
     const int piece = n + static_cast<int>(threadIdx.x), row = piece / kAcross,
               column = piece % kAcross * kWide;
-    copy_async(to + row * kTo + column, from + row * stride + column);
+    copy_async(target + row * kTargetStride + column, source + row * stride + column);
   }
 }
 
@@ -199,8 +205,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   using Shared = ProductShared<Tile, kLeftInner, kTerms>;
   constexpr int kSide = Tile::kSide, kDepth = Tile::kDepth;
   V* shared = reinterpret_cast<V*>(shared_memory());
-  const TileAt at = kLeftInner ? TileAt{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)}
-                               : upper_tile(static_cast<int>(blockIdx.x), task.tiles);
+  const TilePlace place =
+      kLeftInner ? TilePlace{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)}
+                 : upper_tile(static_cast<int>(blockIdx.x), task.tiles);
   const int64_t first = kLeftInner ? 0 : blockIdx.y * task.slice_depth;
   const int64_t depth =
       task.depth - first < task.slice_depth ? task.depth - first : task.slice_depth;
@@ -221,17 +228,17 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         const V* left = term ? task.left.low : task.left.high;
         const V* right = term ? task.right.low : task.right.high;
         if constexpr (kLeftInner) {
-          fetch<kSide, kDepth, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
-                                            left + int64_t(at.row) * kSide * task.left.stride + k,
-                                            task.left.stride);
+          fetch<kSide, kDepth, Tile::kLeft>(
+              left_of(step % kStages<kTerms>, term),
+              left + int64_t(place.row) * kSide * task.left.stride + k, task.left.stride);
         } else {
-          fetch<kDepth, kSide, Tile::kLeft>(left_of(step % kStages<kTerms>, term),
-                                            left + k * task.left.stride + int64_t(at.row) * kSide,
-                                            task.left.stride);
+          fetch<kDepth, kSide, Tile::kLeft>(
+              left_of(step % kStages<kTerms>, term),
+              left + k * task.left.stride + int64_t(place.row) * kSide, task.left.stride);
         }
         fetch<kDepth, kSide, Tile::kRight>(
             right_of(step % kStages<kTerms>, term),
-            right + k * task.right.stride + int64_t(at.column) * kSide, task.right.stride);
+            right + k * task.right.stride + int64_t(place.column) * kSide, task.right.stride);
       }
     }
     copy_async_commit();
@@ -240,8 +247,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   Tile tile;
   for (int step = 0; step < kStages<kTerms> - 1; ++step) fetch_step(step);
   for (int step = 0; step < steps; ++step) {
-    copy_async_wait<kStages<kTerms> - 2>();  // this step's operands have come
-    __syncthreads();                         // for every thread; and the stage before is free
+    copy_async_wait<kStages<kTerms> - 2>();  // this step's operands have arrived
+    __syncthreads();                         // for every thread, and the previous stage is free
     fetch_step(step + kStages<kTerms> - 1);
     const V *left[kTerms], *right[kTerms];
 #pragma unroll
@@ -255,8 +262,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   tile.promote();
   copy_async_wait<0>();
   if constexpr (kLeftInner) {
-    tile.write(task.out + int64_t(at.row) * kSide * task.out_stride + int64_t(at.column) * kSide,
-               task.out_stride);
+    tile.write(
+        task.out + int64_t(place.row) * kSide * task.out_stride + int64_t(place.column) * kSide,
+        task.out_stride);
   } else {
     tile.write(task.out + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kSide * kSide, kSide);
   }
@@ -264,12 +272,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 
 // Launches `product`; `down` is the number of slices (scatter) or of tiles along m (map).
 template <class Tile, bool kLeftInner, int kTerms>
-void multiply(Work& work, const Product<typename Tile::Value, typename Tile::Sum>& product,
-              int64_t down) {
+void multiply(CallResources& resources,
+              const Product<typename Tile::Value, typename Tile::Sum>& product, int64_t down) {
   const int across = kLeftInner ? product.tiles : upper_tiles(product.tiles);
   launch(product_kernel<Tile, kLeftInner, kTerms>,
          dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kProductThreads,
-         ProductShared<Tile, kLeftInner, kTerms>::kBytes, work.stream(), product);
+         ProductShared<Tile, kLeftInner, kTerms>::kBytes, resources.stream(), product);
 }
 
 }  // namespace realign_fast

@@ -1,29 +1,22 @@
-// The row map unit(unit(s u + b) + h), u = x / |x| (arXiv 2602.07026, section 4), as three numbers
-// a row: result = alpha x + beta b + gamma h. The algebra is that of csrc/cpu/row_map.h:
-//   r^2 = |s u + b|^2 = s^2 + 2 s u.b + b.b
-//   q^2 = |e' + h|^2  = 1 + 2 (s u.h + b.h) / r + h.h
-// and so is the refuge: where a squared norm comes out below 1/8 of its terms, or x.x is beyond
-// what the arithmetic can square, the row is done term by term in float64.
+// The row map on the device: its vectors in the order in which teams of threads read them, the dot
+// products of a row, and the exact evaluation in float64 of rows that the expansion of
+// common/row_map_math.h cannot represent.
 #pragma once
 
-#include "row_team.cuh"
+#include "common/row_map_math.h"
+#include "cuda/row_team.cuh"
 
 namespace realign_fast {
 
-// Numbers of the map that every row needs, written on the device by prepare_map.
-struct MapNumbers {
-  double scale, bb, bh, hh;
-};
-
 struct DeviceMap {
-  const MapNumbers* numbers;
-  const double* shift;     // b [D]
-  const double* recentre;  // h [D] or null
-  bool given;              // false: there is no map
+  const MapNumbers* numbers;  // on the device, where prepare_vectors writes them
+  const double* shift;        // b [D]
+  const double* recentre;     // h [D] or null
+  bool given;                 // false if there is no map
 };
 
-// Vectors as M in the order in which teams read them: chunk c of 16 bytes of pack p of thread t is
-// at ((p * chunks + c) * SIZE + t), so that neighbours read neighbouring chunks.
+// The order of vectors of M that teams read: the 16-byte chunk c of pack p of thread t is at
+// ((p * chunks + c) * SIZE + t), so that neighbouring threads read neighbouring chunks.
 template <class M, int E>
 struct VectorOrder {
   static constexpr int kWide = 16 / sizeof(M);  // entries of a chunk
@@ -52,8 +45,8 @@ __device__ __forceinline__ void load_vector(const M* vector, int p, int thread, 
   }
 }
 
-// One block: vectors as M, zero beyond D, and the numbers of the map. `first` and `second` may be
-// null (zeros), `scale` too (then no numbers are written).
+// One block writes two vectors as M, zero beyond D, and the numbers of the map. `first` and
+// `second` may be null, which means zeros. So may `scale`: then no numbers are written.
 template <class M, int E>
 __global__ void __launch_bounds__(256)
     prepare_vectors(const double* first, const double* second, const double* scale, int64_t columns,
@@ -84,71 +77,67 @@ struct OrderedVectors {
 };
 
 template <class M, int E>
-OrderedVectors<M> prepare(Work& work, const double* first, const double* second,
+OrderedVectors<M> prepare(CallResources& resources, const double* first, const double* second,
                           const double* scale, int64_t columns, int size) {
   const int64_t padded = VectorOrder<M, E>::padded(columns, size);
-  OrderedVectors<M> vectors{work.take<M>(padded), work.take<M>(padded), work.take<MapNumbers>(1)};
-  launch(prepare_vectors<M, E>, 1, 256, Team<256>::kSharedBytes, work.stream(), first, second,
+  OrderedVectors<M> vectors{resources.allocate<M>(padded), resources.allocate<M>(padded),
+                            resources.allocate<MapNumbers>(1)};
+  launch(prepare_vectors<M, E>, 1, 256, Team<256>::kSharedBytes, resources.stream(), first, second,
          scale, columns, padded, size, vectors.first, vectors.second, vectors.numbers);
   return vectors;
 }
 
-struct Coefficients {
-  double alpha, beta, gamma;
-  bool cancelled;
-};
-
-constexpr double kCancelled = 1.0 / 8;  // as in csrc/cpu/row_map.h
-
-// From xx = x.x, xb = x.b and xh = x.h (0 without h).
-__device__ inline Coefficients row_coefficients(const MapNumbers& map, double xx, double xb,
-                                                double xh) {
-  const double s = map.scale, inverse = rsqrt(xx);
-  const double rr = s * s + 2 * s * inverse * xb + map.bb;
-  const double inverse_r = rsqrt(rr);
-  const double eh = (s * inverse * xh + map.bh) * inverse_r;
-  const double qq = 1 + 2 * eh + map.hh;
-  Coefficients c;
-  c.gamma = rsqrt(qq);
-  c.beta = c.gamma * inverse_r;
-  c.alpha = c.beta * s * inverse;
-  c.cancelled = !(rr > kCancelled * (s * s + map.bb)) || !(qq > kCancelled * (1 + map.hh));
-  return c;
+// The dot products of a row with itself, with b and with h; the last two are 0 without a map.
+template <class T, class M, int SIZE, int PACKS>
+__device__ __forceinline__ void dot_products(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS>& row,
+                                             const M* shift, const M* recentre, bool has_map,
+                                             double (&dots)[3]) {
+  constexpr int E = kEntries<T>;
+  M parts[3] = {0, 0, 0};
+  row.for_each_pack([&](int p, int64_t, const Pack<T>& pack) {
+    M b[E] = {}, h[E] = {};
+    if (has_map) {
+      load_vector(shift, p, team.thread, SIZE, b);
+      load_vector(recentre, p, team.thread, SIZE, h);
+    }
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const M x = static_cast<M>(pack.values[e]);
+      parts[0] += x * x;
+      parts[1] += x * b[e];
+      parts[2] += x * h[e];
+    }
+  });
+  team.sum(parts, dots);
 }
 
-// False if x.x is too large or too small for M, or zero or NaN.
-template <class M>
-__device__ __forceinline__ bool in_range(double xx) {
-  constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280;
-  return xx > 1 / limit && xx < limit;
-}
-
-// A row done term by term in float64: what divides it at every step. (A peak first, so that no
-// square overflows; a vector of zeros is divided by 1.)
-struct DirectRow {
+// The divisors of a row that is computed step by step in float64: at each of the three
+// normalisations it is divided by its largest entry, so that no square overflows, and then by its
+// norm. A vector of zeros is divided by 1.
+struct ExactRow {
   bool finite, zero;
   double peak = 1, norm = 1, peak_r = 1, norm_r = 1, peak_q = 1, norm_q = 1;
 
-  __device__ double unit(double x) const { return x / peak / norm; }
-  __device__ double half(double v) const { return v / peak_r / norm_r; }
-  __device__ double whole(double v) const { return v / peak_q / norm_q; }
+  __device__ double direction(double x) const { return x / peak / norm; }
+  __device__ double shifted_unit(double v) const { return v / peak_r / norm_r; }
+  __device__ double recentred_unit(double v) const { return v / peak_q / norm_q; }
 };
 
-// The image of entry x in column j, or u where there is no map.
-__device__ inline double direct_value(const DirectRow& row, const DeviceMap& map, double scale,
-                                      double x, int64_t j) {
-  double v = row.unit(x);
+// Returns the image of entry x in column j, or that of u if there is no map.
+__device__ inline double exact_value(const ExactRow& row, const DeviceMap& map, double scale,
+                                     double x, int64_t j) {
+  double v = row.direction(x);
   if (map.given) {
-    v = row.half(scale * v + map.shift[j]);
-    if (map.recentre) v = row.whole(v + map.recentre[j]);
+    v = row.shifted_unit(scale * v + map.shift[j]);
+    if (map.recentre) v = row.recentred_unit(v + map.recentre[j]);
   }
   return v;
 }
 
-// peak and norm of value(x, j) over the row's entries.
+// Computes the largest size and the norm of value(x, j) over the row's entries.
 template <int SIZE, class T, class Value>
-__device__ void direct_norm(Team<SIZE>& team, const T* row, int64_t columns, const Value& value,
-                            double& peak, double& norm) {
+__device__ void exact_norm(Team<SIZE>& team, const T* row, int64_t columns, const Value& value,
+                           double& peak, double& norm) {
   double most = 0, squares[1] = {0}, sum[1];
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += SIZE)
@@ -165,33 +154,33 @@ __device__ void direct_norm(Team<SIZE>& team, const T* row, int64_t columns, con
   norm = sqrt(sum[0]);
 }
 
-// (Rare, so it reads the row again, entry by entry, and needs few registers.)
+// Such rows are rare, so it reads the row again, entry by entry, which needs few registers.
 template <int SIZE, class T>
-__device__ DirectRow direct_row(Team<SIZE>& team, const T* row, int64_t columns,
-                                const DeviceMap& map) {
-  DirectRow direct;
-  double bad[2] = {0, 0}, found[2];  // entries that are not finite, that are not zero
+__device__ ExactRow exact_row(Team<SIZE>& team, const T* row, int64_t columns,
+                              const DeviceMap& map) {
+  ExactRow exact;
+  double parts[2] = {0, 0}, counts[2];  // entries that are not finite, that are not zero
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += SIZE) {
     const double x = static_cast<double>(row[j]);
-    bad[0] += isfinite(x) ? 0 : 1;
-    bad[1] += x == 0 ? 0 : 1;
+    parts[0] += isfinite(x) ? 0 : 1;
+    parts[1] += x == 0 ? 0 : 1;
   }
-  team.sum(bad, found);
-  direct.finite = found[0] == 0;
-  direct.zero = found[1] == 0;
-  if (!direct.finite) return direct;
-  direct_norm(team, row, columns, [](double x, int64_t) { return x; }, direct.peak, direct.norm);
-  if (!map.given) return direct;
+  team.sum(parts, counts);
+  exact.finite = counts[0] == 0;
+  exact.zero = counts[1] == 0;
+  if (!exact.finite) return exact;
+  exact_norm(team, row, columns, [](double x, int64_t) { return x; }, exact.peak, exact.norm);
+  if (!map.given) return exact;
   const double s = map.numbers->scale;
-  const auto moved = [&](double x, int64_t j) { return s * direct.unit(x) + map.shift[j]; };
-  direct_norm(team, row, columns, moved, direct.peak_r, direct.norm_r);
-  if (!map.recentre) return direct;
+  const auto shifted = [&](double x, int64_t j) { return s * exact.direction(x) + map.shift[j]; };
+  exact_norm(team, row, columns, shifted, exact.peak_r, exact.norm_r);
+  if (!map.recentre) return exact;
   const auto recentred = [&](double x, int64_t j) {
-    return direct.half(moved(x, j)) + map.recentre[j];
+    return exact.shifted_unit(shifted(x, j)) + map.recentre[j];
   };
-  direct_norm(team, row, columns, recentred, direct.peak_q, direct.norm_q);
-  return direct;
+  exact_norm(team, row, columns, recentred, exact.peak_q, exact.norm_q);
+  return exact;
 }
 
 }  // namespace realign_fast

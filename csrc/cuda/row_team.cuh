@@ -1,21 +1,14 @@
-// Rows in and out of registers, and the team of threads that holds one row.
+// Loads and stores of rows, and the team of threads that holds one row in registers.
 //
-// A row is read as packs of 16 bytes: pack p of thread t covers the columns that begin at
-// (p * SIZE + t) * kEntries<T>, so neighbours read neighbouring packs and a warp reads whole lines.
-// A row that does not lie on 16-byte lines, and the end of one, is read entry by entry into the
-// same packs: where a row lies changes its speed and no bit of its result.
+// A row is read as packs of 16 bytes: pack p of thread t covers the columns from
+// (p * SIZE + t) * kEntries<T> on, so neighbouring threads read neighbouring packs and a warp reads
+// whole lines. A row that is not aligned to 16 bytes, and the end of a row, is read entry by entry
+// into the same packs: the address of a row changes its speed but no bit of its result.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace realign_fast {
-
-// float32 carries every 16-bit and float32 row to a float16 or float32 result. A bfloat16 result
-// has the exponents to show the error of an entry that cancels to almost nothing, so it takes
-// float64. (The rule of csrc/cpu/row_types.h.)
-inline bool needs_double(ScalarType rows, ScalarType out) {
-  return rows == ScalarType::Double || out == ScalarType::Double || out == ScalarType::BFloat16;
-}
 
 template <class T>
 inline constexpr int kEntries = 16 / sizeof(T);
@@ -26,12 +19,12 @@ struct alignas(16) Pack {
 };
 
 template <class V>
-inline bool on_16_bytes(const V* p, int64_t row_stride) {
+inline bool is_aligned(const V* p, int64_t row_stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 &&
          row_stride * static_cast<int64_t>(sizeof(V)) % 16 == 0;
 }
 
-// The entries from `column` on; zeros beyond the row [columns].
+// Loads the entries from `column` on, with zeros beyond the row [columns].
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64_t columns,
                                              bool aligned) {
@@ -56,8 +49,8 @@ __device__ __forceinline__ void store_word(V* target, V word) {
   }
 }
 
-// E values of arithmetic type M as O, in whole stores of up to 16 bytes where the row allows it.
-// (kKeep: the result is read again at once, so it should stay in the caches.)
+// Stores E values of the arithmetic type M as O, in whole stores of up to 16 bytes if the row is
+// aligned. kKeep leaves the result in the caches, because it is read again at once.
 template <class O, bool kKeep = false, int E, class M>
 __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t column, int64_t columns,
                                          bool aligned, const M (&values)[E]) {
@@ -93,7 +86,7 @@ __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t colu
     if (column + e < columns) target[e] = rounded[e];
 }
 
-// Where out lies, and the dtype that its entries are rounded to.
+// The result of a map: its memory, and the type that its entries are rounded to.
 struct RowOutput {
   void* data;  // [N, D]
   int64_t row_stride;
@@ -123,16 +116,18 @@ __device__ __forceinline__ void store_pack(const RowOutput& out, int64_t i, int6
 }
 
 __device__ inline void store_entry(const RowOutput& out, int64_t i, int64_t j, double value) {
-  const int64_t at = i * out.row_stride + j;
+  const int64_t place = i * out.row_stride + j;
   switch (out.dtype) {
     case ScalarType::Half:
-      static_cast<Half*>(out.data)[at] = static_cast<Half>(static_cast<float>(value));
+      static_cast<Half*>(out.data)[place] = static_cast<Half>(static_cast<float>(value));
       return;
     case ScalarType::BFloat16:
-      static_cast<BFloat16*>(out.data)[at] = static_cast<BFloat16>(static_cast<float>(value));
+      static_cast<BFloat16*>(out.data)[place] = static_cast<BFloat16>(static_cast<float>(value));
       return;
-    case ScalarType::Float: static_cast<float*>(out.data)[at] = static_cast<float>(value); return;
-    default: static_cast<double*>(out.data)[at] = value;
+    case ScalarType::Float:
+      static_cast<float*>(out.data)[place] = static_cast<float>(value);
+      return;
+    default: static_cast<double*>(out.data)[place] = value;
   }
 }
 
@@ -143,28 +138,28 @@ inline RowOutput row_output(const Tensor& out) {
   return output;
 }
 
-// SIZE threads that hold one row: a warp of a block of several, or a block of its own. What
-// `sum` and `peak` return is the same bits in every thread of the team.
+// SIZE threads that hold one row: one of several warps of a block, or a whole block. `sum` and
+// `peak` return the same bits in every thread of the team.
 template <int SIZE>
 struct Team {
   static constexpr int kThreads = SIZE == 32 ? 128 : SIZE;  // of a block
   static constexpr int kTeams = kThreads / SIZE;            // in a block
-  static constexpr int kMostSums = 4;
-  static constexpr size_t kSharedBytes = SIZE == 32 ? 0 : sizeof(double) * kMostSums * (SIZE / 32);
+  static constexpr int kMaxSums = 4;
+  static constexpr size_t kSharedBytes = SIZE == 32 ? 0 : sizeof(double) * kMaxSums * (SIZE / 32);
 
-  int thread;     // in the team
-  int team;       // in the block
-  double* slots;  // [SIZE / 32, kMostSums], shared by the team's warps
+  int thread;     // index in the team
+  int team;       // index in the block
+  double* slots;  // [SIZE / 32, kMaxSums], shared by the team's warps
 
   __device__ explicit Team(void* shared)
       : thread(static_cast<int>(threadIdx.x) % SIZE),
         team(static_cast<int>(threadIdx.x) / SIZE),
         slots(static_cast<double*>(shared)) {}
 
-  // sums[k] = sum of parts[k] over the team: a warp's lanes in M, its warps in float64.
+  // sums[k] = sum of parts[k] over the team: the lanes of a warp in M, the warps in float64.
   template <int K, class M>
   __device__ void sum(const M (&parts)[K], double (&sums)[K]) {
-    static_assert(K <= kMostSums);
+    static_assert(K <= kMaxSums);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       M part = parts[k];
@@ -175,7 +170,7 @@ struct Team {
     across_warps(sums, [](double a, double b) { return a + b; });
   }
 
-  // Memory written by one thread of the team is there for the others.
+  // Makes memory that one thread of the team has written visible to the others.
   __device__ void wait() const {
     if constexpr (SIZE == 32) {
       __syncwarp();
@@ -188,30 +183,30 @@ struct Team {
 #pragma unroll
     for (int offset = 16; offset; offset /= 2)
       part = fmax(part, __shfl_xor_sync(0xffffffffu, part, offset));
-    double most[1] = {part};
-    across_warps(most, [](double a, double b) { return fmax(a, b); });
-    return most[0];
+    double peaks[1] = {part};
+    across_warps(peaks, [](double a, double b) { return fmax(a, b); });
+    return peaks[0];
   }
 
  private:
-  template <int K, class Add>
-  __device__ void across_warps(double (&values)[K], const Add& add) {
+  template <int K, class Combine>
+  __device__ void across_warps(double (&values)[K], const Combine& combine) {
     if constexpr (SIZE > 32) {
       if (thread % 32 == 0)
-        for (int k = 0; k < K; ++k) slots[thread / 32 * kMostSums + k] = values[k];
+        for (int k = 0; k < K; ++k) slots[thread / 32 * kMaxSums + k] = values[k];
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         values[k] = slots[k];
-        for (int w = 1; w < SIZE / 32; ++w) values[k] = add(values[k], slots[w * kMostSums + k]);
+        for (int w = 1; w < SIZE / 32; ++w) values[k] = combine(values[k], slots[w * kMaxSums + k]);
       }
-      __syncthreads();  // the slots are free again
+      __syncthreads();  // the slots may be written again
     }
   }
 };
 
-// One row in its team: PACKS packs a thread in registers, or, where PACKS is 0, read again from
-// memory (the caches) whenever they are asked for.
+// One row as its team holds it: PACKS packs a thread in registers or, if PACKS is 0, loaded from
+// memory (the caches) at every use.
 template <class T, int SIZE, int PACKS>
 struct TeamRow {
   const T* row;
@@ -233,12 +228,12 @@ struct TeamRow {
     return (int64_t(p) * SIZE + thread) * kEntries<T>;
   }
 
-  // Whether the row has entries in pack p of any thread: the same for the whole team.
+  // Whether the row has entries in pack p of any thread; the same for the whole team.
   __device__ __forceinline__ bool reached(int p) const {
     return int64_t(p) * SIZE * kEntries<T> < columns;
   }
 
-  // Between two sweeps: keep the row as it was read, not as it was used.
+  // Keeps the row between two sweeps as it was read, not widened to the arithmetic type.
   __device__ __forceinline__ void forget_widened() {
 #pragma unroll
     for (int p = 0; p < PACKS; ++p) {
@@ -249,7 +244,7 @@ struct TeamRow {
     }
   }
 
-  // body(p, first column, pack); the team walks together, so a thread may see an empty pack.
+  // Calls body(p, first column, pack). The team walks together, so a thread may see an empty pack.
   template <class Body>
   __device__ __forceinline__ void for_each_pack(const Body& body) const {
     if constexpr (PACKS > 0) {
@@ -263,15 +258,16 @@ struct TeamRow {
   }
 };
 
-// Where column j lies in a team's sums over rows: entry e of every thread's pack side by side, so
-// that the threads of a team add to neighbouring addresses.
+// The place of column j in a team's sums over rows: entry e of every thread's pack is stored side
+// by side, so that the threads of a team add to neighbouring addresses.
 template <int E>
-__device__ __forceinline__ int64_t place(int64_t j, int size) {
+__device__ __forceinline__ int64_t sum_place(int64_t j, int size) {
   const int64_t pack = j / E;
   return (pack / size * E + j % E) * size + pack % size;
 }
 
-// Calls body(SIZE, PACKS) as constants: a warp a row, a block a row, or a block that reads again.
+// Calls body(SIZE, PACKS) with constants: a warp for each row, a block for each row, or a block
+// that loads the row again for every sweep.
 template <class T, class Body>
 void dispatch_team(int64_t columns, const Body& body) {
   using std::integral_constant;

@@ -1,22 +1,23 @@
-// sum_rows: sum, energy and counts of rows, of their directions, or of their images under a row
-// map, in one read each. Reference: ops/reference.py.
+// sum_rows: the sum, the energy and the counts of rows, of their directions, or of their images
+// under a row map, with one read of each row. The reference is realign_fast/ops/reference.py.
 //
-// A row's image is alpha x + beta b + gamma h (row_map.cuh), so the sum over rows is
-// sum(alpha x) + b sum(beta) + h sum(gamma): only the first is of row length. The rows are cut into
-// chunks whose borders depend on N alone; a chunk is one block's work. Its teams take its rows in
-// turn and add up to kGroupRows of them in registers, then one team after the other adds to the
-// chunk's float64 sums. Chunks are added in a tree of fixed shape. So the bytes depend neither on
-// the number of multiprocessors nor on the order in which blocks run.
-#include "row_map.cuh"
+// A row's image is alpha x + beta b + gamma h (common/row_map_math.h), so the sum over rows is
+// sum(alpha x) + b sum(beta) + h sum(gamma): only the first of the three sums has the length of a
+// row. The rows are cut into chunks whose borders depend on N alone, and one block sums one chunk.
+// Its teams take turns at its rows and sum up to kGroupRows of them in registers; then one team
+// after the other adds to the chunk's float64 sums. Chunks are added in a tree of fixed shape. The
+// bytes therefore depend neither on the number of multiprocessors nor on the order in which blocks
+// run.
+#include "cuda/row_map.cuh"
 
 namespace realign_fast {
 namespace {
 
-constexpr int kGroupRows = 64;         // rows that one team adds up in the arithmetic type
-constexpr int64_t kMostChunks = 2048;  // partial sums [D] in memory
-constexpr int64_t kLeastChunkRows = 128;
-constexpr int kFan = 64;     // chunks that one thread adds up
-constexpr int kScalars = 6;  // beyond the sum: energy, beta, gamma and three counts
+constexpr int kGroupRows = 64;        // rows that one team sums in the arithmetic type
+constexpr int64_t kMaxChunks = 2048;  // partial sums [D] in memory
+constexpr int64_t kMinChunkRows = 128;
+constexpr int kFan = 64;     // chunks that one thread sums
+constexpr int kScalars = 6;  // beside the sum: energy, beta, gamma and three counts
 
 template <class T, class M>
 struct SumTask {
@@ -25,25 +26,25 @@ struct SumTask {
   const M* recentre;
   const T* rows;  // [N, D]
   int64_t count, columns, row_stride, chunk_rows, chunks;
-  int64_t padded;  // D up to whole packs of the team
+  int64_t padded;  // D, rounded up to whole packs of the team
   bool aligned, normalize;
-  double* partial;  // [chunks, padded + kScalars], columns in the order of `place`
+  double* partial;  // [chunks, padded + kScalars], columns in the order of `sum_place`
 };
 
-// What a team counts, in shared memory; its first thread writes.
+// The scalars that a team sums in shared memory; only its first thread writes them.
 struct RowScalars {
   double energy = 0, beta = 0, gamma = 0;
-  double rows = 0, zero = 0, nonfinite = 0;  // (whole numbers below 2^53 are exact)
+  double rows = 0, zero = 0, nonfinite = 0;  // exact, because they are integers below 2^53
 };
 static_assert(sizeof(RowScalars) == kScalars * sizeof(double));
 
-// A row that is not plain sailing, term by term into the chunk's float64 sums.
+// Adds a row to the chunk's float64 sums, step by step in float64.
 template <class T, class M, int SIZE>
-__device__ void sum_directly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& task, double* sums,
-                             RowScalars& scalars) {
+__device__ void sum_exactly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& task, double* sums,
+                            RowScalars& scalars) {
   const T* row = task.rows + i * task.row_stride;
-  const DirectRow direct = direct_row(team, row, task.columns, task.map);
-  if (!direct.finite) {
+  const ExactRow exact = exact_row(team, row, task.columns, task.map);
+  if (!exact.finite) {
     if (team.thread == 0) scalars.nonfinite += 1;
     return;
   }
@@ -52,72 +53,57 @@ __device__ void sum_directly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& t
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.columns; j += SIZE) {
     const double x = static_cast<double>(row[j]);
-    const double v = task.normalize ? direct_value(direct, task.map, s, x, j) : x;
-    sums[place<kEntries<T>>(j, SIZE)] += v;
+    const double v = task.normalize ? exact_value(exact, task.map, s, x, j) : x;
+    sums[sum_place<kEntries<T>>(j, SIZE)] += v;
     squares[0] += v * v;
   }
   team.sum(squares, energy);
   if (team.thread != 0) return;
   scalars.energy += energy[0];
   scalars.rows += 1;
-  scalars.zero += direct.zero ? 1 : 0;
+  scalars.zero += exact.zero ? 1 : 0;
 }
 
-// The row's weight in the sum into `weight`; false if it has to be done term by term.
+// Writes the row's weight in the sum to `weight`. Returns false if the row must be added step by
+// step.
 template <class T, class M, int SIZE, int PACKS>
 __device__ bool row_weight(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS>& row,
                            const SumTask<T, M>& task, const MapNumbers& numbers, M& weight,
                            RowScalars& scalars) {
-  constexpr int E = kEntries<T>;
-  // (Narrow rows are done in float64 only as they are, without a map.)
+  // Rows of fewer than 64 bits are summed in float64 only if there is no map.
   constexpr bool kMayMap = std::is_same_v<M, float> || std::is_same_v<T, double>;
-  M parts[3] = {0, 0, 0};
   double dots[3];
-  row.for_each_pack([&](int p, int64_t, const Pack<T>& pack) {
-    M b[E] = {}, h[E] = {};
-    if (kMayMap && task.map.given) {
-      load_vector(task.shift, p, team.thread, SIZE, b);
-      load_vector(task.recentre, p, team.thread, SIZE, h);
-    }
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      const M x = static_cast<M>(pack.values[e]);
-      parts[0] += x * x;
-      parts[1] += x * b[e];
-      parts[2] += x * h[e];
-    }
-  });
-  team.sum(parts, dots);
+  dot_products(team, row, task.shift, task.recentre, kMayMap && task.map.given, dots);
   if (!in_range<M>(dots[0])) return false;
-  const bool counts = team.thread == 0;
+  const bool writes = team.thread == 0;
   if (kMayMap && task.map.given) {
-    const Coefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
+    const RowCoefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
     if (c.cancelled) return false;
     weight = static_cast<M>(c.alpha);
-    if (counts) scalars.energy += 1, scalars.beta += c.beta, scalars.gamma += c.gamma;
+    if (writes) scalars.energy += 1, scalars.beta += c.beta, scalars.gamma += c.gamma;
   } else {
     weight = task.normalize ? static_cast<M>(rsqrt(dots[0])) : static_cast<M>(1);
-    if (counts) scalars.energy += task.normalize ? 1 : dots[0];
+    if (writes) scalars.energy += task.normalize ? 1 : dots[0];
   }
-  if (counts) scalars.rows += 1;
+  if (writes) scalars.rows += 1;
   return true;
 }
 
-// Up to kGroupRows rows [first, last) of one team. What it adds up is in `held` (or, where PACKS is
-// 0, in `sums` at once); the bits of the result are the rows that it left for sum_directly.
+// Sums rows [first, end), at most kGroupRows, of one team into `held` or, if PACKS is 0, into
+// `sums`. The bits of the result name the rows that remain for sum_exactly.
 template <class T, class M, int SIZE, int PACKS>
-__device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t last,
+__device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t end,
                                         const SumTask<T, M>& task, const MapNumbers& numbers,
                                         M (&held)[PACKS ? PACKS : 1][kEntries<T>], double* sums,
                                         RowScalars& scalars) {
-  unsigned long long left = 0;
+  unsigned long long remaining = 0;
 #pragma unroll 1
-  for (int64_t i = first; i < last; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
                                 task.aligned);
     M weight;
     if (!row_weight(team, row, task, numbers, weight, scalars)) {
-      left |= 1ull << (i - first);
+      remaining |= 1ull << (i - first);
       continue;
     }
     row.forget_widened();
@@ -133,24 +119,24 @@ __device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t
       }
     });
   }
-  return left;
+  return remaining;
 }
 
 template <class T, class M, int SIZE, int PACKS>
-__device__ void sum_chunk(Team<SIZE>& team, int64_t begin, int64_t end, const SumTask<T, M>& task,
-                          double* sums, RowScalars& scalars) {
+__device__ void sum_chunk(Team<SIZE>& team, int64_t chunk_first, int64_t chunk_end,
+                          const SumTask<T, M>& task, double* sums, RowScalars& scalars) {
   constexpr int kTeams = Team<SIZE>::kTeams;
   const MapNumbers numbers = task.map.given ? *task.map.numbers : MapNumbers{};
   const int64_t share = (task.chunk_rows + kTeams - 1) / kTeams;
   const int64_t group = share < kGroupRows ? share : kGroupRows;
-  for (int64_t base = begin; base < end; base += group * kTeams) {
+  for (int64_t base = chunk_first; base < chunk_end; base += group * kTeams) {
     M held[PACKS ? PACKS : 1][kEntries<T>] = {};
     const int64_t first = base + team.team * group;
-    const int64_t last = first + group < end ? first + group : end;
-    unsigned long long left =
-        sum_group<T, M, SIZE, PACKS>(team, first, last, task, numbers, held, sums, scalars);
+    const int64_t end = first + group < chunk_end ? first + group : chunk_end;
+    unsigned long long remaining =
+        sum_group<T, M, SIZE, PACKS>(team, first, end, task, numbers, held, sums, scalars);
 #pragma unroll 1
-    for (int turn = 0; turn < kTeams; ++turn) {  // one team after the other, always in this order
+    for (int turn = 0; turn < kTeams; ++turn) {  // the teams, always in this order
       if (turn == team.team) {
 #pragma unroll
         for (int p = 0; p < PACKS; ++p)
@@ -160,8 +146,8 @@ __device__ void sum_chunk(Team<SIZE>& team, int64_t begin, int64_t end, const Su
               sums[(p * kEntries<T> + e) * SIZE + team.thread] += static_cast<double>(held[p][e]);
         team.wait();
 #pragma unroll 1
-        for (int64_t i = first; left; ++i, left >>= 1)
-          if (left & 1) sum_directly(team, i, task, sums, scalars);
+        for (int64_t i = first; remaining; ++i, remaining >>= 1)
+          if (remaining & 1) sum_exactly(team, i, task, sums, scalars);
       }
       __syncthreads();
     }
@@ -179,12 +165,12 @@ __global__ void __launch_bounds__(128, 3) sum_kernel(SumTask<T, M> task) {
     double* out = task.partial + chunk * (task.padded + kScalars);
     double* sums = SIZE == 32 ? scalars + kScalars * Members::kTeams : out;
     for (int64_t j = thread; j < task.padded; j += Members::kThreads) sums[j] = 0;
-    RowScalars& own = reinterpret_cast<RowScalars*>(scalars)[team.team];
-    if (team.thread == 0) own = RowScalars();
+    RowScalars& team_scalars = reinterpret_cast<RowScalars*>(scalars)[team.team];
+    if (team.thread == 0) team_scalars = RowScalars();
     __syncthreads();
-    const int64_t begin = chunk * task.chunk_rows;
-    const int64_t end = begin + task.chunk_rows < task.count ? begin + task.chunk_rows : task.count;
-    sum_chunk<T, M, SIZE, PACKS>(team, begin, end, task, sums, own);
+    const int64_t first = chunk * task.chunk_rows;
+    const int64_t end = first + task.chunk_rows < task.count ? first + task.chunk_rows : task.count;
+    sum_chunk<T, M, SIZE, PACKS>(team, first, end, task, sums, team_scalars);
     __syncthreads();
     if (SIZE == 32)
       for (int64_t j = thread; j < task.padded; j += Members::kThreads) out[j] = sums[j];
@@ -197,20 +183,20 @@ __global__ void __launch_bounds__(128, 3) sum_kernel(SumTask<T, M> task) {
   }
 }
 
-// to [ceil(count / kFan), width] = sums of kFan neighbours of from [count, width].
+// to [ceil(count / kFan), width] = the sums of kFan neighbours in from [count, width].
 __global__ void __launch_bounds__(128)
     add_chunks(const double* from, double* to, int64_t count, int64_t width) {
   const int64_t j = int64_t(blockIdx.x) * 128 + threadIdx.x;
   if (j >= width) return;
   const int64_t first = int64_t(blockIdx.y) * kFan;
-  const int64_t last = first + kFan < count ? first + kFan : count;
+  const int64_t end = first + kFan < count ? first + kFan : count;
   double sum = 0;
 #pragma unroll 8
-  for (int64_t i = first; i < last; ++i) sum += from[i * width + j];
+  for (int64_t i = first; i < end; ++i) sum += from[i * width + j];
   to[blockIdx.y * width + j] = sum;
 }
 
-// total = sums + beta b + gamma h, in the order of columns.
+// total = sums + beta b + gamma h, with its entries in the order of the columns.
 template <int E>
 __global__ void __launch_bounds__(256)
     finish_sums(const double* sums, int64_t columns, int64_t padded, int size, const double* shift,
@@ -218,7 +204,7 @@ __global__ void __launch_bounds__(256)
   const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
   const double* scalars = sums + padded;
   if (j < columns) {
-    double sum = sums[place<E>(j, size)];
+    double sum = sums[sum_place<E>(j, size)];
     if (shift) sum += scalars[1] * shift[j];
     if (recentre) sum += scalars[2] * recentre[j];
     total[j] = sum;
@@ -227,62 +213,52 @@ __global__ void __launch_bounds__(256)
   if (j < 3) counts[j] = static_cast<int64_t>(scalars[3 + j]);
 }
 
-struct SumOutput {
-  double *total, *energy;
-  int64_t* counts;
-};
-
-int64_t chunk_rows_of(int64_t rows) {
-  const int64_t share = (rows + kMostChunks - 1) / kMostChunks;
-  return (std::max(share, kLeastChunkRows) + kLeastChunkRows - 1) / kLeastChunkRows *
-         kLeastChunkRows;
+// The rows of a chunk; it depends on N alone.
+int64_t rows_of_a_chunk(int64_t rows) {
+  return round_up(std::max(divide_up(rows, kMaxChunks), kMinChunkRows), kMinChunkRows);
 }
 
 template <class T, class M>
-void sum_typed(const Tensor& rows, const double* scale, const double* b, const double* h,
-               bool normalize, const SumOutput& result) {
-  Work work(rows);
-  const int64_t n = rows.size(0), columns = rows.size(1);
-  const auto* x = static_cast<const T*>(rows.const_data_ptr());
+void sum_typed(const Tensor& rows, const double* scale, const double* shift, const double* recentre,
+               bool normalize, const RowSums& result) {
+  CallResources resources(rows);
+  const int64_t count = rows.size(0), columns = rows.size(1);
+  const auto* first_row = static_cast<const T*>(rows.const_data_ptr());
   dispatch_team<T>(columns, [&](auto size, auto packs) {
     using Members = Team<size()>;
-    constexpr int64_t tile = size() * kEntries<T>;
-    const int64_t padded = (columns + tile - 1) / tile * tile, width = padded + kScalars;
+    const int64_t padded = round_up(columns, size() * kEntries<T>), width = padded + kScalars;
     SumTask<T, M> task{};
-    task.map = {nullptr, b, h, b != nullptr};
-    if (b) {
-      const auto vectors = prepare<M, kEntries<T>>(work, b, h, scale, columns, size());
+    task.map = {nullptr, shift, recentre, shift != nullptr};
+    if (shift) {
+      const auto vectors =
+          prepare<M, kEntries<T>>(resources, shift, recentre, scale, columns, size());
       task.map.numbers = vectors.numbers;
       task.shift = vectors.first;
       task.recentre = vectors.second;
     }
-    task.rows = x, task.count = n, task.columns = columns, task.row_stride = rows.stride(0);
-    task.chunk_rows = chunk_rows_of(n), task.padded = padded;
-    task.chunks = (n + task.chunk_rows - 1) / task.chunk_rows;
-    task.aligned = on_16_bytes(x, rows.stride(0)), task.normalize = normalize;
-    task.partial = work.take<double>(task.chunks * width);
+    task.rows = first_row, task.count = count, task.columns = columns;
+    task.row_stride = rows.stride(0), task.aligned = is_aligned(first_row, rows.stride(0));
+    task.chunk_rows = rows_of_a_chunk(count), task.chunks = divide_up(count, task.chunk_rows);
+    task.padded = padded, task.normalize = normalize;
+    task.partial = resources.allocate<double>(task.chunks * width);
     size_t shared = Members::kSharedBytes + sizeof(RowScalars) * Members::kTeams;
     if (size() == 32) shared += sizeof(double) * static_cast<size_t>(padded);
     launch(sum_kernel<T, M, size(), packs()>, persistent_blocks(task.chunks, 16), Members::kThreads,
-           shared, work.stream(), task);
+           shared, resources.stream(), task);
     const double* sums = task.partial;
-    const unsigned across = static_cast<unsigned>((width + 127) / 128);
-    for (int64_t count = task.chunks; count > 1; count = (count + kFan - 1) / kFan) {
-      const int64_t fewer = (count + kFan - 1) / kFan;
-      double* to = work.take<double>(fewer * width);
-      launch(add_chunks, dim3(across, static_cast<unsigned>(fewer)), 128, 0, work.stream(), sums,
-             to, count, width);
-      sums = to;
+    const auto across = static_cast<unsigned>(divide_up(width, 128));
+    for (int64_t chunks = task.chunks; chunks > 1; chunks = divide_up(chunks, kFan)) {
+      const int64_t fewer = divide_up(chunks, kFan);
+      double* target = resources.allocate<double>(fewer * width);
+      launch(add_chunks, dim3(across, static_cast<unsigned>(fewer)), 128, 0, resources.stream(),
+             sums, target, chunks, width);
+      sums = target;
     }
     launch(finish_sums<kEntries<T>>,
-           static_cast<unsigned>((std::max<int64_t>(columns, 3) + 255) / 256), 256, 0,
-           work.stream(), sums, columns, padded, size(), b, h, result.total, result.energy,
-           result.counts);
+           static_cast<unsigned>(divide_up(std::max<int64_t>(columns, 3), 256)), 256, 0,
+           resources.stream(), sums, columns, padded, size(), shift, recentre, result.total,
+           result.energy, result.counts);
   });
-}
-
-const double* values_of(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const double*>(tensor->const_data_ptr()) : nullptr;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sum_rows(Tensor rows, std::optional<Tensor> scale,
@@ -290,31 +266,19 @@ std::tuple<Tensor, Tensor, Tensor> sum_rows(Tensor rows, std::optional<Tensor> s
                                             std::optional<Tensor> recentre, bool normalize,
                                             int64_t) {
   constexpr const char* op = "sum_rows";
-  check_rows(op, rows);
-  STD_TORCH_CHECK(
-      scale.has_value() == shift.has_value() && (shift || !recentre) && (normalize || !shift), op,
-      ": a map needs scale, shift and normalize=True");
-  if (shift) check_map(op, *scale, *shift, recentre, rows);
-  Tensor total = torch::stable::new_zeros(rows, {rows.size(1)}, ScalarType::Double);
-  Tensor energy = torch::stable::new_zeros(rows, {}, ScalarType::Double);
-  Tensor counts = torch::stable::new_zeros(rows, {3}, ScalarType::Long);
-  const SumOutput result{static_cast<double*>(total.mutable_data_ptr()),
-                         static_cast<double*>(energy.mutable_data_ptr()),
-                         static_cast<int64_t*>(counts.mutable_data_ptr())};
-  const double *s = values_of(scale), *b = values_of(shift), *h = values_of(recentre);
-  dispatch_rows(op, rows, [&](auto t) {
-    using T = decltype(t);
-    if (rows.size(0) == 0) return;
-    // Rows summed as they are have no common length, so their energy needs float64 throughout.
-    if constexpr (!std::is_same_v<T, double>) {
-      if (normalize) return sum_typed<T, float>(rows, s, b, h, normalize, result);
-    }
-    sum_typed<T, double>(rows, s, b, h, normalize, result);
+  check_sum_arguments(op, rows, scale, shift, recentre, normalize);
+  check_dtype(op, rows);
+  const RowSums result(rows);
+  if (rows.size(0) == 0) return result.tensors();
+  // Rows that are summed as they are have no common length, so their energy needs float64.
+  dispatch_arithmetic(op, rows, !normalize, [&](auto row_value, auto arithmetic) {
+    sum_typed<decltype(row_value), decltype(arithmetic)>(rows, doubles(scale), doubles(shift),
+                                                         doubles(recentre), normalize, result);
   });
-  return {total, energy, counts};
+  return result.tensors();
 }
 
 }  // namespace
 }  // namespace realign_fast
 
-REALIGN_REGISTER(m) { m.impl("sum_rows", TORCH_BOX(&realign_fast::sum_rows)); }
+REALIGN_REGISTER(library) { library.impl("sum_rows", TORCH_BOX(&realign_fast::sum_rows)); }

@@ -1,4 +1,4 @@
-// The instructions of the tensor cores, and the copies that feed them, one function each.
+// The instructions of the tensor cores and the copies that feed them; each has one function.
 //
 // Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and
 // "... mma.m8n8k4 with .f64"), g = lane / 4, t = lane % 4:
@@ -6,10 +6,10 @@
 //   B 16x8 float16:  word w holds rows 2t + 8 w and the next, column g
 //   C 16x8 float32:  entry e is row g + 8 (e / 2), column 2t + e % 2
 //   A 8x4 float64:   row g, column t;  B 4x8: row t, column g;  C 8x8: row g, columns 2t, 2t + 1
-// They are those of sm_80 and run on every later device; sm_90's own (wgmma) are not used.
+// The instructions are those of sm_80, which every later device runs; sm_90's wgmma is not used.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 #ifdef REALIGN_EMULATION
 #include "tensor_core_emulation.h"
@@ -17,7 +17,7 @@
 
 namespace realign_fast {
 
-// c += A B, float16 operands and float32 sums (which the hardware cuts off, not rounds).
+// c += A B with float16 operands and float32 sums, which the hardware truncates.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                              unsigned b1) {
   asm volatile(
@@ -34,8 +34,8 @@ __device__ __forceinline__ void multiply_add(double (&c)[2], double a, double b)
                : "d"(a), "d"(b));
 }
 
-// Four 8x8 matrices from shared memory: lane 8 m + r names the 16 bytes of row r of matrix m; word
-// m of a lane is row g, columns 2t and 2t + 1 of matrix m, or of its transpose.
+// Loads four 8x8 matrices from shared memory. Lane 8 m + r gives the address of the 16 bytes of row
+// r of matrix m. Word m of a lane is row g, columns 2t and 2t + 1 of matrix m, or of its transpose.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const Half* row) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const Half* 
   }
 }
 
-// 16 bytes from global to shared memory, past the registers and L1.
+// Copies 16 bytes from global to shared memory, past the registers and L1.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
@@ -60,7 +60,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until at most kNewest of this thread's groups are under way.
+// Waits until at most kNewest of this thread's groups are in flight.
 template <int kNewest>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");

@@ -4,9 +4,9 @@
 
 #include <system_error>
 
-#include "parquet_pages.h"
-#include "pickled_rows.h"
-#include "shard_reader.h"
+#include "io/parquet/parquet_pages.h"
+#include "io/pickle/pickle_rows.h"
+#include "io/shard_reader.h"
 
 namespace py = pybind11;
 using namespace realign_fast::io;

@@ -1,4 +1,4 @@
-#include "shard_reader.h"
+#include "io/shard_reader.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-#include "window.h"
+#include "io/window.h"
 
 #include <fcntl.h>
 #include <sys/uio.h>

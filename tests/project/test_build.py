@@ -55,10 +55,12 @@ def read(command: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["SOURCES", "IO_SOURCES", "CUDA_SOURCES"])
 def test_cmake_has_the_sources_of_setup(run_setup, name):
-    (pattern,) = re.findall(rf"file\(GLOB {name} CONFIGURE_DEPENDS (\S+)\)", cmake_text())
+    command = rf"file\(GLOB(_RECURSE)? {name} CONFIGURE_DEPENDS (\S+)/(\S+)\)"
+    ((recursive, folder, pattern),) = re.findall(command, cmake_text())
+    paths = (ROOT / folder).rglob(pattern) if recursive else (ROOT / folder).glob(pattern)
     sources = run_setup("c++")[name]
     assert sources
-    assert sources == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+    assert sources == sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
 def test_cmake_has_the_flags_of_setup(monkeypatch):

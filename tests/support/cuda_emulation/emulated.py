@@ -20,7 +20,7 @@ from realign_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-HEADERS = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
+HEADERS = [*(ROOT / "csrc/common").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
 HEADERS += [*Path(__file__).parent.glob("*.h")]
 FLAGS = (
     "-x c++ -std=c++20 -O2 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall "

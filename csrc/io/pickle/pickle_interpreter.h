@@ -5,8 +5,8 @@
 #include <span>
 #include <string>
 
-#include "pickled_list.h"
-#include "window.h"
+#include "io/pickle/pickle_list.h"
+#include "io/window.h"
 
 namespace realign_fast::io {
 

@@ -1,4 +1,4 @@
-#include "pickled_rows.h"
+#include "io/pickle/pickle_rows.h"
 
 #include <unistd.h>
 
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <system_error>
 
-#include "pickle_values.h"
+#include "io/pickle/pickle_values.h"
 
 namespace realign_fast::io {
 namespace {

@@ -58,6 +58,18 @@ inline void check_matrix_map(const char* op, const Tensor& matrix, const Tensor&
   if (recentre) check_vector(op, "recentre", *recentre, rows);
 }
 
+// rows, and the map that sum_rows takes in three optional parts.
+inline void check_sum_arguments(const char* op, const Tensor& rows,
+                                const std::optional<Tensor>& scale,
+                                const std::optional<Tensor>& shift,
+                                const std::optional<Tensor>& recentre, bool normalize) {
+  check_rows(op, rows);
+  STD_TORCH_CHECK(
+      scale.has_value() == shift.has_value() && (shift || !recentre) && (normalize || !shift), op,
+      ": a map needs scale, shift and normalize=True");
+  if (shift) check_map(op, *scale, *shift, recentre, rows);
+}
+
 // scatter [D, D] and total [D], contiguous float64 on the device of the rows.
 inline void check_sums(const char* op, const Tensor& scatter, const Tensor& total,
                        const Tensor& rows) {
@@ -70,15 +82,19 @@ inline void check_sums(const char* op, const Tensor& scatter, const Tensor& tota
   check_vector(op, "total", total, rows);
 }
 
-// The weights [N] of the rows; null where there are none.
-inline const double* checked_weights(const char* op, const std::optional<Tensor>& weights,
-                                     const Tensor& rows) {
-  if (!weights) return nullptr;
+// The arguments of add_scatter_: its sums, the rows, their centre [D] and their weights [N], if
+// any.
+inline void check_scatter_arguments(const char* op, const Tensor& scatter, const Tensor& total,
+                                    const Tensor& rows, const Tensor& centre,
+                                    const std::optional<Tensor>& weights) {
+  check_rows(op, rows);
+  check_sums(op, scatter, total, rows);
+  check_vector(op, "centre", centre, rows);
+  if (!weights) return;
   STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == rows.size(0) &&
                       weights->scalar_type() == ScalarType::Double && weights->is_contiguous(),
                   op, ": weights must be contiguous float64, one for each of the ", rows.size(0),
                   " rows");
-  return static_cast<const double*>(weights->const_data_ptr());
 }
 
 // out may be the rows themselves, but neither another part of their memory nor overlap itself.

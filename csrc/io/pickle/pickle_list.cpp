@@ -1,4 +1,4 @@
-#include "pickled_list.h"
+#include "io/pickle/pickle_list.h"
 
 #include <algorithm>
 

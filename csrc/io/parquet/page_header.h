@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "window.h"
+#include "io/window.h"
 
 namespace realign_fast::io {
 

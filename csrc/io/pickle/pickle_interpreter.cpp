@@ -1,9 +1,9 @@
-#include "plain_pickle.h"
+#include "io/pickle/pickle_interpreter.h"
 
 #include <array>
 #include <string_view>
 
-#include "pickle_values.h"
+#include "io/pickle/pickle_values.h"
 
 namespace realign_fast::io {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "pickle_values.h"
+#include "io/pickle/pickle_values.h"
 
 namespace realign_fast::io {
 

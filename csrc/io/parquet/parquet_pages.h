@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <mutex>
 
-#include "page_header.h"
+#include "io/parquet/page_header.h"
 
 namespace realign_fast::io {
 

@@ -1,4 +1,4 @@
-#include "pickle_values.h"
+#include "io/pickle/pickle_values.h"
 
 #include <algorithm>
 #include <array>

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "plain_pickle.h"
+#include "io/pickle/pickle_interpreter.h"
 
 namespace realign_fast::io {
 

@@ -1,4 +1,4 @@
-#include "parquet_pages.h"
+#include "io/parquet/parquet_pages.h"
 
 #include <algorithm>
 #include <string>

@@ -1,4 +1,4 @@
-#include "page_header.h"
+#include "io/parquet/page_header.h"
 
 #include <algorithm>
 

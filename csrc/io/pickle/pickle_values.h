@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "window.h"
+#include "io/window.h"
 
 namespace realign_fast::io {
 

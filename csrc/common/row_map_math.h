@@ -1,0 +1,85 @@
+// The algebra of the row map unit(unit(s u + b) + h), u = x / |x| (arXiv 2602.07026, section 4).
+//
+// Every norm in the map follows from three dot products of the raw row, x.x, x.b and x.h:
+//   r^2    = |s u + b|^2   = s^2 + 2 s u.b + b.b
+//   q^2    = |e' + h|^2    = 1 + 2 (s u.h + b.h) / r + h.h,   e' = (s u + b) / r
+//   result = alpha x + beta b + gamma h
+// A kernel therefore reads a row once, reduces three sums, and writes the row once. Where r^2 or
+// q^2 comes out far below the terms that it is the sum of, the expansion has cancelled, and the
+// kernel repeats that row step by step in float64.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define REALIGN_HOST_DEVICE __host__ __device__
+#else
+#define REALIGN_HOST_DEVICE
+#endif
+
+namespace realign_fast {
+
+// The numbers of a map that every row needs: the scale s and the dot products of b and h.
+struct MapNumbers {
+  double scale, bb, bh, hh;
+};
+
+// alpha, beta and gamma of one row.
+struct RowCoefficients {
+  double alpha, beta, gamma;
+  bool cancelled;
+};
+
+// A squared norm below this share of its terms has lost too many digits to the expansion.
+constexpr double kCancelled = 1.0 / 8;
+
+REALIGN_HOST_DEVICE inline double inverse_root(double x) {
+#ifdef __CUDA_ARCH__
+  return rsqrt(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
+
+// The coefficients of a row with xx = x.x, xb = x.b and xh = x.h (0 without h).
+REALIGN_HOST_DEVICE inline RowCoefficients row_coefficients(const MapNumbers& map, double xx,
+                                                            double xb, double xh) {
+  const double s = map.scale, inverse = inverse_root(xx);
+  const double rr = s * s + 2 * s * inverse * xb + map.bb;
+  const double inverse_r = inverse_root(rr);
+  const double eh = (s * inverse * xh + map.bh) * inverse_r;
+  const double qq = 1 + 2 * eh + map.hh;
+  RowCoefficients row;
+  row.gamma = inverse_root(qq);
+  row.beta = row.gamma * inverse_r;
+  row.alpha = row.beta * s * inverse;
+  row.cancelled = !(rr > kCancelled * (s * s + map.bb)) | !(qq > kCancelled * (1 + map.hh));
+  return row;
+}
+
+// The coefficients of a row whose product y = A u is known: the result is beta (y + b) + gamma h.
+struct FinishCoefficients {
+  double beta, gamma;
+  bool cancelled;
+};
+
+// yy = y.y, vv = v.v and vh = v.h with v = y + b; `recentred` says whether there is an h.
+REALIGN_HOST_DEVICE inline FinishCoefficients finish_coefficients(double yy, double bb, double vv,
+                                                                  double vh, double hh,
+                                                                  bool recentred) {
+  const double inverse = inverse_root(vv);
+  const double qq = recentred ? 1 + 2 * inverse * vh + hh : 1;
+  const double gamma = inverse_root(qq);
+  const bool cancelled = !(vv > kCancelled * (yy + bb)) || !(qq > kCancelled * (1 + hh));
+  return {gamma * inverse, gamma, cancelled};
+}
+
+// Whether the arithmetic type M can compute with a squared norm: false if it is too large or too
+// small, and for zero, infinity and NaN.
+template <class M>
+REALIGN_HOST_DEVICE constexpr bool in_range(double squared_norm) {
+  constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280;
+  return (squared_norm > 1 / limit) & (squared_norm < limit);
+}
+
+}  // namespace realign_fast

@@ -1,0 +1,81 @@
+// How a CPU kernel runs: aligned memory, chunks of work on torch's threads, and the call of the
+// function that was compiled for the CPU's instruction set.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "cpu/isa.h"
+#include "cpu/row_map.h"
+
+namespace realign_fast {
+
+// Allocates on 64-byte cache lines: a register that straddles two lines costs two accesses.
+template <class M>
+struct LineAllocator {
+  using value_type = M;
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  M* allocate(size_t count) {
+    return static_cast<M*>(::operator new(count * sizeof(M), std::align_val_t(64)));
+  }
+  void deallocate(M* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+template <class M>
+using AlignedVector = std::vector<M, LineAllocator<M>>;
+
+// Copies values [columns] (zeros if null) as M, with zeros up to a multiple of `width` entries.
+template <class M>
+AlignedVector<M> padded(const double* values, int64_t columns, int64_t width = 64 / sizeof(M)) {
+  AlignedVector<M> copy(round_up(columns, width));
+  for (int64_t j = 0; values && j < columns; ++j) copy[j] = static_cast<M>(values[j]);
+  return copy;
+}
+
+// Calls body(chunk, scratch [scratch_size]) for every chunk on torch's threads. A thread that is
+// free takes a share of the remaining chunks, so a thread that the machine slows down does not
+// delay the others, and most chunks follow one that the same thread has just read (and prefetched
+// from).
+template <class Body>
+void for_each_chunk(int64_t chunks, int64_t scratch_size, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    AlignedVector<double> scratch(scratch_size);
+    for (int64_t first = next; first < chunks;) {
+      const int64_t end = first + std::max<int64_t>(1, (chunks - first) / (2 * workers));
+      if (!next.compare_exchange_weak(first, end)) continue;
+      for (int64_t chunk = first; chunk < end; ++chunk) body(chunk, scratch.data());
+      first = next;
+    }
+  });
+}
+
+// Returns the requested instruction set (0: the best one), checked against those of this CPU.
+inline Isa checked_isa(int64_t requested) {
+  const Isa best = best_isa();
+  STD_TORCH_CHECK(requested >= 0 && requested <= static_cast<int64_t>(best), "isa ", requested,
+                  " is not available here; expected 0 (the best one) to ",
+                  static_cast<int64_t>(best), ", the best that this CPU has");
+  return requested == 0 ? best : static_cast<Isa>(requested);
+}
+
+}  // namespace realign_fast
+
+#if defined(__x86_64__)
+#define REALIGN_CALL(isa, function, ...)                    \
+  switch (isa) {                                            \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break; \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;     \
+    default: baseline::function(__VA_ARGS__); break;        \
+  }
+#else
+#define REALIGN_CALL(isa, function, ...) (void)isa, baseline::function(__VA_ARGS__)
+#endif
