@@ -1,7 +1,7 @@
 """Triton kernels of ``align_rows`` and ``sum_rows``: one read of a row, and one write or none.
 
 A program takes a tile of rows at a time, `ROWS` x `BLOCK` columns; a row longer than BLOCK is swept
-block by block. As on the CPU (``csrc/cpu/row_map.h``) every norm in ``unit(unit(s u + b) + h)``
+block by block. As in ``csrc/common/row_map_math.h`` every norm in ``unit(unit(s u + b) + h)``
 follows from the dot products x.x, x.b and x.h, so the result is ``alpha x + beta b + gamma h``.
 Rows for which that cancels, and rows that are zero, non-finite or too large or small to square, are
 *unusual*: the program then does them again in float64, term by term (:func:`_lengths`).
@@ -399,7 +399,7 @@ def align_rows_(
     if count == 0:
         return
     wide = torch.float64 in (rows.dtype, out.dtype) or out.dtype == torch.bfloat16
-    m = torch.float64 if wide else torch.float32  # as csrc/cpu/row_types.h says, and why
+    m = torch.float64 if wide else torch.float32  # as csrc/common/dispatch.h says, and why
     source, row_step = aligned(rows)
     target, out_step = aligned(out)
     shape = tile(columns, m)
