@@ -83,12 +83,17 @@ def decide(torch: Path | None) -> tuple[str, str, str]:
     return nvcc, version, ""
 
 
+def architecture_names(version: str) -> list[str]:
+    """Return the architectures that this nvcc compiles for: those asked for, or `ARCHS`."""
+    if names := os.environ.get("REALIGN_FAST_CUDA_ARCHS", "").split():
+        return names
+    known = tuple(map(int, version.split("."))) >= (12, 8)  # (nvcc knows sm_100 from 12.8 on)
+    return ARCHS.split() if known else ARCHS.split()[:-1]
+
+
 def architectures(version: str) -> str:
     """Machine code for each architecture, and PTX of the last for GPUs to come."""
-    names = os.environ.get("REALIGN_FAST_CUDA_ARCHS", "").split()
-    if not names:  # (nvcc knows sm_100 from 12.8 on)
-        known = tuple(map(int, version.split("."))) >= (12, 8)
-        names = ARCHS.split() if known else ARCHS.split()[:-1]
+    names = architecture_names(version)
     codes = [f"-gencode arch=compute_{name},code=sm_{name}" for name in names]
     last = names[-1]
     codes[-1] = f"-gencode arch=compute_{last},code=[sm_{last},compute_{last}]"

@@ -67,6 +67,7 @@ class BuildPython(build_py):
             "reason": why_not,
             "why_no_reader": why_no_reader,
             "cuda": cuda,
+            "cuda_archs": " ".join(build_cuda.architecture_names(cuda)) if nvcc else "",
             "why_no_cuda": why_no_cuda,
             "compiler": compiler,
             "torch": build_backend.torch_version(torch) if torch else "",

@@ -2,9 +2,9 @@
 
 ``reference.py`` answers every op everywhere; the compiled library ``_C.abi3.so``, where it was
 built, registers its kernels under the CPU key and takes over there, ``_C_cuda.abi3.so`` under the
-CUDA key, where torch has CUDA (docs/kernels.md); on a GPU without it the Triton kernels do
-(``triton_kernels.py``). The dispatcher chooses by the device of the rows: nothing is swapped at run
-time, and :func:`backend_of` tells which kernel runs and why.
+CUDA key, where torch has CUDA and the library has code for the GPUs (docs/kernels.md); on a GPU
+without it the Triton kernels do (``triton_ops``). The dispatcher chooses by the device of the
+rows: nothing is swapped at run time, and :func:`backend_of` tells which kernel runs and why.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import reference, triton_ops
+from .capability import visible_capabilities, why_unfit
 
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
 ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
@@ -80,6 +81,10 @@ def _load_cuda() -> str:
             f"{binary.name} is built with CUDA {built}, torch with {torch.version.cuda}; "
             "install realign_fast again with an nvcc of that version"
         )
+    if unfit := why_unfit(info.get("cuda_archs", "").split(), visible_capabilities()):
+        reason = f"{binary.name} is not used: {unfit}"
+        warnings.warn(f"realign_fast: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     try:
         torch.ops.load_library(str(binary))
     except OSError as error:
@@ -145,7 +150,7 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
     if device.type == "cuda" and op in _triton_ops:
-        return Backend("triton", "Triton: no compiled library for this GPU")
+        return Backend("triton", f"Triton: {_why_not_cuda or 'no compiled library for this GPU'}")
     compiled = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"realign_fast::{op}", device.type.upper()
     )

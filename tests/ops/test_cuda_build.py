@@ -4,6 +4,7 @@ None of this needs a GPU. The library that the installation built is looked at; 
 but an nvcc, it is compiled here for sm_90 alone.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import realign_fast
 from realign_fast import backend_of, ops
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD_INFO = Path(realign_fast.__file__).parent / "_build_info.json"
 INSTALLED = Path(realign_fast.__file__).parent / "_C_cuda.abi3.so"
 # Bytes of stack that ptxas needs beside the registers. These kernels hold 64 or 32 sums a thread
 # beside a row of 16-bit entries and leave the registers in the few steps between rows; finish_rows
@@ -107,6 +109,9 @@ def test_every_gpu_has_every_kernel(resources, library):
         kernels.setdefault(architecture, []).append(re.sub(r"_GLOBAL__N__\w{8}", "", symbol))
     if library == INSTALLED and "REALIGN_FAST_CUDA_ARCHS" not in os.environ:
         assert {"sm_80", "sm_90"} <= set(kernels)
+    recorded = json.loads(BUILD_INFO.read_text()).get("cuda_archs") if BUILD_INFO.exists() else ""
+    if library == INSTALLED and recorded:
+        assert set(kernels) == {f"sm_{name}" for name in recorded.split()}
     counts = {architecture: len(names) for architecture, names in kernels.items()}
     assert len(set(counts.values())) == 1, counts
     for name in ("align_kernel", "sum_kernel", "pack_kernel", "product_kernel", "finish_rows"):

@@ -88,6 +88,8 @@ class Kernel:
 def kernel_or_skip(name):
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if name == "cuda" and ops.why_no_cuda():
+        pytest.skip(f"no compiled CUDA kernels: {ops.why_no_cuda()}")
     if name in ISA_NAMES:
         require_compiled()
         if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
