@@ -1,4 +1,4 @@
-"""Float64 algebra on one thread, so that its bytes don't depend on how many there are."""
+"""Float64 algebra on one CPU thread, so that its bytes do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-Given, Found = ParamSpec("Given"), TypeVar("Found")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
-def one_thread(algebra: Callable[Given, Found]) -> Callable[Given, Found]:
-    """The same function, with torch (and the LAPACK under it) on one thread of the CPU meanwhile.
+def one_thread(algebra: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return the same function, which runs torch (and the LAPACK under it) on one CPU thread.
 
-    LAPACK and long sums round differently on 1 and 2 threads. Fitting decomposes once a corpus, a
-    quarter of a second at D = 1024, so that more threads would save little; and LAPACK's many
-    short steps, each waited for by every thread, take 20 times as long on a machine that others
-    use.
+    LAPACK and long sums round differently on one and on two threads. Fitting decomposes a matrix
+    once per corpus, a quarter of a second at D = 1024, so that more threads would save little;
+    and LAPACK's many short steps, each of which waits for every thread, take 20 times as long on a
+    machine that others use.
     """
 
     @functools.wraps(algebra)
-    def alone(*args: Given.args, **options: Given.kwargs) -> Found:
+    def on_one_thread(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        """Call the function on one thread and restore the caller's number of threads."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return algebra(*args, **options)
+            return algebra(*args, **kwargs)
         finally:
             torch.set_num_threads(threads)
 
-    return alone
+    return on_one_thread

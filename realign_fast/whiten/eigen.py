@@ -1,4 +1,4 @@
-"""What every part of whiten stands on: a checked covariance and its eigenpairs above the floor."""
+"""Checked covariances and their eigenpairs above the floor, which all of ``whiten`` builds on."""
 
 from __future__ import annotations
 
@@ -13,75 +13,91 @@ from torch import Tensor
 EPSILON = torch.finfo(torch.float64).eps
 
 
-class Spectrum(NamedTuple):
-    """``S = vectors diag(values) vectors'``; what lies at or under the floor is zero."""
+class FlooredEigen(NamedTuple):
+    """The eigenpairs ``S = vectors diag(values) vectors'``, zero at or under the floor."""
 
     values: Tensor  # [D] float64, descending, not negative
     vectors: Tensor  # [D, D] float64
-    floored: int
-    floor: float
+    floored: int  # number of eigenvalues that were set to zero
+    floor: float  # as a share of the largest eigenvalue
 
     def factor(self, exponent: float) -> Tensor:
-        """F [D, D] with ``F F' = S^(2 exponent)``."""
+        """Return F [D, D] with ``F F' = S^(2 exponent)``."""
         return self.vectors * power_of(self.values, exponent)
 
     def power(self, exponent: float) -> Tensor:
-        """``S^exponent``, symmetric to the last bit."""
+        """Return ``S^exponent`` [D, D], symmetric to the last bit."""
         return symmetric(self.factor(exponent) @ self.vectors.T)
 
 
-def spectrum_of(
+def floored_eigen(
     covariance: Tensor,
     floor: float | None,
     name: str = "covariance",
     rounded_to: torch.dtype | None = None,
-) -> Spectrum:
+) -> FlooredEigen:
+    """Decompose a covariance [D, D] of any floating dtype.
+
+    Args:
+        covariance: the matrix; :func:`checked_covariance` says what it must be.
+        floor: eigenvalues at or under this share of the largest become zero; None takes
+            :func:`default_floor`.
+        name: how errors call the matrix.
+        rounded_to: dtype that the entries were rounded to, if it is not their own.
+
+    Raises:
+        ValueError: an eigenvalue is more negative than rounding explains.
+    """
     checked, floor = checked_covariance(covariance, name), floor_of(covariance, floor)
     values, vectors = eigenpairs(checked)
     values, vectors = values.flip(0), vectors.flip(1)
-    largest, least = max(float(values[0]), 0.0), float(values[-1])
-    if least < -largest * torch.finfo(rounded_to or covariance.dtype).eps ** 0.5:
+    largest, smallest = max(float(values[0]), 0.0), float(values[-1])
+    if smallest < -largest * torch.finfo(rounded_to or covariance.dtype).eps ** 0.5:
         raise ValueError(
-            f"whiten: the {name} has the eigenvalue {least:.3g} (largest {largest:.3g}), expected "
-            "none below zero; accumulate it in float64"
+            f"whiten: the {name} has the eigenvalue {smallest:.3g} (largest {largest:.3g}), "
+            "expected none below zero; accumulate it in float64"
         )
-    kept = values > floor * largest
-    return Spectrum(values.where(kept, 0.0), vectors, int((~kept).sum()), floor)
+    above = values > floor * largest
+    return FlooredEigen(values.where(above, 0.0), vectors, int((~above).sum()), floor)
 
 
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` of a finite symmetric matrix [D, D] float64, never non-finite.
+    """Decompose a finite symmetric matrix [D, D] float64 as ``torch.linalg.eigh`` does.
 
-    torch's where the matrix is, numpy's where that fails.
+    torch does it where the matrix is. NumPy does it where torch does not converge or, on repeated
+    eigenvalues, returns NaN; the eigenpairs are finite in any case.
     """
-    found = _by_torch(matrix)
-    if found is None:
-        pair = np.linalg.eigh(matrix.cpu().numpy())
-        found = tuple(torch.from_numpy(one).to(matrix.device) for one in pair)
-    return found
-
-
-def _by_torch(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenpairs by torch; None where it does not converge or, on repeated values, gives NaN."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        return None
-    return (values, vectors) if bool(torch.isfinite(vectors).all()) else None
+        if bool(torch.isfinite(vectors).all()):
+            return values, vectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    numpy_values, numpy_vectors = np.linalg.eigh(matrix.cpu().numpy())
+    return (
+        torch.from_numpy(numpy_values).to(matrix.device),
+        torch.from_numpy(numpy_vectors).to(matrix.device),
+    )
 
 
-def pair_of(
+def floored_eigen_pair(
     source: Tensor,
     target: Tensor,
     floor: float | None,
     names: tuple[str, str] = ("source", "target"),
-) -> tuple[Spectrum, Spectrum]:
-    y, x = spectrum_of(source, floor, names[0]), spectrum_of(target, 0.0, names[1])
+) -> tuple[FlooredEigen, FlooredEigen]:
+    """Decompose two covariances of as many columns; the floor is the source's, the target's is 0.
+
+    Raises:
+        ValueError: the columns differ, or either matrix is no covariance.
+    """
+    y, x = floored_eigen(source, floor, names[0]), floored_eigen(target, 0.0, names[1])
     expect_same_columns(source, target, names)
     return y, x
 
 
 def expect_same_columns(source: Tensor, target: Tensor, names: tuple[str, str]) -> None:
+    """Raise a ValueError if two covariances [D, D] differ in D."""
     if len(source) != len(target):
         raise ValueError(
             f"whiten: the {names[0]} has {len(source)} columns, the {names[1]} {len(target)}; "
@@ -90,20 +106,25 @@ def expect_same_columns(source: Tensor, target: Tensor, names: tuple[str, str]) 
 
 
 def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
-    """S in float64 and symmetric to the last bit, or an error that says what is wrong with it."""
+    """Return S [D, D] in float64, symmetric to the last bit.
+
+    Raises:
+        ValueError: it is not square, not finite, or not symmetric within its dtype's rounding.
+        TypeError: it is no floating point tensor.
+    """
     if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
-        got = covariance.dtype if isinstance(covariance, Tensor) else type(covariance).__name__
-        raise TypeError(f"whiten: expected the {name} as a floating tensor [D, D], got {got}")
+        actual = covariance.dtype if isinstance(covariance, Tensor) else type(covariance).__name__
+        raise TypeError(f"whiten: expected the {name} as a floating tensor [D, D], got {actual}")
     shape = list(covariance.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"whiten: the {name} is {shape}, expected [D, D]; give Moments.covariance")
     wide = covariance.detach().double()
     peak = max(abs(float(end)) for end in wide.aminmax())
     if not math.isfinite(peak):
-        bad = int((~torch.isfinite(wide)).sum())
+        bad_entries = int((~torch.isfinite(wide)).sum())
         raise ValueError(
-            f"whiten: {bad} of {wide.numel()} entries of the {name} are not finite; leave NaN and "
-            "infinite rows out of it"
+            f"whiten: {bad_entries} of {wide.numel()} entries of the {name} are not finite; leave "
+            "NaN and infinite rows out of it"
         )
     skew = float((wide - wide.T).abs_().max())
     if skew > peak * torch.finfo(covariance.dtype).eps ** 0.5:
@@ -115,12 +136,13 @@ def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
 
 
 def default_floor(covariance: Tensor) -> float:
-    """The share of the largest eigenvalue of S [D, D] that rounding alone can make."""
+    """Return the share of the largest eigenvalue of S [D, D] that rounding alone can make."""
     columns = len(covariance)
-    return max(columns * EPSILON, columns**0.5 * torch.finfo(covariance.dtype).eps)
+    return max(columns * EPSILON, float(columns**0.5) * torch.finfo(covariance.dtype).eps)
 
 
 def floor_of(covariance: Tensor, floor: float | None) -> float:
+    """Return the floor, the default one for None; a ValueError if it is outside [0, 1)."""
     if floor is None:
         return default_floor(covariance)
     if not 0 <= floor < 1:
@@ -129,6 +151,7 @@ def floor_of(covariance: Tensor, floor: float | None) -> float:
 
 
 def warn_floored(floored: int, columns: int, floor: float) -> None:
+    """Warn of eigenvalues at or under the floor, if there are any, in the name of the caller."""
     if floored:
         warnings.warn(
             f"whiten: {floored} of {columns} directions have an eigenvalue at or under {floor:.1e} "
@@ -139,9 +162,10 @@ def warn_floored(floored: int, columns: int, floor: float) -> None:
 
 
 def power_of(values: Tensor, exponent: float) -> Tensor:
-    """``values^exponent`` where positive, else 0: the pseudo-inverse for a negative exponent."""
+    """Return ``values^exponent``, and 0 for 0: the pseudo-inverse for a negative exponent."""
     return torch.where(values > 0, values**exponent, 0.0)
 
 
 def symmetric(matrix: Tensor) -> Tensor:
+    """Return ``(M + M') / 2``."""
     return (matrix + matrix.T).div_(2)

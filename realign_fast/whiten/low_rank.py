@@ -1,4 +1,4 @@
-"""A covariance as its leading eigenpairs and one number, for D in the thousands."""
+"""A covariance approximated by its leading eigenpairs and one number, for D in the thousands."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .eigen import (
     EPSILON,
     checked_covariance,
     floor_of,
+    floored_eigen,
     power_of,
-    spectrum_of,
     symmetric,
     warn_floored,
 )
 
-_BLOCKS = 32  # of rank/8 columns: the Krylov space has 4 directions for each one asked for
-_LEAST_BLOCK = 4  # columns, for few directions of a flat spectrum
-_SMALL = 1024  # up to this D eigh takes less than a second
+_BLOCKS = 32  # of rank/8 columns: the Krylov space has 4 directions for each requested one
+_MIN_BLOCK_COLUMNS = 4  # for few directions of a flat spectrum
+_EIGH_COLUMNS = 1024  # up to this D eigh takes less than a second
 
 
 class LowRank(NamedTuple):
-    """``S ~ U diag(l) U' + rest (I - U U')``: the leading eigenpairs, and one number for the tail.
+    """The approximation ``S ~ U diag(l) U' + rest (I - U U')`` by the leading eigenpairs.
 
-    For D in the thousands: rows are mapped by two products with U and no [D, D] matrix. ``rest``
-    is the mean of the remaining eigenvalues, as in probabilistic PCA (Tipping and Bishop, 1999).
+    Rows are mapped by two products with U and no [D, D] matrix. ``rest`` is the mean of the
+    remaining eigenvalues, as in probabilistic PCA (Tipping and Bishop, 1999).
     """
 
     values: Tensor  # [rank] float64, descending; 0 at or under the floor
@@ -40,38 +40,42 @@ class LowRank(NamedTuple):
     def of(
         cls, covariance: Tensor, rank: int, *, floor: float | None = None, seed: int = 0
     ) -> LowRank:
-        """The leading ``rank`` eigenpairs of S [D, D], by eigh for a small D or a large rank.
+        """Return the leading ``rank`` eigenpairs of S [D, D].
 
-        Otherwise from a block Krylov space (Golub and Underwood, 1977) that starts from ``seed``:
-        4 rank products of S with a vector. Where the spectrum falls as ``i^-1/2`` or faster the
+        For a small D or a large rank they come from eigh, otherwise from a block Krylov space
+        (Golub and Underwood, 1977) that starts from ``seed``: 4 rank products of S with a vector.
+        Where the spectrum falls as ``i^-1/2`` or faster the
         eigenvalues are then exact to 1e-6; in a bulk of noise, whose leading directions mean
-        nothing, the last come out low by up to a tenth. ``rest`` takes up what they miss.
+        nothing, the last come out low by up to a tenth. ``rest`` makes up for what they miss.
+
+        Raises:
+            ValueError: a rank outside 1..D, or a matrix that is no covariance.
         """
         checked, floor = checked_covariance(covariance), floor_of(covariance, floor)
         columns = len(checked)
         if not 1 <= rank <= columns:
             raise ValueError(f"whiten: rank={rank}, expected 1 to D = {columns}")
-        if columns <= _SMALL or rank > columns / 8:
-            values, vectors, *_ = spectrum_of(covariance, 0.0)
+        if columns <= _EIGH_COLUMNS or rank > columns / 8:
+            values, vectors, *_ = floored_eigen(covariance, 0.0)
             values, vectors = values[:rank], vectors[:, :rank]
         else:
             values, vectors = _leading_pairs(checked, rank, seed)
-        rest = float(checked.trace() - values.sum()) / (columns - rank) if rank < columns else 0.0
+        tail = float(checked.trace() - values.sum()) / (columns - rank) if rank < columns else 0.0
         cut = floor * float(values[0])
-        floored = int((values <= cut).sum()) + (columns - rank) * (rest <= cut)
+        floored = int((values <= cut).sum()) + (columns - rank) * (tail <= cut)
         warn_floored(floored, columns, floor)
-        return cls(values.where(values > cut, 0.0), vectors, rest if rest > cut else 0.0)
+        return cls(values.where(values > cut, 0.0), vectors, tail if tail > cut else 0.0)
 
     def root(self, rows: Tensor) -> Tensor:
-        """Rows [N, D] through ``S^1/2``, in their dtype."""
+        """Send rows [N, D] through ``S^1/2``, in their dtype."""
         return self._power(rows, 0.5)
 
     def inverse_root(self, rows: Tensor) -> Tensor:
-        """Rows [N, D] through ``S^-1/2``, in their dtype; zero directions are left out."""
+        """Send rows [N, D] through ``S^-1/2``, in their dtype, leaving zero directions out."""
         return self._power(rows, -0.5)
 
     def coral(self, rows: Tensor, target: LowRank) -> Tensor:
-        """Rows [N, D] of this covariance through ``S_x^1/2 S_y^-1/2``, S_x the target's."""
+        """Send rows [N, D] of this covariance through ``S_x^1/2 S_y^-1/2``, S_x the target's."""
         return target.root(self.inverse_root(rows))
 
     def _power(self, rows: Tensor, exponent: float) -> Tensor:
@@ -82,26 +86,26 @@ class LowRank(NamedTuple):
             )
         dtype = torch.promote_types(rows.dtype, torch.float32)
         vectors = self.vectors.to(dtype)
-        rest = self.rest**exponent if self.rest > 0 else 0.0
-        inside = power_of(self.values, exponent) - rest
+        tail = self.rest**exponent if self.rest > 0 else 0.0
+        inside = power_of(self.values, exponent) - tail
         wide = rows.to(dtype)
-        out = torch.addmm(wide, (wide @ vectors) * inside.to(dtype), vectors.T, beta=rest)
-        return out.to(rows.dtype)
+        mapped = torch.addmm(wide, (wide @ vectors) * inside.to(dtype), vectors.T, beta=tail)
+        return mapped.to(rows.dtype)
 
 
 def _leading_pairs(covariance: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Ritz values [rank], descending, and vectors [D, rank] of a block Krylov space."""
-    shape = len(covariance), max(math.ceil(rank / 8), _LEAST_BLOCK)
+    """Return Ritz values [rank], descending, and vectors [D, rank] of a block Krylov space."""
+    shape = len(covariance), max(math.ceil(rank / 8), _MIN_BLOCK_COLUMNS)
     generator = torch.Generator().manual_seed(seed)
     scale = float(covariance.diagonal().max())
     new = torch.zeros(shape, dtype=torch.float64, device=covariance.device)
     basis = new[:, :0]
     products = []
     for _ in range(_BLOCKS):
-        # A pinch of noise: where the space closes early (equal eigenvalues) it goes on from that.
+        # A little noise, from which the space grows on where it closes early (equal eigenvalues).
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(new.device)
         new = new + EPSILON * scale * noise
-        for _ in range(2):  # once is not enough where little is left of the columns
+        for _ in range(2):  # one projection leaves rounding where the columns nearly vanish
             new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
         basis = torch.cat([basis, new], dim=1)
         products.append(new := (new.T @ covariance).T)  # the order in which GEMM is fastest

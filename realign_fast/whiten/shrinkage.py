@@ -1,27 +1,31 @@
-"""Shrinkage of a covariance towards a multiple of the identity, and how much of it."""
+"""Shrinkage of a covariance towards a multiple of the identity, by a given or estimated share."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 
 from .._one_thread import one_thread
 from .eigen import checked_covariance
 
+Shrinkage = float | Literal["oas", "ledoit-wolf"] | None  # a number is within [0, 1]
 _NOT_UNIT = 1e-5  # E|u|^2 of rows that were made unit length in float32 is nearer to 1
 
 
 @one_thread
 def shrinkage(
     covariance: Tensor,
-    method: float | str | None,
+    method: Shrinkage,
     *,
     count: int | None = None,
     mean: Tensor | None = None,
     fourth_moment: float | None = None,
 ) -> float:
-    """How far to shrink S [D, D] (divided by n) towards ``tr(S)/D I``, from 0 to 1.
+    """Return the share, from 0 to 1, by which to shrink S [D, D] towards ``tr(S)/D I``.
 
     Args:
+        covariance: S, divided by n.
         method: None (0), the number itself, ``"oas"`` (Chen et al., arXiv 0907.4698, eq. 23
             without its terms ``2/D``, as scikit-learn has it) or ``"ledoit-wolf"`` (Ledoit and
             Wolf, 2004).
@@ -49,45 +53,46 @@ def shrinkage(
     square, trace = float(covariance.square().sum()), float(covariance.trace())
     spread = square - trace**2 / len(covariance)  # |S - tr(S)/D I|_F^2
     if method == "oas":
-        wanted = (square + trace**2) / (count + 1)
+        sampling_error = (square + trace**2) / (count + 1)
     else:
         fourth = _fourth_moment(covariance, trace, mean, fourth_moment)
-        wanted = max(fourth - square, 0.0) / count  # E|S_n - E S_n|_F^2
-    return min(wanted / spread, 1.0) if spread > 0 else 0.0
+        sampling_error = max(fourth - square, 0.0) / count  # E|S_n - E S_n|_F^2
+    return min(sampling_error / spread, 1.0) if spread > 0 else 0.0
 
 
 @one_thread
 def shrink(
     covariance: Tensor,
-    method: float | str | None,
+    method: Shrinkage,
     *,
     count: int | None = None,
     mean: Tensor | None = None,
     fourth_moment: float | None = None,
 ) -> Tensor:
-    """``(1 - r) S + r tr(S)/D I`` [D, D] float64, with r as in :func:`shrinkage`."""
+    """Return ``(1 - r) S + r tr(S)/D I`` [D, D] float64, with r as in :func:`shrinkage`."""
     r = shrinkage(covariance, method, count=count, mean=mean, fourth_moment=fourth_moment)
-    covariance = checked_covariance(covariance)
-    result = (1 - r) * covariance
-    result.diagonal().add_(r * covariance.diagonal().mean())
+    checked = checked_covariance(covariance)
+    result = checked * (1 - r)
+    result.diagonal().add_(r * checked.diagonal().mean())
     return result
 
 
 def _fourth_moment(
     covariance: Tensor, trace: float, mean: Tensor | None, fourth_moment: float | None
 ) -> float:
-    if (mean is None) == (fourth_moment is None):
-        raise ValueError(
-            "whiten: shrinkage 'ledoit-wolf' needs either the mean of unit rows or the "
-            "fourth_moment E|x - mu|^4 of any rows"
-        )
-    if mean is None:
+    """Return the fourth moment that was given, or that of unit rows with this mean."""
+    if mean is None and fourth_moment is not None:
         if fourth_moment < trace**2 * (1 - _NOT_UNIT):
             raise ValueError(
                 f"whiten: fourth_moment={fourth_moment:.3g}, expected E|x - mu|^4, which is at "
                 f"least tr(S)^2 = {trace**2:.3g}; take both from the same rows"
             )
         return fourth_moment
+    if mean is None or fourth_moment is not None:
+        raise ValueError(
+            "whiten: shrinkage 'ledoit-wolf' needs either the mean of unit rows or the "
+            "fourth_moment E|x - mu|^4 of any rows"
+        )
     mean = mean.detach().to(covariance)
     energy = trace + float(mean.square().sum())
     if abs(energy - 1) > _NOT_UNIT:
