@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._device import check_device
 from ..align import ReAlign
 from ..corpus.convert import convert
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart, metadata_of
-from ..pipeline.align_run import AlignRun, align, describe, describe_result, open_source
-from ..pipeline.device_streams import check_device
+from ..pipeline.align_run import AlignRun, align, cached_source, describe, describe_result
 from ..pipeline.inspection import as_lines, inspect
 from ..pipeline.job_array import HALF, apply_part, merge, stats
 from ..pipeline.output import ALIGNER, STATS, check_output, check_scratch
@@ -110,7 +110,7 @@ def _align(options: argparse.Namespace) -> None:
 def _fit(options: argparse.Namespace) -> None:
     run = AlignRun(_settings(options), engine=engine_from(options))
     source, target = _corpora(options)
-    source = open_source(source, run.settings, run.engine)
+    source = cached_source(source, run.settings, run.engine)
     for corpus in (source, target):
         check_apart(options.out, corpus)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from .._extras import import_extra
+
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its Image.MAX_IMAGE_PIXELS
 MAX_ASPECT = 1000  # long side to short side
 SUFFIXES = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm avif jp2".split())
@@ -30,14 +32,8 @@ class Unreadable(Exception):
 
 @lru_cache(maxsize=1)
 def pillow() -> ModuleType:
-    """PIL with what is used of it."""
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ImportError as error:
-        what = f"images are decoded by Pillow, which does not import ({error})"
-        raise ImportError(f"{what}: pip install 'realign_fast[clip]'") from error
-    return PIL
+    """Import Pillow, or raise an error that says how to install it."""
+    return import_extra("PIL.ImageOps", "clip", "Decoding images")
 
 
 def decode(data: bytes) -> Any:

@@ -161,7 +161,7 @@ def align(
     OSError says what is wrong with a file, a row or the output directory.
     """
     run, out = AlignRun(settings or Settings(), engine=engine), place_of(out)
-    source_rows = open_source(source, run.settings, engine)
+    source_rows = cached_source(source, run.settings, engine)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode, run.settings.workers)
     check_columns(source_rows, target_rows)
@@ -177,7 +177,7 @@ def align(
     return report
 
 
-def open_source(
+def cached_source(
     source: Corpus | str | os.PathLike[str], settings: Settings, engine: Engine | None = None
 ) -> Corpus | CachedCorpus:
     """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""

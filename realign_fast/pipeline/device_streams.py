@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._device import check_device
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.io_extension import io
 from ..corpus.mapped_reader import BLOCKS_AHEAD, block_rows
@@ -102,33 +103,12 @@ class CudaLanes:
 @lru_cache  # pinning memory takes as long as copying it many times
 def lanes_of(device: str) -> Lanes | None:
     """Lanes to a device (``"cuda"``: this worker's share of the GPUs), None for ``"cpu"``."""
-    chosen = torch.device(check_device(device))
+    chosen = check_device(device)
     if chosen.type == "cpu":
         return None
     if chosen.index is None:
         chosen = torch.device("cuda", worker_number() % torch.cuda.device_count())
     return CudaLanes(chosen)
-
-
-def check_device(device: str) -> str:
-    """The name of a device that rows can be sent through here, as it was given.
-
-    Raises:
-        ValueError: no such device.
-    """
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            why = "" if torch.version.cuda else f" (torch {torch.__version__} is built without)"
-            what = f"got {device!r}, and torch finds {count} GPUs here{why}"
-            raise ValueError(f"--device: {what}; leave it out for the CPU")
-    return device
 
 
 def batches_on(lanes: Lanes | None, corpus: Corpus, index: int, size: int) -> Iterator[Batch]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._extras import import_extra
 from ..metrics import matched_cosine, principal_axes
 from ..ops.reference import unit
 
@@ -61,7 +63,7 @@ def draw_alignment(
     pyplot.close(figure)
 
 
-def _draw_cosines(panel, image: Tensor, text: Tensor) -> None:
+def _draw_cosines(panel: Any, image: Tensor, text: Tensor) -> None:
     pairs = {"matched": image, "shuffled": image.roll(1, dims=0)}
     for (name, other), colour in zip(pairs.items(), (_TEXT, _PAIR), strict=True):
         values = matched_cosine(text, other)
@@ -71,14 +73,7 @@ def _draw_cosines(panel, image: Tensor, text: Tensor) -> None:
     panel.legend()
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib; run `pip install 'realign_fast[report]'`"
-        ) from error
+def _pyplot() -> Any:
+    matplotlib = import_extra("matplotlib", "report", "Drawing")
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return import_extra("matplotlib.pyplot", "report", "Drawing").pyplot

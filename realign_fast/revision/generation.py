@@ -23,7 +23,7 @@ from .templates import Chat, Plain
 ASK = "Describe the image."
 
 
-class Encoder(Protocol):
+class ImageEncoder(Protocol):
     """What turns pictures into rows."""
 
     def embed_images(self, images: list[Any]) -> Tensor:
@@ -90,7 +90,7 @@ def caption_images(
     model: ReVisionModel,
     template: Plain | Chat,
     images: list[Any],
-    encoder: Encoder,
+    encoder: ImageEncoder,
     ask: str = ASK,
     **options: Any,
 ) -> list[str]:

@@ -256,7 +256,8 @@ def test_a_name_that_is_no_utf8(encoder, tmp_path):
 def test_killed_at_any_moment_it_ends_with_the_same_bytes():
     require("open_clip")
     script = Path(__file__).parents[1] / "support" / "kill_embed.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, script.parents[1:3]))  # tests/ and the repository
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--kills", "3"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert ran.returncode == 0, ran.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from realign_fast import Corpus, Moments
+from realign_fast._device import check_device
 from realign_fast.corpus import Batch
 from realign_fast.pipeline import shard_tasks
 from realign_fast.pipeline.align_run import align
@@ -21,7 +22,6 @@ from realign_fast.pipeline.device_streams import (
     SLOTS,
     Outlet,
     batches_on,
-    check_device,
     lanes_of,
     through,
 )

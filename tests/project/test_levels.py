@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
-    ("ops", "storage", "_startup", "_one_thread", "_extras", "_io"),
+    ("ops", "storage", "_startup", "_one_thread", "_extras", "_device", "_io"),
     ("corpus", "covariance_sums", "whiten"),
     ("moments",),
     ("frame", "metrics"),

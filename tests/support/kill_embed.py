@@ -1,6 +1,6 @@
 """Kill `embed` with SIGKILL at random moments until it ends, again and again; compare every byte.
 
-    python tests/support/kill_embed.py --kills 30
+    PYTHONPATH=.:tests python tests/support/kill_embed.py --kills 30
 
 Each round decodes with another number of processes. Prints one line of JSON;
 tests/embed/test_embed.py runs it with a few kills.

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from ..._extras import import_extra
 from ...storage.atomic import open_scratch, upload
 from ...storage.url import Url
 from .npy import MAX_COLUMNS, ShardWriter, explained
@@ -28,14 +29,8 @@ OTHER_ROWS = 1024  # of other columns read at a time: they may hold images
 
 
 def pyarrow() -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        what = "parquet and Arrow files are read and written through pyarrow, which does not import"
-        raise ImportError(f"{what} ({error}): pip install 'realign_fast[parquet]'") from error
-    return pyarrow
+    """Import pyarrow with its ``ipc`` and ``parquet`` modules."""
+    return import_extra("pyarrow.parquet", "parquet", "Access to parquet and Arrow files")
 
 
 @contextmanager

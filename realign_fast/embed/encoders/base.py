@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..._device import check_device
 from ..decode import pillow
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +36,7 @@ class Encoder:
     settings: dict[str, Any]  # of preprocessing and tokens: rows depend on them
 
     def __init__(self, device: str | None, precision: str | None) -> None:
-        self.device = choose_device(device)
+        self.device = check_device(device)
         self.precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
         if self.precision not in PRECISIONS:
             want = f"expected one of {', '.join(PRECISIONS)}"
@@ -105,20 +106,6 @@ class Encoder:
         """A model on the device, frozen; its weights are hashed on the way."""
         self._weights = weights_hash(model)
         return model.eval().requires_grad_(False).to(self.device)
-
-
-def choose_device(device: str | None) -> torch.device:
-    """A device that is there; CUDA by default where it is."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {device!r}, expected cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        there = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        raise ValueError(f"device: got {device!r}, but {there}; give --device cpu")
-    return chosen
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -12,18 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..._extras import import_extra
 from .base import Encoder, Tokens, plain
 
 
 def open_clip() -> ModuleType:
-    """The package, with an error that says how to have it."""
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
-        what = f"open_clip does not import ({str(error).splitlines()[0]})"
-        advice = "pip install 'realign_fast[clip]'; torchvision must fit the installed torch"
-        raise ImportError(f"{what}: {advice}") from error
-    return open_clip
+    """Import open_clip, or raise an error that says how to install it."""
+    user = "An open_clip encoder (with a torchvision that fits the installed torch)"
+    return import_extra("open_clip", "clip", user)
 
 
 class OpenClipEncoder(Encoder):
