@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ceilings
-import inputs
-import table
-import timing
 import torch
+from harness import ceilings, inputs, table, timing
 from torch import Tensor
 
 from realign_fast import add_scatter_, ops

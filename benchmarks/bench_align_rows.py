@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ceilings
-import inputs
-import row_peers
-import table
-import timing
 import torch
+from harness import ceilings, inputs, table, timing
+from peers import row_ops
 
 from realign_fast import align_rows, ops
 
@@ -27,7 +24,7 @@ def bench_align_rows(line, measure):
         bytes=2 * rows.nbytes,
         flops=12 * rows.numel(),
         limit="bytes",
-        error_of=lambda result: row_peers.align_rows_error(rows, row_map, result),
+        error_of=lambda result: row_ops.align_rows_error(rows, row_map, result),
         tolerance=TOLERANCE[dtype],
         feed=feed,
     )
@@ -36,7 +33,7 @@ def bench_align_rows(line, measure):
     if device == "cpu" and ops.cpu_isa() == "avx512":
         case.add("align_rows on AVX2", lambda rows: _on_avx2(rows, row_map, outs()), "variant")
     if line.peers:
-        case.add_peers(*row_peers.of_align_rows(row_map, outs, dtype, device, line.exact))
+        case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, line.exact))
     measure(case)
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-import ceilings
-import covariance_peers
-import inputs
 import numpy as np
-import table
-import timing
 import torch
+from harness import ceilings, inputs, table, timing
+from peers import covariance
 from torch import Tensor
 
 from realign_fast import Moments
@@ -32,7 +29,7 @@ def bench_covariance(line, measure):
     case.add("Moments", _ours, "ours")
     case.add("product", ceilings.symmetric_product, "ceiling")
     case.add("Moments(accurate=True)", lambda rows: _ours(rows, accurate=True), "variant")
-    case.add_peers(*covariance_peers.installed(line.device))
+    case.add_peers(*covariance.installed(line.device))
     measure(case)
 
 
@@ -40,7 +37,7 @@ def bench_covariance_accuracy(benchmark, show):
     """Errors on rows of condition 1e5 whose mean is far larger than their small directions."""
     rows = _hard_rows(50_000, 512, 1e5, 0.8)
     truth = _two_passes(rows)
-    found, missing = covariance_peers.installed()
+    found, missing = covariance.installed()
     candidates = {
         "Moments": _ours,
         "Moments(accurate=True)": lambda x: _ours(x, accurate=True),

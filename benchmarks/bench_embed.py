@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import table
-import timing
 import torch
+from harness import table, timing
 
 from realign_fast import Corpus
 from realign_fast.embed import EmbedSettings, OpenClipEncoder, embed, open_source

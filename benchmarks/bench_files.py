@@ -12,14 +12,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import ceilings
-import inputs
 import numpy as np
-import peers
 import pytest
-import row_peers
-import table
-import timing
+from harness import ceilings, inputs, table, timing
+from peers import packages, row_ops
 
 from realign_fast import ReAlign
 from realign_fast.corpus import Corpus, ShardWriter, io_extension
@@ -93,7 +89,7 @@ def bench_read_npy(line, folder, measure):
     case.add("read through mmap", lambda _: through_mmap(folder), "variant")
     case.add(f"np.load mapped (numpy {np.__version__})", lambda _: numpy_mapped(folder))
     reader = "embedding-reader", "embedding_reader", lambda _: embedding_reader(folder)
-    case.add_peers(*peers.installed({"EmbeddingReader": reader}))
+    case.add_peers(*packages.installed({"EmbeddingReader": reader}))
     measure(case)
 
 
@@ -107,7 +103,7 @@ def bench_apply(line, folder, tmp_path, measure):
 
     def error_of(result: Path) -> float:
         found = next(Corpus(result).batches(batch_bytes=1 << 30)).rows
-        return row_peers.align_rows_error(first[: len(found)], aligner.row_map, found)
+        return row_ops.align_rows_error(first[: len(found)], aligner.row_map, found)
 
     def prepare() -> None:
         shutil.rmtree(out, ignore_errors=True)

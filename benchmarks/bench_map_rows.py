@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ceilings
-import inputs
-import row_peers
-import table
-import timing
 import torch
+from harness import ceilings, inputs, table, timing
+from peers import row_ops
 
 from realign_fast import align_rows
 
@@ -28,7 +25,7 @@ def bench_map_rows(line, measure):
         bytes=2 * rows.nbytes,
         flops=2 * count * columns**2,
         limit="flops",
-        error_of=lambda result: row_peers.align_rows_error(rows, row_map, result),
+        error_of=lambda result: row_ops.align_rows_error(rows, row_map, result),
         tolerance=TOLERANCE[dtype],
         feed=inputs.Rotation(rows),
     )
@@ -38,5 +35,5 @@ def bench_map_rows(line, measure):
         wide, single, bare = rows.float(), row_map[0].float(), torch.empty(count, columns)
         case.add("torch.mm", lambda _: torch.mm(wide, single, out=bare), "ceiling")
     if line.peers:
-        case.add_peers(*row_peers.of_align_rows(row_map, outs, dtype, device, exact=False))
+        case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, exact=False))
     measure(case)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ceilings
-import inputs
 import numpy as np
-import peers
 import pytest
-import table
-import timing
 from bench_files import embedding_reader, ours
+from harness import ceilings, inputs, table, timing
+from peers import packages
 
 from realign_fast.corpus import Corpus
 
@@ -45,7 +42,7 @@ def bench_read_parquet(line, tmp_path, measure):
     case.add("read from memory", lambda _: ceilings.read(rows), "ceiling")
     reader = "embedding-reader", "embedding_reader"
     case.add_peers(
-        *peers.installed(
+        *packages.installed(
             {
                 "to_numpy": ("pyarrow", "pyarrow", lambda _: _pyarrow(path, line)),
                 "to_numpy mapped": ("pyarrow", "pyarrow", lambda _: _pyarrow(path, line, True)),

@@ -10,13 +10,10 @@ import os
 import shutil
 from pathlib import Path
 
-import ceilings
-import four_pass_numpy
-import inputs
 import numpy as np
 import pytest
-import table
-import timing
+from harness import ceilings, inputs, table, timing
+from peers import four_pass_numpy
 
 from realign_fast.corpus import Corpus, ShardWriter
 from realign_fast.pipeline.align_run import align

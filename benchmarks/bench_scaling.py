@@ -10,14 +10,12 @@ import shutil
 from collections.abc import Callable
 from itertools import cycle
 
-import inputs
-import memory
 import pytest
-import row_peers
-import timing
 import torch
 from bench_pipeline import write_side
-from scaling import Series
+from harness import inputs, memory, timing
+from harness.scaling import Series
+from peers import row_ops
 from torch import Tensor
 
 from realign_fast import Moments, add_scatter_, align_rows, sum_rows, whiten
@@ -49,7 +47,7 @@ def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:
 Calls = dict[str, Callable[[], object]]
 
 
-def row_ops(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
+def memory_limited_ops(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
     """The ops that memory limits, on the rows that come next."""
     row_map = inputs.random_map(feed().shape[1])
     return {
@@ -88,7 +86,7 @@ def bench_time_against_n(benchmark, show):
     for count in [*(n for n in (10_000, 30_000, 100_000, 300_000) if n < largest / 2), largest]:
         buffers = parts(rows, count), parts(out, count)
         facts = {"against": "N", "fixed": fixed, "theory": 1}
-        measure_all(series, count, row_ops(*buffers), **facts)
+        measure_all(series, count, memory_limited_ops(*buffers), **facts)
         if count <= 100_000:
             measure_all(series, count, products(*buffers), **facts)
     for one in series.values():
@@ -103,7 +101,7 @@ def bench_time_against_d(benchmark, show):
         rows = inputs.random_rows(F16, columns, 32_768)  # results are written past the caches
         buffers = inputs.Rotation(rows), inputs.Rotation(rows.clone())
         fixed = "N=32768 float16"
-        measure_all(series, columns, row_ops(*buffers), fixed=fixed, theory=1, **facts)
+        measure_all(series, columns, memory_limited_ops(*buffers), fixed=fixed, theory=1, **facts)
         few = [lambda one=one: one()[:4096] for one in buffers]
         fixed = "N=4096 float16"
         measure_all(series, columns, products(*few), fixed=fixed, theory=2, **facts)
@@ -127,7 +125,7 @@ def bench_time_against_threads(benchmark, show):
     facts = {"against": "threads", "fixed": "N=65536 D=768 float16"}
     for threads in counts:
         torch.set_num_threads(threads)
-        measure_all(series, threads, row_ops(*buffers), theory=None, **facts)
+        measure_all(series, threads, memory_limited_ops(*buffers), theory=None, **facts)
         measure_all(series, threads, products(*buffers), theory=-1, **facts)
     for one in series.values():
         show(one)
@@ -144,7 +142,7 @@ def bench_memory_against_n(benchmark, show):
     Moments().update(rows)
     for count in counts:
         ours.add(count, [memory.peak(lambda n=count: Moments().update(rows[:n]))])
-        eager.add(count, [memory.peak(lambda n=count: row_peers.torch_sum_rows(rows[:n]))])
+        eager.add(count, [memory.peak(lambda n=count: row_ops.torch_sum_rows(rows[:n]))])
     show(ours)
     show(eager)
     assert ours.values[-1] < rows.nbytes / 10, "Moments took memory that grows with the rows"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ceilings
-import inputs
-import row_peers
-import table
-import timing
 import torch
+from harness import ceilings, inputs, table, timing
+from peers import row_ops
 from torch import Tensor
 
 from realign_fast import ops, sum_rows
@@ -36,7 +33,7 @@ def bench_sum_rows(line, measure):
         other = lambda rows: op(rows, *row_map, None, True, avx512)[0]  # noqa: E731
         case.add("sum_rows on AVX-512", other, "variant")
     if line.peers and kind == "plain":
-        case.add_peers(*row_peers.of_sum_rows(dtype, device, line.exact))
+        case.add_peers(*row_ops.of_sum_rows(dtype, device, line.exact))
     measure(case)
 
 

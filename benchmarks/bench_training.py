@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import table
-import timing
 import torch
+from harness import table, timing
 from torch import nn
 
 pytest.importorskip("transformers", reason="training_step is missing: pip install '.[train]'")

@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import peers
-import table
-import timing
 import torch
+from harness import table, timing
+from peers import packages
 from torch import Tensor
 
 from realign_fast import whiten
@@ -37,7 +36,7 @@ def bench_whitening(line, measure):
         case.add(f"numpy float64 (numpy {np.__version__})", lambda _: _numpy_whitening(covariance))
     if line.device == "cpu" and line.dimension <= 512:  # (D = 1024 takes ten seconds)
         root = ("scipy", "scipy.linalg", lambda _: _scipy_whitening(covariance))
-        case.add_peers(*peers.installed({"inv(sqrtm)": root}))
+        case.add_peers(*packages.installed({"inv(sqrtm)": root}))
     measure(case)
 
 
@@ -48,7 +47,7 @@ def bench_transport(line, measure):
     case.add("optimal_transport", lambda _: whiten.optimal_transport(source, target), "ours")
     case.add("eigh", lambda _: [_eigh(one) for one in (source, target)], "ceiling")
     pot = ("POT", "ot", lambda _: _pot(source, target))
-    case.add_peers(*peers.installed({"bures_wasserstein_mapping": pot}))
+    case.add_peers(*packages.installed({"bures_wasserstein_mapping": pot}))
     measure(case)
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 # Threads that wait by spinning would take a core from the next candidate.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import ci
-import peers
 import pytest
-import records
-import timing
 import torch
+from harness import ci, records, timing
+from peers import packages
 
 FOUND: list[object] = []  # cases and other records, each with lines() and summary()
 NOTES: list[str] = []  # printed at the end
@@ -55,7 +53,7 @@ def pytest_configure(config):
     timing.ROUNDS = config.getoption("--rounds") or (5 if in_ci else timing.ROUNDS)
     timing.THREADS = config.getoption("--threads") or timing.THREADS
     timing.SECONDS = 1.0 if in_ci else timing.SECONDS
-    peers.COMPILE = not (config.getoption("--no-compile") or in_ci)
+    packages.COMPILE = not (config.getoption("--no-compile") or in_ci)
 
 
 def _check_paths(config: pytest.Config) -> None:

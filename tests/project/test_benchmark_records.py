@@ -10,13 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ci
-import plots
 import pytest
-import records
-import scaling
-import table
-import timing
+from harness import ci, plots, records, scaling, table, timing
 from support.benchmark_parts import F32, few_rounds, make_case, sleeping  # noqa: F401
 
 ROOT = Path(__file__).parents[2]

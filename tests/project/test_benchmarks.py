@@ -10,21 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import covariance_peers
-import four_pass_numpy
-import inputs
-import memory
 import numpy as np
-import peers
 import pytest
-import records
-import row_peers
-import table
-import timing
 import torch
+from harness import inputs, memory, records, table, timing
+from peers import covariance, four_pass_numpy, packages, row_ops
 from support.benchmark_parts import F32, few_rounds, make_case, sleeping  # noqa: F401
 
-BENCHMARKS = Path(timing.__file__).parent
+BENCHMARKS = Path(timing.__file__).parents[1]
 
 
 @pytest.mark.parametrize("wrong", [1.2, math.nan])
@@ -73,7 +66,7 @@ def test_a_peer_that_is_not_installed_is_named_as_missing(tmp_path, monkeypatch)
         "absent": ("no-such", "no_such_package", len),
         "broken": ("breaks", "breaks_on_import", len),
     }
-    found, missing = peers.installed(given)
+    found, missing = packages.installed(given)
     assert found == {f"here (numpy {np.__version__})": len}
     assert missing == ["absent (no-such: not installed)", "broken (breaks: wants another torch)"]
 
@@ -124,30 +117,30 @@ def test_peak_memory_is_what_a_call_takes():
 
 
 def test_peers_of_rows_compute_what_ours_does(monkeypatch):
-    monkeypatch.setattr(peers, "COMPILE", False)
+    monkeypatch.setattr(packages, "COMPILE", False)
     rows = inputs.random_rows(F32, 96, 1200)
     shift = inputs.random_map(96)
     matrix = torch.eye(96, dtype=torch.float64).roll(1, 0), *shift[1:]
     out = torch.empty_like(rows)
     for row_map in (shift, matrix):
-        found, missing = row_peers.of_align_rows(row_map, lambda: out, F32, "cpu", True)
+        found, missing = row_ops.of_align_rows(row_map, lambda: out, F32, "cpu", True)
         assert len(found) == 2 and len(missing) == 2
         for call in found.values():
             out.fill_(math.nan)
-            assert row_peers.align_rows_error(rows, row_map, call(rows)) < 4e-6
+            assert row_ops.align_rows_error(rows, row_map, call(rows)) < 4e-6
     truth = torch.nn.functional.normalize(rows.double(), dim=1).sum(dim=0)
-    found, _ = row_peers.of_sum_rows(F32, "cpu", False)
+    found, _ = row_ops.of_sum_rows(F32, "cpu", False)
     assert len(found) == 2
     for call in found.values():
         assert float((call(rows) - truth).abs().max()) < 1e-4
     out[5] += 0.1
-    assert row_peers.align_rows_error(rows, matrix, out) > 0.01
+    assert row_ops.align_rows_error(rows, matrix, out) > 0.01
 
 
 def test_peers_of_the_covariance_compute_it():
     rows = inputs.random_rows(F32, 30, 500)
     truth = np.cov(rows.double().numpy(), rowvar=False, bias=True)
-    found, missing = covariance_peers.installed()
+    found, missing = covariance.installed()
     assert len(found) + len(missing) == 11 and len(found) >= 3
     for name, call in found.items():
         error = np.linalg.norm(np.asarray(call(rows)) - truth) / np.linalg.norm(truth)
@@ -171,7 +164,8 @@ def test_the_four_passes_do_what_align_does(tmp_path):
 
 
 WRONG = """
-import timing, torch
+import torch
+from harness import timing
 def _case(ours):
     case = timing.Case("wrong_op", torch.float32, 4, 4, 64, 64, "bytes", abs, 0.1)
     case.add("wrong_op", lambda _: ours, "ours")

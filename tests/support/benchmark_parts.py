@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-import timing
 import torch
+from harness import timing
 
 F32 = torch.float32
 

@@ -15,10 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-import inputs
-import timing
 import torch
 
+from harness import inputs, timing
 from realign_fast import __version__, ops
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "transformers", "pyarrow")  # beside torch and ours

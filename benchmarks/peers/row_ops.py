@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import peers
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from peers import packages
 from realign_fast.ops import reference
 
 BLOCK_ROWS = 512
@@ -48,7 +48,7 @@ def array_align_rows(rows, scale, shift, recentre) -> np.ndarray:
 
 def of_align_rows(
     row_map: RowMap, out: Callable[[], Tensor], dtype: torch.dtype, device: str, exact: bool
-) -> peers.Found:
+) -> packages.Found:
     """Peers that send rows through ``row_map`` into ``out()``; ``exact``: also in float64."""
 
     def assign(into: Tensor, rows: Tensor) -> None:
@@ -87,7 +87,7 @@ def of_align_rows(
     return _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device)
 
 
-def of_sum_rows(dtype: torch.dtype, device: str, exact: bool) -> peers.Found:
+def of_sum_rows(dtype: torch.dtype, device: str, exact: bool) -> packages.Found:
     """Peers that sum the rows' directions."""
 
     def exactly(rows: Tensor) -> Tensor:
@@ -113,17 +113,17 @@ def of_sum_rows(dtype: torch.dtype, device: str, exact: bool) -> peers.Found:
     return _found(compiled, lambda call: call, in_blocks, in_numpy, in_cupy, dtype, device)
 
 
-def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> peers.Found:
+def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> packages.Found:
     """The peers that there are on this device, for this dtype."""
     name = f"torch {torch.__version__}"
     found, missing = {f"torch eager float32 ({name})": whole(in_blocks)}, []
     for what, function in compiled.items():
-        if peers.COMPILE:
+        if packages.COMPILE:
             found[f"{what} ({name})"] = whole(torch.compile(function, dynamic=False))
         else:
             missing.append(f"{what} (left out: --no-compile)")
     if device == "cuda":
-        cupy, absent = peers.installed({"CuPy float32": ("cupy", "cupy", whole(in_cupy))})
+        cupy, absent = packages.installed({"CuPy float32": ("cupy", "cupy", whole(in_cupy))})
         return found | cupy, missing + absent
     if dtype == torch.bfloat16:
         return found, [*missing, "numpy float64 (numpy has no bfloat16)"]

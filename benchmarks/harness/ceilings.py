@@ -18,9 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import timing
 import torch
 from torch import Tensor
+
+from harness import timing
 
 Ceiling = Callable[[Tensor], object]
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
-import peers
 import torch
 from torch import Tensor
+
+from peers import packages
 
 Covariance = Callable[[Tensor], np.ndarray]  # rows [N, D] float32 -> [D, D], divided by n
 
@@ -156,6 +157,6 @@ _CUDA = {
 }
 
 
-def installed(device: str = "cpu") -> peers.Found:
+def installed(device: str = "cpu") -> packages.Found:
     """The peers that compute on this device."""
-    return peers.installed(_CUDA if device == "cuda" else _CPU)
+    return packages.installed(_CUDA if device == "cuda" else _CPU)

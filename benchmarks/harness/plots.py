@@ -1,6 +1,6 @@
 """One page of plots from a json of the suite.
 
-    python benchmarks/plots.py benchmarks/results/cpu.json docs/performance.png
+    python benchmarks/harness/plots.py benchmarks/results/cpu.json docs/performance.png
 
 Speed against peers; the roofline, from the ceilings of the same run; error against speed; and time
 against size. Only what the json holds is drawn, and machine and date stand at its foot.
@@ -129,7 +129,9 @@ def page(found: dict, out: Path) -> None:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise SystemExit("plots: expected two paths, python benchmarks/plots.py RUN.json OUT.png")
+        raise SystemExit(
+            "plots: expected two paths, python benchmarks/harness/plots.py RUN.json OUT.png"
+        )
     page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
 
 

@@ -1,6 +1,6 @@
 """`realign-fast align` on the paper's pickled lists beside four passes in numpy: whole processes.
 
-python benchmarks/pickled_run.py DIR --json benchmarks/results/pickled_run.json
+python benchmarks/runs/pickled_run.py DIR --json benchmarks/results/pickled_run.json
 
 Makes `--shards` files of `--rows` dicts {"id", "embed", "text"} a side in DIR (768 float16 numbers
 a row, pickled by Python) unless they are there. Runs `four_pass_numpy.py`, which loads them with
@@ -83,7 +83,7 @@ def main() -> None:
         make(options.folder, options.shards, options.rows)
     outs = {name: options.folder / name for name in ("numpy", "realign_fast")}
     sides = [word for s in SIDES for word in (f"--{s}", str(options.folder / s))]
-    script = str(Path(__file__).with_name("four_pass_numpy.py"))
+    script = str(Path(__file__).parents[1] / "peers" / "four_pass_numpy.py")
     commands = {
         "numpy": [sys.executable, script, *sides],
         "realign_fast": [sys.executable, "-m", "realign_fast", "align", *sides, "--allow-pickle"],

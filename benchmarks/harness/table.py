@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
-import timing
 import torch
+
+from harness import timing
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import records
-import timing
+from harness import records, timing
 
-COMMITTED = Path(__file__).with_name("results") / "ci.json"
+COMMITTED = Path(__file__).parents[1] / "results" / "ci.json"
 FALL = 0.3  # of a ratio against the committed one: more fails
 TRIES = 3  # a ratio has fallen if it has in every one of them
 

@@ -1,7 +1,7 @@
 """A corpus at size, from its files to aligned files: rates, memory, and the disk's own rates.
 
 python examples/make_random_corpus.py DIR --gigabytes 30
-python benchmarks/corpus_run.py DIR --json benchmarks/results/corpus_run.json
+python benchmarks/runs/corpus_run.py DIR --json benchmarks/results/corpus_run.json
 
 Measures in one run, one shard at a time and cold (its pages dropped first): reading with `dd`
 (through the page cache and past it), copying with `cp` and a sync; then `realign-fast align` over

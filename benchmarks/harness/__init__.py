@@ -1,0 +1,1 @@
+"""How a benchmark measures: cases, timing, ceilings, records, plots."""

@@ -1,0 +1,1 @@
+"""Other libraries' ways to the same results, one file for each kind."""

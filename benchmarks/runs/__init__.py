@@ -1,0 +1,1 @@
+"""Long runs of whole commands, started by hand; their results are kept in results/."""
