@@ -1,6 +1,6 @@
-"""Gap metrics: how far apart two modalities lie, and what alignment did to them.
+"""Gap metrics: the distance between two modalities, and what alignment changed.
 
-| file | from | what |
+| file | input | metrics |
 |---|---|---|
 | ``distribution`` | two :class:`Moments` | centroid, trace, covariance and Frechet distances |
 | ``spectrum`` | eigenvalues and eigenvectors | ranks, exponents, subspaces, anisotropy |
@@ -8,9 +8,9 @@
 | ``neighbours`` | rows, paired or not | k-NN mixing, k-NN overlap, retrieval |
 | ``gap_report`` | rows and moments | all of them in one flat dict |
 
-Everything is float64 unless a docstring says otherwise, rows are made unit length first, and memory
-is bounded by a ``block`` of rows, never by N x N. A figure estimated from a sample is an
-:class:`Estimate`: a float that carries its standard error.
+All arithmetic is float64 unless a docstring says otherwise, rows are made unit length first, and
+memory is bounded by a ``block`` of rows, never by N x N. A figure that is estimated from a sample
+is an :class:`Estimate`: a float that carries its standard error.
 """
 
 from .cosines import (
@@ -29,7 +29,15 @@ from .distribution import (
 )
 from .estimate import Estimate
 from .gap_report import GapSettings, gap_report
-from .neighbours import Neighbours, knn_mixing, knn_overlap, match_ranks, nearest_rows, recall_at_k
+from .neighbours import (
+    Neighbours,
+    SearchBackend,
+    knn_mixing,
+    knn_overlap,
+    match_ranks,
+    nearest_rows,
+    recall_at_k,
+)
 from .spectrum import (
     Spectrum,
     anisotropy,
@@ -47,6 +55,7 @@ __all__ = [
     "Estimate",
     "GapSettings",
     "Neighbours",
+    "SearchBackend",
     "Spectrum",
     "anisotropy",
     "centroid_gap",

@@ -14,7 +14,7 @@ from .estimate import Estimate
 
 
 def centroid_gap(a: Moments, b: Moments) -> Estimate:
-    """``|mu_a - mu_b|``, the modality gap of Liang et al. (arXiv 2203.02053).
+    """Return ``|mu_a - mu_b|``, the modality gap of Liang et al. (arXiv 2203.02053).
 
     Where both moments have a covariance, the standard error is that of the delta method,
     ``sqrt(g' (S_a / n_a + S_b / n_b) g)`` with ``g`` the direction of the gap. It describes a gap
@@ -24,20 +24,20 @@ def centroid_gap(a: Moments, b: Moments) -> Estimate:
         ValueError: moments of different dimensions, or without rows.
     """
     _expect_one_encoder("centroid_gap", a, b)
-    apart = a.mean - b.mean.to(a.mean.device)
-    gap = float(apart.norm())
+    difference = a.mean - b.mean.to(a.mean.device)
+    gap = float(difference.norm())
     if not (a.with_covariance and b.with_covariance) or gap == 0:
         return Estimate(gap)
-    direction = apart / gap
+    direction = difference / gap
     variance = 0.0
-    for one in (a, b):
-        along = direction.to(one.mean.device)
-        variance += float(along @ one.covariance @ along) / one.count
+    for moments in (a, b):
+        along = direction.to(moments.mean.device)
+        variance += float(along @ moments.covariance @ along) / moments.count
     return Estimate(gap, math.sqrt(max(variance, 0.0)))
 
 
 def sampling_gap(trace: float, *counts: int) -> float:
-    """``sqrt(T (1/n_1 + 1/n_2 + ...))``: the gap that sampling alone leaves between means.
+    """Return ``sqrt(T (1/n_1 + 1/n_2 + ...))``, the gap that sampling alone leaves between means.
 
     The mean of n rows of covariance trace T misses its expectation by ``sqrt(T / n)`` (root mean
     square); independent means add up. Give every sample that enters the gap: two for rows that a
@@ -47,44 +47,47 @@ def sampling_gap(trace: float, *counts: int) -> float:
 
 
 def trace_ratio(source: Moments, target: Moments) -> Estimate:
-    """``T_source / T_target``; NaN where the target has no spread.
+    """Return ``T_source / T_target``; NaN where the target has no spread.
 
     The trace of unit rows is ``1 - |mu|^2``, so with covariances its standard error is known from
     the same moments: ``var(T) = 4 mu' S mu / n`` (delta method). It is NaN for other rows.
     """
     _expect_one_encoder("trace_ratio", source, target)
     ratio = source.trace / target.trace if target.trace > 0 else math.nan
-    relative = 0.0
-    for one in (source, target):
-        unit_rows = one.normalize and abs(one.energy - 1) < 1e-6
-        if not (unit_rows and one.with_covariance and one.trace > 0):
+    relative_variance = 0.0
+    for moments in (source, target):
+        unit_rows = moments.normalize and abs(moments.energy - 1) < 1e-6
+        if not (unit_rows and moments.with_covariance and moments.trace > 0):
             return Estimate(ratio)
-        along = float(one.mean @ one.covariance @ one.mean)
-        relative += 4 * max(along, 0.0) / (one.count * one.trace**2)
-    return Estimate(ratio, ratio * math.sqrt(relative))
+        along = float(moments.mean @ moments.covariance @ moments.mean)
+        relative_variance += 4 * max(along, 0.0) / (moments.count * moments.trace**2)
+    return Estimate(ratio, ratio * math.sqrt(relative_variance))
 
 
 def covariance_distance(source: Moments, target: Moments) -> float:
-    """``|S_target - S_source|_F / |S_target|_F``; needs moments with covariances."""
+    """Return ``|S_target - S_source|_F / |S_target|_F``; needs moments with covariances."""
     _expect_one_encoder("covariance_distance", source, target)
     s_x = target.covariance
     return float((s_x - source.covariance.to(s_x.device)).norm() / s_x.norm())
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a^{1/2} S_b S_a^{1/2})^{1/2}``.
+    """Return the Frechet distance of two moments with covariances, squared as in FID:
 
-    The squared 2-Wasserstein distance of two Gaussians, as in FID (arXiv 1706.08500): squared
-    distance of the means plus the square of :func:`realign_fast.whiten.bures_distance`, which
-    keeps its digits where the covariances are close. Needs moments with covariances.
+    ``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a^{1/2} S_b S_a^{1/2})^{1/2}``,
+
+    the squared 2-Wasserstein distance of two Gaussians (arXiv 1706.08500). It is computed as the
+    squared distance of the means plus the square of :func:`realign_fast.whiten.bures_distance`,
+    which keeps its digits where the covariances are close.
     """
     _expect_one_encoder("frechet_distance", a, b)
     device = a.mean.device
-    apart = float((a.mean - b.mean.to(device)).square().sum())
-    return apart + bures_distance(a.rounded_covariance, b.rounded_covariance.to(device)) ** 2
+    squared_gap = float((a.mean - b.mean.to(device)).square().sum())
+    return squared_gap + bures_distance(a.rounded_covariance, b.rounded_covariance.to(device)) ** 2
 
 
 def _expect_one_encoder(name: str, a: Moments, b: Moments) -> None:
+    """Raise a ValueError if two moments differ in their dimension."""
     if a.dimension != b.dimension:
         raise ValueError(
             f"{name}: expected moments of one dimension, got {a.dimension} and {b.dimension} "

@@ -22,7 +22,7 @@ class Estimate(float):
 
     @classmethod
     def of_mean(cls, values: Tensor) -> Estimate:
-        """Mean of independent values [N], with ``std / sqrt(N)`` (NaN for a single value)."""
+        """Return the mean of independent values [N], with ``std / sqrt(N)`` (NaN where N is 1)."""
         values = values.double()
         spread = float(values.std()) if len(values) > 1 else math.nan
         return cls(float(values.mean()), spread / math.sqrt(len(values)))

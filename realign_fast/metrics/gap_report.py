@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +18,7 @@ Numbers = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class GapSettings:
-    """What the metrics of :func:`gap_report` are asked with; recorded in its result."""
+    """Parameters of the metrics in :func:`gap_report`, which records the numbers among them."""
 
     mixing_k: int = 20  # neighbours of knn_mixing, as in the paper
     overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
@@ -25,9 +26,9 @@ class GapSettings:
     subspace: int = 64  # leading eigenvectors of subspace_overlap, at most D // 2
     cosine_pairs: int = 1 << 17  # of pairwise_cosines
     cosine_bins: int = 100  # over [-1, 1]
-    seed: int = 0  # of the pairs drawn
+    seed: int = 0  # of the draw of pairs
     block: int = 2048  # rows of a tile: bounds the memory, does not change results
-    engine: str = "auto"  # of nearest_rows
+    backend: neighbours.SearchBackend = "auto"  # of nearest_rows
 
 
 def gap_report(
@@ -41,7 +42,7 @@ def gap_report(
     paired: bool = False,
     settings: GapSettings | None = None,
 ) -> Numbers:
-    """Every metric of this package as a flat dict of plain numbers, ready for json.
+    """Return every metric of this package as a flat dict of plain numbers, ready for json.
 
     Keys begin with ``before_`` (source and target), ``after_`` (aligned and target) or ``kept_``
     (source and aligned: Phi, Psi and k-NN overlap); ``_error`` ends a standard error. A number that
@@ -63,53 +64,57 @@ def gap_report(
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
         if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) < 4:
-            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 4, got {got}")
+            actual = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 4, got {actual}")
     if aligned_rows is not None and aligned_rows.shape != source_rows.shape:
         raise ValueError(
             f"gap_report: aligned rows are {list(aligned_rows.shape)}, the source rows "
             f"{list(source_rows.shape)}; give the same rows aligned"
         )
-    target = _side("target", target_rows, target_moments)
-    source = _side("source", source_rows, source_moments)
+    target = _measure("target", target_rows, target_moments)
+    source = _measure("source", source_rows, source_moments)
     report = _compare("before", source, target, paired, settings)
     if aligned_rows is not None:
-        aligned = _side("aligned", aligned_rows, aligned_moments)
+        aligned = _measure("aligned", aligned_rows, aligned_moments)
         report |= _compare("after", aligned, target, paired, settings)
-        report |= _kept(source_rows, aligned_rows, settings)
+        report |= _preserved(source_rows, aligned_rows, settings)
     used = {f"settings_{k}": v for k, v in asdict(settings).items() if isinstance(v, int)}
     return _plain(report) | used
 
 
-class _Side(NamedTuple):
+class _Modality(NamedTuple):
+    """The rows, moments and spectrum of one side of the gap."""
+
     rows: Tensor  # [N, D] sample
     moments: Moments  # of the sample, or of the corpus it is from
     spectrum: spectrum.Spectrum  # of the moments
 
 
-def _side(name: str, rows: Tensor, moments: Moments | None) -> _Side:
+def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
+    """Measure what was not given; a ValueError for moments of another kind."""
     if moments is None:
-        moments = Moments(covariance=True, accurate=True).update(rows)
+        moments = Moments(covariance=True, accurate=True).update(rows, bad_rows="keep")
     if not moments.normalize or not moments.with_covariance:
         raise ValueError(
             f"gap_report: the {name} moments are {moments!r}, expected normalize=True and "
             "covariance=True; measure again"
         )
-    return _Side(rows, moments, spectrum.spectrum_of(moments))
+    return _Modality(rows, moments, spectrum.spectrum_of(moments))
 
 
 def _compare(
-    when: str, source: _Side, target: _Side, paired: bool, settings: GapSettings
+    stage: str, source: _Modality, target: _Modality, paired: bool, settings: GapSettings
 ) -> Numbers:
-    """Figures of one source and one target, their names behind ``when``."""
+    """Return the figures of one source and one target, named ``{stage}_{figure}``."""
     figures = _distances(source, target) | _spectra(source, target, settings)
     figures |= _samples(source.rows, target.rows, settings)
     if paired:
         figures |= _pairs(source.rows, target.rows, settings)
-    return {f"{when}_{name}": value for name, value in figures.items()}
+    return {f"{stage}_{name}": value for name, value in figures.items()}
 
 
-def _distances(source: _Side, target: _Side) -> Numbers:
+def _distances(source: _Modality, target: _Modality) -> Numbers:
+    """Return the figures that moments determine."""
     y, x = source.moments, target.moments
     return {
         "source_rows": y.count,
@@ -122,7 +127,8 @@ def _distances(source: _Side, target: _Side) -> Numbers:
     }
 
 
-def _spectra(source: _Side, target: _Side, settings: GapSettings) -> Numbers:
+def _spectra(source: _Modality, target: _Modality, settings: GapSettings) -> Numbers:
+    """Return the figures of eigenvalues and eigenvectors."""
     (y, y_vectors), (x, x_vectors) = source.spectrum, target.spectrum
     leading = max(1, min(settings.subspace, len(x) // 2))
     figures: Numbers = {
@@ -140,7 +146,7 @@ def _spectra(source: _Side, target: _Side, settings: GapSettings) -> Numbers:
 
 
 def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
-    """A figure that a spectrum with too few positive eigenvalues does not have is NaN."""
+    """Return a figure, or NaN where a spectrum has too few positive eigenvalues for it."""
     try:
         return figure(*spectra)
     except ValueError:
@@ -148,9 +154,11 @@ def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
 
 
 def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
-    k, block, engine = settings.mixing_k, settings.block, settings.engine
-    mixing = neighbours.knn_mixing
-    others = len(source) + len(target) - 1
+    """Return the figures of unpaired samples of rows."""
+    mixing = partial(
+        neighbours.knn_mixing, k=settings.mixing_k, block=settings.block, backend=settings.backend
+    )
+    candidates = len(source) + len(target) - 1
     return {
         "cosine_divergence": cosines.cosine_divergence(
             source,
@@ -159,14 +167,15 @@ def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
             bins=settings.cosine_bins,
             seed=settings.seed,
         ),
-        "source_mixing": mixing(source, target, k, block=block, engine=engine),
-        "source_mixing_chance": len(target) / others,
-        "target_mixing": mixing(target, source, k, block=block, engine=engine),
-        "target_mixing_chance": len(source) / others,
+        "source_mixing": mixing(source, target),
+        "source_mixing_chance": len(target) / candidates,
+        "target_mixing": mixing(target, source),
+        "target_mixing_chance": len(source) / candidates,
     }
 
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
+    """Return the figures of matched rows."""
     block = settings.block
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
@@ -181,21 +190,24 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     return figures
 
 
-def _kept(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
-    k, block, engine = settings.overlap_k, settings.block, settings.engine
+def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
+    """Return the figures of what the alignment preserved among the source rows."""
+    k, block, backend = settings.overlap_k, settings.block, settings.backend
     return {
         "kept_mean_cosine": cosines.mean_cosine(source, aligned, block),
         "kept_cosine_correlation": cosines.cosine_correlation(source, aligned, block),
-        "kept_knn_overlap": neighbours.knn_overlap(source, aligned, k, block=block, engine=engine),
+        "kept_knn_overlap": neighbours.knn_overlap(
+            source, aligned, k, block=block, backend=backend
+        ),
         "kept_knn_overlap_chance": k / (len(source) - 1),
     }
 
 
 def _plain(figures: Numbers) -> Numbers:
-    """Estimates become two numbers, NaN becomes None."""
+    """Turn every Estimate into two numbers and NaN into None."""
     numbers: Numbers = {}
     for name, value in figures.items():
-        if isinstance(value, int):
+        if value is None or isinstance(value, int):
             numbers[name] = value
             continue
         numbers[name] = None if math.isnan(value) else float(value)

@@ -1,19 +1,18 @@
-"""Nearest rows by cosine: mixing of two modalities, kept neighbourhoods, retrieval."""
+"""Nearest rows by cosine: mixing of two modalities, preserved neighbourhoods, retrieval."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..ops.reference import unit
-from .cosines import checked_pairs
+from .cosines import check_pairs, row_blocks
 from .estimate import Estimate
 
-ENGINES = ("auto", "faiss", "torch")
-_TIE = 1e-12  # two float64 cosines nearer than this are the same number, rounded differently
+SearchBackend = Literal["auto", "faiss", "torch"]
+_TIE = 1e-12  # two float64 cosines that differ by less are one number, rounded differently
 
 
 class Neighbours(NamedTuple):
@@ -30,143 +29,151 @@ def nearest_rows(
     *,
     own: int | None = None,
     block: int = 4096,
-    engine: str = "auto",
+    backend: SearchBackend = "auto",
 ) -> Neighbours:
-    """The k rows of gallery [M, D] with the largest cosine, for each of queries [N, D].
+    """Find the k rows of gallery [M, D] with the largest cosine, for each of queries [N, D].
 
     Args:
         own: the gallery row that is ``queries[0]``, ``queries[1]`` being the next and so on; a
             query is then no neighbour of itself. ``None``: the queries are no rows of the gallery.
-        block: queries and gallery rows taken at a time; a tile of block x block is held.
-        engine: ``"faiss"`` (exact search, float32, on the CPU), ``"torch"``, or ``"auto"``: faiss
+        block: number of queries and of gallery rows that are compared at a time.
+        backend: ``"faiss"`` (exact search, float32, on the CPU), ``"torch"``, or ``"auto"``: faiss
             where it is installed and the queries are on the CPU and not float64, else torch.
 
     Of rows with equal cosines (up to rounding) any may be taken.
 
     Raises:
         ValueError: columns that differ, or fewer gallery rows than k.
-        ImportError: ``engine="faiss"`` without faiss.
+        ImportError: ``backend="faiss"`` without faiss.
     """
-    _check_search(queries, gallery, k, own, engine)
-    faiss = _faiss(engine, queries)
+    _check_search(queries, gallery, k, own, backend)
+    faiss = _faiss(backend, queries)
     if faiss is not None:
         return _faiss_nearest(faiss, queries, gallery, k, own, block)
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    found = []
+    blocks = []
     for first in range(0, len(queries), block):
-        part = unit(queries[first : first + block].double()).to(dtype)
-        found.append(_torch_nearest(part, gallery, k, None if own is None else own + first, block))
-    return Neighbours(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+        unit_queries = unit(queries[first : first + block].double()).to(dtype)
+        own_row = None if own is None else own + first
+        blocks.append(_torch_nearest(unit_queries, gallery, k, own_row, block))
+    return Neighbours(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
 
 def knn_mixing(
-    a: Tensor, b: Tensor, k: int = 20, *, block: int = 4096, engine: str = "auto"
+    a: Tensor, b: Tensor, k: int = 20, *, block: int = 4096, backend: SearchBackend = "auto"
 ) -> Estimate:
-    """Mean share of rows of b among the k nearest of a row of a, in the union of both.
+    """Return the mean share of rows of b among the k nearest of a row of a, in the union of both.
 
     a [N, D], b [M, D], unpaired; a row is no neighbour of itself. Two samples of one distribution
-    mix at ``M / (N + M - 1)``. For the other way round swap the arguments. The paper (arXiv
+    mix at ``M / (N + M - 1)``. Swap the arguments for the other direction. The paper (arXiv
     2602.07026) gives no formula; this is the usual one. The standard error takes the rows of a as
     independent queries of a given union.
+
+    Raises:
+        ValueError: fewer than two rows of a, or not ``1 <= k < N + M``.
     """
     if len(a) < 2 or not 1 <= k < len(a) + len(b):
         raise ValueError(
             f"knn_mixing: got k = {k} with {len(a)} and {len(b)} rows, expected 2 or more rows and "
             "k below their sum; give more rows or a smaller k"
         )
-    options = {"block": block, "engine": engine}
-    same = nearest_rows(a, a, min(k, len(a) - 1), own=0, **options).cosines
-    other = nearest_rows(a, b, min(k, len(b)), **options).cosines
-    nearest = torch.cat([same, other], dim=1).topk(k, dim=1).indices
-    return Estimate.of_mean((nearest >= same.shape[1]).double().mean(dim=1))
+    within = nearest_rows(a, a, min(k, len(a) - 1), own=0, block=block, backend=backend).cosines
+    across = nearest_rows(a, b, min(k, len(b)), block=block, backend=backend).cosines
+    nearest = torch.cat([within, across], dim=1).topk(k, dim=1).indices
+    return Estimate.of_mean((nearest >= within.shape[1]).double().mean(dim=1))
 
 
 def knn_overlap(
-    a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096, engine: str = "auto"
+    a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096, backend: SearchBackend = "auto"
 ) -> Estimate:
-    """Mean share of the k nearest rows within a that are the k nearest within b too.
+    """Return the mean share of the k nearest rows within a that are the k nearest within b too.
 
-    a, b [N, D] match row by row (source and aligned, say; their D may differ). 1 where every
-    neighbourhood is kept, ``k / (N - 1)`` for unrelated rows. The standard error takes rows as
-    independent.
+    a, b [N, D] match row by row (source and aligned, say; their D may differ). The overlap is 1
+    where every neighbourhood is preserved, ``k / (N - 1)`` for unrelated rows. The standard error
+    takes rows as independent.
     """
-    checked_pairs("knn_overlap", a, b, columns=False)
-    found = [
-        nearest_rows(rows, rows, k, own=0, block=block, engine=engine).indices for rows in (a, b)
-    ]
+    check_pairs("knn_overlap", a, b, same_columns=False)
+    nearest_a, nearest_b = (
+        nearest_rows(rows, rows, k, own=0, block=block, backend=backend).indices for rows in (a, b)
+    )
     shared = [
-        (one[:, :, None] == two[:, None, :]).sum(dim=(1, 2))
-        for one, two in zip(*(indices.split(block) for indices in found), strict=True)
+        (indices_a[:, :, None] == indices_b[:, None, :]).sum(dim=(1, 2))
+        for indices_a, indices_b in row_blocks(nearest_a, nearest_b, block)
     ]
     return Estimate.of_mean(torch.cat(shared).double() / k)
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, block: int = 4096) -> Tensor:
-    """Rank [N] int64, from 1, of each query's own row of the gallery; both [N, D], float64 inside.
+    """Return the rank [N] int64, from 1, of each query's own row of the gallery; both are [N, D].
 
-    A tie counts for the row: rank = 1 + number of gallery rows that are strictly nearer.
+    Cosines are float64. A tie counts for the row: rank = 1 + number of strictly nearer rows.
     """
-    checked_pairs("match_ranks", queries, gallery, least=1)
+    check_pairs("match_ranks", queries, gallery, min_rows=1)
     ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
     for first in range(0, len(queries), block):
-        part = unit(queries[first : first + block].double())
-        own = (part * unit(gallery[first : first + block].double())).sum(dim=1, keepdim=True)
-        for some in gallery.split(block):
-            nearer = part @ unit(some.double()).T > own + _TIE
+        unit_queries = unit(queries[first : first + block].double())
+        own_rows = unit(gallery[first : first + block].double())
+        own_cosines = (unit_queries * own_rows).sum(dim=1, keepdim=True)
+        for gallery_block in torch.split(gallery, block):
+            nearer = unit_queries @ unit(gallery_block.double()).T > own_cosines + _TIE
             ranks[first : first + block] += nearer.sum(dim=1)
     return ranks
 
 
 def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> Estimate:
-    """R@k: share of queries [N, D] whose own row of gallery [N, D] is among the k nearest (cosine).
+    """Return R@k, the share of queries [N, D] with their own gallery row among the k nearest.
 
     Ties count for the row (:func:`match_ranks`). The standard error is the binomial one,
-    ``sqrt(p (1 - p) / N)``, over queries, the gallery being given.
+    ``sqrt(p (1 - p) / N)``, over queries of a given gallery.
     """
     return recall_of(match_ranks(queries, gallery, block), k)
 
 
 def recall_of(ranks: Tensor, k: int) -> Estimate:
-    """R@k from the :func:`match_ranks` [N]."""
+    """Return R@k from the :func:`match_ranks` [N]."""
     if k < 1:
         raise ValueError(f"recall_at_k: k={k}, expected 1 or more")
     share = float((ranks <= k).double().mean())
     return Estimate(share, (share * (1 - share) / len(ranks)) ** 0.5)
 
 
-def _check_search(queries: Tensor, gallery: Tensor, k: int, own: int | None, engine: str) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"nearest_rows: engine={engine!r} is none of {', '.join(ENGINES)}")
+def _check_search(
+    queries: Tensor, gallery: Tensor, k: int, own: int | None, backend: SearchBackend
+) -> None:
+    """Raise a ValueError if :func:`nearest_rows` cannot search with these arguments."""
+    if backend not in (known := get_args(SearchBackend)):
+        raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
     if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "
             f"{list(gallery.shape)}; embed both with one encoder"
         )
-    most = len(gallery) - (own is not None)
-    if not 1 <= k <= most:
+    candidates = len(gallery) - (own is not None)
+    if not 1 <= k <= candidates:
         raise ValueError(
-            f"nearest_rows: k is {k}, expected 1..{most}, the gallery rows a query may have as "
-            "neighbours; give more rows or a smaller k"
+            f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
+            "have as neighbours; give more rows or a smaller k"
         )
     if not bool(torch.isfinite(queries).all()) or not bool(torch.isfinite(gallery).all()):
         raise ValueError("nearest_rows: a row holds a NaN or an infinity; leave such rows out")
 
 
 def _torch_nearest(
-    part: Tensor, gallery: Tensor, k: int, own: int | None, block: int
+    unit_queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest of unit queries [n, D], a block of the gallery at a time."""
-    cosines = part.new_empty(len(part), 0)
-    indices = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
-    rows = torch.arange(len(part), device=part.device)
+    """Find the k nearest rows of unit queries [n, D], a block of the gallery at a time."""
+    count, device = len(unit_queries), unit_queries.device
+    cosines = unit_queries.new_empty(count, 0)
+    indices = torch.empty(count, 0, dtype=torch.int64, device=device)
+    rows = torch.arange(count, device=device)
     for first in range(0, len(gallery), block):
-        some = unit(gallery[first : first + block].double()).to(part.dtype)
-        tile = part @ some.T
+        unit_gallery = unit(gallery[first : first + block].double()).to(unit_queries.dtype)
+        tile = unit_queries @ unit_gallery.T
         if own is not None:
             column = rows + own - first
-            inside = (column >= 0) & (column < len(some))
+            inside = (column >= 0) & (column < len(unit_gallery))
             tile[rows[inside], column[inside]] = -torch.inf
-        values, places = tile.topk(min(k, len(some)), dim=1)
+        values, places = tile.topk(min(k, len(unit_gallery)), dim=1)
         cosines = torch.cat([cosines, values], dim=1)
         indices = torch.cat([indices, places + first], dim=1)
         cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
@@ -175,37 +182,38 @@ def _torch_nearest(
 
 
 def _faiss_nearest(
-    faiss: ModuleType, queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
+    faiss: Any, queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
 ) -> Neighbours:
-    """:func:`nearest_rows` by a flat inner-product index."""
+    """Find the k nearest rows with a flat inner-product index of faiss."""
     index = faiss.IndexFlatIP(gallery.shape[1])
-    for some in gallery.split(block):
-        index.add(unit(some.double()).float().cpu().numpy())
-    found = []
-    for part in queries.split(block):
-        rows = unit(part.double()).float().cpu().numpy()
-        found.append([torch.from_numpy(got) for got in index.search(rows, k + (own is not None))])
-    cosines, indices = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    for gallery_block in torch.split(gallery, block):
+        index.add(unit(gallery_block.double()).float().cpu().numpy())
+    blocks = []
+    for query_block in torch.split(queries, block):
+        unit_queries = unit(query_block.double()).float().cpu().numpy()
+        arrays = index.search(unit_queries, k + (own is not None))
+        blocks.append([torch.from_numpy(array) for array in arrays])
+    cosines, indices = (torch.cat(tensors) for tensors in zip(*blocks, strict=True))
     if own is not None:
-        itself = indices == torch.arange(own, own + len(queries))[:, None]
-        itself[:, -1] |= ~itself.any(dim=1)  # more than k rows tie with the query
-        cosines, indices = (tensor[~itself].view(-1, k) for tensor in (cosines, indices))
+        own_column = indices == torch.arange(own, own + len(queries))[:, None]
+        own_column[:, -1] |= ~own_column.any(dim=1)  # more than k rows tie with the query
+        cosines, indices = (tensor[~own_column].view(-1, k) for tensor in (cosines, indices))
     return Neighbours(cosines.to(queries.device), indices.to(queries.device))
 
 
-def _faiss(engine: str, queries: Tensor) -> ModuleType | None:
-    """The faiss module where the search is to use it."""
-    if engine == "torch":
+def _faiss(backend: SearchBackend, queries: Tensor) -> Any:
+    """Import faiss if the search is to use it; None if torch is."""
+    if backend == "torch":
         return None
-    if engine == "auto" and (queries.dtype == torch.float64 or queries.device.type != "cpu"):
+    if backend == "auto" and (queries.dtype == torch.float64 or queries.device.type != "cpu"):
         return None
     try:
         import faiss
     except ImportError as error:
-        if engine == "auto":
+        if backend == "auto":
             return None
         raise ImportError(
-            "nearest_rows: engine='faiss' needs faiss; run `pip install faiss-cpu`, or take "
-            "engine='torch'"
+            "nearest_rows: backend='faiss' needs faiss; run `pip install faiss-cpu`, or take "
+            "backend='torch'"
         ) from error
     return faiss

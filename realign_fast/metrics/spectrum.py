@@ -1,8 +1,8 @@
-"""What the eigenvalues and eigenvectors of a covariance tell.
+"""Figures of the eigenvalues and eigenvectors of a covariance: ranks, exponents, subspaces.
 
 ``values`` is [D] float64, eigenvalues in descending order, none below 0, as :func:`spectrum_of`
-gives them. arXiv 2602.07026 names these figures (section 3) without formulas; each docstring says
-which standard definition is used.
+returns them. arXiv 2602.07026 names these figures (section 3) without formulas; each docstring
+says which standard definition is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .._one_thread import one_thread
 from ..moments import Moments
 from ..ops.reference import unit
-from .cosines import checked_pairs
+from .cosines import check_pairs, row_blocks
 from .estimate import Estimate
 
 _FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding, not spectrum
@@ -31,52 +31,52 @@ class Spectrum(NamedTuple):
 
 @one_thread
 def spectrum_of(moments: Moments) -> Spectrum:
-    """The eigendecomposition of ``moments.covariance`` (ValueError without a covariance)."""
+    """Decompose ``moments.covariance``; a ValueError without a covariance."""
     values, vectors = torch.linalg.eigh(moments.covariance)
     return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1))
 
 
 def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
-    """Mean [D] and leading eigenvectors [D, count] of the rows' covariance (PCA), float64."""
-    moments = Moments(covariance=True, accurate=True).update(rows)
+    """Return mean [D] and leading eigenvectors [D, count] of the rows' covariance, float64."""
+    moments = Moments(covariance=True, accurate=True).update(rows, bad_rows="keep")
     return moments.mean, spectrum_of(moments).vectors[:, :count]
 
 
 def effective_rank(values: Tensor) -> float:
-    """``exp(-sum p log p)``, ``p = values / sum``: Roy & Vetterli (EUSIPCO 2007); from 1 to D."""
+    """Return ``exp(-sum p log p)``, ``p = values / sum``, 1 to D: Roy and Vetterli (EUSIPCO 2007)."""
     return float(torch.special.entr(_shares("effective_rank", values)).sum().exp())
 
 
 def participation_ratio(values: Tensor) -> float:
-    """``tr(S)^2 / tr(S^2)``, the number of directions that share the variance; from 1 to D."""
+    """Return ``tr(S)^2 / tr(S^2)``, the number of directions that share the variance; 1 to D."""
     return float(1 / _shares("participation_ratio", values).square().sum())
 
 
 def anisotropy(values: Tensor) -> float:
-    """``lambda_max / (tr / D)``: 1 for an isotropic covariance, D for a single direction."""
+    """Return ``lambda_max / (tr / D)``: 1 for an isotropic covariance, D for a single direction."""
     return float(_shares("anisotropy", values).max()) * len(values)
 
 
 @one_thread
 def residual_anisotropy(a: Tensor, b: Tensor, block: int = 4096) -> float:
-    """:func:`anisotropy` of the residuals ``u_b - u_a`` of matching rows a, b [N, D].
+    """Return the :func:`anisotropy` of the residuals ``u_b - u_a`` of matching rows a, b [N, D].
 
-    NaN where all residuals are one and the same.
+    It is NaN where all residuals are equal.
 
     Raises:
         ValueError: rows that do not match, fewer than two, or not finite.
     """
-    checked_pairs("residual_anisotropy", a, b)
+    check_pairs("residual_anisotropy", a, b)
     moments = Moments(covariance=True, normalize=False)
-    for part_a, part_b in zip(a.split(block), b.split(block), strict=True):
-        moments.update(unit(part_b.double()) - unit(part_a.double()))
+    for block_a, block_b in row_blocks(a, b, block):
+        moments.update(unit(block_b.double()) - unit(block_a.double()), bad_rows="keep")
     if moments.trace < _FLOOR * moments.energy or moments.energy == 0:
         return math.nan
     return anisotropy(torch.linalg.eigvalsh(moments.covariance).clamp(min=0))
 
 
 def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) -> Estimate:
-    """alpha of ``lambda_r ~ r^-alpha``: least squares of log eigenvalue on log rank.
+    """Fit alpha of ``lambda_r ~ r^-alpha`` by least squares of log eigenvalue on log rank.
 
     The fit weighs the ranks ``first..last`` (counted from 1, both included) alike. ``last`` is by
     default D // 2, since the tail of a sample's spectrum bends with the sample's size; ranks whose
@@ -87,28 +87,28 @@ def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) 
         ValueError: fewer than three ranks to fit.
     """
     last = len(values) // 2 if last is None else min(last, len(values))
-    keep = values[max(first, 1) - 1 : last]
-    keep = keep[keep > _FLOOR * values.max()].double()
-    if len(keep) < 3:
+    fitted = values[max(first, 1) - 1 : last]
+    fitted = fitted[fitted > _FLOOR * values.max()].double()
+    if len(fitted) < 3:
         raise ValueError(
-            f"power_law_exponent: ranks {first}..{last} hold {len(keep)} eigenvalues above "
+            f"power_law_exponent: ranks {first}..{last} hold {len(fitted)} eigenvalues above "
             f"{_FLOOR:.0e} of the largest, expected 3 or more; widen first..last"
         )
-    ranks = torch.arange(max(first, 1), max(first, 1) + len(keep), device=values.device)
+    ranks = torch.arange(max(first, 1), max(first, 1) + len(fitted), device=values.device)
     x = ranks.double().log()
-    x, y = x - x.mean(), keep.log() - keep.log().mean()
+    x, y = x - x.mean(), fitted.log() - fitted.log().mean()
     slope = (x @ y) / (x @ x)
     residual = (y - slope * x).square().sum() / (len(x) - 2)
     return Estimate(-float(slope), float((residual / (x @ x)).sqrt()))
 
 
 def log_spectrum_correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of two log spectra [D], rank by rank.
+    """Return the Pearson correlation of two log spectra [D], rank by rank.
 
     Ranks where either eigenvalue is below 1e-10 of its largest are left out.
 
     Raises:
-        ValueError: spectra of different lengths, or fewer than three ranks left.
+        ValueError: spectra of different lengths, or fewer than three ranks to compare.
     """
     if a.shape != b.shape:
         raise ValueError(
@@ -126,21 +126,25 @@ def log_spectrum_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
-    """``O_q = |U_a' U_b|_F^2 / q`` of the ``q = count`` leading eigenvectors.
+    """Return ``O_q = |U_a' U_b|_F^2 / q`` of the ``q = count`` leading eigenvectors.
 
-    a, b are ``Spectrum.vectors`` [D, >= q]. 1 for the same subspace; ``q / D`` is what two random
-    subspaces have in the mean.
+    a, b are ``Spectrum.vectors`` [D, >= q]. The overlap is 1 for equal subspaces and on average
+    ``q / D`` for two random ones.
+
+    Raises:
+        ValueError: fewer vectors than ``count``, or vectors of different dimensions.
     """
-    most = min(a.shape[1], b.shape[1])
-    if not 1 <= count <= most or a.shape[0] != b.shape[0]:
+    available = min(a.shape[1], b.shape[1])
+    if not 1 <= count <= available or a.shape[0] != b.shape[0]:
         raise ValueError(
             f"subspace_overlap: got {count} leading vectors of {list(a.shape)} and "
-            f"{list(b.shape)}, expected 1..{most} vectors of one dimension"
+            f"{list(b.shape)}, expected 1..{available} vectors of one dimension"
         )
     return float((a[:, :count].T @ b[:, :count].to(a.device)).square().sum() / count)
 
 
 def _shares(name: str, values: Tensor) -> Tensor:
+    """Return eigenvalues divided by their sum; a ValueError if that is not above 0."""
     total = values.double().sum()
     if values.dim() != 1 or not float(total) > 0:
         raise ValueError(

@@ -11,7 +11,7 @@ from support.op_checks import random_rows
 from realign_fast import Moments, ReAlign, metrics
 from realign_fast.metrics import GapSettings, gap_report
 
-SETTINGS = metrics.GapSettings(cosine_pairs=4000, engine="torch")
+SETTINGS = metrics.GapSettings(cosine_pairs=4000, backend="torch")
 
 
 def sides(count=150, columns=10):
@@ -70,7 +70,7 @@ def test_lengths_of_rows_change_nothing(report):
 
 
 def test_blocks_change_nothing(report):
-    settings = metrics.GapSettings(cosine_pairs=4000, engine="torch", block=17)
+    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch", block=17)
     blocked = metrics.gap_report(*sides(), paired=True, settings=settings)
     same(blocked, report, 1e-11, but=["settings_block"])
 
@@ -123,7 +123,7 @@ def test_moments_of_a_corpus_stand_in_for_those_of_the_sample():
 def test_the_golden_pairs_before_and_after(golden):
     """Figures of shared/data/README.md, computed elsewhere from the formulas."""
     text, image = (torch.from_numpy(rows) for rows in golden)
-    settings = metrics.GapSettings(cosine_pairs=4000, engine="torch")
+    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch")
     aligned = ReAlign.fit(text, image)(text)
     report = metrics.gap_report(text, image, aligned, paired=True, settings=settings)
     assert report["before_centroid_gap"] == pytest.approx(0.851352, abs=5e-7)
@@ -143,9 +143,9 @@ def test_without_faiss_it_is_said_or_torch_is_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     rows = random_rows(30, 4).float()
     with pytest.raises(ImportError, match=r"needs faiss; run `pip install faiss-cpu`"):
-        metrics.nearest_rows(rows, rows, 3, engine="faiss")
+        metrics.nearest_rows(rows, rows, 3, backend="faiss")
     auto = metrics.nearest_rows(rows, rows, 3)
-    assert torch.equal(auto.indices, metrics.nearest_rows(rows, rows, 3, engine="torch").indices)
+    assert torch.equal(auto.indices, metrics.nearest_rows(rows, rows, 3, backend="torch").indices)
 
 
 def test_auto_takes_faiss_for_short_floats_only(monkeypatch):
