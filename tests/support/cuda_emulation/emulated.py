@@ -6,6 +6,7 @@ and what it does not. The library lies in build/emulation under a name made from
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -31,7 +32,15 @@ ORDERS = ("forward", "backward", "shuffled")
 
 
 def build() -> Path:
-    """The library, compiled if its sources have changed."""
+    """Return the library, compiled if its sources have changed; parallel test workers wait."""
+    folder = ROOT / "build/emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder)
+
+
+def _build(folder: Path) -> Path:
     sys.path.insert(0, str(ROOT))
     try:
         import build_backend
@@ -44,10 +53,9 @@ def build() -> Path:
     digest = hashlib.sha256(repr((FLAGS, compiler, torch.__version__)).encode())
     for file in (*SOURCES, *sorted(HEADERS)):
         digest.update(file.read_bytes())
-    library = ROOT / f"build/emulation/{digest.hexdigest()[:16]}.so"
+    library = folder / f"{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
     folders = [f"-I{Path(__file__).parent}", f"-I{ROOT}/csrc", "-isystem", torch_folder / "include"]
     objects = [library.with_suffix(f".{source.stem}.{os.getpid()}.o") for source in SOURCES]
 
