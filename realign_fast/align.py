@@ -30,8 +30,7 @@ from ._one_thread import one_thread
 from .corpus.row_batches import Rows, batches
 from .methods import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
-from .storage.atomic import write_whole
-from .storage.url import at_hand, path_of, place_of
+from .storage.paths import output_path, storage_path, write_whole
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
@@ -315,7 +314,7 @@ class ReAlign(nn.Module):
     def load(cls, path: str | os.PathLike[str]) -> ReAlign:
         """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
         try:
-            with at_hand(path) as local:
+            with storage_path(path).local_copy() as local:
                 tensors = load_file(local)
             self = cls(len(tensors["shift"]))
             self.load_state_dict(tensors)
@@ -328,7 +327,7 @@ class ReAlign(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
-        directory = place_of(directory)
+        directory = output_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory / "model.safetensors")
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
@@ -345,7 +344,7 @@ class ReAlign(nn.Module):
                 ``aligner.safetensors`` of the command line).
             ImportError: a hub name without the ``hub`` extra.
         """
-        path = path_of(name_or_path)
+        path = storage_path(name_or_path)
         if path.is_dir():
             # As save_pretrained and the command line name it.
             names = ("model.safetensors", "aligner.safetensors")

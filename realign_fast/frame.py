@@ -28,7 +28,7 @@ from torch import Tensor
 from ._one_thread import one_thread
 from .moments import Moments, good_rows
 from .ops.reference import unit
-from .storage.atomic import write_whole
+from .storage.paths import write_whole
 
 Pairs = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]  # (target x, source y), [n, D] each
 _BLOCK_ROWS = 4096

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .covariance_sums import RowMap, Scatter, checked_weights
-from .storage.atomic import write_whole
-from .storage.url import at_hand
+from .storage.paths import storage_path, write_whole
 
 BAD_ROWS = ("error", "skip", "keep")
 _SUMS = ("total", "energy_total", "counts")
@@ -273,7 +272,7 @@ class Moments:
             ValueError: the file is not a safetensors file of moments, or is damaged.
         """
         try:
-            with at_hand(path) as local, safe_open(local, "pt") as file:
+            with storage_path(path).local_copy() as local, safe_open(local, "pt") as file:
                 flags = file.metadata()["moments"].split()
                 state = {name: file.get_tensor(name) for name in file.keys()}
             if flags[-1:] != [_hash(state)]:

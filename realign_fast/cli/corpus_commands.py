@@ -23,7 +23,7 @@ from ..pipeline.output import ALIGNER, STATS, check_output, check_scratch
 from ..pipeline.sampling import rows_to_fit
 from ..pipeline.settings import Settings
 from ..pipeline.verify import verify
-from ..storage.url import Url
+from ..storage.paths import StoragePath
 from .corpus_options import CORPUS_OPTIONS
 from .run_options import RUN_OPTIONS, engine_from
 
@@ -146,7 +146,7 @@ def _apply(options: argparse.Namespace) -> None:
     _say_metadata(source)
 
 
-def _expect_merged(aligner: Path | Url) -> None:
+def _expect_merged(aligner: StoragePath) -> None:
     """Refuse the output of a job array that was not merged yet."""
     out = aligner.parent if aligner.name == ALIGNER else aligner
     if (out / STATS).is_dir() and not (out / ALIGNER).exists():

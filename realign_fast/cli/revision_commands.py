@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..storage.atomic import replaced
 from . import revision_options as options_of
 
 OpenEncoder = Callable[[str], Any]  # a name -> something with embed_images(images) -> rows
@@ -200,13 +200,8 @@ def _written(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     _room_for(path)
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    try:
-        with open(partial, "w") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(Path(path)) as partial, open(partial, "w") as file:
+        yield file
 
 
 def _room_for(path: str) -> None:
@@ -269,7 +264,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     found = {"model": str(options.model), "data": options.data, "rows": options.rows} | found
     text = json.dumps(found | {"settings": settings, "report": data.report}, indent=2)
     if options.out:
-        from ..storage.atomic import write_whole
+        from ..storage.paths import write_whole
 
         write_whole(options.out, (text + "\n").encode())
     print(text if not options.out else f"wrote {options.out}")

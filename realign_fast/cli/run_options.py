@@ -10,7 +10,7 @@ from ..pipeline.engines.local import Engine
 from ..pipeline.engines.ray_driver import RayTasks
 from ..pipeline.sampling import DEFAULT_ROWS, EXACT_BYTES
 from ..pipeline.settings import MODES
-from ..storage.url import Url, local_path, path_of, place_of
+from ..storage.paths import StoragePath, local_path, output_path, storage_path
 
 
 def positive(text: str) -> int:
@@ -30,15 +30,15 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def path_or_url(text: str) -> Path | Url:
+def path_or_url(text: str) -> StoragePath:
     """A path or a URL that is read from."""
-    return path_of(text) if text else path(text)
+    return storage_path(text) if text else path(text)
 
 
-def place(text: str) -> Path | Url:
+def place(text: str) -> StoragePath:
     """A directory or a URL that a result is written to."""
     try:
-        return place_of(text) if text else path(text)
+        return output_path(text) if text else path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

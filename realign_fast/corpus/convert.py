@@ -13,20 +13,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..storage.atomic import write_whole
 from ..storage.lock import locked
-from ..storage.url import Url, place_of
+from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
 from . import layout as beside
 from .format_registry import UNFINISHED, AnyShard, shard_paths
 from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
 from .formats.arrow_columns import DEFAULT, plain_schema, pyarrow, write_table
-from .streamed_shard import stamp_of
 
 if TYPE_CHECKING:
     from .corpus import Batch, Corpus
@@ -51,12 +48,12 @@ BATCH_BYTES = 16 << 20  # a record batch or row group of the result
 
 def convert(
     corpus: Corpus,
-    out: Path | Url,
+    out: AnyPath,
     to: str,
     advance: Callable[[int], None] = lambda rows: None,
     batch_bytes: int = BATCH_BYTES,
     dtype: torch.dtype | None = None,
-) -> list[Path | Url]:
+) -> list[StoragePath]:
     """Write `corpus` into the directory `out` in the format `to`; returns the shards.
 
     `dtype` is that of the result: float16, float32, float64, in safetensors also bfloat16. None is
@@ -67,7 +64,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
-    out, names = place_of(out), _names(corpus, to)
+    out, names = output_path(out), _names(corpus, to)
     dtype = _dtype(corpus, to, dtype)
     if corpus.path.is_dir():  # one file may become another beside it
         beside.check_apart(out, corpus)
@@ -77,7 +74,7 @@ def convert(
 
 
 @contextmanager
-def _alone(out: Path | Url) -> Iterator[None]:
+def _alone(out: StoragePath) -> Iterator[None]:
     """Hold `out` against other processes; nothing of that, nor an empty `out`, is left after it."""
     new = not out.exists()
     try:
@@ -85,25 +82,24 @@ def _alone(out: Path | Url) -> Iterator[None]:
             try:
                 yield
             finally:
-                if isinstance(out, Path):
+                if not out.is_remote:
                     (out / "_stats" / "lock").unlink(missing_ok=True)
     finally:
         for folder in (out / "_stats", *([out] if new else [])):
             with suppress(OSError):  # (another process has its lock there, or there are files)
-                if isinstance(folder, Path):
-                    folder.rmdir()
+                folder.rmdir()
 
 
 def _shards(
     corpus: Corpus,
-    out: Path | Url,
+    out: StoragePath,
     to: str,
     names: list[str],
     finished: set[str],
     advance: Callable[[int], None],
     batch_bytes: int,
     dtype: torch.dtype,
-) -> list[Path | Url]:
+) -> list[StoragePath]:
     """Write what is not finished; the mark of an unfinished conversion goes last."""
     try:
         for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
@@ -126,9 +122,9 @@ def _shards(
     return paths
 
 
-def _begin(corpus: Corpus, out: Path | Url, how: list[Any]) -> set[str]:
+def _begin(corpus: Corpus, out: StoragePath, how: list[Any]) -> set[str]:
     """Mark `out` as unfinished; the names of shards that the same conversion left there whole."""
-    shards = [[str(one.path), one.num_rows, *map(str, stamp_of(one.path))] for one in corpus.shards]
+    shards = [[str(one.path), one.num_rows, *map(str, one.path.stamp())] for one in corpus.shards]
     told, mark = json.dumps([how, shards]), out / UNFINISHED
     held = shard_paths(out) if out.exists() else []
     if mark.is_file() and mark.read_bytes().decode() == told:
@@ -177,7 +173,7 @@ def _rounded(batch: Batch, shard: AnyShard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-def _writer(shard: AnyShard, path: Path | Url, to: str, dtype: torch.dtype) -> npy.ShardWriter:
+def _writer(shard: AnyShard, path: StoragePath, to: str, dtype: torch.dtype) -> npy.ShardWriter:
     shape = (shard.num_rows, shard.dimension, dtype)
     others = shard.others
     if to in LISTS:
@@ -237,7 +233,7 @@ def _record_batches(shard: AnyShard, schema: Any) -> Iterator[Any]:
         yield _record_batch(chunk, shard.path, schema)
 
 
-def _record_batch(chunk: Any, path: Path | Url, schema: Any = None) -> Any:
+def _record_batch(chunk: Any, path: StoragePath, schema: Any = None) -> Any:
     """Other columns as a record batch of `schema`, or of the one that the chunk has."""
     pa = pyarrow()
     try:

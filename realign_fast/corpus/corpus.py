@@ -19,13 +19,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..storage.url import Url, path_of
+from ..storage.paths import AnyPath, StoragePath, storage_path
 from . import layout, remote
 from .format_registry import AnyShard, format_of, read_shards, shard_paths
 from .formats import hf_dataset
@@ -66,7 +65,7 @@ class Corpus:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Url,
+        path: AnyPath,
         modality: str | None = None,
         *,
         column: str | None = None,
@@ -74,7 +73,7 @@ class Corpus:
     ) -> None:
         if not str(path):
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-        self.path, self.column, self.allow_pickle = path_of(path), column, allow_pickle
+        self.path, self.column, self.allow_pickle = storage_path(path), column, allow_pickle
         self.subfolder = _subfolder(self.path, modality)  # "text_emb", "img_emb" or ""
         self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
@@ -155,7 +154,7 @@ class Corpus:
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
             places, shard = order[ends[index] : ends[index + 1]], self.shards[index]
-            if isinstance(shard.path, Url) and isinstance(shard, Shard):
+            if shard.path.is_remote and isinstance(shard, Shard):
                 target[places] = remote.take(shard, ids[places] - self.starts[index])
                 continue
             if not isinstance(shard, Shard):
@@ -168,11 +167,11 @@ class Corpus:
                         raise changed(shard)
         return out
 
-    def writer(self, shard: AnyShard, path: Path | Url) -> ShardWriter:
+    def writer(self, shard: AnyShard, path: StoragePath) -> ShardWriter:
         """For the result of `shard`: its format, its number of rows, its other columns."""
         return shard.writer(path)
 
-    def finish(self, folder: Path | Url) -> None:
+    def finish(self, folder: StoragePath) -> None:
         """Write what the shards in `folder`, made from all of these, have beside them."""
         if self.format == "hf":
             source = self.path / self.subfolder
@@ -197,19 +196,19 @@ def _read(index: int, shard: AnyShard, first: int, size: int, ring: Any) -> Iter
     if first < shard.num_rows:
         if not isinstance(shard, Shard):  # decoded
             pieces = shard.read(first, size)
-        elif isinstance(shard.path, Url):
+        elif shard.path.is_remote:
             pieces = remote.read(shard, first, size)
         else:
             pieces = read_rows(shard, first, size, ring)
         yield from (Batch(index, *piece) for piece in pieces)
 
 
-def _is_folder(path: Path | Url) -> bool:
+def _is_folder(path: StoragePath) -> bool:
     """Without a question to a server where the name says that it is a shard."""
-    return not (isinstance(path, Url) and format_of(path.name)) and path.is_dir()
+    return not (path.is_remote and format_of(path.name)) and path.is_dir()
 
 
-def _subfolder(root: Path | Url, modality: str | None) -> str:
+def _subfolder(root: StoragePath, modality: str | None) -> str:
     if modality not in (None, *SUBFOLDERS):
         raise ValueError(f"{root}: modality is {modality!r}, expected 'text', 'image' or None")
     folder = _is_folder(root)
@@ -229,13 +228,13 @@ def _subfolder(root: Path | Url, modality: str | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def _number(path: Path | Url) -> str:
+def _number(path: StoragePath) -> str:
     """What pairs a shard with its other side: the number that ends its name, else the name."""
     match = re.search("0*([0-9]+)$", path.stem)
     return match[1] if match else path.stem
 
 
-def _check_pairs(root: Path | Url, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
+def _check_pairs(root: StoragePath, subfolder: str, shards: Sequence[AnyShard], how: Any) -> None:
     other = next(name for name in SUBFOLDERS.values() if name != subfolder)
     theirs = shard_paths(root / other) if (root / other).is_dir() else []
     twins = {_number(path): path for path in theirs}

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..storage.url import Url, each
+from ..storage.paths import StoragePath, explained, map_concurrently
 from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
-from .formats.npy import Shard, ShardWriter, explained
+from .formats.npy import Shard, ShardWriter
 from .streamed_shard import StreamedShard
 
 AnyShard = Shard | StreamedShard
@@ -86,7 +86,7 @@ def compressed(name: str) -> str | None:
     return suffix[1:] if suffix in COMPRESSED and format_of(stem) else None
 
 
-def shard_paths(folder: Path | Url) -> list[Path | Url]:
+def shard_paths(folder: StoragePath) -> list[StoragePath]:
     """The shards in a folder, in natural order; those of one format."""
     with explained(folder):
         if (folder / hf_dataset.STATE).is_file():
@@ -101,14 +101,18 @@ def shard_paths(folder: Path | Url) -> list[Path | Url]:
     return found
 
 
-def read_shards(paths: Sequence[Path | Url], *how: Any) -> tuple[AnyShard, ...]:
+def read_shards(paths: Sequence[StoragePath], *how: Any) -> tuple[AnyShard, ...]:
     """The shards at `paths`, in their order; of URLs several at a time."""
     pickles = any(format_of(path.name) == "pickle" for path in paths)
     threads = pickle_list.THREADS if pickles else 1  # (they are looked through to their ends)
-    return tuple(each(lambda path: read_shard(path, *how), paths, lambda path: path, threads))
+    return tuple(
+        map_concurrently(lambda path: read_shard(path, *how), paths, lambda path: path, threads)
+    )
 
 
-def read_shard(path: Path | Url, column: str | None = None, allow_pickle: bool = False) -> AnyShard:
+def read_shard(
+    path: StoragePath, column: str | None = None, allow_pickle: bool = False
+) -> AnyShard:
     """The shard at `path`; every error that opening a file can have is raised here."""
     name = format_of(path.name) or _by_content(path) or "npy"
     if compression := compressed(path.name):
@@ -126,7 +130,7 @@ def read_shard(path: Path | Url, column: str | None = None, allow_pickle: bool =
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error
 
 
-def _by_content(path: Path | Url) -> str | None:
+def _by_content(path: StoragePath) -> str | None:
     try:
         if path.is_file():
             with path.open("rb") as file:
@@ -137,6 +141,6 @@ def _by_content(path: Path | Url) -> str | None:
     return None
 
 
-def _natural(path: Path | Url) -> tuple[list[Any], str]:
+def _natural(path: StoragePath) -> tuple[list[Any], str]:
     pieces = enumerate(re.split("([0-9]+)", path.name))
     return [int(piece) if place % 2 else piece for place, piece in pieces], path.name

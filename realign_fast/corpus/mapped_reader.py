@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..storage.paths import explained
 from . import io_extension
-from .formats.npy import TORCH_DTYPES, Shard, changed, explained, opened
+from .formats.npy import TORCH_DTYPES, Shard, changed, opened
 
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # where files are read and written at once, 2 starve: a third of the rate

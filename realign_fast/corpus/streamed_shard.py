@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..storage.url import Url
-from .formats.npy import TORCH_DTYPES, changed, explained
+from ..storage.paths import StoragePath
+from .formats.npy import TORCH_DTYPES, changed
 from .io_extension import io as _io
 
 
@@ -22,7 +19,7 @@ from .io_extension import io as _io
 class StreamedShard:
     """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
 
-    path: Path | Url
+    path: StoragePath
     num_rows: int
     dimension: int
     dtype: np.dtype
@@ -40,7 +37,7 @@ class StreamedShard:
 
     def read(self, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows from `first` on as `(row, [n, D])`; cut at multiples of `size`, as mapped ones."""
-        if stamp_of(self.path) != self.stamp:
+        if self.path.stamp() != self.stamp:
             raise changed(self)
         begin, filled, batch = first, 0, None
         for piece in self.pieces(first, size):
@@ -60,9 +57,7 @@ class StreamedShard:
                 if filled == len(batch):
                     yield begin, torch.from_numpy(batch)
                     begin, filled, batch = begin + filled, 0, None
-        if begin != self.num_rows or (
-            isinstance(self.path, Url) and self.path.stamp() != self.stamp
-        ):
+        if begin != self.num_rows or (self.path.is_remote and self.path.stamp() != self.stamp):
             raise changed(self)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -93,17 +88,6 @@ class Buffers:
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
     return _io.Ring(2, size)  # one is looked at while the next is filled
-
-
-def stamp_of(path: Path | Url) -> tuple[int, int | str]:
-    """Size and time of a regular file: another stamp is another content."""
-    if isinstance(path, Url):
-        return path.stamp()
-    with explained(path):
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(22, "Not a regular file")
-    return status.st_size, status.st_mtime_ns
 
 
 def torch_dtype(shard: StreamedShard) -> torch.dtype:

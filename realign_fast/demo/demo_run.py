@@ -15,7 +15,7 @@ from ..moments import Moments
 from ..pipeline.align_run import AlignRun, align
 from ..pipeline.settings import Settings
 from ..report.pictures import draw_alignment
-from ..storage.atomic import write_json
+from ..storage.paths import write_json
 
 DATA = Path(__file__).resolve().parent / "data"
 _EXPLANATION = """\

@@ -19,7 +19,7 @@ import torch
 
 from ..corpus.corpus import SUBFOLDERS, ShardWriter, format_of
 from ..corpus.formats.arrow_columns import pyarrow, write_table
-from ..storage.atomic import write_json, write_whole
+from ..storage.paths import write_json, write_whole
 from .sources.base import Item
 
 KEPT, RUN, FAILURES, REPORT = "_embed", "run.json", "failures.jsonl", "embed.json"

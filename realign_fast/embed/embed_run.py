@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..storage.atomic import write_json
 from ..storage.lock import locked
+from ..storage.paths import write_json
 from .embed_output import (
     KEPT,
     REPORT,

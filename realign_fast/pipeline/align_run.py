@@ -21,8 +21,7 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments
-from ..storage.atomic import write_json
-from ..storage.url import place_of
+from ..storage.paths import output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
@@ -101,7 +100,7 @@ class AlignRun(PassRunner):
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
         The moments are those of the result before it is rounded to the corpus's dtype.
         """
-        out = place_of(out)
+        out = output_path(out)
         check_output(out, source, None, self.settings.mode, self.settings.workers)
         if aligner.dimension != source.dimension:
             got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
@@ -160,7 +159,7 @@ def align(
     :class:`ray_engine.RayTasks`, takes the place of ``settings.workers``. ValueError, TypeError or
     OSError says what is wrong with a file, a row or the output directory.
     """
-    run, out = AlignRun(settings or Settings(), engine=engine), place_of(out)
+    run, out = AlignRun(settings or Settings(), engine=engine), output_path(out)
     source_rows = cached_source(source, run.settings, engine)
     target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
     check_output(out, source_rows, target_rows, run.settings.mode, run.settings.workers)

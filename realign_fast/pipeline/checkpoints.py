@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -27,8 +26,7 @@ import torch
 from .. import __version__, ops
 from ..corpus.corpus import Shard, as_numpy
 from ..moments import Moments
-from ..storage.atomic import write_whole
-from ..storage.url import Url, at_hand, each
+from ..storage.paths import StoragePath, map_concurrently, storage_path, write_whole
 from .output import STATS
 
 Entry = dict[str, Any]  # what the manifest says of one shard in one pass
@@ -37,21 +35,13 @@ Entry = dict[str, Any]  # what the manifest says of one shard in one pass
 def identity(shard: Shard) -> Entry:
     """What makes a shard the same shard: a change of its rows changes one of these."""
     shape = {"rows": shard.num_rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
-    if isinstance(shard.path, Url):
-        size, version = shard.path.stamp()
-        return {"path": str(shard.path), **shape, "size": size, "version": version}
-    try:
-        state = os.stat(shard.path)
-    except OSError as error:
-        advice = "what is finished is kept: bring it back and run the same command again"
-        raise OSError(error.errno, f"{shard.path}: {error.strerror}; {advice}") from error
-    times = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-    return {"path": os.path.realpath(shard.path), **shape, **times}
+    content = shard.path.identity()
+    return {"path": content.pop("path"), **shape, **content}
 
 
 def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     """Of each shard; those of URLs are asked for at once."""
-    found = tuple(each(identity, shards, lambda shard: shard.path))
+    found = tuple(map_concurrently(identity, shards, lambda shard: shard.path))
     if vague := [one["path"] for one in found if one.get("version") == ""]:
         what = "its server gives no ETag and no time, so a new content of the same size is not seen"
         warnings.warn(f"{vague[0]}: {what}; use --mode overwrite after a change", stacklevel=3)
@@ -103,7 +93,7 @@ def checksum(rows: torch.Tensor, before: int = 0) -> int:
     return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
 
 
-def digest(path: Path | Url) -> str:
+def digest(path: StoragePath) -> str:
     """Of a small file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -112,11 +102,11 @@ def digest(path: Path | Url) -> str:
 class Checkpoints:
     """The finished work of one pass in ``out``."""
 
-    out: Path | Url
+    out: StoragePath
     facts: dict[str, Any] = field(default_factory=dict)  # what the numbers of a pass depend on
 
     @property
-    def folder(self) -> Path | Url:
+    def folder(self) -> StoragePath:
         """Where the files of this pass lie."""
         return self.out / STATS / self.facts["pass"].replace(" ", "-")
 
@@ -134,7 +124,7 @@ class Checkpoints:
         return _save(self._moments(shard, known), moments)
 
     def load_aligned(
-        self, shard: Shard, known: Entry, made: Path | Url
+        self, shard: Shard, known: Entry, made: StoragePath
     ) -> tuple[Moments, Entry] | None:
         """The same of an aligned shard ``made``, if it is still the file that was written."""
         record = self._record(shard)
@@ -148,7 +138,7 @@ class Checkpoints:
         return found and (found[0], said["entry"]) if found and _agree(found, said) else None
 
     def save_aligned(
-        self, shard: Shard, known: Entry, made: Path | Url, moments: Moments, facts: Entry
+        self, shard: Shard, known: Entry, made: StoragePath, moments: Moments, facts: Entry
     ) -> Entry:
         """Say that the aligned shard ``made`` is whole; ``facts`` are what verify checks."""
         record = self._record(shard)
@@ -170,13 +160,13 @@ class Checkpoints:
             if ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 
-    def _moments(self, shard: Shard, known: Entry) -> Path | Url:
+    def _moments(self, shard: Shard, known: Entry) -> StoragePath:
         return self.folder / f"{shard.path.name}.{self.key(known)}.safetensors"
 
-    def _aligned(self, shard: Shard) -> Path | Url:
+    def _aligned(self, shard: Shard) -> StoragePath:
         return self.folder / f"{shard.path.name}.safetensors"
 
-    def _record(self, shard: Shard) -> Path | Url:
+    def _record(self, shard: Shard) -> StoragePath:
         return self.folder / f"{shard.path.name}.json"
 
 
@@ -184,36 +174,33 @@ def _agree(found: tuple[Moments, Entry], said: Entry) -> bool:
     return found[1]["blake2b"] == said["entry"]["blake2b"]
 
 
-def _save(path: Path | Url, moments: Moments) -> Entry:
+def _save(path: StoragePath, moments: Moments) -> Entry:
     path.parent.mkdir(parents=True, exist_ok=True)
     moments.save(path)
     return _entry(path, path)
 
 
-def _load(path: Path | Url) -> tuple[Moments, Entry] | None:
+def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
     try:
-        with at_hand(path) as local:
+        with storage_path(path).local_copy() as local:
             return Moments.load(local), _entry(path, Path(local))
     except (OSError, ValueError) as error:  # not there, or not what was written: it is made again
         _expect_absent(path, error)
         return None
 
 
-def _entry(path: Path | Url, local: Path | Url) -> Entry:
+def _entry(path: StoragePath, local: StoragePath) -> Entry:
     """Of the file that ``path`` names and ``local`` holds."""
     return {"stats": f"{STATS}/{path.parent.name}/{path.name}", "blake2b": digest(local)}
 
 
-def _expect_absent(path: Path | Url, error: Exception) -> None:
+def _expect_absent(path: StoragePath, error: Exception) -> None:
     """Raise what a store says that is no answer: nothing is known of what is there."""
     unknown = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if isinstance(path, Url) and unknown:
+    if path.is_remote and unknown:
         raise error
 
 
-def _written(made: Path | Url) -> list[int | str]:
+def _written(made: StoragePath) -> list[int | str]:
     """What tells a shard that was written from another in its place."""
-    if isinstance(made, Url):
-        return list(made.stamp())
-    state = made.stat()
-    return [state.st_size, state.st_mtime_ns]
+    return list(made.stamp())

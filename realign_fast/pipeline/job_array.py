@@ -8,13 +8,12 @@ aligner that merge wrote), merge, apply, merge.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
-from ..storage.url import Url, place_of
+from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_columns, describe, describe_result
 from .engines.local import Engine
 from .output import ALIGNER, check_output
@@ -27,7 +26,7 @@ HALF = "half.safetensors"
 def stats(
     rows: Corpus,
     side: str,
-    out: Path | Url,
+    out: AnyPath,
     part: tuple[int, int] = (0, 1),
     aligner: ReAlign | None = None,
     settings: Settings | None = None,
@@ -45,7 +44,7 @@ def stats(
     if aligner is not None and aligner.dimension != rows.dimension:
         got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
         raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
-    run, out = AlignRun(settings or Settings(), part=part, engine=engine), place_of(out)
+    run, out = AlignRun(settings or Settings(), part=part, engine=engine), output_path(out)
     check_apart(out, rows)
     with run.keeping(out):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
@@ -55,7 +54,7 @@ def stats(
 def apply_part(
     aligner: ReAlign,
     source: Corpus,
-    out: Path | Url,
+    out: AnyPath,
     part: tuple[int, int],
     settings: Settings,
     engine: Engine | None = None,
@@ -67,14 +66,14 @@ def apply_part(
 
 
 def merge(
-    source: Corpus, target: Corpus, out: Path | Url, settings: Settings | None = None
+    source: Corpus, target: Corpus, out: AnyPath, settings: Settings | None = None
 ) -> tuple[str, dict[str, Any] | None]:
     """Go as far as what is finished in ``out`` allows; say what is next, or give the report.
 
     Raises:
         ValueError: moments of a shard are missing.
     """
-    run, out = AlignRun(settings or Settings(), reading=False), place_of(out)
+    run, out = AlignRun(settings or Settings(), reading=False), output_path(out)
     check_output(out, source, target, run.settings.mode)
     check_columns(source, target)
     with run.keeping(out):

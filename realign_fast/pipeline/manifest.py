@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..moments import Moments
-from ..storage.atomic import write_json
-from ..storage.url import Url
+from ..storage.paths import StoragePath, write_json
 from .checkpoints import Entry, digest
 from .output import MANIFEST
 
@@ -24,7 +22,7 @@ _ALIGNED = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
-def read_manifest(out: Path | Url) -> dict[str, Any]:
+def read_manifest(out: StoragePath) -> dict[str, Any]:
     """The manifest of an output directory; one without passes where there is none yet.
 
     Raises:
@@ -66,7 +64,7 @@ def _wrong(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(
-    out: Path | Url, code: str, settings: Entry, passes: Passes, aligner: str
+    out: StoragePath, code: str, settings: Entry, passes: Passes, aligner: str
 ) -> None:
     """Write it, with the passes of earlier runs that this one did not make anew.
 
@@ -80,7 +78,7 @@ def write_manifest(
 
 
 def saved_moments(
-    out: Path | Url, name: str, facts: Entry, present: Sequence[Entry]
+    out: StoragePath, name: str, facts: Entry, present: Sequence[Entry]
 ) -> list[tuple]:
     """``(moments, entry)`` of the shards of an earlier pass that are not among those ``present``.
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 from ..corpus.corpus import SUBFOLDERS, Corpus, format_of
 from ..corpus.layout import check_apart
-from ..storage.url import Url
+from ..storage.paths import StoragePath, local_path
 from .settings import Mode
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
@@ -22,7 +21,7 @@ STATS, MANIFEST = "_stats", "manifest.json"
 
 
 def check_output(
-    out: Path | Url,
+    out: StoragePath,
     source: Corpus,
     target: Corpus | None = None,
     mode: Mode = "incremental",
@@ -35,28 +34,28 @@ def check_output(
     for corpus in filter(None, (source, target)):
         check_apart(out, corpus, source.subfolder)
     held = _check_shards(out, source, mode)
-    if isinstance(out, Url):
+    if out.is_remote:
         check_scratch(out, source, workers)
         return
-    folder = out / source.subfolder
+    folder = local_path(out / source.subfolder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if existing.is_dir() and os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise OSError(f"{existing}: is on a read-only file system; give another --out")
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"{existing}: expected a directory to write into; give another --out")
-    room = shutil.disk_usage(existing).free + sum(path.lstat().st_size for path in held)
+    room = shutil.disk_usage(existing).free + sum(local_path(path).lstat().st_size for path in held)
     if source.nbytes > room:
         need = f"the result takes {in_words(source.nbytes)}, there are {in_words(room)}"
         raise OSError(f"{folder}: {need}; make room or give another --out")
 
 
-def check_scratch(out: Path | Url, source: Corpus, workers: int = 1) -> str:
+def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:
     """Where shards for a URL are kept until they are whole, in words; empty if ``out`` is none.
 
     Raises:
         OSError: there is no room for one a worker.
     """
-    if not isinstance(out, Url):
+    if not out.is_remote:
         return ""
     largest = max(shard.num_rows * shard.row_bytes for shard in source.shards)
     need, place = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
@@ -76,7 +75,7 @@ def in_words(count: int) -> str:
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
 
 
-def _check_shards(out: Path | Url, source: Corpus, mode: Mode) -> set[Path | Url]:
+def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePath]:
     """The shards in ``out``: those of an earlier run on the same source, and no others."""
     folder = out / source.subfolder
     ours = {folder / shard.path.name for shard in source.shards}
@@ -104,6 +103,6 @@ def _check_shards(out: Path | Url, source: Corpus, mode: Mode) -> set[Path | Url
     return held
 
 
-def _shards_in(folder: Path | Url) -> list[Path | Url]:
+def _shards_in(folder: StoragePath) -> list[StoragePath]:
     found = folder.iterdir() if folder.is_dir() else []
     return [path for path in found if format_of(path.name)]

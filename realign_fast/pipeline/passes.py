@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from ..corpus.corpus import Corpus
 from ..moments import Moments
 from ..storage.lock import locked
-from ..storage.url import Url
+from ..storage.paths import AnyPath, StoragePath, output_path
 from .checkpoints import Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import Passes
@@ -62,19 +60,20 @@ class PassRunner:
     part: tuple[int, int] = (0, 1)
     reading: bool = True
     engine: Engine | None = None  # None: that of settings.workers
-    out: Path | Url | None = None  # where what is finished is kept; None: nowhere
+    out: StoragePath | None = None  # where what is finished is kept; None: nowhere
     made: Passes = field(default_factory=dict)  # for the manifest
     extended: dict[str, int] = field(default_factory=dict)  # by pass: rows of shards that are gone
     identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict)
 
     @contextmanager
-    def keeping(self, out: Path | Url) -> Iterator[None]:
+    def keeping(self, out: AnyPath) -> Iterator[None]:
         """Keep what is finished in ``out``, which no other process works on meanwhile."""
+        out = output_path(out)
         if self.out == out:
             yield
             return
         index, parts = self.part
-        if isinstance(out, Url) and out.protocol == "memory" and self.has_workers:
+        if out.protocol == "memory" and self.has_workers:
             what = "memory:// is of one process, workers would write into their own"
             raise ValueError(f"{out}: {what}; give one worker, or another --out")
         if self.settings.mode == "overwrite" and parts > 1:
@@ -122,7 +121,7 @@ class PassRunner:
         live = self.engine is map  # else progress is seen shard by shard
         rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(work, AlignWork)
         with self.timed(name, corpus, rows, total, writes) as advance:
-            engine = in_turn if live and writes and not isinstance(self.out, Url) else self.engine
+            engine = in_turn if live and writes and not self.out.is_remote else self.engine
             for part in engine(replace(work, advance=advance) if live else work, shards):
                 if part.moments is None:
                     missing.append(str(corpus.shards[part.shard].path))
@@ -167,13 +166,9 @@ class PassRunner:
         self.passes.append(done)
 
 
-def _remove_folders(place: Path | Url) -> None:
-    if isinstance(place, Url):
-        for name in [name for name, kind in place.listed() if kind == "directory"]:
-            (place / name).remove_tree()
-        return
-    for folder in (path for path in place.iterdir() if path.is_dir()):
-        shutil.rmtree(folder)
+def _remove_folders(place: StoragePath) -> None:
+    for name in [name for name, is_directory in place.listed() if is_directory]:
+        (place / name).remove_tree()
 
 
 def _bar(name: str, total: int, shown: bool) -> tqdm:

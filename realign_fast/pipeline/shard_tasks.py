@@ -18,7 +18,7 @@ import torch
 
 from ..corpus.corpus import Batch, Corpus, Shard, ShardWriter
 from ..moments import Moments, RowMap, good_rows
-from ..storage.url import Url
+from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import Lanes, Outlet, Sent, batches_on, lanes_of
 from .settings import BATCH_BYTES
@@ -114,7 +114,7 @@ class ShardWork:
 class AlignWork(ShardWork):
     """Shards sent through the aligner into ``folder``, under their own names."""
 
-    folder: Path | Url = Path()
+    folder: StoragePath = Path()
 
     def __call__(self, index: int) -> ShardResult:
         """Align shard ``index``; the moments are those of its result before it is rounded."""

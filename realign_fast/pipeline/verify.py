@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, format_of
 from ..moments import Moments
-from ..storage.url import Url
+from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import checksum, digest, map_hash
 from .manifest import read_manifest
 from .output import ALIGNER, MANIFEST, REPORT
@@ -48,12 +47,13 @@ class Found:
     total: torch.Tensor | float = field(default=0.0, repr=False)
 
 
-def verify(out: Path | Url) -> tuple[dict[str, int], list[str]]:
+def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     """How much was checked, and a line for each fault (none: the output is what was written).
 
     Raises:
         ValueError: ``out`` has no manifest.
     """
+    out = storage_path(out)
     if not (out / MANIFEST).is_file():
         raise ValueError(
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
@@ -80,13 +80,13 @@ def verify(out: Path | Url) -> tuple[dict[str, int], list[str]]:
     return {"shards": len(applied["shards"]), "rows": rows, "statistics": files}, faults
 
 
-def _strangers(folder: Path | Url, known: set[str]) -> Iterator[str]:
+def _strangers(folder: StoragePath, known: set[str]) -> Iterator[str]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if format_of(path.name) and path.name not in known:
             yield f"{path}: is a shard that the manifest does not know; move it away"
 
 
-def _statistics(out: Path | Url, entries: list[dict[str, Any]]) -> Iterator[str]:
+def _statistics(out: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:
     for entry in entries:
         path = out / entry["stats"]
         if not path.is_file():
@@ -95,7 +95,7 @@ def _statistics(out: Path | Url, entries: list[dict[str, Any]]) -> Iterator[str]
             yield f"{path}: has blake2b {got}, the manifest says {entry['blake2b']}"
 
 
-def _aligner(out: Path | Url, passes: dict[str, Any]) -> Iterator[str]:
+def _aligner(out: StoragePath, passes: dict[str, Any]) -> Iterator[str]:
     path, want = out / ALIGNER, read_manifest(out)["aligner"]
     if not path.is_file():
         yield f"{path}: missing"
@@ -113,7 +113,7 @@ def _aligner(out: Path | Url, passes: dict[str, Any]) -> Iterator[str]:
 
 
 def _shard(
-    path: Path | Url, how: dict[str, Any], entry: dict[str, Any], out: Path | Url
+    path: StoragePath, how: dict[str, Any], entry: dict[str, Any], out: StoragePath
 ) -> Iterator[str]:
     try:
         corpus = Corpus(path, **how)
@@ -136,7 +136,7 @@ def _shard(
     yield from _mean(found, corpus, out / entry["stats"])
 
 
-def _mean(found: Found, corpus: Corpus, stats: Path | Url) -> Iterator[str]:
+def _mean(found: Found, corpus: Corpus, stats: StoragePath) -> Iterator[str]:
     """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
     try:
         recorded = Moments.load(stats)

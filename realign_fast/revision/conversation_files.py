@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..corpus.formats.arrow_columns import decoded, pyarrow
-from ..corpus.formats.npy import explained
+from ..storage.paths import explained
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -13,12 +13,14 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..corpus.corpus import Corpus
 from ..corpus.formats.arrow_columns import decoded, pyarrow
-from ..corpus.formats.npy import explained
+from ..storage.atomic import replaced
+from ..storage.paths import explained
 
 COLUMNS = ("id", "key", "__key__")
 _MANY = 10_000
@@ -50,10 +52,7 @@ def build(corpus: Corpus, ids: str | os.PathLike[str] | None, path: Path) -> Non
 
     ValueError: no ids to be found, another number of them than rows, or one that stands twice.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    data = sqlite3.connect(partial)
-    try:
+    with replaced(path) as partial, closing(sqlite3.connect(partial)) as data:
         data.execute("PRAGMA journal_mode = OFF")
         data.execute("PRAGMA synchronous = OFF")
         data.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
@@ -69,12 +68,6 @@ def build(corpus: Corpus, ids: str | os.PathLike[str] | None, path: Path) -> Non
                 raise ValueError(f"{source}: has {count} ids, {want}")
         data.commit()
         _make_unique(corpus, data)
-    except BaseException:
-        data.close()
-        partial.unlink(missing_ok=True)
-        raise
-    data.close()
-    os.replace(partial, path)
 
 
 def id_files(corpus: Corpus, ids: str | os.PathLike[str] | None) -> list[Path]:

@@ -25,7 +25,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
-from ..storage.atomic import write_whole
+from ..storage.paths import write_whole
 from .overrides import made
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..corpus.corpus import Corpus, Shard, ShardWriter
-from ..storage.atomic import write_whole
-from ..storage.url import Url
+from ..storage.atomic import replaced
+from ..storage.paths import write_whole
 from .conversation_files import Sample, lines_of_parquet, read_entry, sample_of, spans
 from .dataset import REPORT, Conversations
 from .id_index import IdIndex, build, id_files
@@ -62,7 +61,7 @@ def prepare(
         ValueError: more samples than `max_skipped` cannot be used, none can, or one is no sample.
     """
     source, cache = Path(conversations), Path(cache)
-    if isinstance(rows.path, Url):
+    if rows.path.is_remote:
         why = "training reads rows in random order, from local files alone"
         raise ValueError(f"{rows.path}: {why}; copy the corpus first (realign-fast convert)")
     if not source.is_file():
@@ -79,14 +78,9 @@ def prepare(
     paths = [shard.path for shard in rows.shards] + id_files(rows, ids)
     folder = cache / f"joined-{_key([*settings, str(ids)], [source, *paths])}"
     if not (folder / REPORT).is_file():
-        partial = cache / f".{folder.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with replaced(folder) as partial:
+            partial.mkdir()
             _join(source, rows, template, partial, cache, ids, max_length)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     _judge(json.loads((folder / REPORT).read_text()), source, max_skipped)
     return Conversations(folder, source, _readable_at_random(rows, cache), template)
 

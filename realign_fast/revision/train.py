@@ -20,7 +20,7 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..storage.atomic import write_whole
+from ..storage.paths import write_whole
 from .dataset import Collator, Conversations, Part
 from .model import ReVisionModel, transformers
 from .overrides import made

@@ -1,56 +1,134 @@
-"""Files that appear whole or not at all, here or at a URL."""
+"""Files that appear under their name whole or not at all: the one place that syncs and renames.
+
+A local file is written under a temporary name in the same directory (``.<name>.partial``), synced,
+and renamed, and then its directory is synced. A file for a URL is written to a nameless scratch
+file of this machine and uploaded when it is complete. ``StoragePath.pending_file`` opens either.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from .url import Url, place_of
+from typing import IO
 
 
-def write_whole(path: str | os.PathLike[str] | Url, data: bytes) -> None:
-    """Write ``data`` under a temporary name beside ``path``, sync it, and rename it.
+class PendingFile:
+    """A file that is being written; a ``with`` block commits it, or discards it on an error."""
 
-    Raises:
-        OSError: names the file; nothing of it is left behind.
+    file: IO[bytes]
+
+    def commit(self) -> None:
+        """Close the file and give it its name."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Close the file and remove what was written."""
+        raise NotImplementedError
+
+    def __enter__(self) -> IO[bytes]:
+        return self.file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+class PartialFile(PendingFile):
+    """A pending file in a local directory that exists.
+
+    What an earlier process left under the temporary name is replaced. Of two writers of one file
+    the later one wins, and the commit of the other one fails.
     """
-    path = place_of(path)
-    if isinstance(path, Url):
-        path.write_bytes(data)
-        return
-    partial = path.with_name(f".{path.name}.partial")
+
+    def __init__(self, path: Path, buffering: int = -1) -> None:
+        self._path, self._partial = path, partial_path(path)
+        self._partial.unlink(missing_ok=True)
+        self.file = open(self._partial, "xb", buffering)
+
+    def commit(self) -> None:
+        with self.file:
+            if not self._is_current():
+                what = "Another writer took over the file while it was written"
+                raise OSError(errno.EBUSY, f"{self._path}: {what}; let one process write it")
+            try:
+                self.file.flush()
+                _publish(self._partial, self._path, self.file.fileno())
+            finally:
+                self._partial.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        with self.file:
+            if self._partial.exists() and self._is_current():
+                self._partial.unlink()
+
+    def _is_current(self) -> bool:
+        return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self._partial))
+
+
+class ScratchFile(PendingFile):
+    """A pending file whose commit uploads it with ``upload(local path)``.
+
+    ``TMPDIR`` chooses where it lies until then. It has no name, so nothing of it is left however
+    this process ends.
+    """
+
+    def __init__(self, upload: Callable[[str], None], buffering: int = -1) -> None:
+        self._upload = upload
+        self.file = tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering)
+
+    def commit(self) -> None:
+        with self.file:
+            self.file.seek(0)  # also flushes
+            self._upload(f"/dev/fd/{self.file.fileno()}")
+
+    def discard(self) -> None:
+        self.file.close()
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a library that writes files itself, and rename it to ``path``.
+
+    What the block makes there is a file or a directory; it is removed if the block fails.
+    """
+    partial = partial_path(path)
+    _remove(partial)
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            advice = "check that the directory exists, may be written and has room"
-            raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
-        raise
+        yield partial
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            _publish(partial, path, descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        _remove(partial)
 
 
-def write_json(path: Path | Url, value: dict[str, Any]) -> None:
-    """Write a json file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+def partial_path(path: Path) -> Path:
+    """Return the temporary name of a file that is being written; it is hidden, so never a shard."""
+    return path.with_name(f".{path.name}.partial")
 
 
-def open_scratch(buffering: int = 0) -> BinaryIO:
-    """A file for what is uploaded when it is whole (``TMPDIR`` chooses where).
+def _publish(partial: Path, path: Path, descriptor: int) -> None:
+    """Sync what is open as ``descriptor``, rename it, and sync the directory."""
+    os.fsync(descriptor)
+    os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
-    It has no name, so nothing is left of it however this process ends.
-    """
-    return tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering)
 
-
-def upload(file: BinaryIO, url: Url) -> None:
-    """What was written to a scratch file, whole or not at all."""
-    file.seek(0)
-    url.upload(f"/dev/fd/{file.fileno()}")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .object_lock import locked_object
+from .paths import AnyPath, storage_path
 from .url import Url
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def locked(folder: Path | Url, part: str = "") -> Iterator[None]:
+def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
     The lock goes with the process, however it ends: nothing is left to clear away. (At a URL
@@ -27,6 +28,7 @@ def locked(folder: Path | Url, part: str = "") -> Iterator[None]:
     Raises:
         OSError: another process holds it; the message says which.
     """
+    folder = storage_path(folder)
     if isinstance(folder, Url):
         with locked_object(folder, part):
             yield

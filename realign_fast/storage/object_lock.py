@@ -112,7 +112,7 @@ def _beat(path: Url, mine: dict[str, Any], stop: threading.Event) -> None:
                 what = "was deleted or taken over, so two runs may write here; stop one"
                 warnings.warn(f"{path}: {what}", stacklevel=1)
                 return
-            path.write_bytes(_bytes(mine | {"alive": time.time()}))
+            path.write_whole(_bytes(mine | {"alive": time.time()}))
 
 
 def _read(path: Url) -> dict[str, Any] | None:

@@ -18,24 +18,27 @@ FIRST_BYTES = 128 << 10  # of a request, where a reader has jumped to
 KEPT_BYTES = 48 << 20  # of a file, so that columns that are read in turns are not fetched twice
 
 
-class Source(Protocol):
-    """What bytes can be asked of."""
+class ByteSource(Protocol):
+    """Something that returns bytes at an offset."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Size in bytes."""
 
-    def pread(self, count: int, offset: int) -> bytes: ...
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return ``count`` bytes from ``offset`` on, fewer only at the end."""
 
 
-def pieces(source: Source, begin: int, end: int) -> Iterator[bytes]:
+def pieces(source: ByteSource, begin: int, end: int) -> Iterator[bytes]:
     """Bytes `begin..end` in order, in pieces of `PIECE_BYTES`."""
     starts = range(begin, end, PIECE_BYTES)
     return spans(source, ((start, min(start + PIECE_BYTES, end)) for start in starts))
 
 
-def spans(source: Source, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+def spans(source: ByteSource, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """The bytes of each `(begin, end)` in order; `IN_FLIGHT` of them are on their way."""
-    pool, waiting = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch"), deque()
+    pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
+    waiting: deque[Future[bytes]] = deque()
     try:
         for begin, end in wanted:
             waiting.append(pool.submit(source.pread, end - begin, begin))
@@ -47,7 +50,7 @@ def spans(source: Source, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fill(source: Source, begin: int, target: memoryview) -> None:
+def fill(source: ByteSource, begin: int, target: memoryview) -> None:
     """Bytes from `begin` on into `target`, as many as it holds."""
     place = 0
     for piece in pieces(source, begin, begin + len(target)):
@@ -63,7 +66,7 @@ class ReadAhead(io.RawIOBase):
     `error` is what its source last raised, for readers that lose it.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ByteSource) -> None:
         self._source, self._size, self._at = source, source.size, 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
         # By where they begin: where they end, and their bytes to be; the oldest use first.
@@ -91,11 +94,11 @@ class ReadAhead(io.RawIOBase):
             return 0
         begin = self._begin()
         try:
-            data = self._pieces[begin][1].result()
+            piece = self._pieces[begin][1].result()
         except OSError as error:
             self.error = error
             raise
-        data = memoryview(data)[self._at - begin :][: len(buffer)]
+        data = memoryview(piece)[self._at - begin :][: len(buffer)]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

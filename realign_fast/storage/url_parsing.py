@@ -1,4 +1,4 @@
-"""What a URL is called: its name, its folder, what lies in it. Nothing here asks a server."""
+"""The text of a URL in parts: its name, its parent, its children. Nothing here asks a server."""
 
 from __future__ import annotations
 
@@ -11,27 +11,39 @@ Own = TypeVar("Own", bound="UrlName")
 
 
 class UrlName:
-    """The text of a URL in parts. Equal and hashed by its text; pickled as its text."""
+    """The lexical half of a URL. Equal and hashed by its text; pickled as its text."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         # The first link of a chain that has a path is where names are; what follows encloses it.
-        self._prefix, path, self._suffix = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text).groups()
+        parts = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)
+        if not parts:
+            raise ValueError(f"{text}: expected a URL, as protocol://place")
+        self._prefix, path, self._suffix = parts.groups()
         self._web = self._prefix.endswith(("http://", "https://"))
+        self._path: str
         self._path, mark, query = path.partition("?") if self._web else (path, "", "")
         self._suffix = mark + query + self._suffix
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         last = self._path.rstrip("/").rpartition("/")[2]
         return unquote(last) if self._web else last
 
-    stem = property(lambda self: os.path.splitext(self.name)[0])
-    suffix = property(lambda self: os.path.splitext(self.name)[1])
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return os.path.splitext(self.name)[0]
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name from its last dot on."""
+        return os.path.splitext(self.name)[1]
 
     @property
     def protocol(self) -> str:
-        """Of the place itself, not of what encloses it: `zip` of `zip://a::s3://bucket/b.zip`."""
+        """The protocol of the innermost place: ``zip`` of ``zip://a::s3://bucket/b.zip``."""
         return self._prefix.rpartition("::")[2].removesuffix("://")
 
     @property
@@ -46,15 +58,21 @@ class UrlName:
 
     @property
     def parent(self: Own) -> Own:
-        """The folder it lies in; of a bucket itself."""
+        """The directory it lies in; that of a bucket is the bucket."""
         path, _, last = self._path.rstrip("/").rpartition("/")
-        kept = path if path.strip("/") else f"{path}/{last}" if path else last
-        return type(self)(f"{self._prefix}{kept}{self._suffix}")
+        parent = path if path.strip("/") else f"{path}/{last}" if path else last
+        return type(self)(f"{self._prefix}{parent}{self._suffix}")
 
-    def is_within(self, folder: UrlName) -> bool:
-        """Whether it is `folder` or lies in it, by their texts."""
-        mine, theirs = (one._path.strip("/") + "/" for one in (self, folder))
-        return self._prefix == folder._prefix and mine.startswith(theirs)
+    def resolve(self: Own) -> Own:
+        """Return the URL without a slash at its end."""
+        return (self / "child").parent
+
+    def is_within(self, folder: object) -> bool:
+        """Return whether this URL is ``folder`` or lies in it, by their texts."""
+        if not isinstance(folder, UrlName):
+            return False
+        own_path, folder_path = (url._path.strip("/") + "/" for url in (self, folder))
+        return self._prefix == folder._prefix and own_path.startswith(folder_path)
 
     def __truediv__(self: Own, name: str) -> Own:
         name = quote(name) if self._web else name

@@ -1,4 +1,4 @@
-"""What a URL is asked that changes something there. Every change is whole or not to be seen."""
+"""The methods of a URL that change something there. Every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from .atomic import ScratchFile
 from .url_parsing import UrlName
 
 # Stores of objects, which have no directories and show nothing of an upload before its end.
@@ -15,14 +16,24 @@ _UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}  # of an upload in parts
 
 
 class UrlWriter(UrlName):
-    """Of a `url.Url` what writes. Errors are those of `_ask`."""
+    """The writing half of :class:`~realign_fast.storage.url.Url`. Errors are those of ``_ask``."""
 
-    def _ask(self, what: Callable[[Any, str], Any], done: str = "read") -> Any:
-        """`what(file system, path)`, tried again where that may help; `done` is for its error."""
+    def _ask(self, request: Callable[[Any, str], Any], done: str = "read") -> Any:
+        """Return ``request(file system, path)``, tried again where that may help.
+
+        ``done`` is the participle in the message of the error that is raised if it fails for good.
+        """
         raise NotImplementedError
 
+    @property
+    def read_only_reason(self) -> str:
+        """Why nothing can be written to this kind of URL; empty if something can."""
+        if self.chained:
+            return "a chain of systems"
+        return "a web server" if self.is_web else ""
+
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Nothing where objects are kept: those need no directories."""
+        """Create the directory and those above it; a no-op on object stores."""
 
         def make(fs: Any, path: str) -> None:
             if not _keeps_objects(fs):
@@ -31,22 +42,30 @@ class UrlWriter(UrlName):
         self._ask(make, "written")
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
         try:
             self._ask(lambda fs, path: fs.rm_file(path), "removed")
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
+    def rmdir(self) -> None:
+        """Do nothing: object stores keep no empty directories."""
+
     def remove_tree(self) -> None:
-        """Everything below it."""
+        """Remove the directory with everything below it."""
         self._ask(lambda fs, path: fs.rm(path, recursive=True), "removed")
 
-    def write_bytes(self, data: bytes) -> None:
-        """A small file; what was there is replaced."""
+    def pending_file(self, buffering: int = -1) -> ScratchFile:
+        """Open a scratch file of this machine that is uploaded when it is committed."""
+        return ScratchFile(self.upload, buffering)
+
+    def write_whole(self, data: bytes) -> None:
+        """Write a small file that appears whole or not at all; what was there is replaced."""
         self._write(lambda fs, path: fs.pipe_file(path, data))
 
     def upload(self, path: str) -> None:
-        """A file of this machine; memory holds `_UPLOAD` of it."""
+        """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
 
         def put(fs: Any, to: str) -> None:
             known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
@@ -55,10 +74,10 @@ class UrlWriter(UrlName):
         self._write(put)
 
     def create(self, data: bytes, look: bool = True) -> bool:
-        """Write a small file where there is none; False: there is one.
+        """Write a small file if none is there, and return whether it was written.
 
-        Of two processes one succeeds, where its store can promise that. For one that cannot there
-        is a look before; without it such a store replaces what is there.
+        Of two processes one succeeds, where the store can promise that. For a store that cannot,
+        ``look`` asks before whether there is one; without it such a store replaces what is there.
         """
 
         def make(fs: Any, path: str) -> bool:
@@ -82,12 +101,13 @@ class UrlWriter(UrlName):
             return True
 
         self.parent.mkdir()
-        return self._ask(make, "written")
+        return bool(self._ask(make, "written"))
 
     def _write(self, send: Callable[[Any, str], Any]) -> None:
         def whole(fs: Any, path: str) -> None:
             if _keeps_objects(fs):
-                return send(fs, path)
+                send(fs, path)
+                return
             folder = fs._parent(path)
             partial = f"{folder}/.{self.name}.partial"
             fs.makedirs(folder, exist_ok=True)
@@ -105,5 +125,5 @@ def _keeps_objects(fs: Any) -> bool:
 
 
 def _only_looks(fs: Any) -> bool:
-    """Whether its own way to create a file is to look whether there is one, then to write."""
+    """Return whether the file system creates a file by looking whether there is one first."""
     return not hasattr(fs, "_pipe_file") and type(fs).pipe_file.__module__ == "fsspec.spec"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.formats import pickle_interpreter, pickle_list, pickle_rows
 from realign_fast.corpus.formats.pickle_values import Array
-from realign_fast.corpus.streamed_shard import stamp_of
+from realign_fast.storage.paths import storage_path
 
 FAST = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -324,7 +324,7 @@ def test_what_is_unusual_is_left_to_python(tmp_path, name):
     with in_python():
         found = outcome(path)
     assert outcome(path) == found
-    assert pickle_rows.direct_rows(path, stamp_of(path), pickle_list.DEFAULTS) is None
+    assert pickle_rows.direct_rows(path, storage_path(path).stamp(), pickle_list.DEFAULTS) is None
 
 
 UTF8 = [b"\xc3\xa9", b"\xc1\x81", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xed\x9f\xbf"]

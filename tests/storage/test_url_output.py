@@ -30,6 +30,7 @@ from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import object_lock, url
 from realign_fast.storage.lock import locked
+from realign_fast.storage.paths import storage_path
 
 ROOT = Path(main.__file__).resolve().parents[2]
 D, QUIET = 24, Settings(progress=False)
@@ -100,7 +101,7 @@ def test_the_bytes_of_a_local_run_and_nothing_twice(tmp_path, corpora, out):
     align(*corpora, tmp_path / "near", QUIET)
     align(*corpora, out, QUIET)
     assert fetched(out, tmp_path / "a") == tree(tmp_path / "near")
-    assert verify(url.path_of(out))[1] == []
+    assert verify(storage_path(out))[1] == []
     report = align(*corpora, out, QUIET)
     assert all(rows == 0 for rows, _ in finished(report).values())
     assert fetched(out, tmp_path / "b") == tree(tmp_path / "near")
@@ -429,7 +430,7 @@ def test_a_full_scratch_disk_says_which(corpora, bucket):
 
 
 def folder(text):
-    return url.path_of(text)
+    return storage_path(text)
 
 
 def test_two_runs_on_one_output(out, monkeypatch):
@@ -456,7 +457,7 @@ def test_two_runs_on_one_output(out, monkeypatch):
 def left(place, **other):
     """Leave a lock as another process would, with what differs from this one."""
     said = object_lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
-    (folder(place) / "_stats/lock").write_bytes(json.dumps(said | other).encode())
+    (folder(place) / "_stats/lock").write_whole(json.dumps(said | other).encode())
 
 
 @pytest.mark.parametrize("other", [{"pid": 1 << 22}, {"began": "1"}])

@@ -23,6 +23,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import url
+from realign_fast.storage.paths import storage_path
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -110,7 +111,7 @@ def test_the_command_line_reads_memory_of_its_process_and_files_by_url(tmp_path,
 
 
 def test_a_path_by_file_url_is_mapped():
-    assert url.path_of("file:///data/text") == Path("/data/text")
+    assert storage_path("file:///data/text") == Path("/data/text")
 
 
 def test_a_clip_retrieval_root_and_its_pairs(tmp_path, served):
@@ -270,11 +271,11 @@ def test_a_replaced_object_of_a_bucket_is_read_anew(tmp_path, corpora, bucket):
 def test_a_copied_output_is_verified_and_applied_by_url(tmp_path, corpora, bucket):
     align(*corpora, tmp_path / "out", QUIET)
     bucket.put(str(tmp_path / "out"), "rows/out", recursive=True)
-    assert verify(url.path_of("s3://rows/out"))[1] == []
+    assert verify(storage_path("s3://rows/out"))[1] == []
     aligner = ReAlign.from_pretrained("s3://rows/out")
     assert torch.equal(aligner.shift, ReAlign.load(tmp_path / "out/aligner.safetensors").shift)
     bucket.pipe("rows/out/emb_0.npy", bucket.cat("rows/out/emb_0.npy")[:-2] + b"\0\0")
-    (fault,) = [one for one in verify(url.path_of("s3://rows/out"))[1] if "checksum" in one]
+    (fault,) = [one for one in verify(storage_path("s3://rows/out"))[1] if "checksum" in one]
     assert fault.startswith("s3://rows/out/emb_0.npy: checksum is")
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.url import Url
-from ..streamed_shard import StreamedShard, stamp_of, torch_dtype
+from ...storage.paths import StoragePath, explained
+from ..streamed_shard import StreamedShard, torch_dtype
 from .arrow_columns import (
     TableWriter,
     Vectors,
@@ -32,7 +32,7 @@ from .arrow_columns import (
     vectors_of,
 )
 from .arrow_messages import rows_of_batches
-from .npy import changed, explained
+from .npy import changed
 
 MAGIC = b"ARROW1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -52,7 +52,7 @@ class ArrowShard(StreamedShard):
             for batch in _batches(data, self.column):
                 array, end = batch.column(self.column), begin + len(batch)
                 for row in range(max(first, begin), end, size):
-                    if mapped and stamp_of(self.path)[0] != len(data):
+                    if mapped and self.path.stamp()[0] != len(data):
                         raise changed(self)  # touching a page that is gone would be a SIGBUS
                     yield rows_of(array[row - begin : row - begin + size], vectors, self.path, row)
                     used += size * self.row_bytes
@@ -99,14 +99,17 @@ class StreamWriter(ArrowWriter):
 
 
 def read_shard(path: Path, column: str | None = None) -> ArrowShard:
-    stamp = stamp_of(path)
+    stamp = path.stamp()
     with _data(path) as data:
         reader, stream = _reader(data)
         vectors = vectors_of(path, reader.schema, column)
         if stream and _end(data) != END_OF_STREAM:
             raise ValueError(f"{path}: truncated: has no end-of-stream mark; write it again")
-        far = isinstance(path, Url)
-        rows = sum(rows_of_batches(path, stream) if far else map(len, _batches(data)))
+        if isinstance(data, mmap.mmap):
+            rows = sum(map(len, _batches(data)))
+        else:
+            with path.opened() as file:
+                rows = sum(rows_of_batches(path, file, stream))
         dimension = vectors.dimension
         if dimension is None:
             arrays = (batch.column(vectors.name) for batch in _batches(data, vectors.name))
@@ -115,19 +118,13 @@ def read_shard(path: Path, column: str | None = None) -> ArrowShard:
 
 
 @contextmanager
-def _data(path: Path | Url) -> Iterator[mmap.mmap | io.BufferedReader]:
+def _data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
     """The bytes of a file, mapped; not closed at the end: arrays may view it, the last one unmaps
     it. Of a URL a file that fetches them."""
-    size = stamp_of(path)[0]
+    size = path.stamp()[0]
     if not size:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
-    if isinstance(path, Url):
-        with path.open() as file, decoded(path, file):
-            yield file
-        return
-    with explained(path), open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with decoded(path):
+    with explained(path), path.mapped() as data, decoded(path, data):
         yield data
 
 

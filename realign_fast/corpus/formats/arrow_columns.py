@@ -8,7 +8,6 @@ it (`embedding:float16`). Other columns pass through as they are.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +18,8 @@ import numpy as np
 import torch
 
 from ..._extras import import_extra
-from ...storage.atomic import open_scratch, upload
-from ...storage.url import Url
-from .npy import MAX_COLUMNS, ShardWriter, explained
+from ...storage.paths import AnyPath, explained, output_path
+from .npy import MAX_COLUMNS, ShardWriter
 
 DEFAULT = "embedding"
 FLOATS = ("float16", "float32", "float64")
@@ -34,7 +32,7 @@ def pyarrow() -> ModuleType:
 
 
 @contextmanager
-def decoded(path: Path | Url, file: Any = None) -> Iterator[None]:
+def decoded(path: AnyPath, file: Any = None) -> Iterator[None]:
     """What pyarrow says of a file that it cannot read, with the name of the file."""
     try:
         yield
@@ -222,24 +220,13 @@ class TableWriter(ShardWriter):
             self._table.close()
 
 
-def write_table(path: Path | Url, schema: Any, batches: Iterator[Any]) -> None:
+def write_table(path: AnyPath, schema: Any, batches: Iterator[Any]) -> None:
     """A parquet file of record batches that appears whole or not at all."""
-    if isinstance(path, Url):
-        with explained(path), open_scratch(-1) as file:
-            _write_batches(file, schema, batches)
-            upload(file, path)
-        return
-    partial = path.with_name(f".{path.name}.partial")
+    path = output_path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                _write_batches(file, schema, batches)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with path.pending_file() as file:
+            _write_batches(file, schema, batches)
 
 
 def _write_batches(file: BinaryIO, schema: Any, batches: Iterator[Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from ...storage.url import Url
+from ...storage.paths import OpenedFile, StoragePath
 
 CONTINUES = b"\xff\xff\xff\xff"
 RECORD_BATCH = 3  # of the union MessageHeader
@@ -19,7 +19,7 @@ MAX_HEAD = 64 << 20
 FIRST_BYTES = 1 << 12  # fetched at once: most heads are shorter
 
 
-def rows_of_batches(url: Url, stream: bool) -> Iterator[int]:
+def rows_of_batches(path: StoragePath, file: OpenedFile, stream: bool) -> Iterator[int]:
     """The rows of each record batch in turn.
 
     Raises:
@@ -27,25 +27,25 @@ def rows_of_batches(url: Url, stream: bool) -> Iterator[int]:
     """
     at = 0 if stream else 8
     while True:
-        start = url.pread(FIRST_BYTES, at)
+        start = file.pread(FIRST_BYTES, at)
         if start[:4] != CONTINUES or len(start) < 8:
             raise ValueError(
-                f"{url}: no message at byte {at}: truncated or damaged; write it again"
+                f"{path}: no message at byte {at}: truncated or damaged; write it again"
             )
         (length,) = struct.unpack_from("<i", start, 4)
         if length == 0:
             return
         if not 0 < length <= MAX_HEAD:
-            raise ValueError(f"{url}: a message of {length} bytes at byte {at}; write it again")
+            raise ValueError(f"{path}: a message of {length} bytes at byte {at}; write it again")
         head = start[8 : 8 + length]
         if len(head) < length:
-            head += url.pread(length - len(head), at + 8 + len(head))
+            head += file.pread(length - len(head), at + 8 + len(head))
         try:
             body, rows = _told(head)
         except (struct.error, IndexError) as error:
-            raise ValueError(f"{url}: damaged message at byte {at}; write it again") from error
-        if body < 0 or at + 8 + length + body > url.size:
-            raise ValueError(f"{url}: truncated: byte {at} tells of more than there is")
+            raise ValueError(f"{path}: damaged message at byte {at}; write it again") from error
+        if body < 0 or at + 8 + length + body > file.size:
+            raise ValueError(f"{path}: truncated: byte {at} tells of more than there is")
         if rows is not None:
             yield rows
         at += 8 + length + body

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...storage.atomic import write_whole
-from ...storage.url import Url
+from ...storage.paths import StoragePath, write_whole
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
 
 
-def splits_of(folder: Path | Url) -> list[str]:
+def splits_of(folder: StoragePath) -> list[str]:
     """The splits of the `DatasetDict` in this folder."""
     splits = _load(folder / SPLITS).get("splits")
     return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
@@ -41,7 +40,7 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def write_state(
-    folder: Path | Url, shards: Sequence[Path | Url], source: Path | Url | None = None
+    folder: StoragePath, shards: Sequence[StoragePath], source: StoragePath | None = None
 ) -> None:
     """What makes a dataset of `shards` in `folder`: as in `source`, or with no words of its own."""
     state: dict[str, Any] = _load(source / STATE) if source else _PLAIN

@@ -10,23 +10,17 @@ ever loaded. What is wrong with a file is one error that names it: `TypeError` (
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...storage.atomic import open_scratch, upload
-from ...storage.read_ahead import pieces
-from ...storage.url import Url, place_of
+from ...storage.paths import AnyPath, OpenedFile, StoragePath, explained, output_path, storage_path
 from ..io_extension import start_writing
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
@@ -52,7 +46,7 @@ TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors 
 class Shard:
     """One `.npy` file of `[rows, dimension]`: its header is checked, its data untouched."""
 
-    path: Path | Url
+    path: StoragePath
     num_rows: int
     dimension: int
     dtype: np.dtype | BFloat16
@@ -62,7 +56,7 @@ class Shard:
     format = "npy"
     others = None  # no other columns
 
-    def parse(self, file: BinaryIO | Url) -> Shard:
+    def parse(self, file: OpenedFile) -> Shard:
         """This shard as its file says now."""
         return _parse(file, self.path)
 
@@ -86,14 +80,14 @@ class ShardWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Url,
+        path: AnyPath,
         num_rows: int,
         dimension: int,
         dtype: torch.dtype,
         source: Any = None,  # in other formats: the shard whose other columns are kept
         others: Iterator[dict[str, Any]] | None = None,  # or those columns, row by row
     ) -> None:
-        self.path, self.num_rows = place_of(path), num_rows
+        self.path, self.num_rows = output_path(path), num_rows
         self.dimension, self.dtype = dimension, dtype
         self._source, self._others = source, others
         self.written = self._started = 0  # rows; bytes that are on their way to the disk
@@ -107,24 +101,15 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         with explained(self.path):
-            self._file = open_scratch() if isinstance(self.path, Url) else self._open_partial()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._pending = self.path.pending_file(buffering=0)
+            self._file = self._pending.file
             try:
                 self._begin()
             except BaseException:
-                self._file.close()
-                if not isinstance(self.path, Url):
-                    self._partial.unlink(missing_ok=True)
+                self._pending.discard()
                 raise
         return self
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.partial")
-
-    def _open_partial(self) -> BinaryIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial.unlink(missing_ok=True)
-        return open(self._partial, "xb", buffering=0)
 
     def write(self, rows: torch.Tensor) -> None:
         """Append `[n, D]` rows of the shard's dtype; contiguous rows on the CPU are not copied."""
@@ -142,33 +127,18 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         whole = kind is None and self.written == self.num_rows
-        with self._file, explained(self.path):
-            if not isinstance(self.path, Url):
-                self._leave(whole)
-            elif whole:
-                self._finish()
-                upload(self._file, self.path)
+        with explained(self.path):
+            if whole:
+                with self._pending:
+                    self._finish()
             else:
-                self._abandon()
+                try:
+                    self._abandon()
+                finally:
+                    self._pending.discard()
         if kind is None and not whole:
             want = f"expected {self.num_rows}; nothing was kept"
             raise ValueError(f"{self.path}: got {self.written} rows, {want}")
-
-    def _leave(self, whole: bool) -> None:
-        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial)):
-            raise OSError(errno.EBUSY, "Another writer took over the file")
-        try:
-            if whole:
-                self._finish()
-                os.fsync(self._file.fileno())
-                os.replace(self._partial, self.path)
-                directory = os.open(self.path.parent, os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
-            else:
-                self._abandon()
-        finally:
-            self._partial.unlink(missing_ok=True)
 
     def _named(self) -> bool:
         return self.path.name.lower().endswith(self.suffix) and not self.path.name.startswith(".")
@@ -199,79 +169,28 @@ def as_numpy(rows: torch.Tensor) -> np.ndarray:
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
-def read_header(path: Path | Url) -> Shard:
+def read_header(path: AnyPath) -> Shard:
     """The shard at `path`; every error that one file can have is raised here."""
-    with opened(path) as (_, shard):
+    with opened(storage_path(path)) as (_, shard):
         return shard
 
 
 @contextmanager
-def explained(path: Path | Url) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(path, Url):
-            if not error.errno or error.strerror != os.strerror(error.errno):
-                raise  # a URL has said what is wrong itself
-            where = f"in its scratch file in {tempfile.gettempdir()}"
-            advice = "make room there, or name another place with TMPDIR"
-            words = f"{path}: {error.strerror} {where}; {advice}"
-            raise OSError(error.errno, words) from error
-        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-        advice = "check that it exists, that this user may use it and that the disk has room"
-        raise OSError(error.errno, f"{path}{link}: {error.strerror}; {advice}") from error
-
-
-@contextmanager
 def opened(
-    path: Path | Url,
+    path: StoragePath,
     expected: Shard | None = None,
-    parse: Callable[[BinaryIO | Url, Path | Url], Shard] | None = None,
-) -> Iterator[tuple[BinaryIO | Url, Shard]]:
-    """The file of a shard (a URL is its own), its header read by `parse`, found as `expected`."""
-    if isinstance(path, Url):
-        path.stamp()
-        shard = expected.parse(path) if expected else (parse or _parse)(path, path)
-        if expected not in (None, shard):
-            raise changed(expected)
-        yield path, shard
-        return
-    with explained(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise OSError(errno.EINVAL, "Not a regular file")
-        file = open(path, "rb", buffering=0)
-    with file:
+    parse: Callable[[OpenedFile, StoragePath], Shard] | None = None,
+) -> Iterator[tuple[OpenedFile, Shard]]:
+    """The file of a shard, its header read by `parse`, found as `expected`."""
+    with path.opened() as file:
         shard = expected.parse(file) if expected else (parse or _parse)(file, path)
         if expected not in (None, shard):
             raise changed(expected)
         yield file, shard
 
 
-def pread(file: BinaryIO | Url, count: int, offset: int) -> bytes:
-    """Bytes of an opened file from `offset` on, wherever it is."""
-    return (
-        file.pread(count, offset)
-        if isinstance(file, Url)
-        else os.pread(file.fileno(), count, offset)
-    )
-
-
-def between(file: BinaryIO | Url, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin..end` of an opened file, a piece at a time; fewer if it has become shorter."""
-    if isinstance(file, Url):
-        yield from pieces(file, begin, end)
-        return
-    while begin < end and (data := os.pread(file.fileno(), min(end - begin, 1 << 20), begin)):
-        yield data
-        begin += len(data)
-
-
-def size_of(file: BinaryIO | Url) -> int:
-    return file.size if isinstance(file, Url) else os.fstat(file.fileno()).st_size
-
-
-def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
-    head = io.BytesIO(pread(file, HEADER_BYTES, 0))
+def _parse(file: OpenedFile, path: StoragePath) -> Shard:
+    head = io.BytesIO(file.pread(HEADER_BYTES, 0))
     try:
         major, _ = np.lib.format.read_magic(head)
         one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
@@ -290,7 +209,7 @@ def _parse(file: BinaryIO | Url, path: Path | Url) -> Shard:
     shard = Shard(path, int(shape[0]), int(shape[1]), dtype, head.tell())
     if shard.offset % dtype.itemsize:
         raise ValueError(f"{path}: data at byte {shard.offset} is not aligned; save it with numpy")
-    size = size_of(file)
+    size = file.size
     if size != shard.file_bytes:
         what = "truncated" if size < shard.file_bytes else "longer than its header says"
         want = f"expected {shard.file_bytes} for {list(shape)} {dtype}"

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.url import Url
-from ..streamed_shard import Buffers, StreamedShard, stamp_of, torch_dtype
+from ...storage.paths import explained
+from ..streamed_shard import Buffers, StreamedShard, torch_dtype
 from .arrow_columns import (
     OTHER_ROWS,
     TableWriter,
@@ -32,7 +32,7 @@ from .arrow_columns import (
     rows_of,
     vectors_of,
 )
-from .npy import changed, explained
+from .npy import changed
 from .parquet_pages import NOT_PLAIN, NotDirect, pages_of, read_pages
 
 BUFFER_BYTES = 1 << 20
@@ -76,9 +76,9 @@ class ParquetShard(StreamedShard):
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
-        if isinstance(self.path, Url):
+        if self.path.is_remote:
             return super().take(ids)
-        if stamp_of(self.path) != self.stamp:
+        if self.path.stamp() != self.stamp:
             raise changed(self)
         out = np.empty((len(ids), self.dimension), self.dtype)
         with _opened(self.path) as (file, descriptor):
@@ -151,7 +151,7 @@ class ParquetWriter(TableWriter):
 
 
 def read_shard(path: Path, column: str | None = None) -> ParquetShard:
-    stamp = stamp_of(path)
+    stamp = path.stamp()
     with _opened(path) as (file, _):
         vectors = vectors_of(path, file.schema_arrow, column)
         rows, dimension = file.metadata.num_rows, vectors.dimension

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...storage.url import Url
+from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
-from ..streamed_shard import StreamedShard, stamp_of, torch_dtype
-from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, changed, explained
+from ..streamed_shard import StreamedShard, torch_dtype
+from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, changed
 from .pickle_interpreter import load
 from .pickle_rows import PickleCopy, direct_rows, read_direct, take_direct
 from .pickle_values import Array
@@ -62,7 +62,7 @@ class PickledShard(StreamedShard):
     def take(self, ids: np.ndarray) -> np.ndarray:
         if (direct := self._direct) is None:
             return super().take(ids)
-        if stamp_of(self.path) != self.stamp:
+        if self.path.stamp() != self.stamp:
             raise changed(self)
         return take_direct(self, direct, ids)
 
@@ -156,8 +156,8 @@ class _Unclosed(io.RawIOBase):
         return self._file.write(data)
 
 
-def read_shard(path: Path | Url, column: str | None = None) -> PickledShard:
-    stamp = stamp_of(path)
+def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
+    stamp = path.stamp()
     if direct := _direct(path, stamp, column):
         name, dtype = _names(column)[direct.name], np.dtype(f"<f{direct.value_bytes}")
         return PickledShard(path, len(direct), direct.columns, dtype, name, stamp, column)
@@ -175,7 +175,7 @@ def _names(column: str | None) -> tuple[str, ...]:
     return DEFAULTS if column is None else (column,)
 
 
-def _direct(path: Path | Url, stamp: tuple[int, int | str], column: str | None) -> Any:
+def _direct(path: StoragePath, stamp: tuple[int, int | str], column: str | None) -> Any:
     """Where the rows lie in the file, or None: they are those of `_entries`."""
     return direct_rows(path, stamp, _names(column)) if stamp[0] <= MAX_BYTES else None
 

@@ -14,23 +14,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from ...storage.url import Url
+from ...storage.paths import Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..streamed_shard import Buffers, StreamedShard, stamp_of, torch_dtype
+from ..streamed_shard import Buffers, StreamedShard, torch_dtype
 from . import pickle_interpreter
-from .npy import ShardWriter, between, changed, explained
+from .npy import ShardWriter, changed
 
 FILES = 256  # whose rows are remembered
 
-Stamp = tuple[int, int | str]
 
-
-def direct_rows(path: Path | Url, stamp: Stamp, names: Sequence[str]) -> Any:
+def direct_rows(path: StoragePath, stamp: Stamp, names: Sequence[str]) -> Any:
     """`_io.PickledRows` of the rows under the first of `names` that row 0 has; None: unusual."""
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
     return _looked_through(path, stamp, keys, pickle_interpreter.MAX_STEPS) if _io else None
@@ -38,7 +35,7 @@ def direct_rows(path: Path | Url, stamp: Stamp, names: Sequence[str]) -> Any:
 
 @lru_cache(maxsize=FILES)
 def _looked_through(
-    path: Path | Url, stamp: Stamp, names: tuple[bytes, ...], most_steps: int
+    path: StoragePath, stamp: Stamp, names: tuple[bytes, ...], most_steps: int
 ) -> Any:
     with _opened(path, stamp) as descriptor:
         try:
@@ -105,26 +102,12 @@ def _unchanged(shard: StreamedShard) -> Iterator[None]:
         yield
     except _io.NotPlain as error:  # it is shorter than it was
         raise changed(shard) from error
-    if not isinstance(shard.path, Url) and stamp_of(shard.path) != shard.stamp:
+    if not shard.path.is_remote and shard.path.stamp() != shard.stamp:
         raise changed(shard)
 
 
 @contextmanager
-def _opened(path: Path | Url, stamp: Stamp) -> Iterator[int]:
-    """A descriptor of the file; of one far away, of its bytes in memory."""
-    with explained(path):
-        with _fetched(path, stamp) if isinstance(path, Url) else path.open("rb") as file:
-            yield file.fileno()
-
-
-@lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
-def _bytes_of(path: Url, stamp: Stamp) -> BinaryIO:
-    file = open(os.memfd_create("pickle"), "wb", buffering=0)
-    for piece in between(path, 0, stamp[0]):
-        file.write(piece)
-    return file
-
-
-@contextmanager
-def _fetched(path: Url, stamp: Stamp) -> Iterator[BinaryIO]:
-    yield _bytes_of(path, stamp)
+def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
+    """Yield a descriptor of the file; errors name the file."""
+    with explained(path), path.descriptor(stamp) as descriptor:
+        yield descriptor

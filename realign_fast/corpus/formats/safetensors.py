@@ -11,23 +11,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from ...storage.url import Url
-from .npy import (
-    MAX_COLUMNS,
-    TORCH_DTYPES,
-    BFloat16,
-    Shard,
-    ShardWriter,
-    between,
-    explained,
-    opened,
-    pread,
-    size_of,
-)
+from ...storage.paths import OpenedFile, StoragePath, explained
+from .npy import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Shard, ShardWriter, opened
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
 DTYPES = {f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)} | {"BF16": BFloat16()}
@@ -50,7 +39,7 @@ class TensorShard(Shard):
     file_bytes = property(lambda self: self.size)
     format = "safetensors"
 
-    def parse(self, file: BinaryIO | Url) -> TensorShard:
+    def parse(self, file: OpenedFile) -> TensorShard:
         return _parse(file, self.path, self.name)
 
     @property
@@ -70,7 +59,7 @@ class TensorShard(Shard):
                 for name, (dtype, width) in columns.items():
                     row_bytes, begin = dtype.itemsize * width, header[name]["data_offsets"][0]
                     begin += data + first * row_bytes
-                    got = b"".join(between(file, begin, begin + count * row_bytes))
+                    got = b"".join(file.chunks(begin, begin + count * row_bytes))
                     values, flat = np.frombuffer(got, dtype), len(header[name]["shape"]) == 1
                     chunk[name] = values if flat else values.reshape(count, width)
                 yield chunk
@@ -126,17 +115,17 @@ class TensorWriter(ShardWriter):
     def _copy(self, begin: int, end: int) -> None:
         """Bytes `begin..end` of the source."""
         with opened(self._source.path, self._source) as (file, _):
-            for data in between(file, begin, end):
+            for data in file.chunks(begin, end):
                 self._put(data)
                 begin += len(data)
         if begin < end:
             raise ValueError(f"{self._source.path}: truncated while it was copied")
 
 
-def _parse(file: BinaryIO | Url, path: Path | Url, column: str | None) -> TensorShard:
+def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorShard:
     header, data = _header(file, path)
     name = _choose(path, header, column)
-    entry, size = header[name], size_of(file)
+    entry, size = header[name], file.size
     dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if dtype not in DTYPES:
         want = "expected F16, BF16, F32 or F64; save it as one of them"
@@ -157,11 +146,11 @@ def _parse(file: BinaryIO | Url, path: Path | Url, column: str | None) -> Tensor
     return TensorShard(path, shape[0], shape[1], DTYPES[dtype], data + ends[0], name, size)
 
 
-def _header(file: BinaryIO | Url, path: Path | Url) -> tuple[dict[str, Any], int]:
+def _header(file: OpenedFile, path: StoragePath) -> tuple[dict[str, Any], int]:
     """The tensors of the header, and the byte at which their data begin."""
     with explained(path):
-        length = int.from_bytes(pread(file, 8, 0), "little")
-        text = pread(file, length, 8) if 0 < length <= MAX_HEADER else b""
+        length = int.from_bytes(file.pread(8, 0), "little")
+        text = file.pread(length, 8) if 0 < length <= MAX_HEADER else b""
     try:
         if len(text) != length or not text:
             raise ValueError("its header is cut off or longer than 100 MiB")

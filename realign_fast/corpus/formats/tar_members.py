@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .npy import HEADER_BYTES, MAX_COLUMNS, explained
+from ...storage.paths import explained
+from .npy import HEADER_BYTES, MAX_COLUMNS
 
 
 def samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

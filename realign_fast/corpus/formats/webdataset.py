@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..streamed_shard import StreamedShard, stamp_of, torch_dtype
+from ..streamed_shard import StreamedShard, torch_dtype
 from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter
 from .tar_members import member_array, member_bytes, opened, parts, samples, walk
 
@@ -147,7 +147,7 @@ class TarWriter(ShardWriter):
 
 
 def read_shard(path: Path, column: str | None = None) -> TarShard:
-    stamp, rows, first = stamp_of(path), 0, None
+    stamp, rows, first = path.stamp(), 0, None
     with opened(path) as tar:
         for key, members in samples(path, tar):
             name = _choose(path, key, list(members), column)

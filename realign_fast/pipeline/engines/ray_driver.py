@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 
-from ...storage.url import Url
 from ..checkpoints import code_version
 from ..output import STATS
 from ..shard_tasks import ShardWork
@@ -255,7 +254,7 @@ def _witness(work: Work) -> Iterator[str | None]:
     A URL needs no witness: it means the same on every node.
     """
     checkpoints = getattr(work, "checkpoints", None)
-    if checkpoints is None or isinstance(checkpoints.out, Url):
+    if checkpoints is None or checkpoints.out.is_remote:
         yield None
         return
     path = checkpoints.out / STATS / f"lock-ray-{uuid.uuid4().hex}"

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...storage.url import Url
 from ..checkpoints import code_version, identity
 from ..shard_tasks import ShardWork
 from .local import Work
@@ -73,19 +72,19 @@ def _run(get: Callable[[Any], tuple], reference: Any, shard: int) -> Any:
 def _check_shared(work: ShardWork, shard: int, job: Job) -> None:
     """Refuse a node that does not see the files that the driver sees."""
     path = work.corpus.shards[shard].path
-    path = path if isinstance(path, Url) else os.path.join(job.folder, path)
+    where = str(path) if path.is_remote else os.path.join(job.folder, str(path))
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
         now = identity(work.corpus.shards[shard])
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
-        if isinstance(path, Url):
+        if path.is_remote:
             raise OSError(f"on {_here()}: {error.strerror or error}") from error
-        raise OSError(f"{path}: is not seen on {_here()} ({why}); {advice}") from error
+        raise OSError(f"{where}: is not seen on {_here()} ({why}); {advice}") from error
     known = work.identities[shard]
     if differ := [f"{k} is {now[k]!r}, not {v!r}" for k, v in known.items() if now[k] != v]:
         raise ValueError(
-            f"{path}: on {_here()} its {'; its '.join(differ)} as when the run began; let its "
+            f"{where}: on {_here()} its {'; its '.join(differ)} as when the run began; let its "
             f"writer finish and run again, or, if nobody writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
