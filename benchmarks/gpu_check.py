@@ -1,17 +1,32 @@
-"""Everything that has to be found out on a GPU, in one run of under 9 minutes.
+"""Check the kernels on a GPU that is at hand for minutes: correctness first, then rates.
 
-    python benchmarks/gpu_check.py    # writes $OUT/gpu_check.json, and prints as it goes
+    python benchmarks/gpu_check.py --limit 500        # results in $OUT, or in the current folder
 
-It needs torch with CUDA and, unless the CUDA library is there already, an nvcc of the same major
-version (the packages nvidia-cuda-nvcc, -nvvm, -crt and -runtime will do). It builds the library for
-this GPU alone, runs the benchmarks' cases of the GPU (every kernel beside its ceiling and peers,
-kept in $OUT/gpu_OP.json) and every test that wants a GPU, and measures the machine and what the
-documents only simulate or predict. Each part is on its own: one that fails or has no time left is
-written down as such, and the file is written again after every part.
+The parts run in this order, and each writes its own file ``gpu_check_PART.json``, again after every
+result, so that a run that is cut off keeps what it has:
+
+library     Load the CUDA library that is there; where it does not fit, build one for this GPU.
+cuda        Run every op test on the compiled kernels; failures are printed as they happen.
+triton      Run every op test on the Triton kernels.
+rates       Measure copy, read and matrix products, and the row kernels beside them.
+benchmarks  Run the benchmarks' cases of the GPU, op by op, while time is left.
+
+What a part does not use of its time goes to those after it. Without a GPU this is a dry run: it
+prints the time plan and the size of what has to be carried to a machine that has one.
+
+To use a GPU machine without a network: build here for its card (90 is an H100 or H200),
+
+    REALIGN_FAST_CUDA=1 REALIGN_FAST_CUDA_ARCHS=90 python setup.py build_ext --inplace build_py
+    cp build/lib*/realign_fast/_build_info.json realign_fast/
+
+and carry the files of the repository, ``realign_fast/*.so`` and ``realign_fast/_build_info.json``.
+There it takes PyTorch with the same major version of CUDA, Triton, pytest, pytest-benchmark, and an
+nvcc where the library does not fit.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -20,314 +35,302 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from harness.gpu_plugin import CUDA_FAILED, WHOLE_FILES, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT", "."))
-BUDGET = float(os.environ.get("GPU_CHECK_SECONDS", 520))
-START = time.monotonic()
-WIDTHS = (1024, 768, 1280, 4096)
-ROW_BYTES = 2 << 30  # of one tensor: far beyond any cache
-report: dict = {"parts": {}}
+OPS = ("align_rows", "sum_rows", "add_scatter", "map_rows")
+OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
+BENCHMARKS = (*OPS, "covariance", "whitening")
+PROCESSES = min(8, max(1, (os.cpu_count() or 2) // 2))  # Triton compiles for most of its time
+MOST_RESTARTS = 5
+ROW_BYTES = 1 << 30  # of one tensor, far more than any cache holds
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
 
 
-def left() -> float:
-    return BUDGET - (time.monotonic() - START)
+class Record:
+    """The results of one part, and the file that always holds them."""
+
+    def __init__(self, name: str) -> None:
+        self.path = OUT / f"gpu_check_{name}.json"
+        self.facts: dict[str, object] = {}
+
+    def save(self, **facts: object) -> None:
+        self.facts.update(facts)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
+        temporary.replace(self.path)
 
 
-def part(name: str, function: Callable[[], object], least_seconds: float) -> None:
-    """Run one part; whatever happens, say so in the report and go on."""
-    begin = time.monotonic()
-    if left() < least_seconds:
-        report["parts"][name] = {"skipped": f"{left():.0f} s left, it wants {least_seconds:.0f}"}
-    else:
-        try:
-            report["parts"][name] = {"result": function()}
-        except Exception:
-            report["parts"][name] = {"failed": traceback.format_exc(limit=6)}
-        torch.cuda.empty_cache()
-    report["parts"][name]["seconds"] = round(time.monotonic() - begin, 1)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(name, json.dumps(report["parts"][name])[:1500], flush=True)
-
-
-def seconds(calls: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn:
-                taken[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def machine() -> dict:
+def library(record: Record, deadline: float) -> None:
+    """Use the library that is there if the package loads it, else build one for this GPU."""
     properties = torch.cuda.get_device_properties(0)
-    smi = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv"],
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "smi": smi.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    capability = f"{properties.major}{properties.minor}"
+    record.save(gpu=properties.name, capability=capability, torch=torch.__version__)
+    record.save(cuda=torch.version.cuda, date=time.strftime("%Y-%m-%d"))
+    record.save(why_not_prebuilt=why_no_cuda())
+    if record.facts["why_not_prebuilt"]:
+        environment = {"REALIGN_FAST_CUDA": "1", "REALIGN_FAST_CUDA_ARCHS": capability}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "build_py"]
+        command += ["--build-lib", "build/gpu_check"]
+        built = run(command, deadline, **environment)
+        record.save(build_returned=built.returncode, build_said=built.stdout[-3000:])
+        info = ROOT / "build/gpu_check/realign_fast/_build_info.json"
+        if built.returncode == 0:
+            (ROOT / "realign_fast/_build_info.json").write_text(info.read_text())
+        record.save(why_not_built=why_no_cuda())
+    say("library", record.facts)
 
 
-def build() -> dict:
-    """The CPU and CUDA libraries for this machine, in the source tree."""
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    environment = {**os.environ, "REALIGN_FAST_CUDA": "1", "REALIGN_FAST_CUDA_ARCHS": capability}
-    begin = time.monotonic()
-    commands = ["build_ext", "--inplace"], ["build_py"]
-    lines = []
-    for command in commands:
-        ran = subprocess.run(
-            [sys.executable, "setup.py", *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=max(60, left() - 60),
-        )
-        lines += (ran.stdout + ran.stderr).splitlines()[-20:]
-        if ran.returncode:
-            raise RuntimeError("\n".join(lines))
-    info = ROOT / "build/lib/realign_fast/_build_info.json"
-    for found in [info, *ROOT.glob("build/lib*/realign_fast/_build_info.json")]:
-        if found.exists():
-            (ROOT / "realign_fast/_build_info.json").write_text(found.read_text())
-    return {"seconds": time.monotonic() - begin}
+def why_no_cuda() -> str:
+    """Ask a process of its own, since a library that was refused is not looked at again."""
+    code = "from realign_fast import ops; print(ops.why_no_cuda())"
+    asked = run([sys.executable, "-W", "ignore", "-c", code], time.monotonic() + 60)
+    return asked.stdout.strip()
 
 
-def backends() -> dict:
-    sys.path.insert(0, str(ROOT))
-    from realign_fast import ops
-
-    answers = {op: list(ops.backend_of(op, "cuda")) for op in ops.OPS}
-    return {"kernels": answers, "why_no_cuda": ops.why_no_cuda()}
-
-
-def gpu_tests() -> dict:
-    """The op tests on the device alone."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
-    command += ["(cuda and not emulated) or Cuda or loads", "--tb=short", "--maxfail=25"]
-    files = [f"tests/ops/test_{name}.py" for name in ("align_rows", "sum_rows", "add_scatter")]
-    files += [
-        "tests/ops/test_map_rows.py",
-        "tests/ops/test_cuda.py",
-        "tests/ops/test_cuda_build.py",
-    ]
-    files += ["tests/pipeline/test_device_streams.py"]
-    ran = subprocess.run(
-        [*command, *files],
+def run(command: list[str], deadline: float, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in the source tree until the deadline; its output is in ``stdout``."""
+    return subprocess.run(
+        command,
         cwd=ROOT,
-        capture_output=True,
+        env=os.environ | {"PYTHONPATH": PATHS} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=max(30, min(200, left() - 150)),
+        timeout=max(deadline - time.monotonic(), 1),
     )
-    return {"returncode": ran.returncode, "tail": ran.stdout.splitlines()[-120:]}
 
 
-def ceilings() -> dict:
-    source = torch.empty(ROW_BYTES // 2, dtype=torch.float16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    words = source.view(torch.int32)
-    times = seconds({"copy": lambda: target.copy_(source), "read": lambda: words.amax()})
-    found = {
-        "copy_GBps": 2 * ROW_BYTES / times["copy"] / 1e9,
-        "read_GBps": ROW_BYTES / times["read"] / 1e9,
-    }
-    size = 8192
-    for name, dtype in (
-        ("fp16", torch.float16),
-        ("bf16", torch.bfloat16),
-        ("tf32", torch.float32),
-        ("fp32", torch.float32),
-        ("fp64", torch.float64),
-    ):
-        n = size if name != "fp64" else 4096
-        a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        taken = seconds({"gemm": lambda a=a, b=b: a @ b}, 5)["gemm"]
-        found[f"{name}_gemm_TFps"] = 2 * n**3 / taken / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = False
-    host = torch.empty(1 << 29, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    taken = seconds({"to": lambda: device.copy_(host, non_blocking=True)}, 5)["to"]
-    found["pcie_GBps"] = len(host) / taken / 1e9
-    return found
+def say(name: str, facts: object) -> None:
+    print(f"{name}: {json.dumps(facts)[:2000]}", flush=True)
 
 
-def rows_of(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.randn(count, columns, device="cuda") + 0.3).to(dtype)
+class Share:
+    """One of several processes that run tests; one that CUDA has left is started again.
+
+    After an illegal access every call of a process fails. So the first such failure ends it, and
+    the next one goes on behind the tests that are done.
+    """
+
+    def __init__(self, kernel: str, files: list[str], number: int, count: int, folder: Path):
+        self.results, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
+        self.command = [*PYTEST, "-p", "harness.gpu_plugin", f"--gpu-kernel={kernel}", *files]
+        self.command += [f"--gpu-share={number}/{count}", f"--gpu-results={self.results}"]
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        environment = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "2"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+        self.starts += 1
+
+    def runs(self) -> bool:
+        """Return whether tests are still run; restart a process that left some."""
+        code = self.process.poll()
+        if code is None:
+            return True
+        died = code == CUDA_FAILED or code < 0
+        if died and self.starts <= MOST_RESTARTS:
+            self.start()
+            return True
+        return False
 
 
-def row_map(columns: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-    b, h = torch.randn(2, columns, dtype=torch.float64, device="cuda")
-    return 0.983, 0.8 * b / b.norm(), 0.05 * h / h.norm()
-
-
-def suite() -> dict:
-    """Every op beside its peers and ceilings: the benchmarks' cases of the GPU, a run an op."""
-    found = {}
-    for op in ("align_rows", "sum_rows", "add_scatter", "map_rows", "covariance", "whitening"):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += [f"benchmarks/bench_{op}.py", "-k", "cuda", "--rounds", "5"]
-        command += ["--results", str(OUT / f"gpu_{op}.json")]
-        ran = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=max(30, min(90, left() - 180)),
-        )
-        found[op] = {"returncode": ran.returncode, "tail": ran.stdout.splitlines()[-60:]}
-    return found
-
-
-def profile() -> dict:
-    """Seconds of every kernel inside one call: where a tuning step has to begin."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    from realign_fast import ops
-
-    rows, (s, b, h) = rows_of(1 << 19, 1024, torch.float16), row_map(1024)
-    sums = [torch.zeros(1024, 1024).double().cuda(), torch.zeros(1024).double().cuda()]
-    matrix = torch.eye(1024).double().cuda()
-    calls = {
-        "align_rows": lambda: ops.align_rows(rows, s, b, h),
-        "sum_rows": lambda: ops.sum_rows(rows),
-        "add_scatter_": lambda: ops.add_scatter_(*sums, rows, b),
-        "add_scatter_ fast": lambda: ops.add_scatter_(*sums, rows, b, fast=True),
-        "map_rows": lambda: ops.align_rows(rows, matrix, b, h),
-    }
-    found = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        with record(activities=[ProfilerActivity.CUDA]) as trace:
-            call()
-            torch.cuda.synchronize()
-        events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
-        found[name] = [
-            [event.key[:90], event.count, round(event.device_time_total)] for event in events[:8]
+def run_tests(kernel: str, files: list[str], record: Record, deadline: float) -> None:
+    """Run the tests of a kernel in several processes; print and write results as they come."""
+    printed: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        shares = [
+            Share(kernel, files, number, PROCESSES, Path(folder)) for number in range(PROCESSES)
         ]
-    return found
+        try:
+            running = True
+            while running and time.monotonic() < deadline:
+                time.sleep(0.5)
+                running = sum(share.runs() for share in shares) > 0  # (every one is looked at)
+                tests = [line for share in shares for line in read_lines(share.results)]
+                failed = [line for line in tests if line["outcome"] == "failed"]
+                outcomes = dict(Counter(line["outcome"] for line in tests))
+                record.save(outcomes=outcomes, failed=failed, tests=tests)
+                for line in failed:
+                    if line["test"] not in printed:
+                        print(f"FAILED on {kernel}: {line['test']}: {line['why']}", flush=True)
+                        printed.add(line["test"])
+        finally:
+            for share in shares:
+                share.process.kill()
+                share.process.wait()
+        logs = {share.results.stem: share.log.read_text()[-1500:] for share in shares}
+        record.save(finished=not running, restarts=sum(share.starts - 1 for share in shares))
+        if not tests or not record.facts["finished"] or record.facts["restarts"]:
+            record.save(logs=logs)
+    say(kernel, {name: record.facts[name] for name in ("outcomes", "finished", "restarts")})
 
 
-def truncation() -> list[dict]:
-    """Do tensor cores cut sums off? Mean relative error of sums of K positive products."""
-    found = []
-    for k in (64, 512, 1024, 2048, 8192, 65536):
-        a = torch.rand(128, k, device="cuda").add_(0.5).half()
-        b = torch.rand(k, 128, device="cuda").add_(0.5).half()
-        exact = a.double() @ b.double()
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        try:  # float32 results of float16 operands
-            got = torch.mm(a, b, out_dtype=torch.float32).double()
-        except (TypeError, RuntimeError, NotImplementedError):
-            got = (a @ b).double()
-        bias = float(((got - exact) / exact).mean())
-        found.append({"K": k, "mean relative error": bias, "of a row": bias / k})
-    return found
+def op_tests(kernel: str) -> Callable[[Record, float], None]:
+    files = [*OP_TESTS, f"tests/ops/{WHOLE_FILES[kernel]}"]
+    return lambda record, deadline: run_tests(kernel, files, record, deadline)
 
 
-def eigh_times() -> list[dict]:
-    """float64 eigh on the device and on the CPU; repeated and zero eigenvalues stay finite."""
-    found = []
-    for columns in (768, 1024, 2048, 4096):
-        if left() < 30:
-            break
-        rows = torch.randn(2 * columns, columns, dtype=torch.float64, device="cuda")
-        matrix = rows.T @ rows / len(rows)
-        torch.linalg.eigh(matrix[:64, :64])
-        entry = {"D": columns}
-        for device in ("cuda", "cpu"):
-            if device == "cpu" and columns > 2048:
-                continue
-            at = matrix.to(device)
-            torch.cuda.synchronize()
-            begin = time.monotonic()
-            values = torch.linalg.eigh(at)[0]
-            torch.cuda.synchronize()
-            entry[device] = time.monotonic() - begin
-            entry[f"{device} finite"] = bool(values.isfinite().all())
-        flat = torch.zeros_like(matrix)
-        flat.diagonal()[: columns // 2] = 1
-        entry["repeated and zero finite"] = all(
-            bool(t.isfinite().all()) for t in torch.linalg.eigh(flat)
-        )
-        found.append(entry)
-    return found
+def seconds(call: Callable[[], object], rounds: int = 9) -> float:
+    """Return the median of some calls, after one that warms up."""
+    call()
+    taken = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(taken)
 
 
-def tall_products() -> list[dict]:
-    """X^T X of tall X in cuBLAS: what a kernel that splits over N has to beat."""
-    found = []
-    for columns in WIDTHS:
-        for count in (1 << 14, 1 << 17, 1 << 20):
-            if count * columns > 1 << 31:
-                continue
-            x = torch.randn(count, columns, device="cuda", dtype=torch.float16)
-            taken = seconds({"gemm": lambda x=x: x.T @ x}, 4)["gemm"]
-            rate = 2 * count * columns**2 / taken / 1e12
-            found.append({"D": columns, "N": count, "TFps of the full product": rate})
-    return found
+def rates(record: Record, deadline: float) -> None:
+    """Measure what the GPU can do, what tensor cores lose, and the row kernels."""
+    source = torch.empty(ROW_BYTES // 2, dtype=torch.float16, device="cuda").normal_()
+    target, words = torch.empty_like(source), source.view(torch.int32)
+    copy = 2 * ROW_BYTES / seconds(lambda: target.copy_(source)) / 1e9
+    read = ROW_BYTES / seconds(words.amax) / 1e9
+    record.save(copy_GB_s=copy, read_GB_s=read)
+    products = {}
+    for dtype, size in ((torch.float16, 8192), (torch.bfloat16, 8192), (torch.float64, 4096)):
+        a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+        products[str(dtype)] = 2 * size**3 / seconds(lambda a=a, b=b: a @ b) / 1e12
+        record.save(product_TF_s=products)
+    record.save(error_of_tensor_cores=[cut_off(rows) for rows in (64, 1024, 16384)])
+
+    kernels: list[dict] = []
+    for dtype, columns in (
+        (torch.float16, 1024),
+        (torch.bfloat16, 1024),
+        (torch.float32, 1024),
+        (torch.float16, 768),
+        (torch.float16, 4096),
+    ):
+        if time.monotonic() < deadline:
+            kernels += row_kernels(dtype, columns, copy, read)
+            record.save(kernels=kernels)
+    say("rates", record.facts)
 
 
-def pipeline() -> list[dict]:
-    """From files to files through the GPU: GB/s of each pass, beside the pinned copy's."""
-    from realign_fast.pipeline.align_run import align
-    from realign_fast.pipeline.settings import Settings
+def row_kernels(dtype: torch.dtype, columns: int, copy: float, read: float) -> list[dict]:
+    """Return GB/s of align_rows and sum_rows, of the kernel that serves them and of Triton's."""
+    from realign_fast import ops  # (imported when the library has been built)
 
-    found = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        for side, count in (("text", 6), ("image", 2)):
-            Path(folder, side).mkdir()
-            for number in range(count):  # 2^18 rows x 1024 of fp16: 512 MiB a shard, in memory
-                rows = rows_of(1 << 18, 1024, torch.float16).cpu().numpy()
-                np.save(Path(folder, side, f"{number}.npy"), rows)
-        for device, batch in (("cuda", 16), ("cuda", 64), ("cpu", 16)):
-            how = Settings(progress=False, device=device, batch_bytes=batch << 20, mode="overwrite")
-            sides = (Path(folder, name) for name in ("text", "image", "out"))
-            passes = align(*sides, how)["passes"]
-            rates = {one["name"]: one["gb_per_second"] for one in passes}
-            found.append({"device": device, "batch MiB": batch, "GBps": rates})
-    return found
+    rows = torch.randn(ROW_BYTES // dtype.itemsize // columns, columns, device="cuda").to(dtype)
+    b, h = 0.03 * torch.randn(2, columns, dtype=torch.float64, device="cuda")
+    scale, out = torch.full((), 0.98, dtype=b.dtype, device="cuda"), torch.empty_like(rows)
+    serving = ops.backend_of("sum_rows", "cuda").kernel
+    lines = []
+    for kernel, functions in {serving: torch.ops.realign_fast, "triton": ops.triton_ops}.items():
+        align, total = functions.align_rows_, functions.sum_rows
+        align_rate = 2 * rows.nbytes / seconds(partial(align, out, rows, scale, b, h)) / 1e9
+        sum_rate = rows.nbytes / seconds(partial(total, rows, None, None, None, True)) / 1e9
+        line = {"kernel": kernel, "dtype": str(dtype), "D": columns}
+        line |= {"align_rows_GB_s": align_rate, "align_rows_of_copy": align_rate / copy}
+        line |= {"sum_rows_GB_s": sum_rate, "sum_rows_of_read": sum_rate / read}
+        lines.append(line)
+    return lines
+
+
+def cut_off(rows: int) -> dict[str, float]:
+    """Return the mean relative error of sums of positive float16 products on tensor cores."""
+    a = torch.rand(128, rows, device="cuda").add_(0.5).half()
+    b = torch.rand(rows, 128, device="cuda").add_(0.5).half()
+    exact = a.double() @ b.double()
+    product = torch.mm(a, b, out_dtype=torch.float32).double()
+    return {"rows": rows, "mean_error": float(((product - exact) / exact).mean())}
+
+
+def benchmarks(record: Record, deadline: float) -> None:
+    """Run the cases of the GPU, an op at a time; the peers that compile are left out."""
+    for op in BENCHMARKS:
+        if deadline - time.monotonic() < 15:
+            record.save(**{op: "no time was left"})
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            results = Path(folder, "results.json")
+            command = [*PYTEST, f"benchmarks/bench_{op}.py", "-k", "cuda", "--rounds", "5"]
+            ran = run([*command, "--no-compile", "--results", str(results)], deadline)
+            found = json.loads(results.read_text()) if results.exists() else {}
+            record.save(**{op: {"said": ran.stdout[-4000:], **found}})
+        print(ran.stdout[-2000:], flush=True)
+
+
+class Part(NamedTuple):
+    name: str
+    weight: int  # its share of the time, relative to the parts that follow
+    run: Callable[[Record, float], None]
+
+
+PARTS = (
+    Part("library", 3, library),
+    Part("cuda", 3, op_tests("cuda")),
+    Part("triton", 4, op_tests("triton")),
+    Part("rates", 1, rates),
+    Part("benchmarks", 2, benchmarks),
+)
+
+
+def most_seconds(position: int, left: float) -> float:
+    """Return the time that a part may take: its share of what is left for it and later parts."""
+    return left * PARTS[position].weight / sum(part.weight for part in PARTS[position:])
+
+
+def dry_run(limit: float) -> None:
+    """Print the time plan and the size of what a machine with a GPU needs."""
+    print("torch sees no GPU: this is a dry run, and every part is skipped")
+    left = limit
+    for position, part in enumerate(PARTS):
+        most = most_seconds(position, left)
+        print(f"  skipped: {part.name:10} at most {most:4.0f} s -> gpu_check_{part.name}.json")
+        left -= most
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = run(listed, time.monotonic() + 60).stdout.split("\0")
+    sources = sum((ROOT / name).stat().st_size for name in names if (ROOT / name).is_file())
+    built = [*ROOT.glob("realign_fast/*.so"), ROOT / "realign_fast/_build_info.json"]
+    sizes = {path.name: path.stat().st_size for path in built if path.exists()}
+    print(f"to carry: {(sources + sum(sizes.values())) / 2**20:.1f} MiB")
+    print(f"  {sources / 2**20:6.1f} MiB  files that git does not ignore")
+    for name, size in sizes.items():
+        print(f"  {size / 2**20:6.1f} MiB  realign_fast/{name}")
+    info = json.loads(built[-1].read_text()) if built[-1].exists() else {}
+    print(f"CUDA library: {info.get('cuda_archs') or 'unknown architectures'}, ", end="")
+    print(f"CUDA {info.get('cuda') or 'unknown'}")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--limit", type=float, default=500, help="seconds for all of it (500)")
+    limit = parser.parse_args().limit
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_check: torch sees no CUDA device here")
-    part("machine", machine, 1)
-    part("build", build, 60)
-    part("backends", backends, 5)
-    part("ceilings", ceilings, 20)
-    part("suite", suite, 120)
-    part("pipeline", pipeline, 45)
-    part("tests", gpu_tests, 100)
-    part("profile", profile, 25)
-    part("truncation", truncation, 15)
-    part("eigh", eigh_times, 30)
-    part("tall products", tall_products, 15)
+        return dry_run(limit)
+    sys.path.insert(0, str(ROOT))
+    end = time.monotonic() + limit
+    for position, part in enumerate(PARTS):
+        begin, record = time.monotonic(), Record(part.name)
+        most = most_seconds(position, end - begin)
+        record.save(most_seconds=most)
+        try:
+            part.run(record, begin + most)
+        except Exception:  # (a part that fails must not take the others with it)
+            record.save(stopped=traceback.format_exc(limit=6))
+            say(part.name, record.facts["stopped"])
+        record.save(seconds=time.monotonic() - begin)
 
 
 if __name__ == "__main__":
