@@ -69,11 +69,11 @@ def write_items(kind: str, count: int, folder: Path) -> Path:
 
 def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> list[torch.Tensor]:
     """Every batch as the model takes it, on its device."""
-    from realign_fast.embed.loader import Batches
+    from realign_fast.embed.loader import PreparedBatches
 
     side = {"images": "image", "texts": "text"}[kind]
     items = source.items(0, source.total)
-    data = Batches(source, items, encoder, (side,), BATCH[device])
+    data = PreparedBatches(source, items, encoder, (side,), BATCH[device])
     batches = (data[number] for number in range(len(data)))
     inputs = (one.pixels if kind == "images" else one.tokens["text"] for one in batches)
     return [one.to(device) for one in inputs]

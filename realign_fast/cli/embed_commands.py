@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..embed import Columns, EmbedSettings, embed, load_encoder, open_source
+from ..embed.choices import Mode, Precision, RowDtype
 from ..embed.embed_output import FAILURES
-from ..embed.embed_run import DTYPES, MODES, SHARD_ROWS
-from ..embed.encoders.base import PRECISIONS
+from ..embed.embed_run import SHARD_ROWS
 from .run_options import path, positive
 
 SUMMARY = "Embed images and texts with a CLIP-like model, into rows that align and fit read."
@@ -44,11 +44,13 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="items a shard, which a killed run does again at most (%(default)s)",
     )
-    run.add_argument("--dtype", choices=DTYPES, default="float16", help="of the rows on disk")
+    run.add_argument(
+        "--dtype", choices=get_args(RowDtype), default="float16", help="of the rows on disk"
+    )
     run.add_argument(
         "--mode",
-        choices=MODES,
-        default=MODES[0],
+        choices=get_args(Mode),
+        default="incremental",
         help="go on with what an earlier or killed run finished (incremental, the default), or "
         "embed everything anew (overwrite)",
     )
@@ -69,7 +71,9 @@ def _add_model(sub: Any) -> None:
     )
     model.add_argument("--text-model", metavar="DIR", help="the language model of LLM2CLIP")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: cuda if there")
-    model.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, else fp32")
+    model.add_argument(
+        "--precision", choices=get_args(Precision), help="default: bf16 on CUDA, else fp32"
+    )
 
 
 def _workers(text: str) -> int:

@@ -1,11 +1,12 @@
-"""From images and texts to rows: a CLIP-like encoder over a source, into clip-retrieval's layout.
+"""Embedding of images and texts with a CLIP-like encoder, into clip-retrieval's layout.
 
     encoder = load_encoder("ViT-B-32", "laion2b_s34b_b79k")
     embed(encoder, "OUT", pairs=open_source("tars/", "pairs"))
 
-A source (`items.py`, `sources.py`) walks its files; processes read and decode (`loader.py`,
-`pictures.py`); the model makes rows (`encoders.py` and a file for each library); `writing.py` puts
-them into shards and `run.py` holds it together. Nothing heavy is imported before it is needed.
+A source walks its files (`sources/`), decoding processes read and prepare its items (`loader.py`,
+`decode.py`), the model turns them into rows (`encoders/`), and `embed_output.py` writes the rows
+into shards; `embed_run.py` drives all of it. open_clip, transformers, Pillow and pyarrow are
+imported when they are first used.
 """
 
 from .embed_run import EmbedSettings, embed

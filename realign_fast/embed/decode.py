@@ -1,14 +1,14 @@
-"""From the bytes of an image file to RGB pixels, or the reason why not.
+"""Decoding of image files to RGB pixels.
 
-The content decides, never the suffix. Where a file leaves room, this is what happens:
+The content of a file decides how it is decoded, not its suffix:
 
-- EXIF orientation is applied: the picture stands as people see it.
+- EXIF orientation is applied, so that the picture stands as people see it.
 - 16-bit gray keeps its high byte (Pillow's own conversion would turn nearly everything white).
 - Transparency is dropped as the models' own preprocessing drops it (`convert("RGB")`).
-- Of an animation the first frame is taken.
+- The first frame of an animation is taken.
 
-A picture that could fill the memory is refused by what its header says: more than `MAX_PIXELS`, or
-so narrow that resizing its short side to the model's would take more than that.
+An image that could fill the memory is refused on account of its header: one of more than
+`MAX_PIXELS`, or one so narrow that resizing its short side to the model's would take more.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 from .._extras import import_extra
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its Image.MAX_IMAGE_PIXELS
-MAX_ASPECT = 1000  # long side to short side
+MAX_PIXELS = 178_956_970  # Pillow's own limit: twice its Image.MAX_IMAGE_PIXELS
+MAX_ASPECT = 1000  # of the long side to the short side
 SUFFIXES = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm avif jp2".split())
 
 
 class Unreadable(Exception):
-    """What is wrong with one image or caption, in words: it is listed and becomes no row."""
+    """The reason why one image or caption cannot be read; it is listed and gives no row."""
 
 
 @lru_cache(maxsize=1)
@@ -37,17 +37,17 @@ def pillow() -> ModuleType:
 
 
 def decode(data: bytes) -> Any:
-    """A `PIL.Image` in RGB of the bytes of an image file.
+    """Decode the bytes of an image file to a `PIL.Image` in RGB.
 
     Raises:
-        Unreadable: with the reason.
+        Unreadable: the reason, in one line.
     """
     pil = pillow()
     if not data:
         raise Unreadable("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes, which we judge, and odd metadata
+            warnings.simplefilter("ignore")  # on sizes, which are checked here, and on odd metadata
             image = pil.Image.open(io.BytesIO(data))
             _check_size(*image.size)
             image.load()
@@ -60,7 +60,7 @@ def decode(data: bytes) -> Any:
         raise Unreadable("no image that Pillow knows") from error
     except MemoryError as error:
         raise Unreadable("out of memory while decoding") from error
-    except Exception as error:  # damaged files raise nearly everything: OSError, SyntaxError...
+    except Exception as error:  # damaged files raise OSError, SyntaxError and many more
         raise Unreadable(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
 
 

@@ -1,16 +1,18 @@
-"""The output of `embed`: rows, metadata and failures of a shard, and what says that it is whole.
+"""The output of `embed`: the files of each shard, and the records that say it is complete.
 
-OUT/img_emb/img_emb_0.npy   OUT/text_emb/text_emb_0.npy   rows [n, D], as clip-retrieval has them
-OUT/metadata/metadata_0.parquet   row by row: id, caption, source (jsonl without pyarrow)
-OUT/failures.jsonl    what became no row, with the reason
-OUT/_embed/           run.json: what all rows depend on; N.json: shard N is whole; N.failures
+OUT/img_emb/img_emb_0.npy          rows [n, D], as clip-retrieval writes them
+OUT/text_emb/text_emb_0.npy
+OUT/metadata/metadata_0.parquet    id, caption and source of each row (jsonl without pyarrow)
+OUT/failures.jsonl                 the items without a row, with the reason
+OUT/_embed/run.json                what all rows depend on
+OUT/_embed/0.json, 0.failures      shard 0 is complete; its failures
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,103 +22,111 @@ import torch
 from ..corpus.corpus import SUBFOLDERS, ShardWriter, format_of
 from ..corpus.formats.arrow_columns import pyarrow, write_table
 from ..storage.paths import write_json, write_whole
+from .choices import Side
 from .sources.base import Item
 
-KEPT, RUN, FAILURES, REPORT = "_embed", "run.json", "failures.jsonl", "embed.json"
-METADATA_ROWS = 1 << 14  # written at a time
-Failure = dict[str, str]
+RECORDS, RUN, FAILURES, REPORT = "_embed", "run.json", "failures.jsonl", "embed.json"
+METADATA = "metadata"
+METADATA_COLUMNS = {"id": "id", "caption": "caption", "source": "path"}  # and the item's field
+METADATA_ROWS = 1 << 14  # rows of a record batch
 
 
 class OpenEndedWriter(ShardWriter):
-    """A `ShardWriter` for at most `num_rows` rows: the header gets their number at the end."""
+    """A `ShardWriter` for at most `num_rows` rows; the header gets their number at the end."""
 
     def _finish(self) -> None:
         self._file.seek(0)
         self._begin()  # numpy leaves room for a longer number, so the header keeps its length
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        if error is None:
             self.num_rows = self.written
-        super().__exit__(kind, *rest)
+        super().__exit__(error, *details)
 
 
 class ShardFiles:
-    """The files of shard `number`, written together; use it as a context."""
+    """The files of shard `number`, written together; a context after :meth:`open`."""
 
-    def __init__(self, out: Path, number: int, sides: Sequence[str], metadata: str) -> None:
-        self.out, self.number, self.sides, self.metadata = out, number, sides, metadata
-        self.rows, self.failures = 0, []
+    def __init__(self, out: Path, number: int, sides: Sequence[Side], metadata_format: str) -> None:
+        self.out, self.number = out, number
+        self.num_rows, self.failures = 0, list[dict[str, str]]()
         self._items: list[Item] = []
-        self.paths = [out / name / f"{name}_{number}.npy" for name in map(SUBFOLDERS.get, sides)]
-        self.paths.append(out / "metadata" / f"metadata_{number}.{metadata}")
+        folders = [SUBFOLDERS[side] for side in sides]
+        self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
+        self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format}"
 
-    def open(self, most: int, dimension: int, dtype: torch.dtype) -> ShardFiles:
-        """Begin: at most so many rows. An earlier shard of this number is forgotten first."""
+    @property
+    def paths(self) -> list[Path]:
+        """The files of rows and the metadata."""
+        return [*self.rows_paths, self.metadata_path]
+
+    def open(self, most_rows: int, dimension: int, dtype: torch.dtype) -> ShardFiles:
+        """Begin to write at most `most_rows` rows; the record of an earlier shard is removed."""
         self.record.unlink(missing_ok=True)
-        self._shape = (most, dimension, dtype)
+        self._shape = (most_rows, dimension, dtype)
         return self
 
     def __enter__(self) -> ShardFiles:
         with ExitStack() as stack:
             self._writers = [
-                stack.enter_context(OpenEndedWriter(path, *self._shape)) for path in self.paths[:-1]
+                stack.enter_context(OpenEndedWriter(path, *self._shape)) for path in self.rows_paths
             ]
             self._stack = stack.pop_all()
         return self
 
-    def write(self, items: Sequence[Item], rows: Sequence[torch.Tensor]) -> None:
-        """Rows `[n, D]` of each side, and what they are of."""
-        for writer, one in zip(self._writers, rows, strict=True):
-            writer.write(one)
-        self.rows += len(items)
+    def write(self, items: Sequence[Item], side_rows: Sequence[torch.Tensor]) -> None:
+        """Append items and their rows `[n, D]` of each side."""
+        for writer, rows in zip(self._writers, side_rows, strict=True):
+            writer.write(rows)
+        self.num_rows += len(items)
         self._items.extend(items)
 
     def fail(self, item: Item, reason: str) -> None:
-        """`item` becomes no row."""
+        """Record that `item` has no row."""
         self.failures.append({"id": item.id, "source": item.path, "reason": reason})
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._stack.__exit__(kind, *rest)
-        if kind is not None:
+    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
+        self._stack.__exit__(error, *details)
+        if error is not None:
             return
-        if self.rows:
-            write_metadata(self.paths[-1], self._items)
-        else:  # a shard without rows would only be in the way
+        if self.num_rows:
+            write_metadata(self.metadata_path, self._items)
+        else:  # a shard without rows is no shard of a corpus
             for path in self.paths:
                 path.unlink(missing_ok=True)
-        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self.failures)
-        write_whole(self._failures, lines.encode("utf-8", "backslashreplace"))
+        write_whole(self.failures_path, _json_lines(self.failures))
 
     @property
     def record(self) -> Path:
-        """The file that says this shard is whole."""
-        return self.out / KEPT / f"{self.number}.json"
+        """The file that says that this shard is complete."""
+        return self.out / RECORDS / f"{self.number}.json"
 
     @property
-    def _failures(self) -> Path:
-        return self.out / KEPT / f"{self.number}.failures"
+    def failures_path(self) -> Path:
+        """The file of this shard's failures."""
+        return self.out / RECORDS / f"{self.number}.failures"
 
     def finish(self, key: str) -> None:
-        """Say that the shard is whole: the last thing written of it."""
-        facts = {"key": key, "rows": self.rows, "failures": len(self.failures)}
+        """Record that the shard is complete: the last file written of it."""
+        facts = {"key": key, "rows": self.num_rows, "failures": len(self.failures)}
         write_json(self.record, facts | {"files": self._stamps()})
 
     def finished(self, key: str) -> dict[str, Any] | None:
-        """What was said of this shard, if it is whole, of the same `key` and unchanged."""
+        """Return the record of this shard if it is complete, unchanged and has the same key."""
         try:
-            said = json.loads(self.record.read_bytes())
-            same = said["key"] == key and said["files"] == self._stamps()
-            return said if same and self._failures.is_file() else None
+            record: dict[str, Any] = json.loads(self.record.read_bytes())
+            same = record["key"] == key and record["files"] == self._stamps()
+            return record if same and self.failures_path.is_file() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _stamps(self) -> list[list[Any]]:
-        found = [(path, path.stat()) for path in self.paths if path.exists()]
-        return [[path.name, state.st_size, state.st_mtime_ns] for path, state in found]
+        states = [(path, path.stat()) for path in self.paths if path.exists()]
+        return [[path.name, state.st_size, state.st_mtime_ns] for path, state in states]
 
 
 def metadata_format() -> str:
-    """parquet where pyarrow is there, else jsonl."""
+    """Return "parquet" where pyarrow is installed, else "jsonl"."""
     try:
         pyarrow()
         return "parquet"
@@ -125,85 +135,102 @@ def metadata_format() -> str:
 
 
 def write_metadata(path: Path, items: Sequence[Item]) -> None:
-    """id, caption and source of each row."""
+    """Write the id, caption and source of each row, as the suffix of `path` says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"id": "id", "caption": "caption", "source": "path"}
     if path.suffix == ".jsonl":
-        rows = ({name: getattr(item, key) for name, key in columns.items()} for item in items)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(path, lines.encode("utf-8", "backslashreplace"))
+        rows = ({k: getattr(item, v) for k, v in METADATA_COLUMNS.items()} for item in items)
+        write_whole(path, _json_lines(rows))
         return
     pa = pyarrow()
-    schema = pa.schema([(name, pa.string()) for name in columns])
+    schema = pa.schema([(name, pa.string()) for name in METADATA_COLUMNS])
 
-    def record_batches() -> Iterator[Any]:
-        for first in range(0, len(items), METADATA_ROWS):
-            part = items[first : first + METADATA_ROWS]
-            values = [[_text(getattr(item, key)) for item in part] for key in columns.values()]
-            yield pa.record_batch([pa.array(one, pa.string()) for one in values], schema)
+    def columns(batch: Sequence[Item]) -> list[Any]:
+        fields = ([_utf8(getattr(i, field)) for i in batch] for field in METADATA_COLUMNS.values())
+        return [pa.array(values, pa.string()) for values in fields]
 
-    write_table(path, schema, record_batches())
+    write_table(
+        path,
+        schema,
+        (
+            pa.record_batch(columns(items[first : first + METADATA_ROWS]), schema)
+            for first in range(0, len(items), METADATA_ROWS)
+        ),
+    )
 
 
-def _text(value: str | None) -> str | None:
-    """Text that UTF-8 can hold: names of files may be any bytes."""
-    return value and value.encode("utf-8", "backslashreplace").decode()
+def _json_lines(values: Iterable[Mapping[str, Any]]) -> bytes:
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    return lines.encode("utf-8", "backslashreplace")
+
+
+def _utf8(text: str | None) -> str | None:
+    """Return text that UTF-8 can hold: a file's name may consist of any bytes."""
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Refuse an output of something else; begin or go on with one of ours.
+    """Begin an output or go on with it, after a check that `out` is the output of such a run.
 
-    `facts` are what every row depends on, kept in `_embed/run.json`.
+    `facts` are what every row depends on; `_embed/run.json` keeps them.
+
+    Raises:
+        ValueError: `out` holds other files, or rows that depend on other facts.
     """
-    run = out / KEPT / RUN
-    held = [path for name in ("", *SUBFOLDERS.values()) for path in _shards(out / name)]
-    if held and not run.exists():
-        raise ValueError(f"{held[0]}: no embed run of ours wrote it; give an empty --out")
+    run = out / RECORDS / RUN
+    shards = [path for name in ("", *SUBFOLDERS.values()) for path in _shards(out / name)]
+    if shards and not run.exists():
+        raise ValueError(f"{shards[0]}: no embed run of ours wrote it; give an empty --out")
     if overwrite and run.exists():
-        for name in (*SUBFOLDERS.values(), "metadata"):
+        for name in (*SUBFOLDERS.values(), METADATA):
             shutil.rmtree(out / name, ignore_errors=True)
-        for path in (out / KEPT).glob("[0-9]*.*"):
+        for path in (out / RECORDS).glob("[0-9]*.*"):
             path.unlink()
         run.unlink()
     if run.exists():
-        try:
-            known = json.loads(run.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{run}: damaged ({error}); give --mode overwrite") from error
-        for name in sorted(known | facts):
-            if known.get(name) != facts.get(name):
-                was, now = (json.dumps(one.get(name))[:200] for one in (known, facts))
-                raise ValueError(
-                    f"{out}: was begun with {name} {was}, now it is {now}; give the same again, "
-                    "another --out, or --mode overwrite to embed everything anew"
-                )
-        return
-    write_json(run, facts)
+        _check_facts(out, run, facts)
+    else:
+        write_json(run, facts)
 
 
-def forget_beyond(out: Path, count: int, sides: dict[int, Sequence[str]], metadata: str) -> None:
-    """Remove shards from number `count` on, sides that a shard no longer has, unfinished files."""
-    for name in (*SUBFOLDERS.values(), "metadata"):
+def _check_facts(out: Path, run: Path, facts: dict[str, Any]) -> None:
+    try:
+        recorded = json.loads(run.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{run}: is damaged ({error}); give --mode overwrite") from error
+    for name in sorted(recorded | facts):
+        if recorded.get(name) != facts.get(name):
+            before, now = (json.dumps(values.get(name))[:200] for values in (recorded, facts))
+            raise ValueError(
+                f"{out}: was begun with {name} {before}, now it is {now}; give the same again, "
+                "another --out, or --mode overwrite to embed everything anew"
+            )
+
+
+def remove_stale(
+    out: Path, count: int, sides: Mapping[int, Sequence[Side]], metadata_format: str
+) -> None:
+    """Remove shards from number `count` on, sides that a shard lost, and unfinished files."""
+    for name in (*SUBFOLDERS.values(), METADATA):
         for partial in (out / name).glob(".*.partial"):
             partial.unlink()
-    numbers = {int(path.name.split(".")[0]) for path in (out / KEPT).glob("[0-9]*.*")}
+    numbers = {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}
     for number in sorted(numbers):
-        absent = [side for side in SUBFOLDERS if side not in sides.get(number, ())]
-        files = ShardFiles(out, number, absent, metadata)
+        absent: list[Any] = [side for side in SUBFOLDERS if side not in sides.get(number, ())]
+        files = ShardFiles(out, number, absent, metadata_format)
+        stale = files.rows_paths
         if number >= count:
-            files.record.unlink(missing_ok=True)
-            files._failures.unlink(missing_ok=True)
-        for path in files.paths if number >= count else files.paths[:-1]:
+            stale = [*files.paths, files.record, files.failures_path]
+        for path in stale:
             path.unlink(missing_ok=True)
 
 
 def join_failures(out: Path, count: int) -> int:
-    """`failures.jsonl` of all shards; returns how many there are."""
-    lines = b"".join((out / KEPT / f"{i}.failures").read_bytes() for i in range(count))
+    """Write `failures.jsonl` of all shards and return the number of failures."""
+    lines = b"".join((out / RECORDS / f"{i}.failures").read_bytes() for i in range(count))
     write_whole(out / FAILURES, lines)
     return lines.count(b"\n")
 
 
-def _shards(folder: Path) -> list[Path]:
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if format_of(path.name)]
+def _shards(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in sorted(folder.iterdir()) if format_of(path.name))

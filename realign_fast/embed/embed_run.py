@@ -1,4 +1,4 @@
-"""A run of `embed`: sources -> shards of rows, resumable at any moment."""
+"""A run of `embed`: sources become shards of rows; it can be resumed at any moment."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from tqdm import tqdm
 from .. import __version__
 from ..storage.lock import locked
 from ..storage.paths import write_json
+from .choices import Mode, RowDtype, Side
 from .embed_output import (
-    KEPT,
+    RECORDS,
     REPORT,
     ShardFiles,
     check_out,
-    forget_beyond,
     join_failures,
     metadata_format,
+    remove_stale,
 )
 from .encoders.base import Encoder
-from .loader import Batches, Prepared, batches
+from .loader import PreparedBatch, PreparedBatches, prepared_batches
 from .sources.base import Item, Source, identity
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-MODES = ("incremental", "overwrite")
 SHARD_ROWS = 100_000
-CODE = 1  # another number where another version of this code gives other bytes
+CODE = 1  # rises with each version of this code that gives other bytes
 
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How a run goes.
+    """Settings of a run.
 
-    `batch_size`: items that go through the model at once (None: 256 on CUDA, 32 on the CPU);
-    `workers`: decoding processes (None: by the machine); `shard_rows`: items of a shard, which is
-    also what a killed run does again at most and what memory holds the ids and captions of.
-    `dtype`: of the rows on disk. `mode`: "incremental" goes on with what is finished and
-    unchanged, "overwrite" begins anew.
+    Attributes:
+        batch_size: items that go through the model at once (None: 256 on CUDA, 32 on the CPU).
+        workers: decoding processes (None: as many as the machine suggests; 0: none).
+        shard_rows: items of a shard. A killed run repeats at most one shard, and memory holds the
+            ids and captions of one.
+        dtype: of the rows on disk.
+        mode: "incremental" keeps shards that are complete and unchanged, "overwrite" none.
+        progress: show a progress bar.
     """
 
     batch_size: int | None = None
     workers: int | None = None
     shard_rows: int = SHARD_ROWS
-    dtype: str = "float16"
-    mode: str = MODES[0]
+    dtype: RowDtype = "float16"
+    mode: Mode = "incremental"
     progress: bool = True
 
 
-class Stretch(NamedTuple):
-    """A shard to be: items `start` to `stop` of a source."""
+class PlannedShard(NamedTuple):
+    """A shard to write: items `start` to `stop` of a source."""
 
     source: Source
-    sides: tuple[str, ...]
+    sides: tuple[Side, ...]
     start: int
     stop: int
 
@@ -73,52 +75,53 @@ def embed(
     pairs: Source | None = None,
     settings: EmbedSettings | None = None,
 ) -> dict[str, Any]:
-    """Embed sources into the clip-retrieval root `out`; returns what `embed.json` says.
+    """Embed sources into the clip-retrieval root `out` and return the report in `embed.json`.
 
-    `texts` and `images` are two sides that are no pairs: their shards have different numbers.
-    `pairs` has both in one source: row i of `text_emb/text_emb_N` and of `img_emb/img_emb_N` are
-    of one item, and where either side fails there is no row of it.
+    `texts` and `images` are two sides without pairs: their shards have different numbers. `pairs`
+    holds both sides: row i of `text_emb/text_emb_N` and row i of `img_emb/img_emb_N` belong to the
+    same item, and an item of which either side fails has no row.
 
     Raises:
         ValueError, TypeError, OSError: what is wrong with a source, the model or `out`.
     """
-    settings, out = settings or EmbedSettings(), Path(out)
+    settings, out, begun = settings or EmbedSettings(), Path(out), time.monotonic()
     plan = _plan(images, texts, pairs, settings.shard_rows)
     for source in filter(None, (images, texts, pairs)):
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
-    begin, metadata = time.monotonic(), metadata_format()
-    facts = _facts(encoder, settings, metadata, plan)
-    with locked(out / KEPT):
-        check_out(out, facts, settings.mode == "overwrite")
+    run = _EmbedRun(encoder, out, settings, plan)
+    with locked(out / RECORDS):
+        check_out(out, run.facts, settings.mode == "overwrite")
         (out / REPORT).unlink(missing_ok=True)
-        forget_beyond(out, len(plan), {n: one.sides for n, one in enumerate(plan)}, metadata)
-        done = _walk(encoder, out, plan, facts, settings, metadata)
-        failures = join_failures(out, len(plan))
-        report = done | {"failures": failures, "seconds": time.monotonic() - begin}
+        sides = {number: shard.sides for number, shard in enumerate(plan)}
+        remove_stale(out, len(plan), sides, run.metadata_format)
+        report = run.write_shards()
+        report["failures"] = failures = join_failures(out, len(plan))
+        report["seconds"] = time.monotonic() - begun
         report |= {
             "model": encoder.name,
             "dimension": encoder.dimension,
             "dtype": settings.dtype,
             "shards": len(plan),
         }
-        if not sum(done["rows"].values()):
+        if not sum(report["rows"].values()):
             raise ValueError(f"{out}: all {failures} items failed; see failures.jsonl there")
-        write_json(out / REPORT, report | {"made": facts})
+        write_json(out / REPORT, report | {"made": run.facts})
     return report
 
 
 def _plan(
     images: Source | None, texts: Source | None, pairs: Source | None, shard_rows: int
-) -> list[Stretch]:
-    """The shards to be, texts first: the number of each is its place."""
+) -> list[PlannedShard]:
+    """Return the shards to write, those of texts first; a shard's number is its index."""
     if pairs is not None and (images is not None or texts is not None):
-        raise ValueError("embed: pairs have both sides; give them, or images and texts")
-    chosen = ((texts, ("text",)), (images, ("image",)), (pairs, ("text", "image")))
+        raise ValueError("embed: pairs have both sides; give pairs alone, or images and texts")
+    sources: list[tuple[Source | None, tuple[Side, ...]]]
+    sources = [(texts, ("text",)), (images, ("image",)), (pairs, ("text", "image"))]
     plan = [
-        Stretch(source, sides, start, min(start + shard_rows, source.total))
-        for source, sides in chosen
+        PlannedShard(source, sides, start, min(start + shard_rows, source.total))
+        for source, sides in sources
         if source is not None
         for start in range(0, source.total, shard_rows)
     ]
@@ -127,132 +130,144 @@ def _plan(
     return plan
 
 
-def _facts(
-    encoder: Encoder,
-    settings: EmbedSettings,
-    metadata: str,
-    plan: Sequence[Stretch],
-) -> dict[str, Any]:
-    """What every row depends on, and the layout."""
-    sources = {one.source.kind: os.path.realpath(one.source.path) for one in plan}
-    facts = {"model": encoder.facts(), "batch_size": _batch_size(encoder, settings)}
-    facts |= {"dtype": settings.dtype, "shard_rows": settings.shard_rows, "metadata": metadata}
-    facts |= {"sources": sources}
-    return facts | {"device": encoder.device.type, "code": f"realign_fast {__version__}, {CODE}"}
+class _EmbedRun:
+    """The work of one call of :func:`embed`, which holds the lock on `out`."""
+
+    def __init__(
+        self, encoder: Encoder, out: Path, settings: EmbedSettings, plan: list[PlannedShard]
+    ) -> None:
+        self.encoder, self.out, self.settings, self.plan = encoder, out, settings, plan
+        self.metadata_format = metadata_format()
+        cuda = encoder.device.type == "cuda"
+        self.batch_size = settings.batch_size or (256 if cuda else 32)
+        self.workers = default_workers(encoder) if settings.workers is None else settings.workers
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.facts = {  # what every row depends on, and the layout
+            "model": encoder.facts(),
+            "batch_size": self.batch_size,
+            "dtype": settings.dtype,
+            "shard_rows": settings.shard_rows,
+            "metadata": self.metadata_format,
+            "sources": {s.source.content: os.path.realpath(s.source.path) for s in plan},
+            "device": encoder.device.type,
+            "code": f"realign_fast {__version__}, {CODE}",
+        }
+
+    def write_shards(self) -> dict[str, Any]:
+        """Write every shard that is not complete, and return the counts of the report."""
+        rows, finished_before, embedded_now = {"text": 0, "image": 0}, 0, 0
+        total = sum(shard.stop - shard.start for shard in self.plan)
+        progress = self.settings.progress
+        with tqdm(total=total, unit="row", smoothing=0.05, disable=not progress) as bar:
+            for number, shard in enumerate(self.plan):
+                items = shard.source.items(shard.start, shard.stop)
+                key = self._key(shard, items)
+                files = ShardFiles(self.out, number, shard.sides, self.metadata_format)
+                if (record := files.finished(key)) is not None:
+                    num_rows = record["rows"]
+                    finished_before += len(items)
+                    if progress:
+                        bar.initial += len(items)  # the rate counts what this run does
+                    bar.update(len(items))
+                else:
+                    self._write_shard(shard, items, files, bar)
+                    if self._key(shard, items) != key:
+                        raise ValueError(
+                            f"{shard.source.path}: changed while it was embedded; let its writer "
+                            "finish and run again"
+                        )
+                    files.finish(key)
+                    num_rows = files.num_rows
+                    embedded_now += len(items)
+                for side in shard.sides:
+                    rows[side] += num_rows
+        return {
+            "rows": rows,
+            "items": total,
+            "finished_before": finished_before,
+            "embedded_now": embedded_now,
+        }
+
+    def _key(self, shard: PlannedShard, items: Sequence[Item]) -> str:
+        """Return a digest of everything that the bytes of a shard depend on."""
+        inputs = [self.facts, shard.sides, shard.start, shard.stop, identity(items)]
+        data = json.dumps(inputs, sort_keys=True).encode()
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    def _write_shard(
+        self, shard: PlannedShard, items: Sequence[Item], files: ShardFiles, bar: tqdm[Any]
+    ) -> None:
+        """Write one shard. Rows of a batch come back while the device works on the next one."""
+        dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
+        with files.open(len(items), self.encoder.dimension, self.dtype):
+            pending: tuple[list[Item], list[RowTransfer]] | None = None
+            for batch in prepared_batches(dataset, self.workers, self.out / RECORDS / "lock"):
+                for position, reason in batch.failures:
+                    files.fail(items[position], reason)
+                transfers = self._rows(batch, shard.sides)
+                if pending:
+                    _write_rows(files, *pending)
+                pending = None
+                if batch.positions:
+                    pending = [items[position] for position in batch.positions], transfers
+                bar.update(len(batch.positions) + len(batch.failures))
+            if pending:
+                _write_rows(files, *pending)
+
+    def _rows(self, batch: PreparedBatch, sides: Sequence[Side]) -> list[RowTransfer]:
+        """Run the model on a batch and start to copy its rows of each side to the CPU."""
+        features = []
+        try:
+            for side in sides:
+                if side == "text" and batch.tokens is not None:
+                    features.append(self.encoder.text_rows(batch.tokens))
+                elif side == "image" and batch.pixels is not None:
+                    features.append(self.encoder.image_rows(batch.pixels))
+            return [RowTransfer(rows.to(self.dtype)) for rows in features]
+        except torch.OutOfMemoryError as error:
+            raise OSError(
+                None,
+                f"{self.encoder.device}: out of memory ({error}); give a smaller --batch-size",
+            ) from error
 
 
-def _walk(
-    encoder: Encoder,
-    out: Path,
-    plan: Sequence[Stretch],
-    facts: dict[str, Any],
-    settings: EmbedSettings,
-    metadata: str,
-) -> dict[str, Any]:
-    rows, before, items_done = {"text": 0, "image": 0}, 0, 0
-    total = sum(one.stop - one.start for one in plan)
-    with tqdm(total=total, unit="row", smoothing=0.05, disable=not settings.progress) as bar:
-        for number, stretch in enumerate(plan):
-            items = stretch.source.items(stretch.start, stretch.stop)
-            key = _key(facts, stretch, items)
-            files = ShardFiles(out, number, stretch.sides, metadata)
-            said = files.finished(key)
-            if said is None:
-                _embed_shard(encoder, files, stretch, items, settings, bar)
-                if _key(facts, stretch, items) != key:
-                    what = "changed while it was embedded; let its writer finish and run again"
-                    raise ValueError(f"{stretch.source.path}: {what}")
-                files.finish(key)
-                said = {"rows": files.rows}
-                items_done += len(items)
-            else:
-                before += len(items)
-                if settings.progress:
-                    bar.initial += len(items)  # the rate is of what this run does
-                bar.update(len(items))
-            for side in stretch.sides:
-                rows[side] += said["rows"]
-    return {"rows": rows, "items": total, "finished_before": before, "embedded_now": items_done}
+def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfer]) -> None:
+    """Write the rows of a batch.
+
+    Raises:
+        ValueError: a row is not finite.
+    """
+    side_rows = [transfer.wait() for transfer in transfers]
+    for rows in side_rows:
+        if not (finite := torch.isfinite(rows).all(dim=1)).all():
+            item = items[int((~finite).nonzero()[0, 0])]
+            raise ValueError(
+                f"{item.path}: the model gives no finite row for {item.id!r}; try --precision fp32"
+            )
+    files.write(items, side_rows)
 
 
-def _key(facts: dict[str, Any], stretch: Stretch, items: Sequence[Item]) -> str:
-    known = [facts, stretch.sides, stretch.start, stretch.stop, identity(items)]
-    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _embed_shard(
-    encoder: Encoder,
-    files: ShardFiles,
-    stretch: Stretch,
-    items: Sequence[Item],
-    settings: EmbedSettings,
-    bar: tqdm,
-) -> None:
-    """Write one shard. The rows of a batch come back while the device works on the next."""
-    data = Batches(stretch.source, items, encoder, stretch.sides, _batch_size(encoder, settings))
-    workers = default_workers(encoder) if settings.workers is None else settings.workers
-    dtype = DTYPES[settings.dtype]
-
-    def put(prepared: Prepared, rows: list[Returning]) -> None:
-        found = [one.wait() for one in rows]
-        for one in found:
-            if not (finite := torch.isfinite(one).all(dim=1)).all():
-                item = items[prepared.kept[int((~finite).nonzero()[0, 0])]]
-                what = f"the model gives no finite row for {item.id!r}"
-                raise ValueError(f"{item.path}: {what}; try --precision fp32")
-        files.write([items[place] for place in prepared.kept], found)
-
-    with files.open(len(items), encoder.dimension, dtype):
-        waiting = None
-        for prepared in batches(data, workers, files.out / KEPT / "lock"):
-            for place, reason in prepared.failed:
-                files.fail(items[place], reason)
-            rows = _rows(encoder, prepared, stretch.sides, dtype)
-            if waiting:
-                put(*waiting)
-            waiting = (prepared, rows) if prepared.kept else None
-            bar.update(len(prepared.kept) + len(prepared.failed))
-        if waiting:
-            put(*waiting)
-
-
-def _rows(
-    encoder: Encoder, prepared: Prepared, sides: Sequence[str], dtype: torch.dtype
-) -> list[Returning]:
-    if not prepared.kept:
-        return []
-    how = {"text": encoder.text_rows, "image": encoder.image_rows}
-    given = {"text": prepared.tokens, "image": prepared.pixels}
-    try:
-        return [Returning(how[side](given[side]).to(dtype)) for side in sides]
-    except torch.OutOfMemoryError as error:
-        advice = "give a smaller --batch-size"
-        raise OSError(None, f"{encoder.device}: out of memory ({error}); {advice}") from error
-
-
-class Returning:
-    """Rows on their way to the CPU: waiting for them does not wait for the batch after them."""
+class RowTransfer:
+    """Rows on their way to the CPU; waiting for them does not wait for later work on the device."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows, self._event = rows, None
         if rows.device.type == "cuda":
             self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             self._rows.copy_(rows, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(rows.device))
+            self._event = torch.cuda.current_stream(rows.device).record_event()
 
     def wait(self) -> torch.Tensor:
-        """The rows, on the CPU."""
+        """Return the rows, on the CPU."""
         if self._event is not None:
             self._event.synchronize()
         return self._rows
 
 
-def _batch_size(encoder: Encoder, settings: EmbedSettings) -> int:
-    return settings.batch_size or (256 if encoder.device.type == "cuda" else 32)
-
-
 def default_workers(encoder: Encoder) -> int:
-    """Decoding processes: most cores beside a GPU, a quarter of them beside a model on the CPU."""
+    """Return the number of decoding processes.
+
+    Most cores with a model on a GPU, a quarter of them with a model on the CPU.
+    """
     cores = os.cpu_count() or 1
     return min(16, cores) if encoder.device.type == "cuda" else max(1, cores // 4)

@@ -1,7 +1,7 @@
-"""Items decoded in processes -> batches that the model takes, in the order of the items.
+"""Decoding processes: items become batches that the model takes, in the order of the items.
 
-Batch `i` of a stretch is its items `[i B, (i + 1) B)`, whoever decodes it: rows do not depend on
-the number of processes. Items that fail leave their batch shorter and are named in it.
+Batch `i` of a shard is its items `[i B, (i + 1) B)`, whichever process prepares it, so rows do not
+depend on the number of processes. An item that fails is left out of its batch and named in it.
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .choices import Side
 from .decode import Unreadable, decode
 from .encoders.base import Encoder, Tokens
 from .sources.base import Item, Source
 
-PREFETCH = 2  # batches in flight a process
+PREFETCH = 2  # batches that each process prepares ahead
 
 
-class Prepared(NamedTuple):
-    """A batch as the model takes it."""
+class PreparedBatch(NamedTuple):
+    """A batch as the model takes it. Positions count the items of the shard."""
 
-    kept: list[int]  # places of its rows in the stretch
-    failed: list[tuple[int, str]]  # places and reasons
+    positions: list[int]  # of the rows
+    failures: list[tuple[int, str]]  # position and reason
     pixels: torch.Tensor | None  # [n, 3, height, width]
     tokens: Tokens | None  # [n, L] each
-    fault: str | None = None  # of the source: nothing after it can be trusted
+    source_error: str | None = None  # nothing of the source after it can be trusted
 
 
-class Batches(Dataset):
-    """Batch by number. `sides`: "image", "text" or both; what a row needs to have."""
+class PreparedBatches(Dataset[PreparedBatch]):
+    """The batches of a shard by number; a row needs all of `sides`."""
 
     def __init__(
         self,
         source: Source,
         items: Sequence[Item],
         encoder: Encoder,
-        sides: Sequence[str],
+        sides: Sequence[Side],
         batch_size: int,
     ) -> None:
         self.source, self.items, self.encoder = source, items, encoder
@@ -50,39 +51,32 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
 
-    def __getitem__(self, number: int) -> Prepared:
-        kept, failed, images = [], [], []
+    def __getitem__(self, number: int) -> PreparedBatch:
+        positions, failures, images, captions = [], [], [], []
         first = number * self.batch_size
-        for place in range(first, min(first + self.batch_size, len(self.items))):
-            try:
-                image = self._prepare(self.items[place])
-            except Unreadable as error:
-                failed.append((place, str(error)))
-            except (ValueError, TypeError, ImportError) as error:
-                return Prepared([], [], None, None, str(error))
-            else:
-                kept.append(place)
-                images.append(image)
-        texts = [self.items[place].caption for place in kept]
         try:
-            pixels = torch.stack(images) if "image" in self.sides and kept else None
-            tokens = self.encoder.prepare_texts(texts) if "text" in self.sides and kept else None
-        except (ValueError, ImportError) as error:
-            return Prepared([], [], None, None, str(error))
-        return Prepared(kept, failed, pixels, tokens)
+            for position in range(first, min(first + self.batch_size, len(self.items))):
+                item = self.items[position]
+                try:
+                    if item.failure is not None:
+                        raise Unreadable(item.failure)
+                    caption = _caption(item) if "text" in self.sides else ""
+                    image = self._image(item) if "image" in self.sides else None
+                except Unreadable as error:
+                    failures.append((position, str(error)))
+                    continue
+                positions.append(position)
+                captions.append(caption)
+                if image is not None:
+                    images.append(image)
+            texts = "text" in self.sides and positions
+            pixels = torch.stack(images) if images else None
+            tokens = self.encoder.prepare_texts(captions) if texts else None
+        except (ValueError, TypeError, ImportError) as error:
+            return PreparedBatch([], [], None, None, str(error))
+        return PreparedBatch(positions, failures, pixels, tokens)
 
-    def _prepare(self, item: Item) -> torch.Tensor | None:
-        if item.failure is not None:
-            raise Unreadable(item.failure)
-        if "text" in self.sides:
-            if item.caption is None or not item.caption.strip():
-                raise Unreadable("no caption" if item.caption is None else "empty caption")
-            try:
-                item.caption.encode()
-            except UnicodeEncodeError as error:
-                raise Unreadable("its caption is no Unicode text") from error
-        if "image" not in self.sides:
-            return None
+    def _image(self, item: Item) -> torch.Tensor:
         try:
             data = self.source.read(item)
         except OSError as error:
@@ -90,57 +84,62 @@ class Batches(Dataset):
         image = decode(data)
         try:
             return self.encoder.prepare_image(image)
-        except Exception as error:  # a size that its preprocessing cannot take
-            what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise Unreadable(f"cannot be prepared: {what}") from error
+        except Exception as error:  # its preprocessing cannot take such a size
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise Unreadable(f"cannot be prepared: {reason}") from error
 
 
-def batches(data: Batches, workers: int, out: Path) -> Iterator[Prepared]:
-    """Every batch in order, decoded by `workers` processes (0: in this one).
+def _caption(item: Item) -> str:
+    if item.caption is None or not item.caption.strip():
+        raise Unreadable("no caption" if item.caption is None else "empty caption")
+    try:
+        item.caption.encode()
+    except UnicodeEncodeError as error:
+        raise Unreadable("its caption is no Unicode text") from error
+    return item.caption
+
+
+def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iterator[PreparedBatch]:
+    """Yield every batch in order, prepared by `workers` processes (0: in this process).
+
+    `lock` is the file that this process holds locked; its workers do not hold it.
 
     Raises:
         ValueError: the source turned out to be damaged.
         OSError: a decoding process died.
     """
-    # Tokenizers with threads of their own do not survive being forked.
+    # Tokenizers with threads of their own do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    in_processes = {}
+    options: dict[str, Any] = {}
     if workers:
-        lock = _stamp(out)
-        in_processes = {
+        state = os.stat(lock) if lock.exists() else None
+        options = {
             "multiprocessing_context": multiprocessing.get_context("fork"),
             "prefetch_factor": PREFETCH,
-            "worker_init_fn": lambda _: _become_worker(lock),
+            "worker_init_fn": lambda _: _become_worker(state),
         }
+    pin_memory = dataset.encoder.device.type == "cuda"
     loader = DataLoader(
-        data,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=data.encoder.device.type == "cuda",
-        **in_processes,
+        dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options
     )
     try:
-        for prepared in loader:
-            if prepared.fault is not None:
-                raise ValueError(prepared.fault)
-            yield prepared
+        for batch in loader:
+            if batch.source_error is not None:
+                raise ValueError(batch.source_error)
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        what = " ".join(str(error).split())[:200]
-        advice = "too little memory or /dev/shm; give fewer --workers or a smaller --batch-size"
-        raise OSError(None, f"a decoding process died ({what}): {advice}") from error
-
-
-def _stamp(out: Path) -> os.stat_result | None:
-    try:
-        return os.stat(out)
-    except OSError:
-        return None
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            None,
+            f"a decoding process died ({reason}), probably for lack of memory or of room in "
+            "/dev/shm; give fewer --workers or a smaller --batch-size",
+        ) from error
 
 
 def _become_worker(lock: os.stat_result | None) -> None:
-    """Leave signals to the main process, and the lock on the output too.
+    """Leave signals and the lock on the output to the main process.
 
     A process that outlives a killed run for a moment must not keep the next run waiting.
     """

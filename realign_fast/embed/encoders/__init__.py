@@ -1,10 +1,11 @@
-"""CLIP-like encoders, one file for each library."""
+"""CLIP-like encoders: a subclass of :class:`Encoder` for each library, which loads on first use."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from ..choices import Precision
 from .base import Encoder
 from .hugging_face import HuggingFaceEncoder
 from .llm2clip import Llm2ClipEncoder, is_llm2clip
@@ -19,29 +20,35 @@ def load_encoder(
     *,
     text_model: str | os.PathLike[str] | None = None,
     device: str | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> Encoder:
-    """The encoder that `model` names.
+    """Load the encoder that `model` names.
 
-    `model`: a directory of Hugging Face's layout (CLIP, SigLIP, LLM2CLIP) or of open_clip's
-    (`open_clip_config.json`), a json config file of open_clip, or a model name that open_clip
-    knows. `pretrained`: for the last two a tag, or a checkpoint file. `text_model`: for LLM2CLIP
-    the directory of its language model. `device`: "cpu", "cuda", "cuda:1"; by default CUDA where
-    there is one. `precision`: "fp32" or "bf16" (the default on CUDA).
+    Args:
+        model: a directory in the layout of Hugging Face (CLIP, SigLIP, LLM2CLIP) or of open_clip
+            (with `open_clip_config.json`), a JSON config of open_clip, or the name of a model
+            that open_clip knows.
+        pretrained: the weights of a JSON config or a name: a tag of open_clip, or a checkpoint.
+        text_model: the directory of LLM2CLIP's language model.
+        device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is a GPU.
+        precision: "fp32" or "bf16"; by default "bf16" on CUDA and "fp32" on the CPU.
 
     Raises:
-        ValueError, OSError, ImportError: in one sentence, what is wrong and what to do.
+        ValueError, OSError, ImportError: says in one sentence what is wrong and what to do.
     """
     folder = Path(model)
-    how = {"device": device, "precision": precision}
-    if not (folder / "config.json").is_file() or (folder / "open_clip_config.json").is_file():
-        if text_model is not None:
-            raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")
-        return OpenClipEncoder(model, pretrained, **how)
+    hugging_face = (folder / "config.json").is_file()
+    if not hugging_face or (folder / "open_clip_config.json").is_file():
+        _refuse_text_model(model, text_model)
+        return OpenClipEncoder(model, pretrained, device=device, precision=precision)
     if pretrained is not None:
         raise ValueError(f"{model}: a directory holds its weights; leave {pretrained!r} out")
     if is_llm2clip(folder):
-        return Llm2ClipEncoder(folder, text_model, **how)
+        return Llm2ClipEncoder(folder, text_model, device=device, precision=precision)
+    _refuse_text_model(model, text_model)
+    return HuggingFaceEncoder(folder, device=device, precision=precision)
+
+
+def _refuse_text_model(model: str | os.PathLike[str], text_model: object) -> None:
     if text_model is not None:
         raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")
-    return HuggingFaceEncoder(folder, **how)

@@ -1,11 +1,11 @@
-"""CLIP-like encoders: images and texts -> unit rows of one space. One library a file beside this.
+"""The base class of encoders: images and texts become unit rows of one space.
 
     encoder = load_encoder("ViT-B-32", "laion2b_s34b_b79k")  # open_clip
     encoder = load_encoder("clip-vit-base-patch32/")  # a Hugging Face directory, CLIP or SigLIP
     rows = encoder.embed_images([image, ...])  # [N, D] float32 on the CPU, of unit length
 
-Work is split in two: `prepare_image` and `prepare_texts` run in decoding processes, on the CPU;
-`image_rows` and `text_rows` run the model on its device.
+The work has two halves: `prepare_image` and `prepare_texts` run in decoding processes on the CPU,
+`image_rows` and `text_rows` run the model on its device. Each library has a subclass in a file.
 """
 
 from __future__ import annotations
@@ -21,34 +21,43 @@ import numpy as np
 import torch
 
 from ..._device import check_device
+from ..choices import Precision
 from ..decode import pillow
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Tokens = dict[str, torch.Tensor]  # by argument of the text tower: [n, L] each
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Tokens = dict[str, torch.Tensor]  # [n, L] each, by the name of the text tower's argument
 
 
 class Encoder:
-    """What `embed` needs of a model. A subclass has `model` and the four methods below."""
+    """A CLIP-like model. A subclass sets the attributes below and has the four methods that raise.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; by default CUDA where there is a GPU.
+        precision: "fp32" or "bf16"; by default "bf16" on CUDA and "fp32" on the CPU.
+
+    Raises:
+        ValueError: no such device or precision.
+    """
 
     name: str  # as it was asked for
     dimension: int  # D
-    model: torch.nn.Module
-    settings: dict[str, Any]  # of preprocessing and tokens: rows depend on them
+    model: Any  # a torch.nn.Module
+    settings: dict[str, Any]  # of preprocessing and tokens, on which rows depend
 
-    def __init__(self, device: str | None, precision: str | None) -> None:
+    def __init__(self, device: str | None, precision: Precision | None) -> None:
         self.device = check_device(device)
-        self.precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
-        if self.precision not in PRECISIONS:
-            want = f"expected one of {', '.join(PRECISIONS)}"
-            raise ValueError(f"precision: got {precision!r}, {want}")
-        self.dtype = PRECISIONS[self.precision]
+        self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        if self.precision not in DTYPES:
+            expected = f"expected one of {', '.join(DTYPES)}"
+            raise ValueError(f"precision: got {precision!r}, {expected}")
+        self.dtype = DTYPES[self.precision]
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """A `PIL.Image` in RGB as the model takes it, `[3, height, width]`."""
+        """Return a `PIL.Image` in RGB as the model takes it, `[3, height, width]`."""
         raise NotImplementedError
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
-        """Texts as tokens; those longer than the model's context are cut there."""
+        """Return the tokens of texts; a text longer than the model's context is cut there."""
         raise NotImplementedError
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -59,20 +68,20 @@ class Encoder:
 
     @torch.inference_mode()
     def image_rows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Unit rows `[n, D]` float32, on the device, of prepared images `[n, 3, height, width]`."""
+        """Return unit rows `[n, D]` float32, on the device, of prepared `[n, 3, height, width]`."""
         return _unit(self._image_features(pixels.to(self.device, non_blocking=True)))
 
     @torch.inference_mode()
     def text_rows(self, tokens: Tokens) -> torch.Tensor:
-        """Unit rows `[n, D]` float32, on the device, of prepared texts."""
+        """Return unit rows `[n, D]` float32, on the device, of prepared texts."""
         on_device = {k: v.to(self.device, non_blocking=True) for k, v in tokens.items()}
         return _unit(self._text_features(on_device))
 
     def embed_images(self, images: Sequence[Any], batch_size: int = 64) -> torch.Tensor:
-        """Unit rows `[N, D]` float32 on the CPU of `PIL.Image`s or prepared tensors."""
+        """Return unit rows `[N, D]` float32, on the CPU, of `PIL.Image`s or prepared tensors."""
         prepared = (
-            one if isinstance(one, torch.Tensor) else self.prepare_image(one.convert("RGB"))
-            for one in images
+            image if isinstance(image, torch.Tensor) else self.prepare_image(image.convert("RGB"))
+            for image in images
         )
         parts = []
         while batch := list(islice(prepared, batch_size)):
@@ -80,7 +89,7 @@ class Encoder:
         return torch.cat(parts) if parts else torch.empty(0, self.dimension)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-        """Unit rows `[N, D]` float32 on the CPU."""
+        """Return unit rows `[N, D]` float32, on the CPU, of texts."""
         texts, parts = list(texts), []
         for first in range(0, len(texts), batch_size):
             tokens = self.prepare_texts(texts[first : first + batch_size])
@@ -88,47 +97,52 @@ class Encoder:
         return torch.cat(parts) if parts else torch.empty(0, self.dimension)
 
     def facts(self) -> dict[str, Any]:
-        """Everything that rows depend on in the encoder, as plain values."""
-        how = {"precision": self.precision, "settings": self.settings}
-        return {"weights": self._weights, **how}
+        """Return everything in the encoder that rows depend on, as plain values."""
+        return {
+            "weights": self._weights_hash,
+            "precision": self.precision,
+            "settings": self.settings,
+        }
 
-    def _measure(self) -> int:
-        """D, as both towers give it."""
+    def _measured_dimension(self) -> int:
+        """Return D as both towers give it."""
         blank = np.zeros((3, 3, 3), np.uint8)
         image = self.embed_images([pillow().Image.fromarray(blank)]).shape[1]
         text = self.embed_texts(["a"]).shape[1]
         if image != text:
-            got = f"images become {image} numbers, texts {text}"
-            raise ValueError(f"{type(self.model).__name__}: {got}; expected one space for both")
+            raise ValueError(
+                f"{type(self.model).__name__}: images become {image} numbers, texts {text}; "
+                "expected one space for both"
+            )
         return image
 
-    def _place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A model on the device, frozen; its weights are hashed on the way."""
-        self._weights = weights_hash(model)
+    def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the model on the device, frozen; sets the digest of its weights."""
+        self._weights_hash = weights_hash(model)
         return model.eval().requires_grad_(False).to(self.device)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """Of every weight and buffer by name."""
-    total = hashlib.blake2b(digest_size=16)
+    """Return a BLAKE2b digest of every weight and buffer with its name."""
+    digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(data.view(torch.uint8).numpy() if data.numel() else b"")
-    return total.hexdigest()
+        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
+    return digest.hexdigest()
 
 
 def files_hash(paths: Sequence[Path]) -> str:
-    """Of the contents of small files."""
-    total = hashlib.blake2b(digest_size=16)
+    """Return a BLAKE2b digest of the contents and names of small files."""
+    digest = hashlib.blake2b(digest_size=16)
     for path in sorted(paths):
         data = path.read_bytes()
-        total.update(f"{path.name} {len(data)}".encode() + data)
-    return total.hexdigest()
+        digest.update(f"{path.name} {len(data)}".encode() + data)
+    return digest.hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """A setting as json has it."""
+    """Return a setting as JSON gives it back; what JSON lacks becomes its text."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 

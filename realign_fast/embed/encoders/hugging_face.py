@@ -1,8 +1,9 @@
-"""Encoders in Hugging Face directories: CLIP, SigLIP and what has their interface."""
+"""Encoders in Hugging Face directories: CLIP, SigLIP and models with their interface."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from ..._extras import import_extra
+from ..choices import Precision
 from .base import Encoder, Tokens, files_hash, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = ("vocab", "merges", "tokenizer", "special_tokens", "spiece", "added_tokens")
 
 
 def transformers() -> ModuleType:
@@ -25,7 +28,10 @@ def transformers() -> ModuleType:
 class HuggingFaceEncoder(Encoder):
     """A CLIP or SigLIP model in `folder`: config, safetensors, processor and tokenizer files.
 
-    No code in the directory is run.
+    Code in the directory is not run. For `device` and `precision` see :class:`Encoder`.
+
+    Raises:
+        ValueError, OSError, ImportError: the directory cannot be loaded, and why.
     """
 
     def __init__(
@@ -33,33 +39,42 @@ class HuggingFaceEncoder(Encoder):
         folder: str | os.PathLike[str],
         *,
         device: str | None = None,
-        precision: str | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
         with explained(folder):
-            made = library.AutoModel.from_pretrained(folder, dtype=self.dtype, **LOCAL)
+            model = library.AutoModel.from_pretrained(folder, dtype=self.dtype, **LOCAL)
             self._processor = load_processor(Path(folder))
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
-        if not hasattr(made, "get_image_features") or not hasattr(made, "get_text_features"):
-            want = "expected one with get_image_features and get_text_features, as CLIP and SigLIP"
-            raise ValueError(f"{folder}: holds a {type(made).__name__}, {want}")
-        self._sigmoid = made.config.model_type.startswith("siglip")
-        text = made.config.text_config
+        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+            raise ValueError(
+                f"{folder}: holds a {type(model).__name__}, expected a model with "
+                "get_image_features and get_text_features, such as CLIP or SigLIP"
+            )
+        self._sigmoid = model.config.model_type.startswith("siglip")
+        text = model.config.text_config
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
         self.settings["tokenizer"] = tokenizer_hash(Path(folder))
         self.settings["library"] = f"transformers {library.__version__}"
-        self.model = self._place(made)
+        self.model = self._frozen(model)
         with explained(folder):
-            self.dimension = self._measure()
+            self.dimension = self._measured_dimension()
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        """Return the pixels `[3, height, width]` that the directory's processor makes."""
+        return processed(self._processor, image)
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
-        how = {"padding": "max_length", "truncation": True, "max_length": self._context}
-        tokens = self._tokenizer(texts, return_tensors="pt", **how)
+        """Return token ids, padded to the context, and their mask except for SigLIP."""
+        tokens = self._tokenizer(
+            texts,
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self._context,
+        )
         # SigLIP was trained without a mask, whatever its tokenizer gives.
         names = ("input_ids",) if self._sigmoid else ("input_ids", "attention_mask")
         return {name: tokens[name] for name in names if name in tokens}
@@ -72,29 +87,45 @@ class HuggingFaceEncoder(Encoder):
 
 
 def pooled(output: Any) -> torch.Tensor:
-    """The rows `[n, D]`: transformers 5 wraps them."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+    """Return the rows `[n, D]` of a tower's output, which transformers 5 wraps."""
+    rows: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return rows
+
+
+def processed(processor: Any, image: Any) -> torch.Tensor:
+    """Return the pixels `[3, height, width]` that an image processor makes of an image."""
+    pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return pixels
 
 
 def load_processor(folder: Path) -> Any:
-    """The image processor of a directory."""
+    """Load the image processor of a directory.
+
+    Raises:
+        ValueError: the directory has none.
+    """
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        want = f"expected {' or '.join(PROCESSOR_FILES)}: how its images are prepared"
-        raise ValueError(f"{folder}: {want}; save the processor there")
+        raise ValueError(
+            f"{folder}: expected {' or '.join(PROCESSOR_FILES)}, which says how its images are "
+            "prepared; save the processor there"
+        )
     return transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Of the files that a tokenizer is made of."""
-    names = ("vocab", "merges", "tokenizer", "special_tokens", "spiece", "added_tokens")
-    return files_hash([one for one in folder.iterdir() if one.name.startswith(names)])
+    """Return a digest of the files that a tokenizer consists of."""
+    return files_hash([path for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES)])
 
 
 @contextmanager
-def explained(folder: str | os.PathLike[str]):
-    """What transformers says of a directory that it cannot load, in one line, with its name."""
+def explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an error of transformers about a directory into one line that names the directory.
+
+    Raises:
+        ValueError, ImportError: the directory cannot be loaded.
+    """
     library = transformers()
-    before, bars = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
+    verbosity, bars = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     try:
@@ -102,14 +133,16 @@ def explained(folder: str | os.PathLike[str]):
     except ImportError as error:
         raise ImportError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        advice = "expected a directory as save_pretrained writes it: model, processor, tokenizer"
-        raise ValueError(f"{folder}: cannot be loaded ({what}); {advice}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"{folder}: cannot be loaded ({reason}); expected a directory as save_pretrained "
+            "writes it, with model, processor and tokenizer"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"{folder}: its weights are damaged ({error}); copy them again") from error
     finally:
-        library.logging.set_verbosity(before)
+        library.logging.set_verbosity(verbosity)
         if bars:
             library.logging.enable_progress_bar()

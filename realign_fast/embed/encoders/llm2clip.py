@@ -1,11 +1,11 @@
 """LLM2CLIP, the paper's encoder: a CLIP vision tower, and a language model under an adapter.
 
-Two directories, as they are published: the vision tower with the adapter (`LLM2CLIP-Openai-...`),
-and the language model whose attention looks both ways (`LLM2CLIP-Llama-3-...-CC-Finetuned`). The
-code that lies in them is not run; this file does what it does:
+It is published as two directories: the vision tower with the adapter (`LLM2CLIP-Openai-...`), and
+the language model with bidirectional attention (`LLM2CLIP-Llama-3-...-CC-Finetuned`). The code in
+those directories is not run; this file computes the same:
 
 1. A text in the chat format of Llama 3 goes through the language model without a causal mask.
-2. The mean of the last hidden states over the text's own tokens (and its end mark), `[4096]`.
+2. The last hidden states are averaged over the text's own tokens and its end mark, `[4096]`.
 3. The adapter: unit length, residual blocks `x + W2 gelu(W1 norm(x))`, layer norm, linear `[1280]`.
 """
 
@@ -21,35 +21,41 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..choices import Precision
 from .base import Encoder, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
     PROCESSOR_FILES,
     explained,
     load_processor,
+    processed,
     tokenizer_hash,
     transformers,
 )
 
-CONTEXT = 512  # tokens; the paper's code reads as many
+CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
 ADAPTER = "text_adapter.adaptor."
 
 
 def is_llm2clip(folder: Path) -> bool:
-    """Whether the config in a directory is LLM2CLIP's."""
+    """Return whether the `config.json` of a directory is LLM2CLIP's."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        named = [*config.get("architectures", []), *config.get("auto_map", {}).values()]
-        return any("llm2clip" in str(one).lower() for one in named)
+        classes = [*config.get("architectures", []), *config.get("auto_map", {}).values()]
+        return any("llm2clip" in str(name).lower() for name in classes)
     except (ValueError, AttributeError, TypeError):
         return False
 
 
 class Llm2ClipEncoder(Encoder):
-    """LLM2CLIP from `folder`; its language model from `text_model`, else `folder/text_model`.
+    """LLM2CLIP from `folder`, with its language model from `text_model` or `folder/text_model`.
 
-    Without a language model it embeds images alone.
+    Without a language model it embeds images alone. For `device` and `precision` see
+    :class:`Encoder`.
+
+    Raises:
+        ValueError, OSError, ImportError: a directory cannot be loaded, and why.
     """
 
     def __init__(
@@ -58,136 +64,175 @@ class Llm2ClipEncoder(Encoder):
         text_model: str | os.PathLike[str] | None = None,
         *,
         device: str | None = None,
-        precision: str | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__(device, precision)
-        self.name, folder, library = os.fspath(folder), Path(folder), transformers()
+        self.name, self._folder, library = os.fspath(folder), Path(folder), transformers()
         with explained(folder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
-            weights = _weights(folder)
-            tower = library.CLIPVisionModelWithProjection(vision)
-            own = ("vision_model.", "visual_projection.")
-            named = {k: v for k, v in weights.items() if k.startswith(own)}
-            tower.load_state_dict({k: v for k, v in named.items() if "position_ids" not in k})
+            weights = _weights(self._folder)
+            tower = _tower(vision, weights)
             adapter = Adapter.from_weights(weights)
-            if any((folder / name).is_file() for name in PROCESSOR_FILES):
-                self._processor = load_processor(folder)
-            else:  # as published: that of CLIP at the size of this tower
-                size = vision.image_size
-                self._processor = library.CLIPImageProcessor(
-                    size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-                )
+            self._processor = _processor(self._folder, vision.image_size)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": CONTEXT})
         self.settings["library"] = f"transformers {library.__version__}"
-        self.model = self._place(nn.ModuleDict({"tower": tower, "adapter": adapter}).to(self.dtype))
-        self.dimension, self._folder = config.projection_dim, folder
-        text_model = Path(text_model or folder / "text_model")
-        self._language = self._load_language(text_model) if text_model.is_dir() else None
-        if self._language is None and text_model.name != "text_model":
-            raise ValueError(f"{text_model}: is no directory; name that of the language model")
+        towers = nn.ModuleDict({"tower": tower, "adapter": adapter})
+        self.model = self._frozen(towers.to(self.dtype))
+        self.dimension = config.projection_dim
+        text_folder = Path(text_model or self._folder / "text_model")
+        self._language = self._load_language(text_folder) if text_folder.is_dir() else None
+        if self._language is None and text_folder.name != "text_model":
+            raise ValueError(
+                f"{text_folder}: is no directory; name the directory of the language model"
+            )
 
     def _load_language(self, folder: Path) -> nn.Module:
         library = transformers()
         with explained(folder):
-            how = {"dtype": self.dtype, "attn_implementation": "sdpa", **LOCAL}
-            model = library.AutoModel.from_pretrained(folder, **how)
+            model: Any = library.AutoModel.from_pretrained(
+                folder, dtype=self.dtype, attn_implementation="sdpa", **LOCAL
+            )
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        known = self._tokenizer.get_vocab()
-        chat = all(one in known for one in ("<|start_header_id|>", END))
+        vocabulary = self._tokenizer.get_vocab()
+        chat = all(mark in vocabulary for mark in ("<|start_header_id|>", END))
         self._head, self._end = (HEAD, END) if chat else ("", "")
         self.settings["language_model"] = weights_hash(model)
         self.settings["tokenizer"] = tokenizer_hash(folder)
-        width, wanted = model.config.hidden_size, self.model["adapter"].width
-        if width != wanted:
-            got = f"its hidden size is {width}, the adapter of {self._folder} takes {wanted}"
-            raise ValueError(f"{folder}: {got}; name the language model that belongs to it")
-        return model.eval().requires_grad_(False).to(self.device)
+        width, expected = model.config.hidden_size, self.model["adapter"].width
+        if width != expected:
+            raise ValueError(
+                f"{folder}: its hidden size is {width}, the adapter of {self._folder} takes "
+                f"{expected}; name the language model that belongs to it"
+            )
+        language: nn.Module = model.eval().requires_grad_(False).to(self.device)
+        return language
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        """Return the pixels `[3, height, width]` that the processor makes."""
+        return processed(self._processor, image)
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
+        """Return token ids padded on the left, their mask, and which are the text's own.
+
+        Raises:
+            ValueError: there is no language model.
+        """
         if self._language is None:
-            want = "give --text-model, the directory of the language model that belongs to it"
-            raise ValueError(f"{self._folder}: has no language model for texts; {want}")
-        whole = [self._head + text.strip() + self._end for text in texts]
-        how = {"truncation": True, "max_length": CONTEXT}
-        tokens = self._tokenizer(whole, padding=True, return_tensors="pt", **how)
-        own = [text.strip() + self._end for text in texts]
-        counted = self._tokenizer(own, add_special_tokens=False, **how)["input_ids"]
-        lengths = torch.tensor([len(one) for one in counted])
+            raise ValueError(
+                f"{self._folder}: has no language model for texts; give --text-model, the "
+                "directory of the language model that belongs to it"
+            )
+        bodies = [text.strip() + self._end for text in texts]
+        limits = {"truncation": True, "max_length": CONTEXT}
+        tokens = self._tokenizer(
+            [self._head + body for body in bodies], padding=True, return_tensors="pt", **limits
+        )
+        body_ids = self._tokenizer(bodies, add_special_tokens=False, **limits)["input_ids"]
+        lengths = torch.tensor([len(ids) for ids in body_ids])
         ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
-        place = torch.arange(ids.shape[1])
-        own_tokens = mask & (place >= ids.shape[1] - lengths[:, None])  # [n, L], padded left
-        return {"input_ids": ids, "attention_mask": mask, "own": own_tokens}
+        position = torch.arange(ids.shape[1])
+        own = mask & (position >= ids.shape[1] - lengths[:, None])  # [n, L], padded on the left
+        return {"input_ids": ids, "attention_mask": mask, "own": own}
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model["tower"](pixel_values=pixels.to(self.dtype)).image_embeds
+        output = self.model["tower"](pixel_values=pixels.to(self.dtype))
+        features: torch.Tensor = output.image_embeds
+        return features
 
     def _text_features(self, tokens: Tokens) -> torch.Tensor:
+        assert self._language is not None  # prepare_texts has refused
         mask, length = tokens["attention_mask"], tokens["input_ids"].shape[1]
-        both_ways = mask[:, None, None, :].expand(-1, 1, length, -1)  # [n, 1, L, L]
+        bidirectional = mask[:, None, None, :].expand(-1, 1, length, -1)  # [n, 1, L, L]
         states = self._language(
-            input_ids=tokens["input_ids"], attention_mask=both_ways, use_cache=False
+            input_ids=tokens["input_ids"], attention_mask=bidirectional, use_cache=False
         ).last_hidden_state
         own = tokens["own"].unsqueeze(-1)
         mean = states.float().mul(own).sum(1) / own.sum(1)  # [n, width]
-        return self.model["adapter"](mean.to(self.dtype))
+        features: torch.Tensor = self.model["adapter"](mean.to(self.dtype))
+        return features
 
 
 class Adapter(nn.Module):
-    """From the language model's mean state `[n, width]` to the space of the images `[n, D]`."""
+    """Map the language model's mean state `[n, width]` to the space of the images `[n, D]`."""
 
-    def __init__(self, width: int, dimension: int, expanded: list[int], bias: bool) -> None:
+    def __init__(self, width: int, dimension: int, block_widths: list[int], bias: bool) -> None:
         super().__init__()
         self.width = width
-        blocks = [Block(width, inner) for inner in expanded]
+        blocks = [Block(width, block_width) for block_width in block_widths]
         last = nn.Linear(width, dimension, bias=bias)
         self.adaptor = nn.Sequential(*blocks, nn.LayerNorm(width), last)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.adaptor(nn.functional.normalize(states, dim=-1))
+        """Return features `[n, D]` of mean states `[n, width]`."""
+        features: torch.Tensor = self.adaptor(nn.functional.normalize(states, dim=-1))
+        return features
 
     @classmethod
     def from_weights(cls, weights: dict[str, torch.Tensor]) -> Adapter:
-        """Its shape is that of the weights."""
+        """Build the adapter in the shape of its weights and load them.
+
+        Raises:
+            ValueError: the weights hold no adapter.
+        """
         own = {k.removeprefix(ADAPTER): v for k, v in weights.items() if k.startswith(ADAPTER)}
-        inner = {int(k.split(".")[0]): len(v) for k, v in own.items() if k.endswith(".fn.0.weight")}
-        last = f"{len(inner) + 1}.weight"
-        if last not in own:
-            there = ", ".join(sorted({re.sub("[.].*", "", name) for name in weights}))
-            raise ValueError(f"expected an adapter in {ADAPTER}*, got {there}")
-        dimension, width = own[last].shape
-        bias = f"{len(inner) + 1}.bias" in own
-        made = cls(width, dimension, [inner[i] for i in sorted(inner)], bias)
-        made.adaptor.load_state_dict(own)
-        return made
+        block_widths = {
+            int(k.split(".")[0]): len(v) for k, v in own.items() if k.endswith(".fn.0.weight")
+        }
+        last = len(block_widths) + 1
+        if f"{last}.weight" not in own:
+            parts = ", ".join(sorted({re.sub("[.].*", "", name) for name in weights}))
+            raise ValueError(f"expected an adapter in {ADAPTER}*, got {parts}")
+        dimension, width = own[f"{last}.weight"].shape
+        in_order = [block_widths[number] for number in sorted(block_widths)]
+        adapter = cls(width, dimension, in_order, bias=f"{last}.bias" in own)
+        adapter.adaptor.load_state_dict(own)
+        return adapter
 
 
 class Block(nn.Module):
-    """`x + W2 gelu(W1 norm(x))`."""
+    """A residual block, `x + W2 gelu(W1 norm(x))`."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        # The third is the published model's dropout: it keeps the place in the weights' names.
-        steps = nn.Linear(width, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, width)
-        self.fn = nn.Sequential(*steps)
+        expand, contract = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
+        # The identity stands for the published model's dropout: weights are named by position.
+        self.fn = nn.Sequential(expand, nn.GELU(), nn.Identity(), contract)
         self.ln = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fn(self.ln(x))
+        """Return `[n, width]` of `[n, width]`."""
+        update: torch.Tensor = self.fn(self.ln(x))
+        return x + update
+
+
+def _tower(config: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Return the vision tower with its projection."""
+    tower = transformers().CLIPVisionModelWithProjection(config)
+    prefixes = ("vision_model.", "visual_projection.")
+    own = {k: v for k, v in weights.items() if k.startswith(prefixes) and "position_ids" not in k}
+    tower.load_state_dict(own)
+    return tower
+
+
+def _processor(folder: Path, image_size: int) -> Any:
+    """Load the directory's image processor, or CLIP's own: what is published has none."""
+    if any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return load_processor(folder)
+    crop = {"height": image_size, "width": image_size}
+    size = {"shortest_edge": image_size}
+    return transformers().CLIPImageProcessor(size=size, crop_size=crop)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError("expected *.safetensors; convert the weights (no pickle is loaded)")
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in files:
-        found |= load_file(file)
-    return found
+        weights |= load_file(file)
+    return weights

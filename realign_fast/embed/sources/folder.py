@@ -1,4 +1,4 @@
-"""Images as files: a folder and its subfolders; the paper's `dataset.json`."""
+"""Sources of image files: a folder with its subfolders, and the paper's `dataset.json`."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..choices import Content
 from ..decode import SUFFIXES
-from .base import Item, Source, natural
-
-MAX_CAPTION_BYTES = 1 << 20
+from .base import MAX_CAPTION_BYTES, Item, Source, natural
 
 
 class Folder(Source):
-    """Every image under a folder; the id is its path in it without the suffix.
+    """Every image below a folder; its id is its path in the folder without the suffix.
 
-    What is an image is told by the suffix; files with others are counted in `ignored`, hidden ones
-    are not looked at. For pairs the caption of `a/b.jpg` is `a/b.txt`.
+    The suffix tells which files are images. Files with other suffixes are counted in `ignored`,
+    hidden files are skipped. In pairs the caption of `a/b.jpg` is the text of `a/b.txt`.
     """
 
     def count(self, file: Path) -> int:
+        """Return the number of images below the folder `file`; sets `ignored`."""
         suffixes = Counter(_suffix(path) for path in _files(os.fspath(file)))
-        images = sum(suffixes.pop(one, 0) for one in SUFFIXES)
-        if self.kind == "pairs":
+        images = sum(suffixes.pop(suffix, 0) for suffix in SUFFIXES)
+        if self.content == "pairs":
             del suffixes["txt"]
         self.ignored = dict(sorted(suffixes.items()))
         return images
 
     def walk(self, file: Path) -> Iterator[Item]:
+        """Yield the images below the folder `file`."""
         for path in _files(os.fspath(file)):
             if _suffix(path) in SUFFIXES:
                 name = os.path.splitext(os.path.relpath(path, file))[0].replace(os.sep, "/")
-                caption, failure = _beside(path) if self.kind == "pairs" else (None, None)
+                caption, failure = _caption(path) if self.content == "pairs" else (None, None)
                 yield Item(name, path, None, caption, failure)
 
 
@@ -42,52 +43,64 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
-def _files(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Visible files in natural order, those of a folder before its subfolders; one listing at a
-    time is in memory. Links to folders are followed unless they lead back."""
-    above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as found:
-        entries = sorted((natural(e.name), e.path, e.is_dir()) for e in found if e.name[0] != ".")
+def _files(folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield visible files in natural order, those of a folder before those of its subfolders.
+
+    Memory holds one listing a level. Links to folders are followed unless they lead to a parent.
+    """
+    parents = (*parents, os.path.realpath(folder))
+    with os.scandir(folder) as listing:
+        entries = sorted((natural(e.name), e.path, e.is_dir()) for e in listing if e.name[0] != ".")
     yield from (path for _, path, is_folder in entries if not is_folder)
     for _, path, is_folder in entries:
-        if is_folder and os.path.realpath(path) not in above:
-            yield from _files(path, above)
+        if is_folder and os.path.realpath(path) not in parents:
+            yield from _files(path, parents)
 
 
-def _beside(path: str) -> tuple[str | None, str | None]:
-    """The caption in the `.txt` beside an image, or why there is none."""
-    name = os.path.splitext(path)[0] + ".txt"
+def _caption(image: str) -> tuple[str | None, str | None]:
+    """Return the text of the `.txt` file next to an image, or None and the reason."""
+    path = os.path.splitext(image)[0] + ".txt"
     try:
-        with open(name, "rb") as file:
+        with open(path, "rb") as file:
             return file.read(MAX_CAPTION_BYTES).decode("utf-8-sig").strip(), None
     except (OSError, UnicodeDecodeError) as error:
-        return None, f"no caption: {os.path.basename(name)}: {getattr(error, 'strerror', error)}"
+        return None, f"no caption: {os.path.basename(path)}: {getattr(error, 'strerror', error)}"
 
 
 class DatasetJson(Source):
-    """The paper's `{"images": [{"id", "image"}], "texts": [{"id", "text"}]}`, read whole.
+    """The paper's `{"images": [{"id", "image"}], "texts": [{"id", "text"}]}`, held in memory.
 
-    Image paths are relative to the folder of the file.
+    Paths of images are relative to the folder of the file.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
-        if kind == "pairs":
-            what = "has images and texts that are no pairs"
-            raise ValueError(f"{path}: {what}; give it to --images and to --texts")
-        self.reads_images = kind == "images"
-        side, self._key = ("images", "image") if self.reads_images else ("texts", "text")
-        self._entries = _entries(path, side)
-        super().__init__(path, [path], kind)
+    def __init__(self, path: Path, content: Content) -> None:
+        if content == "pairs":
+            raise ValueError(
+                f"{path}: its images and texts are no pairs; give it to --images and to --texts"
+            )
+        self.reads_images = content == "images"
+        self._key = "image" if self.reads_images else "text"
+        self._entries = _entries(path, content)
+        super().__init__(path, [path], content)
 
     def count(self, file: Path) -> int:
+        """Return the number of entries."""
         return len(self._entries)
 
     def walk(self, file: Path) -> Iterator[Item]:
+        """Yield an item for each entry.
+
+        Raises:
+            ValueError: an entry has no id, or no path or text.
+        """
         for number, entry in enumerate(self._entries):
             value = entry.get(self._key) if isinstance(entry, dict) else None
             if not isinstance(value, str) or not isinstance(entry.get("id"), str | int):
-                want = f"expected {{'id': ..., {self._key!r}: '...'}}"
-                raise ValueError(f"{file}: entry {number} of {self.kind!r}: {want}; write it so")
+                expected = f"{{'id': ..., {self._key!r}: '...'}}"
+                raise ValueError(
+                    f"{file}: entry {number} of {self.content!r} is not of the form {expected}; "
+                    "correct it"
+                )
             if self.reads_images:
                 yield Item(str(entry["id"]), os.path.join(file.parent, value))
             else:
@@ -95,12 +108,15 @@ class DatasetJson(Source):
 
 
 def _entries(path: Path, side: str) -> list[Any]:
+    content: object
     try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict) and isinstance(value.get(side), list):
-            return value[side]
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and isinstance(entries := content.get(side), list):
+            return entries
+        content = sorted(content) if isinstance(content, dict) else type(content).__name__
     except (ValueError, RecursionError) as error:
-        got = error
-    want = f'expected {{"images": [...], "texts": [...]}} with {side!r}'
-    raise ValueError(f"{path}: {want}, got {got}; write it as the paper does")
+        content = error
+    raise ValueError(
+        f'{path}: expected {{"images": [...], "texts": [...]}} with {side!r}, got {content}; '
+        "write it as the paper does"
+    )

@@ -1,6 +1,6 @@
 """WebDataset tars: a sample is the members of one key, its image and its caption among them.
 
-Walking reads headers and captions; images are read later, by their place in the file.
+A walk reads headers and captions; images are read later, by their position in the file.
 """
 
 from __future__ import annotations
@@ -12,42 +12,47 @@ from pathlib import Path
 from tarfile import TarInfo
 
 from ...corpus.formats.tar_members import opened, samples
+from ..choices import Content
 from ..decode import SUFFIXES
-from .base import Item, Source, read_at
+from .base import MAX_CAPTION_BYTES, Item, Source, read_at
 
-MAX_CAPTION_BYTES = 1 << 20
-JSON_KEYS = ("caption", "text")
+CAPTION_KEYS = ("caption", "text")
 
 
 class Tars(Source):
-    """Samples of `.tar` files. The id is the key; the caption is the `txt` member, else `caption`
-    or `text` of the `json` member."""
+    """Samples of `.tar` files. Their id is the key.
 
-    def __init__(self, path: Path, files: list[Path], kind: str) -> None:
-        self.reads_images = kind != "texts"
-        super().__init__(path, files, kind)
+    The caption is the `txt` member, or else `caption` or `text` of the `json` member.
+    """
+
+    def __init__(self, path: Path, files: list[Path], content: Content) -> None:
+        self.reads_images = content != "texts"
+        super().__init__(path, files, content)
 
     def count(self, file: Path) -> int:
+        """Return the number of samples in a tar."""
         with opened(file) as tar:
             return sum(1 for _ in samples(file, tar))
 
     def walk(self, file: Path) -> Iterator[Item]:
+        """Yield the samples of a tar; the position of an image is its offset and size."""
         with opened(file) as tar, open(file, "rb") as data:
             for key, members in samples(file, tar):
-                image = next((one for end, one in members.items() if end in SUFFIXES), None)
+                image = next((info for end, info in members.items() if end in SUFFIXES), None)
                 caption, failure = None, None
                 try:
                     caption = _caption(data.fileno(), members)
                 except ValueError as error:
                     failure = f"its caption cannot be read: {error}"
-                if self.kind == "images":
-                    failure = None  # the picture may still be good
+                if self.content == "images":
+                    failure = None  # the image may still be good
                 if self.reads_images and image is None:
                     failure = f"has no image member, only {', '.join(members)}"
                 at = image and (image.offset_data, image.size)
                 yield Item(key, str(file), at, caption, failure)
 
     def read(self, item: Item) -> bytes:
+        """Return the bytes of the image member."""
         return read_at(item.path, *item.at)
 
 
@@ -64,5 +69,5 @@ def _caption(file: int, members: dict[str, TarInfo]) -> str | None:
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
         if isinstance(value, dict):
-            return next((value[k] for k in JSON_KEYS if isinstance(value.get(k), str)), None)
+            return next((value[k] for k in CAPTION_KEYS if isinstance(value.get(k), str)), None)
     return None
