@@ -2,10 +2,10 @@
 
 The straightforward way (what a script after LLaVA's does): the whole list and every row in Python
 dicts, one sample built at a time, K copies of each row stacked and each of them projected. Ours:
-`revision.join`, `revision.data`, `ReVisionModel`. All train the same projector before the same
-frozen small language model (random Llama), from the same start, on the same batches; the error is
-that of the first loss, against the same model in float64. The ceiling is our step on batches that
-lie ready.
+`revision.preparation`, `revision.dataset`, `ReVisionModel`. All train the same projector before the
+same frozen small language model (random Llama), from the same start, on the same batches; the error
+is that of the first loss, against the same model in float64. The ceiling is our step on batches
+that lie ready.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import transformers
 from realign_fast.corpus import Corpus
 from realign_fast.revision.dataset import Collator
 from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.permutation_sampler import Shuffled
+from realign_fast.revision.permutation_sampler import PermutationSampler
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 from realign_fast.revision.templates import Plain
@@ -159,7 +159,7 @@ def all_in_memory(root: Path) -> tuple[list[dict], dict[str, list[float]]]:
 def straightforward_batches(root: Path, k: int, batch: int) -> Batches:
     entries, rows = all_in_memory(root)
     words = tokenizer()
-    order = list(Shuffled(len(entries), 0))
+    order = list(PermutationSampler(len(entries), 0))
     for begin in range(0, len(order) - batch, batch):
         ids, labels, images = [], [], []
         for place in order[begin : begin + batch]:
@@ -180,7 +180,7 @@ def our_batches(root: Path, k: int, batch: int) -> Batches:
     data = prepare(
         root / "list.jsonl", Corpus(root, "text"), Plain(tokenizer(), k), root / f"cache-{k}"
     )
-    options = {"sampler": Shuffled(len(data), 0), "collate_fn": Collator(0)}
+    options = {"sampler": PermutationSampler(len(data), 0), "collate_fn": Collator(0)}
     yield from torch.utils.data.DataLoader(data, batch, **options)
 
 

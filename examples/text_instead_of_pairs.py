@@ -168,7 +168,7 @@ def train(
     from realign_fast.revision import train as stages
 
     parts = {"pretrain": ("projector",), "finetune": ("projector", "lora")}[stage]
-    run = stages.Run(
+    config = stages.TrainingConfig(
         listed(work / f"{stage}.jsonl", data),
         rows,
         str(work / stage),
@@ -196,7 +196,7 @@ def train(
             "disable_tqdm": True,
         },
     )
-    getattr(stages, stage)(run)
+    getattr(stages, stage)(config)
     log = json.loads((work / stage / "trainer_state.json").read_text())["log_history"]
     return [(one["step"], one["eval_loss"]) for one in log if "eval_loss" in one]
 

@@ -1,49 +1,67 @@
-"""ReVision: a language model that sees, trained on text first (arXiv 2602.07026, section 5).
+"""ReVision: a language model that sees, trained mostly on text (arXiv 2602.07026, section 5).
 
-Stage 1, *modality substitution pretraining*: the aligned embedding of a caption stands for the
-image and the caption is the target; only a projector trains. Stage 2, *visual instruction tuning*:
-real image embeddings, conversations, loss on the answers. At inference the image embedding is used
-as it is. A thin layer on the Trainer of transformers: what Trainer, accelerate and PEFT do is not
-done again. Any causal language model, the rows of any CLIP-like encoder.
+Stage 1, *modality substitution pretraining*: the aligned embedding of a caption stands in for its
+image, the caption is the target, and only a projector is trained. Stage 2, *visual instruction
+tuning*: the embeddings of real images with conversations, and the loss is on the answers. At
+inference the embedding of an image is used unchanged. The package is a thin layer on the Trainer
+of transformers; it works with any causal language model and any CLIP-like encoder.
 
-    from realign_fast.revision import ReVisionModel, prepare, Collator, finetune, pretrain
+    from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
-`projector.py` rows to tokens; `model.py` the splice; `llava.py` the same rows for LLaVA-type
-models; `lists.py` the files of conversations; `ids.py` which row an id has; `templates.py`
-conversations as tokens and labels; `join.py` lists and rows joined by id; `data.py` batches of
-them; `train.py` both stages; `scores.py` and `evaluation.py` figures with intervals; `respond.py`
-captions and answers; `commands.py` the commands.
-transformers, accelerate and peft come with the extra `train` and load when first used.
+- `projector.py` turns embedding rows into visual tokens, `model.py` puts them into the input of a
+  language model, and `llava.py` does the same for LLaVA-type models of transformers.
+- `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
+  and `preparation.py` joins the two by id.
+- `templates.py` encodes conversations as tokens and labels, and `dataset.py` makes batches.
+- `train.py` runs both stages with `trainer.py`; `permutation_sampler.py` shuffles the samples.
+- `generation.py` writes captions and answers; `evaluation.py` and `text_scores.py` measure them.
+
+transformers, accelerate and peft are installed with the extra `train` and imported on first use.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_WHERE = {
+if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
+    from .dataset import Collator as Collator
+    from .evaluation import evaluate as evaluate
+    from .generation import caption_rows as caption_rows
+    from .llava import attach as attach
+    from .model import ReVisionModel as ReVisionModel
+    from .preparation import prepare as prepare
+    from .projector import Projector as Projector
+    from .projector import ReVisionConfig as ReVisionConfig
+    from .templates import Chat as Chat
+    from .templates import Plain as Plain
+    from .train import TrainingConfig as TrainingConfig
+    from .train import finetune as finetune
+    from .train import pretrain as pretrain
+
+_MODULES = {
+    "Chat": "templates",
+    "Collator": "dataset",
+    "Plain": "templates",
     "Projector": "projector",
     "ReVisionConfig": "projector",
     "ReVisionModel": "model",
+    "TrainingConfig": "train",
     "attach": "llava",
-    "Chat": "templates",
-    "Plain": "templates",
-    "Collator": "dataset",
+    "caption_rows": "generation",
+    "evaluate": "evaluation",
+    "finetune": "train",
     "prepare": "preparation",
     "pretrain": "train",
-    "finetune": "train",
-    "evaluate": "evaluation",
-    "caption_rows": "generation",
-    "caption_images": "generation",
 }
-__all__ = list(_WHERE)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Names load their module when they are first used."""
-    if name not in _WHERE:
+    """Load the module of a public name when the name is first used."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

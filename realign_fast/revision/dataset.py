@@ -1,7 +1,8 @@
-"""Samples for training: a prepared list and its rows, and the collator that makes batches of them.
+"""Samples for training: a prepared list with its embedding rows, and the collator of batches.
 
-`join.prepare` left three arrays on disk; they are mapped here, and single samples and rows are read
-at their places, so a process holds a batch and no more, however long the list or large the corpus.
+`preparation.prepare` wrote three arrays to disk. They are mapped here, and samples and rows are
+read one by one where they lie, so that a process holds one batch however long the list or large
+the corpus is.
 """
 
 from __future__ import annotations
@@ -10,125 +11,163 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from .conversation_files import Sample, read_entry, sample_of
-from .templates import IGNORED, Chat, Plain
+from .conversation_files import Sample, parse_sample, read_entry
+from .templates import IGNORED_LABEL, Template
 
 REPORT = "report.json"
+LIST_COPY = "list.jsonl"  # in the prepared folder, where the source had to be rewritten
+ARRAYS = ("spans", "starts", "rows")
+Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `image_rows` and `id`
 
 
-class Conversations(torch.utils.data.Dataset):
-    """Samples by number: `{"input_ids", "labels", "image_rows", "id"}`; made by `join.prepare`."""
+class Conversations(Dataset[Item]):
+    """A prepared list as a dataset; `preparation.prepare` makes it.
 
-    def __init__(self, folder: Path, source: Path, rows: Corpus, template: Plain | Chat) -> None:
+    An item is `{"input_ids": list of T ints, "labels": list of T ints, "image_rows": [images, D],
+    "id": str}`.
+    """
+
+    def __init__(self, folder: Path, source: Path, rows: Corpus, template: Template) -> None:
+        """Map the arrays in `folder`, which were made from the list `source` and `rows`."""
         self.folder, self.rows, self.template = folder, rows, template
-        self.report = json.loads((folder / REPORT).read_text())
-        self._spans, self._starts, self._places = (
+        self.report: dict[str, Any] = json.loads((folder / REPORT).read_text())
+        # Spans of samples, where their images begin in `_row_numbers`, rows of all images.
+        self._spans, self._starts, self._row_numbers = (
             np.asarray(np.memmap(folder / f"{name}.i64", np.int64, "r"))  # a view, still mapped
-            for name in ("spans", "starts", "rows")
+            for name in ARRAYS
         )
-        own = folder / "list.jsonl"
-        self.path = own if own.is_file() else source
-        self._file: tuple[int, int] | None = None  # the process that opened it, descriptor
+        copy = folder / LIST_COPY
+        self.path = copy if copy.is_file() else source
+        self._descriptor: int | None = None
+        self._opened_by = 0  # the process that opened it: a forked worker opens its own
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def sample(self, number: int) -> Sample:
-        begin, end = (int(one) for one in self._spans[2 * number : 2 * number + 2])
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = os.getpid(), os.open(self.path, os.O_RDONLY)
-        return sample_of(read_entry(self.path, self._file[1], begin, end), f"{self.path}: {begin}")
+    def sample(self, index: int) -> Sample:
+        """Read a sample from the list."""
+        start, end = self._spans[2 * index : 2 * index + 2].tolist()
+        if self._descriptor is None or self._opened_by != os.getpid():
+            self._descriptor, self._opened_by = os.open(self.path, os.O_RDONLY), os.getpid()
+        entry = read_entry(self.path, self._descriptor, start, end)
+        return parse_sample(entry, f"{self.path}: {start}")
 
-    def row_numbers(self, number: int) -> np.ndarray:
-        """Which rows of the corpus are the images of a sample, `[images]`."""
-        return self._places[int(self._starts[number]) : int(self._starts[number + 1])]
+    def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
+        """Read the embedding rows of several samples together: a list of `[images, D]`."""
+        numbers = [
+            self._row_numbers[int(self._starts[index]) : int(self._starts[index + 1])]
+            for index in indices
+        ]
+        counts = [len(images) for images in numbers]
+        return list(torch.split(self.rows.take(np.concatenate(numbers)), counts))
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.__getitems__([number])[0]
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """All samples of a batch: their rows are read together."""
-        places = [self.row_numbers(number) for number in numbers]
-        rows = self.rows.take(np.concatenate(places)).split([len(one) for one in places])
-        out = []
-        for number, own in zip(numbers, rows, strict=True):
-            sample = self.sample(number)
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        items = []
+        for index, rows in zip(indices, self.image_rows(indices), strict=True):
+            sample = self.sample(index)
             ids, labels = self.template.encode(sample)
-            out.append({"input_ids": ids, "labels": labels, "image_rows": own, "id": sample.name})
-        return out
+            items.append({"input_ids": ids, "labels": labels, "image_rows": rows, "id": sample.id})
+        return items
 
-    def split(self, held_out: int) -> tuple[Part, Part]:
-        """The rest and `held_out` samples spread evenly over the list."""
+    def split(self, held_out: int) -> tuple[Subset, Subset]:
+        """Split off `held_out` samples, spread evenly over the list.
+
+        Returns:
+            The other samples, and the held-out samples.
+
+        Raises:
+            ValueError: `held_out` is not between 1 and half of the samples.
+        """
         if not 0 < held_out <= len(self) // 2:
-            want = f"expected 1 to {len(self) // 2}, half of the samples"
-            raise ValueError(f"held out: got {held_out}, {want}")
-        return Part(self, held_out, False), Part(self, held_out, True)
+            raise ValueError(
+                f"held out: got {held_out}, expected 1 to {len(self) // 2}, half of the samples"
+            )
+        return Subset(self, held_out, False), Subset(self, held_out, True)
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) and self._file[0] == os.getpid():
-            os.close(self._file[1])
+        descriptor: int | None = getattr(self, "_descriptor", None)
+        if descriptor is not None and self._opened_by == os.getpid():
+            os.close(descriptor)
 
 
-class Part(torch.utils.data.Dataset):
-    """The held-out samples of a list, every `step`-th, or the others, by arithmetic alone."""
+class Subset(Dataset[Item]):
+    """The held-out samples of a list, every `step`-th, or all others; no list of them is kept."""
 
-    def __init__(self, whole: Conversations, count: int, held: bool) -> None:
-        self.whole, self.count, self.held = whole, count, held
-        self.step = len(whole) // count
+    def __init__(self, conversations: Conversations, count: int, held_out: bool) -> None:
+        """Take the `count` samples that are held out, or with `held_out=False` the others."""
+        self.conversations, self.count, self.held_out = conversations, count, held_out
+        self.step = len(conversations) // count
 
     def __len__(self) -> int:
-        return self.count if self.held else len(self.whole) - self.count
+        return self.count if self.held_out else len(self.conversations) - self.count
 
-    def number(self, place: int) -> int:
-        """The sample's number in the whole list."""
-        if not 0 <= place < len(self):
-            raise IndexError(f"sample {place} of {len(self)}")
-        if self.held:
-            return place * self.step
-        return place + min(place // (self.step - 1) + 1, self.count)
+    def index_in_list(self, index: int) -> int:
+        """Return the index in the full list of a sample of this subset."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if self.held_out:
+            return index * self.step
+        return index + min(index // (self.step - 1) + 1, self.count)
 
-    def sample(self, place: int) -> Sample:
-        return self.whole.sample(self.number(place))
+    def sample(self, index: int) -> Sample:
+        """Read a sample from the list."""
+        return self.conversations.sample(self.index_in_list(index))
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.whole[self.number(place)]
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        return self.whole.__getitems__([self.number(place) for place in places])
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        return self.conversations.__getitems__([self.index_in_list(index) for index in indices])
 
 
 class Collator:
-    """Samples -> `input_ids`, `attention_mask`, `labels` `[B, T]` and `image_rows` `[M, D]`.
+    """Make a batch of items: `input_ids`, `attention_mask`, `labels` and `image_rows`.
 
-    `aligner` moves raw text rows into the image distribution on the way; `side` is where short
-    samples are padded. Rows are float32.
+    The first three are `[B, T]`, padded to the longest item; `image_rows` `[M, D]`, float32, are
+    the images of the batch in order.
     """
 
-    def __init__(self, pad: int, aligner: ReAlign | None = None, side: str = "right") -> None:
+    def __init__(
+        self,
+        pad: int,
+        aligner: ReAlign | None = None,
+        side: Literal["left", "right"] = "right",
+    ) -> None:
+        """Pad with the token id `pad`.
+
+        Args:
+            pad: the token id of padding.
+            aligner: maps raw text rows into the distribution of the images in every batch.
+            side: where short items are padded.
+        """
         if side not in ("left", "right"):
             raise ValueError(f"Collator: side is {side!r}, expected 'left' or 'right'")
         self.pad, self.aligner, self.side = pad, aligner, side
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(one["input_ids"]) for one in samples)
-        ids = torch.full((len(samples), longest), self.pad)
-        labels = torch.full((len(samples), longest), IGNORED)
-        mask = torch.zeros(len(samples), longest, dtype=torch.long)
-        for number, one in enumerate(samples):
-            count = len(one["input_ids"])
-            where = slice(0, count) if self.side == "right" else slice(longest - count, None)
-            ids[number, where] = torch.tensor(one["input_ids"])
-            labels[number, where] = torch.tensor(one["labels"])
-            mask[number, where] = 1
-        rows = torch.cat([one["image_rows"] for one in samples]).float()
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        ids = torch.full((len(items), longest), self.pad)
+        labels = torch.full((len(items), longest), IGNORED_LABEL)
+        mask = torch.zeros(len(items), longest, dtype=torch.long)
+        for number, item in enumerate(items):
+            length = len(item["input_ids"])
+            columns = slice(0, length) if self.side == "right" else slice(longest - length, None)
+            ids[number, columns] = torch.tensor(item["input_ids"])
+            labels[number, columns] = torch.tensor(item["labels"])
+            mask[number, columns] = 1
+        rows = torch.cat([item["image_rows"] for item in items]).float()
         if self.aligner is not None and len(rows):
             rows = self.aligner(rows)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "image_rows": rows}

@@ -1,30 +1,33 @@
-"""How well a trained model says what is in an image, on held-out pairs of rows and texts.
+"""Measures of how well a trained model describes images, on held-out pairs of rows and texts.
 
-Loss of the right text a token; what of it the image takes away; choice of the right text among N by
-likelihood; generated texts against the right ones by exact match and CIDEr-D. Each with a 95%
-interval over the samples.
+They are the loss of the right text, the part of it that the image takes away, the choice of the
+right text among N by likelihood, and the agreement of generated texts with the right ones by exact
+match and CIDEr-D. Each comes with a 95% interval over the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ..align import ReAlign
 from .conversation_files import Sample
-from .dataset import Collator, Conversations
+from .dataset import Collator, Conversations, Item
 from .generation import respond
 from .model import ReVisionModel
-from .templates import IGNORED, Chat, Plain
+from .templates import IGNORED_LABEL, Template
 from .text_scores import cider, exact_match, interval
 
-Pair = tuple[int, str]  # a sample's place and a text
-Score = Callable[[Sequence[Pair]], np.ndarray]
-FIRST = 8  # wrong texts of the first round of a choice; each round asks twice as many
+Pair = tuple[int, str]  # the index of a sample, and a text
+Figure = dict[str, float]  # `value`, `low` and `high`
+Vector = NDArray[np.float64]
+_FIRST_ROUND = 8  # wrong texts in the first round of a choice; each round scores twice as many
+_EXAMPLES = 5  # generated texts that are reported
 
 
 def evaluate(
@@ -39,190 +42,238 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures of a model in eval mode on prepared samples (`join.prepare`).
+    """Measure a model in eval mode on prepared samples (`preparation.prepare`).
 
     Args:
-        aligner: moves the rows first, where they are raw text rows.
-        choices: N of the choice; texts of other samples, drawn by `seed`, are the wrong ones.
-            Likelihoods are means over a text's tokens, or short texts would win. 0: left out.
-            Some texts are likelier than others beside any image, which hides what a weak model
-            sees: `choice_by_gain` takes off the likelihood beside the mean of all rows first.
-        limit: samples, spread over the list; None: all.
+        model: the model.
+        data: the samples.
+        aligner: maps the rows first, where they are raw text rows.
+        choices: the number N of texts to choose from; 0 leaves the choice out. The wrong ones are
+            texts of other samples, drawn by `seed`. Likelihoods are means over the tokens of a
+            text, or short texts would win. Some texts are likelier than others with any image,
+            which hides what a weak model sees; `choice_by_gain` first subtracts the likelihood
+            with the mean of all rows as the image.
+        limit: the number of samples, spread over the list; None takes all.
         batch: sequences at a time.
+        generate: also generate texts and compare them with the right ones.
+        max_new_tokens: the longest generated text, in tokens.
+        seed: chooses wrong texts and images.
 
     Returns:
-        `loss` (of a token of the last answer), `gain` (how much lower the loss is than beside
-        another sample's image, nats: 0 of a model that does not look; left out without images),
-        `choice`, `choice_by_gain`, `exact_match` and `cider`, each with `value`, `low` and `high`
-        (95%, bootstrap over samples), and what they were measured on.
+        `loss`, nats a token of the last answer; `gain`, by how many nats it is lower than with the
+        image of another sample, which is 0 for a model that ignores images and left out for
+        samples without any; `choice`, `choice_by_gain`, `exact_match` and `cider`; each with
+        `value`, `low` and `high` (95%, bootstrap over samples). Also `samples` and `tokens`, the
+        numbers that were measured on, and a few `examples` of generated texts.
+
+    Raises:
+        ValueError: there are fewer different texts than `choices`.
     """
     count = len(data) if limit is None else min(limit, len(data))
-    numbers = [place * len(data) // count for place in range(count)]
-    template, samples = data.template, [data.sample(number) for number in numbers]
-    rows = [own.float() for own in _rows(data, numbers)]
+    indices = [number * len(data) // count for number in range(count)]
+    samples = [data.sample(index) for index in indices]
+    rows = [images.float() for images in data.image_rows(indices)]
     if aligner is not None:
-        rows = [aligner(own) if len(own) else own for own in rows]
-    truth = [template.expected(one) for one in samples]
-    judge = Judge(model, template, samples, rows, batch)
-    sums, tokens = judge.sums(list(enumerate(truth)))
-    found: dict[str, Any] = {"samples": count, "tokens": int(tokens.sum())}
-    found["loss"] = interval(-sums / tokens, tokens)
-    if gain := _gain(judge, truth, sums, tokens, seed):
-        found["gain"] = gain
-    if choices:
-        found["choice"] = _choice(judge.likelihood, truth, choices, seed)
-        if gain:
-            found["choice_by_gain"] = _choice(judge.gain, truth, choices, seed)
+        rows = [aligner(images) if len(images) else images for images in rows]
+    scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
+    figures = _likelihood_figures(scorer, choices, seed)
     if generate:
         texts = []
-        for begin in range(0, count, batch):
-            part = slice(begin, begin + batch)
+        for start in range(0, count, batch):
+            chunk = slice(start, start + batch)
             texts += respond(
-                model, template, samples[part], rows[part], max_new_tokens=max_new_tokens
+                model, data.template, samples[chunk], rows[chunk], max_new_tokens=max_new_tokens
             )
-        references = [[one] for one in truth]
-        found["exact_match"] = interval(exact_match(texts, references))
-        found["cider"] = interval(cider(texts, references))
-        found["examples"] = [
-            {"id": one.name, "expected": right, "generated": text}
-            for one, right, text in list(zip(samples, truth, texts, strict=True))[:5]
-        ]
-    return found
+        figures |= _generation_figures(samples, scorer.references, texts)
+    return figures
 
 
-def _rows(data: Conversations, numbers: Sequence[int]) -> Sequence[torch.Tensor]:
-    places = [data.row_numbers(number) for number in numbers]
-    return data.rows.take(np.concatenate(places)).split([len(one) for one in places])
+def _likelihood_figures(scorer: LikelihoodScorer, choices: int, seed: int) -> dict[str, Any]:
+    """Return the figures that need no generated text."""
+    sums, tokens = scorer.sums(list(enumerate(scorer.references)))
+    figures: dict[str, Any] = {"samples": len(tokens), "tokens": int(tokens.sum())}
+    figures["loss"] = interval(-sums / tokens, tokens)
+    if gain := _gain(scorer, sums, tokens, seed):
+        figures["gain"] = gain
+    if choices:
+        figures["choice"] = _choice(scorer.likelihoods, scorer.references, choices, seed)
+        if gain:
+            figures["choice_by_gain"] = _choice(scorer.gains, scorer.references, choices, seed)
+    return figures
 
 
-class Judge:
-    """How likely texts are for samples, beside their own images or others; asks nothing twice."""
+def _generation_figures(
+    samples: Sequence[Sample], references: Sequence[str], texts: Sequence[str]
+) -> dict[str, Any]:
+    """Return the figures of generated texts, and the first of them as examples."""
+    own_references = [[reference] for reference in references]
+    triples = list(zip(samples, references, texts, strict=True))[:_EXAMPLES]
+    return {
+        "exact_match": interval(exact_match(texts, own_references)),
+        "cider": interval(cider(texts, own_references)),
+        "examples": [
+            {"id": sample.id, "expected": reference, "generated": text}
+            for sample, reference, text in triples
+        ],
+    }
+
+
+class LikelihoodScorer:
+    """The likelihoods of texts for samples, with their own images or others, each computed once."""
 
     def __init__(
         self,
         model: ReVisionModel,
-        template: Plain | Chat,
+        template: Template,
         samples: Sequence[Sample],
-        rows: Sequence[torch.Tensor],
+        rows: Sequence[Tensor],
         batch: int,
     ) -> None:
-        self.samples, self.rows, self.template = samples, rows, template
-        self._likelihoods = partial(_likelihoods, model, template, batch=batch)
-        self._known: dict[Any, tuple[float, float]] = {}
-        self._mean = torch.cat(list(rows)).mean(0)
+        """Score with a model in eval mode.
+
+        Args:
+            model: the model.
+            template: the template that the model was trained on.
+            samples: the prompts.
+            rows: the images of each sample, `[images, D]`.
+            batch: sequences at a time.
+        """
+        self.model, self.template, self.batch = model, template, batch
+        self.samples, self.rows = samples, rows
+        self.references = [template.reference(sample) for sample in samples]
+        self._known: dict[Hashable, tuple[float, float]] = {}
+        self._mean_row = torch.cat(list(rows)).mean(0)
 
     def sums(
-        self, asked: Sequence[Pair], images: Sequence[int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods and tokens [n] of texts beside their samples' images, or `images`'."""
-        images = [at for at, _ in asked] if images is None else images
-        keys = [(*pair, image) for pair, image in zip(asked, images, strict=True)]
-        return self._kept(asked, keys, [self.rows[at] for at in images])
+        self, pairs: Sequence[Pair], images: Sequence[int] | None = None
+    ) -> tuple[Vector, Vector]:
+        """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each.
 
-    def likelihood(self, asked: Sequence[Pair]) -> np.ndarray:
-        """Mean log-likelihood [n] of a text's tokens beside the images of its sample."""
-        sums, tokens = self.sums(asked)
+        `images` are the samples whose images are shown; by default every text is scored with the
+        images of its own sample.
+        """
+        images = [sample for sample, _ in pairs] if images is None else images
+        keys = [(*pair, int(image)) for pair, image in zip(pairs, images, strict=True)]
+        return self._score(pairs, keys, [self.rows[image] for image in images])
+
+    def likelihoods(self, pairs: Sequence[Pair]) -> Vector:
+        """Return the mean log-likelihood of the tokens of each text, `[n]`."""
+        sums, tokens = self.sums(pairs)
         return sums / tokens
 
-    def gain(self, asked: Sequence[Pair]) -> np.ndarray:
-        """`likelihood` less that beside the mean row: what a text owes to these very images."""
-        keys = [(tuple(self.template.question(self.samples[at])), text) for at, text in asked]
-        sums, tokens = self._kept(
-            asked, keys, [self._mean.expand_as(self.rows[at]) for at, _ in asked]
-        )
-        return self.likelihood(asked) - sums / tokens
+    def gains(self, pairs: Sequence[Pair]) -> Vector:
+        """Return `likelihoods` minus those with the mean row: what the images add to each text."""
+        keys = [(tuple(self.template.sample_prompt(self.samples[sample])), text)
+                for sample, text in pairs]  # fmt: skip
+        mean_rows = [self._mean_row.expand_as(self.rows[sample]) for sample, _ in pairs]
+        sums, tokens = self._score(pairs, keys, mean_rows)
+        return self.likelihoods(pairs) - sums / tokens
 
-    def _kept(
-        self, asked: Sequence[Pair], keys: Sequence[Any], rows: Sequence[torch.Tensor]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of texts beside `rows`: what `keys` know already, and the rest asked now."""
+    def _score(
+        self, pairs: Sequence[Pair], keys: Sequence[Hashable], rows: Sequence[Tensor]
+    ) -> tuple[Vector, Vector]:
+        """Return `sums` of texts with `rows`; a key that was scored before is not scored again."""
         new = {
-            key: (self.samples[at], text, own)
-            for key, (at, text), own in zip(keys, asked, rows, strict=True)
+            key: self._encode(self.samples[sample], text, images)
+            for key, (sample, text), images in zip(keys, pairs, rows, strict=True)
             if key not in self._known
         }
-        found = self._likelihoods(list(new.values()))
-        self._known |= dict(zip(new, zip(*found, strict=True), strict=True))
+        scores = _log_likelihoods(self.model, list(new.values()), self.batch)
+        self._known |= dict(zip(new, zip(*scores, strict=True), strict=True))
         sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
         return sums, tokens
 
+    def _encode(self, sample: Sample, text: str, images: Tensor) -> Item:
+        """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
+        ids, labels = self.template.encode(self.template.with_answer(sample, text))
+        prompt = len(self.template.sample_prompt(sample))
+        labels = [IGNORED_LABEL] * prompt + labels[prompt:]
+        return {"input_ids": ids, "labels": labels, "image_rows": images}
 
-def _gain(
-    judge: Judge, truth: Sequence[str], right: np.ndarray, tokens: np.ndarray, seed: int
-) -> dict[str, float] | None:
-    """Loss beside another sample's images (as many) less that beside the own, and its interval.
 
-    An estimate of the pointwise mutual information of images and text under the model, a token.
-    None where no two samples have as many images.
+def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: int) -> Figure | None:
+    """Return the loss with the images of another sample minus that with a sample's own.
+
+    Samples are exchanged with those of as many images; None if there are no two of them. It
+    estimates the pointwise mutual information of images and text under the model, a token.
     """
-    images, other = [len(own) for own in judge.rows], np.arange(len(truth))
-    for count in sorted(set(images) - {0}):
-        group = np.random.default_rng(seed).permutation(np.flatnonzero(np.equal(images, count)))
-        other[group] = np.roll(group, 1)
-    swapped = other != np.arange(len(truth))
-    if not swapped.any():
+    image_counts, own = [len(images) for images in scorer.rows], np.arange(len(scorer.rows))
+    exchanged = own.copy()
+    for count in sorted(set(image_counts) - {0}):
+        group = np.flatnonzero(np.equal(image_counts, count))
+        group = np.random.default_rng(seed).permutation(group)
+        exchanged[group] = np.roll(group, 1)
+    differs = exchanged != own
+    if not differs.any():
         return None
-    wrong, _ = judge.sums(list(enumerate(truth)), other)
-    return interval(((right - wrong) / tokens)[swapped], tokens[swapped])
+    wrong_sums, _ = scorer.sums(list(enumerate(scorer.references)), exchanged.tolist())
+    return interval(((right_sums - wrong_sums) / tokens)[differs], tokens[differs])
 
 
-def _choice(score: Score, truth: Sequence[str], choices: int, seed: int) -> dict[str, float]:
-    """How often the right text has the highest score of `choices`, a tie counted by its share.
+def _choice(
+    score: Callable[[Sequence[Pair]], Vector], references: Sequence[str], choices: int, seed: int
+) -> Figure:
+    """Return how often the right text has the highest score; a tie counts for its share.
 
-    One higher wrong text decides a sample, so the wrong ones are asked a few at a time, the highest
-    beside their own images first, and those left of a decided sample never.
+    One higher wrong text decides a sample. So the wrong texts are scored a few at a time, those
+    that score highest with their own images first, and a decided sample is left alone.
     """
-    right = score(list(enumerate(truth)))
-    random, texts = np.random.default_rng(seed), sorted(set(truth))
-    if choices < 2 or len(texts) < choices:
-        got = f"{len(texts)} different texts"
-        want = f"expected 2 to {len(texts)}, or 0 for no choice; lower it, or take more samples"
-        raise ValueError(f"evaluate: {got} for a choice of {choices}, {want}")
-    own = dict(zip(truth, right, strict=True))
-    asked = []
-    for mine in truth:
-        others = [texts[one] for one in random.permutation(len(texts))[:choices]]
-        others = [one for one in others if one != mine][: choices - 1]
-        asked.append(sorted(others, key=own.__getitem__, reverse=True))
-    beaten, ties = np.zeros(len(truth), bool), np.zeros(len(truth), int)
-    begin, count = 0, FIRST
-    while begin < choices - 1 and not beaten.all():
-        open_ = [(at, text) for at in np.flatnonzero(~beaten)
-                 for text in asked[at][begin : begin + count]]  # fmt: skip
-        for (at, _), value in zip(open_, score(open_), strict=True):
-            beaten[at] |= value > right[at]
-            ties[at] += value == right[at]
-        begin, count = begin + count, 2 * count
+    right = score(list(enumerate(references)))
+    wrong_texts = _draw_wrong_texts(references, choices, seed)
+    own_scores = dict(zip(references, right, strict=True))
+    for texts in wrong_texts:
+        texts.sort(key=own_scores.__getitem__, reverse=True)
+    beaten, ties = np.zeros(len(references), bool), np.zeros(len(references), int)
+    start, count = 0, _FIRST_ROUND
+    while start < choices - 1 and not beaten.all():
+        pairs = [
+            (sample, text)
+            for sample in np.flatnonzero(~beaten).tolist()
+            for text in wrong_texts[sample][start : start + count]
+        ]
+        for (sample, _), value in zip(pairs, score(pairs), strict=True):
+            beaten[sample] |= value > right[sample]
+            ties[sample] += value == right[sample]
+        start, count = start + count, 2 * count
     return interval(~beaten / (1 + ties)) | {"of": choices, "chance": 1 / choices}
 
 
-@torch.no_grad()
-def _likelihoods(
-    model: ReVisionModel,
-    template: Plain | Chat,
-    asked: Sequence[tuple[Sample, str, torch.Tensor]],
-    batch: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihood and number of tokens of each text after its sample's prompt, `[n]` each.
+def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> list[list[str]]:
+    """Draw `choices - 1` different texts of other samples for each sample."""
+    random, texts = np.random.default_rng(seed), sorted(set(references))
+    if choices < 2 or len(texts) < choices:
+        raise ValueError(
+            f"evaluate: {len(texts)} different texts for a choice of {choices}, expected 2 to "
+            f"{len(texts)}, or 0 for no choice; lower it, or take more samples"
+        )
+    wrong_texts = []
+    for reference in references:
+        drawn = [texts[index] for index in random.permutation(len(texts))[:choices]]
+        wrong_texts.append([text for text in drawn if text != reference][: choices - 1])
+    return wrong_texts
 
-    Texts of like length run together, so that little is padded.
+
+@torch.no_grad()
+def _log_likelihoods(
+    model: ReVisionModel, items: Sequence[Item], batch: int
+) -> tuple[Vector, Vector]:
+    """Return the log-likelihood and the number of the labelled tokens of each item, `[n]` each.
+
+    Items of similar length run together, so that there is little padding.
     """
-    items: list[dict[str, Any]] = []
-    for sample, text, rows in asked:
-        ids, labels = template.encode(template.answered(sample, text))
-        prompt = len(template.question(sample))
-        labels = [IGNORED] * prompt + labels[prompt:]
-        items.append({"input_ids": ids, "labels": labels, "image_rows": rows})
-    order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
+    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
     sums, tokens = np.zeros(len(items)), np.zeros(len(items))
-    for begin in range(0, len(order), batch):
-        places = order[begin : begin + batch]
-        inputs = Collator(0)([items[at] for at in places])
-        inputs = {name: one.to(model.device) for name, one in inputs.items()}
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        inputs = Collator(0)([items[index] for index in indices])
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         labels = inputs.pop("labels")[:, 1:]
-        meant = labels != IGNORED
-        logits = model(**inputs).logits[:, :-1][meant].float()
+        labelled = labels != IGNORED_LABEL
+        logits = model(**inputs).logits[:, :-1][labelled].float()
         losses = torch.zeros(labels.shape, device=labels.device)
-        losses[meant] = torch.nn.functional.cross_entropy(logits, labels[meant], reduction="none")
-        sums[places], tokens[places] = -losses.sum(1).cpu().numpy(), meant.sum(1).cpu().numpy()
+        losses[labelled] = torch.nn.functional.cross_entropy(
+            logits, labels[labelled], reduction="none"
+        )
+        sums[indices] = -losses.sum(1).cpu().numpy()
+        tokens[indices] = labelled.sum(1).cpu().numpy()
     return sums, tokens

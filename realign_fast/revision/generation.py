@@ -1,33 +1,24 @@
-"""Captions and answers: a trained model on rows, and on pictures through an encoder.
+"""Captions and answers of a trained model, generated from embedding rows.
 
-An encoder is anything with `embed_images(list of PIL images) -> rows [N, D]`, the one that the
-model's rows came from. At inference the image embedding is used as it is (arXiv 2602.07026,
-section 5): nothing is aligned.
+At inference the embedding of an image is used unchanged (arXiv 2602.07026, section 5): nothing is
+aligned. Rows come from a corpus, or from pictures through the encoder that the model was trained
+on, `encoder.embed_images(images)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .conversation_files import MARK, Sample
+from .conversation_files import IMAGE_MARK, Sample
 from .dataset import Collator
 from .model import ReVisionModel, transformers
 from .projector import read_config
-from .templates import Chat, Plain
-
-ASK = "Describe the image."
-
-
-class ImageEncoder(Protocol):
-    """What turns pictures into rows."""
-
-    def embed_images(self, images: list[Any]) -> Tensor:
-        """`[N, D]` rows of N PIL images."""
+from .templates import DEFAULT_QUESTION, TEMPLATES, Template
 
 
 def open_model(
@@ -35,65 +26,87 @@ def open_model(
     language_model: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
-) -> tuple[ReVisionModel, Plain | Chat]:
-    """A saved model in eval mode, and the template it was last trained on."""
+) -> tuple[ReVisionModel, Template]:
+    """Load a saved model in eval mode, and the template of its last training.
+
+    Args:
+        directory: a directory that `pretrain` or `finetune` wrote.
+        language_model: where the language model is now, if it was moved.
+        dtype: the dtype of the language model.
+        device: a device of torch; by default CUDA if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `ReVisionModel.from_pretrained`.
+    """
     config = read_config(Path(directory))
     model = ReVisionModel.from_pretrained(directory, language_model, dtype)
     tokenizer = transformers().AutoTokenizer.from_pretrained(directory)
-    kind = {"plain": Plain, "chat": Chat}[config.template]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), kind(tokenizer, config.visual_tokens)
+    return model.to(device), TEMPLATES[config.template](tokenizer, config.visual_tokens)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return the token id to pad with: that of the tokenizer, or 0 if it has none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def respond(
     model: ReVisionModel,
-    template: Plain | Chat,
+    template: Template,
     samples: Sequence[Sample],
     rows: Sequence[Tensor],
-    **options: Any,
+    *,
+    max_new_tokens: int = 64,
+    **generation: Any,
 ) -> list[str]:
-    """A text for each sample: its caption (`Plain`), or its last answer anew (`Chat`).
+    """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
-    `rows` are the images of each sample, [images, D]; `options` go to `generate`, which is greedy
-    unless they say otherwise.
+    Args:
+        model: a model in eval mode.
+        template: the template that the model was trained on.
+        samples: the prompts.
+        rows: the images of each sample, `[images, D]`.
+        max_new_tokens: the longest text, in tokens.
+        generation: further options of `generate` of transformers; by default it is greedy.
     """
-    tokenizer = template.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = pad_id(template.tokenizer)
     items = [
-        {"input_ids": (ids := template.question(sample)), "labels": ids, "image_rows": own}
-        for sample, own in zip(samples, rows, strict=True)
+        {"input_ids": (ids := template.sample_prompt(sample)), "labels": ids, "image_rows": images}
+        for sample, images in zip(samples, rows, strict=True)
     ]
     batch = Collator(pad, side="left")(items)
     del batch["labels"]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    options = {"do_sample": False, "use_cache": True, "max_new_tokens": 64} | options
-    options.setdefault("pad_token_id", pad)
-    options.setdefault("eos_token_id", template.ends)
-    new = model.generate(**batch, **options)
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    defaults: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
+    defaults |= {"eos_token_id": template.end_ids}
+    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **(defaults | generation))
+    texts = template.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def caption_rows(
     model: ReVisionModel,
-    template: Plain | Chat,
+    template: Template,
     rows: Iterable[Tensor],
-    ask: str = ASK,
-    **options: Any,
+    ask: str = DEFAULT_QUESTION,
+    *,
+    max_new_tokens: int = 64,
+    **generation: Any,
 ) -> Iterator[str]:
-    """A caption for every row of batches `[n, D]` (a `Corpus` gives them: `.batches()`)."""
-    sample = Sample("", [""], None, [("user", f"{MARK}\n{ask}"), ("assistant", "")])
+    """Yield a caption for every row of batches `[n, D]`.
+
+    Args:
+        model: a model in eval mode.
+        template: the template that the model was trained on.
+        rows: batches of rows, such as `batch.rows` of `Corpus.batches()`.
+        ask: the question, for a model that was trained on conversations.
+        max_new_tokens: the longest caption, in tokens.
+        generation: further options of `generate` of transformers; by default it is greedy.
+    """
+    sample = Sample("", [""], None, [("user", f"{IMAGE_MARK}\n{ask}"), ("assistant", "")])
     for batch in rows:
-        yield from respond(model, template, [sample] * len(batch), list(batch[:, None]), **options)
-
-
-def caption_images(
-    model: ReVisionModel,
-    template: Plain | Chat,
-    images: list[Any],
-    encoder: ImageEncoder,
-    ask: str = ASK,
-    **options: Any,
-) -> list[str]:
-    """Captions of PIL images; the encoder must be the one that the model's rows came from."""
-    rows = torch.as_tensor(encoder.embed_images(images))
-    return list(caption_rows(model, template, [rows], ask, **options))
+        images = list(batch[:, None])
+        samples = [sample] * len(batch)
+        yield from respond(
+            model, template, samples, images, max_new_tokens=max_new_tokens, **generation
+        )

@@ -1,160 +1,215 @@
-"""Which row of a corpus has an id: an index on disk, so that no process holds the ids.
+"""An index on disk from the ids of a corpus to its rows, so that no process holds the ids.
 
-Where the ids are: in the shards themselves (column `id` of parquet, Arrow and datasets, key `id` of
-pickled lists, tensor `id` of safetensors, the key of a tar sample), or in a clip-retrieval root's
-`metadata/`, whose files are row-aligned with the shards of the same number. An aligned copy
-has no metadata of its own: name its source's with `ids=`. `ids="row"`: the number of the row.
+Ids are read from the shards themselves (column `id` of parquet, Arrow and datasets, key `id` of
+pickled lists, tensor `id` of safetensors, the key of a tar sample), or from the `metadata/` of a
+clip-retrieval root, whose files are row-aligned with the shards of the same number. An aligned
+copy of a corpus has no metadata of its own: name the root of its source with `ids=`. With
+`ids="row"`, the number of a row is its id.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..corpus.corpus import Corpus
+from ..corpus.format_registry import AnyShard
 from ..corpus.formats.arrow_columns import decoded, pyarrow
 from ..storage.atomic import replaced
-from ..storage.paths import explained
+from ..storage.paths import StoragePath, explained, storage_path
 
-COLUMNS = ("id", "key", "__key__")
-_MANY = 10_000
+ID_COLUMNS = ("id", "key", "__key__")
+_BLOCK_IDS = 10_000  # ids inserted at a time
+_CACHE_VERSION = 2
+
+IdBlocks = Iterator[list[str]]
+IdSource = str | os.PathLike[str] | None  # a root or its metadata/, "row", or None for the corpus
 
 
 class IdIndex:
-    """`index.row(id)`: the corpus row, or None. Opened from a file that `build` wrote."""
+    """The rows of a corpus by id, read from a file that `build_index` wrote."""
 
-    def __init__(self, path: Path | None, rows: int) -> None:
-        self._rows = rows
-        self._data = None
+    def __init__(self, path: Path | None, num_rows: int) -> None:
+        """Open the index at `path`; with None, ids are the row numbers 0 to `num_rows` - 1."""
+        self._num_rows = num_rows
+        self._database: sqlite3.Connection | None = None
         if path is not None:
-            self._data = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+            self._database = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
 
-    def row(self, name: str) -> int | None:
-        if self._data is None:  # ids="row"
-            number = int(name) if name.isdecimal() else -1
-            return number if 0 <= number < self._rows else None
-        found = self._data.execute("SELECT row FROM ids WHERE id = ?", (name,)).fetchone()
-        return found[0] if found else None
+    def row(self, sample_id: str) -> int | None:
+        """Return the number of the row with this id in the corpus, or None if there is none."""
+        if self._database is None:
+            number = int(sample_id) if sample_id.isdecimal() else -1
+            return number if 0 <= number < self._num_rows else None
+        query = "SELECT row FROM ids WHERE id = ?"
+        match = self._database.execute(query, (sample_id,)).fetchone()
+        return match[0] if match else None
 
     def close(self) -> None:
-        if self._data is not None:
-            self._data.close()
+        """Close the file of the index."""
+        if self._database is not None:
+            self._database.close()
 
 
-def build(corpus: Corpus, ids: str | os.PathLike[str] | None, path: Path) -> None:
-    """Write the index of `corpus` at `path`, whole or not at all.
+def open_index(corpus: Corpus, ids: IdSource, cache: Path) -> IdIndex:
+    """Open the index of `corpus` in the folder `cache`; it is built if it is not there.
 
-    ValueError: no ids to be found, another number of them than rows, or one that stands twice.
+    Raises:
+        ValueError: as in `build_index`.
     """
-    with replaced(path) as partial, closing(sqlite3.connect(partial)) as data:
-        data.execute("PRAGMA journal_mode = OFF")
-        data.execute("PRAGMA synchronous = OFF")
-        data.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
-        for number, shard in enumerate(corpus.shards):
-            start, count = int(corpus.starts[number]), 0
-            source, names = _ids_of(corpus, shard, ids)
-            for some in names:
-                rows = range(start + count, start + count + len(some))
-                data.executemany("INSERT INTO ids VALUES (?, ?)", zip(some, rows, strict=True))
-                count += len(some)
-            if count != shard.num_rows:
-                want = f"{shard.path} has {shard.num_rows} rows; they must be row-aligned"
-                raise ValueError(f"{source}: has {count} ids, {want}")
-        data.commit()
-        _make_unique(corpus, data)
+    if ids == "row":
+        return IdIndex(None, corpus.num_rows)
+    path = cache / f"ids-{cache_key(id_inputs(corpus, ids))}.sqlite"
+    if not path.is_file():
+        build_index(corpus, ids, path)
+    return IdIndex(path, corpus.num_rows)
 
 
-def id_files(corpus: Corpus, ids: str | os.PathLike[str] | None) -> list[Path]:
-    """The metadata files that ids are read from; none where the shards hold them."""
-    folder = _metadata(corpus, ids)
-    return sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
+def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
+    """Write the index of `corpus` to `path`; the file appears complete or not at all.
+
+    Raises:
+        ValueError: there are no ids, their number is not that of the rows, or an id is not unique.
+    """
+    with replaced(path) as partial, closing(sqlite3.connect(partial)) as database:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
+        for shard, start in zip(corpus.shards, corpus.starts.tolist(), strict=False):
+            _insert_shard(database, corpus, shard, start, ids)
+        database.commit()
+        _make_unique(corpus, database)
 
 
-def _metadata(corpus: Corpus, ids: str | os.PathLike[str] | None) -> Path:
-    root = corpus.path if ids is None else Path(ids)
+def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
+    """Return the shards of `corpus` and the metadata files that its ids may be read from."""
+    folder = _metadata_folder(corpus, ids)
+    files = [path for path in _listed(folder) if path.is_file()] if folder.is_dir() else []
+    return [*(shard.path for shard in corpus.shards), *files]
+
+
+def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
+    """Return a hash that changes with the settings, and with the name, size or time of a file."""
+    stamps = [(str(path.resolve()), *path.stamp()) for path in paths]
+    text = json.dumps([[_CACHE_VERSION, *settings], stamps])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _insert_shard(
+    database: sqlite3.Connection, corpus: Corpus, shard: AnyShard, start: int, ids: IdSource
+) -> None:
+    """Insert the ids of a shard, whose first row is row `start` of the corpus."""
+    source, blocks = _ids_of(corpus, shard, ids)
+    count = 0
+    for block in blocks:
+        rows = range(start + count, start + count + len(block))
+        database.executemany("INSERT INTO ids VALUES (?, ?)", zip(block, rows, strict=True))
+        count += len(block)
+    if count != shard.num_rows:
+        raise ValueError(
+            f"{source}: has {count} ids, {shard.path} has {shard.num_rows} rows; "
+            "they must be row-aligned"
+        )
+
+
+def _make_unique(corpus: Corpus, database: sqlite3.Connection) -> None:
+    """Index the ids, which SQLite sorts on disk whatever their number."""
+    try:
+        database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
+        database.commit()
+    except sqlite3.IntegrityError as error:
+        database.execute("CREATE INDEX by_id ON ids (id)")
+        query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
+        sample_id, first, last = database.execute(query).fetchone()
+        raise ValueError(
+            f"{corpus.path}: rows {first} and {last} have the same id {sample_id!r}; "
+            "give every row an id of its own"
+        ) from error
+
+
+def _metadata_folder(corpus: Corpus, ids: IdSource) -> StoragePath:
+    root = corpus.path if ids is None else storage_path(ids)
     return root if root.name == "metadata" else root / "metadata"
 
 
-def _make_unique(corpus: Corpus, data: sqlite3.Connection) -> None:
-    try:  # sorted on disk, whatever the number of ids
-        data.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
-        data.commit()
-    except sqlite3.IntegrityError as error:
-        data.execute("CREATE INDEX by_id ON ids (id)")
-        query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
-        name, first, last = data.execute(query).fetchone()
-        what = f"rows {first} and {last} have the same id {name!r}"
-        raise ValueError(f"{corpus.path}: {what}; a join needs one row an id") from error
+def _listed(folder: StoragePath) -> list[StoragePath]:
+    return sorted(folder.iterdir(), key=lambda path: path.name)
 
 
-def _ids_of(corpus: Corpus, shard: Any, ids: Any) -> tuple[Path, Iterator[list[str]]]:
-    """The file that holds the ids of a shard, and they, many at a time."""
-    folder = _metadata(corpus, ids)
+def _ids_of(corpus: Corpus, shard: AnyShard, ids: IdSource) -> tuple[StoragePath, IdBlocks]:
+    """Return the file that holds the ids of a shard, and an iterator of blocks of them."""
+    folder = _metadata_folder(corpus, ids)
     if folder.is_dir():
         number = _number(shard.path)
-        files = [one for one in sorted(folder.iterdir()) if _number(one) == number]
-        files = [one for one in files if one.suffix in (".parquet", ".jsonl")]
+        files = [path for path in _listed(folder) if _number(path) == number]
+        files = [path for path in files if path.suffix in _METADATA_READERS]
         if not files:
             raise ValueError(f"{folder}: has no .parquet or .jsonl numbered as {shard.path.name}")
-        return files[0], (_parquet if files[0].suffix == ".parquet" else _jsonl)(files[0])
+        return files[0], _METADATA_READERS[files[0].suffix](files[0])
     if ids is not None:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
     if shard.others is None:
-        how = "name the root whose metadata/ has them (--ids), or use row numbers (--ids row)"
-        raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {how}")
-    return shard.path, _beside(shard)
+        raise ValueError(
+            f"{shard.path}: holds no ids, and {folder} is not there; name the root whose "
+            "metadata/ has them (--ids), or use row numbers (--ids row)"
+        )
+    return shard.path, _shard_ids(shard)
 
 
-def _beside(shard: Any) -> Iterator[list[str]]:
-    """From the other columns of a shard, in whichever form its format gives them."""
+def _shard_ids(shard: AnyShard) -> IdBlocks:
+    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
     for part in shard.others():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
-            yield [str(one[_column(shard.path, one)]) for one in part]
+            yield [str(entry[_id_column(shard.path, entry)]) for entry in part]
         elif isinstance(part, dict):  # arrays of a safetensors file
-            yield [str(one) for one in part[_column(shard.path, part)].tolist()]
+            yield [str(value) for value in part[_id_column(shard.path, part)].tolist()]
         else:  # a record batch
-            name = _column(shard.path, part.schema.names)
-            yield [str(one) for one in part.column(name).to_pylist()]
+            column = _id_column(shard.path, part.schema.names)
+            yield [str(value) for value in part.column(column).to_pylist()]
 
 
-def _parquet(path: Path) -> Iterator[list[str]]:
-    with explained(path), open(path, "rb") as raw, decoded(path):
+def _parquet_ids(path: StoragePath) -> IdBlocks:
+    with explained(path), path.open("rb") as raw, decoded(path):
         file = pyarrow().parquet.ParquetFile(raw)
-        name = _column(path, file.schema_arrow.names)
-        for batch in file.iter_batches(_MANY, columns=[name]):
-            yield [str(one) for one in batch.column(0).to_pylist()]
+        column = _id_column(path, file.schema_arrow.names)
+        for batch in file.iter_batches(_BLOCK_IDS, columns=[column]):
+            yield [str(value) for value in batch.column(0).to_pylist()]
 
 
-def _jsonl(path: Path) -> Iterator[list[str]]:
-    some: list[str] = []
-    with explained(path), open(path, "rb") as file:
-        for number, line in enumerate(file):
+def _json_lines_ids(path: StoragePath) -> IdBlocks:
+    block: list[str] = []
+    with explained(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                some.append(str(entry[_column(path, entry)]))
+                block.append(str(entry[_id_column(path, entry)]))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number + 1}: {error}") from error
-            if len(some) == _MANY:
-                yield some
-                some = []
-    yield some
+                raise ValueError(f"{path}: line {number}: {error}") from error
+            if len(block) == _BLOCK_IDS:
+                yield block
+                block = []
+    yield block
 
 
-def _column(path: Path, names: Any) -> str:
-    found = next((one for one in COLUMNS if one in names), None)
-    if found is None:
-        there = ", ".join(map(repr, names)) or "nothing"
-        raise ValueError(f"{path}: no column {' or '.join(COLUMNS)} for ids, but {there}")
-    return found
+_METADATA_READERS = {".parquet": _parquet_ids, ".jsonl": _json_lines_ids}
 
 
-def _number(path: Path) -> str:
+def _id_column(path: StoragePath, names: Collection[str]) -> str:
+    column = next((name for name in ID_COLUMNS if name in names), None)
+    if column is None:
+        present = ", ".join(map(repr, names)) or "nothing"
+        raise ValueError(f"{path}: no column {' or '.join(ID_COLUMNS)} for ids, but {present}")
+    return column
+
+
+def _number(path: StoragePath) -> str:
     """The number that ends the name, as clip-retrieval pairs files; else the name."""
     match = re.search("0*([0-9]+)$", path.stem)
     return match[1] if match else path.stem

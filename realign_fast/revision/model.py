@@ -1,11 +1,11 @@
-"""A causal language model with a projector in front: rows of images become visual tokens.
+"""A causal language model with a projector in front: embedding rows become visual tokens.
 
-The projector (`projector.py`) makes K tokens of one row; the splice puts them into the language
-model's input embeddings wherever the input ids hold `IMAGE_TOKEN`.
+The projector (`projector.py`) makes K tokens of a row. The splice puts them into the input
+embeddings of the language model wherever the input ids hold `IMAGE_TOKEN`.
 
-A saved model is a directory: `revision.json`, `projector.safetensors`, and of the language model
-what was trained: `adapter/` (PEFT's format), `language_model/` (transformers' format), or nothing.
-`revision.json` is written last and names the language model that training started from.
+A saved model is a directory with `revision.json`, `projector.safetensors` and what was trained of
+the language model: `adapter/` (PEFT's format), `language_model/` (transformers' format), or
+nothing. `revision.json` is written last and names the language model that training started from.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -26,11 +26,24 @@ from torch import Tensor, nn
 
 from .._extras import import_extra
 from ..storage.paths import write_whole
-from .overrides import made
-from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
+from .overrides import build_dataclass
+from .projector import (
+    CONFIG,
+    IMAGE_TOKEN,
+    WEIGHTS,
+    Projector,
+    ProjectorName,
+    ReVisionConfig,
+    TemplateName,
+    read_config,
+)
 
-PARTS = ("projector", "language_model", "lora")
-ADAPTER, WHOLE = "adapter", "language_model"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TrainablePart = Literal["projector", "language_model", "lora"]
+TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
+ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
 
 
 def transformers() -> ModuleType:
@@ -39,51 +52,87 @@ def transformers() -> ModuleType:
 
 
 class ReVisionModel(nn.Module):
-    """`projector` and `language_model`; trains under transformers' Trainer as it is."""
+    """A `projector` and a `language_model`, which Trainer of transformers trains as it is."""
 
-    def __init__(self, config: ReVisionConfig, language_model: nn.Module) -> None:
+    language_model: PreTrainedModel  # or the PeftModel around it
+
+    def __init__(self, config: ReVisionConfig, language_model: PreTrainedModel) -> None:
+        """Put a projector with random weights in front of `language_model`.
+
+        Raises:
+            ValueError: the language model embeds in another size than `config.hidden_size`.
+        """
         super().__init__()
         width = language_model.get_input_embeddings().embedding_dim
         if width != config.hidden_size:
-            want = f"expected {config.hidden_size}, the hidden_size of the config"
-            raise ValueError(f"ReVisionModel: the language model embeds in {width}, {want}")
+            raise ValueError(
+                f"ReVisionModel: the language model embeds in {width}, expected "
+                f"{config.hidden_size}, the hidden_size of the config"
+            )
         self.revision_config = config
         self.language_model = language_model
         self.projector = Projector(config)
-        self.whole = False  # whether the language model differs from the one it started from
-        self._positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        self.language_model_changed = False  # since the one that `config` names
+        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
 
     @classmethod
     def start(
-        cls, language_model: str | os.PathLike[str], row_dimension: int, **options: Any
+        cls,
+        language_model: str | os.PathLike[str],
+        row_dimension: int,
+        *,
+        projector: ProjectorName = ReVisionConfig.projector,
+        visual_tokens: int = ReVisionConfig.visual_tokens,
+        normalize: bool = ReVisionConfig.normalize,
+        template: TemplateName = ReVisionConfig.template,
+        dtype: torch.dtype = torch.float32,
     ) -> ReVisionModel:
-        """A fresh projector before a language model of the hub or a directory.
+        """Put a new projector in front of a language model of the Hugging Face hub or a directory.
 
-        `options`: fields of `ReVisionConfig`, and `dtype` of the language model (float32).
+        Args:
+            language_model: a name on the hub or a directory.
+            row_dimension: the number D of columns of an embedding row.
+            projector, visual_tokens, normalize, template: as in `ReVisionConfig`.
+            dtype: the dtype of the language model.
+
+        Raises:
+            ValueError: the language model cannot be loaded, or a setting is wrong.
         """
-        loaded = _load_language_model(language_model, options.pop("dtype", torch.float32))
+        loaded = _load_language_model(language_model, dtype)
         path = Path(language_model)
-        name = str(path.resolve()) if path.exists() else str(language_model)
-        width = loaded.get_input_embeddings().embedding_dim
-        return cls(ReVisionConfig(name, row_dimension, width, **options), loaded)
+        config = ReVisionConfig(
+            language_model=str(path.resolve()) if path.exists() else str(language_model),
+            row_dimension=row_dimension,
+            hidden_size=loaded.get_input_embeddings().embedding_dim,
+            projector=projector,
+            visual_tokens=visual_tokens,
+            normalize=normalize,
+            template=template,
+        )
+        return cls(config, loaded)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         """The language model without PEFT around it."""
-        peft = hasattr(self.language_model, "peft_config")
-        return self.language_model.get_base_model() if peft else self.language_model
+        return self.language_model.get_base_model() if self._has_adapter else self.language_model
+
+    @property
+    def _has_adapter(self) -> bool:
+        return hasattr(self.language_model, "peft_config")
 
     @property
     def config(self) -> Any:
-        """The language model's: what Trainer, accelerate and loggers ask a model for."""
+        """The language model's configuration, which Trainer and accelerate ask a model for."""
         return self.language_model.config
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def loss_type(self) -> str | None:
+        """The loss of the language model, which Trainer asks a model for."""
         return getattr(self.base, "loss_type", None)
 
     @property
@@ -91,35 +140,49 @@ class ReVisionModel(nn.Module):
         return list(getattr(self.base, "_no_split_modules", None) or [])
 
     def splice(self, input_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
-        """Input embeddings `[B, T, H]` of ids `[B, T]`, visual tokens at every `IMAGE_TOKEN`.
+        """Return the input embeddings `[B, T, H]` of ids `[B, T]`, with visual tokens in place.
 
-        `image_rows` [M, D] are the images of the batch in order of appearance; with none of them
-        the projector still gets (zero) gradients, so that every rank of a parallel run takes part.
+        `image_rows` `[M, D]` are the images of the batch in order of appearance. Without any, the
+        projector still gets gradients (of zero), so that every process of a distributed training
+        takes part in their exchange.
+
+        Raises:
+            ValueError: the ids hold another number of image tokens than the rows need.
         """
-        places = input_ids == IMAGE_TOKEN
+        is_image = input_ids == IMAGE_TOKEN
         if image_rows is None:
             image_rows = torch.zeros(0, self.revision_config.row_dimension, device=input_ids.device)
         visual = self.projector(image_rows.to(input_ids.device))
-        found, expected = int(places.sum()), visual.shape[0] * visual.shape[1]
-        if found != expected:
-            k = self.revision_config.visual_tokens
-            got = f"the input ids hold {found} image tokens, {len(image_rows)} image rows need"
-            advice = f"{k} each; put <image> into the text once for every row"
-            raise ValueError(f"ReVisionModel: {got} {expected}, {advice}")
-        text = self.language_model.get_input_embeddings()(input_ids.masked_fill(places, 0))
-        return text.masked_scatter(places[..., None], visual.to(text.dtype))
+        present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
+        if present != needed:
+            raise ValueError(
+                f"ReVisionModel: the input ids hold {present} image tokens, {len(image_rows)} "
+                f"image rows need {needed}, {self.revision_config.visual_tokens} each; put "
+                "<image> into the text once for every row"
+            )
+        embed = self.language_model.get_input_embeddings()
+        text: Tensor = embed(input_ids.masked_fill(is_image, 0))
+        return text.masked_scatter(is_image[..., None], visual.to(text.dtype))
 
     def forward(
         self,
-        input_ids: Tensor,  # [B, T]
-        attention_mask: Tensor | None = None,  # [B, T], 0 where padded, on either side
-        labels: Tensor | None = None,  # [B, T], -100 where there is no loss
-        image_rows: Tensor | None = None,  # [M, D]
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_rows: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The language model's own output: `loss`, `logits`, ..."""
+        """Return the output of the language model: `loss`, `logits` and so on.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 0 at padding, which may be on either side.
+            labels: `[B, T]`, -100 where there is no loss.
+            image_rows: `[M, D]`, the images of the batch in order.
+            options: passed on to the language model.
+        """
         embeddings = self.splice(input_ids, image_rows)
-        if attention_mask is not None and self._positions and "position_ids" not in options:
+        if attention_mask is not None and self._takes_positions and "position_ids" not in options:
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.language_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **options
@@ -128,85 +191,119 @@ class ReVisionModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,  # [B, T], padded on the left
+        input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        image_rows: Tensor | None = None,  # [M, D]
+        image_rows: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """New token ids `[B, new]`; `options` are those of the language model's `generate`."""
+        """Return the generated token ids `[B, new tokens]`.
+
+        Args:
+            input_ids: `[B, T]`, padded on the left.
+            attention_mask: `[B, T]`, 0 at padding.
+            image_rows: `[M, D]`, the images of the batch in order.
+            options: passed on to `generate` of the language model.
+
+        Raises:
+            ValueError: the ids are padded on the right.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if bool((mask[:, -1] == 0).any()):
             raise ValueError("ReVisionModel: generate needs padding on the left, got it right")
-        embeddings = self.splice(input_ids, image_rows)
-        return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, **options
+        tokens: Tensor = self.language_model.generate(
+            inputs_embeds=self.splice(input_ids, image_rows), attention_mask=mask, **options
         )
+        return tokens
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Trade time for memory in the language model; Trainer calls this when asked to."""
+        """Recompute the activations of the language model in the backward pass, to save memory.
+
+        Trainer calls this under the name that transformers gives it.
+        """
         kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
         if hasattr(self.base, "activation_checkpointing_enable"):
-            self.base.activation_checkpointing_enable(kwargs, **how)
+            self.base.activation_checkpointing_enable(kwargs, **options)
         else:
             self.base.gradient_checkpointing_enable(kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """The name that Trainer used before."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Do the same under the name that earlier versions of Trainer call."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def train_only(self, parts: Iterable[str], **lora: Any) -> None:
-        """Let these of `PARTS` train and nothing else; `lora` are fields of PEFT's LoraConfig.
+        """Make these parts of the model trainable and freeze all others.
 
-        An adapter that is there already goes on training under "lora", and is merged into the
-        language model under "language_model".
+        An adapter that the model already has is trained further as "lora", and is merged into the
+        language model for "language_model".
+
+        Args:
+            parts: some of `TRAINABLE_PARTS`; not both "lora" and "language_model".
+            lora: fields of PEFT's LoraConfig for a new adapter.
+
+        Raises:
+            ValueError: there is no such choice of parts, or a field of LoraConfig is wrong.
         """
         parts = list(parts)
-        if not parts or set(parts) - set(PARTS) or {"lora", "language_model"} <= set(parts):
-            want = f"expected some of {', '.join(PARTS)}, one of the last two at most"
-            raise ValueError(f"train: got {', '.join(parts) or 'nothing'}, {want}")
-        adapted = hasattr(self.language_model, "peft_config")
-        if "language_model" in parts and adapted:
+        if (
+            not parts
+            or set(parts) - set(TRAINABLE_PARTS)
+            or {"lora", "language_model"} <= set(parts)
+        ):
+            raise ValueError(
+                f"train: got {', '.join(parts) or 'nothing'}, expected some of "
+                f"{', '.join(TRAINABLE_PARTS)}, one of the last two at most"
+            )
+        if "language_model" in parts and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         self.requires_grad_(False)
         if "lora" in parts:
-            self._train_lora(adapted, lora)
+            self._train_adapter(lora)
         self.projector.requires_grad_("projector" in parts)
         if "language_model" in parts:
             self.language_model.requires_grad_(True)
-            self.whole = True
+            self.language_model_changed = True
 
-    def _train_lora(self, adapted: bool, options: dict[str, Any]) -> None:
-        if adapted:
+    def _train_adapter(self, fields: dict[str, Any]) -> None:
+        if self._has_adapter:
             for name, parameter in self.language_model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
             return
         peft = _peft()
-        options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | options
-        adapter = made(peft.LoraConfig, "field of LoraConfig", options, task_type="CAUSAL_LM")
-        self.language_model = peft.get_peft_model(self.language_model, adapter)
+        fields = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | fields
+        config = build_dataclass(
+            peft.LoraConfig, "field of LoraConfig", fields, task_type="CAUSAL_LM"
+        )
+        self.language_model = peft.get_peft_model(self.language_model, config)
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the directory of the module docstring; `state_dict` where the weights are sharded.
+        """Write the files that the module docstring lists.
 
-        The language model is written only if it was trained.
+        The language model is written only if it was trained. `state_dict` holds the weights of the
+        whole model where those of the modules are sharded.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).unlink(missing_ok=True)  # no half of a new one beside an old config
-        weights = self.projector.state_dict() if state_dict is None else _part(state_dict, PARTS[0])
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        write_whole(directory / WEIGHTS, safetensors_bytes(weights, {"format": "pt"}))
-        given = {} if state_dict is None else {"state_dict": _part(state_dict, WHOLE)}
-        if hasattr(self.language_model, "peft_config"):
-            self.language_model.save_pretrained(directory / ADAPTER, **given)
-        if self.whole:
-            weights = given.get("state_dict") or self.language_model.state_dict()
-            weights = dict(_without_adapter(weights))
-            self.base.save_pretrained(directory / WHOLE, state_dict=weights)
+        (directory / CONFIG).unlink(missing_ok=True)  # an old one would vouch for half a new model
+        projector = (
+            self.projector.state_dict()
+            if state_dict is None
+            else _submodule_state(state_dict, "projector")
+        )
+        projector = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.items()}
+        write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
+        weights = state_dict and _submodule_state(state_dict, "language_model")
+        if self._has_adapter:
+            sharded = {} if weights is None else {"state_dict": weights}
+            self.language_model.save_pretrained(directory / ADAPTER_FOLDER, **sharded)
+        if self.language_model_changed:
+            own = dict(_without_adapter(weights or self.language_model.state_dict()))
+            self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=own)
         text = json.dumps(asdict(self.revision_config), indent=2) + "\n"
         write_whole(directory / CONFIG, text.encode())
 
@@ -217,51 +314,65 @@ class ReVisionModel(nn.Module):
         language_model: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> ReVisionModel:
-        """What `save_pretrained` wrote, frozen and in eval mode.
+        """Load a saved model, frozen and in eval mode.
 
-        `language_model` is where the language model lies now, if it moved; `dtype` is its dtype.
+        Args:
+            directory: a directory that `save_pretrained` wrote.
+            language_model: where the language model is now, if it was moved.
+            dtype: the dtype of the language model.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: a file is damaged or does not fit the others.
         """
         directory = Path(directory)
         config = read_config(directory)
-        own = directory / WHOLE
-        where = language_model or (own if own.is_dir() else config.language_model)
-        self = cls(config, _load_language_model(where, dtype))
-        self.whole = own.is_dir()
-        self.load_trained(directory, whole=False)
-        self.requires_grad_(False)
-        return self.eval()
+        trained = directory / LANGUAGE_MODEL_FOLDER
+        source = language_model or (trained if trained.is_dir() else config.language_model)
+        model = cls(config, _load_language_model(source, dtype))
+        model.language_model_changed = trained.is_dir()
+        model.load_trained(directory, language_model=False)
+        model.requires_grad_(False)
+        return model.eval()
 
-    def load_trained(self, directory: str | os.PathLike[str], whole: bool = True) -> None:
-        """Take over the weights of a saved model of this shape; `whole`: language model too."""
+    def load_trained(self, directory: str | os.PathLike[str], language_model: bool = True) -> None:
+        """Load the weights of a saved model of the same shape into this one.
+
+        With `language_model=False`, only the projector and an adapter are loaded.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: the saved projector has another shape.
+        """
         directory = Path(directory)
         read_config(directory)
         try:
             self.projector.load_state_dict(load_file(directory / WEIGHTS))
         except RuntimeError as error:
-            what = f"{directory / WEIGHTS}: does not fit {self.revision_config}"
-            raise ValueError(f"{what}: {error}") from error
-        if whole and self.whole and not hasattr(self.language_model, "peft_config"):
-            saved = _load_language_model(directory / WHOLE, self.base.dtype)
+            raise ValueError(
+                f"{directory / WEIGHTS}: does not fit {self.revision_config}: {error}"
+            ) from error
+        if language_model and self.language_model_changed and not self._has_adapter:
+            saved = _load_language_model(directory / LANGUAGE_MODEL_FOLDER, self.base.dtype)
             self.base.load_state_dict(saved.state_dict())
-        if (adapter := directory / ADAPTER).is_dir():
-            if hasattr(self.language_model, "peft_config"):
-                weights = _peft().utils.load_peft_weights(str(adapter), device="cpu")
-                _peft().set_peft_model_state_dict(self.language_model, weights)
-            else:
-                self.language_model = _peft().PeftModel.from_pretrained(
-                    self.language_model, str(adapter)
-                )
+        adapter = directory / ADAPTER_FOLDER
+        if adapter.is_dir() and self._has_adapter:
+            weights = _peft().utils.load_peft_weights(str(adapter), device="cpu")
+            _peft().set_peft_model_state_dict(self.language_model, weights)
+        elif adapter.is_dir():
+            load = _peft().PeftModel.from_pretrained
+            self.language_model = load(self.language_model, str(adapter))
 
 
-def _load_language_model(where: str | os.PathLike[str], dtype: torch.dtype) -> nn.Module:
+def _load_language_model(source: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
     auto = transformers().AutoModelForCausalLM
     try:
-        return auto.from_pretrained(where, dtype=dtype)
+        return auto.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:200]  # transformers may list every model it knows
-        advice = "give the name or directory of a causal language model"
+        reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
         raise ValueError(
-            f"{where}: cannot be loaded as a language model ({what}); {advice}"
+            f"{source}: cannot be loaded as a language model ({reason}); give the name or "
+            "directory of a causal language model"
         ) from error
 
 
@@ -269,15 +380,15 @@ def _peft() -> ModuleType:
     return import_extra("peft", "train", "A LoRA adapter")
 
 
-def _without_adapter(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The language model's own weights, where PEFT has wrapped some of its layers."""
+def _without_adapter(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the language model's own weights, where PEFT has wrapped some of its layers."""
     for name, tensor in weights.items():
         if "lora_" not in name:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
-def _part(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries of a submodule, under its own names."""
+def _submodule_state(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the entries of a submodule under its own names."""
     return {
         key.removeprefix(f"{name}."): value
         for key, value in state_dict.items()

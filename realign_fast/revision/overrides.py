@@ -7,23 +7,31 @@ import difflib
 from typing import Any
 
 
-def made(kind: type, what: str, given: dict[str, Any], **fixed: Any) -> Any:
-    """`kind(**fixed, **given)`; ValueError names the setting, what was expected and the nearest.
+def build_dataclass(
+    dataclass: type[Any], description: str, settings: dict[str, Any], **fixed: Any
+) -> Any:
+    """Return `dataclass(**fixed, **settings)`.
 
-    A value is held against the default of its field, where that is a number or a truth value.
+    A setting whose default is a number or a truth value must be one too. `description` says in
+    errors what a setting is, such as "setting of Trainer".
+
+    Raises:
+        ValueError: a setting is unknown or has a wrong value; the message names it, the expected
+            value or the nearest names.
     """
-    known = {one.name: one.default for one in dataclasses.fields(kind) if one.init}
-    for name, value in given.items():
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, 3)) or "see its documentation"
-            raise ValueError(f"{name}: no {what}; nearest: {near}")
-        default, got = known[name], f"{name}: got {value!r}, expected"
+    defaults = {field.name: field.default for field in dataclasses.fields(dataclass) if field.init}
+    for name, value in settings.items():
+        if name not in defaults:
+            nearest = difflib.get_close_matches(name, defaults, 3)
+            advice = ", ".join(nearest) or "see its documentation"
+            raise ValueError(f"{name}: no {description}; nearest: {advice}")
+        default = defaults[name]
         if isinstance(default, bool):
             if not isinstance(value, bool):
-                raise ValueError(f"{got} true or false")
+                raise ValueError(f"{name}: got {value!r}, expected true or false")
         elif isinstance(default, int | float) and not isinstance(value, int | float):
-            raise ValueError(f"{got} a number")
+            raise ValueError(f"{name}: got {value!r}, expected a number")
     try:
-        return kind(**fixed, **given)
+        return dataclass(**fixed, **settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{description}: {' '.join(str(error).split())[:300]}") from error

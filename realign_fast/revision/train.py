@@ -1,10 +1,10 @@
-"""Both stages of ReVision on transformers' Trainer (arXiv 2602.07026, section 5).
+"""Both stages of ReVision on the Trainer of transformers (arXiv 2602.07026, section 5).
 
-Trainer, accelerate and PEFT do the training: bf16, accumulation, checkpoints, FSDP and DeepSpeed
-(through accelerate's configuration), logging. Here are the paper's settings and what they are
-applied to; `trainer.py` has the little that Trainer must be told.
+Trainer, accelerate and PEFT do the training: bf16, gradient accumulation, checkpoints, FSDP and
+DeepSpeed (through the configuration of accelerate), logging. This module holds the paper's
+settings and prepares model and data; `trainer.py` adapts Trainer to them.
 
-On many devices: `accelerate launch --config_file FILE -m realign_fast pretrain ...`
+For several devices: `accelerate launch --config_file FILE -m realign_fast pretrain ...`
 """
 
 from __future__ import annotations
@@ -14,161 +14,186 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..storage.paths import write_whole
-from .dataset import Collator, Conversations, Part
-from .model import ReVisionModel, transformers
-from .overrides import made
+from .dataset import Conversations, Subset
+from .model import ReVisionModel, TrainablePart, transformers
+from .overrides import build_dataclass
 from .preparation import FAULTS, prepare
-from .projector import CONFIG, ReVisionConfig, read_config
-from .templates import Chat, Plain
+from .projector import CONFIG, ProjectorName, ReVisionConfig, TemplateName, read_config
+from .templates import Chat, Plain, Template
 
-BOTH = {
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .trainer import ReVisionTrainer
+
+Stage = Literal["pretrain", "finetune"]
+_TRAINER_SETTINGS = {  # of both stages
     "num_train_epochs": 1.0,
     "optim": "adamw_torch",
     "weight_decay": 0.0,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # of all steps
+    "warmup_steps": 0.03,  # the share of all steps
     "bf16": True,
     "seed": 0,
     "logging_steps": 10,
-    "eval_steps": 0.1,  # of all steps
+    "eval_steps": 0.1,  # the share of all steps, as the next
     "save_steps": 0.1,
     "save_total_limit": 2,
     "dataloader_num_workers": 2,
     "report_to": "none",
 }
-# Of a model that begins here, by default; a trained one has its own.
-FRESH = {n: getattr(ReVisionConfig, n) for n in ("projector", "visual_tokens", "normalize")}
-PRESETS: dict[str, dict[str, Any]] = {
-    "pretrain": {
-        "template": "plain",
-        "train": ("projector",),
-        "batch": 256,
-        "trainer": BOTH | {"learning_rate": 5e-4},
-    },
-    # The paper's batch of stage 2 is not known to us; 128 is LLaVA's.
-    "finetune": {
-        "template": "chat",
-        "train": ("projector", "language_model"),
-        "batch": 128,
-        "trainer": BOTH | {"learning_rate": 1e-5},
-    },
+# Fields of a new model that a training chooses; a trained model has its own.
+MODEL_DEFAULTS = {
+    name: getattr(ReVisionConfig, name) for name in ("projector", "visual_tokens", "normalize")
+}
+_MAX_HELD_OUT = 512  # samples, by default
+
+
+@dataclass(frozen=True)
+class StagePreset:
+    """The paper's settings of a stage."""
+
+    template: TemplateName
+    train: tuple[TrainablePart, ...]
+    batch: int  # samples a step, over all devices
+    trainer: dict[str, Any]  # fields of TrainingArguments
+
+
+PRESETS: dict[Stage, StagePreset] = {
+    "pretrain": StagePreset(
+        "plain", ("projector",), 256, _TRAINER_SETTINGS | {"learning_rate": 5e-4}
+    ),
+    # The paper does not state the batch of stage 2; 128 is LLaVA's.
+    "finetune": StagePreset(
+        "chat", ("projector", "language_model"), 128, _TRAINER_SETTINGS | {"learning_rate": 1e-5}
+    ),
 }
 
 
 @dataclass
-class Run:
-    """What one training is made of; None takes the stage's preset."""
+class TrainingConfig:
+    """The data, the model and the settings of one training.
 
-    conversations: str  # a file of lists.py
+    Where a field may be None, None takes the preset of the stage (`PRESETS`), and for `projector`,
+    `visual_tokens` and `normalize` the default of `ReVisionConfig`; a trained model keeps its own.
+    """
+
+    conversations: str  # a file as conversation_files.py describes it
     rows: Corpus  # aligned text rows in stage 1, image rows in stage 2
-    out: str  # directory for checkpoints and the result
+    out: str  # the directory of checkpoints and of the trained model
     start: str  # a language model, or a directory that pretrain wrote
-    ids: str | None = None  # where the rows have their ids (ids.py)
-    aligner: ReAlign | None = None  # moves raw text rows on the way
-    projector: str | None = None  # of a fresh model, as the next two; None: as in FRESH
-    visual_tokens: int | None = None
-    normalize: bool | None = None
-    template: str | None = None  # "plain" or "chat"
-    chat_template: str | None = None  # Jinja, where the tokenizer has none
-    train: tuple[str, ...] | None = None  # of model.PARTS
+    ids: str | None = None  # where the ids of the rows are (id_index.py)
+    aligner: ReAlign | None = None  # maps raw text rows in every batch
+    projector: ProjectorName | None = None
+    visual_tokens: int | None = None  # of an image
+    normalize: bool | None = None  # rows to unit length
+    template: TemplateName | None = None
+    chat_template: str | None = None  # a Jinja text, where the tokenizer has none
+    train: tuple[TrainablePart, ...] | None = None
     lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
     batch: int | None = None  # samples a step, over all devices
     micro_batch: int = 8  # samples at a time on one device
     max_length: int = 2048  # tokens of a sample
-    max_skipped: float = 0.01  # share of samples that may be unusable
-    held_out: int | None = None  # samples; None: a hundredth, 512 at most
-    test: str | None = None  # a list to measure on instead: in stage 1, say, real images
-    test_rows: Corpus | None = None  # its rows, taken as they are, with ids beside them
-    generations: int = 3  # held-out samples answered at each evaluation
-    resume: bool = False  # from the last checkpoint in `out`, if there is one
-    trainer: dict[str, Any] = field(default_factory=dict)  # any of TrainingArguments
+    max_skipped: float = 0.01  # the share of samples that may be unusable
+    held_out: int | None = None  # samples; None: a hundredth of them, at most 512
+    test: str | None = None  # a list to evaluate on instead: in stage 1, say, real images
+    test_rows: Corpus | None = None  # its rows, which hold their ids and are not aligned
+    generations: int = 3  # held-out samples that are answered at each evaluation
+    resume: bool = False  # continue from the last checkpoint in `out`, if there is one
+    trainer: dict[str, Any] = field(default_factory=dict)  # any fields of TrainingArguments
 
 
-def pretrain(run: Run) -> dict[str, Any]:
-    """Stage 1: aligned captions stand for images, the caption is the target; returns a summary."""
-    return _train("pretrain", run)
+def pretrain(config: TrainingConfig) -> dict[str, Any]:
+    """Train stage 1: the aligned row of a caption stands for the image, the caption is the target.
+
+    Returns:
+        The summary that is also written to `training.json`: steps, losses, data and model.
+
+    Raises:
+        FileNotFoundError, ValueError: an input is missing, or a setting or the data is wrong.
+    """
+    return _train("pretrain", config)
 
 
-def finetune(run: Run) -> dict[str, Any]:
-    """Stage 2: image rows and conversations, loss on the answers; returns a summary."""
-    return _train("finetune", run)
+def finetune(config: TrainingConfig) -> dict[str, Any]:
+    """Train stage 2: image rows and conversations, with the loss on the answers.
+
+    Returns:
+        The summary that is also written to `training.json`: steps, losses, data and model.
+
+    Raises:
+        FileNotFoundError, ValueError: an input is missing, or a setting or the data is wrong.
+    """
+    return _train("finetune", config)
 
 
-def _train(stage: str, run: Run) -> dict[str, Any]:
-    from .trainer import Epochs, Generations, ReVisionTrainer
+class _Data(NamedTuple):
+    """The samples of a training."""
 
+    report: dict[str, Any]  # of the join of the list and the rows
+    train: Conversations | Subset
+    held_out: Conversations | Subset | None
+    held_out_aligner: ReAlign | None  # maps the rows of held-out samples
+
+
+def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     preset = PRESETS[stage]
-    parts = run.train or preset["train"]
-    if run.lora and "lora" not in parts:
-        want = f"--train projector,lora; what trains is {', '.join(parts)}"
+    parts = config.train or preset.train
+    if config.lora and "lora" not in parts:
         raise ValueError(
-            f"lora: got {', '.join(run.lora)} for an adapter that is not trained; {want}"
+            f"lora: got {', '.join(config.lora)} for an adapter that is not trained; expected "
+            f"--train projector,lora; what trains is {', '.join(parts)}"
         )
-    arguments = _arguments(preset, run)
-    old = _saved_config(run)
-    tokenizer = transformers().AutoTokenizer.from_pretrained(run.start)
-    kind = run.template or preset["template"]
-    tokens = old.visual_tokens if old else run.visual_tokens or FRESH["visual_tokens"]
-    chat = {"template": run.chat_template} if kind == "chat" else {}
-    template = {"plain": Plain, "chat": Chat}[kind](tokenizer, tokens, **chat)
-    if run.chat_template:
-        tokenizer.chat_template = run.chat_template  # saved with the result
+    arguments = _training_arguments(preset, config)
+    saved = _saved_config(config)
+    template = _template(preset, config, saved)
     with arguments.main_process_first(local=False):
-        options = {"max_length": run.max_length, "max_skipped": run.max_skipped}
-        whole = prepare(
-            run.conversations, run.rows, template, Path(run.out) / "data", ids=run.ids, **options
+        data = _prepare_data(config, template)
+    model = _build_model(config, saved, parts, arguments)
+    model.revision_config.template = template.name
+    trainer = _build_trainer(model, arguments, template, data, config)
+    _print_overview(trainer, data.report, model)
+    checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
+    if config.resume and checkpoint is None and trainer.is_world_process_zero():
+        print(
+            f"{config.out}: holds no checkpoint to resume from; training starts from the beginning"
         )
-        train, held, moved = _parts(whole, run, template)
-    model = _model(run, old, parts, arguments)
-    model.revision_config.template = kind
-    if held is None:
-        arguments.eval_strategy = "no"
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    trainer = ReVisionTrainer(
-        model,
-        arguments,
-        data_collator=Collator(pad, run.aligner),
-        test_collator=Collator(pad, moved),
-        train_dataset=train,
-        eval_dataset=held,
-        processing_class=tokenizer,
-    )
-    trainer.add_callback(Epochs(trainer))
-    if held is not None and run.generations:
-        trainer.add_callback(Generations(trainer, template, run.generations, moved))
-    _say(trainer, whole.report, model)
-    last = last_checkpoint(Path(run.out)) if run.resume else None
-    if run.resume and last is None and trainer.is_world_process_zero():
-        print(f"{run.out}: holds no checkpoint to resume from; training starts from the beginning")
-    result = trainer.train(resume_from_checkpoint=last)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    return _summary(stage, run, trainer, whole.report, result, resumed=last is not None)
+    summary = _summary(stage, config, trainer, data.report, result, checkpoint is not None)
+    if trainer.is_world_process_zero():
+        write_whole(Path(config.out) / "training.json", json.dumps(summary, indent=2).encode())
+    return summary
 
 
-def _arguments(preset: dict[str, Any], run: Run) -> Any:
-    """TrainingArguments of the preset, with what was given over it."""
-    out = Path(run.out)
-    if not run.resume and last_checkpoint(out):
-        want = "go on with it (--resume), or name another directory"
-        raise ValueError(f"{out}: holds checkpoints of an earlier training; {want}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch, at_once = run.batch or preset["batch"], run.micro_batch * world
-    if batch % at_once:
-        want = f"micro batch {run.micro_batch} x {world} devices; choose a multiple"
-        raise ValueError(f"batch: got {batch}, expected a multiple of {at_once}, {want}")
-    settings = preset["trainer"] | {
-        "output_dir": run.out,
-        "per_device_train_batch_size": run.micro_batch,
-        "per_device_eval_batch_size": run.micro_batch,
-        "gradient_accumulation_steps": batch // at_once,
+def _training_arguments(preset: StagePreset, config: TrainingConfig) -> TrainingArguments:
+    """Return the TrainingArguments of the preset, changed by the configuration."""
+    out = Path(config.out)
+    if not config.resume and last_checkpoint(out):
+        raise ValueError(
+            f"{out}: holds checkpoints of an earlier training; go on with it (--resume), or name "
+            "another directory"
+        )
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, simultaneous = config.batch or preset.batch, config.micro_batch * devices
+    if batch % simultaneous:
+        raise ValueError(
+            f"batch: got {batch}, expected a multiple of {simultaneous}, micro batch "
+            f"{config.micro_batch} x {devices} devices; choose a multiple"
+        )
+    settings = preset.trainer | {
+        "output_dir": config.out,
+        "per_device_train_batch_size": config.micro_batch,
+        "per_device_eval_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": batch // simultaneous,
         "eval_strategy": "steps",
         "remove_unused_columns": False,
         "prediction_loss_only": True,
@@ -177,110 +202,195 @@ def _arguments(preset: dict[str, Any], run: Run) -> Any:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
     }
-    arguments = made(transformers().TrainingArguments, "setting of Trainer", settings | run.trainer)
-    if arguments.n_gpu > 1:  # DataParallel would cut image rows as if each sample had one
+    arguments = build_dataclass(
+        transformers().TrainingArguments, "setting of Trainer", settings | config.trainer
+    )
+    if arguments.n_gpu > 1:  # DataParallel would split image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest in a directory of a training; None without any."""
+    """Return the newest checkpoint in the directory of a training, or None."""
     return transformers().trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
 
 
-def _saved_config(run: Run) -> ReVisionConfig | None:
-    """Of the model that training goes on from; None where it starts from a language model."""
-    start = Path(run.start)
+def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
+    """Return the configuration of the model to train further, or None for a language model."""
+    start = Path(config.start)
     if not (start / CONFIG).is_file():
-        if run.start.startswith(("/", "./", "../", "~")) and not start.is_dir():
-            want = "give a language model's name or directory, or a directory that pretrain wrote"
-            raise FileNotFoundError(f"{start}: no such directory; {want}")
+        if config.start.startswith(("/", "./", "../", "~")) and not start.is_dir():
+            raise FileNotFoundError(
+                f"{start}: no such directory; give a language model's name or directory, or a "
+                "directory that pretrain wrote"
+            )
         return None
-    config = read_config(start)
-    for name in FRESH:
-        asked, has = getattr(run, name), getattr(config, name)
-        if asked not in (None, has):
-            what = f"the model was made with {has}; leave it out, or pretrain another one"
-            raise ValueError(f"{start}: got {name} {asked}, and {what}")
-    return config
+    saved = read_config(start)
+    for name in MODEL_DEFAULTS:
+        requested, value = getattr(config, name), getattr(saved, name)
+        if requested not in (None, value):
+            raise ValueError(
+                f"{start}: got {name} {requested}, and the model was made with {value}; leave it "
+                "out, or pretrain another one"
+            )
+    return saved
 
 
-def _model(run: Run, old: Any, parts: tuple[str, ...], arguments: Any) -> ReVisionModel:
+def _template(
+    preset: StagePreset, config: TrainingConfig, saved: ReVisionConfig | None
+) -> Template:
+    """Return the template of the training, with the tokenizer of the model it starts from."""
+    tokenizer = transformers().AutoTokenizer.from_pretrained(config.start)
+    visual_tokens = config.visual_tokens or MODEL_DEFAULTS["visual_tokens"]
+    if saved:
+        visual_tokens = saved.visual_tokens
+    template: Template
+    if (config.template or preset.template) == "chat":
+        template = Chat(tokenizer, visual_tokens, template=config.chat_template)
+    else:
+        template = Plain(tokenizer, visual_tokens)
+    if config.chat_template:
+        tokenizer.chat_template = config.chat_template  # saved with the trained model
+    return template
+
+
+def _prepare_data(config: TrainingConfig, template: Template) -> _Data:
+    """Join the lists and their rows, and set the held-out samples aside."""
+
+    def join(conversations: str, rows: Corpus, ids: str | None) -> Conversations:
+        return prepare(
+            conversations,
+            rows,
+            template,
+            Path(config.out) / "data",
+            ids=ids,
+            max_length=config.max_length,
+            max_skipped=config.max_skipped,
+        )
+
+    samples = join(config.conversations, config.rows, config.ids)
+    if config.test is not None and config.test_rows is not None:
+        test = join(config.test, config.test_rows, None)
+        return _Data(samples.report, samples, test, None)
+    if config.test is not None or config.test_rows is not None:
+        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
+    count = config.held_out
+    if count is None:
+        count = min(_MAX_HELD_OUT, len(samples) // 100)
+    if not count:
+        return _Data(samples.report, samples, None, None)
+    return _Data(samples.report, *samples.split(count), config.aligner)
+
+
+def _build_model(
+    config: TrainingConfig,
+    saved: ReVisionConfig | None,
+    parts: tuple[TrainablePart, ...],
+    arguments: TrainingArguments,
+) -> ReVisionModel:
+    """Load the saved model, or put a new projector before a language model; choose what trains."""
     bf16 = arguments.bf16 and "language_model" not in parts
     dtype = torch.bfloat16 if bf16 else torch.float32
-    transformers().set_seed(arguments.seed)  # of a fresh projector, of a fresh adapter
-    if old:
-        model = ReVisionModel.from_pretrained(run.start, dtype=dtype)
-        if old.row_dimension != run.rows.dimension:
-            got = f"rows have {run.rows.dimension} columns, the model was trained on"
-            raise ValueError(f"{run.rows.path}: {got} {old.row_dimension}; embed with its encoder")
+    transformers().set_seed(arguments.seed)  # of a new projector and a new adapter
+    if saved:
+        model = ReVisionModel.from_pretrained(config.start, dtype=dtype)
+        if saved.row_dimension != config.rows.dimension:
+            raise ValueError(
+                f"{config.rows.path}: rows have {config.rows.dimension} columns, the model was "
+                f"trained on {saved.row_dimension}; embed with its encoder"
+            )
     else:
-        given = {name: getattr(run, name) for name in FRESH}
-        options = FRESH | {name: one for name, one in given.items() if one is not None}
-        model = ReVisionModel.start(run.start, run.rows.dimension, dtype=dtype, **options)
-    model.train_only(parts, **run.lora)
+        requested = {name: getattr(config, name) for name in MODEL_DEFAULTS}
+        fields = {name: value for name, value in requested.items() if value is not None}
+        model = ReVisionModel.start(config.start, config.rows.dimension, dtype=dtype, **fields)
+    model.train_only(parts, **config.lora)
     return model
 
 
-def _parts(
-    whole: Conversations, run: Run, template: Plain | Chat
-) -> tuple[Conversations | Part, Conversations | Part | None, ReAlign | None]:
-    """What is trained on, what is measured on, and what moves the rows of the latter."""
-    if (run.test is None) != (run.test_rows is None):
-        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
-    if run.test is not None:
-        options = {"max_length": run.max_length, "max_skipped": run.max_skipped}
-        held = prepare(run.test, run.test_rows, template, Path(run.out) / "data", **options)
-        return whole, held, None
-    count = min(512, len(whole) // 100) if run.held_out is None else run.held_out
-    return (*whole.split(count), run.aligner) if count else (whole, None, None)
+def _build_trainer(
+    model: ReVisionModel,
+    arguments: TrainingArguments,
+    template: Template,
+    data: _Data,
+    config: TrainingConfig,
+) -> ReVisionTrainer:
+    from .dataset import Collator
+    from .generation import pad_id
+    from .trainer import EpochCallback, GenerationCallback, ReVisionTrainer
+
+    if data.held_out is None:
+        arguments.eval_strategy = "no"
+    pad = pad_id(template.tokenizer)
+    trainer = ReVisionTrainer(
+        model,
+        arguments,
+        data_collator=Collator(pad, config.aligner),
+        test_collator=Collator(pad, data.held_out_aligner),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=template.tokenizer,
+    )
+    trainer.add_callback(EpochCallback(trainer))
+    if data.held_out is not None and config.generations:
+        trainer.add_callback(
+            GenerationCallback(trainer, template, config.generations, data.held_out_aligner)
+        )
+    return trainer
 
 
-def _say(trainer: Any, report: dict[str, Any], model: ReVisionModel) -> None:
-    """What will be trained, on what; once."""
+def _print_overview(trainer: ReVisionTrainer, report: dict[str, Any], model: ReVisionModel) -> None:
+    """Print the number of samples and of trainable parameters, in one process alone."""
     if not trainer.is_world_process_zero():
         return
-    skipped = ", ".join(f"{report[name]:,} {what}" for name, what in FAULTS.items() if report[name])
+    skipped = ", ".join(
+        f"{report[fault]:,} {meaning}" for fault, meaning in FAULTS.items() if report[fault]
+    )
     print(
         f"{report['used']:,} of {report['samples']:,} samples"
         + (f" ({skipped})" if skipped else "")
     )
-    counts: dict[str, list[int]] = {}
-    for name, one in model.named_parameters():
+    counts: dict[str, list[int]] = {}  # part -> parameters that train, all parameters
+    for name, parameter in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
-        both = counts.setdefault(part, [0, 0])
-        both[0] += one.numel() * one.requires_grad
-        both[1] += one.numel()
-    parts = [f"{part} {some:,} of {every:,}" for part, (some, every) in counts.items()]
+        count = counts.setdefault(part, [0, 0])
+        count[0] += parameter.numel() * parameter.requires_grad
+        count[1] += parameter.numel()
+    parts = [f"{part} {trained:,} of {total:,}" for part, (trained, total) in counts.items()]
     print(f"parameters that train: {', '.join(parts)}")
 
 
-def _logged_loss(trainer: Any) -> float | None:
-    """The mean of the logged losses of all steps, those before a resumption too."""
-    logged = [one for one in trainer.state.log_history if "loss" in one]
+def _logged_loss(log_history: list[dict[str, float]]) -> float | None:
+    """Return the mean of the logged losses of all steps, also those before a resumption."""
+    logged = [entry for entry in log_history if "loss" in entry]
     if not logged:
         return None
-    steps = [0, *(one["step"] for one in logged)]
-    sums = (one["loss"] * (to - by) for one, by, to in zip(logged, steps, steps[1:], strict=False))
-    return sum(sums) / steps[-1]
+    steps = [0.0, *(entry["step"] for entry in logged)]
+    total = sum(
+        entry["loss"] * (end - start)
+        for entry, start, end in zip(logged, steps, steps[1:], strict=False)
+    )
+    return total / steps[-1]
 
 
 def _summary(
-    stage: str, run: Run, trainer: Any, report: dict[str, Any], result: Any, resumed: bool
+    stage: Stage,
+    config: TrainingConfig,
+    trainer: ReVisionTrainer,
+    report: dict[str, Any],
+    result: Any,
+    resumed: bool,
 ) -> dict[str, Any]:
-    evaluations = [one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one]
-    config: ReVisionConfig = trainer.accelerator.unwrap_model(trainer.model).revision_config
-    summary = {
+    """Return the figures of a finished training; `result` is what `Trainer.train` returned."""
+    history = trainer.state.log_history
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
         "stage": stage,
-        "out": run.out,
+        "out": config.out,
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
-        "train_loss": (resumed and _logged_loss(trainer)) or result.training_loss,
-        "held_out_losses": evaluations,
+        "train_loss": (resumed and _logged_loss(history)) or result.training_loss,
+        "held_out_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "samples_per_second": result.metrics.get("train_samples_per_second") or None,
         "data": report,
-        "model": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model.revision_config),
     }
-    if trainer.is_world_process_zero():
-        write_whole(Path(run.out) / "training.json", json.dumps(summary, indent=2).encode())
-    return summary

@@ -19,7 +19,7 @@ from realign_fast.corpus.convert import convert
 from realign_fast.corpus.formats import arrow_columns
 from realign_fast.revision import conversation_files
 from realign_fast.revision.dataset import Collator
-from realign_fast.revision.permutation_sampler import Shuffled, permuted
+from realign_fast.revision.permutation_sampler import PermutationSampler, permute
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Chat, Plain
 
@@ -188,15 +188,15 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
     assert [found.report[kind] for kind in kinds] == [1, 1, 1, 1, 1]
     assert found.report["examples"]["over_long"] == ["x6"]
     assert (found.report["used"], len(found)) == (35, 35)
-    assert {found.sample(n).name for n in range(35)} == set(IDS) - {f"x{n}" for n in range(3, 8)}
+    assert {found.sample(n).id for n in range(35)} == set(IDS) - {f"x{n}" for n in range(3, 8)}
     longest = max(len(found[number]["input_ids"]) for number in range(35))
-    assert longest <= 60 < len(chat.encode(conversation_files.sample_of(entries[6], ""))[0])
+    assert longest <= 60 < len(chat.encode(conversation_files.parse_sample(entries[6], ""))[0])
 
 
 def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path):
     plain = Plain(tokenizer, K)
     path = write_list(tmp_path / "list.jsonl", [entry("x1")])
-    length = len(plain.encode(conversation_files.sample_of(entry("x1"), "")).ids)
+    length = len(plain.encode(conversation_files.parse_sample(entry("x1"), "")).ids)
     assert len(ready(path, root[0], plain, tmp_path / "a", max_length=length)) == 1
     with pytest.raises(ValueError, match="1 of 1 samples cannot be used"):
         ready(path, root[0], plain, tmp_path / "b", max_length=length - 1)
@@ -237,7 +237,7 @@ def test_held_out_samples_and_the_rest_are_the_list(held_out, root, tokenizer, t
     path = write_list(tmp_path / "list.jsonl", [entry(name) for name in IDS])
     whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     rest, held = whole.split(held_out)
-    names = [[part.sample(n).name for n in range(len(part))] for part in (rest, held)]
+    names = [[part.sample(n).id for n in range(len(part))] for part in (rest, held)]
     assert len(names[1]) == held_out
     assert sorted(names[0] + names[1]) == sorted(IDS)
     assert held.__getitems__([0])[0]["id"] == names[1][0]
@@ -247,18 +247,18 @@ def test_held_out_samples_and_the_rest_are_the_list(held_out, root, tokenizer, t
 
 @pytest.mark.parametrize("length", [1, 2, 3, 100, 4097, 10_000])
 def test_a_shuffled_epoch_has_every_sample_once(length):
-    sampler = Shuffled(length, 3)
+    sampler = PermutationSampler(length, 3)
     first = list(sampler)
     assert sorted(first) == list(range(length))
     assert first == list(sampler)
     if length > 3:
         sampler.set_epoch(1)
-        assert list(sampler) != first != list(Shuffled(length, 4))
+        assert list(sampler) != first != list(PermutationSampler(length, 4))
         assert first != list(range(length))
 
 
 def test_shuffled_places_look_random():
-    places = permuted(np.arange(20_000), 20_000, 1)
+    places = permute(np.arange(20_000), 20_000, 1)
     assert abs(np.corrcoef(places, np.arange(20_000))[0, 1]) < 0.03
     assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.03
 
@@ -294,7 +294,7 @@ def test_workers_make_the_same_batches(root, tokenizer, tmp_path):
     whole = ready(path, root[0], Chat(tokenizer, K), tmp_path / "cache")
     runs = []
     for workers in (0, 1, 2):
-        options = {"sampler": Shuffled(len(whole), 5), "collate_fn": Collator(0)}
+        options = {"sampler": PermutationSampler(len(whole), 5), "collate_fn": Collator(0)}
         runs.append(list(DataLoader(whole, 8, num_workers=workers, **options)))
     for other in runs[1:]:
         for one, two in zip(runs[0], other, strict=True):
@@ -307,7 +307,7 @@ sys.path.insert(0, sys.argv[3])
 from realign_fast.corpus import Corpus
 from realign_fast.revision.dataset import Collator
 from realign_fast.revision.preparation import prepare
-from realign_fast.revision.permutation_sampler import Shuffled
+from realign_fast.revision.permutation_sampler import PermutationSampler
 from realign_fast.revision.templates import Plain
 from support.revision_parts import word_tokenizer
 
@@ -318,7 +318,7 @@ def private():
 def epoch(folder):
     whole = prepare(folder + "/list.jsonl", Corpus(folder), plain, folder + "/cache", ids="row")
     some = []
-    for number in Shuffled(len(whole), 0):
+    for number in PermutationSampler(len(whole), 0):
         some.append(number)
         if len(some) == 64:
             collate(whole.__getitems__(some))

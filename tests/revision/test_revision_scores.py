@@ -158,7 +158,7 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
     for image, rows in enumerate(images):
         sample = data.sample(min(image, 29))
         for text, caption in enumerate(captions):
-            ids_, labels = template.encode(template.answered(sample, caption))
+            ids_, labels = template.encode(template.with_answer(sample, caption))
             inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
             table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
     found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)

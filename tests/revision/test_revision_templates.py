@@ -165,7 +165,7 @@ def test_text_in_other_scripts_is_labelled_whole():
     ],
 )
 def test_what_a_conversation_may_lack(sample, fault):
-    assert Chat(word_tokenizer(), K).problem(sample) == fault
+    assert Chat(word_tokenizer(), K).fault(sample) == fault
 
 
 def test_mistakes_are_named():

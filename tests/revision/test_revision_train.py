@@ -20,7 +20,7 @@ from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Plain
-from realign_fast.revision.train import FRESH, PRESETS, Run, finetune, pretrain
+from realign_fast.revision.train import MODEL_DEFAULTS, PRESETS, TrainingConfig, finetune, pretrain
 
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
 IDS = [f"x{number}" for number in range(48)]
@@ -55,7 +55,7 @@ def run_of(world, out, start="llama", **options):
     options = {"batch": 8, "micro_batch": 4, "visual_tokens": 2, "held_out": 0} | options
     rows = options.pop("rows", Corpus(world / "corpus", "text"))
     where = {"conversations": str(world / "list.json"), "out": str(out), "start": str(start)}
-    return Run(rows=rows, trainer=trainer, **where, **options)
+    return TrainingConfig(rows=rows, trainer=trainer, **where, **options)
 
 
 def losses(out):
@@ -179,13 +179,13 @@ def test_the_presets_are_the_papers():
         ("pretrain", 5e-4, ("projector",)),
         ("finetune", 1e-5, ("projector", "language_model")),
     ):
-        trainer = PRESETS[stage]["trainer"]
-        assert (trainer["learning_rate"], PRESETS[stage]["train"]) == (rate, parts)
+        trainer = PRESETS[stage].trainer
+        assert (trainer["learning_rate"], PRESETS[stage].train) == (rate, parts)
         assert trainer["warmup_steps"] == 0.03 and trainer["lr_scheduler_type"] == "cosine"
         assert trainer["weight_decay"] == 0 and trainer["num_train_epochs"] == 1
-    assert PRESETS["pretrain"]["batch"] == 256
-    assert Run.max_length == 2048
-    assert FRESH == {"projector": "mlp", "visual_tokens": 576, "normalize": True}
+    assert PRESETS["pretrain"].batch == 256
+    assert TrainingConfig.max_length == 2048
+    assert MODEL_DEFAULTS == {"projector": "mlp", "visual_tokens": 576, "normalize": True}
 
 
 def test_mistakes_are_named(world, tmp_path):
