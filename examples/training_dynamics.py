@@ -144,7 +144,7 @@ def frame_of(point: Checkpoint, energy: float, rank: int | None = None) -> Fixed
 
 def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[dict[str, float | None]]:
     """Everything reported of each checkpoint, in the one frame."""
-    parts = [frame.decompose((point.image, point.text)) for point in points]
+    parts = [frame.decompose((point.text, point.image)) for point in points]
     history, reports, v = gamma_history(parts), [], frame.complement
     for i, (point, part) in enumerate(zip(points, parts, strict=True)):
         own = frame_of(point, 1.0, rank=frame.rank)

@@ -1,28 +1,67 @@
-"""Scatter: the sum of outer products about a provisional centre that a covariance comes from.
+"""Sums of outer products about a provisional centre, from which a covariance is computed.
 
 ``S = sum w (u - c)(u - c)^T`` with ``c`` the mean of the first rows. The products of rows so close
-to their mean do not cancel, so float32 arithmetic loses nothing that float32 rows held. Two
-scatters merge as Chan, Golub and LeVeque do ("Algorithms for computing the sample variance", 1983):
-one is moved to the centre of the other in float64, and their sums are added.
+to their mean do not cancel, so float32 arithmetic keeps all the precision of float32 rows. Two sums
+merge as Chan, Golub and LeVeque do ("Algorithms for computing the sample variance", 1983): one is
+moved to the centre of the other in float64, and then they are added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
 
-# (A [], [D] or [D, D], shift [D], recentre [D] or None), or what maps rows [N, D] itself.
+# (A [], [D] or [D, D], shift [D], recentre [D] or None), or a function that maps rows [N, D].
 RowMap = tuple[Tensor, Tensor, Tensor | None] | Callable[[Tensor], Tensor]
-_FIRST_ROWS = 1024  # whose mean becomes the centre
-_BLOCK_ROWS = 1 << 13  # mapped and weighted at a time; whole blocks of the kernel
+_FIRST_ROWS = 1024  # their mean becomes the centre
+_BLOCK_ROWS = 1 << 13  # rows that are mapped and weighted at a time; whole blocks of the kernel
+_STATE = ("centre", "total", "scatter", "weights")
+
+
+class RowWeights(NamedTuple):
+    """Weights of rows as ``torch.cov`` takes them; None stands for 1 each."""
+
+    frequencies: Tensor | None  # [N] int64, fweights
+    importances: Tensor | None  # [N] float64, aweights
+
+    @classmethod
+    def checked(cls, fweights: object, aweights: object, rows: Tensor) -> RowWeights:
+        """Return the weights of rows [..., D] as [N] on their device.
+
+        Raises:
+            ValueError: another shape than the rows', a weight that is negative or not finite, or
+                importances so small or large that their products overflow.
+            TypeError: frequencies that are no whole numbers.
+        """
+        return cls(
+            _checked_weights("fweights", fweights, rows),
+            _checked_weights("aweights", aweights, rows),
+        )
+
+    def select(self, selection: slice | Tensor) -> RowWeights:
+        """Return the weights of some of the rows, by a slice or a mask [N]."""
+        return RowWeights(*(None if w is None else w[selection] for w in self))
+
+    @property
+    def product(self) -> Tensor | None:
+        """The weight w of every row, [N] float64, or None if all are 1."""
+        if self.frequencies is None:
+            return self.importances
+        if self.importances is None:
+            return self.frequencies.double()
+        return self.frequencies * self.importances
+
+
+UNWEIGHTED = RowWeights(None, None)
 
 
 class Scatter:
-    """Weighted sums of rows about a centre; start empty, ``add`` batches, ``merge``."""
+    """Weighted sums of rows about a centre: start empty, ``add`` batches, ``merge``."""
 
     centre: Tensor | None  # [D] float64, c, of float32 numbers; None before the first finite row
     total: Tensor  # [D] float64, sum of w (u - c)
@@ -32,79 +71,104 @@ class Scatter:
     def __init__(self, centre: Tensor | None = None) -> None:
         self.centre = None
         if centre is not None:
-            self.centre = centre.float().double()
-            self.total = torch.zeros_like(self.centre)
-            self.scatter = self.total.new_zeros(len(centre), len(centre))
-            self.weights = self.total.new_zeros(3)
+            self._start(centre)
+
+    def _start(self, centre: Tensor) -> Tensor:
+        self.centre = centre.float().double()
+        self.total = torch.zeros_like(self.centre)
+        self.scatter = self.total.new_zeros(len(centre), len(centre))
+        self.weights = self.total.new_zeros(3)
+        return self.centre
 
     def add(
         self,
-        rows: Tensor,  # [N, D]
-        f: Tensor | None = None,  # [N] int64, fweights
-        a: Tensor | None = None,  # [N] float64, aweights
+        rows: Tensor,
+        weights: RowWeights = UNWEIGHTED,
         *,
         through: RowMap | None = None,
         normalize: bool = True,
         accurate: bool = False,
     ) -> Tensor:
-        """Add rows; returns [3] int64: rows (zero rows among them), zero and non-finite rows."""
+        """Add rows [N, D], as :meth:`realign_fast.Moments.update` does.
+
+        Returns:
+            [3] int64: rows (zero rows among them), zero rows and non-finite rows, by frequency.
+        """
         counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
         for first in range(0, len(rows), _BLOCK_ROWS):
-            cut = slice(first, first + _BLOCK_ROWS)
-            weights = (None if w is None else w[cut] for w in (f, a))
-            counts += self._add_block(rows[cut], *weights, through, normalize, accurate)
+            block = slice(first, first + _BLOCK_ROWS)
+            counts += self._add_block(
+                rows[block], weights.select(block), through, normalize, accurate
+            )
         return counts
 
-    def _add_block(self, rows, f, a, through, normalize, accurate) -> Tensor:
+    def _add_block(
+        self,
+        rows: Tensor,
+        weights: RowWeights,
+        through: RowMap | None,
+        normalize: bool,
+        accurate: bool,
+    ) -> Tensor:
         operands = rows
         if through is not None:
             operands = map_rows(rows.double() if accurate else rows, through)
             normalize = False
-        start = _mean_and_trace(operands, normalize)
-        if self.centre is None and start is not None:
-            self.__init__(start[0])
-        elif start is not None and _far(self.centre, *start):
+        start, centre = _mean_and_trace(operands, normalize), self.centre
+        if centre is None:
+            if start is None:
+                return _counts(rows, weights.frequencies)
+            centre = self._start(start[0])
+        elif start is not None and _far(centre, *start):
             part = Scatter(start[0])
-            counts = part._add_block(rows, f, a, through, normalize, accurate)
+            counts = part._add_block(rows, weights, through, normalize, accurate)
             self.merge(part)
             return counts
-        weights = a if f is None else f.double() if a is None else f * a
-        counts = None
-        if self.centre is not None:
-            options = {"normalize": normalize, "accurate": accurate}
-            sums = (self.scatter, self.total, operands, self.centre, weights)
-            counts = ops.add_scatter_(*sums, **options)
-        if counts is None or weights is not None or through is not None:
-            counts = _counts(rows, f)  # the op saw the rows after the map, each of them once
-        if self.centre is not None and not accurate and operands.dtype != torch.float64:
+        product = weights.product
+        counts = ops.add_scatter_(
+            self.scatter,
+            self.total,
+            operands,
+            centre,
+            product,
+            normalize=normalize,
+            accurate=accurate,
+        )
+        if product is not None or through is not None:
+            # The op has seen the rows after the map, and each of them once.
+            counts = _counts(rows, weights.frequencies)
+        if not accurate and operands.dtype != torch.float64:
             self.weights[2] += len(rows)
-        if weights is not None and self.centre is not None:
-            finite = torch.isfinite(rows).all(dim=1)
-            self.weights[0] += weights[finite].sum()
-            self.weights[1] += (weights if a is None else weights * a)[finite].sum()
-        elif self.centre is not None:
+        if product is None:
             self.weights[:2] += counts[0]
+        else:
+            finite, a = torch.isfinite(rows).all(dim=1), weights.importances
+            self.weights[0] += product[finite].sum()
+            self.weights[1] += (product if a is None else product * a)[finite].sum()
         return counts
 
     def merge(self, other: Scatter) -> None:
-        """Add what ``other`` holds, about the centre with more rows; ``other`` stays as it is."""
+        """Add the sums of ``other`` about the centre with more rows; ``other`` is not changed."""
         if other.centre is None:
             return
-        if self.centre is None:
-            self.__init__(other.centre)
+        centre = self.centre
+        if centre is None:
+            centre = self._start(other.centre)
         elif float(other.weights[0]) > float(self.weights[0]):
-            self.load_state(self.moved_to(other.centre.to(self.centre.device)).state())
-        moved = other.moved_to(self.centre)
+            centre = other.centre.to(centre.device)
+            self.load_state(self.moved_to(centre).state())
+        moved = other.moved_to(centre)
         self.total += moved.total
         self.scatter += moved.scatter
         self.weights += moved.weights
 
     def moved_to(self, centre: Tensor) -> Scatter:
-        """The same rows about another centre: ``S + t d^T + d t^T + W d d^T`` with d = c - c'."""
-        moved = Scatter(centre)
+        """Return the sums about another centre: ``S + t d^T + d t^T + W d d^T``, ``d = c - c'``."""
+        moved = Scatter()
+        new_centre = moved._start(centre)
         if self.centre is None:
             return moved
-        d = self.centre.to(centre.device) - moved.centre
+        d = self.centre.to(centre.device) - new_centre
         total, weights = self.total.to(d.device), self.weights.to(d.device)
         cross = torch.outer(total + weights[0] / 2 * d, d)
         moved.total += total + weights[0] * d
@@ -113,71 +177,80 @@ class Scatter:
         return moved
 
     @property
+    def _known_centre(self) -> Tensor:
+        if self.centre is None:
+            raise ValueError("Scatter: no finite row yet; add rows first")
+        return self.centre
+
+    @property
     def mean(self) -> Tensor:
-        """mu, [D] float64."""
-        return self.centre + self.total / self.weights[0]
+        """The mean mu, [D] float64."""
+        return self._known_centre + self.total / self.weights[0]
 
     @property
     def energy(self) -> Tensor:
-        """E|u|^2, [] float64."""
-        offset = self.total / self.weights[0]
-        return self.scatter.trace() / self.weights[0] + (2 * offset + self.centre) @ self.centre
+        """The mean squared norm E|u|^2, [] float64."""
+        centre, offset = self._known_centre, self.total / self.weights[0]
+        return self.scatter.trace() / self.weights[0] + (2 * offset + centre) @ centre
 
     @property
     def trace(self) -> Tensor:
-        """Trace of the covariance (divided by W), [] float64."""
+        """The trace of the covariance (divided by W), [] float64."""
         offset = self.total / self.weights[0]
         return self.scatter.trace() / self.weights[0] - offset @ offset
 
     def centred(self) -> Tensor:
-        """Sum of ``w (u - mu)(u - mu)^T``, [D, D] float64."""
+        """Return the sum of ``w (u - mu)(u - mu)^T``, [D, D] float64."""
         upper = self.scatter - torch.triu(torch.outer(self.total, self.total)) / self.weights[0]
         return upper + torch.triu(upper, 1).T
 
     def freedom(self, correction: float) -> float:
-        """What a covariance is divided by: ``W - correction sum(w a) / W``, as ``torch.cov``."""
+        """Return the divisor of a covariance, ``W - correction sum(w a) / W``, as ``torch.cov``."""
         return float(self.weights[0] - correction * self.weights[1] / self.weights[0])
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors by name, for a file or a reduction; none before the first finite row."""
-        names = () if self.centre is None else Scatter.__annotations__
-        return {name: getattr(self, name) for name in names}
+        """Return the tensors by name, for a file or a reduction; none before the first row."""
+        return {} if self.centre is None else {name: getattr(self, name) for name in _STATE}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take what :meth:`state` gave."""
-        for name in Scatter.__annotations__ if state else ():
+        """Restore what :meth:`state` returned."""
+        for name in _STATE if state else ():
             setattr(self, name, state[name])
 
 
 def map_rows(rows: Tensor, through: RowMap) -> Tensor:
-    """Rows [N, D] sent through a row map, as float32, or float64 if they are."""
+    """Send rows [N, D] through a row map; the result is float32, or float64 if they are."""
     if callable(through):
         return through(rows)
-    return ops.align_rows(rows, *through, **ops.wide(rows))
+    return ops.align_rows(rows, *through, out_dtype=ops.working_dtype(rows))
 
 
-def checked_weights(name: str, weights: Tensor | None, rows: Tensor) -> Tensor | None:
-    """fweights or aweights of rows [..., D] as [N] int64 or float64; ValueError, TypeError."""
-    if weights is None:
+def _checked_weights(name: str, given_weights: object, rows: Tensor) -> Tensor | None:
+    """Return fweights or aweights of rows [..., D] as [N] int64 or float64."""
+    if given_weights is None:
         return None
-    weights = torch.as_tensor(weights)
+    weights = torch.as_tensor(given_weights)
     if weights.shape != rows.shape[:-1]:
-        got, want = list(weights.shape), list(rows.shape[:-1])
-        raise ValueError(f"Moments: {name} have shape {got}, the rows {want}; give one to each row")
-    whole = name == "fweights"
-    if whole and (weights.is_floating_point() or weights.dtype == torch.bool):
+        raise ValueError(
+            f"Moments: {name} have shape {list(weights.shape)}, the rows {list(rows.shape[:-1])}; "
+            "give one to each row"
+        )
+    are_counts = name == "fweights"
+    if are_counts and (weights.is_floating_point() or weights.dtype == torch.bool):
         raise TypeError(f"Moments: expected whole numbers as fweights, got {weights.dtype}")
     if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(f"Moments: a weight of {name} is negative or not finite")
-    if not whole and not bool(((weights == 0) | ((weights > 1e-20) & (weights < 1e20))).all()):
+    in_range = (weights == 0) | ((weights > 1e-20) & (weights < 1e20))
+    if not are_counts and not bool(in_range.all()):
         raise ValueError("Moments: aweights must be 0 or within 1e-20..1e20; scale them all alike")
-    return weights.detach().reshape(-1).to(rows.device, torch.int64 if whole else torch.float64)
+    dtype = torch.int64 if are_counts else torch.float64
+    return weights.detach().reshape(-1).to(rows.device, dtype)
 
 
 def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | None:
-    """Mean [D] of the first rows and the trace about it; None without a finite row."""
-    for some in (rows[:_FIRST_ROWS], rows):
-        total, energy, counts = ops.sum_rows(some, normalize=normalize)
+    """Return the mean [D] of the first rows and the trace about it; None without a finite row."""
+    for sample in (rows[:_FIRST_ROWS], rows):
+        total, energy, counts = ops.sum_rows(sample, normalize=normalize)
         if int(counts[0]):
             mean = total / counts[0]
             return mean, float(energy / counts[0] - mean @ mean)
@@ -185,16 +258,17 @@ def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | Non
 
 
 def _far(centre: Tensor, mean: Tensor, trace: float) -> bool:
-    """Whether rows of this mean and trace would cancel about the centre: off by their own spread.
+    """Return whether products of rows of this mean and trace would cancel about the centre.
 
-    Such a block gets a centre of its own. (What is below 1e-10 of the mean is rounding.)
+    They would where the mean is off the centre by more than the spread of the rows; such a block
+    gets a centre of its own. (A distance below 1e-10 of the mean, squared, is rounding.)
     """
-    off = float((mean.to(centre.device) - centre).square().sum())
-    return off > max(trace, 0.0) + 1e-10 * float(mean @ mean)
+    distance = float((mean.to(centre.device) - centre).square().sum())
+    return distance > max(trace, 0.0) + 1e-10 * float(mean @ mean)
 
 
-def _counts(rows: Tensor, f: Tensor | None) -> Tensor:
+def _counts(rows: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Return [3] int64: finite rows, zero rows and non-finite rows, by frequency."""
     finite, zero = torch.isfinite(rows).all(dim=1), (rows == 0).all(dim=1)
-    return torch.stack(
-        [(kind if f is None else kind * f).sum() for kind in (finite, zero, ~finite)]
-    )
+    masks = torch.stack([finite, zero, ~finite])
+    return (masks if frequencies is None else masks * frequencies).sum(dim=1)

@@ -1,14 +1,15 @@
-"""The fixed-frame theory: what the gap of matched pairs is made of.
+"""The fixed-frame theory: a decomposition of the gap of matched pairs into four parts.
 
-arXiv 2602.07026, section 3 and appendices A to C. A frame is found once, on probe rows: ``U``, the
-leading eigenvectors of ``S = S_x + S_y``, and its complement ``V``; then it stays as it is. Pairs
-give ``D = x - y`` (image less text, unit rows) and ``m = E[D]``, which the frame splits in four:
+arXiv 2602.07026, section 3 and appendices A to C. A frame is fitted once, on probe rows: ``U``, the
+leading eigenvectors of ``S = S_x + S_y``, and its complement ``V``; then it is frozen. Pairs of
+unit rows ``(y, x)``, source (text) and target (image), give ``D = x - y`` and ``m = E[D]``, which
+the frame splits in four:
 
     D = beta + gamma + delta + zeta
     beta  = U U' m          principal modality bias        delta = U U' (D - m)
     gamma = V V' m          constant orthogonal bias       zeta  = V V' (D - m)
 
-All arithmetic is float64; memory is that of D x D matrices and one block of rows.
+All arithmetic is float64; memory holds D x D matrices and one block of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +31,8 @@ from .moments import Moments, good_rows
 from .ops.reference import unit
 from .storage.paths import write_whole
 
-Pairs = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]  # (target x, source y), [n, D] each
+# (source, target), [n, D] each, or batches of it.
+Pairs = Sequence[Tensor] | Iterable[Sequence[Tensor]]
 _BLOCK_ROWS = 4096
 _SINGULAR = 1e-12  # an eigenvalue below this share of the largest counts as 0
 
@@ -48,12 +50,12 @@ class FixedFrame:
     def fit(
         cls, source: Moments, target: Moments, *, energy: float = 0.9, rank: int | None = None
     ) -> FixedFrame:
-        """The frame of ``S = S_x + S_y`` (section 3) from moments with covariances.
+        """Fit the frame of ``S = S_x + S_y`` (section 3) from moments with covariances.
 
         Args:
             energy: U takes the fewest leading eigenvectors that hold this share of ``tr S``, in
                 (0, 1]. The paper gives no value.
-            rank: this many instead, 1..D, whatever their energy.
+            rank: the number of eigenvectors instead, 1..D, whatever their energy.
 
         Raises:
             ValueError: no covariance, other dimensions, no spread, or a threshold out of range.
@@ -74,30 +76,33 @@ class FixedFrame:
         if not float(values.sum()) > 0:
             raise ValueError("FixedFrame: the rows have no spread; fit on rows that differ")
         if rank is None:
-            held = values.cumsum(0)
-            rank = int((held < energy * held[-1]).sum()) + 1
+            energies = values.cumsum(0)
+            rank = int((energies < energy * energies[-1]).sum()) + 1
         return cls(basis, values, rank)
 
     @property
     def principal(self) -> Tensor:
-        """U, [D, r]."""
+        """The principal subspace U, [D, r]."""
         return self.basis[:, : self.rank]
 
     @property
     def complement(self) -> Tensor:
-        """V, [D, D - r]."""
+        """The complement V, [D, D - r]."""
         return self.basis[:, self.rank :]
 
     @property
     def energy(self) -> float:
-        """The share of ``tr S`` in U: at least the threshold asked for."""
+        """The share of ``tr S`` in U, at least the threshold of :meth:`fit`."""
         return float(self.values[: self.rank].sum() / self.values.sum())
 
     def leak(self, other: FixedFrame) -> float:
-        """``|P_V P_Ut|_2 = sin theta(U_t, U)``, 0 where the U of ``other`` lies in this one's U.
+        """Return ``|P_V P_Ut|_2 = sin theta(U_t, U)``, 0 where the U of ``other`` lies in this U.
 
-        Spectral norm, the sine of the largest principal angle (section 3). Fit ``other`` at a
-        checkpoint with ``rank=frame.rank``; with more columns than U it is 1.
+        It is the sine of the largest principal angle (section 3). Fit ``other`` at a checkpoint
+        with ``rank=frame.rank``; with more columns than this U it is 1.
+
+        Raises:
+            ValueError: frames of different dimensions.
         """
         if other.basis.shape != self.basis.shape:
             raise ValueError(
@@ -113,7 +118,7 @@ class FixedFrame:
         """Split the gap of matched pairs, read once.
 
         Args:
-            pairs: ``(x, y)`` of target and source rows [N, D] each, or an iterable of such batches.
+            pairs: ``(source, target)`` rows, [N, D] each, or an iterable of such batches.
             ridge: ``lambda`` of the coupling, as a share of ``tr(D D') / r``, the mean eigenvalue
                 of the delta rows' scatter: so it depends neither on N nor on the size of the gap.
 
@@ -124,8 +129,8 @@ class FixedFrame:
         if not ridge >= 0:
             raise ValueError(f"FixedFrame.decompose: ridge is {ridge}, expected 0 or more")
         moments = Moments(covariance=True, normalize=False)
-        for x, y in _unit_blocks(pairs, len(self.values)):
-            moments.update(x - y)
+        for y, x in _unit_blocks(pairs, len(self.values)):
+            moments.update(x - y, bad_rows="keep")
         if moments.count < 2:
             raise ValueError(
                 f"FixedFrame.decompose: got {moments.count} pairs, expected 2 or more; an iterator "
@@ -154,7 +159,7 @@ class FixedFrame:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FixedFrame:
-        """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
+        """Read a file that :meth:`save` wrote; a ValueError names a file that is no frame."""
         try:
             tensors = load_file(path)
             return cls(tensors["basis"], tensors["values"], int(tensors["rank"]))
@@ -165,7 +170,7 @@ class FixedFrame:
 
 
 class Parts(NamedTuple):
-    """The four parts of every pair; their sum is ``x - y``."""
+    """The four parts of every pair; their sum is ``x - y``, target minus source."""
 
     beta: Tensor  # [D]
     gamma: Tensor  # [D]
@@ -192,7 +197,7 @@ class Decomposition:
 
     @property
     def energies(self) -> dict[str, float]:
-        """``|beta|^2``, ``|gamma|^2``, ``E|delta|^2``, ``E|zeta|^2``; their sum is ``E|D|^2``."""
+        """Energies ``|beta|^2``, ``|gamma|^2``, ``E|delta|^2``, ``E|zeta|^2``; sum ``E|D|^2``."""
         return {
             "beta": float(self.beta.square().sum()),
             "gamma": float(self.gamma.square().sum()),
@@ -202,17 +207,17 @@ class Decomposition:
 
     @property
     def delta_spectrum(self) -> Tensor:
-        """Eigenvalues of S_delta, [r], descending."""
-        return torch.linalg.eigvalsh(self.delta_covariance).flip(0).clamp(min=0)
+        """The eigenvalues of S_delta, [r], descending."""
+        return _descending_eigenvalues(self.delta_covariance)
 
     @property
     def zeta_spectrum(self) -> Tensor:
-        """Eigenvalues of S_zeta, [D - r], descending."""
-        return torch.linalg.eigvalsh(self.zeta_covariance).flip(0).clamp(min=0)
+        """The eigenvalues of S_zeta, [D - r], descending."""
+        return _descending_eigenvalues(self.zeta_covariance)
 
     @property
     def gamma_angle(self) -> float:
-        """Degrees, 0..90, from gamma to the line of S_zeta's top eigenvector; NaN if 0."""
+        """The angle, 0..90 degrees, of gamma and S_zeta's top eigenvector; NaN if either is 0."""
         length = float(self.gamma.norm())
         if not length > 0 or not float(self.zeta_covariance.trace()) > 0:
             return math.nan
@@ -222,19 +227,20 @@ class Decomposition:
 
     @property
     def coupling(self) -> Tensor:
-        """``L = Z D' (D D' + lambda I)^-1``, [D - r, r]: the ridge regression of zeta on delta."""
+        """The ridge regression of zeta on delta, ``L = Z D' (D D' + lambda I)^-1``, [D - r, r]."""
         s = self.delta_covariance
         penalised = s.clone()
         penalised.diagonal().add_(self.ridge * s.trace() / len(s))
-        return self.cross_covariance @ torch.linalg.pinv(penalised, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(penalised, hermitian=True)
+        return self.cross_covariance @ inverse
 
     def summary(self) -> dict[str, float | int | None]:
-        """Plain numbers, ready for json; ``None`` for one that does not exist or is infinite."""
+        """Return plain numbers, ready for json; ``None`` where one is undefined or infinite."""
         energies, total = self.energies, sum(self.energies.values())
         numbers: dict[str, float | int] = {"pairs": self.count, "rank": self.frame.rank}
         numbers |= {"frame_energy": self.frame.energy, "difference_energy": self.energy}
         for name, value in energies.items():
-            numbers[f"{name}_norm"] = math.sqrt(max(value, 0.0))  # root mean square for a residual
+            numbers[f"{name}_norm"] = math.sqrt(max(value, 0.0))  # of residuals: root mean square
             numbers[f"{name}_share"] = value / total if total > 0 else math.nan
         coupling, s = self.coupling, self.delta_covariance
         explained = 2 * (coupling * self.cross_covariance).sum() - ((coupling @ s) * coupling).sum()
@@ -248,18 +254,22 @@ class Decomposition:
             "coupling_r2_chance": min(self.frame.rank / (self.count - 1), 1.0),
             "ridge": self.ridge,
         }
-        return {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
-    def parts(self, x: Tensor, y: Tensor) -> Parts:
-        """The parts of pairs x (target), y (source), [N, D] each, with this mean and frame."""
-        differences = [x - y for x, y in _unit_blocks((x, y), len(self.beta))]
+    def parts(self, source: Tensor, target: Tensor) -> Parts:
+        """Return the parts of matched rows, [N, D] each, with this mean and frame.
+
+        Raises:
+            ValueError: rows that :meth:`FixedFrame.decompose` refuses.
+        """
+        differences = [x - y for y, x in _unit_blocks((source, target), len(self.beta))]
         centred = torch.cat(differences) - (self.beta + self.gamma)
         u, v = (b.to(centred.device) for b in (self.frame.principal, self.frame.complement))
         return Parts(self.beta, self.gamma, centred @ u @ u.T, centred @ v @ v.T)
 
 
 class GammaHistory(NamedTuple):
-    """How the constant orthogonal bias moves over T checkpoints in one frame (section 3)."""
+    """The movement of the constant orthogonal bias over T checkpoints in one frame (section 3)."""
 
     drift: Tensor  # [T - 1] |gamma_t - gamma_{t-1}|
     cosine_to_previous: Tensor  # [T - 1]
@@ -268,7 +278,7 @@ class GammaHistory(NamedTuple):
 
 
 def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
-    """Drift and cosines of gamma over checkpoints, all decomposed in the same frame.
+    """Return drift and cosines of gamma over checkpoints, all decomposed in the same frame.
 
     Sampling alone gives a drift of about ``gamma_standard_error * sqrt(2)`` between independent
     samples of pairs.
@@ -277,13 +287,14 @@ def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
         ValueError: fewer than two checkpoints, or different frames.
     """
     if len(decompositions) < 2:
-        got = len(decompositions)
-        raise ValueError(f"gamma_history: got {got} checkpoints, expected 2 or more")
+        raise ValueError(
+            f"gamma_history: got {len(decompositions)} checkpoints, expected 2 or more"
+        )
     frame = decompositions[0].frame
-    for frame_t in (one.frame for one in decompositions):
+    for frame_t in (decomposition.frame for decomposition in decompositions):
         if frame_t.rank != frame.rank or not torch.equal(frame_t.basis, frame.basis):
             raise ValueError("gamma_history: checkpoints have different frames; use one for all")
-    gammas = torch.stack([one.gamma for one in decompositions])
+    gammas = torch.stack([decomposition.gamma for decomposition in decompositions])
     directions = unit(gammas)
     return GammaHistory(
         drift=(gammas[1:] - gammas[:-1]).norm(dim=1),
@@ -294,17 +305,18 @@ def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
 
 
 def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
-    """How far normalising moves the direction of a mean, to second order (Theorem B.14).
+    """Return the shift of a mean's direction that normalising causes, to second order (Thm B.14).
 
     For ``Z = mean + e`` with ``E[e] = 0`` and covariance S, ``r = |mean|``, ``a = mean / r``:
 
         E[unit(Z)] - a = -(1/r^2) S a - (1/2r^2) a tr S + (3/2r^2) a (a' S a) + O(E|e|^3 / r^3)
 
     The part orthogonal to a vanishes where a is an eigenvector of S, so for every a iff S is
-    isotropic. For symmetric noise the rest is of fourth order.
+    isotropic. For symmetric noise the remainder is of fourth order.
 
     Args:
-        mean: [D], not 0. covariance: [D, D].
+        mean: [D], not 0.
+        covariance: S, [D, D].
 
     Returns:
         [D] float64.
@@ -326,33 +338,42 @@ def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _condition(values: Tensor) -> float:
-    """Largest over smallest eigenvalue (descending); infinite where the smallest is rounding."""
+    """Return the largest over the smallest of descending eigenvalues, infinite at rounding."""
     if not len(values) or not float(values[0]) > 0:
         return math.nan
     ratio = float(values[-1] / values[0])
     return 1 / ratio if ratio > _SINGULAR else math.inf
 
 
+def _descending_eigenvalues(covariance: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(covariance)
+    return values.flip(0).clamp(min=0)
+
+
 def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unit rows of pairs in float64, a block at a time."""
+    """Yield unit rows of pairs (source, target) in float64, a block at a time."""
     if isinstance(pairs, Tensor):
-        raise ValueError("FixedFrame: expected (x, y) or batches of (x, y), got one tensor")
-    if isinstance(pairs, (tuple, list)) and len(pairs) == 2 and isinstance(pairs[0], Tensor):
-        pairs = [pairs]
+        raise ValueError("FixedFrame: expected (source, target) or batches of it, got one tensor")
     first_row = 0
-    for batch in pairs:
-        x, y = batch
-        if x.shape != y.shape or x.dim() != 2 or x.shape[1] != columns:
+    for source, target in _batches_of_pairs(pairs):
+        if source.shape != target.shape or source.dim() != 2 or source.shape[1] != columns:
             raise ValueError(
-                f"FixedFrame: expected matched rows [n, {columns}] twice, got {list(x.shape)} and "
-                f"{list(y.shape)}; give both sides of the same pairs, from the frame's encoder"
+                f"FixedFrame: expected matched rows [n, {columns}] twice, got "
+                f"{list(source.shape)} and {list(target.shape)}; give both sides of the same "
+                "pairs, from the frame's encoder"
             )
-        good = good_rows(x) & good_rows(y.to(x.device))
+        good = good_rows(target) & good_rows(source.to(target.device))
         if not bool(good.all()):
-            bad = first_row + int((~good).nonzero()[0])
+            bad_row = first_row + int((~good).nonzero()[0])
             raise ValueError(
-                f"FixedFrame: a row of pair {bad} is zero or not finite; leave the pair out"
+                f"FixedFrame: a row of pair {bad_row} is zero or not finite; leave the pair out"
             )
-        for part_x, part_y in zip(x.split(_BLOCK_ROWS), y.split(_BLOCK_ROWS), strict=True):
-            yield unit(part_x.double()), unit(part_y.to(x.device).double())
-        first_row += len(x)
+        blocks = (torch.split(rows, _BLOCK_ROWS) for rows in (source, target))
+        for y, x in zip(*blocks, strict=True):
+            yield unit(y.to(x.device).double()), unit(x.double())
+        first_row += len(source)
+
+
+def _batches_of_pairs(pairs: Pairs) -> Iterable[Sequence[Tensor]]:
+    is_one_batch = isinstance(pairs, Sequence) and len(pairs) == 2 and isinstance(pairs[0], Tensor)
+    return cast("Iterable[Sequence[Tensor]]", [pairs] if is_one_batch else pairs)

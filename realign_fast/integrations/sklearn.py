@@ -1,13 +1,14 @@
-"""Streamed covariance as a scikit-learn estimator, for those who work in its terms.
+"""Streamed covariance as a scikit-learn estimator.
 
 ``StreamingCovariance`` is scikit-learn's ``EmpiricalCovariance`` with ``partial_fit``: rows are
 read once, a batch at a time, into :class:`realign_fast.Moments` of the rows as they are. It needs
-the extra ``sklearn`` (scikit-learn 1.6 or later), which nothing else here imports.
+the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,12 @@ except ImportError as error:
     ) from error
 
 
-class StreamingCovariance(EmpiricalCovariance):
-    """Maximum likelihood covariance (divided by n) of rows that need not fit in memory.
+class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
+    """Maximum likelihood covariance (divided by n) of rows that may not fit in memory.
 
     ``score``, ``mahalanobis``, ``error_norm`` and ``get_precision`` are those of scikit-learn's
-    ``EmpiricalCovariance``. Batches in any cut give what ``fit`` on all rows gives, to rounding.
+    ``EmpiricalCovariance``. Batches of any sizes give the result of ``fit`` on all rows, to
+    rounding.
 
     Args:
         store_precision: keep the pseudo-inverse in ``precision_`` (``None`` otherwise).
@@ -40,14 +42,16 @@ class StreamingCovariance(EmpiricalCovariance):
     Attributes:
         location_: mean [D] float64, or zeros if ``assume_centered``.
         covariance_: [D, D] float64.
-        precision_: [D, D] float64; computed when first asked for, not at every batch.
-        moments_: the :class:`Moments` behind them, to save or merge.
-        n_samples_seen_, n_features_in_: rows and columns so far.
+        precision_: [D, D] float64; computed on first access, not at every batch.
+        moments_: the :class:`Moments` they are computed from, to save or merge.
+        n_samples_seen_, n_features_in_: the numbers of rows and columns so far.
     """
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    _precision: np.ndarray[Any, Any] | None
+
+    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
-        """Forget what was seen and fit on rows X [N, D]; ``y`` is ignored.
+        """Forget all earlier rows and fit on rows X [N, D]; ``y`` is ignored.
 
         Raises:
             ValueError: rows with a NaN or an infinity, or no row.
@@ -59,7 +63,7 @@ class StreamingCovariance(EmpiricalCovariance):
             )
         return self
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def partial_fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
         """Add a batch of rows X [n, D]; ``y`` is ignored.
 
@@ -70,10 +74,11 @@ class StreamingCovariance(EmpiricalCovariance):
         return self
 
     @property
-    def precision_(self) -> np.ndarray | None:
+    def precision_(self) -> np.ndarray[Any, Any] | None:
+        """The pseudo-inverse of the covariance [D, D], or None without ``store_precision``."""
         if not self.store_precision:
             return None
-        covariance = self.covariance_
+        covariance = self.covariance_  # an AttributeError before the first fit
         if self._precision is None:
             self._precision = pinvh(covariance, check_finite=False)
         return self._precision
@@ -89,7 +94,7 @@ class StreamingCovariance(EmpiricalCovariance):
         )
         if reset:
             self.moments_ = Moments(covariance=True, normalize=False)
-        self.moments_.update(torch.from_numpy(rows))
+        self.moments_.update(torch.from_numpy(rows), bad_rows="keep")
         mean, covariance = self.moments_.mean, self.moments_.covariance
         if self.assume_centered:
             covariance = covariance + torch.outer(mean, mean)

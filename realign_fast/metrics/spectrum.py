@@ -43,7 +43,7 @@ def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return ``exp(-sum p log p)``, ``p = values / sum``, 1 to D: Roy and Vetterli (EUSIPCO 2007)."""
+    """Return ``exp(-sum p log p)``, ``p = values / sum``, 1 to D: Roy and Vetterli (2007)."""
     return float(torch.special.entr(_shares("effective_rank", values)).sum().exp())
 
 

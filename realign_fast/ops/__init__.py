@@ -8,7 +8,7 @@ from .functions import (
     align_rows,
     sum_mapped_rows,
     sum_rows,
-    wide,
+    working_dtype,
 )
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "sum_mapped_rows",
     "sum_rows",
     "why_no_cuda",
-    "wide",
+    "working_dtype",
 ]

@@ -147,7 +147,9 @@ def sum_rows(
         if scale.dim():
             return sum_mapped_rows(
                 rows.detach(),
-                lambda block: align_rows(block, scale, shift, recentre, **wide(block)),
+                lambda block: align_rows(
+                    block, scale, shift, recentre, out_dtype=working_dtype(block)
+                ),
             )
     op = torch.ops.realign_fast
     isa = isa_of("sum_rows") if rows.is_cpu else 0
@@ -167,9 +169,9 @@ def sum_mapped_rows(rows: Tensor, mapping: Callable[[Tensor], Tensor]) -> RowSum
     return RowSums(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
 
-def wide(rows: Tensor) -> dict[str, torch.dtype]:
-    """``out_dtype`` for a result that is worked on further: float32, float64 of float64 rows."""
-    return {"out_dtype": torch.float64 if rows.dtype == torch.float64 else torch.float32}
+def working_dtype(rows: Tensor) -> torch.dtype:
+    """Return the dtype of intermediate results: float64 for float64 rows, otherwise float32."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def add_scatter_(

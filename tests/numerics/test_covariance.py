@@ -97,9 +97,11 @@ def test_bad_rows_take_their_weight_with_them():
     rows[3], rows[7, 2] = 0, torch.nan
     good = torch.ones(50, dtype=torch.bool)
     good[7] = False
-    kept = Moments(covariance=True).update(rows, fweights=weights, aweights=weights / 50)
+    kept = Moments(covariance=True).update(
+        rows, fweights=weights, aweights=weights / 50, bad_rows="keep"
+    )
     expected = Moments(covariance=True).update(
-        rows[good], fweights=weights[good], aweights=weights[good] / 50
+        rows[good], fweights=weights[good], aweights=weights[good] / 50, bad_rows="keep"
     )
     torch.testing.assert_close(kept.cov(), expected.cov(), rtol=1e-13, atol=1e-15)
     assert (kept.count, kept.zero_rows, kept.nonfinite_rows) == (int(weights.sum()) - 7, 3, 7)
@@ -175,9 +177,9 @@ def test_batches_of_whole_blocks_give_the_bytes_of_one_update(dtype):
 def test_rows_before_the_first_finite_one():
     rows = random_rows(3000, 5)
     rows[:1500] = torch.nan
-    moments = Moments(covariance=True).update(rows[:1200])
+    moments = Moments(covariance=True).update(rows[:1200], bad_rows="keep")
     assert (moments.count, moments.nonfinite_rows, moments.dimension) == (0, 1200, 5)
-    moments.update(rows[1200:])
+    moments.update(rows[1200:], bad_rows="keep")
     torch.testing.assert_close(
         moments.covariance, covariance(rows[1500:], True), rtol=1e-12, atol=1e-15
     )

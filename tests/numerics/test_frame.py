@@ -17,16 +17,16 @@ COLUMNS = 9
 
 
 def matched(count=250, seed=0):
-    """(x, y): target and source rows of pairs, their difference anisotropic and biased."""
+    """(source, target) rows of pairs, their difference anisotropic and biased."""
     y = random_rows(count, COLUMNS, seed=seed) * torch.linspace(0.2, 2, COLUMNS).double()
     x = y + random_rows(count, COLUMNS, seed=seed + 100) * torch.linspace(0.8, 0.1, COLUMNS)
     x[:, 3] += 1.5
-    return x, y
+    return y, x
 
 
-def fitted(x, y, **options):
-    x, y = (Moments(covariance=True).update(rows) for rows in (x, y))
-    return FixedFrame.fit(y, x, **options)
+def fitted(source, target, **options):
+    sides = (Moments(covariance=True).update(rows) for rows in (source, target))
+    return FixedFrame.fit(*sides, **options)
 
 
 def close(a, b, error=1e-12):
@@ -68,7 +68,7 @@ def test_u_takes_the_fewest_vectors_that_hold_the_energy(energy):
 
 
 def test_later_data_do_not_move_the_frame():
-    x, y = (Moments(covariance=True).update(rows) for rows in matched())
+    y, x = (Moments(covariance=True).update(rows) for rows in matched())
     one = FixedFrame.fit(y, x)
     before = one.basis.clone(), one.values.clone()
     decomposed = one.decompose(matched()).summary()
@@ -82,8 +82,8 @@ def test_later_data_do_not_move_the_frame():
 
 
 def test_the_four_parts_add_up_row_by_row(fixed, split):
-    x, y = matched()
-    beta, gamma, delta, zeta = split.parts(x, y)
+    y, x = matched()
+    beta, gamma, delta, zeta = split.parts(y, x)
     differences = oracle.unit(x.numpy()) - oracle.unit(y.numpy())
     close(beta + gamma + delta + zeta, differences)
     for part in (beta, delta):
@@ -96,8 +96,8 @@ def test_the_four_parts_add_up_row_by_row(fixed, split):
 
 
 def test_energies_add_up_and_are_those_of_the_parts(split):
-    x, y = matched()
-    beta, gamma, delta, zeta = split.parts(x, y)
+    y, x = matched()
+    beta, gamma, delta, zeta = split.parts(y, x)
     energies = split.energies
     assert energies["beta"] == pytest.approx(float(beta @ beta), rel=1e-13)
     assert energies["gamma"] == pytest.approx(float(gamma @ gamma), rel=1e-13)
@@ -143,12 +143,12 @@ def test_r2_of_differences_without_coupling_is_chance():
     found = []
     for seed in range(200):
         x = random_rows(60, 40, seed=seed) - 0.3
-        found.append(plane.decompose((x, -x), ridge=0).summary())
+        found.append(plane.decompose((-x, x), ridge=0).summary())
     mean = np.mean([one["coupling_r2"] for one in found])
     assert found[0]["coupling_r2_chance"] == 4 / 59
     assert mean == pytest.approx(4 / 59, rel=0.1)
     x[:, 5] = 2 * x[:, 0] - x[:, 3]
-    close(plane.decompose((x, -x), ridge=0).coupling[1], [2, 0, 0, -1], 1e-10)
+    close(plane.decompose((-x, x), ridge=0).coupling[1], [2, 0, 0, -1], 1e-10)
 
 
 def test_the_standard_error_of_gamma_is_that_of_repeated_sampling():
@@ -161,22 +161,22 @@ def test_the_standard_error_of_gamma_is_that_of_repeated_sampling():
 
 
 def test_pairs_in_any_batches_and_containers(fixed, split):
-    x, y = matched()
-    batches = list(zip(x.split(31), y.split(31), strict=True))
-    loader = DataLoader(TensorDataset(x, y), batch_size=40)
-    for pairs in ((x, y), [x, y], batches, iter(batches), loader, (3 * x, y / 7)):
+    y, x = matched()
+    batches = list(zip(y.split(31), x.split(31), strict=True))
+    loader = DataLoader(TensorDataset(y, x), batch_size=40)
+    for pairs in ((y, x), [y, x], batches, iter(batches), loader, (y / 7, 3 * x)):
         again = fixed.decompose(pairs)
         assert again.count == 250
         close(again.gamma, split.gamma)
         close(again.beta, split.beta)
         close(again.cross_covariance, split.cross_covariance)
-    close(fixed.decompose((x.float(), y.float())).gamma, split.gamma, 1e-7)
+    close(fixed.decompose((y.float(), x.float())).gamma, split.gamma, 1e-7)
 
 
 def test_turning_both_sides_turns_the_parts(split):
     turn, _ = torch.linalg.qr(random_rows(COLUMNS, COLUMNS, seed=4))
-    x, y = (rows @ turn for rows in matched())
-    turned = fitted(x, y, energy=0.8).decompose((x, y))
+    y, x = (rows @ turn for rows in matched())
+    turned = fitted(y, x, energy=0.8).decompose((y, x))
     close(turned.gamma, split.gamma @ turn, 1e-10)
     close(turned.beta, split.beta @ turn, 1e-10)
     for name, value in turned.summary().items():
@@ -192,16 +192,16 @@ def test_swapping_the_sides_turns_the_sign_of_the_bias(fixed, split):
 
 
 def test_a_summary_is_plain_and_tells_what_does_not_exist():
-    x, y = matched()
+    y, x = matched()
     for rank in (1, COLUMNS):
-        one = fitted(x, y, rank=rank)
-        summary = one.decompose((x, y)).summary()
+        one = fitted(y, x, rank=rank)
+        summary = one.decompose((y, x)).summary()
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["zeta_condition"] is summary["gamma_angle"] is summary["coupling_r2"] is None
     assert summary["gamma_norm"] == summary["zeta_share"] == summary["coupling_norm"] == 0
-    few = one.decompose((x[:4], y[:4])).summary()
+    few = one.decompose((y[:4], x[:4])).summary()
     assert few["delta_condition"] is None, "four pairs have three directions"
-    same = fitted(x, y).decompose((x, x)).summary()
+    same = fitted(y, x).decompose((x, x)).summary()
     assert same["difference_energy"] == 0 and same["beta_share"] is None
 
 
@@ -259,7 +259,7 @@ def test_a_file_gives_back_every_bit(tmp_path, fixed):
 
 def test_the_golden_pairs(golden):
     text, image = (torch.from_numpy(rows) for rows in golden)
-    split = fitted(image, text).decompose((image, text))
+    split = fitted(text, image).decompose((text, image))
     gap = math.hypot(math.sqrt(split.energies["beta"]), math.sqrt(split.energies["gamma"]))
     assert gap == pytest.approx(0.851352, abs=5e-7), "the centroid gap is |beta + gamma|"
     assert split.energy == pytest.approx(2 * (1 - 0.3099), abs=1e-4), "E|D|^2 = 2 (1 - mean cos)"
@@ -268,17 +268,17 @@ def test_the_golden_pairs(golden):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda f, x, y: f.decompose((x, y[:5])), r"got \[250, 9\] and \[5, 9\]"),
-        (lambda f, x, y: f.decompose((x[:, :4], y[:, :4])), r"expected matched rows \[n, 9\]"),
-        (lambda f, x, y: f.decompose(torch.stack([x, y])), "got one tensor"),
-        (lambda f, x, y: f.decompose([(x, y), (x, 0 * y)]), "row of pair 250 is zero"),
-        (lambda f, x, y: f.decompose((x[:1], y[:1])), "got 1 pairs, expected 2 or more"),
-        (lambda f, x, y: f.decompose(iter([])), "got 0 pairs"),
-        (lambda f, x, y: f.decompose((x, y), ridge=-1), "ridge is -1"),
-        (lambda f, x, y: fitted(x, y, energy=0), r"expected energy in \(0, 1\]"),
-        (lambda f, x, y: fitted(x, y, rank=10), r"rank None or 1\.\.9"),
-        (lambda f, x, y: fitted(x, y[:, :4]), "the source has 4 columns, the target 9"),
-        (lambda f, x, y: fitted(x[:1], y[:1]), "no spread"),
+        (lambda f, y, x: f.decompose((y, x[:5])), r"got \[250, 9\] and \[5, 9\]"),
+        (lambda f, y, x: f.decompose((y[:, :4], x[:, :4])), r"expected matched rows \[n, 9\]"),
+        (lambda f, y, x: f.decompose(torch.stack([y, x])), "got one tensor"),
+        (lambda f, y, x: f.decompose([(y, x), (y, 0 * x)]), "row of pair 250 is zero"),
+        (lambda f, y, x: f.decompose((y[:1], x[:1])), "got 1 pairs, expected 2 or more"),
+        (lambda f, y, x: f.decompose(iter([])), "got 0 pairs"),
+        (lambda f, y, x: f.decompose((y, x), ridge=-1), "ridge is -1"),
+        (lambda f, y, x: fitted(y, x, energy=0), r"expected energy in \(0, 1\]"),
+        (lambda f, y, x: fitted(y, x, rank=10), r"rank None or 1\.\.9"),
+        (lambda f, y, x: fitted(y[:, :4], x), "the source has 4 columns, the target 9"),
+        (lambda f, y, x: fitted(y[:1], x[:1]), "no spread"),
     ],
 )
 def test_what_does_not_fit_is_refused(fixed, call, words):

@@ -135,11 +135,11 @@ def test_a_known_turn_of_u_gives_the_known_leak():
 def test_the_pull_is_the_rate_at_which_a_step_of_the_rows_shortens_the_biases():
     point, size = random_checkpoint(2), 1e-4
     frame = dynamics.frame_of(point, 0.6)
-    before = frame.decompose((point.image, point.text))
+    before = frame.decompose((point.text, point.image))
     report = dynamics.gradient_report(frame, point, before.beta, before.gamma)
     gradient = dynamics.contrastive_gradient(point.image, point.text, point.scale, dynamics.BATCH)
     after = frame.decompose(
-        (point.image - size * gradient.image, point.text - size * gradient.text)
+        (point.text - size * gradient.text, point.image - size * gradient.image)
     )
     for name in ("beta", "gamma"):
         ratio = float(getattr(after, name).norm() / getattr(before, name).norm())
