@@ -165,10 +165,10 @@ def train(
     steps: int, settings: Settings, rows: Corpus, moved: ReAlign | None = None,
 ) -> list[tuple[int, float]]:  # fmt: skip
     """One stage into `work/stage`; (step, loss on held-out pictures) along the way."""
-    from realign_fast.revision import train as stages
+    from realign_fast.revision import TrainingConfig, finetune, pretrain
 
     parts = {"pretrain": ("projector",), "finetune": ("projector", "lora")}[stage]
-    config = stages.TrainingConfig(
+    config = TrainingConfig(
         listed(work / f"{stage}.jsonl", data),
         rows,
         str(work / stage),
@@ -196,7 +196,7 @@ def train(
             "disable_tqdm": True,
         },
     )
-    getattr(stages, stage)(config)
+    {"pretrain": pretrain, "finetune": finetune}[stage](config)
     log = json.loads((work / stage / "trainer_state.json").read_text())["log_history"]
     return [(one["step"], one["eval_loss"]) for one in log if "eval_loss" in one]
 

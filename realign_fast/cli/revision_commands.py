@@ -100,8 +100,9 @@ def _aligner(options: argparse.Namespace) -> ReAlign | None:
 
 def _train(options: argparse.Namespace) -> int:
     from ..revision import train
+    from ..revision.training_config import TrainingConfig
 
-    config = train.TrainingConfig(
+    config = TrainingConfig(
         conversations=options.data,
         rows=_corpus(options),
         aligner=_aligner(options),

@@ -13,165 +13,76 @@ from .run_options import positive
 
 def add_rows(parser: argparse.ArgumentParser, side: str, required: bool = True) -> None:
     """Add the options that name the embedding rows; `side` is the default of `--side`."""
-    parser.add_argument(
-        "--rows",
-        required=required,
-        metavar="DIR",
-        help=f"a directory of shards, or a clip-retrieval root ({side} side unless --side)",
-    )
-    parser.add_argument("--side", choices=("text", "image"), default=side, help="(%(default)s)")
-    parser.add_argument("--column", metavar="NAME", help="where the rows are, as in align")
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="read pickled lists too, as align"
-    )
-    parser.add_argument(
-        "--ids",
-        metavar="DIR",
-        help="a root with metadata/ that holds the ids of the rows, or 'row' for row numbers "
-        "(default: with the rows)",
-    )
+    option = parser.add_argument
+    text = f"a directory of shards, or a clip-retrieval root ({side} side unless --side)"
+    option("--rows", required=required, metavar="DIR", help=text)
+    option("--side", choices=("text", "image"), default=side, help="(%(default)s)")
+    option("--column", metavar="NAME", help="where the rows are, as in align")
+    option("--allow-pickle", action="store_true", help="read pickled lists too, as align")
+    text = "a root with metadata/ that holds the ids of the rows, or 'row' for row numbers"
+    option("--ids", metavar="DIR", help=f"{text} (default: with the rows)")
 
 
 def add_data(parser: argparse.ArgumentParser, side: str) -> None:
     """Add the options of a list of samples and its rows; `side` is the default of `--side`."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help='list of entries {"id", "caption"} or {"id", "conversations": [{"from", "value"}]}: '
-        "json, jsonl or parquet; the image of an entry is the row with its id",
+    option = parser.add_argument
+    text = (
+        'list of entries {"id", "caption"} or {"id", "conversations": [{"from", "value"}]}: json, '
+        "jsonl or parquet; the image of an entry is the row with its id"
     )
+    option("--data", required=True, metavar="FILE", help=text)
     add_rows(parser, side)
-    parser.add_argument(
-        "--aligner",
-        metavar="FILE",
-        help="align raw text rows with it as they are read (aligner.safetensors)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive,
-        default=2048,
-        metavar="N",
-        help="tokens of a sample, visual ones included; longer ones are left out (%(default)s)",
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=_share,
-        default=0.01,
-        metavar="SHARE",
-        help="share of samples that may be unusable before it is an error (%(default)s)",
-    )
+    text = "align raw text rows with it as they are read (aligner.safetensors)"
+    option("--aligner", metavar="FILE", help=text)
+    text = "tokens of a sample, visual ones included; longer ones are left out (%(default)s)"
+    option("--max-length", type=positive, default=2048, metavar="N", help=text)
+    text = "share of samples that may be unusable before it is an error (%(default)s)"
+    option("--max-skipped", type=_share, default=0.01, metavar="SHARE", help=text)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of a training; most are fields of `TrainingConfig`."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints and result")
-    _add_new_model(parser)
-    parser.add_argument("--template", choices=TEMPLATES, help="(default: the stage's)")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja, instead of the tokenizer's")
-    parser.add_argument(
-        "--train",
-        metavar="PARTS",
-        help="which of projector, language_model and lora train, with commas (default: the "
-        "stage's)",
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        type=_setting,
-        metavar="NAME=VALUE",
-        help="field of PEFT's LoraConfig, such as r=64",
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        metavar="N",
-        help="samples a step over all devices (default: the stage's)",
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="samples at a time on a device (%(default)s)",
-    )
-    _add_held_out(parser)
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --out")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=_setting,
-        metavar="NAME=VALUE",
-        help="any TrainingArguments of transformers, such as learning_rate=1e-3 or bf16=false",
-    )
-
-
-def _add_new_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--projector",
-        choices=PROJECTORS,
-        help="of a new model: one layer, two, or two that give different tokens (mlp)",
-    )
-    parser.add_argument(
-        "--visual-tokens",
-        type=positive,
-        metavar="K",
-        help="tokens of an image in a new model (576)",
-    )
-    parser.add_argument(
-        "--no-normalize",
-        dest="normalize",
-        action="store_false",
-        default=None,
-        help="do not scale rows to unit length first, in a new model",
-    )
-
-
-def _add_held_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        metavar="N",
-        help="samples for the held-out loss, 0 for none (default: a hundredth, 512 at most)",
-    )
-    parser.add_argument(
-        "--test",
-        metavar="FILE",
-        help="a list to measure on instead, with --test-rows: in stage 1, say, pairs of real "
-        "images",
-    )
-    parser.add_argument(
-        "--test-rows",
-        metavar="DIR",
-        help="its rows (image side of a root), which hold their ids; --aligner does not change "
-        "them",
-    )
-    parser.add_argument(
-        "--generations",
-        type=int,
-        default=3,
-        metavar="N",
-        help="held-out samples answered at each evaluation (%(default)s)",
-    )
+    option = parser.add_argument
+    option("--out", required=True, metavar="DIR", help="checkpoints and result")
+    text = "of a new model: one layer, two, or two that give different tokens (mlp)"
+    option("--projector", choices=PROJECTORS, help=text)
+    text = "tokens of an image in a new model (576)"
+    option("--visual-tokens", type=positive, metavar="K", help=text)
+    text = "do not scale rows to unit length first, in a new model"
+    option("--no-normalize", dest="normalize", action="store_false", default=None, help=text)
+    option("--template", choices=TEMPLATES, help="(default: the stage's)")
+    option("--chat-template", metavar="FILE", help="Jinja, instead of the tokenizer's")
+    text = "of projector, language_model, lora, with commas (default: the stage's)"
+    option("--train", metavar="PARTS", help=text)
+    repeated: dict[str, Any] = {"action": "append", "default": [], "type": _setting}
+    text = "field of PEFT's LoraConfig, such as r=64"
+    option("--lora", metavar="NAME=VALUE", help=text, **repeated)
+    text = "samples a step over all devices (default: the stage's)"
+    option("--batch", type=positive, metavar="N", help=text)
+    text = "samples at a time on a device (%(default)s)"
+    option("--micro-batch", type=positive, default=8, metavar="N", help=text)
+    text = "samples for the held-out loss, 0 for none (default: a hundredth, 512 at most)"
+    option("--held-out", type=int, metavar="N", help=text)
+    text = "a list to measure on instead, with --test-rows: in stage 1, say, pairs of real images"
+    option("--test", metavar="FILE", help=text)
+    text = "its rows (image side of a root), which hold their ids; --aligner does not change them"
+    option("--test-rows", metavar="DIR", help=text)
+    text = "held-out samples answered at each evaluation (%(default)s)"
+    option("--generations", type=int, default=3, metavar="N", help=text)
+    option("--resume", action="store_true", help="from the last checkpoint in --out")
+    text = "any TrainingArguments of transformers, such as learning_rate=1e-3 or bf16=false"
+    option("--set", metavar="NAME=VALUE", help=text, **repeated)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that name and load a trained model."""
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model that pretrain or finetune wrote"
-    )
-    parser.add_argument(
-        "--language-model", metavar="MODEL", help="where its language model is now, if it moved"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the language model (%(default)s)",
-    )
-    parser.add_argument("--device", metavar="NAME", help="(default: cuda where there is one)")
+    option = parser.add_argument
+    option("--model", required=True, metavar="DIR", help="that pretrain or finetune wrote")
+    text = "where its language model is now, if it moved"
+    option("--language-model", metavar="MODEL", help=text)
+    dtypes = ("float32", "bfloat16", "float16")
+    option("--dtype", choices=dtypes, default=dtypes[0], help="of the language model (%(default)s)")
+    option("--device", metavar="NAME", help="(default: cuda where there is one)")
 
 
 def add_questions(parser: argparse.ArgumentParser, several: bool, pictures: bool) -> None:
@@ -185,17 +96,10 @@ def add_questions(parser: argparse.ArgumentParser, several: bool, pictures: bool
     images.add_argument("--id", metavar="ID", help="id of a row", **values)
     if pictures:
         images.add_argument("--image", metavar="FILE", help="a picture", **values)
-        parser.add_argument(
-            "--encoder",
-            metavar="NAME",
-            help="the encoder that the model's rows came from: a directory, or NAME:WEIGHTS of "
-            "open_clip",
-        )
-    parser.add_argument(
-        "--ask",
-        default=DEFAULT_QUESTION if several else None,
-        help="what to ask (default: %(default)s)" if several else "one question, then stop",
-    )
+        text = "that the model's rows came from: a directory, or NAME:WEIGHTS of open_clip"
+        parser.add_argument("--encoder", metavar="NAME", help=text)
+    text = "what to ask (default: %(default)s)" if several else "one question, then stop"
+    parser.add_argument("--ask", default=DEFAULT_QUESTION if several else None, help=text)
     _add_max_new_tokens(parser)
     if several:
         parser.add_argument("--out", metavar="FILE", help="JSON lines (default: printed)")
@@ -203,30 +107,21 @@ def add_questions(parser: argparse.ArgumentParser, several: bool, pictures: bool
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add the options of an evaluation."""
-    parser.add_argument(
-        "--choices",
-        type=int,
-        default=4,
-        metavar="N",
-        help="texts to choose from by likelihood, 0 for no choice (%(default)s)",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="samples, spread over the list")
-    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="(%(default)s)")
-    parser.add_argument("--no-generate", action="store_true", help="likelihoods alone")
+    option = parser.add_argument
+    text = "texts to choose from by likelihood, 0 for no choice (%(default)s)"
+    option("--choices", type=int, default=4, metavar="N", help=text)
+    option("--limit", type=positive, metavar="N", help="samples, spread over the list")
+    option("--batch", type=positive, default=8, metavar="N", help="(%(default)s)")
+    option("--no-generate", action="store_true", help="likelihoods alone")
     _add_max_new_tokens(parser)
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the choice (%(default)s)"
-    )
-    parser.add_argument("--out", metavar="FILE", help="json (default: printed)")
-    parser.add_argument(
-        "--cache", metavar="DIR", help="for the prepared list (default: MODEL/data)"
-    )
+    option("--seed", type=int, default=0, metavar="N", help="of the choice (%(default)s)")
+    option("--out", metavar="FILE", help="json (default: printed)")
+    option("--cache", metavar="DIR", help="for the prepared list (default: MODEL/data)")
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=64, metavar="N", help="%(default)s"
-    )
+    text = "length of a generated text (%(default)s)"
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help=text)
 
 
 def _share(text: str) -> float:

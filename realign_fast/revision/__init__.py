@@ -13,7 +13,8 @@ of transformers; it works with any causal language model and any CLIP-like encod
 - `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
   and `preparation.py` joins the two by id.
 - `templates.py` encodes conversations as tokens and labels, and `dataset.py` makes batches.
-- `train.py` runs both stages with `trainer.py`; `permutation_sampler.py` shuffles the samples.
+- `training_config.py` holds the settings of a training, and `train.py` runs both stages with
+  `trainer.py`; `permutation_sampler.py` shuffles the samples.
 - `generation.py` writes captions and answers; `evaluation.py` and `text_scores.py` measure them.
 
 transformers, accelerate and peft are installed with the extra `train` and imported on first use.
@@ -35,9 +36,9 @@ if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from .projector import ReVisionConfig as ReVisionConfig
     from .templates import Chat as Chat
     from .templates import Plain as Plain
-    from .train import TrainingConfig as TrainingConfig
     from .train import finetune as finetune
     from .train import pretrain as pretrain
+    from .training_config import TrainingConfig as TrainingConfig
 
 _MODULES = {
     "Chat": "templates",
@@ -46,7 +47,7 @@ _MODULES = {
     "Projector": "projector",
     "ReVisionConfig": "projector",
     "ReVisionModel": "model",
-    "TrainingConfig": "train",
+    "TrainingConfig": "training_config",
     "attach": "llava",
     "caption_rows": "generation",
     "evaluate": "evaluation",

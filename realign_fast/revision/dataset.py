@@ -82,14 +82,7 @@ class Conversations(Dataset[Item]):
         return items
 
     def split(self, held_out: int) -> tuple[Subset, Subset]:
-        """Split off `held_out` samples, spread evenly over the list.
-
-        Returns:
-            The other samples, and the held-out samples.
-
-        Raises:
-            ValueError: `held_out` is not between 1 and half of the samples.
-        """
+        """Return all other samples, and `held_out` samples that are spread evenly over the list."""
         if not 0 < held_out <= len(self) // 2:
             raise ValueError(
                 f"held out: got {held_out}, expected 1 to {len(self) // 2}, half of the samples"
@@ -145,13 +138,7 @@ class Collator:
         aligner: ReAlign | None = None,
         side: Literal["left", "right"] = "right",
     ) -> None:
-        """Pad with the token id `pad`.
-
-        Args:
-            pad: the token id of padding.
-            aligner: maps raw text rows into the distribution of the images in every batch.
-            side: where short items are padded.
-        """
+        """Pad short items on one side with the token id `pad`; map raw rows with `aligner`."""
         if side not in ("left", "right"):
             raise ValueError(f"Collator: side is {side!r}, expected 'left' or 'right'")
         self.pad, self.aligner, self.side = pad, aligner, side

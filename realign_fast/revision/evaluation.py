@@ -129,15 +129,7 @@ class LikelihoodScorer:
         rows: Sequence[Tensor],
         batch: int,
     ) -> None:
-        """Score with a model in eval mode.
-
-        Args:
-            model: the model.
-            template: the template that the model was trained on.
-            samples: the prompts.
-            rows: the images of each sample, `[images, D]`.
-            batch: sequences at a time.
-        """
+        """Score `batch` sequences at a time; `rows` are the images of a sample, `[images, D]`."""
         self.model, self.template, self.batch = model, template, batch
         self.samples, self.rows = samples, rows
         self.references = [template.reference(sample) for sample in samples]
@@ -163,7 +155,7 @@ class LikelihoodScorer:
 
     def gains(self, pairs: Sequence[Pair]) -> Vector:
         """Return `likelihoods` minus those with the mean row: what the images add to each text."""
-        keys = [(tuple(self.template.sample_prompt(self.samples[sample])), text)
+        keys = [(tuple(self.template.prompt(self.samples[sample])), text)
                 for sample, text in pairs]  # fmt: skip
         mean_rows = [self._mean_row.expand_as(self.rows[sample]) for sample, _ in pairs]
         sums, tokens = self._score(pairs, keys, mean_rows)
@@ -186,7 +178,7 @@ class LikelihoodScorer:
     def _encode(self, sample: Sample, text: str, images: Tensor) -> Item:
         """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
         ids, labels = self.template.encode(self.template.with_answer(sample, text))
-        prompt = len(self.template.sample_prompt(sample))
+        prompt = len(self.template.prompt(sample))
         labels = [IGNORED_LABEL] * prompt + labels[prompt:]
         return {"input_ids": ids, "labels": labels, "image_rows": images}
 

@@ -29,14 +29,8 @@ def open_model(
 ) -> tuple[ReVisionModel, Template]:
     """Load a saved model in eval mode, and the template of its last training.
 
-    Args:
-        directory: a directory that `pretrain` or `finetune` wrote.
-        language_model: where the language model is now, if it was moved.
-        dtype: the dtype of the language model.
-        device: a device of torch; by default CUDA if there is one.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `ReVisionModel.from_pretrained`.
+    The arguments and errors are those of `ReVisionModel.from_pretrained`; `device` is by default
+    CUDA if there is one.
     """
     config = read_config(Path(directory))
     model = ReVisionModel.from_pretrained(directory, language_model, dtype)
@@ -61,17 +55,12 @@ def respond(
 ) -> list[str]:
     """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
-    Args:
-        model: a model in eval mode.
-        template: the template that the model was trained on.
-        samples: the prompts.
-        rows: the images of each sample, `[images, D]`.
-        max_new_tokens: the longest text, in tokens.
-        generation: further options of `generate` of transformers; by default it is greedy.
+    `rows` are the images of each sample, `[images, D]`; `generation` are further options of
+    `generate` of transformers, which is greedy by default.
     """
     pad = pad_id(template.tokenizer)
     items = [
-        {"input_ids": (ids := template.sample_prompt(sample)), "labels": ids, "image_rows": images}
+        {"input_ids": (ids := template.prompt(sample)), "labels": ids, "image_rows": images}
         for sample, images in zip(samples, rows, strict=True)
     ]
     batch = Collator(pad, side="left")(items)
@@ -93,15 +82,10 @@ def caption_rows(
     max_new_tokens: int = 64,
     **generation: Any,
 ) -> Iterator[str]:
-    """Yield a caption for every row of batches `[n, D]`.
+    """Yield a caption for every row of batches `[n, D]`, which `Corpus.batches()` yields.
 
-    Args:
-        model: a model in eval mode.
-        template: the template that the model was trained on.
-        rows: batches of rows, such as `batch.rows` of `Corpus.batches()`.
-        ask: the question, for a model that was trained on conversations.
-        max_new_tokens: the longest caption, in tokens.
-        generation: further options of `generate` of transformers; by default it is greedy.
+    `ask` is the question to a model that was trained on conversations; `generation` are further
+    options of `generate` of transformers, which is greedy by default.
     """
     sample = Sample("", [""], None, [("user", f"{IMAGE_MARK}\n{ask}"), ("assistant", "")])
     for batch in rows:

@@ -31,15 +31,8 @@ def attach(
     For `generate`, pass `**visual_inputs(model, image_rows)` instead. `save_pretrained` of the
     model writes the weights of the projector, but `from_pretrained` does not know them: attach
     first, then use `load_state_dict`.
-
-    Args:
-        model: a LLaVA-type model of transformers.
-        config: the shape of the projector.
-        projector: a trained projector; by default it starts from random weights.
-
-    Raises:
-        ValueError: the model does not take ready-made features, has a projector already, or embeds
-            in another size than `config.hidden_size`.
+    Without `projector`, a new one is made. ValueError if the model does not take ready-made
+    features, has a projector already, or embeds in another size than `config.hidden_size`.
     """
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ValueError(

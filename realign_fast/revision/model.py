@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -57,11 +57,7 @@ class ReVisionModel(nn.Module):
     language_model: PreTrainedModel  # or the PeftModel around it
 
     def __init__(self, config: ReVisionConfig, language_model: PreTrainedModel) -> None:
-        """Put a projector with random weights in front of `language_model`.
-
-        Raises:
-            ValueError: the language model embeds in another size than `config.hidden_size`.
-        """
+        """Put a new projector in front of a language model that embeds in `config.hidden_size`."""
         super().__init__()
         width = language_model.get_input_embeddings().embedding_dim
         if width != config.hidden_size:
@@ -87,16 +83,10 @@ class ReVisionModel(nn.Module):
         template: TemplateName = ReVisionConfig.template,
         dtype: torch.dtype = torch.float32,
     ) -> ReVisionModel:
-        """Put a new projector in front of a language model of the Hugging Face hub or a directory.
+        """Put a new projector in front of a language model, a name on the hub or a directory.
 
-        Args:
-            language_model: a name on the hub or a directory.
-            row_dimension: the number D of columns of an embedding row.
-            projector, visual_tokens, normalize, template: as in `ReVisionConfig`.
-            dtype: the dtype of the language model.
-
-        Raises:
-            ValueError: the language model cannot be loaded, or a setting is wrong.
+        The settings are fields of `ReVisionConfig`; `dtype` is that of the language model.
+        ValueError if the language model cannot be loaded, or a setting is wrong.
         """
         loaded = _load_language_model(language_model, dtype)
         path = Path(language_model)
@@ -145,9 +135,7 @@ class ReVisionModel(nn.Module):
         `image_rows` `[M, D]` are the images of the batch in order of appearance. Without any, the
         projector still gets gradients (of zero), so that every process of a distributed training
         takes part in their exchange.
-
-        Raises:
-            ValueError: the ids hold another number of image tokens than the rows need.
+        ValueError if the ids hold another number of image tokens than the rows need.
         """
         is_image = input_ids == IMAGE_TOKEN
         if image_rows is None:
@@ -166,21 +154,13 @@ class ReVisionModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        image_rows: Tensor | None = None,
-        **options: Any,
+        input_ids: Tensor,  # [B, T]
+        attention_mask: Tensor | None = None,  # [B, T], 0 at padding, which may be on either side
+        labels: Tensor | None = None,  # [B, T], -100 where there is no loss
+        image_rows: Tensor | None = None,  # [M, D], the images of the batch in order
+        **options: Any,  # of the language model
     ) -> Any:
-        """Return the output of the language model: `loss`, `logits` and so on.
-
-        Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 0 at padding, which may be on either side.
-            labels: `[B, T]`, -100 where there is no loss.
-            image_rows: `[M, D]`, the images of the batch in order.
-            options: passed on to the language model.
-        """
+        """Return the output of the language model: `loss`, `logits` and so on."""
         embeddings = self.splice(input_ids, image_rows)
         if attention_mask is not None and self._takes_positions and "position_ids" not in options:
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -191,22 +171,12 @@ class ReVisionModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rows: Tensor | None = None,
-        **options: Any,
+        input_ids: Tensor,  # [B, T], padded on the left
+        attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+        image_rows: Tensor | None = None,  # [M, D], the images of the batch in order
+        **options: Any,  # of the language model's `generate`
     ) -> Tensor:
-        """Return the generated token ids `[B, new tokens]`.
-
-        Args:
-            input_ids: `[B, T]`, padded on the left.
-            attention_mask: `[B, T]`, 0 at padding.
-            image_rows: `[M, D]`, the images of the batch in order.
-            options: passed on to `generate` of the language model.
-
-        Raises:
-            ValueError: the ids are padded on the right.
-        """
+        """Return the generated token ids `[B, new tokens]`; ValueError for padding on the right."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if bool((mask[:, -1] == 0).any()):
             raise ValueError("ReVisionModel: generate needs padding on the left, got it right")
@@ -237,15 +207,10 @@ class ReVisionModel(nn.Module):
     def train_only(self, parts: Iterable[str], **lora: Any) -> None:
         """Make these parts of the model trainable and freeze all others.
 
-        An adapter that the model already has is trained further as "lora", and is merged into the
-        language model for "language_model".
-
-        Args:
-            parts: some of `TRAINABLE_PARTS`; not both "lora" and "language_model".
-            lora: fields of PEFT's LoraConfig for a new adapter.
-
-        Raises:
-            ValueError: there is no such choice of parts, or a field of LoraConfig is wrong.
+        `parts` are some of `TRAINABLE_PARTS`, not both "lora" and "language_model"; `lora` are
+        fields of PEFT's LoraConfig for a new adapter. An adapter that the model already has is
+        trained further as "lora", and is merged into the language model for "language_model".
+        ValueError if there is no such choice of parts, or a field of LoraConfig is wrong.
         """
         parts = list(parts)
         if (
@@ -290,20 +255,18 @@ class ReVisionModel(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG).unlink(missing_ok=True)  # an old one would vouch for half a new model
-        projector = (
-            self.projector.state_dict()
-            if state_dict is None
-            else _submodule_state(state_dict, "projector")
-        )
-        projector = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.items()}
+        state = self.state_dict() if state_dict is None else state_dict
+        projector = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in _submodule_state(state, "projector").items()
+        }
         write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
-        weights = state_dict and _submodule_state(state_dict, "language_model")
+        weights = _submodule_state(state, "language_model")
         if self._has_adapter:
-            sharded = {} if weights is None else {"state_dict": weights}
-            self.language_model.save_pretrained(directory / ADAPTER_FOLDER, **sharded)
+            self.language_model.save_pretrained(directory / ADAPTER_FOLDER, state_dict=weights)
         if self.language_model_changed:
-            own = dict(_without_adapter(weights or self.language_model.state_dict()))
-            self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=own)
+            weights = _without_adapter(weights)
+            self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=weights)
         text = json.dumps(asdict(self.revision_config), indent=2) + "\n"
         write_whole(directory / CONFIG, text.encode())
 
@@ -314,16 +277,10 @@ class ReVisionModel(nn.Module):
         language_model: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> ReVisionModel:
-        """Load a saved model, frozen and in eval mode.
+        """Load what `save_pretrained` wrote, frozen and in eval mode.
 
-        Args:
-            directory: a directory that `save_pretrained` wrote.
-            language_model: where the language model is now, if it was moved.
-            dtype: the dtype of the language model.
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: a file is damaged or does not fit the others.
+        `language_model` is where the language model is now, if it was moved; `dtype` is its dtype.
+        FileNotFoundError if a file is missing, ValueError if one is damaged or does not fit.
         """
         directory = Path(directory)
         config = read_config(directory)
@@ -339,10 +296,7 @@ class ReVisionModel(nn.Module):
         """Load the weights of a saved model of the same shape into this one.
 
         With `language_model=False`, only the projector and an adapter are loaded.
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: the saved projector has another shape.
+        FileNotFoundError if a file is missing, ValueError if the projector has another shape.
         """
         directory = Path(directory)
         read_config(directory)
@@ -380,11 +334,13 @@ def _peft() -> ModuleType:
     return import_extra("peft", "train", "A LoRA adapter")
 
 
-def _without_adapter(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the language model's own weights, where PEFT has wrapped some of its layers."""
-    for name, tensor in weights.items():
-        if "lora_" not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+def _without_adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the language model's own weights, where PEFT has wrapped some of its layers."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if "lora_" not in name
+    }
 
 
 def _submodule_state(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -37,19 +37,13 @@ class Plain:
     name: TemplateName = "plain"
 
     def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
-        """Encode with a tokenizer of transformers.
-
-        Args:
-            tokenizer: a tokenizer of transformers with an EOS token.
-            visual_tokens: the number K of tokens of an image.
-            image_token: the id that stands for a visual token.
-        """
+        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`."""
         self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         self.bos_ids = _special_ids(tokenizer, "bos")
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
 
-    def caption(self, sample: Sample) -> str:
-        """Return the caption of a sample, or its last answer if it has none."""
+    def reference(self, sample: Sample) -> str:
+        """Return the text that should be generated: the caption, else the last answer."""
         if sample.caption is not None:
             return sample.caption.strip()
         answers = [text for role, text in sample.turns if role == "assistant"]
@@ -59,30 +53,22 @@ class Plain:
         """Return the fault that makes a sample unusable, or None."""
         if not sample.images or sample.images == [""]:
             return "missing_images"
-        return None if self.caption(sample) else "empty_captions"
+        return None if self.reference(sample) else "empty_captions"
 
     def max_tokens(self, sample: Sample) -> int:
         """Return an upper bound of the tokens of a sample: each stands for at least one byte."""
-        return len(sample.images) * len(self.image_ids) + len(self.caption(sample).encode()) + 3
+        return len(sample.images) * len(self.image_ids) + len(self.reference(sample).encode()) + 3
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
-        prompt = self.prompt(len(sample.images))
-        caption = self.tokenizer(self.caption(sample), add_special_tokens=False)["input_ids"]
+        prompt = self.prompt(sample)
+        caption = self.tokenizer(self.reference(sample), add_special_tokens=False)["input_ids"]
         caption = caption + self.end_ids
         return Encoded(prompt + caption, [IGNORED_LABEL] * len(prompt) + caption)
 
-    def prompt(self, images: int) -> list[int]:
-        """Return the ids after which the caption of this number of images is generated."""
-        return self.bos_ids + self.image_ids * images
-
-    def sample_prompt(self, sample: Sample) -> list[int]:
-        """Return the ids after which the caption of a sample is generated."""
-        return self.prompt(len(sample.images))
-
-    def reference(self, sample: Sample) -> str:
-        """Return the text that should be generated for a sample."""
-        return self.caption(sample)
+    def prompt(self, sample: Sample) -> list[int]:
+        """Return the ids after which the caption is generated."""
+        return self.bos_ids + self.image_ids * len(sample.images)
 
     def with_answer(self, sample: Sample, text: str) -> Sample:
         """Return the sample with another caption."""
@@ -101,17 +87,10 @@ class Chat:
         image_token: int = IMAGE_TOKEN,
         template: str | None = None,
     ) -> None:
-        """Encode with a tokenizer of transformers.
+        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
 
-        Args:
-            tokenizer: a fast tokenizer of transformers with an EOS token.
-            visual_tokens: the number K of tokens of an image.
-            image_token: the id that stands for a visual token.
-            template: a Jinja text in place of the chat template of the tokenizer.
-
-        Raises:
-            ValueError: there is no template or no EOS, the tokenizer is slow, or the template does
-                more to a text than append to it.
+        `template` is a Jinja text in place of the tokenizer's. ValueError if there is no template
+        or no EOS, the tokenizer is slow, or the template does more to a text than append to it.
         """
         self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         self.template = template or getattr(tokenizer, "chat_template", None)
@@ -182,17 +161,14 @@ class Chat:
         ]
         return self._tokenize(text, answers)
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the ids after which the answer to these turns is generated."""
-        return self._tokenize(self.render(turns, generate=True), []).ids
-
-    def sample_prompt(self, sample: Sample) -> list[int]:
-        """Return the ids after which the last answer of a sample is generated."""
+    def prompt(self, sample: Sample) -> list[int]:
+        """Return the ids after which the last answer is generated."""
         turns = _turns(sample)
-        return self.prompt(turns[: _last_answer(turns)])
+        before = turns[: _last_answer(turns)]
+        return self._tokenize(self.render(before, generate=True), []).ids
 
     def reference(self, sample: Sample) -> str:
-        """Return the text that should be generated for a sample: its last answer."""
+        """Return the text that should be generated: the last answer."""
         turns = _turns(sample)
         return turns[_last_answer(turns)][1].strip()
 

@@ -105,7 +105,7 @@ def test_the_prompt_at_inference_is_what_stood_before_the_answer(template):
     chat = Chat(word_tokenizer(template), K)
     encoded = chat.encode(SAMPLE._replace(turns=TURNS[1:]))
     first = next(place for place, label in enumerate(encoded.labels) if label != -100)
-    assert chat.prompt(TURNS[1:2]) == encoded.ids[:first]
+    assert chat.prompt(SAMPLE._replace(turns=TURNS[1:3])) == encoded.ids[:first]
 
 
 def test_smollm2_with_its_own_tokenizer(smollm2):
@@ -141,7 +141,7 @@ def test_a_caption_alone_stands_between_bos_and_eos():
     assert shown(tokenizer, plain.encode(sample)) == [(False, "<s>II"), (True, "a red dog</s>")]
     without = sample._replace(caption=None)
     assert shown(tokenizer, plain.encode(without))[1] == (True, "the small cat sits</s>")
-    assert plain.prompt(1) == plain.encode(sample).ids[: K + 1]
+    assert plain.prompt(sample) == plain.encode(sample).ids[: K + 1]
 
 
 def test_text_in_other_scripts_is_labelled_whole():

@@ -20,7 +20,8 @@ from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Plain
-from realign_fast.revision.train import MODEL_DEFAULTS, PRESETS, TrainingConfig, finetune, pretrain
+from realign_fast.revision.train import finetune, pretrain
+from realign_fast.revision.training_config import MODEL_DEFAULTS, PRESETS, TrainingConfig
 
 CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
 IDS = [f"x{number}" for number in range(48)]
