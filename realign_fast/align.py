@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +28,7 @@ from ._one_thread import one_thread
 from .corpus.row_batches import Rows, batches
 from .methods import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
 from .moments import Moments, RowMap
-from .storage.paths import output_path, storage_path, write_whole
+from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_whole
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
@@ -304,14 +302,14 @@ class ReAlign(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._method = METHODS[int(self.method_number)]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         self._expect_fitted()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_whole(path, safetensors_bytes(tensors, {"format": "pt"}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ReAlign:
+    def load(cls, path: AnyPath) -> ReAlign:
         """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
         try:
             with storage_path(path).local_copy() as local:
@@ -325,7 +323,7 @@ class ReAlign(nn.Module):
             ) from error
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
         directory = output_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -334,7 +332,7 @@ class ReAlign(nn.Module):
         write_whole(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_options: str) -> ReAlign:
+    def from_pretrained(cls, name_or_path: AnyPath, **hub_options: str) -> ReAlign:
         """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
 
         ``hub_options`` (``revision=``, ``cache_dir=``, ...) go to ``hf_hub_download``.
@@ -344,13 +342,13 @@ class ReAlign(nn.Module):
                 ``aligner.safetensors`` of the command line).
             ImportError: a hub name without the ``hub`` extra.
         """
-        path = storage_path(name_or_path)
+        path: StoragePath = storage_path(name_or_path)
         if path.is_dir():
             # As save_pretrained and the command line name it.
             names = ("model.safetensors", "aligner.safetensors")
             path = path / next((name for name in names if (path / name).exists()), names[0])
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
-            path = Path(_download(str(name_or_path), **hub_options))
+            path = local_path(_download(str(name_or_path), **hub_options))
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; expected an aligner written by save, save_pretrained or "

@@ -9,7 +9,6 @@ partial results arrive changes at most the last bits.
 from __future__ import annotations
 
 import hashlib
-import os
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .covariance_sums import RowMap, RowWeights, Scatter
-from .storage.paths import storage_path, write_whole
+from .storage.paths import AnyPath, storage_path, write_whole
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
@@ -310,7 +309,7 @@ class Moments:
             raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
         return self.scatter
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._state().items()}
         flags = [name for name, is_set in self._flags().items() if is_set]
@@ -319,7 +318,7 @@ class Moments:
         write_whole(path, safetensors_bytes(tensors, header))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Moments:
+    def load(cls, path: AnyPath) -> Moments:
         """Read a file that :meth:`save` wrote.
 
         Raises:

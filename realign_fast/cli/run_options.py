@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..pipeline.engines.local import Engine
 from ..pipeline.engines.ray_driver import RayTasks
 from ..pipeline.sampling import DEFAULT_ROWS, EXACT_BYTES
 from ..pipeline.settings import MODES
+from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path, output_path, storage_path
 
 
@@ -20,7 +20,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def path(text: str) -> Path:
+def path(text: str) -> LocalPath:
     """A path of this machine that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("expected a directory, got an empty name")

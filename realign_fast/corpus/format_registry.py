@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently
@@ -27,11 +26,11 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 class Format(NamedTuple):
     suffixes: tuple[str, ...]
     begins: Callable[[bytes], bool]  # whether a file beginning so is one
-    read: Callable[[Path, str | None], AnyShard]
+    read: Callable[[StoragePath, str | None], AnyShard]
     writer: type[ShardWriter]
 
 
-def _npy(path: Path, _: str | None) -> Shard:
+def _npy(path: StoragePath, _: str | None) -> Shard:
     return npy.read_header(path)
 
 

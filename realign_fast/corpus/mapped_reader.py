@@ -11,11 +11,11 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..storage.paths import explained
+from ..storage.paths import OpenedFile, explained
 from . import io_extension
 from .formats.npy import TORCH_DTYPES, Shard, changed, opened
 
@@ -61,7 +61,7 @@ def read_rows(
 Blocks = Iterator[tuple[int, Any, int]]  # first row, memory, where in it the row begins
 
 
-def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int, ring: Any) -> Blocks:
+def _native_blocks(file: OpenedFile, shard: Shard, begin: int, step: int, ring: Any) -> Blocks:
     edges = shard.offset + begin * shard.row_bytes, shard.file_bytes
     options = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
     if ring is not None:
@@ -75,7 +75,7 @@ def _native_blocks(file: BinaryIO, shard: Shard, begin: int, step: int, ring: An
             raise changed(shard) from error
 
 
-def _mapped_blocks(file: BinaryIO, shard: Shard, begin: int, step: int) -> Blocks:
+def _mapped_blocks(file: OpenedFile, shard: Shard, begin: int, step: int) -> Blocks:
     for row in range(begin, shard.num_rows, step):
         start = shard.offset + row * shard.row_bytes
         end = min(start + step * shard.row_bytes, shard.file_bytes)

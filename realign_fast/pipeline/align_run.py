@@ -9,7 +9,6 @@ of threads or workers, and after a crash. Memory is a few batches a worker, neve
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from typing import Any
@@ -21,7 +20,7 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments
-from ..storage.paths import output_path, write_json
+from ..storage.paths import AnyPath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
@@ -94,7 +93,7 @@ class AlignRun(PassRunner):
         options = {"method": self.settings.method, "shrinkage": self.settings.shrinkage}
         return ReAlign.from_moments(of_source, of_target, **options)
 
-    def apply(self, aligner: ReAlign, source: Corpus, out: str | os.PathLike[str]) -> Moments:
+    def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
         """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
 
         Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
@@ -146,9 +145,9 @@ class AlignRun(PassRunner):
 
 
 def align(
-    source: Corpus | str | os.PathLike[str],
-    target: Corpus | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: Corpus | AnyPath,
+    target: Corpus | AnyPath,
+    out: AnyPath,
     settings: Settings | None = None,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def align(
 
 
 def cached_source(
-    source: Corpus | str | os.PathLike[str], settings: Settings, engine: Engine | None = None
+    source: Corpus | AnyPath, settings: Settings, engine: Engine | None = None
 ) -> Corpus | CachedCorpus:
     """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""
     corpus = source if isinstance(source, Corpus) else Corpus(source, "text")

@@ -26,7 +26,7 @@ import torch
 from .. import __version__, ops
 from ..corpus.corpus import Shard, as_numpy
 from ..moments import Moments
-from ..storage.paths import StoragePath, map_concurrently, storage_path, write_whole
+from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .output import STATS
 
 Entry = dict[str, Any]  # what the manifest says of one shard in one pass
@@ -93,7 +93,7 @@ def checksum(rows: torch.Tensor, before: int = 0) -> int:
     return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
 
 
-def digest(path: StoragePath) -> str:
+def digest(path: StoragePath | Path) -> str:
     """Of a small file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -182,14 +182,14 @@ def _save(path: StoragePath, moments: Moments) -> Entry:
 
 def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
     try:
-        with storage_path(path).local_copy() as local:
-            return Moments.load(local), _entry(path, Path(local))
+        with path.local_copy() as local:
+            return Moments.load(local), _entry(path, local)
     except (OSError, ValueError) as error:  # not there, or not what was written: it is made again
         _expect_absent(path, error)
         return None
 
 
-def _entry(path: StoragePath, local: StoragePath) -> Entry:
+def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
     """Of the file that ``path`` names and ``local`` holds."""
     return {"stats": f"{STATS}/{path.parent.name}/{path.name}", "blake2b": digest(local)}
 

@@ -121,7 +121,8 @@ class PassRunner:
         live = self.engine is map  # else progress is seen shard by shard
         rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(work, AlignWork)
         with self.timed(name, corpus, rows, total, writes) as advance:
-            engine = in_turn if live and writes and not self.out.is_remote else self.engine
+            local = self.out is not None and not self.out.is_remote
+            engine = in_turn if live and writes and local else self.engine
             for part in engine(replace(work, advance=advance) if live else work, shards):
                 if part.moments is None:
                     missing.append(str(corpus.shards[part.shard].path))

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
 from ..corpus.corpus import Batch, Corpus, Shard, ShardWriter
 from ..moments import Moments, RowMap, good_rows
+from ..storage.local import LocalPath
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import Lanes, Outlet, Sent, batches_on, lanes_of
@@ -114,7 +114,7 @@ class ShardWork:
 class AlignWork(ShardWork):
     """Shards sent through the aligner into ``folder``, under their own names."""
 
-    folder: StoragePath = Path()
+    folder: StoragePath = field(default_factory=LocalPath)
 
     def __call__(self, index: int) -> ShardResult:
         """Align shard ``index``; the moments are those of its result before it is rounded."""

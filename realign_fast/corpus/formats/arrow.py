@@ -14,12 +14,11 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...storage.paths import StoragePath, explained
+from ...storage.paths import AnyPath, StoragePath, explained
 from ..streamed_shard import StreamedShard, torch_dtype
 from .arrow_columns import (
     TableWriter,
@@ -75,7 +74,7 @@ class ArrowShard(StreamedShard):
             for batch in _batches(data):
                 yield checked(batch.drop_columns([self.column]))
 
-    def writer(self, path: Path) -> ArrowWriter:
+    def writer(self, path: AnyPath) -> ArrowWriter:
         dtype = torch_dtype(self)
         kind = StreamWriter if self.stream else ArrowWriter
         shape = (self.num_rows, self.dimension, dtype)
@@ -98,7 +97,7 @@ class StreamWriter(ArrowWriter):
         return pyarrow().ipc.new_stream(file, self.schema)
 
 
-def read_shard(path: Path, column: str | None = None) -> ArrowShard:
+def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
     stamp = path.stamp()
     with _data(path) as data:
         reader, stream = _reader(data)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -55,7 +54,7 @@ class Vectors(NamedTuple):
     dimension: int | None  # None: a list, whose first row says it
 
 
-def vectors_of(path: Path, schema: Any, column: str | None) -> Vectors:
+def vectors_of(path: AnyPath, schema: Any, column: str | None) -> Vectors:
     """The column asked for (`name` or `name:dtype`), else `embedding`."""
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
@@ -99,7 +98,7 @@ def _sized(where: str, dimension: int) -> int:
     return dimension
 
 
-def first_dimension(path: Path, column: str, arrays: Iterator[Any]) -> int:
+def first_dimension(path: AnyPath, column: str, arrays: Iterator[Any]) -> int:
     """The numbers in the first row of a column of lists."""
     array = next((one for one in arrays if len(one)), None)
     where = f"{path}: column {column!r}"
@@ -111,7 +110,7 @@ def first_dimension(path: Path, column: str, arrays: Iterator[Any]) -> int:
     return _sized(where, len(array[0]))
 
 
-def rows_of(array: Any, vectors: Vectors, path: Path, first: int) -> np.ndarray:
+def rows_of(array: Any, vectors: Vectors, path: AnyPath, first: int) -> np.ndarray:
     """`[n, D]`, a view of the column's memory; `first` is the row it begins at."""
     where = f"{path}: column {vectors.name!r}"
     array.validate()  # that its offsets and buffers fit: nothing has read them yet
@@ -174,7 +173,7 @@ class TableWriter(ShardWriter):
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         num_rows: int,
         dimension: int,
         dtype: torch.dtype,

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ...storage.paths import StoragePath, write_whole
@@ -26,7 +25,7 @@ def splits_of(folder: StoragePath) -> list[str]:
     return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
 
 
-def data_files(folder: Path) -> list[Path]:
+def data_files(folder: StoragePath) -> list[StoragePath]:
     state = _load(folder / STATE)
     files = state.get("_data_files")
     names = [one.get("filename") if isinstance(one, dict) else None for one in files or [0]]
@@ -65,7 +64,7 @@ _PLAIN = {
 }
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: StoragePath) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

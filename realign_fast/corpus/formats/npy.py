@@ -14,7 +14,6 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Shard:
         """This shard as its file says now."""
         return _parse(file, self.path)
 
-    def writer(self, path: Path) -> ShardWriter:
+    def writer(self, path: AnyPath) -> ShardWriter:
         """For as many rows of the same kind, in the same format."""
         return ShardWriter(path, self.num_rows, self.dimension, TORCH_DTYPES[self.dtype])
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...storage.paths import explained
+from ...storage.paths import AnyPath, StoragePath, explained
 from ..streamed_shard import Buffers, StreamedShard, torch_dtype
 from .arrow_columns import (
     OTHER_ROWS,
@@ -127,7 +126,7 @@ class ParquetShard(StreamedShard):
             names = [name for name in file.schema_arrow.names if name != self.column]
             yield from map(checked, file.iter_batches(OTHER_ROWS, columns=names))
 
-    def writer(self, path: Path) -> ParquetWriter:
+    def writer(self, path: AnyPath) -> ParquetWriter:
         shape = (self.num_rows, self.dimension, torch_dtype(self))
         return ParquetWriter(path, *shape, self.schema, self.column, self.others)
 
@@ -150,7 +149,7 @@ class ParquetWriter(TableWriter):
         return {"use_dictionary": names, "compression": dict.fromkeys(names, "snappy")}
 
 
-def read_shard(path: Path, column: str | None = None) -> ParquetShard:
+def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     stamp = path.stamp()
     with _opened(path) as (file, _):
         vectors = vectors_of(path, file.schema_arrow, column)
@@ -169,7 +168,7 @@ def _ends(file: Any) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, int | None]]:
+def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
     """pyarrow's reader, and the descriptor that it reads; None where the file has none."""
     with explained(path), path.open("rb") as raw:
         with decoded(path, raw):

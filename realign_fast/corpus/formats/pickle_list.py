@@ -10,19 +10,17 @@ a shard is written its result. All keys but the rows', and their order, are kept
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...storage.paths import StoragePath, explained
+from ...storage.paths import AnyPath, StoragePath, explained
 from ..io_extension import io as _io
 from ..streamed_shard import StreamedShard, torch_dtype
 from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, changed
@@ -94,7 +92,7 @@ class PickledShard(StreamedShard):
                 for entry in entries[begin : begin + OTHER_ROWS]
             ]
 
-    def writer(self, path: Path) -> ShardWriter:
+    def writer(self, path: AnyPath) -> ShardWriter:
         if (direct := self._direct) and direct.replaceable:
             return PickleCopy(path, self, direct)
         return PickleWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
@@ -107,7 +105,7 @@ class PickleWriter(ShardWriter):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: AnyPath,
         num_rows: int,
         dimension: int,
         dtype: torch.dtype,
@@ -181,7 +179,7 @@ def _direct(path: StoragePath, stamp: tuple[int, int | str], column: str | None)
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
-def _entries(path: Path, stamp: tuple[int, int]) -> list[Any]:
+def _entries(path: StoragePath, stamp: tuple[int, int]) -> list[Any]:
     if stamp[0] > MAX_BYTES:
         got = f"has {stamp[0]} bytes, and a pickle can only be read whole"
         raise ValueError(f"{path}: {got}: expected at most {MAX_BYTES}; split it, or write parquet")
@@ -196,7 +194,7 @@ def _entries(path: Path, stamp: tuple[int, int]) -> list[Any]:
     return value
 
 
-def _vector(path: Path, number: int, entry: Any, column: str) -> np.ndarray:
+def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarray:
     """The row of one entry, `[D]`."""
     where = f"{path}: row {number}"
     if type(entry) is not dict:

@@ -10,7 +10,6 @@ is a file that is not plain data: it says what is wrong.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.paths import Stamp, StoragePath, explained
+from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
 from ..streamed_shard import Buffers, StreamedShard, torch_dtype
 from . import pickle_interpreter
@@ -70,7 +69,7 @@ class PickleCopy(ShardWriter):
 
     suffix = (".pkl", ".pickle")
 
-    def __init__(self, path: str | os.PathLike[str], source: StreamedShard, rows: Any) -> None:
+    def __init__(self, path: AnyPath, source: StreamedShard, rows: Any) -> None:
         super().__init__(path, source.num_rows, source.dimension, torch_dtype(source), source)
         self._rows = rows
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...storage.paths import OpenedFile, StoragePath, explained
+from ...storage.paths import AnyPath, OpenedFile, StoragePath, explained
 from .npy import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Shard, ShardWriter, opened
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -79,11 +78,11 @@ class TensorShard(Shard):
         want = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
         raise ValueError(f"{self.path}: tensor {name!r} is {kind} {shape}, {want}")
 
-    def writer(self, path: Path) -> TensorWriter:
+    def writer(self, path: AnyPath) -> TensorWriter:
         return TensorWriter(path, self.num_rows, self.dimension, TORCH_DTYPES[self.dtype], self)
 
 
-def read_shard(path: Path, column: str | None = None) -> TensorShard:
+def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
     with opened(path, parse=lambda file, path: _parse(file, path, column)) as (_, shard):
         return shard
 
@@ -164,7 +163,7 @@ def _header(file: OpenedFile, path: StoragePath) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _choose(path: Path, header: dict[str, Any], column: str | None) -> str:
+def _choose(path: StoragePath, header: dict[str, Any], column: str | None) -> str:
     """The tensor asked for; without a word `embedding`, or the only one there is."""
     name = column or (next(iter(header)) if len(header) == 1 else DEFAULT)
     if name not in header:
@@ -177,7 +176,7 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _ends(path: Path, header: dict[str, Any]) -> list[int]:
+def _ends(path: StoragePath, header: dict[str, Any]) -> list[int]:
     """Where each tensor ends, counted from the first byte of data."""
     found = [entry.get("data_offsets") for entry in header.values()]
     if not all(_numbers(one) and len(one) == 2 for one in found):

@@ -6,15 +6,16 @@ import io
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
-from ...storage.paths import explained
+from ...storage.paths import AnyPath, explained, storage_path
 from .npy import HEADER_BYTES, MAX_COLUMNS
 
 
-def samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def samples(
+    path: AnyPath, tar: tarfile.TarFile
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Each key with its members by ending; refuses what does not lie together."""
     seen: set[str] = set()
     key, members = None, {}
@@ -52,8 +53,8 @@ def walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tarfile.TarFile]:
-    with explained(path), path.open("rb") as file:
+def opened(path: AnyPath) -> Iterator[tarfile.TarFile]:
+    with explained(path), storage_path(path).open("rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
         ended = file.read() == bytes(1024)
         file.seek(0)
@@ -67,13 +68,13 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
             raise ValueError(f"{path}: not a whole tar ({error}); {advice}") from error
 
 
-def member_bytes(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def member_bytes(path: AnyPath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
         raise ValueError(f"{path}: {member.name} has {member.size} bytes, expected one row")
     return tar.extractfile(member).read()
 
 
-def member_array(path: Path, name: str, data: bytes) -> np.ndarray:
+def member_array(path: AnyPath, name: str, data: bytes) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds

@@ -13,11 +13,11 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...storage.paths import AnyPath, StoragePath
 from ..streamed_shard import StreamedShard, torch_dtype
 from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter
 from .tar_members import member_array, member_bytes, opened, parts, samples, walk
@@ -80,7 +80,7 @@ class TarShard(StreamedShard):
         if found:
             yield found
 
-    def writer(self, path: Path) -> TarWriter:
+    def writer(self, path: AnyPath) -> TarWriter:
         return TarWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
 
 
@@ -146,7 +146,7 @@ class TarWriter(ShardWriter):
         self._tar.members.clear()  # or it would remember every one
 
 
-def read_shard(path: Path, column: str | None = None) -> TarShard:
+def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
     stamp, rows, first = path.stamp(), 0, None
     with opened(path) as tar:
         for key, members in samples(path, tar):
@@ -160,7 +160,7 @@ def read_shard(path: Path, column: str | None = None) -> TarShard:
     return TarShard(path, rows, first.size, first.dtype, column, stamp)
 
 
-def _choose(path: Path, key: str, endings: list[str], column: str | None) -> str:
+def _choose(path: AnyPath, key: str, endings: list[str], column: str | None) -> str:
     """The ending of the member that is the row: as asked for, else the only one in npy."""
     arrays = [one for one in endings if one.split(".")[-1] == "npy"]
     asked = column or (DEFAULT if DEFAULT in arrays or len(arrays) != 1 else arrays[0])
@@ -171,7 +171,7 @@ def _choose(path: Path, key: str, endings: list[str], column: str | None) -> str
     raise ValueError(f"{path}: sample {key!r} has no {asked!r}; choose a column, of: {there}")
 
 
-def _row(path: Path, name: str, data: bytes) -> np.ndarray:
+def _row(path: AnyPath, name: str, data: bytes) -> np.ndarray:
     array = member_array(path, name, data)
     if array.dtype not in TORCH_DTYPES:
         want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
@@ -187,7 +187,7 @@ def _npy(row: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _text(path: Path, member: tarfile.TarInfo, data: bytes) -> str:
+def _text(path: AnyPath, member: tarfile.TarInfo, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -90,7 +90,7 @@ def _check_shared(work: ShardWork, shard: int, job: Job) -> None:
     deadline = time.monotonic() + _SHARED_SECONDS
     while job.witness and not os.path.exists(job.witness):
         if time.monotonic() > deadline:
-            out = os.path.join(job.folder, work.checkpoints.out)
+            out = os.path.join(job.folder, str(work.checkpoints.out))
             raise OSError(f"{out}: is not seen on {_here()}; {advice}")
         time.sleep(0.1)
 
