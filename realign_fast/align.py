@@ -1,4 +1,4 @@
-"""ReAlign and its family: text rows moved into the distribution of image rows, unpaired.
+"""ReAlign: source rows moved into the distribution of target rows, from unpaired statistics.
 
 arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x|``:
 
@@ -7,8 +7,8 @@ arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x
 2. centroid:          ``e'' = e' + h``, ``h = mu_x - E[e']`` over the source; result ``e'' / |e''|``
 
 So the fitted map is the 2 D + 1 numbers ``s``, ``b = mu_x - s mu_y`` and ``h``, and fitting reads
-the target once and the source twice (moments, then drift), plus once for the residual gap. The
-other members of the family put another linear map A in the place of s (:mod:`family`).
+the target once and the source twice (moments, then drift), plus once for the residual gap. Other
+methods have another linear map A in the place of s (``methods.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,26 +27,33 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import ops
+from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows, batches
-from .methods import METHODS, NEED_COVARIANCE, Shrinkage, linear_part, noisy_rows
-from .moments import Moments, RowMap
+from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
+from .moments import BadRows, Moments, RowMap
+from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_whole
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
+_DEFAULT_NOISE = 0.25
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
 _SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap", "noise")
 _COUNTS = ("source_count", "target_count")
 _CHOICES = ("method_number", "seed")
-_SIDES = [(f"source_{what}", f"target_{what}") for what in ("mean", "trace", "count")]
-_TWINS = dict(_SIDES) | {b: a for a, b in _SIDES}  # of a buffer, in the map back
+# Buffers of one side by those of the other, which take their place in the inverse.
+_OPPOSITE = {
+    f"{side}_{figure}": f"{opposite}_{figure}"
+    for side, opposite in (("source", "target"), ("target", "source"))
+    for figure in ("mean", "trace", "count")
+}
 
 
 class ReAlign(nn.Module):
     """The fitted, frozen map ``unit(unit(A u + b) + h)`` for rows of one encoder; ``A = s I``.
 
-    Build one with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
+    Create it with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
     float64 whatever dtype the model around it is cast to; they travel in ``state_dict``.
     """
 
@@ -55,11 +65,11 @@ class ReAlign(nn.Module):
     target_mean: Tensor  # [D] mu_x
     source_trace: Tensor  # [] T_y
     target_trace: Tensor  # [] T_x
-    drift: Tensor  # [] |mu_x - E[e']|, what the last step takes away; NaN where it was left out
+    drift: Tensor  # [] |mu_x - E[e']|, which the last step removes; NaN without that step
     residual_gap: Tensor  # [] |mu_x - E[result]| on the rows fitted on; NaN where not measured
     source_count: Tensor  # [] int64
     target_count: Tensor  # [] int64; 0 in a module that was never fitted
-    method_number: Tensor  # [] int64, which of family.METHODS
+    method_number: Tensor  # [] int64, index in methods.METHODS
     noise: Tensor  # [] energy of C3's noise as a share of T_x; NaN in the other methods
     seed: Tensor  # [] int64, of C3's noise
 
@@ -72,7 +82,7 @@ class ReAlign(nn.Module):
             self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
         for name in _SCALARS:
             self.register_buffer(name, torch.tensor(math.nan, dtype=torch.float64))
-        self._method = METHODS[0]
+        self._method: Method = METHODS[0]
         self.register_buffer("linear", torch.tensor(math.nan, dtype=torch.float64))
         for name in _COUNTS + _CHOICES:
             self.register_buffer(name, torch.tensor(0))
@@ -84,67 +94,59 @@ class ReAlign(nn.Module):
         target: Moments,
         drift: Moments | None = None,
         *,
-        method: str = "realign",
+        method: Method = "realign",
         shrinkage: Shrinkage = None,
         floor: float | None = None,
         energy: float = 0.9,
         noise: float | None = None,
         seed: int = 0,
     ) -> ReAlign:
-        """The map from ``source`` to ``target`` moments.
+        """Compute the map from ``source`` to ``target`` moments; :meth:`fit` explains the options.
 
-        ``method`` and the options behind it are those of :meth:`fit`.
-
-        ``drift`` holds the moments of the source rows sent through the map fitted without it
-        (``Moments.update(rows, through=half.row_map)``); without it the map stops after the anchor
-        and trace steps (``h = 0``).
+        Args:
+            source, target: moments of unit rows, with covariances where the method needs them.
+            drift: moments of the source rows sent through the map fitted without it
+                (``Moments().update(rows, through=half.row_map)``). Without it the map stops after
+                the anchor and trace steps (``h = 0``).
 
         Raises:
-            ValueError: different dimensions, moments not of unit rows, or a source without spread.
+            ValueError: different dimensions, moments not of unit rows, a side without spread, or
+                options that do not belong to the method.
         """
-        for name, moments in (("source", source), ("target", target)):
-            if moments.total is None:
-                raise ValueError(f"ReAlign: the {name} has no rows; fit on rows of both sides")
-            if not moments.normalize:
-                raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
-        if source.dimension != target.dimension:
-            raise ValueError(
-                f"ReAlign: the source has {source.dimension} columns, the target "
-                f"{target.dimension}; embed both with one encoder"
-            )
-        for name, moments in (("source", source), ("target", target)):
-            if method in ("mean-shift", "noise"):
-                continue  # no spread is asked for
-            if moments.count < 2 or moments.trace < _NO_SPREAD:
-                raise ValueError(
-                    f"ReAlign: the {moments.count} {name} rows all point one way (trace "
-                    f"{moments.trace:.1e}), so no scale exists; fit on more rows"
-                )
-        self = cls(source.dimension)
-        mu_y, mu_x = source.mean.cpu(), target.mean.cpu()
-        options = {"shrinkage": shrinkage, "floor": floor, "energy": energy}
-        self.linear = a = linear_part(method, source, target, **options)
-        self.source_mean.copy_(mu_y)
-        self.target_mean.copy_(mu_x)
-        self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
-        self.shift.copy_(mu_x - _times(a, mu_y))
-        self._method = method
-        self.method_number.fill_(METHODS.index(method))
-        if method != "noise" and noise is not None:
-            raise ValueError(f"ReAlign: method={method!r} adds no noise; leave noise out")
-        if method == "noise":
-            noise = 0.25 if noise is None else noise
-            if not noise >= 0:
-                raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
-            self.noise.fill_(noise)
-            self.seed.fill_(seed)
+        _check_moments(source, target, needs_spread=method not in ("mean-shift", "noise"))
+        aligner = cls(source.dimension)
+        aligner.linear = linear_part(
+            method, source, target, shrinkage=shrinkage, floor=floor, energy=energy
+        )
+        aligner._record_sides(source, target)
+        aligner.shift.copy_(aligner.target_mean - _times(aligner.linear, aligner.source_mean))
+        aligner._record_method(method, noise, seed)
+        if drift is not None:
+            aligner.record_drift(drift)
+        return aligner
+
+    def _record_sides(self, source: Moments, target: Moments) -> None:
+        """Set what the two sides were from their moments."""
+        self.source_mean.copy_(source.mean.cpu())
+        self.target_mean.copy_(target.mean.cpu())
         self.source_trace.fill_(source.trace)
         self.target_trace.fill_(target.trace)
         self.source_count.fill_(source.count)
         self.target_count.fill_(target.count)
-        if drift is not None:
-            self.record_drift(drift)
-        return self
+        self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
+
+    def _record_method(self, method: Method, noise: float | None, seed: int) -> None:
+        """Set the method, and the noise of C3."""
+        self._method = method
+        self.method_number.fill_(METHODS.index(method))
+        if method == "noise":
+            noise = _DEFAULT_NOISE if noise is None else noise
+            if not noise >= 0:
+                raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
+            self.noise.fill_(noise)
+            self.seed.fill_(seed)
+        elif noise is not None:
+            raise ValueError(f"ReAlign: method={method!r} adds no noise; leave noise out")
 
     @classmethod
     def fit(
@@ -153,51 +155,56 @@ class ReAlign(nn.Module):
         target: Rows,
         *,
         batch_rows: int = _BATCH_ROWS,
-        bad_rows: str = "error",
+        bad_rows: BadRows = "error",
         residual: bool = True,
-        method: str = "realign",
-        **options: Shrinkage,
+        method: Method = "realign",
+        shrinkage: Shrinkage = None,
+        floor: float | None = None,
+        energy: float = 0.9,
+        noise: float | None = None,
+        seed: int = 0,
     ) -> ReAlign:
         """Fit on rows: the source (text, say) is moved towards the target (image, say).
 
         Args:
             source, target: [N, D] tensor or array, a :class:`Corpus` or its path, or an iterable
                 of [n, D] tensors that can be read more than once (a list, a DataLoader).
-            batch_rows: rows a pass takes at a time from a tensor or array.
+            batch_rows: number of rows of a tensor or an array that are read at a time.
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
             residual: read the source once more for :attr:`residual_gap`.
-            method: which map of the family, one of ``family.METHODS``: ``"realign"``,
-                ``"mean-shift"``, ``"diagonal"``, ``"coral"``, ``"optimal-transport"``,
-                ``"blockwise"`` or ``"noise"``. Those with covariances amplify what is small in the
-                source and can tear neighbours apart; shrinkage tames them.
-            options: ``shrinkage`` (None, a number in [0, 1], ``"oas"``, ``"ledoit-wolf"``),
-                ``floor`` (of eigenvalues, a share of the largest), ``energy`` (of the frame of
-                ``"blockwise"``, 0.9), ``noise`` (energy of C3's noise as a share of T_x, 0.25) and
-                its ``seed``.
+            method: the map, one of ``methods.METHODS``. Those with covariances amplify what is
+                small in the source and can tear neighbours apart; shrinkage tames them.
+            shrinkage: of both covariances: None, a number in [0, 1], ``"oas"`` or
+                ``"ledoit-wolf"``.
+            floor: eigenvalues at or under this share of the largest are left out; by default what
+                rounding explains.
+            energy: share of the trace in the principal subspace of ``"blockwise"``.
+            noise: energy of the noise of ``"noise"`` (C3) as a share of T_x, by default 0.25.
+            seed: seed of that noise.
 
         Raises:
             ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
-
-        def measure(rows: Rows, name: str, through: RowMap | None = None) -> Moments:
-            covariance = through is None and method in NEED_COVARIANCE
-            moments = Moments(covariance, accurate=covariance)
-            for where, first_row, batch in batches(rows, name, batch_rows):
-                moments.update(
-                    batch, through=through, bad_rows=bad_rows, where=where, first_row=first_row
-                )
-            return moments
-
-        source_moments, target_moments = measure(source, "source"), measure(target, "target")
-        self = cls.from_moments(source_moments, target_moments, method=method, **options)
-        self.record_drift(measure(source, "source", self.row_map))
+        measure = partial(_measure, batch_rows=batch_rows, bad_rows=bad_rows)
+        covariance = method in NEED_COVARIANCE
+        aligner = cls.from_moments(
+            measure(source, "source", covariance=covariance),
+            measure(target, "target", covariance=covariance),
+            method=method,
+            shrinkage=shrinkage,
+            floor=floor,
+            energy=energy,
+            noise=noise,
+            seed=seed,
+        )
+        aligner.record_drift(measure(source, "source", through=aligner.row_map))
         if residual:
-            self.record_residual(measure(source, "source", self.row_map))
-        return self
+            aligner.record_residual(measure(source, "source", through=aligner.row_map))
+        return aligner
 
     def record_drift(self, drift: Moments) -> None:
-        """Set the last step, ``h = mu_x - E[e']``, from moments of the source through the map."""
+        """Set the last step, ``h = mu_x - E[e']``, from the moments of mapped source rows."""
         self.recentre.copy_(self.target_mean - drift.mean.to(self.target_mean.device))
         self.drift.copy_(self.recentre.norm())
 
@@ -208,26 +215,28 @@ class ReAlign(nn.Module):
         )
 
     @property
-    def method(self) -> str:
-        """Which map of the family it is."""
-        return self._method  # (asking the buffer would make a GPU wait)
+    def method(self) -> Method:
+        """The method it was fitted by, one of ``methods.METHODS``."""
+        return self._method  # (reading the buffer would wait for a GPU)
 
     @property
     def row_map(self) -> RowMap:
-        """``(linear, shift, recentre)``, or a function of rows, as :class:`Moments` takes it."""
+        """The map for :meth:`Moments.update`: ``(linear, shift, recentre)`` or a function."""
         if self.method != "noise":
             return self.linear, self.shift, self.recentre
         sigma = math.sqrt(float(self.noise * self.target_trace) / self.dimension)
         shift, recentre, seed = self.shift, self.recentre, int(self.seed)
         return lambda rows: noisy_rows(rows, shift, recentre, sigma, seed)
 
-    @property
     @one_thread
     def inverse(self) -> ReAlign:
-        """The map back, ``A^-1`` with the roles of the sides exchanged; ``h = 0``.
+        """Return the map back, ``A^-1`` with the roles of the sides exchanged and ``h = 0``.
 
-        It undoes ``A u + b``, not the two normalisations: means and covariances return, single rows
-        nearly. ValueError where A has no inverse, or for the noise.
+        It undoes ``A u + b``, not the two normalisations: means and covariances return exactly,
+        single rows nearly.
+
+        Raises:
+            ValueError: the map is not fitted, A has no inverse, or the method is ``"noise"``.
         """
         self._expect_fitted()
         a = self.linear
@@ -237,7 +246,7 @@ class ReAlign(nn.Module):
         back = ReAlign(self.dimension).to(a.device)
         back._method = self._method
         for name, buffer in self.named_buffers():
-            setattr(back, _TWINS.get(name, name), buffer.clone())
+            setattr(back, _OPPOSITE.get(name, name), buffer.clone())
         back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
         back.scale = 1 / self.scale
         back.shift = -_times(back.linear, self.shift)
@@ -247,20 +256,22 @@ class ReAlign(nn.Module):
 
     @property
     def dimension(self) -> int:
-        """D, the columns of the rows it was fitted on."""
+        """The number of columns D of the rows it was fitted on."""
         return len(self.shift)
 
     @property
     def statistical_floor(self) -> float:
-        """``sqrt(T_x (1/n_x + 1/n_y))``: the centroid gap to expect on rows not fitted on."""
+        """The centroid gap to expect on rows not fitted on, ``sqrt(T_x (1/n_x + 1/n_y))``."""
         n_x, n_y = int(self.target_count), int(self.source_count)
         return math.sqrt(float(self.target_trace) * (1 / n_x + 1 / n_y)) if n_x * n_y else math.nan
 
     @property
     def record(self) -> dict[str, float | int | str | None]:
-        """What it was fitted on, as plain numbers (``None`` where not measured)."""
-        numbers: dict[str, float | int | str | None] = {"dimension": self.dimension}
-        numbers["method"] = self.method
+        """Plain numbers of the fit: counts, traces, gaps; ``None`` where not measured."""
+        numbers: dict[str, float | int | str | None] = {
+            "dimension": self.dimension,
+            "method": self.method,
+        }
         numbers |= {name: int(getattr(self, name)) for name in _COUNTS}
         numbers |= {name: float(getattr(self, name)) for name in _SCALARS}
         gap = float((self.target_mean - self.source_mean).norm())
@@ -268,7 +279,8 @@ class ReAlign(nn.Module):
         numbers["centroid_gap"] = gap if numbers["target_count"] else None
         numbers["statistical_floor"] = self.statistical_floor
         return {
-            k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()
+            name: None if isinstance(number, float) and math.isnan(number) else number
+            for name, number in numbers.items()
         }
 
     def forward(
@@ -276,12 +288,19 @@ class ReAlign(nn.Module):
     ) -> Tensor:
         """Align rows [..., D] on the module's device; the result has their shape and dtype.
 
-        ``out_dtype`` chooses another dtype; ``out`` [N, D] is written into instead (rows must then
-        be [N, D]). Differentiable in ``rows``; otherwise as :func:`realign_fast.align_rows`.
+        It is differentiable in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
+
+        Args:
+            rows: any floating dtype.
+            out_dtype: dtype of the result, if it is another.
+            out: [N, D] tensor to write the result into; rows must then be [N, D].
+
+        Raises:
+            ValueError: other columns than those fitted on. TypeError: rows that are no tensor.
         """
         if not isinstance(rows, Tensor):
-            got = type(rows).__name__
-            raise TypeError(f"ReAlign: expected a tensor, got {got}; use torch.as_tensor(rows)")
+            actual = type(rows).__name__
+            raise TypeError(f"ReAlign: expected a tensor, got {actual}; use torch.as_tensor(rows)")
         if rows.shape[-1:] != self.shift.shape:
             raise ValueError(
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
@@ -295,8 +314,10 @@ class ReAlign(nn.Module):
             return ops.align_rows(rows, *row_map, out_dtype=out_dtype, out=out)
         return ops.align_rows(flat, *row_map, out_dtype=out_dtype).reshape(rows.shape)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        """The shape of A depends on the method, so it is taken from what is loaded."""
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Load the buffers; the shape of A depends on the method and is that of the saved A."""
         if (saved := state_dict.get(f"{prefix}linear")) is not None:
             self.linear = saved.new_empty(saved.shape, device=self.linear.device)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -310,32 +331,34 @@ class ReAlign(nn.Module):
 
     @classmethod
     def load(cls, path: AnyPath) -> ReAlign:
-        """Read what :meth:`save` wrote; ValueError names a file that is none of ours."""
+        """Read a file that :meth:`save` wrote; a ValueError names a file that is no aligner."""
         try:
             with storage_path(path).local_copy() as local:
                 tensors = load_file(local)
-            self = cls(len(tensors["shift"]))
-            self.load_state_dict(tensors)
+            aligner = cls(len(tensors["shift"]))
+            aligner.load_state_dict(tensors)
         except (SafetensorError, KeyError, RuntimeError) as error:
-            got = f"no {error} in it" if isinstance(error, KeyError) else error
+            fault = f"no {error} in it" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path}: expected an aligner written by ReAlign.save, got {got}; fit it again"
+                f"{path}: expected an aligner written by ReAlign.save, got {fault}; fit it again"
             ) from error
-        return self
+        return aligner
 
     def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
-        directory = output_path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.save(directory / "model.safetensors")
+        folder = output_path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / "model.safetensors")
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
-        write_whole(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, name_or_path: AnyPath, **hub_options: str) -> ReAlign:
+    def from_pretrained(cls, name_or_path: AnyPath, **hub_options: Any) -> ReAlign:
         """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
 
-        ``hub_options`` (``revision=``, ``cache_dir=``, ...) go to ``hf_hub_download``.
+        Args:
+            name_or_path: the path, or the repository as ``owner/name``.
+            hub_options: arguments of ``huggingface_hub.hf_hub_download``, such as ``revision``.
 
         Raises:
             FileNotFoundError: no such file, or a directory without ``model.safetensors`` (or the
@@ -344,11 +367,11 @@ class ReAlign(nn.Module):
         """
         path: StoragePath = storage_path(name_or_path)
         if path.is_dir():
-            # As save_pretrained and the command line name it.
+            # The names that save_pretrained and the command line give it.
             names = ("model.safetensors", "aligner.safetensors")
             path = path / next((name for name in names if (path / name).exists()), names[0])
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
-            path = local_path(_download(str(name_or_path), **hub_options))
+            path = local_path(_download(str(name_or_path), hub_options))
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; expected an aligner written by save, save_pretrained or "
@@ -361,31 +384,72 @@ class ReAlign(nn.Module):
             raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` shows: dimension, method, and the number of rows fitted on."""
         fitted = f"{int(self.source_count)} source and {int(self.target_count)} target rows"
         state = f"fitted on {fitted}" if int(self.target_count) else "not fitted"
         return f"dimension={self.dimension}, method={self.method}, {state}"
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReAlign:
         """Follow the model to its device but stay in float64: a cast would cost the accuracy."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, moved in self.named_buffers():
+            if moved.dtype != exact[name].dtype:
+                self._buffers[name] = exact[name].to(moved.device)
         return self
 
 
+def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None:
+    """Raise a ValueError if no map can be computed from the moments of the two sides."""
+    sides = (("source", source), ("target", target))
+    for name, moments in sides:
+        if moments.total is None:
+            raise ValueError(f"ReAlign: the {name} has no rows; fit on rows of both sides")
+        if not moments.normalize:
+            raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
+    if source.dimension != target.dimension:
+        raise ValueError(
+            f"ReAlign: the source has {source.dimension} columns, the target "
+            f"{target.dimension}; embed both with one encoder"
+        )
+    for name, moments in sides if needs_spread else ():
+        if moments.count < 2 or moments.trace < _NO_SPREAD:
+            raise ValueError(
+                f"ReAlign: the {moments.count} {name} rows all point one way (trace "
+                f"{moments.trace:.1e}), so no scale exists; fit on more rows"
+            )
+
+
+def _measure(
+    rows: Rows,
+    name: str,
+    *,
+    batch_rows: int,
+    bad_rows: BadRows,
+    covariance: bool = False,
+    through: RowMap | None = None,
+) -> Moments:
+    """Return the moments of one side, or those of its rows sent through a map."""
+    moments = Moments(covariance, accurate=covariance)
+    for batch in batches(rows, name, batch_rows):
+        moments.update(
+            batch.rows,
+            through=through,
+            bad_rows=bad_rows,
+            where=batch.where,
+            first_row=batch.first_row,
+        )
+    return moments
+
+
 def _times(a: Tensor, v: Tensor) -> Tensor:
-    """A v for A a number, a diagonal [D] or a matrix [D, D]."""
+    """Return ``A v`` for A a number, a diagonal [D] or a matrix [D, D]."""
     return a @ v if a.dim() == 2 else a * v
 
 
-def _download(name: str, **options: str) -> str:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is no local path, and loading it from the Hugging Face hub needs an extra; "
-            "run `pip install 'realign_fast[hub]'`, or give the path of a saved aligner"
-        ) from error
-    return hf_hub_download(name, "model.safetensors", **options)
+def _download(name: str, hub_options: dict[str, Any]) -> str:
+    """Return the local path of a repository's aligner, downloaded from the Hugging Face hub."""
+    user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
+    hub = import_extra("huggingface_hub", "hub", user)
+    path: str = hub.hf_hub_download(name, "model.safetensors", **hub_options)
+    return path

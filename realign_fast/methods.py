@@ -1,12 +1,12 @@
-"""The family of maps ``unit(unit(A u + b) + h)``: which A, from the moments of both sides.
+"""The linear part A of every map ``unit(unit(A u + b) + h)``, from the moments of both sides.
 
-With ``b = mu_x - A mu_y`` every member sends mean to mean (y source, x target; arXiv 2602.07026,
-section 4 and its appendix F for the block-wise one):
+With ``b = mu_x - A mu_y`` every map sends mean to mean (y source, x target; arXiv 2602.07026,
+section 4, and its appendix F for the block-wise map):
 
 | method | A | shape | from |
 |---|---|---|---|
-| ``mean-shift`` | I | number | means |
 | ``realign`` | ``sqrt(T_x / T_y)`` I | number | means and traces |
+| ``mean-shift`` | I | number | means |
 | ``diagonal`` | ratio of standard deviations | [D] | variances |
 | ``coral`` | ``S_x^1/2 S_y^-1/2`` | [D, D] | covariances |
 | ``optimal-transport`` | ``S_y^-1/2 (S_y^1/2 S_x S_y^1/2)^1/2 S_y^-1/2`` | [D, D] | covariances |
@@ -17,6 +17,7 @@ section 4 and its appendix F for the block-wise one):
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,23 +25,19 @@ from torch import Tensor
 from . import whiten
 from .frame import FixedFrame
 from .moments import Moments
-from .ops.reference import unit
+from .whiten import Shrinkage
 
-METHODS = (
-    "realign",
-    "mean-shift",
-    "diagonal",
-    "coral",
-    "optimal-transport",
-    "blockwise",
-    "noise",
-)
+__all__ = ["METHODS", "NEED_COVARIANCE", "Method", "Shrinkage", "linear_part"]
+
+Method = Literal[
+    "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
 NEED_COVARIANCE = METHODS[2:6]
-Shrinkage = float | str | None  # None, a number in [0, 1], "oas" or "ledoit-wolf"
 
 
 def linear_part(
-    method: str,
+    method: Method,
     source: Moments,
     target: Moments,
     *,
@@ -48,12 +45,14 @@ def linear_part(
     floor: float | None = None,
     energy: float = 0.9,
 ) -> Tensor:
-    """A in float64: a number [], a diagonal [D] or a matrix [D, D].
+    """Return A in float64: a number [], a diagonal [D] or a matrix [D, D].
 
     Args:
+        method: the map, one of :data:`METHODS`.
+        source, target: moments of both sides, with covariances where the method needs them.
         shrinkage: of both covariances towards a multiple of I (:func:`whiten.shrinkage`).
         floor: eigenvalues below this share of the largest count as 0 (:mod:`whiten`).
-        energy: share of the trace of ``S_x + S_y`` that U of the block-wise map holds.
+        energy: share of the trace of ``S_x + S_y`` in U, for the block-wise map.
 
     Raises:
         ValueError: an unknown method, or one that needs covariances of moments without them.
@@ -74,68 +73,27 @@ def linear_part(
                 f"ReAlign: method={method!r} needs covariances, the {name} moments have none; "
                 "measure with Moments(covariance=True)"
             )
-    s_y, s_x = (_shrunk(side, shrinkage) for side in (source, target))
+    s_y, s_x = (_shrunk_covariance(moments, shrinkage) for moments in (source, target))
     if method == "diagonal":
-        variance = s_y.diagonal().double()
-        least = (whiten.default_floor(s_y) if floor is None else floor) * variance.max()
-        ratio = s_x.diagonal().double() / torch.where(variance > least, variance, torch.inf)
-        return ratio.clamp(min=0).sqrt()
+        return _deviation_ratios(s_y, s_x, floor)
     if method == "blockwise":
         frame = FixedFrame.fit(source, target, energy=energy)
         return whiten.blockwise(s_y, s_x, frame.principal.cpu(), floor=floor)
-    make = whiten.coral if method == "coral" else whiten.optimal_transport
-    return make(s_y, s_x, floor=floor)
+    matrix_of = whiten.coral if method == "coral" else whiten.optimal_transport
+    return matrix_of(s_y, s_x, floor=floor)
 
 
-def _shrunk(side: Moments, shrinkage: Shrinkage) -> Tensor:
-    """A covariance on the CPU, in the dtype of its precision unless shrinkage gave it a floor."""
-    covariance = side.rounded_covariance.cpu()
+def _deviation_ratios(s_y: Tensor, s_x: Tensor, floor: float | None) -> Tensor:
+    """Return the ratios [D] of standard deviations, 0 where the source has no variance."""
+    variances = s_y.diagonal().double()
+    smallest = (whiten.default_floor(s_y) if floor is None else floor) * variances.max()
+    ratios = s_x.diagonal().double() / torch.where(variances > smallest, variances, torch.inf)
+    return ratios.clamp(min=0).sqrt()
+
+
+def _shrunk_covariance(moments: Moments, shrinkage: Shrinkage) -> Tensor:
+    """Return a covariance [D, D] on the CPU, float64 if shrunk, else as ``rounded_covariance``."""
+    covariance = moments.rounded_covariance.cpu()
     if shrinkage is None or shrinkage == 0:
         return covariance
-    return whiten.shrink(covariance, shrinkage, count=side.count, mean=side.mean.cpu())
-
-
-def noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
-    """``unit(unit(u + b + sigma e) + h)`` of rows [N, D], float32 or (float64 rows) float64.
-
-    C3, the baseline of the paper's section 5. The noise e is a function of the row and the seed:
-    the same row gets the same noise in any batch, shard or process.
-    """
-    if torch.compiler.is_compiling():  # 64-bit integer hashing in a compiled loop takes minutes
-        return torch.compiler.disable(_noisy_rows)(rows, shift, recentre, sigma, seed)
-    return _noisy_rows(rows, shift, recentre, sigma, seed)
-
-
-def _noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    x, finite = rows.to(wide), torch.isfinite(rows).all(dim=1, keepdim=True)
-    noise = seeded_noise(rows, seed).to(wide)
-    out = unit(unit(torch.where(finite, x, 0)) + shift.to(wide) + sigma * noise)
-    return torch.where(finite, unit(out + recentre.to(wide)), torch.nan)
-
-
-def seeded_noise(rows: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers [N, D] float64 that depend on each row's bits and the seed alone.
-
-    A counter-based generator: the row's bits are hashed to a key, key and column to two 64-bit
-    words (SplitMix64's finaliser), and those to a normal number by Box and Muller.
-    """
-    columns = rows.shape[1]
-    bits = rows.double().contiguous().view(torch.int64)  # exact for every dtype
-    column = torch.arange(1, columns + 1, device=rows.device) * _GOLDEN
-    key = _mixed(_mixed(bits + column).sum(dim=1) + _mixed(column.new_tensor(seed) + column[0]))
-    words = _mixed(key[:, None] + column), _mixed(key[:, None] - column)
-    first, second = (((word >> 11) & _MASK_53).double() for word in words)
-    radius = torch.sqrt(-2 * torch.log((first + 1) / 2**53))
-    return radius * torch.cos(2 * math.pi * second / 2**53)
-
-
-_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed number
-_MASK_53 = (1 << 53) - 1
-
-
-def _mixed(word: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap and whose shifts are made unsigned."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        word = (word ^ ((word >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return word ^ ((word >> 31) & ((1 << 33) - 1))
+    return whiten.shrink(covariance, shrinkage, count=moments.count, mean=moments.mean.cpu())

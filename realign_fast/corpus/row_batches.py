@@ -1,9 +1,10 @@
-"""Batches of rows from whatever holds them: a tensor, an array, a corpus, a list of batches."""
+"""Batches of rows from any object that holds rows: a tensor, an array, a corpus, a DataLoader."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -11,40 +12,61 @@ from torch import Tensor
 
 from .corpus import Corpus
 
-Rows = Tensor | np.ndarray | Corpus | str | os.PathLike[str] | Iterable[Tensor]
+Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 
 
-def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[tuple[str, int, Tensor]]:
-    """``(where, first row, rows [n, D])`` from whatever holds rows."""
+class RowBatch(NamedTuple):
+    """Rows [n, D], and how an error names them: a file, and the number of the first row."""
+
+    where: str
+    first_row: int
+    rows: Tensor
+
+
+def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
+    """Iterate over rows [N, D]; ``batch_rows`` at a time of a tensor or an array.
+
+    Args:
+        rows: a tensor, an array, a :class:`Corpus` or its path, or an iterable of [n, D] tensors
+            that can be read more than once.
+        name: how errors name rows that have no file.
+        batch_rows: the largest number of rows of a batch.
+
+    Raises:
+        TypeError: another object, or an iterator, which can be read only once.
+        ValueError: a tensor or an array that is not [N, D].
+    """
     if isinstance(rows, (str, os.PathLike)):
         rows = Corpus(rows)
     if isinstance(rows, Corpus):
         for batch in rows.batches():
-            yield str(rows.shards[batch.shard].path), batch.first, batch.rows
+            yield RowBatch(str(rows.shards[batch.shard].path), batch.first, batch.rows)
         return
     if isinstance(rows, (Tensor, np.ndarray)):
         if rows.ndim != 2:
             raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
         for first_row in range(0, len(rows), batch_rows):
-            yield name, first_row, _as_tensor(rows[first_row : first_row + batch_rows], name)
+            batch_of_rows = _as_tensor(rows[first_row : first_row + batch_rows], name)
+            yield RowBatch(name, first_row, batch_of_rows)
         return
     if not isinstance(rows, Iterable):
-        got = type(rows).__name__
-        raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {got}")
+        actual = type(rows).__name__
+        raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {actual}")
     if iter(rows) is rows:
         raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
     first_row = 0
-    for batch in rows:
-        if isinstance(batch, (list, tuple)) and len(batch) == 1:  # of a TensorDataset
-            (batch,) = batch
-        yield name, first_row, _as_tensor(batch, name)
-        first_row += len(batch)
+    for item in rows:
+        if isinstance(item, (list, tuple)) and len(item) == 1:  # of a TensorDataset
+            (item,) = item
+        yield RowBatch(name, first_row, _as_tensor(item, name))
+        first_row += len(item)
 
 
-def _as_tensor(rows: Tensor | np.ndarray, name: str) -> Tensor:
-    if isinstance(rows, np.ndarray):  # of any byte order and strides
+def _as_tensor(rows: object, name: str) -> Tensor:
+    """Return rows [n, D] as a tensor; arrays may have any byte order and strides."""
+    if isinstance(rows, np.ndarray):
         rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
     if not isinstance(rows, Tensor) or rows.dim() < 2:
-        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"{name}: expected batches of rows [n, D], got {got}; give tensors")
+        actual = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"{name}: expected batches of rows [n, D], got {actual}; give tensors")
     return rows

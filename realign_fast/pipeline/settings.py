@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..methods import Shrinkage
+from ..methods import Method, Shrinkage
+from ..moments import BadRows
 
 BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too little at a time
 Mode = Literal["incremental", "overwrite", "extend"]
@@ -37,10 +38,10 @@ class Settings:
             another type of device may differ in their last bits.
     """
 
-    bad_rows: str = "error"
+    bad_rows: BadRows = "error"
     batch_bytes: int = BATCH_BYTES
     progress: bool = True
-    method: str = "realign"
+    method: Method = "realign"
     shrinkage: Shrinkage = None
     mode: Mode = "incremental"
     workers: int = 1
