@@ -1,4 +1,4 @@
-"""The command line: the parser, what an error looks like, and the two commands without a corpus."""
+"""The command ``realign-fast``: its parser, its errors, and the commands info and demo."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ import torch
 
 from .. import __version__, ops
 from ..corpus.io_extension import reader_of
-from . import corpus_commands, embed_commands
-from . import revision_commands as revision_commands
-from .corpus_options import CORPUS_OPTIONS
+from . import align_commands, corpus_commands, embed_commands, revision_commands
+from .options import add_command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``realign-fast``; returns 0, 1 where faults are found, 2 for errors, 130 if stopped."""
+    """Run ``realign-fast`` and return its exit status.
+
+    0: done; 1: ``verify`` found faults; 2: an error, which is a line on stderr; 130: stopped.
+    """
     if threading.current_thread() is threading.main_thread():
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
-        return options.run(options) or 0
-    except BrokenPipeError:  # whoever read our output (head, say) has seen enough
+        status: int | None = options.run(options)
+        return status or 0
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        # An OSError of ours says it all in strerror; "[Errno 28]" would only stand in the way.
-        ours = isinstance(error, OSError) and error.strerror and error.filename is None
-        print(f"realign-fast: error: {error.strerror if ours else error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            message = (
+                error.strerror
+            )  # the whole message of this package's errors, without "[Errno]"
+        print(f"realign-fast: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("realign-fast: stopped; what was written is whole", file=sys.stderr)
@@ -51,21 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"realign-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    what = "Show versions and, for each op, which kernel answers and why."
-    commands.add_parser("info", help=what, description=what).set_defaults(run=_info)
-    what = "Align the built-in embeddings and draw it."
-    demo = commands.add_parser("demo", help=what, description=what)
-    demo.set_defaults(run=_demo)
-    for option in ("demo-out", "threads", "quiet"):
-        CORPUS_OPTIONS[option](demo)
+    add_command(
+        commands, "info", _info, "Show versions and which kernel computes each op, and why."
+    )
+    summary = "Align the built-in embeddings and draw the result."
+    add_command(commands, "demo", _demo, summary, "demo-out", "threads", "quiet")
+    align_commands.add(commands)
     corpus_commands.add(commands)
-    embed_commands.add_commands(commands)
+    embed_commands.add(commands)
     revision_commands.add(commands, _open_encoder)
     return parser
 
 
 def _open_encoder(name: str) -> Any:
-    """Of a directory, or of open_clip by ``NAME`` or ``NAME:WEIGHTS``."""
+    """Load the encoder of a directory, or ``NAME`` or ``NAME:WEIGHTS`` of open_clip."""
     from ..embed import load_encoder
 
     if Path(name).exists():

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..revision.projector import PROJECTORS
 from ..revision.templates import DEFAULT_QUESTION, TEMPLATES
-from .run_options import positive
+from .option_types import positive, share
 
 
 def add_rows(parser: argparse.ArgumentParser, side: str, required: bool = True) -> None:
@@ -37,7 +37,7 @@ def add_data(parser: argparse.ArgumentParser, side: str) -> None:
     text = "tokens of a sample, visual ones included; longer ones are left out (%(default)s)"
     option("--max-length", type=positive, default=2048, metavar="N", help=text)
     text = "share of samples that may be unusable before it is an error (%(default)s)"
-    option("--max-skipped", type=_share, default=0.01, metavar="SHARE", help=text)
+    option("--max-skipped", type=share, default=0.01, metavar="SHARE", help=text)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -122,15 +122,6 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
     text = "length of a generated text (%(default)s)"
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help=text)
-
-
-def _share(text: str) -> float:
-    try:
-        if 0 <= (number := float(text)) <= 1:
-            return number
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
 
 
 def _setting(text: str) -> tuple[str, Any]:
