@@ -1,9 +1,11 @@
-"""What our own command does before torch is imported: the first import of the package.
+"""Settings of the command line that must be made before torch is imported.
 
-Threads of OpenMP that wait for work spin, and take the cores from those that read and write files:
-a run of `realign-fast` is about a quarter slower for it. And importing torch takes seconds, in
-which Ctrl-C should end in a line, as it does later. Only where the program is our command line:
-what others do with their processes is theirs.
+The package imports this module first. It acts only if the process was started as ``realign-fast``;
+the processes of other programs are left alone.
+
+- Threads of OpenMP that wait for work spin by default and take cores from the threads that read
+  and write files, which makes a run about a quarter slower.
+- The import of torch takes seconds. Ctrl-C ends the program with one line then too.
 """
 
 import os
@@ -14,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 
-def command_is_ours() -> bool:
-    """Whether this process was started as ``realign-fast`` or ``python -m realign_fast``."""
-    line = sys.orig_argv
-    names = [Path(word).name for word in line[1:2]]  # the script that pip installed
-    return names in (["realign-fast"], ["realign-fast.exe"]) or line[1:3] == ["-m", "realign_fast"]
+def is_own_command() -> bool:
+    """Return whether the process was started as ``realign-fast`` or ``python -m realign_fast``."""
+    words = sys.orig_argv
+    names = [Path(word).name for word in words[1:2]]  # the script that pip installed
+    own_script = names in (["realign-fast"], ["realign-fast.exe"])
+    return own_script or words[1:3] == ["-m", "realign_fast"]
 
 
 def _stop(*_: Any) -> None:
@@ -26,7 +29,7 @@ def _stop(*_: Any) -> None:
     os._exit(130)
 
 
-if command_is_ours():
+if is_own_command():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _stop)  # until cli.main takes over

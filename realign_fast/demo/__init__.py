@@ -1,4 +1,4 @@
-"""``realign-fast demo``: the whole pipeline on the built-in embeddings."""
+"""The built-in embeddings, and the demo that aligns them (``realign-fast demo``)."""
 
 from .demo_run import DATA, run
 

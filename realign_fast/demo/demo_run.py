@@ -1,12 +1,15 @@
-"""``realign-fast demo``: the whole pipeline on the built-in embeddings, judged and drawn.
+"""The demo: align the built-in embeddings, measure the result and draw it.
 
-The data (README.md beside this file) hold image rows, text rows, and held-out pairs that neither
-the encoder nor the map ever saw.
+The data (README.md in this folder) consist of image rows, text rows, and held-out pairs that
+neither the encoder nor the map has seen.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from .. import metrics
 from ..align import ReAlign
@@ -18,54 +21,66 @@ from ..report.pictures import draw_alignment
 from ..storage.paths import write_json
 
 DATA = Path(__file__).resolve().parent / "data"
+HELD_OUT = DATA / "heldout"
 _EXPLANATION = """\
-{n_y:,} texts moved towards {n_x:,} images; {pairs} pairs held out. New rows of the same kind as the
-fitted ones would keep a gap of {floor:.4f} (statistical floor). The held-out pairs keep more: the
-encoder was trained on the fitted pictures, and places pictures it never saw a little elsewhere."""
+{texts:,} texts were aligned to {images:,} images; {pairs} pairs are held out. New rows drawn like
+the fitted ones would keep a gap of {floor:.4f} (statistical floor). The held-out pairs keep more:
+the encoder was trained on the fitted pictures and places pictures it never saw a bit elsewhere."""
 
 
-def run(out: Path, progress: bool = True) -> dict:
-    """Align the built-in corpus into ``out``; print a table, write ``demo.json``, ``demo.png``."""
-    settings = Settings(progress=progress, mode="overwrite")  # it shows how long each pass takes
+def run(out: Path, progress: bool = True) -> dict[str, Any]:
+    """Align the built-in corpus into ``out`` and print a table of figures.
+
+    Writes the aligned rows, ``aligner.safetensors``, ``report.json``, ``demo.json`` and
+    ``demo.png``.
+
+    Returns:
+        The contents of ``demo.json``: the numbers of texts, images and held-out pairs, and the
+        figures of rows before and after, by column and name.
+    """
+    settings = Settings(progress=progress, mode="overwrite")  # the rates need every pass to run
     report = align(DATA, DATA, out, settings)
     aligner = ReAlign.load(out / "aligner.safetensors")
-    AlignRun(settings).apply(aligner, Corpus(DATA / "heldout", "text"), out / "heldout")
+    AlignRun(settings).apply(aligner, Corpus(HELD_OUT, "text"), out / "heldout")
 
     image, text = _rows(DATA, "image"), (_rows(DATA, "text"), _rows(out, "text"))
-    held = DATA / "heldout"
-    held_image = _rows(held, "image")
-    held_text = _rows(held, "text"), _rows(out / "heldout", "text")
-    n_x, n_y = int(aligner.target_count), int(aligner.source_count)
-    trace = float(aligner.target_trace)
-    columns = {
+    held_out_image = _rows(HELD_OUT, "image")
+    held_out_text = _rows(HELD_OUT, "text"), _rows(out / "heldout", "text")
+    counts = {
+        "texts": int(aligner.source_count),
+        "images": int(aligner.target_count),
+        "held_out_pairs": len(held_out_image),
+    }
+    figures = {
         "fitted before": _figures(text[0], image),
         "fitted after": _figures(text[1], image),
-        "held-out before": _figures(held_text[0], held_image, paired=True),
-        "held-out after": _figures(held_text[1], held_image, paired=True),
+        "held-out before": _figures(held_out_text[0], held_out_image, paired=True),
+        "held-out after": _figures(held_out_text[1], held_out_image, paired=True),
     }
-    pairs = len(held_image)
-    columns["held-out after"]["gap from sampling alone"] = metrics.sampling_gap(
-        trace, n_x, n_y, pairs, pairs
-    )
-    summary = {"texts": n_y, "images": n_x, "held_out_pairs": pairs, "figures": columns}
+    texts, images, pairs = counts.values()
+    trace = float(aligner.target_trace)
+    sampling_gap = metrics.sampling_gap(trace, images, texts, pairs, pairs)
+    figures["held-out after"]["gap from sampling alone"] = sampling_gap
+    summary = {**counts, "figures": figures}
     write_json(out / "demo.json", summary)
-    print(_table(columns))
-    print(_EXPLANATION.format(n_y=n_y, n_x=n_x, pairs=pairs, floor=aligner.statistical_floor))
-    for one in report["passes"]:
-        rate = one["rows_per_second"] / 1e6
-        print(f"  {one['name']:16} {rate:7.2f} M rows/s  {one['gb_per_second']:6.2f} GB/s")
-    title = f"ReAlign on {n_y:,} texts and {n_x:,} images; {pairs} pairs held out"
-    draw_alignment(out / "demo.png", image, text, held_image, held_text, title)
+    print(_table(figures))
+    floor = aligner.statistical_floor
+    print(_EXPLANATION.format(texts=texts, images=images, pairs=pairs, floor=floor))
+    for done in report["passes"]:
+        rate, gigabytes = done["rows_per_second"] / 1e6, done["gb_per_second"]
+        print(f"  {done['name']:16} {rate:7.2f} M rows/s  {gigabytes:6.2f} GB/s")
+    title = f"ReAlign on {texts:,} texts and {images:,} images; {pairs} pairs held out"
+    draw_alignment(out / "demo.png", image, text, held_out_image, held_out_text, title)
     print(f"wrote {out}: aligned rows, aligner.safetensors, report.json, demo.json, demo.png")
     return summary
 
 
-def _rows(path: Path, modality: str):
+def _rows(path: Path, modality: str) -> Tensor:
     corpus = Corpus(path, modality)
     return corpus.take(range(corpus.num_rows))
 
 
-def _figures(text, image, paired: bool = False) -> dict[str, float]:
+def _figures(text: Tensor, image: Tensor, paired: bool = False) -> dict[str, float]:
     text_moments, image_moments = Moments().update(text), Moments().update(image)
     figures = {
         "centroid gap": metrics.centroid_gap(text_moments, image_moments),

@@ -1,1 +1,1 @@
-"""Reports of a run and their pictures."""
+"""Pictures of an alignment, and the place for reports of a run."""

@@ -13,22 +13,30 @@ from ..metrics import matched_cosine, principal_axes
 from ..ops.reference import unit
 
 _TEXT, _IMAGE, _PAIR = "#d1495b", "#2e6f95", "#9a9a9a"
-_POINTS = 1500  # of each cloud
+_POINTS = 1500  # points drawn of each cloud
 
 
 def draw_alignment(
     path: str | os.PathLike[str],
-    image: Tensor,  # [N, D] image rows
-    text: tuple[Tensor, Tensor],  # [M, D] text rows before and after
-    held_image: Tensor,  # [P, D] held-out pairs: image rows
-    held_text: tuple[Tensor, Tensor],  # [P, D] their texts before and after
+    image: Tensor,
+    text: tuple[Tensor, Tensor],
+    held_out_image: Tensor,
+    held_out_text: tuple[Tensor, Tensor],
     title: str,
 ) -> None:
-    """Write a PNG: both clouds on two principal axes, and cosines of pairs, before and after.
+    """Draw both clouds on two principal axes and the cosines of pairs, before and after, as a PNG.
 
-    The axes are principal axes of image and unaligned text rows together, the same in both
-    pictures: the one of the first ten along which the two means lie furthest apart, and the first
-    of the others. A grey line joins a held-out text to its image.
+    The axes are principal axes of the image rows and the unaligned text rows together: of the
+    first ten, the one along which the two means are furthest apart, and the first of the others.
+    Both pictures have the same axes. A grey line joins a held-out text to its image.
+
+    Args:
+        path: the file to write.
+        image: image rows `[N, D]`.
+        text: text rows `[M, D]` before and after the alignment.
+        held_out_image: image rows `[P, D]` of held-out pairs.
+        held_out_text: text rows `[P, D]` of the same pairs, before and after.
+        title: the title of the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -40,7 +48,7 @@ def draw_alignment(
     along = 1 if across == 0 else 0
     axes = axes[:, [across, along]]
 
-    def flat(rows: Tensor) -> Tensor:
+    def projected(rows: Tensor) -> Tensor:
         return (unit(rows.double()) - centre) @ axes
 
     figure, panels = pyplot.subplots(
@@ -49,13 +57,13 @@ def draw_alignment(
     for column, when in enumerate(("before", "after")):
         clouds, cosines = panels[0][column], panels[1][column]
         for rows, colour, name in ((image, _IMAGE, "image"), (text[column], _TEXT, "text")):
-            points = flat(rows[:: max(1, len(rows) // _POINTS)])
+            points = projected(rows[:: max(1, len(rows) // _POINTS)])
             clouds.scatter(*points.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
-        ends = torch.stack([flat(held_image), flat(held_text[column])])
+        ends = torch.stack([projected(held_out_image), projected(held_out_text[column])])
         clouds.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
         clouds.set_title(f"{when}: rows on principal axes {across + 1} and {along + 1}")
         clouds.legend(markerscale=4, loc="upper right")
-        _draw_cosines(cosines, held_image, held_text[column])
+        _draw_cosines(cosines, held_out_image, held_out_text[column])
         cosines.set_title(f"{when}: cosine of held-out texts and images")
     figure.suptitle(title)
     figure.tight_layout()
@@ -64,9 +72,9 @@ def draw_alignment(
 
 
 def _draw_cosines(panel: Any, image: Tensor, text: Tensor) -> None:
-    pairs = {"matched": image, "shuffled": image.roll(1, dims=0)}
-    for (name, other), colour in zip(pairs.items(), (_TEXT, _PAIR), strict=True):
-        values = matched_cosine(text, other)
+    images = {"matched": image, "shuffled": image.roll(1, dims=0)}
+    for (name, partner), colour in zip(images.items(), (_TEXT, _PAIR), strict=True):
+        values = matched_cosine(text, partner)
         bins = torch.linspace(-0.4, 0.8, 49)
         panel.hist(values, bins=bins, density=True, alpha=0.6, color=colour, label=name)
     panel.set_yticks([])
