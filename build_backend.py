@@ -1,9 +1,9 @@
-"""The build backend: setuptools, with the torch that the user already has.
+"""The build backend: setuptools with the torch that the user already has.
 
 pip and uv build in an isolated environment, which hides the user's packages. A plain
 ``requires = ["torch"]`` would download a second torch (5 GB) only to compile against it. The
-compiled library uses nothing but torch's stable ABI, so any torch >= 2.10 will do: the one in the
-user's environment is used where it lies, and torch is asked for only where there is none.
+compiled library uses nothing but torch's stable ABI, so any torch >= 2.10 will do. This backend
+uses the torch of the user's environment where it is, and requests torch only if there is none.
 """
 
 import os
@@ -13,12 +13,13 @@ import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import setuptools
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they are
+from setuptools.build_meta import *  # noqa: F403 - the hooks that need no change
 
 MINIMUM_TORCH = (2, 10)
 NO_COMPILER = (
@@ -26,8 +27,10 @@ NO_COMPILER = (
     "install one, then realign_fast again with --force-reinstall --no-deps --no-cache-dir"
 )
 NOT_LINUX = "the compiled kernels of realign_fast are built on Linux only"
+ConfigSettings = Mapping[str, str | list[str]] | None
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # without isolation nobody looks at `requires`
+# Without build isolation no tool checks `requires` of pyproject.toml.
+if int(setuptools.__version__.split(".")[0]) < 77:
     raise RuntimeError(
         f"realign_fast: building needs setuptools >= 77, this environment has "
         f"{setuptools.__version__}; run `pip install -U setuptools`"
@@ -35,7 +38,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # without isolation nobody l
 
 
 def find_compiler() -> tuple[str, str]:
-    """The command of the C++ compiler and "", or "" and the reason why there will be no library."""
+    """Return the C++ compiler's command and "", or "" and the reason why nothing is compiled."""
     if sys.platform != "linux":
         return "", NOT_LINUX
     if command := os.environ.get("CXX", "").strip():
@@ -47,7 +50,7 @@ def find_compiler() -> tuple[str, str]:
 
 
 def why_no_python_headers() -> str:
-    """Why the native reader cannot be built for this Python, or ""."""
+    """Return the reason why the native reader cannot be built for this Python, or ""."""
     if Path(sysconfig.get_path("include"), "Python.h").exists():
         return ""
     return (
@@ -57,57 +60,74 @@ def why_no_python_headers() -> str:
 
 
 def find_ninja() -> str:
-    """The path of a ninja that runs, or ""."""
+    """Return the path of a ninja that runs, or ""."""
     path = shutil.which("ninja") or ""
     runs = path and subprocess.run([path, "--version"], capture_output=True).returncode == 0
     return path if runs else ""
 
 
 def find_torch() -> Path | None:
-    """The directory of a torch >= 2.10 to compile against, or None."""
-    target = [*sys.path, *site.getsitepackages([sys.prefix, *_uv_prefix()])]
-    others = [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
-    for folder in dict.fromkeys([*target, *others]):
+    """Return the directory of a torch >= 2.10 to compile against, or None.
+
+    Raises RuntimeError if the environment that is installed into has an older torch.
+    """
+    target_folders = [*sys.path, *site.getsitepackages([sys.prefix, *_uv_prefix()])]
+    other_folders = [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
+    for folder in dict.fromkeys([*target_folders, *other_folders]):
         torch = Path(folder, "torch")
         if not (torch / "version.py").exists():
             continue
         if tuple(map(int, torch_version(torch).split(".")[:2])) >= MINIMUM_TORCH:
             return torch
-        if folder in target:
+        if folder in target_folders:
             raise RuntimeError(
-                f"realign_fast: needs torch >= 2.10, {folder} holds {torch_version(torch)}. It is "
-                "not replaced behind your back: upgrade it first (`pip install -U torch`)"
+                f"realign_fast: needs torch >= 2.10, {folder} holds {torch_version(torch)}. The "
+                "installation does not replace it; upgrade it first (`pip install -U torch`)"
             )
     return None
 
 
 def torch_version(torch: Path) -> str:
-    """The version of the torch in a directory, read without importing it."""
-    return re.search(r"__version__ = '(.*)'", (torch / "version.py").read_text())[1]
+    """Return the version of the torch in a directory, read without importing it."""
+    path = torch / "version.py"
+    version = re.search(r"__version__ = '(.*)'", path.read_text())
+    if version is None:
+        raise RuntimeError(
+            f"realign_fast: {path} has no line __version__ = '...'; reinstall torch (`pip install "
+            "--force-reinstall torch`)"
+        )
+    return version[1]
 
 
-def _uv_prefix(uv: Path | None = None) -> list[str]:
-    """The environment that uv installs into: it builds in another one and does not say for which.
+def _uv_prefix(uv_process: Path | None = None) -> list[str]:
+    """Return the environment that uv installs into, as a list of at most one path.
 
-    Its own process knows: the argument --python, the active environment, or .venv where it runs.
+    uv builds in another environment and does not name its target, but its process (in /proc) shows
+    it: the argument --python, the active environment, or .venv in its working directory.
     """
     if "UV" not in os.environ:
         return []
-    uv = uv or Path("/proc", str(os.getppid()))
+    uv_process = uv_process or Path("/proc", str(os.getppid()))
     try:
-        words = (uv / "cmdline").read_text().split("\0")
-        variables = (uv / "environ").read_text().split("\0")
+        arguments = (uv_process / "cmdline").read_text().split("\0")
+        variables = (uv_process / "environ").read_text().split("\0")
     except OSError:
         return []
-    named = [value for flag, value in pairwise(words) if flag in ("-p", "--python")]
-    named += [word.partition("=")[2] for word in words if word.startswith("--python=")]
-    named += [v.partition("=")[2] for v in variables if re.match("(VIRTUAL_ENV|CONDA_PREFIX)=", v)]
-    paths = [uv / "cwd" / name for name in [*named, ".venv"]]  # (an absolute name stays itself)
+    names = [value for flag, value in pairwise(arguments) if flag in ("-p", "--python")]
+    names += [word.partition("=")[2] for word in arguments if word.startswith("--python=")]
+    names += [
+        variable.partition("=")[2]
+        for variable in variables
+        if re.match("(VIRTUAL_ENV|CONDA_PREFIX)=", variable)
+    ]
+    # An absolute name replaces the working directory that precedes it.
+    paths = [uv_process / "cwd" / name for name in [*names, ".venv"]]
     prefixes = [path.parent.parent if path.is_file() else path for path in paths]
     return [str(prefix) for prefix in prefixes if (prefix / "lib").is_dir()][:1]
 
 
-def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: ConfigSettings = None) -> list[str]:
+    """Return the packages that the build needs and this machine lacks."""
     torch = find_torch()
     if not find_compiler()[0]:
         return []
@@ -117,8 +137,15 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 get_requires_for_build_editable = get_requires_for_build_wheel
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
-    # setuptools never empties build/lib: what an earlier build left would be in this wheel.
+def build_wheel(
+    wheel_directory: str,
+    config_settings: ConfigSettings = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """Build a wheel from an empty build/lib and return its file name.
+
+    setuptools never empties that folder, so files of an earlier build would be in this wheel.
+    """
     for folder in Path("build").glob("lib*"):
         shutil.rmtree(folder)
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    return str(build_meta.build_wheel(wheel_directory, config_settings, metadata_directory))

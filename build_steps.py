@@ -1,6 +1,7 @@
-"""The commands that build the C++ libraries, and how commands are run: by ninja, or in order.
+"""The commands that build the C++ libraries, and their execution by ninja or one after another.
 
-Steps are ``{output: (inputs, command)}``; build_cuda.py makes those of the CUDA library.
+Steps are ``{output: (inputs, command)}`` in the order of execution. build_cuda.py returns those of
+the CUDA library.
 """
 
 import os
@@ -17,29 +18,48 @@ COMPILE = (
     "-Werror=return-type"
 )
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 -Icsrc"
-# -lstdc++ first: some builds of torch export parts of it, unversioned, that others lack.
+# -lstdc++ comes first, because some builds of torch export parts of it, unversioned, that others
+# lack.
 LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
 
 
-def steps(compiler: str, torch: Path, stable: bool, sources: list[str], output: str) -> Steps:
-    """A library on torch's stable ABI, or one on pybind11 without torch."""
-    flags, link = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
+def library_steps(
+    compiler: str, torch: Path, stable: bool, sources: list[str], output: str
+) -> Steps:
+    """Return the steps that build one C++ library.
+
+    ``stable`` selects a library on torch's stable ABI; otherwise it is one on pybind11, whose
+    headers torch brings along, and does not link torch.
+    """
+    compile_flags, link_flags = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
     if stable:
-        flags, link = f"{flags} {STABLE}", f"-L{quote(f'{torch}/lib')} {LINK}"
-    else:  # (torch brings the headers of pybind11)
-        flags += f" -Icsrc -isystem {quote(sysconfig.get_path('include'))} -pthread"
-    found: Steps = {}
+        compile_flags += f" {STABLE}"
+        link_flags = f"-L{quote(f'{torch}/lib')} {LINK}"
+    else:
+        compile_flags += f" -Icsrc -isystem {quote(sysconfig.get_path('include'))} -pthread"
+    steps: Steps = {}
     for source in sources:
-        target = f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"
-        found[target] = [source], f"{compiler} {flags} -MD -MF {target}.d -c {source} -o {target}"
-    found[output] = list(found), f"{compiler} {' '.join(found)} {link} -o {quote(output)}"
-    return found
+        path = object_path(source)
+        command = f"{compiler} {compile_flags} -MD -MF {path}.d -c {source} -o {path}"
+        steps[path] = [source], command
+    objects = list(steps)
+    steps[output] = objects, f"{compiler} {' '.join(objects)} {link_flags} -o {quote(output)}"
+    return steps
+
+
+def object_path(source: str) -> str:
+    """Return the path of the object file of a source file, which names its folder as well."""
+    return f"build/objects/{Path(source).parent.name}_{Path(source).stem}.o"
 
 
 def run_steps(steps: Steps) -> None:
-    """Run what changed through ninja, side by side; all of it in order where there is no ninja."""
+    """Run the steps whose inputs have changed in parallel; without ninja, run all in order.
+
+    The environment variable MAX_JOBS limits the number of parallel steps.
+    """
     Path("build/objects").mkdir(parents=True, exist_ok=True)
-    if not (ninja := build_backend.find_ninja()):
+    ninja = build_backend.find_ninja()
+    if not ninja:
         for _, command in steps.values():
             print(command, flush=True)
             subprocess.run(command, shell=True, check=True)

@@ -1,11 +1,12 @@
-"""Builds the compiled parts of realign_fast, through ninja.
+"""Build the compiled parts of realign_fast through ninja.
 
-_C.abi3.so is csrc/cpu/*.cpp on torch's stable ABI: it holds no Python code and no C++ symbol of
-torch, so one binary serves every Python >= 3.10 and torch >= 2.10. _C_cuda.abi3.so is
-csrc/cuda/*.cu on the same ABI, through nvcc (build_cuda.py says when). _io is csrc/io/*.cpp on
-pybind11, without torch, for the Python that builds it. The metadata are in pyproject.toml;
-build_backend.py finds torch and the compiler, build_steps.py has the commands; CMakeLists.txt
-builds the same files for IDEs and sanitizers.
+There are three libraries. ``_C.abi3.so`` is csrc/cpu on torch's stable ABI: it holds no Python code
+and no C++ symbol of torch, so one binary serves every Python >= 3.10 and torch >= 2.10.
+``_C_cuda.abi3.so`` is csrc/cuda on the same ABI, compiled by nvcc (build_cuda.py decides whether).
+``_io`` is csrc/io on pybind11, without torch, for the Python that builds it.
+
+The metadata are in pyproject.toml. build_backend.py finds torch and the compiler, build_steps.py
+holds the commands, and CMakeLists.txt builds the same files for IDEs and sanitizers.
 """
 
 import json
@@ -19,56 +20,69 @@ from setuptools.command.build_py import build_py
 
 import build_backend
 import build_cuda
-from build_steps import STABLE, run_steps, steps
+from build_steps import STABLE, library_steps, run_steps
 
-SOURCES, IO_SOURCES, CUDA_SOURCES = (
-    sorted(map(str, Path("csrc").glob(pattern)))
-    for pattern in ("cpu/*.cpp", "io/**/*.cpp", "cuda/*.cu")
-)
-HEADERS = sorted(
-    map(str, (path for s in ("h", "inl", "cuh") for path in Path("csrc").rglob(f"*.{s}")))
-)
-# (DEPENDS go into source distributions.)
+
+def source_files(*patterns: str) -> list[str]:
+    """Return the sorted paths of the files of csrc that match one of the glob patterns."""
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+SOURCES = source_files("cpu/*.cpp")
+IO_SOURCES = source_files("io/**/*.cpp")
+CUDA_SOURCES = source_files("cuda/*.cu")
+HEADERS = source_files("**/*.h", "**/*.inl", "**/*.cuh")
+# Files that a source distribution needs beside the sources of the libraries.
 DEPENDS = [*HEADERS, "build_backend.py", "build_cuda.py", "build_steps.py", "CMakeLists.txt"]
 
-compiler, why_not = build_backend.find_compiler()
-why_no_reader = why_not or build_backend.why_no_python_headers()
-nvcc, cuda, why_no_cuda = "", "", why_not
+compiler, no_compiler_reason = build_backend.find_compiler()
+no_reader_reason = no_compiler_reason or build_backend.why_no_python_headers()
+nvcc, cuda_version, no_cuda_reason = "", "", no_compiler_reason
 if compiler:
-    nvcc, cuda, why_no_cuda = build_cuda.decide(build_backend.find_torch())
+    nvcc, cuda_version, no_cuda_reason = build_cuda.decide(build_backend.find_torch())
 
 
-class BuildLibraries(build_ext):
+class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no type information)
+    """Build each library with the commands of build_steps.py or build_cuda.py."""
+
     def get_ext_filename(self, fullname: str) -> str:
-        stable = fullname.replace(".", "/") + ".abi3.so"
-        return stable if "_C" in fullname else super().get_ext_filename(fullname)
+        """Return the file name of a library; libraries on the stable ABI name no Python version."""
+        if "_C" in fullname:
+            return fullname.replace(".", "/") + ".abi3.so"
+        return str(super().get_ext_filename(fullname))
 
     def build_extension(self, extension: Extension) -> None:
-        if (torch := build_backend.find_torch()) is None:
+        """Build one library."""
+        torch = build_backend.find_torch()
+        if torch is None:
             raise RuntimeError(
-                "realign_fast: this environment has no torch >= 2.10 to build with; run "
-                "`pip install torch` first, or install without --no-build-isolation"
+                "realign_fast: building the compiled kernels needs torch >= 2.10, and this "
+                "environment has none; run `pip install torch` first, or install without "
+                "--no-build-isolation"
             )
-        files = extension.sources, os.path.relpath(self.get_ext_fullpath(extension.name))
+        output = os.path.relpath(self.get_ext_fullpath(extension.name))
         if extension.name.endswith("_C_cuda"):
-            run_steps(build_cuda.steps(nvcc, cuda, torch, STABLE, *files))
+            sources = extension.sources
+            run_steps(build_cuda.steps(nvcc, cuda_version, torch, STABLE, sources, output))
         else:
-            run_steps(steps(compiler, torch, extension.name.endswith("_C"), *files))
+            stable = extension.name.endswith("_C")
+            run_steps(library_steps(compiler, torch, stable, extension.sources, output))
 
 
-class BuildPython(build_py):
-    """Leaves beside the package whether its library was built, with what, or why it was not."""
+class BuildPython(build_py):  # type: ignore[misc]  # (setuptools has no type information)
+    """Add a file to the package that says which libraries were built, and why others were not."""
 
     def run(self) -> None:
+        """Copy the Python files and write realign_fast/_build_info.json."""
         super().run()
-        torch = compiler and build_backend.find_torch()
+        torch = build_backend.find_torch() if compiler else None
         info = {
             "compiled": bool(compiler),
-            "reason": why_not,
-            "why_no_reader": why_no_reader,
-            "cuda": cuda,
-            "cuda_archs": " ".join(build_cuda.architecture_names(cuda)) if nvcc else "",
-            "why_no_cuda": why_no_cuda,
+            "reason": no_compiler_reason,
+            "why_no_reader": no_reader_reason,
+            "cuda": cuda_version,
+            "cuda_archs": " ".join(build_cuda.architecture_names(cuda_version)) if nvcc else "",
+            "why_no_cuda": no_cuda_reason,
             "compiler": compiler,
             "torch": build_backend.torch_version(torch) if torch else "",
         }
@@ -77,14 +91,19 @@ class BuildPython(build_py):
 
 
 if not compiler:
-    print(f"WARNING: realign_fast will run on plain torch: {why_not}", file=sys.stderr)
-# A source distribution holds the sources whether or not there is a compiler here.
-extensions, is_sdist = [], "sdist" in sys.argv
+    print(
+        f"WARNING: realign_fast is installed without compiled kernels and will run on plain torch: "
+        f"{no_compiler_reason}",
+        file=sys.stderr,
+    )
+# A source distribution holds all sources, whether or not this machine can compile them.
+is_sdist = "sdist" in sys.argv
+extensions = []
 if compiler or is_sdist:
     extensions.append(Extension("realign_fast._C", SOURCES, depends=DEPENDS))
 if nvcc or is_sdist:
     extensions.append(Extension("realign_fast._C_cuda", CUDA_SOURCES))
-if not why_no_reader or is_sdist:
+if not no_reader_reason or is_sdist:
     extensions.append(Extension("realign_fast._io", IO_SOURCES))
 setup(
     ext_modules=extensions,

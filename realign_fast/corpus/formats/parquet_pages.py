@@ -3,8 +3,9 @@
 A column chunk (one column of a row group) is a run of pages. Written uncompressed and without a
 dictionary (`PLAIN`) a page is its levels, which say where lists begin and what is null, and then
 the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the levels
-and copies the numbers into a batch, many times faster than pyarrow builds its lists. Where a chunk lies and
-how it was written is in the footer, which pyarrow reads. All else is pyarrow's (`parquet.py`).
+and copies the numbers into a batch, many times faster than pyarrow builds its lists. Where a chunk
+lies and how it was written is in the footer, which pyarrow reads. All else is pyarrow's
+(`parquet.py`).
 """
 
 from __future__ import annotations

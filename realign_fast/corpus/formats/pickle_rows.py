@@ -2,10 +2,10 @@
 
 Arrays and floats lie in a pickle as the bytes they are. `csrc/io/pickle/pickle_interpreter.cpp`
 runs a file as `unpickle.py` does, builds nothing, and remembers where each row lies (4 bytes a
-row): a pass copies the rows out of the file. An aligned file is the same bytes with other numbers in their places, so
-all that is beside the rows is kept as it is. What is unusual (rows of several kinds, big-endian
-numbers, bytes that two values share, text as bytes of protocol 2) is left to `unpickle.py`, and so
-is a file that is not plain data: it says what is wrong.
+row): a pass copies the rows out of the file. An aligned file is the same bytes with other numbers
+in their places, so all that is beside the rows is kept as it is. What is unusual (rows of several
+kinds, big-endian numbers, bytes that two values share, text as bytes of protocol 2) is left to
+`unpickle.py`, and so is a file that is not plain data: it says what is wrong.
 """
 
 from __future__ import annotations
