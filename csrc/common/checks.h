@@ -1,4 +1,4 @@
-// One wording for argument errors, whatever the device of the kernel.
+// The checks of arguments that the CPU and the CUDA kernels share, with one wording for each error.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,26 +14,28 @@ namespace realign_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// rows [N, D], D >= 1, columns next to one another.
+// Checks rows [N, D] with D >= 1 and contiguous columns.
 inline void check_rows(const char* op, const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) >= 1, op,
                   ": expected rows [N, D] with D >= 1, got ", rows.dim(), " dimensions");
   STD_TORCH_CHECK(rows.size(1) == 1 || rows.stride(1) == 1, op,
-                  ": the columns of a row must be contiguous, got column stride ", rows.stride(1));
+                  ": expected rows with contiguous columns, got column stride ", rows.stride(1),
+                  "; use rows.contiguous()");
 }
 
-// vector [D], contiguous float64 on the device of the rows (the map's shift or centring vector).
+// Checks a vector [D] of a map: contiguous float64 on the device of the rows.
 inline void check_vector(const char* op, const char* name, const Tensor& vector,
                          const Tensor& rows) {
-  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == rows.size(1), op, ": rows have ",
-                  rows.size(1), " columns, ", name, " has ", vector.numel(), " entries");
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == rows.size(1), op, ": expected ", name,
+                  " with one entry for each of the ", rows.size(1), " columns of the rows, got ",
+                  vector.numel(), " entries");
   STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Double && vector.is_contiguous(), op, ": ",
                   name, " must be contiguous float64");
   STD_TORCH_CHECK(vector.is_cuda() == rows.is_cuda(), op, ": ", name,
                   " must be on the device of the rows");
 }
 
-// scale, shift and the optional recentre of one row map.
+// Checks scale, shift and the optional recentre of a row map.
 inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
                       const std::optional<Tensor>& recentre, const Tensor& rows) {
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Double, op,
@@ -44,7 +46,7 @@ inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
   if (recentre) check_vector(op, "recentre", *recentre, rows);
 }
 
-// The matrix [D, D] or diagonal [D] of a map, its shift and the optional recentre.
+// Checks the matrix [D, D] or diagonal [D] of a map, its shift and the optional recentre.
 inline void check_matrix_map(const char* op, const Tensor& matrix, const Tensor& shift,
                              const std::optional<Tensor>& recentre, const Tensor& rows) {
   const int64_t columns = rows.size(1);
@@ -58,7 +60,7 @@ inline void check_matrix_map(const char* op, const Tensor& matrix, const Tensor&
   if (recentre) check_vector(op, "recentre", *recentre, rows);
 }
 
-// rows, and the map that sum_rows takes in three optional parts.
+// Checks rows, and the map that sum_rows takes in three optional parts.
 inline void check_sum_arguments(const char* op, const Tensor& rows,
                                 const std::optional<Tensor>& scale,
                                 const std::optional<Tensor>& shift,
@@ -66,11 +68,11 @@ inline void check_sum_arguments(const char* op, const Tensor& rows,
   check_rows(op, rows);
   STD_TORCH_CHECK(
       scale.has_value() == shift.has_value() && (shift || !recentre) && (normalize || !shift), op,
-      ": a map needs scale, shift and normalize=True");
+      ": a map needs scale, shift and normalize=True; give all of them, or no part of a map");
   if (shift) check_map(op, *scale, *shift, recentre, rows);
 }
 
-// scatter [D, D] and total [D], contiguous float64 on the device of the rows.
+// Checks scatter [D, D] and total [D]: contiguous float64 on the device of the rows.
 inline void check_sums(const char* op, const Tensor& scatter, const Tensor& total,
                        const Tensor& rows) {
   const int64_t columns = rows.size(1);
@@ -82,8 +84,8 @@ inline void check_sums(const char* op, const Tensor& scatter, const Tensor& tota
   check_vector(op, "total", total, rows);
 }
 
-// The arguments of add_scatter_: its sums, the rows, their centre [D] and their weights [N], if
-// any.
+// Checks the arguments of add_scatter_: its sums, the rows, their centre [D] and optional weights
+// [N].
 inline void check_scatter_arguments(const char* op, const Tensor& scatter, const Tensor& total,
                                     const Tensor& rows, const Tensor& centre,
                                     const std::optional<Tensor>& weights) {
@@ -97,30 +99,32 @@ inline void check_scatter_arguments(const char* op, const Tensor& scatter, const
                   " rows");
 }
 
-// out may be the rows themselves, but neither another part of their memory nor overlap itself.
+// Checks that the rows of out do not overlap one another, and that out is either the rows
+// themselves or memory that they do not use.
 inline void check_no_overlap(const char* op, const Tensor& out, const Tensor& rows) {
-  const auto span = [](const Tensor& t) {
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    const int64_t last = t.numel() ? (t.size(0) - 1) * t.stride(0) + t.size(1) : 0;
-    return std::pair(begin, begin + last * t.element_size());
+  const auto memory_of = [](const Tensor& tensor) {
+    const auto first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    const int64_t entries =
+        tensor.numel() ? (tensor.size(0) - 1) * tensor.stride(0) + tensor.size(1) : 0;
+    return std::pair(first, first + entries * tensor.element_size());
   };
   STD_TORCH_CHECK(out.size(0) <= 1 || out.stride(0) >= out.size(1), op,
                   ": the rows of out overlap one another; give out memory of its own");
-  const auto [out_begin, out_end] = span(out);
-  const auto [begin, end] = span(rows);
-  const bool same = out_begin == begin && out.stride(0) == rows.stride(0) &&
+  const auto [out_first, out_end] = memory_of(out);
+  const auto [rows_first, rows_end] = memory_of(rows);
+  const bool same = out_first == rows_first && out.stride(0) == rows.stride(0) &&
                     out.scalar_type() == rows.scalar_type();
-  STD_TORCH_CHECK(same || out_end <= begin || end <= out_begin, op,
+  STD_TORCH_CHECK(same || out_end <= rows_first || rows_end <= out_first, op,
                   ": out overlaps the rows; give out memory of its own, or the rows themselves");
 }
 
-// out [N, D] of the shape of rows, and memory that may be written while they are read.
+// Checks that out [N, D] has the shape of the rows and may be written while they are read.
 inline void check_out(const char* op, const Tensor& out, const Tensor& rows) {
   check_rows(op, rows);
   check_rows(op, out);
-  STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == rows.size(1), op, ": out is [",
-                  out.size(0), ", ", out.size(1), "], the rows [", rows.size(0), ", ", rows.size(1),
-                  "]");
+  STD_TORCH_CHECK(out.size(0) == rows.size(0) && out.size(1) == rows.size(1), op,
+                  ": expected out of the shape of the rows, [", rows.size(0), ", ", rows.size(1),
+                  "], got [", out.size(0), ", ", out.size(1), "]");
   check_no_overlap(op, out, rows);
 }
 

@@ -1,4 +1,5 @@
-// realign_fast._io: what reads files without the interpreter. Every wait is without its lock.
+// realign_fast._io: the Python module of the native readers and writers. It releases the GIL
+// whenever it waits.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,15 +31,15 @@ py::buffer_info as_buffer(Block& block) {
   return {block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes};
 }
 
-// An object in one piece, writable unless it is asked for otherwise; no other thread may resize it
-// meanwhile.
-class Target {
+// The contiguous buffer of a Python object, writable unless `flags` say otherwise. While this
+// object lives, no other thread may resize it.
+class BufferView {
  public:
-  explicit Target(const py::object& object, int flags = PyBUF_CONTIG) {
+  explicit BufferView(const py::object& object, int flags = PyBUF_CONTIG) {
     if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
   }
-  ~Target() { PyBuffer_Release(&view_); }
-  Target(const Target&) = delete;
+  ~BufferView() { PyBuffer_Release(&view_); }
+  BufferView(const BufferView&) = delete;
   std::byte* data() const { return static_cast<std::byte*>(view_.buf); }
   int64_t bytes() const { return view_.len; }
 
@@ -46,22 +47,24 @@ class Target {
   Py_buffer view_;
 };
 
-int64_t rows_in(const Target& target, int64_t row_bytes) {
+int64_t rows_in(const BufferView& target, int64_t row_bytes) {
   if (target.bytes() % row_bytes) {
-    throw py::value_error("the buffer is not a whole number of rows");
+    throw py::value_error("expected a buffer of a whole number of rows of " +
+                          std::to_string(row_bytes) + " bytes, got " +
+                          std::to_string(target.bytes()) + " bytes: not a whole number of rows");
   }
   return target.bytes() / row_bytes;
 }
 
 void read_pages(ParquetPages& pages, int64_t row, const py::object& out) {
-  const Target target(out);
+  const BufferView target(out);
   const auto rows = rows_in(target, pages.row_bytes());
   py::gil_scoped_release release;
   pages.read(row, rows, target.data());
 }
 
 void read_pickled(const PickledRows& pickled, int descriptor, int64_t row, const py::object& out) {
-  const Target target(out);
+  const BufferView target(out);
   const auto rows = rows_in(target, pickled.row_bytes());
   py::gil_scoped_release release;
   pickled.read(descriptor, row, rows, target.data());
@@ -69,7 +72,7 @@ void read_pickled(const PickledRows& pickled, int descriptor, int64_t row, const
 
 void write_pickled(const PickledRows& pickled, int descriptor, int64_t row,
                    const py::object& numbers, int out) {
-  const Target source(numbers, PyBUF_CONTIG_RO);
+  const BufferView source(numbers, PyBUF_CONTIG_RO);
   const auto rows = rows_in(source, pickled.row_bytes());
   py::gil_scoped_release release;
   pickled.write(descriptor, row, rows, source.data(), out);
@@ -89,11 +92,12 @@ void as_python_error(std::exception_ptr error) {
 }  // namespace
 
 PYBIND11_MODULE(_io, module) {
-  module.doc() = "Bytes of files in blocks, read ahead by threads of their own.";
+  module.doc() =
+      "Native readers and writers of files: blocks read ahead, Parquet pages, pickled rows.";
   py::register_local_exception_translator(as_python_error);
 
   py::class_<Block>(module, "Block", py::buffer_protocol(),
-                    "Bytes of a file (the buffer protocol); writes to them never reach the disk.")
+                    "Bytes of a file as a buffer; writes to it never reach the file.")
       .def_buffer(&as_buffer)
       .def_property_readonly(
           "address",
@@ -101,7 +105,7 @@ PYBIND11_MODULE(_io, module) {
       .def("__len__", [](const Block& block) { return block.bytes; });
 
   py::class_<Ring, std::shared_ptr<Ring>>(module, "Ring",
-                                          "Page-aligned buffers for blocks of up to `bytes`.")
+                                          "Page-aligned buffers for blocks of up to `bytes` bytes.")
       .def(py::init<int64_t, int64_t>(), py::arg("buffers"), py::arg("bytes"))
       .def_property_readonly("bytes", &Ring::bytes)
       .def_property_readonly("free", &Ring::free)
@@ -112,14 +116,16 @@ PYBIND11_MODULE(_io, module) {
             auto memory = ring.take();
             return Block{memory, memory.get(), ring.bytes()};
           },
-          "A buffer of `bytes`, which is the ring's again when nothing looks at it.");
+          "Return a buffer of `bytes` bytes; it returns to the ring when nothing refers to it.");
 
   py::class_<ShardReader, Reader>(
       module, "ShardReader",
-      "Iterator over the bytes `begin`..`end` of an open file in blocks, several read at once.\n\n"
-      "Without a ring a block is a mapped window, with one it is a buffer, read past the cache if\n"
-      "`direct`.\n"
-      "Raises OSError, and EOFError where the file is shorter than `end`.")
+      "Iterator over the bytes `begin`..`end` of an open file in blocks; several are read at "
+      "once.\n\n"
+      "Without a ring, a block is a mapped window of the file. With one, it is a buffer of the "
+      "ring,\n"
+      "read past the page cache if `direct`.\n"
+      "Raises OSError if reading fails and EOFError if the file is shorter than `end`.")
       .def(py::init(&make_reader), py::arg("descriptor"), py::arg("begin"), py::arg("end"),
            py::arg("block_bytes"), py::kw_only(), py::arg("ahead") = 2, py::arg("threads") = 2,
            py::arg("ring") = std::shared_ptr<Ring>(), py::arg("direct") = true)
@@ -138,10 +144,10 @@ PYBIND11_MODULE(_io, module) {
   py::register_exception<NotPlain>(module, "NotPlain", PyExc_ValueError);
   py::class_<ParquetPages>(
       module, "ParquetPages",
-      "Rows of a parquet column chunk, the bytes `begin`..`end` of an open file, if they lie "
-      "there\n"
-      "as they are: in uncompressed PLAIN pages, none null, all of `row_values` values.\n\n"
-      "Raises NotPlain (a ValueError) where they do not, OSError where reading fails.")
+      "Rows of a Parquet column chunk, which is the bytes `begin`..`end` of an open file.\n\n"
+      "Its pages must be uncompressed and PLAIN, without nulls, and every row must have\n"
+      "`row_values` values. Raises NotPlain (a ValueError) otherwise, and OSError if reading "
+      "fails.")
       .def(py::init([](int descriptor, int64_t begin, int64_t end, int64_t rows, int64_t row_values,
                        int64_t value_bytes, int max_definition, int max_repetition) {
              const ColumnChunk chunk = {
@@ -152,16 +158,16 @@ PYBIND11_MODULE(_io, module) {
            py::arg("row_values"), py::arg("value_bytes"), py::arg("max_definition"),
            py::arg("max_repetition"))
       .def("read", &read_pages, py::arg("row"), py::arg("out"),
-           "Fill `out` (a writable buffer) with the rows from `row` on.")
+           "Fill `out`, a writable buffer, with the rows from `row` on.")
       .def("check", &ParquetPages::check, without_gil(),
-           "Look through the heads and levels of all pages, without their values.");
+           "Check the headers and levels of all pages without reading their values.");
 
   py::class_<PickledRows>(
       module, "PickledRows",
-      "Where the rows of a pickled list of dicts lie in an open file of `bytes` bytes.\n\n"
+      "The places of the rows of a pickled list of dicts in an open file of `bytes` bytes.\n\n"
       "The rows are under the first of `names` (one or two) that the first dict has. Raises\n"
-      "NotPlain (a ValueError) where the file is not plain data of rows of one kind, or is\n"
-      "unusual; OSError where reading or writing fails.")
+      "NotPlain (a ValueError) if the file is not plain data with rows of one type, or has a rare\n"
+      "form, and OSError if reading or writing fails.")
       .def(py::init<int, int64_t, const std::vector<std::string>&, int64_t>(), without_gil(),
            py::arg("descriptor"), py::arg("bytes"), py::arg("names"), py::arg("most_steps"))
       .def("__len__", &PickledRows::rows)
@@ -173,16 +179,16 @@ PYBIND11_MODULE(_io, module) {
                              [](const PickledRows& rows) { return rows.list().has_others; })
       .def_property_readonly(
           "replaceable", [](const PickledRows& rows) { return rows.list().replaceable; },
-          "Whether `write` can be used: no other value is made of the bytes of rows.")
+          "Whether `write` can be used: no other value shares the bytes of the rows.")
       .def("read", &read_pickled, py::arg("descriptor"), py::arg("row"), py::arg("out"),
-           "Fill `out` (a writable buffer) with the rows from `row` on.")
-      .def(
-          "write", &write_pickled, py::arg("descriptor"), py::arg("row"), py::arg("numbers"),
-          py::arg("out"),
-          "Append to the open file `out` what lies behind the row before `row`, with `numbers` in\n"
-          "place of the rows from there on; without numbers, all that lies behind it.");
+           "Fill `out`, a writable buffer, with the rows from `row` on.")
+      .def("write", &write_pickled, py::arg("descriptor"), py::arg("row"), py::arg("numbers"),
+           py::arg("out"),
+           "Append to the open file `out` the bytes from the end of the row before `row` on, with\n"
+           "`numbers` in place of the rows; without numbers, append the rest of the file.");
 
-  module.def("start_writing", &start_writing, without_gil(), py::arg("descriptor"),
-             py::arg("begin"), py::arg("bytes"),
-             "Have the kernel write these bytes of a file out now, not when the file is synced.");
+  module.def(
+      "start_writing", &start_writing, without_gil(), py::arg("descriptor"), py::arg("begin"),
+      py::arg("bytes"),
+      "Ask the kernel to write these bytes of a file to disk now, not when the file is synced.");
 }

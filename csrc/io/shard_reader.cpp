@@ -11,8 +11,9 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <utility>
+
+#include "io/errors.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22  // Linux 5.14; an older kernel answers EINVAL
@@ -21,16 +22,23 @@
 namespace realign_fast::io {
 namespace {
 
-constexpr int64_t kPage = 4096;     // of memory, and what O_DIRECT asks of offsets and sizes
-constexpr int64_t kHuge = 2 << 20;  // on this grid cached files can be mapped by huge pages
+constexpr int64_t kPage =
+    4096;  // a page, to which O_DIRECT requires offsets and sizes to be aligned
+constexpr int64_t kHuge =
+    2 << 20;  // the alignment at which cached files can be mapped by huge pages
 
-int64_t down(int64_t bytes, int64_t grid) { return bytes - bytes % grid; }
-int64_t up(int64_t bytes, int64_t grid) { return down(bytes + grid - 1, grid); }
+int64_t round_down(int64_t bytes, int64_t multiple) { return bytes - bytes % multiple; }
+int64_t round_up(int64_t bytes, int64_t multiple) {
+  return round_down(bytes + multiple - 1, multiple);
+}
 
-[[noreturn]] void fail() { throw std::system_error(errno, std::generic_category()); }
+[[noreturn]] void throw_too_short(int64_t end) {
+  throw std::length_error("the file ends before byte " + std::to_string(end) +
+                          ", up to which it is read; it may have become shorter");
+}
 
 std::byte* allocate(int64_t bytes) {
-  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kHuge, up(bytes, kHuge)));
+  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kHuge, round_up(bytes, kHuge)));
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
@@ -40,7 +48,7 @@ std::byte* allocate(int64_t bytes) {
 struct Ring::Free {
   std::mutex mutex;
   std::vector<std::byte*> buffers;
-  std::vector<std::byte*> owned;  // all that the ring was made with
+  std::vector<std::byte*> owned;  // all buffers that the ring was created with
   ~Free() {
     for (auto* buffer : owned) std::free(buffer);
   }
@@ -54,9 +62,9 @@ struct Ring::Free {
   }
 };
 
-// A block may begin and end inside pages: two more of them hold it.
+// A block may begin and end inside a page, so its buffer holds two more pages.
 Ring::Ring(int64_t buffers, int64_t bytes)
-    : bytes_(up(bytes, kPage) + 2 * kPage), free_(std::make_shared<Free>()) {
+    : bytes_(round_up(bytes, kPage) + 2 * kPage), free_(std::make_shared<Free>()) {
   for (int64_t i = 0; i < buffers; i++) free_->owned.push_back(allocate(bytes_));
   free_->buffers = free_->owned;
 }
@@ -90,23 +98,29 @@ ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t blo
     : begin_(begin), end_(end), block_bytes_(block_bytes), ahead_(ahead), ring_(std::move(ring)) {
   if (begin < 0 || end < begin || block_bytes < 1 || ahead < 1 || threads < 1) {
     throw std::invalid_argument(
-        "ShardReader: expected 0 <= begin <= end and at least one byte a "
-        "block, block ahead and thread");
+        "ShardReader: expected 0 <= begin <= end and at least 1 for block_bytes, ahead and "
+        "threads, "
+        "got begin " +
+        std::to_string(begin) + ", end " + std::to_string(end) + ", block_bytes " +
+        std::to_string(block_bytes) + ", ahead " + std::to_string(ahead) + ", threads " +
+        std::to_string(threads));
   }
-  if (ring_ && ring_->bytes() < up(block_bytes, kPage) + 2 * kPage) {
-    throw std::invalid_argument("ShardReader: the ring was made for smaller blocks");
+  if (ring_ && ring_->bytes() < round_up(block_bytes, kPage) + 2 * kPage) {
+    throw std::invalid_argument(
+        "ShardReader: the ring was created for smaller blocks: a buffer has " +
+        std::to_string(ring_->bytes()) + " bytes, a block " + std::to_string(block_bytes));
   }
   count_ = (end - begin + block_bytes - 1) / block_bytes;
   descriptor_ = -1;
-  if (ring_ && direct) {  // a second opening of the same file, which may be another kind of opening
+  if (ring_ && direct) {  // opens the same file again, because O_DIRECT is a flag of an open file
     const auto path = "/proc/self/fd/" + std::to_string(descriptor);
     descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
     direct_ = descriptor_ >= 0;
   }
   if (descriptor_ < 0) descriptor_ = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
-  if (descriptor_ < 0) fail();
-  const auto wanted = std::min<int64_t>({threads, ahead, count_});
-  for (int64_t i = 0; i < wanted; i++) threads_.emplace_back(&ShardReader::work, this);
+  if (descriptor_ < 0) throw_errno();
+  const auto thread_count = std::min<int64_t>({threads, ahead, count_});
+  for (int64_t i = 0; i < thread_count; i++) threads_.emplace_back(&ShardReader::work, this);
 }
 
 ShardReader::~ShardReader() {
@@ -123,7 +137,7 @@ Block ShardReader::next() {
   std::unique_lock lock(mutex_);
   if (next_given_ == count_) return {};
   changed_.wait(lock, [&] { return ready_.contains(next_given_); });
-  if (const auto error = ready_[next_given_].error) std::rethrow_exception(error);  // and it stays
+  if (const auto error = ready_[next_given_].error) std::rethrow_exception(error);
   auto block = std::move(ready_.extract(next_given_++).mapped().block);
   lock.unlock();
   changed_.notify_all();
@@ -158,46 +172,47 @@ Block ShardReader::fill(int64_t index) const {
 
 void ShardReader::check_length() const {
   struct stat state;
-  if (fstat(descriptor_, &state) != 0) fail();
-  if (state.st_size < end_) throw std::length_error("the file ends before it should");
+  if (fstat(descriptor_, &state) != 0) throw_errno();
+  if (state.st_size < end_) throw_too_short(end_);
 }
 
 Block ShardReader::map(int64_t begin, int64_t bytes) const {
-  check_length();  // touching a page that is gone would be a SIGBUS
-  const auto low = down(begin, kHuge);
+  check_length();  // reading a mapped page beyond the end of the file would raise SIGBUS
+  const auto low = round_down(begin, kHuge);
   const auto length = static_cast<size_t>(begin + bytes - low);
   void* window = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor_, low);
-  if (window == MAP_FAILED) fail();
+  if (window == MAP_FAILED) throw_errno();
   std::shared_ptr<std::byte> memory(static_cast<std::byte*>(window),
                                     [length](std::byte* used) { munmap(used, length); });
-  const auto first = down(begin - low, kPage);
+  const auto first = round_down(begin - low, kPage);
   if (madvise(memory.get() + first, length - first, MADV_POPULATE_READ) != 0 && errno != EINVAL) {
     if (errno == EFAULT) check_length();
-    fail();
+    throw_errno();
   }
   return {memory, memory.get() + (begin - low), bytes};
 }
 
 Block ShardReader::read(int64_t begin, int64_t bytes) const {
   auto memory = ring_->take();
-  const auto low = direct_ ? down(begin, kPage) : begin;
-  const auto wanted = begin + bytes - low;
-  const auto length = direct_ ? up(wanted, kPage) : wanted;
-  for (int64_t done = 0; done < wanted;) {
-    const auto got = pread(descriptor_, memory.get() + done, length - done, low + done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail();
-    if (got == 0) throw std::length_error("the file ends before it should");
-    done += got;
-    // (O_DIRECT goes on from a page: what came beyond the last whole one is read again.)
-    if (direct_ && done < wanted) done = down(done, kPage);
-    if (direct_ && done < wanted && got < kPage) check_length();
+  const auto low = direct_ ? round_down(begin, kPage) : begin;
+  const auto needed = begin + bytes - low;
+  const auto length = direct_ ? round_up(needed, kPage) : needed;
+  for (int64_t done = 0; done < needed;) {
+    const auto bytes_read = pread(descriptor_, memory.get() + done, length - done, low + done);
+    if (bytes_read < 0 && errno == EINTR) continue;
+    if (bytes_read < 0) throw_errno();
+    if (bytes_read == 0) throw_too_short(end_);
+    done += bytes_read;
+    // O_DIRECT continues at a page, so bytes beyond the last whole page are read again.
+    if (direct_ && done < needed) done = round_down(done, kPage);
+    if (direct_ && done < needed && bytes_read < kPage) check_length();
   }
   return {memory, memory.get() + (begin - low), bytes};
 }
 
 void start_writing(int descriptor, int64_t begin, int64_t bytes) {
-  // (Only advice: where the file system has no such thing, the sync at the end does it all.)
+  // This is only a request: if the file system does not support it, the final sync writes the
+  // bytes.
   sync_file_range(descriptor, begin, bytes, SYNC_FILE_RANGE_WRITE);
 }
 

@@ -1,4 +1,4 @@
-// Bytes of a file in blocks, in order, read ahead by threads of their own. No Python, no torch.
+// The bytes of a file in blocks, in order, read ahead by threads. No Python, no torch.
 #pragma once
 
 #include <condition_variable>
@@ -13,35 +13,37 @@
 
 namespace realign_fast::io {
 
-// Page-aligned buffers that blocks are read into. Their owner may pin them for a device, as
-// addresses and sizes stay. When all are in use another one is made, and freed after its use:
-// a consumer that keeps blocks costs memory, never a deadlock.
+// Page-aligned buffers that blocks are read into. Their addresses and sizes do not change, so the
+// owner may pin them for a device. If all are in use, a further one is allocated and freed after
+// its use: a consumer that keeps blocks costs memory but never causes a deadlock.
 class Ring {
  public:
-  Ring(int64_t buffers, int64_t bytes);  // bytes: of the largest block
+  Ring(int64_t buffers, int64_t bytes);  // `bytes` is the size of the largest block
   std::shared_ptr<std::byte> take();
-  int64_t bytes() const { return bytes_; }  // of a buffer, a multiple of pages
+  int64_t bytes() const { return bytes_; }  // size of a buffer, a multiple of a page
   std::vector<uintptr_t> addresses() const;
-  int64_t free() const;  // buffers that no block holds
+  int64_t free() const;  // the number of buffers that no block holds
 
  private:
-  struct Free;  // the buffers not in use; outlives the ring while blocks are alive
+  struct Free;  // the buffers that are not in use; it lives as long as any block
   int64_t bytes_;
   std::shared_ptr<Free> free_;
 };
 
-// What was read of the file. Its memory is its own: a private mapping, or a buffer of a ring.
+// A block of the file in memory that only this block uses: a private mapping, or a buffer of a
+// ring.
 struct Block {
   std::shared_ptr<std::byte> memory;
-  std::byte* data = nullptr;  // the first byte asked for, inside memory
+  std::byte* data = nullptr;  // the first requested byte, inside `memory`
   int64_t bytes = 0;
 };
 
-// The bytes begin..end of a file, block_bytes at a time (the last block has the rest).
+// Reads the bytes begin..end of a file, block_bytes at a time; the last block holds the rest.
 //
-// Without a ring a block is a window of the file's cached pages, mapped and brought in ahead of its
-// use: nothing is copied. With a ring it is read into a buffer: if `direct` past the page cache
-// (O_DIRECT) where the file system can, which leaves the cache to others and the processor idle.
+// Without a ring, a block maps the file's cached pages, which are loaded before it is used, and
+// nothing is copied. With a ring, a block is read into a buffer. `direct` then bypasses the page
+// cache (O_DIRECT) if the file system supports it, which leaves the cache to other files and costs
+// little processor time.
 class ShardReader {
  public:
   ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes, int64_t ahead,
@@ -49,8 +51,8 @@ class ShardReader {
   ~ShardReader();
   ShardReader(const ShardReader&) = delete;
 
-  // The next block; one without memory after the last. Throws std::system_error, and
-  // std::length_error where the file ends before it should.
+  // Returns the next block, or one without memory after the last. Throws std::system_error if
+  // reading fails and std::length_error if the file ends before `end`.
   Block next();
   bool direct() const { return direct_; }
 
@@ -77,7 +79,7 @@ class ShardReader {
   std::vector<std::thread> threads_;
 };
 
-// Have the kernel write out these bytes of a file now rather than when the file is synced.
+// Asks the kernel to write these bytes of a file to disk now rather than when the file is synced.
 void start_writing(int descriptor, int64_t begin, int64_t bytes);
 
 }  // namespace realign_fast::io

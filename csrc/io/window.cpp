@@ -5,40 +5,36 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
-#include <system_error>
 
 namespace realign_fast::io {
 namespace {
 
-constexpr int64_t kAhead = 16 << 20;  // what the kernel is asked to read ahead
-
-[[noreturn]] void fail() { throw std::system_error(errno, std::generic_category()); }
+constexpr int64_t kReadAhead = 16 << 20;  // bytes that the kernel is asked to read ahead
 
 }  // namespace
 
 Window::Window(int descriptor, int64_t begin, int64_t end, int64_t buffer_bytes)
     : begin_(begin), end_(end), buffer_(buffer_bytes) {
-  if (begin < 0 || end < begin) throw NotPlain("it lies nowhere in the file");
+  if (begin < 0 || end < begin) throw NotPlain("its byte range is not valid");
   descriptor_ = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
-  if (descriptor_ < 0) fail();
+  if (descriptor_ < 0) throw_errno();
 }
 
 Window::~Window() { close(descriptor_); }
 
 void Window::copy(int64_t offset, int64_t bytes, std::byte* out) {
   while (bytes > 0) {
-    int64_t got = 0;
+    int64_t copied = 0;
     if (offset >= low_ && offset < high_) {
-      got = std::min(bytes, high_ - offset);
-      std::memcpy(out, buffer_.data() + (offset - low_), got);
+      copied = std::min(bytes, high_ - offset);
+      std::memcpy(out, buffer_.data() + (offset - low_), copied);
     } else if (bytes >= std::ssize(buffer_)) {
-      got = read(offset, bytes, out);
+      copied = read(offset, bytes, out);
     } else {
       fill(offset);
     }
-    offset += got, out += got, bytes -= got;
+    offset += copied, out += copied, bytes -= copied;
   }
 }
 
@@ -48,35 +44,36 @@ std::span<const uint8_t> Window::view(int64_t offset) {
 }
 
 void Window::fill(int64_t offset) {
-  low_ = high_ = offset;  // (empty, should reading fail)
+  low_ = high_ = offset;  // the buffer is empty if reading fails
   high_ += read(offset, std::min<int64_t>(std::ssize(buffer_), end_ - offset), buffer_.data());
 }
 
 int64_t Window::read(int64_t offset, int64_t bytes, void* out) {
   if (offset < begin_ || bytes <= 0 || bytes > end_ - offset) {
-    throw NotPlain("it ends beyond the bytes that are there");
+    throw NotPlain("it ends beyond the end of the file or of its range");
   }
-  if (offset >= next_ && offset - next_ < std::ssize(buffer_)) announce(offset, bytes);
+  if (offset >= next_ && offset - next_ < std::ssize(buffer_)) request_read_ahead(offset, bytes);
   for (;;) {
-    const auto got = pread(descriptor_, out, bytes, offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail();
-    if (got == 0) throw NotPlain("the file has become shorter");
-    next_ = offset + got;
-    return got;
+    const auto bytes_read = pread(descriptor_, out, bytes, offset);
+    if (bytes_read < 0 && errno == EINTR) continue;
+    if (bytes_read < 0) throw_errno();
+    if (bytes_read == 0) throw NotPlain("the file has become shorter");
+    next_ = offset + bytes_read;
+    return bytes_read;
   }
 }
 
-// Who reads on and on is read ahead for, unless the file is cached: asking has its price.
-void Window::announce(int64_t offset, int64_t bytes) {
-  const auto wanted = offset + bytes + kAhead / 2;
-  if (wanted <= announced_ || announced_ >= end_) return;
-  const auto begin = std::max(announced_, offset);
-  announced_ = std::min(wanted + kAhead / 2, end_);
+// Asks the kernel to read ahead of a sequential reader, unless the file is cached already: the
+// request costs time even then.
+void Window::request_read_ahead(int64_t offset, int64_t bytes) {
+  const auto needed_end = offset + bytes + kReadAhead / 2;
+  if (needed_end <= requested_ || requested_ >= end_) return;
+  const auto first = std::max(requested_, offset);
+  requested_ = std::min(needed_end + kReadAhead / 2, end_);
   uint8_t last = 0;
-  const iovec place = {&last, 1};
-  if (preadv2(descriptor_, &place, 1, announced_ - 1, RWF_NOWAIT) == 1) return;
-  posix_fadvise(descriptor_, begin, announced_ - begin, POSIX_FADV_WILLNEED);
+  const iovec target = {&last, 1};
+  if (preadv2(descriptor_, &target, 1, requested_ - 1, RWF_NOWAIT) == 1) return;
+  posix_fadvise(descriptor_, first, requested_ - first, POSIX_FADV_WILLNEED);
 }
 
 }  // namespace realign_fast::io

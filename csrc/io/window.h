@@ -1,26 +1,22 @@
-// The bytes of a file, looked at here and there through one small buffer.
+// A small buffer through which a file is inspected.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <stdexcept>
 #include <vector>
+
+#include "io/errors.h"
 
 namespace realign_fast::io {
 
-// Data of another kind than we read, or damaged: the words say which.
-struct NotPlain : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The bytes begin..end of a file, through one small buffer; long stretches go past it.
+// The bytes begin..end of a file, read through one small buffer. Long ranges bypass the buffer.
 class Window {
  public:
-  static constexpr int64_t kSmall = 16 << 10;  // of a buffer: the head of most parquet pages
-  // Keeps a descriptor of its own. Its methods throw NotPlain where bytes are asked for that are
-  // not between begin and end or not in the file, std::system_error where reading fails.
-  Window(int descriptor, int64_t begin, int64_t end, int64_t buffer_bytes = kSmall);
+  static constexpr int64_t kSmallBuffer = 16 << 10;  // enough for the head of most Parquet pages
+  // Duplicates the descriptor. The methods throw NotPlain if the requested bytes are not between
+  // begin and end or not in the file, and std::system_error if reading fails.
+  Window(int descriptor, int64_t begin, int64_t end, int64_t buffer_bytes = kSmallBuffer);
   ~Window();
   Window(const Window&) = delete;
 
@@ -31,19 +27,19 @@ class Window {
     return buffer_[offset - low_];
   }
   void copy(int64_t offset, int64_t bytes, std::byte* out);
-  // The bytes from `offset` on, one or more of them; they stay until the next call.
+  // Returns the bytes from `offset` on, at least one; they are valid until the next call.
   std::span<const uint8_t> view(int64_t offset);
 
  private:
   void fill(int64_t offset);
   int64_t read(int64_t offset, int64_t bytes, void* out);
-  void announce(int64_t offset, int64_t bytes);
+  void request_read_ahead(int64_t offset, int64_t bytes);
 
   int descriptor_;
   int64_t begin_, end_;
-  int64_t low_ = 0, high_ = 0;  // what the buffer holds of the file
-  int64_t next_ = 0;            // where the last read ended
-  int64_t announced_ = 0;       // up to here the kernel was asked to read ahead
+  int64_t low_ = 0, high_ = 0;  // the range of the file that the buffer holds
+  int64_t next_ = 0;            // the end of the last read
+  int64_t requested_ = 0;       // the end of the range that the kernel was asked to read ahead
   std::vector<uint8_t> buffer_;
 };
 

@@ -5,37 +5,37 @@
 namespace realign_fast::io {
 namespace {
 
-constexpr int64_t kLongHeader = 16 << 20;  // no header of a page is longer
-constexpr int kDepth = 16;                 // of structs in structs
+constexpr int64_t kMaxHeaderBytes = 16 << 20;  // no page header is longer
+constexpr int kMaxDepth = 16;                  // of structs in structs
 
 // The types of Thrift's compact protocol.
 enum Type { kTrue = 1, kFalse, kByte, kI16, kI32, kI64, kDouble, kBinary, kList, kSet, kMap };
 enum MoreTypes { kStruct = 12, kUuid = 13 };
 
-int64_t signed_of(uint64_t zigzag) {
+int64_t decode_zigzag(uint64_t zigzag) {
   return static_cast<int64_t>(zigzag >> 1) ^ -static_cast<int64_t>(zigzag & 1);
 }
 
 void skip_value(Cursor& cursor, int type, int depth);
 
-// Calls field(id, type) for each field of a struct; it says whether it has read the value.
-template <class Field>
-void read_struct(Cursor& cursor, int depth, Field field) {
-  if (depth > kDepth) throw NotPlain("a page header is nested too deeply");
+// Calls read_field(id, type) for each field of a struct; it returns whether it has read the value.
+template <class ReadField>
+void read_struct(Cursor& cursor, int depth, ReadField read_field) {
+  if (depth > kMaxDepth) throw NotPlain("a page header is nested too deeply");
   for (int64_t id = 0;;) {
     const int head = cursor.next(), type = head & 15;
     if (type == 0) return;
-    // Ids wrap as the 16-bit numbers they are.
-    const auto told = head >> 4 ? id + (head >> 4) : signed_of(cursor.varint());
-    id = static_cast<int16_t>(told);
-    if (!field(id, type)) skip_value(cursor, type, depth);
+    // Field ids are 16-bit numbers and wrap.
+    const auto wide_id = head >> 4 ? id + (head >> 4) : decode_zigzag(cursor.varint());
+    id = static_cast<int16_t>(wide_id);
+    if (!read_field(id, type)) skip_value(cursor, type, depth);
   }
 }
 
 void skip_list(Cursor& cursor, int depth) {
   const int head = cursor.next(), type = head & 15;
   const uint64_t size = head >> 4 == 15 ? cursor.varint() : head >> 4;
-  for (uint64_t i = 0; i < size; i++) {  // (each takes a byte or more, so it ends)
+  for (uint64_t i = 0; i < size; i++) {  // every value has at least one byte, so the loop ends
     type == kTrue || type == kFalse ? cursor.skip(1) : skip_value(cursor, type, depth);
   }
 }
@@ -53,20 +53,22 @@ void skip_value(Cursor& cursor, int type, int depth) {
     case kBinary: return cursor.skip(cursor.varint());
     case kList:
     case kSet:
-      if (depth > kDepth) throw NotPlain("a page header is nested too deeply");
+      if (depth > kMaxDepth) throw NotPlain("a page header is nested too deeply");
       return skip_list(cursor, depth + 1);
     case kStruct: return read_struct(cursor, depth + 1, [](int64_t, int) { return false; });
-    default: throw NotPlain("a page header has a field of no type we know");  // (and no maps)
+    default:
+      throw NotPlain("a page header has a field of an unknown type");  // Parquet uses no maps
   }
 }
 
-// Takes field `id` as a number if it is one of `places`, which begin with that of field 1.
-bool read_number(Cursor& cursor, int64_t id, int type, std::initializer_list<int64_t*> places) {
-  if (id < 1 || id > static_cast<int64_t>(places.size()) || type != kI32) return false;
-  const auto number = signed_of(cursor.varint());
+// Reads field `id` into one of `targets`, which start with that of field 1; returns false for
+// others.
+bool read_number(Cursor& cursor, int64_t id, int type, std::initializer_list<int64_t*> targets) {
+  if (id < 1 || id > static_cast<int64_t>(targets.size()) || type != kI32) return false;
+  const auto number = decode_zigzag(cursor.varint());
   if (number < 0 || number > INT32_MAX)
-    throw NotPlain("a number of a page header is negative or too large");
-  *places.begin()[id - 1] = number;
+    throw NotPlain("a number in a page header is negative or too large");
+  *targets.begin()[id - 1] = number;
   return true;
 }
 
@@ -79,7 +81,7 @@ uint64_t Cursor::varint() {
     number |= (byte & 127) << shift;
     if (byte < 128) return number;
   }
-  throw NotPlain("a number of a page is too long");
+  throw NotPlain("a number in a page has too many bytes");
 }
 
 void Cursor::skip(uint64_t bytes) {
@@ -89,7 +91,7 @@ void Cursor::skip(uint64_t bytes) {
 
 PageHeader read_page_header(Cursor& cursor) {
   PageHeader page;
-  Cursor head{cursor.window, cursor.at, std::min(cursor.end, cursor.at + kLongHeader)};
+  Cursor head{cursor.window, cursor.at, std::min(cursor.end, cursor.at + kMaxHeaderBytes)};
   const auto data = [&](int64_t id, int type) {
     return read_number(
         head, id, type,

@@ -6,23 +6,25 @@
 namespace realign_fast::io {
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 56;  // of bytes, so that sums of a few do not overflow
+constexpr int64_t kMaxBytes = int64_t{1} << 56;  // so that sums of a few sizes do not overflow
 
 bool is(int64_t number, Encoding encoding) { return number == static_cast<int64_t>(encoding); }
 
-// The levels that rows of one length have, one after the other.
+// The sequence of levels of rows that all have one length.
 struct Levels {
   int width;       // bits of a level
-  int all;         // definition levels: each is this one
-  int64_t row;     // repetition levels: 0 where a row of so many values begins, else 1; 0: none
-  int64_t column;  // of the next value
+  int all;         // for definition levels: the value of each of them
+  int64_t row;     // for repetition levels: the values of a row, whose first has level 0; else 0
+  int64_t column;  // the column of the next value
 
+  // Whether the next `count` levels are all equal to `level`.
   bool are(uint64_t count, int level) const {
     if (row == 0) return level == all;
     if (level == 0) return column == 0 && (count == 1 || row == 1);
     return level == 1 && column > 0 && count <= static_cast<uint64_t>(row - column);
   }
-  int packed() const {  // the next ones, in a byte
+  // The next levels, packed into a byte.
+  int packed() const {
     if (row == 0) return all * (width == 1 ? 0xFF : 0x55);
     int byte = 0xFF;
     for (int64_t bit = column ? row - column : 0; bit < 8; bit += row) byte &= ~(1 << bit);
@@ -34,29 +36,29 @@ struct Levels {
   }
 };
 
-[[noreturn]] void not_full() {
-  throw NotPlain("rows are null, have nulls in them or are not all of one length");
+[[noreturn]] void throw_not_full() {
+  throw NotPlain("rows are null, contain nulls or do not all have one length");
 }
 
-// `count` levels in parquet's hybrid of runs and bit-packed groups of 8.
+// Compares `count` levels, in Parquet's hybrid of runs and bit-packed groups of 8, with `levels`.
 void compare(Cursor cursor, int64_t count, Levels levels) {
   while (count > 0) {
     const auto head = cursor.varint();
     if (head & 1) {
-      auto bytes = std::min<uint64_t>(head >> 1, kMost) * levels.width;
+      auto bytes = std::min<uint64_t>(head >> 1, kMaxBytes) * levels.width;
       for (; bytes > 0 && count > 0; bytes--) {
-        const auto here = std::min<int64_t>(count, 8 / levels.width);
-        const int used = (1 << (here * levels.width)) - 1;
-        if ((cursor.next() ^ levels.packed()) & used) not_full();
-        levels.advance(here);
-        count -= here;
+        const auto step = std::min<int64_t>(count, 8 / levels.width);
+        const int mask = (1 << (step * levels.width)) - 1;
+        if ((cursor.next() ^ levels.packed()) & mask) throw_not_full();
+        levels.advance(step);
+        count -= step;
       }
     } else {
-      const auto here = std::min<uint64_t>(head >> 1, count);
+      const auto step = std::min<uint64_t>(head >> 1, count);
       const auto level = cursor.next();
-      if (here && !levels.are(here, level)) not_full();
-      levels.advance(static_cast<int64_t>(here));
-      count -= static_cast<int64_t>(here);
+      if (step && !levels.are(step, level)) throw_not_full();
+      levels.advance(static_cast<int64_t>(step));
+      count -= static_cast<int64_t>(step);
     }
   }
 }
@@ -66,9 +68,12 @@ void compare(Cursor cursor, int64_t count, Levels levels) {
 ParquetPages::ParquetPages(int descriptor, const ColumnChunk& chunk)
     : chunk_(chunk), window_(descriptor, chunk.begin, chunk.end) {
   const bool sizes = chunk.rows >= 0 && chunk.row_values > 0 && chunk.value_bytes > 0;
-  if (!sizes || chunk.row_values > kMost / chunk.value_bytes ||
-      chunk.rows > kMost / (chunk.row_values * chunk.value_bytes)) {
-    throw std::invalid_argument("ParquetPages: rows and values must have a size");
+  if (!sizes || chunk.row_values > kMaxBytes / chunk.value_bytes ||
+      chunk.rows > kMaxBytes / (chunk.row_values * chunk.value_bytes)) {
+    throw std::invalid_argument(
+        "ParquetPages: expected rows >= 0, row_values >= 1 and value_bytes >= 1, and fewer than "
+        "2^56 "
+        "bytes in all");
   }
   if (chunk.max_repetition < 0 || chunk.max_repetition > 1 || chunk.max_definition < 0 ||
       chunk.max_definition > 3) {
@@ -80,7 +85,9 @@ ParquetPages::ParquetPages(int descriptor, const ColumnChunk& chunk)
 void ParquetPages::read(int64_t row, int64_t rows, std::byte* out) {
   std::lock_guard lock(mutex_);
   if (row < 0 || rows < 0 || rows > chunk_.rows || row > chunk_.rows - rows) {
-    throw std::out_of_range("ParquetPages: the chunk has " + std::to_string(chunk_.rows) + " rows");
+    throw std::out_of_range("ParquetPages: the chunk has " + std::to_string(chunk_.rows) +
+                            " rows, asked for " + std::to_string(rows) + " from row " +
+                            std::to_string(row));
   }
   auto value = row * chunk_.row_values;
   const auto end = value + rows * chunk_.row_values;
@@ -107,16 +114,16 @@ void ParquetPages::check() {
   }
 }
 
-// The head of the page behind this one; its values are not touched.
+// Reads the header of the next page, but not its values.
 void ParquetPages::next_page() {
   Cursor cursor{window_, page_.end, chunk_.end};
   const auto head = read_page_header(cursor);
   const auto first = page_.first + page_.values;
   const bool v2 = head.type == static_cast<int64_t>(PageType::data_v2) && head.has_data_v2;
   if (!v2 && !(head.type == static_cast<int64_t>(PageType::data) && head.has_data)) {
-    throw NotPlain("it has another kind of page than data pages");
+    throw NotPlain("it has pages other than data pages");
   }
-  if (head.has_data && head.has_data_v2) throw NotPlain("a page is of two versions");
+  if (head.has_data && head.has_data_v2) throw NotPlain("a page header is of two versions");
   if (!is(head.encoding, Encoding::plain)) throw NotPlain("a page is not encoded PLAIN");
   if (head.has_checksum) throw NotPlain("a page has a checksum, which pyarrow compares");
   if (head.bytes < 0 || head.bytes != head.uncompressed_bytes) {
@@ -130,7 +137,7 @@ void ParquetPages::next_page() {
   if (v2 && (head.nulls != 0 || head.values % chunk_.row_values != 0 ||
              head.rows != head.values / chunk_.row_values || head.repetition_bytes < 0 ||
              head.definition_bytes < 0)) {
-    not_full();
+    throw_not_full();
   }
   if (!v2 && ((chunk_.max_repetition && !is(head.repetition_encoding, Encoding::rle)) ||
               (chunk_.max_definition && !is(head.definition_encoding, Encoding::rle)))) {
@@ -143,24 +150,24 @@ void ParquetPages::next_page() {
   }
 }
 
-// That every value of the page is there and rows begin where they must.
+// Checks that the page has no nulls and that its rows begin at every row_values-th value.
 void ParquetPages::check_levels() {
   auto at = page_.levels;
   if (chunk_.max_repetition || page_.repetition_bytes > 0) {
     const auto levels = levels_of(at, page_.repetition_bytes);
-    const Levels wanted{1, 0, chunk_.row_values, page_.first % chunk_.row_values};
-    if (chunk_.max_repetition) compare(levels, page_.values, wanted);
+    const Levels expected{1, 0, chunk_.row_values, page_.first % chunk_.row_values};
+    if (chunk_.max_repetition) compare(levels, page_.values, expected);
   }
   if (chunk_.max_definition || page_.definition_bytes > 0) {
     const auto levels = levels_of(at, page_.definition_bytes);
-    const Levels wanted{chunk_.max_definition > 1 ? 2 : 1, chunk_.max_definition, 0, 0};
-    if (chunk_.max_definition) compare(levels, page_.values, wanted);
+    const Levels expected{chunk_.max_definition > 1 ? 2 : 1, chunk_.max_definition, 0, 0};
+    if (chunk_.max_definition) compare(levels, page_.values, expected);
   }
   if (at != page_.data) throw NotPlain("a page has more or fewer bytes than its values");
   page_.checked = true;
 }
 
-// The stretch of levels that begins at `at`, which moves behind it.
+// Returns the range of levels that begins at `at`, and moves `at` to its end.
 Cursor ParquetPages::levels_of(int64_t& at, int64_t bytes) {
   if (bytes < 0) {
     Cursor prefix{window_, at, page_.data};

@@ -8,20 +8,20 @@
 namespace realign_fast::io {
 namespace {
 
-class Machine {
+class Interpreter {
  public:
-  Machine(Window& window, std::span<const std::string> names)
+  Interpreter(Window& window, std::span<const std::string> names)
       : window_(window), values_(window, names), at_(window.begin()), end_(window.end()) {}
 
-  PickledList run(int64_t most_steps);
+  PickledList run(int64_t max_steps);
 
  private:
-  bool step();  // false at the end
+  bool step();  // returns false at the end
   void step_with_mark(uint8_t code);
   bool push(uint8_t code);
 
   uint8_t byte() {
-    if (at_ >= end_) cut_off();
+    if (at_ >= end_) throw_cut_off();
     return window_.byte(at_++);
   }
   uint64_t number(int bytes) {  // little-endian
@@ -30,28 +30,31 @@ class Machine {
     return value;
   }
   int64_t take(uint64_t bytes) {
-    if (bytes > static_cast<uint64_t>(end_ - at_)) cut_off();
+    if (bytes > static_cast<uint64_t>(end_ - at_)) throw_cut_off();
     at_ += static_cast<int64_t>(bytes);
     return at_ - static_cast<int64_t>(bytes);
   }
-  [[noreturn]] static void cut_off() { throw NotPlain("it is cut off"); }
+  [[noreturn]] static void throw_cut_off() {
+    throw NotPlain("the file ends in the middle of the pickle");
+  }
 
-  size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
+  size_t frame_start() const { return marks_.empty() ? 0 : marks_.back(); }
   Value pop() {
     const auto value = top();
     stack_.pop_back();
     return value;
   }
   Value top() const {
-    if (stack_.size() <= floor()) throw NotPlain("a value is not there");
+    if (stack_.size() <= frame_start())
+      throw NotPlain("an opcode needs a value that the stack does not hold");
     return stack_.back();
   }
-  Value top(Kind kind) const {
-    if (top().kind != kind) throw NotPlain("it fills another kind of value");
+  Value top(ValueType kind) const {
+    if (top().type != kind) throw NotPlain("an opcode needs a value of another type");
     return stack_.back();
   }
   void drop_mark() {
-    if (marks_.empty()) throw NotPlain("a mark is not there");
+    if (marks_.empty()) throw NotPlain("an opcode needs a mark that the stack does not hold");
     stack_.resize(marks_.back());
     marks_.pop_back();
   }
@@ -60,105 +63,107 @@ class Machine {
   void push_bytes(int bytes);
   void push_long();
   void push_tuple(size_t count);
-  void put(uint64_t place);
-  void get(uint64_t place);
-  Word line();
+  void put(uint64_t index);
+  void get(uint64_t index);
+  Keyword line();
 
   Window& window_;
   Values values_;
   int64_t at_, end_;
   std::vector<Value> stack_, memo_, taken_;
   std::vector<size_t> marks_;
-  uint32_t reals_ = 0;  // so far
+  uint32_t reals_ = 0;  // the number of reals so far
 };
 
-PickledList Machine::run(int64_t most_steps) {
-  for (int64_t steps = 0; steps < most_steps; steps++) {
+PickledList Interpreter::run(int64_t max_steps) {
+  for (int64_t steps = 0; steps < max_steps; steps++) {
     if (step()) continue;
     if (stack_.size() != 1 || !marks_.empty() || at_ != end_) {
-      throw NotPlain("it ends with other than one value, or before the file does");
+      throw NotPlain("it ends with more or fewer than one value, or before the file does");
     }
     for (const auto& value : memo_) {
       if (value.fetched) values_.share(value);
     }
     return list_of(values_, stack_[0]);
   }
-  throw NotPlain("it takes too many steps");
+  throw NotPlain("it has too many opcodes");
 }
 
-void Machine::push_text(int bytes) {
+void Interpreter::push_text(int bytes) {
   const auto length = number(bytes);
   const auto begin = take(length);
   stack_.push_back(values_.text(begin, length));
 }
 
-void Machine::push_bytes(int bytes) {
+void Interpreter::push_bytes(int bytes) {
   const auto length = number(bytes);
   const auto begin = take(length);
-  stack_.push_back({.kind = Kind::bytes, .count = static_cast<uint32_t>(length), .at = begin});
+  stack_.push_back({.type = ValueType::bytes, .count = static_cast<uint32_t>(length), .at = begin});
 }
 
-void Machine::push_long() {
+void Interpreter::push_long() {
   const auto bytes = static_cast<int>(number(1));
   if (bytes > 8) {
     take(bytes);
-    return stack_.push_back({.kind = Kind::big_integer});
+    return stack_.push_back({.type = ValueType::big_integer});
   }
   auto value = number(bytes);
   if (bytes > 0 && bytes < 8 && value >> (8 * bytes - 1)) value |= ~uint64_t{0} << (8 * bytes);
-  stack_.push_back({.kind = Kind::integer, .at = static_cast<int64_t>(value)});
+  stack_.push_back({.type = ValueType::integer, .at = static_cast<int64_t>(value)});
 }
 
-void Machine::push_tuple(size_t count) {
-  if (stack_.size() - floor() < count) throw NotPlain("a tuple of values that are not there");
-  const auto made = values_.tuple(std::span(stack_).last(count));
+void Interpreter::push_tuple(size_t count) {
+  if (stack_.size() - frame_start() < count)
+    throw NotPlain("a tuple needs values that the stack does not hold");
+  const auto tuple = values_.tuple(std::span(stack_).last(count));
   stack_.resize(stack_.size() - count);
-  stack_.push_back(made);
+  stack_.push_back(tuple);
 }
 
-// Python numbers places one after the other; another order is rare, and a far place a trap.
-void Machine::put(uint64_t place) {
-  if (place != memo_.size()) throw NotPlain("its memo is not in order");
+// Python numbers memo entries consecutively. Other orders are rare, and a large number would be an
+// attack on memory.
+void Interpreter::put(uint64_t index) {
+  if (index != memo_.size()) throw NotPlain("its memo entries are not numbered consecutively");
   memo_.push_back(top());
   memo_.back().fetched = false;
 }
 
-void Machine::get(uint64_t place) {
-  if (place >= memo_.size()) throw NotPlain("its memo has no such place");
-  memo_[place].fetched = true;
-  stack_.push_back(memo_[place]);
+void Interpreter::get(uint64_t index) {
+  if (index >= memo_.size()) throw NotPlain("it reads a memo entry that was not written");
+  memo_[index].fetched = true;
+  stack_.push_back(memo_[index]);
 }
 
-// A line of text, as what it means.
-Word Machine::line() {
+// Reads a line of text and returns its keyword.
+Keyword Interpreter::line() {
   std::array<char, 32> text;
   for (size_t length = 0; length < text.size(); length++) {
     text[length] = static_cast<char>(byte());
-    if (text[length] == '\n') return Values::word_of({text.data(), length});
+    if (text[length] == '\n') return Values::keyword_of({text.data(), length});
   }
-  throw NotPlain("it names something else than numpy's arrays");
+  throw NotPlain("it refers to a global other than those of NumPy's arrays");
 }
 
-// Opcodes that only push what stands in the file.
-bool Machine::push(uint8_t code) {
+// Runs an opcode that only pushes a value of the file; returns false for other opcodes.
+bool Interpreter::push(uint8_t code) {
   switch (code) {
-    case 'N': stack_.push_back({.kind = Kind::none}); return true;
-    case 0x88: stack_.push_back({.kind = Kind::boolean, .at = 1}); return true;
-    case 0x89: stack_.push_back({.kind = Kind::boolean}); return true;
+    case 'N': stack_.push_back({.type = ValueType::none}); return true;
+    case 0x88: stack_.push_back({.type = ValueType::boolean, .at = 1}); return true;
+    case 0x89: stack_.push_back({.type = ValueType::boolean}); return true;
     case 'K':
     case 'M': {
       const auto value = static_cast<int64_t>(number(code == 'K' ? 1 : 2));
-      stack_.push_back({.kind = Kind::integer, .at = value});
+      stack_.push_back({.type = ValueType::integer, .at = value});
       return true;
     }
     case 'J': {
       const auto value = static_cast<int32_t>(static_cast<uint32_t>(number(4)));
-      stack_.push_back({.kind = Kind::integer, .at = value});
+      stack_.push_back({.type = ValueType::integer, .at = value});
       return true;
     }
     case 0x8A: push_long(); return true;
     case 'G':
-      stack_.push_back({.kind = Kind::real, .count = reals_++, .at = take(8) - 1});
+      stack_.push_back({.type = ValueType::real, .count = reals_++, .at = take(8) - 1});
       return true;
     case 0x8C: push_text(1); return true;
     case 'X': push_text(4); return true;
@@ -166,20 +171,20 @@ bool Machine::push(uint8_t code) {
     case 'C': push_bytes(1); return true;
     case 'B': push_bytes(4); return true;
     case 0x8E:
-    case 0x96: push_bytes(8); return true;  // (a bytearray: protocol 5's data in band)
+    case 0x96: push_bytes(8); return true;  // 0x96: a bytearray, protocol 5's in-band data
     case ')': stack_.push_back(values_.tuple({})); return true;
     case ']': stack_.push_back(values_.list({})); return true;
     case '}': stack_.push_back(values_.dict()); return true;
-    case 0x8F: stack_.push_back({.kind = Kind::set}); return true;
+    case 0x8F: stack_.push_back({.type = ValueType::set}); return true;
     case 'h':
     case 'j': get(number(code == 'h' ? 1 : 4)); return true;
     default: return false;
   }
 }
 
-// Opcodes that take what lies above the last mark.
-void Machine::step_with_mark(uint8_t code) {
-  taken_.assign(stack_.begin() + static_cast<int64_t>(floor()), stack_.end());
+// Runs an opcode that takes the values above the last mark.
+void Interpreter::step_with_mark(uint8_t code) {
+  taken_.assign(stack_.begin() + static_cast<int64_t>(frame_start()), stack_.end());
   const std::span<const Value> taken = taken_;
   drop_mark();
   switch (code) {
@@ -187,35 +192,35 @@ void Machine::step_with_mark(uint8_t code) {
     case 't': return stack_.push_back(values_.tuple(taken));
     case 'l': return stack_.push_back(values_.list(taken));
     case 'e': {
-      const auto target = top(Kind::list);
+      const auto target = top(ValueType::list);
       for (const auto& value : taken) values_.append(target, value);
       return;
     }
     case 'u': {
-      const auto target = top(Kind::dict);
-      if (taken.size() % 2) throw NotPlain("a key has no value");
+      const auto target = top(ValueType::dict);
+      if (taken.size() % 2) throw NotPlain("a dict has a key without a value");
       for (size_t i = 0; i < taken.size(); i += 2) values_.set(target, taken[i], taken[i + 1]);
       return;
     }
     default:
       for (const auto& value : taken) Values::check_key(value);
-      if (code == 0x90) static_cast<void>(top(Kind::set));
-      if (code == 0x91) stack_.push_back({.kind = Kind::frozen_set});
+      if (code == 0x90) static_cast<void>(top(ValueType::set));
+      if (code == 0x91) stack_.push_back({.type = ValueType::frozen_set});
   }
 }
 
-bool Machine::step() {
+bool Interpreter::step() {
   const auto code = byte();
-  if (code != 'G' && !is_between_reals(code)) values_.clean_from = at_;
+  if (code != 'G' && !is_between_reals(code)) values_.reals_from = at_;
   if (push(code)) return true;
   switch (code) {
     case '.': return false;
     case 0x80: {
       const auto protocol = byte();
-      if (protocol < 2 || protocol > 5) throw NotPlain("it is of another protocol");
+      if (protocol < 2 || protocol > 5) throw NotPlain("its protocol is not 2, 3, 4 or 5");
       return true;
     }
-    case 0x95: take(8); return true;  // the length of a frame is of no use here
+    case 0x95: take(8); return true;  // the length of a frame is not needed
     case '(': marks_.push_back(stack_.size()); return true;
     case '0': pop(); return true;
     case 't':
@@ -230,12 +235,12 @@ bool Machine::step() {
     case 0x87: push_tuple(code - 0x84); return true;
     case 'a': {
       const auto value = pop();
-      values_.append(top(Kind::list), value);
+      values_.append(top(ValueType::list), value);
       return true;
     }
     case 's': {
       const auto value = pop(), key = pop();
-      values_.set(top(Kind::dict), key, value);
+      values_.set(top(ValueType::dict), key, value);
       return true;
     }
     case 'q':
@@ -243,8 +248,9 @@ bool Machine::step() {
     case 0x94: put(memo_.size()); return true;
     case 0x93: {
       const auto name = pop(), module = pop();
-      if (name.kind != Kind::text || module.kind != Kind::text) throw NotPlain("a name is no text");
-      stack_.push_back(values_.global(module.word, name.word));
+      if (name.type != ValueType::text || module.type != ValueType::text)
+        throw NotPlain("the name of a global is not a text");
+      stack_.push_back(values_.global(module.keyword, name.keyword));
       return true;
     }
     case 'c': {
@@ -262,15 +268,16 @@ bool Machine::step() {
       values_.build(top(), state);
       return true;
     }
-    default: throw NotPlain("it has an opcode that builds no plain data");
+    default: throw NotPlain("it has an opcode that does not build plain data");
   }
 }
 
 }  // namespace
 
-PickledList find_rows(Window& window, std::span<const std::string> names, int64_t most_steps) {
-  if (window.begin() != 0 || window.end() > int64_t{kNowhere}) throw NotPlain("it is too large");
-  return Machine(window, names).run(most_steps);
+PickledList find_rows(Window& window, std::span<const std::string> names, int64_t max_steps) {
+  if (window.begin() != 0 || window.end() > int64_t{kNowhere})
+    throw NotPlain("it is 4 GiB or larger");
+  return Interpreter(window, names).run(max_steps);
 }
 
 }  // namespace realign_fast::io

@@ -1,4 +1,5 @@
-// Where the rows of a pickled list of dicts lie in its file: the twin of corpus/unpickle.py.
+// Finds the rows of a pickled list of dicts in its file. The counterpart in Python is
+// realign_fast/corpus/formats/pickle_interpreter.py.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,10 @@
 
 namespace realign_fast::io {
 
-// Runs the pickle in `window`, which it reads once and in order. It knows the opcodes and globals
-// that Python's twin knows, does not recurse, and remembers no more than the file has opcodes.
-// Anything else, and all that is rare, throws NotPlain: then the other machine says what it is.
-PickledList find_rows(Window& window, std::span<const std::string> names, int64_t most_steps);
+// Runs the pickle in `window`, which it reads once and in order, for at most `max_steps` opcodes.
+// It supports the opcodes and globals that the Python counterpart supports, does not recurse, and
+// stores at most one value for each opcode. Everything else, and rare forms of pickles, throws
+// NotPlain: the Python interpreter then reads the file or names its fault.
+PickledList find_rows(Window& window, std::span<const std::string> names, int64_t max_steps);
 
 }  // namespace realign_fast::io

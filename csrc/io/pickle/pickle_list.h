@@ -8,19 +8,20 @@
 
 namespace realign_fast::io {
 
-// A list of dicts, each with a row of as many numbers of one type.
+// A list of dicts, each with a row of the same number of values of one type.
 struct PickledList {
-  std::vector<uint32_t> rows;  // where the numbers of each begin
-  int name = 0;                // which of the asked-for keys holds them
+  std::vector<uint32_t> rows;  // the offset of the numbers of each
+  int name = 0;                // the index of the requested key that holds them
   int64_t columns = 0;
-  int value_bytes = 0;       // of a little-endian float; in lists 8, big-endian and behind a 'G'
-  bool lists = false;        // lists of floats, not arrays
-  bool has_others = false;   // there are other keys
-  bool replaceable = false;  // rows lie in order, and no other value is made of their bytes
+  int value_bytes =
+      0;  // of a little-endian float; 8 in lists, where floats are big-endian after a 'G'
+  bool lists = false;        // rows are lists of floats, not arrays
+  bool has_others = false;   // dicts have other keys
+  bool replaceable = false;  // rows are in order and share their bytes with no other value
 };
 
-// What a value is as such a list. `values` knows what stands in several places. NotPlain says what
-// is missing: a list of dicts with rows of one kind and length.
+// Returns the value as such a list; `values` must know which values occur more than once. Throws
+// NotPlain if it is not a list of dicts with rows of one type and length.
 PickledList list_of(Values& values, Value root);
 
 }  // namespace realign_fast::io

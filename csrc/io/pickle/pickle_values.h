@@ -1,9 +1,10 @@
-// What a pickle is made of, as far as rows are found in it: the twin of corpus/plain_values.py.
+// The values of a pickle, as far as they are needed to find rows in it. The counterpart in Python
+// is realign_fast/corpus/formats/pickle_values.py.
 //
-// A value is a small word: where its bytes lie in the file, or a number in a table of containers.
-// Nothing that a file describes is built, and a table grows by what was read, never by what the
-// file says that it will hold. All that Python's twin refuses throws NotPlain here, and so does
-// what is rare.
+// A value is small: the offset of its bytes in the file, or an index in a table of containers.
+// No object that a file describes is built, and a table grows with the bytes that were read, never
+// with a size that the file claims. Everything that the Python counterpart refuses throws NotPlain
+// here, and so do rare forms that it accepts.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@
 
 namespace realign_fast::io {
 
-enum class Kind : uint8_t {
+enum class ValueType : uint8_t {
   absent,
   none,
   boolean,
@@ -31,13 +32,13 @@ enum class Kind : uint8_t {
   set,
   frozen_set,
   name,
-  type,
+  dtype,
   array,
   scalar
 };
 
-// Texts that mean something: names of globals, orders, types of numbers.
-enum class Word : uint8_t {
+// Texts with a meaning: names of globals, byte and memory orders, types of numbers.
+enum class Keyword : uint8_t {
   other,
   numpy,
   ndarray,
@@ -57,34 +58,36 @@ enum class Word : uint8_t {
 };
 
 struct NumberType {
-  char kind = 0;  // of numpy: f i u b, S U
+  char kind = 0;  // NumPy's dtype.kind: f i u b, S U
   bool big_endian = false;
   uint32_t bytes = 0;
 };
 
 struct Value {
-  Kind kind = Kind::absent;
-  Word word = Word::other;  // of a text or name
-  uint8_t column = 0;       // of a text: which of the asked-for keys it is, from 1; 0: none
-  bool fetched = false;     // in the memo: it was taken out again
-  uint32_t count = 0;  // bytes, items of a tuple; reals before this one; bytes of a number type
-  int64_t at = 0;      // place in the file or in a table; an integer or boolean itself
+  ValueType type = ValueType::absent;
+  Keyword keyword = Keyword::other;  // of a text or name
+  uint8_t column = 0;                // of a text: its number among the requested keys from 1, or 0
+  bool fetched = false;              // of a memo entry: whether it was read again
+  // The number of bytes, of items of a tuple, of reals before this one, or of bytes of a number
+  // type.
+  uint32_t count = 0;
+  int64_t at = 0;  // offset in the file or index in a table; an integer or boolean itself
 };
 
-constexpr int kNames = 2;  // keys that may hold the rows
+constexpr int kNames = 2;  // the most keys that may be requested
 constexpr uint32_t kNowhere = UINT32_MAX;
 
 struct List {
   enum class Holds : uint8_t { nothing, reals, dicts, other } holds = Holds::nothing;
   bool shared = false;
   uint32_t count = 0;
-  uint32_t first = kNowhere, last = kNowhere;  // dicts, in a chain
-  Value real;                                  // the first one
+  uint32_t first = kNowhere, last = kNowhere;  // of a linked list of dicts
+  Value real;                                  // the first real
 };
 
 struct Dict {
   Value rows[kNames];
-  uint32_t next = kNowhere;  // of the list that it is in
+  uint32_t next = kNowhere;  // the next dict of its list
   bool listed = false, shared = false, has_others = false;
 };
 
@@ -95,8 +98,8 @@ struct Array {
   int64_t at = 0;
 };
 
-// Whether an opcode may stand between the numbers of a list (and pushes nothing): Python writes a
-// thousand at a time, and begins a new frame wherever the last one is full.
+// Whether an opcode may occur between the numbers of a list, without pushing a value: Python writes
+// a thousand numbers at a time, and starts a new frame whenever the last one is full.
 constexpr bool is_between_reals(uint8_t code) {
   return code == '(' || code == 'e' || code == 'a' || code == 0x95;
 }
@@ -105,34 +108,34 @@ class Values {
  public:
   Values(Window& window, std::span<const std::string> names) : window_(window), names_(names) {}
 
-  Value text(int64_t at, uint64_t bytes);  // UTF-8 without surrogates, as Python is strict
+  Value text(int64_t at, uint64_t bytes);  // checks strict UTF-8, as Python does
   Value tuple(std::span<const Value> values);
   Value list(std::span<const Value> values);
   Value dict();
-  Value global(Word module, Word name) const;
+  Value global(Keyword module, Keyword name) const;
   Value call(Value name, Value arguments);
   void build(Value target, Value state);
   void append(Value list, Value value);
   void set(Value dict, Value key, Value value);
-  void share(Value value);  // it stands in more than one place
+  void share(Value value);  // marks a value that occurs more than once
 
   static void check_key(Value key);
-  static Word word_of(std::string_view text);
+  static Keyword keyword_of(std::string_view text);
 
   std::vector<List> lists;
   std::vector<Dict> dicts;
   std::vector<Array> arrays;
-  std::vector<int64_t> shared_bytes;  // where they lie
-  int64_t clean_from = 0;  // since here there were reals and what may be between them, nothing else
+  std::vector<int64_t> shared_bytes;  // their offsets
+  int64_t reals_from = 0;  // since this offset there were only reals and opcodes between them
 
  private:
   std::span<const Value> items(Value tuple) const;
-  Array described(Value data, Value type, Value shape) const;
-  Value scalar(Value type, Value data);
+  Array described(Value data, Value dtype, Value shape) const;
+  Value scalar(Value dtype, Value data);
 
   Window& window_;
   std::span<const std::string> names_;
-  std::vector<Value> items_;  // of tuples
+  std::vector<Value> items_;  // of all tuples
   std::vector<NumberType> types_;
 };
 
