@@ -20,9 +20,7 @@ template <class T, class O, class M>
 void align_row_exactly(const AlignTask<T, O, M>& task, int64_t i, double* scratch) {
   const int64_t columns = task.map.columns;
   const auto state = map_exactly(task.rows + i * task.row_stride, columns, &task.map, scratch);
-  O* out = task.out + i * task.out_stride;
-  for (int64_t j = 0; j < columns; ++j)
-    out[j] = static_cast<O>(state == RowState::nonfinite ? __builtin_nan("") : scratch[j]);
+  store_exact(state, scratch, columns, task.out + i * task.out_stride);
 }
 
 }  // namespace realign_fast

@@ -49,9 +49,7 @@ void map_row_exactly(const MapTask<T, O, M>& task, int64_t i, double* exact) {
     v[j] = sum;
   }
   shift_and_recentre(v, task.shift, task.recentre, columns);
-  O* out = task.out + i * task.out_stride;
-  for (int64_t j = 0; j < columns; ++j)
-    out[j] = static_cast<O>(state == RowState::nonfinite ? __builtin_nan("") : v[j]);
+  store_exact(state, v, columns, task.out + i * task.out_stride);
 }
 
 }  // namespace realign_fast

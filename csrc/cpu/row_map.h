@@ -101,4 +101,11 @@ RowState map_exactly(const T* row, int64_t columns, const RowMap* map, double* o
   return state;
 }
 
+// Rounds a row of float64 values to `out`; the result of a non-finite row is NaN.
+template <class O>
+void store_exact(RowState state, const double* values, int64_t columns, O* out) {
+  for (int64_t j = 0; j < columns; ++j)
+    out[j] = static_cast<O>(state == RowState::nonfinite ? __builtin_nan("") : values[j]);
+}
+
 }  // namespace realign_fast

@@ -21,7 +21,7 @@ template <class M, int E>
 struct VectorOrder {
   static constexpr int kWide = 16 / sizeof(M);  // entries of a chunk
   static constexpr int kChunks = E / kWide;
-  static_assert(E % kWide == 0);  // float64 rows are never done in float32
+  static_assert(E % kWide == 0);  // float64 rows are never computed in float32
 
   __device__ static int64_t place(int64_t column, int size) {
     const int64_t pack = column / E, e = column % E;
