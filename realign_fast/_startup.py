@@ -18,10 +18,10 @@ from typing import Any
 
 def is_own_command() -> bool:
     """Return whether the process was started as ``realign-fast`` or ``python -m realign_fast``."""
-    words = sys.orig_argv
-    names = [Path(word).name for word in words[1:2]]  # the script that pip installed
+    arguments = sys.orig_argv
+    names = [Path(word).name for word in arguments[1:2]]  # the script that pip installed
     own_script = names in (["realign-fast"], ["realign-fast.exe"])
-    return own_script or words[1:3] == ["-m", "realign_fast"]
+    return own_script or arguments[1:3] == ["-m", "realign_fast"]
 
 
 def _stop(*_: Any) -> None:

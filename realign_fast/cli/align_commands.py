@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
     reading = ("column", "allow-pickle")
     passes = ("threads", "quiet", "bad-rows", "batch-bytes", "device")
     running = (*passes, "engine", "mode")
-    both = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
-    fitting = (*both, *running, "fit-rows", "seed", "memory")
+    two_sides = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
+    fitting = (*two_sides, *running, "fit-rows", "seed", "memory")
     applying = ("aligner", "source", "out", *reading, *running, "shard")
     one_side = ("side", "out", "half-aligner", "method", *reading, *passes, "engine", "shard")
     summary = "Fit a map and write the source rows aligned by it."
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     summary = "Compute and keep the statistics of one side for merge, as one job of an array."
     add_command(commands, "stats", _stats, summary, *one_side)
     summary = "Fit a map from kept statistics, without reading rows."
-    add_command(commands, "merge", _merge, summary, *both, *passes)
+    add_command(commands, "merge", _merge, summary, *two_sides, *passes)
 
 
 def _settings(options: Namespace) -> Settings:

@@ -94,8 +94,8 @@ def _info(_: argparse.Namespace) -> None:
     print(f"cuda kernels  {ops.why_no_cuda() or 'loaded'}")
     for op in ops.OPS:
         for device in devices:
-            kernel, why = ops.backend_of(op, device)
-            print(f"{op:13} {device}: {kernel} ({why})")
+            kernel, reason = ops.backend_of(op, device)
+            print(f"{op:13} {device}: {kernel} ({reason})")
     print(f"files         {reader_of()}")
 
 

@@ -144,7 +144,7 @@ def write_metadata(path: Path, items: Sequence[Item]) -> None:
     pa = pyarrow()
     schema = pa.schema([(name, pa.string()) for name in METADATA_COLUMNS])
 
-    def columns(batch: Sequence[Item]) -> list[Any]:
+    def _columns(batch: Sequence[Item]) -> list[Any]:
         fields = ([_utf8(getattr(i, field)) for i in batch] for field in METADATA_COLUMNS.values())
         return [pa.array(values, pa.string()) for values in fields]
 
@@ -152,7 +152,7 @@ def write_metadata(path: Path, items: Sequence[Item]) -> None:
         path,
         schema,
         (
-            pa.record_batch(columns(items[first : first + METADATA_ROWS]), schema)
+            pa.record_batch(_columns(items[first : first + METADATA_ROWS]), schema)
             for first in range(0, len(items), METADATA_ROWS)
         ),
     )

@@ -47,28 +47,32 @@ def draw_alignment(
     across = int(apart.abs().argmax())
     along = 1 if across == 0 else 0
     axes = axes[:, [across, along]]
-
-    def projected(rows: Tensor) -> Tensor:
-        return (unit(rows.double()) - centre) @ axes
-
     figure, panels = pyplot.subplots(
         2, 2, figsize=(11, 9), height_ratios=(2, 1), sharex="row", sharey="row"
     )
-    for column, when in enumerate(("before", "after")):
+    for column, state in enumerate(("before", "after")):
         clouds, cosines = panels[0][column], panels[1][column]
-        for rows, colour, name in ((image, _IMAGE, "image"), (text[column], _TEXT, "text")):
-            points = projected(rows[:: max(1, len(rows) // _POINTS)])
-            clouds.scatter(*points.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
-        ends = torch.stack([projected(held_out_image), projected(held_out_text[column])])
-        clouds.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
-        clouds.set_title(f"{when}: rows on principal axes {across + 1} and {along + 1}")
-        clouds.legend(markerscale=4, loc="upper right")
+        rows = (image, text[column], held_out_image, held_out_text[column])
+        _draw_clouds(clouds, *((unit(side.double()) - centre) @ axes for side in rows))
+        clouds.set_title(f"{state}: rows on principal axes {across + 1} and {along + 1}")
         _draw_cosines(cosines, held_out_image, held_out_text[column])
-        cosines.set_title(f"{when}: cosine of held-out texts and images")
+        cosines.set_title(f"{state}: cosine of held-out texts and images")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _draw_clouds(
+    panel: Any, image: Tensor, text: Tensor, pair_image: Tensor, pair_text: Tensor
+) -> None:
+    """Draw points `[N, 2]` of both sides, and lines between those of pairs `[P, 2]`."""
+    for points, colour, name in ((image, _IMAGE, "image"), (text, _TEXT, "text")):
+        drawn = points[:: max(1, len(points) // _POINTS)]
+        panel.scatter(*drawn.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
+    ends = torch.stack([pair_image, pair_text])
+    panel.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
+    panel.legend(markerscale=4, loc="upper right")
 
 
 def _draw_cosines(panel: Any, image: Tensor, text: Tensor) -> None:

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,24 +52,27 @@ def write(folder, seed, shards=6, rows=3000, columns=64):
     return folder
 
 
-def child(arguments):
-    """A process that runs ``align`` and may be killed; forked, as importing torch takes seconds."""
+def child(run):
+    """Fork a process that calls ``run`` and may be killed; an import of torch takes seconds."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            align(*arguments)
+            run()
             status = 0
         finally:
             os._exit(status)
     return pid
 
 
-def round_of_kills(arguments, longest, kills, chance):
-    """Start and kill until the run ends or ``kills`` are spent; the last one is left to end."""
+def round_of_kills(run, longest, kills, chance):
+    """Start and kill ``run`` until it ends; it is left to end once it was killed ``kills`` times.
+
+    Returns the number of kills. A kill comes at most ``longest`` seconds after the start.
+    """
     done = 0
     while True:
-        pid = child(arguments)
+        pid = child(run)
         if done < kills:
             time.sleep(longest * chance.random() ** 2)  # early more often: several kills a round
             os.kill(pid, signal.SIGKILL)
@@ -81,6 +85,13 @@ def round_of_kills(arguments, longest, kills, chance):
             return done
 
 
+def check_equal(files, clean, rounds):
+    """End the program if the files are not those of a run without kills."""
+    differ = sorted(name for name in files.keys() | clean if files.get(name) != clean.get(name))
+    if differ:
+        sys.exit(f"round {rounds}: other bytes than without a kill: {differ}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
@@ -90,11 +101,11 @@ def main():
     chance, work = random.Random(options.seed), Path(tempfile.mkdtemp())
     text, image = write(work / "text", 1), write(work / "image", 2)
     settings = Settings(batch_bytes=1 << 14, progress=False)
-    os.waitpid(child((text, image, work / "warm", settings)), 0)
+    os.waitpid(child(partial(align, text, image, work / "warm", settings)), 0)
     clean, seconds = tree(work / "warm"), []
     for _ in range(3):
         begin = time.monotonic()
-        os.waitpid(child((text, image, work / "clean", settings)), 0)
+        os.waitpid(child(partial(align, text, image, work / "clean", settings)), 0)
         seconds.append(time.monotonic() - begin)
         if tree(work / "clean") != clean:
             sys.exit("two runs without a kill differ")
@@ -103,13 +114,10 @@ def main():
     kills, rounds, resumed = 0, 0, 0
     while kills < options.kills:
         out = work / "out"
-        arguments = (text, image, out, settings)
-        kills += round_of_kills(arguments, longest, options.kills - kills, chance)
+        run = partial(align, text, image, out, settings)
+        kills += round_of_kills(run, longest, options.kills - kills, chance)
         rounds += 1
-        found = tree(out)
-        if found != clean:
-            differ = sorted(k for k in found.keys() | clean if found.get(k) != clean.get(k))
-            sys.exit(f"round {rounds}: other bytes than without a kill: {differ}")
+        check_equal(tree(out), clean, rounds)
         passes = json.loads((out / "report.json").read_text())["passes"]
         resumed += sum(one["finished_before"] for one in passes)
         shutil.rmtree(out)
