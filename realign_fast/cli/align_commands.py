@@ -9,10 +9,9 @@ from .._device import check_device
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
-from ..pipeline.align_run import AlignRun, align, cached_source, describe, describe_result
-from ..pipeline.job_array import HALF, apply_part, merge, stats
+from ..pipeline.align_run import AlignRun, align, cached_source
+from ..pipeline.job_array import HALF, Side, merge, stats
 from ..pipeline.output import ALIGNER, STATS, check_output
-from ..pipeline.sampling import rows_to_fit
 from ..pipeline.settings import Settings
 from ..storage.paths import StoragePath
 from .corpus_commands import open_corpus, open_source, print_metadata, print_scratch
@@ -70,13 +69,10 @@ def _fit(options: Namespace) -> None:
     for corpus in (source, target):
         check_apart(options.out, corpus)
     options.out.mkdir(parents=True, exist_ok=True)
-    with run.keeping(options.out):
+    with run.output_directory(options.out):
         aligner = run.fit(source, target, residual=True)
         aligner.save(options.out / ALIGNER)
-        facts: dict[str, Any] = {"source": describe(source), "target": describe(target)}
-        facts["fitted_on"] = rows_to_fit(run.settings, source, target)[1]
-        report = run.report(aligner, **facts)
-        run.finish(aligner, report)
+        report = run.finish(options.out, aligner, source, target)
     _print_report(report, options.out)
 
 
@@ -89,17 +85,16 @@ def _apply(options: Namespace) -> None:
     _check_merged(options.aligner)
     aligner = ReAlign.from_pretrained(options.aligner)
     source = open_source(options)
-    run = AlignRun(_settings(options), engine=engine_from(options))
+    run = AlignRun(_settings(options), options.shard, engine=engine_from(options))
     print_scratch(options, source)
     if options.shard[1] > 1:
-        part = apply_part(aligner, source, options.out, options.shard, run.settings, run.engine)
-        _print_pass(part.summary())
+        run.apply(aligner, source, options.out)
+        _print_pass(run.passes[0].summary())
         return
     check_output(options.out, source, mode=options.mode)
-    with run.keeping(options.out):
-        result = describe_result(aligner, run.apply(aligner, source, options.out))
-        report = run.report(aligner, source=describe(source), result=result)
-        run.finish(aligner, report)
+    with run.output_directory(options.out):
+        aligned = run.apply(aligner, source, options.out)
+        report = run.finish(options.out, aligner, source, aligned=aligned)
     _print_report(report, options.out)
     print_metadata(source)
 
@@ -117,19 +112,19 @@ def _check_merged(aligner: StoragePath) -> None:
 
 
 def _stats(options: Namespace) -> None:
-    if options.source is not None:
-        side, rows = "source", open_corpus(options, options.source, "text")
+    side: Side = "source" if options.source is not None else "target"
+    if side == "source":
+        rows = open_corpus(options, options.source, "text")
     else:
-        side, rows = "target", open_corpus(options, options.target, "image")
+        rows = open_corpus(options, options.target, "image")
     half = options.aligner
     if half and half.is_dir():
         raise ValueError(f"{half}: is a directory; name {half / HALF} itself")
     if half and not half.exists():
         raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
     aligner = half and ReAlign.load(half)
-    engine = engine_from(options)
-    run = stats(rows, side, options.out, options.shard, aligner, _settings(options), engine)
-    _print_pass(run.summary())
+    run = AlignRun(_settings(options), options.shard, engine=engine_from(options))
+    _print_pass(stats(run, side, rows, options.out, aligner).summary())
 
 
 def _merge(options: Namespace) -> None:

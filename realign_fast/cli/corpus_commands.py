@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..corpus.convert import convert
 from ..corpus.corpus import Corpus
 from ..corpus.layout import metadata_of
-from ..pipeline.inspection import as_lines, inspect
+from ..pipeline.inspection import format_facts, inspect
 from ..pipeline.output import check_scratch
 from ..pipeline.verify import verify
 from .options import add_command
@@ -91,4 +91,4 @@ def _convert(options: Namespace) -> None:
 
 def _inspect(options: Namespace) -> None:
     facts = inspect(open_source(options), options.sample, options.seed)
-    print(json.dumps(facts, indent=2) if options.json else as_lines(facts))
+    print(json.dumps(facts, indent=2) if options.json else format_facts(facts))

@@ -39,6 +39,7 @@ __all__ = [
     "as_numpy",
     "format_of",
     "read_header",
+    "sample_ids",
     "sample_rows",
 ]
 
@@ -180,15 +181,20 @@ class Corpus:
             )
 
 
+def sample_ids(num_rows: int, count: int, seed: int) -> np.ndarray:
+    """Return [min(count, num_rows)] int64, ascending: a random row of each equal stretch."""
+    count = min(count, num_rows)
+    edges = np.arange(count + 1) * num_rows // max(count, 1)
+    offsets = np.random.default_rng(seed).random(count) * np.diff(edges)
+    return edges[:-1] + offsets.astype(np.int64)
+
+
 def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
-    """`[min(count, rows), D]`: one random row of each of `count` equal stretches, in order.
+    """Return [min(count, rows), D]: one random row of each of `count` equal stretches, in order.
 
     Corpora with as many rows give the same ids for a seed, so a source and its result compare.
     """
-    count = min(count, corpus.num_rows)
-    edges = np.arange(count + 1) * corpus.num_rows // max(count, 1)
-    offsets = np.random.default_rng(seed).random(count) * np.diff(edges)
-    return corpus.take(edges[:-1] + offsets.astype(np.int64))
+    return corpus.take(sample_ids(corpus.num_rows, count, seed))
 
 
 def _read(index: int, shard: AnyShard, first: int, size: int, ring: Any) -> Iterator[Batch]:

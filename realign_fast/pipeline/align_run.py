@@ -1,17 +1,19 @@
-"""A corpus measured, a map fitted, a corpus aligned: shards on disk in, shards on disk out.
+"""Fit a map on two corpora and write one of them aligned: shards in, shards out.
 
-Every pass (:mod:`passes`) maps a work (:mod:`shard_work`) over the shards with an engine and merges
-in shard order, and a shard is walked in fixed batches: results have the same bytes for any number
-of threads or workers, and after a crash. Memory is a few batches a worker, never the corpus.
+Every pass (:mod:`.passes`) maps a task (:mod:`.shard_tasks`) over the shards with an engine and
+merges the results in the order of the shards, and a shard is read in fixed batches. Results have
+the same bytes for any number of threads or workers, and after a crash. Memory is a few batches a
+worker, whatever the size of the corpus.
 
-``align`` = ``fit`` (moments of the source, of the target, drift of the source) + ``apply``.
+``align`` is ``fit`` (moments of the source, moments of the target, drift of the source) and then
+``apply``.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,43 +22,44 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments
-from ..storage.paths import AnyPath, output_path, write_json
+from ..storage.paths import AnyPath, StoragePath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .manifest import saved_moments, write_manifest
 from .output import ALIGNER, REPORT, check_output
 from .passes import PassRunner
-from .sampling import Sampled, errors, measure_sample, rows_to_fit
+from .sampling import measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
-from .shard_tasks import AlignWork, ShardWork
+
+CorpusLike: TypeAlias = "AnyPath | Corpus"
 
 
 class AlignRun(PassRunner):
-    """What a command did: its passes in order, and what goes into ``report.json``."""
+    """The steps of ``align``, ``fit`` and ``apply``, and what goes into their ``report.json``."""
 
-    sample: dict[str, Any] | None = None  # error bars of a fit on a sample
+    sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
 
     def measure(self, name: str, corpus: Corpus, aligner: ReAlign | None = None) -> Moments:
-        """Moments of a corpus, of its rows sent through an aligner if one is given."""
+        """Return the moments of a corpus, or of its rows sent through ``aligner``."""
         covariance = aligner is None and self.settings.method in NEED_COVARIANCE
-        work = self.work(ShardWork, name, corpus, covariance=covariance, aligner=aligner)
+        task = self.measure_task(name, corpus, covariance, aligner)
         total, entries = Moments(covariance, accurate=covariance), []
-        if self.settings.mode == "extend" and aligner is None and self.out:
-            for moments, entry in saved_moments(
-                self.out, name, work.checkpoints.facts, work.identities
-            ):
+        if self.settings.mode == "extend" and task.checkpoints and aligner is None:
+            checkpoints = task.checkpoints
+            absent = saved_moments(checkpoints.out, name, checkpoints.facts, task.identities)
+            for moments, entry in absent:
                 total.merge(moments)
                 entries.append(entry)
                 self.extended[name] = self.extended.get(name, 0) + entry["rows"]
-        return self.walk(work, total, entries)
+        return self.run_pass(task, total, entries)
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
-        """A :class:`ReAlign` from two corpora; ``residual`` reads the source a third time."""
+        """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
         count, _ = rows_to_fit(self.settings, source, target)
         if count:
-            return self.fit_sample(source, target, count)
+            return self._fit_sample(source, target, count)
         aligner = self.half_fit(source, target)
         aligner.record_drift(self.measure("source drift", source, aligner))
         if residual:
@@ -64,77 +67,102 @@ class AlignRun(PassRunner):
         return aligner
 
     def half_fit(self, source: Corpus, target: Corpus) -> ReAlign:
-        """The map without its last step, from the moments of both sides."""
+        """Fit the map without its last step, for which the drift is not yet measured."""
         source_moments = self.measure("source moments", source)
         target_moments = self.measure("target moments", target)
-        return self._half(source, source_moments, target, target_moments)
+        return self._from_moments(source, source_moments, target, target_moments)
 
-    def fit_sample(self, source: Corpus, target: Corpus, count: int) -> ReAlign:
-        """The map from ``count`` rows of each side; its error bars go into the report."""
+    def _fit_sample(self, source: Corpus, target: Corpus, count: int) -> ReAlign:
+        """Fit on ``count`` rows of each side, and keep the standard errors for the report."""
         covariance = self.settings.method in NEED_COVARIANCE
-
-        def measure(name: str, corpus: Corpus, aligner: ReAlign | None = None) -> Sampled:
-            through = aligner.row_map if aligner is not None else None
-            spread = covariance and aligner is None
-            return measure_sample(self, name, corpus, count, spread, through)
-
-        y, x = measure("source sample", source), measure("target sample", target)
-        aligner = self._half(source, y.moments, target, x.moments)
-        drift = measure("drift of sample", source, aligner)
+        y = measure_sample(self, "source sample", source, count, covariance)
+        x = measure_sample(self, "target sample", target, count, covariance)
+        aligner = self._from_moments(source, y.moments, target, x.moments)
+        drift = measure_sample(self, "drift of sample", source, count, through=aligner.row_map)
         aligner.record_drift(drift.moments)
-        self.sample = errors(y, x, drift, self.settings.seed)
+        self.sample = sampling_errors(y, x, drift, self.settings.seed)
         return aligner
 
-    def _half(self, source: Corpus, of_source: Moments, target: Corpus, of_target: Moments):
-        for corpus, moments in ((source, of_source), (target, of_target)):
+    def _from_moments(
+        self, source: Corpus, source_moments: Moments, target: Corpus, target_moments: Moments
+    ) -> ReAlign:
+        for corpus, moments in ((source, source_moments), (target, target_moments)):
             if not moments.count:
-                bad = f"{moments.zero_rows} zero, {moments.nonfinite_rows} non-finite"
-                raise ValueError(f"{corpus.path}: no usable row ({bad}); embed it again")
-        options = {"method": self.settings.method, "shrinkage": self.settings.shrinkage}
-        return ReAlign.from_moments(of_source, of_target, **options)
+                raise ValueError(
+                    f"{corpus.path}: no usable row ({moments.zero_rows} zero, "
+                    f"{moments.nonfinite_rows} non-finite); embed it again"
+                )
+        return ReAlign.from_moments(
+            source_moments,
+            target_moments,
+            method=self.settings.method,
+            shrinkage=self.settings.shrinkage,
+        )
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
         """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
 
-        Shards go to ``out / source.subfolder`` under their own names, each whole or not at all.
-        The moments are those of the result before it is rounded to the corpus's dtype.
+        Shards go to ``out / source.subfolder`` under their own names; each appears complete or not
+        at all. The moments are those of the result before it is rounded to the corpus's dtype.
+
+        Raises:
+            ValueError: the corpus has another dimension than the aligner, or ``out`` is refused
+                (:func:`.output.check_output`).
         """
-        out = output_path(out)
-        check_output(out, source, None, self.settings.mode, self.settings.workers)
+        directory = output_path(out)
+        check_output(directory, source, None, self.settings.mode, self.settings.workers)
         if aligner.dimension != source.dimension:
-            got = f"rows have {source.dimension} columns, the aligner {aligner.dimension}"
             raise ValueError(
-                f"{source.path}: {got}; align the output of the encoder it was fitted on"
+                f"{source.path}: rows have {source.dimension} columns, the aligner "
+                f"{aligner.dimension}; align the output of the encoder it was fitted on"
             )
-        with self.keeping(out):
-            (out / REPORT).unlink(missing_ok=True)
+        with self.output_directory(directory):
+            (directory / REPORT).unlink(missing_ok=True)
             if self.part[1] == 1:
-                aligner.save(out / ALIGNER)
-            folder = out / source.subfolder
-            work = self.work(AlignWork, "apply", source, aligner=aligner, folder=folder)
-            moments = self.walk(work, Moments(), [])
+                aligner.save(directory / ALIGNER)
+            folder = directory / source.subfolder
+            task = self.align_task(source, aligner, directory, folder)
+            moments = self.run_pass(task, Moments(), [])
             if self.part[1] == 1:
                 source.finish(folder)
             return moments
 
-    def finish(self, aligner: ReAlign, report: dict[str, Any]) -> None:
-        """Write the manifest of what was made, then the report."""
-        chosen = ("bad_rows", "batch_bytes", "method", "shrinkage")
-        settings = {name: getattr(self.settings, name) for name in chosen}
-        write_manifest(
-            self.out, code_version(self.settings.device), settings, self.made, map_hash(aligner)
-        )
-        write_json(self.out / REPORT, report)
+    def finish(
+        self,
+        out: StoragePath,
+        aligner: ReAlign,
+        source: Corpus,
+        target: Corpus | None = None,
+        aligned: Moments | None = None,
+    ) -> dict[str, Any]:
+        """Write the manifest and then the report of what was done; return the report."""
+        settings = {
+            "bad_rows": self.settings.bad_rows,
+            "batch_bytes": self.settings.batch_bytes,
+            "method": self.settings.method,
+            "shrinkage": self.settings.shrinkage,
+        }
+        code = code_version(self.settings.device)
+        write_manifest(out, code, settings, self.manifest_passes, map_hash(aligner))
+        report: dict[str, Any] = {"source": _describe(source)}
+        if target is not None:
+            report["target"] = _describe(target)
+            if self.reading:
+                report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
+        if aligned is not None:
+            report["result"] = _describe_result(aligner, aligned)
+        report |= self._facts_of_run(aligner)
+        write_json(out / REPORT, report)
+        return report
 
-    def report(self, aligner: ReAlign, **facts: Any) -> dict[str, Any]:
-        """Everything a reader needs to judge the run, as plain numbers."""
+    def _facts_of_run(self, aligner: ReAlign) -> dict[str, Any]:
+        """Return what a reader needs to judge the run, as plain numbers."""
         peak_unit = 1 if sys.platform == "darwin" else 1024
         return {
-            **facts,
             "bad_rows": self.settings.bad_rows,
             "fitted": aligner.record,
             "sample": self.sample,
-            "passes": [one.summary() for one in self.passes],
+            "passes": [finished.summary() for finished in self.passes],
             "extended": self.extended,
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
@@ -145,56 +173,61 @@ class AlignRun(PassRunner):
 
 
 def align(
-    source: Corpus | AnyPath,
-    target: Corpus | AnyPath,
+    source: CorpusLike,
+    target: CorpusLike,
     out: AnyPath,
     settings: Settings | None = None,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Fit on two corpora, write the source aligned into ``out``, and return the report.
 
-    ``source`` and ``target`` are corpora, directories of shards, or a clip-retrieval root, whose
-    ``text_emb/`` is then the source and whose ``img_emb/`` the target. An ``engine``, such as
-    :class:`ray_engine.RayTasks`, takes the place of ``settings.workers``. ValueError, TypeError or
-    OSError says what is wrong with a file, a row or the output directory.
+    Args:
+        source, target: corpora, directories of shards, or a clip-retrieval root, whose
+            ``text_emb/`` is then the source and whose ``img_emb/`` the target.
+        out: a directory or a URL.
+        settings: the options of the run.
+        engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
+
+    Raises:
+        ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
+            message says which one and what to do.
     """
-    run, out = AlignRun(settings or Settings(), engine=engine), output_path(out)
-    source_rows = cached_source(source, run.settings, engine)
-    target_rows = target if isinstance(target, Corpus) else Corpus(target, "image")
-    check_output(out, source_rows, target_rows, run.settings.mode, run.settings.workers)
-    check_columns(source_rows, target_rows)
-    with run.keeping(out):
-        aligner = run.fit(source_rows, target_rows)
-        aligned = run.apply(aligner, source_rows, out)
+    run, directory = AlignRun(settings or Settings(), engine=engine), output_path(out)
+    source_corpus = cached_source(source, run.settings, engine)
+    target_corpus = target if isinstance(target, Corpus) else Corpus(target, "image")
+    check_output(directory, source_corpus, target_corpus, run.settings.mode, run.settings.workers)
+    check_columns(source_corpus, target_corpus)
+    with run.output_directory(directory):
+        aligner = run.fit(source_corpus, target_corpus)
+        aligned = run.apply(aligner, source_corpus, directory)
         aligner.record_residual(aligned)
-        aligner.save(out / ALIGNER)
-        facts = {"source": describe(source_rows), "target": describe(target_rows)}
-        facts["fitted_on"] = rows_to_fit(run.settings, source_rows, target_rows)[1]
-        report = run.report(aligner, **facts, result=describe_result(aligner, aligned))
-        run.finish(aligner, report)
-    return report
+        aligner.save(directory / ALIGNER)
+        return run.finish(directory, aligner, source_corpus, target_corpus, aligned)
 
 
-def cached_source(
-    source: Corpus | AnyPath, settings: Settings, engine: Engine | None = None
-) -> Corpus | CachedCorpus:
-    """The corpus to move, kept in memory between passes where ``settings.memory`` holds it."""
+def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None = None) -> Corpus:
+    """Open the corpus to align, cached in memory if ``settings.memory`` holds it.
+
+    Raises:
+        ValueError: memory is asked for, and other processes would read the rows.
+    """
     corpus = source if isinstance(source, Corpus) else Corpus(source, "text")
     if settings.memory and (settings.workers > 1 or engine):
-        others = "--engine ray" if engine else "--workers"
-        raise ValueError(f"memory: rows are kept in one process; give --memory or {others}")
+        option = "--engine ray" if engine else "--workers"
+        raise ValueError(f"memory: rows are kept in one process; give --memory or {option}")
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
 def check_columns(source: Corpus, target: Corpus) -> None:
-    """Refuse two corpora that cannot be of one encoder."""
+    """Raise ValueError for two corpora that cannot come from one encoder."""
     if source.dimension != target.dimension:
-        got = f"rows have {source.dimension} columns, in {target.path} {target.dimension}"
-        raise ValueError(f"{source.path}: {got}; embed both with one encoder")
+        raise ValueError(
+            f"{source.path}: rows have {source.dimension} columns, in {target.path} "
+            f"{target.dimension}; embed both with one encoder"
+        )
 
 
-def describe(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus is, for a report."""
+def _describe(corpus: Corpus) -> dict[str, Any]:
     return {
         "path": str(corpus.path),
         "shards": len(corpus.shards),
@@ -205,8 +238,8 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def describe_result(aligner: ReAlign, aligned: Moments) -> dict[str, Any]:
-    """Where aligned rows came to lie, for a report; ``None`` where no row had a direction."""
+def _describe_result(aligner: ReAlign, aligned: Moments) -> dict[str, Any]:
+    """Return gap and trace of the aligned rows, None for both if no row has a direction."""
     if not aligned.count:
         return {"centroid_gap": None, "trace": None}
     gap = float((aligned.mean - aligner.target_mean).norm())

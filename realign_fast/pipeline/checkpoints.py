@@ -1,12 +1,14 @@
-"""What is finished in an output directory: ``_stats/``, a small file for each shard and pass.
+"""Checkpoints of finished shards: the directory ``_stats/`` of an output.
 
-A file is found again by a key: a hash of the source file's identity (path, shape, dtype, size,
-mtime) and of everything else that its numbers depend on: the pass, its settings, the map, the
-code. What does not match is not found, so it is made again; nothing is ever patched.
+Each pass leaves a small file for each shard that it finished. The file is found by a key: a hash of
+the identity of the source file (path, shape, dtype, size, modification time) and of everything else
+that the numbers depend on (the pass, its settings, the map, the code). A shard whose key is not
+found is computed again; no file is ever changed in place.
 
 ``_stats/<pass>/<shard>.<key>.safetensors`` holds the moments of a shard. ``_stats/apply/<shard>``
-has its moments and, written last, a ``.json`` that says the aligned shard itself is whole, by its
-size and time, or by what its store says of it (ETag, checksum).
+has the moments of an aligned shard and, written last, a ``.json`` file which records that the
+aligned shard is complete, by its size and modification time or by what its store reports of its
+content (ETag, checksum).
 """
 
 from __future__ import annotations
@@ -23,55 +25,61 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__, ops
+from .. import ops
 from ..corpus.corpus import Shard, as_numpy
 from ..moments import Moments
 from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .output import STATS
 
-Entry = dict[str, Any]  # what the manifest says of one shard in one pass
+Entry = dict[str, Any]  # the manifest's record of one shard in one pass
+RESULTS_VERSION = "0.1.0"  # the release whose results this one computes bit for bit, and resumes
 
 
 def identity(shard: Shard) -> Entry:
-    """What makes a shard the same shard: a change of its rows changes one of these."""
+    """Return the identity of a shard; it changes whenever the rows of the shard do."""
     shape = {"rows": shard.num_rows, "dimension": shard.dimension, "dtype": str(shard.dtype)}
     content = shard.path.identity()
     return {"path": content.pop("path"), **shape, **content}
 
 
 def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
-    """Of each shard; those of URLs are asked for at once."""
-    found = tuple(map_concurrently(identity, shards, lambda shard: shard.path))
-    if vague := [one["path"] for one in found if one.get("version") == ""]:
-        what = "its server gives no ETag and no time, so a new content of the same size is not seen"
-        warnings.warn(f"{vague[0]}: {what}; use --mode overwrite after a change", stacklevel=3)
-    return found
+    """Return the identity of each shard; remote shards are queried concurrently."""
+    entries: tuple[Entry, ...] = tuple(map_concurrently(identity, shards, lambda shard: shard.path))
+    if unversioned := [entry["path"] for entry in entries if entry.get("version") == ""]:
+        warnings.warn(
+            f"{unversioned[0]}: its server gives no ETag and no time, so a new content of the same "
+            "size is not noticed; use --mode overwrite after a change",
+            stacklevel=3,
+        )
+    return entries
 
 
-def check_unchanged(shard: Shard, known: Entry) -> None:
-    """Refuse a shard that is no longer what it was when the run began."""
-    now = identity(shard)
-    for name, value in known.items():
-        if now[name] != value:
-            got = f"its {name} was {value} when the run began and is {now[name]}"
+def check_unchanged(shard: Shard, expected: Entry) -> None:
+    """Raise ValueError for a shard whose identity is not what it was when the run began."""
+    current = identity(shard)
+    for name, value in expected.items():
+        if current[name] != value:
             raise ValueError(
-                f"{shard.path}: changed during the run: {got}; let its writer finish and run "
-                "again: what is finished is kept, this shard is read anew"
+                f"{shard.path}: changed during the run: its {name} was {value} when the run began "
+                f"and is {current[name]}; let its writer finish and run again: what is finished is "
+                "kept, this shard is read anew"
             )
 
 
-def code_version(device: str = "cpu") -> str:
-    """What a result depends on in the program and the kind of device.
+def code_version(device: str = "cpu", version: str = RESULTS_VERSION) -> str:
+    """Return the version of the program and the kernel, on which the numbers of a pass depend.
 
-    Not the instruction set: it moves last bits alone, and jobs of an array may meet several CPUs.
+    The instruction set is left out: it changes last bits alone, and the jobs of an array may run on
+    several types of CPU.
     """
-    kind = torch.device(device).type
-    on = ops.backend_of("sum_rows", "cpu").kernel if kind == "cpu" else kind
-    return f"realign_fast {__version__}, sum_rows on {on}"
+    device_type = torch.device(device).type
+    on_cpu = device_type == "cpu"
+    kernel = ops.backend_of("sum_rows", "cpu").kernel if on_cpu else device_type
+    return f"realign_fast {version}, sum_rows on {kernel}"
 
 
 def map_hash(aligner: torch.nn.Module | None) -> str | None:
-    """Of everything that a fitted map is, less the residual gap measured afterwards."""
+    """Hash the state of a fitted map, except the residual gap, which is measured afterwards."""
     if aligner is None:
         return None
     total = hashlib.blake2b(digest_size=16)
@@ -82,96 +90,110 @@ def map_hash(aligner: torch.nn.Module | None) -> str | None:
     return total.hexdigest()
 
 
-def checksum(rows: torch.Tensor, before: int = 0) -> int:
-    """CRC-32 of the sums of each row's words, chained from batch to batch; as fast as reading.
+def checksum(rows: torch.Tensor, previous: int = 0) -> int:
+    """CRC-32 of the sums of the words of each row [N, D], as fast as the rows are read.
 
-    A word is 8 bytes where a row is a whole number of those, else 4 or 2. Every changed bit
-    changes it, as does an exchange of rows.
+    A word has 8 bytes where these divide the bytes of a row, else 4, 2 or 1. Any changed bit and
+    any exchange of two rows changes the checksum. ``previous`` chains it from batch to batch.
     """
-    data = as_numpy(rows).reshape(len(rows), -1)  # [n, D]
-    width = next(w for w in (8, 4, 2, 1) if data.shape[1] * data.itemsize % w == 0)
-    return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), before)
+    data = as_numpy(rows).reshape(len(rows), -1)  # [N, D]
+    row_bytes = data.shape[1] * data.itemsize
+    width = next(width for width in (8, 4, 2, 1) if row_bytes % width == 0)
+    return zlib.crc32(data.view(f"<u{width}").sum(axis=1, dtype=np.uint64), previous)
 
 
 def digest(path: StoragePath | Path) -> str:
-    """Of a small file."""
+    """BLAKE2b digest of a small file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The finished work of one pass in ``out``."""
+    """The checkpoints of one pass in the output directory ``out``.
+
+    ``facts`` are what the numbers of the pass depend on, beside the identity of a shard.
+    """
 
     out: StoragePath
-    facts: dict[str, Any] = field(default_factory=dict)  # what the numbers of a pass depend on
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> StoragePath:
-        """Where the files of this pass lie."""
-        return self.out / STATS / self.facts["pass"].replace(" ", "-")
+        """The directory of this pass in ``_stats/``."""
+        name: str = self.facts["pass"].replace(" ", "-")
+        return self.out / STATS / name
 
-    def key(self, known: Entry) -> str:
-        """Of a shard of identity ``known`` in this pass."""
-        text = json.dumps([self.facts, known], sort_keys=True)
+    def key(self, shard_identity: Entry) -> str:
+        """Return the key of a shard in this pass: 16 hexadecimal digits."""
+        text = json.dumps([self.facts, shard_identity], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def load(self, shard: Shard, known: Entry) -> tuple[Moments, Entry] | None:
-        """Moments of a shard that is finished, and its entry."""
-        return _load(self._moments(shard, known))
+    def load(self, shard: Shard, shard_identity: Entry) -> tuple[Moments, Entry] | None:
+        """Return the moments and the entry of a finished shard, None if it is not finished."""
+        return _load(self._moments_path(shard, shard_identity))
 
-    def save(self, shard: Shard, known: Entry, moments: Moments) -> Entry:
-        """Keep the moments of a finished shard."""
-        return _save(self._moments(shard, known), moments)
+    def save(self, shard: Shard, shard_identity: Entry, moments: Moments) -> Entry:
+        """Save the moments of a finished shard and return its entry."""
+        return _save(self._moments_path(shard, shard_identity), moments)
 
     def load_aligned(
-        self, shard: Shard, known: Entry, made: StoragePath
+        self, shard: Shard, shard_identity: Entry, aligned: StoragePath
     ) -> tuple[Moments, Entry] | None:
-        """The same of an aligned shard ``made``, if it is still the file that was written."""
-        record = self._record(shard)
+        """Return moments and entry of a shard whose result ``aligned`` is still as it was written.
+
+        The result is None if the shard was not aligned, or its file is another one now.
+        """
+        path = self._record_path(shard)
         try:
-            said = json.loads(record.read_bytes())
-            same = said["key"] == self.key(known) and said["written"] == _written(made)
+            record = json.loads(path.read_bytes())
+            same = record["key"] == self.key(shard_identity)
+            if not (same and record["written"] == _written_state(aligned)):
+                return None
+            entry: Entry = record["entry"]
+            expected = entry["blake2b"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _expect_absent(record, error)
+            _raise_unless_absent(path, error)
             return None
-        found = _load(self._aligned(shard)) if same else None
-        return found and (found[0], said["entry"]) if found and _agree(found, said) else None
+        stored = _load(self._aligned_path(shard))
+        return (stored[0], entry) if stored and stored[1]["blake2b"] == expected else None
 
     def save_aligned(
-        self, shard: Shard, known: Entry, made: StoragePath, moments: Moments, facts: Entry
+        self,
+        shard: Shard,
+        shard_identity: Entry,
+        aligned: StoragePath,
+        moments: Moments,
+        facts: Entry,
     ) -> Entry:
-        """Say that the aligned shard ``made`` is whole; ``facts`` are what verify checks."""
-        record = self._record(shard)
-        entry = _save(self._aligned(shard), moments) | facts
-        said = {"key": self.key(known), "written": _written(made), "entry": entry}
-        write_whole(record, json.dumps(said).encode())
+        """Record that the aligned shard ``aligned`` is complete; ``facts`` are for ``verify``."""
+        entry = _save(self._aligned_path(shard), moments) | facts
+        written = _written_state(aligned)
+        record = {"key": self.key(shard_identity), "written": written, "entry": entry}
+        write_whole(self._record_path(shard), json.dumps(record).encode())
         return entry
 
-    def begin_aligned(self, shard: Shard) -> None:
-        """Forget an aligned shard, before another takes its place."""
-        self._record(shard).unlink(missing_ok=True)
+    def forget_aligned(self, shard: Shard) -> None:
+        """Remove the record of an aligned shard, before another result takes its place."""
+        self._record_path(shard).unlink(missing_ok=True)
 
-    def forget_others(self, shards: list[tuple[Shard, Entry]]) -> None:
-        """Remove moments of these shards under other keys: of other contents, maps or settings."""
-        kept = {self._moments(shard, known).name for shard, known in shards}
+    def remove_stale(self, shards: Sequence[tuple[Shard, Entry]]) -> None:
+        """Remove moments of these shards under other keys: of other rows, maps or settings."""
+        current = {self._moments_path(shard, entry).name for shard, entry in shards}
         names = {shard.path.name for shard, _ in shards}
-        for path in list(self.folder.iterdir()):
+        paths: list[StoragePath] = list(self.folder.iterdir())
+        for path in paths:
             ours = path.suffix == ".safetensors" and path.name.rsplit(".", 2)[0] in names
-            if ours and path.name not in kept:
+            if ours and path.name not in current:
                 path.unlink(missing_ok=True)
 
-    def _moments(self, shard: Shard, known: Entry) -> StoragePath:
-        return self.folder / f"{shard.path.name}.{self.key(known)}.safetensors"
+    def _moments_path(self, shard: Shard, shard_identity: Entry) -> StoragePath:
+        return self.folder / f"{shard.path.name}.{self.key(shard_identity)}.safetensors"
 
-    def _aligned(self, shard: Shard) -> StoragePath:
+    def _aligned_path(self, shard: Shard) -> StoragePath:
         return self.folder / f"{shard.path.name}.safetensors"
 
-    def _record(self, shard: Shard) -> StoragePath:
+    def _record_path(self, shard: Shard) -> StoragePath:
         return self.folder / f"{shard.path.name}.json"
-
-
-def _agree(found: tuple[Moments, Entry], said: Entry) -> bool:
-    return found[1]["blake2b"] == said["entry"]["blake2b"]
 
 
 def _save(path: StoragePath, moments: Moments) -> Entry:
@@ -184,23 +206,23 @@ def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
     try:
         with path.local_copy() as local:
             return Moments.load(local), _entry(path, local)
-    except (OSError, ValueError) as error:  # not there, or not what was written: it is made again
-        _expect_absent(path, error)
+    except (OSError, ValueError) as error:  # absent, or not what was written: it is computed again
+        _raise_unless_absent(path, error)
         return None
 
 
 def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
-    """Of the file that ``path`` names and ``local`` holds."""
+    """Return the entry of the statistics file ``path``, whose bytes are in ``local``."""
     return {"stats": f"{STATS}/{path.parent.name}/{path.name}", "blake2b": digest(local)}
 
 
-def _expect_absent(path: StoragePath, error: Exception) -> None:
-    """Raise what a store says that is no answer: nothing is known of what is there."""
+def _raise_unless_absent(path: StoragePath, error: Exception) -> None:
+    """Raise the error of a store that gave no answer, so that nothing is known of its file."""
     unknown = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     if path.is_remote and unknown:
         raise error
 
 
-def _written(made: StoragePath) -> list[int | str]:
-    """What tells a shard that was written from another in its place."""
-    return list(made.stamp())
+def _written_state(aligned: StoragePath) -> list[int | str]:
+    """Size and modification time (or the remote stamp) that identify a written shard."""
+    return list(aligned.stamp())

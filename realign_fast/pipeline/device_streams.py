@@ -1,12 +1,12 @@
-"""Rows through a device: a lane in, kernels, a lane out, all at once (`--device cuda`).
+"""Copies between host and GPU that overlap the kernels (``--device cuda``).
 
-A batch is copied to the device on one stream while the one before is computed and the result of
-the one before that is copied back on another. ``SLOTS`` buffers a lane take turns; what may reuse
-a buffer, and when, is said by events alone, so no kernel waits for the host. Host memory is pinned:
-rows in memory of the corpus's own are copied into a pinned buffer first.
+While a batch is computed, the next one is copied to the device on one stream and the result before
+it is copied back on another. Each direction has ``SLOTS`` buffers, which take turns. Events alone
+order the copies and the kernels that use one buffer, so no kernel waits for the host. Host memory
+is pinned: rows in other memory are copied into a pinned buffer first.
 
-:class:`CudaLanes` are streams of a GPU; :func:`through` and :class:`Outlet` know no device, so that
-their order of copies is also tested without one.
+:class:`CudaStreams` are the streams of a GPU. :func:`copied_batches` and :class:`ResultBuffers`
+know no device, so the order of their copies is also tested without one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,178 +25,202 @@ from ..corpus.io_extension import io
 from ..corpus.mapped_reader import BLOCKS_AHEAD, block_rows
 from .engines.local import worker_number
 
-SLOTS = 3  # one is filled, one is computed on, one waits
-BUFFERS = BLOCKS_AHEAD + SLOTS + 1  # of a ring: read ahead, being copied, and one more
+SLOTS = 3  # one buffer is filled, one is computed on, one waits
+RING_BUFFERS = BLOCKS_AHEAD + SLOTS + 1  # blocks read ahead, blocks being copied, and one more
+
+Direction = Literal["in", "out"]
+Sent = tuple[Tensor, Any]  # a result on its way: its rows on the host, the event of its copy
 
 
-Sent = tuple[Tensor, Any]  # a result on its way: its rows on the host, an event
+class DeviceStreams(Protocol):
+    """Copies that run beside the kernels of a device.
 
-
-class Lanes(Protocol):
-    """Copies that run beside the kernels; an event is whatever ``mark`` and ``copy`` return."""
+    An event is whatever :meth:`record_event` and :meth:`copy` return.
+    """
 
     device: torch.device
 
     def host_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory of the host that copies need not wait for, [rows, columns]."""
+        """Allocate [rows, columns] of host memory that is copied without a wait."""
 
-    def copy(self, lane: str, to: Tensor, source: Tensor, after: list[Any]) -> Any:
-        """Copy on lane ``"in"`` or ``"out"`` once the events have come; an event for its end."""
+    def copy(self, direction: Direction, to: Tensor, source: Tensor, after: list[Any]) -> Any:
+        """Start a copy that waits for the events ``after``; return the event of its end."""
 
-    def ring(self, bytes: int) -> Any:
-        """Pinned buffers (`_io.Ring`) for blocks of so many bytes; None without a native reader."""
+    def ring(self, num_bytes: int) -> Any:
+        """Return pinned buffers (``_io.Ring``) of this size, None without the native reader."""
 
-    def mark(self) -> Any:
-        """An event: the kernels launched so far are done."""
+    def record_event(self) -> Any:
+        """Return the event that the kernels launched so far are done."""
 
-    def hold(self, event: Any) -> None:
-        """The kernels launched from now on wait for an event; the host does not."""
+    def wait_event(self, event: Any) -> None:
+        """Let the kernels launched from now on wait for an event; the host does not wait."""
 
-    def finish(self, event: Any) -> None:
-        """The calling thread waits for an event."""
+    def synchronize(self, event: Any) -> None:
+        """Let the calling thread wait for an event."""
 
 
-class CudaLanes:
-    """Two streams beside the current one of a GPU."""
+class CudaStreams:
+    """Two streams of a GPU beside its current one; the :class:`DeviceStreams` of CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._streams = {lane: torch.cuda.Stream(device) for lane in ("in", "out")}
-        self._ring, self._ring_bytes = None, 0
+        self._streams = {name: torch.cuda.Stream(device) for name in ("in", "out")}  # type: ignore[no-untyped-call]
+        self._ring: Any = None
+        self._ring_bytes = 0
 
     def host_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Allocate pinned memory."""
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
 
-    def ring(self, bytes: int) -> Any:
-        if io is not None and (self._ring is None or self._ring_bytes != bytes):
+    def ring(self, num_bytes: int) -> Any:
+        """Return the ring of the call before if it has this size, else pin a new one."""
+        if io is not None and (self._ring is None or self._ring_bytes != num_bytes):
             self._unpin()
-            ring, runtime = io.Ring(BUFFERS, bytes), torch.cuda.cudart()
+            ring, runtime = io.Ring(RING_BUFFERS, num_bytes), torch.cuda.cudart()  # type: ignore[no-untyped-call]
             for address in ring.addresses:
                 torch.cuda.check_error(runtime.cudaHostRegister(address, ring.bytes, 0))
-            self._ring, self._ring_bytes = ring, bytes
+            self._ring, self._ring_bytes = ring, num_bytes
         return self._ring
 
     def _unpin(self) -> None:
         torch.cuda.synchronize(self.device)
-        for address in self._ring.addresses if self._ring is not None else ():
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+        if self._ring is not None:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for address in self._ring.addresses:
+                torch.cuda.check_error(runtime.cudaHostUnregister(address))
         self._ring = None
 
-    def copy(self, lane: str, to: Tensor, source: Tensor, after: list[Any]) -> torch.cuda.Event:
-        stream = self._streams[lane]
+    def copy(self, direction: Direction, to: Tensor, source: Tensor, after: list[Any]) -> Any:
+        """Copy on the stream of the direction, without a wait of the host."""
+        stream = self._streams[direction]
         for event in after:
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
         return stream.record_event()
 
-    def mark(self) -> torch.cuda.Event:
+    def record_event(self) -> Any:
+        """Record an event on the current stream."""
         return torch.cuda.current_stream(self.device).record_event()
 
-    def hold(self, event: torch.cuda.Event) -> None:
+    def wait_event(self, event: Any) -> None:
+        """Let the current stream wait."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def finish(self, event: torch.cuda.Event) -> None:
+    def synchronize(self, event: Any) -> None:
+        """Let this thread wait."""
         event.synchronize()
 
 
 @lru_cache  # pinning memory takes as long as copying it many times
-def lanes_of(device: str) -> Lanes | None:
-    """Lanes to a device (``"cuda"``: this worker's share of the GPUs), None for ``"cpu"``."""
+def streams_for(device: str) -> DeviceStreams | None:
+    """Return the streams of a device, None for ``"cpu"``.
+
+    ``"cuda"`` without a number is the GPU that this worker process takes.
+    """
     chosen = check_device(device)
     if chosen.type == "cpu":
         return None
     if chosen.index is None:
         chosen = torch.device("cuda", worker_number() % torch.cuda.device_count())
-    return CudaLanes(chosen)
+    return CudaStreams(chosen)
 
 
-def batches_on(lanes: Lanes | None, corpus: Corpus, index: int, size: int) -> Iterator[Batch]:
-    """Batches of ``size`` rows of shard ``index`` with their rows on the device of ``lanes``.
+def batches_on_device(
+    streams: DeviceStreams | None, corpus: Corpus, index: int, size: int
+) -> Iterator[Batch]:
+    """Yield the batches of shard ``index``, ``size`` rows [size, D] each, on the device.
 
-    The rows of one are valid until the next is asked for, for kernels of the current stream.
+    The rows of a batch are valid until the next batch is taken, for kernels of the current stream.
     """
-    if lanes is None:
+    if streams is None:
         yield from corpus.batches(index, batch_rows=size)
         return
     row_bytes = corpus.shards[index].row_bytes
-    ring = lanes.ring(block_rows(row_bytes, size) * row_bytes)
+    ring = streams.ring(block_rows(row_bytes, size) * row_bytes)
     batches = corpus.batches(index, batch_rows=size, ring=ring)
-    yield from through(batches, lanes, size, corpus.dimension, corpus.dtype)
+    yield from copied_batches(batches, streams, size, corpus.dimension, corpus.dtype)
 
 
-def through(
-    batches: Iterator[Batch], lanes: Lanes, size: int, columns: int, dtype: torch.dtype
+def copied_batches(
+    batches: Iterator[Batch],
+    streams: DeviceStreams,
+    size: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Iterator[Batch]:
-    """Batches of at most ``size`` rows, copied to the device ahead of their use."""
-    on_device = [torch.empty(size, columns, dtype=dtype, device=lanes.device) for _ in range(SLOTS)]
-    pinned: list[Tensor | None] = [None] * SLOTS
-    # By slot: the kernels that read it are done (at first those that had this memory before).
-    used: list[Any] = [lanes.mark()] * SLOTS
-    ahead: deque[tuple[Batch, Tensor, int, Any]] = deque()
+    """Copy batches of at most ``size`` rows to the device ahead of their use, and yield them."""
+    on_device = list(torch.empty(SLOTS, size, columns, dtype=dtype, device=streams.device))
+    pinned: dict[int, Tensor] = {}
+    # Of each slot, the event that its last kernels are done (at first: of the memory's last user).
+    released: list[Any] = [streams.record_event()] * SLOTS
+    in_flight: deque[tuple[Batch, Tensor, int, Any]] = deque()
 
-    def arrived() -> Iterator[Batch]:
-        batch, rows, slot, event = ahead.popleft()
-        lanes.hold(event)
+    def oldest() -> Iterator[Batch]:
+        """Yield the batch that was copied first, and release its slot afterwards."""
+        batch, rows, slot, event = in_flight.popleft()
+        streams.wait_event(event)
         try:
             yield Batch(batch.shard, batch.first, on_device[slot][: len(rows)])
         finally:
-            used[slot] = lanes.mark()
-            lanes.finish(event)  # the rows of the host are read: their memory may go
+            released[slot] = streams.record_event()
+            streams.synchronize(event)  # the rows on the host were copied: their memory may go
 
     try:
         for number, batch in enumerate(batches):
             slot, rows = number % SLOTS, batch.rows
             if not rows.is_pinned():
-                if pinned[slot] is None:
-                    pinned[slot] = lanes.host_buffer(size, columns, dtype)
+                if slot not in pinned:
+                    pinned[slot] = streams.host_buffer(size, columns, dtype)
                 rows = pinned[slot][: len(rows)].copy_(rows)
-            event = lanes.copy("in", on_device[slot][: len(rows)], rows, [used[slot]])
-            ahead.append((batch, rows, slot, event))
-            if len(ahead) == SLOTS:
-                yield from arrived()
-        while ahead:
-            yield from arrived()
+            event = streams.copy("in", on_device[slot][: len(rows)], rows, [released[slot]])
+            in_flight.append((batch, rows, slot, event))
+            if len(in_flight) == SLOTS:
+                yield from oldest()
+        while in_flight:
+            yield from oldest()
     finally:  # no copy is in flight when its buffers go
-        for *_, event in ahead:
-            lanes.finish(event)
+        for *_, event in in_flight:
+            streams.synchronize(event)
 
 
-class Outlet:
-    """Where results are computed, and the way from there to the host."""
+class ResultBuffers:
+    """Buffers [rows, columns] in which results are computed, and their way to the host."""
 
-    def __init__(self, lanes: Lanes | None, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self._lanes, self._number = lanes, -1
-        if lanes is None:
+    def __init__(
+        self, streams: DeviceStreams | None, rows: int, columns: int, dtype: torch.dtype
+    ) -> None:
+        self._streams, self._number = streams, -1
+        if streams is None:
             self.slots = 2
             self._host = list(torch.empty(self.slots, rows, columns, dtype=dtype))
             self._results = self._host
             return
-        self.slots = SLOTS
-        self._host = [lanes.host_buffer(rows, columns, dtype) for _ in range(SLOTS)]
-        kind = {"dtype": dtype, "device": lanes.device}
-        self._results = [torch.empty(rows, columns, **kind) for _ in range(SLOTS)]
+        self.slots, device = SLOTS, streams.device
+        self._host = [streams.host_buffer(rows, columns, dtype) for _ in range(SLOTS)]
+        self._results = list(torch.empty(SLOTS, rows, columns, dtype=dtype, device=device))
 
-    def next(self, rows: int) -> Tensor:
-        """Where the next result of so many rows is computed, [rows, columns].
+    def next(self, count: int) -> Tensor:
+        """Return the buffer [count, columns] for the next result.
 
-        What :meth:`rows_of` gave ``slots`` results ago is overwritten: the caller has done with it.
+        It overwrites the rows that :meth:`rows_of` gave ``slots`` results ago.
         """
         self._number += 1
-        return self._results[self._number % self.slots][:rows]
+        buffer: Tensor = self._results[self._number % self.slots]
+        return buffer[:count]
 
-    def send(self, rows: int) -> Sent:
-        """Begin to copy the result that was computed; see :meth:`rows_of`."""
+    def send(self, count: int) -> Sent:
+        """Start the copy of the result that was computed; :meth:`rows_of` waits for its end."""
         slot = self._number % self.slots
-        host = self._host[slot][:rows]
-        if self._lanes is None:
+        host = self._host[slot][:count]
+        if self._streams is None:
             return host, None
-        after = [self._lanes.mark()]
-        return host, self._lanes.copy("out", host, self._results[slot][:rows], after)
+        after = [self._streams.record_event()]
+        return host, self._streams.copy("out", host, self._results[slot][:count], after)
 
     def rows_of(self, sent: Sent) -> Tensor:
-        """The rows of a result on the host, from any thread; waits for them."""
+        """Return the rows of a result on the host, from any thread, once they have arrived."""
         host, event = sent
-        if self._lanes is not None:
-            self._lanes.finish(event)
+        if self._streams is not None:
+            self._streams.synchronize(event)
         return host

@@ -1,98 +1,83 @@
-"""Job arrays without an engine: n jobs do a part of the shards each, and ``merge`` reads no rows.
+"""Job arrays without an engine: n jobs take a part of the shards each, and ``merge`` reads no rows.
 
 Part i of n is every n-th shard. The jobs share an output directory and nothing else; each leaves
-its shards' files in ``_stats/``, where merge finds them, and merge and a run of one process write
-the same bytes. The order: stats of both sides, merge, stats of the drift (with the half-fitted
-aligner that merge wrote), merge, apply, merge.
+the checkpoints of its shards in ``_stats/``, where ``merge`` finds them, and ``merge`` writes the
+same bytes as a run of one process. The order is: stats of both sides, merge, stats of the drift
+(with the half-fitted aligner that merge wrote), merge, apply, merge.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
 from ..storage.paths import AnyPath, output_path
-from .align_run import AlignRun, check_columns, describe, describe_result
-from .engines.local import Engine
+from .align_run import AlignRun, check_columns
 from .output import ALIGNER, check_output
-from .passes import Missing, Pass
+from .passes import Pass, UnfinishedShards
 from .settings import Settings
 
 HALF = "half.safetensors"
+Side = Literal["source", "target"]
 
 
 def stats(
-    rows: Corpus,
-    side: str,
-    out: AnyPath,
-    part: tuple[int, int] = (0, 1),
-    aligner: ReAlign | None = None,
-    settings: Settings | None = None,
-    engine: Engine | None = None,
+    run: AlignRun, side: Side, corpus: Corpus, out: AnyPath, aligner: ReAlign | None = None
 ) -> Pass:
-    """Statistics of part ``(i, n)`` of the ``"source"`` or ``"target"`` shards, kept in ``out``.
+    """Measure the part ``run.part`` of the shards of one side, with checkpoints in ``out``.
 
-    With a half-fitted ``aligner`` the drift of source rows sent through it.
+    With a half-fitted ``aligner`` the drift of the source is measured instead of its moments.
 
     Raises:
         ValueError: an aligner for the target, or for rows of another dimension.
     """
     if aligner is not None and side != "source":
-        raise ValueError(f"{rows.path}: the drift is one of source rows; leave --aligner out")
-    if aligner is not None and aligner.dimension != rows.dimension:
-        got = f"rows have {rows.dimension} columns, the aligner {aligner.dimension}"
-        raise ValueError(f"{rows.path}: {got}; give the {HALF} that merge wrote for them")
-    run, out = AlignRun(settings or Settings(), part=part, engine=engine), output_path(out)
-    check_apart(out, rows)
-    with run.keeping(out):
-        run.measure(f"{side} {'moments' if aligner is None else 'drift'}", rows, aligner)
-    return run.passes[0]
-
-
-def apply_part(
-    aligner: ReAlign,
-    source: Corpus,
-    out: AnyPath,
-    part: tuple[int, int],
-    settings: Settings,
-    engine: Engine | None = None,
-) -> Pass:
-    """Align part ``(i, n)`` of the source shards into ``out``."""
-    run = AlignRun(settings, part=part, engine=engine)
-    run.apply(aligner, source, out)
+        raise ValueError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
+    if aligner is not None and aligner.dimension != corpus.dimension:
+        raise ValueError(
+            f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
+            f"{aligner.dimension}; give the {HALF} that merge wrote for them"
+        )
+    directory = output_path(out)
+    check_apart(directory, corpus)
+    with run.output_directory(directory):
+        run.measure(f"{side} {'moments' if aligner is None else 'drift'}", corpus, aligner)
     return run.passes[0]
 
 
 def merge(
     source: Corpus, target: Corpus, out: AnyPath, settings: Settings | None = None
 ) -> tuple[str, dict[str, Any] | None]:
-    """Go as far as what is finished in ``out`` allows; say what is next, or give the report.
+    """Go as far as the checkpoints in ``out`` allow.
+
+    Returns:
+        A sentence on what is done and what is next, and the report once every shard is aligned.
 
     Raises:
-        ValueError: moments of a shard are missing.
+        UnfinishedShards: moments of a shard are missing.
     """
-    run, out = AlignRun(settings or Settings(), reading=False), output_path(out)
-    check_output(out, source, target, run.settings.mode)
+    run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
+    check_output(directory, source, target, run.settings.mode)
     check_columns(source, target)
-    with run.keeping(out):
+    half_path, path = directory / HALF, directory / ALIGNER
+    with run.output_directory(directory):
         aligner = run.half_fit(source, target)
-        half, whole = out / HALF, out / ALIGNER
         try:
             drift = run.measure("source drift", source, aligner)
-        except Missing as missing:
-            aligner.save(half)
-            return f"wrote {half}; next: stats --aligner {half} --shard i/n ({missing})", None
+        except UnfinishedShards as error:
+            aligner.save(half_path)
+            next_step = f"stats --aligner {half_path} --shard i/n ({error})"
+            return f"wrote {half_path}; next: {next_step}", None
         aligner.record_drift(drift)
-        half.unlink(missing_ok=True)
+        half_path.unlink(missing_ok=True)
         try:
-            aligned = run.apply(aligner, source, out)
-        except Missing as missing:
-            return f"wrote {whole}; next: apply --aligner {whole} --shard i/n ({missing})", None
+            aligned = run.apply(aligner, source, directory)
+        except UnfinishedShards as error:
+            next_step = f"apply --aligner {path} --shard i/n ({error})"
+            return f"wrote {path}; next: {next_step}", None
         aligner.record_residual(aligned)
-        aligner.save(whole)
-        facts = {"source": describe(source), "target": describe(target)}
-        report = run.report(aligner, **facts, result=describe_result(aligner, aligned))
-        run.finish(aligner, report)
-    return f"wrote {whole}; every shard is aligned", report
+        aligner.save(path)
+        report = run.finish(directory, aligner, source, target, aligned)
+    return f"wrote {path}; every shard is aligned", report

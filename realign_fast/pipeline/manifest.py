@@ -1,8 +1,9 @@
-"""``manifest.json``: what an output directory was made from and what verify expects in it.
+"""``manifest.json``: what an output directory was made from, and what ``verify`` expects in it.
 
-``passes`` holds, for each pass, the ``facts`` its numbers depend on and an entry a shard: the
-source file's identity, its statistics' file and hash and, of an aligned shard, the checksum of its
-rows and how many of them are zero or NaN. It has no dates: equal runs write equal bytes.
+``passes`` holds for each pass the ``facts`` that its numbers depend on and one entry for each
+shard: the identity of the source file, the file of its statistics and its hash and, for an aligned
+shard, the checksum of its rows and how many of them are zero or NaN. A manifest has no dates, so
+equal runs write equal bytes.
 """
 
 from __future__ import annotations
@@ -17,94 +18,91 @@ from .checkpoints import Entry, digest
 from .output import MANIFEST
 
 FORMAT = 1
+PASS_ORDER = ("source moments", "target moments", "source drift", "source residual", "apply")
 _SHARD = {"path": str, "rows": int, "dimension": int, "dtype": str, "stats": str, "blake2b": str}
 _ALIGNED = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
 def read_manifest(out: StoragePath) -> dict[str, Any]:
-    """The manifest of an output directory; one without passes where there is none yet.
+    """Return the manifest of an output directory, one without passes if there is none yet.
 
     Raises:
-        ValueError: it is not a manifest that this version writes.
+        ValueError: the file is not a manifest that this version writes.
     """
     path = out / MANIFEST
     if not path.exists():
         return {"format": FORMAT, "passes": {}}
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["format"] == FORMAT and not (got := _wrong(manifest)):
-            return manifest
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT:
-            got = f"format {manifest['format']}"
+            fault = f"format {manifest['format']}"
+        elif not (fault := _first_fault(manifest)):
+            return manifest
     except (ValueError, KeyError, TypeError) as error:
-        got = repr(error)
+        fault = repr(error)
     raise ValueError(
-        f"{path}: expected a manifest of format {FORMAT}, got {got}; run again with "
+        f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
         "--mode overwrite, or give another --out"
     )
 
 
-def _wrong(manifest: dict[str, Any]) -> str:
-    """The first entry that is of another type than those we write; empty if there is none."""
+def _first_fault(manifest: dict[str, Any]) -> str:
+    """Describe the first entry of another type than those we write; empty if there is none."""
     if not isinstance(manifest["passes"], dict) or not isinstance(manifest["aligner"], str):
         return "passes that are no object, or an aligner that is no hash"
-    for name, one in manifest["passes"].items():
-        if not isinstance(one, dict) or not isinstance(one.get("facts"), dict):
+    for name, record in manifest["passes"].items():
+        if not isinstance(record, dict) or not isinstance(record.get("facts"), dict):
             return f"{name} without facts"
-        if not isinstance(shards := one.get("shards"), list):
+        if not isinstance(shards := record.get("shards"), list):
             return f"{name} without a list of shards"
         types = _SHARD | (_ALIGNED if name == "apply" else {})
-        for place, entry in enumerate(shards):
-            for key, kind in types.items():
+        for index, entry in enumerate(shards):
+            for key, expected in types.items():
                 value = entry.get(key) if isinstance(entry, dict) else None
-                if type(value) is not kind:
-                    return f"{value!r} as {key} of shard {place} of {name}, not {kind.__name__}"
+                if type(value) is not expected:
+                    return f"{value!r} as {key} of shard {index} of {name}, not {expected.__name__}"
     return ""
 
 
 def write_manifest(
-    out: StoragePath, code: str, settings: Entry, passes: Passes, aligner: str
+    out: StoragePath, code: str, settings: Entry, passes: Passes, aligner_hash: str | None
 ) -> None:
-    """Write it, with the passes of earlier runs that this one did not make anew.
+    """Write the manifest, with the passes of earlier runs that this run did not repeat.
 
-    ``aligner`` is the hash of the map in ``out``.
+    ``aligner_hash`` is the hash of the map in ``out`` (:func:`.checkpoints.map_hash`).
     """
     passes = read_manifest(out)["passes"] | passes
-    order = ("source moments", "target moments", "source drift", "source residual", "apply")
-    known = {name: passes[name] for name in order if name in passes}
-    facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner}
-    write_json(out / MANIFEST, facts | {"passes": known})
+    ordered = {name: passes[name] for name in PASS_ORDER if name in passes}
+    facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
+    write_json(out / MANIFEST, facts | {"passes": ordered})
 
 
 def saved_moments(
     out: StoragePath, name: str, facts: Entry, present: Sequence[Entry]
-) -> list[tuple]:
-    """``(moments, entry)`` of the shards of an earlier pass that are not among those ``present``.
+) -> list[tuple[Moments, Entry]]:
+    """Return moments and entry of each shard of an earlier pass that is not among ``present``.
 
     Raises:
-        ValueError: they were measured with other settings, their file is not what was written, or
-            one seems to be there still, under another name: its rows would count twice.
+        ValueError: the moments were measured with other settings; their file is not what was
+            written; or a shard seems to be present under another name, so that its rows would
+            count twice.
     """
     earlier = read_manifest(out)["passes"].get(name, {"facts": facts, "shards": []})
-    paths = {one["path"] for one in present}
+    paths = {entry["path"] for entry in present}
     absent = [entry for entry in earlier["shards"] if entry["path"] not in paths]
-    same = ("rows", "size", "mtime_ns")
-    known = {tuple(map(one.get, same)): one["path"] for one in present if one.get("mtime_ns")}
-    for entry in absent:
-        if twin := known.get(tuple(map(entry.get, same))):
-            raise ValueError(
-                f"{twin}: has the size and time of {entry['path']}, which is gone: renamed, it "
-                "would count twice; give the old name back, or run with --mode incremental"
-            )
+    _refuse_renamed(absent, present)
     if absent and earlier["facts"] != facts:
-        pairs = [(k, v, facts.get(k)) for k, v in earlier["facts"].items() if v != facts.get(k)]
-        differ = "; ".join(f"{k} was {was!r} and is {now!r}" for k, was, now in pairs)
+        changes = "; ".join(
+            f"{key} was {value!r} and is {facts.get(key)!r}"
+            for key, value in earlier["facts"].items()
+            if value != facts.get(key)
+        )
         raise ValueError(
-            f"{out / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {differ}; "
+            f"{out / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {changes}; "
             "give the options of the earlier run, or read everything with --mode overwrite"
         )
-    found = []
+    saved = []
     for entry in absent:
         path = out / entry["stats"]
         if not path.exists() or digest(path) != entry["blake2b"]:
@@ -112,5 +110,19 @@ def saved_moments(
                 f"{path}: is not what the manifest says of {entry['path']}; bring it back, or "
                 "give that shard again and --mode incremental"
             )
-        found.append((Moments.load(path), entry))
-    return found
+        saved.append((Moments.load(path), entry))
+    return saved
+
+
+def _refuse_renamed(absent: Sequence[Entry], present: Sequence[Entry]) -> None:
+    """Refuse an absent shard whose rows, size and time are those of a present one."""
+    names = "rows", "size", "mtime_ns"
+    twins = {
+        tuple(map(entry.get, names)): entry["path"] for entry in present if "mtime_ns" in entry
+    }
+    for entry in absent:
+        if twin := twins.get(tuple(map(entry.get, names))):
+            raise ValueError(
+                f"{twin}: has the size and time of {entry['path']}, which is gone: renamed, it "
+                "would count twice; give the old name back, or run with --mode incremental"
+            )

@@ -1,8 +1,9 @@
-"""What an output directory holds, and which directories may become one.
+"""The files of an output directory, and which directories may become one.
 
-It loses an earlier ``report.json``, gets ``_stats/`` (what is finished, :mod:`checkpoints`), an
-``aligner.safetensors``, then the shards, each whole or not at all, ``manifest.json``, and its
-``report.json`` last: a directory without one is of a run that did not end. At a URL it is the same.
+A run removes an earlier ``report.json``, then writes ``_stats/`` (:mod:`.checkpoints`),
+``aligner.safetensors``, the shards (each appears complete or not at all), ``manifest.json`` and,
+last, ``report.json``: a directory without a report is of a run that did not end. At a URL it is the
+same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 
 from ..corpus.corpus import SUBFOLDERS, Corpus, format_of
 from ..corpus.layout import check_apart
@@ -27,13 +29,17 @@ def check_output(
     mode: Mode = "incremental",
     workers: int = 1,
 ) -> None:
-    """Refuse an output directory that would lose or mix rows, before anything is read.
+    """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
-    ``workers`` are those that write shards at a time.
+    ``workers`` is the number of shards that are written at a time.
+
+    Raises:
+        ValueError: ``out`` holds a corpus that is read, or shards of another source.
+        OSError: ``out`` cannot be written to, or has no room for the result.
     """
     for corpus in filter(None, (source, target)):
         check_apart(out, corpus, source.subfolder)
-    held = _check_shards(out, source, mode)
+    replaced = _check_shards(out, source, mode)
     if out.is_remote:
         check_scratch(out, source, workers)
         return
@@ -43,66 +49,73 @@ def check_output(
         raise OSError(f"{existing}: is on a read-only file system; give another --out")
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"{existing}: expected a directory to write into; give another --out")
-    room = shutil.disk_usage(existing).free + sum(local_path(path).lstat().st_size for path in held)
+    room = shutil.disk_usage(existing).free + sum(
+        local_path(path).lstat().st_size for path in replaced
+    )
     if source.nbytes > room:
-        need = f"the result takes {in_words(source.nbytes)}, there are {in_words(room)}"
-        raise OSError(f"{folder}: {need}; make room or give another --out")
+        raise OSError(
+            f"{folder}: the result takes {format_bytes(source.nbytes)}, there are "
+            f"{format_bytes(room)}; make room or give another --out"
+        )
 
 
 def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:
-    """Where shards for a URL are kept until they are whole, in words; empty if ``out`` is none.
+    """Return a sentence on the local directory where shards wait for their upload to a URL.
+
+    The result is empty if ``out`` is not a URL.
 
     Raises:
-        OSError: there is no room for one a worker.
+        OSError: there is no room for one shard a worker.
     """
     if not out.is_remote:
         return ""
     largest = max(shard.num_rows * shard.row_bytes for shard in source.shards)
-    need, place = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
-    if need > (room := shutil.disk_usage(place).free):
-        words = f"a shard a worker waits here for its upload, {in_words(need)} in all"
-        advice = "make room, or name another place with TMPDIR"
-        raise OSError(f"{place}: {words}, there are {in_words(room)}; {advice}")
+    need, scratch = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
+    if need > (room := shutil.disk_usage(scratch).free):
+        raise OSError(
+            f"{scratch}: a shard a worker waits here for its upload, {format_bytes(need)} in all, "
+            f"there are {format_bytes(room)}; make room, or name another place with TMPDIR"
+        )
     return (
-        f"each shard waits in {place} for its upload (TMPDIR names another place): up to "
-        f"{in_words(need)} at a time"
+        f"each shard waits in {scratch} for its upload (TMPDIR names another place): up to "
+        f"{format_bytes(need)} at a time"
     )
 
 
-def in_words(count: int) -> str:
-    """A number of bytes, in a unit in which it is not nothing."""
+def format_bytes(count: int) -> str:
+    """Format a number of bytes in the largest unit of which it is at least one."""
     units = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
 
 
 def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePath]:
-    """The shards in ``out``: those of an earlier run on the same source, and no others."""
+    """Return the shards in ``out``; refuse others than those of an earlier run on this source."""
     folder = out / source.subfolder
-    ours = {folder / shard.path.name for shard in source.shards}
-    held = {path for place in ("", *SUBFOLDERS.values()) for path in _shards_in(out / place)}
-    if held - ours:
+    expected = {folder / shard.path.name for shard in source.shards}
+    present = {path for name in ("", *SUBFOLDERS.values()) for path in _shards_in(out / name)}
+    if unknown := present - expected:
         advice = "give an empty --out, or that of an earlier run on the same source"
         if mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
         raise ValueError(
-            f"{min(held - ours)}: is no shard that {source.path} becomes, and the two would mix; "
-            f"{advice}"
+            f"{min(map(str, unknown))}: is no shard that {source.path} becomes, and the two would "
+            f"mix; {advice}"
         )
-    if held and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
+    if present and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
         raise ValueError(
-            f"{min(held)}: would be replaced, but {out} has no {ALIGNER} that says a run of ours "
-            "wrote it; give an empty --out"
+            f"{min(map(str, present))}: would be replaced, but {out} has no {ALIGNER} that says a run of "
+            "ours wrote it; give an empty --out"
         )
-    known = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
-    if held and not known:
+    resumable = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
+    if present and not resumable:
         raise ValueError(
-            f"{min(held)}: is of a run without {MANIFEST} (realign-fast before it could resume), "
-            "so nothing says what is finished; write it anew with --mode overwrite, or give "
-            "another --out"
+            f"{min(map(str, present))}: is of a run without {MANIFEST} (realign-fast before it could "
+            "resume), so nothing says what is finished; write it anew with --mode overwrite, or "
+            "give another --out"
         )
-    return held
+    return present
 
 
 def _shards_in(folder: StoragePath) -> list[StoragePath]:
-    found = folder.iterdir() if folder.is_dir() else []
-    return [path for path in found if format_of(path.name)]
+    paths: Iterable[StoragePath] = folder.iterdir() if folder.is_dir() else []
+    return [path for path in paths if format_of(path.name)]

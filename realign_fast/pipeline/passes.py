@@ -1,4 +1,4 @@
-"""Passes over a corpus: which shards, on which engine, what is kept of them, and how fast."""
+"""Passes over a corpus: map a task over the shards, merge the results, keep times."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..moments import Moments
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
+from .cached_corpus import CachedCorpus
 from .checkpoints import Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import Passes
 from .output import MANIFEST, STATS
 from .settings import Settings
-from .shard_tasks import AlignWork, ShardWork, in_turn
+from .shard_tasks import AlignTask, MeasureTask, ShardTask, map_overlapping_sync
 
 
 @dataclass
 class Pass:
-    """One walk over a corpus: what it read and how fast."""
+    """Rows, bytes and seconds of one pass over a corpus."""
 
     name: str
     rows: int = 0
@@ -37,45 +39,55 @@ class Pass:
     finished_before: int = 0  # rows of shards that an earlier run had finished
 
     def summary(self) -> dict[str, Any]:
-        """The fields with rows/s and GB/s (bytes read and written, 1 GB = 10^9)."""
+        """Return the fields with rows/s and GB/s (bytes read and written, 1 GB = 10^9 bytes)."""
         seconds, moved = max(self.seconds, 1e-9), self.bytes_read + self.bytes_written
         rates = {"rows_per_second": self.rows / seconds, "gb_per_second": moved / seconds / 1e9}
         return vars(self) | rates
 
 
-class Missing(ValueError):
-    """A pass that was not to be read lacks shards."""
+class UnfinishedShards(ValueError):
+    """Some shards of a pass are not finished, and the run reads no rows."""
 
 
 @dataclass
 class PassRunner:
-    """The passes of one command in order, and what it keeps of them in an output directory.
+    """The passes of one command, in order, and their checkpoints in an output directory.
 
-    ``part``: ``(i, n)`` to do shards i, i + n, ... of a job array (from 0); ``reading=False`` to
-    take only what is finished.
+    Args:
+        settings: the options of the run.
+        part: ``(i, n)`` takes the shards i, i + n, ... (i from 0), as one job of an array.
+        reading: ``False`` reads no rows and takes only shards that are finished.
+        engine: maps tasks over shards; None is the one of ``settings.workers``.
     """
 
     settings: Settings = field(default_factory=Settings)
-    passes: list[Pass] = field(default_factory=list)
     part: tuple[int, int] = (0, 1)
     reading: bool = True
-    engine: Engine | None = None  # None: that of settings.workers
-    out: StoragePath | None = None  # where what is finished is kept; None: nowhere
-    made: Passes = field(default_factory=dict)  # for the manifest
-    extended: dict[str, int] = field(default_factory=dict)  # by pass: rows of shards that are gone
-    identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict)
+    engine: Engine | None = None
+    passes: list[Pass] = field(default_factory=list, init=False)
+    manifest_passes: Passes = field(default_factory=dict, init=False)
+    extended: dict[str, int] = field(default_factory=dict, init=False)  # rows of absent shards
+    out: StoragePath | None = field(default=None, init=False)  # None: no checkpoints are kept
+    _identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict, init=False)
 
     @contextmanager
-    def keeping(self, out: AnyPath) -> Iterator[None]:
-        """Keep what is finished in ``out``, which no other process works on meanwhile."""
+    def output_directory(self, out: AnyPath) -> Iterator[None]:
+        """Keep checkpoints in ``out`` and lock it, so that no other process works on it.
+
+        Raises:
+            ValueError: the settings do not fit this directory.
+            OSError: another process works on it.
+        """
         out = output_path(out)
         if self.out == out:
             yield
             return
         index, parts = self.part
         if out.protocol == "memory" and self.has_workers:
-            what = "memory:// is of one process, workers would write into their own"
-            raise ValueError(f"{out}: {what}; give one worker, or another --out")
+            raise ValueError(
+                f"{out}: memory:// is of one process, and workers would write into their own; give "
+                "one worker, or another --out"
+            )
         if self.settings.mode == "overwrite" and parts > 1:
             raise ValueError(
                 f"{out}: a part of a job array cannot overwrite what others share; remove "
@@ -93,78 +105,120 @@ class PassRunner:
 
     @property
     def has_workers(self) -> bool:
-        """Whether other processes do the shards."""
+        """True if other processes run the tasks."""
         return self.settings.workers > 1 or self.engine not in (None, map)
 
-    def work(self, kind: type, name: str, corpus: Corpus, **options: Any) -> ShardWork:
-        """A work of this kind for pass ``name``, with the settings of this run."""
-        settings, aligner = self.settings, options.get("aligner")
-        if corpus not in self.identities:
-            self.identities[corpus] = identities(corpus.shards)
-        facts = {"pass": name, "bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
-        facts |= {"column": corpus.column, "allow_pickle": corpus.allow_pickle}
-        facts |= {"covariance": options.get("covariance", False), "map": map_hash(aligner)}
-        facts |= {"folder": corpus.subfolder} if kind is AlignWork else {}
-        code = code_version(settings.device)
-        checkpoints = Checkpoints(self.out, facts | {"code": code}) if self.out else None
-        options |= {"bad_rows": settings.bad_rows, "batch_bytes": settings.batch_bytes}
-        options |= {"device": settings.device}
-        return kind(
-            name, corpus, self.identities[corpus], checkpoints, reading=self.reading, **options
-        )
+    def measure_task(
+        self, name: str, corpus: Corpus, covariance: bool = False, aligner: ReAlign | None = None
+    ) -> MeasureTask:
+        """Return the task that measures the shards of ``corpus`` in pass ``name``."""
+        facts = self._facts(name, corpus, covariance, aligner)
+        checkpoints = Checkpoints(self.out, facts) if self.out else None
+        shard_identities, settings = self._identities_of(corpus), self.settings
+        shared = name, corpus, shard_identities, checkpoints, settings, self.reading, aligner
+        return MeasureTask(*shared, covariance=covariance)
 
-    def walk(self, work: ShardWork, total: Moments, entries: list[Entry]) -> Moments:
-        """Map a work over the shards and merge what it gives into ``total``, in their order."""
-        corpus, name, missing = work.corpus, work.name, []
+    def align_task(
+        self, corpus: Corpus, aligner: ReAlign, out: StoragePath, folder: StoragePath
+    ) -> AlignTask:
+        """Return the task that aligns the shards of ``corpus`` into ``folder`` below ``out``."""
+        facts = self._facts("apply", corpus, False, aligner, folder=corpus.subfolder)
+        shard_identities, settings = self._identities_of(corpus), self.settings
+        checkpoints = Checkpoints(out, facts)
+        shared = "apply", corpus, shard_identities, checkpoints, settings, self.reading, aligner
+        return AlignTask(*shared, folder=folder)
+
+    def _facts(
+        self, name: str, corpus: Corpus, covariance: bool, aligner: ReAlign | None, **more: str
+    ) -> dict[str, Any]:
+        """Return what the numbers of a pass depend on; keys of checkpoints are made from it."""
+        return {
+            "pass": name,
+            "bad_rows": self.settings.bad_rows,
+            "batch_bytes": self.settings.batch_bytes,
+            "column": corpus.column,
+            "allow_pickle": corpus.allow_pickle,
+            "covariance": covariance,
+            "map": map_hash(aligner),
+            **more,
+            "code": code_version(self.settings.device),
+        }
+
+    def _identities_of(self, corpus: Corpus) -> tuple[Entry, ...]:
+        if corpus not in self._identities:
+            self._identities[corpus] = identities(corpus.shards)
+        return self._identities[corpus]
+
+    def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
+        """Map a task over the shards and merge the results into ``total``, in their order.
+
+        ``entries`` are those of shards that ``total`` holds already; the others are appended.
+
+        Raises:
+            UnfinishedShards: a shard is not finished, and the task reads none.
+        """
+        corpus, name = task.corpus, task.name
+        unfinished = []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
+        rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(task, AlignTask)
         self.engine = self.engine or engine_of(self.settings.workers)
-        live = self.engine is map  # else progress is seen shard by shard
-        rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(work, AlignWork)
-        with self.timed(name, corpus, rows, total, writes) as advance:
-            local = self.out is not None and not self.out.is_remote
-            engine = in_turn if live and writes and local else self.engine
-            for part in engine(replace(work, advance=advance) if live else work, shards):
-                if part.moments is None:
-                    missing.append(str(corpus.shards[part.shard].path))
+        batchwise = self.engine is map  # another process reports its progress shard by shard
+        with self.timed_pass(name, corpus, rows, total, writes) as advance:
+            if batchwise:
+                task = replace(task, advance=advance)
+            overlaps = batchwise and isinstance(task, AlignTask) and not task.folder.is_remote
+            engine: Engine = map_overlapping_sync if overlaps else self.engine
+            for result in engine(task, shards):
+                shard = corpus.shards[result.index]
+                if result.moments is None:
+                    unfinished.append(str(shard.path))
                     continue
-                if not live:
-                    advance(part.rows)
-                advance(corpus.shards[part.shard].num_rows - part.rows, finished_before=True)
-                total.merge(part.moments)
-                entries.append(work.identities[part.shard] | part.entry)
-        if missing:
-            raise Missing(
-                f"{name}: {len(missing)} of {len(shards)} shards are not finished with these "
-                f"options, first {missing[0]}; run their part of the job array with them"
+                if not batchwise:
+                    advance(result.rows_read)
+                advance(shard.num_rows - result.rows_read, finished_before=True)
+                total.merge(result.moments)
+                entries.append(task.identities[result.index] | result.entry)
+        if unfinished:
+            raise UnfinishedShards(
+                f"{name}: {len(unfinished)} of {len(shards)} shards are not finished with these "
+                f"options, first {unfinished[0]}; run their part of the job array with them"
             )
-        if work.checkpoints and self.part[1] == 1:
-            self.made[name] = {"facts": work.checkpoints.facts, "shards": entries}
-            work.checkpoints.forget_others(list(zip(corpus.shards, work.identities, strict=True)))
+        if task.checkpoints and self.part[1] == 1:
+            self.manifest_passes[name] = {"facts": task.checkpoints.facts, "shards": entries}
+            task.checkpoints.remove_stale(list(zip(corpus.shards, task.identities, strict=True)))
         return total
 
     @contextmanager
-    def timed(
+    def timed_pass(
         self, name: str, corpus: Corpus, rows: int, moments: Moments, writes: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """Time one pass, show its progress and book it; yields what to call with rows done."""
-        done, row_bytes, begin = Pass(name), corpus.shards[0].row_bytes, time.perf_counter()
-        in_memory = getattr(corpus, "rows_from_memory", 0)
-        with _bar(name, rows * row_bytes, self.settings.progress) as bar:
+        """Time a pass over ``rows`` rows, show its progress, and append it to ``passes``.
+
+        Yields a function that is to be called with the number of rows done.
+        """
+        done, row_bytes = Pass(name), corpus.shards[0].row_bytes
+        start, cached_before = time.perf_counter(), _rows_from_memory(corpus)
+        with _progress_bar(name, rows * row_bytes, self.settings.progress) as bar:
 
             def advance(rows: int, finished_before: bool = False) -> None:
+                """Count ``rows`` rows, and move the bar."""
                 done.rows += rows * (not finished_before)
                 done.finished_before += rows * finished_before
-                rate = done.rows / (time.perf_counter() - begin)
+                rate = done.rows / (time.perf_counter() - start)
                 bar.set_postfix_str(f"{rate / 1e6:.2f} M rows/s", refresh=False)
                 bar.update(rows * row_bytes)
 
             yield advance
-        done.seconds = time.perf_counter() - begin
-        in_memory = getattr(corpus, "rows_from_memory", 0) - in_memory
-        done.bytes_read = (done.rows - in_memory) * row_bytes
+        done.seconds = time.perf_counter() - start
+        cached = _rows_from_memory(corpus) - cached_before
+        done.bytes_read = (done.rows - cached) * row_bytes
         done.bytes_written = done.rows * row_bytes * writes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
+
+
+def _rows_from_memory(corpus: Corpus) -> int:
+    return corpus.rows_from_memory if isinstance(corpus, CachedCorpus) else 0
 
 
 def _remove_folders(place: StoragePath) -> None:
@@ -172,8 +226,8 @@ def _remove_folders(place: StoragePath) -> None:
         (place / name).remove_tree()
 
 
-def _bar(name: str, total: int, shown: bool) -> tqdm:
-    """Progress in bytes: live on a terminal; in a log a line each half minute, none if quick."""
+def _progress_bar(name: str, num_bytes: int, shown: bool) -> tqdm[Any]:
+    """Return a bar in bytes: live on a terminal, a line each half minute in a log."""
     log = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30, "delay": 30}
     options = {"unit": "B", "unit_scale": True, "miniters": 1, "file": sys.stderr}
-    return tqdm(total=total, desc=name, disable=not shown, **options, **log)
+    return tqdm(total=num_bytes, desc=name, disable=not shown, **options, **log)

@@ -1,112 +1,122 @@
-"""Fitting on a sample: rows spread evenly over the corpus, and how far off that can be.
+"""Fits on a sample of rows spread evenly over the corpus, and their standard errors.
 
-The means of n rows are off by ``sqrt(T / n)``, T the trace of their covariance, so that a million
-rows fix a map to 1e-3 however large the corpus is; the paper finds 10^4 enough (arXiv 2602.07026).
-Errors here are against the fit on every row of the same corpus, hence the factor
-``sqrt(1 - n / N)`` of a sample without replacement: 0 where all rows are taken.
+The mean of n rows is off by ``sqrt(T / n)``, where T is the trace of their covariance. A million
+rows thus fix a map to 1e-3 however large the corpus is; the paper finds 10^4 rows enough (arXiv
+2602.07026). The errors here are against the fit on every row of the same corpus, hence the factor
+``sqrt(1 - n / N)`` of a sample without replacement, which is 0 where all rows are taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..corpus.corpus import Corpus
+from ..corpus.corpus import Corpus, sample_ids
 from ..moments import Moments, RowMap, good_rows
-from .checkpoints import Entry
 from .passes import PassRunner
 from .settings import Settings
 
 EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
-DEFAULT_ROWS = 1_000_000  # of each side above that
-_BLOCKS = 20  # of the delete-one jackknife
+DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
+_BLOCKS = 20  # blocks of the delete-one jackknife
 
 
 @dataclass
-class Sampled:
-    """Moments of a sample, and of its blocks what a jackknife of means and traces needs."""
+class Sample:
+    """The moments of a sample of a corpus of ``corpus_rows`` rows.
+
+    ``blocks`` holds count, sum [D] float64 and sum of squared norms of each block of the sample,
+    for a jackknife of means and traces.
+    """
 
     moments: Moments
-    rows: int  # of the whole corpus
-    blocks: list[tuple[int, torch.Tensor, float]]  # count, sum [D] float64, sum of squared norms
+    corpus_rows: int
+    blocks: list[tuple[int, torch.Tensor, float]]
 
     @property
-    def share_left(self) -> float:
-        """``sqrt(1 - n / N)``."""
-        return math.sqrt(max(0.0, 1 - self.moments.count / max(self.rows, 1)))
+    def finite_correction(self) -> float:
+        """``sqrt(1 - n / N)``, the factor of a sample without replacement."""
+        return math.sqrt(max(0.0, 1 - self.moments.count / max(self.corpus_rows, 1)))
 
     @property
     def mean_error(self) -> float:
-        """Expected distance between the mean of the sample and that of the corpus."""
-        return math.sqrt(self.moments.trace / self.moments.count) * self.share_left
+        """Expected distance between the mean of the sample and the mean of the corpus."""
+        return math.sqrt(self.moments.trace / self.moments.count) * self.finite_correction
 
     def log_trace_error(self) -> float:
-        """Standard error of ``log T``, by leaving out one block at a time."""
-        count, total, energy = (sum(column) for column in zip(*self.blocks, strict=True))
+        """Return the standard error of ``log T``, by leaving out one block at a time."""
+        counts, sums, energies = zip(*self.blocks, strict=True)
+        count, total, energy = sum(counts), sum(sums, torch.tensor(0.0)), sum(energies)
         logs = []
-        for n, part, squares in self.blocks:
-            left = count - n
-            mean = (total - part) / left
-            logs.append(math.log(float((energy - squares) / left - mean @ mean)))
-        return self.share_left * math.sqrt((len(logs) - 1) * float(np.var(logs)))
+        for n, block_sum, squares in self.blocks:
+            remaining = count - n
+            mean = (total - block_sum) / remaining
+            logs.append(math.log(float((energy - squares) / remaining - mean @ mean)))
+        return self.finite_correction * math.sqrt((len(logs) - 1) * float(np.var(logs)))
 
 
 def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
-    """How many rows of each side to fit on (None: every row), and that in words.
+    """Return how many rows of each side to fit on (None: every row), and a description of it.
 
     Raises:
-        ValueError: a sample of a corpus that is to be extended.
+        ValueError: a sample is asked for of a corpus that is to be extended.
     """
-    count, size = settings.fit_rows, source.nbytes + target.nbytes
-    if count is None and size > EXACT_BYTES and settings.mode != "extend":
-        count, why = DEFAULT_ROWS, f", as both sides take more than {EXACT_BYTES / 1e12:g} TB"
-    else:
-        why = ""
+    count, reason = settings.fit_rows, ""
+    if count is None and settings.mode != "extend" and source.nbytes + target.nbytes > EXACT_BYTES:
+        count, reason = DEFAULT_ROWS, f", as both sides take more than {EXACT_BYTES / 1e12:g} TB"
     if not count:
         return None, "every row"
     if settings.mode == "extend":
         raise ValueError("fit-rows: statistics of every row are extended, not samples; drop one")
-    parts = [
+    sides = [
         f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
         for side, corpus in (("source", source), ("target", target))
     ]
-    return count, f"a sample of {' and '.join(parts)}{why}"
+    return count, f"a sample of {' and '.join(sides)}{reason}"
 
 
 def measure_sample(
-    run: PassRunner, name: str, corpus: Corpus, count: int, covariance: bool, through: RowMap | None
-) -> Sampled:
-    """Moments of ``count`` rows of a corpus, one of each of as many equal stretches.
+    run: PassRunner,
+    name: str,
+    corpus: Corpus,
+    count: int,
+    covariance: bool = False,
+    through: RowMap | None = None,
+) -> Sample:
+    """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
-    The same rows for the same ``settings.seed``; memory is a batch, whatever the count.
+    ``through`` is a map that the rows are sent through. The rows are the same for the same
+    ``settings.seed``; memory is one batch, whatever the count.
     """
     settings, ids = run.settings, sample_ids(corpus.num_rows, count, run.settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
     total, blocks = Moments(covariance, accurate=covariance), []
-    number = min(_BLOCKS, max(1, len(ids) // 2))
-    with run.timed(name, corpus, len(ids), total) as advance:
-        for block in range(number):
-            part = Moments(covariance, accurate=covariance)
-            for where, rows in _taken(corpus, ids[block::number], size):
+    num_blocks = min(_BLOCKS, max(1, len(ids) // 2))
+    with run.timed_pass(name, corpus, len(ids), total) as advance:
+        for block in range(num_blocks):
+            moments, block_ids = Moments(covariance, accurate=covariance), ids[block::num_blocks]
+            for first in range(0, len(block_ids), size):
+                batch_ids = block_ids[first : first + size]
+                rows = corpus.take(batch_ids)
                 if settings.bad_rows == "error":
-                    _check(corpus, where, rows)
-                part.update(rows, through=through, bad_rows=settings.bad_rows)
+                    _check_rows(corpus, batch_ids, rows)
+                moments.update(rows, through=through, bad_rows=settings.bad_rows)
                 advance(len(rows))
-            total.merge(part)
-            if part.count:
-                blocks.append((part.count, part.mean * part.count, part.energy * part.count))
-    return Sampled(total, corpus.num_rows, blocks)
+            total.merge(moments)
+            if n := moments.count:
+                blocks.append((n, moments.mean * n, moments.energy * n))
+    return Sample(total, corpus.num_rows, blocks)
 
 
-def errors(source: Sampled, target: Sampled, drift: Sampled, seed: int) -> Entry:
-    """What goes into the report: sizes, the seed and one standard error of each number.
+def sampling_errors(source: Sample, target: Sample, drift: Sample, seed: int) -> dict[str, Any]:
+    """Return sample sizes, seed and standard errors for the report.
 
-    ``scale``: relative error of ``sqrt(T_x / T_y)`` times it. ``residual_gap``: the distance to
-    expect between the mean of all aligned rows and that of all target rows.
+    ``scale_error`` is the error of ``sqrt(T_x / T_y)``. ``residual_gap_error`` is the distance to
+    expect between the mean of all aligned rows and the mean of all target rows.
     """
     logs = math.hypot(source.log_trace_error(), target.log_trace_error()) / 2
     scale = math.sqrt(target.moments.trace / source.moments.trace)
@@ -121,21 +131,8 @@ def errors(source: Sampled, target: Sampled, drift: Sampled, seed: int) -> Entry
     }
 
 
-def sample_ids(rows: int, count: int, seed: int) -> np.ndarray:
-    """``[min(count, rows)]`` int64, ascending: a random row of each of as many equal stretches."""
-    count = min(count, rows)
-    edges = np.arange(count + 1) * rows // max(count, 1)
-    offsets = np.random.default_rng(seed).random(count) * np.diff(edges)
-    return edges[:-1] + offsets.astype(np.int64)
-
-
-def _taken(corpus: Corpus, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    for first in range(0, len(ids), size):
-        some = ids[first : first + size]
-        yield some, corpus.take(some)
-
-
-def _check(corpus: Corpus, ids: np.ndarray, rows: torch.Tensor) -> None:
+def _check_rows(corpus: Corpus, ids: np.ndarray, rows: torch.Tensor) -> None:
+    """Raise ValueError for the first row that is zero or not finite."""
     good = good_rows(rows)
     if not bool(good.all()):
         row = int(ids[int((~good).nonzero()[0])])

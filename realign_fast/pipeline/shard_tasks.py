@@ -1,7 +1,8 @@
-"""What is done to one shard: it is measured, or it is aligned. An engine maps these over shards.
+"""The tasks of a pass: measure one shard, or align it. An engine maps a task over the shards.
 
-Each work knows its pass, takes the number of a shard, and looks in the checkpoints first: a shard
-that is finished and unchanged is not read again. It can be pickled, for engines of other processes.
+A task is called with the index of a shard. It looks for the checkpoint of the shard first: a shard
+that is finished and unchanged is not read again. Tasks can be pickled, for engines that run them in
+other processes.
 """
 
 from __future__ import annotations
@@ -13,175 +14,192 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-import torch
-
+from ..align import ReAlign
 from ..corpus.corpus import Batch, Corpus, Shard, ShardWriter
 from ..moments import Moments, RowMap, good_rows
-from ..storage.local import LocalPath
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
-from .device_streams import Lanes, Outlet, Sent, batches_on, lanes_of
-from .settings import BATCH_BYTES
+from .device_streams import DeviceStreams, ResultBuffers, Sent, batches_on_device, streams_for
+from .settings import Settings
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of one shard."""
+    """The result of a task for one shard.
 
-    shard: int  # its number in the corpus
-    moments: Moments | None  # None: not finished, and nobody was to read it
-    rows: int  # read now: 0 where it was finished before
-    entry: Entry  # for the manifest
-
-
-def in_turn(work: AlignWork, shards: Sequence[int]) -> Iterator[ShardResult]:
-    """``map``, but a shard is synced while the next is computed.
-
-    A shard that was written is put in its place whatever becomes of the others: leaving the pool
-    waits for it.
+    ``moments`` is None for a shard that is not finished and was not to be read. ``rows_read`` is 0
+    for a shard that was finished before.
     """
-    with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        ends: deque[Future[ShardResult]] = deque()
-        for shard in shards:
-            ends.append(disk.submit(work.begin(shard)))
-            if len(ends) == 2:
-                yield ends.popleft().result()
-        while ends:
-            yield ends.popleft().result()
+
+    index: int
+    moments: Moments | None
+    rows_read: int
+    entry: Entry
 
 
-def _silent(rows: int) -> None:
-    """For works in other processes: their progress is seen shard by shard."""
+def _ignore_progress(_: int) -> None:
+    """Stand in for ``advance`` in other processes, whose progress is seen shard by shard."""
 
 
 @dataclass(frozen=True)
-class ShardWork:
-    """One pass over a corpus, shard by shard.
+class ShardTask:
+    """The part that the tasks of a pass over a corpus have in common.
 
-    ``identities`` are those of the shards when the run began; a shard that differs from its own
-    after it was read is refused. Without ``checkpoints`` nothing is kept. ``reading=False`` takes
-    only what is finished.
+    ``identities`` are those of the shards when the run began: a shard that has another one after it
+    was read is refused. Nothing is saved without ``checkpoints``. ``reading=False`` reads no shard
+    and takes only those that are finished. ``advance`` is called with the rows of each batch.
     """
 
     name: str
     corpus: Corpus
     identities: tuple[Entry, ...]
     checkpoints: Checkpoints | None
-    bad_rows: str = "error"
-    batch_bytes: int = BATCH_BYTES
-    covariance: bool = False
-    aligner: torch.nn.Module | None = None
-    reading: bool = True
-    device: str = "cpu"
-    advance: Callable[[int], None] = _silent
-
-    def __call__(self, index: int) -> ShardResult:
-        """Measure shard ``index``: of its rows, or of those sent through the aligner."""
-        shard, known = self.corpus.shards[index], self.identities[index]
-        if self.checkpoints and (found := self.checkpoints.load(shard, known)):
-            return ShardResult(index, found[0], 0, found[1])
-        if not self.reading:
-            return ShardResult(index, None, 0, {})
-        moments = Moments(self.covariance, accurate=self.covariance)
-        lanes = lanes_of(self.device)
-        aligner = self._aligner_on(lanes)
-        through = aligner.row_map if aligner is not None else None
-        for batch in batches_on(lanes, self.corpus, index, self._batch_rows(shard)):
-            self._update(moments, shard, batch, through)
-            self.advance(len(batch.rows))
-        moments = moments.to("cpu")
-        check_unchanged(shard, known)
-        entry = self.checkpoints.save(shard, known, moments) if self.checkpoints else {}
-        return ShardResult(index, moments, shard.num_rows, entry)
+    settings: Settings
+    reading: bool
+    aligner: ReAlign | None
+    advance: Callable[[int], None] = _ignore_progress
 
     def _batch_rows(self, shard: Shard) -> int:
-        return max(1, self.batch_bytes // shard.row_bytes)
-
-    def _aligner_on(self, lanes: Lanes | None) -> torch.nn.Module | None:
-        if self.aligner is None or lanes is None:
-            return self.aligner
-        return copy.deepcopy(self.aligner).to(lanes.device)
+        return max(1, self.settings.batch_bytes // int(shard.row_bytes))
 
     def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
-        """Add a batch to moments; says whether a bad row was in it."""
-        bad = moments.zero_rows + moments.nonfinite_rows
-        options = {"bad_rows": self.bad_rows, "where": str(shard.path), "first_row": batch.first}
-        moments.update(batch.rows, through=through, **options)
-        return moments.zero_rows + moments.nonfinite_rows > bad
+        """Add a batch to ``moments``, and return whether it has a bad row."""
+        bad_rows = moments.zero_rows + moments.nonfinite_rows
+        moments.update(
+            batch.rows,
+            through=through,
+            bad_rows=self.settings.bad_rows,
+            where=str(shard.path),
+            first_row=batch.first,
+        )
+        return moments.zero_rows + moments.nonfinite_rows > bad_rows
 
 
 @dataclass(frozen=True)
-class AlignWork(ShardWork):
-    """Shards sent through the aligner into ``folder``, under their own names."""
+class MeasureTask(ShardTask):
+    """Moments of the rows of a shard, sent through the aligner if there is one."""
 
-    folder: StoragePath = field(default_factory=LocalPath)
+    covariance: bool = False
 
     def __call__(self, index: int) -> ShardResult:
-        """Align shard ``index``; the moments are those of its result before it is rounded."""
-        return self.begin(index)()
+        """Measure shard ``index``."""
+        shard, shard_identity = self.corpus.shards[index], self.identities[index]
+        if self.checkpoints and (saved := self.checkpoints.load(shard, shard_identity)):
+            return ShardResult(index, saved[0], 0, saved[1])
+        if not self.reading:
+            return ShardResult(index, None, 0, {})
+        moments = Moments(self.covariance, accurate=self.covariance)
+        streams = streams_for(self.settings.device)
+        through = _on_device(self.aligner, streams).row_map if self.aligner is not None else None
+        for batch in batches_on_device(streams, self.corpus, index, self._batch_rows(shard)):
+            self._update(moments, shard, batch, through)
+            self.advance(len(batch.rows))
+        moments = moments.to("cpu")
+        check_unchanged(shard, shard_identity)
+        checkpoints = self.checkpoints
+        entry = checkpoints.save(shard, shard_identity, moments) if checkpoints else {}
+        return ShardResult(index, moments, shard.num_rows, entry)
 
-    def begin(self, index: int) -> Callable[[], ShardResult]:
-        """Align shard ``index`` and write it; what is returned syncs it and puts it in its place.
 
-        It has to be called, once, by any thread.
+@dataclass(frozen=True)
+class AlignTask(ShardTask):
+    """The rows of a shard sent through the aligner into ``folder``, under the name of the shard."""
+
+    checkpoints: Checkpoints
+    aligner: ReAlign
+    folder: StoragePath = field(kw_only=True)
+
+    def __call__(self, index: int) -> ShardResult:
+        """Align shard ``index``; the moments are those of the result before it is rounded."""
+        return self.start(index)()
+
+    def start(self, index: int) -> Callable[[], ShardResult]:
+        """Align shard ``index`` and return a function that syncs it and gives it its name.
+
+        That function has to be called once, by any thread.
         """
-        shard, known = self.corpus.shards[index], self.identities[index]
-        made = self.folder / shard.path.name
-        if found := self.checkpoints.load_aligned(shard, known, made):
-            return lambda: ShardResult(index, found[0], 0, found[1])
+        shard, shard_identity = self.corpus.shards[index], self.identities[index]
+        aligned = self.folder / shard.path.name
+        if saved := self.checkpoints.load_aligned(shard, shard_identity, aligned):
+            finished = ShardResult(index, saved[0], 0, saved[1])
+            return lambda: finished
         if not self.reading:
             return lambda: ShardResult(index, None, 0, {})
-        self.checkpoints.begin_aligned(shard)
+        self.checkpoints.forget_aligned(shard)
         with ExitStack() as stack:
-            writer = stack.enter_context(self.corpus.writer(shard, made))
+            writer = stack.enter_context(self.corpus.writer(shard, aligned))
             moments, total = self._write(index, shard, writer)
-            check_unchanged(shard, known)
+            check_unchanged(shard, shard_identity)
             writing = stack.pop_all()
 
-        def end() -> ShardResult:
+        def finish() -> ShardResult:
+            """Sync the shard, give it its name and save its checkpoint."""
             writing.close()
-            facts = {"name": made.name, "checksum": total, **self._expected(moments)}
-            entry = self.checkpoints.save_aligned(shard, known, made, moments, facts)
+            facts = {"name": aligned.name, "checksum": total, **self._expected_rows(moments)}
+            save = self.checkpoints.save_aligned
+            entry = save(shard, shard_identity, aligned, moments, facts)
             return ShardResult(index, moments, shard.num_rows, entry)
 
-        return end
+        return finish
 
     def _write(self, index: int, shard: Shard, writer: ShardWriter) -> tuple[Moments, int]:
-        """Align into a writer; while a batch is computed, the ones before it are written.
+        """Align a shard into a writer; while a batch is computed, those before it are written.
 
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
-        moments, total, lanes = Moments(), 0, lanes_of(self.device)
+        moments, total = Moments(), 0
+        streams = streams_for(self.settings.device)
         size = max(1, min(self._batch_rows(shard), shard.num_rows))
-        outlet = Outlet(lanes, size, shard.dimension, self.corpus.dtype)
-        writing: deque[Future[None]] = deque()
+        buffers = ResultBuffers(streams, size, shard.dimension, self.corpus.dtype)
+        writes: deque[Future[None]] = deque()
 
         def write(sent: Sent) -> None:
+            """Write a result once its rows are on the host."""
             nonlocal total
-            rows = outlet.rows_of(sent)
+            rows = buffers.rows_of(sent)
             writer.write(rows)
             total = checksum(rows, total)
 
-        aligner = self._aligner_on(lanes)
+        aligner = _on_device(self.aligner, streams)
         through = aligner.row_map
         with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for batch in batches_on(lanes, self.corpus, index, size):
-                if len(writing) == outlet.slots:
-                    writing.popleft().result()
-                rows, result = batch.rows, outlet.next(len(batch.rows))
+            for batch in batches_on_device(streams, self.corpus, index, size):
+                if len(writes) == buffers.slots:
+                    writes.popleft().result()
+                rows, result = batch.rows, buffers.next(len(batch.rows))
                 # The moments of the result come from the rows in the same visit to memory.
-                bad = self._update(moments, shard, batch, through)
+                has_bad_row = self._update(moments, shard, batch, through)
                 aligner(rows, out=result)
-                if bad and self.bad_rows == "skip":
+                if has_bad_row and self.settings.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                writing.append(disk.submit(write, outlet.send(len(rows))))
+                writes.append(disk.submit(write, buffers.send(len(rows))))
                 self.advance(len(rows))
-            while writing:
-                writing.popleft().result()
+            while writes:
+                writes.popleft().result()
             return moments.to("cpu"), total
 
-    def _expected(self, moments: Moments) -> Entry:
-        """How many rows of the result are zero and how many NaN."""
+    def _expected_rows(self, moments: Moments) -> Entry:
+        """Return how many rows of the result are zero and how many are NaN."""
         zero, nonfinite = moments.zero_rows, moments.nonfinite_rows
-        skip = self.bad_rows == "skip"
+        skip = self.settings.bad_rows == "skip"
         return {"zero_rows": (zero + nonfinite) * skip, "nan_rows": nonfinite * (not skip)}
+
+
+def map_overlapping_sync(task: AlignTask, shards: Sequence[int]) -> Iterator[ShardResult]:
+    """Map a task as ``map`` does, but sync each shard while the next one is computed.
+
+    A shard that was written gets its name whatever becomes of the others: leaving the pool waits
+    for it.
+    """
+    with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
+        results: deque[Future[ShardResult]] = deque()
+        for index in shards:
+            results.append(disk.submit(task.start(index)))
+            if len(results) == 2:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+
+
+def _on_device(aligner: ReAlign, streams: DeviceStreams | None) -> ReAlign:
+    return aligner if streams is None else copy.deepcopy(aligner).to(streams.device)

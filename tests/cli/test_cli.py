@@ -313,7 +313,7 @@ def test_a_terminal_sees_progress_unless_quiet(corpora, monkeypatch, options):
 
 
 def test_a_log_sees_a_line_now_and_then(capsys):
-    with passes._bar("apply", 1000, True) as bar:
+    with passes._progress_bar("apply", 1000, True) as bar:
         clock = itertools.count(bar.start_t, 7)  # seconds; an update looks at it once
         bar._time = lambda: next(clock)
         for _ in range(100):

@@ -1,7 +1,7 @@
 """Rows through a device and back: no buffer is reused early, results are those of the CPU.
 
-`ThreadLanes` keeps the promises of streams and no more: copies and kernels run whenever they like,
-after what they were told to wait for. A GPU is used where there is one.
+`ThreadStreams` keeps the promises of streams and no more: copies and kernels run at any time after
+the events that they wait for. A GPU is used if there is one.
 """
 
 import random
@@ -20,10 +20,10 @@ from realign_fast.pipeline import shard_tasks
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.device_streams import (
     SLOTS,
-    Outlet,
-    batches_on,
-    lanes_of,
-    through,
+    ResultBuffers,
+    batches_on_device,
+    copied_batches,
+    streams_for,
 )
 from realign_fast.pipeline.engines.local import Processes, worker_number
 from realign_fast.pipeline.settings import Settings
@@ -33,7 +33,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 DEVICES = ["threads", pytest.param("cuda", marks=needs_gpu)]
 
 
-class ThreadLanes:
+class ThreadStreams:
     """Streams of threads: each does its work in order, at a speed of its own."""
 
     def __init__(self, seed: int, compute_at_once: bool = False) -> None:
@@ -45,23 +45,23 @@ class ThreadLanes:
     def host_buffer(self, rows, columns, dtype):
         return torch.full((rows, columns), torch.nan, dtype=dtype)
 
-    def ring(self, bytes):
+    def ring(self, num_bytes):
         return None
 
-    def copy(self, lane, to, source, after):
+    def copy(self, direction, to, source, after):
         assert (to.shape, to.dtype) == (source.shape, source.dtype)
-        return self._submit(lane, lambda: to.copy_(source), after)
+        return self._submit(direction, lambda: to.copy_(source), after)
 
-    def mark(self):
+    def record_event(self):
         return self._last
 
-    def hold(self, event):
+    def wait_event(self, event):
         if self._at_once:
             event.result()
         else:
             self._held.append(event)
 
-    def finish(self, event):
+    def synchronize(self, event):
         event.result()
 
     def launch(self, kernel) -> None:
@@ -69,8 +69,8 @@ class ThreadLanes:
         held, self._held = self._held, []
         self._last = self._submit("compute", kernel, held)
 
-    def _submit(self, lane, work, after) -> Future:
-        delay = self._random.random() * (3e-3 if lane == self._slow else 3e-4)
+    def _submit(self, direction, work, after) -> Future:
+        delay = self._random.random() * (3e-3 if direction == self._slow else 3e-4)
 
         def run():
             for event in after:
@@ -78,7 +78,7 @@ class ThreadLanes:
             time.sleep(delay)
             work()
 
-        return self._streams[lane].submit(run)
+        return self._streams[direction].submit(run)
 
 
 def _done() -> Future:
@@ -96,10 +96,10 @@ def batches(count: int, size: int) -> list[Batch]:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("count", [0, 1, 7, 8 * SLOTS, 100])
 def test_rows_arrive_whole_and_in_order(count, seed):
-    lanes, seen, given = ThreadLanes(seed), [], batches(count, 8)
-    for batch in through(iter(given), lanes, 8, D, torch.float32):
-        lanes.launch(lambda batch=batch: seen.append((batch.first, batch.rows.clone())))
-    lanes.mark().result()
+    streams, seen, given = ThreadStreams(seed), [], batches(count, 8)
+    for batch in copied_batches(iter(given), streams, 8, D, torch.float32):
+        streams.launch(lambda batch=batch: seen.append((batch.first, batch.rows.clone())))
+    streams.record_event().result()
     assert [first for first, _ in seen] == [batch.first for batch in given]
     for (_, rows), batch in zip(seen, given, strict=True):
         assert torch.equal(rows, batch.rows)
@@ -107,7 +107,7 @@ def test_rows_arrive_whole_and_in_order(count, seed):
 
 def test_memory_of_the_host_is_not_touched_after_the_batch():
     """A batch may lie in a window that is unmapped, or a ring that is filled again."""
-    lanes, seen = ThreadLanes(3), []
+    streams, seen = ThreadStreams(3), []
     memory, expected = torch.empty(4, 8, D), []
 
     def recycled():
@@ -116,31 +116,31 @@ def test_memory_of_the_host_is_not_touched_after_the_batch():
             expected.append(rows.clone())
             yield Batch(0, 8 * number, rows)
 
-    for batch in through(recycled(), lanes, 8, D, torch.float32):
-        lanes.launch(lambda batch=batch: seen.append(batch.rows.clone()))
-    lanes.mark().result()
+    for batch in copied_batches(recycled(), streams, 8, D, torch.float32):
+        streams.launch(lambda batch=batch: seen.append(batch.rows.clone()))
+    streams.record_event().result()
     assert torch.equal(torch.cat(seen), torch.cat(expected))
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_results_leave_whole_and_in_order(seed):
-    lanes, written, writing = ThreadLanes(seed), [], deque()
-    outlet = Outlet(lanes, 8, D, torch.float32)
+    streams, written, writing = ThreadStreams(seed), [], deque()
+    buffers = ResultBuffers(streams, 8, D, torch.float32)
     given = batches(100, 8)
     delay = random.Random(seed)
 
     def write(sent):
-        rows = outlet.rows_of(sent)
+        rows = buffers.rows_of(sent)
         time.sleep(delay.random() * 2e-3)
         written.append(rows.clone())
 
     with ThreadPoolExecutor(1) as disk:
-        for batch in through(iter(given), lanes, 8, D, torch.float32):
-            if len(writing) == outlet.slots:
+        for batch in copied_batches(iter(given), streams, 8, D, torch.float32):
+            if len(writing) == buffers.slots:
                 writing.popleft().result()
-            result = outlet.next(len(batch.rows))
-            lanes.launch(lambda rows=batch.rows, result=result: result.copy_(2 * rows))
-            writing.append(disk.submit(write, outlet.send(len(batch.rows))))
+            result = buffers.next(len(batch.rows))
+            streams.launch(lambda rows=batch.rows, result=result: result.copy_(2 * rows))
+            writing.append(disk.submit(write, buffers.send(len(batch.rows))))
         for one in writing:
             one.result()
     assert torch.equal(torch.cat(written), 2 * torch.cat([batch.rows for batch in given]))
@@ -164,7 +164,9 @@ def test_a_run_through_a_device_gives_what_the_cpu_gives(corpora, monkeypatch, m
     how = {"batch_bytes": 100 * 2 * D, "progress": False, "method": method, "bad_rows": "skip"}
     align(*sides, out, Settings(**how))
     if device == "threads":
-        monkeypatch.setattr(shard_tasks, "lanes_of", lambda _: ThreadLanes(1, compute_at_once=True))
+        monkeypatch.setattr(
+            shard_tasks, "streams_for", lambda _: ThreadStreams(1, compute_at_once=True)
+        )
     else:
         how["device"] = "cuda"
     align(*sides, out.with_name("through"), Settings(**how))
@@ -178,11 +180,11 @@ def test_a_run_through_a_device_gives_what_the_cpu_gives(corpora, monkeypatch, m
 
 @needs_gpu
 def test_rows_of_a_ring_are_pinned_and_the_same(corpora):
-    corpus, lanes = Corpus(corpora[0]), lanes_of("cuda")
+    corpus, streams = Corpus(corpora[0]), streams_for("cuda")
     host = torch.cat([batch.rows for batch in corpus.batches(0)])
-    there = torch.cat([batch.rows.clone() for batch in batches_on(lanes, corpus, 0, 64)])
+    there = torch.cat([batch.rows.clone() for batch in batches_on_device(streams, corpus, 0, 64)])
     assert there.is_cuda and torch.equal(there.cpu(), host)
-    ring = lanes.ring(1 << 20)
+    ring = streams.ring(1 << 20)
     assert torch.frombuffer(ring.take(), dtype=torch.uint8).is_pinned()
 
 
@@ -209,7 +211,7 @@ def test_a_device_that_is_not_there_is_one_clear_error(device):
 
 
 def test_cpu_has_no_lanes_and_moments_move():
-    assert lanes_of("cpu") is None
+    assert streams_for("cpu") is None
     moments = Moments(covariance=True).update(torch.randn(50, D))
     moved = moments.to("cpu")
     assert torch.equal(moved.covariance, moments.covariance) and moved.count == 50
@@ -229,11 +231,11 @@ def _number(_: int) -> int:
 @pytest.mark.parametrize("seed", range(12))
 def test_nothing_is_in_flight_when_a_consumer_leaves(seed):
     """Buffers go to others then, who know nothing of our copies."""
-    lanes, copies = ThreadLanes(seed), []
-    copy, lanes.copy = lanes.copy, lambda *what: copies.append(copy(*what)) or copies[-1]
-    arriving = through(iter(batches(100, 8)), lanes, 8, D, torch.float32)
+    streams, copies = ThreadStreams(seed), []
+    copy, streams.copy = streams.copy, lambda *what: copies.append(copy(*what)) or copies[-1]
+    arriving = copied_batches(iter(batches(100, 8)), streams, 8, D, torch.float32)
     for _ in range(4):
         next(arriving)
-        lanes.launch(lambda: None)
+        streams.launch(lambda: None)
     arriving.close()
     assert len(copies) > 4 and all(one.done() for one in copies)

@@ -20,7 +20,7 @@ from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.settings import Settings
-from realign_fast.pipeline.shard_tasks import AlignWork
+from realign_fast.pipeline.shard_tasks import AlignTask
 
 QUIET = Settings(progress=False)
 D = 24
@@ -477,7 +477,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeypatch):
     source, target, *_ = corpora
-    order, sync, write = [], os.fsync, AlignWork._write
+    order, sync, write = [], os.fsync, AlignTask._write
 
     def slow(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".emb_0.npy.partial"):
@@ -490,7 +490,7 @@ def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeyp
         return write(work, index, *what)
 
     aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
-    monkeypatch.setattr(AlignWork, "_write", noted)
+    monkeypatch.setattr(AlignTask, "_write", noted)
     monkeypatch.setattr(os, "fsync", slow)
     AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     assert order.index("shard 1") < order.index("synced")

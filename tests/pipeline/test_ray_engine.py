@@ -23,7 +23,6 @@ from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.engines import ray_driver
 from realign_fast.pipeline.engines.ray_driver import RayTasks
 from realign_fast.pipeline.settings import Settings
-from realign_fast.pipeline.shard_tasks import ShardWork
 
 pytest.importorskip("ray", reason='pip install "realign_fast[ray]"')
 D, SHARDS = 16, (40, 1, 0, 70, 33)
@@ -209,7 +208,8 @@ def test_few_tasks_run_ahead_and_none_after_the_end(engine, tmp_path):
 
 
 def test_a_node_with_another_version_is_refused(corpora, engine, monkeypatch):
-    monkeypatch.setattr(ray_driver, "code_version", lambda: "realign_fast 0.0.9, sum_rows on cpu")
+    version = "realign_fast 0.0.9, sum_rows on cpu"
+    monkeypatch.setattr(ray_driver, "program_version", lambda: version)
     with pytest.raises(
         ValueError, match=r"Ray node .*: runs realign_fast .* the driver .* 0\.0\.9"
     ):
@@ -221,7 +221,7 @@ def test_a_node_without_the_package_says_so(tmp_path):
     """What a worker is handed is unpickled and answers where realign_fast cannot be imported."""
     from ray import cloudpickle
 
-    (tmp_path / "task").write_bytes(cloudpickle.dumps(ray_driver._task()))
+    (tmp_path / "task").write_bytes(cloudpickle.dumps(ray_driver._task_function()))
     code = "import pickle, sys; sys.modules['realign_fast'] = None\n"
     code += "task = pickle.load(open(sys.argv[1], 'rb')); print(pickle.loads(task([], 0))[1])"
     command = [sys.executable, "-c", code, tmp_path / "task"]
@@ -245,10 +245,10 @@ def test_a_node_that_does_not_see_the_files_is_one_error(corpora, engine, side):
 
 def test_a_node_that_sees_another_file_is_one_error(corpora, engine):
     text = Corpus("text")
-    work = AlignRun(QUIET).work(ShardWork, "source moments", text)
+    task = AlignRun(QUIET).measure_task("source moments", text)
     os.utime("text/emb_3.npy", ns=(0, 10**9))
     with pytest.raises(ValueError, match=r"emb_3\.npy: on Ray node .* its mtime_ns is 1000000000"):
-        list(engine(work, range(5)))
+        list(engine(task, range(5)))
 
 
 def test_a_task_sees_the_gpu_that_was_set_aside_for_it(engine):
@@ -258,7 +258,7 @@ def test_a_task_sees_the_gpu_that_was_set_aside_for_it(engine):
 
 def test_what_no_node_has_is_one_error(engine, monkeypatch):
     monkeypatch.setattr(ray_driver, "_PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(ray_driver, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(ray_driver, "_POLL_SECONDS", 0.1)
     with pytest.warns(UserWarning, match="waiting"):
         with pytest.raises(OSError, match=r"no node .* \(1 CPU, 2 GPU\); give less"):
             list(RayTasks(gpus_per_task=2)(Slow(), range(2)))

@@ -307,9 +307,9 @@ def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
     for name in ("shift", "scale", "source_mean", "source_count"):
         assert getattr(fitted, name).equal(getattr(everything, name)), name
     assert int(fitted.source_count) == 111
-    with run.keeping(tmp_path / "out"):
+    with run.output_directory(tmp_path / "out"):
         assert run.half_fit(Corpus(new), Corpus(image)).source_count == 111  # and once more
     with pytest.raises(ValueError, match=r"cannot be extended: bad_rows was 'error' and is 'skip'"):
         run = AlignRun(quiet(mode="extend", bad_rows="skip"))
-        with run.keeping(tmp_path / "out"):
+        with run.output_directory(tmp_path / "out"):
             run.half_fit(Corpus(new), Corpus(image))

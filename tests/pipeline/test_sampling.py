@@ -10,9 +10,9 @@ from support.kill_and_resume import tree
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
+from realign_fast.corpus.corpus import sample_ids
 from realign_fast.pipeline import sampling
 from realign_fast.pipeline.align_run import AlignRun, align
-from realign_fast.pipeline.sampling import sample_ids
 from realign_fast.pipeline.settings import Settings
 
 D, SHARDS = 16, (2000, 1, 0, 3000)

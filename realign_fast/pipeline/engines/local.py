@@ -1,7 +1,7 @@
-"""Engines: a function ``map(work, shards)`` that yields results in the order of the shards.
+"""Engines: ``engine(task, shards)`` yields the results of a task in the order of the shards.
 
-``work`` takes the number of a shard and depends on nothing else, so every engine gives the same
-bytes. This file has two: this process, and N processes of this machine.
+A task is called with the index of a shard and depends on nothing else, so every engine gives the
+same bytes. This file has two engines: this process, and N processes of this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
@@ -23,37 +23,42 @@ from typing import Any
 
 import torch
 
-Work = Callable[[int], Any]
-Engine = Callable[[Work, Sequence[int]], Iterator[Any]]
-_GRACE_SECONDS = 5  # for a worker to put away what it began when its parent stops
+Task = Callable[[int], Any]
+Engine = Callable[[Any, Sequence[int]], Iterator[Any]]  # of a Task
+_GRACE_SECONDS = 5  # for a worker to clean up when its parent stops
 _DEATH_SECONDS = 0.05  # in which a dying process closes its last descriptors
 _state = {"busy": False, "stopping": False, "number": 0}  # of this worker process
-_loaded: tuple[str, Work] | None = None  # the work of this worker process, and its file
+_loaded: tuple[str, Task] | None = None  # the task of this worker process, and its file
 
 
 def engine_of(workers: int) -> Engine:
-    """This process for 1, else that many processes."""
+    """Return the engine of this process for 1 worker, else one of that many processes."""
     return map if workers == 1 else Processes(workers)
 
 
 class Processes:
-    """An engine of spawned processes, which share out the threads of this one.
+    """An engine of spawned processes, which share the threads of this one.
 
     They start with the first call and end with this object, or when this process dies. A script
-    that uses it keeps its own doings behind ``if __name__ == "__main__"``.
+    that uses it keeps its own statements behind ``if __name__ == "__main__"``.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._stop: weakref.finalize | None = None  # ends the pool; None: there is none
         self._pool: ProcessPoolExecutor | None = None
+        self._stop: Callable[[], object] | None = None  # ends the pool; None: there is no pool
 
-    def __call__(self, work: Work, shards: Sequence[int]) -> Iterator[Any]:
-        """Results of ``work`` in the order of the shards; at most 2 a worker wait in memory."""
-        waiting, ended = deque(), False
-        with tempfile.NamedTemporaryFile(prefix="realign-fast-work-") as file:
+    def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
+        """Yield results in the order of the shards; at most 2 a worker wait in memory.
+
+        Raises:
+            OSError: a worker process died.
+        """
+        waiting: deque[Future[bytes]] = deque()
+        ended = False
+        with tempfile.NamedTemporaryFile(prefix="realign-fast-task-") as file:
             # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
-            file.write(pickle.dumps(work))
+            file.write(pickle.dumps(task))
             file.flush()
             try:
                 for shard in shards:
@@ -69,35 +74,38 @@ class Processes:
                     "run the same command again, with fewer workers if memory was short"
                 ) from error
             finally:
-                if not ended and self._stop:  # whatever still runs is stopped
+                if not ended and self._stop:  # tasks that still run are stopped
                     self._stop()
-                    self._stop = None
+                    self._pool = self._stop = None
 
     def _started(self) -> ProcessPoolExecutor:
-        if self._stop is None:
+        if self._pool is None:
             context, threads = get_context("spawn"), max(1, torch.get_num_threads() // self.workers)
-            alive, ours = context.Pipe(duplex=False)
-            begin = (threads, alive, context.Value("i", 0))
-            options = {"mp_context": context, "initializer": _begin, "initargs": begin}
-            self._pool = ProcessPoolExecutor(self.workers, **options)
-            self._stop = weakref.finalize(self, _end, self._pool, ours, alive)
+            alive, parent_end = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=context,
+                initializer=_start_worker,
+                initargs=(threads, alive, context.Value("i", 0)),
+            )
+            self._stop = weakref.finalize(self, _end, self._pool, parent_end, alive)
         return self._pool
 
 
-def _end(pool: ProcessPoolExecutor, ours: Connection, alive: Connection) -> None:
-    ours.close()  # first: a worker that hangs is gone after its grace, and the wait has an end
+def _end(pool: ProcessPoolExecutor, parent_end: Connection, alive: Connection) -> None:
+    parent_end.close()  # first: a worker that hangs is gone after its grace, and the wait ends
     pool.shutdown(cancel_futures=True)
     alive.close()
 
 
 def worker_number() -> int:
-    """Of this worker among those of its engine, from 0; 0 in any other process."""
+    """Zero-based index of this worker process in its engine; 0 in any other process."""
     return _state["number"]
 
 
-def _begin(threads: int, alive: Connection, begun: Any) -> None:
-    with begun.get_lock():
-        _state["number"], begun.value = begun.value, begun.value + 1
+def _start_worker(threads: int, alive: Connection, started: Any) -> None:
+    with started.get_lock():
+        _state["number"], started.value = started.value, started.value + 1
     torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, args=(alive,), daemon=True).start()
 
@@ -117,10 +125,11 @@ def _call(path: str, shard: int) -> bytes:
 
 
 def _stop_with_parent(alive: Connection) -> None:
-    """Once the other end is closed: with a dead parent end at once, else stop as Ctrl-C does."""
+    """Wait until the parent closes its end, then stop as Ctrl-C does; at once if it is dead."""
     alive.poll(None)
     time.sleep(_DEATH_SECONDS)
-    if not parent_process().is_alive():
+    parent = parent_process()
+    if parent is None or not parent.is_alive():
         os._exit(1)  # before another run takes over what this one was writing
     _state["stopping"] = True
     if _state["busy"]:

@@ -1,17 +1,17 @@
-"""Ray as an engine: one shard a task, on this machine or on every node of a cluster.
+"""Ray as an engine: one shard a Ray task, on this machine or on every node of a cluster.
 
-The work of a pass (its corpus, map and settings) goes into Ray's object store once; a task is told
-the number of a shard. It reads and writes the files of that shard itself, by the paths that this
-process uses, and sends back statistics: rows never travel, so the nodes need a shared file system
-or URLs, with the packages and the credentials that open them. A node that sees other files, or runs
-another ``realign_fast``, is refused before it reads a row.
+The task of a pass (its corpus, map and settings) goes into Ray's object store once, and each Ray
+task gets the index of a shard. It reads and writes the files of that shard itself, by the paths
+that this process uses, and returns statistics. Rows never travel, so the nodes need a shared file
+system or URLs, with the packages and the credentials that open them. A node that sees other files,
+or runs another ``realign_fast``, is refused before it reads a row.
 
-Ray runs a task again whose worker or node died; an exception of ours is not run again and comes out
-as it is. Results come in the order of the shards, with a bounded number of tasks behind the first
-that is still running, so the driver holds a few results and never those of all shards.
+Ray repeats a task whose worker or node died. An exception of ours is not repeated and is raised as
+it is. Results come in the order of the shards. The number of tasks behind the first one that still
+runs is bounded, so the driver holds a few results and never those of all shards.
 
-The only file that imports Ray. Sources: Ray Core's documentation of tasks, fault tolerance and Ray
-Client (docs.ray.io).
+This is the only file that imports Ray. Sources: Ray Core's documentation of tasks, fault tolerance
+and Ray Client (docs.ray.io).
 """
 
 from __future__ import annotations
@@ -34,39 +34,41 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import code_version
 from ..output import STATS
-from ..shard_tasks import ShardWork
-from .local import Work
-from .ray_worker import Job
+from ..shard_tasks import ShardTask
+from .local import Task
+from .ray_worker import Job, program_version
 
-_KNOCK_SECONDS = 10  # for a host to answer
-_LOOK_SECONDS = 5  # between two looks at the nodes
+_CONNECT_SECONDS = 10  # for a host to answer
+_POLL_SECONDS = 5  # between two queries of the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
-_GRACE_SECONDS = 10  # for a cancelled task to put away what it began
+_GRACE_SECONDS = 10  # for a cancelled task to clean up
+_PACKAGE = Path(__file__).parents[2]  # realign_fast/
 _INSTALL = 'pip install "realign_fast[ray]"'
 
 
 class RayTasks:
     """An engine of Ray tasks: ``align(text, image, out, engine=RayTasks("auto"))``.
 
-    Ray is reached with the first call and left with :meth:`close`, a ``with`` block or this object.
-    A Ray that was started here ends then, one that was joined goes on; a Ray that the program had
-    reached before is used as it is.
+    The first call connects to Ray; :meth:`close`, the end of a ``with`` block or of this object
+    disconnects. A Ray that was started here ends then, and one that was joined goes on. A Ray to
+    which the program is connected already is used as it is.
 
     Args:
-        address: ``None``: that of the environment's ``RAY_ADDRESS``, else start Ray on this machine
-            with as many CPUs as torch has threads. ``"auto"``: the Ray that runs on this machine.
-            ``"host:6379"`` from a node of a cluster, ``"ray://host:10001"`` from outside.
-        cpus_per_task: CPUs that a task takes, and its threads.
-        gpus_per_task: GPUs that Ray sets aside for a task and makes visible to it; parts below 1.
-        retries: how often a shard is done again whose worker or node died.
+        address: ``None`` is the environment's ``RAY_ADDRESS`` or, if that is not set, a Ray that is
+            started on this machine with as many CPUs as torch has threads. ``"auto"`` is the Ray
+            that runs on this machine, ``"host:6379"`` a cluster as seen from one of its nodes, and
+            ``"ray://host:10001"`` a cluster as seen from outside.
+        cpus_per_task: number of CPUs, and of threads, of a task.
+        gpus_per_task: number of GPUs that Ray reserves for a task and makes visible to it; a
+            fraction if it is below 1.
+        retries: number of times that a shard is repeated whose worker or node died.
         ship: send this package to every node, instead of expecting it there.
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: amounts that no task can have, or settings for a Ray that is reached already.
-        OSError: from a call, where Ray cannot be reached or a shard's workers died too often.
+        ValueError: amounts that no task can have, or options for a Ray that is connected already.
+        OSError: from a call, if Ray cannot be reached or the workers of a shard died too often.
     """
 
     def __init__(
@@ -78,49 +80,53 @@ class RayTasks:
         retries: int = 3,
         ship: bool = False,
     ) -> None:
-        whole = gpus_per_task < 1 or gpus_per_task == int(gpus_per_task)
-        if cpus_per_task < 1 or gpus_per_task < 0 or not whole or retries < 0:
-            got = f"{cpus_per_task} CPUs, {gpus_per_task} GPUs, {retries} retries"
-            want = "expected a CPU or more, a part of a GPU or whole ones, 0 retries or more"
-            raise ValueError(f"a task of Ray: got {got}, {want}")
+        possible = gpus_per_task < 1 or gpus_per_task == int(gpus_per_task)
+        if cpus_per_task < 1 or gpus_per_task < 0 or not possible or retries < 0:
+            raise ValueError(
+                f"a task of Ray: got {cpus_per_task} CPUs, {gpus_per_task} GPUs, {retries} "
+                "retries, expected a CPU or more, a part of a GPU or whole ones, 0 retries or more"
+            )
         self.address, self.ship, self.retries = address, ship, retries
-        self.needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}
-        self._ray = _ray()
-        self._leave: weakref.finalize | None = None  # None: Ray is not reached, or not by us
+        self.cpus_per_task, self.gpus_per_task = cpus_per_task, gpus_per_task
+        self._ray = _import_ray()
+        self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
-        self._places, self._looked = 0, -math.inf
+        self._slots, self._polled = 0, -math.inf
 
-    def __call__(self, work: Work, shards: Sequence[int]) -> Iterator[Any]:
-        """Results of ``work`` in the order of the shards."""
+    def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
+        """Yield the results of ``task`` in the order of the shards."""
         if not len(shards):
             return
-        ray, waiting = self._reach(), deque()
-        with _witness(work) as witness:
-            job = Job(code_version(), os.getcwd(), witness, self.needs["CPU"], pickle.dumps(work))
-            shared = [ray.put(tuple(job))]  # in a list: a task fetches it once a worker, not a task
-            task = ray.remote(_task()).options(
-                name=f"realign-fast {getattr(work, 'name', '')}".strip(),
-                num_cpus=self.needs["CPU"],
-                num_gpus=self.needs["GPU"],
+        ray, waiting = self._connect(), deque[tuple[str, Any]]()
+        with _witness(task) as witness:
+            threads, pickled = self.cpus_per_task, pickle.dumps(task)
+            job = Job(program_version(), os.getcwd(), witness, threads, pickled)
+            shared = [
+                ray.put(tuple(job))
+            ]  # in a list: it is fetched once a worker, not once a task
+            remote_task = ray.remote(_task_function()).options(
+                name=f"realign-fast {getattr(task, 'name', '')}".strip(),
+                num_cpus=self.cpus_per_task,
+                num_gpus=self.gpus_per_task,
                 max_retries=self.retries,
                 retry_exceptions=False,
                 scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
             )
             try:
                 for shard in shards:
-                    while len(waiting) >= 2 * max(1, self._look()):
-                        yield self._first(waiting)
-                    waiting.append((_name(work, shard), task.remote(shared, shard)))
+                    while len(waiting) >= 2 * max(1, self._task_slots()):
+                        yield self._first_result(waiting)
+                    waiting.append((_shard_name(task, shard), remote_task.remote(shared, shard)))
                 while waiting:
-                    yield self._first(waiting)
+                    yield self._first_result(waiting)
             finally:
                 _cancel(ray, [reference for _, reference in waiting])
 
     def close(self) -> None:
-        """Leave Ray: end it if it was started here, else only disconnect."""
-        if self._leave:
-            self._leave()
-            self._leave = None
+        """Disconnect from Ray; a Ray that was started here ends."""
+        if self._disconnect:
+            self._disconnect()
+            self._disconnect = None
 
     def __enter__(self) -> RayTasks:
         return self
@@ -128,10 +134,10 @@ class RayTasks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _reach(self) -> Any:
+    def _connect(self) -> Any:
         ray = self._ray
         if ray.is_initialized():
-            if self._leave is None and (self.address or self.ship):
+            if self._disconnect is None and (self.address or self.ship):
                 raise ValueError(
                     f"Ray is reached already, so address {self.address!r} and ship={self.ship} "
                     "come too late; leave them out, or call ray.shutdown() first"
@@ -143,50 +149,54 @@ class RayTasks:
         if self._started:
             options |= {"num_cpus": torch.get_num_threads(), "include_dashboard": False}
         if self.ship:
-            options["runtime_env"] = {"py_modules": [str(Path(__file__).parents[2])]}
+            options["runtime_env"] = {"py_modules": [str(_PACKAGE)]}
         try:
-            _knock(address)
-            with _handlers_kept(), warnings.catch_warnings():
+            _check_listening(address)
+            with _signal_handler_restored(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address, **options)
         except ImportError as error:
             raise ImportError(f"{address}: {error}; {_INSTALL}") from error
         except Exception as error:
             raise OSError(
-                f"Ray cannot be reached at {address} ({_line(error)}); check that it runs, that "
-                "host and port are right (ray://HOST:10001 from outside a cluster), that Ray and "
-                "Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
+                f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
+                "that host and port are right (ray://HOST:10001 from outside a cluster), that Ray "
+                "and Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
             ) from error
-        self._leave, self._looked = weakref.finalize(self, ray.shutdown), -math.inf
+        self._disconnect, self._polled = weakref.finalize(self, ray.shutdown), -math.inf
         return ray
 
-    def _look(self) -> int:
-        """How many tasks the nodes have room for at once, whatever runs there now."""
-        if time.monotonic() - self._looked > _LOOK_SECONDS:
-            has = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            needs = [(name, amount) for name, amount in self.needs.items() if amount]
-            self._places = sum(
-                min(int(one.get(n, 0) / amount) for n, amount in needs) for one in has
+    def _needs(self) -> dict[str, float]:
+        needs = {"CPU": self.cpus_per_task, "GPU": self.gpus_per_task}
+        return {resource: amount for resource, amount in needs.items() if amount}
+
+    def _task_slots(self) -> int:
+        """Return how many tasks the nodes have room for at once, whatever runs there now."""
+        if time.monotonic() - self._polled > _POLL_SECONDS:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._slots = sum(
+                min(int(node.get(name, 0) / amount) for name, amount in self._needs().items())
+                for node in nodes
             )
-            self._looked = time.monotonic()
-            if not self._places and self._started:
+            self._polled = time.monotonic()
+            if not self._slots and self._started:
                 raise ValueError(self._too_large())
-        return self._places
+        return self._slots
 
     def _too_large(self) -> str:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items() if amount)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs().items())
         return (
-            f"no node of the Ray cluster has what a task asks for ({wanted}); give less to "
+            f"no node of the Ray cluster has what a task asks for ({needs}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
             "a node"
         )
 
-    def _first(self, waiting: deque[tuple[str, Any]]) -> Any:
-        """The result of the first task, which is taken off only when it has ended."""
+    def _first_result(self, waiting: deque[tuple[str, Any]]) -> Any:
+        """Return the result of the first task, which is removed only when it has ended."""
         ray, (name, reference) = self._ray, waiting[0]
         lacking_since = None
-        while not ray.wait([reference], timeout=_LOOK_SECONDS)[0]:
-            if self._look():
+        while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
+            if self._task_slots():
                 lacking_since = None
             elif lacking_since is None:
                 lacking_since = time.monotonic()
@@ -197,9 +207,9 @@ class RayTasks:
             value, error, trace = pickle.loads(ray.get(reference))
         except ray.exceptions.RayError as failure:
             raise OSError(
-                f"{name}: Ray gave up on it ({_line(failure)}) after {self.retries} retries; what "
-                "is finished is kept: run the same command again, with more --cpus-per-task if "
-                "memory was short"
+                f"{name}: Ray gave up on it ({_first_line(failure)}) after {self.retries} retries; "
+                "what is finished is kept: run the same command again, with more --cpus-per-task "
+                "if memory was short"
             ) from failure
         waiting.popleft()
         if error is not None:
@@ -207,7 +217,7 @@ class RayTasks:
         return value
 
 
-def _ray() -> Any:
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
@@ -215,45 +225,45 @@ def _ray() -> Any:
     return ray
 
 
-def _knock(address: str) -> None:
-    """Refuse a host and port where nobody listens: Ray itself would try for minutes."""
-    scheme, _, rest = address.rpartition("://")
-    host, _, port = rest.rpartition(":")
+def _check_listening(address: str) -> None:
+    """Raise OSError for a host and port where nobody listens: Ray itself would try for minutes."""
+    scheme, _, location = address.rpartition("://")
+    host, _, port = location.rpartition(":")
     if scheme in ("", "ray") and port.isdecimal():
-        with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS):
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
             pass
 
 
-def _line(error: BaseException) -> str:
-    """One line of an error that may be a wall of text."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error that may have very many."""
     cause = getattr(error, "cause", None)
     lines = str(cause or error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
 
 
-def _name(work: Work, shard: int) -> str:
-    return str(work.corpus.shards[shard].path) if isinstance(work, ShardWork) else f"shard {shard}"
+def _shard_name(task: Task, shard: int) -> str:
+    return str(task.corpus.shards[shard].path) if isinstance(task, ShardTask) else f"shard {shard}"
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Ray takes over SIGTERM; who set a handler before gets it back."""
+def _signal_handler_restored() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which Ray replaces."""
     main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if main else None
+    previous = signal.getsignal(signal.SIGTERM) if main else None
     try:
         yield
     finally:
-        if callable(before):
-            signal.signal(signal.SIGTERM, before)
+        if callable(previous):
+            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
-def _witness(work: Work) -> Iterator[str | None]:
-    """A new file in the output directory, by which a node proves that it sees that directory.
+def _witness(task: Task) -> Iterator[str | None]:
+    """Create a file in the output directory, by which a node proves that it sees that directory.
 
     A URL needs no witness: it means the same on every node.
     """
-    checkpoints = getattr(work, "checkpoints", None)
+    checkpoints = getattr(task, "checkpoints", None)
     if checkpoints is None or checkpoints.out.is_remote:
         yield None
         return
@@ -266,21 +276,22 @@ def _witness(work: Work) -> Iterator[str | None]:
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
-    """Stop tasks as Ctrl-C does; who has not put away its files in a while is ended."""
+    """Stop tasks as Ctrl-C does, and kill those that have not cleaned up after a while."""
     if not references or not ray.is_initialized():
         return
-    with suppress(Exception):  # of a cluster that is gone: the error that led here says so
+    with suppress(Exception):  # the cluster is gone, which the error that led here says
         for reference in references:
             ray.cancel(reference)
-        _, left = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
-        for reference in left:
+        _, running = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
+        for reference in running:
             ray.cancel(reference, force=True)
 
 
-def _task() -> Callable[[list[Any], int], bytes]:
-    """What Ray sends to a worker by value: a node without this package can answer, too."""
+def _task_function() -> Callable[[list[Any], int], bytes]:
+    """Return a function that Ray sends by value, so that a node without this package can answer."""
 
-    def task(shared: list[Any], shard: int) -> bytes:
+    def run(shared: list[Any], shard: int) -> bytes:
+        """Do one shard; (result, error, traceback), pickled."""
         try:
             import ray
 
@@ -289,9 +300,9 @@ def _task() -> Callable[[list[Any], int], bytes]:
             import pickle
             import socket
 
-            words = f"Ray node {socket.gethostname()}: {error}; install the realign_fast of the "
-            words += "driver there, or send it along (--ray-ship, ship=True)"
-            return pickle.dumps((None, ImportError(words), ""))
+            message = f"Ray node {socket.gethostname()}: {error}; install the realign_fast of the "
+            message += "driver there, or send it along (--ray-ship, ship=True)"
+            return pickle.dumps((None, ImportError(message), ""))
         return run_shard(ray.get, shared, shard)
 
-    return task
+    return run

@@ -1,7 +1,7 @@
-"""What a task of Ray does on its node: see that the node is like the driver, then do the shard.
+"""A Ray task on its node: check that the node agrees with the driver, then do one shard.
 
-Ray itself is not imported here: a node gets its job through a function that it is handed
-(:mod:`ray_engine` is the driver's side).
+Ray itself is not imported here: a node gets its job through a function that it is given
+(:mod:`.ray_driver` is the driver's side).
 """
 
 from __future__ import annotations
@@ -17,83 +17,99 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import __version__
 from ..checkpoints import code_version, identity
-from ..shard_tasks import ShardWork
-from .local import Work
+from ..shard_tasks import ShardTask
+from .local import Task
 
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 
 
 class Job(NamedTuple):
-    """What the tasks of one pass share; plain values, so that any version can unpickle it."""
+    """Data of all Ray tasks of one pass, as plain values that any version can unpickle.
 
-    code: str  # code_version() of the driver
-    folder: str  # working directory of the driver: paths may be relative to it
-    witness: str | None  # a file in the output directory, there while the pass runs
+    ``version`` is that of the driver and ``folder`` its working directory, as paths may be relative
+    to it. ``witness`` is a file in the output directory, which exists while the pass runs.
+    """
+
+    version: str
+    folder: str
+    witness: str | None
     threads: int
-    work: bytes
+    task: bytes
 
 
-_loaded: tuple[Any, Job, Work] | None = None  # the job of this worker process, and its reference
+_loaded: tuple[Any, Job, Task] | None = None  # the job of this worker process, and its reference
 
 
-def run_shard(get: Callable[[Any], tuple], shared: list[Any], shard: int) -> bytes:
-    """Do one shard of the job that ``get(shared[0])`` gives: pickled (result, error, its trace)."""
-    before = os.getcwd()
+def program_version() -> str:
+    """Return the version of this package and the kernel it uses, the same on every node."""
+    return code_version(version=__version__)
+
+
+def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
+    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled."""
+    previous_folder = os.getcwd()
+    answer: tuple[Any, Exception | None, str]
     try:
-        result = _run(get, shared[0], shard), None, ""
+        answer = _run(get, shared[0], shard), None, ""
     except Exception as error:
-        result = None, error, traceback.format_exc()
+        answer = None, error, traceback.format_exc()
     finally:
-        os.chdir(before)
-    return pickle.dumps(result)
+        os.chdir(previous_folder)
+    return pickle.dumps(answer)
 
 
-def _run(get: Callable[[Any], tuple], reference: Any, shard: int) -> Any:
+def _run(get: Callable[[Any], Any], reference: Any, shard: int) -> Any:
     global _loaded
     if _loaded is None or _loaded[0] != reference:
         job = Job(*get(reference))
-        if job.code != code_version():
-            got = f"runs {code_version()} (in {Path(__file__).parent}), the driver {job.code}"
+        if job.version != program_version():
             raise ValueError(
-                f"{_here()}: {got}, and their results could differ; install the same on every "
-                "node, or send it along (--ray-ship, ship=True)"
+                f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
+                f"{job.version}, and their results could differ; install the same on every node, "
+                "or send it along (--ray-ship, ship=True)"
             )
-        _loaded = reference, job, pickle.loads(job.work)
-    _, job, work = _loaded
+        _loaded = reference, job, pickle.loads(job.task)
+    _, job, task = _loaded
     if os.path.isdir(job.folder):
         os.chdir(job.folder)
     torch.set_num_threads(job.threads)
-    if isinstance(work, ShardWork):
-        _check_shared(work, shard, job)
-    return work(shard)
+    if isinstance(task, ShardTask):
+        _check_shared(task, shard, job)
+    return task(shard)
 
 
-def _check_shared(work: ShardWork, shard: int, job: Job) -> None:
+def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
     """Refuse a node that does not see the files that the driver sees."""
-    path = work.corpus.shards[shard].path
-    where = str(path) if path.is_remote else os.path.join(job.folder, str(path))
+    path = task.corpus.shards[shard].path
+    location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
-        now = identity(work.corpus.shards[shard])
+        current = identity(task.corpus.shards[shard])
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
+        reason = os.strerror(error.errno) if error.errno else error
         if path.is_remote:
-            raise OSError(f"on {_here()}: {error.strerror or error}") from error
-        raise OSError(f"{where}: is not seen on {_here()} ({why}); {advice}") from error
-    known = work.identities[shard]
-    if differ := [f"{k} is {now[k]!r}, not {v!r}" for k, v in known.items() if now[k] != v]:
+            raise OSError(f"on {_node()}: {error.strerror or error}") from error
+        raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
+    expected = task.identities[shard]
+    differences = [
+        f"{name} is {current[name]!r}, not {value!r}"
+        for name, value in expected.items()
+        if current[name] != value
+    ]
+    if differences:
         raise ValueError(
-            f"{where}: on {_here()} its {'; its '.join(differ)} as when the run began; let its "
-            f"writer finish and run again, or, if nobody writes to it: {advice}"
+            f"{location}: on {_node()} its {'; its '.join(differences)} as when the run began; let "
+            f"its writer finish and run again, or, if nobody writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
     while job.witness and not os.path.exists(job.witness):
         if time.monotonic() > deadline:
-            out = os.path.join(job.folder, str(work.checkpoints.out))
-            raise OSError(f"{out}: is not seen on {_here()}; {advice}")
+            out = Path(job.witness).parents[1]
+            raise OSError(f"{out}: is not seen on {_node()}; {advice}")
         time.sleep(0.1)
 
 
-def _here() -> str:
+def _node() -> str:
     return f"Ray node {socket.gethostname()}"
