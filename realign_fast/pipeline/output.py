@@ -101,15 +101,16 @@ def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePa
             f"{min(map(str, unknown))}: is no shard that {source.path} becomes, and the two would "
             f"mix; {advice}"
         )
+    first = min(map(str, present), default="")
     if present and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
         raise ValueError(
-            f"{min(map(str, present))}: would be replaced, but {out} has no {ALIGNER} that says a run of "
-            "ours wrote it; give an empty --out"
+            f"{first}: would be replaced, but {out} has no {ALIGNER} that says a run "
+            "of ours wrote it; give an empty --out"
         )
     resumable = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
     if present and not resumable:
         raise ValueError(
-            f"{min(map(str, present))}: is of a run without {MANIFEST} (realign-fast before it could "
+            f"{first}: is of a run without {MANIFEST} (realign-fast before it could "
             "resume), so nothing says what is finished; write it anew with --mode overwrite, or "
             "give another --out"
         )
