@@ -43,71 +43,37 @@ def add(commands: Any) -> None:
     _add_run(parser.add_argument_group("the run"))
 
 
+# In the next two functions the settings of an option are on one line, its help is on the next.
+# fmt: off
 def _add_model(group: Any) -> None:
-    group.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME|DIR|JSON",
+    group.add_argument("--model", required=True, metavar="NAME|DIR|JSON",
         help="an open_clip model: its name, JSON config or directory; or a Hugging Face directory "
-        "with CLIP, SigLIP or LLM2CLIP",
-    )
-    group.add_argument(
-        "--pretrained",
-        metavar="TAG|FILE",
-        help="weights of an open_clip model given by name or config: a tag or a checkpoint file",
-    )
-    group.add_argument(
-        "--text-model",
-        metavar="DIR",
-        help="the language model of LLM2CLIP (default: text_model/ in the model's directory)",
-    )
-    group.add_argument(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda or cuda:N (default: cuda if torch finds a GPU, else cpu)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        help="precision of the model (default: bf16 on CUDA, else fp32)",
-    )
+        "with CLIP, SigLIP or LLM2CLIP")
+    group.add_argument("--pretrained", metavar="TAG|FILE",
+        help="weights of an open_clip model given by name or config: a tag or a checkpoint file")
+    group.add_argument("--text-model", metavar="DIR",
+        help="the language model of LLM2CLIP (default: text_model/ in the model's directory)")
+    group.add_argument("--device", metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cuda if torch finds a GPU, else cpu)")
+    group.add_argument("--precision", choices=get_args(Precision),
+        help="precision of the model (default: bf16 on CUDA, else fp32)")
 
 
 def _add_run(group: Any) -> None:
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="items in a batch (default: 256 on CUDA, 32 on the CPU)",
-    )
-    group.add_argument(
-        "--workers",
-        type=whole,
-        metavar="N",
+    group.add_argument("--batch-size", type=positive, metavar="N",
+        help="items in a batch (default: 256 on CUDA, 32 on the CPU)")
+    group.add_argument("--workers", type=whole, metavar="N",
         help="number of decoding processes, 0 to decode in the main process (default: a quarter "
-        "of the cores, or with CUDA as many as there are cores, at most 16)",
-    )
-    group.add_argument(
-        "--shard-rows",
-        type=positive,
-        default=SHARD_ROWS,
-        metavar="N",
-        help="items in a shard; a killed run repeats at most one shard (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=get_args(RowDtype),
-        default="float16",
-        help="type of the rows on disk (default: %(default)s)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=get_args(Mode),
-        default="incremental",
+        "of the cores, or with CUDA as many as there are cores, at most 16)")
+    group.add_argument("--shard-rows", type=positive, default=SHARD_ROWS, metavar="N",
+        help="items in a shard; a killed run repeats at most one shard (default: %(default)s)")
+    group.add_argument("--dtype", choices=get_args(RowDtype), default="float16",
+        help="type of the rows on disk (default: %(default)s)")
+    group.add_argument("--mode", choices=get_args(Mode), default="incremental",
         help="keep what an earlier or killed run finished (incremental, the default), or embed "
-        "everything again (overwrite)",
-    )
+        "everything again (overwrite)")
     OPTIONS["quiet"](group)
+# fmt: on
 
 
 def _embed(options: Namespace) -> None:
