@@ -10,13 +10,7 @@ imported when they are first used.
 """
 
 from .embed_run import EmbedSettings, embed
-from .encoders import (
-    Encoder,
-    HuggingFaceEncoder,
-    Llm2ClipEncoder,
-    OpenClipEncoder,
-    load_encoder,
-)
+from .encoders import Encoder, HuggingFaceEncoder, Llm2ClipEncoder, OpenClipEncoder, load_encoder
 from .sources import Columns, open_source
 
 __all__ = [

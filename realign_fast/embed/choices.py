@@ -1,6 +1,9 @@
 """The values that an option of `embed` may have, as types; `typing.get_args` lists them."""
 
+import os
 from typing import Literal
+
+StrPath = str | os.PathLike[str]
 
 Content = Literal["images", "texts", "pairs"]  # of a source; a pair is an image with its caption
 Side = Literal["text", "image"]  # of the result

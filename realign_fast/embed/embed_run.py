@@ -226,8 +226,7 @@ class _EmbedRun:
             return [RowTransfer(rows.to(self.dtype)) for rows in features]
         except torch.OutOfMemoryError as error:
             raise OSError(
-                None,
-                f"{self.encoder.device}: out of memory ({error}); give a smaller --batch-size",
+                None, f"{self.encoder.device}: out of memory ({error}); give a smaller --batch-size"
             ) from error
 
 

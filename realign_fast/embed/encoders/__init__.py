@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from ..choices import Precision
+from ..choices import Precision, StrPath
 from .base import Encoder
 from .hugging_face import HuggingFaceEncoder
 from .llm2clip import Llm2ClipEncoder, is_llm2clip
@@ -15,10 +14,10 @@ __all__ = ["Encoder", "HuggingFaceEncoder", "Llm2ClipEncoder", "OpenClipEncoder"
 
 
 def load_encoder(
-    model: str | os.PathLike[str],
-    pretrained: str | os.PathLike[str] | None = None,
+    model: StrPath,
+    pretrained: StrPath | None = None,
     *,
-    text_model: str | os.PathLike[str] | None = None,
+    text_model: StrPath | None = None,
     device: str | None = None,
     precision: Precision | None = None,
 ) -> Encoder:
@@ -49,6 +48,6 @@ def load_encoder(
     return HuggingFaceEncoder(folder, device=device, precision=precision)
 
 
-def _refuse_text_model(model: str | os.PathLike[str], text_model: object) -> None:
+def _refuse_text_model(model: StrPath, text_model: object) -> None:
     if text_model is not None:
         raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")

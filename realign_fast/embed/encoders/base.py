@@ -60,10 +60,10 @@ class Encoder:
         """Return the tokens of texts; a text longer than the model's context is cut there."""
         raise NotImplementedError
 
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pixels: torch.Tensor) -> Any:  # [n, D]
         raise NotImplementedError
 
-    def _text_features(self, tokens: Tokens) -> torch.Tensor:
+    def _text_features(self, tokens: Tokens) -> Any:  # [n, D]
         raise NotImplementedError
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..._extras import import_extra
-from ..choices import Precision
+from ..choices import Precision, StrPath
 from .base import Encoder, Tokens, files_hash, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -35,11 +35,7 @@ class HuggingFaceEncoder(Encoder):
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        device: str | None = None,
-        precision: Precision | None = None,
+        self, folder: StrPath, *, device: str | None = None, precision: Precision | None = None
     ) -> None:
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
@@ -79,17 +75,16 @@ class HuggingFaceEncoder(Encoder):
         names = ("input_ids",) if self._sigmoid else ("input_ids", "attention_mask")
         return {name: tokens[name] for name in names if name in tokens}
 
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pixels: torch.Tensor) -> Any:
         return pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
 
-    def _text_features(self, tokens: Tokens) -> torch.Tensor:
+    def _text_features(self, tokens: Tokens) -> Any:
         return pooled(self.model.get_text_features(**tokens))
 
 
-def pooled(output: Any) -> torch.Tensor:
+def pooled(output: Any) -> Any:
     """Return the rows `[n, D]` of a tower's output, which transformers 5 wraps."""
-    rows: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return rows
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def processed(processor: Any, image: Any) -> torch.Tensor:
@@ -118,7 +113,7 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 @contextmanager
-def explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+def explained(folder: StrPath) -> Iterator[None]:
     """Turn an error of transformers about a directory into one line that names the directory.
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..choices import Precision
+from ..choices import Precision, StrPath
 from .base import Encoder, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
@@ -60,8 +60,8 @@ class Llm2ClipEncoder(Encoder):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
-        text_model: str | os.PathLike[str] | None = None,
+        folder: StrPath,
+        text_model: StrPath | None = None,
         *,
         device: str | None = None,
         precision: Precision | None = None,
@@ -139,12 +139,10 @@ class Llm2ClipEncoder(Encoder):
         own = mask & (position >= ids.shape[1] - lengths[:, None])  # [n, L], padded on the left
         return {"input_ids": ids, "attention_mask": mask, "own": own}
 
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        output = self.model["tower"](pixel_values=pixels.to(self.dtype))
-        features: torch.Tensor = output.image_embeds
-        return features
+    def _image_features(self, pixels: torch.Tensor) -> Any:
+        return self.model["tower"](pixel_values=pixels.to(self.dtype)).image_embeds
 
-    def _text_features(self, tokens: Tokens) -> torch.Tensor:
+    def _text_features(self, tokens: Tokens) -> Any:
         assert self._language is not None  # prepare_texts has refused
         mask, length = tokens["attention_mask"], tokens["input_ids"].shape[1]
         bidirectional = mask[:, None, None, :].expand(-1, 1, length, -1)  # [n, 1, L, L]
@@ -153,8 +151,7 @@ class Llm2ClipEncoder(Encoder):
         ).last_hidden_state
         own = tokens["own"].unsqueeze(-1)
         mean = states.float().mul(own).sum(1) / own.sum(1)  # [n, width]
-        features: torch.Tensor = self.model["adapter"](mean.to(self.dtype))
-        return features
+        return self.model["adapter"](mean.to(self.dtype))
 
 
 class Adapter(nn.Module):

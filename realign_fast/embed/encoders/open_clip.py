@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..._extras import import_extra
-from ..choices import Precision
+from ..choices import Precision, StrPath
 from .base import Encoder, Tokens, plain
 
 
@@ -39,8 +39,8 @@ class OpenClipEncoder(Encoder):
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
-        pretrained: str | os.PathLike[str] | None = None,
+        model: StrPath,
+        pretrained: StrPath | None = None,
         *,
         device: str | None = None,
         precision: Precision | None = None,
@@ -88,16 +88,14 @@ class OpenClipEncoder(Encoder):
         """Return token ids, cut or padded to the model's context."""
         return {"text": self._tokenize(texts)}
 
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pixels: torch.Tensor) -> Any:
         if pixels.dtype == torch.uint8 and self._normalization is not None:
             mean, deviation = self._normalization
             pixels = pixels.float().div_(255).sub_(mean).div_(deviation)
-        features: torch.Tensor = self.model.encode_image(pixels.to(self.dtype))
-        return features
+        return self.model.encode_image(pixels.to(self.dtype))
 
-    def _text_features(self, tokens: Tokens) -> torch.Tensor:
-        features: torch.Tensor = self.model.encode_text(tokens["text"])
-        return features
+    def _text_features(self, tokens: Tokens) -> Any:
+        return self.model.encode_text(tokens["text"])
 
 
 def _known_name(model: str, pretrained: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..choices import Content
+from ..choices import Content, StrPath
 from ..decode import SUFFIXES
 from .base import Item, Source, natural
 from .folder import DatasetJson, Folder
@@ -15,9 +15,7 @@ from .tar import Tars
 __all__ = ["Columns", "Item", "Source", "open_source"]
 
 
-def open_source(
-    path: str | os.PathLike[str], content: Content, columns: Columns | None = None
-) -> Source:
+def open_source(path: StrPath, content: Content, columns: Columns | None = None) -> Source:
     """Open the images, texts or pairs (an image with its caption) of `path`.
 
     Args:
