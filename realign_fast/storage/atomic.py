@@ -33,8 +33,8 @@ class PendingFile:
     def __enter__(self) -> IO[bytes]:
         return self.file
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
             self.commit()
         else:
             self.discard()
@@ -53,10 +53,15 @@ class PartialFile(PendingFile):
         self.file = open(self._partial, "xb", buffering)
 
     def commit(self) -> None:
+        """Sync the file, rename it and sync its directory.
+
+        Raises:
+            OSError: another writer replaced the temporary file, or the disk is full.
+        """
         with self.file:
             if not self._is_current():
-                what = "Another writer took over the file while it was written"
-                raise OSError(errno.EBUSY, f"{self._path}: {what}; let one process write it")
+                reason = "Another writer took over the file while it was written"
+                raise OSError(errno.EBUSY, f"{self._path}: {reason}; let one process write it")
             try:
                 self.file.flush()
                 _publish(self._partial, self._path, self.file.fileno())
@@ -64,6 +69,7 @@ class PartialFile(PendingFile):
                 self._partial.unlink(missing_ok=True)
 
     def discard(self) -> None:
+        """Remove the temporary file, unless it is that of another writer by now."""
         with self.file:
             if self._partial.exists() and self._is_current():
                 self._partial.unlink()
@@ -84,11 +90,13 @@ class ScratchFile(PendingFile):
         self.file = tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering)
 
     def commit(self) -> None:
+        """Upload the file."""
         with self.file:
             self.file.seek(0)  # also flushes
             self._upload(f"/dev/fd/{self.file.fileno()}")
 
     def discard(self) -> None:
+        """Close the file, which then is gone: it has no name."""
         self.file.close()
 
 

@@ -29,11 +29,11 @@ class LocalFile(io.FileIO):
         """Return up to ``count`` bytes from ``offset`` on."""
         return os.pread(self.fileno(), count, offset)
 
-    def chunks(self, begin: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes ``begin..end`` in order; fewer if the file has become shorter."""
-        while begin < end and (data := self.pread(min(end - begin, CHUNK_BYTES), begin)):
+    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes ``start..stop`` in order; fewer if the file has become shorter."""
+        while start < stop and (data := self.pread(min(stop - start, CHUNK_BYTES), start)):
             yield data
-            begin += len(data)
+            start += len(data)
 
 
 class LocalPath(PosixPath):

@@ -1,4 +1,4 @@
-"""One process at a time on an output directory, or the slices of one job array."""
+"""Locks on output directories: for one process, or for the parts of one job array."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
-    The lock goes with the process, however it ends: nothing is left to clear away. (At a URL
-    something may be: :mod:`object_lock`.)
+    A local lock ends with the process, however that ends, and leaves nothing to clear away. One at
+    a URL may leave an object there; :mod:`~realign_fast.storage.object_lock` says when.
 
     Raises:
         OSError: another process holds it; the message says which.
@@ -64,12 +64,12 @@ def _held(path: Path, alone: bool) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             warnings.warn(f"{path}: this file system has no locks; run one at a time", stacklevel=4)
-        words = f"process {os.getpid()} on {socket.gethostname()}"
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, (words if alone else f"{words} (or its job array)").encode(), 0)
+            os.pwrite(descriptor, (owner if alone else f"{owner} (or its job array)").encode(), 0)
         except OSError:
-            pass  # a full disk: the lock holds without a name on it
+            pass  # the disk is full; the lock holds without the name of its owner
         yield
     finally:
         os.close(descriptor)

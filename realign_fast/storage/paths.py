@@ -37,28 +37,35 @@ Stamp: TypeAlias = tuple[int, int | str]  # size in bytes; modification time or 
 class OpenedFile(ByteSource, Protocol):
     """A file that is opened for reads at offsets."""
 
-    def chunks(self, begin: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes ``begin..end`` in order, in chunks of a few MiB or less."""
+    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes ``start..stop`` in order, in chunks of a few MiB or less."""
 
     def fileno(self) -> int:
         """Return the file descriptor; ``io.UnsupportedOperation`` for a remote file."""
 
 
 class StoragePath(Protocol):
-    """What this package asks of a path, local or remote; ``pathlib``'s methods keep their meaning.
+    """A local or remote path. Methods that ``pathlib`` has too mean the same as there.
 
     Errors of a remote path are an ``OSError`` that names the URL and says what to do; errors of
-    the operating system about a local one get the same from :func:`explained`.
+    the operating system about a local path get the same from :func:`explained`.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The last part of the path."""
+
     @property
-    def stem(self) -> str: ...
+    def stem(self) -> str:
+        """The name without its suffix."""
+
     @property
-    def suffix(self) -> str: ...
+    def suffix(self) -> str:
+        """The end of the name from its last dot on."""
+
     @property
-    def parent(self) -> StoragePath: ...
+    def parent(self) -> StoragePath:
+        """The directory it lies in."""
 
     @property
     def protocol(self) -> str:
@@ -66,11 +73,11 @@ class StoragePath(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether every question is a request to a server (or to fsspec in general)."""
+        """True for a URL: every question is a request to a server (or to fsspec in general)."""
 
     @property
     def is_web(self) -> bool:
-        """Whether a web server shows it, which lists only pages of links."""
+        """True if a web server shows it, which lists directories as pages of links."""
 
     @property
     def read_only_reason(self) -> str:
@@ -78,17 +85,37 @@ class StoragePath(Protocol):
 
     def __truediv__(self, name: str, /) -> StoragePath: ...
     def __hash__(self) -> int: ...
-    def __lt__(self, other: Any, /) -> bool: ...
-    def exists(self) -> bool: ...
-    def is_file(self) -> bool: ...
-    def is_dir(self) -> bool: ...
-    def resolve(self) -> StoragePath: ...
-    def iterdir(self) -> Iterator[StoragePath]: ...
-    def mkdir(self, *, parents: bool, exist_ok: bool) -> None: ...
-    def unlink(self, missing_ok: bool = False) -> None: ...
-    def rmdir(self) -> None: ...
-    def open(self, mode: Literal["rb"], /) -> io.BufferedReader: ...
-    def read_bytes(self) -> bytes | bytearray: ...
+    def __lt__(self, path: Any, /) -> bool: ...
+
+    def exists(self) -> bool:
+        """Return whether anything is there."""
+
+    def is_file(self) -> bool:
+        """Return whether a file is there."""
+
+    def is_dir(self) -> bool:
+        """Return whether a directory is there."""
+
+    def resolve(self) -> StoragePath:
+        """Return the path without links, or the URL without a slash at its end."""
+
+    def iterdir(self) -> Iterator[StoragePath]:
+        """Yield the entries of a directory."""
+
+    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
+        """Create the directory; a no-op on object stores."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
+
+    def rmdir(self) -> None:
+        """Remove the empty directory; a no-op at a URL."""
+
+    def open(self, mode: Literal["rb"], /) -> io.BufferedReader:
+        """Return a file of bytes to read and seek in."""
+
+    def read_bytes(self) -> bytes | bytearray:
+        """Return the whole content of a small file."""
 
     def connect(self) -> None:
         """Prepare a remote file system for use from several threads."""

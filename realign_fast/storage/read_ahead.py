@@ -1,7 +1,7 @@
-"""Bytes of something far away: several large requests in flight, delivered in order.
+"""Reading remote bytes: several large requests in flight, delivered in order.
 
-What is read from is anything with `size` and `pread(count, offset)`, which may wait long and is
-called from several threads. Memory is what is in flight: `IN_FLIGHT` pieces, never the whole.
+A source is anything with ``size`` and ``pread(count, offset)``, which may wait long and is called
+from several threads. At most ``IN_FLIGHT`` pieces are in memory, never a whole file.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-IN_FLIGHT = 8  # requests at a time: one alone gives a connection's speed, and waits between
-PIECE_BYTES = 4 << 20  # of a request, where all that follows is wanted
+IN_FLIGHT = 8  # requests at a time: one alone gets a connection's speed, and waits in between
+PIECE_BYTES = 4 << 20  # of a request, where all following bytes are needed
 FIRST_BYTES = 128 << 10  # of a request, where a reader has jumped to
-KEPT_BYTES = 48 << 20  # of a file, so that columns that are read in turns are not fetched twice
+CACHED_BYTES = 48 << 20  # of a file, so that columns that are read in turns are not fetched twice
 
 
 class ByteSource(Protocol):
@@ -29,19 +29,19 @@ class ByteSource(Protocol):
         """Return ``count`` bytes from ``offset`` on, fewer only at the end."""
 
 
-def pieces(source: ByteSource, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin..end` in order, in pieces of `PIECE_BYTES`."""
-    starts = range(begin, end, PIECE_BYTES)
-    return spans(source, ((start, min(start + PIECE_BYTES, end)) for start in starts))
+def pieces(source: ByteSource, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes ``start..stop`` in order, in pieces of ``PIECE_BYTES``."""
+    starts = range(start, stop, PIECE_BYTES)
+    return spans(source, ((first, min(first + PIECE_BYTES, stop)) for first in starts))
 
 
-def spans(source: ByteSource, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes of each `(begin, end)` in order; `IN_FLIGHT` of them are on their way."""
+def spans(source: ByteSource, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the bytes of each ``(start, stop)`` in order; ``IN_FLIGHT`` requests run at a time."""
     pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
     waiting: deque[Future[bytes]] = deque()
     try:
-        for begin, end in wanted:
-            waiting.append(pool.submit(source.pread, end - begin, begin))
+        for start, stop in ranges:
+            waiting.append(pool.submit(source.pread, stop - start, start))
             if len(waiting) == IN_FLIGHT:
                 yield waiting.popleft().result()
         while waiting:
@@ -50,84 +50,96 @@ def spans(source: ByteSource, wanted: Iterable[tuple[int, int]]) -> Iterator[byt
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fill(source: ByteSource, begin: int, target: memoryview) -> None:
-    """Bytes from `begin` on into `target`, as many as it holds."""
-    place = 0
-    for piece in pieces(source, begin, begin + len(target)):
-        target[place : place + len(piece)] = piece
-        place += len(piece)
+def fill(source: ByteSource, start: int, target: memoryview) -> None:
+    """Copy the bytes from ``start`` on into ``target``, as many as it holds."""
+    filled = 0
+    for piece in pieces(source, start, start + len(target)):
+        target[filled : filled + len(piece)] = piece
+        filled += len(piece)
 
 
 class ReadAhead(io.RawIOBase):
     """A file to read and seek in. The longer it is read in sequence, the more it reads ahead.
 
-    A jump fetches `FIRST_BYTES`; whoever reads on behind them gets pieces of twice the size each,
-    up to `PIECE_BYTES`, and with each doubling one more is asked for before it is needed.
-    `error` is what its source last raised, for readers that lose it.
+    A jump fetches ``FIRST_BYTES``. A reader that goes on behind them gets pieces of twice the size
+    each, up to ``PIECE_BYTES``, and with each doubling one more piece is requested before it is
+    needed. ``error`` is the last error of the source, for readers that lose it.
     """
 
     def __init__(self, source: ByteSource) -> None:
-        self._source, self._size, self._at = source, source.size, 0
+        self._source, self._size, self._position = source, source.size, 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
-        # By where they begin: where they end, and their bytes to be; the oldest use first.
+        # Keyed by the start of a piece: its stop, and its bytes to be. The oldest use is first.
         self._pieces: OrderedDict[int, tuple[int, Future[bytes]]] = OrderedDict()
         self.error: OSError | None = None
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        return self._at
+        """Return the position in bytes."""
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if place < 0:
-            raise ValueError(f"seek: got place {place}, expected one from 0")
-        self._at = place
-        return place
+        """Move the position and return it; ValueError if it would be negative."""
+        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        position = offset + bases[whence]
+        if position < 0:
+            raise ValueError(f"seek: got position {position}, expected 0 or more")
+        self._position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
-        if self._at >= self._size:
+        """Read up to the end of the current piece; return how many bytes that were, 0 at the end.
+
+        Raises:
+            OSError: the source failed; the error stays in ``error``.
+        """
+        if self._position >= self._size:
             return 0
-        begin = self._begin()
+        start = self._requested_piece()
         try:
-            piece = self._pieces[begin][1].result()
+            piece = self._pieces[start][1].result()
         except OSError as error:
             self.error = error
             raise
-        data = memoryview(piece)[self._at - begin :][: len(buffer)]
+        data = memoryview(piece)[self._position - start :][: len(buffer)]
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
     def close(self) -> None:
+        """Forget the pieces and cancel what was requested."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pieces.clear()
         super().close()
 
-    def _begin(self) -> int:
-        """Where the piece of the next byte begins; it and those behind it are on their way."""
-        at, held = self._at, self._pieces.items()
-        begin = next((first for first, (end, _) in held if first <= at < end), None)
-        if begin is None:
-            before = next((first for first, (end, _) in held if end == at), None)
-            self._ask(at, FIRST_BYTES if before is None else 2 * (at - before))
-            begin = at
-        self._pieces.move_to_end(begin)
-        end = self._pieces[begin][0]
-        length = end - begin
+    def _requested_piece(self) -> int:
+        """Request the piece of the next byte and pieces behind it; return where it starts."""
+        position, pieces = self._position, self._pieces.items()
+        start = next((first for first, (stop, _) in pieces if first <= position < stop), None)
+        if start is None:
+            before = next((first for first, (stop, _) in pieces if stop == position), None)
+            length = FIRST_BYTES if before is None else 2 * (position - before)
+            self._request(position, length)
+            start = position
+        self._pieces.move_to_end(start)
+        stop = self._pieces[start][0]
+        length = stop - start
         for _ in range((length // FIRST_BYTES).bit_length() - 1):
-            if end not in self._pieces and end < self._size:
-                self._ask(end, 2 * length)
-            if end in self._pieces:
-                length, end = self._pieces[end][0] - end, self._pieces[end][0]
-        while sum(end - first for first, (end, _) in held) > KEPT_BYTES:
+            if stop not in self._pieces and stop < self._size:
+                self._request(stop, 2 * length)
+            if stop in self._pieces:
+                length, stop = self._pieces[stop][0] - stop, self._pieces[stop][0]
+        while sum(stop - first for first, (stop, _) in pieces) > CACHED_BYTES:
             self._pieces.popitem(last=False)[1][1].cancel()
-        return begin
+        return start
 
-    def _ask(self, begin: int, length: int) -> None:
-        end = min(begin + min(length, PIECE_BYTES), self._size)
-        self._pieces[begin] = end, self._pool.submit(self._source.pread, end - begin, begin)
+    def _request(self, start: int, length: int) -> None:
+        stop = min(start + min(length, PIECE_BYTES), self._size)
+        self._pieces[start] = stop, self._pool.submit(self._source.pread, stop - start, start)

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
-from .errors import may_pass, refuse
+from .errors import Participle, may_be_temporary, raise_explained
 from .read_ahead import ReadAhead, fill, pieces
 from .url_write import UrlWriter
 
@@ -67,13 +67,13 @@ class Url(UrlWriter):
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Yield the name of each entry of a directory, and whether it is a directory."""
 
-        def list_anew(fs: Any, path: str) -> list[tuple[str, str]]:
+        def list_entries(fs: Any, path: str) -> list[tuple[str, str]]:
             fs.invalidate_cache()
             entries = fs.ls(path, detail=True)
             own = path.rstrip("/")  # some stores have an object in the name of the folder itself
             return [(o["name"], o["type"]) for o in entries if o["name"].rstrip("/") != own]
 
-        for name, entry_type in self._ask(list_anew):
+        for name, entry_type in self._ask(list_entries):
             name = name.rstrip("/").rpartition("/")[2]
             if name and not (self._web and name.startswith("?")):
                 yield unquote(name) if self._web else name, entry_type == "directory"
@@ -132,8 +132,8 @@ class Url(UrlWriter):
             if info["type"] == "file":
                 fault = "its server does not say its size"
             raise OSError(errno.EINVAL, f"{self}: {fault}; expected a file that is read by ranges")
-        words = {re.sub("[-_]", "", key.lower()): value for key, value in info.items()}
-        known = [f"{key} {words[key]}" for key in sorted(_VERSIONS & set(words)) if words[key]]
+        facts = {re.sub("[-_]", "", key.lower()): value for key, value in info.items()}
+        known = [f"{key} {facts[key]}" for key in sorted(_VERSIONS & set(facts)) if facts[key]]
         self._size = int(info["size"])
         return self._size, ", ".join(known)
 
@@ -144,8 +144,8 @@ class Url(UrlWriter):
 
     def explanation(self, reason: str) -> str:
         """Return the message of a local error: it is one of the scratch file."""
-        where = f"in its scratch file in {tempfile.gettempdir()}"
-        return f"{self}: {reason} {where}; make room there, or name another place with TMPDIR"
+        scratch = f"in its scratch file in {tempfile.gettempdir()}"
+        return f"{self}: {reason} {scratch}; make room there, or name another place with TMPDIR"
 
     def pread(self, count: int, offset: int) -> bytes:
         """Return ``count`` bytes from ``offset`` on, fewer only at the end of the file."""
@@ -155,9 +155,9 @@ class Url(UrlWriter):
         data: bytes = self._ask(lambda fs, path: self._range(fs, path, count, offset))
         return data
 
-    def chunks(self, begin: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes ``begin..end`` in order; several requests are in flight."""
-        return pieces(self, begin, end)
+    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes ``start..stop`` in order; several requests are in flight."""
+        return pieces(self, start, stop)
 
     def fileno(self) -> int:
         """Raise ``io.UnsupportedOperation``: a remote file has no descriptor."""
@@ -189,21 +189,21 @@ class Url(UrlWriter):
         return "directory" if listing else str(info["type"])
 
     def _info(self) -> dict[str, Any]:
-        def ask_anew(fs: Any, path: str) -> dict[str, Any]:
+        def ask(fs: Any, path: str) -> dict[str, Any]:
             fs.invalidate_cache()  # of listings, which would tell how an object was
             info: dict[str, Any] = fs.info(path)
             return info
 
-        info: dict[str, Any] = self._ask(ask_anew)
+        info: dict[str, Any] = self._ask(ask)
         return info
 
-    def _ask(self, request: Callable[[Any, str], Any], done: str = "read") -> Any:
+    def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
         for wait in (*WAITS, None):
             try:
                 return request(*self._connected())
             except Exception as error:
-                if wait is None or not may_pass(error):
-                    refuse(self, error, len(WAITS) + 1, done)
+                if wait is None or not may_be_temporary(error):
+                    raise_explained(self, error, len(WAITS) + 1, operation)
             time.sleep(wait)
 
     def connect(self) -> None:

@@ -48,12 +48,12 @@ class UrlName:
 
     @property
     def chained(self) -> bool:
-        """Whether one file system lies in another."""
+        """True if one file system lies in another."""
         return "::" in self._text
 
     @property
     def is_web(self) -> bool:
-        """Whether a web server shows it."""
+        """True if a web server shows it."""
         return self._web
 
     @property
@@ -85,14 +85,14 @@ class UrlName:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._text!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UrlName) and other._text == self._text
+    def __eq__(self, url: object) -> bool:
+        return isinstance(url, UrlName) and url._text == self._text
 
     def __hash__(self) -> int:
         return hash(self._text)
 
-    def __lt__(self, other: UrlName) -> bool:
-        return self._text < other._text
+    def __lt__(self, url: UrlName) -> bool:
+        return self._text < url._text
 
     def __reduce__(self: Own) -> tuple[type[Own], tuple[str]]:
         return type(self), (self._text,)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .atomic import ScratchFile
+from .errors import Participle
 from .url_parsing import UrlName
 
 # Stores of objects, which have no directories and show nothing of an upload before its end.
@@ -18,10 +19,10 @@ _UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}  # of an upload in parts
 class UrlWriter(UrlName):
     """The writing half of :class:`~realign_fast.storage.url.Url`. Errors are those of ``_ask``."""
 
-    def _ask(self, request: Callable[[Any, str], Any], done: str = "read") -> Any:
+    def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
         """Return ``request(file system, path)``, tried again where that may help.
 
-        ``done`` is the participle in the message of the error that is raised if it fails for good.
+        ``operation`` stands in the message of the error that is raised if it fails for good.
         """
         raise NotImplementedError
 
@@ -35,11 +36,11 @@ class UrlWriter(UrlName):
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Create the directory and those above it; a no-op on object stores."""
 
-        def make(fs: Any, path: str) -> None:
+        def make_directory(fs: Any, path: str) -> None:
             if not _keeps_objects(fs):
                 fs.makedirs(path, exist_ok=True)
 
-        self._ask(make, "written")
+        self._ask(make_directory, "written")
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
@@ -67,11 +68,12 @@ class UrlWriter(UrlName):
     def upload(self, path: str) -> None:
         """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
 
-        def put(fs: Any, to: str) -> None:
+        def put_file(fs: Any, target: str) -> None:
             known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
-            fs.put_file(path, to, **{name: n for name, n in _UPLOAD.items() if name in known})
+            options = {name: value for name, value in _UPLOAD.items() if name in known}
+            fs.put_file(path, target, **options)
 
-        self._write(put)
+        self._write(put_file)
 
     def create(self, data: bytes, look: bool = True) -> bool:
         """Write a small file if none is there, and return whether it was written.
@@ -80,7 +82,7 @@ class UrlWriter(UrlName):
         ``look`` asks before whether there is one; without it such a store replaces what is there.
         """
 
-        def make(fs: Any, path: str) -> bool:
+        def create_file(fs: Any, path: str) -> bool:
             fs.invalidate_cache()
             if look and fs.exists(path):
                 return False
@@ -101,10 +103,10 @@ class UrlWriter(UrlName):
             return True
 
         self.parent.mkdir()
-        return bool(self._ask(make, "written"))
+        return bool(self._ask(create_file, "written"))
 
     def _write(self, send: Callable[[Any, str], Any]) -> None:
-        def whole(fs: Any, path: str) -> None:
+        def send_whole(fs: Any, path: str) -> None:
             if _keeps_objects(fs):
                 send(fs, path)
                 return
@@ -116,7 +118,7 @@ class UrlWriter(UrlName):
                 fs.rm_file(path)
             fs.mv(partial, path)
 
-        self._ask(whole, "written")
+        self._ask(send_whole, "written")
 
 
 def _keeps_objects(fs: Any) -> bool:

@@ -291,7 +291,7 @@ def test_killed_in_the_middle_it_goes_on_by_itself(seen, options, tmp_path, buck
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
     assert "_stats/lock" not in keys(bucket)
     names = {path.name for path in set(Path("/tmp").glob("realign-fast-*")) - scratch}
-    assert not [name for name in names if not name.startswith("realign-fast-work-")]
+    assert not [name for name in names if not name.startswith("realign-fast-task-")]
 
 
 def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, bucket):
@@ -485,7 +485,7 @@ def test_a_lock_that_nobody_can_prove_dead_is_named(other, bucket):
 
 
 def test_a_lock_shows_that_its_holder_lives(bucket, monkeypatch):
-    monkeypatch.setattr(object_lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(object_lock, "HEARTBEAT_SECONDS", 0.05)
 
     def alive():
         return json.loads(bucket.cat("rows/out/_stats/lock"))["alive"]
