@@ -1,4 +1,4 @@
-"""Module names of version 0.1.0, which keep importing for one release, with a warning."""
+"""Module names of version 0.1.0, which can be imported for one release more, with a warning."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ class _OldNameFinder(MetaPathFinder, Loader):
         known = package == _PACKAGE and name in _NEW_NAMES
         return ModuleSpec(fullname, self) if known else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new_name = f"{_PACKAGE}.{_NEW_NAMES[spec.name.rpartition('.')[2]]}"
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the new module in the place of the empty one that was created for the old name."""
+        old_name = module.__name__
+        new_name = f"{_PACKAGE}.{_NEW_NAMES[old_name.rpartition('.')[2]]}"
         warnings.warn(
-            f"{spec.name} is called {new_name} now; the old name goes with the next release",
+            f"{old_name} is called {new_name} now; the old name goes with the next release",
             DeprecationWarning,
             stacklevel=2,
         )
-        return importlib.import_module(new_name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module under its new name has been executed."""
+        sys.modules[old_name] = importlib.import_module(new_name)
 
 
 def install() -> None:
