@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..corpus.convert import convert
 from ..corpus.corpus import Corpus
-from ..corpus.layout import metadata_of
+from ..corpus.layout import Modality, metadata_of
 from ..pipeline.inspection import format_facts, inspect
 from ..pipeline.output import check_scratch
 from ..pipeline.verify import verify
@@ -39,7 +39,7 @@ def open_source(options: Namespace) -> Corpus:
 def open_corpus(
     options: Namespace,
     path: str,
-    modality: str | None,
+    modality: Modality | None,
     column: str | None = None,
     column_option: str = "--column",
 ) -> Corpus:

@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from .. import __version__, ops
-from ..corpus.io_extension import reader_of
+from ..corpus.io_extension import reader_description
 from . import align_commands, corpus_commands, embed_commands, revision_commands
 from .options import add_command
 
@@ -96,7 +96,7 @@ def _info(_: argparse.Namespace) -> None:
         for device in devices:
             kernel, reason = ops.backend_of(op, device)
             print(f"{op:13} {device}: {kernel} ({reason})")
-    print(f"files         {reader_of()}")
+    print(f"files         {reader_description()}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Directories of embedding shards, in every format that this package reads and writes."""
 
-from .corpus import Batch, Corpus, sample_rows
+from .corpus import Batch, Corpus, sample_ids, sample_rows
 from .format_registry import format_of
-from .formats.npy import Shard, ShardWriter, as_numpy, read_header
+from .formats.npy import ShardWriter, read_header
+from .shard import Shard, as_numpy
 
 __all__ = [
     "Batch",
@@ -12,5 +13,6 @@ __all__ = [
     "as_numpy",
     "format_of",
     "read_header",
+    "sample_ids",
     "sample_rows",
 ]

@@ -1,7 +1,24 @@
-"""Which format a file has: the one table of suffixes, contents, readers and writers.
+"""The formats of shards: one table of suffixes, contents, readers and writers.
 
-The suffix decides; where a name has none of them (a single file, named by hand), the content does.
-A folder holds one format. What we write beside shards (`NOT_ROWS`) is no shard.
+The suffix of a file decides on its format. A single file that is named by hand may have another
+suffix; then its content decides. A folder holds shards of one format.
+
+How to add a format:
+
+1. Write `formats/NAME.py`. Derive its shard from `StreamedShard` and implement `pieces`, which
+   decodes the rows in order; or, if the rows lie in one piece of the file, from `ContiguousShard`
+   and implement `parse`. Set `format`, and implement `writer`, which returns a writer for other
+   rows of the same shape. A format with columns beside the rows also overrides
+   `has_other_columns` and `other_columns`.
+2. Derive its writer from `FormatWriter`, or from `arrow_columns.TableWriter` for a table, and set
+   `suffixes` (and `dtypes`, if the format has others than float16, float32 and float64).
+3. Write `read_shard(path, column)`. It reads no more than a header where the format allows, and
+   refuses what it cannot read: the error names file, row or column, what was expected and what to
+   do. Only this file may import an optional package of the format.
+4. Add a line to `FORMATS` below and one to the table in `convert.py`, which writes other corpora in
+   the format. The README lists the formats.
+5. Test it in `tests/corpus/test_formats.py`, whose cases read every format as they read npy, and
+   with files that are damaged, empty, truncated and changed while they are read.
 """
 
 from __future__ import annotations
@@ -9,137 +26,133 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently
 from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
-from .formats.npy import Shard, ShardWriter
-from .streamed_shard import StreamedShard
+from .shard import Shard
+from .shard_writer import FormatWriter
 
-AnyShard = Shard | StreamedShard
-UNFINISHED = ".converting"  # where it is, not all shards of a conversion are
-NOT_ROWS = {"aligner.safetensors", "half.safetensors"}
-
+UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
+NOT_SHARDS = {"aligner.safetensors", "half.safetensors"}  # written by this package beside shards
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+HEAD_BYTES = 512  # of a file, by which its format is recognized
 
 
 class Format(NamedTuple):
-    suffixes: tuple[str, ...]
-    begins: Callable[[bytes], bool]  # whether a file beginning so is one
-    read: Callable[[StoragePath, str | None], AnyShard]
-    writer: type[ShardWriter]
+    """A format of shards."""
 
-
-def _npy(path: StoragePath, _: str | None) -> Shard:
-    return npy.read_header(path)
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= safetensors.MAX_HEADER
+    recognizes: Callable[[bytes], bool]  # whether a file that begins with these bytes has it
+    read: Callable[[StoragePath, str | None], Shard]  # of a path and the name of the rows
+    writer: type[FormatWriter]
 
 
 FORMATS = {
-    "npy": Format((".npy",), lambda head: head[:6] == b"\x93NUMPY", _npy, ShardWriter),
-    "parquet": Format(
-        (".parquet",),
-        lambda head: head[:4] == b"PAR1",
-        parquet.read_shard,
-        parquet.ParquetWriter,
+    "npy": Format(
+        lambda head: head[:6] == b"\x93NUMPY",
+        lambda path, column: npy.read_header(path),
+        npy.ShardWriter,
     ),
+    "parquet": Format(lambda head: head[:4] == b"PAR1", parquet.read_shard, parquet.ParquetWriter),
     "arrow": Format(
-        (".arrow", ".feather"),
         lambda head: head[:6] == arrow.MAGIC or head[:4] == b"\xff\xff\xff\xff",
         arrow.read_shard,
         arrow.ArrowWriter,
     ),
-    "safetensors": Format(
-        (".safetensors",), _is_safetensors, safetensors.read_shard, safetensors.TensorWriter
-    ),
+    "safetensors": Format(safetensors.recognizes, safetensors.read_shard, safetensors.TensorWriter),
     "tar": Format(
-        (".tar",),
-        lambda head: head[257:262] == b"ustar",
-        webdataset.read_shard,
-        webdataset.TarWriter,
+        lambda head: head[257:262] == b"ustar", webdataset.read_shard, webdataset.TarWriter
     ),
     "pickle": Format(
-        (".pkl", ".pickle"),
         lambda head: head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"),
         pickle_list.read_shard,
         pickle_list.PickleWriter,
     ),
 }
-SUFFIXES = {suffix: name for name, one in FORMATS.items() for suffix in one.suffixes}
+SUFFIXES = {suffix: name for name, row in FORMATS.items() for suffix in row.writer.suffixes}
 
 
 def format_of(name: str) -> str | None:
-    """The format that a visible file name stands for."""
-    if name.startswith(".") or name in NOT_ROWS:
+    """Return the format that a file name stands for; None for hidden files and files of ours."""
+    if name.startswith(".") or name in NOT_SHARDS:
         return None
     return SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
-def compressed(name: str) -> str | None:
-    """What a shard is compressed with, by its name, where it is as a whole: `rows.tar.gz`."""
+def compression_of(name: str) -> str | None:
+    """Return the compression of a shard that is compressed as a whole, such as `rows.tar.gz`."""
     name = name.lower().replace(".tgz", ".tar.gz")
     stem, suffix = os.path.splitext(name)
     return suffix[1:] if suffix in COMPRESSED and format_of(stem) else None
 
 
 def shard_paths(folder: StoragePath) -> list[StoragePath]:
-    """The shards in a folder, in natural order; those of one format."""
+    """Return the shards in a folder, in natural order.
+
+    Raises:
+        OSError: the folder cannot be read.
+        ValueError: they are of several formats.
+    """
     with explained(folder):
         if (folder / hf_dataset.STATE).is_file():
             return hf_dataset.data_files(folder)
-        found = [path for path in folder.iterdir() if format_of(path.name)]
-    found.sort(key=_natural)
-    first = {format_of(path.name): path for path in reversed(found)}
-    if len(first) > 1:
-        names = " and ".join(path.name for path in first.values())
+        paths = [path for path in folder.iterdir() if format_of(path.name)]
+    paths.sort(key=_natural_order)
+    first_of_format = {format_of(path.name): path for path in reversed(paths)}
+    if len(first_of_format) > 1:
+        names = " and ".join(path.name for path in first_of_format.values())
         advice = "a corpus has one format: move one kind away, or open a single file"
         raise ValueError(f"{folder}: has {names}; {advice}")
-    return found
+    return paths
 
 
-def read_shards(paths: Sequence[StoragePath], *how: Any) -> tuple[AnyShard, ...]:
-    """The shards at `paths`, in their order; of URLs several at a time."""
+def read_shards(
+    paths: Sequence[StoragePath], column: str | None, allow_pickle: bool
+) -> tuple[Shard, ...]:
+    """Open the shards at `paths`, in their order; several at a time if they are remote."""
     pickles = any(format_of(path.name) == "pickle" for path in paths)
-    threads = pickle_list.THREADS if pickles else 1  # (they are looked through to their ends)
-    return tuple(
-        map_concurrently(lambda path: read_shard(path, *how), paths, lambda path: path, threads)
-    )
+    threads = pickle_list.THREADS if pickles else 1  # pickles are read to their ends
+    read = partial(read_shard, column=column, allow_pickle=allow_pickle)
+    return tuple(map_concurrently(read, paths, lambda path: path, threads))
 
 
-def read_shard(
-    path: StoragePath, column: str | None = None, allow_pickle: bool = False
-) -> AnyShard:
-    """The shard at `path`; every error that opening a file can have is raised here."""
-    name = format_of(path.name) or _by_content(path) or "npy"
-    if compression := compressed(path.name):
-        what = f"is compressed ({compression}), so a row cannot be read without all before it"
-        raise ValueError(f"{path}: {what}; decompress it")
+def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool = False) -> Shard:
+    """Open the shard at `path`.
+
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: the rows are numbers of a type that is not read.
+        ValueError: the file is damaged, compressed, a pickle without `allow_pickle`, or of another
+            format than its suffix says.
+    """
+    name = format_of(path.name) or _format_of_content(path) or "npy"
+    if compression := compression_of(path.name):
+        problem = f"is compressed ({compression}), so a row cannot be read without all before it"
+        raise ValueError(f"{path}: {problem}; decompress it")
     if name == "pickle" and not allow_pickle:
-        how = "allow_pickle=True or --allow-pickle (nothing in it is run)"
-        raise ValueError(f"{path}: a pickle is read only when asked to: give {how}")
+        advice = "give allow_pickle=True or --allow-pickle (nothing in it is run)"
+        raise ValueError(f"{path}: a pickle is read only when asked to: {advice}")
     try:
         return FORMATS[name].read(path, column)
     except ValueError as error:
-        content = _by_content(path)
+        content = _format_of_content(path)
         if content in (None, name):
             raise
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error
 
 
-def _by_content(path: StoragePath) -> str | None:
+def _format_of_content(path: StoragePath) -> str | None:
     try:
         if path.is_file():
             with path.open("rb") as file:
-                head = file.read(512)
-            return next((name for name, one in FORMATS.items() if one.begins(head)), None)
+                head = file.read(HEAD_BYTES)
+            return next((name for name, row in FORMATS.items() if row.recognizes(head)), None)
     except OSError:
-        pass  # whoever opens it in earnest says why
+        pass  # the reader of the format says what is wrong
     return None
 
 
-def _natural(path: StoragePath) -> tuple[list[Any], str]:
+def _natural_order(path: StoragePath) -> tuple[list[Any], str]:
     pieces = enumerate(re.split("([0-9]+)", path.name))
     return [int(piece) if place % 2 else piece for place, piece in pieces], path.name

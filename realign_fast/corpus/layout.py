@@ -1,92 +1,176 @@
-"""What lies in a folder beside its shards, or in their place: what is refused, what is ignored."""
+"""Directories of shards: the sides of a clip-retrieval root, and what may lie beside shards.
+
+A clip-retrieval root has `text_emb/`, `img_emb/` and `metadata/`. Shards of the two sides pair by
+the number that ends their names and must have equally many rows. A number that one side lacks is no
+error (people download parts); one that `metadata/` lacks is a warning, since it is never read here.
+Hidden files and files with other suffixes are not shards.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..storage.paths import StoragePath
-from .format_registry import UNFINISHED, compressed, format_of
+from .format_registry import UNFINISHED, compression_of, format_of, read_shards, shard_paths
 from .formats import hf_dataset
 
 if TYPE_CHECKING:
     from .corpus import Corpus
+    from .shard import Shard
 
-OURS = {"metadata", "_stats"}  # folders with files that look like shards and are none
-LOOKED_AT = 1000  # files of a folder
-NAMED = 5  # in one message
+Modality = Literal["text", "image"]
+SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
+METADATA = "metadata"
+OUR_FOLDERS = {METADATA, "_stats"}  # their files look like shards and are none
+EXAMINED_FILES = 1000  # of a folder that may hold shards
+LISTED_NAMES = 5  # in one message
 
 
-def check(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
-    """Refuse a folder that holds no corpus; warn of shards that are not read.
+def is_folder(path: StoragePath) -> bool:
+    """Return whether `path` is a directory; a URL whose name is that of a shard is not asked."""
+    return not (path.is_remote and format_of(path.name)) and path.is_dir()
+
+
+def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
+    """Return the folder of the side `modality`; empty where `root` is no clip-retrieval root.
 
     Raises:
-        ValueError: a conversion that did not end, a dataset of several splits.
-        FileNotFoundError: no shards; says where some may be, or what stands in their way.
+        FileNotFoundError: the root lacks that side.
+        ValueError: the choice of a side is missing or unknown, or shards lie beside the sides.
     """
-    if shards and folder.is_web:
-        return  # nothing of ours, and another page of links
-    names, folders = _listed(folder)
+    if modality not in (None, *SUBFOLDERS):
+        raise ValueError(f"{root}: modality is {modality!r}, expected 'text', 'image' or None")
+    folder = is_folder(root)
+    sides = [name for name in SUBFOLDERS.values() if folder and (root / name).is_dir()]
+    if not sides:
+        return ""
+    if loose := shard_paths(root):
+        contents = f"{loose[0].suffix} files and {sides[0]}/"
+        raise ValueError(f"{root}: has {contents}; open the folder of the rows")
+    if modality is None and len(sides) == 1:
+        return sides[0]
+    if modality is None:
+        contents = " and ".join(sides)
+        raise ValueError(f"{root}: has {contents}; choose with modality 'text' or 'image'")
+    if SUBFOLDERS[modality] not in sides:
+        raise FileNotFoundError(f"{root}: has {sides[0]}/ but no {SUBFOLDERS[modality]}/; embed it")
+    return SUBFOLDERS[modality]
+
+
+def shard_number(path: StoragePath) -> str:
+    """Return what pairs the files of one shard: the number that ends the name, else the name."""
+    match = re.search("0*([0-9]+)$", path.stem)
+    return match[1] if match else path.stem
+
+
+def check_pairs(
+    root: StoragePath,
+    subfolder: str,
+    shards: Sequence[Shard],
+    column: str | None,
+    allow_pickle: bool,
+) -> None:
+    """Check the shards of one side against the other side and the metadata of a root.
+
+    Raises:
+        ValueError: a shard and its pair on the other side differ in their number of rows.
+    """
+    other_side = next(name for name in SUBFOLDERS.values() if name != subfolder)
+    other_paths = shard_paths(root / other_side) if (root / other_side).is_dir() else []
+    by_number = {shard_number(path): path for path in other_paths}
+    paired = [shard for shard in shards if shard_number(shard.path) in by_number]
+    pairs = read_shards(
+        [by_number[shard_number(shard.path)] for shard in paired], column, allow_pickle
+    )
+    for shard, pair in zip(paired, pairs, strict=True):
+        if pair.num_rows != shard.num_rows:
+            counts = f"has {shard.num_rows} rows, {pair.path} has {pair.num_rows}"
+            advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
+            raise ValueError(f"{shard.path}: {counts}; {advice}")
+    metadata = root / METADATA
+    described = {shard_number(path) for path in (metadata.iterdir() if metadata.is_dir() else ())}
+    missing = [shard.path.name for shard in shards if shard_number(shard.path) not in described]
+    if described and missing:
+        message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"
+        warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
+
+
+def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
+    """Refuse a folder that holds no corpus; warn of shards in its folders, which are not read.
+
+    Raises:
+        ValueError: the folder is an unfinished conversion or a dataset of several splits.
+        FileNotFoundError: it has no shards; the message says where some may be.
+    """
+    if shards and folder.is_remote and folder.is_web:
+        return  # no server has our folders, and the check would fetch a page of links
+    names, subfolders = _listed(folder)
     if UNFINISHED in names:
-        what = "is a conversion that did not end; run the same convert again (it goes on)"
-        raise ValueError(f"{folder}: {what}")
-    below = [name for name in folders if _may_hold_shards(folder, name)]
-    if shards and below:
-        what = f"shards in its folders ({_some(below)}) are not read, only those beside them"
-        warnings.warn(f"{folder}: {what}; open such a folder itself", stacklevel=4)
+        problem = "is a conversion that did not end"
+        raise ValueError(f"{folder}: {problem}; run the same convert again (it goes on)")
+    nested = [name for name in subfolders if _may_hold_shards(folder, name)]
+    if shards and nested:
+        problem = f"shards in its folders ({_some(nested)}) are not read, only those beside them"
+        warnings.warn(f"{folder}: {problem}; open such a folder itself", stacklevel=4)
     if shards:
         return
     if hf_dataset.SPLITS in names:
         splits = hf_dataset.splits_of(folder)
-        one = f"give one of them, such as {folder / splits[0]}"
-        raise ValueError(f"{folder}: is a DatasetDict of the splits {_some(splits)}; {one}")
-    if below:
-        advice = f"open one of them ({folder / below[0]}), or move the shards into one folder"
-        raise FileNotFoundError(f"{folder}: its shards are in folders ({_some(below)}); {advice}")
-    if packed := sorted(filter(compressed, names)):
-        what = f"has no shards but compressed files ({_some(packed)}), which have no row access"
-        raise FileNotFoundError(f"{folder}: {what}; decompress them")
+        advice = f"give one of them, such as {folder / splits[0]}"
+        raise ValueError(f"{folder}: is a DatasetDict of the splits {_some(splits)}; {advice}")
+    if nested:
+        advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
+        raise FileNotFoundError(f"{folder}: its shards are in folders ({_some(nested)}); {advice}")
+    if packed := sorted(filter(compression_of, names)):
+        problem = f"has no shards but compressed files ({_some(packed)}), which have no row access"
+        raise FileNotFoundError(f"{folder}: {problem}; decompress them")
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
 
 
 def metadata_of(corpus: Corpus) -> StoragePath | None:
-    """The folder of clip-retrieval's layout that describes the rows of files without columns."""
-    folder = corpus.path / "metadata"
+    """Return the local folder `metadata/` that describes the rows, or None."""
+    folder = corpus.path / METADATA
     return folder if not folder.is_remote and folder.is_dir() else None
 
 
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
-    """Refuse a result in `out / subfolder` that would come to lie beside or below rows read."""
+    """Check that a result in `out / subfolder` would not lie beside or below the rows of `corpus`.
+
+    Raises:
+        ValueError: it would.
+    """
     shards = {shard.path for shard in corpus.shards}
-    folders = {path.parent.resolve() for path in shards} | {
-        path.resolve().parent for path in shards
-    }
-    below = corpus.path not in shards and out.is_within(corpus.path)
-    if below or folders & {out.resolve(), (out / subfolder).resolve()}:
-        what = f"is or lies in {corpus.path}, which holds rows that are read"
-        raise ValueError(f"{out}: {what}; give another --out")
+    folders = {path.parent.resolve() for path in shards}
+    folders |= {path.resolve().parent for path in shards}  # of the files that links lead to
+    is_below = corpus.path not in shards and out.is_within(corpus.path)
+    if is_below or folders & {out.resolve(), (out / subfolder).resolve()}:
+        problem = f"is or lies in {corpus.path}, which holds rows that are read"
+        raise ValueError(f"{out}: {problem}; give another --out")
 
 
 def _listed(folder: StoragePath) -> tuple[set[str], list[str]]:
-    """The names of what lies in a folder, and of the folders among it."""
-    found = list(folder.listed())
-    return {name for name, _ in found}, sorted(name for name, inside in found if inside)
+    """Return the names of all entries of a folder, and the sorted names of its folders."""
+    entries = list(folder.listed())
+    return {name for name, _ in entries}, sorted(name for name, is_dir in entries if is_dir)
 
 
 def _may_hold_shards(folder: StoragePath, name: str) -> bool:
-    """Whether a folder of this name does; of a server, which may list millions, it is not asked."""
-    if name in OURS or name.startswith((".", "_")):
+    """Return whether a folder may hold shards; a remote one, of perhaps millions, is not listed."""
+    if name in OUR_FOLDERS or name.startswith((".", "_")):
         return False
     if folder.is_remote:
         return True
     try:
-        return any(format_of(path.name) for path in islice((folder / name).iterdir(), LOOKED_AT))
-    except OSError:  # somebody else's
+        files = islice((folder / name).iterdir(), EXAMINED_FILES)
+        return any(format_of(path.name) for path in files)
+    except OSError:  # a folder that this user may not read
         return False
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more

@@ -1,7 +1,8 @@
-"""Shards whose rows are decoded, not mapped: what their formats have in common."""
+"""The base of shards whose rows are decoded rather than mapped, and the memory of their batches."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,77 +11,74 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..storage.paths import StoragePath
-from .formats.npy import TORCH_DTYPES, changed
+from ..storage.paths import Stamp
 from .io_extension import io as _io
+from .shard import Shard
 
 
 @dataclass(frozen=True)
-class StreamedShard:
-    """Rows `[rows, dimension]` of one file; a subclass knows how to decode them."""
+class StreamedShard(Shard):
+    """A shard of a format that is read from its start on; a subclass decodes it in `pieces`."""
 
-    path: StoragePath
-    num_rows: int
-    dimension: int
-    dtype: np.dtype
-    column: str  # where the rows are: a column, a key, the ending of a member's name
-    stamp: tuple[int, int | str]  # of the file when it was opened
-    row_bytes = property(lambda self: self.dimension * self.dtype.itemsize)
-    others = None  # for `convert`: a function that yields the other columns as record batches
+    dtype: np.dtype[Any]
+    column: str  # name of the rows: a column, a key, the ending of a member's name
+    stamp: Stamp  # of the file when it was opened
 
-    def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
-        """All rows from `first` on, `[n, D]` at a time; about `size` is a good n.
+    @abstractmethod
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield all rows from `first` on, `[n, D]` at a time; `batch_rows` is a good size.
 
-        A piece that may be written to is given away: a batch may be a view of it.
+        A writable piece is given away: a batch may be a view of it.
         """
-        raise NotImplementedError
 
-    def read(self, first: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Rows from `first` on as `(row, [n, D])`; cut at multiples of `size`, as mapped ones."""
+    def read(
+        self, first: int, batch_rows: int, ring: Any = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
         if self.path.stamp() != self.stamp:
-            raise changed(self)
-        begin, filled, batch = first, 0, None
-        for piece in self.pieces(first, size):
+            raise self.changed_error()
+        row, filled, batch = first, 0, None
+        for piece in self.pieces(first, batch_rows):
             while len(piece):
-                if begin == self.num_rows:
-                    raise changed(self)
+                if row == self.num_rows:
+                    raise self.changed_error()
                 if batch is None:
-                    count = min(begin - begin % size + size, self.num_rows) - begin
+                    count = min(row - row % batch_rows + batch_rows, self.num_rows) - row
                     if piece.flags.writeable and len(piece) >= count:
-                        yield begin, torch.from_numpy(piece[:count])
-                        piece, begin = piece[count:], begin + count
+                        yield row, torch.from_numpy(piece[:count])
+                        piece, row = piece[count:], row + count
                         continue
                     batch = np.empty((count, self.dimension), self.dtype)
                 part = piece[: len(batch) - filled]
                 batch[filled : filled + len(part)] = part
                 piece, filled = piece[len(part) :], filled + len(part)
                 if filled == len(batch):
-                    yield begin, torch.from_numpy(batch)
-                    begin, filled, batch = begin + filled, 0, None
-        if begin != self.num_rows or (self.path.is_remote and self.path.stamp() != self.stamp):
-            raise changed(self)
+                    yield row, torch.from_numpy(batch)
+                    row, filled, batch = row + filled, 0, None
+        if row != self.num_rows or (self.path.is_remote and self.path.stamp() != self.stamp):
+            raise self.changed_error()
 
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        """Rows at sorted `ids`. Everything between the first and the last of them is decoded."""
-        out = np.empty((len(ids), self.dimension), self.dtype)
-        size = max(1, (1 << 20) // self.row_bytes)
-        for first, rows in self.read(int(ids[0]), size):
+    def take(self, ids: np.ndarray) -> torch.Tensor:
+        """Read the rows at sorted `ids`; all rows between the first and the last are decoded."""
+        taken = torch.empty(len(ids), self.dimension, dtype=self.torch_dtype)
+        batch_rows = max(1, (1 << 20) // self.row_bytes)
+        for first, rows in self.read(int(ids[0]), batch_rows):
             low, high = np.searchsorted(ids, [first, first + len(rows)])
-            out[low:high] = rows.numpy()[ids[low:high] - first]
+            taken[low:high] = rows[ids[low:high] - first]
             if high == len(ids):
                 break
-        return out
+        return taken
 
 
 class Buffers:
-    """Memory for batches of `size` rows, used again when a batch is no longer looked at."""
+    """Memory for batches of `batch_rows` rows, which is used again once a batch is released."""
 
-    def __init__(self, shard: StreamedShard, size: int) -> None:
-        self.size, self.dimension, self.dtype = size, shard.dimension, shard.dtype
-        self._bytes = min(size, shard.num_rows) * shard.row_bytes
+    def __init__(self, shard: StreamedShard, batch_rows: int) -> None:
+        self.batch_rows, self.dimension, self.dtype = batch_rows, shard.dimension, shard.dtype
+        self._bytes = min(batch_rows, shard.num_rows) * shard.row_bytes
 
     def empty(self, count: int) -> np.ndarray:
-        """`[count, D]`"""
+        """Return an uninitialized array `[count, D]`."""
         values = np.frombuffer(_ring(self._bytes).take(), self.dtype, count * self.dimension)
         return values.reshape(count, self.dimension)
 
@@ -88,7 +86,3 @@ class Buffers:
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
     return _io.Ring(2, size)  # one is looked at while the next is filled
-
-
-def torch_dtype(shard: StreamedShard) -> torch.dtype:
-    return TORCH_DTYPES[shard.dtype]

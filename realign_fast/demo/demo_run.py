@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..corpus.layout import Modality
 from ..moments import Moments
 from ..pipeline.align_run import AlignRun, align
 from ..pipeline.settings import Settings
@@ -75,7 +76,7 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
     return summary
 
 
-def _rows(path: Path, modality: str) -> Tensor:
+def _rows(path: Path, modality: Modality) -> Tensor:
     corpus = Corpus(path, modality)
     return corpus.take(range(corpus.num_rows))
 

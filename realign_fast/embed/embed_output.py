@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from ..corpus.corpus import SUBFOLDERS, ShardWriter, format_of
-from ..corpus.formats.arrow_columns import pyarrow, write_table
+from ..corpus import ShardWriter, format_of
+from ..corpus.formats.arrow_columns import pyarrow
+from ..corpus.formats.tables import write_table
+from ..corpus.layout import SUBFOLDERS
 from ..storage.paths import write_json, write_whole
 from .choices import Side
 from .sources.base import Item

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..corpus.corpus import Batch, Corpus, Shard
+from ..corpus.corpus import Batch, Corpus
+from ..corpus.shard import Shard
 
 
 class CachedCorpus(Corpus):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..corpus.corpus import Shard, as_numpy
+from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
 from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .output import STATS

@@ -13,8 +13,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 
-from ..corpus.corpus import SUBFOLDERS, Corpus, format_of
-from ..corpus.layout import check_apart
+from ..corpus import Corpus, format_of
+from ..corpus.layout import SUBFOLDERS, check_apart
 from ..storage.paths import StoragePath, local_path
 from .settings import Mode
 

@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..align import ReAlign
-from ..corpus.corpus import Batch, Corpus, Shard, ShardWriter
+from ..corpus.corpus import Batch, Corpus
+from ..corpus.shard import Shard
+from ..corpus.shard_writer import FormatWriter
 from ..moments import Moments, RowMap, good_rows
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
@@ -142,7 +144,7 @@ class AlignTask(ShardTask):
 
         return finish
 
-    def _write(self, index: int, shard: Shard, writer: ShardWriter) -> tuple[Moments, int]:
+    def _write(self, index: int, shard: Shard, writer: FormatWriter) -> tuple[Moments, int]:
         """Align a shard into a writer; while a batch is computed, those before it are written.
 
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..align import ReAlign
-from ..corpus.corpus import Corpus, format_of
+from ..corpus import Corpus, format_of
 from ..moments import Moments
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import checksum, digest, map_hash

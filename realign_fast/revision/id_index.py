@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..corpus.corpus import Corpus
-from ..corpus.format_registry import AnyShard
 from ..corpus.formats.arrow_columns import decoded, pyarrow
+from ..corpus.layout import shard_number
+from ..corpus.shard import Shard
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, storage_path
 
@@ -103,7 +103,7 @@ def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
 
 
 def _insert_shard(
-    database: sqlite3.Connection, corpus: Corpus, shard: AnyShard, start: int, ids: IdSource
+    database: sqlite3.Connection, corpus: Corpus, shard: Shard, start: int, ids: IdSource
 ) -> None:
     """Insert the ids of a shard, whose first row is row `start` of the corpus."""
     source, blocks = _ids_of(corpus, shard, ids)
@@ -143,19 +143,19 @@ def _listed(folder: StoragePath) -> list[StoragePath]:
     return sorted(folder.iterdir(), key=lambda path: path.name)
 
 
-def _ids_of(corpus: Corpus, shard: AnyShard, ids: IdSource) -> tuple[StoragePath, IdBlocks]:
+def _ids_of(corpus: Corpus, shard: Shard, ids: IdSource) -> tuple[StoragePath, IdBlocks]:
     """Return the file that holds the ids of a shard, and an iterator of blocks of them."""
     folder = _metadata_folder(corpus, ids)
     if folder.is_dir():
-        number = _number(shard.path)
-        files = [path for path in _listed(folder) if _number(path) == number]
+        number = shard_number(shard.path)
+        files = [path for path in _listed(folder) if shard_number(path) == number]
         files = [path for path in files if path.suffix in _METADATA_READERS]
         if not files:
             raise ValueError(f"{folder}: has no .parquet or .jsonl numbered as {shard.path.name}")
         return files[0], _METADATA_READERS[files[0].suffix](files[0])
     if ids is not None:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
-    if shard.others is None:
+    if not shard.has_other_columns:
         raise ValueError(
             f"{shard.path}: holds no ids, and {folder} is not there; name the root whose "
             "metadata/ has them (--ids), or use row numbers (--ids row)"
@@ -163,9 +163,9 @@ def _ids_of(corpus: Corpus, shard: AnyShard, ids: IdSource) -> tuple[StoragePath
     return shard.path, _shard_ids(shard)
 
 
-def _shard_ids(shard: AnyShard) -> IdBlocks:
+def _shard_ids(shard: Shard) -> IdBlocks:
     """Yield the ids in the other columns of a shard, in the form that its format gives them."""
-    for part in shard.others():
+    for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
             yield [str(entry[_id_column(shard.path, entry)]) for entry in part]
         elif isinstance(part, dict):  # arrays of a safetensors file
@@ -207,9 +207,3 @@ def _id_column(path: StoragePath, names: Collection[str]) -> str:
         present = ", ".join(map(repr, names)) or "nothing"
         raise ValueError(f"{path}: no column {' or '.join(ID_COLUMNS)} for ids, but {present}")
     return column
-
-
-def _number(path: StoragePath) -> str:
-    """The number that ends the name, as clip-retrieval pairs files; else the name."""
-    match = re.search("0*([0-9]+)$", path.stem)
-    return match[1] if match else path.stem

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus.corpus import Corpus, Shard, ShardWriter
+from ..corpus import Corpus, ShardWriter
+from ..corpus.shard import ContiguousShard
 from ..storage.atomic import replaced
 from ..storage.paths import storage_path, write_whole
 from .conversation_files import (
@@ -214,7 +215,7 @@ def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> 
 
 def _with_random_access(corpus: Corpus, cache: Path) -> Corpus:
     """Return the corpus, or a copy in `cache` if its format is decoded from the front of a file."""
-    if all(isinstance(shard, Shard) for shard in corpus.shards):
+    if all(isinstance(shard, ContiguousShard) for shard in corpus.shards):
         return corpus
     path = cache / f"rows-{cache_key([shard.path for shard in corpus.shards], corpus.column)}.npy"
     if not path.is_file():

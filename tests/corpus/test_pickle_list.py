@@ -315,7 +315,7 @@ def test_deep_nesting_does_not_recurse(tmp_path, machine):
             writer.write(torch.zeros(1, 3))
         assert (tmp_path / "out" / "x.pkl").read_bytes().count(deep) == 1
         return  # kept as it is; built as values it cannot be:
-    with pytest.raises(ValueError, match=r"x\.pkl: cannot keep what is beside the rows"):
+    with pytest.raises(ValueError, match=r"x\.pkl: cannot keep the other columns"):
         with Corpus(path, allow_pickle=True).shards[0].writer(tmp_path / "out" / "x.pkl") as writer:
             writer.write(torch.zeros(1, 3))
     assert os.listdir(tmp_path / "out") == []

@@ -63,7 +63,7 @@ def entries_of(rows, make=np.array):
 
 def save(path, value, protocol=4):
     path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value, protocol=protocol))
-    pickle_rows._looked_through.cache_clear()  # (a file may be written twice in a tick)
+    pickle_rows._located.cache_clear()  # (a file may be written twice in a tick)
     pickle_list._entries.cache_clear()
     return path
 
@@ -137,8 +137,8 @@ def test_the_key_is_the_one_asked_for(tmp_path, only_direct):
     path = save(tmp_path / "y.pkl", [{"embedding": row} for row in first])
     np.testing.assert_array_equal(read(path), first)
     shard = Corpus(path, allow_pickle=True).shards[0]
-    assert shard.column == "embedding" and shard.others is None
-    assert Corpus(tmp_path / "x.pkl", allow_pickle=True).shards[0].others is not None
+    assert shard.column == "embedding" and not shard.has_other_columns
+    assert Corpus(tmp_path / "x.pkl", allow_pickle=True).shards[0].has_other_columns
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -248,7 +248,7 @@ def outcome(path):
     try:
         shard = Corpus(path, allow_pickle=True).shards[0]
         rows = torch.cat([batch for _, batch in shard.read(0, 3)]).numpy()
-        return shard.column, shard.dtype, rows.shape, rows.tobytes(), shard.others is None
+        return shard.column, shard.dtype, rows.shape, rows.tobytes(), not shard.has_other_columns
     except (ValueError, TypeError) as error:
         return without_addresses(str(error))
 

@@ -121,7 +121,7 @@ def test_ids_beside_the_rows_in_formats_that_hold_them(kind, root, tokenizer, tm
     names = [f"{n:09d}" for n in range(40)] if kind == "tar" else ids
     if kind == "tar":  # the key of a sample
         found = []
-        for part in corpus.shards[0].others():
+        for part in corpus.shards[0].other_columns():
             found += [one["__key__"] for one in part]
         names = found
     path = write_list(tmp_path / "list.jsonl", [entry(names[9]), entry(names[30])])

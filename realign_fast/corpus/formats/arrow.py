@@ -1,10 +1,11 @@
-"""A shard in an Arrow IPC file or stream: `.arrow`, `.feather`, a Hugging Face dataset's data.
+"""Arrow IPC files and streams: `.arrow`, `.feather` and the data of Hugging Face datasets.
 
-The file is mapped and its record batches are views of it; a batch is copied out of the map, and the
-map is let go of every `RELEASE_BYTES`, so memory is bounded whatever the size of record batches.
-(Compressed ones are an exception: each is decompressed whole, with all its columns.) From a URL
-record batches are fetched one after the other, of a file without its other columns: memory is a
-record batch. Their rows are counted without fetching them (`arrow_walk.py`).
+A local file is mapped and its record batches are views of it. A batch of rows is copied out of the
+map, and the mapped pages are released every `RELEASE_BYTES`, so memory is bounded whatever the size
+of the record batches. (Compressed ones are an exception: each is decompressed whole, with all its
+columns.) From a URL record batches are fetched one after the other, those of a file without its
+other columns, so memory is a record batch. Their rows are counted without fetching them
+(`arrow_messages.py`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,9 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained
-from ..streamed_shard import StreamedShard, torch_dtype
-from .arrow_columns import (
-    TableWriter,
-    Vectors,
-    checked,
-    decoded,
-    first_dimension,
-    pyarrow,
-    rows_of,
-    vectors_of,
-)
+from .arrow_columns import decoded, first_dimension, pyarrow, rows_of, vectors_of
 from .arrow_messages import rows_of_batches
-from .npy import changed
+from .tables import TableShard, TableWriter, validated
 
 MAGIC = b"ARROW1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -39,123 +30,139 @@ RELEASE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class ArrowShard(StreamedShard):
-    stream: bool
-    format = property(lambda self: "arrow-stream" if self.stream else "arrow")
+class ArrowShard(TableShard):
+    """One column of an Arrow IPC file or stream."""
 
-    def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
-        vectors = Vectors(self.column, self.dtype, self.dimension)
-        begin, used = 0, 0
-        with _data(self.path) as data:
-            mapped = isinstance(data, mmap.mmap)
-            for batch in _batches(data, self.column):
-                array, end = batch.column(self.column), begin + len(batch)
-                for row in range(max(first, begin), end, size):
-                    if mapped and self.path.stamp()[0] != len(data):
-                        raise changed(self)  # touching a page that is gone would be a SIGBUS
-                    yield rows_of(array[row - begin : row - begin + size], vectors, self.path, row)
-                    used += size * self.row_bytes
-                    if mapped and used >= RELEASE_BYTES:
-                        data.madvise(mmap.MADV_DONTNEED)
-                        used = 0
-                begin = end
+    is_stream: bool
 
     @property
-    def others(self):
-        return self._other_columns if len(self.schema) > 1 else None
+    def format(self) -> str:
+        """Either "arrow" or "arrow-stream"."""
+        return "arrow-stream" if self.is_stream else "arrow"
+
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield views of the mapped record batches; see `StreamedShard.pieces`."""
+        batch_first, unreleased = 0, 0  # row, bytes
+        with _opened_data(self.path) as data:
+            for batch in _record_batches(data, self.column):
+                array, end = batch.column(self.column), batch_first + len(batch)
+                for row in range(max(first, batch_first), end, batch_rows):
+                    if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
+                        raise self.changed_error()  # touching a page that is gone would be a SIGBUS
+                    values = array[row - batch_first : row - batch_first + batch_rows]
+                    yield rows_of(values, self.vectors, self.path, row)
+                    unreleased += batch_rows * self.row_bytes
+                    if isinstance(data, mmap.mmap) and unreleased >= RELEASE_BYTES:
+                        data.madvise(mmap.MADV_DONTNEED)
+                        unreleased = 0
+                batch_first = end
 
     @property
     def schema(self) -> Any:
-        with _data(self.path) as data:
-            return _reader(data)[0].schema
+        """The `pyarrow.Schema` of the file."""
+        with _opened_data(self.path) as data:
+            return _open_reader(data)[0].schema
 
-    def _other_columns(self) -> Iterator[Any]:
-        with _data(self.path) as data:
-            for batch in _batches(data):
-                yield checked(batch.drop_columns([self.column]))
+    def other_columns(self) -> Iterator[Any]:
+        """Yield the columns other than the rows, as the record batches of the file."""
+        with _opened_data(self.path) as data:
+            for batch in _record_batches(data):
+                yield validated(batch.drop_columns([self.column]))
 
     def writer(self, path: AnyPath) -> ArrowWriter:
-        dtype = torch_dtype(self)
-        kind = StreamWriter if self.stream else ArrowWriter
-        shape = (self.num_rows, self.dimension, dtype)
-        return kind(path, *shape, self.schema, self.column, self.others)
+        """Return a writer of the same kind of file, with the other columns of this one."""
+        writer = StreamWriter if self.is_stream else ArrowWriter
+        return writer(path, self.num_rows, self.dimension, self.torch_dtype, self.table_columns)
 
 
 class ArrowWriter(TableWriter):
-    """`ShardWriter` for an Arrow IPC file."""
+    """Write an Arrow IPC file; see `FormatWriter`."""
 
-    suffix = (".arrow", ".feather")
+    suffixes = (".arrow", ".feather")
 
-    def _sink(self, file: Any) -> Any:
-        return pyarrow().ipc.new_file(file, self.schema)
+    def _open_table(self, file: Any) -> Any:
+        return pyarrow().ipc.new_file(file, self.columns.schema)
 
 
 class StreamWriter(ArrowWriter):
-    """`ShardWriter` for an Arrow IPC stream, the form of Hugging Face datasets."""
+    """Write an Arrow IPC stream, the form of Hugging Face datasets; see `FormatWriter`."""
 
-    def _sink(self, file: Any) -> Any:
-        return pyarrow().ipc.new_stream(file, self.schema)
+    def _open_table(self, file: Any) -> Any:
+        return pyarrow().ipc.new_stream(file, self.columns.schema)
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
+    """Open a column of rows of an Arrow IPC file or stream; see `vectors_of` for its choice.
+
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: the column holds no vectors of numbers.
+        ValueError: the file is damaged or truncated, or has no such column.
+    """
     stamp = path.stamp()
-    with _data(path) as data:
-        reader, stream = _reader(data)
+    with _opened_data(path) as data:
+        reader, is_stream = _open_reader(data)
         vectors = vectors_of(path, reader.schema, column)
-        if stream and _end(data) != END_OF_STREAM:
+        if is_stream and _last_bytes(data) != END_OF_STREAM:
             raise ValueError(f"{path}: truncated: has no end-of-stream mark; write it again")
-        if isinstance(data, mmap.mmap):
-            rows = sum(map(len, _batches(data)))
-        else:
+        if path.is_remote:
             with path.opened() as file:
-                rows = sum(rows_of_batches(path, file, stream))
+                num_rows = sum(rows_of_batches(path, file, is_stream))
+        else:
+            num_rows = sum(len(batch) for batch in _record_batches(data))
         dimension = vectors.dimension
-        if dimension is None:
-            arrays = (batch.column(vectors.name) for batch in _batches(data, vectors.name))
+        if not dimension:
+            arrays = (batch.column(vectors.name) for batch in _record_batches(data, vectors.name))
             dimension = first_dimension(path, vectors.name, arrays)
-    return ArrowShard(path, rows, dimension, vectors.dtype, vectors.name, stamp, stream)
+    return ArrowShard(path, num_rows, dimension, vectors.dtype, vectors.name, stamp, is_stream)
 
 
 @contextmanager
-def _data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
-    """The bytes of a file, mapped; not closed at the end: arrays may view it, the last one unmaps
-    it. Of a URL a file that fetches them."""
-    size = path.stamp()[0]
-    if not size:
+def _opened_data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
+    """Map a local file, or open a remote one that fetches what is read."""
+    if not path.stamp()[0]:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
     with explained(path), path.mapped() as data, decoded(path, data):
         yield data
 
 
-def _reader(data: mmap.mmap | io.BufferedReader, column: str | None = None) -> tuple[Any, bool]:
-    """A reader, and whether the file is a stream.
+def _open_reader(
+    data: mmap.mmap | io.BufferedReader, column: str | None = None
+) -> tuple[Any, bool]:
+    """Return a reader, and whether the data are a stream.
 
-    A reader of one column would copy batches that are mapped; it spares fetching the others.
+    A remote file is read without its other columns, if `column` is given. (A reader of one column
+    of a mapped file would copy it.)
     """
     pa = pyarrow()
     if isinstance(data, mmap.mmap):
-        stream = data[:6] != MAGIC
-        return (pa.ipc.open_stream if stream else pa.ipc.open_file)(pa.py_buffer(data)), stream
+        is_stream = data[:6] != MAGIC
+        open_data = pa.ipc.open_stream if is_stream else pa.ipc.open_file
+        return open_data(pa.py_buffer(data)), is_stream
     data.seek(0)
-    stream, options = data.read(6) != MAGIC, None
+    is_stream, options = data.read(6) != MAGIC, None
     data.seek(0)
-    if column and not stream:
-        place = pa.ipc.open_file(data).schema.get_field_index(column)
-        options = pa.ipc.IpcReadOptions(included_fields=[place])
+    if column and not is_stream:
+        index = pa.ipc.open_file(data).schema.get_field_index(column)
+        options = pa.ipc.IpcReadOptions(included_fields=[index])
         data.seek(0)
-    return (pa.ipc.open_stream if stream else pa.ipc.open_file)(data, options=options), stream
+    open_data = pa.ipc.open_stream if is_stream else pa.ipc.open_file
+    return open_data(data, options=options), is_stream
 
 
-def _end(data: mmap.mmap | io.BufferedReader) -> bytes:
+def _last_bytes(data: mmap.mmap | io.BufferedReader) -> bytes:
+    size = len(END_OF_STREAM)
     if isinstance(data, mmap.mmap):
-        return data[-8:]
-    data.seek(-8, io.SEEK_END)
-    return data.read(8)
+        return data[-size:]
+    data.seek(-size, io.SEEK_END)
+    return data.read(size)
 
 
-def _batches(data: mmap.mmap | io.BufferedReader, column: str | None = None) -> Iterator[Any]:
-    reader, stream = _reader(data, column)
-    if stream:
+def _record_batches(
+    data: mmap.mmap | io.BufferedReader, column: str | None = None
+) -> Iterator[Any]:
+    reader, is_stream = _open_reader(data, column)
+    if is_stream:
         yield from reader
     else:
         yield from map(reader.get_batch, range(reader.num_record_batches))

@@ -1,138 +1,168 @@
-"""Columns of vectors in Arrow's terms: which there are, as numpy rows, and back. pyarrow's door.
+"""Columns of vectors in Arrow's terms: their choice, their values as numpy rows, and back.
 
-A column of rows is a list, large list or fixed-size list of half, float or double, or a fixed-size
+A column of rows is a list, large list or fixed-size list of half, float or double; or a fixed-size
 binary whose number type stands in the metadata of its field (`dtype`) or in the name that asks for
-it (`embedding:float16`). Other columns pass through as they are.
+it (`embedding:float16`). This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..._extras import import_extra
-from ...storage.paths import AnyPath, explained, output_path
-from .npy import MAX_COLUMNS, ShardWriter
+from ...storage.paths import AnyPath, StoragePath
+from ..shard import MAX_COLUMNS
 
 DEFAULT = "embedding"
 FLOATS = ("float16", "float32", "float64")
-OTHER_ROWS = 1024  # of other columns read at a time: they may hold images
+_USER = "A parquet or Arrow file"
 
 
 def pyarrow() -> ModuleType:
-    """Import pyarrow with its ``ipc`` and ``parquet`` modules."""
-    return import_extra("pyarrow.parquet", "parquet", "Access to parquet and Arrow files")
+    """Import pyarrow, with what it has for Arrow files and for parquet.
+
+    Raises:
+        ImportError: pyarrow is missing; the message says how to install it.
+    """
+    import_extra("pyarrow.ipc", "parquet", _USER)
+    import_extra("pyarrow.parquet", "parquet", _USER)
+    return import_extra("pyarrow", "parquet", _USER)
 
 
 @contextmanager
 def decoded(path: AnyPath, file: Any = None) -> Iterator[None]:
-    """What pyarrow says of a file that it cannot read, with the name of the file."""
+    """Raise pyarrow's errors about a file that it cannot read again, with the name of the file.
+
+    Args:
+        path: the file.
+        file: what pyarrow reads from, if that is a remote file. Its own error is raised instead,
+            since pyarrow may keep only the message of it.
+    """
     try:
         yield
     except (pyarrow().ArrowException, UnicodeDecodeError, OSError) as error:
-        # Of a file that fetches, pyarrow may leave the words of an error and lose the error.
-        if told := getattr(getattr(file, "raw", None), "error", None):
-            raise told from None
+        if remote_error := getattr(getattr(file, "raw", None), "error", None):
+            raise remote_error from None
         if isinstance(error, OSError) and error.errno:
             raise
         advice = "truncated, damaged or of another format; write it again"
-        words = " ".join(str(error).split())  # of pyarrow, which may take several lines
-        raise ValueError(f"{path}: cannot be read ({words}): {advice}") from error
+        reason = " ".join(str(error).split())  # pyarrow's messages may have several lines
+        raise ValueError(f"{path}: cannot be read ({reason}): {advice}") from error
 
 
-class Vectors(NamedTuple):
-    """A column that can hold rows."""
+class VectorColumn(NamedTuple):
+    """A column that holds rows."""
 
     name: str
-    dtype: np.dtype
-    dimension: int | None  # None: a list, whose first row says it
+    dtype: np.dtype[Any]
+    dimension: int  # 0: a column of lists, whose first row says it
 
 
-def vectors_of(path: AnyPath, schema: Any, column: str | None) -> Vectors:
-    """The column asked for (`name` or `name:dtype`), else `embedding`."""
+def vectors_of(path: StoragePath, schema: Any, column: str | None) -> VectorColumn:
+    """Return the column of rows of a `pyarrow.Schema`.
+
+    Args:
+        path: the file, for errors.
+        schema: its columns.
+        column: `name` or `name:dtype`; None is `embedding`.
+    Raises:
+        TypeError: the column holds no vectors of float16, float32 or float64.
+        ValueError: there is no such column, or its rows have no numbers.
+    """
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
         name, stated = column or DEFAULT, ""
     if schema.names.count(name) != 1:
-        there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
-        got = "no column" if name not in schema.names else "two columns"
-        raise ValueError(f"{path}: has {got} {name!r}; choose one as the column, of: {there}")
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
+        number = "no column" if name not in schema.names else "two columns"
+        raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
     field, types = schema.field(name), pyarrow().types
-    kind, where = field.type, f"{path}: column {name!r}"
-    if types.is_fixed_size_binary(kind):
-        return _binary(where, name, kind, stated or (field.metadata or {}).get(b"dtype", b""))
-    fixed = types.is_fixed_size_list(kind)
-    if not (fixed or types.is_list(kind) or types.is_large_list(kind)):
-        want = "expected a list, fixed-size list or fixed-size binary of numbers"
-        raise TypeError(f"{where} is {kind}, {want}; choose another column")
-    if not types.is_floating(kind.value_type):
-        want = "expected half, float or double; cast the column"
-        raise TypeError(f"{where} holds {kind.value_type}, {want}")
-    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    column_type, place = field.type, f"{path}: column {name!r}"
+    if types.is_fixed_size_binary(column_type):
+        metadata = field.metadata or {}
+        stated = stated or metadata.get(b"dtype", b"").decode(errors="replace")
+        return _binary_column(place, name, column_type, stated)
+    is_fixed = types.is_fixed_size_list(column_type)
+    if not (is_fixed or types.is_list(column_type) or types.is_large_list(column_type)):
+        expected = "expected a list, fixed-size list or fixed-size binary of numbers"
+        raise TypeError(f"{place} is {column_type}, {expected}; choose another column")
+    if not types.is_floating(column_type.value_type):
+        expected = "expected half, float or double; cast the column"
+        raise TypeError(f"{place} holds {column_type.value_type}, {expected}")
+    dtype = np.dtype(column_type.value_type.to_pandas_dtype())
     if stated and dtype != stated:
-        raise TypeError(f"{where} holds {dtype}, asked for was {stated}; leave {stated} out")
-    return Vectors(name, dtype, _sized(where, kind.list_size) if fixed else None)
+        raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
+    dimension = _checked_dimension(place, column_type.list_size) if is_fixed else 0
+    return VectorColumn(name, dtype, dimension)
 
 
-def _binary(where: str, name: str, kind: Any, stated: bytes | str) -> Vectors:
-    stated = stated.decode(errors="replace") if isinstance(stated, bytes) else stated
+def _binary_column(place: str, name: str, column_type: Any, stated: str) -> VectorColumn:
     if stated not in FLOATS:
         advice = f"ask for column {name + ':float16'!r} (or float32, float64)"
-        raise TypeError(f"{where} is {kind}, which does not say its number type; {advice}")
+        raise TypeError(f"{place} is {column_type}, which does not say its number type; {advice}")
     dtype = np.dtype(stated)
-    if kind.byte_width % dtype.itemsize:
-        want = f"expected a multiple of {dtype.itemsize} for {stated}"
-        raise TypeError(f"{where} is {kind}, {want}; ask for another number type")
-    return Vectors(name, dtype, _sized(where, kind.byte_width // dtype.itemsize))
+    if column_type.byte_width % dtype.itemsize:
+        expected = f"expected a multiple of {dtype.itemsize} for {stated}"
+        raise TypeError(f"{place} is {column_type}, {expected}; ask for another number type")
+    dimension = _checked_dimension(place, column_type.byte_width // dtype.itemsize)
+    return VectorColumn(name, dtype, dimension)
 
 
-def _sized(where: str, dimension: int) -> int:
+def _checked_dimension(place: str, dimension: int) -> int:
     if not 0 < dimension < MAX_COLUMNS:
-        raise ValueError(f"{where} has {dimension} numbers a row, expected 1 or more")
+        raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
     return dimension
 
 
-def first_dimension(path: AnyPath, column: str, arrays: Iterator[Any]) -> int:
-    """The numbers in the first row of a column of lists."""
-    array = next((one for one in arrays if len(one)), None)
-    where = f"{path}: column {column!r}"
+def first_dimension(path: StoragePath, column: str, arrays: Iterator[Any]) -> int:
+    """Return the length of the first row of a column of lists, given as `arrays`.
+
+    Raises:
+        ValueError: there is no row, it is null, or it has no numbers.
+    """
+    array = next((array for array in arrays if len(array)), None)
+    place = f"{path}: column {column!r}"
     if array is not None:
         array.validate()  # or a damaged offset would be followed
     if array is None or not array[0].is_valid:
-        got = "has no rows" if array is None else "is null in row 0"
-        raise ValueError(f"{where} {got}, so nothing says its dimension; leave it out or write it")
-    return _sized(where, len(array[0]))
+        problem = "has no rows" if array is None else "is null in row 0"
+        advice = "leave it out or write it"
+        raise ValueError(f"{place} {problem}, so nothing says its dimension; {advice}")
+    return _checked_dimension(place, len(array[0]))
 
 
-def rows_of(array: Any, vectors: Vectors, path: AnyPath, first: int) -> np.ndarray:
-    """`[n, D]`, a view of the column's memory; `first` is the row it begins at."""
-    where = f"{path}: column {vectors.name!r}"
-    array.validate()  # that its offsets and buffers fit: nothing has read them yet
+def rows_of(array: Any, vectors: VectorColumn, path: StoragePath, first: int) -> np.ndarray:
+    """Return rows `[n, D]` that view the memory of a `pyarrow.Array`.
+
+    Args:
+        array: values of the column.
+        vectors: the column.
+        path: the file, for errors.
+        first: number of the row at which the array begins, for errors.
+    Raises:
+        ValueError: a row or a number is null, or a row has another length.
+    """
+    place = f"{path}: column {vectors.name!r}"
+    array.validate()  # offsets and buffers have not been read yet, and may not fit
     if array.null_count:
         row = first + array.is_null().to_numpy(zero_copy_only=False).argmax()
-        raise ValueError(f"{where}: row {row} is null, expected numbers; fill it or drop the row")
+        raise ValueError(f"{place}: row {row} is null, expected numbers; fill it or drop the row")
     count = len(array) * vectors.dimension
     if pyarrow().types.is_fixed_size_binary(array.type):
         start, data = array.offset * vectors.dimension, array.buffers()[1]
     else:
         if not pyarrow().types.is_fixed_size_list(array.type):
-            lengths = np.diff(array.offsets.to_numpy())
-            if (wrong := lengths != vectors.dimension).any():
-                row = int(wrong.argmax())
-                got = f"row {first + row} has {lengths[row]} numbers"
-                want = f"expected {vectors.dimension} as in row 0"
-                raise ValueError(f"{where}: {got}, {want}; lists must be of one length")
+            _check_lengths(array, vectors.dimension, place, first)
         values = array.flatten()
         if values.null_count:
             null = values.is_null().to_numpy(zero_copy_only=False).argmax()
             row = first + null // vectors.dimension
-            raise ValueError(f"{where}: row {row} has a null in it; fill it or drop the row")
+            raise ValueError(f"{place}: row {row} has a null in it; fill it or drop the row")
         start, data = values.offset, values.buffers()[1]
     if not count:
         return np.empty((0, vectors.dimension), vectors.dtype)
@@ -140,102 +170,31 @@ def rows_of(array: Any, vectors: Vectors, path: AnyPath, first: int) -> np.ndarr
     return flat.reshape(-1, vectors.dimension)
 
 
-def array_of(rows: np.ndarray, kind: Any) -> Any:
-    """Rows `[n, D]` as an array of type `kind`; their memory is shared."""
+def _check_lengths(array: Any, dimension: int, place: str, first: int) -> None:
+    lengths = np.diff(array.offsets.to_numpy())
+    if (wrong := lengths != dimension).any():
+        row = int(wrong.argmax())
+        actual = f"row {first + row} has {lengths[row]} numbers"
+        expected = f"expected {dimension} as in row 0"
+        raise ValueError(f"{place}: {actual}, {expected}; lists must be of one length")
+
+
+def array_of(rows: np.ndarray, column_type: Any) -> Any:
+    """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared.
+
+    Raises:
+        ValueError: the rows have more numbers than the offsets of the type can count.
+    """
     pa = pyarrow()
     data = pa.py_buffer(rows.reshape(-1))
-    if pa.types.is_fixed_size_binary(kind):
-        return pa.Array.from_buffers(kind, len(rows), [None, data])
-    values = pa.Array.from_buffers(kind.value_type, rows.size, [None, data])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(values, type=kind)
-    wide = np.int64 if pa.types.is_large_list(kind) else np.int32
-    if rows.size > np.iinfo(wide).max:
+    if pa.types.is_fixed_size_binary(column_type):
+        return pa.Array.from_buffers(column_type, len(rows), [None, data])
+    values = pa.Array.from_buffers(column_type.value_type, rows.size, [None, data])
+    if pa.types.is_fixed_size_list(column_type):
+        return pa.FixedSizeListArray.from_arrays(values, type=column_type)
+    offset_type = np.int64 if pa.types.is_large_list(column_type) else np.int32
+    if rows.size > np.iinfo(offset_type).max:
         raise ValueError(f"got {rows.size} numbers for one list array; write fewer rows at a time")
-    offsets = pa.py_buffer(np.arange(0, rows.size + 1, rows.shape[1], dtype=wide))
-    return type(pa.array([], kind)).from_buffers(
-        kind, len(rows), [None, offsets], children=[values]
-    )
-
-
-def checked(batch: Any) -> Any:
-    """Other columns, looked through: damage, text that is no UTF-8, would be copied on."""
-    batch.validate(full=True)
-    return batch
-
-
-class TableWriter(ShardWriter):
-    """`ShardWriter` for a format of columns: each written batch is one record batch or row group.
-
-    `schema` is that of the result, `column` the name of its rows; `others` yields the remaining
-    columns as record batches of any size, as many rows in all. `_sink(file)` opens the format.
-    """
-
-    def __init__(
-        self,
-        path: AnyPath,
-        num_rows: int,
-        dimension: int,
-        dtype: torch.dtype,
-        schema: Any = None,
-        column: str = DEFAULT,
-        others: Callable[[], Iterator[Any]] | None = None,
-    ) -> None:
-        super().__init__(path, num_rows, dimension, dtype)
-        self.schema, self.column = schema or plain_schema(dimension, dtype), column
-        self._others = iter(others()) if others else None
-        self._rest: Any = None  # of the record batch of other columns at hand
-
-    def _sink(self, file: Any) -> Any:
-        raise NotImplementedError
-
-    def _begin(self) -> None:
-        self._buffered = io.BufferedWriter(self._file, 1 << 20)
-        self._table = self._sink(pyarrow().PythonFile(self._buffered, "w"))
-
-    def _append(self, rows: np.ndarray) -> None:
-        pa, parts, missing = pyarrow(), [], len(rows)
-        while missing and self._others:
-            if not self._rest:
-                self._rest = next(self._others, None)
-                if self._rest is None:
-                    what = f"the other columns of its source end before row {self.written}"
-                    raise ValueError(f"{self.path}: {what}; write that source again")
-            parts.append(self._rest.slice(0, missing))
-            self._rest = self._rest.slice(len(parts[-1]))
-            missing -= len(parts[-1])
-        place = self.schema.get_field_index(self.column)
-        array = array_of(rows, self.schema.field(place).type)
-        columns = pa.Table.from_batches(parts).columns if parts else []
-        columns = [*columns[:place], array, *columns[place:]]
-        self._table.write_table(pa.Table.from_arrays(columns, schema=self.schema))
-
-    def _finish(self) -> None:
-        self._table.close()
-        self._buffered.flush()
-
-    def _abandon(self) -> None:
-        with suppress(OSError, ValueError, pyarrow().ArrowException):  # the file goes anyway
-            self._table.close()
-
-
-def write_table(path: AnyPath, schema: Any, batches: Iterator[Any]) -> None:
-    """A parquet file of record batches that appears whole or not at all."""
-    path = output_path(path)
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.pending_file() as file:
-            _write_batches(file, schema, batches)
-
-
-def _write_batches(file: BinaryIO, schema: Any, batches: Iterator[Any]) -> None:
-    with pyarrow().parquet.ParquetWriter(file, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-def plain_schema(dimension: int, dtype: torch.dtype, others: Any = ()) -> Any:
-    """The columns of a result that no file prescribes: `others`, then `embedding`."""
-    pa = pyarrow()
-    values = pa.from_numpy_dtype(torch.empty(0, dtype=dtype).numpy().dtype)
-    return pa.schema([*others, pa.field(DEFAULT, pa.list_(values, dimension))])
+    offsets = pa.py_buffer(np.arange(0, rows.size + 1, rows.shape[1], dtype=offset_type))
+    array_class = type(pa.array([], column_type))
+    return array_class.from_buffers(column_type, len(rows), [None, offsets], children=[values])

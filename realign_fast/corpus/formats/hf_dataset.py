@@ -1,8 +1,8 @@
-"""A Hugging Face dataset on disk, as `save_to_disk` writes it: Arrow streams and `state.json`.
+"""Hugging Face datasets on disk, as `save_to_disk` writes them: Arrow streams and `state.json`.
 
 `state.json` names the shards in their order. The result of a dataset is a dataset: its two json
-files are written when the last shard is there, with a fingerprint of its own (by the old one `map`
-of the datasets library would find what it has cached of the old rows).
+files are written once the last shard is there, with a fingerprint of its own (under the old one,
+`map` of the datasets library would find what it has cached for the old rows).
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
 
 
 def splits_of(folder: StoragePath) -> list[str]:
-    """The splits of the `DatasetDict` in this folder."""
+    """Return the names of the splits of the `DatasetDict` in a folder."""
     splits = _load(folder / SPLITS).get("splits")
     return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
 
 
 def data_files(folder: StoragePath) -> list[StoragePath]:
+    """Return the shards of the dataset in a folder, in its order.
+
+    Raises:
+        ValueError: `state.json` names no files of the folder, or an index chooses their rows.
+    """
     state = _load(folder / STATE)
-    files = state.get("_data_files")
-    names = [one.get("filename") if isinstance(one, dict) else None for one in files or [0]]
+    files = state.get("_data_files") or [None]
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else None for file in files]
     if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
-        want = "expected _data_files to name files beside it; save the dataset with save_to_disk"
-        raise ValueError(f"{folder / STATE}: {want}")
+        expected = "expected _data_files to name files beside it"
+        raise ValueError(f"{folder / STATE}: {expected}; save the dataset with save_to_disk")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         advice = "call flatten_indices() and save_to_disk again"
         raise ValueError(f"{folder / STATE}: its rows are chosen by an index file; {advice}")
@@ -41,7 +46,13 @@ def data_files(folder: StoragePath) -> list[StoragePath]:
 def write_state(
     folder: StoragePath, shards: Sequence[StoragePath], source: StoragePath | None = None
 ) -> None:
-    """What makes a dataset of `shards` in `folder`: as in `source`, or with no words of its own."""
+    """Write the json files that make a dataset of the `shards` in `folder`.
+
+    Args:
+        folder: the dataset.
+        shards: its files, in their order.
+        source: the folder of a dataset whose information is kept; None keeps none.
+    """
     state: dict[str, Any] = _load(source / STATE) if source else _PLAIN
     info = _load(source / INFO) if source and (source / INFO).exists() else {}
     digest = hashlib.sha256(str(state.get("_fingerprint")).encode())
@@ -55,7 +66,7 @@ def write_state(
     write_whole(folder / STATE, json.dumps(state, indent=2, sort_keys=True).encode())
 
 
-_PLAIN = {
+_PLAIN: dict[str, Any] = {
     "_format_columns": None,
     "_format_kwargs": {},
     "_format_type": None,

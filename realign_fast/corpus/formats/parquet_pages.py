@@ -1,11 +1,11 @@
-"""Rows straight out of a parquet file's pages, where they lie there as numbers.
+"""Rows read directly from the pages of a parquet file, where they lie there as numbers.
 
 A column chunk (one column of a row group) is a run of pages. Written uncompressed and without a
-dictionary (`PLAIN`) a page is its levels, which say where lists begin and what is null, and then
-the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the levels
-and copies the numbers into a batch, many times faster than pyarrow builds its lists. Where a chunk
-lies and how it was written is in the footer, which pyarrow reads. All else is pyarrow's
-(`parquet.py`).
+dictionary (`PLAIN`), a page consists of its levels, which say where lists begin and what is null,
+and then of the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the
+levels and copies the numbers into a batch, many times faster than pyarrow builds its lists. The
+place of a chunk and how it was written are in the footer, which pyarrow reads. pyarrow decodes all
+else (`parquet.py`). For the format see parquet.apache.org, "File Format".
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import numpy as np
 
 from ..io_extension import io as _io
 from ..streamed_shard import Buffers
-from .arrow_columns import Vectors
+from .arrow_columns import VectorColumn
 
 NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
-ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # (the latter two are of the levels)
-HOW = "write it with compression 'none' and use_dictionary=False to have it read directly"
+ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the levels
+ADVICE = "write it with compression 'none' and use_dictionary=False to have it read directly"
 
 
 class NotDirect(ValueError):
-    """Why a row group is left to pyarrow, told by the footer of its file."""
+    """The reason why pyarrow has to decode a row group, found in the footer of its file."""
 
 
-# What pages tell when they are read is the other half.
+# The compiled reader raises its own error for what it finds in a page.
 NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
 
 
 def read_pages(
     pages: Any, buffers: Buffers, row: int, first: int, end: int
 ) -> Iterator[np.ndarray]:
-    """Rows `first..end` of a row group that begins at `row`, cut at multiples of the batch.
+    """Yield the rows `first..end` of a row group that begins at `row`, in batches.
 
-    It stops early at a page that has to be decoded.
+    Batches end at multiples of their size. It stops early at a page that has to be decoded.
     """
     while first < end:
-        rows = buffers.empty(min(buffers.size - first % buffers.size, end - first))
+        rows = buffers.empty(min(buffers.batch_rows - first % buffers.batch_rows, end - first))
         try:
             pages.read(first - row, rows)
         except _io.NotPlain:
@@ -51,14 +51,16 @@ def read_pages(
         del rows  # or its memory would be kept from the next batch
 
 
-def pages_of(file: Any, descriptor: int | None, group: int, vectors: Vectors) -> Any:
-    """The rows of a row group, as `_io.ParquetPages`.
+def pages_of(file: Any, descriptor: int | None, group: int, vectors: VectorColumn) -> Any:
+    """Return the pages of a column in a row group, as `_io.ParquetPages`.
 
     Args:
         file: a `pyarrow.parquet.ParquetFile`.
-        descriptor: of the same file, open; None where there is none (a file far away).
+        descriptor: of the same file, open; None for a remote file.
+        group: index of the row group.
+        vectors: the column of the rows.
     Raises:
-        NotDirect: they do not lie there as numbers, or there is no compiled reader.
+        NotDirect: the rows do not lie there as numbers, or there is no compiled reader.
     """
     if _io is None:
         raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
@@ -66,12 +68,12 @@ def pages_of(file: Any, descriptor: int | None, group: int, vectors: Vectors) ->
         raise NotDirect("its bytes are not in a file of this machine")
     leaf, chunk, group_rows = _chunk(file, group, vectors.name)
     if chunk.compression != "UNCOMPRESSED" or chunk.file_path:
-        raise NotDirect(f"its column is compressed with {chunk.compression}; {HOW}")
+        raise NotDirect(f"its column is compressed with {chunk.compression}; {ADVICE}")
     if chunk.has_dictionary_page or not set(chunk.encodings) <= ENCODINGS:
-        raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {HOW}")
+        raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {ADVICE}")
     row_values, value_bytes = _sizes(leaf, vectors)
-    begin, bytes_ = chunk.data_page_offset, chunk.total_compressed_size
-    if not 0 <= begin <= begin + bytes_ <= os.fstat(descriptor).st_size:
+    start, size = chunk.data_page_offset, chunk.total_compressed_size
+    if not 0 <= start <= start + size <= os.fstat(descriptor).st_size:
         raise NotDirect("its column is not inside the file")
     if chunk.num_values != group_rows * row_values:
         raise NotDirect(f"it has {chunk.num_values} values for {group_rows} rows of {row_values}")
@@ -81,29 +83,30 @@ def pages_of(file: Any, descriptor: int | None, group: int, vectors: Vectors) ->
         "max_repetition": leaf.max_repetition_level,
     }
     try:
-        return _io.ParquetPages(descriptor, begin, begin + bytes_, **sizes, **levels)
+        return _io.ParquetPages(descriptor, start, start + size, **sizes, **levels)
     except ValueError as error:
         raise NotDirect(str(error)) from error
 
 
 def _chunk(file: Any, group: int, name: str) -> tuple[Any, Any, int]:
-    """The description of a column's only leaf, its chunk in the row group, the group's rows."""
-    schema, rows = file.schema, file.metadata.row_group(group)
+    """Return the leaf of a column, its chunk in a row group, and the rows of that group."""
+    schema, row_group = file.schema, file.metadata.row_group(group)
     paths = [schema.column(i).path for i in range(len(schema))]
     leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
     if len(leaves) != 1:
         raise NotDirect(f"{len(leaves)} columns could be {name!r}")
-    return schema.column(leaves[0]), rows.column(leaves[0]), rows.num_rows
+    return schema.column(leaves[0]), row_group.column(leaves[0]), row_group.num_rows
 
 
-def _sizes(leaf: Any, vectors: Vectors) -> tuple[int, int]:
-    """Values in a row, and the bytes of each."""
-    kind, size = leaf.physical_type, vectors.dtype.itemsize
+def _sizes(leaf: Any, vectors: VectorColumn) -> tuple[int, int]:
+    """Return the number of values in a row, and the size of each in bytes."""
+    physical_type, size = leaf.physical_type, vectors.dtype.itemsize
     row_bytes = vectors.dimension * size
-    fixed = kind == "FIXED_LEN_BYTE_ARRAY"
+    fixed = physical_type == "FIXED_LEN_BYTE_ARRAY"
     if leaf.max_repetition_level == 0 and fixed and leaf.length == row_bytes:
         return 1, row_bytes
-    if leaf.max_repetition_level == 1 and NUMBERS.get(kind) == vectors.dtype.name:
+    if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == vectors.dtype.name:
         if not fixed or leaf.length == size:
             return vectors.dimension, size
-    raise NotDirect(f"its column is {kind}, not rows of {vectors.dimension} {vectors.dtype}")
+    expected = f"rows of {vectors.dimension} {vectors.dtype}"
+    raise NotDirect(f"its column is {physical_type}, not {expected}")

@@ -1,9 +1,9 @@
-"""A shard as the paper's code writes it: a pickled list of `{"id": ..., "embed": row, ...}`.
+"""Pickled lists of `{"id": ..., "embed": row, ...}`, as the code of the ReAlign paper writes them.
 
-Read only when asked to (`allow_pickle`), by machines that run nothing. `pickled_direct.py` copies
-rows out of files and into copies of them. Files that it leaves, and what is beside the rows,
-`unpickle.py` builds as plain data: then memory holds one file, at most `MAX_BYTES` of it, and while
-a shard is written its result. All keys but the rows', and their order, are kept. A row is an array
+They are read only with `allow_pickle`, and nothing in them is run. `pickle_rows.py` copies rows out
+of files and into copies of them. Files that it leaves, and all columns but the rows, are built as
+plain data by `pickle_interpreter.py`: then memory holds one file, at most `MAX_BYTES` of it, and
+its result while that is written. The keys of an entry and their order are kept. A row is an array
 `[D]` or `[1, D]` of float16, float32 or float64, or a list of floats.
 """
 
@@ -20,88 +20,97 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...storage.paths import AnyPath, StoragePath, explained
+from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..streamed_shard import StreamedShard, torch_dtype
-from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter, changed
+from ..shard import FLOATS, MAX_COLUMNS
+from ..shard_writer import FormatWriter
+from ..streamed_shard import StreamedShard
 from .pickle_interpreter import load
 from .pickle_rows import PickleCopy, direct_rows, read_direct, take_direct
 from .pickle_values import Array
 
 MAX_BYTES = 4 << 30
-THREADS = 2 if _io else 1  # that look through files; what they leave is built one at a time
-OTHER_ROWS = 1024
+THREADS = 2 if _io else 1  # that locate rows in files; what they leave is built one at a time
+CHUNK_ENTRIES = 1024  # of other columns at a time
 DEFAULTS = ("embed", "embedding")
-_building = Lock()
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
+_building = Lock()
 
 
 @dataclass(frozen=True)
 class PickledShard(StreamedShard):
-    asked: str | None = None  # for the key of the rows
+    """The rows under one key of a pickled list of entries."""
+
+    requested_column: str | None = None
+
     format = "pickle"
 
     @property
     def _direct(self) -> Any:
-        return _direct(self.path, self.stamp, self.asked)
+        return _direct(self.path, self.stamp, self.requested_column)
 
-    def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows that were copied from the file or built; see `StreamedShard.pieces`."""
         if direct := self._direct:
-            yield from read_direct(self, direct, first, size)
+            yield from read_direct(self, direct, first, batch_rows)
             return
         entries = _entries(self.path, self.stamp)
-        for begin in range(first, self.num_rows, size):
-            part = entries[begin : begin + size]
-            out = np.empty((len(part), self.dimension), self.dtype)
+        for start in range(first, self.num_rows, batch_rows):
+            part = entries[start : start + batch_rows]
+            batch = np.empty((len(part), self.dimension), self.dtype)
             for place, entry in enumerate(part):
-                out[place] = self._row(entry, begin + place)
-            yield out
+                batch[place] = self._row(entry, start + place)
+            yield batch
 
-    def take(self, ids: np.ndarray) -> np.ndarray:
+    def take(self, ids: np.ndarray) -> torch.Tensor:
+        """Read the rows at sorted `ids`: only they are read, unless the file has to be built."""
         if (direct := self._direct) is None:
             return super().take(ids)
         if self.path.stamp() != self.stamp:
-            raise changed(self)
-        return take_direct(self, direct, ids)
+            raise self.changed_error()
+        return torch.from_numpy(take_direct(self, direct, ids))
 
     def _row(self, entry: Any, number: int) -> np.ndarray:
         row = _vector(self.path, number, entry, self.column)
         if (row.size, row.dtype) != (self.dimension, self.dtype):
-            got, want = f"{row.size} of {row.dtype}", f"{self.dimension} of {self.dtype}"
-            what = f"row {number}: {self.column!r} holds {got} numbers, expected {want} as in row 0"
-            raise ValueError(f"{self.path}: {what}; embed all with one encoder")
+            actual = f"{self.column!r} holds {row.size} of {row.dtype} numbers"
+            expected = f"expected {self.dimension} of {self.dtype} as in row 0"
+            advice = "embed all with one encoder"
+            raise ValueError(f"{self.path}: row {number}: {actual}, {expected}; {advice}")
         return row
 
     @property
-    def others(self):
+    def has_other_columns(self) -> bool:
+        """True if an entry has other keys than that of its row."""
         if direct := self._direct:
-            return self._other_columns if direct.has_others else None
-        several = any(len(entry) > 1 for entry in _entries(self.path, self.stamp))
-        return self._other_columns if several else None
+            return bool(direct.has_others)
+        return any(len(entry) > 1 for entry in _entries(self.path, self.stamp))
 
-    def _other_columns(self) -> Iterator[list[dict[str, Any]]]:
-        """What is beside the rows, a list of entries at a time; arrays as numpy's."""
+    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
         entries = _entries(self.path, self.stamp)
-        for begin in range(0, len(entries), OTHER_ROWS):
+        for start in range(0, len(entries), CHUNK_ENTRIES):
             yield [
                 {
                     key: value.value if type(value) is Array else value
                     for key, value in entry.items()
                     if key != self.column
                 }
-                for entry in entries[begin : begin + OTHER_ROWS]
+                for entry in entries[start : start + CHUNK_ENTRIES]
             ]
 
-    def writer(self, path: AnyPath) -> ShardWriter:
+    def writer(self, path: AnyPath) -> PickleCopy | PickleWriter:
+        """Return a writer of a copy of the file with other rows."""
         if (direct := self._direct) and direct.replaceable:
             return PickleCopy(path, self, direct)
-        return PickleWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
+        return PickleWriter(path, self.num_rows, self.dimension, self.torch_dtype, self)
 
 
-class PickleWriter(ShardWriter):
-    """`ShardWriter` for a pickled list; of `source` it keeps everything but the rows."""
+class PickleWriter(FormatWriter):
+    """Write a pickled list; of `source` it keeps everything but the rows."""
 
-    suffix = (".pkl", ".pickle")
+    suffixes = (".pkl", ".pickle")
+    accepts_entries = True
 
     def __init__(
         self,
@@ -110,9 +119,9 @@ class PickleWriter(ShardWriter):
         dimension: int,
         dtype: torch.dtype,
         source: PickledShard | None = None,
-        others: Iterator[dict[str, Any]] | None = None,
+        other_columns: Iterator[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(path, num_rows, dimension, dtype, source, others)
+        super().__init__(path, num_rows, dimension, dtype, source, other_columns)
         if num_rows * dimension * dtype.itemsize > MAX_BYTES:
             raise ValueError(f"{path}: a pickle is at most {MAX_BYTES} bytes; convert to parquet")
 
@@ -120,25 +129,30 @@ class PickleWriter(ShardWriter):
         self._entries: list[dict[str, Any]] = []
 
     def _append(self, rows: np.ndarray) -> None:
-        begin, source = len(self._entries), self._source
-        old = _entries(source.path, source.stamp)[begin : begin + len(rows)] if source else None
-        for place, row in enumerate(rows.copy()):
-            if source:
-                entry = old[place]
-                before = entry[source.column]
-                row = row.tolist() if type(before) is list else row.reshape(before.value.shape)
-                self._entries.append(entry | {source.column: row})
-            else:
-                other = next(self._others) if self._others else {"id": begin + place}
-                self._entries.append(other | {DEFAULTS[0]: row})
+        if self._source:
+            self._append_to_source(rows)
+            return
+        for row in rows.copy():
+            columns = self._other_columns
+            entry = next(columns) if columns else {"id": len(self._entries)}
+            self._entries.append(entry | {DEFAULTS[0]: row})
+
+    def _append_to_source(self, rows: np.ndarray) -> None:
+        """Append the next entries of the source, with other rows in the form of theirs."""
+        column, start = self._source.column, len(self._entries)
+        entries = _entries(self._source.path, self._source.stamp)[start : start + len(rows)]
+        for entry, row in zip(entries, rows.copy(), strict=True):
+            old = entry[column]
+            new = row.tolist() if type(old) is list else row.reshape(old.value.shape)
+            self._entries.append(entry | {column: new})
 
     def _finish(self) -> None:
         with io.BufferedWriter(_Unclosed(self._file), 1 << 20) as file:
             try:
                 pickle.dump(self._entries, file, protocol=4)
             except (ValueError, RecursionError) as error:
-                what = f"cannot keep what is beside the rows ({error})"
-                raise ValueError(f"{self.path}: {what}; {ADVICE}") from error
+                problem = f"cannot keep the other columns of its source ({error})"
+                raise ValueError(f"{self.path}: {problem}; {ADVICE}") from error
 
 
 class _Unclosed(io.RawIOBase):
@@ -148,13 +162,25 @@ class _Unclosed(io.RawIOBase):
         self._file = file
 
     def writable(self) -> bool:
+        """True: it is there to be written to."""
         return True
 
     def write(self, data: Any) -> int:
-        return self._file.write(data)
+        """Write to the file; return the number of bytes that it took."""
+        return int(self._file.write(data))
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
+    """Open a pickled list, which is read to its end.
+
+    Args:
+        path: the file.
+        column: key of the rows; None is `embed`, else `embedding`.
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: the rows are not float16, float32 or float64.
+        ValueError: the file is no list of entries, or not plain data, or has no such key.
+    """
     stamp = path.stamp()
     if direct := _direct(path, stamp, column):
         name, dtype = _names(column)[direct.name], np.dtype(f"<f{direct.value_bytes}")
@@ -163,8 +189,8 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         entries = _entries(path, stamp)
         if not entries:
             raise ValueError(f"{path}: an empty list has no dimension; leave the file out")
-        first = entries[0] if type(entries[0]) is dict else {}
-        name = next((one for one in _names(column) if one in first), _names(column)[0])
+        keys = entries[0] if type(entries[0]) is dict else {}
+        name = next((name for name in _names(column) if name in keys), _names(column)[0])
         row = _vector(path, 0, entries[0], name)
         return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, column)
 
@@ -173,16 +199,18 @@ def _names(column: str | None) -> tuple[str, ...]:
     return DEFAULTS if column is None else (column,)
 
 
-def _direct(path: StoragePath, stamp: tuple[int, int | str], column: str | None) -> Any:
-    """Where the rows lie in the file, or None: they are those of `_entries`."""
+def _direct(path: StoragePath, stamp: Stamp, column: str | None) -> Any:
+    """Return where the rows lie in the file, or None if its entries have to be built."""
     return direct_rows(path, stamp, _names(column)) if stamp[0] <= MAX_BYTES else None
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
-def _entries(path: StoragePath, stamp: tuple[int, int]) -> list[Any]:
+def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
+    """Return the list that the file holds, built as plain data."""
     if stamp[0] > MAX_BYTES:
-        got = f"has {stamp[0]} bytes, and a pickle can only be read whole"
-        raise ValueError(f"{path}: {got}: expected at most {MAX_BYTES}; split it, or write parquet")
+        problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
+        advice = "split it, or write parquet"
+        raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; {advice}")
     with explained(path):
         data = path.read_bytes()
     try:
@@ -195,24 +223,24 @@ def _entries(path: StoragePath, stamp: tuple[int, int]) -> list[Any]:
 
 
 def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarray:
-    """The row of one entry, `[D]`."""
-    where = f"{path}: row {number}"
+    """Return the row `[D]` of an entry."""
+    place = f"{path}: row {number}"
     if type(entry) is not dict:
-        raise ValueError(f"{where} is a {type(entry).__name__}; {ADVICE}")
+        raise ValueError(f"{place} is a {type(entry).__name__}; {ADVICE}")
     if column not in entry:
-        there = ", ".join(map(repr, entry))
-        raise ValueError(f"{where} has no key {column!r}; choose one as the column, of: {there}")
+        keys = ", ".join(map(repr, entry))
+        raise ValueError(f"{place} has no key {column!r}; choose one as the column, of: {keys}")
     value = entry[column]
     row = value.value if type(value) is Array else None
-    if type(value) is list and all(type(one) in (float, int) for one in value):
+    if type(value) is list and all(type(number) in (float, int) for number in value):
         try:
             row = np.array(value, np.float64)
         except OverflowError as error:
-            raise ValueError(f"{where}: {column!r} holds a number beyond float64") from error
-    if row is None or row.dtype not in TORCH_DTYPES:
-        got = row.dtype if row is not None else type(value).__name__
-        want = "expected an array of float16, float32 or float64, or a list of floats"
-        raise TypeError(f"{where}: {column!r} is {got}, {want}")
+            raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
+    if row is None or row.dtype not in FLOATS:
+        actual = row.dtype if row is not None else type(value).__name__
+        expected = "expected an array of float16, float32 or float64, or a list of floats"
+        raise TypeError(f"{place}: {column!r} is {actual}, {expected}")
     if row.shape not in ((row.size,), (1, row.size)) or not 0 < row.size < MAX_COLUMNS:
-        raise ValueError(f"{where}: {column!r} has shape {row.shape}, expected [D] or [1, D]")
+        raise ValueError(f"{place}: {column!r} has shape {row.shape}, expected [D] or [1, D]")
     return row.reshape(-1)

@@ -1,16 +1,16 @@
-"""What a pickle may be made of beyond lists, dicts and the like: numpy's arrays, types and scalars.
+"""Values of a pickle other than lists, dicts and the like: numpy's arrays, types and scalars.
 
-`unpickle.py` builds these; each checks what the file says of it.
+`pickle_interpreter.py` builds these; each checks what the file says about it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][0-9]{1,6}")  # above all not O, objects
+PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][0-9]{1,6}")  # never O, objects
 
 _ARRAY, _DTYPE, _SCALAR, _BUFFER, _ENCODE = "array", "dtype", "scalar", "frombuffer", "encode"
 GLOBALS = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _DTYPE} | {
@@ -22,7 +22,7 @@ GLOBALS = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _DTYPE} | {
         ("numeric", "_frombuffer", _BUFFER),
     )
 }
-GLOBALS[("_codecs", "encode")] = _ENCODE  # how protocol 2 writes bytes, and these:
+GLOBALS["_codecs", "encode"] = _ENCODE  # with this and the next ones protocol 2 writes bytes
 GLOBALS |= {
     (module, name): name
     for module in ("builtins", "__builtin__")
@@ -31,7 +31,7 @@ GLOBALS |= {
 
 
 class Name(str):
-    """A global of `GLOBALS`: a word on the stack, not the thing."""
+    """The name of a global of `GLOBALS` on the stack, in place of the object that it names."""
 
     __slots__ = ()
 
@@ -40,7 +40,7 @@ class Name(str):
 
 
 class Type:
-    """A dtype in the making."""
+    """A dtype that is being built."""
 
     __slots__ = ("dtype",)
 
@@ -50,6 +50,11 @@ class Type:
         self.dtype = np.dtype(text)
 
     def build(self, state: Any) -> None:
+        """Set the byte order from the state of a numpy dtype.
+
+        Raises:
+            ValueError: the dtype has fields, a shape or objects.
+        """
         order, text = state[1], self.dtype.kind in "US"
         sizes = (self.dtype.itemsize, 4 if self.dtype.kind == "U" else 1) if text else (-1, -1)
         if order not in ("<", "|", "=", ">") or state[2:7] != (None, None, None, *sizes):
@@ -61,7 +66,7 @@ class Type:
 
 
 class Array:
-    """An array in the making; `value` is None until it is built."""
+    """An array that is being built; `value` is None until it is."""
 
     __slots__ = ("value",)
 
@@ -69,31 +74,41 @@ class Array:
         self.value = value
 
     def build(self, state: Any) -> None:
-        _, shape, kind, fortran, data = state
-        self.value = array(data, kind, shape, "F" if fortran is True else "C")
+        """Set the value from the state of a numpy array: version, shape, dtype, order, bytes."""
+        _, shape, dtype, fortran, data = state
+        self.value = array(data, dtype, shape, "F" if fortran is True else "C")
 
-    def __reduce_ex__(self, protocol: int) -> Any:
-        """It is pickled as the array that it stands for."""
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle the array that this stands for."""
         if self.value is None:
             raise ValueError("an array was begun and not built")
         return self.value.__reduce_ex__(protocol)
 
 
-def array(data: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-    if type(kind) is not Type or type(shape) is not tuple or order not in ("C", "F"):
+def array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """Return an array that views `data`.
+
+    Raises:
+        ValueError: the arguments do not describe an array of plain values and of this size.
+    """
+    if type(dtype) is not Type or type(shape) is not tuple or order not in ("C", "F"):
         raise ValueError("an array is not described by dtype, shape and order")
     if type(data) is not bytes or not all(type(n) is int for n in shape):
         raise ValueError("an array is not made of bytes (object arrays are never built)")
-    size = kind.dtype.itemsize
+    size = dtype.dtype.itemsize
     for count in shape:
         size *= count
     if len(shape) > 8 or any(count < 0 for count in shape) or size != len(data):
         raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
-    return np.frombuffer(data, kind.dtype).reshape(shape, order=order)
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
 
 def call(name: Any, values: Any) -> Any:
-    """What a global makes of its arguments; an unknown one never comes so far."""
+    """Return what a global of `GLOBALS` makes of its arguments.
+
+    Raises:
+        ValueError: `name` is none of them, or numpy never calls it with such arguments.
+    """
     if type(name) is not Name or type(values) is not tuple:
         raise ValueError("calls something that is no numpy constructor")
     if name == _ARRAY and values[0] == "ndarray" and type(values[0]) is Name:
@@ -103,8 +118,8 @@ def call(name: Any, values: Any) -> Any:
     if name == _SCALAR:
         return array(values[1], values[0], (), "C")[()]
     if name == _BUFFER:
-        data, kind, shape, order = values
-        return Array(array(data, kind, shape, order))
+        data, dtype, shape, order = values
+        return Array(array(data, dtype, shape, order))
     if name == _ENCODE and type(values[0]) is str and values[1:] == ("latin1",):
         return values[0].encode("latin1")
     if name == "bytes" and values == ():
@@ -115,7 +130,11 @@ def call(name: Any, values: Any) -> Any:
 
 
 def plain_key(key: Any) -> Any:
-    """Keys are text or numbers: others could hash by what a file nests in them."""
+    """Return a key of a dict or set that is text or a number; hashing others may take for ever.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if type(key) not in (str, int, float, bool, type(None)):
         raise ValueError(f"a key is {type(key).__name__}, expected text or a number")
     return key

@@ -1,4 +1,4 @@
-"""The members of a tar of samples, one at a time: names, groups, bytes."""
+"""The members of a tar of samples, one at a time: their names, groups and bytes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ...storage.paths import AnyPath, explained, storage_path
-from .npy import HEADER_BYTES, MAX_COLUMNS
+from ...storage.paths import AnyPath, StoragePath, explained, storage_path
+from ..shard import MAX_COLUMNS
+from .npy import HEADER_BYTES
+
+Members = dict[str, tarfile.TarInfo]  # of one sample, by ending
 
 
-def samples(
-    path: AnyPath, tar: tarfile.TarFile
-) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Each key with its members by ending; refuses what does not lie together."""
-    seen: set[str] = set()
-    key, members = None, {}
+def samples(path: AnyPath, tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
+    """Yield the key of each sample with its members.
+
+    Raises:
+        ValueError: the members of a sample do not lie together, or two have one name.
+    """
+    known_keys: set[str] = set()
+    key: str | None = None
+    members: Members = {}
     for member in walk(tar):
         if not member.isreg():
             continue
-        name, ending = parts(member.name)
+        name, ending = split_name(member.name)
         if name != key:
             if key is not None:
                 yield key, members
-            if name in seen:
-                what = f"the members of {name!r} do not lie together: {member.name} is out of order"
-                raise ValueError(f"{path}: {what}; write the tar sorted by name")
-            seen.add(name)
+            if name in known_keys:
+                problem = f"the members of {name!r} do not lie together"
+                place = f"{member.name} is out of order"
+                raise ValueError(f"{path}: {problem}: {place}; write the tar sorted by name")
+            known_keys.add(name)
             key, members = name, {}
         if ending in members:
             raise ValueError(f"{path}: has two members {member.name}; write the tar again")
@@ -38,22 +45,33 @@ def samples(
         yield key, members
 
 
-def parts(name: str) -> tuple[str, str]:
-    """Key and ending: `a/b.c.npy` is `c.npy` of `a/b`."""
+def split_name(name: str) -> tuple[str, str]:
+    """Return the key and the ending of a member: `a/b` and `c.npy` for `a/b.c.npy`."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return folder + slash + stem, ending.lower()
 
 
 def walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members in order; the archive does not remember them."""
+    """Yield the members in order, one in memory at a time."""
     while (member := tar.next()) is not None:
         yield member
-        tar.members.clear()
+        forget_members(tar)
+
+
+def forget_members(tar: tarfile.TarFile) -> None:
+    """Empty the list in which a tar keeps every member that was read or written."""
+    tar.members.clear()  # type: ignore[attr-defined]
 
 
 @contextmanager
-def opened(path: AnyPath) -> Iterator[tarfile.TarFile]:
+def opened_tar(path: AnyPath) -> Iterator[tarfile.TarFile]:
+    """Open an uncompressed tar.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no tar, or it is truncated.
+    """
     with explained(path), storage_path(path).open("rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
         ended = file.read() == bytes(1024)
@@ -68,15 +86,32 @@ def opened(path: AnyPath) -> Iterator[tarfile.TarFile]:
             raise ValueError(f"{path}: not a whole tar ({error}); {advice}") from error
 
 
-def member_bytes(path: AnyPath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a member that is a regular file."""
+    file = tar.extractfile(member)
+    assert file is not None  # it is None for directories and devices
+    return file.read()
+
+
+def row_bytes_of(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a member that holds one row.
+
+    Raises:
+        ValueError: it is longer than any row.
+    """
     if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
         raise ValueError(f"{path}: {member.name} has {member.size} bytes, expected one row")
-    return tar.extractfile(member).read()
+    return content_of(tar, member)
 
 
-def member_array(path: AnyPath, name: str, data: bytes) -> np.ndarray:
+def array_of_member(path: StoragePath, name: str, data: bytes) -> np.ndarray:
+    """Return the array that a `.npy` member holds.
+
+    Raises:
+        ValueError: the member is no `.npy` file.
+    """
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds
-        what = f"{name} is not a .npy file ({error})"
-        raise ValueError(f"{path}: {what}; write it with numpy.save") from error
+        problem = f"{name} is not a .npy file ({error})"
+        raise ValueError(f"{path}: {problem}; write it with numpy.save") from error

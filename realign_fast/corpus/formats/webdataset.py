@@ -1,8 +1,9 @@
-"""A shard in a WebDataset tar: a sample is the members of one key, its row a `.npy` member.
+"""WebDataset tars: a sample is the members of one key, and its row is a `.npy` member.
 
-`00017.npy` and `00017.txt` are one sample, key `00017`. Samples stand in the order of rows and the
-members of one lie together. A row is an array `[D]` or `[1, D]`; every other member is carried
-through, with its name, time and rights. Members are read one at a time.
+`00017.npy` and `00017.txt` are one sample with the key `00017`. Samples stand in the order of the
+rows and the members of one lie together. A row is an array `[D]` or `[1, D]`; every other member is
+carried through, with its name, time and rights. Members are read one at a time.
+For the format see github.com/webdataset/webdataset.
 """
 
 from __future__ import annotations
@@ -18,122 +19,153 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath
-from ..streamed_shard import StreamedShard, torch_dtype
-from .npy import MAX_COLUMNS, TORCH_DTYPES, ShardWriter
-from .tar_members import member_array, member_bytes, opened, parts, samples, walk
+from ..shard import FLOATS, MAX_COLUMNS
+from ..shard_writer import FormatWriter
+from ..streamed_shard import StreamedShard
+from .tar_members import (
+    array_of_member,
+    content_of,
+    forget_members,
+    opened_tar,
+    row_bytes_of,
+    samples,
+    split_name,
+    walk,
+)
 
 DEFAULT = "embedding.npy"
-KEY = "__key__"  # the name that webdataset gives it
-TEXT = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
-OTHER_ROWS = 256
+KEY = "__key__"  # webdataset's name for the key of a sample
+TEXT_ENDINGS = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
+CHUNK_SAMPLES = 256  # of other columns at a time
 
 
 @dataclass(frozen=True)
 class TarShard(StreamedShard):
+    """The `.npy` members with one ending in a tar of samples."""
+
     format = "tar"
 
-    def pieces(self, first: int, size: int) -> Iterator[np.ndarray]:
-        out, number, filled = np.empty((size, self.dimension), self.dtype), 0, 0
-        with opened(self.path) as tar:
-            for member, data in self._members(tar):
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows that were copied out of members; see `StreamedShard.pieces`."""
+        batch, number, filled = np.empty((batch_rows, self.dimension), self.dtype), 0, 0
+        with opened_tar(self.path) as tar:
+            for member, data in self.members(tar):
                 if data is None or (number := number + 1) <= first:
                     continue
                 row = _row(self.path, member.name, data)
                 if (row.size, row.dtype) != (self.dimension, self.dtype):
-                    got, want = (f"{n} of {t}" for n, t in ((row.size, row.dtype), self._shape))
-                    what = f"{member.name} holds {got}, expected {want} as the first"
-                    raise ValueError(f"{self.path}: {what}; embed all with one encoder")
-                out[filled], filled = row, filled + 1
-                if filled == size:
-                    yield out
-                    out, filled = np.empty_like(out), 0
-        yield out[:filled]
+                    actual = f"{member.name} holds {row.size} of {row.dtype}"
+                    expected = f"{self.dimension} of {self.dtype} as the first"
+                    advice = "embed all with one encoder"
+                    raise ValueError(f"{self.path}: {actual}, expected {expected}; {advice}")
+                batch[filled], filled = row, filled + 1
+                if filled == batch_rows:
+                    yield batch
+                    batch, filled = np.empty_like(batch), 0
+        yield batch[:filled]
 
-    _shape = property(lambda self: (self.dimension, self.dtype))
-
-    def _members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-        """All members in order, those that are rows with their bytes."""
+    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+        """Yield all members in order, with the bytes of those that are rows."""
         for member in walk(tar):
-            row = member.isreg() and parts(member.name)[1] == self.column
-            yield member, member_bytes(self.path, tar, member) if row else None
+            is_row = member.isreg() and split_name(member.name)[1] == self.column
+            yield member, row_bytes_of(self.path, tar, member) if is_row else None
 
     @property
-    def others(self):
-        return self._other_columns
+    def has_other_columns(self) -> bool:
+        """True: every sample has a key."""
+        return True
 
-    def _other_columns(self) -> Iterator[list[dict[str, Any]]]:
-        """The key of each sample and its other members, a list of samples at a time."""
-        found: list[dict[str, Any]] = []
-        with opened(self.path) as tar:
+    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
+        chunk: list[dict[str, Any]] = []
+        with opened_tar(self.path) as tar:
             for member in walk(tar):
                 if not member.isreg():
                     continue
-                key, ending = parts(member.name)
-                if not found or found[-1][KEY] != key:
-                    if len(found) == OTHER_ROWS:
-                        yield found
-                        found = []
-                    found.append({KEY: key})
+                key, ending = split_name(member.name)
+                if not chunk or chunk[-1][KEY] != key:
+                    if len(chunk) == CHUNK_SAMPLES:
+                        yield chunk
+                        chunk = []
+                    chunk.append({KEY: key})
                 if ending != self.column:
-                    data = tar.extractfile(member).read()
-                    found[-1][ending] = _text(self.path, member, data) if ending in TEXT else data
-        if found:
-            yield found
+                    data = content_of(tar, member)
+                    is_text = ending in TEXT_ENDINGS
+                    chunk[-1][ending] = _text(self.path, member, data) if is_text else data
+        if chunk:
+            yield chunk
 
     def writer(self, path: AnyPath) -> TarWriter:
-        return TarWriter(path, self.num_rows, self.dimension, torch_dtype(self), self)
+        """Return a writer of a copy of the tar with other rows."""
+        return TarWriter(path, self.num_rows, self.dimension, self.torch_dtype, self)
 
 
-class TarWriter(ShardWriter):
-    """`ShardWriter` for a tar of samples; of `source` it keeps everything but the rows."""
+class TarWriter(FormatWriter):
+    """Write a tar of samples; of `source` it keeps everything but the rows."""
 
-    suffix = ".tar"
+    suffixes = (".tar",)
+    accepts_entries = True
 
     def _begin(self) -> None:
         self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._tar = tarfile.open(fileobj=self._buffered, mode="w", format=tarfile.PAX_FORMAT)
-        self._rest = self._copied() if self._source else None
-        self._place = next(self._rest) if self._rest and self.num_rows else None
+        # The copy stops at each row of the source: its member, and the shape of its array.
+        self._row_places = self._copied() if self._source else iter(())
+        self._row_place = next(self._row_places, None)
 
     def _append(self, rows: np.ndarray) -> None:
         for place, row in enumerate(rows):
-            if self._rest:
-                member, shape = self._place
-                self._add(copy.copy(member), _npy(row.reshape(shape)))
-                self._place = next(self._rest, None)
-            else:
+            if not self._source:
                 self._add_sample(self.written + place, row)
+                continue
+            if self._row_place is None:
+                raise self._source.changed_error()
+            member, shape = self._row_place
+            self._add(copy.copy(member), _npy(row.reshape(shape)))
+            self._row_place = next(self._row_places, None)
 
     def _finish(self) -> None:
         self._tar.close()
         self._buffered.flush()
 
     def _copied(self) -> Iterator[tuple[tarfile.TarInfo, tuple[int, ...]]]:
-        """Copies the source; stops where a row of the result belongs."""
-        with opened(self._source.path) as tar:
-            for member, data in self._source._members(tar):
+        """Copy the source; stop where a row of the result belongs."""
+        with opened_tar(self._source.path) as tar:
+            for member, data in self._source.members(tar):
                 if data is not None:
-                    yield member, member_array(self._source.path, member.name, data).shape
+                    yield member, array_of_member(self._source.path, member.name, data).shape
                 elif member.isreg():
-                    self._add(copy.copy(member), tar.extractfile(member).read())
+                    self._add(copy.copy(member), content_of(tar, member))
                 else:
                     self._tar.addfile(member)
 
     def _add_sample(self, number: int, row: np.ndarray) -> None:
-        other = dict(next(self._others)) if self._others else {}
-        key = other.pop(KEY, f"{number:09}")
-        own = {n: v for n, v in other.items() if isinstance(v, bytes) or n in TEXT}
-        rest = {n: v for n, v in other.items() if n not in own and v is not None}
+        """Write the members of a row: those of the other columns, then the row itself."""
+        columns = dict(next(self._other_columns)) if self._other_columns else {}
+        key = columns.pop(KEY, f"{number:09}")
+        members = {
+            name: value
+            for name, value in columns.items()
+            if isinstance(value, bytes) or name in TEXT_ENDINGS
+        }
+        in_json = {
+            name: value
+            for name, value in columns.items()
+            if name not in members and value is not None
+        }
         try:
-            if rest:
-                own["json"] = json.dumps(rest, ensure_ascii=False, default=_listed)
+            if in_json:
+                members["json"] = json.dumps(in_json, ensure_ascii=False, default=_plain)
         except (TypeError, ValueError) as error:
-            what = f"row {number}: what is beside it cannot become json ({error})"
-            raise ValueError(f"{self.path}: {what}; convert to parquet") from error
-        if (rest and "json" in other) or DEFAULT in own or any("/" in name for name in own):
-            what = f"row {number} has columns {', '.join(other)}, not all of which can be members"
-            raise ValueError(f"{self.path}: {what}; rename them")
-        for name, value in own.items():
+            problem = f"row {number}: its other columns cannot become json ({error})"
+            raise ValueError(f"{self.path}: {problem}; convert to parquet") from error
+        has_slash = any("/" in name for name in members)
+        if (in_json and "json" in columns) or DEFAULT in members or has_slash:
+            problem = (
+                f"row {number} has columns {', '.join(columns)}, not all of which can be members"
+            )
+            raise ValueError(f"{self.path}: {problem}; rename them")
+        for name, value in members.items():
             if value is not None:
                 data = value.encode() if isinstance(value, str) else bytes(value)
                 self._add(tarfile.TarInfo(f"{key}.{name}"), data)
@@ -141,41 +173,54 @@ class TarWriter(ShardWriter):
 
     def _add(self, member: tarfile.TarInfo, data: bytes) -> None:
         member.size = len(data)
-        member.pax_headers = {k: v for k, v in member.pax_headers.items() if k != "size"}
+        headers = member.pax_headers.items()
+        member.pax_headers = {key: value for key, value in headers if key != "size"}
         self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()  # or it would remember every one
+        forget_members(self._tar)
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
-    stamp, rows, first = path.stamp(), 0, None
-    with opened(path) as tar:
+    """Open a tar of samples; all its headers are read, to count them.
+
+    Args:
+        path: the tar.
+        column: ending of the members that are rows; None is `embedding.npy`, or the only one
+            that ends in `npy`.
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: the first row is not float16, float32 or float64.
+        ValueError: the file is damaged, or a sample has no such member.
+    """
+    stamp, num_rows, row = path.stamp(), 0, None
+    with opened_tar(path) as tar:
         for key, members in samples(path, tar):
             name = _choose(path, key, list(members), column)
-            if first is None:
+            if row is None:
                 column, member = name, members[name]
-                first = _row(path, member.name, member_bytes(path, tar, member))
-            rows += 1
-    if first is None:
+                row = _row(path, member.name, row_bytes_of(path, tar, member))
+            num_rows += 1
+    if row is None or column is None:
         raise ValueError(f"{path}: has no samples, so nothing says their dimension; leave it out")
-    return TarShard(path, rows, first.size, first.dtype, column, stamp)
+    return TarShard(path, num_rows, row.size, row.dtype, column, stamp)
 
 
-def _choose(path: AnyPath, key: str, endings: list[str], column: str | None) -> str:
-    """The ending of the member that is the row: as asked for, else the only one in npy."""
-    arrays = [one for one in endings if one.split(".")[-1] == "npy"]
-    asked = column or (DEFAULT if DEFAULT in arrays or len(arrays) != 1 else arrays[0])
-    for name in (asked, f"{asked}.npy"):
+def _choose(path: StoragePath, key: str, endings: list[str], column: str | None) -> str:
+    """Return the ending of the member of a sample that is its row."""
+    arrays = [ending for ending in endings if ending.split(".")[-1] == "npy"]
+    chosen = column or (DEFAULT if DEFAULT in arrays or len(arrays) != 1 else arrays[0])
+    for name in (chosen, f"{chosen}.npy"):
         if name in endings:
             return name
-    there = ", ".join(endings)
-    raise ValueError(f"{path}: sample {key!r} has no {asked!r}; choose a column, of: {there}")
+    names = ", ".join(endings)
+    raise ValueError(f"{path}: sample {key!r} has no {chosen!r}; choose a column, of: {names}")
 
 
-def _row(path: AnyPath, name: str, data: bytes) -> np.ndarray:
-    array = member_array(path, name, data)
-    if array.dtype not in TORCH_DTYPES:
-        want = "expected <f2, <f4 or <f8; save array.astype('<f4')"
-        raise TypeError(f"{path}: {name} holds {array.dtype.str}, {want}")
+def _row(path: StoragePath, name: str, data: bytes) -> np.ndarray:
+    """Return the row `[D]` in a member."""
+    array = array_of_member(path, name, data)
+    if array.dtype not in FLOATS:
+        expected = "expected <f2, <f4 or <f8; save array.astype('<f4')"
+        raise TypeError(f"{path}: {name} holds {array.dtype.str}, {expected}")
     if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
         raise ValueError(f"{path}: {name} has shape {array.shape}, expected [D] or [1, D]")
     return array.reshape(-1)
@@ -187,14 +232,15 @@ def _npy(row: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _text(path: AnyPath, member: tarfile.TarInfo, data: bytes) -> str:
+def _text(path: StoragePath, member: tarfile.TarInfo, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {member.name} is no UTF-8 ({error}); write it again") from error
 
 
-def _listed(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Return a numpy value as json can hold it."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not plain")

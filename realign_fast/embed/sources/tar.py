@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tarfile import TarInfo
 
-from ...corpus.formats.tar_members import opened, samples
+from ...corpus.formats.tar_members import opened_tar, samples
 from ..choices import Content
 from ..decode import SUFFIXES
 from .base import MAX_CAPTION_BYTES, Item, Source, read_at
@@ -31,12 +31,12 @@ class Tars(Source):
 
     def count(self, file: Path) -> int:
         """Return the number of samples in a tar."""
-        with opened(file) as tar:
+        with opened_tar(file) as tar:
             return sum(1 for _ in samples(file, tar))
 
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield the samples of a tar; the position of an image is its offset and size."""
-        with opened(file) as tar, open(file, "rb") as data:
+        with opened_tar(file) as tar, open(file, "rb") as data:
             for key, members in samples(file, tar):
                 image = next((info for end, info in members.items() if end in SUFFIXES), None)
                 caption, failure = None, None

@@ -1,0 +1,135 @@
+"""The base of every writer of shards: the file appears under its name whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..storage.paths import AnyPath, explained, output_path
+from .io_extension import start_writing
+from .shard import FLOATS, MAX_COLUMNS, as_numpy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+START_BYTES = 8 << 20  # written before the disk is told to start on them
+
+
+class FormatWriter:
+    """Write one shard in pieces: `with writer: writer.write(rows)`, as often as needed.
+
+    Rows go to `.<name>.partial` beside `path` (never a shard; what a dead process left there is
+    replaced). A clean exit checks their number, syncs, renames and syncs the directory; an
+    exception removes the file. Of two writers of one path the later one wins, and the other fails.
+    Rows for a URL go to a scratch file of this machine, which a clean exit uploads.
+
+    A format implements `_begin` and, where its rows are not just their bytes or something follows
+    them, `_append` and `_finish`.
+
+    Args:
+        path: the shard, with one of `suffixes`.
+        num_rows: rows that will be written in all.
+        dimension: numbers in a row.
+        dtype: one of `dtypes`.
+        source: the shard whose other columns are kept, of the same format; None keeps none.
+        other_columns: those columns instead, as one dictionary a row.
+    Raises:
+        TypeError: the format does not have the number type.
+        ValueError: the shape or the name of the file is not one of a shard.
+        OSError: the file cannot be written.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = tuple(FLOATS.values())
+    accepts_entries: ClassVar[bool] = False  # whether it uses `other_columns`
+
+    def __init__(
+        self,
+        path: AnyPath,
+        num_rows: int,
+        dimension: int,
+        dtype: torch.dtype,
+        source: Any = None,
+        other_columns: Iterator[dict[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.num_rows = output_path(path), num_rows
+        self.dimension, self.dtype = dimension, dtype
+        self._source, self._other_columns = source, other_columns
+        self.written = 0  # rows
+        self._started = 0  # bytes that the disk has been told to write
+        if dtype not in self.dtypes:
+            names = ", ".join(str(name).removeprefix("torch.") for name in self.dtypes)
+            expected = f"expected one of {names} (bfloat16 only in safetensors)"
+            raise TypeError(f"{path}: got {dtype}, {expected}; convert the rows")
+        if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._has_shard_name():
+            suffixes = " or ".join(self.suffixes)
+            expected = f"expected rows >= 0, columns >= 1 and a visible name in {suffixes}"
+            raise ValueError(f"{path}: got [{num_rows}, {dimension}], {expected}")
+
+    def __enter__(self) -> Self:
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._pending = self.path.pending_file(buffering=0)
+            self._file = self._pending.file
+            try:
+                self._begin()
+            except BaseException:
+                self._pending.discard()
+                raise
+        return self
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Append rows `[n, D]` of the shard's number type; contiguous CPU rows are not copied."""
+        fits = rows.dtype == self.dtype and rows.ndim == 2 and rows.shape[1] == self.dimension
+        if not fits or self.written + len(rows) > self.num_rows:
+            actual = f"got {list(rows.shape)} {rows.dtype} after {self.written} rows"
+            expected = f"expected [n, {self.dimension}] {self.dtype}, {self.num_rows} rows in all"
+            raise ValueError(f"{self.path}: {actual}, {expected}; convert or slice before writing")
+        with explained(self.path):
+            self._append(as_numpy(rows.detach().cpu().contiguous()))
+            if (end := self._file.tell()) >= self._started + START_BYTES:
+                start_writing(self._file.fileno(), self._started, end - self._started)
+                self._started = end
+        self.written += len(rows)
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        is_complete = error_type is None and self.written == self.num_rows
+        with explained(self.path):
+            if is_complete:
+                with self._pending:
+                    self._finish()
+            else:
+                try:
+                    self._abandon()
+                finally:
+                    self._pending.discard()
+        if error_type is None and not is_complete:
+            counts = f"got {self.written} rows, expected {self.num_rows}"
+            raise ValueError(f"{self.path}: {counts}; nothing was kept")
+
+    def _has_shard_name(self) -> bool:
+        name = self.path.name
+        return name.lower().endswith(self.suffixes) and not name.startswith(".")
+
+    def _begin(self) -> None:
+        """Write what stands before the rows to `self._file`, an unbuffered file."""
+        raise NotImplementedError
+
+    def _append(self, rows: np.ndarray) -> None:
+        """Write rows `[n, D]` as they lie in memory; `self.written` rows stand before them."""
+        self._put(rows.reshape(-1).view(np.uint8))
+
+    def _finish(self) -> None:
+        """Write what stands behind the rows, before the file is synced."""
+
+    def _abandon(self) -> None:
+        """Release what `_begin` made; called instead of `_finish`, before the file is removed."""
+
+    def _put(self, data: Any) -> None:
+        """Write all bytes of `data` (a buffer): an unbuffered file may take fewer at a time."""
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view) :]
