@@ -49,7 +49,7 @@ def _settings(options: Namespace) -> Settings:
 def _sides(options: Namespace) -> tuple[Corpus, Corpus]:
     source = open_source(options)
     if options.target_column is None:
-        return source, open_corpus(options, options.target, "image")
+        return source, open_corpus(options, options.target, "image", column_option="")
     target = open_corpus(options, options.target, "image", options.target_column, "--target-column")
     return source, target
 

@@ -45,12 +45,15 @@ def open_corpus(
 ) -> Corpus:
     """Open a corpus with ``--allow-pickle`` and ``column``, which is ``--column`` if not given.
 
+    A corpus without columns is refused if ``column_option`` names one for it; the target may have
+    none where ``--column`` is meant for the source (``column_option`` is empty).
+
     Raises:
         ValueError, TypeError, OSError: the corpus cannot be read, or has no columns to choose.
     """
     column = options.column if column is None else column
     corpus = Corpus(path, modality, column=column, allow_pickle=options.allow_pickle)
-    if column is not None and corpus.format == "npy":
+    if column is not None and column_option and corpus.format == "npy":
         raise ValueError(f"{corpus.path}: npy has no columns; leave {column_option} out")
     return corpus
 
