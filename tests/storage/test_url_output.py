@@ -94,7 +94,7 @@ def keys(bucket):
 
 
 def finished(report):
-    return {one["name"]: (one["rows"], one["finished_before"]) for one in report["passes"]}
+    return {entry["name"]: (entry["rows"], entry["finished_before"]) for entry in report["passes"]}
 
 
 def test_the_bytes_of_a_local_run_and_nothing_twice(tmp_path, corpora, out):
@@ -117,13 +117,13 @@ def test_a_file_by_url_is_a_file(tmp_path, corpora):
 @pytest.mark.parametrize("form", TARGETS)
 def test_every_format_is_converted_and_aligned_to_a_bucket(form, tmp_path, corpora, bucket):
     how = {"allow_pickle": True}
-    near = [convert(Corpus(one), tmp_path / form / one.name, form) for one in corpora]
-    far = [convert(Corpus(one), f"s3://rows/{form}/{one.name}", form) for one in corpora]
+    near = [convert(Corpus(corpus), tmp_path / form / corpus.name, form) for corpus in corpora]
+    far = [convert(Corpus(corpus), f"s3://rows/{form}/{corpus.name}", form) for corpus in corpora]
     for pair in zip(near, far, strict=True):
         for ours, theirs in zip(*pair, strict=True):
             assert ours.read_bytes() == theirs.read_bytes()
-    local = [Corpus(tmp_path / form / one.name, **how) for one in corpora]
-    remote = [Corpus(f"s3://rows/{form}/{one.name}", **how) for one in corpora]
+    local = [Corpus(tmp_path / form / folder.name, **how) for folder in corpora]
+    remote = [Corpus(f"s3://rows/{form}/{folder.name}", **how) for folder in corpora]
     assert local[0].format == remote[0].format
     align(*local, tmp_path / "near", QUIET)
     align(*local, S3, QUIET)
@@ -173,10 +173,10 @@ def test_workers_write_the_same_bytes(tmp_path, corpora, bucket):
 
 def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
     pytest.importorskip("ray")
-    for one in corpora:
-        bucket.put(str(one), f"rows/{one.name}", recursive=True)
-    both = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3, "--quiet"]
-    command = [sys.executable, "-m", "realign_fast", "align", *both, "--engine", "ray"]
+    for folder in corpora:
+        bucket.put(str(folder), f"rows/{folder.name}", recursive=True)
+    inputs = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3, "--quiet"]
+    command = [sys.executable, "-m", "realign_fast", "align", *inputs, "--engine", "ray"]
     subprocess.run(command, env=environment(), check=True, timeout=300)
     align("s3://rows/text", "s3://rows/image", tmp_path / "near", QUIET)
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
@@ -208,20 +208,20 @@ def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
     def run(*arguments):
         assert main.main([*arguments, "--out", S3, "--quiet"]) == 0
 
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1])]
     for job in ("2/2", "1/2"):
-        run("stats", *both[:2], "--shard", job)
-        run("stats", *both[2:], "--shard", job)
-    assert main.main(["apply", *both[:2], "--aligner", S3, "--out", S3, "--quiet"]) == 2
+        run("stats", *inputs[:2], "--shard", job)
+        run("stats", *inputs[2:], "--shard", job)
+    assert main.main(["apply", *inputs[:2], "--aligner", S3, "--out", S3, "--quiet"]) == 2
     assert "has statistics and no aligner.safetensors; merge has to" in capsys.readouterr().err
-    run("merge", *both)
+    run("merge", *inputs)
     assert f"next: stats --aligner {S3}/half.safetensors" in capsys.readouterr().out
     for job in ("1/2", "2/2"):
-        run("stats", *both[:2], "--aligner", f"{S3}/half.safetensors", "--shard", job)
-    run("merge", *both)
+        run("stats", *inputs[:2], "--aligner", f"{S3}/half.safetensors", "--shard", job)
+    run("merge", *inputs)
     for job in ("1/2", "2/2"):
-        run("apply", *both[:2], "--aligner", S3, "--shard", job)
-    run("merge", *both)
+        run("apply", *inputs[:2], "--aligner", S3, "--shard", job)
+    run("merge", *inputs)
     assert "every shard is aligned" in capsys.readouterr().out
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
     assert main.main(["verify", S3]) == 0 and main.main(["inspect", S3]) == 0
@@ -229,13 +229,13 @@ def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
 
 
 def test_fit_and_apply_and_what_is_said(tmp_path, corpora, bucket, capsys):
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
-    assert main.main(["fit", *both, "--out", S3]) == 0
-    apply = ["apply", *both[:2], "--aligner", S3, "--out", "s3://rows/applied"]
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+    assert main.main(["fit", *inputs, "--out", S3]) == 0
+    apply = ["apply", *inputs[:2], "--aligner", S3, "--out", "s3://rows/applied"]
     assert main.main(apply) == 0
-    said = capsys.readouterr()
-    assert f"each shard waits in {os.environ.get('TMPDIR', '/tmp')} for its upload" in said.err
-    assert "up to 2.4 kB at a time" in said.err and "wrote s3://rows/applied" in said.out
+    captured = capsys.readouterr()
+    assert f"each shard waits in {os.environ.get('TMPDIR', '/tmp')} for its upload" in captured.err
+    assert "up to 2.4 kB at a time" in captured.err and "wrote s3://rows/applied" in captured.out
     align(*corpora, tmp_path / "near", QUIET)
     applied = bucket.cat("rows/applied/emb_0.npy")
     assert applied == (tmp_path / "near/emb_0.npy").read_bytes()
@@ -260,8 +260,8 @@ def environment():
 
 
 def started(corpora, *options):
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
-    command = [sys.executable, "-m", "realign_fast", "align", *both, *options]
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
+    command = [sys.executable, "-m", "realign_fast", "align", *inputs, *options]
     return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
@@ -317,20 +317,20 @@ def failing(bucket, s3_server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         ({"statuses": {"emb_1.npy": 403}}, r"access is refused .*with which it may be written"),
         ({"statuses": {"emb_1.npy": 500}}, r"cannot be written in 2 attempts .*run the same"),
     ],
 )
 def test_an_upload_that_fails_is_one_error_and_what_is_finished_stays(
-    wrong, words, tmp_path, corpora, bucket, failing, capsys
+    wrong, message, tmp_path, corpora, bucket, failing, capsys
 ):
     vars(failing).update(wrong)
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
-    assert main.main(["align", *both]) == 2
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
+    assert main.main(["align", *inputs]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(rf"realign-fast: error: {S3}/emb_1.npy: {words}", line)
+    assert re.match(rf"realign-fast: error: {S3}/emb_1.npy: {message}", line)
     assert "emb_0.npy" in keys(bucket) and "emb_1.npy" not in keys(bucket)
     failing.statuses = {}
     report = align(*corpora, S3, QUIET)
@@ -359,8 +359,8 @@ def test_a_server_that_is_gone_is_said_once(corpora, bucket, monkeypatch, capsys
     monkeypatch.setattr(url, "WAITS", ())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--quiet"]
-    assert main.main(["align", *both, "--out", S3]) == 2
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--quiet"]
+    assert main.main(["align", *inputs, "--out", S3]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "its server cannot be reached" in error and error.startswith("realign-fast: error: s3")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -373,17 +373,17 @@ def test_a_bucket_that_is_not_there_is_not_made(corpora, bucket):
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("place", "message"),
     [
         ("https://host/out", "https://host/out: is read only: a web server"),
         ("simplecache::s3://rows/out", "is read only: a chain of systems"),
     ],
 )
-def test_places_that_take_no_files(place, words, corpora, capsys):
-    both = ["--text", str(corpora[0]), "--image", str(corpora[1])]
+def test_places_that_take_no_files(place, message, corpora, capsys):
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1])]
     with pytest.raises(SystemExit):
-        main.main(["align", *both, "--out", place])
-    assert words in capsys.readouterr().err
+        main.main(["align", *inputs, "--out", place])
+    assert message in capsys.readouterr().err
     for write_there in (
         lambda: align(*corpora, place, QUIET),
         lambda: convert(Corpus(corpora[0]), place, "npy"),
@@ -435,8 +435,10 @@ def folder(text):
 
 def test_two_runs_on_one_output(out, monkeypatch):
     with locked(folder(out) / "_stats"):
-        words = rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {out}/_stats"
-        with pytest.raises(OSError, match=words), locked(folder(out) / "_stats"):
+        message = (
+            rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {out}/_stats"
+        )
+        with pytest.raises(OSError, match=message), locked(folder(out) / "_stats"):
             pass
         with pytest.raises(OSError, match="is working on it"):
             with locked(folder(out) / "_stats", "1-of-2"):
@@ -454,26 +456,30 @@ def test_two_runs_on_one_output(out, monkeypatch):
         assert not (folder(out) / "_stats" / name).exists()
 
 
-def left(place, **other):
+def leave_lock(place, **differences):
     """Leave a lock as another process would, with what differs from this one."""
-    said = object_lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
-    (folder(place) / "_stats/lock").write_whole(json.dumps(said | other).encode())
+    holder = object_lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
+    (folder(place) / "_stats/lock").write_whole(json.dumps(holder | differences).encode())
 
 
-@pytest.mark.parametrize("other", [{"pid": 1 << 22}, {"began": "1"}])
-def test_a_lock_of_a_dead_process_of_this_machine_is_taken(other, bucket):
-    left(S3, **other)
+@pytest.mark.parametrize("differences", [{"pid": 1 << 22}, {"began": "1"}])
+def test_a_lock_of_a_dead_process_of_this_machine_is_taken(differences, bucket):
+    leave_lock(S3, **differences)
     with locked(folder(S3) / "_stats"):
-        held = json.loads(bucket.cat("rows/out/_stats/lock"))
-        assert held["pid"] == os.getpid()
+        holder = json.loads(bucket.cat("rows/out/_stats/lock"))
+        assert holder["pid"] == os.getpid()
     assert keys(bucket) == []
 
 
-@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "a container"}, {"pid": "x"}])
-def test_a_lock_that_nobody_can_prove_dead_is_named(other, bucket):
-    left(S3, **other)
-    words = rf"gave no sign of life for 120 min .*if it was killed, delete {S3}/_stats/lock and run"
-    with pytest.raises(OSError, match=words), locked(folder(S3) / "_stats"):
+@pytest.mark.parametrize(
+    "differences", [{"host": "elsewhere"}, {"machine": "a container"}, {"pid": "x"}]
+)
+def test_a_lock_that_nobody_can_prove_dead_is_named(differences, bucket):
+    leave_lock(S3, **differences)
+    message = (
+        rf"gave no sign of life for 120 min .*if it was killed, delete {S3}/_stats/lock and run"
+    )
+    with pytest.raises(OSError, match=message), locked(folder(S3) / "_stats"):
         pass
     assert keys(bucket) == ["_stats/lock"]
     bucket.pipe("rows/out/_stats/lock", b"\0nonsense")

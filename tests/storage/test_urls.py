@@ -56,9 +56,10 @@ def served(tmp_path):
 
 def shards(out):
     """The bytes of what a run leaves, less what names its sources."""
-    kept = {name: data for name, data in tree(out).items() if not name.endswith(".json")}
+    shards_by_name = {name: data for name, data in tree(out).items() if not name.endswith(".json")}
     return {
-        name.rpartition("/")[2].split(".")[0] + Path(name).suffix: d for name, d in kept.items()
+        name.rpartition("/")[2].split(".")[0] + Path(name).suffix: d
+        for name, d in shards_by_name.items()
     }
 
 
@@ -66,9 +67,9 @@ def shards(out):
 def test_every_format_has_the_bytes_of_the_local_run(form, tmp_path, corpora, served):
     for folder in corpora:
         convert(Corpus(folder), tmp_path / "www" / form / folder.name, form)
-    how, both = {"allow_pickle": True}, (("text", "text"), ("image", "image"))
-    near = [Corpus(tmp_path / "www" / form / name, **how) for name, _ in both]
-    far = [Corpus(f"{served[0]}/{form}/{name}", **how) for name, _ in both]
+    how, names = {"allow_pickle": True}, (("text", "text"), ("image", "image"))
+    near = [Corpus(tmp_path / "www" / form / name, **how) for name, _ in names]
+    far = [Corpus(f"{served[0]}/{form}/{name}", **how) for name, _ in names]
     align(*near, tmp_path / "near", QUIET)
     align(*far, tmp_path / "far", QUIET)
     assert shards(tmp_path / "near") == shards(tmp_path / "far")
@@ -104,8 +105,8 @@ def test_the_command_line_reads_memory_of_its_process_and_files_by_url(tmp_path,
     text, image = corpora
     for path in image.iterdir():
         fsspec.filesystem("memory").pipe(f"/cli-image/{path.name}", path.read_bytes())
-    both = ["--source", f"file://{text}", "--target", "memory://cli-image", "--quiet"]
-    assert main.main(["align", *both, "--out", str(tmp_path / "out")]) == 0
+    inputs = ["--source", f"file://{text}", "--target", "memory://cli-image", "--quiet"]
+    assert main.main(["align", *inputs, "--out", str(tmp_path / "out")]) == 0
     assert main.main(["inspect", "memory://cli-image", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["rows"] == 49
 
@@ -150,7 +151,7 @@ def test_batches_are_cut_as_those_of_the_file(tmp_path, corpora, served):
     for start in (0, 13, 50, 60):
         ours = [(b.shard, b.first, b.rows) for b in near.batches(batch_rows=7, start=start)]
         theirs = [(b.shard, b.first, b.rows) for b in far.batches(batch_rows=7, start=start)]
-        assert [one[:2] for one in ours] == [one[:2] for one in theirs]
+        assert [batch[:2] for batch in ours] == [batch[:2] for batch in theirs]
         assert all(torch.equal(a[2], b[2]) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -160,8 +161,8 @@ def test_several_pieces_are_on_their_way(tmp_path, served, monkeypatch):
     write(tmp_path / "www/text", 1, (700,))
     corpus, rows = Corpus(f"{served[0]}/text"), np.load(tmp_path / "www/text/emb_0.npy")
     served[1].delay = 0.02
-    got = torch.cat([batch.rows for batch in corpus.batches(batch_rows=100)])
-    assert np.array_equal(got.numpy(), rows)
+    rows_read = torch.cat([batch.rows for batch in corpus.batches(batch_rows=100)])
+    assert np.array_equal(rows_read.numpy(), rows)
     assert 4 <= served[1].most_busy <= 8
 
 
@@ -185,8 +186,8 @@ def test_a_broken_connection_is_taken_up_again(form, tmp_path, corpora, served, 
     (path, *_) = convert(Corpus(corpora[0]), tmp_path / "www" / form, form)
     corpus = Corpus(f"{served[0]}/{form}")
     served[1].cuts[path.name] = 2
-    got = torch.cat([batch.rows for batch in corpus.batches()])
-    assert torch.equal(got, torch.cat([batch.rows for batch in Corpus(corpora[0]).batches()]))
+    rows_read = torch.cat([batch.rows for batch in corpus.batches()])
+    assert torch.equal(rows_read, torch.cat([batch.rows for batch in Corpus(corpora[0]).batches()]))
     assert served[1].cuts[path.name] == 0
 
 
@@ -194,13 +195,13 @@ def test_a_run_that_stopped_on_a_dead_server_reads_only_the_rest(
     tmp_path, corpora, served, monkeypatch
 ):
     monkeypatch.setattr(url, "WAITS", (0.0, 0.0))
-    both = f"{served[0]}/text", f"{served[0]}/image"
-    source, target = map(Corpus, both)
+    sources = f"{served[0]}/text", f"{served[0]}/image"
+    source, target = map(Corpus, sources)
     served[1].cuts["emb_2.npy"] = 10**6
     with pytest.raises(OSError, match=r"text/emb_2.npy: cannot be read in 3 attempts .*run the s"):
         align(source, target, tmp_path / "far", QUIET)
     served[1].cuts.clear()
-    source = Corpus(both[0])
+    source = Corpus(sources[0])
     served[1].log.clear()
     align(source, target, tmp_path / "far", QUIET)
     align(*corpora, tmp_path / "near", QUIET)
@@ -275,7 +276,7 @@ def test_a_copied_output_is_verified_and_applied_by_url(tmp_path, corpora, bucke
     aligner = ReAlign.from_pretrained("s3://rows/out")
     assert torch.equal(aligner.shift, ReAlign.load(tmp_path / "out/aligner.safetensors").shift)
     bucket.pipe("rows/out/emb_0.npy", bucket.cat("rows/out/emb_0.npy")[:-2] + b"\0\0")
-    (fault,) = [one for one in verify(storage_path("s3://rows/out"))[1] if "checksum" in one]
+    (fault,) = [line for line in verify(storage_path("s3://rows/out"))[1] if "checksum" in line]
     assert fault.startswith("s3://rows/out/emb_0.npy: checksum is")
 
 
@@ -327,8 +328,8 @@ def test_a_bucket_without_credentials(bucket, monkeypatch):
 def test_a_protocol_whose_package_is_missing_says_which(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert main.main(["inspect", f"gs://bucket/{name}"]) == 2
-    words = f"gs://bucket/{name}: gs:// is read through another package: pip install gcsfs"
-    assert words in capsys.readouterr().err
+    message = f"gs://bucket/{name}: gs:// is read through another package: pip install gcsfs"
+    assert message in capsys.readouterr().err
 
 
 def test_without_fsspec_the_extra_is_named(monkeypatch):
@@ -354,7 +355,7 @@ def test_a_protocol_that_nobody_knows():
     ],
 )
 def test_names_and_children(text, name, child):
-    one = url.Url(text)
-    assert (one.name, str(one / "a b.npy"), str(one / "")) == (name, child, text)
-    assert pickle.loads(pickle.dumps(one)) == one
-    assert (one / "a b.npy").name == "a b.npy"
+    path = url.Url(text)
+    assert (path.name, str(path / "a b.npy"), str(path / "")) == (name, child, text)
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert (path / "a b.npy").name == "a b.npy"
