@@ -27,6 +27,7 @@ class _OldNameFinder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return a spec for the old names of modules, None for any other name."""
         package, _, name = fullname.rpartition(".")
         known = package == _PACKAGE and name in _NEW_NAMES
         return ModuleSpec(fullname, self) if known else None

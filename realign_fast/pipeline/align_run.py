@@ -46,9 +46,7 @@ class AlignRun(PassRunner):
         task = self.measure_task(name, corpus, covariance, aligner)
         total, entries = Moments(covariance, accurate=covariance), []
         if self.settings.mode == "extend" and task.checkpoints and aligner is None:
-            checkpoints = task.checkpoints
-            absent = saved_moments(checkpoints.out, name, checkpoints.facts, task.identities)
-            for moments, entry in absent:
+            for moments, entry in saved_moments(task.checkpoints, task.identities):
                 total.merge(moments)
                 entries.append(entry)
                 self.extended[name] = self.extended.get(name, 0) + entry["rows"]
@@ -70,34 +68,29 @@ class AlignRun(PassRunner):
         """Fit the map without its last step, for which the drift is not yet measured."""
         source_moments = self.measure("source moments", source)
         target_moments = self.measure("target moments", target)
-        return self._from_moments(source, source_moments, target, target_moments)
+        return self._from_moments((source, source_moments), (target, target_moments))
 
     def _fit_sample(self, source: Corpus, target: Corpus, count: int) -> ReAlign:
         """Fit on ``count`` rows of each side, and keep the standard errors for the report."""
         covariance = self.settings.method in NEED_COVARIANCE
         y = measure_sample(self, "source sample", source, count, covariance)
         x = measure_sample(self, "target sample", target, count, covariance)
-        aligner = self._from_moments(source, y.moments, target, x.moments)
+        aligner = self._from_moments((source, y.moments), (target, x.moments))
         drift = measure_sample(self, "drift of sample", source, count, through=aligner.row_map)
         aligner.record_drift(drift.moments)
         self.sample = sampling_errors(y, x, drift, self.settings.seed)
         return aligner
 
-    def _from_moments(
-        self, source: Corpus, source_moments: Moments, target: Corpus, target_moments: Moments
-    ) -> ReAlign:
-        for corpus, moments in ((source, source_moments), (target, target_moments)):
+    def _from_moments(self, *sides: tuple[Corpus, Moments]) -> ReAlign:
+        for corpus, moments in sides:
             if not moments.count:
                 raise ValueError(
                     f"{corpus.path}: no usable row ({moments.zero_rows} zero, "
                     f"{moments.nonfinite_rows} non-finite); embed it again"
                 )
-        return ReAlign.from_moments(
-            source_moments,
-            target_moments,
-            method=self.settings.method,
-            shrinkage=self.settings.shrinkage,
-        )
+        y, x = (moments for _, moments in sides)
+        method, shrinkage = self.settings.method, self.settings.shrinkage
+        return ReAlign.from_moments(y, x, method=method, shrinkage=shrinkage)
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
         """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
@@ -121,8 +114,7 @@ class AlignRun(PassRunner):
             if self.part[1] == 1:
                 aligner.save(directory / ALIGNER)
             folder = directory / source.subfolder
-            task = self.align_task(source, aligner, directory, folder)
-            moments = self.run_pass(task, Moments(), [])
+            moments = self.run_pass(self.align_task(source, aligner, folder), Moments(), [])
             if self.part[1] == 1:
                 source.finish(folder)
             return moments
@@ -136,12 +128,8 @@ class AlignRun(PassRunner):
         aligned: Moments | None = None,
     ) -> dict[str, Any]:
         """Write the manifest and then the report of what was done; return the report."""
-        settings = {
-            "bad_rows": self.settings.bad_rows,
-            "batch_bytes": self.settings.batch_bytes,
-            "method": self.settings.method,
-            "shrinkage": self.settings.shrinkage,
-        }
+        names = "bad_rows", "batch_bytes", "method", "shrinkage"
+        settings = {name: getattr(self.settings, name) for name in names}
         code = code_version(self.settings.device)
         write_manifest(out, code, settings, self.manifest_passes, map_hash(aligner))
         report: dict[str, Any] = {"source": _describe(source)}
@@ -150,15 +138,12 @@ class AlignRun(PassRunner):
             if self.reading:
                 report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
         if aligned is not None:
-            report["result"] = _describe_result(aligner, aligned)
-        report |= self._facts_of_run(aligner)
-        write_json(out / REPORT, report)
-        return report
-
-    def _facts_of_run(self, aligner: ReAlign) -> dict[str, Any]:
-        """Return what a reader needs to judge the run, as plain numbers."""
+            report["result"] = {"centroid_gap": None, "trace": None}
+            if aligned.count:  # else no row has a direction
+                gap = float((aligned.mean - aligner.target_mean).norm())
+                report["result"] = {"centroid_gap": gap, "trace": aligned.trace}
         peak_unit = 1 if sys.platform == "darwin" else 1024
-        return {
+        report |= {
             "bad_rows": self.settings.bad_rows,
             "fitted": aligner.record,
             "sample": self.sample,
@@ -170,6 +155,8 @@ class AlignRun(PassRunner):
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
+        write_json(out / REPORT, report)
+        return report
 
 
 def align(
@@ -236,11 +223,3 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
         "dtype": str(corpus.dtype).removeprefix("torch."),
         "bytes": corpus.nbytes,
     }
-
-
-def _describe_result(aligner: ReAlign, aligned: Moments) -> dict[str, Any]:
-    """Return gap and trace of the aligned rows, None for both if no row has a direction."""
-    if not aligned.count:
-        return {"centroid_gap": None, "trace": None}
-    gap = float((aligned.mean - aligner.target_mean).norm())
-    return {"centroid_gap": gap, "trace": aligned.trace}

@@ -143,7 +143,7 @@ class Checkpoints:
 
         The result is None if the shard was not aligned, or its file is another one now.
         """
-        path = self._record_path(shard)
+        path = self._path(shard, "json")
         try:
             record = json.loads(path.read_bytes())
             same = record["key"] == self.key(shard_identity)
@@ -154,7 +154,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             _raise_unless_absent(path, error)
             return None
-        stored = _load(self._aligned_path(shard))
+        stored = _load(self._path(shard, "safetensors"))
         return (stored[0], entry) if stored and stored[1]["blake2b"] == expected else None
 
     def save_aligned(
@@ -166,15 +166,15 @@ class Checkpoints:
         facts: Entry,
     ) -> Entry:
         """Record that the aligned shard ``aligned`` is complete; ``facts`` are for ``verify``."""
-        entry = _save(self._aligned_path(shard), moments) | facts
+        entry = _save(self._path(shard, "safetensors"), moments) | facts
         written = _written_state(aligned)
         record = {"key": self.key(shard_identity), "written": written, "entry": entry}
-        write_whole(self._record_path(shard), json.dumps(record).encode())
+        write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
     def forget_aligned(self, shard: Shard) -> None:
         """Remove the record of an aligned shard, before another result takes its place."""
-        self._record_path(shard).unlink(missing_ok=True)
+        self._path(shard, "json").unlink(missing_ok=True)
 
     def remove_stale(self, shards: Sequence[tuple[Shard, Entry]]) -> None:
         """Remove moments of these shards under other keys: of other rows, maps or settings."""
@@ -187,13 +187,10 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def _moments_path(self, shard: Shard, shard_identity: Entry) -> StoragePath:
-        return self.folder / f"{shard.path.name}.{self.key(shard_identity)}.safetensors"
+        return self._path(shard, f"{self.key(shard_identity)}.safetensors")
 
-    def _aligned_path(self, shard: Shard) -> StoragePath:
-        return self.folder / f"{shard.path.name}.safetensors"
-
-    def _record_path(self, shard: Shard) -> StoragePath:
-        return self.folder / f"{shard.path.name}.json"
+    def _path(self, shard: Shard, ending: str) -> StoragePath:
+        return self.folder / f"{shard.path.name}.{ending}"
 
 
 def _save(path: StoragePath, moments: Moments) -> Entry:

@@ -5,8 +5,7 @@ it is copied back on another. Each direction has ``SLOTS`` buffers, which take t
 order the copies and the kernels that use one buffer, so no kernel waits for the host. Host memory
 is pinned: rows in other memory are copied into a pinned buffer first.
 
-:class:`CudaStreams` are the streams of a GPU. :func:`copied_batches` and :class:`ResultBuffers`
-know no device, so the order of their copies is also tested without one.
+Only :class:`DeviceStreams` knows CUDA, so the order of copies is also tested without a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,35 +31,8 @@ Direction = Literal["in", "out"]
 Sent = tuple[Tensor, Any]  # a result on its way: its rows on the host, the event of its copy
 
 
-class DeviceStreams(Protocol):
-    """Copies that run beside the kernels of a device.
-
-    An event is whatever :meth:`record_event` and :meth:`copy` return.
-    """
-
-    device: torch.device
-
-    def host_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Allocate [rows, columns] of host memory that is copied without a wait."""
-
-    def copy(self, direction: Direction, to: Tensor, source: Tensor, after: list[Any]) -> Any:
-        """Start a copy that waits for the events ``after``; return the event of its end."""
-
-    def ring(self, num_bytes: int) -> Any:
-        """Return pinned buffers (``_io.Ring``) of this size, None without the native reader."""
-
-    def record_event(self) -> Any:
-        """Return the event that the kernels launched so far are done."""
-
-    def wait_event(self, event: Any) -> None:
-        """Let the kernels launched from now on wait for an event; the host does not wait."""
-
-    def synchronize(self, event: Any) -> None:
-        """Let the calling thread wait for an event."""
-
-
-class CudaStreams:
-    """Two streams of a GPU beside its current one; the :class:`DeviceStreams` of CUDA."""
+class DeviceStreams:
+    """Two streams for copies beside the current stream of a GPU, on which the kernels run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,11 +41,11 @@ class CudaStreams:
         self._ring_bytes = 0
 
     def host_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Allocate pinned memory."""
+        """Allocate [rows, columns] of pinned memory, which is copied without a wait."""
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
 
     def ring(self, num_bytes: int) -> Any:
-        """Return the ring of the call before if it has this size, else pin a new one."""
+        """Return pinned buffers (``_io.Ring``) of this size, None without the native reader."""
         if io is not None and (self._ring is None or self._ring_bytes != num_bytes):
             self._unpin()
             ring, runtime = io.Ring(RING_BUFFERS, num_bytes), torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -91,7 +63,7 @@ class CudaStreams:
         self._ring = None
 
     def copy(self, direction: Direction, to: Tensor, source: Tensor, after: list[Any]) -> Any:
-        """Copy on the stream of the direction, without a wait of the host."""
+        """Start a copy that waits for the events ``after``; return the event of its end."""
         stream = self._streams[direction]
         for event in after:
             stream.wait_event(event)
@@ -100,15 +72,15 @@ class CudaStreams:
         return stream.record_event()
 
     def record_event(self) -> Any:
-        """Record an event on the current stream."""
+        """Return the event that the kernels launched so far are done."""
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait_event(self, event: Any) -> None:
-        """Let the current stream wait."""
+        """Let the kernels launched from now on wait for an event; the host does not wait."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self, event: Any) -> None:
-        """Let this thread wait."""
+        """Let the calling thread wait for an event."""
         event.synchronize()
 
 
@@ -123,7 +95,7 @@ def streams_for(device: str) -> DeviceStreams | None:
         return None
     if chosen.index is None:
         chosen = torch.device("cuda", worker_number() % torch.cuda.device_count())
-    return CudaStreams(chosen)
+    return DeviceStreams(chosen)
 
 
 def batches_on_device(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..moments import Moments
 from ..storage.paths import StoragePath, write_json
-from .checkpoints import Entry, digest
+from .checkpoints import Checkpoints, Entry, digest
 from .output import MANIFEST
 
 FORMAT = 1
@@ -79,15 +79,18 @@ def write_manifest(
 
 
 def saved_moments(
-    out: StoragePath, name: str, facts: Entry, present: Sequence[Entry]
+    checkpoints: Checkpoints, present: Sequence[Entry]
 ) -> list[tuple[Moments, Entry]]:
     """Return moments and entry of each shard of an earlier pass that is not among ``present``.
+
+    ``checkpoints`` are those of the pass, ``present`` the identities of the shards of the corpus.
 
     Raises:
         ValueError: the moments were measured with other settings; their file is not what was
             written; or a shard seems to be present under another name, so that its rows would
             count twice.
     """
+    out, facts, name = checkpoints.out, checkpoints.facts, checkpoints.facts["pass"]
     earlier = read_manifest(out)["passes"].get(name, {"facts": facts, "shards": []})
     paths = {entry["path"] for entry in present}
     absent = [entry for entry in earlier["shards"] if entry["path"] not in paths]

@@ -112,27 +112,19 @@ class PassRunner:
         self, name: str, corpus: Corpus, covariance: bool = False, aligner: ReAlign | None = None
     ) -> MeasureTask:
         """Return the task that measures the shards of ``corpus`` in pass ``name``."""
-        facts = self._facts(name, corpus, covariance, aligner)
-        checkpoints = Checkpoints(self.out, facts) if self.out else None
-        shard_identities, settings = self._identities_of(corpus), self.settings
-        shared = name, corpus, shard_identities, checkpoints, settings, self.reading, aligner
+        shared = self._task_fields(name, corpus, covariance, aligner)
         return MeasureTask(*shared, covariance=covariance)
 
-    def align_task(
-        self, corpus: Corpus, aligner: ReAlign, out: StoragePath, folder: StoragePath
-    ) -> AlignTask:
-        """Return the task that aligns the shards of ``corpus`` into ``folder`` below ``out``."""
-        facts = self._facts("apply", corpus, False, aligner, folder=corpus.subfolder)
-        shard_identities, settings = self._identities_of(corpus), self.settings
-        checkpoints = Checkpoints(out, facts)
-        shared = "apply", corpus, shard_identities, checkpoints, settings, self.reading, aligner
+    def align_task(self, corpus: Corpus, aligner: ReAlign, folder: StoragePath) -> AlignTask:
+        """Return the task that aligns the shards of ``corpus`` into ``folder``, in pass "apply"."""
+        shared = self._task_fields("apply", corpus, False, aligner, folder=corpus.subfolder)
         return AlignTask(*shared, folder=folder)
 
-    def _facts(
-        self, name: str, corpus: Corpus, covariance: bool, aligner: ReAlign | None, **more: str
-    ) -> dict[str, Any]:
-        """Return what the numbers of a pass depend on; keys of checkpoints are made from it."""
-        return {
+    def _task_fields(
+        self, name: str, corpus: Corpus, covariance: bool, aligner: ReAlign | None, **facts: str
+    ) -> tuple[Any, ...]:
+        """Return the fields of a :class:`ShardTask`; the keys of checkpoints hold its facts."""
+        key_facts = {
             "pass": name,
             "bad_rows": self.settings.bad_rows,
             "batch_bytes": self.settings.batch_bytes,
@@ -140,14 +132,15 @@ class PassRunner:
             "allow_pickle": corpus.allow_pickle,
             "covariance": covariance,
             "map": map_hash(aligner),
-            **more,
+            **facts,
             "code": code_version(self.settings.device),
         }
-
-    def _identities_of(self, corpus: Corpus) -> tuple[Entry, ...]:
         if corpus not in self._identities:
             self._identities[corpus] = identities(corpus.shards)
-        return self._identities[corpus]
+        checkpoints = Checkpoints(self.out, key_facts) if self.out else None
+        shard_identities = self._identities[corpus]
+        settings, reading = self.settings, self.reading
+        return name, corpus, shard_identities, checkpoints, settings, reading, aligner
 
     def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
         """Map a task over the shards and merge the results into ``total``, in their order.

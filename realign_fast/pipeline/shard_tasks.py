@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..align import ReAlign
 from ..corpus.corpus import Batch, Corpus
@@ -66,22 +67,17 @@ class ShardTask:
 
     def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
-        bad_rows = moments.zero_rows + moments.nonfinite_rows
-        moments.update(
-            batch.rows,
-            through=through,
-            bad_rows=self.settings.bad_rows,
-            where=str(shard.path),
-            first_row=batch.first,
-        )
-        return moments.zero_rows + moments.nonfinite_rows > bad_rows
+        earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
+        place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
+        moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
+        return moments.zero_rows + moments.nonfinite_rows > earlier
 
 
 @dataclass(frozen=True)
 class MeasureTask(ShardTask):
     """Moments of the rows of a shard, sent through the aligner if there is one."""
 
-    covariance: bool = False
+    covariance: bool = field(kw_only=True)
 
     def __call__(self, index: int) -> ShardResult:
         """Measure shard ``index``."""
@@ -96,10 +92,10 @@ class MeasureTask(ShardTask):
         for batch in batches_on_device(streams, self.corpus, index, self._batch_rows(shard)):
             self._update(moments, shard, batch, through)
             self.advance(len(batch.rows))
-        moments = moments.to("cpu")
+        moments, entry = moments.to("cpu"), {}
         check_unchanged(shard, shard_identity)
-        checkpoints = self.checkpoints
-        entry = checkpoints.save(shard, shard_identity, moments) if checkpoints else {}
+        if self.checkpoints:
+            entry = self.checkpoints.save(shard, shard_identity, moments)
         return ShardResult(index, moments, shard.num_rows, entry)
 
 

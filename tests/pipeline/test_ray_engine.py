@@ -395,9 +395,9 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gpus-per-task", "1"], "--gpus-per-task: is of --engine ray"),
-        (["--ray-address", "auto"], "--ray-address: is of --engine ray"),
-        (["--ray-ship"], "--ray-ship: is of --engine ray"),
+        (["--gpus-per-task", "1"], "--gpus-per-task: is an option of --engine ray"),
+        (["--ray-address", "auto"], "--ray-address: is an option of --engine ray"),
+        (["--ray-ship"], "--ray-ship: is an option of --engine ray"),
         (["--engine", "ray", "--workers", "2"], "give --cpus-per-task"),
         (["--engine", "ray", "--memory", "1G"], "give --memory or --engine ray"),
     ],
@@ -414,7 +414,7 @@ def test_an_amount_of_gpus_that_no_task_can_have_prints_the_usage(capsys, amount
         main.main(
             ["apply", "--aligner", "a", "--text", "t", "--out", "o", f"--gpus-per-task={amount}"]
         )
-    assert stop.value.code == 2 and "a part of 1 or a whole number" in capsys.readouterr().err
+    assert stop.value.code == 2 and "a number from 0 to 1 or a whole number" in capsys.readouterr().err
 
 
 def test_amounts_that_no_task_can_have_are_refused():
@@ -425,5 +425,5 @@ def test_amounts_that_no_task_can_have_are_refused():
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r'pip install "realign_fast\[ray\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'realign_fast\[ray\]'"):
         RayTasks()

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from ..._extras import import_extra
 from ..output import STATS
 from ..shard_tasks import ShardTask
 from .local import Task
@@ -44,7 +45,6 @@ _POLL_SECONDS = 5  # between two queries of the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
 _GRACE_SECONDS = 10  # for a cancelled task to clean up
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
-_INSTALL = 'pip install "realign_fast[ray]"'
 
 
 class RayTasks:
@@ -88,7 +88,7 @@ class RayTasks:
             )
         self.address, self.ship, self.retries = address, ship, retries
         self.cpus_per_task, self.gpus_per_task = cpus_per_task, gpus_per_task
-        self._ray = _import_ray()
+        self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
         self._slots, self._polled = 0, -math.inf
@@ -101,9 +101,8 @@ class RayTasks:
         with _witness(task) as witness:
             threads, pickled = self.cpus_per_task, pickle.dumps(task)
             job = Job(program_version(), os.getcwd(), witness, threads, pickled)
-            shared = [
-                ray.put(tuple(job))
-            ]  # in a list: it is fetched once a worker, not once a task
+            # In a list the job is fetched once a worker; as an argument it would be once a task.
+            shared = [ray.put(tuple(job))]
             remote_task = ray.remote(_task_function()).options(
                 name=f"realign-fast {getattr(task, 'name', '')}".strip(),
                 num_cpus=self.cpus_per_task,
@@ -156,7 +155,8 @@ class RayTasks:
                 warnings.simplefilter("ignore")
                 ray.init(address, **options)
         except ImportError as error:
-            raise ImportError(f"{address}: {error}; {_INSTALL}") from error
+            advice = "run `pip install 'realign_fast[ray]'`"
+            raise ImportError(f"{address}: {error}; {advice}") from error
         except Exception as error:
             raise OSError(
                 f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
@@ -215,14 +215,6 @@ class RayTasks:
         if error is not None:
             raise error from RuntimeError(f"in a task of Ray:\n{trace}")
         return value
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f"the engine ray needs Ray ({error}): {_INSTALL}") from error
-    return ray
 
 
 def _check_listening(address: str) -> None:
