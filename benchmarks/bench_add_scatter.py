@@ -45,7 +45,7 @@ def bench_add_scatter(line, measure):
         case.add("accurate=True", ours(accurate=True), "variant")
     if device == "cuda":
         case.add("fast=True", ours(fast=True), "variant", tolerance=1e-4)
-    elif ops.cpu_isa() == "avx512" and columns == 768:
+    elif ops.cpu_instruction_set() == "avx512" and columns == 768:
         case.add("add_scatter_ on AVX2", lambda rows: _on_avx2(sums, rows, centre), "variant")
     measure(case)
 
@@ -56,7 +56,7 @@ def _sums(columns: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _on_avx2(sums: tuple[Tensor, Tensor], rows: Tensor, centre: Tensor) -> Tensor:
-    zeroed, avx2 = [one.zero_() for one in sums], ops.ISA_NAMES.index("avx2")
+    zeroed, avx2 = [one.zero_() for one in sums], ops.INSTRUCTION_SETS.index("avx2")
     op = torch.ops.realign_fast.add_scatter_
     op(*zeroed, rows, centre.double(), None, True, False, avx2)
     return sums[0]

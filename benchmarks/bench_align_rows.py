@@ -30,7 +30,7 @@ def bench_align_rows(line, measure):
     )
     case.add("align_rows", lambda rows: align_rows(rows, *row_map, out=outs()), "ours")
     case.add("copy", ceilings.copy(rows), "ceiling")
-    if device == "cpu" and ops.cpu_isa() == "avx512":
+    if device == "cpu" and ops.cpu_instruction_set() == "avx512":
         case.add("align_rows on AVX2", lambda rows: _on_avx2(rows, row_map, outs()), "variant")
     if line.peers:
         case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, line.exact))
@@ -38,5 +38,5 @@ def bench_align_rows(line, measure):
 
 
 def _on_avx2(rows, row_map, out) -> torch.Tensor:
-    torch.ops.realign_fast.align_rows_(out, rows, *row_map, ops.ISA_NAMES.index("avx2"))
+    torch.ops.realign_fast.align_rows_(out, rows, *row_map, ops.INSTRUCTION_SETS.index("avx2"))
     return out

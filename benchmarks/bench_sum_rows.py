@@ -28,8 +28,8 @@ def bench_sum_rows(line, measure):
     )
     case.add("sum_rows", lambda rows: sum_rows(rows, *row_map).total, "ours")
     case.add("read", ceilings.read, "ceiling")
-    if device == "cpu" and ops.cpu_isa() == "avx512":
-        op, avx512 = torch.ops.realign_fast.sum_rows, ops.ISA_NAMES.index("avx512")
+    if device == "cpu" and ops.cpu_instruction_set() == "avx512":
+        op, avx512 = torch.ops.realign_fast.sum_rows, ops.INSTRUCTION_SETS.index("avx512")
         other = lambda rows: op(rows, *row_map, None, True, avx512)[0]  # noqa: E731
         case.add("sum_rows on AVX-512", other, "variant")
     if line.peers and kind == "plain":

@@ -35,7 +35,7 @@ def machine() -> dict[str, object]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": name,
-        "isa": ops.cpu_isa(),
+        "isa": ops.cpu_instruction_set(),
         "threads": timing.THREADS,
         "cache_mib": inputs.last_level_cache() / 2**20,
         "memory_gib": round(memory / 2**30, 1),

@@ -84,7 +84,7 @@ def _info(_: argparse.Namespace) -> None:
     print(f"python        {platform.python_version()}")
     print(f"torch         {torch.__version__}")
     print(f"numpy         {numpy.__version__}")
-    print(f"cpu           {ops.cpu_isa()} kernels, {torch.get_num_threads()} threads")
+    print(f"cpu           {ops.cpu_instruction_set()} kernels, {torch.get_num_threads()} threads")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

@@ -1,6 +1,13 @@
-"""Ops on rows: public functions, and which kernel answers each of them on which device."""
+"""Ops on rows of embeddings: the public functions, and the kernel that answers each of them."""
 
-from .dispatch import ISA_NAMES, OPS, Backend, backend_of, cpu_isa, isa_of, why_no_cuda
+from .dispatch import (
+    INSTRUCTION_SETS,
+    OPS,
+    Backend,
+    backend_of,
+    cpu_instruction_set,
+    why_no_cuda,
+)
 from .functions import (
     DTYPES,
     RowSums,
@@ -13,15 +20,14 @@ from .functions import (
 
 __all__ = [
     "DTYPES",
-    "ISA_NAMES",
+    "INSTRUCTION_SETS",
     "OPS",
     "Backend",
     "RowSums",
     "add_scatter_",
     "align_rows",
     "backend_of",
-    "cpu_isa",
-    "isa_of",
+    "cpu_instruction_set",
     "sum_mapped_rows",
     "sum_rows",
     "why_no_cuda",

@@ -1,7 +1,8 @@
-"""Whether a compiled CUDA library holds code for the GPUs of this machine.
+"""Check that a compiled CUDA library holds code for the GPUs of this machine.
 
 A GPU has a compute capability, major and minor: (9, 0) for an H100. The library is built for a
-list of architectures (``build_cuda.py``): machine code for each of them, and PTX of the last.
+list of architectures (``build_cuda.py``) and holds machine code for each of them and PTX of the
+last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Capability = tuple[int, int]
 
 
 def why_no_code(architectures: Sequence[str], capability: Capability) -> str:
-    """Return why a library for these architectures cannot run on a GPU, or "" where it can.
+    """Return why a library for these architectures cannot run on a GPU, or "" if it can.
 
     Machine code runs on its own and on later minor versions of the same major version. The driver
     compiles PTX, of the last architecture, for that version and all later ones. Code for "90a"
@@ -42,41 +43,42 @@ def why_no_code(architectures: Sequence[str], capability: Capability) -> str:
 
 
 def why_unfit(architectures: Sequence[str], capabilities: Iterable[Capability]) -> str:
-    """Return the reason of the first GPU that the library has no code for, or "".
+    """Return the reason for the first GPU that the library has no code for, or "".
 
-    A kernel serves all GPUs of a process, so a library must fit each of them. A library that does
-    not say what it was compiled for is taken to fit.
+    A kernel serves all GPUs of a process, so the library must fit each of them. A library without
+    recorded architectures is assumed to fit.
     """
     reasons = (why_no_code(architectures, capability) for capability in capabilities)
     return next(filter(None, reasons), "") if architectures else ""
 
 
 def visible_capabilities() -> list[Capability]:
-    """Return the compute capability of every GPU that torch sees; [] where nothing tells it.
+    """Return the compute capability of every GPU that torch sees, or [] if it cannot be determined.
 
-    Before CUDA is in use NVIDIA's management library is asked: torch itself would start CUDA,
-    which takes a second and memory, and forbids to fork. As in torch, GPUs are numbered in the
-    order of that library.
+    Before CUDA is initialized the function queries NVIDIA's management library, because torch would
+    initialize CUDA, which takes a second and memory and rules out forking later. As in torch, GPUs
+    are numbered in the order of that library.
     """
-    count = torch.cuda.device_count()  # (asks the same library)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    count = torch.cuda.device_count()  # (queries the same library)
+    if torch.cuda.is_initialized():
         return [torch.cuda.get_device_capability(index) for index in range(count)]
     try:
-        found = _managed_capabilities() if count else []
-    except (OSError, AttributeError):  # no such library, or an old one
+        capabilities = _managed_capabilities() if count else []
+    except (OSError, AttributeError):  # the library is missing or too old
         return []
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    indices = [int(index) for index in chosen if index.strip().isdigit()]
-    return [found[index] for index in indices if index < len(found)] or found
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    indices = [int(index) for index in visible if index.strip().isdigit()]
+    chosen = [capabilities[index] for index in indices if index < len(capabilities)]
+    return chosen or capabilities
 
 
 def _managed_capabilities() -> list[Capability]:
-    """Return what the management library, NVML, says of every GPU of the machine."""
+    """Return the capability of every GPU according to NVML, or [] if a query fails."""
     nvml = ctypes.CDLL("libnvidia-ml.so.1")
     count, major, minor = (ctypes.c_int() for _ in range(3))
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return []
-    found = []
+    capabilities = []
     for index in range(count.value):
         handle = ctypes.c_void_p()
         if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
@@ -84,5 +86,5 @@ def _managed_capabilities() -> list[Capability]:
         numbers = ctypes.byref(major), ctypes.byref(minor)
         if nvml.nvmlDeviceGetCudaComputeCapability(handle, *numbers):
             return []
-        found.append((major.value, minor.value))
-    return found
+        capabilities.append((major.value, minor.value))
+    return capabilities

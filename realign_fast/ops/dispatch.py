@@ -1,10 +1,10 @@
-"""The register of ops: every schema, the kernels that answer it, and which one does and why.
+"""Schemas of the ops, and the choice of the kernel that answers each op on each device.
 
-``reference.py`` answers every op everywhere; the compiled library ``_C.abi3.so``, where it was
-built, registers its kernels under the CPU key and takes over there, ``_C_cuda.abi3.so`` under the
-CUDA key, where torch has CUDA and the library has code for the GPUs (docs/kernels.md); on a GPU
-without it the Triton kernels do (``triton_ops``). The dispatcher chooses by the device of the
-rows: nothing is swapped at run time, and :func:`backend_of` tells which kernel runs and why.
+``reference.py`` implements every op on every device. The compiled library ``_C.abi3.so`` registers
+its kernels under the CPU key, and ``_C_cuda.abi3.so`` under the CUDA key, if torch has CUDA and the
+library has code for the GPUs (docs/kernels.md). On a GPU without that library the Triton kernels
+are registered instead (``triton_ops``). PyTorch's dispatcher chooses by the device of the rows;
+nothing is swapped at run time, and :func:`backend_of` says which kernel runs and why.
 """
 
 from __future__ import annotations
@@ -12,32 +12,36 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import reference, triton_ops
 from .capability import visible_capabilities, why_unfit
 
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
-ISA_NAMES = ("best", "baseline", "avx2", "avx512")  # index = the ops' `isa` argument
-# An instruction set that was measured ahead of a newer one: sum_rows, 2026-11-24, two threads of a
-# Zen 4, D = 768-1280: on 16-bit rows AVX2 is 2-6% ahead of AVX-512 in three runs and level in two.
-_FASTEST_ISA = {"sum_rows": "avx2"}
+# On a CPU the index of an instruction set is the op's argument `variant`.
+INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
+# Ops for which an older instruction set is faster. sum_rows was measured on 2026-11-24 with two
+# threads of a Zen 4 and D = 768-1280: for 16-bit rows AVX2 is 2-6% faster than AVX-512 in three
+# runs and equally fast in two.
+_FASTEST_INSTRUCTION_SET = {"sum_rows": "avx2"}
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
 _MATRIX = _MAP.replace("scale", "matrix")
 SCHEMAS = (
-    # `isa` chooses among a device's kernels, 0 is its best. On a CPU: the instruction set, for
-    # tests and benchmarks. On CUDA: the operands of add_scatter_ and map_rows (1 is "fast").
-    f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int isa=0) -> Tensor",
-    f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int isa=0) -> ()",
-    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int isa=0) -> Tensor",
-    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, int isa=0) -> ()",
-    f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int isa=0)"
+    # `variant` selects one of the device's kernels; 0 is the best. On a CPU it is the instruction
+    # set, which tests and benchmarks choose. On CUDA it selects the operands of add_scatter_ and
+    # map_rows: 1 is "fast". The reference and the Triton kernels ignore it.
+    f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int variant=0) -> Tensor",
+    f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int variant=0) -> ()",
+    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int variant=0) -> Tensor",
+    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, int variant=0) -> ()",
+    f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int variant=0)"
     + " -> (Tensor, Tensor, Tensor)",
     "add_scatter_(Tensor(a!) scatter, Tensor(b!) total, Tensor rows, Tensor centre, "
-    + "Tensor? weights, bool normalize, bool accurate, int isa=0) -> Tensor",
+    + "Tensor? weights, bool normalize, bool accurate, int variant=0) -> Tensor",
     "cpu_isa() -> int",
 )
 
@@ -52,7 +56,7 @@ def _define_ops() -> torch.library.Library:
 
 
 def _load_compiled() -> str:
-    """Load the compiled kernels and return "" or, where there are none, the reason."""
+    """Load the compiled CPU kernels; return "", or the reason if there are none."""
     binary = _PACKAGE / "_C.abi3.so"
     if binary.exists():
         torch.ops.load_library(str(binary))
@@ -68,17 +72,17 @@ def _load_compiled() -> str:
 
 
 def _load_cuda() -> str:
-    """Load the CUDA kernels where torch has CUDA and return "" or, if not, the reason."""
+    """Load the compiled CUDA kernels; return "", or the reason why they are not loaded."""
     binary, build_info = _PACKAGE / "_C_cuda.abi3.so", _PACKAGE / "_build_info.json"
     if not torch.version.cuda:
         return "this torch has no CUDA"
     info = json.loads(build_info.read_text()) if build_info.exists() else {}
     if not binary.exists():
-        return info.get("why_no_cuda") or f"{_PACKAGE} holds no {binary.name}"
-    built = info.get("cuda", "")
-    if built and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return str(info.get("why_no_cuda") or f"{_PACKAGE} holds no {binary.name}")
+    built_version = info.get("cuda", "")
+    if built_version and built_version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
-            f"{binary.name} is built with CUDA {built}, torch with {torch.version.cuda}; "
+            f"{binary.name} is built with CUDA {built_version}, torch with {torch.version.cuda}; "
             "install realign_fast again with an nvcc of that version"
         )
     if unfit := why_unfit(info.get("cuda_archs", "").split(), visible_capabilities()):
@@ -95,59 +99,93 @@ def _load_cuda() -> str:
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
 _why_not_cuda = _load_cuda()
-_triton_ops, _why_not_triton = triton_ops.register(_library)
-_cpu_isa = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
+_triton_ops, _why_not_triton = triton_ops.register_kernels(_library)
+_best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
 @torch.library.register_fake("realign_fast::align_rows")
 @torch.library.register_fake("realign_fast::map_rows")
-def _(rows, linear, shift, recentre, dtype, isa=0):
+def _(
+    rows: Tensor,
+    linear: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    dtype: torch.dtype,
+    variant: int = 0,
+) -> Tensor:
     return torch.empty(rows.shape, dtype=dtype, device=rows.device)
 
 
 @torch.library.register_fake("realign_fast::align_rows_")
 @torch.library.register_fake("realign_fast::map_rows_")
-def _(out, rows, linear, shift, recentre, isa=0):
+def _(
+    out: Tensor,
+    rows: Tensor,
+    linear: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    variant: int = 0,
+) -> None:
     return None
 
 
 @torch.library.register_fake("realign_fast::sum_rows")
-def _(rows, scale, shift, recentre, normalize, isa=0):
+def _(
+    rows: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    recentre: Tensor | None,
+    normalize: bool,
+    variant: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     total = rows.new_empty(rows.shape[-1], dtype=torch.float64)
     return total, total.new_empty(()), rows.new_empty(3, dtype=torch.int64)
 
 
 @torch.library.register_fake("realign_fast::add_scatter_")
-def _(scatter, total, rows, centre, weights, normalize, accurate, isa=0):
+def _(
+    scatter: Tensor,
+    total: Tensor,
+    rows: Tensor,
+    centre: Tensor,
+    weights: Tensor | None,
+    normalize: bool,
+    accurate: bool,
+    variant: int = 0,
+) -> Tensor:
     return rows.new_empty(3, dtype=torch.int64)
 
 
-def _keep_inputs(ctx, inputs, output):
-    rows, linear, shift, recentre, _dtype, _isa = inputs
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, linear, shift, recentre, _dtype, _variant = inputs
     ctx.save_for_backward(rows, linear, shift, recentre)
 
 
-def _align_rows_gradient(ctx, grad):
+def _gradient_of_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return reference.align_rows_backward(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
 for _name in ("align_rows", "map_rows"):
     torch.library.register_autograd(
-        f"realign_fast::{_name}", _align_rows_gradient, setup_context=_keep_inputs
+        f"realign_fast::{_name}", _gradient_of_rows, setup_context=_save_inputs
     )
 
 
 class Backend(NamedTuple):
-    """Which kernel answers an op, and why."""
+    """The kernel that answers an op, and the reason for the choice."""
 
     kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
     why: str
 
 
 def backend_of(op: str, device: torch.device | str) -> Backend:
-    """The kernel that answers ``op`` for rows on ``device``; the dispatcher itself is asked."""
+    """Return the kernel that PyTorch's dispatcher runs for ``op`` and rows on ``device``.
+
+    Raises:
+        ValueError: ``op`` is not one of :data:`OPS`.
+    """
     if op not in OPS:
-        raise ValueError(f"backend_of: no op {op!r}; the ops are {', '.join(OPS)}")
+        raise ValueError(f"backend_of: there is no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
     if device.type == "cuda" and op in _triton_ops:
         return Backend("triton", f"Triton: {_why_not_cuda or 'no compiled library for this GPU'}")
@@ -155,29 +193,31 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
         f"realign_fast::{op}", device.type.upper()
     )
     if compiled:
-        isa = f", {cpu_isa(op)} in use" if device.type == "cpu" else ""
-        return Backend(device.type, f"compiled{isa}")
+        in_use = f", {cpu_instruction_set(op)} in use" if device.type == "cpu" else ""
+        return Backend(device.type, f"compiled{in_use}")
     if device.type == "cpu":
         return Backend("reference", f"plain torch: {_why_not_compiled}")
-    also = f": {_why_not_cuda}, and {_why_not_triton}" if device.type == "cuda" else ""
-    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{also}")
+    reasons = f": {_why_not_cuda}, and {_why_not_triton}" if device.type == "cuda" else ""
+    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{reasons}")
 
 
 def why_no_cuda() -> str:
-    """Why the compiled CUDA kernels are not loaded, or ""."""
+    """Return why the compiled CUDA kernels are not loaded, or "" if they are."""
     return _why_not_cuda
 
 
-def cpu_isa(op: str = "") -> str:
-    """The best instruction set of this CPU that kernels are compiled for; "none" without any.
+def cpu_instruction_set(op: str = "") -> str:
+    """Return the name of the best instruction set of this CPU that kernels are compiled for.
 
-    With ``op`` the one that this op runs on, which may be an older one that was measured faster.
+    With ``op`` it is the instruction set that this op runs on, which may be an older one that was
+    measured to be faster. It is "none" if no kernels are compiled.
     """
     if _why_not_compiled:
         return "none"
-    return ISA_NAMES[min(_cpu_isa, ISA_NAMES.index(_FASTEST_ISA.get(op, ISA_NAMES[-1])))]
+    fastest = INSTRUCTION_SETS.index(_FASTEST_INSTRUCTION_SET.get(op, INSTRUCTION_SETS[-1]))
+    return INSTRUCTION_SETS[min(_best_instruction_set, fastest)]
 
 
-def isa_of(op: str) -> int:
-    """The ``isa`` argument that this op runs with on this CPU."""
-    return 0 if _why_not_compiled else ISA_NAMES.index(cpu_isa(op))
+def cpu_variant(op: str) -> int:
+    """Return the kernel variant that ``op`` runs on this CPU: an index of INSTRUCTION_SETS."""
+    return 0 if _why_not_compiled else INSTRUCTION_SETS.index(cpu_instruction_set(op))

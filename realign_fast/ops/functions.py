@@ -1,7 +1,7 @@
-"""The op door: every op's public function, with its checks of shapes and dtypes.
+"""Public functions of the ops: they check shapes, dtypes and devices and then call the op.
 
-The schemas and the kernels behind them are in ``register.py``, what they compute, in plain torch,
-is in ``reference.py``.
+The schemas and the choice of the kernel are in ``dispatch.py``; ``reference.py`` states what every
+op computes in plain torch.
 """
 
 from __future__ import annotations
@@ -13,23 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .dispatch import ISA_NAMES, OPS, Backend, backend_of, cpu_isa, isa_of, why_no_cuda
-
-__all__ = [
-    "ISA_NAMES",
-    "OPS",
-    "Backend",
-    "RowSums",
-    "add_scatter_",
-    "align_rows",
-    "backend_of",
-    "cpu_isa",
-    "sum_rows",
-    "why_no_cuda",
-]
+from .dispatch import cpu_variant
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BLOCK_ROWS = 1 << 13  # rows that a sum through a matrix maps at a time
+_BLOCK_ROWS = 1 << 13  # rows that sum_mapped_rows maps at a time
 
 
 def align_rows(
@@ -41,11 +28,11 @@ def align_rows(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Send rows through ``unit(unit(s u + b) + h)``, ``u = x / |x|``: one read, one write a row.
+    """Map rows to ``unit(unit(s u + b) + h)`` with ``u = x / |x|``; each row is read once.
 
-    ReAlign's row map, arXiv 2602.07026, section 4. Differentiable in ``rows``. A vector or matrix
-    in place of s makes it ``unit(unit(A u + b) + h)`` (the ops ``map_rows``): the product is of
-    float32 unless the rows or the result are of float64.
+    This is ReAlign's row map (arXiv 2602.07026, section 4). It is differentiable in ``rows``. With
+    a vector or a matrix in place of s it is ``unit(unit(A u + b) + h)``; the product is computed in
+    float32 unless the rows or the result are float64.
 
     Args:
         rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
@@ -54,31 +41,40 @@ def align_rows(
         shift: b, [D].
         recentre: h, [D]; ``None`` stops after ``unit(s u + b)``. Tensors of the map that are on
             another device than the rows are copied to it in every call.
-        out_dtype: dtype of the result; the rows' own by default.
-        out: [N, D] to write into instead of allocating, on the rows' device; its dtype is then
-            the result's.
+        out_dtype: dtype of the result; by default that of the rows.
+        out: [N, D] tensor to write into, on the device of the rows; its dtype is then the dtype of
+            the result.
 
     Returns:
         [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
 
     Raises:
         ValueError: a shape does not fit, or ``out`` is on another device than the rows.
-        TypeError: a dtype is not floating point.
+        TypeError: a dtype is not floating point, or ``out_dtype`` contradicts ``out``.
         RuntimeError: ``out=`` with rows that need a gradient.
         NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
     """
     rows = _checked_rows("align_rows", rows)
     scale, shift, recentre = _map_arguments("align_rows", rows, scale, shift, recentre)
-    op = torch.ops.realign_fast
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
         raise NotImplementedError(
             "align_rows: has no forward-mode derivative; use reverse mode (backward)"
         )
+    ops = torch.ops.realign_fast
     if out is None:
         out_dtype = out_dtype or rows.dtype
         _check_dtype("align_rows", "out_dtype", out_dtype)
-        kernel = op.map_rows if scale.dim() else op.align_rows
-        return kernel(rows, scale, shift, recentre, out_dtype)
+        kernel = ops.map_rows if scale.dim() else ops.align_rows
+        aligned: Tensor = kernel(rows, scale, shift, recentre, out_dtype)
+        return aligned
+    _check_out(rows, out, out_dtype)
+    kernel = ops.map_rows_ if scale.dim() else ops.align_rows_
+    kernel(out, rows, scale, shift, recentre)
+    return out
+
+
+def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
+    """Check that align_rows can write its result into ``out``."""
     if out.shape != rows.shape:
         raise ValueError(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
@@ -93,17 +89,14 @@ def align_rows(
         )
     if out_dtype not in (None, out.dtype):
         raise TypeError(
-            f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; leave out_dtype away"
+            f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; omit out_dtype"
         )
     if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
         raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
-    kernel = op.map_rows_ if scale.dim() else op.align_rows_
-    kernel(out, rows, scale, shift, recentre)
-    return out
 
 
 class RowSums(NamedTuple):
-    """What :func:`sum_rows` returns; all on the rows' device."""
+    """Result of :func:`sum_rows`, on the device of the rows."""
 
     total: Tensor  # [D] float64, sum of the rows
     energy: Tensor  # [] float64, sum of their squared norms
@@ -118,53 +111,53 @@ def sum_rows(
     *,
     normalize: bool = True,
 ) -> RowSums:
-    """Sum, energy and counts of unit rows in one read, accumulated in float64.
+    """Return sum, energy and counts of unit rows in one read, accumulated in float64.
 
-    With ``scale`` and ``shift`` the unit rows are first sent through ``unit(s u + b)`` (the drift
-    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` through the whole map.
+    With ``scale`` and ``shift`` the unit rows are first mapped to ``unit(s u + b)`` (the drift
+    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` by the whole map.
 
     Args:
         rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
             are copied first.
         scale, shift, recentre: the map, as in :func:`align_rows`; none of them by default.
-        normalize: ``False`` sums the rows as they are (no map can be given then).
+        normalize: ``False`` sums the rows as they are; no map can be given then.
 
     Returns:
         :class:`RowSums`. A zero row counts as a row and adds nothing (with a map: the image of
-        ``u = 0``); a row with a NaN or an infinity is counted apart and left out.
-        The compiled kernel's bytes do not depend on the number of threads.
+        ``u = 0``); a row with a NaN or an infinity is counted separately and left out.
+        The compiled kernel returns the same bytes for any number of threads.
 
     Raises:
-        ValueError: a shape does not fit, or half a map. TypeError: a dtype is not floating point.
+        ValueError: a shape does not fit, or the map is incomplete.
+        TypeError: a dtype is not floating point.
     """
     rows = _checked_rows("sum_rows", rows)
     if (scale is None) != (shift is None) or (recentre is not None and shift is None):
         raise ValueError("sum_rows: a map needs scale and shift together; give both or neither")
-    if shift is not None:
+    if scale is not None and shift is not None:
         if not normalize:
             raise ValueError("sum_rows: the map works on unit rows; leave normalize=True with it")
-        scale, shift, recentre = _map_arguments("sum_rows", rows, scale, shift, recentre)
+        scale, shift, recentre = row_map = _map_arguments("sum_rows", rows, scale, shift, recentre)
         if scale.dim():
+            dtype = working_dtype(rows)
             return sum_mapped_rows(
-                rows.detach(),
-                lambda block: align_rows(
-                    block, scale, shift, recentre, out_dtype=working_dtype(block)
-                ),
+                rows.detach(), lambda block: align_rows(block, *row_map, out_dtype=dtype)
             )
-    op = torch.ops.realign_fast
-    isa = isa_of("sum_rows") if rows.is_cpu else 0
-    return RowSums(*op.sum_rows(rows.detach(), scale, shift, recentre, normalize, isa))
+    variant = cpu_variant("sum_rows") if rows.is_cpu else 0
+    op = torch.ops.realign_fast.sum_rows
+    return RowSums(*op(rows.detach(), scale, shift, recentre, normalize, variant))
 
 
 def sum_mapped_rows(rows: Tensor, mapping: Callable[[Tensor], Tensor]) -> RowSums:
-    """:func:`sum_rows` of ``mapping(rows)``, a block of rows at a time; counts are of the rows.
+    """Return :func:`sum_rows` of ``mapping(rows)``, computed block by block.
 
-    The mapping keeps non-finite rows non-finite, as :func:`align_rows` does.
+    The counts are those of the rows before the mapping. The mapping must keep non-finite rows
+    non-finite, as :func:`align_rows` does.
     """
     parts = []
     for block in rows.split(_BLOCK_ROWS) if len(rows) else [rows]:
         total, energy, counts = sum_rows(mapping(block), normalize=False)
-        counts[1] = (block == 0).all(dim=1).sum()  # the image of a zero row is none
+        counts[1] = (block == 0).all(dim=1).sum()  # (the image of a zero row is not zero)
         parts.append(RowSums(total, energy, counts))
     return RowSums(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
@@ -187,30 +180,31 @@ def add_scatter_(
 ) -> Tensor:
     """Add ``sum w (u - c)(u - c)^T`` and ``sum w (u - c)`` of rows, ``u = x / |x|``, in one read.
 
-    What a covariance is streamed from: with ``c`` near the mean the products do not cancel, so
-    float32 arithmetic is enough below the float64 sums (relative error about 1e-8; by emulation
-    2e-7 on CUDA, whose tensor cores cut sums off).
+    A covariance is accumulated from these sums. With ``c`` near the mean the products do not
+    cancel, so float32 products under float64 sums are enough: the relative error is about 1e-8
+    (2e-7 by emulation on CUDA, whose tensor cores truncate sums).
 
     Args:
-        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written. It, total
-            and weights are on the device of the rows.
+        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written. The
+            tensors scatter, total and weights are on the device of the rows.
         total: [D] float64.
         rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
             are copied first.
-        centre: c, [D]. Give a vector that float32 holds exactly (``.float()``), or its rounding
-            shifts every row by as much.
-        weights: w, [N], finite and not negative; 1 by default. (Not looked at while a CUDA graph
-            is captured, which may not wait for the device.)
+        centre: c, [D]. Use a vector that float32 represents exactly (``.float()``); otherwise the
+            rounding error of c is added to every row.
+        weights: w, [N], finite and not negative; 1 by default. The values are not checked while a
+            CUDA graph is captured, because a capture must not wait for the device.
         normalize: ``False`` takes the rows as they are.
-        accurate: multiply in float64 (as float64 rows always are): error 1e-15 instead of 1e-8,
-            at half the speed or less.
-        fast: on CUDA multiply one float16 term of each entry instead of two: a third of
-            the products, a relative error of some 1e-5. Other devices, and
-            float64 rows, have no such kernel and are as accurate as without it.
+        accurate: multiply in float64, as is always done for float64 rows: the error is 1e-15
+            instead of 1e-8, at half the speed or less.
+        fast: on CUDA, multiply one float16 term of each entry instead of two: a third of the
+            products, with a relative error of about 1e-5. The option has no effect on other
+            devices and on float64 rows.
 
     Returns:
         [3] int64: rows added (zero rows, with ``u = 0``, among them), zero rows, and non-finite
-        rows, which are left out. The compiled kernel's bytes do not depend on the threads.
+        rows, which are left out. The compiled kernel returns the same bytes for any number of
+        threads.
 
     Raises:
         ValueError: a shape does not fit, a tensor is on another device than the rows, or a weight
@@ -231,24 +225,33 @@ def add_scatter_(
             raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
     if weights is not None:
-        weights = weights.detach().double().contiguous()
-        if weights.shape != rows.shape[:1]:
-            got = list(weights.shape)
-            raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {got}")
-        captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
+        weights = _checked_weights(rows, weights)
     centre = centre.detach().to(rows.device, torch.float64).contiguous()
-    op = torch.ops.realign_fast
     variant = 1 if fast and rows.is_cuda else 0
-    kernel = op.add_scatter_
-    return kernel(scatter, total, rows.detach(), centre, weights, normalize, accurate, variant)
+    counts: Tensor = torch.ops.realign_fast.add_scatter_(
+        scatter, total, rows.detach(), centre, weights, normalize, accurate, variant
+    )
+    return counts
+
+
+def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return the weights of add_scatter_ as contiguous float64 [N]."""
+    weights = weights.detach().double().contiguous()
+    if weights.shape != rows.shape[:1]:
+        shape = list(weights.shape)
+        raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {shape}")
+    captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
+    return weights
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:
+    """Return the rows with contiguous columns; raise if they are not a [N, D] tensor of floats."""
     if not isinstance(rows, Tensor):
-        got = type(rows).__name__
-        raise TypeError(f"{op}: expected rows as a tensor, got {got}; use torch.as_tensor(rows)")
+        raise TypeError(
+            f"{op}: expected rows as a tensor, got {type(rows).__name__}; use torch.as_tensor(rows)"
+        )
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
     _check_dtype(op, "rows", rows.dtype)
@@ -262,7 +265,10 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
 
 
 def _check_devices(op: str, rows: Tensor, **tensors: Tensor | None) -> None:
-    """Compare device types and indices: a kernel would read another device's memory as its own."""
+    """Raise if a tensor is on another device than the rows.
+
+    A kernel would read the memory of another device as its own.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != rows.device:
             raise ValueError(
@@ -274,6 +280,7 @@ def _check_devices(op: str, rows: Tensor, **tensors: Tensor | None) -> None:
 def _map_arguments(
     op: str, rows: Tensor, scale: Tensor | float, shift: Tensor, recentre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return scale, shift and recentre as contiguous float64 tensors on the device of the rows."""
     if not isinstance(shift, Tensor):
         raise TypeError(f"{op}: expected shift as a tensor [D], got {type(shift).__name__}")
     for name, vector in (("shift", shift), ("recentre", recentre)):
@@ -282,14 +289,17 @@ def _map_arguments(
                 f"{op}: rows have {rows.shape[1]} columns, {name} has shape {list(vector.shape)}; "
                 "align the output of the encoder that the map was fitted on"
             )
-    kind = {"dtype": torch.float64, "device": rows.device}
     if isinstance(scale, int | float):
-        scale = torch.full((), scale, **kind)  # (a copy to a GPU would wait for it)
-    scale = torch.as_tensor(scale, **kind)
+        # torch.full fills the tensor on its device; a copy to a GPU would wait for the GPU.
+        scale = torch.full((), scale, dtype=torch.float64, device=rows.device)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=rows.device)
     if list(scale.shape) not in ([], [rows.shape[1]], [rows.shape[1]] * 2):
         raise ValueError(
             f"{op}: rows have {rows.shape[1]} columns, scale has shape {list(scale.shape)}; "
             "expected a number, a diagonal [D] or a matrix [D, D]"
         )
-    recentre = None if recentre is None else recentre.detach().to(**kind).contiguous()
-    return scale.detach().to(**kind).contiguous(), shift.detach().to(**kind).contiguous(), recentre
+    return (
+        scale.detach().contiguous(),
+        shift.detach().to(rows.device, torch.float64).contiguous(),
+        None if recentre is None else recentre.detach().to(rows.device, torch.float64).contiguous(),
+    )

@@ -1,9 +1,9 @@
-"""The truth: every op in plain torch and float64, on any device and for rows of any dtype.
+"""Reference implementation: every op in plain torch and float64, on any device and for any dtype.
 
-The kernels are tested against these functions, and these functions run where no kernel is
-compiled. They are written to be read: each follows the formula term by term. One convention
-carries all corner cases: ``unit(0) = 0``, and a row that holds a NaN or an infinity is
-*non-finite*: it maps to a row of NaN and takes no part in a sum.
+The kernels are tested against these functions, which also run where no kernel is compiled. They are
+written to be read: each follows its formula term by term. One convention covers all special cases:
+``unit(0) = 0``, and a row that holds a NaN or an infinity is *non-finite*: it maps to a row of NaN
+and takes no part in a sum. The argument ``variant`` selects a compiled kernel and is ignored here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from torch import Tensor
 
 
 def unit(rows: Tensor) -> Tensor:
-    """``x / |x|`` along the last axis; zero stays zero, and no norm overflows or underflows."""
+    """Return ``x / |x|`` along the last axis, without overflow or underflow; zero stays zero."""
     return _unit_and_norm(rows)[0]
 
 
 def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction and two factors of the norm (its product may overflow), zeros replaced by 1."""
+    """Return the direction and two factors of the norm, whose product may overflow.
+
+    Factors that are zero are replaced by 1.
+    """
     peak = rows.abs().amax(dim=-1, keepdim=True).detach()
     peak = torch.where(peak > 0, peak, 1)
     norm = torch.linalg.vector_norm(rows / peak, dim=-1, keepdim=True)
@@ -27,7 +30,7 @@ def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _affine_on_sphere(scaled: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
-    """``unit(unit(s u + b) + h)`` of ``s u``: ReAlign's row map (arXiv 2602.07026, section 4)."""
+    """Return ``unit(unit(s u + b) + h)`` of ``s u``: the row map of arXiv 2602.07026, section 4."""
     mapped = unit(scaled + shift)
     return mapped if recentre is None else unit(mapped + recentre)
 
@@ -38,9 +41,9 @@ def align_rows(
     shift: Tensor,  # [D] float64, b
     recentre: Tensor | None,  # [D] float64, h; None leaves the last step out
     dtype: torch.dtype,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    """Return ``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
     x = rows.double()
     out = _affine_on_sphere(scale * unit(x), shift, recentre)
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
@@ -53,9 +56,9 @@ def map_rows(
     shift: Tensor,  # [D] float64, b
     recentre: Tensor | None,  # [D] float64, h
     dtype: torch.dtype,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    """Return ``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
     x = rows.double()
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
     u = unit(torch.where(finite, x, 0))
@@ -64,7 +67,7 @@ def map_rows(
 
 
 def _linear(u: Tensor, linear: Tensor) -> Tensor:
-    """A u for each row, A a number, a diagonal [D] or a matrix [D, D]."""
+    """Return A u for each row; A is a number, a diagonal [D] or a matrix [D, D]."""
     return linear * u if linear.dim() < 2 else u @ linear.T
 
 
@@ -74,9 +77,9 @@ def map_rows_(
     matrix: Tensor,
     shift: Tensor,
     recentre: Tensor | None,
-    isa: int = 0,
+    variant: int = 0,
 ) -> None:
-    """:func:`map_rows` into ``out`` [N, D], whose dtype decides the rounding."""
+    """Write :func:`map_rows` into ``out`` [N, D], whose dtype decides the rounding."""
     out.copy_(map_rows(rows, matrix, shift, recentre, out.dtype))
 
 
@@ -86,9 +89,9 @@ def align_rows_(
     scale: Tensor,
     shift: Tensor,
     recentre: Tensor | None,
-    isa: int = 0,
+    variant: int = 0,
 ) -> None:
-    """:func:`align_rows` into ``out`` [N, D], whose dtype decides the rounding."""
+    """Write :func:`align_rows` into ``out`` [N, D], whose dtype decides the rounding."""
     out.copy_(align_rows(rows, scale, shift, recentre, out.dtype))
 
 
@@ -99,10 +102,10 @@ def align_rows_backward(
     shift: Tensor,
     recentre: Tensor | None,
 ) -> Tensor:
-    """Gradient of `align_rows` and `map_rows` in the rows: three projections off a unit vector.
+    """Return the gradient of `align_rows` and `map_rows` with respect to the rows, [N, D].
 
-    ``d unit(v) = (I - unit(v) unit(v)^T) / |v|``, applied from the last step to the first. It is 0
-    for zero and non-finite rows, so that a bad row does not poison what lies behind it.
+    It applies ``d unit(v) = (I - unit(v) unit(v)^T) / |v|`` from the last step to the first. It is
+    0 for zero and non-finite rows, so that a bad row does not spoil the gradients upstream of it.
     """
     x = rows.double()
     x = torch.where(torch.isfinite(x).all(dim=-1, keepdim=True), x, 0)
@@ -127,13 +130,14 @@ def sum_rows(
     shift: Tensor | None,  # [D] float64; None sums the rows themselves
     recentre: Tensor | None,  # [D] float64
     normalize: bool,
-    isa: int = 0,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum [D], energy [] (sum of squared norms), counts [3] (rows, zero rows, non-finite rows).
+    """Return the sum [D], the energy [] (sum of squared norms) and the counts [3] of the rows.
 
-    What is summed: the rows (``normalize=False``), their directions ``u``, or, with ``scale`` and
-    ``shift``, their images ``unit(s u + b)`` and, with ``recentre``, ``unit(unit(s u + b) + h)``.
-    Zero rows count among the rows; non-finite rows do not.
+    The terms of the sum are the rows (``normalize=False``), their directions ``u``, or, with
+    ``scale`` and ``shift``, their images ``unit(s u + b)`` and, with ``recentre``,
+    ``unit(unit(s u + b) + h)``. The counts are those of rows, zero rows and non-finite rows; zero
+    rows count among the rows, non-finite rows do not.
     """
     x = rows.double()
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)
@@ -156,12 +160,12 @@ def add_scatter_(
     weights: Tensor | None,  # [N] float64, not negative; None is 1
     normalize: bool,
     accurate: bool,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``scatter += sum w (u - c)(u - c)^T``, ``total += sum w (u - c)``; counts as `sum_rows`.
+    """Add ``sum w (u - c)(u - c)^T`` to ``scatter`` and ``sum w (u - c)`` to ``total``, in float64.
 
-    The plain two-operand form of the covariance sum about a provisional centre (Chan, Golub and
-    LeVeque, "Algorithms for computing the sample variance", 1983). Always in float64.
+    This is the covariance sum about a provisional centre (Chan, Golub and LeVeque, "Algorithms for
+    computing the sample variance", 1983). It returns the counts of `sum_rows`.
     """
     x = rows.double()
     finite = torch.isfinite(x).all(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from realign_fast import add_scatter_, align_rows, backend_of, sum_rows
-from realign_fast.ops import ISA_NAMES, OPS, cpu_isa, reference
+from realign_fast.ops import INSTRUCTION_SETS, OPS, cpu_instruction_set, reference
 
 OP = torch.ops.realign_fast
 MAP = random_map(7)
@@ -29,7 +29,10 @@ def aten_calls(function):
 def test_the_compiled_kernel_is_the_one_that_runs(name):
     require_compiled()
     assert backend_of(name, "cpu").kernel == "cpu"
-    assert any(f"compiled, {isa} in use" == backend_of(name, "cpu").why for isa in ISA_NAMES[1:])
+    assert any(
+        f"compiled, {instruction_set} in use" == backend_of(name, "cpu").why
+        for instruction_set in INSTRUCTION_SETS[1:]
+    )
     rows = random_rows(6, 7, torch.float32)
     sums = torch.zeros(7, 7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
     calls = {
@@ -55,29 +58,29 @@ def test_the_profile_above_would_show_the_reference():
 def test_the_public_functions_use_the_instruction_set_that_backend_of_names():
     require_compiled()
     rows, chosen_map = random_rows(64, 777, torch.float32), random_map(777)
-    isa = {name: ISA_NAMES.index(backend_of(name, "cpu").why.split()[1]) for name in OPS}
-    expected = OP.sum_rows(rows, None, None, None, True, isa["sum_rows"])[0]
+    variant = {name: INSTRUCTION_SETS.index(backend_of(name, "cpu").why.split()[1]) for name in OPS}
+    expected = OP.sum_rows(rows, None, None, None, True, variant["sum_rows"])[0]
     assert torch.equal(sum_rows(rows).total, expected)
     scale = torch.tensor(chosen_map[0], dtype=torch.float64)
-    expected = OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, isa["align_rows"])
+    expected = OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, variant["align_rows"])
     assert torch.equal(align_rows(rows, *chosen_map), expected)
 
 
-def test_isa_chooses_the_instruction_set():
+def test_the_variant_chooses_the_instruction_set():
     """Wider registers add in another order, so the last bits tell the instruction sets apart."""
     require_compiled()
-    best = ISA_NAMES.index(cpu_isa())
+    best = INSTRUCTION_SETS.index(cpu_instruction_set())
     rows, chosen_map = random_rows(64, 777, torch.float32), random_map(777)
-    totals = [OP.sum_rows(rows, None, None, None, True, isa)[0] for isa in range(best + 1)]
-    assert torch.equal(totals[0], totals[best]), "isa=0 takes the best"
+    totals = [OP.sum_rows(rows, None, None, None, True, variant)[0] for variant in range(best + 1)]
+    assert torch.equal(totals[0], totals[best]), "variant 0 takes the best"
     for narrower, wider in pairwise(totals[1:]):
         assert not torch.equal(narrower, wider)
-    for isa in (-1, best + 1):
-        with pytest.raises(RuntimeError, match=f"isa {isa} is not available here"):
-            OP.sum_rows(rows, None, None, None, True, isa)
-        with pytest.raises(RuntimeError, match=f"isa {isa} is not available here"):
+    for variant in (-1, best + 1):
+        with pytest.raises(RuntimeError, match=f"isa {variant} is not available here"):
+            OP.sum_rows(rows, None, None, None, True, variant)
+        with pytest.raises(RuntimeError, match=f"isa {variant} is not available here"):
             scale = torch.tensor(chosen_map[0], dtype=torch.float64)
-            OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, isa)
+            OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, variant)
 
 
 def test_the_answer_for_a_device_without_kernels_says_so():

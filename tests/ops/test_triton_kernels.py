@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from realign_fast.ops import OPS, backend_of, triton_ops
+from realign_fast.ops import OPS, backend_of
 
 TESTS = Path(__file__).parents[1]
 OP_TESTS = [f"ops/test_{op}.py" for op in ("align_rows", "sum_rows", "add_scatter", "map_rows")]
 needs_triton = pytest.mark.skipif(
     not find_spec("triton"), reason="triton is not installed (CUDA builds of torch bring it)"
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (no GPU)")
 
 
 def run(*arguments):
@@ -72,17 +71,3 @@ def test_without_a_gpu_backend_of_says_what_is_missing():
     if backend.kernel == "cuda":
         pytest.skip("the compiled library for CUDA is here")
     assert backend.kernel == "reference" and "torch sees no GPU" in backend.why
-
-
-@needs_gpu
-@needs_triton
-def test_benchmark_calls_run():
-    rows = torch.randn(300, 64, device="cuda").half()
-    vectors = torch.randn(2, 64, device="cuda", dtype=torch.float64)
-    matrix = torch.eye(64, device="cuda", dtype=torch.float64)
-    scale = torch.ones((), device="cuda", dtype=torch.float64)
-    calls = triton_ops.benchmark_calls(rows, scale, *vectors, matrix)
-    assert set(calls) == {"align_rows", "sum_rows", "add_scatter_", "map_rows"}
-    for pairs in calls.values():
-        for _, call in pairs:
-            call()

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from realign_fast import ops
-from realign_fast.ops import ISA_NAMES, backend_of, cpu_isa, reference, triton_ops
+from realign_fast.ops import (
+    INSTRUCTION_SETS,
+    backend_of,
+    cpu_instruction_set,
+    reference,
+    triton_ops,
+)
 from support.cuda_emulation import emulated
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "coco_clip_vitb32_500.npy"
@@ -40,8 +46,8 @@ class Kernel:
             emulated.configure()
             self.options = {}
             self.functions = torch.ops.realign_emulated
-        elif name in ISA_NAMES:
-            self.options = {"isa": ISA_NAMES.index(name)}
+        elif name in INSTRUCTION_SETS:
+            self.options = {"variant": INSTRUCTION_SETS.index(name)}
             self.functions = torch.ops.realign_fast
         else:
             self.options = {}
@@ -90,10 +96,10 @@ def kernel_or_skip(name):
         pytest.skip("no CUDA device")
     if name == "cuda" and ops.why_no_cuda():
         pytest.skip(f"no compiled CUDA kernels: {ops.why_no_cuda()}")
-    if name in ISA_NAMES:
+    if name in INSTRUCTION_SETS:
         require_compiled()
-        if ISA_NAMES.index(name) > ISA_NAMES.index(cpu_isa()):
-            pytest.skip(f"this CPU has no {name}; its best is {cpu_isa()}")
+        if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(cpu_instruction_set()):
+            pytest.skip(f"this CPU has no {name}; its best is {cpu_instruction_set()}")
     if name == "emulated cuda" and not any(
         shutil.which(name) for name in ("c++", "g++", "clang++")
     ):

@@ -1,14 +1,17 @@
 """Triton kernels of ``map_rows``: ``unit(unit(A u + b) + h)``, A a matrix or a diagonal.
 
-A block of rows is multiplied by A on tensor cores: float16 rows as they are, with A split into two
-float16 matrices ``high + low``; bfloat16 and float32 rows in float32 precision (three TF32 products
-on NVIDIA, what the GPU has for float32 elsewhere). TF32 alone, which Triton would take, keeps three
-digits. A row kernel then finishes the block. Rows that it cannot (zero, non-finite, too large or
-small to square, or where a norm cancels) are *unusual* and are done again in float64 by a third
-kernel. Where the rows or the result are of float64 all is float64.
+The first kernel multiplies a block of rows by A on tensor cores: float16 rows as they are, with A
+split into two float16 matrices ``high + low``; bfloat16 and float32 rows in float32 precision
+(three TF32 products on NVIDIA, the GPU's own float32 products elsewhere). TF32 alone, which is
+Triton's default, keeps three digits. A row kernel then finishes the block. Rows that it cannot
+finish (zero, non-finite, too large or small to square, or with a norm that cancels) are *unusual*
+and are recomputed in float64 by a third kernel. If the rows or the result are float64, all is
+float64.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,13 +32,13 @@ from .row_kernels import (
     tile,
 )
 
-_MAP_ENTRIES = 1 << 23  # of A u at a time, so that it stays in the L2 cache
-_PROMOTE_COLUMNS = 1024  # that tensor cores add up; then a rounded sum goes on
+_MAP_ENTRIES = 1 << 23  # of A u that are computed at a time, so that they stay in the L2 cache
+_PROMOTE_COLUMNS = 1024  # summed on tensor cores before the sum is added to a rounded float32
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride"])
 def multiply_rows_kernel(
-    product,  # [N, WIDTH] M: A x, as often as A was scaled up
+    product,  # [N, WIDTH] M: A x, scaled as A is
     rows,  # [N, D]
     matrix,  # [TERMS, WIDTH, WIDTH], zeros beyond D
     row_count,
@@ -50,11 +53,12 @@ def multiply_rows_kernel(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
 ):
+    """Multiply a tile of TILE rows by TILE rows of A."""
     number = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     alive = number < row_count
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
     column = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    whole = tl.zeros([TILE, TILE], M)
+    total = tl.zeros([TILE, TILE], M)
     for group in range(0, COLUMNS, PROMOTE):
         part = tl.zeros([TILE, TILE], M)
         for start in range(group, min(group + PROMOTE, COLUMNS), DEPTH):
@@ -66,9 +70,9 @@ def multiply_rows_kernel(
             part = tl.dot(x.to(a.dtype), a, part, input_precision=PRECISION)
             if TERMS == 2:
                 part = tl.dot(x.to(a.dtype), tl.load(entry + WIDTH * WIDTH), part)
-        whole += part
+        total += part
     target = product + number[:, None] * WIDTH + column[None, :]
-    tl.store(target, whole, alive[:, None] & (column < WIDTH)[None, :])
+    tl.store(target, total, alive[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit
@@ -84,7 +88,7 @@ def _linear(
     DIAGONAL: tl.constexpr,
     M: tl.constexpr,
 ):
-    """A block of A u, [ROWS, BLOCK]: from the product, or by the diagonal."""
+    """Return a block of A u, [ROWS, BLOCK], from the product or by the diagonal."""
     if DIAGONAL:
         x = load_rows(row, start, alive, COLUMNS, BLOCK, M)
         return x * load_vector(a, start, COLUMNS, BLOCK) * factor
@@ -100,7 +104,7 @@ def finish_rows_kernel(
     diagonal,  # [D] M; read where DIAGONAL
     shift,  # b [D] M
     recentre,  # h [D] M
-    constants,  # [2] float64: what the product is to be multiplied by, h.h
+    constants,  # [2] float64: factor of the product, h.h
     row_count,
     row_stride,
     out_stride,
@@ -115,7 +119,10 @@ def finish_rows_kernel(
     RECENTRE: tl.constexpr,
     M: tl.constexpr,
 ):
-    """unit(unit(y / |x| + b) + h) with y = A x; what is below an eighth of its terms cancels."""
+    """Write unit(unit(y / |x| + b) + h) with y = A x.
+
+    A squared norm below an eighth of its terms counts as cancelled, and the row as unusual.
+    """
     number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = number < row_count
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
@@ -169,7 +176,7 @@ def _step(
     DIAGONAL: tl.constexpr,
     STAGE: tl.constexpr,
 ):
-    """BLOCK entries of A u + b (stage 1) or unit(A u + b) + h (2) of one row, in float64."""
+    """Return BLOCK entries of A u + b (stage 1) or unit(A u + b) + h (2) of a row, in float64."""
     column = start + tl.arange(0, BLOCK)
     inside = column < COLUMNS
     if DIAGONAL:
@@ -203,7 +210,7 @@ def _length(
     DIAGONAL: tl.constexpr,
     STAGE: tl.constexpr,
 ):
-    """The norm of all entries of `_step`; 1 where it is 0."""
+    """Return the norm of all entries of `_step`, or 1 if it is 0."""
     squares = tl.full([], 0, tl.float64)
     for start in range(0, COLUMNS, BLOCK):
         y = _step(
@@ -228,13 +235,13 @@ def map_rows_directly_kernel(
     DIAGONAL: tl.constexpr,
     RECENTRE: tl.constexpr,
 ):
-    """A program does one row, term by term in float64, if it is unusual."""
+    """Map one row term by term in float64 if it is unusual."""
     number = tl.program_id(0).to(tl.int64)
     if tl.load(unusual + number) != 0:
         row = rows + number * row_stride
         target = out + number * out_stride
-        one = tl.full([1], 1, tl.int32)
-        peaks, _, finites = kind_of_rows(row + (one - 1), one > 0, COLUMNS, 1, BLOCK)
+        zero = tl.full([1], 0, tl.int32)
+        peaks, _, finites = kind_of_rows(row + zero, zero == 0, COLUMNS, 1, BLOCK)
         peak = tl.max(peaks, axis=0)
         finite = tl.max(finites.to(tl.int32), axis=0) > 0
         squares = tl.full([], 0, tl.float64)
@@ -244,9 +251,9 @@ def map_rows_directly_kernel(
             squares += tl.sum(x * x, axis=0)
         norm = tl.where(squares > 0, tl.sqrt(squares), 1)
         half = _length(row, linear, shift, recentre, peak, norm, norm, COLUMNS, BLOCK, DIAGONAL, 1)
-        whole = half
+        last = half
         if RECENTRE:
-            whole = _length(
+            last = _length(
                 row, linear, shift, recentre, peak, norm, half, COLUMNS, BLOCK, DIAGONAL, 2
             )
         for start in range(0, COLUMNS, BLOCK):
@@ -264,8 +271,8 @@ def map_rows_directly_kernel(
                 DIAGONAL,
                 2 if RECENTRE else 1,
             )
-            y = tl.where(finite, y / whole, float("nan"))
-            store_rows(target + (one - 1), start, one > 0, y[None, :], COLUMNS, BLOCK)
+            y = tl.where(finite, y / last, float("nan"))
+            store_rows(target + zero, start, zero == 0, y[None, :], COLUMNS, BLOCK)
 
 
 def map_rows_(
@@ -274,9 +281,9 @@ def map_rows_(
     matrix: Tensor,  # [D, D] float64, or [D], its diagonal
     shift: Tensor,  # [D] float64
     recentre: Tensor | None,  # [D] float64
-    isa: int = 0,
+    variant: int = 0,
 ) -> None:
-    """``reference.map_rows_``, a block of rows at a time; memory beside it is 64 to 128 MiB."""
+    """Compute ``reference.map_rows_`` block by block, with 64 to 128 MiB of working memory."""
     check_no_overlap("map_rows", out, rows)
     count, columns = rows.shape
     if count == 0:
@@ -285,22 +292,23 @@ def map_rows_(
     source, row_step = aligned(rows)
     target, out_step = aligned(out)
     if target.data_ptr() == source.data_ptr():
-        source = source.clone()  # the rows that are done again are read after others are written
+        source = source.clone()  # unusual rows are read again after others are written
     h = torch.zeros_like(shift) if recentre is None else recentre
     factor, pieces = (None, None) if matrix.dim() == 1 else _matrix_terms(matrix, rows.dtype, m)
     constants = torch.stack([torch.ones_like(h[0]) if factor is None else factor, h @ h])
     narrow = [vector.to(m, copy=True) for vector in (shift, h)]
     narrow.insert(0, matrix.to(m) if matrix.dim() == 1 else narrow[0])
-    most = max(_MAP_ENTRIES // columns, 128)
+    call = _MapCall(row_step, out_step, recentre is not None, m)
+    block_rows = max(_MAP_ENTRIES // columns, 128)
     with on_device_of(rows):
-        for first in range(0, count, most):
-            some = source[first : first + most]
-            product = some if pieces is None else _multiply(some, pieces, row_step, m)
-            into = target[first : first + most]
-            unusual = torch.empty(len(some), dtype=torch.int8, device=rows.device)
+        for first in range(0, count, block_rows):
+            block = source[first : first + block_rows]
+            product = block if pieces is None else _multiply(block, pieces, row_step, m)
+            into = target[first : first + block_rows]
+            unusual = torch.empty(len(block), dtype=torch.int8, device=rows.device)
             vectors = (product, *narrow, constants)
-            _finish(into, unusual, some, vectors, row_step, out_step, recentre is not None, m)
-            _map_directly(into, unusual, some, matrix, shift, h, recentre is not None)
+            _finish(call, into, unusual, block, vectors)
+            _map_directly(call, into, unusual, block, (matrix, shift, h))
     if target is not out:
         out.copy_(target)
 
@@ -311,16 +319,16 @@ def map_rows(
     shift: Tensor,
     recentre: Tensor | None,
     dtype: torch.dtype,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``reference.map_rows``: [N, D] of ``dtype``."""
+    """Compute ``reference.map_rows`` as [N, D] of ``dtype``."""
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     map_rows_(out, rows, matrix, shift, recentre)
     return out
 
 
 def product_tile(columns: int, terms: int, m: torch.dtype) -> dict[str, int]:
-    """TILE, DEPTH, warps and stages: operands of 3 stages within 99 KiB of shared memory."""
+    """Return TILE, DEPTH, warps and stages; operands of 3 stages fit 99 KiB of shared memory."""
     if m == torch.float64:
         return {"TILE": 64, "DEPTH": 16, "num_warps": 4, "num_stages": 3}
     if terms == 1 or columns <= 64:
@@ -329,12 +337,12 @@ def product_tile(columns: int, terms: int, m: torch.dtype) -> dict[str, int]:
 
 
 def float32_precision() -> str:
-    """How float32 is multiplied to nearly all of its digits on this kind of GPU."""
+    """Return the input precision that keeps nearly all digits of float32 on GPUs of this vendor."""
     return "ieee" if torch.version.hip else "tf32x3"
 
 
 def _matrix_terms(matrix: Tensor, dtype: torch.dtype, m: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[] float64 to multiply the product by, and A in whole tiles, [TERMS, WIDTH, WIDTH]."""
+    """Return the factor of the product, [] float64, and A in full tiles, [TERMS, WIDTH, WIDTH]."""
     columns = len(matrix)
     width = triton.cdiv(columns, 128) * 128
     wide = torch.nn.functional.pad(matrix, (0, width - columns, 0, width - columns))
@@ -348,9 +356,11 @@ def _matrix_terms(matrix: Tensor, dtype: torch.dtype, m: torch.dtype) -> tuple[T
 
 
 def _multiply(rows: Tensor, pieces: Tensor, row_step: int, m: torch.dtype) -> Tensor:
-    """A x, scaled as `_matrix_terms` did, [N, WIDTH] of M."""
-    if m == torch.float64:  # Triton 3.8 compiles no float64 product of widened 16-bit operands
-        rows, row_step = aligned(rows.double())  # for sm_80, sm_90 and sm_100
+    """Return A x, scaled as in `_matrix_terms`, [N, WIDTH] of M."""
+    if m == torch.float64:
+        # For sm_80, sm_90 and sm_100 Triton 3.8 compiles no float64 product of 16-bit operands that
+        # are widened in the kernel.
+        rows, row_step = aligned(rows.double())
     count, columns = rows.shape
     terms, width, _ = pieces.shape
     product = torch.empty(count, width, dtype=m, device=rows.device)
@@ -374,40 +384,53 @@ def _multiply(rows: Tensor, pieces: Tensor, row_step: int, m: torch.dtype) -> Te
     return product
 
 
-def _finish(into, unusual, rows, vectors, row_step, out_step, with_recentre, m) -> None:
+class _MapCall(NamedTuple):
+    """The settings that all blocks of one call of map_rows share."""
+
+    row_step: int  # divides the stride of the rows
+    out_step: int  # divides the stride of the result
+    recentre: bool
+    m: torch.dtype  # dtype of the computation
+
+
+def _finish(
+    call: _MapCall, out: Tensor, unusual: Tensor, rows: Tensor, vectors: tuple[Tensor, ...]
+) -> None:
+    """Launch finish_rows_kernel; ``vectors`` are its arguments from product to constants."""
     count, columns = rows.shape
-    shape = tile(columns, m)
+    shape = tile(columns, call.m)
     product = vectors[0]
     finish_rows_kernel[(triton.cdiv(count, shape["ROWS"]),)](
-        into,
+        out,
         unusual,
         rows,
         *vectors,
         count,
         rows.stride(0),
-        into.stride(0),
+        out.stride(0),
         WIDTH=product.shape[1],
-        ROW_STEP=row_step,
-        OUT_STEP=out_step,
+        ROW_STEP=call.row_step,
+        OUT_STEP=call.out_step,
         DIAGONAL=product is rows,
-        RECENTRE=with_recentre,
-        M=TRITON_DTYPE[m],
+        RECENTRE=call.recentre,
+        M=TRITON_DTYPE[call.m],
         **shape,
     )
 
 
-def _map_directly(into, unusual, rows, matrix, shift, recentre, with_recentre) -> None:
+def _map_directly(
+    call: _MapCall, out: Tensor, unusual: Tensor, rows: Tensor, row_map: tuple[Tensor, ...]
+) -> None:
+    """Launch map_rows_directly_kernel; ``row_map`` is A or its diagonal, b and h in float64."""
     map_rows_directly_kernel[(len(rows),)](
-        into,
+        out,
         unusual,
         rows,
-        matrix,
-        shift,
-        recentre,
+        *row_map,
         rows.stride(0),
-        into.stride(0),
+        out.stride(0),
         COLUMNS=rows.shape[1],
         BLOCK=64,
-        DIAGONAL=matrix.dim() == 1,
-        RECENTRE=with_recentre,
+        DIAGONAL=row_map[0].dim() == 1,
+        RECENTRE=call.recentre,
     )

@@ -1,51 +1,55 @@
 """Triton kernels of ``align_rows`` and ``sum_rows``: one read of a row, and one write or none.
 
-A program takes a tile of rows at a time, `ROWS` x `BLOCK` columns; a row longer than BLOCK is swept
-block by block. As in ``csrc/common/row_map_math.h`` every norm in ``unit(unit(s u + b) + h)``
+A program processes a tile of `ROWS` rows and `BLOCK` columns at a time; a row longer than BLOCK is
+read block by block. As in ``csrc/common/row_map_math.h`` every norm in ``unit(unit(s u + b) + h)``
 follows from the dot products x.x, x.b and x.h, so the result is ``alpha x + beta b + gamma h``.
-Rows for which that cancels, and rows that are zero, non-finite or too large or small to square, are
-*unusual*: the program then does them again in float64, term by term (:func:`_lengths`).
+Rows for which that sum cancels, and rows that are zero, non-finite or too large or small to square,
+are *unusual*: the program recomputes them in float64, term by term (:func:`_lengths`).
 
-Tiles, and with them the order of every sum, follow from D and the dtypes alone: memory that does
-not begin on 16 bytes is copied first instead of being read in other steps. So a row has the same
-bytes in any company, and a sum the same bytes in every run.
+Tiles, and therefore the order of every sum, depend on D and the dtypes alone: memory that is not
+aligned to 16 bytes is copied first instead of being read in other steps. So a row has the same
+bytes whatever rows surround it, and a sum has the same bytes in every run.
+
+The kernels name their tensors as the formulas do: ``M`` is the dtype they compute in.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_ENTRIES = {torch.float32: 4096, torch.float64: 2048}  # 32 and 16 for each of 128 threads
-_CAREFUL_ENTRIES = 512
-_MOST_ROWS = 4  # a thread may hold a number for each row of its tile
+_TILE_ENTRIES = {torch.float32: 4096, torch.float64: 2048}  # 32 or 16 for each of 128 threads
+_CAREFUL_ENTRIES = 512  # of a tile in which unusual rows are recomputed
+_MOST_ROWS = 4  # of a tile; a thread may hold a number for each of them
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _LEAST_CHUNK_ROWS, _MOST_CHUNKS = 64, 2048
-_WORKSPACE_ENTRIES = 1 << 21  # float64 sums that sum_rows keeps before it adds them up
+_WORKSPACE_ENTRIES = 1 << 21  # float64 partial sums of sum_rows
 
 
 @triton.jit
 def load_rows(row, start, alive, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr):
-    """Columns [start, start + BLOCK) of a tile's rows [ROWS] as M; zeros beyond D."""
+    """Load columns [start, start + BLOCK) of the rows [ROWS] of a tile as M; zeros beyond D."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     return tl.load(row[:, None] + columns, alive[:, None] & (columns < COLUMNS), other=0).to(M)
 
 
 @triton.jit
 def store_rows(target, start, mask, y, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns [start, start + BLOCK) of rows [ROWS] where the mask [ROWS] is set, rounded."""
+    """Store, rounded, columns [start, start + BLOCK) of the rows whose mask [ROWS] is set."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     if target.dtype.element_ty == tl.bfloat16:
-        y = y.to(tl.float32)  # hardware has no way from float64 to bfloat16
+        y = y.to(tl.float32)  # no hardware converts float64 to bfloat16
     y = y.to(target.dtype.element_ty)
     tl.store(target[:, None] + columns, y, mask[:, None] & (columns < COLUMNS))
 
 
 @triton.jit
 def load_vector(vector, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries [start, start + BLOCK) of b or h, [1, BLOCK]; zeros beyond D."""
+    """Load entries [start, start + BLOCK) of b or h as [1, BLOCK]; zeros beyond D."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     return tl.load(vector + columns, columns < COLUMNS, other=0)
 
@@ -53,7 +57,7 @@ def load_vector(vector, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def dot_rows(
     row,  # [ROWS] pointers
-    alive,  # [ROWS] whether there is such a row
+    alive,  # [ROWS] false beyond the last row
     shift,  # [D] M, read with KINDS >= 2
     recentre,  # [D] M, read with KINDS = 3
     COLUMNS: tl.constexpr,
@@ -62,7 +66,7 @@ def dot_rows(
     KINDS: tl.constexpr,
     M: tl.constexpr,
 ):
-    """x.x, x.b and x.h of each row, [ROWS] float64: sums of M within a block of columns."""
+    """Return x.x, x.b and x.h of each row, [ROWS] float64; a block of columns is summed in M."""
     xx = tl.zeros([ROWS], tl.float64)
     xb = tl.zeros([ROWS], tl.float64)
     xh = tl.zeros([ROWS], tl.float64)
@@ -80,16 +84,16 @@ def dot_rows(
 
 @triton.jit
 def squarable(xx, M: tl.constexpr):
-    """False where x.x is too large or too small for M, or zero, or NaN."""
+    """Return false where x.x is too large or too small for M, zero, or NaN."""
     limit: tl.constexpr = 1e30 if M == tl.float32 else 1e280
     return (xx > 1 / limit) & (xx < limit)
 
 
 @triton.jit
 def _coefficients(xx, xb, xh, constants, M: tl.constexpr):
-    """alpha, beta, gamma [ROWS] float64, and whether the row is of the usual kind.
+    """Return alpha, beta and gamma [ROWS] float64, and false where the row is unusual.
 
-    A squared norm below an eighth of its terms has lost too many digits to the expansion.
+    A squared norm below an eighth of its terms has lost too many digits to cancellation.
     """
     s, bb = tl.load(constants), tl.load(constants + 1)
     bh, hh = tl.load(constants + 2), tl.load(constants + 3)
@@ -107,7 +111,7 @@ def _coefficients(xx, xb, xh, constants, M: tl.constexpr):
 
 @triton.jit
 def _image(x, b, h, s, peak, norm, half, STAGE: tl.constexpr):
-    """A block of x / peak (stage 0), s u + b (1) or unit(s u + b) + h (2), in float64."""
+    """Return a block of x / peak (stage 0), s u + b (1) or unit(s u + b) + h (2), in float64."""
     y = x / peak[:, None]
     if STAGE >= 1:
         y = s * (y / norm[:, None]) + b
@@ -130,7 +134,7 @@ def _length(
     BLOCK: tl.constexpr,
     STAGE: tl.constexpr,
 ):
-    """The norm of what `_image` gives, [ROWS] float64, 1 where it is 0."""
+    """Return the norm of the rows of `_image`, [ROWS] float64, 1 where it is 0."""
     squares = tl.zeros_like(peak)
     for start in range(0, COLUMNS, BLOCK):
         x = load_rows(row, start, alive, COLUMNS, BLOCK, tl.float64)
@@ -143,7 +147,7 @@ def _length(
 
 @triton.jit
 def kind_of_rows(row, alive, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest |entry| (1 where that is 0), whether the row is zero, whether finite; [ROWS]."""
+    """Return the largest |entry| (1 if that is 0), and masks of zero and of finite rows; [ROWS]."""
     peak = tl.zeros([ROWS], tl.float64)
     outside = tl.zeros([ROWS], tl.int32)
     for start in range(0, COLUMNS, BLOCK):
@@ -158,7 +162,7 @@ def kind_of_rows(row, alive, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: t
 @triton.jit
 def _lengths(
     row,
-    unusual,  # [ROWS] the rows that are asked for
+    unusual,  # [ROWS] mask of the rows to compute
     shift,  # [D] float64
     recentre,  # [D] float64
     s,
@@ -167,17 +171,17 @@ def _lengths(
     BLOCK: tl.constexpr,
     KINDS: tl.constexpr,
 ):
-    """|x| as peak * norm, |s u + b|, |e' + h|; and whether zero, finite, and the image is not 0."""
+    """Return |x| as peak * norm, |s u + b|, |e' + h|, and masks: zero, finite, image is not 0."""
     peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, ROWS, BLOCK)
     some = unusual & finite  # a NaN must not enter the sums below
-    one = tl.full([ROWS], 1, tl.float64)
-    norm, lives = _length(row, some, shift, recentre, s, peak, one, one, COLUMNS, BLOCK, 0)
-    half, whole = one, one
+    units = tl.full([ROWS], 1, tl.float64)
+    norm, lives = _length(row, some, shift, recentre, s, peak, units, units, COLUMNS, BLOCK, 0)
+    half, last = units, units
     if KINDS >= 2:
-        half, lives = _length(row, some, shift, recentre, s, peak, norm, one, COLUMNS, BLOCK, 1)
+        half, lives = _length(row, some, shift, recentre, s, peak, norm, units, COLUMNS, BLOCK, 1)
     if KINDS >= 3:
-        whole, lives = _length(row, some, shift, recentre, s, peak, norm, half, COLUMNS, BLOCK, 2)
-    return peak, norm, half, whole, zero, finite, lives
+        last, lives = _length(row, some, shift, recentre, s, peak, norm, half, COLUMNS, BLOCK, 2)
+    return peak, norm, half, last, zero, finite, lives
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "out_stride"])
@@ -199,8 +203,9 @@ def align_rows_kernel(
     ROW_STEP: tl.constexpr,  # divides row_stride
     OUT_STEP: tl.constexpr,  # divides out_stride
     KINDS: tl.constexpr,  # 3 with h, 2 without
-    M: tl.constexpr,  # what is computed in
+    M: tl.constexpr,  # dtype of the computation
 ):
+    """Map one tile of rows to ``alpha x + beta b + gamma h``, unusual rows term by term."""
     number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = number < row_count
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
@@ -217,7 +222,7 @@ def align_rows_kernel(
     unusual = alive & (usual == 0)
     if tl.max(unusual.to(tl.int32), axis=0) > 0:
         s = tl.load(constants)
-        peak, norm, half, whole, _, finite, _ = _lengths(
+        peak, norm, half, last, _, finite, _ = _lengths(
             row, unusual, wide_shift, wide_recentre, s, COLUMNS, ROWS, CAREFUL_BLOCK, KINDS
         )
         for start in range(0, COLUMNS, CAREFUL_BLOCK):
@@ -225,14 +230,14 @@ def align_rows_kernel(
             b = load_vector(wide_shift, start, COLUMNS, CAREFUL_BLOCK)
             h = load_vector(wide_recentre, start, COLUMNS, CAREFUL_BLOCK)
             y = _image(x, b, h, s, peak, norm, half, KINDS - 1)
-            y = y / (whole if KINDS >= 3 else half)[:, None]
+            y = y / (last if KINDS >= 3 else half)[:, None]
             y = tl.where(finite[:, None], y, float("nan"))
             store_rows(target, start, unusual, y, COLUMNS, CAREFUL_BLOCK)
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "chunk_rows"])
 def sum_rows_kernel(
-    totals,  # [chunks, D] float64: sum of alpha x, and whole images of unusual rows
+    totals,  # [chunks, D] float64: sum of alpha x and of the images of unusual rows
     numbers,  # [chunks, 6] float64: energy, sum of beta, of gamma; rows, zero, non-finite rows
     rows,  # [N, D]
     shift,  # b [D] M
@@ -252,7 +257,7 @@ def sum_rows_kernel(
     NORMALIZE: tl.constexpr,
     M: tl.constexpr,
 ):
-    """A program adds one chunk of rows, of which it keeps one block of columns."""
+    """Sum one block of columns of one chunk of rows."""
     first = tl.program_id(0).to(tl.int64) * chunk_rows
     own = tl.program_id(1) * BLOCK
     s = tl.load(constants)
@@ -263,7 +268,7 @@ def sum_rows_kernel(
     counted = tl.zeros([ROWS], tl.int32)
     zeros = tl.zeros([ROWS], tl.int32)
     outside = tl.zeros([ROWS], tl.int32)
-    careful = 0  # tiles with unusual rows; what those add waits in `totals`
+    careful = 0  # number of tiles with unusual rows, whose sums are collected in `totals`
     target = totals + tl.program_id(0).to(tl.int64) * COLUMNS
     for offset in range(0, chunk_rows, ROWS):
         number = first + offset + tl.arange(0, ROWS)
@@ -287,7 +292,7 @@ def sum_rows_kernel(
 
         unusual = alive & (usual == 0)
         if tl.max(unusual.to(tl.int32), axis=0) > 0:
-            peak, norm, half, whole, zero, finite, lives = _lengths(
+            peak, norm, half, last, zero, finite, lives = _lengths(
                 row, unusual, wide_shift, wide_recentre, s, COLUMNS, ROWS, CAREFUL_BLOCK, KINDS
             )
             some = unusual & finite
@@ -297,7 +302,7 @@ def sum_rows_kernel(
                     b = load_vector(wide_shift, start, COLUMNS, CAREFUL_BLOCK)
                     h = load_vector(wide_recentre, start, COLUMNS, CAREFUL_BLOCK)
                     y = _image(y, b, h, s, peak, norm, half, KINDS - 1)
-                    y = y / (norm if KINDS == 1 else half if KINDS == 2 else whole)[:, None]
+                    y = y / (norm if KINDS == 1 else half if KINDS == 2 else last)[:, None]
                 added = tl.sum(tl.where(some[:, None], y, 0), axis=0)
                 there = start + tl.arange(0, CAREFUL_BLOCK)
                 before = tl.load(target + there, (there < COLUMNS) & (careful > 0), other=0)
@@ -310,7 +315,7 @@ def sum_rows_kernel(
             outside += (unusual & (finite == 0)).to(tl.int32)
 
     columns = own + tl.arange(0, BLOCK)
-    tl.debug_barrier()  # other threads of this program wrote what is read here
+    tl.debug_barrier()  # other threads of this program wrote the values that are read here
     total += tl.load(target + columns, (columns < COLUMNS) & (careful > 0), other=0)
     tl.store(target + columns, total, columns < COLUMNS)
     chunk = tl.program_id(0).to(tl.int64)
@@ -324,7 +329,7 @@ def sum_rows_kernel(
 
 
 def tile(columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """ROWS, BLOCK, CAREFUL_BLOCK and warps for rows of D columns computed in ``dtype``."""
+    """Return ROWS, BLOCK, CAREFUL_BLOCK and warps for rows of D columns computed in ``dtype``."""
     entries = _TILE_ENTRIES[dtype]
     block = min(max(triton.next_power_of_2(columns), 64), entries)
     rows = min(entries // block, _MOST_ROWS)
@@ -338,10 +343,10 @@ def tile(columns: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def aligned(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows, copied if they do not lie as D promises, and a divisor of their stride.
+    """Return the rows, copied if their memory is not aligned, and a divisor of their stride.
 
-    Rows whose bytes are a multiple of 16 are read 16 bytes at a time, others entry by entry: it
-    must not depend on where a batch was cut.
+    Rows whose bytes are a multiple of 16 are read 16 bytes at a time, others entry by entry. The
+    choice must not depend on where a batch was cut.
     """
     step = 16 // rows.element_size()
     if rows.shape[1] % step:
@@ -352,31 +357,34 @@ def aligned(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
-    """``out`` may be the rows themselves, but neither another part of them nor overlap itself."""
+    """Raise if ``out`` overlaps itself, or overlaps the rows without being exactly the rows."""
     if len(out) > 1 and out.stride(0) < out.shape[1]:
         raise RuntimeError(f"{op}: the rows of out overlap one another; give out memory of its own")
     spans = []
     for tensor in (out, rows):
         last = (len(tensor) - 1) * tensor.stride(0) + tensor.shape[1] if len(tensor) else 0
         spans.append((tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
-    (out_begin, out_end), (begin, end) = spans
-    same = out_begin == begin and out.stride(0) == rows.stride(0) and out.dtype == rows.dtype
-    if not same and out_end > begin and end > out_begin:
+    (out_start, out_end), (rows_start, rows_end) = spans
+    same_layout = out.stride(0) == rows.stride(0) and out.dtype == rows.dtype
+    in_place = out_start == rows_start and same_layout
+    if not in_place and out_end > rows_start and rows_end > out_start:
         raise RuntimeError(
             f"{op}: out overlaps the rows; give out memory of its own, or the rows themselves"
         )
 
 
 def on_device_of(rows: Tensor) -> torch.cuda.device:
-    """The context in which kernels for these rows are launched (nothing for CPU rows)."""
+    """Return the context in which kernels for these rows are launched; a no-op for CPU rows."""
     return torch.cuda.device(rows.device if rows.is_cuda else -1)
 
 
-def _map_vectors(rows, scale, shift, recentre, m) -> tuple[Tensor, ...]:
-    """b and h as M, b and h, and s, b.b, b.h, h.h, where the kernels expect them."""
+def _map_vectors(
+    scale: Tensor, shift: Tensor, recentre: Tensor | None, m: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return b and h as M, both as float64, and s, b.b, b.h, h.h, in the order of the kernels."""
     b, h = shift, shift if recentre is None else recentre
     wide = torch.stack([b, h])
-    # (An index such as wide[[0, 0, 1]] lies on the CPU; copying it would wait for the GPU.)
+    # An index such as wide[[0, 0, 1]] is a CPU tensor; copying it would wait for the GPU.
     products = (torch.stack([b, b, h]) * torch.stack([b, h, h])).sum(dim=1)
     if recentre is None:
         products[1:].zero_()
@@ -391,15 +399,15 @@ def align_rows_(
     scale: Tensor,  # [] float64
     shift: Tensor,  # [D] float64
     recentre: Tensor | None,  # [D] float64
-    isa: int = 0,
+    variant: int = 0,
 ) -> None:
-    """``reference.align_rows_`` in one read and one write of a row."""
+    """Compute ``reference.align_rows_`` with one read and one write of each row."""
     check_no_overlap("align_rows", out, rows)
     count, columns = rows.shape
     if count == 0:
         return
     wide = torch.float64 in (rows.dtype, out.dtype) or out.dtype == torch.bfloat16
-    m = torch.float64 if wide else torch.float32  # as csrc/common/dispatch.h says, and why
+    m = torch.float64 if wide else torch.float32  # csrc/common/dispatch.h gives the reasons
     source, row_step = aligned(rows)
     target, out_step = aligned(out)
     shape = tile(columns, m)
@@ -407,7 +415,7 @@ def align_rows_(
         align_rows_kernel[(triton.cdiv(count, shape["ROWS"]),)](
             target,
             source,
-            *_map_vectors(rows, scale, shift, recentre, m),
+            *_map_vectors(scale, shift, recentre, m),
             count,
             source.stride(0),
             target.stride(0),
@@ -427,9 +435,9 @@ def align_rows(
     shift: Tensor,
     recentre: Tensor | None,
     dtype: torch.dtype,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``reference.align_rows``: [N, D] of ``dtype``."""
+    """Compute ``reference.align_rows`` as [N, D] of ``dtype``."""
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     align_rows_(out, rows, scale, shift, recentre)
     return out
@@ -441,25 +449,24 @@ def sum_rows(
     shift: Tensor | None,  # [D] float64
     recentre: Tensor | None,  # [D] float64
     normalize: bool,
-    isa: int = 0,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.sum_rows``: chunks whose borders depend on the shape alone, added in order."""
+    """Compute ``reference.sum_rows`` in chunks that depend on the shape alone, added in order."""
     count, columns = rows.shape
-    kind = {"dtype": torch.float64, "device": rows.device}
+    options: dict[str, Any] = {"dtype": torch.float64, "device": rows.device}
     if count == 0:
-        return torch.zeros(columns, **kind), torch.zeros((), **kind), torch.zeros(3, **kind).long()
+        counts = torch.zeros(3, **options).long()
+        return torch.zeros(columns, **options), torch.zeros((), **options), counts
     m = torch.float32 if normalize and rows.dtype != torch.float64 else torch.float64
     shape = tile(columns, m)
     most = min(_MOST_CHUNKS, max(_WORKSPACE_ENTRIES // columns, 1))
     step = triton.cdiv(max(triton.cdiv(count, most), _LEAST_CHUNK_ROWS), 64) * 64
     chunks = triton.cdiv(count, step)
-    totals, numbers = torch.empty(chunks, columns, **kind), torch.empty(chunks, 6, **kind)
+    totals, numbers = torch.empty(chunks, columns, **options), torch.empty(chunks, 6, **options)
     source, row_step = aligned(rows)
-    if shift is None:
-        nothing = torch.zeros(columns, **kind)
-        vectors = (nothing,) * 5
-    else:
-        vectors = _map_vectors(rows, scale, shift, recentre, m)
+    vectors: tuple[Tensor, ...] = (torch.zeros(columns, **options),) * 5
+    if scale is not None and shift is not None:
+        vectors = _map_vectors(scale, shift, recentre, m)
     with on_device_of(rows):
         sum_rows_kernel[(chunks, triton.cdiv(columns, shape["BLOCK"]))](
             totals,

@@ -1,17 +1,19 @@
 """Triton kernels of ``add_scatter_``: a symmetric product on tensor cores.
 
-A chunk of rows is taken at a time. One kernel packs it: ``sqrt(w) (u - c)``, scaled
-by a power of two for each column, split into two float16 numbers ``high + low``. Another multiplies
+The rows are processed in chunks. One kernel packs a chunk: ``sqrt(w) (u - c)``, scaled by a power
+of two for each column, is split into two float16 numbers ``high + low``. A second kernel multiplies
 tiles of the upper triangle, split over the rows as well, ``high high + high low + low high``, and
-starts a new sum every 1024 rows, because tensor cores cut off where they should round. A third adds
-the splits in float64, in their order, to the result. The ``low low`` that is left out matters on
-the diagonal alone, where it does not average out, and is added there. Where float64 is asked for
-all is float64, and nothing is split.
+starts a new sum every 1024 rows, because tensor cores truncate instead of rounding. A third adds
+the splits to the result in float64, in their order. The omitted ``low low`` matters on the diagonal
+alone, where it does not average out, and is added there. For float64 rows and ``accurate=True``
+everything is float64, and nothing is split.
 
-No launch waits for the GPU, and what is launched follows from shapes and dtypes alone.
+No launch waits for the GPU, and the launches depend on shapes and dtypes alone.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,11 +31,11 @@ from .row_kernels import (
     tile,
 )
 
-_PROMOTE_ROWS = 1024  # that tensor cores add up; then a rounded sum goes on
-_PACK_ROWS = 32  # a program's
-_DEPTH = 64  # packed rows come in multiples of it
+_PROMOTE_ROWS = 1024  # summed on tensor cores before the sum is added to a rounded one
+_PACK_ROWS = 32  # that a program packs
+_DEPTH = 64  # the number of packed rows is a multiple of it
 _CHUNK_ENTRIES = 1 << 24  # of a packed term: 32 MiB in float16
-_PROGRAMS = 512  # that keep a GPU busy
+_PROGRAMS = 512  # enough to keep a GPU busy
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows"])
@@ -50,7 +52,7 @@ def pack_rows_kernel(
     row_stride,
     packed_rows,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,  # D up to whole tiles of the product
+    WIDTH: tl.constexpr,  # D rounded up to full tiles of the product
     PROGRAM_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,16 +60,17 @@ def pack_rows_kernel(
     ROW_STEP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    MEASURE: tl.constexpr,  # only the largest entries, to choose the scale by
+    MEASURE: tl.constexpr,  # only find the largest entries, from which the scale is chosen
     TERMS: tl.constexpr,
     M: tl.constexpr,
 ):
+    """Pack one block of columns of PROGRAM_ROWS rows, and sum and count them."""
     own = tl.program_id(1) * BLOCK
     there = own + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     largest = tl.zeros([BLOCK], tl.float64)
-    seen = tl.zeros([ROWS], tl.int64)
+    counted = tl.zeros([ROWS], tl.int64)
     zeros = tl.zeros([ROWS], tl.int64)
     outside = tl.zeros([ROWS], tl.int64)
     c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
@@ -88,7 +91,7 @@ def pack_rows_kernel(
         value = tl.where(usual[:, None], value, 0)
         largest = tl.maximum(largest, tl.max(tl.abs(value), axis=0).to(tl.float64))
         value = value * factor.to(M)
-        seen += usual.to(tl.int64)
+        counted += usual.to(tl.int64)
 
         unusual = alive & (usual == 0)
         if tl.max(unusual.to(tl.int32), axis=0) > 0:
@@ -107,7 +110,7 @@ def pack_rows_kernel(
             exact = tl.where(some[:, None], exact, 0)
             largest = tl.maximum(largest, tl.max(tl.abs(exact), axis=0))
             value = tl.where(unusual[:, None], (exact * factor).to(M), value)
-            seen += some.to(tl.int64)
+            counted += some.to(tl.int64)
             zeros += (some & zero).to(tl.int64)
             outside += (unusual & (finite == 0)).to(tl.int64)
 
@@ -130,16 +133,16 @@ def pack_rows_kernel(
     tl.store(sums + size, squares, there < WIDTH)
     tl.store(sums + 2 * size, largest, there < WIDTH)
     if own == 0:
-        tl.store(counts + program * 3, tl.sum(seen, axis=0))
+        tl.store(counts + program * 3, tl.sum(counted, axis=0))
         tl.store(counts + program * 3 + 1, tl.sum(zeros, axis=0))
         tl.store(counts + program * 3 + 2, tl.sum(outside, axis=0))
 
 
 @triton.jit(do_not_specialize=["packed_rows", "split_rows"])
 def multiply_packed_kernel(
-    parts,  # [splits, tiles, TILE, TILE] SUM: what a split of the rows adds to a tile
+    parts,  # [splits, tiles, TILE, TILE] SUM: product of a split of the rows
     packed,  # [TERMS, packed_rows, WIDTH]
-    pairs,  # [2, tiles] int64: which columns, in tiles, are multiplied with which
+    pairs,  # [2, tiles] int64: the two tiles of columns that are multiplied
     packed_rows,  # a multiple of DEPTH
     split_rows,  # a multiple of PROMOTE
     WIDTH: tl.constexpr,
@@ -149,29 +152,30 @@ def multiply_packed_kernel(
     TERMS: tl.constexpr,
     SUM: tl.constexpr,
 ):
+    """Multiply two tiles of columns over one split of the rows."""
     tiles = tl.num_programs(0)
-    left = tl.load(pairs + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-    right = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-    left, right = tl.multiple_of(left, TILE), tl.multiple_of(right, TILE)
+    row_columns = tl.load(pairs + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    columns = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    row_columns, columns = tl.multiple_of(row_columns, TILE), tl.multiple_of(columns, TILE)
     low = packed_rows.to(tl.int64) * WIDTH
-    begin = tl.program_id(1) * split_rows
-    end = tl.minimum(begin + split_rows, packed_rows)
-    whole = tl.zeros([TILE, TILE], SUM)
-    for group in range(begin, end, PROMOTE):
+    first = tl.program_id(1) * split_rows
+    end = tl.minimum(first + split_rows, packed_rows)
+    total = tl.zeros([TILE, TILE], SUM)
+    for group in range(first, end, PROMOTE):
         part = tl.zeros([TILE, TILE], SUM)
         for row in range(group, tl.minimum(group + PROMOTE, end), DEPTH):
             deep = (row + tl.arange(0, DEPTH)).to(tl.int64) * WIDTH
-            left_entry = packed + deep[None, :] + left[:, None]
-            right_entry = packed + deep[:, None] + right[None, :]
-            a, b = tl.load(left_entry), tl.load(right_entry)
+            a_entry = packed + deep[None, :] + row_columns[:, None]
+            b_entry = packed + deep[:, None] + columns[None, :]
+            a, b = tl.load(a_entry), tl.load(b_entry)
             part = tl.dot(a, b, part, input_precision="ieee")
             if TERMS == 2:
-                part = tl.dot(a, tl.load(right_entry + low), part)
-                part = tl.dot(tl.load(left_entry + low), b, part)
-        whole += part
+                part = tl.dot(a, tl.load(b_entry + low), part)
+                part = tl.dot(tl.load(a_entry + low), b, part)
+        total += part
     entry = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     slot = tl.program_id(1).to(tl.int64) * tiles + tl.program_id(0)
-    tl.store(parts + slot * (TILE * TILE) + entry, whole)
+    tl.store(parts + slot * (TILE * TILE) + entry, total)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -185,6 +189,7 @@ def add_parts_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Add the splits of ROWS rows of a tile to the result, in order."""
     tiles = tl.num_programs(0)
     line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     entry = line[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -192,21 +197,21 @@ def add_parts_kernel(
     for split in range(0, splits):
         slot = (split * tiles).to(tl.int64) + tl.program_id(0)
         sums += tl.load(parts + slot * (TILE * TILE) + entry).to(tl.float64)
-    left = tl.load(pairs + tl.program_id(0)) * TILE + line
-    right = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-    sums = sums * tl.load(unscale + left)[:, None] * tl.load(unscale + right)[None, :]
-    mask = (left[:, None] <= right[None, :]) & (right < COLUMNS)[None, :]
-    target = scatter + left[:, None] * COLUMNS + right[None, :]
+    row = tl.load(pairs + tl.program_id(0)) * TILE + line
+    column = tl.load(pairs + tiles + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+    sums = sums * tl.load(unscale + row)[:, None] * tl.load(unscale + column)[None, :]
+    mask = (row[:, None] <= column[None, :]) & (column < COLUMNS)[None, :]
+    target = scatter + row[:, None] * COLUMNS + column[None, :]
     tl.store(target, tl.load(target, mask, other=0) + sums, mask)
 
 
 def _power_above(values: Tensor) -> Tensor:
-    """Powers of two above the values, float64; 1 where they are 0."""
+    """Return the powers of two above the values, float64; 1 where a value is 0."""
     return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent)
 
 
 def _column_scale(largest: Tensor) -> Tensor:
-    """The powers of two that bring a column to the upper end of float16, [WIDTH] float64."""
+    """Return the powers of two that scale columns to the upper end of float16, [WIDTH] float64."""
     return 2.0**15 / _power_above(largest)
 
 
@@ -218,9 +223,9 @@ def add_scatter_(
     weights: Tensor | None,  # [N] float64
     normalize: bool,
     accurate: bool,
-    isa: int = 0,
+    variant: int = 0,
 ) -> Tensor:
-    """``reference.add_scatter_`` in one read from memory (two with ``normalize=False``)."""
+    """Compute ``reference.add_scatter_`` in one read of the rows (two with ``normalize=False``)."""
     count, columns = rows.shape
     wide = accurate or rows.dtype == torch.float64
     side = 64 if wide or columns <= 64 else 128
@@ -234,17 +239,17 @@ def add_scatter_(
         largest = 1 + c.abs()
         scale = _column_scale(largest if weights is None else largest * weights.amax().sqrt())
     pairs = torch.triu_indices(width // side, width // side, device=rows.device)
-    most = max(_CHUNK_ENTRIES // width // _PROMOTE_ROWS, 1) * _PROMOTE_ROWS
+    chunk_rows = max(_CHUNK_ENTRIES // width // _PROMOTE_ROWS, 1) * _PROMOTE_ROWS
     source, row_step = aligned(rows)
     with on_device_of(rows):
-        for first in range(0, count, most):
-            some = source[first : first + most]
-            w = None if weights is None else weights[first : first + most]
-            pack = {"weights": w, "normalize": normalize, "row_step": row_step, "m": m}
+        for first in range(0, count, chunk_rows):
+            chunk = source[first : first + chunk_rows]
+            w = None if weights is None else weights[first : first + chunk_rows]
+            options = _PackOptions(normalize, row_step, m)
             if not wide and not normalize:
-                sums, _, _ = _pack(some, c, scale, measure=True, **pack)
+                sums, _, _ = _pack(chunk, c, scale, w, options._replace(measure=True))
                 scale = _column_scale(sums[2].amax(dim=0))
-            sums, part_counts, packed = _pack(some, c, scale, measure=False, **pack)
+            sums, part_counts, packed = _pack(chunk, c, scale, w, options)
             added = sums[:2].sum(dim=1) / torch.stack([scale, scale * scale])
             total += added[0, :columns]
             counts += part_counts
@@ -253,17 +258,29 @@ def add_scatter_(
     return counts
 
 
-def _pack(rows, centre, scale, weights, normalize, row_step, m, measure):
-    """sums [3, programs, WIDTH], counts [3] and packed [TERMS, packed rows, WIDTH] of a chunk."""
+class _PackOptions(NamedTuple):
+    """The settings that all chunks of one call of add_scatter_ share."""
+
+    normalize: bool
+    row_step: int  # divides the stride of the rows
+    m: torch.dtype  # dtype of the computation
+    measure: bool = False  # only find the largest entries; nothing is packed
+
+
+def _pack(
+    rows: Tensor, centre: Tensor, scale: Tensor, weights: Tensor | None, options: _PackOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums [3, programs, WIDTH], counts [3] and the packed chunk [TERMS, rows, WIDTH]."""
     count, columns = rows.shape
-    terms, kind = (1, torch.float64) if m == torch.float64 else (2, torch.float16)
+    m, device = options.m, rows.device
+    terms, packed_dtype = (1, torch.float64) if m == torch.float64 else (2, torch.float16)
     packed_rows = triton.cdiv(count, _DEPTH) * _DEPTH
     shape = tile(columns, m)
     programs, width = packed_rows // _PACK_ROWS, len(centre)
-    new = {"device": rows.device}
-    sums = torch.empty(3, programs, width, dtype=torch.float64, **new)
-    counts = torch.empty(programs, 3, dtype=torch.int64, **new)
-    packed = torch.empty(0 if measure else terms, packed_rows, width, dtype=kind, **new)
+    sums = torch.empty(3, programs, width, dtype=torch.float64, device=device)
+    counts = torch.empty(programs, 3, dtype=torch.int64, device=device)
+    packed_shape = (0 if options.measure else terms, packed_rows, width)
+    packed = torch.empty(packed_shape, dtype=packed_dtype, device=device)
     pack_rows_kernel[(programs, triton.cdiv(width, shape["BLOCK"]))](
         packed,
         sums,
@@ -278,10 +295,10 @@ def _pack(rows, centre, scale, weights, normalize, row_step, m, measure):
         packed_rows,
         WIDTH=width,
         PROGRAM_ROWS=_PACK_ROWS,
-        ROW_STEP=row_step,
+        ROW_STEP=options.row_step,
         WEIGHTED=weights is not None,
-        NORMALIZE=normalize,
-        MEASURE=measure,
+        NORMALIZE=options.normalize,
+        MEASURE=options.measure,
         TERMS=terms,
         M=TRITON_DTYPE[m],
         **shape,
@@ -290,14 +307,14 @@ def _pack(rows, centre, scale, weights, normalize, row_step, m, measure):
 
 
 def _multiply(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, side: int) -> None:
-    """scatter += packed^T packed, unscaled; its upper triangle."""
+    """Add the unscaled product ``packed^T packed`` to the upper triangle of ``scatter``."""
     terms, packed_rows, width = packed.shape
     tiles = pairs.shape[1]
     groups = triton.cdiv(packed_rows, _PROMOTE_ROWS)
     splits = triton.cdiv(groups, triton.cdiv(groups, triton.cdiv(_PROGRAMS, tiles)))
     split_rows = triton.cdiv(groups, splits) * _PROMOTE_ROWS
-    kind = torch.float32 if terms == 2 else torch.float64
-    parts = torch.empty(splits, tiles, side, side, dtype=kind, device=packed.device)
+    sum_dtype = torch.float32 if terms == 2 else torch.float64
+    parts = torch.empty(splits, tiles, side, side, dtype=sum_dtype, device=packed.device)
     multiply_packed_kernel[(tiles, splits)](
         parts,
         packed,
@@ -307,7 +324,7 @@ def _multiply(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, s
         WIDTH=width,
         PROMOTE=_PROMOTE_ROWS,
         TERMS=terms,
-        SUM=TRITON_DTYPE[kind],
+        SUM=TRITON_DTYPE[sum_dtype],
         **product_tile(side, terms),
     )
     rows = 16
@@ -317,7 +334,7 @@ def _multiply(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, s
 
 
 def product_tile(side: int, terms: int) -> dict[str, int]:
-    """TILE, DEPTH, warps and stages: operands of 3 stages within 99 KiB of shared memory."""
+    """Return TILE, DEPTH, warps and stages; operands of 3 stages fit 99 KiB of shared memory."""
     return {
         "TILE": side,
         "DEPTH": 32 if side == 128 else 16 if terms == 1 else 64,
