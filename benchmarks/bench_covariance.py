@@ -58,7 +58,7 @@ def bench_covariance_accuracy(benchmark, show):
 
 
 class Accuracy:
-    """A table of errors: relative Frobenius, and the whitening residual."""
+    """Table of errors: the relative Frobenius norm and the whitening residual."""
 
     def __init__(self, title: str, errors: dict[str, tuple[float, float]], missing: list[str]):
         self.title, self.errors, self.missing = title, errors, missing
@@ -91,7 +91,7 @@ def _raw_float32(rows: Tensor) -> np.ndarray:
 
 
 def _two_passes(rows: Tensor) -> np.ndarray:
-    """Float64, centred twice, a block of rows at a time."""
+    """Return mean and covariance in float64, centred twice, block by block."""
     mean = rows.mean(dim=0, dtype=torch.float64)
     total, rest = mean.new_zeros(len(mean), len(mean)), torch.zeros_like(mean)
     for block in rows.split(1 << 14):
@@ -111,7 +111,7 @@ def _errors(estimate: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 def _hard_rows(count: int, columns: int, condition: float, mean: float) -> Tensor:
-    """Unit rows [N, D] float32 about a mean of this norm, their spread of this condition."""
+    """Return unit rows [N, D] float32 with a mean of this norm and this condition number."""
     generator = torch.Generator().manual_seed(0)
     kind = {"generator": generator, "dtype": torch.float64}
     values = torch.logspace(0, -math.log10(condition), columns, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`embed` from files to shards, against the model's own forward on batches that lie ready.
+"""`embed` from files to shards, against the model's own forward on prepared batches.
 
 The model has a third of ViT-B/32's layers and half its width, with random weights: the arithmetic
 is what is timed, over batches enough that starting a process counts for little. On the CPU
@@ -39,7 +39,7 @@ FLOPS = {"images": 2 * 12 * LAYERS * 384**2 * 50, "texts": 2 * 12 * LAYERS * 256
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """The model's weights, random."""
+    """Write random weights of the model."""
     library = pytest.importorskip("open_clip", exc_type=(ImportError, RuntimeError))
     folder = tmp_path_factory.mktemp("model")
     (folder / "bench-model.json").write_text(json.dumps(CONFIG))
@@ -50,7 +50,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def write_items(kind: str, count: int, folder: Path) -> Path:
-    """JPEGs of 256 x 320 pixels, a few of them many times; captions of 8 words."""
+    """Write JPEGs of 256 x 320 pixels, a few of them many times, and captions of 8 words."""
     folder.mkdir()
     if kind == "texts":
         lines = [f"a picture number {i} of a cat and a dog\n" for i in range(count)]
@@ -68,7 +68,7 @@ def write_items(kind: str, count: int, folder: Path) -> Path:
 
 
 def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> list[torch.Tensor]:
-    """Every batch as the model takes it, on its device."""
+    """Return every batch in the form that the model takes, on its device."""
     from realign_fast.embed.loader import PreparedBatches
 
     side = {"images": "image", "texts": "text"}[kind]

@@ -27,7 +27,7 @@ SHARDS = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two shards of npy."""
+    """Write two shards of npy."""
     made = tmp_path_factory.mktemp("files") / "text"
     (line,) = {(one.dtype, one.dimension, one.rows) for one in table.TABLE if one.op == "apply"}
     dtype, columns, count = line
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def embedding_reader(folder: Path, kind: str = "npy") -> float:
-    """LAION's reader, which gives float32."""
+    """Read with LAION's reader, which returns float32."""
     from embedding_reader import EmbeddingReader
 
     reader = EmbeddingReader(str(folder), file_format=kind)
@@ -49,13 +49,13 @@ def embedding_reader(folder: Path, kind: str = "npy") -> float:
 
 
 def ours(folder: Path) -> float:
-    """The batches of a corpus."""
+    """Read the batches of a corpus."""
     batches = Corpus(folder).batches(batch_bytes=16 << 20)
     return sum(float(one.rows[:, 0].double().sum()) for one in batches)
 
 
 def through_mmap(folder: Path) -> float:
-    """The same through Python's mmap, as where nothing was compiled."""
+    """Read through Python's mmap, as is done where nothing is compiled."""
     kept, io_extension.io = io_extension.io, None
     try:
         return ours(folder)

@@ -68,7 +68,7 @@ def _table(rows: np.ndarray, kind: str) -> pa.Table:
 
 
 def _pyarrow(path: Path, line: table.Line, memory_map: bool = False) -> float:
-    """The checksum of a column through its own way to numpy."""
+    """Return the checksum of a column that pyarrow converts to numpy."""
     found = pq.read_table(path, columns=["embedding"], memory_map=memory_map)["embedding"]
     total, columns = 0.0, line.dimension
     for array in found.chunks:

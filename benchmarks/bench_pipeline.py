@@ -23,7 +23,7 @@ IMAGES = 0.25  # of the number of texts
 
 
 def write_side(folder: Path, rows, shards: int) -> list[Path]:
-    """Shards of about as many rows."""
+    """Write shards with about the same number of rows."""
     parts = rows.tensor_split(shards)
     for index, part in enumerate(parts):
         path = folder / f"emb_{index}.npy"
@@ -34,7 +34,7 @@ def write_side(folder: Path, rows, shards: int) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """text/ of four shards and image/ of one."""
+    """Write a corpus of four text shards and one image shard."""
     root = tmp_path_factory.mktemp("pipeline")
     (count,) = {one.rows for one in table.TABLE if one.op == "align"}
     (columns,) = {one.dimension for one in table.TABLE if one.op == "align"}
@@ -90,7 +90,7 @@ def bench_align(line, corpus, tmp_path, measure):
 
 
 def error_of(made: Path, truth: Path) -> float:
-    """Largest difference of two outputs over the row's largest entry."""
+    """Return the largest difference of two outputs, relative to the row's largest entry."""
     worst = 0.0
     for path in four_pass_numpy.shards(truth):
         expected = np.load(path).astype(np.float64)

@@ -29,7 +29,7 @@ LEAST = 3  # rounds of a point, unless a call takes a second
 
 
 def seconds(call: Callable[[], object]) -> list[float]:
-    """Of as many calls as a case has, fewer where they are slow, after one that warms up."""
+    """Return the times of the calls of a case after a warm-up, fewer calls if they are slow."""
     clock = timing.clock_of("cpu")
     first = clock(lambda _: call(), None)
     rounds = max(min(LEAST, timing.ROUNDS), min(timing.ROUNDS, int(timing.SECONDS / 4 / first)))
@@ -39,7 +39,7 @@ def seconds(call: Callable[[], object]) -> list[float]:
 
 
 def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:
-    """So many rows at a time, one part after the other: no part is in a cache when it comes."""
+    """Return a function that returns parts of the rows in turn, so that none is in a cache."""
     turn = cycle(rows.split(count)[: max(1, len(rows) // count)])
     return lambda: next(turn)
 
@@ -48,7 +48,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def memory_limited_ops(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
-    """The ops that memory limits, on the rows that come next."""
+    """Return the ops that are limited by memory, applied to the next part of the rows."""
     row_map = inputs.random_map(feed().shape[1])
     return {
         "sum_rows": lambda: sum_rows(feed()),
@@ -57,7 +57,7 @@ def memory_limited_ops(feed: Callable[[], Tensor], out: Callable[[], Tensor]) ->
 
 
 def products(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
-    """The ops that arithmetic limits."""
+    """Return the ops that are limited by arithmetic."""
     columns, kind = feed().shape[1], {"dtype": torch.float64}
     row_map, centre = inputs.random_map(columns), feed()[:64].float().mean(dim=0)
     sums = torch.zeros(columns, columns, **kind), torch.zeros(columns, **kind)
@@ -69,7 +69,7 @@ def products(feed: Callable[[], Tensor], out: Callable[[], Tensor]) -> Calls:
 
 
 def measure_all(series: dict[str, Series], size: int, calls: Calls, **facts: object) -> None:
-    """A point more of every series; those that are not there begin, with these facts."""
+    """Add a point to every series; a missing series is started with these facts."""
     for op, call in calls.items():
         one = series.setdefault(op, Series(op, "seconds", **facts))
         one.add(size, seconds(call))
@@ -134,7 +134,7 @@ def bench_time_against_threads(benchmark, show):
 
 @pytest.mark.skipif(not memory.known(), reason="the system tells no peak memory")
 def bench_memory_against_n(benchmark, show):
-    """Moments of rows that lie in memory take nothing more; what one writes in torch takes N."""
+    """Moments of rows in memory need no further memory; the plain torch code needs O(N)."""
     ours = Series("Moments", "bytes", "N", "D=768 float16, rows in memory", None)
     eager = Series("torch eager, whole", "bytes", "N", "D=768 float16, rows in memory", 1)
     counts = (10_000, 30_000, 100_000, 200_000)

@@ -38,7 +38,7 @@ def bench_sum_rows(line, measure):
 
 
 def _truth(rows: Tensor, row_map: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """The sum in float64, over all rows."""
+    """Return the sum of all rows in float64."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(1 << 13):
         total += reference.sum_rows(part.double(), *row_map, None, True)[0]

@@ -1,4 +1,4 @@
-"""A training step of ReVision against loading and projecting as one first writes it.
+"""A training step of ReVision against a straightforward way to load and project.
 
 The straightforward way (what a script after LLaVA's does): the whole list and every row in Python
 dicts, one sample built at a time, K copies of each row stacked and each of them projected. Ours:
@@ -68,7 +68,7 @@ def bench_training_step(line, world, measure):
 
 
 def exact_loss(started: ReVisionModel, batch: dict[str, torch.Tensor]) -> float:
-    """Of the first batch, in float64 (transformers computes its loss in float32)."""
+    """Return the loss of the first batch in float64 (transformers computes it in float32)."""
     with torch.no_grad():
         logits = copy.deepcopy(started).double()(**batch).logits.double()
     labels = batch["labels"][:, 1:].flatten()
@@ -76,7 +76,7 @@ def exact_loss(started: ReVisionModel, batch: dict[str, torch.Tensor]) -> float:
 
 
 def tokenizer():
-    """Numbers as words: a text is as many tokens as it has words."""
+    """Return a tokenizer with numbers as words, so that a text has one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def tokenizer():
 
 
 def make_world(root: Path, count: int) -> Path:
-    """`count` rows of float16 in four shards with ids, and a list of captions."""
+    """Write `count` rows of float16 in four shards with ids, and a list of captions."""
     random = np.random.default_rng(0)
     for folder in ("text_emb", "metadata"):
         (root / folder).mkdir(parents=True)
@@ -126,7 +126,7 @@ def model(k: int) -> ReVisionModel:
 
 
 class Straightforward(nn.Module):
-    """The same model, written as one would first write it: every copy is projected."""
+    """The same model in a straightforward form: every copy of a row is projected."""
 
     def __init__(self, made: ReVisionModel) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Straightforward(nn.Module):
 
 
 def all_in_memory(root: Path) -> tuple[list[dict], dict[str, list[float]]]:
-    """What `json.load` and a dict of embeddings come to."""
+    """Load the samples with `json.load` and a dict of all embeddings."""
     entries = [json.loads(line) for line in open(root / "list.jsonl")]
     rows = {}
     for number in range(4):
@@ -185,7 +185,7 @@ def our_batches(root: Path, k: int, batch: int) -> Batches:
 
 
 class Trained:
-    """A copy of a model, its optimizer and its batches."""
+    """Copy of a model with its optimizer and its batches."""
 
     def __init__(self, made: nn.Module, batches: Batches) -> None:
         self.model, self.batches, self.losses = copy.deepcopy(made), batches, []
@@ -193,7 +193,7 @@ class Trained:
         self.optimizer = torch.optim.AdamW(parameters, 5e-4, weight_decay=0)
 
     def step(self, _: object = None) -> float:
-        """One step; the loss of the first."""
+        """Make one training step and keep the loss of the first."""
         loss = self.model(**next(self.batches)).loss
         loss.backward()
         self.optimizer.step()

@@ -68,7 +68,7 @@ def _eigh(matrix: Tensor) -> object:
 
 
 def torch_whitening(covariance: Tensor) -> Tensor:
-    """``V L^-1/2 V'`` as one writes it, in the precision that comes in."""
+    """Return ``V L^-1/2 V'`` in the precision of the input."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.rsqrt()) @ vectors.T
 

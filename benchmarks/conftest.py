@@ -1,4 +1,4 @@
-"""The suite's options, its fixtures, and what it prints and writes at the end.
+"""Options and fixtures of the benchmarks, and the output at the end of a run.
 
 pytest benchmarks/                                     # everything, the table, no file
 pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
@@ -25,7 +25,7 @@ NOTES: list[str] = []  # printed at the end
 
 
 class CaseRecord:
-    """A case as it stands at the end."""
+    """Final state of a case."""
 
     def __init__(self, case: timing.Case) -> None:
         self.lines = lambda: records.case_lines(case)
@@ -57,7 +57,7 @@ def pytest_configure(config):
 
 
 def _check_paths(config: pytest.Config) -> None:
-    """Refuse a file to compare with that is none of ours, and a place that takes no results."""
+    """Refuse a file of another format to compare with, and a path that cannot be written."""
     try:
         if path := config.getoption("--compare"):
             records.load(path)
@@ -95,13 +95,13 @@ def _threads():
 
 @pytest.fixture
 def show():
-    """Call it with anything that has `lines()` and `summary()`, to have it printed and written."""
+    """Return a function that prints and records an object with `lines()` and `summary()`."""
     return FOUND.append
 
 
 @pytest.fixture
 def measure(benchmark, request):
-    """Call it with a case: checks it, times it, shows it and, in CI, judges its ratios."""
+    """Return a function that checks, times and shows a case and, in CI, judges its ratios."""
 
     def run(case: timing.Case) -> timing.Case:
         FOUND.append(CaseRecord(case))

@@ -1,1 +1,1 @@
-"""How a benchmark measures: cases, timing, ceilings, records, plots."""
+"""Measurement code of the benchmarks: cases, timing, ceilings, records and plots."""

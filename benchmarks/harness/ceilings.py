@@ -1,4 +1,4 @@
-"""What the machine can do: the rates that a case is held against, measured in its own rounds.
+"""Ceilings of the machine: the rates that a case is compared with, measured in its own rounds.
 
 copy   the C library's memcpy on as many threads as the kernels have; on a GPU torch's copy_
 read   torch's sum over 64-bit words, one add for every 32 or 64 bytes; on a GPU the maximum
@@ -32,7 +32,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def copy(like: Tensor) -> Ceiling:
-    """Copying rows like these."""
+    """Copy rows of this shape and dtype."""
     target = torch.zeros_like(like)
     if like.is_cuda:
         return target.copy_
@@ -50,14 +50,14 @@ def copy(like: Tensor) -> Ceiling:
 
 
 def read(rows: Tensor) -> object:
-    """Reading every byte once."""
+    """Read every byte once."""
     if rows.is_cuda:
         return rows.view(torch.int32).amax()
     return rows.view(torch.int64).view(-1).sum()
 
 
 def symmetric_product(rows: Tensor) -> object:
-    """``X.T @ X`` in float32, as one writes it: numpy calls ssyrk, half the products.
+    """``X.T @ X`` in float32, in numpy, which calls ssyrk and computes half the products.
 
     float16 rows are converted first. On a GPU: cuBLAS, in the rows' own dtype, all products.
     """
@@ -68,7 +68,7 @@ def symmetric_product(rows: Tensor) -> object:
 
 
 def product(matrix: Tensor, count: int, dtype: torch.dtype) -> Ceiling:
-    """The bare ``X @ A`` of as many rows that lie ready in float32 (GPU: in their own dtype)."""
+    """Multiply ``X @ A`` for the same number of rows in float32 (on a GPU in their own dtype)."""
     if matrix.is_cuda:
         narrow = matrix.to(dtype)
         wide = torch.randn(count, len(matrix), device="cuda").to(dtype)
@@ -96,7 +96,7 @@ def cp(paths: list[Path], out: Path, *, synced: bool = True) -> None:
 
 
 def drop(paths: list[Path]) -> None:
-    """Leave nothing of these files in the page cache."""
+    """Remove these files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -104,7 +104,7 @@ def drop(paths: list[Path]) -> None:
 
 
 def fill(paths: list[Path]) -> None:
-    """Have all of these files in the page cache."""
+    """Read these files into the page cache."""
     for path in paths:
         path.read_bytes()
 

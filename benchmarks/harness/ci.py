@@ -1,4 +1,4 @@
-"""What CI judges: the ratios of a case against the committed ones, measured again if one fell."""
+"""Judgement of CI: the ratios of a case against the committed ones, remeasured if one fell."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TRIES = 3  # a ratio has fallen if it has in every one of them
 
 
 class Fallen(AssertionError):
-    """Ours lost against the ceiling or a peer."""
+    """Raised when a ratio to the ceiling or to a peer has fallen."""
 
 
 def judge(case: timing.Case, committed: dict[str, object]) -> list[str]:
-    """Notes on what was not judged, or was measured again.
+    """Return notes on ratios that were not judged or were measured again.
 
     Raises:
         Fallen: a ratio of the case is more than FALL below the committed one, TRIES times over.

@@ -1,4 +1,4 @@
-"""What the candidates are given: random rows, row maps, and buffers that no cache holds."""
+"""Inputs of the candidates: random rows, row maps, and buffers larger than the caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that the system tells of; 32 MiB where it tells nothing."""
+    """Return the bytes of the largest cache that the system reports, or 32 MiB."""
     sizes = [
         int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -36,7 +36,7 @@ class Rotation:
 
 
 def random_rows(dtype: torch.dtype, dimension: int, count: int, device: str = "cpu") -> Tensor:
-    """Unit rows [N, D] with a common mean of norm 0.7, much like CLIP's."""
+    """Return unit rows [N, D] with a common mean of norm 0.7, similar to those of CLIP."""
     kind = {"generator": torch.Generator(device).manual_seed(dimension), "device": device}
     centre = torch.nn.functional.normalize(torch.randn(dimension, **kind), dim=0)
     rows = torch.empty(count, dimension, dtype=dtype, device=device)
@@ -47,7 +47,7 @@ def random_rows(dtype: torch.dtype, dimension: int, count: int, device: str = "c
 
 
 def random_map(dimension: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """A row map like the fitted ones: scale near 1, a shift of norm 0.8, a small recentre."""
+    """Return a row map similar to fitted ones: scale near 1, shift of norm 0.8, small recentre."""
     generator = torch.Generator().manual_seed(dimension + 1)
     shift, recentre = torch.randn(2, dimension, generator=generator, dtype=torch.float64)
     scale = torch.tensor(0.983, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Memory that a call takes beyond what was there before: peak resident bytes of this process.
+"""Additional memory of a call, measured as peak resident bytes of this process.
 
 Linux alone: the kernel keeps the peak in /proc/self/status and forgets it when asked to. Mapped
 files count while their pages are in memory.
@@ -15,12 +15,12 @@ STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def known() -> bool:
-    """Whether the system tells."""
+    """Return whether the system reports the peak."""
     return STATUS.exists() and FORGET.exists()
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes by which the peak during ``call`` lies above what was resident before."""
+    """Return by how many bytes the peak during ``call`` exceeds the memory resident before."""
     gc.collect()
     FORGET.write_text("5")  # the peak is now what is resident
     before = _bytes("VmRSS")
@@ -29,7 +29,7 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def available() -> int:
-    """Bytes that the system could give without swapping; 4 GiB where it does not tell."""
+    """Return the bytes available without swapping, or 4 GiB if the system does not report them."""
     info = Path("/proc/meminfo")
     if not info.exists():
         return 4 << 30

@@ -26,7 +26,7 @@ ROOFS = {"sum_rows": "read", "align_rows": "copy", "add_scatter_": "product", "m
 
 
 def speed(axes: Axes, cases: list[dict]) -> None:
-    """How many times faster ours is than each peer, a bar each; at D = 768."""
+    """Draw a bar for each peer: the speed of ours relative to it, at D = 768."""
     bars = []
     for case in (one for one in cases if one["dimension"] == 768):
         words = case["op"], case["kind"], case["dtype"]
@@ -47,7 +47,7 @@ def speed(axes: Axes, cases: list[dict]) -> None:
 
 
 def roofline(axes: Axes, cases: list[dict]) -> None:
-    """Arithmetic rate over flops a byte: our ops under the bandwidth and the product measured."""
+    """Draw arithmetic rate over flops per byte, our ops under the measured ceilings."""
     points, bandwidth, peak = [], 0.0, 0.0
     for case in cases:
         if case["op"] not in ROOFS or case["cache"] != "cold" or not case["candidates"]:
@@ -76,7 +76,7 @@ def roofline(axes: Axes, cases: list[dict]) -> None:
 
 
 def error_and_speed(axes: Axes, cases: list[dict]) -> None:
-    """Every candidate that computes, ours filled: to the right is faster, down is more exact."""
+    """Draw error against speed of the candidates, ours filled: right is faster, down more exact."""
     seen = set()
     for case in cases:
         for one in case["candidates"]:
@@ -95,7 +95,7 @@ def error_and_speed(axes: Axes, cases: list[dict]) -> None:
 
 
 def scaling(axes: Axes, series: list[dict]) -> None:
-    """Time over its first value against size over its first, with the fitted slopes."""
+    """Draw relative time against relative size with the fitted slopes."""
     for one in series:
         if one["what"] != "seconds" or one["against"] not in ("N", "D") or not one["slope"]:
             continue

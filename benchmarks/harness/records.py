@@ -1,4 +1,4 @@
-"""What a run leaves: a json and a csv with machine, versions and date, and two runs compared."""
+"""Results of a run as json and csv with machine, versions and date; comparison of two runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAME = ("processor", "isa", "threads", "gpu")  # what makes ratios of two runs c
 
 
 def machine() -> dict[str, object]:
-    """What the numbers depend on."""
+    """Return the facts that the numbers depend on."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -58,7 +58,7 @@ def _version(package: str) -> str:
 
 
 def case_lines(case: timing.Case) -> list[str]:
-    """For the terminal. Of a case that failed: why, and no number that could pass for a speed."""
+    """Return the lines of a case for the terminal; a failed case has a reason and no speed."""
     if case.failed:
         return [f"{case.name}: NO SPEED: {case.failed}"]
     head = f"{case.name}: {case.bytes / 1e6:.4g} MB and {case.flops / 1e9:.4g} GF a call"
@@ -79,7 +79,7 @@ def case_lines(case: timing.Case) -> list[str]:
 
 
 def summary(case: timing.Case) -> dict[str, object]:
-    """A case for the json file. Of one that failed no times are kept."""
+    """Return a case for the json file; a failed case has no times."""
     facts = {
         "record": "case",
         "name": case.name,
@@ -121,7 +121,7 @@ def _candidate(case: timing.Case, name: str) -> dict[str, object]:
 
 
 def write(path: Path, found: list[dict[str, object]]) -> None:
-    """A json with everything, and beside it a csv with a line for each candidate of each case."""
+    """Write a json with everything and a csv with a line for each candidate of each case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = machine()
     text = json.dumps({"machine": where, "results": found}, indent=1)
@@ -143,7 +143,7 @@ def write(path: Path, found: list[dict[str, object]]) -> None:
 
 
 def load(path: Path) -> dict[str, object]:
-    """What :func:`write` wrote."""
+    """Load a file that :func:`write` wrote."""
     found = json.loads(path.read_text())
     if not isinstance(found, dict) or "results" not in found:
         raise ValueError(
@@ -154,7 +154,7 @@ def load(path: Path) -> dict[str, object]:
 
 
 class Change(NamedTuple):
-    """A ratio of ours to a candidate, in an earlier run and now."""
+    """Ratio of ours to a candidate in an earlier run and now."""
 
     case: str
     candidate: str
@@ -175,7 +175,7 @@ class Change(NamedTuple):
 
 
 def changes(before: list[dict], now: list[dict]) -> list[Change]:
-    """Every ratio that both runs have; versions in the names of peers may differ."""
+    """Return every ratio that both runs have; versions in the names of peers may differ."""
 
     def ratios(found: list[dict]) -> dict[tuple[str, str], list[float]]:
         return {
@@ -195,7 +195,7 @@ def changes(before: list[dict], now: list[dict]) -> list[Change]:
 
 
 def noise(*runs: list[float]) -> float:
-    """The factor by which medians of such ratios differ by chance, at least LEAST_CHANGE.
+    """Return the factor by which such medians differ by chance, at least LEAST_CHANGE.
 
     Three standard errors of the difference of the medians of the logarithms; a median's is 1.25
     of a mean's, and the spread is told by the median deviation, 1.48 of which is a deviation.
@@ -210,7 +210,7 @@ def noise(*runs: list[float]) -> float:
 
 
 def fallen(before: list[dict], now: list[dict], by: float) -> list[Change]:
-    """The ratios that are less than ``1 - by`` of what they were, median and fastest.
+    """Return the ratios that fell below ``1 - by`` of their earlier value, median and fastest.
 
     Neighbours on a machine move medians of rounds; the fastest rounds are those that they spared.
     A kernel that became slower is slower in both.
@@ -225,7 +225,7 @@ def fallen(before: list[dict], now: list[dict], by: float) -> list[Change]:
 
 
 def fastest(found: list[dict]) -> dict[tuple[str, str], float]:
-    """The ratio of the fastest rounds, by case and candidate."""
+    """Return the ratios of the fastest rounds by case and candidate."""
     ratios = {}
     for case in (one for one in found if one["record"] == "case" and one["candidates"]):
         (ours,) = (one for one in case["candidates"] if one["role"] == "ours")
@@ -236,7 +236,7 @@ def fastest(found: list[dict]) -> dict[tuple[str, str], float]:
 
 
 def other_machine(before: dict[str, object], now: dict[str, object]) -> str:
-    """What differs between the machines of two runs, "" if their ratios can be compared."""
+    """Return the differences of two runs' machines, or "" if their ratios can be compared."""
     return ", ".join(
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in SAME
@@ -245,7 +245,7 @@ def other_machine(before: dict[str, object], now: dict[str, object]) -> str:
 
 
 def comparison(before: dict[str, object], now: list[dict[str, object]]) -> list[str]:
-    """Lines for ``--compare``: what changed beyond noise, of how many ratios."""
+    """Return the lines of ``--compare``: the changes beyond noise and the number of ratios."""
     found = changes(before["results"], now)
     differs = other_machine(before["machine"], machine())
     flagged: Callable[[Change], bool] = lambda one: one.beyond_noise  # noqa: E731

@@ -11,7 +11,7 @@ NOISE = 0.2  # by which a fitted slope may be off the theory's and still be call
 
 @dataclass
 class Series:
-    """What an op takes, time or memory, as one size grows and everything else stays."""
+    """Time or memory of an op as one size grows and all others stay the same."""
 
     op: str
     what: str  # "seconds" or "bytes"
@@ -27,12 +27,12 @@ class Series:
 
     @property
     def slope(self) -> float:
-        """Of log value over log size, by least squares."""
+        """Slope of log value over log size by least squares."""
         return slope(self.sizes, self.values)
 
     @property
     def straight(self) -> bool | None:
-        """Whether it grows as the theory says; None where there is no theory."""
+        """True if it grows as the theory says; None if there is no theory."""
         return None if self.theory is None else abs(self.slope - self.theory) <= NOISE
 
     def lines(self) -> list[str]:
@@ -55,7 +55,7 @@ class Series:
 
 
 def slope(sizes: list[float], values: list[float]) -> float:
-    """Of the straight line through the logarithms; nan where it is not defined."""
+    """Return the slope of the line through the logarithms, or nan if it is not defined."""
     points = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y > 0]
     if len({x for x, _ in points}) < 2:
         return math.nan

@@ -1,4 +1,4 @@
-"""The table of cases: op x device x dtype x D x N. What `pytest benchmarks/` times is here.
+"""The table of cases: op x device x dtype x D x N. `pytest benchmarks/` times these cases.
 
 A kind is a variant of an op. ``ci`` marks the subset of CI: cases of under ten seconds whose
 ratios hold still. The GPU's cases are made where a GPU is.
@@ -17,7 +17,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 class Line(NamedTuple):
-    """One case, before its rows are made."""
+    """One case before its rows are generated."""
 
     op: str
     device: str
@@ -30,16 +30,16 @@ class Line(NamedTuple):
 
     @property
     def peers(self) -> bool:
-        """Whether its peers run too: one width says enough, and they take most of the time."""
+        """True if the peers run too; one width is enough, since they take most of the time."""
         return self.cache == "cold" and self.dimension == (1024 if self.device == "cuda" else 768)
 
     @property
     def exact(self) -> bool:
-        """Whether peers that compute in float64 run, the slowest."""
+        """True if the slowest peers run, which compute in float64."""
         return self.peers and self.dtype == F16 and self.device == "cpu"
 
     def facts(self) -> dict[str, object]:
-        """What a `timing.Case` has of it."""
+        """Fields of the `timing.Case` of this line."""
         names = ("op", "device", "dtype", "dimension", "rows", "kind", "cache")
         return {name: getattr(self, name) for name in names}
 
@@ -93,7 +93,7 @@ TABLE = _lines()
 
 
 def of(op: str, kind: str = "") -> pytest.MarkDecorator:
-    """The lines of an op (whose kind begins so) as parameters of its benchmark, ``line``."""
+    """Return the lines of an op as the parameters ``line`` of its benchmark."""
     made = []
     for line in TABLE:
         if line.op != op or not line.kind.startswith(kind):

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: candidates take turns, and ratios of the same round are compared.
+"""Timing of the benchmarks: candidates take turns, and ratios of the same round are compared.
 
 A machine's speed drifts and its neighbours come and go, so nothing is compared across runs: ours,
 the ceiling and the peers of one case run one after the other in every round, and what is claimed
@@ -25,7 +25,7 @@ SLOWEST = 3
 
 
 class ParityError(AssertionError):
-    """Ours is further from float64 than it may be: there is no speed to tell."""
+    """Raised when our error exceeds its limit; no speed is reported then."""
 
 
 @dataclass
@@ -71,18 +71,18 @@ class Case:
         role: str = "peer",
         tolerance: float | None = None,
     ) -> None:
-        """A candidate; the first of role "ours" is what ratios are of."""
+        """Add a candidate; ratios are those of the first one with role "ours"."""
         self.candidates[name] = Candidate(name, call, role, tolerance=tolerance)
 
     def add_peers(self, found: dict[str, Callable], missing: list[str]) -> None:
-        """Peers by name, and those that are not installed."""
+        """Add the installed peers by name, and record those that are not installed."""
         for name, call in found.items():
             self.add(name, call)
         self.missing += missing
 
     @property
     def name(self) -> str:
-        """What identifies the case in a file of results."""
+        """Name that identifies the case in a file of results."""
         words = (self.op, self.kind, self.device, case_name(self.dtype))
         return " ".join([*filter(None, words), f"D={self.dimension} N={self.rows} {self.cache}"])
 
@@ -95,7 +95,7 @@ class Case:
         return next((c.name for c in self.candidates.values() if c.role == "ceiling"), None)
 
     def check(self) -> None:
-        """Call everything once: it is warm then, and its error is known.
+        """Call every candidate once, which warms it up, and compute its error.
 
         Raises:
             ParityError: ours is off by more than the tolerance. A peer that fails is missing.
@@ -133,7 +133,7 @@ class Case:
         one.rounds = max(min(ROUNDS, SLOWEST), min(ROUNDS, int(SECONDS / max(taken, 1e-9))))
 
     def run(self, benchmark=None) -> Case:
-        """Check, then time in turns; ``benchmark`` is pytest-benchmark's fixture.
+        """Check and then time the candidates in turns; ``benchmark`` is pytest-benchmark's fixture.
 
         Its rounds are ours: the others run in its set-up. Every round begins with the next one:
         what a candidate leaves in the caches and in the clock of the processor would otherwise
@@ -166,7 +166,7 @@ class Case:
         return self
 
     def release(self) -> None:
-        """Let go of the rows, which the calls hold: up to a gigabyte a case."""
+        """Release the rows that the calls hold, up to a gigabyte per case."""
         for one in self.candidates.values():
             one.call = None
         self.feed = self.prepare = self.error_of = lambda *_: None
@@ -177,7 +177,7 @@ class Case:
         return statistics.median(self.candidates[name].seconds)
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """How many times faster ``name`` is than ``to``, round by round."""
+        """Return the speed of ``name`` relative to ``to`` in every round."""
         turns = zip(self.candidates[name].seconds, self.candidates[to].seconds, strict=False)
         return [theirs / ours for ours, theirs in turns]
 
@@ -186,18 +186,18 @@ class Case:
 
 
 def spread(times: list[float]) -> float:
-    """Half the distance between the quartiles, over the median; of two times and more."""
+    """Return half the interquartile range over the median, of at least two times."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / 2 / middle
 
 
 def case_name(value: object) -> str:
-    """``torch.float16`` -> ``float16``, for tables and test ids."""
+    """Return ``float16`` for ``torch.float16``, for tables and test ids."""
     return str(value).removeprefix("torch.")
 
 
 def clock_of(device: str) -> Callable[[Callable, object], float]:
-    """What times ``call(argument)`` on a device, in seconds."""
+    """Return the function that times ``call(argument)`` on a device, in seconds."""
     return _cuda_clock if device == "cuda" else _cpu_clock
 
 
@@ -208,7 +208,7 @@ def _cpu_clock(call: Callable[[object], object], argument: object) -> float:
 
 
 def _cuda_clock(call: Callable[[object], object], argument: object) -> float:
-    """Events around the call; before it the L2 cache is written over."""
+    """Time a call with CUDA events after overwriting the L2 cache."""
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

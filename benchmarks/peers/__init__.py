@@ -1,1 +1,1 @@
-"""Other libraries' ways to the same results, one file for each kind."""
+"""Other libraries' implementations of the same results, one file for each group of ops."""

@@ -30,7 +30,7 @@ def numpy_cov_float32(rows: Tensor) -> np.ndarray:
 
 
 def empirical(module: str) -> Covariance:
-    """scikit-learn's estimator, or what Intel's extension puts in its place."""
+    """Fit scikit-learn's estimator, or the replacement by Intel's extension."""
 
     def fit(rows: Tensor) -> np.ndarray:
         estimators = import_module(f"{module}.covariance")
@@ -42,7 +42,7 @@ def empirical(module: str) -> Covariance:
 
 
 def pca(module: str) -> Covariance:
-    """What PCA kept (by the covariance and its eigenvectors)."""
+    """Return a function that fits scikit-learn's PCA and returns the covariance that it keeps."""
 
     def fit(rows: Tensor) -> np.ndarray:
         estimator = import_module(f"{module}.decomposition").PCA(svd_solver="covariance_eigh")
@@ -55,7 +55,7 @@ def pca(module: str) -> Covariance:
 
 
 def cuml_pca(rows: Tensor) -> np.ndarray:
-    """cuML's PCA of rows on the GPU."""
+    """Return the covariance of cuML's PCA of rows on the GPU."""
     import cupy
     from cuml.decomposition import PCA
 
@@ -71,7 +71,7 @@ def cupy_cov(rows: Tensor) -> np.ndarray:
 
 
 def faiss_pca(rows: Tensor) -> np.ndarray:
-    """What PCAMatrix kept; with fewer rows than its limit it takes them all."""
+    """Return the covariance of faiss's PCAMatrix; below its limit it uses all rows."""
     import faiss
 
     columns = rows.shape[1]
@@ -84,7 +84,7 @@ def faiss_pca(rows: Tensor) -> np.ndarray:
 
 
 def concept_erasure_fitter(rows: Tensor) -> np.ndarray:
-    """Its streaming Welford update in float32 batches; the sums for the concept are one column."""
+    """Fit in float32 batches by a streaming Welford update; the concept has one column."""
     from concept_erasure import LeaceFitter
 
     kind = {"dtype": torch.float32, "device": rows.device}
@@ -95,7 +95,7 @@ def concept_erasure_fitter(rows: Tensor) -> np.ndarray:
 
 
 class _AsTheyAre(torch.nn.Module):
-    """An image encoder whose images are rows already."""
+    """Image encoder whose images are rows already."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _AsTheyAre(torch.nn.Module):
 
 
 def torchmetrics_sums(rows: Tensor) -> np.ndarray:
-    """What its Frechet distance accumulates, with a feature extractor that gives the rows."""
+    """Return the sums of torchmetrics' Frechet distance; its feature extractor returns the rows."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_AsTheyAre(rows.shape[1]))
@@ -116,7 +116,7 @@ def torchmetrics_sums(rows: Tensor) -> np.ndarray:
 
 
 def torcheval_sums(rows: Tensor) -> np.ndarray:
-    """The same of torcheval's, in float32; it asks for images, so rows come as [N, 3, 1, D / 3]."""
+    """Return the sums of torcheval in float32; it expects images, so rows are [N, 3, 1, D / 3]."""
     from torcheval.metrics import FrechetInceptionDistance
 
     columns = rows.shape[1]
@@ -158,5 +158,5 @@ _CUDA = {
 
 
 def installed(device: str = "cpu") -> packages.Found:
-    """The peers that compute on this device."""
+    """Return the peers that compute on this device."""
     return packages.installed(_CUDA if device == "cuda" else _CPU)

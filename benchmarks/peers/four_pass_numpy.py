@@ -1,4 +1,4 @@
-"""The four-pass method as a plain numpy script: what realign_fast's corpus runs are held against.
+"""The four-pass method as a plain numpy script, with which corpus runs are compared.
 
 python benchmarks/four_pass_numpy.py --text DIR --image DIR --out DIR
 
@@ -23,12 +23,12 @@ BATCH_ROWS = 512
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files of rows in a folder, sorted."""
+    """Return the files of rows in a folder, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".pkl"))
 
 
 def load(path: Path) -> np.ndarray:
-    """All rows of a shard, `[N, D]`."""
+    """Load all rows of a shard, `[N, D]`."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r")
     with open(path, "rb") as file:
@@ -36,7 +36,7 @@ def load(path: Path) -> np.ndarray:
 
 
 def save(path: Path, rows: np.ndarray, source: Path) -> None:
-    """Aligned rows where `source` had its own."""
+    """Save aligned rows in the form that `source` has."""
     if path.suffix == ".npy":
         np.save(path, rows)
         return
@@ -47,18 +47,18 @@ def save(path: Path, rows: np.ndarray, source: Path) -> None:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length one."""
+    """Return rows of length one."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def batches(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """`(first row, unit rows in float64)`."""
+    """Yield `(first row, unit rows in float64)`."""
     for first in range(0, len(rows), BATCH_ROWS):
         yield first, unit(rows[first : first + BATCH_ROWS].astype(np.float64))
 
 
 def mean_of(folder: Path, change=lambda rows: rows) -> np.ndarray:
-    """Mean of the unit rows of a folder, or of what `change` makes of them."""
+    """Return the mean of the unit rows of a folder, or of their images under `change`."""
     total, count = 0.0, 0
     for path in shards(folder):
         for _, rows in batches(load(path)):
@@ -67,7 +67,7 @@ def mean_of(folder: Path, change=lambda rows: rows) -> np.ndarray:
 
 
 def align(text: Path, image: Path, out: Path) -> tuple[int, dict[str, float]]:
-    """Four passes; rows, and seconds of each."""
+    """Run the four passes; return the number of rows and the seconds of each pass."""
     out.mkdir(parents=True, exist_ok=True)
     seconds, begin = {}, time.perf_counter()
 

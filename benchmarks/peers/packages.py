@@ -1,4 +1,4 @@
-"""Which peers are here: found by name, with the version of their package, or missing, with why."""
+"""Installed peers with the versions of their packages, and the reasons why others are missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Found = tuple[dict[str, Callable], list[str]]  # peers by name; those missing, a
 
 
 def installed(table: dict[str, tuple[str, str, Callable]]) -> Found:
-    """``{name: (package, module, function)}`` as what can be imported and what cannot."""
+    """Split ``{name: (package, module, function)}`` into importable and missing peers."""
     found, missing = {}, []
     for name, (package, module, function) in table.items():
         try:

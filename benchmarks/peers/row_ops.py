@@ -22,7 +22,7 @@ RowMap = tuple[Tensor, Tensor, Tensor]  # s [] or A [D, D], b [D], h [D], float6
 
 
 def torch_align_rows(rows: Tensor, scale: Tensor, shift: Tensor, recentre: Tensor) -> Tensor:
-    """``unit(unit(s u + b) + h)`` in float32, rounded to the rows' dtype; A in place of s too."""
+    """Return ``unit(unit(s u + b) + h)`` in float32, rounded to the rows' dtype; s may be A."""
     u = normalize(rows.float(), dim=1)
     moved = u @ scale.float().T if scale.dim() else scale.float() * u
     mapped = normalize(moved + shift.float(), dim=1)
@@ -30,17 +30,17 @@ def torch_align_rows(rows: Tensor, scale: Tensor, shift: Tensor, recentre: Tenso
 
 
 def torch_sum_rows(rows: Tensor) -> Tensor:
-    """The sum of the rows' directions, normalised in float32 and added in float64."""
+    """Return the sum of the rows' directions, normalized in float32 and added in float64."""
     return normalize(rows.float(), dim=1).sum(dim=0, dtype=torch.float64)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length one; numpy's or CuPy's."""
+    """Return rows of length one, in numpy or CuPy."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def array_align_rows(rows, scale, shift, recentre) -> np.ndarray:
-    """``unit(unit(s u + b) + h)`` in the precision of the map; numpy's or CuPy's."""
+    """Return ``unit(unit(s u + b) + h)`` in the precision of the map, in numpy or CuPy."""
     u = unit(rows.astype(shift.dtype))
     moved = u @ scale.T if scale.ndim else scale * u
     return unit(unit(moved + shift) + recentre)
@@ -49,7 +49,7 @@ def array_align_rows(rows, scale, shift, recentre) -> np.ndarray:
 def of_align_rows(
     row_map: RowMap, out: Callable[[], Tensor], dtype: torch.dtype, device: str, exact: bool
 ) -> packages.Found:
-    """Peers that send rows through ``row_map`` into ``out()``; ``exact``: also in float64."""
+    """Return the peers that map rows by ``row_map`` into ``out()``; ``exact`` adds float64."""
 
     def assign(into: Tensor, rows: Tensor) -> None:
         into.copy_(torch_align_rows(rows, *row_map))
@@ -88,7 +88,7 @@ def of_align_rows(
 
 
 def of_sum_rows(dtype: torch.dtype, device: str, exact: bool) -> packages.Found:
-    """Peers that sum the rows' directions."""
+    """Return the peers that sum the rows' directions."""
 
     def exactly(rows: Tensor) -> Tensor:
         return reference.sum_rows(rows, None, None, None, True)[0]
@@ -114,7 +114,7 @@ def of_sum_rows(dtype: torch.dtype, device: str, exact: bool) -> packages.Found:
 
 
 def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> packages.Found:
-    """The peers that there are on this device, for this dtype."""
+    """Return the peers that are available on this device for this dtype."""
     name = f"torch {torch.__version__}"
     found, missing = {f"torch eager float32 ({name})": whole(in_blocks)}, []
     for what, function in compiled.items():
@@ -131,7 +131,7 @@ def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> pack
 
 
 def align_rows_error(rows: Tensor, row_map: RowMap, result: Tensor) -> float:
-    """Largest difference to float64 on 2000 rows spread over all, over the row's largest entry."""
+    """Return the largest relative difference to float64 on 2000 rows that are spread over all."""
     sample = slice(None, None, max(1, len(rows) // 2000))
     of = reference.map_rows if row_map[0].dim() else reference.align_rows
     truth = of(rows[sample].double(), *row_map, torch.float64)

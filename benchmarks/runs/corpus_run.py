@@ -1,4 +1,4 @@
-"""A corpus at size, from its files to aligned files: rates, memory, and the disk's own rates.
+"""A large corpus from its files to aligned files: rates, memory, and the rates of the disk.
 
 python examples/make_random_corpus.py DIR --gigabytes 30
 python benchmarks/runs/corpus_run.py DIR --json benchmarks/results/corpus_run.json
@@ -29,7 +29,7 @@ import realign_fast
 
 
 def drop(paths: list[Path]) -> None:
-    """Write what is dirty and leave nothing of these files in the page cache."""
+    """Sync the disk and remove these files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -37,7 +37,7 @@ def drop(paths: list[Path]) -> None:
 
 
 def rate(command: list[str], paths: list[Path], made: Path | None = None) -> float:
-    """Median GB/s at which `command` treats each of `paths`, cold; bytes are counted once."""
+    """Return the median GB/s of `command` on each of `paths`, cold; bytes are counted once."""
     rates = []
     for path in paths:
         drop([path])
@@ -53,7 +53,7 @@ def rate(command: list[str], paths: list[Path], made: Path | None = None) -> flo
 
 
 def disk(paths: list[Path], scratch: Path) -> dict[str, float]:
-    """What the disk does by itself, GB/s of one direction."""
+    """Return the rates of the disk alone, GB/s of one direction."""
     made = scratch / "copied"
     return {
         "dd": rate(["dd", "if={}", "of=/dev/null", "bs=16M"], paths),
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def share(one: dict, before: dict[str, float], after: dict[str, float]) -> dict:
-    """A pass beside what the disk did: `dd` for one that reads, `cp` for one that also writes."""
+    """Return a pass relative to the disk: to `dd` if it reads, to `cp` if it also writes."""
     mean = {name: (before[name] + after[name]) / 2 for name in before}
     read = one["bytes_read"] / one["seconds"] / 1e9
     facts = {"name": one["name"], "rows": one["rows"], "seconds": one["seconds"]}

@@ -1,4 +1,4 @@
-"""`realign-fast align` on the paper's pickled lists beside four passes in numpy: whole processes.
+"""`realign-fast align` on the paper's pickled lists against four passes in numpy, as processes.
 
 python benchmarks/runs/pickled_run.py DIR --json benchmarks/results/pickled_run.json
 
@@ -34,7 +34,7 @@ SAME = 1e-3  # the numbers of unit rows are below 1, where float16 has steps of 
 
 
 def make(folder: Path, shards: int, rows: int) -> None:
-    """Pickled lists, as a loop over an encoder's batches leaves them."""
+    """Write pickled lists in the form that a loop over an encoder's batches leaves."""
     random = np.random.default_rng(0)
     for side in SIDES:
         (folder / side).mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def make(folder: Path, shards: int, rows: int) -> None:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Seconds of a process, and those of the processor that it used."""
+    """Return the seconds of a process and the processor seconds that it used."""
     before, begin = os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     seconds, after = time.perf_counter() - begin, os.times()
@@ -59,7 +59,7 @@ def timed(command: list[str]) -> dict[str, float]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between the rows of two folders; everything else in them must be equal."""
+    """Return the largest difference between the rows of two folders with equal other contents."""
     largest = 0.0
     for path in sorted(one.glob("*.pkl")):
         lists = [pickle.loads((folder / path.name).read_bytes()) for folder in (one, other)]
