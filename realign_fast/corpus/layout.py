@@ -165,8 +165,8 @@ def _may_hold_shards(folder: StoragePath, name: str) -> bool:
     if folder.is_remote:
         return True
     try:
-        files = islice((folder / name).iterdir(), EXAMINED_FILES)
-        return any(format_of(path.name) for path in files)
+        entries = islice((folder / name).listed(), EXAMINED_FILES)
+        return any(format_of(file_name) for file_name, _ in entries)
     except OSError:  # a folder that this user may not read
         return False
 

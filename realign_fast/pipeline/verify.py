@@ -81,9 +81,9 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
 
 
 def _unknown_shards(folder: StoragePath, known: set[str]) -> Iterator[str]:
-    for path in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
-        if format_of(path.name) and path.name not in known:
-            yield f"{path}: is a shard that the manifest does not know; move it away"
+    for name, _ in sorted(folder.listed()) if folder.is_dir() else ():
+        if format_of(name) and name not in known:
+            yield f"{folder / name}: is a shard that the manifest does not know; move it away"
 
 
 def _statistics_faults(out: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Local paths: ``pathlib`` with the methods that ``storage/paths.py`` asks of every path."""
+"""Local paths: ``pathlib`` with the methods that every path of this package has."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class LocalFile(io.FileIO):
 class LocalPath(PosixPath):
     """A local file or directory. It equals the ``pathlib.Path`` of the same text."""
 
-    protocol = "file"
-    is_remote = False
-    is_web = False
-    read_only_reason = ""
+    protocol = "file"  # its name in fsspec
+    is_remote = False  # a question about it is no request to a server
+    is_web = False  # its directories are listed, not shown as pages of links
+    read_only_reason = ""  # nothing forbids writing to such a path in general
 
     def connect(self) -> None:
         """Do nothing: a local path needs no connection."""

@@ -1,4 +1,4 @@
-"""Remote files: :class:`Url` is a path over fsspec, with the interface of ``storage/paths.py``.
+"""Remote files: :class:`Url` is a path over fsspec, with the methods of ``LocalPath``.
 
 Every protocol of fsspec works, also in chains (``simplecache::s3://bucket/text``). Endpoints and
 credentials are configured as fsspec and its packages document it: by the environment
@@ -68,6 +68,7 @@ class Url(UrlWriter):
         """Yield the name of each entry of a directory, and whether it is a directory."""
 
         def list_entries(fs: Any, path: str) -> list[tuple[str, str]]:
+            """List without the cache of an earlier listing."""
             fs.invalidate_cache()
             entries = fs.ls(path, detail=True)
             own = path.rstrip("/")  # some stores have an object in the name of the folder itself
@@ -189,12 +190,12 @@ class Url(UrlWriter):
         return "directory" if listing else str(info["type"])
 
     def _info(self) -> dict[str, Any]:
-        def ask(fs: Any, path: str) -> dict[str, Any]:
-            fs.invalidate_cache()  # of listings, which would tell how an object was
-            info: dict[str, Any] = fs.info(path)
-            return info
+        def current_info(fs: Any, path: str) -> Any:
+            """Ask without the cache of listings, which would tell how an object was."""
+            fs.invalidate_cache()
+            return fs.info(path)
 
-        info: dict[str, Any] = self._ask(ask)
+        info: dict[str, Any] = self._ask(current_info)
         return info
 
     def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:

@@ -35,12 +35,9 @@ class UrlWriter(UrlName):
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Create the directory and those above it; a no-op on object stores."""
-
-        def make_directory(fs: Any, path: str) -> None:
-            if not _keeps_objects(fs):
-                fs.makedirs(path, exist_ok=True)
-
-        self._ask(make_directory, "written")
+        self._ask(
+            lambda fs, path: _keeps_objects(fs) or fs.makedirs(path, exist_ok=True), "written"
+        )
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
@@ -69,6 +66,7 @@ class UrlWriter(UrlName):
         """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
 
         def put_file(fs: Any, target: str) -> None:
+            """Upload with the options that this file system knows."""
             known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
             options = {name: value for name, value in _UPLOAD.items() if name in known}
             fs.put_file(path, target, **options)
@@ -83,6 +81,7 @@ class UrlWriter(UrlName):
         """
 
         def create_file(fs: Any, path: str) -> bool:
+            """Create the file in the strictest way that this file system has."""
             fs.invalidate_cache()
             if look and fs.exists(path):
                 return False
@@ -107,6 +106,7 @@ class UrlWriter(UrlName):
 
     def _write(self, send: Callable[[Any, str], Any]) -> None:
         def send_whole(fs: Any, path: str) -> None:
+            """Send under a temporary name where an unfinished upload can be seen."""
             if _keeps_objects(fs):
                 send(fs, path)
                 return
