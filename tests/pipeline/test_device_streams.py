@@ -65,9 +65,9 @@ class ThreadStreams:
         event.result()
 
     def launch(self, kernel) -> None:
-        """A kernel: begins after the events held until now."""
-        held, self._held = self._held, []
-        self._last = self._submit("compute", kernel, held)
+        """A kernel: begins after the events awaited until now."""
+        awaited, self._held = self._held, []
+        self._last = self._submit("compute", kernel, awaited)
 
     def _submit(self, direction, work, after) -> Future:
         delay = self._random.random() * (3e-3 if direction == self._slow else 3e-4)
@@ -96,18 +96,18 @@ def batches(count: int, size: int) -> list[Batch]:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("count", [0, 1, 7, 8 * SLOTS, 100])
 def test_rows_arrive_whole_and_in_order(count, seed):
-    streams, seen, given = ThreadStreams(seed), [], batches(count, 8)
-    for batch in copied_batches(iter(given), streams, 8, D, torch.float32):
-        streams.launch(lambda batch=batch: seen.append((batch.first, batch.rows.clone())))
+    streams, arrived, sent = ThreadStreams(seed), [], batches(count, 8)
+    for batch in copied_batches(iter(sent), streams, 8, D, torch.float32):
+        streams.launch(lambda batch=batch: arrived.append((batch.first, batch.rows.clone())))
     streams.record_event().result()
-    assert [first for first, _ in seen] == [batch.first for batch in given]
-    for (_, rows), batch in zip(seen, given, strict=True):
+    assert [first for first, _ in arrived] == [batch.first for batch in sent]
+    for (_, rows), batch in zip(arrived, sent, strict=True):
         assert torch.equal(rows, batch.rows)
 
 
 def test_memory_of_the_host_is_not_touched_after_the_batch():
     """A batch may lie in a window that is unmapped, or a ring that is filled again."""
-    streams, seen = ThreadStreams(3), []
+    streams, arrived = ThreadStreams(3), []
     memory, expected = torch.empty(4, 8, D), []
 
     def recycled():
@@ -117,16 +117,16 @@ def test_memory_of_the_host_is_not_touched_after_the_batch():
             yield Batch(0, 8 * number, rows)
 
     for batch in copied_batches(recycled(), streams, 8, D, torch.float32):
-        streams.launch(lambda batch=batch: seen.append(batch.rows.clone()))
+        streams.launch(lambda batch=batch: arrived.append(batch.rows.clone()))
     streams.record_event().result()
-    assert torch.equal(torch.cat(seen), torch.cat(expected))
+    assert torch.equal(torch.cat(arrived), torch.cat(expected))
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_results_leave_whole_and_in_order(seed):
     streams, written, writing = ThreadStreams(seed), [], deque()
     buffers = ResultBuffers(streams, 8, D, torch.float32)
-    given = batches(100, 8)
+    source_batches = batches(100, 8)
     delay = random.Random(seed)
 
     def write(sent):
@@ -135,15 +135,15 @@ def test_results_leave_whole_and_in_order(seed):
         written.append(rows.clone())
 
     with ThreadPoolExecutor(1) as disk:
-        for batch in copied_batches(iter(given), streams, 8, D, torch.float32):
+        for batch in copied_batches(iter(source_batches), streams, 8, D, torch.float32):
             if len(writing) == buffers.slots:
                 writing.popleft().result()
             result = buffers.next(len(batch.rows))
             streams.launch(lambda rows=batch.rows, result=result: result.copy_(2 * rows))
             writing.append(disk.submit(write, buffers.send(len(batch.rows))))
-        for one in writing:
-            one.result()
-    assert torch.equal(torch.cat(written), 2 * torch.cat([batch.rows for batch in given]))
+        for future in writing:
+            future.result()
+    assert torch.equal(torch.cat(written), 2 * torch.cat([batch.rows for batch in source_batches]))
 
 
 @pytest.fixture
@@ -161,15 +161,15 @@ def corpora(tmp_path):
 @pytest.mark.parametrize("method", ["realign", "coral", "noise"])
 def test_a_run_through_a_device_gives_what_the_cpu_gives(corpora, monkeypatch, method, device):
     *sides, out = corpora
-    how = {"batch_bytes": 100 * 2 * D, "progress": False, "method": method, "bad_rows": "skip"}
-    align(*sides, out, Settings(**how))
+    options = {"batch_bytes": 100 * 2 * D, "progress": False, "method": method, "bad_rows": "skip"}
+    align(*sides, out, Settings(**options))
     if device == "threads":
         monkeypatch.setattr(
             shard_tasks, "streams_for", lambda _: ThreadStreams(1, compute_at_once=True)
         )
     else:
-        how["device"] = "cuda"
-    align(*sides, out.with_name("through"), Settings(**how))
+        options["device"] = "cuda"
+    align(*sides, out.with_name("through"), Settings(**options))
     for path in sorted(out.glob("*.npy")):
         ours, theirs = np.load(out.with_name("through") / path.name), np.load(path)
         if device == "threads":
@@ -201,7 +201,7 @@ def test_batches_read_into_a_ring_are_those_of_the_file(corpora):
         assert (first.shard, first.first) == (second.shard, second.first)
         assert torch.equal(first.rows, second.rows)
         address = second.rows.data_ptr()
-        assert any(begin <= address < begin + ring.bytes for begin in ring.addresses)
+        assert any(start <= address < start + ring.bytes for start in ring.addresses)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "", "cuda:99"])
@@ -232,10 +232,11 @@ def _number(_: int) -> int:
 def test_nothing_is_in_flight_when_a_consumer_leaves(seed):
     """Buffers go to others then, who know nothing of our copies."""
     streams, copies = ThreadStreams(seed), []
-    copy, streams.copy = streams.copy, lambda *what: copies.append(copy(*what)) or copies[-1]
+    copy = streams.copy
+    streams.copy = lambda *arguments: copies.append(copy(*arguments)) or copies[-1]
     arriving = copied_batches(iter(batches(100, 8)), streams, 8, D, torch.float32)
     for _ in range(4):
         next(arriving)
         streams.launch(lambda: None)
     arriving.close()
-    assert len(copies) > 4 and all(one.done() for one in copies)
+    assert len(copies) > 4 and all(event.done() for event in copies)

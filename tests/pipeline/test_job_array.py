@@ -41,25 +41,25 @@ def run(*arguments):
 @pytest.mark.parametrize(("parts", "method"), [(1, "realign"), (3, "realign"), (2, "coral")])
 def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method):
     options = ["--out", "out", "--method", method]
-    both = ["merge", "--text", "text", "--image", "image", *options]
+    command = ["merge", "--text", "text", "--image", "image", *options]
     jobs = [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
     for side in ("text", "image"):
         for job in jobs:
             run("stats", f"--{side}", side, *options, "--shard", job)
-    run(*both)
+    run(*command)
     assert "next: stats --aligner out/half.safetensors" in capsys.readouterr().out
     drift = ["stats", "--text", "text", *options, "--aligner", "out/half.safetensors"]
     for job in jobs:
         run(*drift, "--shard", job)
-    run(*both)
+    run(*command)
     assert "next: apply --aligner out/aligner.safetensors" in capsys.readouterr().out
     for job in jobs:
         run("apply", "--text", "text", "--aligner", "out", "--out", "out", "--shard", job)
-    run(*both)
+    run(*command)
     assert "every shard is aligned" in capsys.readouterr().out
     run("align", "--text", "text", "--image", "image", "--out", "one", "--method", method)
-    found, expected = tree("out"), tree("one")
-    assert found == expected and "apply" in json.loads(expected["manifest.json"])["passes"]
+    merged, expected = tree("out"), tree("one")
+    assert merged == expected and "apply" in json.loads(expected["manifest.json"])["passes"]
     assert main.main(["verify", "out"]) == 0
 
 
@@ -73,14 +73,14 @@ def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
 
 @pytest.mark.parametrize("aligner", ["out", "out/aligner.safetensors"])
 def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
-    both = ["--text", "text", "--image", "image"]
+    sides = ["--text", "text", "--image", "image"]
     for side in ("text", "image"):
         run("stats", f"--{side}", side, "--out", "out")
-    apply = ["apply", *both[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
+    apply = ["apply", *sides[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
     assert main.main(apply) == 2
-    words = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
-    assert words in capsys.readouterr().err
-    run("merge", *both, "--out", "out")
+    message = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
+    assert message in capsys.readouterr().err
+    run("merge", *sides, "--out", "out")
     assert main.main(apply) == 2
     assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_any_number_of_workers_writes_the_same_bytes(corpora, workers):
     align("text", "image", "one", Settings(progress=False))
     report = align("text", "image", "many", Settings(progress=False, workers=workers))
     assert tree("many") == tree("one")
-    assert [one["rows"] for one in report["passes"]] == [144, 120, 144, 144]
+    assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
 
 
 def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):
@@ -150,8 +150,8 @@ def test_workers_from_a_shell_stop_with_130_and_leave_no_half(corpora):
         np.save(f"text/emb_{index}.npy", rows)
     np.save("image/emb_0.npy", rows[:90])
     np.save("image/emb_1.npy", rows[:90])
-    both = ["--text", "text", "--image", "image", "--batch-bytes", "65536"]
-    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *both]
+    options = ["--text", "text", "--image", "image", "--batch-bytes", "65536"]
+    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *options]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, "--out", "out", "--workers", "2"], **options)
@@ -216,13 +216,13 @@ def test_workers_go_with_a_parent_that_is_killed(tmp_path):
 
     while len(workers()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    found = workers()
+    pids = workers()
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 3  # less than it would take them to be told off
-    while any(map(alive, found)) and time.monotonic() < deadline:
+    while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(found) == 2 and not any(map(alive, found))
+    assert len(pids) == 2 and not any(map(alive, pids))
 
 
 def alive(pid):

@@ -76,7 +76,7 @@ def corpora(tmp_path):
 
 
 def names(folder):
-    """What lies in an output, less what a run keeps to resume (tests/pipeline/test_resume.py)."""
+    """The names of the files of an output, without those for resuming (test_resume.py)."""
     return sorted({path.name for path in folder.iterdir()} - {"_stats", "manifest.json"})
 
 
@@ -94,9 +94,9 @@ def test_flat_corpora_match_the_oracle(tmp_path, dtype):
     target = write_corpus(tmp_path / "image", image, [400])
     report = align(source, target, tmp_path / "out", QUIET)
     expected, numbers = oracle(text, image)
-    got = read_corpus(tmp_path / "out")
-    assert got.dtype == np.dtype(dtype)
-    np.testing.assert_allclose(got.astype("f8"), expected, rtol=0, atol=TOLERANCE[dtype])
+    aligned = read_corpus(tmp_path / "out")
+    assert aligned.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(aligned.astype("f8"), expected, rtol=0, atol=TOLERANCE[dtype])
     for name, value in numbers.items():
         assert report["fitted"][name] == pytest.approx(value, abs=1e-6), name
     shards = [f"emb_{index}.npy" for index in range(4)]
@@ -109,8 +109,8 @@ def test_a_clip_retrieval_root_gives_both_sides_and_its_layout(tmp_path):
     write_corpus(tmp_path / "root" / "text_emb", text)
     write_corpus(tmp_path / "root" / "img_emb", image)
     report = align(tmp_path / "root", tmp_path / "root", tmp_path / "out", QUIET)
-    got = read_corpus(tmp_path / "out" / "text_emb")
-    np.testing.assert_allclose(got.astype("f8"), oracle(text, image)[0], atol=TOLERANCE["f2"])
+    aligned = read_corpus(tmp_path / "out" / "text_emb")
+    np.testing.assert_allclose(aligned.astype("f8"), oracle(text, image)[0], atol=TOLERANCE["f2"])
     assert names(tmp_path / "out") == ["aligner.safetensors", "report.json", "text_emb"]
     assert report["target"]["rows"] == sum(SHARDS)
 
@@ -120,9 +120,9 @@ def test_a_single_file_and_other_dtypes_on_the_two_sides(tmp_path):
     np.save(tmp_path / "text.npy", text)
     np.save(tmp_path / "image.npy", image)
     align(tmp_path / "text.npy", tmp_path / "image.npy", tmp_path / "out", QUIET)
-    got = np.load(tmp_path / "out" / "text.npy")
+    aligned = np.load(tmp_path / "out" / "text.npy")
     # The kernel sums fp16 rows in fp32, so the mean of the images is good to 1e-7.
-    np.testing.assert_allclose(got, oracle(text, image)[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(aligned, oracle(text, image)[0], rtol=0, atol=1e-6)
 
 
 def test_a_corpus_aligned_to_itself_only_gets_unit_rows(corpora, tmp_path):
@@ -162,15 +162,15 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
     trace = ((result - result.mean(0)) ** 2).sum() / len(result)
     assert report["result"] == pytest.approx({"centroid_gap": gap, "trace": trace}, abs=1e-6)
     assert report["result"]["centroid_gap"] == report["fitted"]["residual_gap"]
-    passes = {one["name"]: one for one in report["passes"]}
+    passes = {done["name"]: done for done in report["passes"]}
     assert list(passes) == ["source moments", "target moments", "source drift", "apply"]
     assert passes["target moments"]["rows"] == 400
     assert passes["apply"]["bytes_read"] == passes["apply"]["bytes_written"] == text.nbytes
     assert passes["source drift"]["bytes_written"] == 0
-    for one in passes.values():
-        moved = one["bytes_read"] + one["bytes_written"]
-        assert one["gb_per_second"] == pytest.approx(moved / one["seconds"] / 1e9)
-        assert one["rows_per_second"] == pytest.approx(one["rows"] / one["seconds"])
+    for done in passes.values():
+        moved = done["bytes_read"] + done["bytes_written"]
+        assert done["gb_per_second"] == pytest.approx(moved / done["seconds"] / 1e9)
+        assert done["rows_per_second"] == pytest.approx(done["rows"] / done["seconds"])
     loaded = ReAlign.load(tmp_path / "out" / "aligner.safetensors")
     assert loaded.record == report["fitted"]
 
@@ -188,12 +188,12 @@ def test_skipped_rows_keep_their_places_as_zeros(corpora, tmp_path):
     source = write_corpus(tmp_path / "bad", bad)
     settings = Settings(bad_rows="skip", batch_bytes=100 * D * 4, progress=False)
     report = align(source, target, tmp_path / "out", settings)
-    got, good = read_corpus(tmp_path / "out"), np.setdiff1d(range(len(text)), zero + nonfinite)
-    np.testing.assert_allclose(got[good], oracle(text[good], image)[0], atol=TOLERANCE["f4"])
-    assert not got[zero + nonfinite].any()
-    for one in report["passes"]:
-        expected = (0, 0) if one["name"] == "target moments" else (2, 2)
-        assert (one["zero_rows"], one["nonfinite_rows"]) == expected
+    aligned, good = read_corpus(tmp_path / "out"), np.setdiff1d(range(len(text)), zero + nonfinite)
+    np.testing.assert_allclose(aligned[good], oracle(text[good], image)[0], atol=TOLERANCE["f4"])
+    assert not aligned[zero + nonfinite].any()
+    for done in report["passes"]:
+        expected = (0, 0) if done["name"] == "target moments" else (2, 2)
+        assert (done["zero_rows"], done["nonfinite_rows"]) == expected
     assert report["fitted"]["source_count"] == len(good)
     assert report["bad_rows"] == "skip"
 
@@ -203,8 +203,8 @@ def test_kept_rows_count_zeros_as_data_and_become_nan_elsewhere(corpora, tmp_pat
     bad, zero, nonfinite = with_bad_rows(text)
     source = write_corpus(tmp_path / "bad", bad)
     report = align(source, target, tmp_path / "out", Settings(bad_rows="keep", progress=False))
-    got, finite = read_corpus(tmp_path / "out"), np.setdiff1d(range(len(text)), nonfinite)
-    assert np.isnan(got[nonfinite]).all()
+    aligned, finite = read_corpus(tmp_path / "out"), np.setdiff1d(range(len(text)), nonfinite)
+    assert np.isnan(aligned[nonfinite]).all()
     assert report["fitted"]["source_count"] == len(finite)
     # u = 0 counts in the mean, and in the trace as E|u|^2 - |mu|^2; it goes where unit(b) + h goes.
     u = bad[finite].astype("f8")
@@ -215,8 +215,8 @@ def test_kept_rows_count_zeros_as_data_and_become_nan_elsewhere(corpora, tmp_pat
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     z += v.mean(0) - z.mean(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    np.testing.assert_allclose(got[finite], z, atol=TOLERANCE["f4"])
-    assert np.isfinite(got[zero]).all()
+    np.testing.assert_allclose(aligned[finite], z, atol=TOLERANCE["f4"])
+    assert np.isfinite(aligned[zero]).all()
 
 
 def test_a_corpus_without_a_usable_row_cannot_be_fitted_on(corpora, tmp_path):
@@ -317,9 +317,9 @@ def test_a_failed_run_leaves_no_report_and_a_rerun_mends_it(corpora, tmp_path, m
 def test_apply_brings_the_aligner_it_used(corpora, tmp_path):
     source, target, *_ = corpora
     align(source, target, tmp_path / "out", QUIET)
-    other = AlignRun(QUIET).fit(Corpus(target), Corpus(source))
-    AlignRun(QUIET).apply(other, Corpus(source), tmp_path / "out")
-    assert ReAlign.load(tmp_path / "out" / "aligner.safetensors").scale == other.scale
+    reverse = AlignRun(QUIET).fit(Corpus(target), Corpus(source))
+    AlignRun(QUIET).apply(reverse, Corpus(source), tmp_path / "out")
+    assert ReAlign.load(tmp_path / "out" / "aligner.safetensors").scale == reverse.scale
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -355,9 +355,9 @@ def test_a_killed_run_leaves_only_whole_shards_and_a_rerun_gives_the_same_bytes(
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    whole = [name for name in names(out) if name.endswith(".npy") and name[0] != "."]
-    assert "emb_0.npy" in whole and len(whole) < 3 and "report.json" not in names(out)
-    assert all(np.load(out / name).shape == (20_000, D) for name in whole)
+    complete = [name for name in names(out) if name.endswith(".npy") and name[0] != "."]
+    assert "emb_0.npy" in complete and len(complete) < 3 and "report.json" not in names(out)
+    assert all(np.load(out / name).shape == (20_000, D) for name in complete)
     align(source, target, out, QUIET)
     assert names(out) == names(tmp_path / "clean")
     assert contents(out) == contents(tmp_path / "clean")
@@ -432,8 +432,8 @@ def test_a_result_that_does_not_fit_on_the_disk_is_refused(corpora, tmp_path, mo
 def test_a_file_system_that_cannot_be_written_says_so(corpora):
     source, target, *_ = corpora
     places = [line.split()[1] for line in open("/proc/mounts")]
-    places = [one for one in places if os.path.isdir(one) and "\\" not in one]
-    frozen = [one for one in places if os.statvfs(one).f_flag & os.ST_RDONLY]
+    places = [folder for folder in places if os.path.isdir(folder) and "\\" not in folder]
+    frozen = [folder for folder in places if os.statvfs(folder).f_flag & os.ST_RDONLY]
     if not frozen:
         pytest.skip("no file system is mounted for reading alone")
     refused(Path(frozen[0]) / "out", source, target, "is on a read-only file system", OSError)
@@ -485,9 +485,9 @@ def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeyp
             order.append("synced")
         sync(descriptor)
 
-    def noted(work, index, *what):
+    def noted(work, index, *arguments):
         order.append(f"shard {index}")
-        return write(work, index, *what)
+        return write(work, index, *arguments)
 
     aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
     monkeypatch.setattr(AlignTask, "_write", noted)
@@ -511,10 +511,10 @@ def test_a_sync_that_fails_is_the_error_and_other_shards_are_whole(corpora, tmp_
         patch.setattr(os, "fsync", failing)
         with pytest.raises(OSError, match="Input/output error"):
             AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
-    first, *others = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
-    made = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
-    assert first not in made and made == others[: len(made)]
+    first, *later = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
+    assert first not in written and written == later[: len(written)]
     assert not list((tmp_path / "out").glob(".*.partial"))
     AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
-    for name in (first, *others):
+    for name in (first, *later):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -36,33 +36,33 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "RAY_AUTH_MODE": "disabled", "
 def free_ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
-def until(condition, what, seconds=120):
-    """What ``condition`` gives once it is true."""
+def until(condition, awaited, seconds=120):
+    """Return the value of ``condition`` once it is true."""
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {awaited}"
         time.sleep(0.002)
-    return found
+    return value
 
 
 def listens(port):
-    with socket.socket() as one:
-        one.settimeout(1)
-        return one.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """``(address from inside, address from outside, folder)`` of a node with two CPUs."""
-    port, client, *others = free_ports(4)
+    port, client, *further_ports = free_ports(4)
     folder = tempfile.mkdtemp(prefix="realign-ray-")  # a short path: sockets are in it
     fixed = ("dashboard-port", "dashboard-agent-listen-port")
-    options = [f"--{name}={one}" for name, one in zip(fixed, others, strict=True)]
+    options = [f"--{name}={number}" for name, number in zip(fixed, further_ports, strict=True)]
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2"]
     command += ["--num-gpus=1", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     command += ["--disable-usage-stats", "--object-store-memory=100000000", *options]
@@ -153,7 +153,7 @@ def test_ray_writes_the_bytes_of_one_process(corpora, engine, method):
     align("text", "image", "one", settings)
     report = align("text", "image", "out", settings, engine)
     assert tree("out") == tree("one")
-    assert [one["rows"] for one in report["passes"]] == [144, 120, 144, 144]
+    assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
     assert not list(Path("out", "_stats").glob("lock-ray*"))
 
 
@@ -182,11 +182,11 @@ def test_an_error_in_a_task_is_the_error_of_one_process(corpora, engine):
     np.save("text/emb_3.npy", rows)
     with pytest.raises(ValueError) as alone:
         align("text", "image", "one", QUIET)
-    with pytest.raises(ValueError) as found:
+    with pytest.raises(ValueError) as caught:
         align("text", "image", "out", QUIET, engine)
     assert "text/emb_3.npy: row 7 is zero" in str(alone.value)
-    assert type(found.value) is ValueError and str(found.value) == str(alone.value)
-    assert "ray_worker.py" in str(found.value.__cause__)  # where it arose, for who asks
+    assert type(caught.value) is ValueError and str(caught.value) == str(alone.value)
+    assert "ray_worker.py" in str(caught.value.__cause__)  # where it arose, for who asks
 
 
 def test_results_come_in_the_order_of_the_shards(engine):
@@ -218,7 +218,7 @@ def test_a_node_with_another_version_is_refused(corpora, engine, monkeypatch):
 
 
 def test_a_node_without_the_package_says_so(tmp_path):
-    """What a worker is handed is unpickled and answers where realign_fast cannot be imported."""
+    """The function for a worker is unpickled and answers where realign_fast is not installed."""
     from ray import cloudpickle
 
     (tmp_path / "task").write_bytes(cloudpickle.dumps(ray_driver._task_function()))
@@ -350,10 +350,10 @@ def descendants(pid):
         with contextlib.suppress(OSError, ValueError):
             stat = (process / "stat").read_text().rsplit(")", 1)[1].split()
             parents.setdefault(int(stat[1]), []).append(int(process.name))
-    found, below = [], [pid]
+    children, below = [], [pid]
     while below:
-        found += (below := [child for one in below for child in parents.get(one, ())])
-    return found
+        children += (below := [child for one in below for child in parents.get(one, ())])
+    return children
 
 
 def alive(pid):
@@ -366,8 +366,8 @@ def alive(pid):
 def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
     """Ray started for the run; Ctrl-C reaches it and its workers as from a terminal."""
     write("text", (40, 40_000, 40_000, 40_000, 70))
-    both = ["--text", "text", "--image", "image", "--out", "out", "--batch-bytes", "2048"]
-    command = [sys.executable, "-m", "realign_fast", "align", *both, "--engine", "ray"]
+    paths = ["--text", "text", "--image", "image", "--out", "out", "--batch-bytes", "2048"]
+    command = [sys.executable, "-m", "realign_fast", "align", *paths, "--engine", "ray"]
     command += ["--threads", "1", "--quiet"]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
@@ -387,13 +387,13 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
             os.killpg(process.pid, signal.SIGKILL)
     settings = Settings(progress=False, batch_bytes=2048)
     report = align("text", "image", "out", settings)
-    assert [one["finished_before"] for one in report["passes"]][:3] == [120_110, 120, 120_110]
+    assert [done["finished_before"] for done in report["passes"]][:3] == [120_110, 120, 120_110]
     align("text", "image", "one", settings)
     assert tree("out") == tree("one")
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--gpus-per-task", "1"], "--gpus-per-task: is an option of --engine ray"),
         (["--ray-address", "auto"], "--ray-address: is an option of --engine ray"),
@@ -402,10 +402,10 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
         (["--engine", "ray", "--memory", "1G"], "give --memory or --engine ray"),
     ],
 )
-def test_options_that_do_not_go_together(corpora, capsys, options, words):
+def test_options_that_do_not_go_together(corpora, capsys, options, message):
     assert main.main(["align", "--text", "text", "--image", "image", "--out", "out", *options]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("amount", ["-1", "1.5", "nan", "inf", "x"])
@@ -414,7 +414,9 @@ def test_an_amount_of_gpus_that_no_task_can_have_prints_the_usage(capsys, amount
         main.main(
             ["apply", "--aligner", "a", "--text", "t", "--out", "o", f"--gpus-per-task={amount}"]
         )
-    assert stop.value.code == 2 and "a number from 0 to 1 or a whole number" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "a number from 0 to 1 or a whole number" in capsys.readouterr().err
+    )
 
 
 def test_amounts_that_no_task_can_have_are_refused():

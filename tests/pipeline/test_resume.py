@@ -50,14 +50,14 @@ def again(shard):
 
 
 def finished(report):
-    return {one["name"]: (one["rows"], one["finished_before"]) for one in report["passes"]}
+    return {done["name"]: (done["rows"], done["finished_before"]) for done in report["passes"]}
 
 
 def test_what_an_output_holds(corpora, tmp_path):
     align(*corpora, tmp_path / "out", QUIET)
-    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
     shards = [f"emb_{index}.npy" for index in range(4)]
-    assert found == ["_stats", "aligner.safetensors", *shards, "manifest.json", "report.json"]
+    assert names == ["_stats", "aligner.safetensors", *shards, "manifest.json", "report.json"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     passes = ["source moments", "target moments", "source drift", "apply"]
     assert list(manifest["passes"]) == passes
@@ -97,8 +97,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["kills"] == 25 and said["rows_not_read_again"] > 0
+    result = json.loads(done.stdout)
+    assert result["kills"] == 25 and result["rows_not_read_again"] > 0
 
 
 def test_a_changed_shard_is_read_again_and_no_other(corpora, tmp_path, reads):
@@ -139,10 +139,10 @@ def test_other_options_do_not_meet_finished_work(corpora, tmp_path, option, valu
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def spoil(path, how):
-    if how == "deleted":
+def spoil(path, damage):
+    if damage == "deleted":
         path.unlink()
-    elif how == "bytes":
+    elif damage == "bytes":
         data = bytearray(path.read_bytes())
         data[-1] ^= 64
         path.write_bytes(data)
@@ -166,15 +166,16 @@ def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_pat
     assert f"{rows} rows of shards that are gone, from saved statistics" in out
 
 
-@pytest.mark.parametrize("how", ["deleted", "bytes", "truncated"])
-@pytest.mark.parametrize("what", ["emb_3.npy", "_stats/apply/emb_3.npy.json", "moments"])
-def test_a_lost_or_damaged_file_is_made_again(corpora, tmp_path, what, how):
+@pytest.mark.parametrize("damage", ["deleted", "bytes", "truncated"])
+@pytest.mark.parametrize("target", ["emb_3.npy", "_stats/apply/emb_3.npy.json", "moments"])
+def test_a_lost_or_damaged_file_is_made_again(corpora, tmp_path, target, damage):
     out = tmp_path / "out"
     align(*corpora, out, QUIET)
     before = tree(out)
-    path = next((out / "_stats/source-moments").glob("emb_3*")) if what == "moments" else out / what
+    moments = (out / "_stats/source-moments").glob("emb_3*")
+    path = next(moments) if target == "moments" else out / target
     time.sleep(0.01)  # a coarse clock would not see the change
-    spoil(path, how)
+    spoil(path, damage)
     align(*corpora, out, QUIET)
     assert tree(out) == before
 
@@ -210,24 +211,24 @@ def test_a_shard_that_changes_or_vanishes_is_one_error(
     corpora, tmp_path, monkeypatch, stage, event
 ):
     text, image = corpora
-    shard, out, batches, seen = text / "emb_3.npy", tmp_path / "out", Corpus.batches, []
-    kept = shard.read_bytes()
+    shard, out, batches, corpora_read = text / "emb_3.npy", tmp_path / "out", Corpus.batches, []
+    content = shard.read_bytes()
 
     def meanwhile(self, index, **options):
-        seen.append(self.path.name)
-        if seen.count("text") == (4 if stage == "moments" else 12):
+        corpora_read.append(self.path.name)
+        if corpora_read.count("text") == (4 if stage == "moments" else 12):
             again(shard) if event == "changes" else shard.unlink()
         yield from batches(self, index, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "batches", meanwhile)
-        words = "changed during the run" if event == "changes" else "No such file"
-        with pytest.raises((ValueError, OSError), match=rf"emb_3\.npy: {words}"):
+        message = "changed during the run" if event == "changes" else "No such file"
+        with pytest.raises((ValueError, OSError), match=rf"emb_3\.npy: {message}"):
             align(text, image, out, QUIET)
     finished_shards = sorted(path.name for path in out.glob("*.npy"))
     assert finished_shards == ([f"emb_{i}.npy" for i in range(3)] if stage == "apply" else [])
     if event == "vanishes":
-        shard.write_bytes(kept)
+        shard.write_bytes(content)
     report = align(text, image, out, QUIET)
     assert finished(report)["source moments"][1] >= 41  # shards 0 to 2 stayed finished
     align(text, image, tmp_path / "fresh", QUIET)

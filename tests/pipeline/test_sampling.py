@@ -42,13 +42,13 @@ def test_errors_are_as_large_as_they_say(corpora):
     exact, ratios = AlignRun(quiet()).fit(*corpora), []
     for seed in range(40):
         run = AlignRun(quiet(fit_rows=500, seed=seed))
-        fitted, said = run.fit(*corpora), run.sample
-        rest = [(fitted.source_mean - exact.source_mean).norm() / said["source_mean_error"]]
-        rest += [(fitted.target_mean - exact.target_mean).norm() / said["target_mean_error"]]
-        rest += [(fitted.scale - exact.scale) / said["scale_error"]]
+        fitted, errors = run.fit(*corpora), run.sample
+        row = [(fitted.source_mean - exact.source_mean).norm() / errors["source_mean_error"]]
+        row += [(fitted.target_mean - exact.target_mean).norm() / errors["target_mean_error"]]
+        row += [(fitted.scale - exact.scale) / errors["scale_error"]]
         everything = run.measure("all", corpora[0], fitted)
         gap = (everything.mean - exact.target_mean).norm()
-        ratios.append([*map(float, rest), float(gap / said["residual_gap_error"])])
+        ratios.append([*map(float, row), float(gap / errors["residual_gap_error"])])
     rms = np.sqrt(np.mean(np.square(ratios), axis=0))
     assert ((rms > 0.7) & (rms < 1.4)).all(), rms
 
@@ -64,7 +64,7 @@ def test_a_sample_of_all_rows_is_the_exact_fit_without_error(corpora):
 def test_the_text_is_read_once_and_written_once(corpora, reads):
     report = align("text", "image", "out", quiet(fit_rows=300, seed=3))
     assert reads == TEXT
-    passes = {one["name"]: one["rows"] for one in report["passes"]}
+    passes = {done["name"]: done["rows"] for done in report["passes"]}
     assert passes == {
         "source sample": 300,
         "target sample": 300,
@@ -134,11 +134,11 @@ def test_a_source_in_memory_is_read_once(corpora, reads, batch_bytes):
     once = [name for name in reads if name.startswith("text")]
     assert once == TEXT * 3
     reads.clear()
-    kept = quiet(batch_bytes=batch_bytes, memory=corpora[0].nbytes)
-    report = align("text", "image", "kept", kept)
+    cached = quiet(batch_bytes=batch_bytes, memory=corpora[0].nbytes)
+    report = align("text", "image", "kept", cached)
     assert [name for name in reads if name.startswith("text")] == TEXT
     assert tree("kept") == tree("one")
-    read = {one["name"]: one["bytes_read"] for one in report["passes"]}
+    read = {done["name"]: done["bytes_read"] for done in report["passes"]}
     assert read["source moments"] == corpora[0].nbytes and read["source drift"] == 0
     assert read["apply"] == 0 and report["passes"][-1]["bytes_written"] == corpora[0].nbytes
     reads.clear()

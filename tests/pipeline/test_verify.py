@@ -103,12 +103,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_a_line_that_names_the_file(tmp_path, capsys, fault):
     out = make(tmp_path)
-    spoil, words = FAULTS[fault]
+    spoil, messages = FAULTS[fault]
     spoil(out)
     assert main.main(["verify", str(out)]) == 1
     lines = capsys.readouterr().out.splitlines()
     faults = [line for line in lines if not line.startswith(f"{out}: ")]
-    for word in words:
+    for word in messages:
         assert any(word in line for line in faults), (word, faults)
     assert all(line.startswith(f"{out}/") for line in faults)
     assert lines[-1].endswith(f", {len(faults)} faults")
@@ -151,20 +151,20 @@ def test_a_manifest_of_another_format_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize("columns", [1, 3, 6, 16])
 def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns):
     rows = torch.randn(9, columns).to(dtype)
-    whole = checksum(rows)
-    assert whole == checksum(rows[4:], checksum(rows[:4]))
-    seen = {whole, checksum(rows[torch.tensor([1, 0, *range(2, 9)])])}
+    intact = checksum(rows)
+    assert intact == checksum(rows[4:], checksum(rows[:4]))
+    checksums = {intact, checksum(rows[torch.tensor([1, 0, *range(2, 9)])])}
     data = rows.numpy().view(np.uint8).reshape(-1)
     for place in range(data.size):
         for bit in range(8):
             data[place] ^= 1 << bit
-            assert checksum(rows) != whole
+            assert checksum(rows) != intact
             data[place] ^= 1 << bit
-    assert len(seen) == 2 and checksum(rows) == whole
+    assert len(checksums) == 2 and checksum(rows) == intact
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda m: m | {"passes": []}, "passes that are no object"),
         (lambda m: m | {"aligner": 7}, "an aligner that is no hash"),
@@ -177,11 +177,11 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
         (lambda m: [m], "TypeError"),
     ],
 )
-def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, words):
+def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, message):
     out = make(tmp_path)
     path = out / "manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert main.main(["verify", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"realign-fast: error: {path}: expected a manifest of format 1, got ")
-    assert words in line and line.endswith("or give another --out")
+    assert message in line and line.endswith("or give another --out")

@@ -71,7 +71,7 @@ def test_an_aligned_output_is_resumed_without_a_read(tmp_path, reads):
     assert reads == [] and tree(out) == before
     stored = json.loads((STORED / "out" / "report.json").read_text())
     assert report["fitted"] == stored["fitted"] and report["result"] == stored["result"]
-    assert [one["finished_before"] for one in report["passes"]] == [30, 31, 30, 30]
+    assert [done["finished_before"] for done in report["passes"]] == [30, 31, 30, 30]
 
 
 def test_an_aligned_output_is_verified(tmp_path):
