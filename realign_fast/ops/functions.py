@@ -212,17 +212,7 @@ def add_scatter_(
         TypeError: a dtype is not floating point, or a sum is not float64.
     """
     rows = _checked_rows("add_scatter_", rows)
-    columns = rows.shape[1]
-    shapes = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
-    for name, tensor, expected in (*shapes, ("centre", centre, [columns])):
-        if list(tensor.shape) != expected:
-            raise ValueError(
-                f"add_scatter_: rows have {columns} columns, {name} has shape "
-                f"{list(tensor.shape)}, expected {expected}"
-            )
-    for name, tensor, _ in shapes:
-        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
-            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
+    _check_sums(scatter, total, centre, rows.shape[1])
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
     if weights is not None:
         weights = _checked_weights(rows, weights)
@@ -232,6 +222,20 @@ def add_scatter_(
         scatter, total, rows.detach(), centre, weights, normalize, accurate, variant
     )
     return counts
+
+
+def _check_sums(scatter: Tensor, total: Tensor, centre: Tensor, columns: int) -> None:
+    """Check the shapes and dtypes of the sums and of the centre of add_scatter_."""
+    sums = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
+    for name, tensor, expected in (*sums, ("centre", centre, [columns])):
+        if list(tensor.shape) != expected:
+            raise ValueError(
+                f"add_scatter_: rows have {columns} columns, {name} has shape "
+                f"{list(tensor.shape)}, expected {expected}"
+            )
+    for name, tensor, _ in sums:
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
 
 
 def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def truth(rows, scale, shift, recentre=None):
 
 
 def surrounded(rows):
-    """The rows as a view into a larger buffer of NaN: odd offset, row stride beyond D."""
+    """Return the rows as a view into a larger buffer of NaN: odd offset, row stride beyond D."""
     count, columns = rows.shape
     buffer = rows.new_full((count + 2, columns + 5), torch.nan)
     view = buffer[1:-1, 3 : 3 + columns]
@@ -29,7 +29,7 @@ def surrounded(rows):
 
 
 def align_checked(kernel, rows, row_map, dtype=None):
-    """The kernel's result, after checking that it wrote every entry and no other."""
+    """Return the kernel's result after checking that it wrote every entry and no other."""
     rows, _ = surrounded(rows.to(kernel.device))
     blank = torch.full_like(rows, torch.nan, dtype=dtype or rows.dtype)
     out, buffer = surrounded(blank)
@@ -181,7 +181,7 @@ def test_rows_expanded_from_one(kernel):
 def test_a_result_too_large_for_the_caches_has_the_same_bytes(
     compiled_kernel, dtype, columns, stride, offset
 ):
-    """From 16 MiB on the kernels may write past the caches, which needs aligned rows (offset 0)."""
+    """Above 16 MiB the kernels may write past the caches, which needs aligned rows (offset 0)."""
     count = (16 << 20) // (512 * dtype.itemsize) + 1
     rows, row_map = random_rows(50, columns, dtype).repeat(-(-count // 50), 1), random_map(columns)
     storage = torch.full((len(rows) * stride + offset,), torch.nan, dtype=dtype)

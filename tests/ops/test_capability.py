@@ -1,4 +1,4 @@
-"""Which GPUs a compiled CUDA library has code for, and which kernel answers where it has none."""
+"""The GPUs that a compiled CUDA library has code for, and the kernel that answers on others."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_every_gpu_must_be_served_and_an_unknown_build_is_trusted():
 
 
 def run(folder, prelude, **environment):
-    """What a process prints that imports the package in ``folder`` after ``prelude``."""
+    """Return the output of a process that imports the package in ``folder`` after ``prelude``."""
     code = (
         prelude
         + """

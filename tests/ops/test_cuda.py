@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, other devices, graphs, hidden waits, sizes past 2^31, compile.
+"""Properties that only a GPU can show: streams, devices, graphs, hidden waits, sizes past 2^31.
 
 (Numbers are tested in test_<op>.py, for the device as for every other kernel.)
 """
@@ -25,7 +25,7 @@ def sums(columns, device="cuda"):
 
 
 def calls(rows):
-    """Every op once, on rows and arguments that are on the device already."""
+    """Call every op once on rows and arguments that are on the device already."""
     columns = rows.shape[1]
     scale, shift, recentre = random_map(columns)
     scale = torch.tensor(scale, dtype=torch.float64, device=rows.device)

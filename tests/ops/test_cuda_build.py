@@ -1,4 +1,4 @@
-"""csrc/cuda as nvcc leaves it: every kernel for every GPU, registers and spills, instructions.
+"""csrc/cuda as compiled by nvcc: every kernel for every GPU, registers, spills and instructions.
 
 None of this needs a GPU. The library that the installation built is looked at; where there is none
 but an nvcc, it is compiled here for sm_90 alone.

@@ -1,4 +1,4 @@
-"""csrc/cuda run on the CPU thread by thread: what must not depend on the order of threads.
+"""csrc/cuda run on the CPU thread by thread; results must not depend on the order of threads.
 
 The kernels' numbers are tested in test_<op>.py under the name "emulated cuda". Here: the same bytes
 for any order of threads and any number of multiprocessors, the accuracy of each kind of operand,
@@ -74,7 +74,7 @@ def test_more_slices_and_chunks_than_one(kernel):
 
 
 def test_the_low_terms_squares_come_back_to_the_diagonal(kernel):
-    """Without them the trace of two float16 terms would be low by 2^-24 or so of itself, always.
+    """The trace of two float16 terms would otherwise always be low by about 2^-24 of itself.
 
     The emulated sums are cut off, a bias too; so rows whose products need no rounding are used:
     each has one entry, one bit high and one bit in the low term.

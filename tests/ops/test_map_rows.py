@@ -24,7 +24,7 @@ def matrix_map(columns, kind="matrix", seed=3):
 
 
 def truth(rows, matrix, shift, recentre=None):
-    """In longdouble, from the definition alone."""
+    """Compute the map in longdouble from the definition alone."""
     u, a = oracle.unit(exact(rows)), exact(matrix)
     half = oracle.unit((a * u if a.ndim == 1 else u @ a.T) + exact(shift))
     return half if recentre is None else oracle.unit(half + exact(recentre))
@@ -38,7 +38,7 @@ def assert_accurate(result, expected, share=None):
 
 
 def map_checked(kernel, rows, row_map, dtype=None):
-    """The result and the same written over NaN, in rows that lie apart."""
+    """Return the result, and check that it is the same in strided rows that held NaN."""
     result = kernel.map(rows, *row_map, dtype=dtype)
     wide = torch.full((len(rows), rows.shape[1] + 3), torch.nan, dtype=result.dtype)
     wide = wide.to(kernel.device)

@@ -1,4 +1,4 @@
-"""The op door: which kernel ran, schemas, gradients, torch.compile, and what is refused."""
+"""The public functions of the ops: kernels, schemas, gradients, torch.compile and refused input."""
 
 import inspect
 from itertools import pairwise
@@ -19,7 +19,7 @@ DOUBLE_MAP = (torch.tensor(MAP[0], dtype=torch.float64), *MAP[1:])
 
 
 def aten_calls(function):
-    """Names of the torch functions that ran inside."""
+    """Return the names of the torch functions that ran inside ``function``."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         function()
     return {event.key for event in trace.key_averages()}
@@ -175,7 +175,7 @@ def by_autograd(rows):
     ids=str,
 )
 def test_gradient_for_every_dtype_and_size(dtype, size, error):
-    """The map forgets the rows' length, so the gradient at ``size x`` is that at ``x`` / size."""
+    """The map ignores the length of a row: the gradient at ``size x`` is that at ``x`` / size."""
     rows, weights = (random_rows(5, 7) * size).to(dtype), random_rows(5, 7, seed=8).to(dtype)
     result = gradient(rows, weights, lambda x: align_rows(x, *MAP))
     assert result.dtype == dtype

@@ -17,7 +17,7 @@ NARROW_ERROR = 5e-7
 
 
 def summands(rows, mode):
-    """What the op sums, [N, D] in longdouble."""
+    """Return the terms of the op's sum, [N, D] in longdouble."""
     given, normalize = MODES[mode]
     if not given:
         return oracle.unit(exact(rows)) if normalize else exact(rows)
@@ -31,7 +31,7 @@ def run(kernel, rows, mode):
 
 
 def assert_sums(sums, expected, dtype, mode, zero=0, nonfinite=0):
-    """``expected`` [N, D]: what the rows that take part add."""
+    """Compare the sums with ``expected`` [N, D], the terms of the rows that take part."""
     assert sums.counts.tolist() == [len(expected), zero, nonfinite]
     assert sums.total.dtype == sums.energy.dtype == torch.float64
     share = 1e-14 if mode == "rows" else MEAN_ERROR.get(dtype, NARROW_ERROR)

@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (what is imported depends on triton)
-"""The Triton kernels compiled for GPUs that are not here: what the machine code must show.
+"""The Triton kernels compiled for GPUs that are not present, and properties of the machine code.
 
 For an H100 (sm_90): tensor-core instructions in the products, 16-byte loads and stores in the row
 kernels, nothing spilled. For an MI300 (gfx942): that they compile at all, so that nothing in them
@@ -44,7 +44,7 @@ NAME = row_kernels.TRITON_DTYPE
 
 
 def compiled(kernel, target, pointers, constants):
-    """The kernel for arguments of these types: pointers on 16 bytes, the rest int32."""
+    """Compile the kernel for arguments of these types: pointers aligned to 16 bytes, else int32."""
     constants = dict(constants)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
     signature, alignment = {}, {}
@@ -59,7 +59,7 @@ def compiled(kernel, target, pointers, constants):
 
 
 def spilled_bytes(binary, tmp_path):
-    """What ptxas -v, or the metadata of an AMD kernel, says was spilled."""
+    """Return the spilled bytes that ptxas -v, or the metadata of an AMD kernel, reports."""
     if "amdgcn" in binary.asm:
         found = re.findall(
             r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", binary.asm["amdgcn"]
@@ -77,7 +77,7 @@ def spilled_bytes(binary, tmp_path):
 
 
 def wide_accesses(binary):
-    """How many 16-byte loads and stores of global memory there are."""
+    """Return the numbers of 16-byte loads and stores of global memory."""
     if "amdgcn" in binary.asm:
         kinds = r"(?:global|buffer)_load_dwordx4", r"(?:global|buffer)_store_dwordx4"
         return [len(re.findall(kind, binary.asm["amdgcn"])) for kind in kinds]
@@ -86,7 +86,7 @@ def wide_accesses(binary):
 
 
 def step(columns, dtype):
-    """As `row_kernels.aligned` finds it."""
+    """Return the step that `row_kernels.aligned` returns for these rows."""
     return 16 // dtype.itemsize if columns * dtype.itemsize % 16 == 0 else 1
 
 
@@ -132,7 +132,7 @@ def test_row_kernels_move_sixteen_bytes_at_a_time_and_spill_nothing(
 
 
 def test_rows_of_odd_length_are_read_entry_by_entry(tmp_path):
-    """(Which tells that the count of wide accesses above would notice them missing.)"""
+    """This shows that the count of wide accesses above would notice missing ones."""
     binary = align_rows(H100, HALF, 65)
     assert len(re.findall(r"ld\.global\S*\.b16", binary.asm["ptx"])) > 0
     assert spilled_bytes(binary, tmp_path) == 0
@@ -226,7 +226,7 @@ class RefuseCpu(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(kernel, arguments, options) of the kernels that are launched, which do not run."""
+    """Record (kernel, arguments, options) of every launch instead of running it."""
     recorded = []
 
     def record(kernel, *positional, grid, warmup, **named):
@@ -249,7 +249,7 @@ def fake(*shape, dtype=DOUBLE):
 
 
 def call_maps(dtype, out_dtype, columns):
-    """Every call of a row map that launches kernels of other types or constants."""
+    """Make every call of a row map that launches kernels of other types or constants."""
     rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
     shift, recentre = fake(columns), fake(columns)
     for last in (recentre, None):
@@ -289,7 +289,7 @@ def test_no_op_waits_for_the_gpu(launches):
 
 
 def variants(launches):
-    """Each kernel once for every combination of pointer types and constants."""
+    """Return each kernel once for every combination of pointer types and constants."""
     found = {}
     for kernel, arguments, options in launches:
         pointers, constants = {}, dict(options)

@@ -1,8 +1,9 @@
-"""The Triton kernels: the op tests in the interpreter, and who answers on a GPU without a library.
+"""The Triton kernels in the interpreter, and the kernel that answers on a GPU without a library.
 
-Without a GPU the kernels run in Triton's interpreter (``triton_interpreter.py``), which a process
-has to choose before triton is imported: so the op tests run once more in a process of their own.
-Where there is a GPU they run on it with all others, as the kernel "triton" of ``conftest.py``.
+Without a GPU the kernels run in Triton's interpreter (``support/triton_interpreter.py``), which a
+process must select before triton is imported, so the op tests run once more in a process of their
+own. On a machine with a GPU they run on it with all others, as the kernel "triton" of
+``support/op_checks.py``.
 """
 
 import os
@@ -25,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def run(*arguments):
-    """A Python process that finds the package and the tests; what it printed."""
+    """Run a Python process that finds the package and the tests; return its output."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
