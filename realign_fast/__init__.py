@@ -1,12 +1,17 @@
 """realign_fast: close the modality gap at memory speed.
 
-Moves the embeddings of one modality into the distribution of another (ReAlign, arXiv 2602.07026)
-from unpaired statistics, on fused kernels behind ``torch.ops.realign_fast``.
+The package moves the embeddings of one modality into the distribution of another (ReAlign,
+arXiv 2602.07026) from unpaired statistics, with fused kernels behind ``torch.ops.realign_fast``.
+
+    aligner = ReAlign.fit(text, image)  # tensors, arrays, DataLoaders, corpora or paths
+    aligned = aligner(text)
 """
 
 from . import (
     _old_names,
     _startup,  # noqa: F401  # before torch
+    metrics,
+    whiten,
 )
 from .align import ReAlign
 from .corpus import Corpus
@@ -22,5 +27,7 @@ __all__ = [
     "add_scatter_",
     "align_rows",
     "backend_of",
+    "metrics",
     "sum_rows",
+    "whiten",
 ]

@@ -57,6 +57,7 @@ class ReAlign(nn.Module):
     float64 whatever dtype the model around it is cast to; they travel in ``state_dict``.
     """
 
+    __call__: Callable[..., Tensor]  # for type checkers: nn.Module's returns Any
     linear: Tensor  # A: [], s itself in ReAlign; [D] a diagonal; [D, D] a matrix
     scale: Tensor  # [] s = sqrt(T_x / T_y)
     shift: Tensor  # [D] b = mu_x - A mu_y

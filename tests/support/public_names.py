@@ -1,0 +1,151 @@
+"""A program that uses every public name; ``test_types.py`` checks its types and never runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import realign_fast
+from realign_fast import Corpus, Moments, ReAlign, corpus, embed, metrics, ops, revision, whiten
+from realign_fast.frame import Decomposition, FixedFrame, gamma_history, phantom_drift
+from realign_fast.pipeline import AlignRun, Settings, align
+
+
+def use_the_core(text: Tensor, image: Tensor) -> Tensor:
+    aligner: ReAlign = ReAlign.fit(text, image, method="coral", shrinkage="oas", bad_rows="skip")
+    source = Moments(covariance=True).update(text, bad_rows="keep")
+    target = Moments(covariance=True).update(image)
+    half = ReAlign.from_moments(source, target, noise=None)
+    half.record_drift(Moments().update(text, through=half.row_map))
+    aligner.save_pretrained(Path("aligner"))
+    back: ReAlign = ReAlign.from_pretrained("aligner").inverse()
+    frame = FixedFrame.fit(source, target, energy=0.9)
+    parts: list[Decomposition] = [frame.decompose((text, image))] * 2
+    drift: Tensor = gamma_history(parts).drift
+    shift: Tensor = phantom_drift(source.mean, source.covariance)
+    return back(aligner(text)) + drift.sum() + shift
+
+
+def errors_that_the_types_reveal(text: Tensor, image: Tensor) -> None:
+    ReAlign.fit(text, image, method="pca")  # type: ignore[arg-type]
+    Moments().update(text, bad_rows="drop")  # type: ignore[arg-type]
+    whiten.coral("source", "target")  # type: ignore[arg-type]
+    whiten.whitening(text, floor="0.1")  # type: ignore[arg-type]
+    FixedFrame.load("frame").decompose(text, image)  # type: ignore[arg-type, call-arg]
+
+
+def use_the_ops(rows: Tensor) -> str:
+    scale, shift, recentre = 1.0, torch.zeros(4), torch.zeros(4)
+    mapped: Tensor = realign_fast.align_rows(rows, scale, shift, recentre, out_dtype=ops.DTYPES[0])
+    sums: ops.RowSums = realign_fast.sum_rows(mapped)
+    scatter = torch.zeros(4, 4, dtype=ops.working_dtype(rows))
+    counts: Tensor = realign_fast.add_scatter_(scatter, sums.total, rows, shift)
+    sums = ops.sum_mapped_rows(rows, lambda block: ops.align_rows(block, scale, shift))
+    backend: ops.Backend = realign_fast.backend_of(ops.OPS[0], "cpu")
+    same = ops.backend_of(ops.OPS[0], rows.device), ops.sum_rows(rows), ops.add_scatter_
+    isa: str = ops.ISA_NAMES[ops.isa_of("sum_rows")] + ops.cpu_isa() + ops.why_no_cuda()
+    return f"{isa} {backend} {same} {counts} {sums}"
+
+
+def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:
+    shrinkage: whiten.Shrinkage = "ledoit-wolf"
+    share: float = whiten.shrinkage(source, shrinkage, count=100, mean=rows.mean(dim=0))
+    whitener: whiten.Whitening = whiten.whitening(whiten.shrink(source, share), "pca")
+    leading: whiten.LowRank = whiten.LowRank.of(source, 8, floor=whiten.default_floor(source))
+    distance: float = whiten.bures_distance(source, target)
+    return [
+        whitener.matrix * distance,
+        leading.coral(rows, leading),
+        whiten.symmetric_root(source) @ whiten.inverse_root(source),
+        whiten.coral(source, target),
+        whiten.optimal_transport(source, target),
+        whiten.blockwise(source, target, leading.vectors),
+    ]
+
+
+def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str, float | None]:
+    backend: metrics.SearchBackend = "torch"
+    settings = metrics.GapSettings(backend=backend)
+    nearest: metrics.Neighbours = metrics.nearest_rows(text, image, 5, backend=backend)
+    spectrum: metrics.Spectrum = metrics.spectrum_of(y)
+    values, vectors = spectrum
+    mean, axes = metrics.principal_axes(text)
+    figures: list[metrics.Estimate] = [
+        metrics.centroid_gap(y, x),
+        metrics.trace_ratio(y, x),
+        metrics.mean_cosine(text, image),
+        metrics.cosine_divergence(text, image),
+        metrics.cosine_correlation(text, image),
+        metrics.knn_mixing(text, image),
+        metrics.knn_overlap(text, image),
+        metrics.recall_at_k(text, image, 1),
+        metrics.power_law_exponent(values),
+    ]
+    numbers: list[float] = [
+        figures[0].standard_error,
+        metrics.sampling_gap(y.trace, y.count, x.count),
+        metrics.covariance_distance(y, x),
+        metrics.frechet_distance(y, x),
+        metrics.anisotropy(values),
+        metrics.residual_anisotropy(text, image),
+        metrics.effective_rank(values),
+        metrics.participation_ratio(values),
+        metrics.log_spectrum_correlation(values, values),
+        metrics.subspace_overlap(vectors, axes, 2),
+    ]
+    rows: list[Tensor] = [
+        metrics.matched_cosine(text, image),
+        metrics.pairwise_cosines(text),
+        metrics.match_ranks(text, image),
+        nearest.indices,
+        mean,
+    ]
+    report = metrics.gap_report(text, image, settings=settings, paired=True)
+    return report | {"sum": sum(numbers) + float(rows[0].sum())}
+
+
+def use_corpora_and_runs() -> dict[str, Any]:
+    text = Corpus("text", allow_pickle=True)
+    rows: Tensor = corpus.sample_rows(text, 100)
+    batches: list[corpus.Batch] = list(text.batches(batch_rows=4096))
+    shard: corpus.Shard = corpus.read_header("text/text_emb_0.npy")
+    writer: corpus.ShardWriter = shard.writer("out/text_emb_0.npy")
+    with writer:
+        writer.write(batches[0].rows)
+    print(corpus.as_numpy(rows).shape, corpus.format_of("text_emb_0.npy"))
+    settings = Settings(workers=2, method="realign", bad_rows="skip")
+    run = AlignRun(settings)
+    aligner: ReAlign = run.fit(text, Corpus("image"))
+    print(aligner.record)
+    return align("text", "image", "out", settings)
+
+
+def use_embed() -> dict[str, Any]:
+    encoder: embed.Encoder = embed.load_encoder("ViT-B-32", "laion2b_s34b_b79k")
+    encoders: list[type[embed.Encoder]] = [
+        embed.OpenClipEncoder,
+        embed.HuggingFaceEncoder,
+        embed.Llm2ClipEncoder,
+    ]
+    assert isinstance(encoder, tuple(encoders))
+    source = embed.open_source("pairs.parquet", "pairs", embed.Columns(caption="text"))
+    return embed.embed(encoder, "out", pairs=source, settings=embed.EmbedSettings(workers=0))
+
+
+def use_revision(language_model: PreTrainedModel, tokenizer: Any, rows: Corpus) -> dict[str, Any]:
+    config = revision.ReVisionConfig("model", row_dimension=512, hidden_size=576)
+    projector: revision.Projector = revision.Projector(config)
+    revision.attach(language_model, config, projector)
+    training = revision.TrainingConfig("list.jsonl", rows, "out", "model")
+    print(revision.pretrain(training), revision.finetune(training))
+    model: revision.ReVisionModel = revision.ReVisionModel.from_pretrained("out")
+    template = revision.Plain(tokenizer, config.visual_tokens)
+    chat = revision.Chat(tokenizer, config.visual_tokens)
+    data = revision.prepare("list.jsonl", rows, chat, "cache")
+    batch: dict[str, Tensor] = revision.Collator(pad=0)([data[0], data[1]])
+    captions: list[str] = list(revision.caption_rows(model, template, [batch["image_rows"]]))
+    return revision.evaluate(model, data) | {"captions": captions}
