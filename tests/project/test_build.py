@@ -50,6 +50,17 @@ def read(command: list[str]) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def test_type_information_is_packaged(monkeypatch):
+    """Type checkers read the annotations of a package with this file only."""
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files()
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    files = {folder: names for folder, _, _, names in build.data_files}
+    assert "py.typed" in files["realign_fast"]
+
+
 # What setup.py and CMakeLists.txt say.
 
 
