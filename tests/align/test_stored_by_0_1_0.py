@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,7 @@ from test_align import NUMBERS, VECTORS
 from realign_fast import Moments, ReAlign
 from realign_fast.frame import FixedFrame
 
-STORED = Path(__file__).parents[1] / "support" / "stored_by_0_1_0"
-OLD_NAMES = {
-    "batches": "Rows",
-    "estimator": "StreamingCovariance",
-    "family": "linear_part",
-    "passes": "Settings",
-    "ray_engine": "RayTasks",
-    "scatter": "Scatter",
-}
+STORED = Path(__file__).parents[1] / "data" / "v0.1.0" / "numerics"
 
 
 def whole_rows(count, step):
@@ -82,14 +73,3 @@ def test_pickles_load():
     check_moments(objects["moments"], covariance=True)
     check_moments(objects["plain"], covariance=False)
     check_frame(objects["frame"])
-
-
-@pytest.mark.parametrize("module", OLD_NAMES)
-def test_old_module_names_import_with_a_warning(module):
-    if module == "estimator":
-        pytest.importorskip("sklearn")
-    sys.modules.pop(f"realign_fast.{module}", None)
-    with pytest.warns(DeprecationWarning, match=rf"realign_fast\.{module} is called realign_fast"):
-        old = import_module(f"realign_fast.{module}")
-    assert hasattr(old, OLD_NAMES[module])
-    assert sys.modules[old.__name__] is old, "one module under both names"

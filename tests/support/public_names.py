@@ -47,8 +47,8 @@ def use_the_ops(rows: Tensor) -> str:
     sums = ops.sum_mapped_rows(rows, lambda block: ops.align_rows(block, scale, shift))
     backend: ops.Backend = realign_fast.backend_of(ops.OPS[0], "cpu")
     same = ops.backend_of(ops.OPS[0], rows.device), ops.sum_rows(rows), ops.add_scatter_
-    isa: str = ops.ISA_NAMES[ops.isa_of("sum_rows")] + ops.cpu_isa() + ops.why_no_cuda()
-    return f"{isa} {backend} {same} {counts} {sums}"
+    answer: str = ops.INSTRUCTION_SETS[0] + ops.cpu_instruction_set("sum_rows") + ops.why_no_cuda()
+    return f"{answer} {backend} {same} {counts} {sums}"
 
 
 def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:
@@ -113,10 +113,15 @@ def use_corpora_and_runs() -> dict[str, Any]:
     rows: Tensor = corpus.sample_rows(text, 100)
     batches: list[corpus.Batch] = list(text.batches(batch_rows=4096))
     shard: corpus.Shard = corpus.read_header("text/text_emb_0.npy")
-    writer: corpus.ShardWriter = shard.writer("out/text_emb_0.npy")
-    with writer:
+    writer_type: type[corpus.ShardWriter] = corpus.ShardWriter
+    with shard.writer("out/text_emb_0.npy") as writer:
         writer.write(batches[0].rows)
-    print(corpus.as_numpy(rows).shape, corpus.format_of("text_emb_0.npy"))
+    print(
+        corpus.as_numpy(rows).shape,
+        writer_type.suffix,
+        corpus.sample_ids(10, 5),
+        corpus.format_of("text_emb_0.npy"),
+    )
     settings = Settings(workers=2, method="realign", bad_rows="skip")
     run = AlignRun(settings)
     aligner: ReAlign = run.fit(text, Corpus("image"))
