@@ -1,4 +1,4 @@
-"""Runs of `embed`: rows where they belong, the same bytes whoever decodes, nothing done twice."""
+"""Runs of `embed`: the position of rows, the same bytes for any number of workers, resuming."""
 
 import json
 import multiprocessing
@@ -47,10 +47,10 @@ def pictures(tmp_path):
 
 def run(encoder, out, workers=0, shard_rows=12, **sources):
     options = {key: sources.pop(key) for key in ("dtype", "mode", "batch_size") if key in sources}
-    given = {kind: open_source(path, kind) for kind, path in sources.items()}
+    opened = {content: open_source(path, content) for content, path in sources.items()}
     chosen = {"batch_size": 5, "progress": False} | options
     settings = EmbedSettings(workers=workers, shard_rows=shard_rows, **chosen)
-    return embed(encoder, out, settings=settings, **given)
+    return embed(encoder, out, settings=settings, **opened)
 
 
 def rows_of(out, side):
@@ -70,17 +70,17 @@ def failures(out):
 
 def test_pairs_lie_in_the_same_row_and_failures_are_listed(encoder, pictures, tmp_path):
     report = run(encoder, tmp_path / "out", workers=2, pairs=pictures)
-    about = [row for number in range(3) for row in metadata(tmp_path / "out", number)]
-    kept = [i for i in range(30) if i not in (3, 10, 11)]
-    assert [row["id"] for row in about] == [f"p_{i}" for i in kept]
-    assert [row["source"] for row in about] == [str(pictures / f"p_{i}.png") for i in kept]
-    images = encoder.embed_images([Image.open(row["source"]) for row in about])
-    texts = encoder.embed_texts([row["caption"] for row in about])
-    for side, own in (("image", images), ("text", texts)):
-        found = rows_of(tmp_path / "out", side)
-        assert found.dtype == torch.float16
-        torch.testing.assert_close(found.float(), own, rtol=0, atol=3e-4)
-    reasons = {one["id"]: one["reason"] for one in failures(tmp_path / "out")}
+    records = [row for number in range(3) for row in metadata(tmp_path / "out", number)]
+    embedded = [i for i in range(30) if i not in (3, 10, 11)]
+    assert [row["id"] for row in records] == [f"p_{i}" for i in embedded]
+    assert [row["source"] for row in records] == [str(pictures / f"p_{i}.png") for i in embedded]
+    images = encoder.embed_images([Image.open(row["source"]) for row in records])
+    texts = encoder.embed_texts([row["caption"] for row in records])
+    for side, expected in (("image", images), ("text", texts)):
+        rows = rows_of(tmp_path / "out", side)
+        assert rows.dtype == torch.float16
+        torch.testing.assert_close(rows.float(), expected, rtol=0, atol=3e-4)
+    reasons = {failure["id"]: failure["reason"] for failure in failures(tmp_path / "out")}
     assert reasons == {
         "p_3": "no image that Pillow knows",
         "p_10": "empty file",
@@ -121,9 +121,9 @@ def test_what_is_finished_is_not_embedded_again(encoder, pictures, tmp_path):
     first = run(encoder, tmp_path / "out", pairs=pictures)
     before = tree(tmp_path / "out")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_emb/*")}
-    again = run(encoder, tmp_path / "out", pairs=pictures)
-    assert (first["embedded_now"], again["embedded_now"]) == (30, 0)
-    assert again["finished_before"] == 30
+    resumed = run(encoder, tmp_path / "out", pairs=pictures)
+    assert (first["embedded_now"], resumed["embedded_now"]) == (30, 0)
+    assert resumed["finished_before"] == 30
     assert tree(tmp_path / "out") == before
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
@@ -133,8 +133,8 @@ def test_a_changed_image_and_a_lost_shard_are_embedded_anew(encoder, pictures, t
     run(encoder, out, pairs=pictures)
     picture(99).save(pictures / "p_20.png")  # in shard 1
     (out / "text_emb" / "text_emb_2.npy").unlink()
-    again = run(encoder, out, pairs=pictures)
-    assert (again["embedded_now"], again["finished_before"]) == (18, 12)
+    resumed = run(encoder, out, pairs=pictures)
+    assert (resumed["embedded_now"], resumed["finished_before"]) == (18, 12)
     run(encoder, tmp_path / "fresh", pairs=pictures)
     assert tree(out) == tree(tmp_path / "fresh")
 
@@ -259,9 +259,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes():
     path = os.pathsep.join(map(str, script.parents[1:3]))  # tests/ and the repository
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--kills", "3"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["kills"] == 3
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kills"] == 3
 
 
 def command_line(*arguments, capsys):
@@ -270,29 +270,33 @@ def command_line(*arguments, capsys):
 
 
 def test_the_command_line(model, pictures, tmp_path, capsys):
-    out, how = tmp_path / "out", ["--model", model[0], "--pretrained", model[1], "--device", "cpu"]
-    arguments = ["--pairs", pictures, *how, "--out", out, "--workers", 1]
-    status, said = command_line(*arguments, capsys=capsys)
-    assert status == 0, said.err
-    assert "27 text rows and 27 image rows of 24 columns in 1 shards" in said.out
-    assert "3 items failed and are no rows" in said.out
-    assert "30/30" in said.err  # the progress bar
-    status, said = command_line(*arguments, "--quiet", capsys=capsys)
-    assert (status, said.err) == (0, "")
-    assert "30 items were finished before" in said.out
+    out = tmp_path / "out"
+    options = ["--model", model[0], "--pretrained", model[1], "--device", "cpu"]
+    arguments = ["--pairs", pictures, *options, "--out", out, "--workers", 1]
+    status, printed = command_line(*arguments, capsys=capsys)
+    assert status == 0, printed.err
+    assert "27 text rows and 27 image rows of 24 columns in 1 shards" in printed.out
+    assert "3 items failed and are no rows" in printed.out
+    assert "30/30" in printed.err  # the progress bar
+    status, printed = command_line(*arguments, "--quiet", capsys=capsys)
+    assert (status, printed.err) == (0, "")
+    assert "30 items were finished before" in printed.out
 
 
 def test_the_command_lines_errors_are_one_line(model, pictures, tmp_path, capsys):
-    out, how = ["--out", tmp_path / "out"], ["--model", model[0], "--pretrained", model[1]]
+    out, options = ["--out", tmp_path / "out"], ["--model", model[0], "--pretrained", model[1]]
     for arguments, words in (
-        ([*how, *out], "give --images, --texts or both, or --pairs alone"),
-        ([*how, *out, "--pairs", pictures, "--images", pictures], "or --pairs alone"),
-        ([*how, *out, "--images", tmp_path / "none"], "does not exist"),
-        ([*how[:2], *out, "--images", pictures], "give --pretrained"),
+        ([*options, *out], "give --images, --texts or both, or --pairs alone"),
+        ([*options, *out, "--pairs", pictures, "--images", pictures], "or --pairs alone"),
+        ([*options, *out, "--images", tmp_path / "none"], "does not exist"),
+        ([*options[:2], *out, "--images", pictures], "give --pretrained"),
         (["--model", "/no/such", *out, "--images", pictures], "no such directory or file"),
-        ([*how, "--images", pictures, "--out", pictures / "out"], "which is read; give another"),
+        (
+            [*options, "--images", pictures, "--out", pictures / "out"],
+            "which is read; give another",
+        ),
     ):
-        status, said = command_line(*arguments, capsys=capsys)
+        status, printed = command_line(*arguments, capsys=capsys)
         assert status == 2
-        assert words in said.err
-        assert said.err.count("\n") == 1
+        assert words in printed.err
+        assert printed.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Decoding: what becomes pixels, what becomes a reason, and that no file can fill the memory."""
+"""Decoding: pixels of good files, reasons for bad ones, and no file that fills the memory."""
 
 import io
 import struct
@@ -15,9 +15,9 @@ from realign_fast.embed.decode import MAX_PIXELS, Unreadable, decode
 RAMP = np.arange(40 * 48 * 3, dtype=np.uint32).reshape(48, 40, 3).astype(np.uint8)
 
 
-def encoded(image, kind="PNG", **options):
+def encoded(image, image_format="PNG", **options):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, image_format, **options)
     return file.getvalue()
 
 
@@ -68,16 +68,16 @@ def test_cmyk_becomes_rgb():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
 def test_other_modes_become_rgb(mode):
     image = Image.fromarray(RAMP).convert(mode)
-    found = decode(encoded(image))
-    assert found.mode == "RGB"
-    assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+    decoded = decode(encoded(image))
+    assert decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
 
 
 def test_a_palette_with_transparent_colours_becomes_rgb_without_a_warning(recwarn):
     image = Image.fromarray(RAMP).quantize(8)
     image.info["transparency"] = bytes(range(8))
-    found = decode(encoded(image, transparency=bytes(range(8))))
-    assert found.mode == "RGB"
+    decoded = decode(encoded(image, transparency=bytes(range(8))))
+    assert decoded.mode == "RGB"
     assert not recwarn.list
 
 

@@ -1,4 +1,4 @@
-"""Encoders give what their own libraries give, and say in one sentence what is wrong with them."""
+"""Encoders give the rows of the libraries they wrap, and errors of one sentence."""
 
 import os
 import subprocess
@@ -55,11 +55,13 @@ def test_open_clip_rows_are_open_clips_own(open_clip_files):
     images = [picture(0), picture(1, 200, 60)]
     with torch.no_grad():
         pixels = torch.stack([preprocess(image) for image in images])
-        own = model.eval().encode_image(pixels, normalize=True)
-        own_text = model.encode_text(library.get_tokenizer("small-clip")(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.embed_images(images), own, rtol=0, atol=1e-6)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS), own_text, rtol=0, atol=1e-6)
-    assert encoder.dimension == own.shape[1] == 24
+        expected = model.eval().encode_image(pixels, normalize=True)
+        expected_text = model.encode_text(
+            library.get_tokenizer("small-clip")(TEXTS), normalize=True
+        )
+    torch.testing.assert_close(encoder.embed_images(images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), expected_text, rtol=0, atol=1e-6)
+    assert encoder.dimension == expected.shape[1] == 24
 
 
 def test_hugging_face_rows_are_transformers_own(hugging_face_folder):
@@ -71,16 +73,18 @@ def test_hugging_face_rows_are_transformers_own(hugging_face_folder):
     tokenize = library.AutoTokenizer.from_pretrained(folder)
     images = [picture(0), picture(1, 200, 60)]
     with torch.no_grad():
-        own = model.get_image_features(**process(images=images, return_tensors="pt"))
+        expected = model.get_image_features(**process(images=images, return_tensors="pt"))
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         tokens = tokenize(TEXTS, **options)
         names = (
             ["input_ids"] if "Siglip" in type(model).__name__ else ["input_ids", "attention_mask"]
         )
-        own_text = model.get_text_features(**{name: tokens[name] for name in names})
-    own, own_text = (unit(getattr(one, "pooler_output", one)) for one in (own, own_text))
-    torch.testing.assert_close(encoder.embed_images(images), own, rtol=0, atol=1e-6)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS), own_text, rtol=0, atol=1e-6)
+        expected_text = model.get_text_features(**{name: tokens[name] for name in names})
+    expected, expected_text = (
+        unit(getattr(output, "pooler_output", output)) for output in (expected, expected_text)
+    )
+    torch.testing.assert_close(encoder.embed_images(images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), expected_text, rtol=0, atol=1e-6)
 
 
 def test_llm2clip_text_is_the_formula(llm2clip_folder):
@@ -126,8 +130,8 @@ def test_llm2clip_image_is_the_towers(llm2clip_folder):
     )
     with torch.no_grad():
         pixels = process(images=[picture(3)], return_tensors="pt")["pixel_values"]
-        own = unit(encoder.model["tower"](pixel_values=pixels).image_embeds)
-    torch.testing.assert_close(encoder.embed_images([picture(3)]), own, rtol=0, atol=1e-6)
+        expected = unit(encoder.model["tower"](pixel_values=pixels).image_embeds)
+    torch.testing.assert_close(encoder.embed_images([picture(3)]), expected, rtol=0, atol=1e-6)
     assert encoder.dimension == 20
 
 

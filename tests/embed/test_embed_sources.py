@@ -1,4 +1,4 @@
-"""Sources: which items there are, in which order, under which ids; and what is refused."""
+"""Sources: their items, the order and ids of the items, and the files that are refused."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from support.small_models import picture, write_pictures
 
 from realign_fast.embed import Columns, open_source
 from realign_fast.embed.decode import Unreadable, decode
-from realign_fast.embed.sources.base import identity
+from realign_fast.embed.sources.base import Item, identity
 
 
 def png(seed):
@@ -21,7 +21,7 @@ def png(seed):
     return file.getvalue()
 
 
-def every(source):
+def all_items(source):
     return source.items(0, source.total)
 
 
@@ -47,8 +47,8 @@ def test_a_folder_in_natural_order_with_its_subfolders(tmp_path):
     (folder / "notes.md").write_text("no image")
     source = open_source(folder, "images")
     ids = [f"p_{i}" for i in range(11)] + ["deep/er/p_0", "deep/er/p_1"]
-    assert [item.id for item in every(source)] == ids
-    assert source.read(every(source)[3]) == (folder / "p_3.png").read_bytes()
+    assert [item.id for item in all_items(source)] == ids
+    assert source.read(all_items(source)[3]) == (folder / "p_3.png").read_bytes()
 
 
 def test_files_that_are_no_images_are_counted(tmp_path):
@@ -62,13 +62,13 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
     folder, other = (write_pictures(tmp_path / name, 1) for name in ("one", "other"))
     (folder / "link").symlink_to(other)
     (folder / "loop").symlink_to(folder)
-    assert [item.id for item in every(open_source(folder, "images"))] == ["p_0", "link/p_0"]
+    assert [item.id for item in all_items(open_source(folder, "images"))] == ["p_0", "link/p_0"]
 
 
 def test_pairs_in_a_folder_take_the_text_beside(tmp_path):
     folder = write_pictures(tmp_path / "pictures", 2)
     (folder / "p_1.txt").unlink()
-    first, second = every(open_source(folder, "pairs"))
+    first, second = all_items(open_source(folder, "pairs"))
     assert first.caption == "a small picture of number 0"
     assert "no caption: p_1.txt" in second.failure
 
@@ -77,13 +77,13 @@ def test_a_tar_of_samples(tmp_path):
     members = [("a/1.png", png(1)), ("a/1.txt", b"one\n"), ("a/2.json", b'{"caption": "two"}')]
     members += [("a/2.jpg", b"bytes"), ("a/3.txt", b"three")]
     source = open_source(write_tar(tmp_path / "s.tar", members), "pairs")
-    one, two, three = every(source)
-    assert [(item.id, item.caption) for item in (one, two)] == [("a/1", "one"), ("a/2", "two")]
-    assert source.read(one) == png(1)
-    assert source.read(two) == b"bytes"
-    assert three.failure == "has no image member, only txt"
+    first, second, third = all_items(source)
+    assert [(item.id, item.caption) for item in (first, second)] == [("a/1", "one"), ("a/2", "two")]
+    assert source.read(first) == png(1)
+    assert source.read(second) == b"bytes"
+    assert third.failure == "has no image member, only txt"
     texts = open_source(tmp_path / "s.tar", "texts")
-    assert [(item.caption, item.failure) for item in every(texts)] == [
+    assert [(item.caption, item.failure) for item in all_items(texts)] == [
         ("one", None),
         ("two", None),
         ("three", None),
@@ -96,22 +96,22 @@ def test_a_folder_of_tars_goes_on_from_one_to_the_next(tmp_path):
         write_tar(tmp_path / f"part{number}.tar", members)
     source = open_source(tmp_path, "images")
     ids = ["2-0", "2-1", "2-2", "10-0", "10-1", "10-2"]
-    assert [item.id for item in every(source)] == ids
+    assert [item.id for item in all_items(source)] == ids
     assert [item.id for item in source.items(2, 5)] == ids[2:5]
     assert [item.id for item in source.items(5, 6)] == ids[5:]
     assert [item.id for item in source.items(1, 2)] == ids[1:2]  # back again
 
 
-@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
-def test_images_in_parquet(tmp_path, kind):
+@pytest.mark.parametrize("column_type", ["bytes", "struct", "path"])
+def test_images_in_parquet(tmp_path, column_type):
     data, paths = [png(i) for i in range(70)], [f"p_{i}.png" for i in range(70)]
-    for path, one in zip(paths, data, strict=True):
-        (tmp_path / path).write_bytes(one)
+    for path, image in zip(paths, data, strict=True):
+        (tmp_path / path).write_bytes(image)
     struct = [{"bytes": data[i] if i % 2 else None, "path": paths[i]} for i in range(70)]
-    column = {"bytes": data, "struct": struct, "path": paths}[kind]
+    column = {"bytes": data, "struct": struct, "path": paths}[column_type]
     columns = {"id": [f"i{n}" for n in range(70)], "image": column, "caption": ["x"] * 70}
     source = open_source(write_parquet(tmp_path / "t.parquet", columns, row_group_size=20), "pairs")
-    items = every(source)
+    items = all_items(source)
     assert [(item.id, item.caption) for item in items] == [(f"i{n}", "x") for n in range(70)]
     for place in (0, 1, 19, 20, 65, 3, 69):  # forward, and back
         assert source.read(items[place]) == data[place]
@@ -119,7 +119,7 @@ def test_images_in_parquet(tmp_path, kind):
 
 def test_a_null_image_in_parquet_fails_alone(tmp_path):
     source = open_source(write_parquet(tmp_path / "t.parquet", {"image": [png(0), None]}), "images")
-    items = every(source)
+    items = all_items(source)
     assert decode(source.read(items[0])).size == (40, 48)
     with pytest.raises(Unreadable, match="null"):
         source.read(items[1])
@@ -137,35 +137,35 @@ TABLES = {
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 def test_texts(tmp_path, name, ends):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + TABLES[name].replace("\n", ends).encode())
-    found = [(item.id, item.caption) for item in every(open_source(tmp_path / name, "texts"))]
-    assert found == [("0", "a cat"), ("1", ""), ("2", "a dög")]
+    rows = [(item.id, item.caption) for item in all_items(open_source(tmp_path / name, "texts"))]
+    assert rows == [("0", "a cat"), ("1", ""), ("2", "a dög")]
 
 
 def test_columns_are_chosen(tmp_path):
     rows = [{"key": n, "title": f"t{n}", "caption": "no"} for n in (5, 6)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(tmp_path / "t.jsonl", "texts", Columns(id="key", caption="title"))
-    assert [(item.id, item.caption) for item in every(source)] == [("5", "t5"), ("6", "t6")]
+    assert [(item.id, item.caption) for item in all_items(source)] == [("5", "t5"), ("6", "t6")]
 
 
 def test_a_csv_record_may_span_lines(tmp_path):
     (tmp_path / "t.csv").write_text('id,text\n1,"a cat,\nand a dog"\n2,x\n')
-    captions = [item.caption for item in every(open_source(tmp_path / "t.csv", "texts"))]
+    captions = [item.caption for item in all_items(open_source(tmp_path / "t.csv", "texts"))]
     assert captions == ["a cat,\nand a dog", "x"]
 
 
 def test_several_files_of_texts_have_ids_of_their_own(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("one\ntwo\n")
-    ids = [item.id for item in every(open_source(tmp_path, "texts"))]
+    ids = [item.id for item in all_items(open_source(tmp_path, "texts"))]
     assert ids == ["a-0", "a-1", "b-0", "b-1"]
 
 
 def test_a_caption_that_is_no_text_fails_alone(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": 5}\n{"other": 1}\n{"text": "x"}\n')
-    one, two, three = every(open_source(tmp_path / "t.jsonl", "texts"))
-    assert one.failure == "its caption is int, expected text"
-    assert (two.caption, three.caption) == (None, "x")
+    first, second, third = all_items(open_source(tmp_path / "t.jsonl", "texts"))
+    assert first.failure == "its caption is int, expected text"
+    assert (second.caption, third.caption) == (None, "x")
 
 
 def test_the_papers_dataset_json(tmp_path):
@@ -177,17 +177,25 @@ def test_the_papers_dataset_json(tmp_path):
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps(value))
     images, texts = open_source(path, "images"), open_source(path, "texts")
-    assert [item.id for item in every(images)] == ["7", "b"]
-    assert images.read(every(images)[1]) == (tmp_path / "img" / "p_1.png").read_bytes()
-    assert [(item.id, item.caption) for item in every(texts)] == [("t", "a cat")]
+    assert [item.id for item in all_items(images)] == ["7", "b"]
+    assert images.read(all_items(images)[1]) == (tmp_path / "img" / "p_1.png").read_bytes()
+    assert [(item.id, item.caption) for item in all_items(texts)] == [("t", "a cat")]
 
 
 def test_another_content_is_another_identity(tmp_path):
     (tmp_path / "t.txt").write_text("one\ntwo\n")
-    before = identity(every(open_source(tmp_path / "t.txt", "texts")))
-    assert before == identity(every(open_source(tmp_path / "t.txt", "texts")))
+    before = identity(all_items(open_source(tmp_path / "t.txt", "texts")))
+    assert before == identity(all_items(open_source(tmp_path / "t.txt", "texts")))
     (tmp_path / "t.txt").write_text("one\ntwq\n")
-    assert before != identity(every(open_source(tmp_path / "t.txt", "texts")))
+    assert before != identity(all_items(open_source(tmp_path / "t.txt", "texts")))
+
+
+def test_identity_is_that_of_version_0_1_0_so_that_its_outputs_resume():
+    items = [
+        Item("a", "/no/such/file", (512, 90), "x"),
+        Item("b", "/no/such/file", failure="empty"),
+    ]
+    assert identity(items) == "8fc6b4a61f4c7217fa4345d7c53e61cd"
 
 
 REFUSED = {
@@ -209,12 +217,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [(name, one) for name, many in REFUSED.items() for one in many]
+    ("name", "data"), [(name, data) for name, contents in REFUSED.items() for data in contents]
 )
 def test_what_is_refused_names_the_file_in_one_line(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=name) as caught:
-        every(open_source(tmp_path / name, "texts"))
+        all_items(open_source(tmp_path / name, "texts"))
     assert "\n" not in str(caught.value)
 
 
@@ -241,9 +249,9 @@ def test_folders_of_two_kinds_or_none_are_refused(tmp_path):
 def test_parquet_without_images_is_refused(tmp_path):
     path = write_parquet(tmp_path / "t.parquet", {"image": [1, 2]})
     with pytest.raises(TypeError, match="expected bytes of image files, or paths"):
-        every(open_source(path, "images"))
+        all_items(open_source(path, "images"))
     with pytest.raises(ValueError, match="choose one with --image-column, of: image"):
-        every(open_source(path, "images", Columns(image="picture")))
+        all_items(open_source(path, "images", Columns(image="picture")))
 
 
 def test_a_pipe_is_no_image(tmp_path):
@@ -251,7 +259,7 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(folder / "pipe.png")
     source = open_source(folder, "images")
     with pytest.raises(Unreadable, match="not a regular file"):
-        source.read(every(source)[1])
+        source.read(all_items(source)[1])
 
 
 def test_a_tar_that_webdataset_wrote(tmp_path):
@@ -259,9 +267,9 @@ def test_a_tar_that_webdataset_wrote(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "s.tar")) as tar:
         for number in range(3):
             tar.write({"__key__": f"{number:05}", "png": png(number), "txt": f"text {number}"})
-    items = every(source := open_source(tmp_path / "s.tar", "pairs"))
-    found = [(item.id, item.caption) for item in items]
-    assert found == [(f"{n:05}", f"text {n}") for n in range(3)]
+    items = all_items(source := open_source(tmp_path / "s.tar", "pairs"))
+    samples = [(item.id, item.caption) for item in items]
+    assert samples == [(f"{n:05}", f"text {n}") for n in range(3)]
     assert [source.read(item) for item in items] == [png(n) for n in range(3)]
 
 
@@ -271,7 +279,7 @@ def test_parquet_that_datasets_wrote(tmp_path):
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     made = datasets.Dataset.from_dict(columns, features=features)
     made.to_parquet(str(tmp_path / "t.parquet"))
-    items = every(source := open_source(tmp_path / "t.parquet", "pairs"))
+    items = all_items(source := open_source(tmp_path / "t.parquet", "pairs"))
     assert [item.caption for item in items] == ["a", "b", "c"]
     for number, item in enumerate(items):
         assert decode(source.read(item)).tobytes() == picture(number).tobytes()
