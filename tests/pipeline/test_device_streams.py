@@ -210,7 +210,7 @@ def test_a_device_that_is_not_there_is_one_clear_error(device):
         check_device(device)
 
 
-def test_cpu_has_no_lanes_and_moments_move():
+def test_the_cpu_has_no_streams_and_moments_move():
     assert streams_for("cpu") is None
     moments = Moments(covariance=True).update(torch.randn(50, D))
     moved = moments.to("cpu")
