@@ -165,11 +165,12 @@ class Corpus:
             actual, expected = f"{ids.min()}..{ids.max()}", f"0..{self.num_rows - 1}"
             raise IndexError(f"{self.path}: got rows {actual}, expected {expected}")
         taken = torch.empty(len(ids), self.dimension, dtype=self.dtype)
+        target = taken.view(torch.uint8).numpy()  # bytes, as numpy has no bfloat16
         order = np.argsort(ids, kind="stable")
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
             places = order[ends[index] : ends[index + 1]]
-            taken[places] = self.shards[index].take(ids[places] - self.starts[index])
+            self.shards[index].take(ids[places] - self.starts[index], target, places)
         return taken
 
     def writer(self, shard: Shard, path: AnyPath) -> FormatWriter:

@@ -44,7 +44,8 @@ class Format(NamedTuple):
     """A format of shards."""
 
     recognizes: Callable[[bytes], bool]  # whether a file that begins with these bytes has it
-    read: Callable[[StoragePath, str | None], Shard]  # of a path and the name of the rows
+    # Of a path and the name of the rows (None: the default); errors are those of `read_shard`.
+    read: Callable[[StoragePath, str | None], Shard]
     writer: type[FormatWriter]
 
 

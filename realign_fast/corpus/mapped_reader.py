@@ -60,16 +60,13 @@ def read(
             del block
 
 
-def take(shard: ContiguousShard, ids: np.ndarray) -> torch.Tensor:
-    """Read the rows at `ids`, `[len(ids), D]`, each by itself."""
-    rows = torch.empty(len(ids), shard.dimension, dtype=shard.torch_dtype)
-    target = rows.view(torch.uint8).numpy()
+def take(shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+    """Read the rows at `ids` into the bytes `target[places]`, each by itself."""
     with shard.opened() as file:
-        for place, row in enumerate(ids.tolist()):
+        for row, place in zip(ids.tolist(), places.tolist(), strict=True):
             offset = shard.offset + row * shard.row_bytes
             if os.preadv(file.fileno(), [target[place]], offset) != shard.row_bytes:
                 raise shard.changed_error()
-    return rows
 
 
 def _native_blocks(

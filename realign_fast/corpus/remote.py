@@ -47,9 +47,8 @@ def _next_piece(shard: ContiguousShard, stream: Iterator[bytes], stamp: Stamp) -
         raise
 
 
-def take(shard: ContiguousShard, ids: np.ndarray) -> torch.Tensor:
-    """Fetch the rows at sorted `ids`, `[len(ids), D]`; near ones share a request."""
-    rows = np.empty((len(ids), shard.row_bytes), np.uint8)
+def take(shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+    """Fetch the rows at sorted `ids` into the bytes `target[places]`; near ones share a request."""
     runs: list[list[int]] = []  # places in `ids` of the rows that one request fetches
     for place, row in enumerate(ids):
         run_start = ids[runs[-1][0]] if runs else 0
@@ -66,8 +65,7 @@ def take(shard: ContiguousShard, ids: np.ndarray) -> torch.Tensor:
     with shard.opened() as file:
         for run, data in zip(runs, spans(file, ranges), strict=True):
             fetched = np.frombuffer(data, np.uint8).reshape(-1, shard.row_bytes)
-            rows[run] = fetched[ids[run] - ids[run[0]]]
-    return _as_rows(rows, shard)
+            target[places[run]] = fetched[ids[run] - ids[run[0]]]
 
 
 def _as_rows(data: np.ndarray, shard: ContiguousShard) -> torch.Tensor:

@@ -87,8 +87,8 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def take(self, ids: np.ndarray) -> torch.Tensor:
-        """Read the rows at the sorted numbers `ids`: `[len(ids), D]`."""
+    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows at the sorted numbers `ids` into the bytes `target[places]`, one a row."""
 
     @abstractmethod
     def writer(self, path: AnyPath) -> FormatWriter:
@@ -135,10 +135,10 @@ class ContiguousShard(Shard):
             return remote.read(self, first, batch_rows)
         return mapped_reader.read(self, first, batch_rows, ring)
 
-    def take(self, ids: np.ndarray) -> torch.Tensor:
-        """Read the rows at sorted `ids`, `[len(ids), D]`; only they are read, or fetched."""
+    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows at sorted `ids` into `target[places]`; only they are read, or fetched."""
         take = remote.take if self.path.is_remote else mapped_reader.take
-        return take(self, ids)
+        take(self, ids, target, places)
 
 
 def as_numpy(rows: torch.Tensor) -> np.ndarray:

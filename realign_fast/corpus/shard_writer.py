@@ -34,7 +34,7 @@ class FormatWriter:
         num_rows: rows that will be written in all.
         dimension: numbers in a row.
         dtype: one of `dtypes`.
-        source: the shard whose other columns are kept, of the same format; None keeps none.
+        source: the shard of the same format whose other columns are kept; for tables the columns.
         other_columns: those columns instead, as one dictionary a row.
     Raises:
         TypeError: the format does not have the number type.

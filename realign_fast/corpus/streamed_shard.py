@@ -58,13 +58,17 @@ class StreamedShard(Shard):
         if row != self.num_rows or (self.path.is_remote and self.path.stamp() != self.stamp):
             raise self.changed_error()
 
-    def take(self, ids: np.ndarray) -> torch.Tensor:
-        """Read the rows at sorted `ids`; all rows between the first and the last are decoded."""
-        taken = torch.empty(len(ids), self.dimension, dtype=self.torch_dtype)
+    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows at sorted `ids` into the bytes `target[places]`."""
+        target[places] = self.take_rows(ids).view(np.uint8)
+
+    def take_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Read the rows `[len(ids), D]` at sorted `ids`; all between first and last are decoded."""
+        taken = np.empty((len(ids), self.dimension), self.dtype)
         batch_rows = max(1, (1 << 20) // self.row_bytes)
         for first, rows in self.read(int(ids[0]), batch_rows):
             low, high = np.searchsorted(ids, [first, first + len(rows)])
-            taken[low:high] = rows[ids[low:high] - first]
+            taken[low:high] = rows.numpy()[ids[low:high] - first]
             if high == len(ids):
                 break
         return taken

@@ -92,13 +92,7 @@ class StreamWriter(ArrowWriter):
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
-    """Open a column of rows of an Arrow IPC file or stream; see `vectors_of` for its choice.
-
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the column holds no vectors of numbers.
-        ValueError: the file is damaged or truncated, or has no such column.
-    """
+    """Open a column of rows of an Arrow IPC file or stream; see `vectors_of` for its choice."""
     stamp = path.stamp()
     with _opened_data(path) as data:
         reader, is_stream = _open_reader(data)

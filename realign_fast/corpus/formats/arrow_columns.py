@@ -24,11 +24,7 @@ _USER = "A parquet or Arrow file"
 
 
 def pyarrow() -> ModuleType:
-    """Import pyarrow, with what it has for Arrow files and for parquet.
-
-    Raises:
-        ImportError: pyarrow is missing; the message says how to install it.
-    """
+    """Import pyarrow, with what it has for Arrow files and for parquet."""
     import_extra("pyarrow.ipc", "parquet", _USER)
     import_extra("pyarrow.parquet", "parquet", _USER)
     return import_extra("pyarrow", "parquet", _USER)
@@ -38,10 +34,7 @@ def pyarrow() -> ModuleType:
 def decoded(path: AnyPath, file: Any = None) -> Iterator[None]:
     """Raise pyarrow's errors about a file that it cannot read again, with the name of the file.
 
-    Args:
-        path: the file.
-        file: what pyarrow reads from, if that is a remote file. Its own error is raised instead,
-            since pyarrow may keep only the message of it.
+    The error of a remote `file` is raised in their place: pyarrow may keep only its message.
     """
     try:
         yield
@@ -64,12 +57,8 @@ class VectorColumn(NamedTuple):
 
 
 def vectors_of(path: StoragePath, schema: Any, column: str | None) -> VectorColumn:
-    """Return the column of rows of a `pyarrow.Schema`.
+    """Return the column of rows of a `pyarrow.Schema`: `name` or `name:dtype`, or `embedding`.
 
-    Args:
-        path: the file, for errors.
-        schema: its columns.
-        column: `name` or `name:dtype`; None is `embedding`.
     Raises:
         TypeError: the column holds no vectors of float16, float32 or float64.
         ValueError: there is no such column, or its rows have no numbers.
@@ -120,11 +109,7 @@ def _checked_dimension(place: str, dimension: int) -> int:
 
 
 def first_dimension(path: StoragePath, column: str, arrays: Iterator[Any]) -> int:
-    """Return the length of the first row of a column of lists, given as `arrays`.
-
-    Raises:
-        ValueError: there is no row, it is null, or it has no numbers.
-    """
+    """Return the length of the first row of a column of lists, given as `arrays`."""
     array = next((array for array in arrays if len(array)), None)
     place = f"{path}: column {column!r}"
     if array is not None:
@@ -137,15 +122,9 @@ def first_dimension(path: StoragePath, column: str, arrays: Iterator[Any]) -> in
 
 
 def rows_of(array: Any, vectors: VectorColumn, path: StoragePath, first: int) -> np.ndarray:
-    """Return rows `[n, D]` that view the memory of a `pyarrow.Array`.
+    """Return rows `[n, D]` that view the memory of a `pyarrow.Array`, which begins at row `first`.
 
-    Args:
-        array: values of the column.
-        vectors: the column.
-        path: the file, for errors.
-        first: number of the row at which the array begins, for errors.
-    Raises:
-        ValueError: a row or a number is null, or a row has another length.
+    Nulls and rows of another length are a `ValueError`.
     """
     place = f"{path}: column {vectors.name!r}"
     array.validate()  # offsets and buffers have not been read yet, and may not fit
@@ -180,11 +159,7 @@ def _check_lengths(array: Any, dimension: int, place: str, first: int) -> None:
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
-    """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared.
-
-    Raises:
-        ValueError: the rows have more numbers than the offsets of the type can count.
-    """
+    """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared."""
     pa = pyarrow()
     data = pa.py_buffer(rows.reshape(-1))
     if pa.types.is_fixed_size_binary(column_type):

@@ -20,11 +20,7 @@ FIRST_BYTES = 1 << 12  # fetched at once: most heads are shorter
 
 
 def rows_of_batches(path: StoragePath, file: OpenedFile, is_stream: bool) -> Iterator[int]:
-    """Yield the number of rows of each record batch in turn.
-
-    Raises:
-        ValueError: the messages do not follow each other to the end.
-    """
+    """Yield the number of rows of each record batch in turn."""
     offset = 0 if is_stream else 8
     while True:
         start = file.pread(FIRST_BYTES, offset)

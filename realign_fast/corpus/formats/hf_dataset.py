@@ -26,11 +26,7 @@ def splits_of(folder: StoragePath) -> list[str]:
 
 
 def data_files(folder: StoragePath) -> list[StoragePath]:
-    """Return the shards of the dataset in a folder, in its order.
-
-    Raises:
-        ValueError: `state.json` names no files of the folder, or an index chooses their rows.
-    """
+    """Return the shards of the dataset in a folder, in its order."""
     state = _load(folder / STATE)
     files = state.get("_data_files") or [None]
     names: list[Any] = [file.get("filename") if isinstance(file, dict) else None for file in files]
@@ -46,13 +42,7 @@ def data_files(folder: StoragePath) -> list[StoragePath]:
 def write_state(
     folder: StoragePath, shards: Sequence[StoragePath], source: StoragePath | None = None
 ) -> None:
-    """Write the json files that make a dataset of the `shards` in `folder`.
-
-    Args:
-        folder: the dataset.
-        shards: its files, in their order.
-        source: the folder of a dataset whose information is kept; None keeps none.
-    """
+    """Write the json files that make a dataset of `shards`; information of `source` is kept."""
     state: dict[str, Any] = _load(source / STATE) if source else _PLAIN
     info = _load(source / INFO) if source and (source / INFO).exists() else {}
     digest = hashlib.sha256(str(state.get("_fingerprint")).encode())

@@ -53,13 +53,7 @@ class ShardWriter(FormatWriter):
 
 
 def read_header(path: AnyPath) -> NpyShard:
-    """Open the shard at `path`.
-
-    Raises:
-        OSError: the file cannot be read, or is no regular file.
-        TypeError: it holds another number type than float16, float32 or float64.
-        ValueError: it is no whole `.npy` file of rows.
-    """
+    """Open the `.npy` shard at `path`; errors are those of `format_registry.read_shard`."""
     path = storage_path(path)
     with path.opened() as file:
         return _parse(file, path)

@@ -17,7 +17,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...storage.paths import AnyPath, StoragePath, explained
 from ..streamed_shard import Buffers
@@ -68,10 +67,10 @@ class ParquetShard(TableShard):
             yield rows[max(0, first - row) :]
             row += len(rows)
 
-    def take(self, ids: np.ndarray) -> torch.Tensor:
+    def take_rows(self, ids: np.ndarray) -> np.ndarray:
         """Read the rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
         if self.path.is_remote:
-            return super().take(ids)
+            return super().take_rows(ids)
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
         taken = np.empty((len(ids), self.dimension), self.dtype)
@@ -87,8 +86,8 @@ class ParquetShard(TableShard):
                     for place in range(cuts[group - 1] if group else 0, cuts[group]):
                         pages.read(int(ids[place]) - row, taken[place])
                 except NOT_PLAIN:
-                    return super().take(ids)
-        return torch.from_numpy(taken)
+                    return super().take_rows(ids)
+        return taken
 
     def why_decoded(self) -> str:
         """Return why pyarrow reads row groups of this file; empty if all are read directly.
@@ -140,13 +139,7 @@ class ParquetWriter(TableWriter):
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
-    """Open a column of rows of a parquet file; see `vectors_of` for its choice.
-
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the column holds no vectors of numbers.
-        ValueError: the file is damaged, or has no such column.
-    """
+    """Open a column of rows of a parquet file; see `vectors_of` for its choice."""
     stamp = path.stamp()
     with _opened(path) as (file, _):
         vectors = vectors_of(path, file.schema_arrow, column)

@@ -52,15 +52,10 @@ def read_pages(
 
 
 def pages_of(file: Any, descriptor: int | None, group: int, vectors: VectorColumn) -> Any:
-    """Return the pages of a column in a row group, as `_io.ParquetPages`.
+    """Return the pages of a column in row group `group`, as `_io.ParquetPages`.
 
-    Args:
-        file: a `pyarrow.parquet.ParquetFile`.
-        descriptor: of the same file, open; None for a remote file.
-        group: index of the row group.
-        vectors: the column of the rows.
-    Raises:
-        NotDirect: the rows do not lie there as numbers, or there is no compiled reader.
+    `file` is a `pyarrow.parquet.ParquetFile`, and `descriptor` that of the same file; None if it is
+    remote. `NotDirect` is raised if the rows do not lie there as numbers.
     """
     if _io is None:
         raise NotDirect("the compiled reader is not installed; run `realign-fast info`")

@@ -31,11 +31,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Execute the opcodes to the end of the data and return the value that they build.
-
-        Raises:
-            ValueError: an opcode is unknown, or there are too many.
-        """
+        """Execute the opcodes to the end of the data and return the value that they build."""
         data, opcodes = self.data, OPCODES
         for _ in range(MAX_STEPS):
             code = data[self.offset]
@@ -74,21 +70,13 @@ class Machine:
         return values
 
     def push_name(self, module: Any, name: Any) -> None:
-        """Push the name of a global.
-
-        Raises:
-            ValueError: it is none of `pickle_values.GLOBALS`.
-        """
+        """Push the name of a global."""
         if type(module) is not str or type(name) is not str or (module, name) not in GLOBALS:
             raise ValueError(f"names {module!r:.60}, {name!r:.60}: only numpy arrays are built")
         self.stack.append(Name(GLOBALS[module, name]))
 
     def top(self, container: type) -> Any:
-        """Return the last value of the stack.
-
-        Raises:
-            ValueError: it is no `container`.
-        """
+        """Return the last value of the stack."""
         if type(self.stack[-1]) is not container:
             raise ValueError(f"expected a {container.__name__} to fill, got another value")
         return self.stack[-1]
@@ -264,11 +252,7 @@ OPCODES: dict[int, Step] = {
 
 
 def load(data: memoryview) -> Any:
-    """Return the value that a pickle describes; numpy arrays are `Array`s, each with its `value`.
-
-    Raises:
-        ValueError: the pickle is damaged, or describes more than plain data.
-    """
+    """Return the value that a pickle describes; numpy arrays are `Array`s with a `value`."""
     machine = Machine(data)
     try:
         return machine.run()

@@ -18,7 +18,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
@@ -62,13 +61,13 @@ class PickledShard(StreamedShard):
                 batch[place] = self._row(entry, start + place)
             yield batch
 
-    def take(self, ids: np.ndarray) -> torch.Tensor:
+    def take_rows(self, ids: np.ndarray) -> np.ndarray:
         """Read the rows at sorted `ids`: only they are read, unless the file has to be built."""
         if (direct := self._direct) is None:
-            return super().take(ids)
+            return super().take_rows(ids)
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        return torch.from_numpy(take_direct(self, direct, ids))
+        return take_direct(self, direct, ids)
 
     def _row(self, entry: Any, number: int) -> np.ndarray:
         row = _vector(self.path, number, entry, self.column)
@@ -112,20 +111,10 @@ class PickleWriter(FormatWriter):
     suffixes = (".pkl", ".pickle")
     accepts_entries = True
 
-    def __init__(
-        self,
-        path: AnyPath,
-        num_rows: int,
-        dimension: int,
-        dtype: torch.dtype,
-        source: PickledShard | None = None,
-        other_columns: Iterator[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(path, num_rows, dimension, dtype, source, other_columns)
-        if num_rows * dimension * dtype.itemsize > MAX_BYTES:
-            raise ValueError(f"{path}: a pickle is at most {MAX_BYTES} bytes; convert to parquet")
-
     def _begin(self) -> None:
+        if self.num_rows * self.dimension * self.dtype.itemsize > MAX_BYTES:
+            advice = "convert to parquet"
+            raise ValueError(f"{self.path}: a pickle is at most {MAX_BYTES} bytes; {advice}")
         self._entries: list[dict[str, Any]] = []
 
     def _append(self, rows: np.ndarray) -> None:
@@ -171,16 +160,7 @@ class _Unclosed(io.RawIOBase):
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
-    """Open a pickled list, which is read to its end.
-
-    Args:
-        path: the file.
-        column: key of the rows; None is `embed`, else `embedding`.
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the rows are not float16, float32 or float64.
-        ValueError: the file is no list of entries, or not plain data, or has no such key.
-    """
+    """Open a pickled list, which is read to its end; by default the rows are under `embed`."""
     stamp = path.stamp()
     if direct := _direct(path, stamp, column):
         name, dtype = _names(column)[direct.name], np.dtype(f"<f{direct.value_bytes}")

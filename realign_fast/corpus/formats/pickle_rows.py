@@ -29,10 +29,7 @@ REMEMBERED_FILES = 256  # for which the places of the rows are kept
 def direct_rows(path: StoragePath, stamp: Stamp, names: Sequence[str]) -> Any:
     """Return where the rows lie in a file, as `_io.PickledRows`; None if it is unusual.
 
-    Args:
-        path: the pickled list.
-        stamp: its stamp; the places are remembered for it.
-        names: keys of the rows; the first of them that row 0 has is used.
+    The rows are under the first of `names` that row 0 has. Their places are kept for the stamp.
     """
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
     return _located(path, stamp, keys, pickle_interpreter.MAX_STEPS) if _io else None

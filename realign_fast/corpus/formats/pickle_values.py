@@ -1,6 +1,7 @@
 """Values of a pickle other than lists, dicts and the like: numpy's arrays, types and scalars.
 
-`pickle_interpreter.py` builds these; each checks what the file says about it.
+`pickle_interpreter.py` builds these. Each checks what the file says about it, and raises a
+`ValueError` for anything that numpy would not write.
 """
 
 from __future__ import annotations
@@ -50,11 +51,7 @@ class Type:
         self.dtype = np.dtype(text)
 
     def build(self, state: Any) -> None:
-        """Set the byte order from the state of a numpy dtype.
-
-        Raises:
-            ValueError: the dtype has fields, a shape or objects.
-        """
+        """Set the byte order from the state of a numpy dtype."""
         order, text = state[1], self.dtype.kind in "US"
         sizes = (self.dtype.itemsize, 4 if self.dtype.kind == "U" else 1) if text else (-1, -1)
         if order not in ("<", "|", "=", ">") or state[2:7] != (None, None, None, *sizes):
@@ -86,11 +83,7 @@ class Array:
 
 
 def array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """Return an array that views `data`.
-
-    Raises:
-        ValueError: the arguments do not describe an array of plain values and of this size.
-    """
+    """Return an array that views `data`."""
     if type(dtype) is not Type or type(shape) is not tuple or order not in ("C", "F"):
         raise ValueError("an array is not described by dtype, shape and order")
     if type(data) is not bytes or not all(type(n) is int for n in shape):
@@ -104,11 +97,7 @@ def array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def call(name: Any, values: Any) -> Any:
-    """Return what a global of `GLOBALS` makes of its arguments.
-
-    Raises:
-        ValueError: `name` is none of them, or numpy never calls it with such arguments.
-    """
+    """Return what a global of `GLOBALS` makes of its arguments."""
     if type(name) is not Name or type(values) is not tuple:
         raise ValueError("calls something that is no numpy constructor")
     if name == _ARRAY and values[0] == "ndarray" and type(values[0]) is Name:
@@ -130,11 +119,7 @@ def call(name: Any, values: Any) -> Any:
 
 
 def plain_key(key: Any) -> Any:
-    """Return a key of a dict or set that is text or a number; hashing others may take for ever.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return a key of a dict or set that is text or a number; hashing others may take for ever."""
     if type(key) not in (str, int, float, bool, type(None)):
         raise ValueError(f"a key is {type(key).__name__}, expected text or a number")
     return key

@@ -61,11 +61,7 @@ class TensorShard(ContiguousShard):
             return len(_header(file, self.path)[0]) > 1
 
     def other_columns(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time.
-
-        Raises:
-            ValueError: a tensor is no column of numbers, one or several a row.
-        """
+        """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
             columns = {
@@ -139,13 +135,7 @@ def recognizes(head: bytes) -> bool:
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
-    """Open the tensor `column` of the file; by default `embedding`, or the only tensor there is.
-
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the tensor is not float16, bfloat16, float32 or float64.
-        ValueError: the file is damaged, or has no such tensor of rows.
-    """
+    """Open the tensor `column` of the file; by default `embedding`, or the only tensor there is."""
     with path.opened() as file:
         return _parse(file, path, column)
 

@@ -56,28 +56,18 @@ class TableColumns:
 class TableWriter(FormatWriter):
     """Write a table; each batch of rows becomes one record batch or row group.
 
-    A format implements `_open_table`.
+    Its `source` is a `TableColumns`. A format implements `_open_table`.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        num_rows: int,
-        dimension: int,
-        dtype: torch.dtype,
-        columns: TableColumns | None = None,
-    ) -> None:
-        super().__init__(path, num_rows, dimension, dtype)
-        self.columns = columns or TableColumns(plain_schema(dimension, dtype))
+    def _open_table(self, file: Any) -> Any:
+        """Return pyarrow's writer of `self.columns.schema` to a file."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        self.columns = self._source or TableColumns(plain_schema(self.dimension, self.dtype))
         other_columns = self.columns.other_columns
         self._batches = iter(other_columns()) if other_columns else None
         self._unwritten: Any = None  # rows of the last record batch of the other columns
-
-    @abstractmethod
-    def _open_table(self, file: Any) -> Any:
-        """Return pyarrow's writer of `self.columns.schema` to a file."""
-
-    def _begin(self) -> None:
         self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._table = self._open_table(pyarrow().PythonFile(self._buffered, "w"))
 

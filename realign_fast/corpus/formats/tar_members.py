@@ -17,11 +17,7 @@ Members = dict[str, tarfile.TarInfo]  # of one sample, by ending
 
 
 def samples(path: AnyPath, tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
-    """Yield the key of each sample with its members.
-
-    Raises:
-        ValueError: the members of a sample do not lie together, or two have one name.
-    """
+    """Yield the key of each sample with its members."""
     known_keys: set[str] = set()
     key: str | None = None
     members: Members = {}
@@ -66,12 +62,7 @@ def forget_members(tar: tarfile.TarFile) -> None:
 
 @contextmanager
 def opened_tar(path: AnyPath) -> Iterator[tarfile.TarFile]:
-    """Open an uncompressed tar.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no tar, or it is truncated.
-    """
+    """Open an uncompressed tar."""
     with explained(path), storage_path(path).open("rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
         ended = file.read() == bytes(1024)
@@ -94,22 +85,14 @@ def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def row_bytes_of(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return the bytes of a member that holds one row.
-
-    Raises:
-        ValueError: it is longer than any row.
-    """
+    """Return the bytes of a member that holds one row."""
     if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
         raise ValueError(f"{path}: {member.name} has {member.size} bytes, expected one row")
     return content_of(tar, member)
 
 
 def array_of_member(path: StoragePath, name: str, data: bytes) -> np.ndarray:
-    """Return the array that a `.npy` member holds.
-
-    Raises:
-        ValueError: the member is no `.npy` file.
-    """
+    """Return the array that a `.npy` member holds."""
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds

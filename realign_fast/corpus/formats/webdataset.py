@@ -182,14 +182,8 @@ class TarWriter(FormatWriter):
 def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
     """Open a tar of samples; all its headers are read, to count them.
 
-    Args:
-        path: the tar.
-        column: ending of the members that are rows; None is `embedding.npy`, or the only one
-            that ends in `npy`.
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the first row is not float16, float32 or float64.
-        ValueError: the file is damaged, or a sample has no such member.
+    `column` is the ending of the members that are rows: by default `embedding.npy`, or the only one
+    that ends in `npy`.
     """
     stamp, num_rows, row = path.stamp(), 0, None
     with opened_tar(path) as tar:
