@@ -1,4 +1,4 @@
-"""Table, plot and verdicts of `text_instead_of_pairs.py`, from the results it left on disk."""
+"""The table, the plot and the verdicts of `text_instead_of_pairs.py`, from its result files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from training_dynamics import processor
 
 STAGES = ("stage 1", "stage 2")
-FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1, "cider": 1}  # 1: more is better
+# 1: more is better, -1: less is better.
+FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1, "cider": 1}
 STEPS = ("mean shift (step 1)", "steps 1+2", "ReAlign")
-ORDERINGS = {  # worse before better; the paper's own averages where it gives them
+ORDERINGS = {  # worse before better, with the averages that the paper gives
     "a stage 1 on text as it is helps (paper 43.58, 47.50)": ("no stage 1", "text as it is"),
     "a stage 1 on aligned text helps (paper 43.58, 50.16)": ("no stage 1", "ReAlign"),
     "none < C3 < ReAlign (paper 47.50, 48.06, 50.16)": ("text as it is", "C3", "ReAlign"),
@@ -23,39 +24,42 @@ ORDERINGS = {  # worse before better; the paper's own averages where it gives th
     "more text beats fewer pairs, a quarter": ("real pairs, 1/4", "ReAlign"),
     "ReAlign beats CORAL (our question)": ("CORAL, shrunk", "ReAlign"),
 }
-Results = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> what run_arm returned
+Result = dict[str, Any]  # what `run_arm` returned
+Results = dict[str, dict[int, Result]]  # by arm and seed
 
 
 class Verdict(NamedTuple):
-    """One ordering, by one figure, after one stage."""
+    """Whether one ordering of arms holds, by one figure, after one stage."""
 
     ordering: str
     stage: str
     figure: str
     means: list[float]
     holds: bool  # the means are in order
-    seeds: tuple[int, int]  # in how many of how many seeds they are
+    seeds: tuple[int, int]  # the seeds in which the values are in order, and all seeds
 
 
 def load(out: Path) -> Results:
-    """Every finished (arm, seed)."""
-    found: Results = {}
+    """Read the results of every finished arm and seed."""
+    results: Results = {}
     for file in sorted((out / "results").glob("*.json")):
-        one = json.loads(file.read_text())
-        found.setdefault(one["arm"], {})[one["seed"]] = one
-    return found
+        result = json.loads(file.read_text())
+        results.setdefault(result["arm"], {})[result["seed"]] = result
+    return results
 
 
-def values(of_arm: dict[int, dict[str, Any]], stage: str, figure: str) -> dict[int, float]:
-    """Seed -> figure; empty where an arm has no such stage."""
-    return {seed: one[stage][figure]["value"] for seed, one in of_arm.items() if one[stage]}
+def values(by_seed: dict[int, Result], stage: str, figure: str) -> dict[int, float]:
+    """Return a figure of an arm by seed; empty if the arm has no such stage."""
+    return {
+        seed: result[stage][figure]["value"] for seed, result in by_seed.items() if result[stage]
+    }
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Which orderings hold; those whose arms have not all run are left out."""
-    found = []
+    """Judge the orderings; those whose arms have not all run are left out."""
+    judged = []
     for stage in STAGES:
-        for words, arms in ORDERINGS.items():
+        for ordering, arms in ORDERINGS.items():
             for figure, sign in FIGURES.items():
                 sides = [values(results.get(arm, {}), stage, figure) for arm in arms]
                 seeds = set.intersection(*(set(side) for side in sides))
@@ -66,34 +70,35 @@ def verdicts(results: Results) -> list[Verdict]:
                 holds = bool((sign * np.diff(means) > 0).all())
                 ordered = int((sign * np.diff(table, axis=0) > 0).all(0).sum())
                 within = (ordered, len(seeds))
-                found.append(Verdict(words, stage, figure, means.tolist(), holds, within))
-    return found
+                judged.append(Verdict(ordering, stage, figure, means.tolist(), holds, within))
+    return judged
 
 
 def table(results: Results, order: list[str]) -> list[str]:
-    """Markdown: an arm a row; mean and standard deviation over seeds."""
+    """Return a Markdown table with a row for each arm: mean and standard deviation over seeds."""
     heads = [f"{figure} {stage[-1]}" for stage in STAGES for figure in FIGURES]
     lines = [f"| arm | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for arm in order:
         cells = []
         for stage in STAGES:
             for figure in FIGURES:
-                some = list(values(results[arm], stage, figure).values())
-                spread = f" ± {np.std(some, ddof=1):.3f}" if len(some) > 1 else ""
-                cells.append(f"{np.mean(some):.3f}{spread}" if some else "")
+                by_seed = list(values(results[arm], stage, figure).values())
+                spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
+                cells.append(f"{np.mean(by_seed):.3f}{spread}" if by_seed else "")
         lines.append(f"| {arm} | {len(results[arm])} | {' | '.join(cells)} |")
     return lines
 
 
-def spoken(one: Verdict) -> str:
-    """A line of the report."""
-    means = ", ".join(f"{value:.3f}" for value in one.means)
-    holds = f"{'yes' if one.holds else '**no**'}, in {one.seeds[0]} of {one.seeds[1]} seeds"
-    return f"| {one.ordering} | {one.figure} | {holds} | {means} |"
+def verdict_line(verdict: Verdict) -> str:
+    """Return a row of the Markdown table of verdicts."""
+    means = ", ".join(f"{value:.3f}" for value in verdict.means)
+    ordered, seeds = verdict.seeds
+    holds = f"{'yes' if verdict.holds else '**no**'}, in {ordered} of {seeds} seeds"
+    return f"| {verdict.ordering} | {verdict.figure} | {holds} | {means} |"
 
 
 def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     settings = about["settings"]
     lines = [
         f"# Text in place of pairs, {about['date']}",
@@ -110,20 +115,20 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         "",
         *table(results, order),
     ]
-    found = verdicts(results)
-    for stage in {one.stage: None for one in found}:
+    judged = verdicts(results)
+    for stage in dict.fromkeys(verdict.stage for verdict in judged):
         lines += [
             "",
             f"Orderings after {stage}, by the means of the seeds, worse before better:",
             "",
         ]
         lines += ["| ordering | by | holds | means |", "|---|---|---|---|"]
-        lines += [spoken(one) for one in found if one.stage == stage]
+        lines += [verdict_line(verdict) for verdict in judged if verdict.stage == stage]
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, results: Results, order: list[str]) -> None:
-    """Loss on held-out pictures against steps, both stages; bands reach over the seeds."""
+    """Draw the loss on held-out pictures against steps; bands reach over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,16 +136,17 @@ def draw(path: Path, results: Results, order: list[str]) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5))
     for number, panel in enumerate(panels, 1):
-        top = 0.0  # the first steps are far above the rest in every arm
-        for place, arm in enumerate(order):
-            curves = [one[f"curve {number}"] for one in results[arm].values()]
+        top = 0.0  # of the axis: the first steps are far above all later ones in every arm
+        for color, arm in enumerate(order):
+            curves = [result[f"curve {number}"] for result in results[arm].values()]
             if not curves[0]:
                 continue
-            steps, losses = [at for at, _ in curves[0]], [[y for _, y in one] for one in curves]
-            style = {"color": f"C{place}", "ls": "--" if "pairs" in arm else "-"}
+            steps = [step for step, _ in curves[0]]
+            losses = [[loss for _, loss in curve] for curve in curves]
+            style = {"color": f"C{color}", "ls": "--" if "pairs" in arm else "-"}
             panel.plot(steps, np.mean(losses, axis=0), label=arm, **style)
             low, high = np.min(losses, axis=0), np.max(losses, axis=0)
-            panel.fill_between(steps, low, high, color=f"C{place}", alpha=0.12, lw=0)
+            panel.fill_between(steps, low, high, color=f"C{color}", alpha=0.12, lw=0)
             top = max(top, *high[len(high) // 3 :])
         panel.set(title=f"stage {number}", xlabel="step", ylabel="loss on held-out pictures")
         panel.set_ylim(top=top + 0.1 if top else None)
@@ -151,27 +157,27 @@ def draw(path: Path, results: Results, order: list[str]) -> None:
 
 
 def write_report(out: Path, folder: Path, threads: int, order: list[str]) -> None:
-    """`folder/text_instead_of_pairs_<date>` .md, .json and .png of what `out` holds; prints it."""
+    """Print the report of the results in `out`; write `folder/text_instead_of_pairs_<date>.*`."""
     from transformers import __version__ as transformers_version
 
     results = load(out)
     order = [arm for arm in order if arm in results]
-    every = [one for arm in order for one in results[arm].values()]
-    if not every:
+    finished = [result for arm in order for result in results[arm].values()]
+    if not finished:
         raise SystemExit(f"{out}: holds no results yet; run without --write first")
     about = {
-        "date": min(one["date"] for one in every),
+        "date": min(result["date"] for result in finished),
         "machine": f"{processor()}, {platform.system()}",
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers_version,
-        "minutes": round(sum(one["seconds"] for one in every) / 60, 1),
+        "minutes": round(sum(result["seconds"] for result in finished) / 60, 1),
         "settings": json.loads((out / "settings.json").read_text()),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"text_instead_of_pairs_{about['date']}.json"
-    found = [one._asdict() for one in verdicts(results)]
-    path.write_text(json.dumps(about | {"verdicts": found, "results": every}, indent=1) + "\n")
+    content = about | {"verdicts": [verdict._asdict() for verdict in verdicts(results)]}
+    path.write_text(json.dumps(content | {"results": finished}, indent=1) + "\n")
     text = page(results, order, about)
     path.with_suffix(".md").write_text(text)
     draw(path.with_suffix(".png"), results, order)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +89,13 @@ class Conversations(Dataset[Item]):
             )
         return Subset(self, held_out, False), Subset(self, held_out, True)
 
-    def __del__(self) -> None:
+    # The defaults outlive the module, which the end of the process empties first.
+    def __del__(
+        self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid
+    ) -> None:
         descriptor: int | None = getattr(self, "_descriptor", None)
-        if descriptor is not None and self._opened_by == os.getpid():
-            os.close(descriptor)
+        if descriptor is not None and self._opened_by == getpid():
+            close(descriptor)
 
 
 class Subset(Dataset[Item]):
