@@ -1,9 +1,10 @@
-"""Align on a Ray cluster from Python: the same as ``realign-fast align --engine ray``.
+"""Align on a Ray cluster from Python, as ``realign-fast align --engine ray`` does.
 
     python examples/align_on_ray.py TEXT_DIR IMAGE_DIR OUT ray://HOST:10001 --ship
 
-Without an address Ray is started on this machine for the run. TEXT_DIR, IMAGE_DIR and OUT are paths
-that this machine and every node see. A run that stopped goes on when it is started again.
+Without an address, Ray is started on this machine for the run. TEXT_DIR, IMAGE_DIR and OUT are
+paths that this machine and every node can read. A run that stopped continues when it is started
+again.
 """
 
 import argparse

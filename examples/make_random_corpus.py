@@ -1,4 +1,4 @@
-"""Write two random corpora of unit rows with a gap between them, to try the pipeline at size.
+"""Write two random corpora of unit rows with a gap between them, to test the pipeline at scale.
 
 python examples/make_random_corpus.py OUT --gigabytes 4
 realign-fast align --text OUT/text --image OUT/image --out OUT/aligned
@@ -18,7 +18,7 @@ BLOCK_ROWS = 1 << 14
 
 
 def write_side(folder: Path, rows: int, dimension: int, shard_rows: int, seed: int) -> None:
-    """Unit rows around a common direction of norm about 0.7, in float16 shards."""
+    """Write unit rows in float16 shards; the norm of their mean is about 0.7."""
     generator = torch.Generator().manual_seed(seed)
     centre = normalize(torch.randn(dimension, generator=generator), dim=0)
     for index, first in enumerate(range(0, rows, shard_rows)):
