@@ -1,11 +1,11 @@
-"""Reproduce the paper's geometric findings (arXiv 2602.07026) on small real embeddings.
+"""Reproduce the geometric findings of the paper (arXiv 2602.07026) on small real embeddings.
 
 python examples/reproduce_geometry.py --out geometry
 
-Compares no alignment, C3 (mean shift and Gaussian noise), ReAlign and whitening-colouring, on the
-demo corpus and, where the file is there, on 500 COCO pairs embedded with CLIP ViT-B/32
-(``--pairs``, an array [2, N, D] of image and text rows). Prints tables, writes ``geometry.json``
-and pictures (matplotlib, the ``report`` extra), and says where a finding does not hold here.
+It compares no alignment, C3 (mean shift and Gaussian noise), ReAlign and whitening-colouring on the
+demo corpus and, if the file exists, on 500 COCO pairs embedded with CLIP ViT-B/32 (``--pairs``, an
+array [2, N, D] of image and text rows). It prints tables, writes ``geometry.json`` and pictures
+(with matplotlib, the ``report`` extra), and marks findings that do not hold here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import argparse
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_clip_vitb32_500.npy"
-SAMPLE = 2000  # rows of each side that figures on rows take
+SAMPLE = 2000  # rows of each side that figures of rows are measured on
+Report = dict[str, Any]  # of `metrics.gap_report`, and the figures of pairs
+Map = Callable[[Tensor], Tensor]  # of text rows [n, D] to rows [n, D]
 SHOWN = (
     "after_centroid_gap",
     "after_trace_ratio",
@@ -52,7 +55,7 @@ SHOWN = (
 
 
 class Data(NamedTuple):
-    """Rows to fit on, unpaired, and pairs to judge on; float64 unit rows."""
+    """Unpaired rows to fit on, and pairs to judge on; all are float64 unit rows."""
 
     name: str
     text: Tensor  # [N, D]
@@ -62,9 +65,10 @@ class Data(NamedTuple):
 
 
 def load(pairs: Path) -> list[Data]:
-    """The demo corpus and, where the file exists, the COCO pairs (fitted on and judged on)."""
+    """Load the demo corpus and, if the file exists, the COCO pairs, to fit on and to judge on."""
 
     def rows(path: Path, modality: str) -> Tensor:
+        """Read all rows of one side."""
         corpus = Corpus(path, modality)
         return unit(corpus.take(range(corpus.num_rows)).double())
 
@@ -74,40 +78,46 @@ def load(pairs: Path) -> list[Data]:
         image, text = (unit(torch.from_numpy(side).double()) for side in np.load(pairs))
         data.append(Data("coco", text, image, text, image))
     else:
-        print(f"{pairs}: not there, so only the demo corpus is measured (--pairs names another)\n")
+        print(
+            f"{pairs}: no such file, so only the demo corpus is measured (--pairs names another)\n"
+        )
     return data
 
 
-def methods(data: Data, noise: float, seed: int) -> dict:
-    """Maps of text rows [n, D] -> [n, D], fitted on the unpaired rows."""
+def methods(data: Data, noise: float, seed: int) -> dict[str, Map]:
+    """Fit a map of every method on the unpaired rows."""
     y, x = (Moments(covariance=True).update(rows) for rows in (data.text, data.image))
     aligner = ReAlign.fit(data.text, data.image)
     sigma = math.sqrt(noise * x.trace / x.dimension)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer rows than columns: directions are left out
+        warnings.simplefilter("ignore")  # some directions are left out: fewer rows than columns
         matrices = {
             "blockwise": blockwise(y.covariance, x.covariance, FixedFrame.fit(y, x).principal),
             "coral": coral(y.covariance, x.covariance),
         }
 
     def c3(rows: Tensor) -> Tensor:
+        """Shift the mean and add Gaussian noise."""
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
         return unit(rows - y.mean + x.mean + sigma * random)
 
-    def affine(matrix: Tensor):
-        def half(rows: Tensor) -> Tensor:
+    def affine(matrix: Tensor) -> Map:
+        """Return the map that multiplies by a matrix and corrects the mean after normalization."""
+
+        def uncorrected(rows: Tensor) -> Tensor:
+            """Multiply, shift to the mean of the images and normalize."""
             return unit((rows - y.mean) @ matrix.T + x.mean)
 
-        recentre = x.mean - half(data.text).mean(dim=0)
-        return lambda rows: unit(half(rows) + recentre)
+        shift = x.mean - uncorrected(data.text).mean(dim=0)
+        return lambda rows: unit(uncorrected(rows) + shift)
 
-    maps = {"none": lambda rows: rows, "C3": c3, "ReAlign": aligner}
+    maps: dict[str, Map] = {"none": lambda rows: rows, "C3": c3, "ReAlign": aligner}
     return maps | {name: affine(matrix) for name, matrix in matrices.items()}
 
 
-def judge(data: Data, maps: dict, seed: int) -> dict[str, dict]:
-    """The gap report of every method, with the pairs' figures behind ``pairs_``."""
+def judge(data: Data, maps: dict[str, Map], seed: int) -> dict[str, Report]:
+    """Return the gap report of every method; figures of the pairs begin with ``pairs_``."""
     settings = metrics.GapSettings(seed=seed)
     image_moments = Moments(covariance=True).update(data.image)
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +144,7 @@ def judge(data: Data, maps: dict, seed: int) -> dict[str, dict]:
 
 
 def gap_by_rows(data: Data, seed: int, repeats: int = 8) -> list[dict[str, float]]:
-    """Gap on rows that were not fitted on, against the number of fitting rows of each side."""
+    """Measure the gap on held-out rows for several numbers of fitting rows of each side."""
     half = min(len(data.text), len(data.image)) // 2
     counts = [n for n in (25, 50, 100, 200, 400, 800, 1600, 3200) if n <= half]
     generator = torch.Generator().manual_seed(seed)
@@ -147,26 +157,29 @@ def gap_by_rows(data: Data, seed: int, repeats: int = 8) -> list[dict[str, float
                 for rows in (data.text, data.image)
             )
             aligner = ReAlign.fit(text[:count], image[:count])
-            held = Moments().update(aligner(text[half:])), Moments().update(image[half:])
-            gaps.append(metrics.centroid_gap(*held))
+            held_out = Moments().update(aligner(text[half:])), Moments().update(image[half:])
+            gaps.append(metrics.centroid_gap(*held_out))
             fitted_gaps.append(float(aligner.residual_gap))
-        trace, held_counts = held[1].trace, (held[0].count, held[1].count)
+        trace, held_out_counts = held_out[1].trace, (held_out[0].count, held_out[1].count)
         curve.append(
             {
                 "rows": count,
                 "held_out_gap": math.sqrt(np.square(gaps).mean()),
                 "fitted_gap": math.sqrt(np.square(fitted_gaps).mean()),
                 "floor": metrics.sampling_gap(trace, count, count),
-                "floor_with_held_out_rows": metrics.sampling_gap(trace, count, count, *held_counts),
+                "floor_with_held_out_rows": metrics.sampling_gap(
+                    trace, count, count, *held_out_counts
+                ),
             }
         )
     return curve
 
 
-def findings(reports: dict[str, dict], curve: list[dict[str, float]]) -> list[tuple[bool, str]]:
-    """(holds here, what the paper finds with its numbers and ours)."""
+def findings(reports: dict[str, Report], curve: list[dict[str, float]]) -> list[tuple[bool, str]]:
+    """Return (whether it holds here, the finding with the paper's numbers and ours)."""
 
     def of(key: str, *names: str) -> list[float]:
+        """Return a figure of several methods."""
         return [reports[name][key] for name in names]
 
     gaps = of("after_centroid_gap", "none", "C3", "ReAlign")
@@ -177,7 +190,7 @@ def findings(reports: dict[str, dict], curve: list[dict[str, float]]) -> list[tu
     divergences = of("after_cosine_divergence", "none", "C3", "ReAlign")
     (phi,), (psi,) = of("kept_mean_cosine", "ReAlign"), of("kept_cosine_correlation", "ReAlign")
     (trace,) = of("after_trace_ratio", "ReAlign")
-    ratios = [one["held_out_gap"] / one["floor_with_held_out_rows"] for one in curve]
+    ratios = [point["held_out_gap"] / point["floor_with_held_out_rows"] for point in curve]
     return [
         (gaps[0] > gaps[1] > gaps[2], f"gap falls none > C3 > ReAlign: {_list(gaps)}"),
         (gaps[2] < 0.01, f"ReAlign's gap is near 0 on fitted rows (paper 2.6e-4): {gaps[2]:.1e}"),
@@ -213,26 +226,26 @@ def _list(values: list[float]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 
-def draw(out: Path, data: Data, maps: dict, curve: list[dict[str, float]]) -> None:
-    """Spectra and cosine densities of every method; the gap against the fitting rows."""
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(17, 5))
+def draw(out: Path, data: Data, maps: dict[str, Map], curve: list[dict[str, float]]) -> None:
+    """Draw spectra and cosine densities of every method, and the gap against the fitting rows."""
+    figure, (spectra, densities, gaps) = pyplot.subplots(1, 3, figsize=(17, 5))
     clouds = {name: map_rows(data.text) for name, map_rows in maps.items()}
     for name, rows in ({"image": data.image} | clouds).items():
         style = {"label": name, "lw": 2.5 if name == "image" else 1.2}
         values = metrics.spectrum_of(Moments(covariance=True).update(rows)).values
-        left.loglog(range(1, len(values) + 1), values.clamp(min=1e-9), **style)
+        spectra.loglog(range(1, len(values) + 1), values.clamp(min=1e-9), **style)
         cosines = metrics.pairwise_cosines(rows, 1 << 16)
         density, edges = np.histogram(cosines, 80, (-0.5, 1), density=True)
-        middle.plot((edges[1:] + edges[:-1]) / 2, density, **style)
-    left.set(title="spectrum of the covariance", xlabel="rank", ylabel="eigenvalue")
-    middle.set(title="cosines of pairs within one side", xlabel="cosine", ylabel="density")
+        densities.plot((edges[1:] + edges[:-1]) / 2, density, **style)
+    spectra.set(title="spectrum of the covariance", xlabel="rank", ylabel="eigenvalue")
+    densities.set(title="cosines of pairs within one side", xlabel="cosine", ylabel="density")
     for name in ("held_out_gap", "fitted_gap", "floor", "floor_with_held_out_rows"):
         dashes = "--" if "floor" in name else "o-"
-        right.loglog(
-            [one["rows"] for one in curve], [one[name] for one in curve], dashes, label=name
+        gaps.loglog(
+            [point["rows"] for point in curve], [point[name] for point in curve], dashes, label=name
         )
-    right.set(title="centroid gap after ReAlign", xlabel="fitting rows of each side")
-    for panel in (left, middle, right):
+    gaps.set(title="centroid gap after ReAlign", xlabel="fitting rows of each side")
+    for panel in (spectra, densities, gaps):
         panel.legend()
     figure.suptitle(f"{data.name}: {len(data.text)} texts, {len(data.image)} images")
     figure.tight_layout()
@@ -241,12 +254,15 @@ def draw(out: Path, data: Data, maps: dict, curve: list[dict[str, float]]) -> No
 
 
 def main() -> None:
-    """Measure every data set; print tables and findings; write pictures and json."""
+    """Measure every data set, print tables and findings, and write pictures and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("geometry"))
     parser.add_argument("--pairs", type=Path, default=PAIRS, help="array [2, N, D]: image, text")
     parser.add_argument(
-        "--noise", type=float, default=0.25, help="energy of C3's noise, a share of T_x"
+        "--noise",
+        type=float,
+        default=0.25,
+        help="energy of the noise of C3, as a share of the trace of the images",
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -261,14 +277,14 @@ def main() -> None:
         for key in SHOWN:
             cells = (f"{report[key]:11.4f}" for report in reports.values())
             print(f"  {key:32}" + "".join(cells))
-        found = findings(reports, curve)
-        for holds, words in found:
-            print(f"  {'as in the paper ' if holds else 'NOT AS THE PAPER'} {words}")
+        judged = findings(reports, curve)
+        for holds, finding in judged:
+            print(f"  {'as in the paper ' if holds else 'NOT AS THE PAPER'} {finding}")
         print()
         results[data.name] = {
             "methods": reports,
             "gap_by_rows": curve,
-            "findings": [{"holds": holds, "finding": words} for holds, words in found],
+            "findings": [{"holds": holds, "finding": finding} for holds, finding in judged],
         }
     path = options.out / "geometry.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
