@@ -48,13 +48,7 @@ def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: i
 
 
 def cosine_divergence(
-    a: Tensor,
-    b: Tensor,
-    *,
-    pairs: int = 1 << 17,
-    bins: int = 100,
-    seed: int = 0,
-    block: int = 512,
+    a: Tensor, b: Tensor, *, pairs: int = 1 << 17, bins: int = 100, seed: int = 0, block: int = 512
 ) -> Estimate:
     """Return the Jensen-Shannon divergence, in nats (0 to log 2), of densities of pairwise cosines.
 

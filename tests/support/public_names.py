@@ -118,8 +118,8 @@ def use_corpora_and_runs() -> dict[str, Any]:
         writer.write(batches[0].rows)
     print(
         corpus.as_numpy(rows).shape,
-        writer_type.suffix,
-        corpus.sample_ids(10, 5),
+        writer_type.__name__,
+        corpus.sample_ids(10, 5, seed=0),
         corpus.format_of("text_emb_0.npy"),
     )
     settings = Settings(workers=2, method="realign", bad_rows="skip")
