@@ -3,9 +3,14 @@
 import ast
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from realign_fast.cli.main import main
+from realign_fast.ops import functions
 
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
@@ -149,3 +154,25 @@ def test_importing_the_package_loads_no_heavy_package():
         command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60, check=True
     )
     assert ran.stdout.strip() == "[]"
+
+
+def test_align_reaches_its_kernels_through_at_most_seven_files(tmp_path, monkeypatch):
+    """Files of the package on the stack when rows are checked, right before an op is called."""
+    stacks = {}
+    checked_rows = functions._checked_rows
+
+    def recorded(op, rows):
+        files = (Path(frame.filename) for frame in traceback.extract_stack())
+        inside = [file.relative_to(PACKAGE) for file in files if file.is_relative_to(PACKAGE)]
+        stacks.setdefault(op, set()).update(map(str, inside))
+        return checked_rows(op, rows)
+
+    monkeypatch.setattr(functions, "_checked_rows", recorded)
+    np.save(tmp_path / "text.npy", np.eye(3, dtype=np.float32) + 1)
+    np.save(tmp_path / "image.npy", np.eye(3, dtype=np.float32))
+    sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    assert main(["align", *sides, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert set(stacks) == {"sum_rows", "align_rows"}
+    for op, files in stacks.items():
+        assert len(files) <= 7, f"{op}: {sorted(files)}"
+        assert {"cli/main.py", "ops/functions.py"} <= files
