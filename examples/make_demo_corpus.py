@@ -98,7 +98,7 @@ def augment(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     cos, sin, move = turn.cos() * size, turn.sin() * size, uniform(-0.2, 0.2, 2)
     across = torch.stack([cos * flip, -sin, move[:, 0]], 1)
     down = torch.stack([sin * flip, cos, move[:, 1]], 1)
-    grid = F.affine_grid(torch.stack([across, down], 1), pixels.shape, align_corners=False)
+    grid = F.affine_grid(torch.stack([across, down], 1), list(pixels.shape), align_corners=False)
     ink = F.grid_sample(1 - pixels, grid, align_corners=False) * uniform(0.6, 1.4, 3, 1, 1)
     gray = (uniform(0, 1, 1, 1, 1) < 0.25).float()
     y, x = ((torch.arange(SIDE) - uniform(0, SIDE, 1)).abs() for _ in range(2))
@@ -141,7 +141,7 @@ def train(
         model.train()
         picks = np.concatenate([rng.permutation(group)[:2] for group in data.train_groups])
         rng.shuffle(picks)
-        for rows in torch.from_numpy(picks[: per_epoch * batch]).split(batch):
+        for rows in torch.split(torch.from_numpy(picks[: per_epoch * batch]), batch):
             pixels = scaled(augment(as_input(pictures[rows]), torch_rng))
             called = rows * 3 + torch.randint(0, 4, (len(rows),), generator=torch_rng) % 3
             with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +160,7 @@ def embed_images(model: Any, pictures: np.ndarray) -> np.ndarray:
     """Return unit rows [N, DIMENSION] fp16 of pictures."""
     model.eval()
     with torch.no_grad():
-        parts = torch.from_numpy(pictures).split(256)
+        parts = torch.split(torch.from_numpy(pictures), 256)
         rows = [model.encode_image(scaled(as_input(part)), normalize=True) for part in parts]
     return torch.cat(rows).numpy().astype(np.float16)
 

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -67,13 +67,21 @@ class Data(NamedTuple):
 def load(pairs: Path) -> list[Data]:
     """Load the demo corpus and, if the file exists, the COCO pairs, to fit on and to judge on."""
 
-    def rows(path: Path, modality: str) -> Tensor:
+    def rows(path: Path, modality: Literal["text", "image"]) -> Tensor:
         """Read all rows of one side."""
         corpus = Corpus(path, modality)
         return unit(corpus.take(range(corpus.num_rows)).double())
 
-    sides = [rows(path, m) for path in (DATA, DATA / "heldout") for m in ("text", "image")]
-    data = [Data("demo", *sides)]
+    heldout = DATA / "heldout"
+    data = [
+        Data(
+            "demo",
+            rows(DATA, "text"),
+            rows(DATA, "image"),
+            rows(heldout, "text"),
+            rows(heldout, "image"),
+        )
+    ]
     if pairs.exists():
         image, text = (unit(torch.from_numpy(side).double()) for side in np.load(pairs))
         data.append(Data("coco", text, image, text, image))

@@ -64,8 +64,10 @@ FULL = Settings(
 QUICK = Settings(samples=96, steps=12, pairs=32, measured=16, chosen=12, choices=10, watched=6)
 
 Entry = dict[str, str]  # {"id", "caption"}
-# By name: the side whose rows stage 1 takes, options of the aligner, the share of its samples.
-ARMS: dict[str, tuple[str, dict[str, Any] | None, float] | None] = {
+Side = Literal["text", "image"]
+# The side whose rows stage 1 takes, the options of the aligner, the share of the samples.
+Arm = tuple[Side, dict[str, Any] | None, float]
+ARMS: dict[str, Arm | None] = {
     "no stage 1": None,
     "text as it is": ("text", None, 1),
     "mean shift (step 1)": ("text", {"method": "mean-shift", "last_step": False}, 1),
@@ -121,7 +123,7 @@ def split(seed: int, settings: Settings) -> Split:
     return Split(texts, images[settings.pairs :], images[: settings.pairs], test)
 
 
-def rows_of(chosen: list[Entry], side: str) -> Tensor:
+def rows_of(chosen: list[Entry], side: Side) -> Tensor:
     """Return the rows [n, D] of entries from the `text` or `image` side of the demo corpus."""
     num_texts, corpus = Corpus(DATA, "text").num_rows, entries(DATA)
     own = corpus[:num_texts] if side == "text" else corpus[num_texts:]
@@ -230,9 +232,7 @@ def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
     return figures | {name: losses[name] for name in ("loss", "gain", "samples", "tokens")}
 
 
-def first_stage(
-    arm: tuple[str, dict[str, Any] | None, float], parts: Split, settings: Settings
-) -> Stage:
+def first_stage(arm: Arm, parts: Split, settings: Settings) -> Stage:
     """Return stage 1 of an arm."""
     side, options, share = arm
     samples = (parts.texts if side == "text" else parts.images)[: round(settings.samples * share)]

@@ -1,18 +1,18 @@
-"""Watch the modality gap during training, in one fixed frame (arXiv 2602.07026, section 3).
+"""Measure the modality gap during training, in one fixed frame (arXiv 2602.07026, section 3).
 
-Trains the demo encoder as `make_demo_corpus.py` does (its `train`, untouched; see there what to
-install, and `pip install matplotlib`), embeds fixed pairs at checkpoints that are denser at the
-start, and splits their gap by ONE `FixedFrame`, fitted on the trained pairs at `--frame-at`. Also
-splits the gradient of the contrastive loss with respect to the rows: the paper says that it lies in
-the effective subspace U, so that nothing corrects gamma, the bias in the complement V.
+The script trains the demo encoder as `make_demo_corpus.py` does (with its `train`; see there what
+to install, and `pip install matplotlib`). It embeds fixed pairs at checkpoints, which are denser at
+the start, and splits their gap by one `FixedFrame`, fitted on the trained pairs at `--frame-at`. It
+also splits the gradient of the contrastive loss with respect to the rows: the paper says that it
+lies in the effective subspace U, so that nothing corrects gamma, the bias in the complement V.
 
     python examples/training_dynamics.py --out dynamics
 
-Writes training_dynamics.json and .png. The checkpoints' rows stay in OUT/rows: a second call with
-another --energy or --frame-at takes seconds. Two probes: pairs that are trained on (here without
-augmentation and dropout), and the demo's held-out pairs. Batch norms take their statistics from
-augmented training pictures at each checkpoint, since the running ones lag at the start. What a
-full run found is in results/ beside this file: some of it is not as in the paper.
+It writes training_dynamics.json and .png. The rows of the checkpoints stay in OUT/rows, so that a
+second call with another --energy or --frame-at takes seconds. There are two probes: pairs that are
+trained on (embedded without augmentation and dropout), and the demo's held-out pairs. Batch norms
+take their statistics from augmented training pictures at each checkpoint, because the running ones
+lag at the start. The results of a full run are in results/; some of them differ from the paper's.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from realign_fast import Moments
 from realign_fast.frame import FixedFrame, gamma_history
 from realign_fast.ops.reference import unit
 
-BATCH = 128  # of the demo's training, and of the gradient here
-TRAINED = 2048  # trained pairs in the probe, at most
+BATCH = 128  # pairs, of the demo's training and of the gradient here
+Report = dict[str, Any]  # the figures of a checkpoint
+MAX_TRAINED = 2048  # trained pairs in the probe
 TABLES = (  # heading=key
     "step=step loss=loss gap=gap |beta|=beta_norm |gamma|=gamma_norm beta%=beta_share "
     "gamma%=gamma_share delta%=delta_share zeta%=zeta_share k(S_d)=delta_condition "
@@ -71,42 +72,43 @@ class Checkpoint(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Of the contrastive loss of batches of pairs, with respect to the rows on the sphere."""
+    """The gradient of the contrastive loss of batches with respect to the rows on the sphere."""
 
     image: Tensor  # [n, D]; n fills whole batches
     text: Tensor  # [n, D]
     loss: float
-    accuracy: float  # images whose own text is the nearest in their batch
+    accuracy: float  # the share of images whose own text is the nearest in their batch
 
 
 def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
-    """0 to `steps`, denser at the start; fewer than asked for where they coincide."""
+    """Return steps from 0 to `steps`, denser at the start; fewer if some coincide."""
     return sorted({round(float(share) * steps) for share in np.linspace(0, 1, checkpoints) ** 2.5})
 
 
 def contrastive_gradient(image: Tensor, text: Tensor, scale: float, batch: int) -> Gradient:
-    """CLIP's loss in batches, and its gradient without the part along a row, which `unit` undoes.
+    """Return CLIP's loss in batches, and its gradient without the part along a row.
 
-    The last rows that fill no batch are left out.
+    The last rows, which fill no batch, are left out.
     """
     batch = min(batch, len(image))
-    whole = len(image) // batch * batch
-    x, y = (unit(side[:whole].double()).requires_grad_() for side in (image, text))
-    losses, right = [], []
-    for one, other in zip(x.split(batch), y.split(batch), strict=True):
-        logits, own = scale * one @ other.T, torch.arange(batch)
+    count = len(image) // batch * batch
+    x, y = (unit(side[:count].double()).requires_grad_() for side in (image, text))
+    losses, accuracies = [], []
+    for images, texts in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
+        logits, own = scale * images @ texts.T, torch.arange(batch)
         losses.append((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
-        right.append((logits.argmax(dim=1) == own).double().mean())
-    torch.stack(losses).sum().backward()
+        accuracies.append((logits.argmax(dim=1) == own).double().mean())
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), (x, y))
     image, text = (
-        rows.grad - (rows.grad * rows).sum(dim=1, keepdim=True).detach() * rows.detach()
-        for rows in (x, y)
+        gradient - (gradient * rows).sum(dim=1, keepdim=True).detach() * rows.detach()
+        for gradient, rows in zip(gradients, (x, y), strict=True)
     )
-    return Gradient(image, text, *(float(torch.stack(v).detach().mean()) for v in (losses, right)))
+    loss, accuracy = (float(torch.stack(v).detach().mean()) for v in (losses, accuracies))
+    return Gradient(image, text, loss, accuracy)
 
 
 def split_energy(frame: FixedFrame, rows: Tensor) -> tuple[float, float]:
-    """Energy of rows [n, D] in U and in V; the sum is that of the rows."""
+    """Return the energy of rows [n, D] in U and in V; the sum is that of the rows."""
     u, v = (float((rows @ basis).square().sum()) for basis in (frame.principal, frame.complement))
     return u, v
 
@@ -114,11 +116,11 @@ def split_energy(frame: FixedFrame, rows: Tensor) -> tuple[float, float]:
 def gradient_report(
     frame: FixedFrame, point: Checkpoint, beta: Tensor, gamma: Tensor
 ) -> dict[str, float]:
-    """Where the gradient lies, and what it does to the two biases.
+    """Return the shares of the gradient in V, and its effect on the two biases.
 
     A small step of the rows themselves against the gradient changes the gap m by minus the
-    difference of the mean gradients, image less text. `pull_on_beta` is the relative rate at which
-    that shortens beta, `pull_on_gamma` gamma; negative where it grows.
+    difference of the mean gradients, image minus text. `pull_on_beta` is the relative rate at which
+    that shortens beta, `pull_on_gamma` gamma; it is negative if the bias grows.
     """
     gradient = contrastive_gradient(point.image, point.text, point.scale, BATCH)
     force = gradient.image.mean(dim=0) - gradient.text.mean(dim=0)
@@ -137,19 +139,19 @@ def gradient_report(
 
 
 def frame_of(point: Checkpoint, energy: float, rank: int | None = None) -> FixedFrame:
-    """The frame of one checkpoint: texts are the source, images the target."""
+    """Fit the frame of one checkpoint: texts are the source, images the target."""
     sides = (Moments(covariance=True, accurate=True).update(s) for s in (point.text, point.image))
     return FixedFrame.fit(*sides, energy=energy, rank=rank)
 
 
-def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[dict[str, float | None]]:
-    """Everything reported of each checkpoint, in the one frame."""
+def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
+    """Return the report of each checkpoint, all in the same frame."""
     parts = [frame.decompose((point.text, point.image)) for point in points]
     history, reports, v = gamma_history(parts), [], frame.complement
     for i, (point, part) in enumerate(zip(points, parts, strict=True)):
         own = frame_of(point, 1.0, rank=frame.rank)
         spread = (v.T @ own.basis).square() @ own.values  # of S_t along each column of V
-        report = {"step": point.step, "scale": point.scale}
+        report: Report = {"step": point.step, "scale": point.scale}
         report |= {"gap": float((part.beta + part.gamma).norm())} | part.summary()
         reports.append(
             report
@@ -168,31 +170,34 @@ def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[dict[str, float
     return reports
 
 
-def findings(reports: list[dict], frame_at: int) -> list[tuple[bool, str]]:
-    """(holds here, what the paper says with our numbers). The bounds are ours, set before the run;
-    the first was lowered after it, from 10 standard errors, which 400 held-out pairs cannot show.
+def findings(reports: list[Report], frame_at: int) -> list[tuple[bool, str]]:
+    """Return (whether it holds here, the statement of the paper with our numbers).
+
+    The bounds are ours and were set before the run, except the first: it was lowered after the run
+    from 10 standard errors, which 400 held-out pairs cannot show.
     """
     first, last = reports[0], reports[-1]
-    late = [one for one in reports if one["step"] >= last["step"] / 2]  # the 2nd half
-    away = [one for one in late if one["step"] != frame_at]  # the frame's own step does not leak
+    late = [report for report in reports if report["step"] >= last["step"] / 2]  # the 2nd half
+    others = [report for report in late if report["step"] != frame_at]  # its own step has no leak
 
-    def most(key: str, part: list[dict]) -> float:
-        return max(abs(one[key]) for one in part)
+    def most(key: str, chosen: list[Report]) -> float:
+        """Return the largest absolute value of a figure."""
+        return float(max(abs(report[key]) for report in chosen))
 
     gaps, dimension = (first["gap"], last["gap"]), first["dimension_v_share"]
     error = np.sqrt((last["difference_energy"] - last["gap"] ** 2) / last["pairs"])
-    cosine = min(one["gamma_cosine_to_last"] for one in late)
-    left = [last[f"{name}_norm"] / first[f"{name}_norm"] for name in ("gamma", "beta")]
+    cosine = min(report["gamma_cosine_to_last"] for report in late)
+    ratios = [last[f"{name}_norm"] / first[f"{name}_norm"] for name in ("gamma", "beta")]
     shares = most("gradient_v_share", reports), dimension
-    over = sorted(one["gradient_v_share"] / one["spread_v_share"] for one in reports)
+    over = sorted(report["gradient_v_share"] / report["spread_v_share"] for report in reports)
     rates = [most(f"pull_on_{name}", late) for name in ("gamma", "beta")]
-    leaks = most("leak", away), most("leak_mean", away), dimension
-    excess = max(one["coupling_r2"] - one["coupling_r2_chance"] for one in late)
+    leaks = most("leak", others), most("leak_mean", others), dimension
+    excess = max(report["coupling_r2"] - report["coupling_r2_chance"] for report in late)
     ks = [last[f"{name}_condition"] or np.inf for name in ("delta", "zeta")]
-    found = (
+    judged = (
         (gaps[1] > 5 * error, "the gap outlives training: before, after", *gaps),
         (cosine > 0.9, "gamma keeps its direction: cosine to the last, 2nd half, >=", cosine),
-        (left[0] > left[1], "gamma is corrected less than beta: what is left of them", *left),
+        (ratios[0] > ratios[1], "gamma is corrected less than beta: what is left of them", *ratios),
         (shares[0] < dimension, "the gradient avoids V: share <=, V's of dimensions", *shares),
         (over[-1] < 1, "... more than S_t does (our question): over its share", over[0], over[-1]),
         (rates[0] < rates[1], "it moves gamma less than beta: relative rates, 2nd half", *rates),
@@ -200,27 +205,30 @@ def findings(reports: list[dict], frame_at: int) -> list[tuple[bool, str]]:
         (excess < 0.1, "zeta hardly follows delta: R2 less chance, 2nd half, <=", excess),
         (min(ks) > 10, "residuals are anisotropic (paper ~1e3): k of delta, zeta", *ks),
     )
-    return [(bool(ok), f"{words} {', '.join(f'{v:.4g}' for v in of)}") for ok, words, *of in found]
+    return [
+        (bool(holds), f"{statement} {', '.join(f'{value:.4g}' for value in figures)}")
+        for holds, statement, *figures in judged
+    ]
 
 
 def calibrated(demo: Any, visual: Any, pixels: Tensor) -> Any:
-    """A copy of the image tower whose batch norms hold the statistics of `pixels`."""
+    """Return a copy of the image tower whose batch norms hold the statistics of `pixels`."""
     twin = copy.deepcopy(visual).train()
     for layer in twin.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.reset_running_stats()
-            layer.momentum = None  # a plain mean over the batches
-    for part in pixels.split(BATCH):
+            layer.momentum = None  # the mean over the batches
+    for part in torch.split(pixels, BATCH):
         twin(demo.scaled(part))
     return twin.eval()
 
 
 def recorder(demo: Any, model: Any, data: Any, seed: int) -> Any:
-    """A function that embeds the probes with the model as it is then."""
+    """Return a function that embeds the probes with the current model."""
     rng = np.random.default_rng(seed)
     trained = [g[0] for g in data.train_groups if not data.items[g[0]].extra]
     probes = {"trained": trained, "heldout": data.heldout}
-    probes = {name: rng.permutation(at)[:TRAINED] for name, at in probes.items()}
+    probes = {name: rng.permutation(at)[:MAX_TRAINED] for name, at in probes.items()}
     captions = {name: [data.items[i].captions[0] for i in at] for name, at in probes.items()}
     features = {name: demo.text_features(model, texts) for name, texts in captions.items()}
     pictures = torch.from_numpy(data.pictures)
@@ -229,9 +237,10 @@ def recorder(demo: Any, model: Any, data: Any, seed: int) -> Any:
 
     @torch.no_grad()
     def record() -> dict[str, Tensor]:
+        """Return the rows of the probes and the temperature."""
         tower, rows = calibrated(demo, model.visual, usual), {"scale": model.logit_scale.exp()}
         for name, at in probes.items():
-            parts = (demo.scaled(demo.as_input(part)) for part in pictures[at].split(256))
+            parts = (demo.scaled(demo.as_input(part)) for part in torch.split(pictures[at], 256))
             rows[f"{name}.image"] = F.normalize(torch.cat([tower(p) for p in parts]), dim=-1)
             rows[f"{name}.text"] = F.normalize(model.text.proj(features[name]), dim=-1)
         return rows
@@ -240,30 +249,33 @@ def recorder(demo: Any, model: Any, data: Any, seed: int) -> Any:
 
 
 def train_and_record(folder: Path, settings: dict[str, int]) -> None:
-    """The demo's training: `folder/step_<n>.safetensors` of each checkpoint, training.json last."""
-    import make_demo_corpus as demo  # open_clip and the pictures: for this function alone
+    """Train as the demo; write `folder/step_<n>.safetensors` at checkpoints, then training.json."""
+    import make_demo_corpus as demo  # imports open_clip and needs the pictures
+    from demo_sources import build_data
 
     began, seed = time.time(), settings["seed"]
-    data, model = demo.build_data(seed, settings["heldout"]), demo.build_model(seed)
+    data, model = build_data(seed, settings["heldout"]), demo.build_model(seed)
     record = recorder(demo, model, data, seed)
     per_epoch = sum(min(2, len(group)) for group in data.train_groups) // BATCH
     epochs = max(1, round(settings["steps"] / per_epoch))
-    wanted = checkpoint_steps(epochs * per_epoch, settings["checkpoints"])
+    recorded = set(checkpoint_steps(epochs * per_epoch, settings["checkpoints"]))
     bar = tqdm(total=epochs * per_epoch, desc="training", unit="step")
 
     def save() -> None:
-        if bar.n in wanted:
+        """Write the rows of the probes if this step is a checkpoint."""
+        if bar.n in recorded:
             save_file(record(), folder / f"step_{bar.n:06d}.safetensors")
 
     def after_step(*_: Any) -> None:
+        """Count a step of the optimizer, and save."""
         bar.update()
         save()
 
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("step_*.safetensors"):  # by a training that was stopped
-        left.unlink()
+    for stale in folder.glob("step_*.safetensors"):  # of a training that was stopped
+        stale.unlink()
     save()
-    # `train` calls back after epochs only
+    # (`train` itself calls back after epochs only)
     hook = register_optimizer_step_post_hook(after_step)
     try:
         demo.train(model, data, epochs, seed)
@@ -277,7 +289,7 @@ def train_and_record(folder: Path, settings: dict[str, int]) -> None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -285,7 +297,7 @@ def processor() -> str:
 
 
 def load_points(folder: Path, probe: str) -> list[Checkpoint]:
-    """The checkpoints of a probe, in order."""
+    """Load the checkpoints of a probe, in order."""
     paths = sorted(folder.glob("step_*.safetensors"))
     files = {int(path.stem.split("_")[1]): load_file(path) for path in paths}
     return [
@@ -294,51 +306,53 @@ def load_points(folder: Path, probe: str) -> list[Checkpoint]:
     ]
 
 
-def other_frames(points: list[Checkpoint], energy: float) -> list[dict[str, float | None]]:
-    """What the choice of the frame's checkpoint does: the main figures of the last one."""
-    keys = "rank gamma_norm gamma_share gradient_v_share spread_v_share dimension_v_share leak"
-    keys = (*keys.split(), "leak_mean", "pull_on_beta", "pull_on_gamma")
-    found = []
+def other_frames(points: list[Checkpoint], energy: float) -> list[Report]:
+    """Return the main figures of the last checkpoint in frames fitted at other checkpoints."""
+    names = "rank gamma_norm gamma_share gradient_v_share spread_v_share dimension_v_share leak"
+    keys = (*names.split(), "leak_mean", "pull_on_beta", "pull_on_gamma")
+    results = []
     for share in (0, 0.1, 0.5, 1):
         at = min(points, key=lambda point: abs(point.step - share * points[-1].step))
         reports = measure(frame_of(at, energy), points)
-        half = next(one for one in reports if one["step"] >= points[-1].step / 2)
-        one = {"frame_at": at.step, "half_way_cosine": half["gamma_cosine_to_last"]}
-        found.append(one | {key: reports[-1][key] for key in keys})
-    return found
+        half = next(report for report in reports if report["step"] >= points[-1].step / 2)
+        result = {"frame_at": at.step, "half_way_cosine": half["gamma_cosine_to_last"]}
+        results.append(result | {key: reports[-1][key] for key in keys})
+    return results
 
 
-def print_tables(reports: list[dict]) -> None:
-    """One line a checkpoint."""
+def print_tables(reports: list[Report]) -> None:
+    """Print the tables, with a line for each checkpoint."""
     for table in TABLES:
         columns = [pair.split("=") for pair in table.split()]
         print("".join(f"{heading:>11}" for heading, _ in columns))
-        for one in reports:
-            values = [one[key] for _, key in columns]
+        for report in reports:
+            values = [report[key] for _, key in columns]
             print("".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
         print()
 
 
-def draw(path: Path, results: dict[str, list[dict]], title: str) -> None:
-    """The panels over training steps; held-out pairs are dotted."""
+def draw(path: Path, results: dict[str, list[Report]], title: str) -> None:
+    """Draw the panels over training steps; held-out pairs are dotted."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(15, 8), sharex=True)
-    steps = [one["step"] for one in results["trained"]]
+    steps = [report["step"] for report in results["trained"]]
     for panel, (name, keys) in zip(panels.flat, PANELS.items(), strict=True):
         for n, key in enumerate(keys.split()):
             label = key.removesuffix("_norm").replace("_v_share", " in V").replace("_", " ")
             style = {"color": "gray", "ls": "--"} if "dimension" in key else {"color": f"C{n}"}
-            lines = {probe: [one[key] for one in reports] for probe, reports in results.items()}
+            lines = {
+                probe: [report[key] for report in reports] for probe, reports in results.items()
+            }
             panel.plot(steps, lines["trained"], marker=".", label=label, **style)
             if "dimension" not in key:
                 panel.plot(steps, lines["heldout"], ":", **style)
         if not keys:
             parts = ("beta", "gamma", "delta", "zeta")
-            shares = [[one[f"{part}_share"] for one in results["trained"]] for part in parts]
+            shares = [[report[f"{part}_share"] for report in results["trained"]] for part in parts]
             panel.stackplot(steps, shares, labels=parts, alpha=0.8)
         panel.set_title(name, fontsize=10)
         panel.set_xscale("symlog", linthresh=10)
@@ -352,24 +366,24 @@ def draw(path: Path, results: dict[str, list[dict]], title: str) -> None:
 
 
 def write_results(options: argparse.Namespace, training: dict[str, Any]) -> None:
-    """Measure both probes in the frame of the trained one; print, write, draw."""
+    """Measure both probes in the frame of the trained pairs; print, write and draw the results."""
     points = {name: load_points(options.out / "rows", name) for name in ("trained", "heldout")}
-    wanted = points["trained"][-1].step if options.frame_at is None else options.frame_at
-    at = min(points["trained"], key=lambda point: abs(point.step - wanted))
+    step = points["trained"][-1].step if options.frame_at is None else options.frame_at
+    at = min(points["trained"], key=lambda point: abs(point.step - step))
     frame = frame_of(at, options.energy)
     fitted = f"U: {frame.rank} of {len(frame.values)} columns, {frame.energy:.3f} of tr S, "
     fitted += f"fitted on {len(at.image)} trained pairs at step {at.step}"
     results: dict[str, Any] = {"training": training, "frame": fitted, "frame_at": at.step}
     results |= {"energy": options.energy, "rank": frame.rank}
-    reports = {name: measure(frame, found) for name, found in points.items()}
-    for name, found in reports.items():
-        words = findings(found, at.step)
+    reports = {name: measure(frame, checkpoints) for name, checkpoints in points.items()}
+    for name, measured in reports.items():
+        judged = findings(measured, at.step)
         print(f"\n{name} pairs: {len(points[name][0].image)}; {fitted}\n")
-        print_tables(found)
-        for holds, line in words:
+        print_tables(measured)
+        for holds, line in judged:
             print(f"  {'as the paper says' if holds else 'NOT AS THE PAPER '} {line}")
-        lines = [{"holds": holds, "finding": line} for holds, line in words]
-        results[name] = {"findings": lines, "checkpoints": found}
+        lines = [{"holds": holds, "finding": line} for holds, line in judged]
+        results[name] = {"findings": lines, "checkpoints": measured}
     results["other_frames"] = other_frames(points["trained"], options.energy)
     path = options.out / "training_dynamics.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -378,14 +392,18 @@ def write_results(options: argparse.Namespace, training: dict[str, Any]) -> None
 
 
 def main() -> None:
-    """Train once, then measure, print and write."""
+    """Train unless OUT has the rows, then measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("dynamics"))
-    parser.add_argument("--steps", type=int, default=1260, help="rounded to epochs (of 35)")
+    parser.add_argument(
+        "--steps", type=int, default=1260, help="rounded to epochs of 35 (default: 1260)"
+    )
     parser.add_argument("--checkpoints", type=int, default=16)
-    parser.add_argument("--energy", type=float, default=0.9, help="share of tr S that U holds")
-    parser.add_argument("--frame-at", type=int, help="a step, to the nearest checkpoint; the last")
-    parser.add_argument("--heldout", type=int, default=400, help="pairs set aside, as the demo")
+    parser.add_argument(
+        "--energy", type=float, default=0.9, help="share of tr S in U (default: 0.9)"
+    )
+    parser.add_argument("--frame-at", type=int, help="the step of the frame (default: the last)")
+    parser.add_argument("--heldout", type=int, default=400, help="pairs set aside (default: 400)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
