@@ -15,14 +15,14 @@ from .tar import Tars
 __all__ = ["Columns", "Item", "Source", "open_source"]
 
 
-def open_source(path: StrPath, content: Content, columns: Columns | None = None) -> Source:
+def open_source(path: StrPath, kind: Content, columns: Columns | None = None) -> Source:
     """Open the images, texts or pairs (an image with its caption) of `path`.
 
     Args:
         path: a `.tar`, `.parquet`, `.jsonl`, `.csv`, `.tsv` or `.txt` file, the paper's
             `dataset.json`, or a directory of files of one of these formats; any other directory
             is one of image files.
-        content: "images", "texts" or "pairs".
+        kind: "images", "texts" or "pairs".
         columns: of tables whose columns do not have the usual names.
 
     Raises:
@@ -30,21 +30,21 @@ def open_source(path: StrPath, content: Content, columns: Columns | None = None)
     """
     path = Path(os.path.abspath(path))
     if not path.exists():
-        raise FileNotFoundError(f"{path}: does not exist; name a file or a directory of {content}")
+        raise FileNotFoundError(f"{path}: does not exist; name a file or a directory of {kind}")
     files = _files(path) if path.is_dir() else [path]
     suffix = files[0].suffix.lower() if files else ""
     if suffix == ".tar":
-        return Tars(path, files, content)
+        return Tars(path, files, kind)
     if suffix == ".json" and path.is_file():
-        return DatasetJson(path, content)
-    if suffix in TABLE_SUFFIXES and not (suffix == ".txt" and content != "texts"):
-        return Table(path, files, content, columns or Columns())
-    if path.is_dir() and content != "texts":
-        return Folder(path, [path], content)
+        return DatasetJson(path, kind)
+    if suffix in TABLE_SUFFIXES and not (suffix == ".txt" and kind != "texts"):
+        return Table(path, files, kind, columns or Columns())
+    if path.is_dir() and kind != "texts":
+        return Folder(path, [path], kind)
     expected = ".tar, .parquet, .jsonl, .csv, .tsv, .json (the paper's)"
-    expected += ", .txt" if content == "texts" else " or a directory of image files"
+    expected += ", .txt" if kind == "texts" else " or a directory of image files"
     actual = "a directory without any" if path.is_dir() else repr(path.suffix)
-    raise ValueError(f"{path}: as {content} expected {expected}, got {actual}")
+    raise ValueError(f"{path}: as {kind} expected {expected}, got {actual}")
 
 
 def _files(folder: Path) -> list[Path]:
