@@ -54,6 +54,19 @@ void multiply_block(const MapTask<T, O, M>& task, int64_t rows, const MapBuffers
   }
 }
 
+// y [padded D] = A u of one row, in place, where A is a diagonal. Both are zero beyond D.
+template <class T, class O, class M>
+void multiply_by_diagonal(const MapTask<T, O, M>& task, M* y) {
+  // A product plus -0 is the product itself, signed zeros included.
+  const Vec<M> minus_zero = broadcast(M(-0.0));
+  for (int64_t j = 0; j < task.padded_columns; j += Vec<M>::width) {
+    Vec<M> u, diagonal;
+    load(y + j, u);
+    load(task.packed + j, diagonal);
+    store(y + j, fma(u, diagonal, minus_zero));
+  }
+}
+
 // Writes unit(unit(y + b) + h) of one row y [padded D]. Returns false if a norm cancels in M.
 template <class T, class O, class M>
 bool finish_row(const MapTask<T, O, M>& task, M* y, O* out) {
@@ -112,11 +125,8 @@ void map_block(const MapTask<T, O, M>& task, int64_t first, int64_t end,
                            buffers.product + r * padded_columns);
   }
   if (task.diagonal) {
-    for (int64_t r = 0; r < rows; ++r) {
-      M* y = buffers.product + r * padded_columns;
-      for (int64_t j = 0; j < padded_columns; ++j)
-        y[j] = j < task.columns ? y[j] * task.packed[j] : M(0);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      multiply_by_diagonal(task, buffers.product + r * padded_columns);
   } else {
     multiply_block(task, rows, buffers);
   }
