@@ -42,12 +42,8 @@ _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
 _SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap", "noise")
 _COUNTS = ("source_count", "target_count")
 _CHOICES = ("method_number", "seed")
-# Buffers of one side by those of the other, which take their place in the inverse.
-_OPPOSITE = {
-    f"{side}_{figure}": f"{opposite}_{figure}"
-    for side, opposite in (("source", "target"), ("target", "source"))
-    for figure in ("mean", "trace", "count")
-}
+_SIDES = [(f"source_{figure}", f"target_{figure}") for figure in ("mean", "trace", "count")]
+_OPPOSITE = dict(_SIDES) | {target: source for source, target in _SIDES}  # for the inverse
 
 
 class ReAlign(nn.Module):
@@ -432,14 +428,8 @@ def _measure(
 ) -> Moments:
     """Return the moments of one side, or those of its rows sent through a map."""
     moments = Moments(covariance, accurate=covariance)
-    for batch in batches(rows, name, batch_rows):
-        moments.update(
-            batch.rows,
-            through=through,
-            bad_rows=bad_rows,
-            where=batch.where,
-            first_row=batch.first_row,
-        )
+    for origin, first_row, batch in batches(rows, name, batch_rows):
+        moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
     return moments
 
 

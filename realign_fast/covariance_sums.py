@@ -31,17 +31,9 @@ class RowWeights(NamedTuple):
 
     @classmethod
     def checked(cls, fweights: object, aweights: object, rows: Tensor) -> RowWeights:
-        """Return the weights of rows [..., D] as [N] on their device.
-
-        Raises:
-            ValueError: another shape than the rows', a weight that is negative or not finite, or
-                importances so small or large that their products overflow.
-            TypeError: frequencies that are no whole numbers.
-        """
-        return cls(
-            _checked_weights("fweights", fweights, rows),
-            _checked_weights("aweights", aweights, rows),
-        )
+        """Return the weights of rows [..., D] as [N] on their device; errors name the argument."""
+        given_weights = {"fweights": fweights, "aweights": aweights}
+        return cls(*(_checked_weights(name, w, rows) for name, w in given_weights.items()))
 
     def select(self, selection: slice | Tensor) -> RowWeights:
         """Return the weights of some of the rows, by a slice or a mask [N]."""
@@ -125,15 +117,8 @@ class Scatter:
             self.merge(part)
             return counts
         product = weights.product
-        counts = ops.add_scatter_(
-            self.scatter,
-            self.total,
-            operands,
-            centre,
-            product,
-            normalize=normalize,
-            accurate=accurate,
-        )
+        sums_and_rows = (self.scatter, self.total, operands, centre, product)
+        counts = ops.add_scatter_(*sums_and_rows, normalize=normalize, accurate=accurate)
         if product is not None or through is not None:
             # The op has seen the rows after the map, and each of them once.
             counts = _counts(rows, weights.frequencies)

@@ -365,10 +365,10 @@ class Moments:
                 {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
             )
 
-    def _expect_columns(self, columns: int, where: str) -> None:
+    def _expect_columns(self, columns: int, name: str) -> None:
         if self.total is not None and columns != len(self.total):
             raise ValueError(
-                f"Moments: {where} have {columns} columns, the rows before had {len(self.total)}; "
+                f"Moments: {name} have {columns} columns, the rows before had {len(self.total)}; "
                 "keep one Moments for each encoder"
             )
 
@@ -395,21 +395,21 @@ def good_rows(rows: Tensor) -> Tensor:
     return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
 
 
-def _check_rows(rows: Tensor, where: str) -> None:
+def _check_rows(rows: Tensor, name: str) -> None:
     """Raise an error if an update cannot take these rows."""
     if not isinstance(rows, Tensor):
         actual = type(rows).__name__
-        raise TypeError(f"Moments: expected {where} as a tensor, got {actual}; torch.as_tensor it")
+        raise TypeError(f"Moments: expected {name} as a tensor, got {actual}; torch.as_tensor it")
     if rows.dim() == 0 or rows.shape[-1] == 0:
         actual = "a single number" if rows.dim() == 0 else f"shape {list(rows.shape)}"
-        raise ValueError(f"Moments: expected {where} [..., D], got {actual}")
+        raise ValueError(f"Moments: expected {name} [..., D], got {actual}")
 
 
-def _describe_bad_row(rows: Tensor, where: str, first_row: int) -> str:
+def _describe_bad_row(rows: Tensor, name: str, first_row: int) -> str:
     index = int((~good_rows(rows)).nonzero()[0])
     fault = "is zero" if bool((rows[index] == 0).all()) else "holds a NaN or an infinity"
     return (
-        f"{where}: row {first_row + index} {fault}, expected a finite row with a direction; "
+        f"{name}: row {first_row + index} {fault}, expected a finite row with a direction; "
         "mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave such rows out"
     )
 

@@ -45,8 +45,8 @@ def seeded_noise(rows: Tensor, seed: int) -> Tensor:
     bits = rows.double().contiguous().view(torch.int64)  # exact for every dtype
     column = torch.arange(1, columns + 1, device=rows.device) * _GOLDEN
     key = _mixed(_mixed(bits + column).sum(dim=1) + _mixed(column.new_tensor(seed) + column[0]))
-    words = _mixed(key[:, None] + column), _mixed(key[:, None] - column)
-    first, second = (((word >> 11) & _MASK_53).double() for word in words)
+    hashes = _mixed(key[:, None] + column), _mixed(key[:, None] - column)
+    first, second = (((word >> 11) & _MASK_53).double() for word in hashes)
     radius = torch.sqrt(-2 * torch.log((first + 1) / 2**53))
     return radius * torch.cos(2 * math.pi * second / 2**53)
 

@@ -18,23 +18,16 @@ Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str
 class RowBatch(NamedTuple):
     """Rows [n, D], and how an error names them: a file, and the number of the first row."""
 
-    where: str
+    origin: str
     first_row: int
     rows: Tensor
 
 
 def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
-    """Iterate over rows [N, D]; ``batch_rows`` at a time of a tensor or an array.
+    """Iterate over rows [N, D], ``batch_rows`` at a time of a tensor or an array.
 
-    Args:
-        rows: a tensor, an array, a :class:`Corpus` or its path, or an iterable of [n, D] tensors
-            that can be read more than once.
-        name: how errors name rows that have no file.
-        batch_rows: the largest number of rows of a batch.
-
-    Raises:
-        TypeError: another object, or an iterator, which can be read only once.
-        ValueError: a tensor or an array that is not [N, D].
+    ``name`` is for errors about rows that have no file. An object that holds no rows, or an
+    iterator, which can be read only once, is a TypeError.
     """
     if isinstance(rows, (str, os.PathLike)):
         rows = Corpus(rows)

@@ -36,17 +36,10 @@ def floored_eigen(
     name: str = "covariance",
     rounded_to: torch.dtype | None = None,
 ) -> FlooredEigen:
-    """Decompose a covariance [D, D] of any floating dtype.
+    """Decompose a covariance [D, D]; eigenvalues at or under the floor become zero.
 
-    Args:
-        covariance: the matrix; :func:`checked_covariance` says what it must be.
-        floor: eigenvalues at or under this share of the largest become zero; None takes
-            :func:`default_floor`.
-        name: how errors call the matrix.
-        rounded_to: dtype that the entries were rounded to, if it is not their own.
-
-    Raises:
-        ValueError: an eigenvalue is more negative than rounding explains.
+    ``name`` is for errors, ``rounded_to`` the dtype that the entries were rounded to, if it is not
+    their own. An eigenvalue that is more negative than rounding explains is a ValueError.
     """
     checked, floor = checked_covariance(covariance, name), floor_of(covariance, floor)
     values, vectors = eigenpairs(checked)
@@ -73,11 +66,8 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
             return values, vectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
-    numpy_values, numpy_vectors = np.linalg.eigh(matrix.cpu().numpy())
-    return (
-        torch.from_numpy(numpy_values).to(matrix.device),
-        torch.from_numpy(numpy_vectors).to(matrix.device),
-    )
+    values, vectors = (torch.from_numpy(array) for array in np.linalg.eigh(matrix.cpu().numpy()))
+    return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def floored_eigen_pair(
@@ -86,11 +76,7 @@ def floored_eigen_pair(
     floor: float | None,
     names: tuple[str, str] = ("source", "target"),
 ) -> tuple[FlooredEigen, FlooredEigen]:
-    """Decompose two covariances of as many columns; the floor is the source's, the target's is 0.
-
-    Raises:
-        ValueError: the columns differ, or either matrix is no covariance.
-    """
+    """Decompose two covariances with the same D; the floor is for the source, 0 for the target."""
     y, x = floored_eigen(source, floor, names[0]), floored_eigen(target, 0.0, names[1])
     expect_same_columns(source, target, names)
     return y, x
@@ -106,12 +92,7 @@ def expect_same_columns(source: Tensor, target: Tensor, names: tuple[str, str]) 
 
 
 def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
-    """Return S [D, D] in float64, symmetric to the last bit.
-
-    Raises:
-        ValueError: it is not square, not finite, or not symmetric within its dtype's rounding.
-        TypeError: it is no floating point tensor.
-    """
+    """Return S [D, D] in float64, symmetric to the last bit, or raise what is wrong with it."""
     if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
         actual = covariance.dtype if isinstance(covariance, Tensor) else type(covariance).__name__
         raise TypeError(f"whiten: expected the {name} as a floating tensor [D, D], got {actual}")
