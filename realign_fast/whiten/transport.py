@@ -1,4 +1,4 @@
-"""Maps that carry one covariance into another, and the Bures distance of two covariances."""
+"""CORAL, optimal transport and blockwise: maps of covariances, and the Bures distance."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Engines: ``map(work, shards)`` on processes of this machine or on a Ray cluster."""
+"""Engines: ``engine(task, shards)``, on processes of this machine or on a Ray cluster."""
