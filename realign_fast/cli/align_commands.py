@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
     one_side = ("side", "out", "half-aligner", "method", *reading, *passes, "engine", "shard")
     summary = "Fit a map and write the source rows aligned by it."
     add_command(commands, "align", _align, summary, *fitting)
-    add_command(commands, "fit", _fit, "Fit a map and write the aligner with its records, but no shards.", *fitting)
+    summary = "Fit a map and write the aligner with its records, but no shards."
+    add_command(commands, "fit", _fit, summary, *fitting)
     summary = "Align rows with an aligner that was fitted before."
     add_command(commands, "apply", _apply, summary, *applying)
     summary = "Compute and keep the statistics of one side for merge, as one job of an array."
