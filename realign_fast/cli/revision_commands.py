@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
@@ -38,41 +39,30 @@ _NO_ROWS = "nothing to look at: give --rows, or --image with --encoder"
 
 def add(commands: Any, open_encoder: OpenEncoder | None = None) -> None:
     """Add the commands to the subparsers of argparse; `open_encoder` lets them take pictures."""
-    language_model = "a causal language model: a name or a directory"
-    parser = _add_command(
-        commands, "pretrain", _train, "Train a projector on aligned captions (stage 1 of ReVision)."
-    )
-    parser.add_argument(
-        "--language-model", dest="start", required=True, metavar="MODEL", help=language_model
-    )
+    add_command = partial(_add_command, commands)
+    summary = "Train a projector on aligned captions (stage 1 of ReVision)."
+    parser = add_command("pretrain", _train, summary)
+    text = "a causal language model: a name or a directory"
+    parser.add_argument("--language-model", dest="start", required=True, metavar="MODEL", help=text)
     options_of.add_data(parser, "text")
     options_of.add_training(parser)
-    parser = _add_command(
-        commands, "finetune", _train, "Train on images and conversations (stage 2 of ReVision)."
-    )
-    parser.add_argument(
-        "--model",
-        dest="start",
-        required=True,
-        metavar="MODEL",
-        help=f"{language_model}, or a directory that pretrain wrote",
-    )
+    summary = "Train on images and conversations (stage 2 of ReVision)."
+    parser = add_command("finetune", _train, summary)
+    text += ", or a directory that pretrain wrote"
+    parser.add_argument("--model", dest="start", required=True, metavar="MODEL", help=text)
     options_of.add_data(parser, "image")
     options_of.add_training(parser)
+    pictures = open_encoder is not None
     for name, run, summary in (
         ("caption", _caption, "Say what rows show, with a trained model."),
         ("chat", _chat, "Ask a trained model about a row, over several turns."),
     ):
-        parser = _add_command(commands, name, run, summary)
+        parser = add_command(name, run, summary)
         parser.set_defaults(open_encoder=open_encoder)
         options_of.add_model(parser)
-        options_of.add_rows(parser, "image", required=open_encoder is None)
-        options_of.add_questions(
-            parser, several=name == "caption", pictures=open_encoder is not None
-        )
-    parser = _add_command(
-        commands, "evaluate", _evaluate, "Measure a trained model on held-out samples."
-    )
+        options_of.add_rows(parser, "image", required=not pictures)
+        options_of.add_questions(parser, several=name == "caption", pictures=pictures)
+    parser = add_command("evaluate", _evaluate, "Measure a trained model on held-out samples.")
     options_of.add_model(parser)
     options_of.add_data(parser, "image")
     options_of.add_evaluation(parser)

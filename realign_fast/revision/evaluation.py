@@ -44,27 +44,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model in eval mode on prepared samples (`preparation.prepare`).
 
-    Args:
-        model: the model.
-        data: the samples.
-        aligner: maps the rows first, where they are raw text rows.
-        choices: the number N of texts to choose from; 0 leaves the choice out. The wrong ones are
-            texts of other samples, drawn by `seed`. Likelihoods are means over the tokens of a
-            text, or short texts would win. Some texts are likelier than others with any image,
-            which hides what a weak model sees; `choice_by_gain` first subtracts the likelihood
-            with the mean of all rows as the image.
-        limit: the number of samples, spread over the list; None takes all.
-        batch: sequences at a time.
-        generate: also generate texts and compare them with the right ones.
-        max_new_tokens: the longest generated text, in tokens.
-        seed: chooses wrong texts and images.
+    `aligner` maps raw text rows first. `limit` is the number of samples, spread over the list;
+    `batch` that of sequences at a time. `seed` draws the wrong texts and images.
+
+    The choice is among `choices` texts by the mean log-likelihood of their tokens (the sum would
+    favour short texts); 0 leaves it out. Some texts are likelier than others with any image, which
+    hides what a weak model sees, so `choice_by_gain` first subtracts the likelihood with the mean
+    of all rows as the image.
 
     Returns:
         `loss`, nats a token of the last answer; `gain`, by how many nats it is lower than with the
         image of another sample, which is 0 for a model that ignores images and left out for
         samples without any; `choice`, `choice_by_gain`, `exact_match` and `cider`; each with
-        `value`, `low` and `high` (95%, bootstrap over samples). Also `samples` and `tokens`, the
-        numbers that were measured on, and a few `examples` of generated texts.
+        `value`, `low` and `high` (95%, bootstrap over samples). Also the numbers of `samples` and
+        `tokens`, and a few `examples` of generated texts.
 
     Raises:
         ValueError: there are fewer different texts than `choices`.
@@ -78,12 +71,13 @@ def evaluate(
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
     figures = _likelihood_figures(scorer, choices, seed)
     if generate:
-        texts = []
+        texts: list[str] = []
         for start in range(0, count, batch):
-            chunk = slice(start, start + batch)
+            end = start + batch
             texts += respond(
-                model, data.template, samples[chunk], rows[chunk], max_new_tokens=max_new_tokens
-            )
+                model, data.template, samples[start:end], rows[start:end],
+                max_new_tokens=max_new_tokens,
+            )  # fmt: skip
         figures |= _generation_figures(samples, scorer.references, texts)
     return figures
 

@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,20 @@ def prepare(
         ValueError: no sample or too few can be used, an entry is malformed, or ids are not unique.
     """
     source, cache = Path(conversations), Path(cache)
+    _check_arguments(source, rows, template, max_length)
+    cache.mkdir(parents=True, exist_ok=True)
+    tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
+    settings = [template.name, jinja, max_length, len(template.image_ids)]
+    settings += [tokenizer.name_or_path, len(tokenizer), str(ids)]
+    folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
+    if not (folder / REPORT).is_file():
+        with closing(open_index(rows, ids, cache)) as index:
+            _write_join(source, index, template, max_length, folder)
+    _check_skipped(json.loads((folder / REPORT).read_text()), source, max_skipped)
+    return Conversations(folder, source, _with_random_access(rows, cache), template)
+
+
+def _check_arguments(source: Path, rows: Corpus, template: Template, max_length: int) -> None:
     if rows.path.is_remote:
         raise ValueError(
             f"{rows.path}: training reads rows in random order, from local files alone; copy the "
@@ -88,20 +102,6 @@ def prepare(
             f"{source}: an image alone takes {len(template.image_ids)} tokens of the {max_length} "
             "of max_length; raise --max-length, or train with fewer visual tokens"
         )
-    cache.mkdir(parents=True, exist_ok=True)
-    jinja = repr(getattr(template, "template", None))
-    tokenizer = template.tokenizer
-    settings = [template.name, jinja, max_length, len(template.image_ids)]
-    settings += [tokenizer.name_or_path, len(tokenizer), str(ids)]
-    folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
-    if not (folder / REPORT).is_file():
-        index = open_index(rows, ids, cache)
-        try:
-            _write_join(source, index, template, max_length, folder)
-        finally:
-            index.close()
-    _check_skipped(json.loads((folder / REPORT).read_text()), source, max_skipped)
-    return Conversations(folder, source, _with_random_access(rows, cache), template)
 
 
 class _JoinArrays:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..align import ReAlign
-from ..corpus.corpus import Corpus
 from ..storage.paths import write_whole
 from .dataset import Conversations, Subset
 from .model import ReVisionModel, TrainablePart, transformers
@@ -172,22 +172,16 @@ def _template(
 
 def _prepare_data(config: TrainingConfig, template: Template) -> _Data:
     """Join the lists and their rows, and set the held-out samples aside."""
-
-    def join(conversations: str, rows: Corpus, ids: str | None) -> Conversations:
-        return prepare(
-            conversations,
-            rows,
-            template,
-            Path(config.out) / "data",
-            ids=ids,
-            max_length=config.max_length,
-            max_skipped=config.max_skipped,
-        )
-
-    samples = join(config.conversations, config.rows, config.ids)
+    join = partial(
+        prepare,
+        template=template,
+        cache=Path(config.out) / "data",
+        max_length=config.max_length,
+        max_skipped=config.max_skipped,
+    )
+    samples = join(config.conversations, config.rows, ids=config.ids)
     if config.test is not None and config.test_rows is not None:
-        test = join(config.test, config.test_rows, None)
-        return _Data(samples.report, samples, test, None)
+        return _Data(samples.report, samples, join(config.test, config.test_rows), None)
     if config.test is not None or config.test_rows is not None:
         raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
     count = config.held_out

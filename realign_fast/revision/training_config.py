@@ -1,4 +1,4 @@
-"""What one training is made of, and the paper's settings of both stages (arXiv 2602.07026)."""
+"""The configuration of a training, and the paper's settings of both stages (arXiv 2602.07026)."""
 
 from __future__ import annotations
 
