@@ -7,19 +7,26 @@ arXiv 2602.07026) from unpaired statistics, with fused kernels behind ``torch.op
     aligned = aligner(text)
 """
 
-from . import (
-    _old_names,
-    _startup,  # noqa: F401  # before torch
-    metrics,
-    whiten,
-)
-from .align import ReAlign
-from .corpus import Corpus
-from .moments import Moments
-from .ops import add_scatter_, align_rows, backend_of, sum_rows
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_old_names.install()
+from . import _old_names, _startup
+
+if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
+    from . import metrics as metrics
+    from . import whiten as whiten
+    from .align import ReAlign as ReAlign
+    from .corpus import Corpus as Corpus
+    from .moments import Moments as Moments
+    from .ops import add_scatter_ as add_scatter_
+    from .ops import align_rows as align_rows
+    from .ops import backend_of as backend_of
+    from .ops import sum_rows as sum_rows
+
 __version__ = "0.1.0"
+_MODULES = {"Corpus": "corpus", "Moments": "moments", "ReAlign": "align"}
+_MODULES |= dict.fromkeys(("add_scatter_", "align_rows", "backend_of", "sum_rows"), "ops")
+_SUBMODULES = {*_MODULES.values(), "covariance_sums", "frame", "methods", "metrics", "whiten"}
 __all__ = [
     "Corpus",
     "Moments",
@@ -31,3 +38,21 @@ __all__ = [
     "sum_rows",
     "whiten",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module of a public name when the name is first used."""
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_old_names.install()
+if not _startup.is_own_command():  # the command line imports torch only where a command needs it
+    from . import ops  # noqa: F401  # registers torch.ops.realign_fast

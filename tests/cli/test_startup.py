@@ -41,7 +41,7 @@ def test_openmp_waits_passively_in_our_command_alone(tmp_path, name, expected):
 
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
     """A stand-in for torch sends the signal while it is imported."""
-    (tmp_path / "realign-fast").write_text("import realign_fast\n")
+    (tmp_path / "realign-fast").write_text("import realign_fast.align\n")
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     root = str(Path(realign_fast.__file__).parents[1])
     done = subprocess.run(
