@@ -17,7 +17,6 @@ lines.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -47,25 +46,25 @@ class Sample(NamedTuple):
     turns: list[Turn]
 
 
-def entry_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield the first and the end byte of every entry of JSON lines or of one JSON list."""
+def entry_texts(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the first byte and the text of every entry of JSON lines or of one JSON list."""
     with explained(path), open(path, "rb") as file:
         first = file.read(1)
         while first.isspace() or first in (b"\xef", b"\xbb", b"\xbf"):  # a byte order mark
             first = file.read(1)
         start = file.tell() - len(first)
         if first == b"[":
-            yield from _list_spans(path, file, start + 1)
+            yield from _list_texts(path, file, start + 1)
             return
         file.seek(start)
         for line in file:
             if line.strip():
-                yield start, start + len(line)
+                yield start, line
             start += len(line)
 
 
-def _list_spans(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, int]]:
-    """Yield the spans of a JSON list whose text begins at byte `base`.
+def _list_texts(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the entries of a JSON list whose text begins at byte `base`.
 
     The text is decoded as Latin-1, which has one character a byte; the characters that delimit
     JSON are ASCII, so positions in the text are positions in the file.
@@ -87,7 +86,7 @@ def _list_spans(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, in
                 ) from error
             base, text, position = base + position, text[position:] + more, 0
             continue
-        yield base + position, base + end
+        yield base + position, text[position:end].encode("latin-1")
         position = end
 
 
@@ -100,16 +99,18 @@ def parquet_to_json_lines(path: Path, out: Path) -> None:
                 lines.write(json.dumps(entry, default=str).encode() + b"\n")
 
 
-def read_entry(path: Path, descriptor: int, start: int, end: int) -> Any:
-    """Parse the JSON value in bytes `start` to `end` of the open file `path`.
+def read_sample(path: Path, start: int, text: bytes, place: str) -> Sample:
+    """Return the entry whose `text` begins at byte `start` of `path`; `place` is for errors.
 
     Raises:
-        ValueError: the bytes are not JSON; the message names the file and the place.
+        ValueError: the text is not JSON or not an entry; the message names the file and the place.
     """
     try:
-        return json.loads(os.pread(descriptor, end - start, start))
+        entry = json.loads(text)
     except ValueError as error:
+        end = start + len(text)
         raise ValueError(f"{path}: bytes {start} to {end} are no JSON ({error})") from error
+    return parse_sample(entry, place)
 
 
 def parse_sample(entry: Any, place: str) -> Sample:

@@ -1,74 +1,78 @@
 """Samples for training: a prepared list with its embedding rows, and the collator of batches.
 
-`preparation.prepare` wrote three arrays to disk. They are mapped here, and samples and rows are
+`preparation.prepare` wrote two arrays to disk. They are mapped here, and samples and rows are
 read one by one where they lie, so that a process holds one batch however long the list or large
 the corpus is.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import data
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from .conversation_files import Sample, parse_sample, read_entry
+from ..storage.paths import explained
+from .conversation_files import Sample, read_sample
 from .templates import IGNORED_LABEL, Template
 
 REPORT = "report.json"
 LIST_COPY = "list.jsonl"  # in the prepared folder, where the source had to be rewritten
-ARRAYS = ("spans", "starts", "rows")
+SAMPLES, ROWS = "samples.i64", "rows.i64"
+SAMPLE_NUMBERS = 4  # of a sample: its first and its end byte, its first image, its number of images
 Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `image_rows` and `id`
 
 
-class Conversations(Dataset[Item]):
+class Conversations(data.Dataset[Item]):
     """A prepared list as a dataset; `preparation.prepare` makes it.
 
-    An item is `{"input_ids": list of T ints, "labels": list of T ints, "image_rows": [images, D],
-    "id": str}`.
+    An item is `{"input_ids": list of T ints, "labels": list of T ints, "image_rows": [images, D]
+    float32, "id": str}`.
     """
 
     def __init__(self, folder: Path, source: Path, rows: Corpus, template: Template) -> None:
         """Map the arrays in `folder`, which were made from the list `source` and `rows`."""
         self.folder, self.rows, self.template = folder, rows, template
         self.report: dict[str, Any] = json.loads((folder / REPORT).read_text())
-        # Spans of samples, where their images begin in `_row_numbers`, rows of all images.
-        self._spans, self._starts, self._row_numbers = (
-            np.asarray(np.memmap(folder / f"{name}.i64", np.int64, "r"))  # a view, still mapped
-            for name in ARRAYS
-        )
-        copy = folder / LIST_COPY
-        self.path = copy if copy.is_file() else source
-        self._descriptor: int | None = None
-        self._opened_by = 0  # the process that opened it: a forked worker opens its own
+        self.aligner: ReAlign | None = None
+        self.path = copied if (copied := folder / LIST_COPY).is_file() else source
+        self._samples = _map(folder / SAMPLES).reshape(-1, SAMPLE_NUMBERS)
+        self._row_numbers = _map(folder / ROWS)  # of all images
+
+    def aligned(self, aligner: ReAlign | None) -> Conversations:
+        """Return the dataset with rows that `aligner` maps as they are read."""
+        mapped = copy.copy(self)
+        mapped.aligner = aligner
+        return mapped
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._samples)
 
     def sample(self, index: int) -> Sample:
         """Read a sample from the list."""
-        start, end = self._spans[2 * index : 2 * index + 2].tolist()
-        if self._descriptor is None or self._opened_by != os.getpid():
-            self._descriptor, self._opened_by = os.open(self.path, os.O_RDONLY), os.getpid()
-        entry = read_entry(self.path, self._descriptor, start, end)
-        return parse_sample(entry, f"{self.path}: {start}")
+        start, end = self._samples[index, :2].tolist()
+        with explained(self.path), open(self.path, "rb", buffering=0) as file:
+            file.seek(start)
+            text = file.read(end - start)
+        return read_sample(self.path, start, text, f"{self.path}: {start}")
 
     def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
-        """Read the embedding rows of several samples together: a list of `[images, D]`."""
-        numbers = [
-            self._row_numbers[int(self._starts[index]) : int(self._starts[index + 1])]
-            for index in indices
-        ]
-        counts = [len(images) for images in numbers]
-        return list(torch.split(self.rows.take(np.concatenate(numbers)), counts))
+        """Read the rows of several samples together: a list of `[images, D]`, float32."""
+        places = self._samples[list(indices), 2:].tolist()
+        numbers = [self._row_numbers[first : first + count] for first, count in places]
+        rows = self.rows.take(np.concatenate(numbers)).float()
+        if self.aligner is not None and len(rows):
+            rows = self.aligner(rows)
+        return list(torch.split(rows, [count for _, count in places]))
 
     def __getitem__(self, index: int) -> Item:
         return self.__getitems__([index])[0]
@@ -87,45 +91,42 @@ class Conversations(Dataset[Item]):
             raise ValueError(
                 f"held out: got {held_out}, expected 1 to {len(self) // 2}, half of the samples"
             )
-        return Subset(self, held_out, False), Subset(self, held_out, True)
-
-    # The defaults outlive the module, which the end of the process empties first.
-    def __del__(
-        self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid
-    ) -> None:
-        descriptor: int | None = getattr(self, "_descriptor", None)
-        if descriptor is not None and self._opened_by == getpid():
-            close(descriptor)
+        step = len(self) // held_out
+        held_out_indices = range(0, held_out * step, step)
+        return Subset(self, _Others(len(self), held_out_indices)), Subset(self, held_out_indices)
 
 
-class Subset(Dataset[Item]):
-    """The held-out samples of a list, every `step`-th, or all others; no list of them is kept."""
-
-    def __init__(self, conversations: Conversations, count: int, held_out: bool) -> None:
-        """Take the `count` samples that are held out, or with `held_out=False` the others."""
-        self.conversations, self.count, self.held_out = conversations, count, held_out
-        self.step = len(conversations) // count
-
-    def __len__(self) -> int:
-        return self.count if self.held_out else len(self.conversations) - self.count
-
-    def index_in_list(self, index: int) -> int:
-        """Return the index in the full list of a sample of this subset."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        if self.held_out:
-            return index * self.step
-        return index + min(index // (self.step - 1) + 1, self.count)
+class Subset(data.Subset[Item]):
+    """A part of a list: torch's `Subset`, whose samples can be read too."""
 
     def sample(self, index: int) -> Sample:
         """Read a sample from the list."""
-        return self.conversations.sample(self.index_in_list(index))
+        return self.dataset.sample(self.indices[index])  # type: ignore[attr-defined,no-any-return]
 
-    def __getitem__(self, index: int) -> Item:
-        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        return self.conversations.__getitems__([self.index_in_list(index) for index in indices])
+class _Others(Sequence[int]):
+    """The indices of a list that are not in `left_out`; each is computed, none is stored."""
+
+    def __init__(self, length: int, left_out: range) -> None:
+        self.length, self.left_out = length, left_out
+
+    def __len__(self) -> int:
+        return self.length - len(self.left_out)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return index + min(index // (self.left_out.step - 1) + 1, len(self.left_out))
+
+
+def spread(count: int, length: int) -> list[int]:
+    """Return `count` indices, or all of them, that are spread evenly over `range(length)`."""
+    count = min(count, length)
+    return [number * length // count for number in range(count)]
+
+
+def _map(path: Path) -> NDArray[np.int64]:
+    return np.asarray(np.memmap(path, np.int64, "r"))  # a view, still mapped
 
 
 class Collator:
@@ -147,17 +148,16 @@ class Collator:
         self.pad, self.aligner, self.side = pad, aligner, side
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        longest = max(len(item["input_ids"]) for item in items)
-        ids = torch.full((len(items), longest), self.pad)
-        labels = torch.full((len(items), longest), IGNORED_LABEL)
-        mask = torch.zeros(len(items), longest, dtype=torch.long)
-        for number, item in enumerate(items):
-            length = len(item["input_ids"])
-            columns = slice(0, length) if self.side == "right" else slice(longest - length, None)
-            ids[number, columns] = torch.tensor(item["input_ids"])
-            labels[number, columns] = torch.tensor(item["labels"])
-            mask[number, columns] = 1
         rows = torch.cat([item["image_rows"] for item in items]).float()
         if self.aligner is not None and len(rows):
             rows = self.aligner(rows)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "image_rows": rows}
+        return {
+            "input_ids": self._pad([item["input_ids"] for item in items], self.pad),
+            "attention_mask": self._pad([[1] * len(item["input_ids"]) for item in items], 0),
+            "labels": self._pad([item["labels"] for item in items], IGNORED_LABEL),
+            "image_rows": rows,
+        }
+
+    def _pad(self, sequences: list[list[int]], value: int) -> Tensor:
+        tensors = list(map(torch.tensor, sequences))
+        return nn.utils.rnn.pad_sequence(tensors, True, value, self.side)

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from ..align import ReAlign
 from .conversation_files import Sample
-from .dataset import Collator, Conversations, Item
+from .dataset import Collator, Conversations, Item, spread
 from .generation import respond
 from .model import ReVisionModel
-from .templates import IGNORED_LABEL, Template
+from .templates import IGNORED_LABEL, Encoded, Template
 from .text_scores import cider, exact_match, interval
 
 Pair = tuple[int, str]  # the index of a sample, and a text
 Figure = dict[str, float]  # `value`, `low` and `high`
 Vector = NDArray[np.float64]
 _FIRST_ROUND = 8  # wrong texts in the first round of a choice; each round scores twice as many
+_MEAN_ROW = -1  # in place of a sample's number: the mean of all rows as the image
 _EXAMPLES = 5  # generated texts that are reported
 
 
@@ -62,52 +63,49 @@ def evaluate(
     Raises:
         ValueError: there are fewer different texts than `choices`.
     """
-    count = len(data) if limit is None else min(limit, len(data))
-    indices = [number * len(data) // count for number in range(count)]
+    indices = spread(len(data) if limit is None else limit, len(data))
     samples = [data.sample(index) for index in indices]
-    rows = [images.float() for images in data.image_rows(indices)]
-    if aligner is not None:
-        rows = [aligner(images) if len(images) else images for images in rows]
+    rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
     figures = _likelihood_figures(scorer, choices, seed)
     if generate:
-        texts: list[str] = []
-        for start in range(0, count, batch):
-            end = start + batch
-            texts += respond(
-                model, data.template, samples[start:end], rows[start:end],
-                max_new_tokens=max_new_tokens,
-            )  # fmt: skip
-        figures |= _generation_figures(samples, scorer.references, texts)
+        figures |= _generation_figures(scorer, max_new_tokens)
     return figures
 
 
 def _likelihood_figures(scorer: LikelihoodScorer, choices: int, seed: int) -> dict[str, Any]:
     """Return the figures that need no generated text."""
-    sums, tokens = scorer.sums(list(enumerate(scorer.references)))
+    references = scorer.references
+    wrong_texts = _draw_wrong_texts(references, choices, seed) if choices else []
+    sums, tokens = scorer.sums(list(enumerate(references)))
     figures: dict[str, Any] = {"samples": len(tokens), "tokens": int(tokens.sum())}
     figures["loss"] = interval(-sums / tokens, tokens)
     if gain := _gain(scorer, sums, tokens, seed):
         figures["gain"] = gain
     if choices:
-        figures["choice"] = _choice(scorer.likelihoods, scorer.references, choices, seed)
-        if gain:
-            figures["choice_by_gain"] = _choice(scorer.gains, scorer.references, choices, seed)
+        figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)
+    if choices and gain:
+        figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
     return figures
 
 
-def _generation_figures(
-    samples: Sequence[Sample], references: Sequence[str], texts: Sequence[str]
-) -> dict[str, Any]:
+def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[str, Any]:
     """Return the figures of generated texts, and the first of them as examples."""
-    own_references = [[reference] for reference in references]
-    triples = list(zip(samples, references, texts, strict=True))[:_EXAMPLES]
+    texts: list[str] = []
+    for start in range(0, len(scorer.samples), scorer.batch):
+        part = slice(start, start + scorer.batch)
+        samples, rows = scorer.samples[part], scorer.rows[part]
+        texts += respond(
+            scorer.model, scorer.template, samples, rows, max_new_tokens=max_new_tokens
+        )
+    references = [[reference] for reference in scorer.references]
+    shown = list(zip(scorer.samples, scorer.references, texts, strict=True))[:_EXAMPLES]
     return {
-        "exact_match": interval(exact_match(texts, own_references)),
-        "cider": interval(cider(texts, own_references)),
+        "exact_match": interval(exact_match(texts, references)),
+        "cider": interval(cider(texts, references)),
         "examples": [
             {"id": sample.id, "expected": reference, "generated": text}
-            for sample, reference, text in triples
+            for sample, reference, text in shown
         ],
     }
 
@@ -135,12 +133,24 @@ class LikelihoodScorer:
     ) -> tuple[Vector, Vector]:
         """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each.
 
-        `images` are the samples whose images are shown; by default every text is scored with the
-        images of its own sample.
+        `images` are the samples whose images are shown, or `_MEAN_ROW`; by default every text is
+        scored with the images of its own sample.
         """
         images = [sample for sample, _ in pairs] if images is None else images
-        keys = [(*pair, int(image)) for pair, image in zip(pairs, images, strict=True)]
-        return self._score(pairs, keys, [self.rows[image] for image in images])
+        keys: list[Hashable] = []
+        new: dict[Hashable, Item] = {}
+        for (sample, text), image in zip(pairs, images, strict=True):
+            ids, labels = self._encode(self.samples[sample], text)
+            rows = self.rows[image if image != _MEAN_ROW else sample]
+            if image == _MEAN_ROW:
+                rows = self._mean_row.expand_as(rows)
+            keys.append((tuple(ids), image))
+            if keys[-1] not in self._known:
+                new[keys[-1]] = {"input_ids": ids, "labels": labels, "image_rows": rows}
+        scores = _log_likelihoods(self.model, list(new.values()), self.batch)
+        self._known |= dict(zip(new, zip(*scores, strict=True), strict=True))
+        sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
+        return sums, tokens
 
     def likelihoods(self, pairs: Sequence[Pair]) -> Vector:
         """Return the mean log-likelihood of the tokens of each text, `[n]`."""
@@ -149,32 +159,14 @@ class LikelihoodScorer:
 
     def gains(self, pairs: Sequence[Pair]) -> Vector:
         """Return `likelihoods` minus those with the mean row: what the images add to each text."""
-        keys = [(tuple(self.template.prompt(self.samples[sample])), text)
-                for sample, text in pairs]  # fmt: skip
-        mean_rows = [self._mean_row.expand_as(self.rows[sample]) for sample, _ in pairs]
-        sums, tokens = self._score(pairs, keys, mean_rows)
+        sums, tokens = self.sums(pairs, [_MEAN_ROW] * len(pairs))
         return self.likelihoods(pairs) - sums / tokens
 
-    def _score(
-        self, pairs: Sequence[Pair], keys: Sequence[Hashable], rows: Sequence[Tensor]
-    ) -> tuple[Vector, Vector]:
-        """Return `sums` of texts with `rows`; a key that was scored before is not scored again."""
-        new = {
-            key: self._encode(self.samples[sample], text, images)
-            for key, (sample, text), images in zip(keys, pairs, rows, strict=True)
-            if key not in self._known
-        }
-        scores = _log_likelihoods(self.model, list(new.values()), self.batch)
-        self._known |= dict(zip(new, zip(*scores, strict=True), strict=True))
-        sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
-        return sums, tokens
-
-    def _encode(self, sample: Sample, text: str, images: Tensor) -> Item:
+    def _encode(self, sample: Sample, text: str) -> Encoded:
         """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
         ids, labels = self.template.encode(self.template.with_answer(sample, text))
         prompt = len(self.template.prompt(sample))
-        labels = [IGNORED_LABEL] * prompt + labels[prompt:]
-        return {"input_ids": ids, "labels": labels, "image_rows": images}
+        return Encoded(ids, [IGNORED_LABEL] * prompt + labels[prompt:])
 
 
 def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: int) -> Figure | None:
@@ -197,7 +189,9 @@ def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: in
 
 
 def _choice(
-    score: Callable[[Sequence[Pair]], Vector], references: Sequence[str], choices: int, seed: int
+    score: Callable[[Sequence[Pair]], Vector],
+    references: Sequence[str],
+    wrong_texts: Sequence[Sequence[str]],
 ) -> Figure:
     """Return how often the right text has the highest score; a tie counts for its share.
 
@@ -205,23 +199,22 @@ def _choice(
     that score highest with their own images first, and a decided sample is left alone.
     """
     right = score(list(enumerate(references)))
-    wrong_texts = _draw_wrong_texts(references, choices, seed)
     own_scores = dict(zip(references, right, strict=True))
-    for texts in wrong_texts:
-        texts.sort(key=own_scores.__getitem__, reverse=True)
+    ordered = [sorted(texts, key=own_scores.__getitem__, reverse=True) for texts in wrong_texts]
+    wrong = len(ordered[0])
     beaten, ties = np.zeros(len(references), bool), np.zeros(len(references), int)
     start, count = 0, _FIRST_ROUND
-    while start < choices - 1 and not beaten.all():
+    while start < wrong and not beaten.all():
         pairs = [
             (sample, text)
             for sample in np.flatnonzero(~beaten).tolist()
-            for text in wrong_texts[sample][start : start + count]
+            for text in ordered[sample][start : start + count]
         ]
         for (sample, _), value in zip(pairs, score(pairs), strict=True):
             beaten[sample] |= value > right[sample]
             ties[sample] += value == right[sample]
         start, count = start + count, 2 * count
-    return interval(~beaten / (1 + ties)) | {"of": choices, "chance": 1 / choices}
+    return interval(~beaten / (1 + ties)) | {"of": wrong + 1, "chance": 1 / (wrong + 1)}
 
 
 def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> list[list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .conversation_files import IMAGE_MARK, Sample
 from .dataset import Collator
-from .model import ReVisionModel, transformers
+from .model import ReVisionModel, position_limit, transformers
 from .projector import read_config
 from .templates import DEFAULT_QUESTION, TEMPLATES, Template
 
@@ -36,7 +36,9 @@ def open_model(
     model = ReVisionModel.from_pretrained(directory, language_model, dtype)
     tokenizer = transformers().AutoTokenizer.from_pretrained(directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), TEMPLATES[config.template](tokenizer, config.visual_tokens)
+    template = TEMPLATES[config.template](tokenizer, config.visual_tokens)
+    template.positions = position_limit(model.config)
+    return model.to(device), template
 
 
 def pad_id(tokenizer: Any) -> int:

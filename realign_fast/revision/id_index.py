@@ -27,7 +27,7 @@ from ..storage.paths import StoragePath, explained, storage_path
 
 ID_COLUMNS = ("id", "key", "__key__")
 _BLOCK_IDS = 10_000  # ids inserted at a time
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 IdBlocks = Iterator[list[str]]
 IdSource = str | os.PathLike[str] | None  # a root or its metadata/, "row", or None for the corpus

@@ -27,16 +27,7 @@ from torch import Tensor, nn
 from .._extras import import_extra
 from ..storage.paths import write_whole
 from .overrides import build_dataclass
-from .projector import (
-    CONFIG,
-    IMAGE_TOKEN,
-    WEIGHTS,
-    Projector,
-    ProjectorName,
-    ReVisionConfig,
-    TemplateName,
-    read_config,
-)
+from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,11 +68,8 @@ class ReVisionModel(nn.Module):
         language_model: str | os.PathLike[str],
         row_dimension: int,
         *,
-        projector: ProjectorName = ReVisionConfig.projector,
-        visual_tokens: int = ReVisionConfig.visual_tokens,
-        normalize: bool = ReVisionConfig.normalize,
-        template: TemplateName = ReVisionConfig.template,
         dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> ReVisionModel:
         """Put a new projector in front of a language model, a name on the hub or a directory.
 
@@ -90,16 +78,9 @@ class ReVisionModel(nn.Module):
         """
         loaded = _load_language_model(language_model, dtype)
         path = Path(language_model)
-        config = ReVisionConfig(
-            language_model=str(path.resolve()) if path.exists() else str(language_model),
-            row_dimension=row_dimension,
-            hidden_size=loaded.get_input_embeddings().embedding_dim,
-            projector=projector,
-            visual_tokens=visual_tokens,
-            normalize=normalize,
-            template=template,
-        )
-        return cls(config, loaded)
+        name = str(path.resolve()) if path.exists() else str(language_model)
+        width = loaded.get_input_embeddings().embedding_dim
+        return cls(ReVisionConfig(name, row_dimension, width, **settings), loaded)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -185,24 +166,18 @@ class ReVisionModel(nn.Module):
         )
         return tokens
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Recompute the activations of the language model in the backward pass, to save memory.
 
-        Trainer calls this under the name that transformers gives it.
+        Trainer calls this, or `gradient_checkpointing_enable` in earlier versions of transformers,
+        with the arguments that the method of the language model takes.
         """
-        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
-        if hasattr(self.base, "activation_checkpointing_enable"):
-            self.base.activation_checkpointing_enable(kwargs, **options)
-        else:
-            self.base.gradient_checkpointing_enable(kwargs)
+        name = "activation_checkpointing_enable"
+        if not hasattr(self.base, name):
+            name = "gradient_checkpointing_enable"
+        getattr(self.base, name)(*arguments, **options)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Do the same under the name that earlier versions of Trainer call."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def train_only(self, parts: Iterable[str], **lora: Any) -> None:
         """Make these parts of the model trainable and freeze all others.
@@ -212,23 +187,19 @@ class ReVisionModel(nn.Module):
         trained further as "lora", and is merged into the language model for "language_model".
         ValueError if there is no such choice of parts, or a field of LoraConfig is wrong.
         """
-        parts = list(parts)
-        if (
-            not parts
-            or set(parts) - set(TRAINABLE_PARTS)
-            or {"lora", "language_model"} <= set(parts)
-        ):
+        chosen = set(parts)
+        if not chosen or chosen - set(TRAINABLE_PARTS) or {"lora", "language_model"} <= chosen:
             raise ValueError(
-                f"train: got {', '.join(parts) or 'nothing'}, expected some of "
+                f"train: got {', '.join(sorted(chosen)) or 'nothing'}, expected some of "
                 f"{', '.join(TRAINABLE_PARTS)}, one of the last two at most"
             )
-        if "language_model" in parts and self._has_adapter:
+        if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         self.requires_grad_(False)
-        if "lora" in parts:
+        if "lora" in chosen:
             self._train_adapter(lora)
-        self.projector.requires_grad_("projector" in parts)
-        if "language_model" in parts:
+        self.projector.requires_grad_("projector" in chosen)
+        if "language_model" in chosen:
             self.language_model.requires_grad_(True)
             self.language_model_changed = True
 
@@ -239,9 +210,8 @@ class ReVisionModel(nn.Module):
             return
         peft = _peft()
         fields = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | fields
-        config = build_dataclass(
-            peft.LoraConfig, "field of LoraConfig", fields, task_type="CAUSAL_LM"
-        )
+        fields["task_type"] = "CAUSAL_LM"
+        config = build_dataclass(peft.LoraConfig, "field of LoraConfig", fields)
         self.language_model = peft.get_peft_model(self.language_model, config)
 
     def save_pretrained(
@@ -258,14 +228,18 @@ class ReVisionModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         projector = {
             name: tensor.detach().cpu().contiguous()
-            for name, tensor in _submodule_state(state, "projector").items()
+            for name, tensor in _submodule_state(state, "projector.").items()
         }
         write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
-        weights = _submodule_state(state, "language_model")
+        weights = _submodule_state(state, "language_model.")
         if self._has_adapter:
             self.language_model.save_pretrained(directory / ADAPTER_FOLDER, state_dict=weights)
+            weights = {  # of the language model alone, some of whose layers PEFT has wrapped
+                name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+                for name, tensor in weights.items()
+                if "lora_" not in name
+            }
         if self.language_model_changed:
-            weights = _without_adapter(weights)
             self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=weights)
         text = json.dumps(asdict(self.revision_config), indent=2) + "\n"
         write_whole(directory / CONFIG, text.encode())
@@ -318,10 +292,36 @@ class ReVisionModel(nn.Module):
             self.language_model = load(self.language_model, str(adapter))
 
 
+def load_config(language_model: str | os.PathLike[str]) -> Any:
+    """Read the configuration of a language model; ValueError if it cannot be loaded."""
+    return _load(transformers().AutoConfig, language_model)
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the longest input of a language model, in tokens, or None if it has no limit.
+
+    `config` is its configuration. Rotary positions that are scaled reach further than the
+    positions that the model was first trained on.
+    """
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    lengths = [getattr(config, name, None) for name in names]
+    limit = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = rope.get("full_attention", rope)  # where the kinds of layers have their own
+    if limit and isinstance(factor := rope.get("factor"), int | float):
+        trained = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(factor * trained))
+    return limit
+
+
 def _load_language_model(source: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
-    auto = transformers().AutoModelForCausalLM
+    return _load(transformers().AutoModelForCausalLM, source, dtype=dtype)
+
+
+def _load(auto: Any, source: str | os.PathLike[str], **options: Any) -> Any:
     try:
-        return auto.from_pretrained(source, dtype=dtype)
+        return auto.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
         raise ValueError(
@@ -334,19 +334,10 @@ def _peft() -> ModuleType:
     return import_extra("peft", "train", "A LoRA adapter")
 
 
-def _without_adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the language model's own weights, where PEFT has wrapped some of its layers."""
+def _submodule_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose names begin with `prefix`, without it."""
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-        for name, tensor in weights.items()
-        if "lora_" not in name
-    }
-
-
-def _submodule_state(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the entries of a submodule under its own names."""
-    return {
-        key.removeprefix(f"{name}."): value
-        for key, value in state_dict.items()
-        if key.startswith(f"{name}.")
+        name.removeprefix(prefix): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(prefix)
     }

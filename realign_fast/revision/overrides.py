@@ -7,10 +7,8 @@ import difflib
 from typing import Any
 
 
-def build_dataclass(
-    dataclass: type[Any], description: str, settings: dict[str, Any], **fixed: Any
-) -> Any:
-    """Return `dataclass(**fixed, **settings)`.
+def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:
+    """Return `dataclass(**settings)`.
 
     A setting whose default is a number or a truth value must be one too. `description` says in
     errors what a setting is, such as "setting of Trainer".
@@ -32,6 +30,6 @@ def build_dataclass(
         elif isinstance(default, int | float) and not isinstance(value, int | float):
             raise ValueError(f"{name}: got {value!r}, expected a number")
     try:
-        return dataclass(**fixed, **settings)
+        return dataclass(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{description}: {' '.join(str(error).split())[:300]}") from error

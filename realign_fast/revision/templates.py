@@ -6,14 +6,16 @@ The ids of a sample hold `IMAGE_TOKEN` K times for an image; labels are -100 whe
 EOS that ends it. `Chat` (stage 2) runs the chat template of the tokenizer, with the loss on the
 answers alone. A template is a program, so the place of an answer is found by running it: the text
 with the answer begins with the text before it plus the generation prompt, and what follows is the
-answer with its end-of-turn token. The text is tokenized as a whole, as at inference, and a token
-is labelled if it lies inside an answer.
+answer with its end-of-turn token. An answer that the template writes in another way once turns
+follow it is found by marks around it. The text is tokenized as a whole, as at inference, and a
+token is labelled if it lies inside an answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from .conversation_files import IMAGE_MARK, Sample, Turn
@@ -21,6 +23,7 @@ from .projector import IMAGE_TOKEN, TemplateName
 
 IGNORED_LABEL = -100
 DEFAULT_QUESTION = "Describe the image."
+_BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
 Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
 
 
@@ -35,6 +38,7 @@ class Plain:
     """Encodes captions as `[BOS][visual tokens]caption[EOS]`."""
 
     name: TemplateName = "plain"
+    positions: int | None = None  # the longest input of the language model, if it has a limit
 
     def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
         """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`."""
@@ -49,15 +53,18 @@ class Plain:
         answers = [text for role, text in sample.turns if role == "assistant"]
         return answers[-1].strip() if answers else ""
 
-    def fault(self, sample: Sample) -> Fault | None:
-        """Return the fault that makes a sample unusable, or None."""
+    def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
+        """Return the fault that makes a sample unusable, or None; `max_length` is in tokens."""
         if not sample.images or sample.images == [""]:
             return "missing_images"
-        return None if self.reference(sample) else "empty_captions"
-
-    def max_tokens(self, sample: Sample) -> int:
-        """Return an upper bound of the tokens of a sample: each stands for at least one byte."""
-        return len(sample.images) * len(self.image_ids) + len(self.reference(sample).encode()) + 3
+        caption = self.reference(sample)
+        if not caption:
+            return "empty_captions"
+        # A token stands for at least one byte, so that few captions have to be encoded.
+        most_tokens = len(self.prompt(sample)) + len(caption.encode()) + 3
+        if max_length is None or most_tokens <= max_length:
+            return None
+        return "over_long" if len(self.encode(sample).ids) > max_length else None
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
@@ -79,6 +86,7 @@ class Chat:
     """Encodes conversations with the chat template of a tokenizer."""
 
     name: TemplateName = "chat"
+    positions: int | None = None  # the longest input of the language model, if it has a limit
 
     def __init__(
         self,
@@ -94,6 +102,7 @@ class Chat:
         """
         self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         self.template = template or getattr(tokenizer, "chat_template", None)
+        self._time = datetime.now()  # one for all renderings: a template may write the date
         if not self.template:
             raise ValueError(
                 f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
@@ -104,17 +113,18 @@ class Chat:
                 f"{tokenizer.name_or_path}: cannot say which characters a token stands for; use "
                 "its fast tokenizer"
             )
-        # Any of them ends a generated text.
-        self.end_ids = sorted({*_special_ids(tokenizer, "eos"), *self._end_of_turn()})
-
-    def _end_of_turn(self) -> list[int]:
-        """Return the special token that the template puts after an answer, if it puts one."""
+        # Any of them ends a generated text: EOS, and the special token after an answer.
         labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
-        last = [label for label in labels if label != IGNORED_LABEL][-1]
-        return [last] if last in self.tokenizer.added_tokens_decoder else []
+        last = [label for label in labels if label != IGNORED_LABEL][-1:]
+        end_of_turn = set(last) & set(tokenizer.added_tokens_decoder)
+        self.end_ids = sorted({*_special_ids(tokenizer, "eos"), *end_of_turn})
 
-    def fault(self, sample: Sample) -> Fault | None:
-        """Return the fault that makes a sample unusable, or None."""
+    def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
+        """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
+
+        Raises:
+            ValueError: the template refuses the turns, or hides where an answer is.
+        """
         turns = _turns(sample)
         answers = [text for role, text in turns if role == "assistant"]
         if not answers or not all(text.strip() for text in answers):
@@ -123,13 +133,12 @@ class Chat:
         if "user" not in roles[: roles.index("assistant")]:
             return "missing_questions"
         marks = sum(text.count(IMAGE_MARK) for _, text in turns)
-        return None if marks == len(sample.images) and "" not in sample.images else "missing_images"
-
-    def max_tokens(self, sample: Sample) -> int:
-        """Return an upper bound of the tokens of a sample: each stands for at least one byte."""
-        text = self.render(_turns(sample))
-        pieces = 1 + len(sample.images)  # a tokenizer may put a token of its own before each
-        return len(sample.images) * len(self.image_ids) + len(text.encode()) + pieces
+        if marks != len(sample.images) or "" in sample.images:
+            return "missing_images"
+        encoded = self.encode(sample)
+        if all(label == IGNORED_LABEL for label in encoded.labels):
+            return "empty_captions"
+        return "over_long" if max_length is not None and len(encoded.ids) > max_length else None
 
     def render(self, turns: Sequence[Turn], generate: bool = False) -> str:
         """Return the text of a conversation, with the generation prompt if `generate`.
@@ -144,6 +153,7 @@ class Chat:
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=generate,
+                strftime_now=self._time.strftime,
             )
         except Exception as error:  # a template can raise anything, most often a class of jinja2
             roles = ", ".join(role for role, _ in turns)
@@ -151,14 +161,20 @@ class Chat:
         return text
 
     def encode(self, sample: Sample) -> Encoded:
-        """Return the token ids and labels of a sample."""
+        """Return the token ids and labels of a sample; ValueError as in `fault`."""
         turns = _turns(sample)
         text = self.render(turns)
         answers = [
-            self._answer_span(turns[: number + 1], text)
+            self._answer_span(turns, number, text)
             for number, (role, _) in enumerate(turns)
             if role == "assistant"
         ]
+        if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: the chat template leaves out or repeats a turn "
+                f"with {IMAGE_MARK}; give a template that writes every turn once "
+                "(--chat-template FILE)"
+            )
         return self._tokenize(text, answers)
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -177,41 +193,55 @@ class Chat:
         turns = _turns(sample)
         return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
-    def _answer_span(self, turns: Sequence[Turn], text: str) -> tuple[int, int]:
-        """Return where in `text` the last of `turns` and the token that ends it begin and end."""
-        before, after = self.render(turns[:-1], generate=True), self.render(turns).rstrip()
-        if not after.startswith(before) or not text.startswith(after):
-            raise ValueError(
-                f"{self.tokenizer.name_or_path}: the chat template renders answer "
-                f"{turns[-1][1][:40]!r} in another way at the end of its text; give a template "
-                "that only appends (--chat-template FILE)"
-            )
-        return len(before), len(after)
+    def _answer_span(self, turns: Sequence[Turn], number: int, text: str) -> tuple[int, int]:
+        """Return where in `text` turn `number` and the token that ends it begin and end."""
+        before, until = self.render(turns[:number], generate=True), turns[: number + 1]
+        after = self.render(until).rstrip()
+        if after.startswith(before):
+            if text.startswith(after):
+                return len(before), len(after)
+            at_the_end, span = self._find(until, number, after), self._find(turns, number, text)
+            if at_the_end and span:
+                closing = after[at_the_end[1] :]
+                return span[0], span[1] + len(closing) * text.startswith(closing, span[1])
+        raise ValueError(
+            f"{self.tokenizer.name_or_path}: the chat template renders answer "
+            f"{turns[number][1][:40]!r} in another way at the end of its text; give a template "
+            "that only appends (--chat-template FILE)"
+        )
+
+    def _find(self, turns: Sequence[Turn], number: int, text: str) -> tuple[int, int] | None:
+        """Return where in `text`, made from `turns`, one of them lies, or None if it is cut.
+
+        Spaces before it belong to it, because they are part of its first token.
+        """
+        role, content = turns[number]
+        answer = content.strip()  # a template may strip it, which marks would keep it from
+        marked = content.replace(answer, f"{_BEGIN}{answer}{_END}", 1)
+        rendered = self.render([*turns[:number], (role, marked), *turns[number + 1 :]])
+        parts = re.split(f"{_BEGIN}|{_END}", rendered)
+        if len(parts) != 3 or parts[1] != answer or not "".join(parts).startswith(text):
+            return None
+        return len(parts[0].rstrip(" ")), len(parts[0] + answer)
 
     def _tokenize(self, text: str, answers: Sequence[tuple[int, int]]) -> Encoded:
         """Tokenize the pieces of a text between its image marks; label the spans of `answers`."""
-        encoded = Encoded([], [])
-        start = 0
-        for match in [*re.finditer(re.escape(IMAGE_MARK), text), None]:
-            end = match.start() if match else len(text)
-            if end > start:
-                self._append_piece(encoded, text[start:end], start, answers)
-            if match:
+        encoded, offset = Encoded([], []), 0
+        for piece in re.split(f"({IMAGE_MARK})", text):
+            if piece == IMAGE_MARK:
                 encoded.ids.extend(self.image_ids)
                 encoded.labels.extend([IGNORED_LABEL] * len(self.image_ids))
-                start = match.end()
+            elif piece:
+                tokens = self.tokenizer(
+                    piece, add_special_tokens=False, return_offsets_mapping=True
+                )
+                for token, span in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+                    start, end = offset + span[0], offset + max(span[1], span[0] + 1)
+                    in_answer = any(low <= start and end <= high for low, high in answers)
+                    encoded.ids.append(token)
+                    encoded.labels.append(token if in_answer else IGNORED_LABEL)
+            offset += len(piece)
         return encoded
-
-    def _append_piece(
-        self, encoded: Encoded, piece: str, offset: int, answers: Sequence[tuple[int, int]]
-    ) -> None:
-        """Append the tokens of a piece of text that begins at character `offset`."""
-        tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            start, end = offset + first, offset + max(last, first + 1)
-            in_answer = any(low <= start and end <= high for low, high in answers)
-            encoded.ids.append(token)
-            encoded.labels.append(token if in_answer else IGNORED_LABEL)
 
 
 Template = Plain | Chat

@@ -14,19 +14,19 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..align import ReAlign
 from ..storage.paths import write_whole
-from .dataset import Conversations, Subset
-from .model import ReVisionModel, TrainablePart, transformers
+from .dataset import Collator, Conversations, Subset
+from .generation import pad_id
+from .model import LANGUAGE_MODEL_FOLDER, ReVisionModel, load_config, position_limit, transformers
 from .overrides import build_dataclass
 from .preparation import FAULTS, prepare
 from .projector import CONFIG, ReVisionConfig, read_config
 from .templates import Chat, Plain, Template
-from .training_config import MODEL_DEFAULTS, PRESETS, Stage, StagePreset, TrainingConfig
+from .training_config import MODEL_DEFAULTS, PRESETS, Stage, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .trainer import ReVisionTrainer
 
 _MAX_HELD_OUT = 512  # samples, by default
+Samples = Conversations | Subset
 
 
 def pretrain(config: TrainingConfig) -> dict[str, Any]:
@@ -50,32 +51,31 @@ def finetune(config: TrainingConfig) -> dict[str, Any]:
     return _train("finetune", config)
 
 
-class _Data(NamedTuple):
-    """The samples of a training."""
-
-    report: dict[str, Any]  # of the join of the list and the rows
-    train: Conversations | Subset
-    held_out: Conversations | Subset | None
-    held_out_aligner: ReAlign | None  # maps the rows of held-out samples
-
-
 def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
-    preset = PRESETS[stage]
-    parts = config.train or preset.train
-    if config.lora and "lora" not in parts:
-        raise ValueError(
-            f"lora: got {', '.join(config.lora)} for an adapter that is not trained; expected "
-            f"--train projector,lora; what trains is {', '.join(parts)}"
-        )
-    arguments = _training_arguments(preset, config)
+    config = _with_preset(stage, config)
+    arguments = _training_arguments(config)
     saved = _saved_config(config)
-    template = _template(preset, config, saved)
+    template = _template(config, saved)
     with arguments.main_process_first(local=False):
-        data = _prepare_data(config, template)
-    model = _build_model(config, saved, parts, arguments)
+        report, samples, held_out = _prepare_data(config, template)
+    if held_out is None:
+        arguments.eval_strategy = "no"
+    model = _build_model(config, saved, arguments)
     model.revision_config.template = template.name
-    trainer = _build_trainer(model, arguments, template, data, config)
-    _print_overview(trainer, data.report, model)
+
+    from .trainer import ReVisionTrainer  # a subclass of Trainer, which transformers holds
+
+    trainer = ReVisionTrainer(
+        model,
+        arguments,
+        template=template,
+        generations=config.generations,
+        data_collator=Collator(pad_id(template.tokenizer)),
+        train_dataset=samples,
+        eval_dataset=held_out,
+    )
+    if trainer.is_world_process_zero():
+        _print_overview(report, model)
     checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
     if config.resume and checkpoint is None and trainer.is_world_process_zero():
         print(
@@ -84,14 +84,33 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    summary = _summary(stage, config, trainer, data.report, result, checkpoint is not None)
+    summary = {"stage": stage, "out": config.out} | _figures(trainer, result, bool(checkpoint))
+    summary |= {"data": report, "model": dataclasses.asdict(model.revision_config)}
     if trainer.is_world_process_zero():
         write_whole(Path(config.out) / "training.json", json.dumps(summary, indent=2).encode())
     return summary
 
 
-def _training_arguments(preset: StagePreset, config: TrainingConfig) -> TrainingArguments:
-    """Return the TrainingArguments of the preset, changed by the configuration."""
+def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with the preset of the stage where it says nothing."""
+    preset = PRESETS[stage]
+    parts = config.train or preset.train
+    if config.lora and "lora" not in parts:
+        raise ValueError(
+            f"lora: got {', '.join(config.lora)} for an adapter that is not trained; expected "
+            f"--train projector,lora; what trains is {', '.join(parts)}"
+        )
+    return dataclasses.replace(
+        config,
+        train=parts,
+        template=config.template or preset.template,
+        batch=config.batch or preset.batch,
+        trainer=preset.trainer | config.trainer,
+    )
+
+
+def _training_arguments(config: TrainingConfig) -> TrainingArguments:
+    """Return the TrainingArguments that the configuration means."""
     out = Path(config.out)
     if not config.resume and last_checkpoint(out):
         raise ValueError(
@@ -99,13 +118,13 @@ def _training_arguments(preset: StagePreset, config: TrainingConfig) -> Training
             "another directory"
         )
     devices = int(os.environ.get("WORLD_SIZE", "1"))
-    batch, simultaneous = config.batch or preset.batch, config.micro_batch * devices
+    batch, simultaneous = config.batch or 1, config.micro_batch * devices
     if batch % simultaneous:
         raise ValueError(
             f"batch: got {batch}, expected a multiple of {simultaneous}, micro batch "
             f"{config.micro_batch} x {devices} devices; choose a multiple"
         )
-    settings = preset.trainer | {
+    settings = {
         "output_dir": config.out,
         "per_device_train_batch_size": config.micro_batch,
         "per_device_eval_batch_size": config.micro_batch,
@@ -152,26 +171,27 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
     return saved
 
 
-def _template(
-    preset: StagePreset, config: TrainingConfig, saved: ReVisionConfig | None
-) -> Template:
+def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
     tokenizer = transformers().AutoTokenizer.from_pretrained(config.start)
-    visual_tokens = config.visual_tokens or MODEL_DEFAULTS["visual_tokens"]
+    source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
+    visual_tokens = config.visual_tokens or ReVisionConfig.visual_tokens
     if saved:
+        source = str(trained) if trained.is_dir() else saved.language_model
         visual_tokens = saved.visual_tokens
-    template: Template
-    if (config.template or preset.template) == "chat":
+    template: Template = Plain(tokenizer, visual_tokens)
+    if config.template == "chat":
         template = Chat(tokenizer, visual_tokens, template=config.chat_template)
-    else:
-        template = Plain(tokenizer, visual_tokens)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template  # saved with the trained model
+    template.positions = position_limit(load_config(source))
     return template
 
 
-def _prepare_data(config: TrainingConfig, template: Template) -> _Data:
-    """Join the lists and their rows, and set the held-out samples aside."""
+def _prepare_data(
+    config: TrainingConfig, template: Template
+) -> tuple[dict[str, Any], Samples, Samples | None]:
+    """Join the lists and their rows; return the report, the samples and the held-out samples."""
     join = partial(
         prepare,
         template=template,
@@ -179,26 +199,22 @@ def _prepare_data(config: TrainingConfig, template: Template) -> _Data:
         max_length=config.max_length,
         max_skipped=config.max_skipped,
     )
-    samples = join(config.conversations, config.rows, ids=config.ids)
+    samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
     if config.test is not None and config.test_rows is not None:
-        return _Data(samples.report, samples, join(config.test, config.test_rows), None)
+        return samples.report, samples, join(config.test, config.test_rows)
     if config.test is not None or config.test_rows is not None:
         raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)
-    if not count:
-        return _Data(samples.report, samples, None, None)
-    return _Data(samples.report, *samples.split(count), config.aligner)
+    return samples.report, *(samples.split(count) if count else (samples, None))
 
 
 def _build_model(
-    config: TrainingConfig,
-    saved: ReVisionConfig | None,
-    parts: tuple[TrainablePart, ...],
-    arguments: TrainingArguments,
+    config: TrainingConfig, saved: ReVisionConfig | None, arguments: TrainingArguments
 ) -> ReVisionModel:
     """Load the saved model, or put a new projector before a language model; choose what trains."""
+    parts = config.train or ()
     bf16 = arguments.bf16 and "language_model" not in parts
     dtype = torch.bfloat16 if bf16 else torch.float32
     transformers().set_seed(arguments.seed)  # of a new projector and a new adapter
@@ -217,41 +233,8 @@ def _build_model(
     return model
 
 
-def _build_trainer(
-    model: ReVisionModel,
-    arguments: TrainingArguments,
-    template: Template,
-    data: _Data,
-    config: TrainingConfig,
-) -> ReVisionTrainer:
-    from .dataset import Collator
-    from .generation import pad_id
-    from .trainer import EpochCallback, GenerationCallback, ReVisionTrainer
-
-    if data.held_out is None:
-        arguments.eval_strategy = "no"
-    pad = pad_id(template.tokenizer)
-    trainer = ReVisionTrainer(
-        model,
-        arguments,
-        data_collator=Collator(pad, config.aligner),
-        test_collator=Collator(pad, data.held_out_aligner),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=template.tokenizer,
-    )
-    trainer.add_callback(EpochCallback(trainer))
-    if data.held_out is not None and config.generations:
-        trainer.add_callback(
-            GenerationCallback(trainer, template, config.generations, data.held_out_aligner)
-        )
-    return trainer
-
-
-def _print_overview(trainer: ReVisionTrainer, report: dict[str, Any], model: ReVisionModel) -> None:
-    """Print the number of samples and of trainable parameters, in one process alone."""
-    if not trainer.is_world_process_zero():
-        return
+def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
+    """Print the number of samples and of trainable parameters."""
     skipped = ", ".join(
         f"{report[fault]:,} {meaning}" for fault, meaning in FAULTS.items() if report[fault]
     )
@@ -271,36 +254,21 @@ def _print_overview(trainer: ReVisionTrainer, report: dict[str, Any], model: ReV
 
 def _logged_loss(log_history: list[dict[str, float]]) -> float | None:
     """Return the mean of the logged losses of all steps, also those before a resumption."""
-    logged = [entry for entry in log_history if "loss" in entry]
-    if not logged:
-        return None
-    steps = [0.0, *(entry["step"] for entry in logged)]
-    total = sum(
-        entry["loss"] * (end - start)
-        for entry, start, end in zip(logged, steps, steps[1:], strict=False)
-    )
-    return total / steps[-1]
+    total = step = 0.0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - step)
+            step = entry["step"]
+    return total / step if step else None
 
 
-def _summary(
-    stage: Stage,
-    config: TrainingConfig,
-    trainer: ReVisionTrainer,
-    report: dict[str, Any],
-    result: Any,
-    resumed: bool,
-) -> dict[str, Any]:
+def _figures(trainer: ReVisionTrainer, result: Any, resumed: bool) -> dict[str, Any]:
     """Return the figures of a finished training; `result` is what `Trainer.train` returned."""
     history = trainer.state.log_history
-    model = trainer.accelerator.unwrap_model(trainer.model)
     return {
-        "stage": stage,
-        "out": config.out,
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "train_loss": (resumed and _logged_loss(history)) or result.training_loss,
         "held_out_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "samples_per_second": result.metrics.get("train_samples_per_second") or None,
-        "data": report,
-        "model": dataclasses.asdict(model.revision_config),
     }

@@ -1,16 +1,16 @@
-"""Trainer of transformers for ReVision: its model files, its order of samples, its callbacks."""
+"""Trainer of transformers for ReVision: its model files, its order of samples, its answers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from ..align import ReAlign
-from .dataset import Collator
+from .dataset import spread
 from .generation import respond
 from .permutation_sampler import PermutationSampler
 from .templates import Template
@@ -19,26 +19,42 @@ from .templates import Template
 class ReVisionTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices."""
 
-    data_collator: Any
-
-    def __init__(self, *arguments: Any, test_collator: Collator, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, template: Template, generations: int, **options: Any
+    ) -> None:
         """Take the arguments of Trainer.
 
-        `test_collator` makes the batches of evaluations, whose rows may need another aligner than
-        those of training.
+        At each evaluation, `generations` of the held-out samples are answered, into
+        `samples.jsonl` and the log; not under FSDP and DeepSpeed, which may have spread the
+        parameters over devices.
         """
-        self.test_collator = test_collator
-        self.sampler: PermutationSampler | None = None
-        super().__init__(*arguments, **options)
+        self.template, self.generations = template, generations
+        super().__init__(*arguments, processing_class=template.tokenizer, **options)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return Trainer's loader of evaluations, with `test_collator`."""
-        training_collator = self.data_collator
-        self.data_collator = self.test_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Return the metrics of Trainer; answer samples in one process alone."""
+        metrics: dict[str, float] = super().evaluate(*arguments, **options)
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.generations and whole and self.is_world_process_zero():
+            self._answer_samples()
+        return metrics
+
+    def _answer_samples(self) -> None:
+        indices = spread(self.generations, len(self.eval_dataset))
+        samples = [self.eval_dataset.sample(index) for index in indices]
+        rows = [item["image_rows"] for item in self.eval_dataset.__getitems__(indices)]
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        answers = respond(model, self.template, samples, rows, max_new_tokens=48)
+        model.train(was_training)
+        step = self.state.global_step
+        with open(Path(self.args.output_dir) / "samples.jsonl", "a") as file:
+            for sample, answer in zip(samples, answers, strict=True):
+                entry = {"step": step, "id": sample.id, "answer": answer}
+                entry["expected"] = self.template.reference(sample)
+                file.write(json.dumps(entry) + "\n")
+                print(f"step {step}, {sample.id}: {answer!r}")
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -59,64 +75,17 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = PermutationSampler(len(train_dataset or self.train_dataset), seed)
-        return self.sampler
+        return _EpochSampler(self, len(train_dataset or self.train_dataset))
 
 
-class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler the epoch, which a resumed data loader does not do."""
+class _EpochSampler(PermutationSampler):
+    """Takes the epoch from the state of the trainer, which is right in a resumed training too."""
 
-    def __init__(self, trainer: ReVisionTrainer) -> None:
+    def __init__(self, trainer: ReVisionTrainer, length: int) -> None:
+        seed = trainer.args.data_seed
+        super().__init__(length, trainer.args.seed if seed is None else seed)
         self.trainer = trainer
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the epoch of the sampler."""
-        if self.trainer.sampler is not None:
-            self.trainer.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class GenerationCallback(TrainerCallback):  # type: ignore[misc]
-    """Answers a few held-out samples at each evaluation, into `samples.jsonl` and the log.
-
-    It does nothing under FSDP and DeepSpeed, which may have spread the parameters over devices.
-    """
-
-    def __init__(
-        self,
-        trainer: ReVisionTrainer,
-        template: Template,
-        count: int,
-        aligner: ReAlign | None = None,
-    ) -> None:
-        """Answer `count` samples; `aligner` maps their rows first."""
-        self.trainer, self.template, self.count, self.aligner = trainer, template, count, aligner
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Generate the answers, in one process alone."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return
-        if not state.is_world_process_zero:
-            return
-        held_out = self.trainer.eval_dataset
-        count = min(self.count, len(held_out))
-        indices = [number * len(held_out) // count for number in range(count)]
-        samples, items = [held_out.sample(i) for i in indices], held_out.__getitems__(indices)
-        rows = [item["image_rows"].float() for item in items]
-        if self.aligner is not None:
-            rows = [self.aligner(images) if len(images) else images for images in rows]
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        was_training = model.training
-        model.eval()
-        answers = respond(model, self.template, samples, rows, max_new_tokens=48)
-        model.train(was_training)
-        with open(Path(args.output_dir) / "samples.jsonl", "a") as file:
-            for sample, answer in zip(samples, answers, strict=True):
-                entry = {
-                    "step": state.global_step,
-                    "id": sample.id,
-                    "answer": answer,
-                    "expected": self.template.reference(sample),
-                }
-                file.write(json.dumps(entry) + "\n")
-                print(f"step {state.global_step}, {sample.id}: {answer!r}")
+    def __iter__(self) -> Iterator[int]:
+        self.set_epoch(int((self.trainer.state.epoch or 0) + 1e-6))
+        return super().__iter__()
