@@ -15,21 +15,20 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ..corpus.corpus import Corpus
 from ..corpus.formats.arrow_columns import decoded, pyarrow
-from ..corpus.layout import shard_number
+from ..corpus.layout import METADATA, shard_number
 from ..corpus.shard import Shard
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, storage_path
 
 ID_COLUMNS = ("id", "key", "__key__")
-_BLOCK_IDS = 10_000  # ids inserted at a time
 _CACHE_VERSION = 3
 
-IdBlocks = Iterator[list[str]]
 IdSource = str | os.PathLike[str] | None  # a root or its metadata/, "row", or None for the corpus
 
 
@@ -83,15 +82,29 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
         for shard, start in zip(corpus.shards, corpus.starts.tolist(), strict=False):
-            _insert_shard(database, corpus, shard, start, ids)
+            source, shard_ids = _ids_of(corpus, shard, ids)
+            before = database.total_changes
+            database.executemany("INSERT INTO ids VALUES (?, ?)", zip(shard_ids, count(start)))
+            if (inserted := database.total_changes - before) != shard.num_rows:
+                raise ValueError(
+                    f"{source}: has {inserted} ids, {shard.path} has {shard.num_rows} rows; "
+                    "they must be row-aligned"
+                )
+        try:  # SQLite sorts them on disk, whatever their number
+            database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
+        except sqlite3.IntegrityError as error:
+            query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
+            sample_id, first, last = database.execute(query).fetchone()
+            raise ValueError(
+                f"{corpus.path}: rows {first} and {last} have the same id {sample_id!r}; "
+                "give every row an id of its own"
+            ) from error
         database.commit()
-        _make_unique(corpus, database)
 
 
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
     """Return the shards of `corpus` and the metadata files that its ids may be read from."""
-    folder = _metadata_folder(corpus, ids)
-    files = [path for path in _listed(folder) if path.is_file()] if folder.is_dir() else []
+    files = [path for path in _metadata(corpus, ids) or () if path.is_file()]
     return [*(shard.path for shard in corpus.shards), *files]
 
 
@@ -102,100 +115,62 @@ def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _insert_shard(
-    database: sqlite3.Connection, corpus: Corpus, shard: Shard, start: int, ids: IdSource
-) -> None:
-    """Insert the ids of a shard, whose first row is row `start` of the corpus."""
-    source, blocks = _ids_of(corpus, shard, ids)
-    count = 0
-    for block in blocks:
-        rows = range(start + count, start + count + len(block))
-        database.executemany("INSERT INTO ids VALUES (?, ?)", zip(block, rows, strict=True))
-        count += len(block)
-    if count != shard.num_rows:
-        raise ValueError(
-            f"{source}: has {count} ids, {shard.path} has {shard.num_rows} rows; "
-            "they must be row-aligned"
-        )
-
-
-def _make_unique(corpus: Corpus, database: sqlite3.Connection) -> None:
-    """Index the ids, which SQLite sorts on disk whatever their number."""
-    try:
-        database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
-        database.commit()
-    except sqlite3.IntegrityError as error:
-        database.execute("CREATE INDEX by_id ON ids (id)")
-        query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
-        sample_id, first, last = database.execute(query).fetchone()
-        raise ValueError(
-            f"{corpus.path}: rows {first} and {last} have the same id {sample_id!r}; "
-            "give every row an id of its own"
-        ) from error
-
-
-def _metadata_folder(corpus: Corpus, ids: IdSource) -> StoragePath:
+def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath] | None:
+    """Return the files in the folder `metadata/` that may hold the ids, or None without one."""
     root = corpus.path if ids is None else storage_path(ids)
-    return root if root.name == "metadata" else root / "metadata"
+    folder = root if root.name == METADATA else root / METADATA
+    return sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else None
 
 
-def _listed(folder: StoragePath) -> list[StoragePath]:
-    return sorted(folder.iterdir(), key=lambda path: path.name)
-
-
-def _ids_of(corpus: Corpus, shard: Shard, ids: IdSource) -> tuple[StoragePath, IdBlocks]:
-    """Return the file that holds the ids of a shard, and an iterator of blocks of them."""
-    folder = _metadata_folder(corpus, ids)
-    if folder.is_dir():
+def _ids_of(corpus: Corpus, shard: Shard, ids: IdSource) -> tuple[StoragePath, Iterator[str]]:
+    """Return the file that holds the ids of a shard, and an iterator of them."""
+    files = _metadata(corpus, ids)
+    if files is not None:
         number = shard_number(shard.path)
-        files = [path for path in _listed(folder) if shard_number(path) == number]
-        files = [path for path in files if path.suffix in _METADATA_READERS]
-        if not files:
-            raise ValueError(f"{folder}: has no .parquet or .jsonl numbered as {shard.path.name}")
-        return files[0], _METADATA_READERS[files[0].suffix](files[0])
+        for path in files:
+            if shard_number(path) == number and (read := _METADATA_READERS.get(path.suffix)):
+                return path, read(path)
+        folder = f"{ids or corpus.path}/{METADATA}"
+        raise ValueError(f"{folder}: has no .parquet or .jsonl numbered as {shard.path.name}")
     if ids is not None:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
     if not shard.has_other_columns:
         raise ValueError(
-            f"{shard.path}: holds no ids, and {folder} is not there; name the root whose "
-            "metadata/ has them (--ids), or use row numbers (--ids row)"
+            f"{shard.path}: holds no ids, and {corpus.path / METADATA} is not there; name the root "
+            "whose metadata/ has them (--ids), or use row numbers (--ids row)"
         )
     return shard.path, _shard_ids(shard)
 
 
-def _shard_ids(shard: Shard) -> IdBlocks:
+def _shard_ids(shard: Shard) -> Iterator[str]:
     """Yield the ids in the other columns of a shard, in the form that its format gives them."""
     for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
-            yield [str(entry[_id_column(shard.path, entry)]) for entry in part]
+            yield from (str(entry[_id_column(shard.path, entry)]) for entry in part)
         elif isinstance(part, dict):  # arrays of a safetensors file
-            yield [str(value) for value in part[_id_column(shard.path, part)].tolist()]
+            yield from map(str, part[_id_column(shard.path, part)].tolist())
         else:  # a record batch
             column = _id_column(shard.path, part.schema.names)
-            yield [str(value) for value in part.column(column).to_pylist()]
+            yield from map(str, part.column(column).to_pylist())
 
 
-def _parquet_ids(path: StoragePath) -> IdBlocks:
+def _parquet_ids(path: StoragePath) -> Iterator[str]:
     with explained(path), path.open("rb") as raw, decoded(path):
         file = pyarrow().parquet.ParquetFile(raw)
         column = _id_column(path, file.schema_arrow.names)
-        for batch in file.iter_batches(_BLOCK_IDS, columns=[column]):
-            yield [str(value) for value in batch.column(0).to_pylist()]
+        for batch in file.iter_batches(columns=[column]):
+            yield from map(str, batch.column(0).to_pylist())
 
 
-def _json_lines_ids(path: StoragePath) -> IdBlocks:
-    block: list[str] = []
+def _json_lines_ids(path: StoragePath) -> Iterator[str]:
     with explained(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                block.append(str(entry[_id_column(path, entry)]))
+                sample_id = entry[_id_column(path, entry)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from error
-            if len(block) == _BLOCK_IDS:
-                yield block
-                block = []
-    yield block
+            yield str(sample_id)
 
 
 _METADATA_READERS = {".parquet": _parquet_ids, ".jsonl": _json_lines_ids}

@@ -46,20 +46,21 @@ def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[
     Raises:
         ValueError: a text has no reference.
     """
-    ngrams = [[_count_ngrams(words(reference)) for reference in own] for own in references]
-    frequency = Counter(gram for own in ngrams for gram in set().union(*own))
-    images, scores = len(references), []
-    for text, own, own_ngrams in zip(texts, references, ngrams, strict=True):
-        if not own:
-            raise ValueError("cider: a text has no reference; give at least one each")
-        candidate, total = _weigh(_count_ngrams(words(text)), frequency, images), 0.0
-        for reference, counts in zip(own, own_ngrams, strict=True):
-            difference = len(words(text)) - len(words(reference))
-            penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
-            pairs = zip(candidate, _weigh(counts, frequency, images), strict=True)
-            total += penalty * sum(_clipped_cosine(c, s) for c, s in pairs) / MAX_NGRAM
-        scores.append(10 * total / len(own))
-    return np.array(scores)
+    if not all(references):
+        raise ValueError("cider: a text has no reference; give at least one each")
+    scores = np.zeros(len(texts))
+    for n in range(1, MAX_NGRAM + 1):
+        counts = [[_count_ngrams(reference, n) for reference in own] for own in references]
+        frequency = Counter(gram for own in counts for gram in set().union(*own))
+        for index, (text, own) in enumerate(zip(texts, references, strict=True)):
+            candidate = _weigh(_count_ngrams(text, n), frequency, len(texts))
+            for reference, reference_counts in zip(own, counts[index], strict=True):
+                difference = len(words(text)) - len(words(reference))
+                penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
+                weighted = _weigh(reference_counts, frequency, len(texts))
+                cosine = _clipped_cosine(candidate, weighted)
+                scores[index] += 10 * penalty * cosine / (MAX_NGRAM * len(own))
+    return scores
 
 
 def interval(
@@ -89,21 +90,17 @@ def interval(
     return {"value": float(mean), "low": float(low), "high": float(high)}
 
 
-def _count_ngrams(text: Sequence[str]) -> Counter[NGram]:
-    """Count the n-grams of a text of 1 to `MAX_NGRAM` words."""
-    return Counter(
-        tuple(text[i : i + n]) for n in range(1, MAX_NGRAM + 1) for i in range(len(text) - n + 1)
-    )
+def _count_ngrams(text: str, n: int) -> Counter[NGram]:
+    """Count the sequences of `n` words in a text."""
+    split = words(text)
+    return Counter(tuple(split[start : start + n]) for start in range(len(split) - n + 1))
 
 
-def _weigh(
-    counts: Counter[NGram], frequency: Counter[NGram], images: int
-) -> list[dict[NGram, float]]:
-    """Return the vector g for each n: counts times the logarithm of the inverse frequency."""
-    vectors: list[dict[NGram, float]] = [{} for _ in range(MAX_NGRAM)]
-    for gram, count in counts.items():
-        vectors[len(gram) - 1][gram] = count * math.log(images / max(1, frequency[gram]))
-    return vectors
+def _weigh(counts: Counter[NGram], frequency: Counter[NGram], images: int) -> dict[NGram, float]:
+    """Return g: counts times the logarithm of the inverse frequency."""
+    return {
+        gram: count * math.log(images / max(1, frequency[gram])) for gram, count in counts.items()
+    }
 
 
 def _clipped_cosine(candidate: dict[NGram, float], reference: dict[NGram, float]) -> float:
@@ -111,9 +108,6 @@ def _clipped_cosine(candidate: dict[NGram, float], reference: dict[NGram, float]
     norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (candidate, reference)]
     if not all(norms):
         return 0.0
-    product = sum(
-        min(weight, reference[gram]) * reference[gram]
-        for gram, weight in candidate.items()
-        if gram in reference
-    )
+    shared = candidate.keys() & reference.keys()
+    product = sum(min(candidate[gram], reference[gram]) * reference[gram] for gram in shared)
     return product / (norms[0] * norms[1])
