@@ -99,60 +99,30 @@ def _load_cuda() -> str:
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
 _why_not_cuda = _load_cuda()
-_triton_ops, _why_not_triton = triton_ops.register_kernels(_library)
+_triton_ops, _why_not_triton = triton_ops.register_kernels(_library, OPS)
 _best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
 @torch.library.register_fake("realign_fast::align_rows")
 @torch.library.register_fake("realign_fast::map_rows")
-def _(
-    rows: Tensor,
-    linear: Tensor,
-    shift: Tensor,
-    recentre: Tensor | None,
-    dtype: torch.dtype,
-    variant: int = 0,
-) -> Tensor:
+def _(rows: Tensor, linear: Any, shift: Any, recentre: Any, dtype: torch.dtype, *_: int) -> Tensor:
     return torch.empty(rows.shape, dtype=dtype, device=rows.device)
 
 
 @torch.library.register_fake("realign_fast::align_rows_")
 @torch.library.register_fake("realign_fast::map_rows_")
-def _(
-    out: Tensor,
-    rows: Tensor,
-    linear: Tensor,
-    shift: Tensor,
-    recentre: Tensor | None,
-    variant: int = 0,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
 @torch.library.register_fake("realign_fast::sum_rows")
-def _(
-    rows: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    recentre: Tensor | None,
-    normalize: bool,
-    variant: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     total = rows.new_empty(rows.shape[-1], dtype=torch.float64)
     return total, total.new_empty(()), rows.new_empty(3, dtype=torch.int64)
 
 
 @torch.library.register_fake("realign_fast::add_scatter_")
-def _(
-    scatter: Tensor,
-    total: Tensor,
-    rows: Tensor,
-    centre: Tensor,
-    weights: Tensor | None,
-    normalize: bool,
-    accurate: bool,
-    variant: int = 0,
-) -> Tensor:
+def _(scatter: Tensor, total: Tensor, rows: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(3, dtype=torch.int64)
 
 

@@ -30,20 +30,17 @@ def align_rows(
 ) -> Tensor:
     """Map rows to ``unit(unit(s u + b) + h)`` with ``u = x / |x|``; each row is read once.
 
-    This is ReAlign's row map (arXiv 2602.07026, section 4). It is differentiable in ``rows``. With
-    a vector or a matrix in place of s it is ``unit(unit(A u + b) + h)``; the product is computed in
-    float32 unless the rows or the result are float64.
+    This is ReAlign's row map (arXiv 2602.07026, section 4), differentiable in ``rows``. With A in
+    place of s the product is computed in float32, unless the rows or the result are float64.
 
     Args:
-        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
-            are copied first.
+        rows: [N, D] of :data:`DTYPES`; rows may be strided, strided columns are copied first.
         scale: s, a number or a 0-d tensor; or A, [D, D], or its diagonal, [D].
         shift: b, [D].
         recentre: h, [D]; ``None`` stops after ``unit(s u + b)``. Tensors of the map that are on
             another device than the rows are copied to it in every call.
-        out_dtype: dtype of the result; by default that of the rows.
-        out: [N, D] tensor to write into, on the device of the rows; its dtype is then the dtype of
-            the result.
+        out_dtype: dtype of the result; by default that of ``out``, or of the rows.
+        out: [N, D] tensor to write into, on the device of the rows.
 
     Returns:
         [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
@@ -60,17 +57,15 @@ def align_rows(
         raise NotImplementedError(
             "align_rows: has no forward-mode derivative; use reverse mode (backward)"
         )
-    ops = torch.ops.realign_fast
-    if out is None:
-        out_dtype = out_dtype or rows.dtype
-        _check_dtype("align_rows", "out_dtype", out_dtype)
-        kernel = ops.map_rows if scale.dim() else ops.align_rows
-        aligned: Tensor = kernel(rows, scale, shift, recentre, out_dtype)
-        return aligned
-    _check_out(rows, out, out_dtype)
-    kernel = ops.map_rows_ if scale.dim() else ops.align_rows_
-    kernel(out, rows, scale, shift, recentre)
-    return out
+    op = "map_rows" if scale.dim() else "align_rows"
+    if out is not None:
+        _check_out(rows, out, out_dtype)
+        getattr(torch.ops.realign_fast, f"{op}_")(out, rows, scale, shift, recentre)
+        return out
+    _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
+    kernel = getattr(torch.ops.realign_fast, op)
+    aligned: Tensor = kernel(rows, scale, shift, recentre, out_dtype or rows.dtype)
+    return aligned
 
 
 def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -117,8 +112,7 @@ def sum_rows(
     pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` by the whole map.
 
     Args:
-        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
-            are copied first.
+        rows: [N, D], as in :func:`align_rows`.
         scale, shift, recentre: the map, as in :func:`align_rows`; none of them by default.
         normalize: ``False`` sums the rows as they are; no map can be given then.
 
@@ -188,8 +182,7 @@ def add_scatter_(
         scatter: [D, D] float64, contiguous. Only its upper triangle is read and written. The
             tensors scatter, total and weights are on the device of the rows.
         total: [D] float64.
-        rows: [N, D] float16, bfloat16, float32 or float64; rows may be strided, strided columns
-            are copied first.
+        rows: [N, D], as in :func:`align_rows`.
         centre: c, [D]. Use a vector that float32 represents exactly (``.float()``); otherwise the
             rounding error of c is added to every row.
         weights: w, [N], finite and not negative; 1 by default. The values are not checked while a
@@ -202,13 +195,11 @@ def add_scatter_(
             devices and on float64 rows.
 
     Returns:
-        [3] int64: rows added (zero rows, with ``u = 0``, among them), zero rows, and non-finite
-        rows, which are left out. The compiled kernel returns the same bytes for any number of
-        threads.
+        The counts of :class:`RowSums`; non-finite rows are left out. The compiled kernel returns
+        the same bytes for any number of threads.
 
     Raises:
-        ValueError: a shape does not fit, a tensor is on another device than the rows, or a weight
-            is negative or not finite.
+        ValueError: a shape or a device does not fit, or a weight is negative or not finite.
         TypeError: a dtype is not floating point, or a sum is not float64.
     """
     rows = _checked_rows("add_scatter_", rows)
@@ -216,7 +207,7 @@ def add_scatter_(
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
     if weights is not None:
         weights = _checked_weights(rows, weights)
-    centre = centre.detach().to(rows.device, torch.float64).contiguous()
+    centre = _double_beside(rows, centre)
     variant = 1 if fast and rows.is_cuda else 0
     counts: Tensor = torch.ops.realign_fast.add_scatter_(
         scatter, total, rows.detach(), centre, weights, normalize, accurate, variant
@@ -240,7 +231,7 @@ def _check_sums(scatter: Tensor, total: Tensor, centre: Tensor, columns: int) ->
 
 def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the weights of add_scatter_ as contiguous float64 [N]."""
-    weights = weights.detach().double().contiguous()
+    weights = _double_beside(rows, weights)
     if weights.shape != rows.shape[:1]:
         shape = list(weights.shape)
         raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {shape}")
@@ -302,8 +293,10 @@ def _map_arguments(
             f"{op}: rows have {rows.shape[1]} columns, scale has shape {list(scale.shape)}; "
             "expected a number, a diagonal [D] or a matrix [D, D]"
         )
-    return (
-        scale.detach().contiguous(),
-        shift.detach().to(rows.device, torch.float64).contiguous(),
-        None if recentre is None else recentre.detach().to(rows.device, torch.float64).contiguous(),
-    )
+    scale, shift = _double_beside(rows, scale), _double_beside(rows, shift)
+    return scale, shift, None if recentre is None else _double_beside(rows, recentre)
+
+
+def _double_beside(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Return the tensor as contiguous float64 on the device of the rows, without its gradient."""
+    return tensor.detach().to(rows.device, torch.float64).contiguous()

@@ -35,40 +35,30 @@ def _affine_on_sphere(scaled: Tensor, shift: Tensor, recentre: Tensor | None) ->
     return mapped if recentre is None else unit(mapped + recentre)
 
 
-def align_rows(
+def map_rows(
     rows: Tensor,  # [N, D] any floating dtype
-    scale: Tensor,  # [] float64, s
+    matrix: Tensor,  # A, float64: a matrix [D, D], a diagonal [D] or a number []
     shift: Tensor,  # [D] float64, b
     recentre: Tensor | None,  # [D] float64, h; None leaves the last step out
     dtype: torch.dtype,
     variant: int = 0,
 ) -> Tensor:
-    """Return ``unit(unit(s u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
-    x = rows.double()
-    out = _affine_on_sphere(scale * unit(x), shift, recentre)
-    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    """Return ``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    x, finite, _ = _finite_rows(rows)
+    out = _affine_on_sphere(_linear(unit(x), matrix), shift, recentre)
     return torch.where(finite, out, torch.nan).to(dtype)
 
 
-def map_rows(
-    rows: Tensor,  # [N, D] any floating dtype
-    matrix: Tensor,  # [D, D] float64, A; or [D], its diagonal
-    shift: Tensor,  # [D] float64, b
-    recentre: Tensor | None,  # [D] float64, h
+def align_rows(
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
     dtype: torch.dtype,
     variant: int = 0,
 ) -> Tensor:
-    """Return ``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
-    x = rows.double()
-    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
-    u = unit(torch.where(finite, x, 0))
-    out = _affine_on_sphere(_linear(u, matrix), shift, recentre)
-    return torch.where(finite, out, torch.nan).to(dtype)
-
-
-def _linear(u: Tensor, linear: Tensor) -> Tensor:
-    """Return A u for each row; A is a number, a diagonal [D] or a matrix [D, D]."""
-    return linear * u if linear.dim() < 2 else u @ linear.T
+    """Return :func:`map_rows` of a number, s [] float64, in place of A."""
+    return map_rows(rows, scale, shift, recentre, dtype)
 
 
 def map_rows_(
@@ -91,8 +81,26 @@ def align_rows_(
     recentre: Tensor | None,
     variant: int = 0,
 ) -> None:
-    """Write :func:`align_rows` into ``out`` [N, D], whose dtype decides the rounding."""
-    out.copy_(align_rows(rows, scale, shift, recentre, out.dtype))
+    """Write :func:`align_rows` into ``out``, as :func:`map_rows_` does."""
+    map_rows_(out, rows, scale, shift, recentre)
+
+
+def _linear(u: Tensor, linear: Tensor) -> Tensor:
+    """Return A u for each row; A is a number, a diagonal [D] or a matrix [D, D]."""
+    return linear * u if linear.dim() < 2 else u @ linear.T
+
+
+def _finite_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows in float64, 0 where a row is non-finite; the mask of the others; the counts.
+
+    The mask is [N, 1]. The counts [3] are those of finite rows (zero rows among them), of zero rows
+    and of non-finite rows.
+    """
+    x = rows.double()
+    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    zero = (x == 0).all(dim=-1)
+    counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
+    return torch.where(finite, x, 0), finite, counts
 
 
 def align_rows_backward(
@@ -107,8 +115,7 @@ def align_rows_backward(
     It applies ``d unit(v) = (I - unit(v) unit(v)^T) / |v|`` from the last step to the first. It is
     0 for zero and non-finite rows, so that a bad row does not spoil the gradients upstream of it.
     """
-    x = rows.double()
-    x = torch.where(torch.isfinite(x).all(dim=-1, keepdim=True), x, 0)
+    x, _, _ = _finite_rows(rows)
     half = _linear(unit(x), linear) + shift
     g = grad.double()
     if recentre is not None:
@@ -136,19 +143,14 @@ def sum_rows(
 
     The terms of the sum are the rows (``normalize=False``), their directions ``u``, or, with
     ``scale`` and ``shift``, their images ``unit(s u + b)`` and, with ``recentre``,
-    ``unit(unit(s u + b) + h)``. The counts are those of rows, zero rows and non-finite rows; zero
-    rows count among the rows, non-finite rows do not.
+    ``unit(unit(s u + b) + h)``.
     """
-    x = rows.double()
-    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
-    zero = (x == 0).all(dim=-1)
-    x = torch.where(finite, x, 0)
+    x, finite, counts = _finite_rows(rows)
     if normalize:
         x = unit(x)
     if scale is not None and shift is not None:
         x = _affine_on_sphere(scale * x, shift, recentre)
     x = torch.where(finite, x, 0)
-    counts = torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
     return x.sum(dim=0), (x * x).sum(), counts
 
 
@@ -167,12 +169,9 @@ def add_scatter_(
     This is the covariance sum about a provisional centre (Chan, Golub and LeVeque, "Algorithms for
     computing the sample variance", 1983). It returns the counts of `sum_rows`.
     """
-    x = rows.double()
-    finite = torch.isfinite(x).all(dim=-1, keepdim=True)
-    zero = (x == 0).all(dim=-1)
-    x = torch.where(finite, x, 0)
+    x, finite, counts = _finite_rows(rows)
     x = torch.where(finite, (unit(x) if normalize else x) - centre, 0)
     weighted = x if weights is None else weights[:, None] * x
     scatter += torch.triu(weighted.T @ x)
     total += weighted.sum(dim=0)
-    return torch.stack([finite.sum(), zero.sum(), (~finite).sum()])
+    return counts

@@ -86,25 +86,24 @@ def wide_accesses(binary):
 
 
 def step(columns, dtype):
-    """Return the step that `row_kernels.aligned` returns for these rows."""
+    """Return the step that `row_kernels.step_of` returns for these rows."""
     return 16 // dtype.itemsize if columns * dtype.itemsize % 16 == 0 else 1
 
 
 def align_rows(target, dtype, columns):
     m = DOUBLE if dtype in (BFLOAT, DOUBLE) else FLOAT
-    pointers = dict(out=dtype, rows=dtype, shift=m, recentre=m)
-    pointers |= dict(wide_shift=DOUBLE, wide_recentre=DOUBLE, constants=DOUBLE)
-    steps = dict(ROW_STEP=step(columns, dtype), OUT_STEP=step(columns, dtype))
-    constants = dict(**row_kernels.tile(columns, m), **steps, KINDS=3, M=NAME[m])
+    pointers = dict(out=dtype, rows=dtype, linear=DOUBLE, shift=DOUBLE, recentre=DOUBLE)
+    constants = dict(ROW_STEP=step(columns, dtype), OUT_STEP=step(columns, dtype), M=NAME[m])
+    constants |= dict(**row_kernels.tile(columns), COLUMNS=columns, DIMS=0, KINDS=3)
     return compiled(row_kernels.align_rows_kernel, target, pointers, constants)
 
 
 def sum_rows(target, dtype, columns, kinds=1):
     m = DOUBLE if dtype == DOUBLE else FLOAT
-    pointers = dict(totals=DOUBLE, numbers=DOUBLE, rows=dtype, shift=m, recentre=m)
-    pointers |= dict(wide_shift=DOUBLE, wide_recentre=DOUBLE, constants=DOUBLE)
-    constants = row_kernels.tile(columns, m)
-    constants |= dict(ROW_STEP=step(columns, dtype), KINDS=kinds, NORMALIZE=True, M=NAME[m])
+    pointers = dict(totals=DOUBLE, numbers=DOUBLE, rows=dtype)
+    pointers |= dict(scale=DOUBLE, shift=DOUBLE, recentre=DOUBLE)
+    constants = dict(**row_kernels.tile(columns), COLUMNS=columns, ROW_STEP=step(columns, dtype))
+    constants |= dict(KINDS=kinds, NORMALIZE=True, M=NAME[m])
     return compiled(row_kernels.sum_rows_kernel, target, pointers, constants)
 
 
@@ -141,9 +140,11 @@ def test_rows_of_odd_length_are_read_entry_by_entry(tmp_path):
 def packing(target, dtype, accurate):
     m = DOUBLE if accurate else FLOAT
     pointers = dict(packed=DOUBLE if accurate else HALF, sums=DOUBLE, counts="*i64", rows=dtype)
-    pointers |= dict(centre=m, wide_centre=DOUBLE, weights=DOUBLE, scale=DOUBLE)
-    constants = row_kernels.tile(768, m) | dict(WIDTH=768, PROGRAM_ROWS=32, WEIGHTED=True)
-    constants |= dict(ROW_STEP=step(768, dtype), NORMALIZE=True, MEASURE=False, M=NAME[m])
+    pointers |= dict(centre=DOUBLE, weights=DOUBLE, scale=DOUBLE)
+    constants = dict(**row_kernels.tile(768), COLUMNS=768, WIDTH=768, PROGRAM_ROWS=32)
+    constants |= dict(
+        WEIGHTED=True, ROW_STEP=step(768, dtype), NORMALIZE=True, MEASURE=False, M=NAME[m]
+    )
     constants |= dict(TERMS=1 if accurate else 2)
     return compiled(scatter_kernels.pack_rows_kernel, target, pointers, constants)
 

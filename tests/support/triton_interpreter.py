@@ -42,11 +42,10 @@ from realign_fast.ops.triton_ops import row_kernels
 _own_tile = row_kernels.tile
 
 
-def _tile(columns, dtype):
+def _tile(columns):
     """16 rows, and blocks so small that 1000 columns are swept in two."""
-    own = _own_tile(columns, dtype)
-    block = min(own["BLOCK"], 512)
-    return own | {"ROWS": 16, "BLOCK": block, "CAREFUL_BLOCK": min(block, 256)}
+    own = _own_tile(columns)
+    return own | {"ROWS": 16, "BLOCK": min(own["BLOCK"], 512)}
 
 
 row_kernels.tile = _tile  # (before the other kernels import it)

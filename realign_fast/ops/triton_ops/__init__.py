@@ -10,43 +10,54 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-
-_FILES = {
-    "add_scatter_": "scatter_kernels",
-    "align_rows": "row_kernels",
-    "align_rows_": "row_kernels",
-    "map_rows": "map_kernels",
-    "map_rows_": "map_kernels",
-    "sum_rows": "row_kernels",
-}
+from torch import Tensor
 
 
-def _import_at_first_call(op: str) -> Callable[..., Any]:
+def _import_at_first_call(file: str, op: str) -> Callable[..., Any]:
     """Return a function that calls ``op`` and imports its file when it is first called."""
 
-    def call_op(*arguments: Any, **options: Any) -> Any:
+    def call_op(*arguments: Any) -> Any:
         """Call the op of this name in its own file."""
-        module = importlib.import_module(f".{_FILES[op]}", __package__)
-        return getattr(module, op)(*arguments, **options)
+        return getattr(importlib.import_module(f".{file}", __package__), op)(*arguments)
 
-    call_op.__name__ = op
     return call_op
 
 
-add_scatter_ = _import_at_first_call("add_scatter_")
-align_rows = _import_at_first_call("align_rows")
-align_rows_ = _import_at_first_call("align_rows_")
-map_rows = _import_at_first_call("map_rows")
-map_rows_ = _import_at_first_call("map_rows_")
-sum_rows = _import_at_first_call("sum_rows")
+def _into_new_tensor(map_in_place: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Return the form of a row map that allocates its result, [N, D] of ``dtype``."""
+
+    def map_rows_to_tensor(
+        rows: Tensor,
+        linear: Tensor,
+        shift: Tensor,
+        recentre: Tensor | None,
+        dtype: torch.dtype,
+        variant: int = 0,
+    ) -> Tensor:
+        """Map the rows into a new tensor."""
+        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+        map_in_place(out, rows, linear, shift, recentre)
+        return out
+
+    return map_rows_to_tensor
 
 
-def register_kernels(library: torch.library.Library) -> tuple[frozenset[str], str]:
-    """Register the ops that no compiled library implements on the GPUs of this machine.
+add_scatter_ = _import_at_first_call("scatter_kernels", "add_scatter_")
+align_rows_ = _import_at_first_call("row_kernels", "align_rows_")
+align_rows = _into_new_tensor(align_rows_)
+map_rows_ = _import_at_first_call("map_kernels", "map_rows_")
+map_rows = _into_new_tensor(map_rows_)
+sum_rows = _import_at_first_call("row_kernels", "sum_rows")
+
+
+def register_kernels(
+    library: torch.library.Library, ops: Iterable[str]
+) -> tuple[frozenset[str], str]:
+    """Register those of the ops that no compiled library implements on the GPUs of this machine.
 
     ROCm devices are called "cuda" in torch, too.
 
@@ -58,7 +69,7 @@ def register_kernels(library: torch.library.Library) -> tuple[frozenset[str], st
     if importlib.util.find_spec("triton") is None:
         return frozenset(), "triton is not installed: pip install 'realign_fast[triton]'"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    ops = [op for op in _FILES if not has_kernel(f"{library.ns}::{op}", "CUDA")]
-    for op in ops:
+    missing = [op for op in ops if not has_kernel(f"{library.ns}::{op}", "CUDA")]
+    for op in missing:
         library.impl(op, globals()[op], "CUDA")
-    return frozenset(ops), ""
+    return frozenset(missing), ""

@@ -3,15 +3,12 @@
 The first kernel multiplies a block of rows by A on tensor cores: float16 rows as they are, with A
 split into two float16 matrices ``high + low``; bfloat16 and float32 rows in float32 precision
 (three TF32 products on NVIDIA, the GPU's own float32 products elsewhere). TF32 alone, which is
-Triton's default, keeps three digits. A row kernel then finishes the block. Rows that it cannot
-finish (zero, non-finite, too large or small to square, or with a norm that cancels) are *unusual*
-and are recomputed in float64 by a third kernel. If the rows or the result are float64, all is
-float64.
+Triton's default, keeps three digits. A row kernel then finishes the block, except for its *unusual*
+rows (``row_kernels.py``), which a third kernel computes in float64. If the rows or the result are
+float64, all is float64. A diagonal needs no product, and ``align_rows_kernel`` does it all.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,17 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .row_kernels import (
-    TRITON_DTYPE,
+    align_rows_,
     aligned,
     check_no_overlap,
-    dot_rows,
-    kind_of_rows,
-    load_rows,
-    load_vector,
-    on_device_of,
-    squarable,
-    store_rows,
+    launch,
+    step_of,
     tile,
+    write_images,
 )
 
 _MAP_ENTRIES = 1 << 23  # of A u that are computed at a time, so that they stay in the L2 cache
@@ -38,11 +31,11 @@ _PROMOTE_COLUMNS = 1024  # summed on tensor cores before the sum is added to a r
 
 @triton.jit(do_not_specialize=["row_count", "row_stride"])
 def multiply_rows_kernel(
-    product,  # [N, WIDTH] M: A x, scaled as A is
     rows,  # [N, D]
-    matrix,  # [TERMS, WIDTH, WIDTH], zeros beyond D
     row_count,
     row_stride,
+    product,  # [N, WIDTH] M: A x, scaled as A is
+    matrix,  # [TERMS, WIDTH, WIDTH], zeros beyond D
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -75,204 +68,63 @@ def multiply_rows_kernel(
     tl.store(target, total, alive[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit
-def _linear(
-    row,
-    product,
-    start,
-    alive,
-    a,
-    factor,
-    COLUMNS,
-    BLOCK: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Return a block of A u, [ROWS, BLOCK], from the product or by the diagonal."""
-    if DIAGONAL:
-        x = load_rows(row, start, alive, COLUMNS, BLOCK, M)
-        return x * load_vector(a, start, COLUMNS, BLOCK) * factor
-    return load_rows(product, start, alive, COLUMNS, BLOCK, M) * factor
-
-
 @triton.jit(do_not_specialize=["row_count", "row_stride", "out_stride"])
 def finish_rows_kernel(
-    out,  # [N, D]
-    unusual,  # [N] int8: rows that are left to map_rows_directly_kernel
     rows,  # [N, D]
-    product,  # [N, WIDTH] M; unread where DIAGONAL
-    diagonal,  # [D] M; read where DIAGONAL
-    shift,  # b [D] M
-    recentre,  # h [D] M
-    constants,  # [2] float64: factor of the product, h.h
     row_count,
     row_stride,
+    out,  # [N, D]
     out_stride,
+    unusual,  # [N] int8: rows that are left to map_rows_directly_kernel
+    product,  # [N, WIDTH] M: A x over the factor
+    factor,  # [] float64
+    shift,  # b [D] float64
+    recentre,  # h [D] float64, read if KINDS = 3
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAREFUL_BLOCK: tl.constexpr,
     ROW_STEP: tl.constexpr,
     OUT_STEP: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    RECENTRE: tl.constexpr,
+    KINDS: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Write unit(unit(y / |x| + b) + h) with y = A x.
-
-    A squared norm below an eighth of its terms counts as cancelled, and the row as unusual.
-    """
+    """Write the images of rows whose product with A is known."""
     number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = number < row_count
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
     target = out + tl.multiple_of(number * out_stride, OUT_STEP)
-    product += number * WIDTH
-    hh = tl.load(constants + 1)
-    xx, _, _ = dot_rows(row, alive, shift, recentre, COLUMNS, ROWS, BLOCK, 1, M)
-    usual = squarable(xx, M)
-    factor = (tl.load(constants) / tl.sqrt(tl.where(usual, xx, 1))).to(M)[:, None]
-    yy = tl.zeros([ROWS], tl.float64)
-    bb = tl.zeros([ROWS], tl.float64)
-    vv = tl.zeros([ROWS], tl.float64)
-    vh = tl.zeros([ROWS], tl.float64)
-    for start in range(0, COLUMNS, BLOCK):
-        y = _linear(row, product, start, alive, diagonal, factor, COLUMNS, BLOCK, DIAGONAL, M)
-        b = load_vector(shift, start, COLUMNS, BLOCK)
-        v = y + b
-        yy += tl.sum(y * y, axis=1).to(tl.float64)
-        bb += tl.sum(b * b, axis=1).to(tl.float64)
-        vv += tl.sum(v * v, axis=1).to(tl.float64)
-        if RECENTRE:
-            h = load_vector(recentre, start, COLUMNS, BLOCK)
-            vh += tl.sum(v * h, axis=1).to(tl.float64)
-    usual = usual & squarable(vv, M) & (vv > (yy + bb) / 8)
-    inverse = 1 / tl.sqrt(tl.where(usual, vv, 1))
-    qq = 1 + 2 * inverse * vh + hh
-    usual = usual & (qq > (1 + hh) / 8)
-    gamma = 1 / tl.sqrt(tl.where(usual, qq, 1))
-    beta = (gamma * inverse).to(M)[:, None]
-    for start in range(0, COLUMNS, BLOCK):
-        y = _linear(row, product, start, alive, diagonal, factor, COLUMNS, BLOCK, DIAGONAL, M)
-        v = beta * (y + load_vector(shift, start, COLUMNS, BLOCK))
-        if RECENTRE:
-            v += gamma.to(M)[:, None] * load_vector(recentre, start, COLUMNS, BLOCK)
-        store_rows(target, start, alive & usual, v, COLUMNS, BLOCK)
-    tl.store(unusual + number, (usual == 0).to(tl.int8), alive)
+    image = product + number * WIDTH
+    row_map = factor, shift, recentre
+    left = write_images(target, row, image, alive, row_map, COLUMNS, BLOCK, 0, KINDS, False, M)
+    tl.store(unusual + number, left.to(tl.int8), alive)
 
 
-@triton.jit
-def _step(
-    row,
-    linear,
-    shift,
-    recentre,
-    peak,
-    norm,
-    half,
-    start,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    STAGE: tl.constexpr,
-):
-    """Return BLOCK entries of A u + b (stage 1) or unit(A u + b) + h (2) of a row, in float64."""
-    column = start + tl.arange(0, BLOCK)
-    inside = column < COLUMNS
-    if DIAGONAL:
-        x = tl.load(row + column, inside, other=0).to(tl.float64) / peak / norm
-        y = x * tl.load(linear + column, inside, other=0)
-    else:
-        y = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, COLUMNS, BLOCK):
-            deep = first + tl.arange(0, BLOCK)
-            x = tl.load(row + deep, deep < COLUMNS, other=0).to(tl.float64) / peak / norm
-            entry = linear + column.to(tl.int64)[:, None] * COLUMNS + deep[None, :]
-            mask = inside[:, None] & (deep < COLUMNS)[None, :]
-            y += tl.sum(tl.load(entry, mask, other=0) * x[None, :], axis=1)
-    y += tl.load(shift + column, inside, other=0)
-    if STAGE == 2:
-        y = y / half + tl.load(recentre + column, inside, other=0)
-    return y
-
-
-@triton.jit
-def _length(
-    row,
-    linear,
-    shift,
-    recentre,
-    peak,
-    norm,
-    half,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    STAGE: tl.constexpr,
-):
-    """Return the norm of all entries of `_step`, or 1 if it is 0."""
-    squares = tl.full([], 0, tl.float64)
-    for start in range(0, COLUMNS, BLOCK):
-        y = _step(
-            row, linear, shift, recentre, peak, norm, half, start, COLUMNS, BLOCK, DIAGONAL, STAGE
-        )
-        squares += tl.sum(y * y, axis=0)
-    return tl.where(squares > 0, tl.sqrt(squares), 1)
-
-
-@triton.jit(do_not_specialize=["row_stride", "out_stride"])
+@triton.jit(do_not_specialize=["row_count", "row_stride", "out_stride"])
 def map_rows_directly_kernel(
-    out,  # [N, D]
-    unusual,  # [N] int8
     rows,  # [N, D]
-    linear,  # [D, D] or [D] float64
-    shift,  # [D] float64
-    recentre,  # [D] float64
+    row_count,
     row_stride,
+    out,  # [N, D]
     out_stride,
+    unusual,  # [N] int8
+    matrix,  # [D, D] float64
+    shift,  # [D] float64
+    recentre,  # [D] float64, read if KINDS = 3
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    RECENTRE: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    KINDS: tl.constexpr,
+    M: tl.constexpr,
 ):
-    """Map one row term by term in float64 if it is unusual."""
-    number = tl.program_id(0).to(tl.int64)
-    if tl.load(unusual + number) != 0:
-        row = rows + number * row_stride
+    """Map one row if it is unusual."""
+    number = tl.program_id(0).to(tl.int64) + tl.full([1], 0, tl.int64)
+    mask = tl.load(unusual + number) != 0
+    if tl.max(mask.to(tl.int32), axis=0) > 0:
+        row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
         target = out + number * out_stride
-        zero = tl.full([1], 0, tl.int32)
-        peaks, _, finites = kind_of_rows(row + zero, zero == 0, COLUMNS, 1, BLOCK)
-        peak = tl.max(peaks, axis=0)
-        finite = tl.max(finites.to(tl.int32), axis=0) > 0
-        squares = tl.full([], 0, tl.float64)
-        for start in range(0, COLUMNS, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(row + column, column < COLUMNS, other=0).to(tl.float64) / peak
-            squares += tl.sum(x * x, axis=0)
-        norm = tl.where(squares > 0, tl.sqrt(squares), 1)
-        half = _length(row, linear, shift, recentre, peak, norm, norm, COLUMNS, BLOCK, DIAGONAL, 1)
-        last = half
-        if RECENTRE:
-            last = _length(
-                row, linear, shift, recentre, peak, norm, half, COLUMNS, BLOCK, DIAGONAL, 2
-            )
-        for start in range(0, COLUMNS, BLOCK):
-            y = _step(
-                row,
-                linear,
-                shift,
-                recentre,
-                peak,
-                norm,
-                half,
-                start,
-                COLUMNS,
-                BLOCK,
-                DIAGONAL,
-                2 if RECENTRE else 1,
-            )
-            y = tl.where(finite, y / last, float("nan"))
-            store_rows(target + zero, start, zero == 0, y[None, :], COLUMNS, BLOCK)
+        row_map = matrix, shift, recentre
+        write_images(target, row, row, mask, row_map, COLUMNS, BLOCK, 2, KINDS, True, M)
 
 
 def map_rows_(
@@ -285,46 +137,39 @@ def map_rows_(
 ) -> None:
     """Compute ``reference.map_rows_`` block by block, with 64 to 128 MiB of working memory."""
     check_no_overlap("map_rows", out, rows)
-    count, columns = rows.shape
-    if count == 0:
-        return
+    if matrix.dim() == 1:
+        return align_rows_(out, rows, matrix, shift, recentre)
+    columns = rows.shape[1]
     m = torch.float64 if torch.float64 in (rows.dtype, out.dtype) else torch.float32
-    source, row_step = aligned(rows)
-    target, out_step = aligned(out)
-    if target.data_ptr() == source.data_ptr():
-        source = source.clone()  # unusual rows are read again after others are written
-    h = torch.zeros_like(shift) if recentre is None else recentre
-    factor, pieces = (None, None) if matrix.dim() == 1 else _matrix_terms(matrix, rows.dtype, m)
-    constants = torch.stack([torch.ones_like(h[0]) if factor is None else factor, h @ h])
-    narrow = [vector.to(m, copy=True) for vector in (shift, h)]
-    narrow.insert(0, matrix.to(m) if matrix.dim() == 1 else narrow[0])
-    call = _MapCall(row_step, out_step, recentre is not None, m)
+    source, target = aligned(rows), aligned(out)
+    in_place = target.data_ptr() == source.data_ptr()
+    factor, pieces = _matrix_terms(matrix, rows.dtype, m)
+    vectors = shift, shift if recentre is None else recentre
+    kinds = 2 if recentre is None else 3
     block_rows = max(_MAP_ENTRIES // columns, 128)
-    with on_device_of(rows):
-        for first in range(0, count, block_rows):
-            block = source[first : first + block_rows]
-            product = block if pieces is None else _multiply(block, pieces, row_step, m)
-            into = target[first : first + block_rows]
-            unusual = torch.empty(len(block), dtype=torch.int8, device=rows.device)
-            vectors = (product, *narrow, constants)
-            _finish(call, into, unusual, block, vectors)
-            _map_directly(call, into, unusual, block, (matrix, shift, h))
+    shape = tile(columns)
+    for block, into in zip(source.split(block_rows), target.split(block_rows), strict=True):
+        product = _multiply(block, pieces, m)
+        unusual = torch.empty(len(block), dtype=torch.int8, device=rows.device)
+        written = into, into.stride(0), unusual
+        if in_place:
+            block = block.clone()  # an unusual row is read to the end for each of its blocks
+        launch(
+            finish_rows_kernel,
+            (triton.cdiv(len(block), shape["ROWS"]),),
+            block,
+            m,
+            *(*written, product, factor, *vectors),
+            WIDTH=product.shape[1],
+            OUT_STEP=step_of(into),
+            KINDS=kinds,
+            **shape,
+        )
+        arguments = *written, matrix, *vectors
+        grid, exact = (len(block),), torch.float64
+        launch(map_rows_directly_kernel, grid, block, exact, *arguments, BLOCK=64, KINDS=kinds)
     if target is not out:
         out.copy_(target)
-
-
-def map_rows(
-    rows: Tensor,
-    matrix: Tensor,
-    shift: Tensor,
-    recentre: Tensor | None,
-    dtype: torch.dtype,
-    variant: int = 0,
-) -> Tensor:
-    """Compute ``reference.map_rows`` as [N, D] of ``dtype``."""
-    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    map_rows_(out, rows, matrix, shift, recentre)
-    return out
 
 
 def product_tile(columns: int, terms: int, m: torch.dtype) -> dict[str, int]:
@@ -355,82 +200,27 @@ def _matrix_terms(matrix: Tensor, dtype: torch.dtype, m: torch.dtype) -> tuple[T
     return torch.ldexp(torch.ones_like(matrix[0, 0]), exponent), torch.stack([high, low])
 
 
-def _multiply(rows: Tensor, pieces: Tensor, row_step: int, m: torch.dtype) -> Tensor:
+def _multiply(rows: Tensor, pieces: Tensor, m: torch.dtype) -> Tensor:
     """Return A x, scaled as in `_matrix_terms`, [N, WIDTH] of M."""
     if m == torch.float64:
         # For sm_80, sm_90 and sm_100 Triton 3.8 compiles no float64 product of 16-bit operands that
         # are widened in the kernel.
-        rows, row_step = aligned(rows.double())
+        rows = aligned(rows.double())
     count, columns = rows.shape
     terms, width, _ = pieces.shape
     product = torch.empty(count, width, dtype=m, device=rows.device)
     shape = product_tile(columns, terms, m)
-    grid = (triton.cdiv(columns, shape["TILE"]), triton.cdiv(count, shape["TILE"]))
-    multiply_rows_kernel[grid](
-        product,
+    launch(
+        multiply_rows_kernel,
+        (triton.cdiv(columns, shape["TILE"]), triton.cdiv(count, shape["TILE"])),
         rows,
+        m,
+        product,
         pieces,
-        count,
-        rows.stride(0),
-        COLUMNS=columns,
         WIDTH=width,
         PROMOTE=_PROMOTE_COLUMNS,
-        ROW_STEP=row_step,
         TERMS=terms,
         PRECISION=float32_precision() if pieces.dtype == torch.float32 else "ieee",
-        M=TRITON_DTYPE[m],
         **shape,
     )
     return product
-
-
-class _MapCall(NamedTuple):
-    """The settings that all blocks of one call of map_rows share."""
-
-    row_step: int  # divides the stride of the rows
-    out_step: int  # divides the stride of the result
-    recentre: bool
-    m: torch.dtype  # dtype of the computation
-
-
-def _finish(
-    call: _MapCall, out: Tensor, unusual: Tensor, rows: Tensor, vectors: tuple[Tensor, ...]
-) -> None:
-    """Launch finish_rows_kernel; ``vectors`` are its arguments from product to constants."""
-    count, columns = rows.shape
-    shape = tile(columns, call.m)
-    product = vectors[0]
-    finish_rows_kernel[(triton.cdiv(count, shape["ROWS"]),)](
-        out,
-        unusual,
-        rows,
-        *vectors,
-        count,
-        rows.stride(0),
-        out.stride(0),
-        WIDTH=product.shape[1],
-        ROW_STEP=call.row_step,
-        OUT_STEP=call.out_step,
-        DIAGONAL=product is rows,
-        RECENTRE=call.recentre,
-        M=TRITON_DTYPE[call.m],
-        **shape,
-    )
-
-
-def _map_directly(
-    call: _MapCall, out: Tensor, unusual: Tensor, rows: Tensor, row_map: tuple[Tensor, ...]
-) -> None:
-    """Launch map_rows_directly_kernel; ``row_map`` is A or its diagonal, b and h in float64."""
-    map_rows_directly_kernel[(len(rows),)](
-        out,
-        unusual,
-        rows,
-        *row_map,
-        rows.stride(0),
-        out.stride(0),
-        COLUMNS=rows.shape[1],
-        BLOCK=64,
-        DIAGONAL=row_map[0].dim() == 1,
-        RECENTRE=call.recentre,
-    )

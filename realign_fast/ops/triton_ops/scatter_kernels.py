@@ -23,11 +23,11 @@ from torch import Tensor
 from .row_kernels import (
     TRITON_DTYPE,
     aligned,
-    dot_rows,
+    image_block,
     kind_of_rows,
-    load_rows,
+    launch,
+    lengths_of_rows,
     on_device_of,
-    squarable,
     tile,
 )
 
@@ -40,23 +40,21 @@ _PROGRAMS = 512  # enough to keep a GPU busy
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows"])
 def pack_rows_kernel(
+    rows,  # [N, D]
+    row_count,
+    row_stride,
     packed,  # [TERMS, packed_rows, WIDTH] float16 or float64
     sums,  # [3, programs, WIDTH] float64: of sqrt(w) packed, of low^2; largest |sqrt(w) (u - c)|
     counts,  # [programs, 3] int64: rows, zero, non-finite rows
-    rows,  # [N, D]
-    centre,  # c [WIDTH] M
-    wide_centre,  # c [WIDTH] float64
+    centre,  # c [WIDTH] float64
     weights,  # [N] float64
     scale,  # [WIDTH] float64, powers of two
-    row_count,
-    row_stride,
     packed_rows,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,  # D rounded up to full tiles of the product
     PROGRAM_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAREFUL_BLOCK: tl.constexpr,
     ROW_STEP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -67,6 +65,7 @@ def pack_rows_kernel(
     """Pack one block of columns of PROGRAM_ROWS rows, and sum and count them."""
     own = tl.program_id(1) * BLOCK
     there = own + tl.arange(0, BLOCK)
+    one = tl.full([ROWS], 1, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     largest = tl.zeros([BLOCK], tl.float64)
@@ -75,6 +74,7 @@ def pack_rows_kernel(
     outside = tl.zeros([ROWS], tl.int64)
     c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
     factor = tl.load(scale + there, there < WIDTH, other=1)[None, :]
+    no_map = centre, centre, centre
     for offset in range(0, PROGRAM_ROWS, ROWS):
         number = tl.program_id(0).to(tl.int64) * PROGRAM_ROWS + offset + tl.arange(0, ROWS)
         alive = number < row_count
@@ -82,32 +82,30 @@ def pack_rows_kernel(
         root = alive.to(tl.float64)
         if WEIGHTED:
             root = tl.sqrt(tl.load(weights + number, alive, other=0))
-        xx, _, _ = dot_rows(row, alive, row, row, COLUMNS, ROWS, BLOCK, 1, M)
-        usual = alive & squarable(xx, M)
-        x = load_rows(row, own, alive, COLUMNS, BLOCK, M)
-        if NORMALIZE:
-            x = x * (1 / tl.sqrt(tl.where(usual, xx, 1))).to(M)[:, None]
-        value = (x - c) * root.to(M)[:, None]
-        value = tl.where(usual[:, None], value, 0)
+        lengths, usual, _ = lengths_of_rows(
+            row, row, alive, one, no_map, COLUMNS, BLOCK, 0, 1, False, M
+        )
+        if not NORMALIZE:
+            lengths = one, one, one, one
+        x = image_block(row, own, alive, no_map, lengths, COLUMNS, BLOCK, 0, 0, False, M)
+        value = tl.where(usual[:, None], (x - c.to(M)) * root.to(M)[:, None], 0)
         largest = tl.maximum(largest, tl.max(tl.abs(value), axis=0).to(tl.float64))
         value = value * factor.to(M)
         counted += usual.to(tl.int64)
 
         unusual = alive & (usual == 0)
         if tl.max(unusual.to(tl.int32), axis=0) > 0:
-            peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, ROWS, CAREFUL_BLOCK)
+            peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, BLOCK)
             some = unusual & finite
-            if NORMALIZE:
-                norm = tl.zeros([ROWS], tl.float64)
-                for start in range(0, COLUMNS, CAREFUL_BLOCK):
-                    y = load_rows(row, start, some, COLUMNS, CAREFUL_BLOCK, tl.float64)
-                    norm += tl.sum((y / peak[:, None]) * (y / peak[:, None]), axis=1)
-                peak = peak * tl.where(norm > 0, tl.sqrt(norm), 1)
-            else:
-                peak = tl.full([ROWS], 1, tl.float64)
-            exact = load_rows(row, own, some, COLUMNS, BLOCK, tl.float64) / peak[:, None]
-            exact = (exact - tl.load(wide_centre + there, there < WIDTH, other=0)) * root[:, None]
-            exact = tl.where(some[:, None], exact, 0)
+            lengths, _, _ = lengths_of_rows(
+                row, row, some, peak, no_map, COLUMNS, BLOCK, 0, 1, True, tl.float64
+            )
+            if not NORMALIZE:
+                lengths = one, one, one, one
+            exact = image_block(
+                row, own, some, no_map, lengths, COLUMNS, BLOCK, 0, 0, True, tl.float64
+            )
+            exact = tl.where(some[:, None], (exact - c) * root[:, None], 0)
             largest = tl.maximum(largest, tl.max(tl.abs(exact), axis=0))
             value = tl.where(unusual[:, None], (exact * factor).to(M), value)
             counted += some.to(tl.int64)
@@ -240,21 +238,21 @@ def add_scatter_(
         scale = _column_scale(largest if weights is None else largest * weights.amax().sqrt())
     pairs = torch.triu_indices(width // side, width // side, device=rows.device)
     chunk_rows = max(_CHUNK_ENTRIES // width // _PROMOTE_ROWS, 1) * _PROMOTE_ROWS
-    source, row_step = aligned(rows)
-    with on_device_of(rows):
-        for first in range(0, count, chunk_rows):
-            chunk = source[first : first + chunk_rows]
-            w = None if weights is None else weights[first : first + chunk_rows]
-            options = _PackOptions(normalize, row_step, m)
-            if not wide and not normalize:
-                sums, _, _ = _pack(chunk, c, scale, w, options._replace(measure=True))
-                scale = _column_scale(sums[2].amax(dim=0))
-            sums, part_counts, packed = _pack(chunk, c, scale, w, options)
-            added = sums[:2].sum(dim=1) / torch.stack([scale, scale * scale])
-            total += added[0, :columns]
-            counts += part_counts
+    source = aligned(rows)
+    for first in range(0, count, chunk_rows):
+        chunk = source[first : first + chunk_rows]
+        w = None if weights is None else weights[first : first + chunk_rows]
+        options = _PackOptions(normalize, m)
+        if not wide and not normalize:
+            sums, _, _ = _pack(chunk, c, scale, w, options._replace(measure=True))
+            scale = _column_scale(sums[2].amax(dim=0))
+        sums, part_counts, packed = _pack(chunk, c, scale, w, options)
+        added = sums[:2].sum(dim=1) / torch.stack([scale, scale * scale])
+        total += added[0, :columns]
+        counts += part_counts
+        with on_device_of(rows):
             _multiply(scatter, packed, pairs, 1 / scale, side)
-            scatter.diagonal().add_(added[1, :columns])
+        scatter.diagonal().add_(added[1, :columns])
     return counts
 
 
@@ -262,7 +260,6 @@ class _PackOptions(NamedTuple):
     """The settings that all chunks of one call of add_scatter_ share."""
 
     normalize: bool
-    row_step: int  # divides the stride of the rows
     m: torch.dtype  # dtype of the computation
     measure: bool = False  # only find the largest entries; nothing is packed
 
@@ -271,36 +268,27 @@ def _pack(
     rows: Tensor, centre: Tensor, scale: Tensor, weights: Tensor | None, options: _PackOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums [3, programs, WIDTH], counts [3] and the packed chunk [TERMS, rows, WIDTH]."""
-    count, columns = rows.shape
-    m, device = options.m, rows.device
-    terms, packed_dtype = (1, torch.float64) if m == torch.float64 else (2, torch.float16)
-    packed_rows = triton.cdiv(count, _DEPTH) * _DEPTH
-    shape = tile(columns, m)
+    terms, packed_dtype = (1, torch.float64) if options.m == torch.float64 else (2, torch.float16)
+    packed_rows = triton.cdiv(len(rows), _DEPTH) * _DEPTH
     programs, width = packed_rows // _PACK_ROWS, len(centre)
-    sums = torch.empty(3, programs, width, dtype=torch.float64, device=device)
-    counts = torch.empty(programs, 3, dtype=torch.int64, device=device)
+    sums = centre.new_empty(3, programs, width)
+    counts = torch.empty(programs, 3, dtype=torch.int64, device=rows.device)
     packed_shape = (0 if options.measure else terms, packed_rows, width)
-    packed = torch.empty(packed_shape, dtype=packed_dtype, device=device)
-    pack_rows_kernel[(programs, triton.cdiv(width, shape["BLOCK"]))](
-        packed,
-        sums,
-        counts,
+    packed = torch.empty(packed_shape, dtype=packed_dtype, device=rows.device)
+    shape = tile(rows.shape[1])
+    launch(
+        pack_rows_kernel,
+        (programs, triton.cdiv(width, shape["BLOCK"])),
         rows,
-        centre.to(m),
-        centre,
-        centre if weights is None else weights,
-        scale,
-        count,
-        rows.stride(0),
+        options.m,
+        *(packed, sums, counts, centre, centre if weights is None else weights, scale),
         packed_rows,
         WIDTH=width,
         PROGRAM_ROWS=_PACK_ROWS,
-        ROW_STEP=options.row_step,
         WEIGHTED=weights is not None,
         NORMALIZE=options.normalize,
         MEASURE=options.measure,
         TERMS=terms,
-        M=TRITON_DTYPE[m],
         **shape,
     )
     return sums, counts.sum(dim=0), packed
