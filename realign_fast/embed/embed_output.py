@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -47,34 +47,36 @@ class OpenEndedWriter(ShardWriter):
 
 
 class ShardFiles:
-    """The files of shard `number`, written together; a context after :meth:`open`."""
+    """The files of shard `number`: the rows of each side, their metadata, and the records."""
 
     def __init__(self, out: Path, number: int, sides: Sequence[Side], metadata_format: str) -> None:
-        self.out, self.number = out, number
         self.num_rows, self.failures = 0, list[dict[str, str]]()
         self._items: list[Item] = []
         folders = [SUBFOLDERS[side] for side in sides]
         self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
         self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format}"
+        self.failures_path = out / RECORDS / f"{number}.failures"
+        self.record = out / RECORDS / f"{number}.json"  # says that the shard is complete
 
     @property
     def paths(self) -> list[Path]:
         """The files of rows and the metadata."""
         return [*self.rows_paths, self.metadata_path]
 
-    def open(self, most_rows: int, dimension: int, dtype: torch.dtype) -> ShardFiles:
-        """Begin to write at most `most_rows` rows; the record of an earlier shard is removed."""
+    @contextmanager
+    def writing(self, most_rows: int, dimension: int, dtype: torch.dtype) -> Iterator[None]:
+        """Write at most `most_rows` rows within the context; an exception leaves no file."""
         self.record.unlink(missing_ok=True)
-        self._shape = (most_rows, dimension, dtype)
-        return self
-
-    def __enter__(self) -> ShardFiles:
         with ExitStack() as stack:
-            self._writers = [
-                stack.enter_context(OpenEndedWriter(path, *self._shape)) for path in self.rows_paths
-            ]
-            self._stack = stack.pop_all()
-        return self
+            writers = (OpenEndedWriter(p, most_rows, dimension, dtype) for p in self.rows_paths)
+            self._writers = [stack.enter_context(writer) for writer in writers]
+            yield
+        if self.num_rows:
+            write_metadata(self.metadata_path, self._items)
+        else:  # a shard without rows is no shard of a corpus
+            for path in self.paths:
+                path.unlink(missing_ok=True)
+        write_whole(self.failures_path, _json_lines(self.failures))
 
     def write(self, items: Sequence[Item], side_rows: Sequence[torch.Tensor]) -> None:
         """Append items and their rows `[n, D]` of each side."""
@@ -86,27 +88,6 @@ class ShardFiles:
     def fail(self, item: Item, reason: str) -> None:
         """Record that `item` has no row."""
         self.failures.append({"id": item.id, "source": item.path, "reason": reason})
-
-    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
-        self._stack.__exit__(error, *details)
-        if error is not None:
-            return
-        if self.num_rows:
-            write_metadata(self.metadata_path, self._items)
-        else:  # a shard without rows is no shard of a corpus
-            for path in self.paths:
-                path.unlink(missing_ok=True)
-        write_whole(self.failures_path, _json_lines(self.failures))
-
-    @property
-    def record(self) -> Path:
-        """The file that says that this shard is complete."""
-        return self.out / RECORDS / f"{self.number}.json"
-
-    @property
-    def failures_path(self) -> Path:
-        """The file of this shard's failures."""
-        return self.out / RECORDS / f"{self.number}.failures"
 
     def finish(self, key: str) -> None:
         """Record that the shard is complete: the last file written of it."""
@@ -144,20 +125,12 @@ def write_metadata(path: Path, items: Sequence[Item]) -> None:
         write_whole(path, _json_lines(rows))
         return
     pa = pyarrow()
-    schema = pa.schema([(name, pa.string()) for name in METADATA_COLUMNS])
-
-    def _columns(batch: Sequence[Item]) -> list[Any]:
-        fields = ([_utf8(getattr(i, field)) for i in batch] for field in METADATA_COLUMNS.values())
-        return [pa.array(values, pa.string()) for values in fields]
-
-    write_table(
-        path,
-        schema,
-        (
-            pa.record_batch(_columns(items[first : first + METADATA_ROWS]), schema)
-            for first in range(0, len(items), METADATA_ROWS)
-        ),
-    )
+    columns = {
+        name: pa.array([_utf8(getattr(item, field)) for item in items], pa.string())
+        for name, field in METADATA_COLUMNS.items()
+    }
+    table = pa.table(columns)
+    write_table(path, table.schema, iter(table.to_batches(METADATA_ROWS)))
 
 
 def _json_lines(values: Iterable[Mapping[str, Any]]) -> bytes:
@@ -208,22 +181,20 @@ def _check_facts(out: Path, run: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def remove_stale(
-    out: Path, count: int, sides: Mapping[int, Sequence[Side]], metadata_format: str
-) -> None:
-    """Remove shards from number `count` on, sides that a shard lost, and unfinished files."""
+def remove_stale(out: Path, planned: Sequence[ShardFiles], metadata_format: str) -> None:
+    """Remove unfinished files, and files of earlier runs that belong to no planned shard."""
     for name in (*SUBFOLDERS.values(), METADATA):
         for partial in (out / name).glob(".*.partial"):
             partial.unlink()
-    numbers = {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}
-    for number in sorted(numbers):
-        absent: list[Any] = [side for side in SUBFOLDERS if side not in sides.get(number, ())]
-        files = ShardFiles(out, number, absent, metadata_format)
-        stale = files.rows_paths
-        if number >= count:
-            stale = [*files.paths, files.record, files.failures_path]
-        for path in stale:
-            path.unlink(missing_ok=True)
+    kept = {path for files in planned for path in _all_paths(files)}
+    for number in {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}:
+        for path in _all_paths(ShardFiles(out, number, get_args(Side), metadata_format)):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+
+def _all_paths(files: ShardFiles) -> list[Path]:
+    return [*files.paths, files.record, files.failures_path]
 
 
 def join_failures(out: Path, count: int) -> int:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..storage.lock import locked
 from ..storage.paths import write_json
-from .choices import Mode, RowDtype, Side
+from .choices import Content, Mode, RowDtype, Side
 from .embed_output import (
     RECORDS,
     REPORT,
@@ -32,6 +32,11 @@ from .loader import PreparedBatch, PreparedBatches, prepared_batches
 from .sources.base import Item, Source, identity
 
 SHARD_ROWS = 100_000
+SIDES: dict[Content, tuple[Side, ...]] = {
+    "texts": ("text",),
+    "images": ("image",),
+    "pairs": ("text", "image"),
+}
 CODE = 1  # rises with each version of this code that gives other bytes
 
 
@@ -58,8 +63,9 @@ class EmbedSettings:
 
 
 class PlannedShard(NamedTuple):
-    """A shard to write: items `start` to `stop` of a source."""
+    """A shard to write: items `start` to `stop` of a source; `files` are to hold their rows."""
 
+    files: ShardFiles
     source: Source
     sides: tuple[Side, ...]
     start: int
@@ -85,7 +91,7 @@ def embed(
         ValueError, TypeError, OSError: what is wrong with a source, the model or `out`.
     """
     settings, out, begun = settings or EmbedSettings(), Path(out), time.monotonic()
-    plan = _plan(images, texts, pairs, settings.shard_rows)
+    plan = _plan(out, {"texts": texts, "images": images, "pairs": pairs}, settings.shard_rows)
     for source in filter(None, (images, texts, pairs)):
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
@@ -94,12 +100,12 @@ def embed(
     with locked(out / RECORDS):
         check_out(out, run.facts, settings.mode == "overwrite")
         (out / REPORT).unlink(missing_ok=True)
-        sides = {number: shard.sides for number, shard in enumerate(plan)}
-        remove_stale(out, len(plan), sides, run.metadata_format)
+        remove_stale(out, [shard.files for shard in plan], metadata_format())
         report = run.write_shards()
-        report["failures"] = failures = join_failures(out, len(plan))
-        report["seconds"] = time.monotonic() - begun
+        failures = join_failures(out, len(plan))
         report |= {
+            "failures": failures,
+            "seconds": time.monotonic() - begun,
             "model": encoder.name,
             "dimension": encoder.dimension,
             "dtype": settings.dtype,
@@ -111,22 +117,18 @@ def embed(
     return report
 
 
-def _plan(
-    images: Source | None, texts: Source | None, pairs: Source | None, shard_rows: int
-) -> list[PlannedShard]:
+def _plan(out: Path, sources: dict[str, Source | None], shard_rows: int) -> list[PlannedShard]:
     """Return the shards to write, those of texts first; a shard's number is its index."""
-    if pairs is not None and (images is not None or texts is not None):
-        raise ValueError("embed: pairs have both sides; give pairs alone, or images and texts")
-    sources: list[tuple[Source | None, tuple[Side, ...]]]
-    sources = [(texts, ("text",)), (images, ("image",)), (pairs, ("text", "image"))]
-    plan = [
-        PlannedShard(source, sides, start, min(start + shard_rows, source.total))
-        for source, sides in sources
-        if source is not None
-        for start in range(0, source.total, shard_rows)
-    ]
-    if not plan:
-        raise ValueError("embed: got no source; give images, texts or pairs")
+    given = [source for source in sources.values() if source is not None]
+    if not given or (sources["pairs"] and len(given) > 1):
+        raise ValueError("embed: give images or texts or both, or pairs alone")
+    plan: list[PlannedShard] = []
+    for source in given:
+        sides = SIDES[source.content]
+        for start in range(0, source.total, shard_rows):
+            files = ShardFiles(out, len(plan), sides, metadata_format())
+            stop = min(start + shard_rows, source.total)
+            plan.append(PlannedShard(files, source, sides, start, stop))
     return plan
 
 
@@ -136,18 +138,19 @@ class _EmbedRun:
     def __init__(
         self, encoder: Encoder, out: Path, settings: EmbedSettings, plan: list[PlannedShard]
     ) -> None:
-        self.encoder, self.out, self.settings, self.plan = encoder, out, settings, plan
-        self.metadata_format = metadata_format()
-        cuda = encoder.device.type == "cuda"
-        self.batch_size = settings.batch_size or (256 if cuda else 32)
-        self.workers = default_workers(encoder) if settings.workers is None else settings.workers
+        self.encoder, self.settings, self.plan = encoder, settings, plan
+        self.lock = out / RECORDS / "lock"
+        on_gpu, cores = encoder.device.type == "cuda", os.cpu_count() or 1
+        self.batch_size = settings.batch_size or (256 if on_gpu else 32)
+        default = min(16, cores) if on_gpu else max(1, cores // 4)  # the model is on the others
+        self.workers = default if settings.workers is None else settings.workers
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.facts = {  # what every row depends on, and the layout
             "model": encoder.facts(),
             "batch_size": self.batch_size,
             "dtype": settings.dtype,
             "shard_rows": settings.shard_rows,
-            "metadata": self.metadata_format,
+            "metadata": metadata_format(),
             "sources": {s.source.content: os.path.realpath(s.source.path) for s in plan},
             "device": encoder.device.type,
             "code": f"realign_fast {__version__}, {CODE}",
@@ -159,25 +162,24 @@ class _EmbedRun:
         total = sum(shard.stop - shard.start for shard in self.plan)
         progress = self.settings.progress
         with tqdm(total=total, unit="row", smoothing=0.05, disable=not progress) as bar:
-            for number, shard in enumerate(self.plan):
+            for shard in self.plan:
                 items = shard.source.items(shard.start, shard.stop)
                 key = self._key(shard, items)
-                files = ShardFiles(self.out, number, shard.sides, self.metadata_format)
-                if (record := files.finished(key)) is not None:
+                if (record := shard.files.finished(key)) is not None:
                     num_rows = record["rows"]
                     finished_before += len(items)
                     if progress:
                         bar.initial += len(items)  # the rate counts what this run does
                     bar.update(len(items))
                 else:
-                    self._write_shard(shard, items, files, bar)
+                    self._write_shard(shard, items, bar)
                     if self._key(shard, items) != key:
                         raise ValueError(
                             f"{shard.source.path}: changed while it was embedded; let its writer "
                             "finish and run again"
                         )
-                    files.finish(key)
-                    num_rows = files.num_rows
+                    shard.files.finish(key)
+                    num_rows = shard.files.num_rows
                     embedded_now += len(items)
                 for side in shard.sides:
                     rows[side] += num_rows
@@ -194,14 +196,13 @@ class _EmbedRun:
         data = json.dumps(inputs, sort_keys=True).encode()
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    def _write_shard(
-        self, shard: PlannedShard, items: Sequence[Item], files: ShardFiles, bar: tqdm[Any]
-    ) -> None:
+    def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: tqdm[Any]) -> None:
         """Write one shard. Rows of a batch come back while the device works on the next one."""
         dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
-        with files.open(len(items), self.encoder.dimension, self.dtype):
+        files = shard.files
+        with files.writing(len(items), self.encoder.dimension, self.dtype):
             pending: tuple[list[Item], list[RowTransfer]] | None = None
-            for batch in prepared_batches(dataset, self.workers, self.out / RECORDS / "lock"):
+            for batch in prepared_batches(dataset, self.workers, self.lock):
                 for position, reason in batch.failures:
                     files.fail(items[position], reason)
                 transfers = self._rows(batch, shard.sides)
@@ -261,12 +262,3 @@ class RowTransfer:
         if self._event is not None:
             self._event.synchronize()
         return self._rows
-
-
-def default_workers(encoder: Encoder) -> int:
-    """Return the number of decoding processes.
-
-    Most cores with a model on a GPU, a quarter of them with a model on the CPU.
-    """
-    cores = os.cpu_count() or 1
-    return min(16, cores) if encoder.device.type == "cuda" else max(1, cores // 4)

@@ -31,11 +31,13 @@ class PreparedBatch(NamedTuple):
     failures: list[tuple[int, str]]  # position and reason
     pixels: torch.Tensor | None  # [n, 3, height, width]
     tokens: Tokens | None  # [n, L] each
-    source_error: str | None = None  # nothing of the source after it can be trusted
 
 
-class PreparedBatches(Dataset[PreparedBatch]):
-    """The batches of a shard by number; a row needs all of `sides`."""
+class PreparedBatches(Dataset[PreparedBatch | Exception]):
+    """The batches of a shard by number; a row needs all of `sides`.
+
+    In the place of a batch stands the error of a source of which nothing more can be trusted.
+    """
 
     def __init__(
         self,
@@ -51,29 +53,31 @@ class PreparedBatches(Dataset[PreparedBatch]):
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
 
-    def __getitem__(self, number: int) -> PreparedBatch:
-        positions, failures, images, captions = [], [], [], []
+    def __getitem__(self, number: int) -> PreparedBatch | Exception:
         first = number * self.batch_size
         try:
-            for position in range(first, min(first + self.batch_size, len(self.items))):
-                item = self.items[position]
-                try:
-                    if item.failure is not None:
-                        raise Unreadable(item.failure)
-                    caption = _caption(item) if "text" in self.sides else ""
-                    image = self._image(item) if "image" in self.sides else None
-                except Unreadable as error:
-                    failures.append((position, str(error)))
-                    continue
-                positions.append(position)
-                captions.append(caption)
-                if image is not None:
-                    images.append(image)
-            texts = "text" in self.sides and positions
-            pixels = torch.stack(images) if images else None
-            tokens = self.encoder.prepare_texts(captions) if texts else None
+            return self._batch(range(first, min(first + self.batch_size, len(self.items))))
         except (ValueError, TypeError, ImportError) as error:
-            return PreparedBatch([], [], None, None, str(error))
+            return error
+
+    def _batch(self, batch: range) -> PreparedBatch:
+        positions, failures, images, captions = [], [], [], []
+        for position in batch:
+            item = self.items[position]
+            try:
+                if item.failure is not None:
+                    raise Unreadable(item.failure)
+                caption = _caption(item) if "text" in self.sides else ""
+                if "image" in self.sides:
+                    images.append(self._image(item))
+            except Unreadable as error:
+                failures.append((position, str(error)))
+                continue
+            positions.append(position)
+            captions.append(caption)
+        texts = "text" in self.sides and positions
+        pixels = torch.stack(images) if images else None
+        tokens = self.encoder.prepare_texts(captions) if texts else None
         return PreparedBatch(positions, failures, pixels, tokens)
 
     def _image(self, item: Item) -> torch.Tensor:
@@ -105,7 +109,7 @@ def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iter
     `lock` is the file that this process holds locked; its workers do not hold it.
 
     Raises:
-        ValueError: the source turned out to be damaged.
+        ValueError, TypeError, ImportError: the source turned out to be damaged.
         OSError: a decoding process died.
     """
     # Tokenizers with threads of their own do not survive a fork.
@@ -124,8 +128,8 @@ def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iter
     )
     try:
         for batch in loader:
-            if batch.source_error is not None:
-                raise ValueError(batch.source_error)
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,13 +133,25 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def files_hash(paths: Sequence[Path]) -> str:
-    """Return a BLAKE2b digest of the contents and names of small files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(paths):
-        data = path.read_bytes()
-        digest.update(f"{path.name} {len(data)}".encode() + data)
-    return digest.hexdigest()
+@contextmanager
+def loading(describe: Callable[[str], str]) -> Iterator[None]:
+    """Give any error of a library that loads a model in one line, and keep its log silent.
+
+    Args:
+        describe: makes the message of a `ValueError` of the library's reason; a damaged file
+            raises nearly every type.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(describe(reason)) from error
+    finally:
+        logging.disable(level)
 
 
 def plain(value: Any) -> Any:

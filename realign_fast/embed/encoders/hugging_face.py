@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 
 from ..._extras import import_extra
 from ..choices import Precision, StrPath
-from .base import Encoder, Tokens, files_hash, plain
+from .base import Encoder, Tokens, loading, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -76,15 +77,10 @@ class HuggingFaceEncoder(Encoder):
         return {name: tokens[name] for name in names if name in tokens}
 
     def _image_features(self, pixels: torch.Tensor) -> Any:
-        return pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+        return self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
 
     def _text_features(self, tokens: Tokens) -> Any:
-        return pooled(self.model.get_text_features(**tokens))
-
-
-def pooled(output: Any) -> Any:
-    """Return the rows `[n, D]` of a tower's output, which transformers 5 wraps."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+        return self.model.get_text_features(**tokens).pooler_output
 
 
 def processed(processor: Any, image: Any) -> torch.Tensor:
@@ -108,36 +104,29 @@ def load_processor(folder: Path) -> Any:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Return a digest of the files that a tokenizer consists of."""
-    return files_hash([path for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES)])
+    """Return a BLAKE2b digest of the files that a tokenizer consists of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(TOKENIZER_FILES):
+            data = path.read_bytes()
+            digest.update(f"{path.name} {len(data)}".encode() + data)
+    return digest.hexdigest()
 
 
 @contextmanager
 def explained(folder: StrPath) -> Iterator[None]:
-    """Turn an error of transformers about a directory into one line that names the directory.
-
-    Raises:
-        ValueError, ImportError: the directory cannot be loaded.
-    """
-    library = transformers()
-    verbosity, bars = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
+    """Load from a directory without progress bars; an error is one line that names it."""
+    log = transformers().logging
+    bars = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
     try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"{folder}: cannot be loaded ({reason}); expected a directory as save_pretrained "
-            "writes it, with model, processor and tokenizer"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{folder}: its weights are damaged ({error}); copy them again") from error
+        with loading(
+            lambda reason: (
+                f"{folder}: cannot be loaded ({reason}); expected a directory as "
+                "save_pretrained writes it, with model, processor and tokenizer"
+            )
+        ):
+            yield
     finally:
-        library.logging.set_verbosity(verbosity)
         if bars:
-            library.logging.enable_progress_bar()
+            log.enable_progress_bar()

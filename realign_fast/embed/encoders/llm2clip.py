@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from .hugging_face import (
 CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
 ADAPTER = "text_adapter.adaptor."
+TOWER = ("vision_model.", "visual_projection.")
 
 
 def is_llm2clip(folder: Path) -> bool:
@@ -72,9 +72,17 @@ class Llm2ClipEncoder(Encoder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
-            weights = _weights(self._folder)
-            tower = _tower(vision, weights)
-            adapter = Adapter.from_weights(weights)
+            weights: dict[str, torch.Tensor] = {}
+            for path in self._folder.glob("*.safetensors"):
+                weights |= load_file(path)
+            if not weights:
+                raise ValueError(
+                    "expected *.safetensors; convert the weights (no pickle is loaded)"
+                )
+            tower = library.CLIPVisionModelWithProjection(vision)
+            names = [k for k in weights if k.startswith(TOWER) and "position_ids" not in k]
+            tower.load_state_dict({name: weights[name] for name in names})
+            adapter = Adapter(weights)
             self._processor = _processor(self._folder, vision.image_size)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": CONTEXT})
         self.settings["library"] = f"transformers {library.__version__}"
@@ -157,38 +165,27 @@ class Llm2ClipEncoder(Encoder):
 class Adapter(nn.Module):
     """Map the language model's mean state `[n, width]` to the space of the images `[n, D]`."""
 
-    def __init__(self, width: int, dimension: int, block_widths: list[int], bias: bool) -> None:
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        """Build the adapter in the shape of its weights and load them."""
         super().__init__()
-        self.width = width
-        blocks = [Block(width, block_width) for block_width in block_widths]
-        last = nn.Linear(width, dimension, bias=bias)
-        self.adaptor = nn.Sequential(*blocks, nn.LayerNorm(width), last)
+        own = {k.removeprefix(ADAPTER): v for k, v in weights.items() if k.startswith(ADAPTER)}
+        if not own:
+            parts = ", ".join(sorted({name.partition(".")[0] for name in weights}))
+            raise ValueError(f"expected an adapter in {ADAPTER}*, got {parts}")
+        last = max(int(name.partition(".")[0]) for name in own)
+        dimension, self.width = own[f"{last}.weight"].shape
+        widths = [len(own[f"{number}.fn.0.weight"]) for number in range(last - 1)]
+        self.adaptor = nn.Sequential(
+            *(Block(self.width, width) for width in widths),
+            nn.LayerNorm(self.width),
+            nn.Linear(self.width, dimension, bias=f"{last}.bias" in own),
+        )
+        self.adaptor.load_state_dict(own)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return features `[n, D]` of mean states `[n, width]`."""
         features: torch.Tensor = self.adaptor(nn.functional.normalize(states, dim=-1))
         return features
-
-    @classmethod
-    def from_weights(cls, weights: dict[str, torch.Tensor]) -> Adapter:
-        """Build the adapter in the shape of its weights and load them.
-
-        Raises:
-            ValueError: the weights hold no adapter.
-        """
-        own = {k.removeprefix(ADAPTER): v for k, v in weights.items() if k.startswith(ADAPTER)}
-        block_widths = {
-            int(k.split(".")[0]): len(v) for k, v in own.items() if k.endswith(".fn.0.weight")
-        }
-        last = len(block_widths) + 1
-        if f"{last}.weight" not in own:
-            parts = ", ".join(sorted({re.sub("[.].*", "", name) for name in weights}))
-            raise ValueError(f"expected an adapter in {ADAPTER}*, got {parts}")
-        dimension, width = own[f"{last}.weight"].shape
-        in_order = [block_widths[number] for number in sorted(block_widths)]
-        adapter = cls(width, dimension, in_order, bias=f"{last}.bias" in own)
-        adapter.adaptor.load_state_dict(own)
-        return adapter
 
 
 class Block(nn.Module):
@@ -207,15 +204,6 @@ class Block(nn.Module):
         return x + update
 
 
-def _tower(config: Any, weights: dict[str, torch.Tensor]) -> Any:
-    """Return the vision tower with its projection."""
-    tower = transformers().CLIPVisionModelWithProjection(config)
-    prefixes = ("vision_model.", "visual_projection.")
-    own = {k: v for k, v in weights.items() if k.startswith(prefixes) and "position_ids" not in k}
-    tower.load_state_dict(own)
-    return tower
-
-
 def _processor(folder: Path, image_size: int) -> Any:
     """Load the directory's image processor, or CLIP's own: what is published has none."""
     if any((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -223,13 +211,3 @@ def _processor(folder: Path, image_size: int) -> Any:
     crop = {"height": image_size, "width": image_size}
     size = {"shortest_edge": image_size}
     return transformers().CLIPImageProcessor(size=size, crop_size=crop)
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError("expected *.safetensors; convert the weights (no pickle is loaded)")
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= load_file(file)
-    return weights

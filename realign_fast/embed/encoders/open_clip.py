@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 
 from ..._extras import import_extra
 from ..choices import Precision, StrPath
-from .base import Encoder, Tokens, plain
+from .base import Encoder, Tokens, loading, plain
 
 
 def open_clip() -> ModuleType:
@@ -49,7 +46,7 @@ class OpenClipEncoder(Encoder):
         self.name = os.fspath(model) + (f" {os.fspath(pretrained)}" if pretrained else "")
         library, name = open_clip(), _known_name(os.fspath(model), pretrained)
         weights = os.fspath(pretrained) if pretrained is not None else None
-        with _explained(name, weights):
+        with loading(lambda reason: _load_error(name, weights, reason)):
             clip = library.create_model(
                 name, weights, precision=self.precision, require_pretrained=True
             )
@@ -104,34 +101,32 @@ def _known_name(model: str, pretrained: object) -> str:
     Raises:
         ValueError: open_clip knows no such model, or its weights are not named once.
     """
-    path = Path(model)
-    if (path / "open_clip_config.json").is_file():
+    path, library = Path(model), open_clip()
+    if path.is_dir():
+        if not (path / "open_clip_config.json").is_file():
+            expected = "expected config.json (Hugging Face) or open_clip_config.json in it"
+            raise ValueError(f"{model}: is no model directory; {expected}")
         if pretrained is not None:
             raise ValueError(f"{model}: holds its own weights; leave {pretrained!r} out")
         return f"local-dir:{model}"
-    if path.is_dir():
-        raise ValueError(
-            f"{model}: is no model directory; expected config.json (Hugging Face) or "
-            "open_clip_config.json in it"
-        )
     if path.suffix == ".json" and path.is_file():
-        model = _added_config(path)
-    models = open_clip().list_models()
+        library.add_model_config(path)
+        model = path.stem
+        if model not in library.list_models():
+            expected = "expected embed_dim, vision_cfg and text_cfg"
+            raise ValueError(f"{path}: is no model config of open_clip; {expected}")
     if ":" in model:
         return model
-    if model not in models:
+    if model not in (models := library.list_models()):
+        expected = "a Hugging Face or open_clip directory, a JSON config or a name of open_clip"
         if os.sep in model:
-            raise ValueError(
-                f"{model}: no such directory or file; expected a Hugging Face or open_clip "
-                "directory, a JSON config, or the name of a model of open_clip"
-            )
+            raise ValueError(f"{model}: no such directory or file; expected {expected}")
         similar = ", ".join(difflib.get_close_matches(model, models, 3, 0.4)) or "none"
         raise ValueError(
-            f"model: open_clip knows no {model!r}; near are {similar}; give a name of "
-            "open_clip.list_models(), a JSON config or a directory"
+            f"model: open_clip knows no {model!r}; near are {similar}; give {expected}"
         )
     if pretrained is None:
-        tags = ", ".join(open_clip().list_pretrained_tags_by_model(model)) or "none"
+        tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
         raise ValueError(
             f"{model}: untrained weights would embed nothing; give --pretrained, a checkpoint "
             f"file or a tag (there are: {tags})"
@@ -139,32 +134,7 @@ def _known_name(model: str, pretrained: object) -> str:
     return model
 
 
-def _added_config(path: Path) -> str:
-    """Add a JSON config to the models of open_clip and return its name."""
-    if path.stem not in open_clip().list_models():
-        open_clip().add_model_config(path)
-    if path.stem not in open_clip().list_models():
-        raise ValueError(
-            f"{path}: is no model config of open_clip; expected embed_dim, vision_cfg and text_cfg"
-        )
-    return path.stem
-
-
-@contextmanager
-def _explained(name: str, weights: str | None) -> Iterator[None]:
-    """Give errors of open_clip in one line; its warnings repeat what is checked here."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    except Exception as error:  # a damaged checkpoint raises nearly every type
-        raise ValueError(_load_error(name, weights, error)) from error
-    finally:
-        logging.disable(level)
-
-
-def _load_error(name: str, weights: str | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+def _load_error(name: str, weights: str | None, reason: str) -> str:
     if "weights_only" in reason:  # torch would advise to unpickle everything
         reason = "it is no plain state dict; objects in pickles are not loaded"
     if weights and os.path.isfile(weights):

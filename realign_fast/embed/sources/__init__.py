@@ -8,7 +8,7 @@ from pathlib import Path
 from ..choices import Content, StrPath
 from ..decode import SUFFIXES
 from .base import Item, Source, natural
-from .folder import DatasetJson, Folder
+from .folder import Folder
 from .table import TABLE_SUFFIXES, Columns, Table
 from .tar import Tars
 
@@ -35,9 +35,7 @@ def open_source(path: StrPath, kind: Content, columns: Columns | None = None) ->
     suffix = files[0].suffix.lower() if files else ""
     if suffix == ".tar":
         return Tars(path, files, kind)
-    if suffix == ".json" and path.is_file():
-        return DatasetJson(path, kind)
-    if suffix in TABLE_SUFFIXES and not (suffix == ".txt" and kind != "texts"):
+    if suffix in (*TABLE_SUFFIXES, ".json") and not (suffix == ".txt" and kind != "texts"):
         return Table(path, files, kind, columns or Columns())
     if path.is_dir() and kind != "texts":
         return Folder(path, [path], kind)

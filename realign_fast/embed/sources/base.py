@@ -12,11 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..choices import Content
 from ..decode import Unreadable
@@ -38,21 +36,14 @@ class Item(NamedTuple):
 class Source:
     """The items of `path`, which are images, texts or pairs (`content`)."""
 
-    reads_images = True
-
     def __init__(self, path: Path, files: Sequence[Path], content: Content) -> None:
         self.ignored: dict[str, int] = {}  # the number of files that are no items, by suffix
-        self.path, self.files, self.content = path, list(files), content
-        self.counts = [self.count(file) for file in self.files]
-        self.starts = np.cumsum([0, *self.counts])  # [files + 1]
-        self._position: tuple[int, Iterator[Item]] | None = None
+        self.path, self.files, self.content = path, files, content
+        self.reads_images = content != "texts"
+        self.total = sum(self.count(file) for file in files)  # items in all files
+        self._position, self._walk = 0, self._walk_files()
         if not self.total:
             raise ValueError(f"{path}: holds no {content}; `embed --help` lists what is read")
-
-    @property
-    def total(self) -> int:
-        """Number of items in all files."""
-        return int(self.starts[-1])
 
     def count(self, file: Path) -> int:
         """Return the number of items in one file."""
@@ -79,23 +70,16 @@ class Source:
         Raises:
             ValueError: there are fewer items than were counted.
         """
-        if self._position is None or self._position[0] > start:
-            self._position = (start, self._walk_from(start))
-        position, walk = self._position
-        if position < start:
-            file = int(np.searchsorted(self.starts, start, side="right")) - 1
-            if self.starts[file] > position:  # whole files lie between: skip them
-                position, walk = start, self._walk_from(start)
-        items = list(islice(walk, start - position, stop - position))
+        if start < self._position:
+            self._position, self._walk = 0, self._walk_files()
+        items = list(islice(self._walk, start - self._position, stop - self._position))
         if len(items) != stop - start:
             raise ValueError(f"{self.path}: changed while it was read; run the command again")
-        self._position = (stop, walk)
+        self._position = stop
         return items
 
-    def _walk_from(self, start: int) -> Iterator[Item]:
-        for file, first, count in zip(self.files, self.starts, self.counts, strict=False):
-            if start < first + count:
-                yield from islice(self.walk(file), max(0, start - int(first)), None)
+    def _walk_files(self) -> Iterator[Item]:
+        return chain.from_iterable(map(self.walk, self.files))
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

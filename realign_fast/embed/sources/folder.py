@@ -1,15 +1,12 @@
-"""Sources of image files: a folder with its subfolders, and the paper's `dataset.json`."""
+"""Sources of image files: a folder with its subfolders."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from ..choices import Content
 from ..decode import SUFFIXES
 from .base import MAX_CAPTION_BYTES, Item, Source, natural
 
@@ -65,58 +62,3 @@ def _caption(image: str) -> tuple[str | None, str | None]:
             return file.read(MAX_CAPTION_BYTES).decode("utf-8-sig").strip(), None
     except (OSError, UnicodeDecodeError) as error:
         return None, f"no caption: {os.path.basename(path)}: {getattr(error, 'strerror', error)}"
-
-
-class DatasetJson(Source):
-    """The paper's `{"images": [{"id", "image"}], "texts": [{"id", "text"}]}`, held in memory.
-
-    Paths of images are relative to the folder of the file.
-    """
-
-    def __init__(self, path: Path, content: Content) -> None:
-        if content == "pairs":
-            raise ValueError(
-                f"{path}: its images and texts are no pairs; give it to --images and to --texts"
-            )
-        self.reads_images = content == "images"
-        self._key = "image" if self.reads_images else "text"
-        self._entries = _entries(path, content)
-        super().__init__(path, [path], content)
-
-    def count(self, file: Path) -> int:
-        """Return the number of entries."""
-        return len(self._entries)
-
-    def walk(self, file: Path) -> Iterator[Item]:
-        """Yield an item for each entry.
-
-        Raises:
-            ValueError: an entry has no id, or no path or text.
-        """
-        for number, entry in enumerate(self._entries):
-            value = entry.get(self._key) if isinstance(entry, dict) else None
-            if not isinstance(value, str) or not isinstance(entry.get("id"), str | int):
-                expected = f"{{'id': ..., {self._key!r}: '...'}}"
-                raise ValueError(
-                    f"{file}: entry {number} of {self.content!r} is not of the form {expected}; "
-                    "correct it"
-                )
-            if self.reads_images:
-                yield Item(str(entry["id"]), os.path.join(file.parent, value))
-            else:
-                yield Item(str(entry["id"]), str(file), caption=value)
-
-
-def _entries(path: Path, side: str) -> list[Any]:
-    content: object
-    try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and isinstance(entries := content.get(side), list):
-            return entries
-        content = sorted(content) if isinstance(content, dict) else type(content).__name__
-    except (ValueError, RecursionError) as error:
-        content = error
-    raise ValueError(
-        f'{path}: expected {{"images": [...], "texts": [...]}} with {side!r}, got {content}; '
-        "write it as the paper does"
-    )

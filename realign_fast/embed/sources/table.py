@@ -1,4 +1,4 @@
-"""Texts and images in tables: parquet, jsonl, csv and tsv; txt is a table of one column.
+"""Texts and images in tables: parquet, jsonl, csv, tsv, the paper's `dataset.json`, and txt.
 
 A column of images holds the bytes of image files (in parquet: binary, or the struct of bytes and
 path of Hugging Face's `Image`), or paths relative to the table's folder. Decoding processes read
@@ -7,8 +7,11 @@ the images of parquet files, forward and a few rows at a time.
 
 from __future__ import annotations
 
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +20,11 @@ from ...corpus.formats.arrow_columns import decoded, pyarrow
 from ..choices import Content
 from ..decode import Unreadable
 from .base import Item, Source
-from .text_lines import count_rows, text_rows
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
 READ_ROWS = 32  # images read at a time
 BUFFER_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 20
 USUAL_NAMES = {
     "id": ("id", "key", "image_id"),
     "caption": ("caption", "text", "TEXT"),
@@ -38,41 +41,6 @@ class Columns(NamedTuple):
     image: str | None = None
 
 
-class ImageReader:
-    """Images of one parquet file in batches, forward from a row group."""
-
-    def __init__(self, path: str, column: str | None, row: int) -> None:
-        self.path = path
-        table, self._first, group = _opened(Path(path)), 0, 0
-        while self._first + table.metadata.row_group(group).num_rows <= row:
-            self._first, group = self._first + table.metadata.row_group(group).num_rows, group + 1
-        groups = list(range(group, table.num_row_groups))
-        self._batches: Iterator[Any] = table.iter_batches(
-            READ_ROWS, row_groups=groups, columns=[column], use_threads=False
-        )
-        self._values: list[Any] = []
-
-    def reaches(self, path: str, row: int) -> bool:
-        """Return whether the row lies in this file and not before the rows at hand."""
-        return path == self.path and row >= self._first
-
-    def value(self, row: int) -> Any:
-        """Return the image column of a row, reading on to it.
-
-        Raises:
-            ValueError: the file ends before the row.
-        """
-        with decoded(Path(self.path)):
-            while self._first + len(self._values) <= row:
-                if (batch := next(self._batches, None)) is None:
-                    raise ValueError(
-                        f"{self.path}: changed while it was read; run the command again"
-                    )
-                self._first += len(self._values)
-                self._values = batch.column(0).to_pylist()
-        return self._values[row - self._first]
-
-
 class Table(Source):
     """Rows of tables of one suffix.
 
@@ -81,21 +49,20 @@ class Table(Source):
     """
 
     def __init__(self, path: Path, files: list[Path], content: Content, columns: Columns) -> None:
-        self.columns, self.reads_images = columns, content != "texts"
-        self._reader: ImageReader | None = None
+        self.columns = columns
+        # The images at hand: their file, the number of the next row, and what is left of them.
+        self._images: tuple[str, int, Iterator[tuple[int, Any]]] = ("", 0, iter(()))
         super().__init__(path, files, content)
-
-    def count(self, file: Path) -> int:
-        """Return the number of rows in a table."""
-        if not _is_parquet(file):
-            return count_rows(file)
-        with _opened(file) as table:
-            return int(table.metadata.num_rows)
 
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield an item for each row; its position is the row's number where images are inside."""
-        read = self._parquet if _is_parquet(file) else self._text
-        names, rows, images_inside = read(file)
+        if file.suffix.lower() == ".parquet":
+            names, rows, images_inside = self._parquet(file)
+        else:
+            rows, images_inside = self._text_rows(file), False
+            first = next(rows, None)
+            rows = chain([] if first is None else [first], rows)
+            names = Columns() if first is None else self._names(file, list(first))
         prefix = f"{file.stem}-" if len(self.files) > 1 else ""
         for number, row in enumerate(rows):
             row_id, caption, failure = row.get(names.id), row.get(names.caption), None
@@ -104,7 +71,8 @@ class Table(Source):
                 failure = f"its caption is {type(caption).__name__}, expected text"
             caption = caption if isinstance(caption, str) else None
             if images_inside or not self.reads_images:
-                yield Item(name, str(file), number, caption, failure)
+                at = None if file.suffix == ".json" else number  # it enters keys of version 0.1.0
+                yield Item(name, str(file), at, caption, failure)
                 continue
             path, image = str(file), row.get(names.image)
             if isinstance(image, str) and image:
@@ -113,23 +81,28 @@ class Table(Source):
                 failure = f"no image: {names.image} is {image!r:.40}, expected a path"
             yield Item(name, path, None, caption, failure)
 
-    def _text(self, file: Path) -> tuple[Columns, Iterator[dict[Any, Any]], bool]:
-        """Return the columns and rows of a text file, and False: its images are paths."""
-        rows = text_rows(file)
-        first = next(rows, None)
-        if first is None:
-            return Columns(), iter(()), False
-        return self._names(file, list(first)), chain([first], rows), False
-
-    def _parquet(self, file: Path) -> tuple[Columns, Iterator[dict[Any, Any]], bool]:
+    def _parquet(self, file: Path) -> tuple[Columns, Iterable[dict[Any, Any]], bool]:
         """Return the columns, the rows without images, and whether images lie in the file."""
-        with _opened(file) as table:
-            schema = table.schema_arrow
+        table = _opened(file)
+        schema, num_rows = table.schema_arrow, table.metadata.num_rows
         names = self._names(file, schema.names)
         inside = bool(names.image) and _holds_bytes(file, schema.field(names.image))
-        read = [name for name in (names.id, names.caption) if name]
-        read += [names.image] if names.image and not inside else []
-        return names, _parquet_rows(file, list(dict.fromkeys(read))), inside
+        columns = (names.id, names.caption, None if inside else names.image)
+        read = list({name: None for name in columns if name})
+        rows = _parquet_rows(file, table, read) if read else ({} for _ in range(num_rows))
+        return names, rows, inside
+
+    def _text_rows(self, file: Path) -> Iterator[dict[Any, Any]]:
+        suffix = file.suffix.lower()
+        if suffix == ".json":
+            return _dataset_rows(file, self.content)
+        if suffix == ".jsonl":
+            return _jsonl_rows(file)
+        return (
+            ({"text": line.strip()} for _, line in _lines(file))
+            if suffix == ".txt"
+            else _csv_rows(file)
+        )
 
     def _names(self, file: Path, present: list[str]) -> Columns:
         """Return the name of each column: the chosen one, or the first usual one present."""
@@ -152,11 +125,7 @@ class Table(Source):
         """Return the encoded image of a row, from the table or from the file that it names."""
         if item.at is None:
             return super().read(item)
-        if self._reader is None or not self._reader.reaches(item.path, item.at):
-            schema = _opened(Path(item.path)).schema_arrow
-            column = self._names(Path(item.path), schema.names).image
-            self._reader = ImageReader(item.path, column, item.at)
-        value = self._reader.value(item.at)
+        value = self._image(item.path, item.at)
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 folder = os.path.dirname(item.path)
@@ -166,18 +135,37 @@ class Table(Source):
             raise Unreadable("no image: the column is null")
         return bytes(value)
 
+    def _image(self, path: str, row: int) -> Any:
+        """Return the image column of a row of a parquet file, reading on to it."""
+        previous, next_row, values = self._images
+        if path != previous or row < next_row:
+            values = self._image_values(Path(path), row)
+        with decoded(path):
+            for number, value in values:
+                if number == row:
+                    self._images = (path, row + 1, values)
+                    return value
+        raise ValueError(f"{path}: changed while it was read; run the command again")
 
-def _parquet_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    with _opened(file) as table, decoded(file):
-        if not columns:
-            yield from ({} for _ in range(table.metadata.num_rows))
-            return
+    def _image_values(self, file: Path, row: int) -> Iterator[tuple[int, Any]]:
+        """Yield the number and the image of each row, from the row group of `row` on."""
+        table, first, group = _opened(file), 0, 0
+        column = self._names(file, table.schema_arrow.names).image
+        while (after := first + table.metadata.row_group(group).num_rows) <= row:
+            first, group = after, group + 1
+        batches = table.iter_batches(
+            READ_ROWS,
+            row_groups=range(group, table.num_row_groups),
+            columns=[column],
+            use_threads=False,
+        )
+        return enumerate(chain.from_iterable(b.column(0).to_pylist() for b in batches), first)
+
+
+def _parquet_rows(file: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    with decoded(file):
         for batch in table.iter_batches(1024, columns=columns, use_threads=False):
             yield from batch.to_pylist()
-
-
-def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet"
 
 
 def _opened(path: Path) -> Any:
@@ -198,3 +186,90 @@ def _holds_bytes(path: Path, field: Any) -> bool:
         f"{path}: column {field.name!r} is {field.type}, expected bytes of image files, or paths; "
         "choose another column"
     )
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON object of each line; blank lines are skipped."""
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: line {number} is not valid JSON ({error}); write it again"
+            ) from error
+        if not isinstance(value, dict):
+            actual = type(value).__name__
+            raise ValueError(f"{path}: line {number} is a {actual}, expected an object {{...}}")
+        yield value
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a csv file (tsv: with tabs) whose first record names the columns."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+    records = filter(None, reader)  # a blank line is an empty record
+    try:
+        header = next(records, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: its header names a column twice; rename one")
+        for record in records:
+            if len(record) != len(header):
+                raise ValueError(
+                    f"{path}: line {reader.line_num} has {len(record)} fields, the header has "
+                    f"{len(header)}; put fields that contain the separator into quotes"
+                )
+            yield dict(zip(header, record, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}; write the csv again") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number of each line, from 1, and its text; memory holds one line at a time."""
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                raise ValueError(
+                    f"{path}: line {number} has more than {MAX_LINE_BYTES} bytes; "
+                    "expected one text a line"
+                )
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                reason = f"{error.reason} at byte {error.start}"
+                raise ValueError(
+                    f"{path}: line {number} is not UTF-8 ({reason}); convert the file to UTF-8"
+                ) from error
+
+
+def _dataset_rows(path: Path, content: Content) -> Iterator[dict[str, Any]]:
+    """Yield the entries of one side of the paper's `dataset.json`, which memory holds.
+
+    It is `{"images": [{"id", "image": PATH}], "texts": [{"id", "text"}]}`.
+    """
+    if content == "pairs":
+        raise ValueError(
+            f"{path}: its images and texts are no pairs; give it to --images and to --texts"
+        )
+    dataset, found = None, "no JSON"
+    with suppress(ValueError, RecursionError):
+        dataset = json.loads(path.read_bytes())
+        found = str(sorted(dataset) if isinstance(dataset, dict) else type(dataset).__name__)
+    entries = dataset.get(content) if isinstance(dataset, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(
+            f'{path}: expected {{"images": [...], "texts": [...]}} with {content!r}, got {found}; '
+            "write it as the paper does"
+        )
+    name = content.removesuffix("s")
+    for number, entry in enumerate(entries):
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, str) or not isinstance(entry.get("id"), str | int):
+            raise ValueError(
+                f"{path}: entry {number} of {content!r} is not of the form "
+                f"{{'id': ..., {name!r}: '...'}}; correct it"
+            )
+        yield {"id": entry["id"], name: value}

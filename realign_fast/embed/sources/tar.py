@@ -12,7 +12,6 @@ from pathlib import Path
 from tarfile import TarInfo
 
 from ...corpus.formats.tar_members import opened_tar, samples
-from ..choices import Content
 from ..decode import SUFFIXES
 from .base import MAX_CAPTION_BYTES, Item, Source, read_at
 
@@ -24,15 +23,6 @@ class Tars(Source):
 
     The caption is the `txt` member, or else `caption` or `text` of the `json` member.
     """
-
-    def __init__(self, path: Path, files: list[Path], content: Content) -> None:
-        self.reads_images = content != "texts"
-        super().__init__(path, files, content)
-
-    def count(self, file: Path) -> int:
-        """Return the number of samples in a tar."""
-        with opened_tar(file) as tar:
-            return sum(1 for _ in samples(file, tar))
 
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield the samples of a tar; the position of an image is its offset and size."""
