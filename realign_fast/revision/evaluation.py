@@ -26,7 +26,7 @@ from .text_scores import cider, exact_match, interval
 Pair = tuple[int, str]  # the index of a sample, and a text
 Figure = dict[str, float]  # `value`, `low` and `high`
 Vector = NDArray[np.float64]
-_FIRST_ROUND = 8  # wrong texts in the first round of a choice; each round scores twice as many
+Scores = tuple[Vector, Vector]  # of texts: the log-likelihood, in nats, and the number of tokens
 _MEAN_ROW = -1  # in place of a sample's number: the mean of all rows as the image
 _EXAMPLES = 5  # generated texts that are reported
 
@@ -128,9 +128,7 @@ class LikelihoodScorer:
         self._known: dict[Hashable, tuple[float, float]] = {}
         self._mean_row = torch.cat(list(rows)).mean(0)
 
-    def sums(
-        self, pairs: Sequence[Pair], images: Sequence[int] | None = None
-    ) -> tuple[Vector, Vector]:
+    def sums(self, pairs: Sequence[Pair], images: Sequence[int] | None = None) -> Scores:
         """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each.
 
         `images` are the samples whose images are shown, or `_MEAN_ROW`; by default every text is
@@ -195,26 +193,20 @@ def _choice(
 ) -> Figure:
     """Return how often the right text has the highest score; a tie counts for its share.
 
-    One higher wrong text decides a sample. So the wrong texts are scored a few at a time, those
-    that score highest with their own images first, and a decided sample is left alone.
+    One higher wrong text decides a sample. So each sample is compared with one wrong text after
+    the other, first with those that score highest with their own images, until it is decided.
     """
     right = score(list(enumerate(references)))
     own_scores = dict(zip(references, right, strict=True))
     ordered = [sorted(texts, key=own_scores.__getitem__, reverse=True) for texts in wrong_texts]
-    wrong = len(ordered[0])
     beaten, ties = np.zeros(len(references), bool), np.zeros(len(references), int)
-    start, count = 0, _FIRST_ROUND
-    while start < wrong and not beaten.all():
-        pairs = [
-            (sample, text)
-            for sample in np.flatnonzero(~beaten).tolist()
-            for text in ordered[sample][start : start + count]
-        ]
-        for (sample, _), value in zip(pairs, score(pairs), strict=True):
-            beaten[sample] |= value > right[sample]
-            ties[sample] += value == right[sample]
-        start, count = start + count, 2 * count
-    return interval(~beaten / (1 + ties)) | {"of": wrong + 1, "chance": 1 / (wrong + 1)}
+    for texts in zip(*ordered, strict=True):
+        undecided = np.flatnonzero(~beaten)
+        scores = score([(sample, texts[sample]) for sample in undecided.tolist()])
+        beaten[undecided] = scores > right[undecided]
+        ties[undecided] += scores == right[undecided]
+    choices = len(ordered[0]) + 1
+    return interval(~beaten / (1 + ties)) | {"of": choices, "chance": 1 / choices}
 
 
 def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> list[list[str]]:
@@ -233,9 +225,7 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
 
 
 @torch.no_grad()
-def _log_likelihoods(
-    model: ReVisionModel, items: Sequence[Item], batch: int
-) -> tuple[Vector, Vector]:
+def _log_likelihoods(model: ReVisionModel, items: Sequence[Item], batch: int) -> Scores:
     """Return the log-likelihood and the number of the labelled tokens of each item, `[n]` each.
 
     Items of similar length run together, so that there is little padding.
