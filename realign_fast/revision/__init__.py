@@ -20,29 +20,50 @@ of transformers; it works with any causal language model and any CLIP-like encod
 transformers, accelerate and peft are installed with the extra `train` and imported on first use.
 """
 
-from .dataset import Collator
-from .evaluation import evaluate
-from .generation import caption_rows
-from .llava import attach
-from .model import ReVisionModel
-from .preparation import prepare
-from .projector import Projector, ReVisionConfig
-from .templates import Chat, Plain
-from .train import finetune, pretrain
-from .training_config import TrainingConfig
+from __future__ import annotations
 
-__all__ = [
-    "Chat",
-    "Collator",
-    "Plain",
-    "Projector",
-    "ReVisionConfig",
-    "ReVisionModel",
-    "TrainingConfig",
-    "attach",
-    "caption_rows",
-    "evaluate",
-    "finetune",
-    "prepare",
-    "pretrain",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
+    from .dataset import Collator as Collator
+    from .evaluation import evaluate as evaluate
+    from .generation import caption_rows as caption_rows
+    from .llava import attach as attach
+    from .model import ReVisionModel as ReVisionModel
+    from .preparation import prepare as prepare
+    from .projector import Projector as Projector
+    from .projector import ReVisionConfig as ReVisionConfig
+    from .templates import Chat as Chat
+    from .templates import Plain as Plain
+    from .train import finetune as finetune
+    from .train import pretrain as pretrain
+    from .training_config import TrainingConfig as TrainingConfig
+
+_MODULES = {
+    "Chat": "templates",
+    "Collator": "dataset",
+    "Plain": "templates",
+    "Projector": "projector",
+    "ReVisionConfig": "projector",
+    "ReVisionModel": "model",
+    "TrainingConfig": "training_config",
+    "attach": "llava",
+    "caption_rows": "generation",
+    "evaluate": "evaluation",
+    "finetune": "train",
+    "prepare": "preparation",
+    "pretrain": "train",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module of a public name when the name is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

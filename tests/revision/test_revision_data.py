@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from support.revision_parts import word_tokenizer, write_corpus
+from support.revision_parts import list_entry, word_tokenizer, write_corpus, write_lines
 from torch.utils.data import DataLoader
 
 from realign_fast.align import ReAlign
@@ -34,20 +34,11 @@ IDS = [f"x{number}" for number in range(40)]
 ODD = ['a "quoted" } ] , dog', "猫 on the mat", "back\\slash", "line\nbreak", "[1, 2"]
 
 
-def entry(name, caption="a red dog", **others):
-    turns = [
-        {"from": "human", "value": "<image>\nwhat is this ?"},
-        {"from": "gpt", "value": caption},
-    ]
-    return {"id": name, "caption": caption, "conversations": turns} | others
-
-
 def write_list(path, entries):
     if path.suffix == ".json":
         path.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in entries]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_lines(path, entries)
     else:
         pyarrow = arrow()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
@@ -77,7 +68,7 @@ def test_every_format_of_lists_gives_the_samples(
 ):
     monkeypatch.setattr(conversation_files, "_READ_BYTES", read)
     order = np.random.default_rng(0).permutation(len(IDS))
-    entries = [entry(IDS[place], ODD[place % len(ODD)]) for place in order]
+    entries = [list_entry(IDS[place], ODD[place % len(ODD)]) for place in order]
     path = write_list(tmp_path / f"list{suffix}", entries)
     found = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     assert len(found) == len(IDS)
@@ -91,11 +82,11 @@ def test_every_format_of_lists_gives_the_samples(
 
 
 def test_several_images_and_none(root, tokenizer, tmp_path):
-    two = entry("q", images=["x7", "x3"])
+    two = list_entry("q", images=["x7", "x3"])
     two["conversations"][0]["value"] = "<image> and <image> ?"
     none = {"id": "t", "messages": [{"role": "user", "content": "hi"},
                                     {"role": "assistant", "content": "yes"}]}  # fmt: skip
-    path = write_list(tmp_path / "list.jsonl", [two, none, entry("x1")])
+    path = write_list(tmp_path / "list.jsonl", [two, none, list_entry("x1")])
     found = ready(path, root[0], Chat(tokenizer, K), tmp_path / "cache")
     assert torch.equal(found[0]["image_rows"], torch.from_numpy(root[1][[7, 3]]))
     assert found[1]["image_rows"].shape == (0, 16)
@@ -124,7 +115,7 @@ def test_ids_beside_the_rows_in_formats_that_hold_them(kind, root, tokenizer, tm
         for part in corpus.shards[0].other_columns():
             found += [one["__key__"] for one in part]
         names = found
-    path = write_list(tmp_path / "list.jsonl", [entry(names[9]), entry(names[30])])
+    path = write_list(tmp_path / "list.jsonl", [list_entry(names[9]), list_entry(names[30])])
     found = ready(path, corpus, Plain(tokenizer, K), tmp_path / "cache")
     assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][9]))
     assert torch.equal(found[1]["image_rows"][0], torch.from_numpy(root[1][30]))
@@ -132,13 +123,13 @@ def test_ids_beside_the_rows_in_formats_that_hold_them(kind, root, tokenizer, tm
 
 def test_ids_from_elsewhere_and_row_numbers(root, tokenizer, tmp_path):
     bare = Corpus(root[0] / "text_emb")
-    path = write_list(tmp_path / "list.jsonl", [entry("x30")])
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x30")])
     plain, cache = Plain(tokenizer, K), tmp_path / "cache"
     with pytest.raises(ValueError, match=r"holds no ids, and .*metadata is not there.*--ids"):
         ready(path, bare, plain, cache)
     found = ready(path, bare, plain, cache, ids=root[0])
     assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][30]))
-    path = write_list(tmp_path / "rows.jsonl", [entry(12)])
+    path = write_list(tmp_path / "rows.jsonl", [list_entry(12)])
     found = ready(path, bare, plain, cache, ids="row")
     assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][12]))
 
@@ -149,13 +140,13 @@ def test_metadata_in_parquet(root, tokenizer, tmp_path):
         names = [json.loads(line)["id"] for line in file.read_text().splitlines()]
         pyarrow.parquet.write_table(pyarrow.table({"key": names}), file.with_suffix(".parquet"))
         file.unlink()
-    path = write_list(tmp_path / "list.jsonl", [entry("x30")])
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x30")])
     found = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][30]))
 
 
 def test_ids_that_do_not_fit_are_refused(root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry("x1")])
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x1")])
     file = root[0] / "metadata" / "metadata_1.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     plain, cache = Plain(tokenizer, K), tmp_path / "cache"
@@ -172,12 +163,12 @@ def test_ids_that_do_not_fit_are_refused(root, tokenizer, tmp_path):
 
 
 def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenizer, tmp_path):
-    entries = [entry(name) for name in IDS]
+    entries = [list_entry(name) for name in IDS]
     entries[3]["id"] = "nobody"
     entries[4]["conversations"][0]["value"] = "what ?"
     entries[4]["image"] = "x4.jpg"
     entries[5]["conversations"][1]["value"] = "  "
-    entries[6] = entry("x6", "a red dog " * 50)
+    entries[6] = list_entry("x6", "a red dog " * 50)
     entries[7]["conversations"].reverse()
     path, chat = write_list(tmp_path / "list.json", entries), Chat(tokenizer, K)
     options = {"max_length": 60}
@@ -195,8 +186,8 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
 
 def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path):
     plain = Plain(tokenizer, K)
-    path = write_list(tmp_path / "list.jsonl", [entry("x1")])
-    length = len(plain.encode(conversation_files.parse_sample(entry("x1"), "")).ids)
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x1")])
+    length = len(plain.encode(conversation_files.parse_sample(list_entry("x1"), "")).ids)
     assert len(ready(path, root[0], plain, tmp_path / "a", max_length=length)) == 1
     with pytest.raises(ValueError, match="1 of 1 samples cannot be used"):
         ready(path, root[0], plain, tmp_path / "b", max_length=length - 1)
@@ -222,19 +213,19 @@ def test_a_damaged_list_is_refused_and_nothing_is_left(text, words, root, tokeni
 
 
 def test_what_was_prepared_is_used_again_until_something_changes(root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry("x1"), entry("x2")])
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x1"), list_entry("x2")])
     first = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     stamp = (first.folder / "report.json").stat().st_mtime_ns
     again = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     assert (again.folder / "report.json").stat().st_mtime_ns == stamp
     assert ready(path, root[0], Plain(tokenizer, 3), tmp_path / "cache").folder != first.folder
-    write_list(path, [entry("x1"), entry("x2"), entry("x3")])
+    write_list(path, [list_entry("x1"), list_entry("x2"), list_entry("x3")])
     assert len(ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")) == 3
 
 
 @pytest.mark.parametrize("held_out", [1, 7, 13, 20])
 def test_held_out_samples_and_the_rest_are_the_list(held_out, root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry(name) for name in IDS])
+    path = write_list(tmp_path / "list.jsonl", [list_entry(name) for name in IDS])
     whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     rest, held = whole.split(held_out)
     names = [[part.sample(n).id for n in range(len(part))] for part in (rest, held)]
@@ -264,7 +255,7 @@ def test_shuffled_places_look_random():
 
 
 def test_the_collator_aligns_raw_rows(root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry(name) for name in IDS])
+    path = write_list(tmp_path / "list.jsonl", [list_entry(name) for name in IDS])
     whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     image = torch.randn(200, 16) + 1
     aligner = ReAlign.fit(torch.from_numpy(root[1]), image)
@@ -274,7 +265,9 @@ def test_the_collator_aligns_raw_rows(root, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_collator_pads_where_it_is_told(side, root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry("x1"), entry("x2", "a dog on the mat")])
+    path = write_list(
+        tmp_path / "list.jsonl", [list_entry("x1"), list_entry("x2", "a dog on the mat")]
+    )
     whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     samples = whole.__getitems__([0, 1])
     batch = Collator(9, side=side)(samples)
@@ -290,7 +283,9 @@ def test_the_collator_pads_where_it_is_told(side, root, tokenizer, tmp_path):
 
 
 def test_workers_make_the_same_batches(root, tokenizer, tmp_path):
-    path = write_list(tmp_path / "list.jsonl", [entry(n, ODD[i % 5]) for i, n in enumerate(IDS)])
+    path = write_list(
+        tmp_path / "list.jsonl", [list_entry(n, ODD[i % 5]) for i, n in enumerate(IDS)]
+    )
     whole = ready(path, root[0], Chat(tokenizer, K), tmp_path / "cache")
     runs = []
     for workers in (0, 1, 2):
@@ -333,11 +328,11 @@ for folder in sys.argv[1:3]:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps")
 def test_the_memory_of_a_process_does_not_grow_with_the_corpus(tmp_path):
-    """Eight times the samples and rows; the rows alone would be 28 MiB more.
+    """Eight times the samples and rows; the rows alone would be 14 MiB more.
 
     (Few different words: a tokenizer keeps up to 10,000 words that it has cut.)
     """
-    for name, count in (("small", 1_000), ("large", 8_000)):
+    for name, count in (("small", 500), ("large", 4_000)):
         folder = tmp_path / name
         folder.mkdir()
         np.save(folder / "part_0.npy", np.ones((count, 1024), np.float32))

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 from support.revision_parts import tiny_llama
+from support.small_models import TOWER
 
 from realign_fast.revision.llava import attach, visual_inputs
 from realign_fast.revision.model import ReVisionModel
@@ -17,15 +18,7 @@ CONFIG = ReVisionConfig("nowhere", D, 64, visual_tokens=K)
 def tiny_llava(language_model):
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=16,
-    )
+    vision = CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
     config = LlavaConfig(
         vision_config=vision, text_config=language_model.config, image_token_id=LLAVA_IMAGE
     )

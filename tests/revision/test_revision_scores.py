@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.revision_parts import WORDS, tiny_llama, word_tokenizer, write_corpus
+from support.revision_parts import (
+    WORDS,
+    list_entry,
+    tiny_llama,
+    word_tokenizer,
+    write_corpus,
+    write_lines,
+)
 
 pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
@@ -71,12 +78,7 @@ def world(tmp_path_factory):
     ids = [f"x{n}" for n in range(12)]
     texts = ["a red dog", "the cat sits on the mat", "one", "two small trees"] * 3
     write_corpus(root / "corpus", ids)
-    turn = {"from": "human", "value": "<image>\nwhat ?"}
-    lines = [
-        {"id": one, "caption": text, "conversations": [turn, {"from": "gpt", "value": text}]}
-        for one, text in zip(ids, texts, strict=True)
-    ]
-    (root / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_lines(root / "list.jsonl", map(list_entry, ids, texts))
     torch.manual_seed(1)
     config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
     return root, texts, ReVisionModel(config, tiny_llama(vocabulary=400)).eval()
@@ -138,11 +140,12 @@ def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_
 
 
 def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path):
-    """Against every likelihood, one text at a time: 30 samples, 25 choices, three rounds."""
-    ids, words = [f"x{n}" for n in range(30)], WORDS[:30]
+    """Against every likelihood, one text at a time."""
+    count, choices = 14, 10
+    ids, words = [f"x{n}" for n in range(count)], WORDS[:count]
     write_corpus(tmp_path / "corpus", ids, seed=4)
     lines = [{"id": one, "caption": f"a {word}"} for one, word in zip(ids, words, strict=True)]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_lines(tmp_path / "list.jsonl", lines)
     template = Plain(word_tokenizer(), 2)
     corpus = Corpus(tmp_path / "corpus", "text")
     data = prepare(tmp_path / "list.jsonl", corpus, template, tmp_path / "cache")
@@ -152,26 +155,29 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
     for layer in (0, 2):
         model.projector.layers[layer].weight.data *= 40  # or every image would say the same
     captions = [f"a {word}" for word in words]
-    images = [data[image]["image_rows"].float() for image in range(30)]
+    images = [data[image]["image_rows"].float() for image in range(count)]
     images.append(torch.cat(images).mean(0, keepdim=True))
-    table = np.zeros((31, 30))  # [image, text], the mean row last
+    table = np.zeros((count + 1, count))  # [image, text], the mean row last
     for image, rows in enumerate(images):
-        sample = data.sample(min(image, 29))
+        sample = data.sample(min(image, count - 1))
         for text, caption in enumerate(captions):
             ids_, labels = template.encode(template.with_answer(sample, caption))
             inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
             table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
-    found = evaluate(model, data, choices=25, batch=7, generate=False, seed=7)
-    for name, scores in (("choice", table[:30]), ("choice_by_gain", table[:30] - table[30])):
+    found = evaluate(model, data, choices=choices, batch=7, generate=False, seed=7)
+    for name, scores in (
+        ("choice", table[:count]),
+        ("choice_by_gain", table[:count] - table[count]),
+    ):
         random, names, right = np.random.default_rng(7), sorted(captions), []
-        for image in range(30):
-            drawn = [names[one] for one in random.permutation(30)[:25]]
-            wrong = [one for one in drawn if one != captions[image]][:24]
+        for image in range(count):
+            drawn = [names[one] for one in random.permutation(count)[:choices]]
+            wrong = [one for one in drawn if one != captions[image]][: choices - 1]
             best = max(scores[image, captions.index(one)] for one in wrong)
             right.append(best < scores[image, image])
         assert 0 < np.mean(right) < 1
         assert found[name]["value"] == pytest.approx(np.mean(right))
-    order = np.random.default_rng(7).permutation(30)
+    order = np.random.default_rng(7).permutation(count)
     apart = table[order, order] - table[np.roll(order, 1), order]
     tokens = np.array([sum(label != -100 for label in data[at]["labels"]) for at in order])
     assert found["gain"]["value"] == pytest.approx((apart * tokens).sum() / tokens.sum(), rel=1e-4)

@@ -4,9 +4,6 @@ accelerate switches FSDP on for accelerators alone, so torch's own `fully_shard`
 over gloo, on the modules that accelerate would choose. DeepSpeed needs a GPU and is not run.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +12,13 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
+from support.processes import PROCESSES, run_distributed
 from support.revision_parts import tiny_llama
 
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 
-STEPS, PROCESSES = 3, 2
+STEPS = 3
 
 
 def model() -> ReVisionModel:
@@ -78,16 +76,7 @@ def sharded(out: Path) -> None:
 
 
 def test_sharded_weights_train_as_whole_ones(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, *launch, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_distributed(sharded, tmp_path / "log", tmp_path)
     whole = model()
     expected = train(whole, range(PROCESSES))
     assert torch.load(tmp_path / "losses.pt") == pytest.approx(expected, abs=1e-5)
@@ -95,7 +84,3 @@ def test_sharded_weights_train_as_whole_ones(tmp_path):
     for name, weight in whole.projector.state_dict().items():
         assert (saved[name] - start[name]).abs().max() > 1e-3
         torch.testing.assert_close(saved[name], weight, atol=1e-5, rtol=1e-4)
-
-
-if __name__ == "__main__":
-    sharded(Path(sys.argv[1]))

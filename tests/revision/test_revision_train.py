@@ -5,14 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
-from support.revision_parts import tiny_gpt2, tiny_llama, word_tokenizer, write_corpus
+from support.revision_parts import IDS, word_tokenizer, write_corpus
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
@@ -23,30 +22,7 @@ from realign_fast.revision.templates import Plain
 from realign_fast.revision.train import finetune, pretrain
 from realign_fast.revision.training_config import MODEL_DEFAULTS, PRESETS, TrainingConfig
 
-CAPTIONS = ["a red dog sits", "the blue cat runs", "one small tree", "two mats under it"]
-IDS = [f"x{number}" for number in range(48)]
 FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A corpus in which the row says the caption, a list, and language models of two kinds."""
-    root = tmp_path_factory.mktemp("world")
-    kinds = np.arange(len(IDS)) % len(CAPTIONS)
-    rows = np.eye(16, dtype=np.float32)[kinds] + 0.05
-    write_corpus(root / "corpus", IDS, rows=rows)
-    entries = []
-    for name, kind in zip(IDS, kinds, strict=True):
-        question = {"from": "human", "value": "<image>\nwhat is this ?"}
-        turns = [question, {"from": "gpt", "value": CAPTIONS[kind]}]
-        entries.append({"id": name, "caption": CAPTIONS[kind], "conversations": turns})
-    (root / "list.json").write_text(json.dumps(entries))
-    for name, make in (("llama", tiny_llama), ("gpt2", tiny_gpt2)):
-        make(vocabulary=400).save_pretrained(root / name)
-        word_tokenizer().save_pretrained(root / name)
-    return root
-
-
 SHORT = {"max_steps": 3, "save_strategy": "no"}
 
 
@@ -55,7 +31,7 @@ def run_of(world, out, start="llama", **options):
     start = start if isinstance(start, Path) else world / start
     options = {"batch": 8, "micro_batch": 4, "visual_tokens": 2, "held_out": 0} | options
     rows = options.pop("rows", Corpus(world / "corpus", "text"))
-    where = {"conversations": str(world / "list.json"), "out": str(out), "start": str(start)}
+    where = {"conversations": str(world / "list.jsonl"), "out": str(out), "start": str(start)}
     return TrainingConfig(rows=rows, trainer=trainer, **where, **options)
 
 
@@ -73,29 +49,19 @@ def same(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_stage_1_then_stage_2_learn_to_say_what_the_row_says(world, tmp_path, capsys):
-    many = {"learning_rate": 0.02, "num_train_epochs": 6.0, "eval_on_start": True}
-    many["eval_steps"] = 0.5
-    stage_1 = pretrain(run_of(world, tmp_path / "one", trainer=many, held_out=8))
-    first, *_, last = stage_1["held_out_losses"]
+def test_stage_1_then_stage_2_learn_to_say_what_the_row_says(world, trained):
+    one, two = trained.parent / "one", trained
+    first, *_, last = json.loads((one / "training.json").read_text())["held_out_losses"]
     assert last < first - 0.05  # all that a frozen random language model allows
-    trained = load_file(world / "llama" / "model.safetensors")
-    model = ReVisionModel.from_pretrained(tmp_path / "one")
-    base = model.language_model.state_dict()
-    assert all(torch.equal(base[name], trained[name]) for name in trained)
-    assert not (tmp_path / "one" / "language_model").exists()
-    many = {"learning_rate": 0.01, "num_train_epochs": 8.0, "eval_steps": 0.5}
-    stage_2 = finetune(
-        run_of(world, tmp_path / "two", start=tmp_path / "one", trainer=many, held_out=8)
-    )
-    assert stage_2["held_out_losses"][-1] < 0.5
-    said = capsys.readouterr().out
-    assert "projector 0 of" not in said and "language_model 0 of" in said
-    lines = (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in lines]
-    last = [one for one in answers if one["step"] == answers[-1]["step"]]
-    assert len(last) == 3 and all(one["answer"] == one["expected"] for one in last)
-    config = json.loads((tmp_path / "two" / "revision.json").read_text())
+    start = load_file(world / "llama" / "model.safetensors")
+    base = ReVisionModel.from_pretrained(one).language_model.state_dict()
+    assert all(torch.equal(base[name], start[name]) for name in start)
+    assert not (one / "language_model").exists()
+    assert json.loads((two / "training.json").read_text())["held_out_losses"][-1] < 0.5
+    answers = [json.loads(line) for line in (two / "samples.jsonl").read_text().splitlines()]
+    last = [answer for answer in answers if answer["step"] == answers[-1]["step"]]
+    assert len(last) == 3 and all(answer["answer"] == answer["expected"] for answer in last)
+    config = json.loads((two / "revision.json").read_text())
     assert (config["template"], config["visual_tokens"]) == ("chat", 2)
 
 
@@ -147,15 +113,15 @@ def test_a_test_list_is_measured_on_its_own_rows_which_nothing_moves(world, tmp_
     aligner = ReAlign.fit(raw, torch.randn(100, 16) + 1)
     rows = write_corpus(tmp_path / "pictures", IDS[:12], modality="image", seed=3)
     pictures = Corpus(tmp_path / "pictures", "image")
-    entries = json.loads((world / "list.json").read_text())
-    (tmp_path / "test.json").write_text(json.dumps(entries[:12]))
-    test = {"test": str(tmp_path / "test.json"), "test_rows": pictures}
+    lines = (world / "list.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:12]))
+    test = {"test": str(tmp_path / "test.jsonl"), "test_rows": pictures}
     out = tmp_path / "out"
     trainer = SHORT | {"eval_steps": 1, "per_device_eval_batch_size": 12}
     found = pretrain(run_of(world, out, aligner=aligner, trainer=trainer, generations=2, **test))
     assert found["data"]["used"] == len(IDS) and len(found["held_out_losses"]) == 3
     template = Plain(word_tokenizer(), 2)
-    data = prepare(tmp_path / "test.json", pictures, template, tmp_path / "cache")
+    data = prepare(tmp_path / "test.jsonl", pictures, template, tmp_path / "cache")
     assert torch.equal(data[3]["image_rows"][0], torch.from_numpy(rows[3]))
     model = ReVisionModel.from_pretrained(out, world / "llama")
     measured = evaluate(model, data, choices=0, generate=False)
