@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..storage.paths import Stamp
-from ..storage.read_ahead import PIECE_BYTES, spans
+from ..storage.read_ahead import PIECE_BYTES, pieces, spans
 
 if TYPE_CHECKING:
     from .shard import ContiguousShard
@@ -22,7 +22,7 @@ def read(shard: ContiguousShard, first: int, batch_rows: int) -> Iterator[tuple[
     stamp = shard.path.stamp()
     start, end = (shard.offset + row * shard.row_bytes for row in (first, shard.num_rows))
     with shard.opened() as file:
-        stream, unread = file.chunks(start, end), np.empty(0, np.uint8)
+        stream, unread = pieces(file.pread, start, end), np.empty(0, np.uint8)
         while first < shard.num_rows:
             stop = min(first - first % batch_rows + batch_rows, shard.num_rows)
             batch, filled = np.empty((stop - first) * shard.row_bytes, np.uint8), 0
@@ -63,7 +63,7 @@ def take(shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np
         for first, end in limits
     ]
     with shard.opened() as file:
-        for run, data in zip(runs, spans(file, ranges), strict=True):
+        for run, data in zip(runs, spans(file.pread, ranges), strict=True):
             fetched = np.frombuffer(data, np.uint8).reshape(-1, shard.row_bytes)
             target[places[run]] = fetched[ids[run] - ids[run[0]]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -70,15 +71,11 @@ class FormatWriter:
             raise ValueError(f"{path}: got [{num_rows}, {dimension}], {expected}")
 
     def __enter__(self) -> Self:
-        with explained(self.path):
+        with explained(self.path), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._pending = self.path.pending_file(buffering=0)
-            self._file = self._pending.file
-            try:
-                self._begin()
-            except BaseException:
-                self._pending.discard()
-                raise
+            self._file = stack.enter_context(self.path.pending_file(buffering=0))
+            self._begin()
+            self._pending = stack.pop_all()
         return self
 
     def write(self, rows: torch.Tensor) -> None:
@@ -95,20 +92,22 @@ class FormatWriter:
                 self._started = end
         self.written += len(rows)
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        is_complete = error_type is None and self.written == self.num_rows
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         with explained(self.path):
-            if is_complete:
+            if error is None and self.written == self.num_rows:
                 with self._pending:
                     self._finish()
-            else:
-                try:
-                    self._abandon()
-                finally:
-                    self._pending.discard()
-        if error_type is None and not is_complete:
+                return
             counts = f"got {self.written} rows, expected {self.num_rows}"
-            raise ValueError(f"{self.path}: {counts}; nothing was kept")
+            error = error or ValueError(f"{self.path}: {counts}; nothing was kept")
+            try:
+                self._abandon()
+            finally:
+                self._pending.__exit__(type(error), error, error.__traceback__)
+        if error_type is None:
+            raise error
 
     def _has_shard_name(self) -> bool:
         name = self.path.name

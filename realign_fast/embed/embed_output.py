@@ -40,7 +40,7 @@ class OpenEndedWriter(ShardWriter):
         self._file.seek(0)
         self._begin()  # numpy leaves room for a longer number, so the header keeps its length
 
-    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
         if error is None:
             self.num_rows = self.written
         super().__exit__(error, *details)

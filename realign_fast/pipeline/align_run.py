@@ -26,6 +26,7 @@ from ..storage.paths import AnyPath, StoragePath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
+from .inspection import shape_of
 from .manifest import saved_moments, write_manifest
 from .output import ALIGNER, REPORT, check_output
 from .passes import PassRunner
@@ -104,11 +105,7 @@ class AlignRun(PassRunner):
         """
         directory = output_path(out)
         check_output(directory, source, None, self.settings.mode, self.settings.workers)
-        if aligner.dimension != source.dimension:
-            raise ValueError(
-                f"{source.path}: rows have {source.dimension} columns, the aligner "
-                f"{aligner.dimension}; align the output of the encoder it was fitted on"
-            )
+        check_aligner(aligner, source)
         with self.output_directory(directory):
             (directory / REPORT).unlink(missing_ok=True)
             if self.part[1] == 1:
@@ -132,9 +129,9 @@ class AlignRun(PassRunner):
         settings = {name: getattr(self.settings, name) for name in names}
         code = code_version(self.settings.device)
         write_manifest(out, code, settings, self.manifest_passes, map_hash(aligner))
-        report: dict[str, Any] = {"source": _describe(source)}
+        report: dict[str, Any] = {"source": shape_of(source)}
         if target is not None:
-            report["target"] = _describe(target)
+            report["target"] = shape_of(target)
             if self.reading:
                 report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
         if aligned is not None:
@@ -205,6 +202,15 @@ def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None 
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
+def check_aligner(aligner: ReAlign, corpus: Corpus) -> None:
+    """Raise ValueError for an aligner that was fitted on rows of another dimension."""
+    if aligner.dimension != corpus.dimension:
+        raise ValueError(
+            f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
+            f"{aligner.dimension}; align the output of the encoder it was fitted on"
+        )
+
+
 def check_columns(source: Corpus, target: Corpus) -> None:
     """Raise ValueError for two corpora that cannot come from one encoder."""
     if source.dimension != target.dimension:
@@ -212,14 +218,3 @@ def check_columns(source: Corpus, target: Corpus) -> None:
             f"{source.path}: rows have {source.dimension} columns, in {target.path} "
             f"{target.dimension}; embed both with one encoder"
         )
-
-
-def _describe(corpus: Corpus) -> dict[str, Any]:
-    return {
-        "path": str(corpus.path),
-        "shards": len(corpus.shards),
-        "rows": corpus.num_rows,
-        "dimension": corpus.dimension,
-        "dtype": str(corpus.dtype).removeprefix("torch."),
-        "bytes": corpus.nbytes,
-    }

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..corpus.corpus import Batch, Corpus
-from ..corpus.shard import Shard
 
 
 class CachedCorpus(Corpus):
@@ -22,22 +21,14 @@ class CachedCorpus(Corpus):
         self._rows: dict[int, torch.Tensor] = {}
         self.rows_from_memory = 0  # in all passes until now
 
-    def batches(
-        self,
-        shard: Shard | int | None = None,
-        *,
-        batch_rows: int | None = None,
-        batch_bytes: int = 4 << 20,
-        start: int = 0,
-        ring: Any = None,
-    ) -> Iterator[Batch]:
-        """Return the batches of :meth:`Corpus.batches`; cached shards come from memory."""
-        if isinstance(shard, int) and shard in self._rows and not start:
-            size = batch_rows or max(1, batch_bytes // self.shards[shard].row_bytes)
+    def batches(self, shard: Any = None, **options: Any) -> Iterator[Batch]:
+        """Return the batches of :meth:`Corpus.batches`; a whole cached shard comes from memory."""
+        size: int = options.get("batch_rows") or 0
+        whole = isinstance(shard, int) and size and not options.get("start")
+        if whole and shard in self._rows:
             return self._cached(shard, size)
-        options: dict[str, Any] = {"batch_bytes": batch_bytes, "start": start, "ring": ring}
-        batches = super().batches(shard, batch_rows=batch_rows, **options)
-        return self._caching(shard, batches) if isinstance(shard, int) and not start else batches
+        batches = super().batches(shard, **options)
+        return self._caching(shard, batches) if whole else batches
 
     def _cached(self, index: int, size: int) -> Iterator[Batch]:
         for first in range(0, self.shards[index].num_rows, size):

@@ -17,7 +17,8 @@ import hashlib
 import json
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,21 @@ def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     return entries
 
 
+def changes(shard: Shard, expected: Entry) -> str:
+    """Say how a shard differs from its identity when the run began; empty if it does not."""
+    current = identity(shard)
+    pairs = ((name, current[name], value) for name, value in expected.items())
+    found = [f"its {name} is {now!r}, not {value!r}" for name, now, value in pairs if now != value]
+    return "; ".join(found) and f"{'; '.join(found)} as when the run began"
+
+
 def check_unchanged(shard: Shard, expected: Entry) -> None:
     """Raise ValueError for a shard whose identity is not what it was when the run began."""
-    current = identity(shard)
-    for name, value in expected.items():
-        if current[name] != value:
-            raise ValueError(
-                f"{shard.path}: changed during the run: its {name} was {value} when the run began "
-                f"and is {current[name]}; let its writer finish and run again: what is finished is "
-                "kept, this shard is read anew"
-            )
+    if found := changes(shard, expected):
+        raise ValueError(
+            f"{shard.path}: changed during the run: {found}; let its writer finish and run again: "
+            "what is finished is kept, this shard is read anew"
+        )
 
 
 def code_version(device: str = "cpu", version: str = RESULTS_VERSION) -> str:
@@ -144,18 +150,15 @@ class Checkpoints:
         The result is None if the shard was not aligned, or its file is another one now.
         """
         path = self._path(shard, "json")
-        try:
+        with _absent_if_damaged(path):
             record = json.loads(path.read_bytes())
-            same = record["key"] == self.key(shard_identity)
-            if not (same and record["written"] == _written_state(aligned)):
-                return None
             entry: Entry = record["entry"]
-            expected = entry["blake2b"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _raise_unless_absent(path, error)
-            return None
-        stored = _load(self._path(shard, "safetensors"))
-        return (stored[0], entry) if stored and stored[1]["blake2b"] == expected else None
+            same = record["key"] == self.key(shard_identity)
+            if same and record["written"] == list(aligned.stamp()):
+                stored = _load(self._path(shard, "safetensors"))
+                if stored and stored[1]["blake2b"] == entry["blake2b"]:
+                    return stored[0], entry
+        return None
 
     def save_aligned(
         self,
@@ -167,8 +170,8 @@ class Checkpoints:
     ) -> Entry:
         """Record that the aligned shard ``aligned`` is complete; ``facts`` are for ``verify``."""
         entry = _save(self._path(shard, "safetensors"), moments) | facts
-        written = _written_state(aligned)
-        record = {"key": self.key(shard_identity), "written": written, "entry": entry}
+        stamp = list(aligned.stamp())
+        record = {"key": self.key(shard_identity), "written": stamp, "entry": entry}
         write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
@@ -176,10 +179,10 @@ class Checkpoints:
         """Remove the record of an aligned shard, before another result takes its place."""
         self._path(shard, "json").unlink(missing_ok=True)
 
-    def remove_stale(self, shards: Sequence[tuple[Shard, Entry]]) -> None:
+    def remove_stale(self, shards: Sequence[Shard], entries: Sequence[Entry]) -> None:
         """Remove moments of these shards under other keys: of other rows, maps or settings."""
-        current = {self._moments_path(shard, entry).name for shard, entry in shards}
-        names = {shard.path.name for shard, _ in shards}
+        current = {self._moments_path(*pair).name for pair in zip(shards, entries, strict=True)}
+        names = {shard.path.name for shard in shards}
         paths: list[StoragePath] = list(self.folder.iterdir())
         for path in paths:
             ours = path.suffix == ".safetensors" and path.name.rsplit(".", 2)[0] in names
@@ -200,12 +203,9 @@ def _save(path: StoragePath, moments: Moments) -> Entry:
 
 
 def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
-    try:
-        with path.local_copy() as local:
-            return Moments.load(local), _entry(path, local)
-    except (OSError, ValueError) as error:  # absent, or not what was written: it is computed again
-        _raise_unless_absent(path, error)
-        return None
+    with _absent_if_damaged(path), path.local_copy() as local:
+        return Moments.load(local), _entry(path, local)
+    return None
 
 
 def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
@@ -213,13 +213,15 @@ def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
     return {"stats": f"{STATS}/{path.parent.name}/{path.name}", "blake2b": digest(local)}
 
 
-def _raise_unless_absent(path: StoragePath, error: Exception) -> None:
-    """Raise the error of a store that gave no answer, so that nothing is known of its file."""
-    unknown = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if path.is_remote and unknown:
-        raise error
+@contextmanager
+def _absent_if_damaged(path: StoragePath) -> Iterator[None]:
+    """Suppress the errors of a file that is absent or not what was written: it is made again.
 
-
-def _written_state(aligned: StoragePath) -> list[int | str]:
-    """Size and modification time (or the remote stamp) that identify a written shard."""
-    return list(aligned.stamp())
+    The error of a store that gave no answer is raised: nothing is known of its file.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        answered = isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+        if path.is_remote and not answered:
+            raise

@@ -22,6 +22,7 @@ from .._device import check_device
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.io_extension import io
 from ..corpus.mapped_reader import BLOCKS_AHEAD, block_rows
+from ..storage.read_ahead import started_ahead
 from .engines.local import worker_number
 
 SLOTS = 3  # one buffer is filled, one is computed on, one waits
@@ -126,19 +127,10 @@ def copied_batches(
     pinned: dict[int, Tensor] = {}
     # Of each slot, the event that its last kernels are done (at first: of the memory's last user).
     released: list[Any] = [streams.record_event()] * SLOTS
-    in_flight: deque[tuple[Batch, Tensor, int, Any]] = deque()
+    events: deque[Any] = deque(maxlen=SLOTS)  # of the last copies, which may be in flight
 
-    def oldest() -> Iterator[Batch]:
-        """Yield the batch that was copied first, and release its slot afterwards."""
-        batch, rows, slot, event = in_flight.popleft()
-        streams.wait_event(event)
-        try:
-            yield Batch(batch.shard, batch.first, on_device[slot][: len(rows)])
-        finally:
-            released[slot] = streams.record_event()
-            streams.synchronize(event)  # the rows on the host were copied: their memory may go
-
-    try:
+    def copies() -> Iterator[tuple[Batch, int, Any]]:
+        """Start the copy of one batch after another; yield each with its slot and its event."""
         for number, batch in enumerate(batches):
             slot, rows = number % SLOTS, batch.rows
             if not rows.is_pinned():
@@ -146,13 +138,17 @@ def copied_batches(
                     pinned[slot] = streams.host_buffer(size, columns, dtype)
                 rows = pinned[slot][: len(rows)].copy_(rows)
             event = streams.copy("in", on_device[slot][: len(rows)], rows, [released[slot]])
-            in_flight.append((batch, rows, slot, event))
-            if len(in_flight) == SLOTS:
-                yield from oldest()
-        while in_flight:
-            yield from oldest()
+            events.append(event)
+            yield batch, slot, event
+
+    try:
+        for batch, slot, event in started_ahead(copies(), lambda: SLOTS):
+            streams.wait_event(event)
+            yield Batch(batch.shard, batch.first, on_device[slot][: len(batch.rows)])
+            released[slot] = streams.record_event()
+            streams.synchronize(event)  # the rows on the host were copied: their memory may go
     finally:  # no copy is in flight when its buffers go
-        for *_, event in in_flight:
+        for event in events:
             streams.synchronize(event)
 
 

@@ -10,6 +10,18 @@ from ..corpus.corpus import Corpus, sample_rows
 from ..moments import Moments, good_rows
 
 
+def shape_of(corpus: Corpus) -> dict[str, Any]:
+    """Return where a corpus is and how much it holds, as plain values."""
+    return {
+        "path": str(corpus.path),
+        "shards": len(corpus.shards),
+        "rows": corpus.num_rows,
+        "dimension": corpus.dimension,
+        "dtype": str(corpus.dtype).removeprefix("torch."),
+        "bytes": corpus.nbytes,
+    }
+
+
 def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Return facts of a corpus as plain numbers; those of rows are of ``sample`` rows.
 
@@ -20,15 +32,9 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
     moments = Moments().update(rows, bad_rows="skip")
     usable = moments.count > 0
     norms = rows[good_rows(rows)].double().norm(dim=1)
-    return {
-        "path": str(corpus.path),
+    return shape_of(corpus) | {
         "format": corpus.format,
         "layout": corpus.layout,
-        "rows": corpus.num_rows,
-        "dimension": corpus.dimension,
-        "dtype": str(corpus.dtype).removeprefix("torch."),
-        "shards": len(corpus.shards),
-        "bytes": corpus.nbytes,
         "sample": {
             "rows": len(rows),
             "seed": seed,

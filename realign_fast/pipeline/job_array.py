@@ -14,7 +14,7 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
 from ..storage.paths import AnyPath, output_path
-from .align_run import AlignRun, check_columns
+from .align_run import AlignRun, check_aligner, check_columns
 from .output import ALIGNER, check_output
 from .passes import Pass, UnfinishedShards
 from .settings import Settings
@@ -35,11 +35,8 @@ def stats(
     """
     if aligner is not None and side != "source":
         raise ValueError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
-    if aligner is not None and aligner.dimension != corpus.dimension:
-        raise ValueError(
-            f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
-            f"{aligner.dimension}; give the {HALF} that merge wrote for them"
-        )
+    if aligner is not None:
+        check_aligner(aligner, corpus)
     directory = output_path(out)
     check_apart(directory, corpus)
     with run.output_directory(directory):

@@ -83,7 +83,8 @@ class PassRunner:
             yield
             return
         index, parts = self.part
-        if out.protocol == "memory" and self.has_workers:
+        has_workers = self.settings.workers > 1 or self.engine not in (None, map)
+        if has_workers and str(out).startswith("memory:"):
             raise ValueError(
                 f"{out}: memory:// is of one process, and workers would write into their own; give "
                 "one worker, or another --out"
@@ -96,17 +97,13 @@ class PassRunner:
         with locked(out / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
             if self.settings.mode == "overwrite":
                 (out / MANIFEST).unlink(missing_ok=True)
-                _remove_folders(out / STATS)
+                for name in [name for name, is_folder in (out / STATS).listed() if is_folder]:
+                    (out / STATS / name).remove_tree()
             self.out = out
             try:
                 yield
             finally:
                 self.out = None
-
-    @property
-    def has_workers(self) -> bool:
-        """True if other processes run the tasks."""
-        return self.settings.workers > 1 or self.engine not in (None, map)
 
     def measure_task(
         self, name: str, corpus: Corpus, covariance: bool = False, aligner: ReAlign | None = None
@@ -178,7 +175,7 @@ class PassRunner:
             )
         if task.checkpoints and self.part[1] == 1:
             self.manifest_passes[name] = {"facts": task.checkpoints.facts, "shards": entries}
-            task.checkpoints.remove_stale(list(zip(corpus.shards, task.identities, strict=True)))
+            task.checkpoints.remove_stale(corpus.shards, task.identities)
         return total
 
     @contextmanager
@@ -212,11 +209,6 @@ class PassRunner:
 
 def _rows_from_memory(corpus: Corpus) -> int:
     return corpus.rows_from_memory if isinstance(corpus, CachedCorpus) else 0
-
-
-def _remove_folders(place: StoragePath) -> None:
-    for name in [name for name, is_directory in place.listed() if is_directory]:
-        (place / name).remove_tree()
 
 
 def _progress_bar(name: str, num_bytes: int, shown: bool) -> tqdm[Any]:

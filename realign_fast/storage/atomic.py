@@ -1,8 +1,8 @@
 """Files that appear under their name whole or not at all: the one place that syncs and renames.
 
 A local file is written under a temporary name in the same directory (``.<name>.partial``), synced,
-and renamed, and then its directory is synced. A file for a URL is written to a nameless scratch
-file of this machine and uploaded when it is complete. ``StoragePath.pending_file`` opens either.
+and renamed, and then its directory is synced. ``StoragePath.pending_file`` opens such a file; for a
+URL it opens a scratch file of this machine, which is uploaded when it is complete.
 """
 
 from __future__ import annotations
@@ -10,94 +10,36 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
-class PendingFile:
-    """A file that is being written; a ``with`` block commits it, or discards it on an error."""
+@contextmanager
+def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Yield a file that is renamed to ``path`` when the block ends, and removed if the block fails.
 
-    file: IO[bytes]
+    The directory exists. What an earlier process left under the temporary name is replaced. Of two
+    writers of one file the later one wins, and the block of the other one fails.
 
-    def commit(self) -> None:
-        """Close the file and give it its name."""
-        raise NotImplementedError
-
-    def discard(self) -> None:
-        """Close the file and remove what was written."""
-        raise NotImplementedError
-
-    def __enter__(self) -> IO[bytes]:
-        return self.file
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self.commit()
-        else:
-            self.discard()
-
-
-class PartialFile(PendingFile):
-    """A pending file in a local directory that exists.
-
-    What an earlier process left under the temporary name is replaced. Of two writers of one file
-    the later one wins, and the commit of the other one fails.
+    Raises:
+        OSError: another writer replaced the temporary file, or the disk is full.
     """
-
-    def __init__(self, path: Path, buffering: int = -1) -> None:
-        self._path, self._partial = path, partial_path(path)
-        self._partial.unlink(missing_ok=True)
-        self.file = open(self._partial, "xb", buffering)
-
-    def commit(self) -> None:
-        """Sync the file, rename it and sync its directory.
-
-        Raises:
-            OSError: another writer replaced the temporary file, or the disk is full.
-        """
-        with self.file:
-            if not self._is_current():
+    partial = partial_path(path)
+    _remove(partial)
+    with open(partial, "xb", buffering) as file:
+        written = os.fstat(file.fileno())
+        try:
+            yield file
+            file.flush()
+            if not _is_at(written, partial):
                 reason = "Another writer took over the file while it was written"
-                raise OSError(errno.EBUSY, f"{self._path}: {reason}; let one process write it")
-            try:
-                self.file.flush()
-                _publish(self._partial, self._path, self.file.fileno())
-            finally:
-                self._partial.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Remove the temporary file, unless it is that of another writer by now."""
-        with self.file:
-            if self._partial.exists() and self._is_current():
-                self._partial.unlink()
-
-    def _is_current(self) -> bool:
-        return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self._partial))
-
-
-class ScratchFile(PendingFile):
-    """A pending file whose commit uploads it with ``upload(local path)``.
-
-    ``TMPDIR`` chooses where it lies until then. It has no name, so nothing of it is left however
-    this process ends.
-    """
-
-    def __init__(self, upload: Callable[[str], None], buffering: int = -1) -> None:
-        self._upload = upload
-        self.file = tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering)
-
-    def commit(self) -> None:
-        """Upload the file."""
-        with self.file:
-            self.file.seek(0)  # also flushes
-            self._upload(f"/dev/fd/{self.file.fileno()}")
-
-    def discard(self) -> None:
-        """Close the file, which then is gone: it has no name."""
-        self.file.close()
+                raise OSError(errno.EBUSY, f"{path}: {reason}; let one process write it")
+            _publish(partial, path, file.fileno())
+        finally:
+            if _is_at(written, partial):
+                partial.unlink()
 
 
 @contextmanager
@@ -133,6 +75,11 @@ def _publish(partial: Path, path: Path, descriptor: int) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _is_at(status: os.stat_result, path: Path) -> bool:
+    """Return whether ``path`` still names the file that has this status."""
+    return os.path.lexists(path) and os.path.samestat(status, path.lstat())
 
 
 def _remove(path: Path) -> None:

@@ -7,18 +7,29 @@ down the chain of causes, or the name of a class.
 from __future__ import annotations
 
 import errno
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NoReturn
 
 Participle = Literal["read", "written", "removed"]
 
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
-_PACKAGES |= {"az": "adlfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
-_PACKAGES |= {"sftp": "paramiko", "ssh": "paramiko", "oss": "ossfs", "gdrive": "gdrivefs"}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 _NO_CREDENTIALS |= {"DefaultCredentialsError", "LocalTokenNotFoundError"}
 
 _UNREACHABLE = re.compile("Connector|EndpointConnection|ConnectTimeout|ConnectionRefused")
+
+
+@contextmanager
+def explained(explanation: Callable[[str], str]) -> Iterator[None]:
+    """Raise errors of the operating system again, with the message ``explanation(reason)``."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno or error.strerror != os.strerror(error.errno):
+            raise  # whoever raised it has said what is wrong
+        raise OSError(error.errno, explanation(error.strerror)) from error
 
 
 def may_be_temporary(error: Exception) -> bool:
@@ -77,9 +88,12 @@ def raise_explained(
 def _raise_missing_package(url: object, error: ImportError) -> NoReturn:
     if str(url) in str(error):
         raise error
+    from fsspec.registry import known_implementations
+
     protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
-    package = _PACKAGES.get(protocol)
-    advice = f"pip install {package}" if package else "install the package that it names"
+    package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
+    known = package not in ("", "fsspec")  # those of fsspec itself need further packages
+    advice = f"pip install {package}" if known else "install the package that it names"
     reason = f"{protocol}:// is read through another package"
     raise ImportError(f"{url}: {reason}: {advice} ({error})")
 

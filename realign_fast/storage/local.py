@@ -9,12 +9,12 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PosixPath
+from typing import IO
 
-from .atomic import PartialFile
-
-CHUNK_BYTES = 1 << 20
+from .atomic import pending_file
+from .errors import explained
 
 
 class LocalFile(io.FileIO):
@@ -29,23 +29,12 @@ class LocalFile(io.FileIO):
         """Return up to ``count`` bytes from ``offset`` on."""
         return os.pread(self.fileno(), count, offset)
 
-    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes ``start..stop`` in order; fewer if the file has become shorter."""
-        while start < stop and (data := self.pread(min(stop - start, CHUNK_BYTES), start)):
-            yield data
-            start += len(data)
-
 
 class LocalPath(PosixPath):
     """A local file or directory. It equals the ``pathlib.Path`` of the same text."""
 
-    protocol = "file"  # its name in fsspec
     is_remote = False  # a question about it is no request to a server
     is_web = False  # its directories are listed, not shown as pages of links
-    read_only_reason = ""  # nothing forbids writing to such a path in general
-
-    def connect(self) -> None:
-        """Do nothing: a local path needs no connection."""
 
     def stamp(self) -> tuple[int, int]:
         """Return size and modification time (ns) of a regular file; another stamp, another content.
@@ -53,28 +42,24 @@ class LocalPath(PosixPath):
         Raises:
             OSError: the file cannot be looked at, or is no regular file; the message names it.
         """
-        try:
+        with explained(self.explanation):
             status = os.stat(self)
-        except OSError as error:
-            raise OSError(error.errno, self.explanation(error.strerror or "")) from error
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise OSError(errno.EINVAL, self.explanation("Not a regular file"))
         return status.st_size, status.st_mtime_ns
 
     def identity(self) -> dict[str, int | str]:
         """Return what identifies the content: the path without links, size, modification time."""
-        try:
-            status = os.stat(self)
-        except OSError as error:
-            advice = "what is finished is kept: bring it back and run the same command again"
-            raise OSError(error.errno, f"{self}: {error.strerror}; {advice}") from error
-        times = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        return {"path": os.path.realpath(self), **times}
+        size, mtime_ns = self.stamp()
+        return {"path": os.path.realpath(self), "size": size, "mtime_ns": mtime_ns}
 
     def explanation(self, reason: str) -> str:
         """Return the message of an error of the operating system, with the file and an advice."""
         link = f" (a link to {os.readlink(self)})" if self.is_symlink() else ""
-        advice = "check that it exists, that this user may use it and that the disk has room"
+        missing = "it" if self.parent.is_dir() else "the directory"
+        advice = (
+            f"check that {missing} exists, that this user may use it and that the disk has room"
+        )
         return f"{self}{link}: {reason}; {advice}"
 
     def is_within(self, folder: object) -> bool:
@@ -93,10 +78,8 @@ class LocalPath(PosixPath):
     def opened(self) -> LocalFile:
         """Open a regular file for reads at offsets; errors are those of :meth:`stamp`."""
         self.stamp()
-        try:
+        with explained(self.explanation):
             return LocalFile(self, "rb")
-        except OSError as error:
-            raise OSError(error.errno, self.explanation(error.strerror or "")) from error
 
     @contextmanager
     def mapped(self) -> Iterator[mmap.mmap | io.BufferedReader]:
@@ -116,9 +99,9 @@ class LocalPath(PosixPath):
         """Yield this path: it needs no copy."""
         yield self
 
-    def pending_file(self, buffering: int = -1) -> PartialFile:
-        """Open a file that appears under this name when it is committed."""
-        return PartialFile(self, buffering)
+    def pending_file(self, buffering: int = -1) -> AbstractContextManager[IO[bytes]]:
+        """Open a file that appears under this name when its ``with`` block ends."""
+        return pending_file(self, buffering)
 
     def write_whole(self, data: bytes) -> None:
         """Write a file that appears whole or not at all.
@@ -126,11 +109,5 @@ class LocalPath(PosixPath):
         Raises:
             OSError: names the file; nothing of it is left behind.
         """
-        try:
-            with self.pending_file() as file:
-                file.write(data)
-        except OSError as error:
-            if error.strerror != os.strerror(error.errno or 0):
-                raise
-            advice = "check that the directory exists, may be written and has room"
-            raise OSError(error.errno, f"{self}: {error.strerror}; {advice}") from error
+        with explained(self.explanation), self.pending_file() as file:
+            file.write(data)

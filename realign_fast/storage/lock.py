@@ -9,8 +9,9 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
+from .errors import explained
+from .local import LocalPath
 from .object_lock import locked_object
 from .paths import AnyPath, storage_path
 from .url import Url
@@ -41,29 +42,12 @@ def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path, alone: bool) -> Iterator[None]:
-    try:
+def _held(path: LocalPath, alone: bool) -> Iterator[None]:
+    with explained(path.explanation):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        advice = "check that this user may write there and that the disk has room"
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            advice = "a file or a link to nowhere stands in the way; give another --out"
-        if error.errno == errno.EROFS:
-            advice = "give an --out on one that may be written"
-        raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
     try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
-            advice = "wait until it ends, or give another --out"
-            busy = f"{path.parent.parent}: {holder} is working on it; {advice}"
-            raise OSError(errno.EBUSY, busy) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warnings.warn(f"{path}: this file system has no locks; run one at a time", stacklevel=4)
+        _acquire(descriptor, path, alone)
         owner = f"process {os.getpid()} on {socket.gethostname()}"
         try:
             os.ftruncate(descriptor, 0)
@@ -73,3 +57,17 @@ def _held(path: Path, alone: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: LocalPath, alone: bool) -> None:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
+        advice = "wait until it ends, or give another --out"
+        busy = f"{path.parent.parent}: {holder} is working on it; {advice}"
+        raise OSError(errno.EBUSY, busy) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{path}: this file system has no locks; run one at a time", stacklevel=5)

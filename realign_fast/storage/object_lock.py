@@ -29,7 +29,6 @@ from .url import Url
 Holder = dict[str, Any]  # the process that a lock names
 
 HEARTBEAT_SECONDS = 60
-_ATTEMPTS = 5  # at creating the object where that of a dead process is in the way
 
 
 @contextmanager
@@ -69,13 +68,10 @@ def _held(path: Url, out: Url) -> Iterator[None]:
 
 
 def _acquire(path: Url, own: Holder, out: Url) -> None:
-    for _ in range(_ATTEMPTS):
-        if path.create(_to_json(own)) or _is_own(path, own):  # its answer may be lost on the way
-            break
-        _remove_if_dead(path, out)
-    else:
-        raise OSError(errno.EBUSY, f"{path}: other processes take it at the same time; run again")
-    if path.create(_to_json(own), look=False):  # although it is there
+    _remove_if_dead(path, out)
+    if not path.create(_to_json(own)) and not _is_own(path, own):  # its answer may be lost
+        raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
+    if path.create(_to_json(own)):  # although it is there
         reason = "its store cannot create an object only where there is none"
         warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=5)
 
@@ -142,27 +138,20 @@ def _now() -> str:
 
 def _process() -> Holder:
     """Return facts that identify this process, also in containers and where ids are used again."""
-    machine = ""
+    machine, pid = "", os.getpid()
     with suppress(OSError):  # not on Linux
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    pid = os.getpid()
-    start = _start_time(pid)
-    return {"host": socket.gethostname(), "machine": machine, "pid": pid, "began": start}
+    began = _start_time(pid)
+    return {"host": socket.gethostname(), "machine": machine, "pid": pid, "began": began}
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a living process began, in ticks; None for a dead one, "" if unknown."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # another user's
+    """Return when a living process began, in ticks; None for a dead one, and where no /proc is."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return None
     return None if state in "ZX" else fields[18]
 
 

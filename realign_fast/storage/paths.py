@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, TypeVar
 
+from . import errors
 from .local import LocalFile, LocalPath
 from .url import Url
 
@@ -51,7 +52,7 @@ def output_path(path: AnyPath) -> StoragePath:
         ValueError: the path is a URL that nothing can be written to.
     """
     result = storage_path(path)
-    if reason := result.read_only_reason:
+    if isinstance(result, Url) and (reason := result.read_only_reason):
         advice = "give a directory, or s3://, gs://, ..."
         raise ValueError(f"{path}: is read only: {reason} takes no files; {advice}")
     return result
@@ -86,16 +87,9 @@ def write_json(path: AnyPath, value: dict[str, Any]) -> None:
     result.write_whole((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-@contextmanager
-def explained(path: AnyPath) -> Iterator[None]:
+def explained(path: AnyPath) -> AbstractContextManager[None]:
     """Raise errors of the operating system again, with the file and an advice in their message."""
-    try:
-        yield
-    except OSError as error:
-        if not error.errno or error.strerror != os.strerror(error.errno):
-            raise  # whoever raised it has said what is wrong
-        message = storage_path(path).explanation(error.strerror)
-        raise OSError(error.errno, message) from error
+    return errors.explained(storage_path(path).explanation)
 
 
 def map_concurrently(
@@ -112,14 +106,10 @@ def map_concurrently(
         path_of: gives the path of an item.
         threads: how many calls run at a time if all paths are local.
     """
-    remote = [path for path in map(path_of, items) if path.is_remote]
+    remote = [path for path in map(path_of, items) if isinstance(path, Url)]
     if not remote and threads == 1:
         return list(map(function, items))
     for path in remote:
         path.connect()
     with ThreadPoolExecutor(CONCURRENT_REQUESTS if remote else threads, "realign-fast-ask") as pool:
-        answers = [pool.submit(function, item) for item in items]
-        try:
-            return [answer.result() for answer in answers]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return list(pool.map(function, items))

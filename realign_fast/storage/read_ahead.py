@@ -1,16 +1,19 @@
 """Reading remote bytes: several large requests in flight, delivered in order.
 
-A source is anything with ``size`` and ``pread(count, offset)``, which may wait long and is called
-from several threads. At most ``IN_FLIGHT`` pieces are in memory, never a whole file.
+``pread`` may wait long and is called from several threads. At most ``IN_FLIGHT`` pieces are in
+memory, never a whole file.
 """
 
 from __future__ import annotations
 
 import io
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Pread = Callable[[int, int], bytes]  # of a number of bytes and an offset
 
 IN_FLIGHT = 8  # requests at a time: one alone gets a connection's speed, and waits in between
 PIECE_BYTES = 4 << 20  # of a request, where all following bytes are needed
@@ -18,44 +21,31 @@ FIRST_BYTES = 128 << 10  # of a request, where a reader has jumped to
 CACHED_BYTES = 48 << 20  # of a file, so that columns that are read in turns are not fetched twice
 
 
-class ByteSource(Protocol):
-    """Something that returns bytes at an offset."""
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-
-    def pread(self, count: int, offset: int) -> bytes:
-        """Return ``count`` bytes from ``offset`` on, fewer only at the end."""
-
-
-def pieces(source: ByteSource, start: int, stop: int) -> Iterator[bytes]:
+def pieces(pread: Pread, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes ``start..stop`` in order, in pieces of ``PIECE_BYTES``."""
     starts = range(start, stop, PIECE_BYTES)
-    return spans(source, ((first, min(first + PIECE_BYTES, stop)) for first in starts))
+    return spans(pread, ((first, min(first + PIECE_BYTES, stop)) for first in starts))
 
 
-def spans(source: ByteSource, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+def spans(pread: Pread, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes of each ``(start, stop)`` in order; ``IN_FLIGHT`` requests run at a time."""
     pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
-    waiting: deque[Future[bytes]] = deque()
+    requests = (pool.submit(pread, stop - start, start) for start, stop in ranges)
     try:
-        for start, stop in ranges:
-            waiting.append(pool.submit(source.pread, stop - start, start))
-            if len(waiting) == IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for request in started_ahead(requests, lambda: IN_FLIGHT):
+            yield request.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fill(source: ByteSource, start: int, target: memoryview) -> None:
-    """Copy the bytes from ``start`` on into ``target``, as many as it holds."""
-    filled = 0
-    for piece in pieces(source, start, start + len(target)):
-        target[filled : filled + len(piece)] = piece
-        filled += len(piece)
+def started_ahead(items: Iterable[Item], limit: Callable[[], int]) -> Iterator[Item]:
+    """Yield items in order, ``limit()`` of them begun: making an item begins its work."""
+    begun: deque[Item] = deque()
+    for item in items:
+        begun.append(item)
+        while len(begun) >= limit():
+            yield begun.popleft()
+    yield from begun
 
 
 class ReadAhead(io.RawIOBase):
@@ -63,11 +53,11 @@ class ReadAhead(io.RawIOBase):
 
     A jump fetches ``FIRST_BYTES``. A reader that goes on behind them gets pieces of twice the size
     each, up to ``PIECE_BYTES``, and with each doubling one more piece is requested before it is
-    needed. ``error`` is the last error of the source, for readers that lose it.
+    needed. ``error`` is the last error of a request, for readers that lose it.
     """
 
-    def __init__(self, source: ByteSource) -> None:
-        self._source, self._size, self._position = source, source.size, 0
+    def __init__(self, pread: Pread, size: int) -> None:
+        self._pread, self._size, self._position = pread, size, 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
         # Keyed by the start of a piece: its stop, and its bytes to be. The oldest use is first.
         self._pieces: OrderedDict[int, tuple[int, Future[bytes]]] = OrderedDict()
@@ -142,4 +132,4 @@ class ReadAhead(io.RawIOBase):
 
     def _request(self, start: int, length: int) -> None:
         stop = min(start + min(length, PIECE_BYTES), self._size)
-        self._pieces[start] = stop, self._pool.submit(self._source.pread, stop - start, start)
+        self._pieces[start] = stop, self._pool.submit(self._pread, stop - start, start)

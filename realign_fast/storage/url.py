@@ -12,6 +12,7 @@ broken connection, a busy server) is tried again after each of ``WAITS``.
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import re
@@ -19,34 +20,102 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
-from urllib.parse import unquote
+from typing import IO, Any, BinaryIO
+from urllib.parse import quote, unquote
 
 from .errors import Participle, may_be_temporary, raise_explained
-from .read_ahead import ReadAhead, fill, pieces
-from .url_write import UrlWriter
+from .read_ahead import ReadAhead, pieces
 
 BUFFER_BYTES = 256 << 10
 WAITS = (0.5, 2.0, 8.0)  # seconds before each further attempt
 # What a store says of an object that changes with its content; compared without case, "-" and "_".
 _VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "generation", "checksum"}
 _VERSIONS |= {"sha256", "blobid", "lastmodified", "mtime", "modified", "updated", "created"}
+# Stores of objects, which have no directories and show nothing of an upload before its end.
+_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
+_UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}  # of an upload in parts: what memory holds
 _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
 
 
-class Url(UrlWriter):
+class Url:
     """A remote file or directory. Equal and hashed by its text; pickled as its text."""
 
     is_remote = True
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
+        self._text = text
+        # The first link of a chain that has a path is where names are; what follows encloses it.
+        parts = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)
+        if not parts:
+            raise ValueError(f"{text}: expected a URL, as protocol://place")
+        self._prefix, path, self._suffix = parts.groups()
+        self.is_web = self._prefix.endswith(("http://", "https://"))
+        self._path: str
+        self._path, mark, query = path.partition("?") if self.is_web else (path, "", "")
+        self._suffix = mark + query + self._suffix
+        self._in_chain = "::" in text  # one file system lies in another
         self._connection: tuple[int, Any, str] | None = None  # process, file system, path in it
         self._size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        last = self._path.rstrip("/").rpartition("/")[2]
+        return unquote(last) if self.is_web else last
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return os.path.splitext(self.name)[0]
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name from its last dot on."""
+        return os.path.splitext(self.name)[1]
+
+    @property
+    def parent(self) -> Url:
+        """The directory it lies in; that of a bucket is the bucket."""
+        path, _, last = self._path.rstrip("/").rpartition("/")
+        parent = path if path.strip("/") else f"{path}/{last}" if path else last
+        return Url(f"{self._prefix}{parent}{self._suffix}")
+
+    def resolve(self) -> Url:
+        """Return the URL without a slash at its end."""
+        return (self / "child").parent
+
+    def is_within(self, folder: object) -> bool:
+        """Return whether this URL is ``folder`` or lies in it, by their texts."""
+        if not isinstance(folder, Url):
+            return False
+        own_path, folder_path = (url._path.strip("/") + "/" for url in (self, folder))
+        return self._prefix == folder._prefix and own_path.startswith(folder_path)
+
+    def __truediv__(self, name: str) -> Url:
+        name = quote(name) if self.is_web else name
+        base = f"{self._path.rstrip('/')}/" if self._path else ""
+        return Url(f"{self._prefix}{base}{name}{self._suffix}") if name else self
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
+
+    def __eq__(self, url: object) -> bool:
+        return isinstance(url, Url) and url._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __lt__(self, url: Url) -> bool:
+        return self._text < url._text
+
+    def __reduce__(self) -> tuple[type[Url], tuple[str]]:
+        return Url, (self._text,)
 
     def is_file(self) -> bool:
         """Return whether a file is there."""
@@ -76,14 +145,14 @@ class Url(UrlWriter):
 
         for name, entry_type in self._ask(list_entries):
             name = name.rstrip("/").rpartition("/")[2]
-            if name and not (self._web and name.startswith("?")):
-                yield unquote(name) if self._web else name, entry_type == "directory"
+            if name and not (self.is_web and name.startswith("?")):
+                yield unquote(name) if self.is_web else name, entry_type == "directory"
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Return a file of bytes to read and seek in, which reads ahead."""
         if mode != "rb":
             raise ValueError(f"{self}: got mode {mode!r}, a URL is read as bytes")
-        return io.BufferedReader(ReadAhead(self), BUFFER_BYTES)
+        return io.BufferedReader(ReadAhead(self.pread, self.size), BUFFER_BYTES)
 
     @contextmanager
     def opened(self) -> Iterator[Url]:
@@ -91,11 +160,9 @@ class Url(UrlWriter):
         self.stamp()
         yield self
 
-    @contextmanager
-    def mapped(self) -> Iterator[io.BufferedReader]:
-        """Yield a file that reads ahead: a remote file cannot be mapped."""
-        with self.open() as file:
-            yield file
+    def mapped(self) -> io.BufferedReader:
+        """Return a file that reads ahead: a remote file cannot be mapped."""
+        return self.open()
 
     @contextmanager
     def descriptor(self, stamp: tuple[int, int | str]) -> Iterator[int]:
@@ -111,14 +178,12 @@ class Url(UrlWriter):
             file.flush()
             yield Path(file.name)
 
-    def read_bytes(self) -> bytes | bytearray:
+    def read_bytes(self) -> bytes:
         """Return the whole content of a small file."""
-        if not self._web and not self.chained:  # one request
-            content: bytes = self._ask(lambda fs, path: fs.cat_file(path))
-            return content
-        data = bytearray(self.stamp()[0])
-        fill(self, 0, memoryview(data))
-        return data
+        if self.is_web or self._in_chain:
+            return b"".join(pieces(self.pread, 0, self.stamp()[0]))
+        content: bytes = self._ask(lambda fs, path: fs.cat_file(path))  # one request
+        return content
 
     @property
     def size(self) -> int:
@@ -156,26 +221,123 @@ class Url(UrlWriter):
         data: bytes = self._ask(lambda fs, path: self._range(fs, path, count, offset))
         return data
 
-    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes ``start..stop`` in order; several requests are in flight."""
-        return pieces(self, start, stop)
-
     def fileno(self) -> int:
         """Raise ``io.UnsupportedOperation``: a remote file has no descriptor."""
         raise io.UnsupportedOperation("fileno")
 
+    @property
+    def read_only_reason(self) -> str:
+        """Why nothing can be written to this kind of URL; empty if something can."""
+        if self._in_chain:
+            return "a chain of systems"
+        return "a web server" if self.is_web else ""
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Create the directory and those above it; a no-op on object stores."""
+        self._ask(
+            lambda fs, path: _keeps_objects(fs) or fs.makedirs(path, exist_ok=True), "written"
+        )
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
+        try:
+            self._ask(lambda fs, path: fs.rm_file(path), "removed")
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmdir(self) -> None:
+        """Do nothing: object stores keep no empty directories."""
+
+    def remove_tree(self) -> None:
+        """Remove the directory with everything below it."""
+        self._ask(lambda fs, path: fs.rm(path, recursive=True), "removed")
+
+    @contextmanager
+    def pending_file(self, buffering: int = -1) -> Iterator[IO[bytes]]:
+        """Yield a scratch file of this machine that is uploaded when the block ends.
+
+        ``TMPDIR`` chooses where it lies until then. It has no name, so nothing of it is left
+        however this process ends.
+        """
+        with tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering) as file:
+            yield file
+            file.seek(0)  # also flushes
+            self.upload(f"/dev/fd/{file.fileno()}")
+
+    def write_whole(self, data: bytes) -> None:
+        """Write a small file that appears whole or not at all; what was there is replaced."""
+        self._write(lambda fs, path: fs.pipe_file(path, data))
+
+    def upload(self, path: str) -> None:
+        """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
+
+        def put_file(fs: Any, target: str) -> None:
+            """Upload with the options that this file system knows."""
+            known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
+            options = {name: value for name, value in _UPLOAD.items() if name in known}
+            fs.put_file(path, target, **options)
+
+        self._write(put_file)
+
+    def create(self, data: bytes) -> bool:
+        """Write a small file if none is there, and return whether it was written.
+
+        Of two processes one succeeds, where the store can promise that. Another store replaces what
+        is there.
+        """
+
+        def create_file(fs: Any, path: str) -> bool:
+            """Create the file in the strictest way that this file system has."""
+            try:
+                if not hasattr(fs, "_pipe_file") and type(fs).pipe_file.__module__ == "fsspec.spec":
+                    with fs.open(path, "xb") as file:  # its "create" would look and then write
+                        file.write(data)
+                else:
+                    fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError, ValueError):
+                fs.pipe_file(path, data)
+            except OSError as error:
+                if error.errno != errno.ENOSYS:  # of servers that know S3, but not that
+                    raise
+                fs.pipe_file(path, data)
+            return True
+
+        self.parent.mkdir()
+        return bool(self._ask(create_file, "written"))
+
+    def connect(self) -> None:
+        """Make its file system before threads use it: some file systems belong to one thread."""
+        self._ask(lambda fs, path: None)
+
+    def _write(self, send: Callable[[Any, str], Any]) -> None:
+        def send_whole(fs: Any, path: str) -> None:
+            """Send under a temporary name where an unfinished upload can be seen."""
+            if _keeps_objects(fs):
+                send(fs, path)
+                return
+            folder = fs._parent(path)
+            partial = f"{folder}/.{self.name}.partial"
+            fs.makedirs(folder, exist_ok=True)
+            send(fs, partial)
+            if fs.exists(path):  # some systems do not rename onto a file
+                fs.rm_file(path)
+            fs.mv(partial, path)
+
+        self._ask(send_whole, "written")
+
     def _range(self, fs: Any, path: str, count: int, offset: int) -> bytes:
-        if self._web and not _caches(fs):  # cat_file would take in all that a server sends
+        if self.is_web and not self._in_chain:  # cat_file would take in all that a server sends
             headers = fs.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
             options = {"size": self.size, "cache_type": "none", "headers": headers}
             with fs.open(path, "rb", **options) as file:
                 file.seek(offset)
                 data: bytes = file.read(count)
-        elif _caches(fs):
-            with _one_at_a_time:
-                data = fs.cat_file(path, start=offset, end=offset + count)
         else:
-            data = fs.cat_file(path, start=offset, end=offset + count)
+            with _one_at_a_time if self._in_chain else nullcontext():
+                data = fs.cat_file(path, start=offset, end=offset + count)
         if len(data) != count:
             raise ConnectionError(f"got {len(data)} of {count} bytes from byte {offset}")
         return data
@@ -186,7 +348,7 @@ class Url(UrlWriter):
         except FileNotFoundError:
             return None
         # A web server has files only, and of a directory it shows a page.
-        listing = self._web and info.get("mimetype") == "text/html"
+        listing = self.is_web and info.get("mimetype") == "text/html"
         return "directory" if listing else str(info["type"])
 
     def _info(self) -> dict[str, Any]:
@@ -199,6 +361,10 @@ class Url(UrlWriter):
         return info
 
     def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
+        """Return ``request(file system, path)``, tried again where that may help.
+
+        ``operation`` stands in the message of the error that is raised if it fails for good.
+        """
         for wait in (*WAITS, None):
             try:
                 return request(*self._connected())
@@ -207,38 +373,26 @@ class Url(UrlWriter):
                     raise_explained(self, error, len(WAITS) + 1, operation)
             time.sleep(wait)
 
-    def connect(self) -> None:
-        """Make its file system before threads use it: some file systems belong to one thread."""
-        self._ask(lambda fs, path: None)
-
     def _connected(self) -> tuple[Any, str]:
         """Return its file system in this process, and its path there."""
         if self._connection is None or self._connection[0] != os.getpid():
-            self._connection = (os.getpid(), *_fsspec(self).core.url_to_fs(self._text))
+            try:
+                import fsspec.core
+            except ImportError as error:
+                reason = f"{self}: URLs are read through fsspec, which does not import ({error})"
+                raise ImportError(f"{reason}: pip install 'realign_fast[urls]'") from error
+            self._connection = (os.getpid(), *fsspec.core.url_to_fs(self._text))
         return self._connection[1:]
 
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
 def _in_memory(url: Url, stamp: tuple[int, int | str]) -> BinaryIO:
     file = open(os.memfd_create("realign-fast"), "wb", buffering=0)
-    for data in url.chunks(0, stamp[0]):
+    for data in pieces(url.pread, 0, stamp[0]):
         file.write(data)
     return file
 
 
-def _fsspec(url: Url) -> ModuleType:
-    try:
-        import fsspec
-        import fsspec.core
-        import fsspec.implementations.cached
-    except ImportError as error:
-        reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
-        raise ImportError(f"{reason}: pip install 'realign_fast[urls]'") from error
-    module: ModuleType = fsspec
-    return module
-
-
-def _caches(fs: Any) -> bool:
-    import fsspec.implementations.cached
-
-    return isinstance(fs, fsspec.implementations.cached.CachingFileSystem)
+def _keeps_objects(fs: Any) -> bool:
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return bool(_OBJECTS & names)

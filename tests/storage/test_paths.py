@@ -18,6 +18,7 @@ from realign_fast.storage.paths import (
     write_json,
     write_whole,
 )
+from realign_fast.storage.read_ahead import pieces
 from realign_fast.storage.url import Url
 
 
@@ -50,7 +51,7 @@ def test_both_kinds_of_path_read_the_same_bytes(folder):
     path = folder / "rows.bin"
     with path.opened() as file:
         assert (file.size, file.pread(4, 3), file.pread(4, 8)) == (10, b"3456", b"89")
-        assert b"".join(file.chunks(2, 7)) == b"23456"
+        assert b"".join(pieces(file.pread, 2, 7)) == b"23456"
     with path.mapped() as data:
         assert data.read(6) == b"012345"
     with path.descriptor(path.stamp()) as descriptor:

@@ -545,7 +545,7 @@ def test_a_conversion_that_stopped_goes_on(corpora, bucket, failing):
 
 def test_a_large_shard_goes_in_parts(bucket, monkeypatch):
     monkeypatch.setattr(
-        "realign_fast.storage.url_write._UPLOAD", {"chunksize": 5 << 20, "max_concurrency": 2}
+        "realign_fast.storage.url._UPLOAD", {"chunksize": 5 << 20, "max_concurrency": 2}
     )
     rows = torch.randn(90_000, 64, dtype=torch.float32)
     with ShardWriter(f"{S3}/a.npy", 90_000, 64, torch.float32) as writer:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ...storage.paths import AnyPath, OpenedFile, StoragePath, explained
+from ...storage.read_ahead import pieces
 from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard
 from ..shard_writer import FormatWriter
 
@@ -74,7 +75,7 @@ class TensorShard(ContiguousShard):
                 for name, (dtype, row_shape, offset) in columns.items():
                     row_bytes = dtype.itemsize * math.prod(row_shape)
                     start = data_offset + offset + first * row_bytes
-                    data = b"".join(file.chunks(start, start + count * row_bytes))
+                    data = b"".join(pieces(file.pread, start, start + count * row_bytes))
                     chunk[name] = np.frombuffer(data, dtype).reshape(count, *row_shape)
                 yield chunk
 
@@ -122,7 +123,7 @@ class TensorWriter(FormatWriter):
     def _copy(self, start: int, end: int) -> None:
         """Copy the bytes `start..end` of the source."""
         with self._source.opened() as file:
-            for data in file.chunks(start, end):
+            for data in pieces(file.pread, start, end):
                 self._put(data)
                 start += len(data)
         if start < end:

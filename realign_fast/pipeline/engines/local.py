@@ -13,15 +13,16 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from ...storage.read_ahead import started_ahead
 
 Task = Callable[[int], Any]
 Engine = Callable[[Any, Sequence[int]], Iterator[Any]]  # of a Task
@@ -54,19 +55,15 @@ class Processes:
         Raises:
             OSError: a worker process died.
         """
-        waiting: deque[Future[bytes]] = deque()
         ended = False
         with tempfile.NamedTemporaryFile(prefix="realign-fast-task-") as file:
             # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
             file.write(pickle.dumps(task))
             file.flush()
             try:
-                for shard in shards:
-                    if len(waiting) == 2 * self.workers:
-                        yield pickle.loads(waiting.popleft().result())
-                    waiting.append(self._started().submit(_call, file.name, shard))
-                while waiting:
-                    yield pickle.loads(waiting.popleft().result())
+                results = (self._started().submit(_call, file.name, shard) for shard in shards)
+                for result in started_ahead(results, lambda: 2 * self.workers):
+                    yield pickle.loads(result.result())
                 ended = True
             except BrokenProcessPool as error:
                 raise OSError(

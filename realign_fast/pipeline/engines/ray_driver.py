@@ -91,7 +91,7 @@ class RayTasks:
         self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
-        self._slots, self._polled = 0, -math.inf
+        self._slots, self._polled, self._lacking_since = 0, -math.inf, math.inf
 
     def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
         """Yield the results of ``task`` in the order of the shards."""
@@ -171,16 +171,29 @@ class RayTasks:
         return {resource: amount for resource, amount in needs.items() if amount}
 
     def _task_slots(self) -> int:
-        """Return how many tasks the nodes have room for at once, whatever runs there now."""
-        if time.monotonic() - self._polled > _POLL_SECONDS:
+        """Return how many tasks the nodes have room for at once, whatever runs there now.
+
+        Raises:
+            ValueError: no task fits the Ray that was started here.
+            OSError: no node that a task fits on came for ``_PATIENCE_SECONDS``.
+        """
+        now = time.monotonic()
+        if now - self._polled > _POLL_SECONDS:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._slots = sum(
                 min(int(node.get(name, 0) / amount) for name, amount in self._needs().items())
                 for node in nodes
             )
-            self._polled = time.monotonic()
-            if not self._slots and self._started:
+            self._polled = now
+            if self._slots:
+                self._lacking_since = math.inf
+            elif self._started:
                 raise ValueError(self._too_large())
+            elif self._lacking_since == math.inf:
+                self._lacking_since = now
+                warnings.warn(f"{self._too_large()}; waiting for one", stacklevel=4)
+        if now - self._lacking_since > _PATIENCE_SECONDS:
+            raise OSError(self._too_large())
         return self._slots
 
     def _too_large(self) -> str:
@@ -194,15 +207,8 @@ class RayTasks:
     def _first_result(self, waiting: deque[tuple[str, Any]]) -> Any:
         """Return the result of the first task, which is removed only when it has ended."""
         ray, (name, reference) = self._ray, waiting[0]
-        lacking_since = None
         while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
-            if self._task_slots():
-                lacking_since = None
-            elif lacking_since is None:
-                lacking_since = time.monotonic()
-                warnings.warn(f"{self._too_large()}; waiting for one", stacklevel=4)
-            elif time.monotonic() - lacking_since > _PATIENCE_SECONDS:
-                raise OSError(self._too_large())
+            self._task_slots()
         try:
             value, error, trace = pickle.loads(ray.get(reference))
         except ray.exceptions.RayError as failure:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import __version__
-from ..checkpoints import code_version, identity
+from ..checkpoints import changes, code_version
 from ..shard_tasks import ShardTask
 from .local import Task
 
@@ -86,22 +86,16 @@ def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
     location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
-        current = identity(task.corpus.shards[shard])
+        found = changes(task.corpus.shards[shard], task.identities[shard])
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         if path.is_remote:
             raise OSError(f"on {_node()}: {error.strerror or error}") from error
         raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
-    expected = task.identities[shard]
-    differences = [
-        f"{name} is {current[name]!r}, not {value!r}"
-        for name, value in expected.items()
-        if current[name] != value
-    ]
-    if differences:
+    if found:
         raise ValueError(
-            f"{location}: on {_node()} its {'; its '.join(differences)} as when the run began; let "
-            f"its writer finish and run again, or, if nobody writes to it: {advice}"
+            f"{location}: on {_node()} {found}; let its writer finish and run again, or, if nobody "
+            f"writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
     while job.witness and not os.path.exists(job.witness):
