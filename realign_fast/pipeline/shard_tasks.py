@@ -8,6 +8,7 @@ other processes.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,7 +21,6 @@ from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
 from ..moments import Moments, RowMap, good_rows
 from ..storage.paths import StoragePath
-from ..storage.read_ahead import started_ahead
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import DeviceStreams, ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
@@ -149,8 +149,7 @@ class AlignTask(ShardTask):
         streams = streams_for(self.settings.device)
         size = max(1, min(self._batch_rows(shard), shard.num_rows))
         buffers = ResultBuffers(streams, size, shard.dimension, self.corpus.dtype)
-        aligner = _on_device(self.aligner, streams)
-        through = aligner.row_map
+        writes: deque[Future[None]] = deque()
 
         def write(sent: Sent) -> None:
             """Write a result once its rows are on the host."""
@@ -159,22 +158,23 @@ class AlignTask(ShardTask):
             writer.write(rows)
             total = checksum(rows, total)
 
-        def begun_writes() -> Iterator[Future[None]]:
-            """Compute one batch after another and begin to write it."""
+        aligner = _on_device(self.aligner, streams)
+        through = aligner.row_map
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
             for batch in batches_on_device(streams, self.corpus, index, size):
+                if len(writes) == buffers.slots:
+                    writes.popleft().result()
                 rows, result = batch.rows, buffers.next(len(batch.rows))
                 # The moments of the result come from the rows in the same visit to memory.
                 has_bad_row = self._update(moments, shard, batch, through)
                 aligner(rows, out=result)
                 if has_bad_row and self.settings.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                yield disk.submit(write, buffers.send(len(rows)))
+                writes.append(disk.submit(write, buffers.send(len(rows))))
                 self.advance(len(rows))
-
-        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for written in started_ahead(begun_writes(), lambda: buffers.slots):
-                written.result()
-        return moments.to("cpu"), total
+            while writes:
+                writes.popleft().result()
+            return moments.to("cpu"), total
 
     def _expected_rows(self, moments: Moments) -> Entry:
         """Return how many rows of the result are zero and how many are NaN."""
@@ -190,9 +190,13 @@ def map_overlapping_sync(task: AlignTask, shards: Sequence[int]) -> Iterator[Sha
     for it.
     """
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        results = (disk.submit(task.start(index)) for index in shards)
-        for result in started_ahead(results, lambda: 2):
-            yield result.result()
+        results: deque[Future[ShardResult]] = deque()
+        for index in shards:
+            results.append(disk.submit(task.start(index)))
+            if len(results) == 2:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
 
 
 def _on_device(aligner: ReAlign, streams: DeviceStreams | None) -> ReAlign:
