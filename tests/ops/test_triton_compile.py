@@ -305,7 +305,14 @@ def variants(launches):
     return found
 
 
-@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda number: f"sm_{number}")
+@pytest.mark.parametrize(
+    "generation",
+    # The code of sm_89 takes the paths of sm_80, that of sm_120 those of sm_100.
+    [
+        pytest.param(number, id=f"sm_{number}", marks=[pytest.mark.slow] * (number in (89, 120)))
+        for number in GENERATIONS
+    ],
+)
 def test_every_pair_of_dtypes_compiles(generation, launches, monkeypatch, tmp_path):
     """Compile as far as PTX; the tests above assemble it too, which takes a third of the time."""
     with FakeTensorMode():
