@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import sys
+import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+from .._libraries import PACKAGE, build_info, why_not_loaded
 
 io: Any = None
-try:
-    io = import_module(f"{_PACKAGE.name}._io")
-except ImportError:
-    pass
+_why_not_io = "the native reader was not built for this Python"
+_spec = find_spec(f"{PACKAGE.name}._io")
+if _spec and _spec.origin:
+    _name = _spec.name
+    _why_not_io = why_not_loaded(Path(_spec.origin), lambda _: import_module(_name))
+    if _why_not_io:
+        _message = f"realign_fast reads files through Python: {_why_not_io}"
+        warnings.warn(_message, RuntimeWarning, stacklevel=2)
+    io = sys.modules.get(_name)
 
 
 def reader_description() -> str:
     """Return which reader is used for contiguous shards, and why."""
     if io:
         return "native (csrc/io: blocks are read ahead on its own threads)"
-    info = _PACKAGE / "_build_info.json"
-    build = json.loads(info.read_text()) if info.exists() else {}
-    reason = build.get("why_no_reader") or "the native reader was not built for this Python"
-    return f"mmap ({reason})"
+    return f"mmap ({(not _spec and build_info().get('why_no_reader')) or _why_not_io})"
 
 
 def start_writing(descriptor: int, offset: int, size: int) -> None:

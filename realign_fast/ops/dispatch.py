@@ -9,7 +9,6 @@ nothing is swapped at run time, and :func:`backend_of` says which kernel runs an
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._libraries import PACKAGE, build_info, why_not_loaded
 from . import reference, triton_ops
 from .capability import visible_capabilities, why_unfit
 
@@ -27,7 +27,7 @@ INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
 # threads of a Zen 4 and D = 768-1280: for 16-bit rows AVX2 is 2-6% faster than AVX-512 in three
 # runs and equally fast in two.
 _FASTEST_INSTRUCTION_SET = {"sum_rows": "avx2"}
-_PACKAGE = Path(__file__).resolve().parent.parent
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
 _MATRIX = _MAP.replace("scale", "matrix")
 SCHEMAS = (
@@ -55,30 +55,43 @@ def _define_ops() -> torch.library.Library:
     return library
 
 
+def _warn(reason: str) -> None:
+    warnings.warn(f"realign_fast{reason}", RuntimeWarning, stacklevel=3)
+
+
+def _load_kernels(library: Path, key: str) -> str:
+    """Load kernels of a dispatch key; return "", or the reason why they are not there."""
+
+    def load(path: str) -> None:
+        torch.ops.load_library(path)
+        if not _has_kernel("realign_fast::sum_rows", key):
+            raise OSError(f"it holds no {key} kernels of realign_fast")
+
+    return why_not_loaded(library, load)
+
+
 def _load_compiled() -> str:
     """Load the compiled CPU kernels; return "", or the reason if there are none."""
-    binary = _PACKAGE / "_C.abi3.so"
+    binary = PACKAGE / "_C.abi3.so"
     if binary.exists():
-        torch.ops.load_library(str(binary))
-        return ""
-    build_info = _PACKAGE / "_build_info.json"
-    reason = json.loads(build_info.read_text())["reason"] if build_info.exists() else ""
-    reason = reason or (
-        f"{_PACKAGE} holds no {binary.name}; run `pip install -e .` in the source tree, or start "
-        "Python outside it to import the installed package"
-    )
-    warnings.warn(f"realign_fast runs on plain torch: {reason}", RuntimeWarning, stacklevel=2)
-    return reason
+        reason = _load_kernels(binary, "CPU")
+    else:
+        reason = build_info().get("reason") or (
+            f"{PACKAGE} holds no {binary.name}; run `pip install -e .` in the source tree, or "
+            "start Python outside it to import the installed package"
+        )
+    if reason:
+        _warn(f" runs on plain torch: {reason}")
+    return str(reason)
 
 
 def _load_cuda() -> str:
     """Load the compiled CUDA kernels; return "", or the reason why they are not loaded."""
-    binary, build_info = _PACKAGE / "_C_cuda.abi3.so", _PACKAGE / "_build_info.json"
+    binary, info = PACKAGE / "_C_cuda.abi3.so", build_info()
     if not torch.version.cuda:
         return "this torch has no CUDA"
-    info = json.loads(build_info.read_text()) if build_info.exists() else {}
     if not binary.exists():
-        return str(info.get("why_no_cuda") or f"{_PACKAGE} holds no {binary.name}")
+        return str(info.get("why_no_cuda") or f"{PACKAGE} holds no {binary.name}")
     built_version = info.get("cuda", "")
     if built_version and built_version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
@@ -87,13 +100,11 @@ def _load_cuda() -> str:
         )
     if unfit := why_unfit(info.get("cuda_archs", "").split(), visible_capabilities()):
         reason = f"{binary.name} is not used: {unfit}"
-        warnings.warn(f"realign_fast: {reason}", RuntimeWarning, stacklevel=2)
-        return reason
-    try:
-        torch.ops.load_library(str(binary))
-    except OSError as error:
-        return f"{binary.name} does not load: {error}"
-    return ""
+    else:
+        reason = _load_kernels(binary, "CUDA")
+    if reason:
+        _warn(f": {reason}")
+    return reason
 
 
 _library = _define_ops()
@@ -159,10 +170,7 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
     device = torch.device(device)
     if device.type == "cuda" and op in _triton_ops:
         return Backend("triton", f"Triton: {_why_not_cuda or 'no compiled library for this GPU'}")
-    compiled = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"realign_fast::{op}", device.type.upper()
-    )
-    if compiled:
+    if device.type in ("cpu", "cuda") and _has_kernel(f"realign_fast::{op}", device.type.upper()):
         in_use = f", {cpu_instruction_set(op)} in use" if device.type == "cpu" else ""
         return Backend(device.type, f"compiled{in_use}")
     if device.type == "cpu":
