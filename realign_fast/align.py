@@ -237,7 +237,7 @@ class ReAlign(nn.Module):
         """
         self._expect_fitted()
         a = self.linear
-        singular = bool(torch.linalg.cond(a) > 1e12) if a.dim() == 2 else bool((a == 0).any())
+        singular = not a.all() if a.dim() < 2 else not float(torch.linalg.cond(a)) <= 1e12
         if self.method == "noise" or singular:
             raise ValueError(f"ReAlign: the {self.method} map has no inverse; fit the other way")
         back = ReAlign(self.dimension).to(a.device)

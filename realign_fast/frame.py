@@ -73,7 +73,8 @@ class FixedFrame:
                 f"FixedFrame: got energy={energy} and rank={rank}, expected energy in (0, 1] and "
                 f"rank None or 1..{len(values)}"
             )
-        if not float(values.sum()) > 0:
+        rounding = torch.finfo(torch.float64).eps * len(values) * (source.energy + target.energy)
+        if not float(values.sum()) > rounding:
             raise ValueError("FixedFrame: the rows have no spread; fit on rows that differ")
         if rank is None:
             energies = values.cumsum(0)

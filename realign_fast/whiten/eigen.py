@@ -34,23 +34,26 @@ def floored_eigen(
     covariance: Tensor,
     floor: float | None,
     name: str = "covariance",
-    rounded_to: torch.dtype | None = None,
+    basis: Tensor | None = None,
 ) -> FlooredEigen:
-    """Decompose a covariance [D, D]; eigenvalues at or under the floor become zero.
+    """Decompose S [D, D], or its block ``B' S B`` for a basis B [D, q].
 
-    ``name`` is for errors, ``rounded_to`` the dtype that the entries were rounded to, if it is not
-    their own. An eigenvalue that is more negative than rounding explains is a ValueError.
+    Eigenvalues at or under the floor become zero, in a block also what is rounding of the whole S.
+    An eigenvalue that is more negative than rounding explains is a ValueError, which says ``name``.
     """
     checked, floor = checked_covariance(covariance, name), floor_of(covariance, floor)
+    scale = 0.0
+    if basis is not None:
+        scale, checked = float(checked.norm()), symmetric(basis.T @ checked @ basis)
     values, vectors = eigenpairs(checked)
     values, vectors = values.flip(0), vectors.flip(1)
     largest, smallest = max(float(values[0]), 0.0), float(values[-1])
-    if smallest < -largest * torch.finfo(rounded_to or covariance.dtype).eps ** 0.5:
+    if smallest < -max(largest, scale) * torch.finfo(covariance.dtype).eps ** 0.5:
         raise ValueError(
             f"whiten: the {name} has the eigenvalue {smallest:.3g} (largest {largest:.3g}), "
             "expected none below zero; accumulate it in float64"
         )
-    above = values > floor * largest
+    above = values > max(floor * largest, default_floor(covariance) * scale)
     return FlooredEigen(values.where(above, 0.0), vectors, int((~above).sum()), floor)
 
 
@@ -75,20 +78,18 @@ def floored_eigen_pair(
     target: Tensor,
     floor: float | None,
     names: tuple[str, str] = ("source", "target"),
+    basis: Tensor | None = None,
 ) -> tuple[FlooredEigen, FlooredEigen]:
     """Decompose two covariances with the same D; the floor is for the source, 0 for the target."""
-    y, x = floored_eigen(source, floor, names[0]), floored_eigen(target, 0.0, names[1])
-    expect_same_columns(source, target, names)
-    return y, x
-
-
-def expect_same_columns(source: Tensor, target: Tensor, names: tuple[str, str]) -> None:
-    """Raise a ValueError if two covariances [D, D] differ in D."""
+    for covariance, name in zip((source, target), names, strict=True):
+        checked_covariance(covariance, name)
     if len(source) != len(target):
         raise ValueError(
             f"whiten: the {names[0]} has {len(source)} columns, the {names[1]} {len(target)}; "
             "embed both with one encoder"
         )
+    y = floored_eigen(source, floor, names[0], basis)
+    return y, floored_eigen(target, 0.0, names[1], basis)
 
 
 def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:

@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from .._one_thread import one_thread
-from .eigen import (
-    checked_covariance,
-    expect_same_columns,
-    floor_of,
-    floored_eigen,
-    floored_eigen_pair,
-    symmetric,
-    warn_floored,
-)
+from .eigen import checked_covariance, floor_of, floored_eigen_pair, symmetric, warn_floored
 
 
 @one_thread
@@ -61,7 +53,8 @@ def blockwise(
 
     ``A_U = coral(U' S_y U, U' S_x U)`` with U = ``frame`` [D, q], orthonormal columns; V is its
     complement. The blocks of ``A S_y A'`` on U and on V are those of ``S_x``; the block that
-    couples U to V is not matched. The floor is a share of the largest eigenvalue of each block.
+    couples U to V is not matched. The floor is a share of the largest eigenvalue of each block; a
+    block that is rounding of the whole covariance counts as zero.
 
     Returns:
         [D, D] float64.
@@ -69,17 +62,14 @@ def blockwise(
     Raises:
         ValueError: a frame without orthonormal columns, or matrices that are no covariances.
     """
-    s_y, s_x = checked_covariance(source, "source"), checked_covariance(target, "target")
-    expect_same_columns(source, target, ("source", "target"))
-    u, floor = _checked_frame(frame, source), floor_of(source, floor)
+    u = _checked_frame(frame, checked_covariance(source, "source"))
     v = torch.linalg.qr(u, mode="complete").Q[:, u.shape[1] :]
-    result, floored = torch.zeros_like(s_y), 0
+    result, floored = torch.zeros_like(u @ u.T), 0
     for basis in (u, v) if v.shape[1] else (u,):
-        y = floored_eigen(basis.T @ s_y @ basis, floor, "source", source.dtype)
-        x = floored_eigen(basis.T @ s_x @ basis, 0.0, "target", target.dtype)
+        y, x = floored_eigen_pair(source, target, floor, basis=basis)
         result += basis @ (x.power(0.5) @ y.power(-0.5)) @ basis.T
         floored += y.floored
-    warn_floored(floored, len(source), floor)
+    warn_floored(floored, len(source), floor_of(source, floor))
     return result
 
 

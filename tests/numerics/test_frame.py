@@ -279,6 +279,7 @@ def test_the_golden_pairs(golden):
         (lambda f, y, x: fitted(y, x, rank=10), r"rank None or 1\.\.9"),
         (lambda f, y, x: fitted(y[:, :4], x), "the source has 4 columns, the target 9"),
         (lambda f, y, x: fitted(y[:1], x[:1]), "no spread"),
+        (lambda f, y, x: fitted(y[:1].expand(9, -1), x[:1].expand(7, -1)), "no spread"),
     ],
 )
 def test_what_does_not_fit_is_refused(fixed, call, words):

@@ -137,7 +137,25 @@ def test_the_inverse_undoes_the_affine_map(sides, moments, method):
     assert int(aligner.inverse().source_count) == target.count
 
 
+@pytest.mark.parametrize("energy", (0.5, 0.9, 0.99))
+@pytest.mark.parametrize("count", (4, 500))
+def test_blockwise_of_sides_in_one_small_subspace(count, energy):
+    """Both covariances have rank 4 or less; what lies outside U is rounding, or spread to match."""
+    basis = random_rows(4, 64, seed=3)
+    source, target = (random_rows(count, 4, seed=seed) @ basis for seed in (1, 2))
+    with pytest.warns(RuntimeWarning, match="are left out"):
+        aligner = ReAlign.fit(source, target, method="blockwise", energy=energy)
+    assert bool(torch.isfinite(aligner(source)).all())
+    assert float(torch.linalg.matrix_norm(aligner.linear, 2)) < 100, "rounding is not amplified"
+    with pytest.raises(ValueError, match="the blockwise map has no inverse"):
+        aligner.inverse()
+
+
 def test_what_has_no_inverse_says_so(sides):
+    collapsed = ReAlign.fit(*sides, method="coral")
+    collapsed.linear.zero_()  # of which the condition number is not a number
+    with pytest.raises(ValueError, match="the coral map has no inverse"):
+        collapsed.inverse()
     with pytest.raises(ValueError, match="the noise map has no inverse"):
         ReAlign.fit(*sides, method="noise").inverse()
     with pytest.warns(RuntimeWarning):

@@ -185,6 +185,21 @@ def test_blockwise_matches_each_block_and_keeps_the_blocks_apart(inside):
         close(matrix, coral(source, target))
 
 
+@pytest.mark.parametrize("scale", (1e-12, 1.0, 1e12))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_a_block_that_is_rounding_of_the_whole_counts_as_zero(scale, dtype):
+    """S has rank 3 and U holds it, so that the block on V is rounding, neither spread nor skew."""
+    factor = gaussian_rows(3, 20)
+    s, eye = (scale * factor.T @ factor).to(dtype), (scale * identity(20)).to(dtype)
+    u = torch.linalg.qr(factor.T).Q
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    with pytest.warns(RuntimeWarning, match="17 of 20"):
+        from_s = blockwise(s, eye, u)
+    on_u = u.T @ s.double() @ u / scale
+    close(from_s, u @ coral(on_u, identity(3)) @ u.T, tolerance)
+    close(blockwise(eye, s, u), u @ coral(identity(3), on_u) @ u.T, tolerance)
+
+
 def test_a_rotation_of_everything_rotates_every_map():
     source, target, turn = conditioned(9, seed=1), conditioned(9, seed=2), orthogonal(9, seed=3)
     frame = orthogonal(9, seed=4)[:, :3]
