@@ -1,19 +1,13 @@
 """ReAlign: source rows moved into the distribution of target rows, from unpaired statistics.
 
-arXiv 2602.07026, section 4, with source = text and target = image, ``u = x / |x|``:
-
-1. anchor and trace:  ``z = mu_x + s (u - mu_y) = s u + b``, ``s = sqrt(T_x / T_y)``;
-   back to the sphere, ``e' = z / |z|``
-2. centroid:          ``e'' = e' + h``, ``h = mu_x - E[e']`` over the source; result ``e'' / |e''|``
-
-So the fitted map is the 2 D + 1 numbers ``s``, ``b = mu_x - s mu_y`` and ``h``, and fitting reads
-the target once and the source twice (moments, then drift), plus once for the residual gap. Other
-methods have another linear map A in the place of s (``methods.py``).
+The map ``unit(unit(A u + b) + h)`` of unit rows u has ``b = mu_x - A mu_y`` and, over the source,
+``h = mu_x - E[unit(A u + b)]`` (arXiv 2602.07026, section 4, with source = text = y and target =
+image = x); ``methods.py`` lists the linear parts A. Fitting reads the target once and the source
+three times: moments, drift, residual gap.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -21,9 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import ops
@@ -33,7 +24,8 @@ from .corpus.row_batches import Rows, batches
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
 from .moments import BadRows, Moments, RowMap
 from .seeded_noise import noisy_rows
-from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_whole
+from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_json
+from .storage.tensor_file import tensors_of, write_tensors
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
@@ -323,31 +315,23 @@ class ReAlign(nn.Module):
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         self._expect_fitted()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole(path, safetensors_bytes(tensors, {"format": "pt"}))
+        write_tensors(path, self.state_dict(), {"format": "pt"})
 
     @classmethod
     def load(cls, path: AnyPath) -> ReAlign:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no aligner."""
-        try:
-            with storage_path(path).local_copy() as local:
-                tensors = load_file(local)
+        expected = "an aligner written by ReAlign.save"
+        with tensors_of(path, expected, "fit it again") as (tensors, _):
             aligner = cls(len(tensors["shift"]))
             aligner.load_state_dict(tensors)
-        except (SafetensorError, KeyError, RuntimeError) as error:
-            fault = f"no {error} in it" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"{path}: expected an aligner written by ReAlign.save, got {fault}; fit it again"
-            ) from error
         return aligner
 
     def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
         folder = output_path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save(folder / "model.safetensors")
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
-        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(folder / "config.json", config)
+        self.save(folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, name_or_path: AnyPath, **hub_options: Any) -> ReAlign:

@@ -15,21 +15,18 @@ All arithmetic is float64; memory holds D x D matrices and one block of rows.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ._one_thread import one_thread
 from .moments import Moments, good_rows
 from .ops.reference import unit
-from .storage.paths import write_whole
+from .storage.paths import AnyPath
+from .storage.tensor_file import tensors_of, write_tensors
 
 # (source, target), [n, D] each, or batches of it.
 Pairs = Sequence[Tensor] | Iterable[Sequence[Tensor]]
@@ -152,22 +149,17 @@ class FixedFrame:
             ridge=ridge,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {"basis": self.basis, "values": self.values, "rank": torch.tensor(self.rank)}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_whole(path, safetensors_bytes(tensors, {"frame": "fixed"}))
+        write_tensors(path, tensors, {"frame": "fixed"})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FixedFrame:
+    def load(cls, path: AnyPath) -> FixedFrame:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no frame."""
-        try:
-            tensors = load_file(path)
+        expected = "a frame written by FixedFrame.save"
+        with tensors_of(path, expected, "fit it again") as (tensors, _):
             return cls(tensors["basis"], tensors["values"], int(tensors["rank"]))
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{path}: expected a frame written by FixedFrame.save, got {error!r}; fit it again"
-            ) from error
 
 
 class Parts(NamedTuple):

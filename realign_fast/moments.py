@@ -13,13 +13,12 @@ from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import ops
 from .covariance_sums import RowMap, RowWeights, Scatter
-from .storage.paths import AnyPath, storage_path, write_whole
+from .storage.paths import AnyPath
+from .storage.tensor_file import tensors_of, write_tensors
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
@@ -90,52 +89,62 @@ class Moments:
         weights = RowWeights.checked(fweights, aweights, rows)
         rows = rows.detach().reshape(-1, rows.shape[-1])
         self._expect_columns(rows.shape[1], where)
-        if self.scatter is not None and bad_rows == "keep":
-            return self._add_rows(rows, weights, through, None)
-        sums = self._sum_rows(rows, through)
-        if bad_rows == "keep" or not int(sums.counts[1:].sum()):
-            return self._add_rows(rows, weights, through, sums)
+        if bad_rows == "keep":
+            self._add_rows(rows, weights, through)
+            return self
+        bad = self._add_unless_bad(rows, weights, through)
+        if not int(bad.sum()):
+            return self
         if bad_rows == "error":
             raise ValueError(_describe_bad_row(rows, where, first_row))
         good = good_rows(rows)
-        self._add_rows(rows[good], weights.select(good), through, None)
-        self._row_sums.counts[1:] += sums.counts[1:].to(self._row_sums.counts.device)
+        self._add_rows(rows[good], weights.select(good), through)
+        self._row_sums.counts[1:] += bad.to(self._row_sums.counts.device)
         return self
 
-    def _add_rows(
-        self,
-        rows: Tensor,  # [N, D]
-        weights: RowWeights,
-        through: RowMap | None,
-        sums: ops.RowSums | None,  # of these rows, if they are known
-    ) -> Moments:
-        if self.scatter is None:
-            return self._add(*(sums or self._sum_rows(rows, through)))
-        if self.total is None:
-            self._start(rows.shape[1], rows.device)
-        counts = self.scatter.add(
-            rows, weights, through=through, normalize=self.normalize, accurate=self.accurate
+    def _add_unless_bad(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
+        """Add rows [N, D] unless one is bad; return the counts [2] of zero and non-finite rows.
+
+        The kernels count bad rows while they add, so the sums are copied and restored if there
+        were any. Rows are counted first where a copy would cost more than reading them, and where
+        fweights may count a bad row 0 times.
+        """
+        few_rows = (
+            self.scatter is not None and self.total is not None and (len(rows) < 4 * self.dimension)
         )
-        own_counts = self._row_sums.counts
-        own_counts += counts.to(own_counts.device)
-        return self
+        if few_rows or weights.frequencies is not None:
+            bad = ops.sum_rows(rows, normalize=False).counts[1:]
+            if not int(bad.sum()):
+                self._add_rows(rows, weights, through)
+            return bad
+        before = {name: tensor.clone() for name, tensor in self._state().items()}
+        bad = self._add_rows(rows, weights, through)[1:]
+        if int(bad.sum()):
+            self._restore(before)
+        return bad
 
-    def _sum_rows(self, rows: Tensor, through: RowMap | None) -> ops.RowSums:
-        if callable(through):
-            return ops.sum_mapped_rows(rows, through)
-        return ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
+    def _add_rows(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
+        """Add rows [N, D] and return their counts [3]."""
+        if self.scatter is not None:
+            counts = self.scatter.add(
+                rows, weights, through=through, normalize=self.normalize, accurate=self.accurate
+            )
+            sums = _no_rows(rows.shape[1], rows.device)._replace(counts=counts)
+        elif callable(through):
+            sums = ops.sum_mapped_rows(rows, through)
+        else:
+            sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
+        self._add(sums)
+        return sums.counts
 
     def _start(self, columns: int, device: torch.device) -> None:
-        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
-        self.total, self.energy_total = zeros, zeros.new_zeros(())
-        self.counts = zeros.new_zeros(3, dtype=torch.int64)
+        self.total, self.energy_total, self.counts = _no_rows(columns, device)
 
-    def _add(self, total: Tensor, energy: Tensor, counts: Tensor) -> Moments:
+    def _add(self, sums: ops.RowSums) -> None:
         if self.total is None:
-            self._start(len(total), total.device)
-        for own_sum, addend in zip(self._row_sums, (total, energy, counts), strict=True):
+            self._start(len(sums.total), sums.total.device)
+        for own_sum, addend in zip(self._row_sums, sums, strict=True):
             own_sum += addend.to(own_sum.device)
-        return self
 
     @property
     def _row_sums(self) -> ops.RowSums:
@@ -159,7 +168,7 @@ class Moments:
             )
         if other.total is not None:
             self._expect_columns(len(other.total), "the other moments")
-            self._add(*other._row_sums)
+            self._add(other._row_sums)
             if self.scatter is not None and other.scatter is not None:
                 self.scatter.merge(other.scatter)
         return self
@@ -175,42 +184,47 @@ class Moments:
                 "Moments.all_reduce: torch.distributed has no process group; call "
                 "init_process_group first (torchrun sets its variables)"
             )
-        device = self.total.device if self.total is not None else _default_device(group)
-        own = [0 if self.total is None else len(self.total), *self._flags().values()]
-        largest = torch.tensor(own, device=device, dtype=torch.int64)
-        smallest = largest.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        smallest[0] = smallest[0] if own[0] else largest[0]
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, group)
+        on_gpu = dist.get_backend(group) == "nccl"
+        own = self._facts().to("cuda" if self.total is None and on_gpu else self._device)
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, own, group)
+        facts = torch.stack(ranks)  # [ranks, 8]
+        columns, flags = facts[:, 0], facts[:, 5:]
         # Every rank sees a mismatch, so that all of them raise and none waits for the others.
-        if not torch.equal(largest, smallest):
+        if len({*columns.tolist(), 0}) > 2 or not torch.equal(*flags.aminmax(dim=0)):
             raise ValueError(
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "
                 "use one encoder and the same flags on all ranks"
             )
-        if int(largest[0]) == 0:
+        if not bool(columns.any()):
             return self
         if self.total is None:
-            self._start(int(largest[0]), device)
-        self._agree_on_centre(group)
+            self._start(int(columns.max()), own.device)
+        if self.scatter is not None and bool(facts[:, 1].any()):
+            self._move_to_centre_of(int(facts[:, 1].argmax()), group)
         for name, tensor in self._state().items():
             if name != "scatter.centre":
                 dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return self
 
-    def _agree_on_centre(self, group: dist.ProcessGroup | None) -> None:
-        """Move every rank's scatter to the centre of the first rank that has one."""
-        if self.scatter is None:
-            return
-        own_rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        own_centre, sums = self.scatter.centre, self._row_sums
-        first = sums.counts.new_tensor(ranks if own_centre is None else own_rank)
-        dist.all_reduce(first, dist.ReduceOp.MIN, group)
-        if int(first) == ranks:
-            return
-        centre = torch.zeros_like(sums.total)
-        if own_centre is not None and int(first) == own_rank:
-            centre += own_centre
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.total is None else self.total.device
+
+    def _facts(self) -> Tensor:
+        """Return [8] int64: columns, whether there is a centre, three counts and three flags."""
+        columns, counts = 0, [0, 0, 0]
+        if self.total is not None:
+            columns, counts = self.dimension, self._row_sums.counts.tolist()
+        has_centre = self.scatter is not None and self.scatter.centre is not None
+        return torch.tensor([columns, has_centre, *counts, *self._flags().values()])
+
+    def _move_to_centre_of(self, rank: int, group: dist.ProcessGroup | None) -> None:
+        """Move the covariance sums to the centre of a rank that has one."""
+        assert self.scatter is not None
+        centre = torch.zeros_like(self._row_sums.total)
+        if self.scatter.centre is not None and dist.get_rank(group) == rank:
+            centre += self.scatter.centre
         dist.all_reduce(centre, dist.ReduceOp.SUM, group)
         self.scatter = self.scatter.moved_to(centre)
 
@@ -311,11 +325,9 @@ class Moments:
 
     def save(self, path: AnyPath) -> None:
         """Write a safetensors file; it appears whole or not at all."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._state().items()}
         flags = [name for name, is_set in self._flags().items() if is_set]
-        # One metadata key: safetensors writes several in no fixed order.
-        header = {"moments": " ".join([*flags, _checksum(tensors)])}
-        write_whole(path, safetensors_bytes(tensors, header))
+        state = self._state()
+        write_tensors(path, state, {"moments": " ".join([*flags, _checksum(state)])})
 
     @classmethod
     def load(cls, path: AnyPath) -> Moments:
@@ -324,18 +336,12 @@ class Moments:
         Raises:
             ValueError: the file is not a safetensors file of moments, or is damaged.
         """
-        try:
-            with storage_path(path).local_copy() as local, safe_open(local, "pt") as file:
-                flags = file.metadata()["moments"].split()
-                state = {name: file.get_tensor(name) for name in file.keys()}
+        with tensors_of(path, "moments written by Moments.save", "measure again") as (state, texts):
+            flags = texts["moments"].split()
             if flags[-1:] != [_checksum(state)]:
                 raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
             moments._restore(state)
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected moments written by Moments.save, got {error!r}; measure again"
-            ) from error
         return moments
 
     def __repr__(self) -> str:
@@ -357,10 +363,11 @@ class Moments:
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`_state` returned."""
-        for name in _SUMS if state else ():
-            setattr(self, name, state[name])
+        for name in _SUMS:
+            setattr(self, name, state[name] if state else None)
         if self.scatter is not None:
             prefix = "scatter."
+            self.scatter = Scatter()
             self.scatter.load_state(
                 {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
             )
@@ -385,9 +392,9 @@ class Moments:
         return count
 
 
-def _default_device(group: dist.ProcessGroup | None) -> torch.device:
-    backend = dist.get_backend(group)
-    return torch.device("cuda" if backend == "nccl" else "cpu")
+def _no_rows(columns: int, device: torch.device) -> ops.RowSums:
+    total = torch.zeros(columns, dtype=torch.float64, device=device)
+    return ops.RowSums(total, total.new_zeros(()), total.new_zeros(3, dtype=torch.int64))
 
 
 def good_rows(rows: Tensor) -> Tensor:
@@ -419,5 +426,5 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return f"blake2b={total.hexdigest()}"
