@@ -161,15 +161,14 @@ class ReAlign(nn.Module):
             batch_rows: number of rows of a tensor or an array that are read at a time.
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
             residual: read the source once more for :attr:`residual_gap`.
-            method: the map, one of ``methods.METHODS``. Those with covariances amplify what is
-                small in the source and can tear neighbours apart; shrinkage tames them.
+            method: one of ``methods.METHODS``. Those with covariances amplify what is small in
+                the source and can tear neighbours apart; shrinkage tames them.
             shrinkage: of both covariances: None, a number in [0, 1], ``"oas"`` or
                 ``"ledoit-wolf"``.
-            floor: eigenvalues at or under this share of the largest are left out; by default what
-                rounding explains.
+            floor: eigenvalues up to this share of the largest are left out; by default rounding.
             energy: share of the trace in the principal subspace of ``"blockwise"``.
-            noise: energy of the noise of ``"noise"`` (C3) as a share of T_x, by default 0.25.
-            seed: seed of that noise.
+            noise, seed: energy of the noise of ``"noise"`` (C3) as a share of T_x, by default
+                0.25, and its seed.
 
         Raises:
             ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
@@ -257,20 +256,19 @@ class ReAlign(nn.Module):
     @property
     def record(self) -> dict[str, float | int | str | None]:
         """Plain numbers of the fit: counts, traces, gaps; ``None`` where not measured."""
-        numbers: dict[str, float | int | str | None] = {
+        figures = {name: float(getattr(self, name)) for name in _SCALARS}
+        if self.method != "realign":
+            figures["scale"] = math.nan
+        fitted = int(self.target_count) > 0
+        gap = float((self.target_mean - self.source_mean).norm())
+        figures |= {"centroid_gap": gap if fitted else math.nan}
+        figures |= {"statistical_floor": self.statistical_floor}
+        record: dict[str, float | int | str | None] = {
             "dimension": self.dimension,
             "method": self.method,
         }
-        numbers |= {name: int(getattr(self, name)) for name in _COUNTS}
-        numbers |= {name: float(getattr(self, name)) for name in _SCALARS}
-        gap = float((self.target_mean - self.source_mean).norm())
-        numbers["scale"] = float(self.scale) if self.method == "realign" else None
-        numbers["centroid_gap"] = gap if numbers["target_count"] else None
-        numbers["statistical_floor"] = self.statistical_floor
-        return {
-            name: None if isinstance(number, float) and math.isnan(number) else number
-            for name, number in numbers.items()
-        }
+        record |= {name: int(getattr(self, name)) for name in _COUNTS}
+        return record | {name: None if math.isnan(x) else x for name, x in figures.items()}
 
     def forward(
         self, rows: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None

@@ -1,9 +1,8 @@
 """The fixed-frame theory: a decomposition of the gap of matched pairs into four parts.
 
 arXiv 2602.07026, section 3 and appendices A to C. A frame is fitted once, on probe rows: ``U``, the
-leading eigenvectors of ``S = S_x + S_y``, and its complement ``V``; then it is frozen. Pairs of
-unit rows ``(y, x)``, source (text) and target (image), give ``D = x - y`` and ``m = E[D]``, which
-the frame splits in four:
+leading eigenvectors of ``S = S_x + S_y``, and its complement ``V``. It splits the difference
+``D = x - y`` of pairs of unit rows, source (text) y and target (image) x, with ``m = E[D]``:
 
     D = beta + gamma + delta + zeta
     beta  = U U' m          principal modality bias        delta = U U' (D - m)
@@ -94,13 +93,10 @@ class FixedFrame:
         return float(self.values[: self.rank].sum() / self.values.sum())
 
     def leak(self, other: FixedFrame) -> float:
-        """Return ``|P_V P_Ut|_2 = sin theta(U_t, U)``, 0 where the U of ``other`` lies in this U.
+        """Return ``|P_V P_Ut|_2 = sin theta(U_t, U)``, the sine of the largest principal angle.
 
-        It is the sine of the largest principal angle (section 3). Fit ``other`` at a checkpoint
-        with ``rank=frame.rank``; with more columns than this U it is 1.
-
-        Raises:
-            ValueError: frames of different dimensions.
+        It is 0 where the U of ``other`` lies in this U, and 1 where that has more columns: fit
+        ``other`` at a checkpoint with ``rank=frame.rank``. Other dimensions are a ValueError.
         """
         if other.basis.shape != self.basis.shape:
             raise ValueError(
@@ -201,12 +197,12 @@ class Decomposition:
     @property
     def delta_spectrum(self) -> Tensor:
         """The eigenvalues of S_delta, [r], descending."""
-        return _descending_eigenvalues(self.delta_covariance)
+        return torch.linalg.eigvalsh(self.delta_covariance).flip(0).clamp(min=0)
 
     @property
     def zeta_spectrum(self) -> Tensor:
         """The eigenvalues of S_zeta, [D - r], descending."""
-        return _descending_eigenvalues(self.zeta_covariance)
+        return torch.linalg.eigvalsh(self.zeta_covariance).flip(0).clamp(min=0)
 
     @property
     def gamma_angle(self) -> float:
@@ -250,11 +246,7 @@ class Decomposition:
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
     def parts(self, source: Tensor, target: Tensor) -> Parts:
-        """Return the parts of matched rows, [N, D] each, with this mean and frame.
-
-        Raises:
-            ValueError: rows that :meth:`FixedFrame.decompose` refuses.
-        """
+        """Return the parts of matched rows, [N, D] each, with this mean and frame."""
         differences = [x - y for y, x in _unit_blocks((source, target), len(self.beta))]
         centred = torch.cat(differences) - (self.beta + self.gamma)
         u, v = (b.to(centred.device) for b in (self.frame.principal, self.frame.complement))
@@ -274,10 +266,7 @@ def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
     """Return drift and cosines of gamma over checkpoints, all decomposed in the same frame.
 
     Sampling alone gives a drift of about ``gamma_standard_error * sqrt(2)`` between independent
-    samples of pairs.
-
-    Raises:
-        ValueError: fewer than two checkpoints, or different frames.
+    samples of pairs. Fewer than two checkpoints, and different frames, are a ValueError.
     """
     if len(decompositions) < 2:
         raise ValueError(
@@ -288,12 +277,9 @@ def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
         if frame_t.rank != frame.rank or not torch.equal(frame_t.basis, frame.basis):
             raise ValueError("gamma_history: checkpoints have different frames; use one for all")
     gammas = torch.stack([decomposition.gamma for decomposition in decompositions])
-    directions = unit(gammas)
+    cosines = unit(gammas) @ unit(gammas).T
     return GammaHistory(
-        drift=(gammas[1:] - gammas[:-1]).norm(dim=1),
-        cosine_to_previous=(directions[1:] * directions[:-1]).sum(dim=1),
-        cosine_to_first=directions @ directions[0],
-        cosine_to_last=directions @ directions[-1],
+        gammas.diff(dim=0).norm(dim=1), cosines.diagonal(1), cosines[0], cosines[-1]
     )
 
 
@@ -305,17 +291,8 @@ def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
         E[unit(Z)] - a = -(1/r^2) S a - (1/2r^2) a tr S + (3/2r^2) a (a' S a) + O(E|e|^3 / r^3)
 
     The part orthogonal to a vanishes where a is an eigenvector of S, so for every a iff S is
-    isotropic. For symmetric noise the remainder is of fourth order.
-
-    Args:
-        mean: [D], not 0.
-        covariance: S, [D, D].
-
-    Returns:
-        [D] float64.
-
-    Raises:
-        ValueError: shapes that do not fit, or a zero mean.
+    isotropic. For symmetric noise the remainder is of fourth order. The mean [D] must not be 0,
+    S is [D, D] and the result [D] float64.
     """
     mean, s = mean.double(), covariance.double()
     if mean.dim() != 1 or s.shape != (len(mean), len(mean)):
@@ -336,11 +313,6 @@ def _condition(values: Tensor) -> float:
         return math.nan
     ratio = float(values[-1] / values[0])
     return 1 / ratio if ratio > _SINGULAR else math.inf
-
-
-def _descending_eigenvalues(covariance: Tensor) -> Tensor:
-    values: Tensor = torch.linalg.eigvalsh(covariance)
-    return values.flip(0).clamp(min=0)
 
 
 def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:

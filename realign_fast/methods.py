@@ -1,17 +1,7 @@
 """The linear part A of every map ``unit(unit(A u + b) + h)``, from the moments of both sides.
 
 With ``b = mu_x - A mu_y`` every map sends mean to mean (y source, x target; arXiv 2602.07026,
-section 4, and its appendix F for the block-wise map):
-
-| method | A | shape | from |
-|---|---|---|---|
-| ``realign`` | ``sqrt(T_x / T_y)`` I | number | means and traces |
-| ``mean-shift`` | I | number | means |
-| ``diagonal`` | ratio of standard deviations | [D] | variances |
-| ``coral`` | ``S_x^1/2 S_y^-1/2`` | [D, D] | covariances |
-| ``optimal-transport`` | ``S_y^-1/2 (S_y^1/2 S_x S_y^1/2)^1/2 S_y^-1/2`` | [D, D] | covariances |
-| ``blockwise`` | CORAL on U and on its complement V | [D, D] | covariances |
-| ``noise`` | I, and Gaussian noise is added to ``u + b`` (C3) | number | means and traces |
+section 4, and its appendix F for the block-wise map). docs/method.md has the formula of each A.
 """
 
 from __future__ import annotations
@@ -47,15 +37,8 @@ def linear_part(
 ) -> Tensor:
     """Return A in float64: a number [], a diagonal [D] or a matrix [D, D].
 
-    Args:
-        method: the map, one of :data:`METHODS`.
-        source, target: moments of both sides, with covariances where the method needs them.
-        shrinkage: of both covariances towards a multiple of I (:func:`whiten.shrinkage`).
-        floor: eigenvalues below this share of the largest count as 0 (:mod:`whiten`).
-        energy: share of the trace of ``S_x + S_y`` in U, for the block-wise map.
-
-    Raises:
-        ValueError: an unknown method, or one that needs covariances of moments without them.
+    ``ReAlign.fit`` describes the options. A ValueError names an unknown method, and moments
+    without the covariances that the method needs.
     """
     if method not in METHODS:
         raise ValueError(f"ReAlign: method={method!r} is none of {', '.join(METHODS)}")

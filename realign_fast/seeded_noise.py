@@ -25,16 +25,12 @@ def noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed
 
     The result is float32, or float64 of float64 rows; a row that is not finite becomes NaN.
     """
-    noisy: Callable[..., Tensor] = _noisy_rows
+    noise_of: Callable[..., Tensor] = seeded_noise
     if torch.compiler.is_compiling():  # 64-bit integer hashing in a compiled loop takes minutes
-        noisy = torch.compiler.disable(_noisy_rows)  # type: ignore[no-untyped-call]
-    return noisy(rows, shift, recentre, sigma, seed)
-
-
-def _noisy_rows(rows: Tensor, shift: Tensor, recentre: Tensor, sigma: float, seed: int) -> Tensor:
+        noise_of = torch.compiler.disable(seeded_noise)  # type: ignore[no-untyped-call]
     dtype = working_dtype(rows)
     x, finite = rows.to(dtype), torch.isfinite(rows).all(dim=1, keepdim=True)
-    noise = seeded_noise(rows, seed).to(dtype)
+    noise = noise_of(rows, seed).to(dtype)
     mapped = unit(unit(torch.where(finite, x, 0)) + shift.to(dtype) + sigma * noise)
     return torch.where(finite, unit(mapped + recentre.to(dtype)), torch.nan)
 

@@ -30,10 +30,7 @@ the encoder was trained on the fitted pictures and places pictures it never saw 
 
 
 def run(out: Path, progress: bool = True) -> dict[str, Any]:
-    """Align the built-in corpus into ``out`` and print a table of figures.
-
-    Writes the aligned rows, ``aligner.safetensors``, ``report.json``, ``demo.json`` and
-    ``demo.png``.
+    """Align the built-in corpus into ``out``, print a table of figures and draw the clouds.
 
     Returns:
         The contents of ``demo.json``: the numbers of texts, images and held-out pairs, and the
@@ -96,11 +93,8 @@ def _figures(text: Tensor, image: Tensor, paired: bool = False) -> dict[str, flo
 
 
 def _table(columns: dict[str, dict[str, float]]) -> str:
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    lines = [" " * 28 + "".join(f"{head:>17}" for head in columns)]
-    for name in names:
-        cells = (
-            f"{column[name]:17.4f}" if name in column else " " * 17 for column in columns.values()
-        )
-        lines.append(f"{name:28}" + "".join(cells))
-    return "\n".join(lines)
+    lines = {"": "".join(f"{head:>17}" for head in columns)}
+    for name in dict.fromkeys(name for figures in columns.values() for name in figures):
+        cells = (figures.get(name) for figures in columns.values())
+        lines[name] = "".join(" " * 17 if cell is None else f"{cell:17.4f}" for cell in cells)
+    return "\n".join(f"{name:28}{line}" for name, line in lines.items())

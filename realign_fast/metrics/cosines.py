@@ -1,6 +1,7 @@
 """Cosines of matching rows, and of pairs of rows within one modality.
 
-Rows are [N, D] of any floating dtype; cosines are float64.
+Rows are [N, D] of any floating dtype; cosines are float64. Rows that are too few, do not match or
+are not finite are a ValueError.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._rows import expect_tensor
 from ..ops.reference import unit
 from .estimate import Estimate
 
@@ -20,11 +22,7 @@ def matched_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_cosine(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
-    """Return the mean cosine of matching rows a, b [N, D]; it is Phi where b is a aligned.
-
-    Raises:
-        ValueError: rows that do not match, fewer than two, or not finite.
-    """
+    """Return the mean cosine of matching rows a, b [N, D]; it is Phi where b is a aligned."""
     check_pairs("mean_cosine", a, b)
     return Estimate.of_mean(torch.cat([matched_cosine(*pair) for pair in row_blocks(a, b, block)]))
 
@@ -32,13 +30,9 @@ def mean_cosine(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
 def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: int = 512) -> Tensor:
     """Return the cosines [pairs] of pairs of different rows [N, D], drawn with replacement.
 
-    The draw is uniform and depends on N, ``pairs`` and ``seed`` alone: corpora with as many rows
-    give pairs at the same places.
-
-    Raises:
-        ValueError: fewer than two rows, or rows that are not finite.
+    The draw is uniform and depends on N, ``pairs`` and ``seed`` alone.
     """
-    _check_rows("pairwise_cosines", rows)
+    check_rows("pairwise_cosines", rows)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(rows), (pairs,), generator=generator)
     second = torch.randint(len(rows) - 1, (pairs,), generator=generator)
@@ -77,9 +71,6 @@ def cosine_correlation(a: Tensor, b: Tensor, block: int = 2048) -> Estimate:
     It is Pearson's correlation. a, b [N, D] match row by row (their D may differ). Every pair is
     used, a tile of block x block at a time, so the cost is N^2 D / 2 products. The standard error
     is the jackknife's over rows: sums by row give the correlation without each row in turn.
-
-    Raises:
-        ValueError: the sides differ in rows, have fewer than four, or are not finite.
     """
     check_pairs("cosine_correlation", a, b, min_rows=4, same_columns=False)
     count = len(a)
@@ -92,14 +83,21 @@ def cosine_correlation(a: Tensor, b: Tensor, block: int = 2048) -> Estimate:
 
 
 def _cosine_sums(a: Tensor, b: Tensor, block: int) -> Tensor:
-    """Return [5, N], sums of p, q, pp, qq, pq over each row's pairs; p, q are centred cosines."""
+    """Return [5, N], sums of p, q, pp, qq, pq over each row's pairs.
+
+    p and q are cosines less the mean cosine of the first block, so that the sums do not cancel.
+    """
+
+    def units(first: int) -> list[Tensor]:
+        return [unit(rows[first : first + block].double()) for rows in (a, b)]
+
     sums = torch.zeros(5, len(a), dtype=torch.float64, device=a.device)
-    shifts = [_mean_pair_cosine(rows, block) for rows in (a, b)]
+    shifts = [rows.mean(dim=0).square().sum() for rows in units(0)]
     starts = range(0, len(a), block)
     for first in starts:
-        first_units = [unit(rows[first : first + block].double()) for rows in (a, b)]
+        first_units = units(first)
         for second in starts[first // block :]:
-            second_units = [unit(rows[second : second + block].double()) for rows in (a, b)]
+            second_units = units(second)
             p, q = (u @ v.T - m for u, v, m in zip(first_units, second_units, shifts, strict=True))
             if first == second:
                 p.fill_diagonal_(0)
@@ -109,14 +107,6 @@ def _cosine_sums(a: Tensor, b: Tensor, block: int) -> Tensor:
                 if first != second:
                     sums[index, second : second + block] += tile.sum(dim=0)
     return sums
-
-
-def _mean_pair_cosine(rows: Tensor, block: int) -> float:
-    """Return the mean cosine of all pairs of different rows, from the sum of the unit rows."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for row_block in torch.split(rows, block):
-        total += unit(row_block.double()).sum(dim=0)
-    return float(total.square().sum() - len(rows)) / (len(rows) * (len(rows) - 1))
 
 
 def _correlation(sums: Tensor, count: int) -> Tensor:
@@ -134,9 +124,9 @@ def row_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[Tensor, Tenso
 def check_pairs(
     name: str, a: Tensor, b: Tensor, min_rows: int = 2, same_columns: bool = True
 ) -> None:
-    """Raise a ValueError if rows cannot be matched one by one, are too few, or not finite."""
+    """Raise an error if rows cannot be matched one by one, or :func:`check_rows` refuses them."""
     for rows in (a, b):
-        _check_rows(name, rows, min_rows)
+        check_rows(name, rows, min_rows)
     if len(a) != len(b) or (same_columns and a.shape != b.shape):
         raise ValueError(
             f"{name}: expected rows that match one by one, got shapes {list(a.shape)} and "
@@ -144,7 +134,9 @@ def check_pairs(
         )
 
 
-def _check_rows(name: str, rows: Tensor, min_rows: int = 2) -> None:
+def check_rows(name: str, rows: Tensor, min_rows: int = 2) -> None:
+    """Raise an error if rows are no tensor [N, D], too few, or not finite; ``name`` begins it."""
+    expect_tensor(name, rows)
     if rows.dim() != 2 or len(rows) < min_rows:
         raise ValueError(
             f"{name}: expected {min_rows} or more rows [N, D], got shape {list(rows.shape)}"

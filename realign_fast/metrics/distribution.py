@@ -1,12 +1,15 @@
 """Distances between two distributions, from their moments alone.
 
 Arguments are in the order of ``ReAlign.from_moments``: the source (text, y) first, the target
-(image, x) second. Definitions are those of arXiv 2602.07026, section 3, unless stated.
+(image, x) second. Definitions are those of arXiv 2602.07026, section 3, unless stated. Moments
+without rows, and of different dimensions, are a ValueError.
 """
 
 from __future__ import annotations
 
 import math
+
+from torch import Tensor
 
 from ..moments import Moments
 from ..whiten import bures_distance
@@ -19,21 +22,20 @@ def centroid_gap(a: Moments, b: Moments) -> Estimate:
     Where both moments have a covariance, the standard error is that of the delta method,
     ``sqrt(g' (S_a / n_a + S_b / n_b) g)`` with ``g`` the direction of the gap. It describes a gap
     well above :func:`sampling_gap`; near that floor compare with the floor instead.
-
-    Raises:
-        ValueError: moments of different dimensions, or without rows.
     """
     _expect_one_encoder("centroid_gap", a, b)
     difference = a.mean - b.mean.to(a.mean.device)
     gap = float(difference.norm())
     if not (a.with_covariance and b.with_covariance) or gap == 0:
         return Estimate(gap)
-    direction = difference / gap
-    variance = 0.0
-    for moments in (a, b):
-        along = direction.to(moments.mean.device)
-        variance += float(along @ moments.covariance @ along) / moments.count
-    return Estimate(gap, math.sqrt(max(variance, 0.0)))
+    variance = sum(_variance_along(m, difference / gap) / m.count for m in (a, b))
+    return Estimate(gap, math.sqrt(variance))
+
+
+def _variance_along(moments: Moments, v: Tensor) -> float:
+    """Return ``v' S v`` of a direction v [D], not below 0."""
+    v = v.to(moments.mean.device)
+    return max(float(v @ moments.covariance @ v), 0.0)
 
 
 def sampling_gap(trace: float, *counts: int) -> float:
@@ -59,8 +61,8 @@ def trace_ratio(source: Moments, target: Moments) -> Estimate:
         unit_rows = moments.normalize and abs(moments.energy - 1) < 1e-6
         if not (unit_rows and moments.with_covariance and moments.trace > 0):
             return Estimate(ratio)
-        along = float(moments.mean @ moments.covariance @ moments.mean)
-        relative_variance += 4 * max(along, 0.0) / (moments.count * moments.trace**2)
+        along_mean = _variance_along(moments, moments.mean)
+        relative_variance += 4 * along_mean / (moments.count * moments.trace**2)
     return Estimate(ratio, ratio * math.sqrt(relative_variance))
 
 
@@ -87,7 +89,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _expect_one_encoder(name: str, a: Moments, b: Moments) -> None:
-    """Raise a ValueError if two moments differ in their dimension."""
+    """Raise an error if these are no Moments, or differ in their dimension."""
+    for moments in (a, b):
+        if not isinstance(moments, Moments):
+            raise TypeError(
+                f"{name}: expected Moments, got {type(moments).__name__}; measure rows with "
+                "Moments(covariance=True).update(rows)"
+            )
     if a.dimension != b.dimension:
         raise ValueError(
             f"{name}: expected moments of one dimension, got {a.dimension} and {b.dimension} "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,9 +62,7 @@ def gap_report(
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
-        if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) < 4:
-            actual = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"gap_report: expected {name} rows [N, D], N from 4, got {actual}")
+        cosines.check_rows(f"gap_report, {name} rows", rows, min_rows=4)
     if aligned_rows is not None and aligned_rows.shape != source_rows.shape:
         raise ValueError(
             f"gap_report: aligned rows are {list(aligned_rows.shape)}, the source rows "
@@ -73,11 +70,14 @@ def gap_report(
         )
     target = _measure("target", target_rows, target_moments)
     source = _measure("source", source_rows, source_moments)
-    report = _compare("before", source, target, paired, settings)
+    stages = {"before": _compare(source, target, paired, settings)}
     if aligned_rows is not None:
         aligned = _measure("aligned", aligned_rows, aligned_moments)
-        report |= _compare("after", aligned, target, paired, settings)
-        report |= _preserved(source_rows, aligned_rows, settings)
+        stages["after"] = _compare(aligned, target, paired, settings)
+        stages["kept"] = _preserved(source_rows, aligned_rows, settings)
+    report: Numbers = {}
+    for stage, figures in stages.items():
+        report |= {f"{stage}_{name}": value for name, value in figures.items()}
     used = {f"settings_{k}": v for k, v in asdict(settings).items() if isinstance(v, int)}
     return _plain(report) | used
 
@@ -102,20 +102,16 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
     return _Modality(rows, moments, spectrum.spectrum_of(moments))
 
 
-def _compare(
-    stage: str, source: _Modality, target: _Modality, paired: bool, settings: GapSettings
-) -> Numbers:
-    """Return the figures of one source and one target, named ``{stage}_{figure}``."""
-    figures = _distances(source, target) | _spectra(source, target, settings)
+def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
+    """Return the figures of one source and one target."""
+    figures = _distances(source.moments, target.moments)
+    figures |= _spectra(source.spectrum, target.spectrum, settings.subspace)
     figures |= _samples(source.rows, target.rows, settings)
-    if paired:
-        figures |= _pairs(source.rows, target.rows, settings)
-    return {f"{stage}_{name}": value for name, value in figures.items()}
+    return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
 
 
-def _distances(source: _Modality, target: _Modality) -> Numbers:
+def _distances(y: Moments, x: Moments) -> Numbers:
     """Return the figures that moments determine."""
-    y, x = source.moments, target.moments
     return {
         "source_rows": y.count,
         "target_rows": x.count,
@@ -127,21 +123,21 @@ def _distances(source: _Modality, target: _Modality) -> Numbers:
     }
 
 
-def _spectra(source: _Modality, target: _Modality, settings: GapSettings) -> Numbers:
+def _spectra(source: spectrum.Spectrum, target: spectrum.Spectrum, subspace: int) -> Numbers:
     """Return the figures of eigenvalues and eigenvectors."""
-    (y, y_vectors), (x, x_vectors) = source.spectrum, target.spectrum
-    leading = max(1, min(settings.subspace, len(x) // 2))
+    columns = len(target.values)
+    leading = max(1, min(subspace, columns // 2))
     figures: Numbers = {
-        "log_spectrum_correlation": _or_nan(spectrum.log_spectrum_correlation, y, x),
+        "log_spectrum_correlation": _or_nan(
+            spectrum.log_spectrum_correlation, source.values, target.values
+        ),
         "subspace": leading,
-        "subspace_overlap": spectrum.subspace_overlap(y_vectors, x_vectors, leading),
-        "subspace_overlap_chance": leading / len(x),
+        "subspace_overlap": spectrum.subspace_overlap(source.vectors, target.vectors, leading),
+        "subspace_overlap_chance": leading / columns,
     }
-    for side, values in (("source", y), ("target", x)):
-        figures[f"{side}_effective_rank"] = _or_nan(spectrum.effective_rank, values)
-        figures[f"{side}_participation_ratio"] = _or_nan(spectrum.participation_ratio, values)
-        figures[f"{side}_anisotropy"] = _or_nan(spectrum.anisotropy, values)
-        figures[f"{side}_power_law_exponent"] = _or_nan(spectrum.power_law_exponent, values)
+    for side, values in (("source", source.values), ("target", target.values)):
+        for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
+            figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), values)
     return figures
 
 
@@ -155,23 +151,18 @@ def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
 
 def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     """Return the figures of unpaired samples of rows."""
-    mixing = partial(
-        neighbours.knn_mixing, k=settings.mixing_k, block=settings.block, backend=settings.backend
-    )
-    candidates = len(source) + len(target) - 1
-    return {
+    pairs, bins, seed = settings.cosine_pairs, settings.cosine_bins, settings.seed
+    figures: Numbers = {
         "cosine_divergence": cosines.cosine_divergence(
-            source,
-            target,
-            pairs=settings.cosine_pairs,
-            bins=settings.cosine_bins,
-            seed=settings.seed,
-        ),
-        "source_mixing": mixing(source, target),
-        "source_mixing_chance": len(target) / candidates,
-        "target_mixing": mixing(target, source),
-        "target_mixing_chance": len(source) / candidates,
+            source, target, pairs=pairs, bins=bins, seed=seed
+        )
     }
+    for side, rows, others in (("source", source, target), ("target", target, source)):
+        figures[f"{side}_mixing"] = neighbours.knn_mixing(
+            rows, others, settings.mixing_k, block=settings.block, backend=settings.backend
+        )
+        figures[f"{side}_mixing_chance"] = len(others) / (len(source) + len(target) - 1)
+    return figures
 
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
@@ -182,8 +173,7 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
         "cosine_correlation": cosines.cosine_correlation(source, target, block),
         "residual_anisotropy": spectrum.residual_anisotropy(source, target, block),
     }
-    sides = {"source": (source, target), "target": (target, source)}
-    for side, (queries, gallery) in sides.items():
+    for side, queries, gallery in (("source", source, target), ("target", target, source)):
         ranks = neighbours.match_ranks(queries, gallery, block)
         for k in settings.recall_at:
             figures[f"{side}_recall_at_{k}"] = neighbours.recall_of(ranks, k)
@@ -193,13 +183,12 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
 def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
     """Return the figures of what the alignment preserved among the source rows."""
     k, block, backend = settings.overlap_k, settings.block, settings.backend
+    overlap = neighbours.knn_overlap(source, aligned, k, block=block, backend=backend)
     return {
-        "kept_mean_cosine": cosines.mean_cosine(source, aligned, block),
-        "kept_cosine_correlation": cosines.cosine_correlation(source, aligned, block),
-        "kept_knn_overlap": neighbours.knn_overlap(
-            source, aligned, k, block=block, backend=backend
-        ),
-        "kept_knn_overlap_chance": k / (len(source) - 1),
+        "mean_cosine": cosines.mean_cosine(source, aligned, block),
+        "cosine_correlation": cosines.cosine_correlation(source, aligned, block),
+        "knn_overlap": overlap,
+        "knn_overlap_chance": k / (len(source) - 1),
     }
 
 

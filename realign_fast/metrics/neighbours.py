@@ -7,8 +7,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .._rows import expect_tensor
+from ..ops import working_dtype
 from ..ops.reference import unit
-from .cosines import check_pairs, row_blocks
+from .cosines import check_pairs, check_rows, row_blocks
 from .estimate import Estimate
 
 SearchBackend = Literal["auto", "faiss", "torch"]
@@ -50,7 +52,7 @@ def nearest_rows(
     faiss = _faiss(backend, queries)
     if faiss is not None:
         return _faiss_nearest(faiss, queries, gallery, k, own, block)
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(queries)
     blocks = []
     for first in range(0, len(queries), block):
         unit_queries = unit(queries[first : first + block].double()).to(dtype)
@@ -68,10 +70,9 @@ def knn_mixing(
     mix at ``M / (N + M - 1)``. Swap the arguments for the other direction. The paper (arXiv
     2602.07026) gives no formula; this is the usual one. The standard error takes the rows of a as
     independent queries of a given union.
-
-    Raises:
-        ValueError: fewer than two rows of a, or not ``1 <= k < N + M``.
     """
+    for rows in (a, b):
+        expect_tensor("knn_mixing", rows)
     if len(a) < 2 or not 1 <= k < len(a) + len(b):
         raise ValueError(
             f"knn_mixing: got k = {k} with {len(a)} and {len(b)} rows, expected 2 or more rows and "
@@ -140,10 +141,12 @@ def recall_of(ranks: Tensor, k: int) -> Estimate:
 def _check_search(
     queries: Tensor, gallery: Tensor, k: int, own: int | None, backend: SearchBackend
 ) -> None:
-    """Raise a ValueError if :func:`nearest_rows` cannot search with these arguments."""
+    """Raise an error if :func:`nearest_rows` cannot search with these arguments."""
     if backend not in (known := get_args(SearchBackend)):
         raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
-    if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
+    for rows in (queries, gallery):
+        check_rows("nearest_rows", rows, min_rows=0)
+    if queries.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "
             f"{list(gallery.shape)}; embed both with one encoder"
@@ -154,8 +157,6 @@ def _check_search(
             f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
             "have as neighbours; give more rows or a smaller k"
         )
-    if not bool(torch.isfinite(queries).all()) or not bool(torch.isfinite(gallery).all()):
-        raise ValueError("nearest_rows: a row holds a NaN or an infinity; leave such rows out")
 
 
 def _torch_nearest(
@@ -163,9 +164,8 @@ def _torch_nearest(
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of unit queries [n, D], a block of the gallery at a time."""
     count, device = len(unit_queries), unit_queries.device
-    cosines = unit_queries.new_empty(count, 0)
-    indices = torch.empty(count, 0, dtype=torch.int64, device=device)
     rows = torch.arange(count, device=device)
+    cosines, indices = unit_queries.new_empty(count, 0), rows.new_empty(count, 0)
     for first in range(0, len(gallery), block):
         unit_gallery = unit(gallery[first : first + block].double()).to(unit_queries.dtype)
         tile = unit_queries @ unit_gallery.T
@@ -174,10 +174,9 @@ def _torch_nearest(
             inside = (column >= 0) & (column < len(unit_gallery))
             tile[rows[inside], column[inside]] = -torch.inf
         values, places = tile.topk(min(k, len(unit_gallery)), dim=1)
-        cosines = torch.cat([cosines, values], dim=1)
-        indices = torch.cat([indices, places + first], dim=1)
-        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        indices = indices.gather(1, order)
+        candidates = torch.cat([cosines, values], dim=1)
+        cosines, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+        indices = torch.cat([indices, places + first], dim=1).gather(1, order)
     return cosines, indices
 
 

@@ -26,20 +26,10 @@ def draw_alignment(
 ) -> None:
     """Draw both clouds on two principal axes and the cosines of pairs, before and after, as a PNG.
 
-    The axes are principal axes of the image rows and the unaligned text rows together: of the
-    first ten, the one along which the two means are furthest apart, and the first of the others.
-    Both pictures have the same axes. A grey line joins a held-out text to its image.
-
-    Args:
-        path: the file to write.
-        image: image rows `[N, D]`.
-        text: text rows `[M, D]` before and after the alignment.
-        held_out_image: image rows `[P, D]` of held-out pairs.
-        held_out_text: text rows `[P, D]` of the same pairs, before and after.
-        title: the title of the figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    Rows are ``image`` [N, D], held-out pairs [P, D], and texts before and after the alignment. The
+    axes are principal axes of images and unaligned texts together: of the first ten, the one along
+    which the means are furthest apart, and the first of the others. A grey line joins a held-out
+    text to its image. Without matplotlib it raises an ImportError.
     """
     pyplot = _pyplot()
     centre, axes = principal_axes(torch.cat([image, text[0]]), 10)
@@ -53,7 +43,13 @@ def draw_alignment(
     for column, state in enumerate(("before", "after")):
         clouds, cosines = panels[0][column], panels[1][column]
         rows = (image, text[column], held_out_image, held_out_text[column])
-        _draw_clouds(clouds, *((unit(side.double()) - centre) @ axes for side in rows))
+        points = [(unit(side.double()) - centre) @ axes for side in rows]
+        for cloud, colour, name in ((points[0], _IMAGE, "image"), (points[1], _TEXT, "text")):
+            drawn = cloud[:: max(1, len(cloud) // _POINTS)]
+            clouds.scatter(*drawn.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
+        ends = torch.stack(points[2:])
+        clouds.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
+        clouds.legend(markerscale=4, loc="upper right")
         clouds.set_title(f"{state}: rows on principal axes {across + 1} and {along + 1}")
         _draw_cosines(cosines, held_out_image, held_out_text[column])
         cosines.set_title(f"{state}: cosine of held-out texts and images")
@@ -63,21 +59,9 @@ def draw_alignment(
     pyplot.close(figure)
 
 
-def _draw_clouds(
-    panel: Any, image: Tensor, text: Tensor, pair_image: Tensor, pair_text: Tensor
-) -> None:
-    """Draw points `[N, 2]` of both sides, and lines between those of pairs `[P, 2]`."""
-    for points, colour, name in ((image, _IMAGE, "image"), (text, _TEXT, "text")):
-        drawn = points[:: max(1, len(points) // _POINTS)]
-        panel.scatter(*drawn.T, s=4, color=colour, alpha=0.35, linewidths=0, label=name)
-    ends = torch.stack([pair_image, pair_text])
-    panel.plot(ends[:, :, 0], ends[:, :, 1], color=_PAIR, lw=0.4, alpha=0.4)
-    panel.legend(markerscale=4, loc="upper right")
-
-
 def _draw_cosines(panel: Any, image: Tensor, text: Tensor) -> None:
-    images = {"matched": image, "shuffled": image.roll(1, dims=0)}
-    for (name, partner), colour in zip(images.items(), (_TEXT, _PAIR), strict=True):
+    images = (("matched", image, _TEXT), ("shuffled", image.roll(1, dims=0), _PAIR))
+    for name, partner, colour in images:
         values = matched_cosine(text, partner)
         bins = torch.linspace(-0.4, 0.8, 49)
         panel.hist(values, bins=bins, density=True, alpha=0.6, color=colour, label=name)

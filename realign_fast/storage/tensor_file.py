@@ -1,4 +1,4 @@
-"""Small safetensors files of this package's objects: they appear whole, and errors name the file."""
+"""Safetensors files of this package's objects; every error names the file."""
 
 from __future__ import annotations
 

@@ -118,7 +118,11 @@ def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
 
 
 def default_floor(covariance: Tensor) -> float:
-    """Return the share of the largest eigenvalue of S [D, D] that rounding alone can make."""
+    """Return the share of the largest eigenvalue of S [D, D] that rounding alone can make.
+
+    It is D times the precision of float64, for the decomposition, or sqrt(D) times the precision
+    of the covariance's own dtype, for entries that were rounded to it, whichever is larger.
+    """
     columns = len(covariance)
     return max(columns * EPSILON, float(columns**0.5) * torch.finfo(covariance.dtype).eps)
 

@@ -45,9 +45,6 @@ def whitening(
     - ``"cholesky"``: ``W = C^-1`` with ``S = C C'``, both lower triangular if nothing is left out
 
     (Kessy, Lewin and Strimmer, arXiv 1512.00809; they take the triangular factor of ``S^-1``.)
-
-    Raises:
-        ValueError: another ``kind``, or a matrix that is no covariance.
     """
     if kind not in get_args(WhiteningKind):
         raise ValueError(f"whiten: kind={kind!r} is none of {', '.join(get_args(WhiteningKind))}")

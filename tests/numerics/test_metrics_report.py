@@ -191,7 +191,7 @@ def test_samples_that_do_not_fit_are_named():
     rows = torch.randn(30, 8)
     with pytest.raises(ValueError, match=r"aligned rows are \[5, 8\], the source rows \[30, 8\]"):
         gap_report(rows, rows, rows[:5])
-    with pytest.raises(ValueError, match=r"expected target rows .* got ndarray"):
+    with pytest.raises(TypeError, match=r"target rows: expected rows as a tensor, got ndarray"):
         gap_report(rows, rows.numpy())
-    with pytest.raises(ValueError, match=r"N from 4, got \[1, 8\]"):
+    with pytest.raises(ValueError, match=r"source rows: expected 4 or more rows .* \[1, 8\]"):
         gap_report(rows[:1], rows)
