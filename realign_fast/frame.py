@@ -197,12 +197,12 @@ class Decomposition:
     @property
     def delta_spectrum(self) -> Tensor:
         """The eigenvalues of S_delta, [r], descending."""
-        return torch.linalg.eigvalsh(self.delta_covariance).flip(0).clamp(min=0)
+        return _spectrum(self.delta_covariance)
 
     @property
     def zeta_spectrum(self) -> Tensor:
         """The eigenvalues of S_zeta, [D - r], descending."""
-        return torch.linalg.eigvalsh(self.zeta_covariance).flip(0).clamp(min=0)
+        return _spectrum(self.zeta_covariance)
 
     @property
     def gamma_angle(self) -> float:
@@ -313,6 +313,11 @@ def _condition(values: Tensor) -> float:
         return math.nan
     ratio = float(values[-1] / values[0])
     return 1 / ratio if ratio > _SINGULAR else math.inf
+
+
+def _spectrum(covariance: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(covariance)
+    return values.flip(0).clamp(min=0)
 
 
 def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:

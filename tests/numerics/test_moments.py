@@ -162,6 +162,24 @@ def test_bad_rows_kept_skipped_or_refused(covariance):
         refusing.update(rows, bad_rows="drop")
 
 
+@pytest.mark.parametrize("count", (5, 9000))
+@pytest.mark.parametrize("through", (None, MAP, lambda rows: rows.float() + 1))
+@pytest.mark.parametrize("covariance", (False, True))
+def test_a_bad_row_leaves_the_sums_as_they_were(covariance, through, count):
+    """With a covariance many rows are added before their bad ones are known, few are not."""
+    moments = Moments(covariance).update(random_rows(50, 6, seed=1), through=through)
+    before, rows = state(moments), random_rows(count, 6)
+    rows[-1], rows[-2, 3] = 0, torch.inf
+    with pytest.raises(ValueError, match=rf"row {count - 2} holds a NaN or an infinity"):
+        moments.update(rows, through=through)
+    assert state(moments) == before
+    skipped = Moments(covariance).update(random_rows(50, 6, seed=1), through=through)
+    skipped.update(rows[:-2], through=through)
+    moments.update(rows, through=through, bad_rows="skip")
+    assert (moments.count, moments.zero_rows, moments.nonfinite_rows) == (48 + count, 1, 1)
+    close(moments.mean, skipped.mean)
+
+
 def test_leading_axes_are_rows_and_gradients_stay_away():
     rows = random_rows(24, 6).requires_grad_()
     moments = Moments(covariance=True).update(rows.reshape(2, 3, 4, 6))

@@ -15,7 +15,7 @@ from realign_fast.ops import functions
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
-    ("ops", "storage", "_startup", "_one_thread", "_extras", "_device", "_io"),
+    ("ops", "storage", "_startup", "_one_thread", "_extras", "_device", "_io", "_rows"),
     ("corpus", "covariance_sums", "seeded_noise", "whiten"),
     ("moments",),
     ("frame", "metrics"),
