@@ -15,14 +15,14 @@ from realign_fast.ops import functions
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
+    ("_libraries",),
     ("ops", "storage", "_startup", "_one_thread", "_extras", "_device", "_io", "_rows"),
     ("corpus", "covariance_sums", "seeded_noise", "whiten"),
     ("moments",),
     ("frame", "metrics"),
     ("methods",),
     ("align",),
-    ("pipeline", "embed", "revision", "integrations"),  # none of which imports another
-    ("report",),
+    ("pipeline", "embed", "revision", "integrations", "report"),  # none imports another
     ("demo",),
     ("cli",),
     ("__main__", "__init__", "_old_names"),
