@@ -143,10 +143,11 @@ def _utf8(text: str | None) -> str | None:
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
+def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
     """Begin an output or go on with it, after a check that `out` is the output of such a run.
 
-    `facts` are what every row depends on; `_embed/run.json` keeps them.
+    `facts` are what every row depends on; `_embed/run.json` keeps them. Returns whether all of
+    them were recorded: early runs of version 0.1.0 left the architecture out.
 
     Raises:
         ValueError: `out` holds other files, or rows that depend on other facts.
@@ -162,23 +163,32 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
             path.unlink()
         run.unlink()
     if run.exists():
-        _check_facts(out, run, facts)
-    else:
-        write_json(run, facts)
+        return _check_facts(out, run, facts)
+    write_json(run, facts)
+    return True
 
 
-def _check_facts(out: Path, run: Path, facts: dict[str, Any]) -> None:
+def _check_facts(out: Path, run: Path, facts: dict[str, Any]) -> bool:
     try:
         recorded = json.loads(run.read_bytes())
     except ValueError as error:
         raise ValueError(f"{run}: is damaged ({error}); give --mode overwrite") from error
-    for name in sorted(recorded | facts):
-        if recorded.get(name) != facts.get(name):
-            before, now = (json.dumps(values.get(name))[:200] for values in (recorded, facts))
-            raise ValueError(
-                f"{out}: was begun with {name} {before}, now it is {now}; give the same again, "
-                "another --out, or --mode overwrite to embed everything anew"
-            )
+    known = {name: value for name, value in facts.items() if name in {**recorded, "model": None}}
+    for difference in _differences("", recorded, known):
+        raise ValueError(
+            f"{out}: was begun with {difference}; give the same again, another --out, or --mode "
+            "overwrite to embed everything anew"
+        )
+    return len(known) == len(facts)
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield the settings in which two records differ, each by its name and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before | now):
+            yield from _differences(f"{name}.{key}".strip("."), before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name} {json.dumps(before)[:200]}, now it is {json.dumps(now)[:200]}"
 
 
 def remove_stale(out: Path, planned: Sequence[ShardFiles], metadata_format: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from .choices import Content, Mode, RowDtype, Side
 from .embed_output import (
     RECORDS,
     REPORT,
+    RUN,
     ShardFiles,
     check_out,
     join_failures,
@@ -37,6 +39,8 @@ SIDES: dict[Content, tuple[Side, ...]] = {
     "images": ("image",),
     "pairs": ("text", "image"),
 }
+# Differences of a number in a unit row between machines: rounding of the model and to float16.
+TOLERANCE = {"fp32": 6e-4, "bf16": 5e-3}
 CODE = 1  # rises with each version of this code that gives other bytes
 
 
@@ -98,7 +102,7 @@ def embed(
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
     run = _EmbedRun(encoder, out, settings, plan)
     with locked(out / RECORDS):
-        check_out(out, run.facts, settings.mode == "overwrite")
+        run.recorded = check_out(out, run.facts, settings.mode == "overwrite")
         (out / REPORT).unlink(missing_ok=True)
         remove_stale(out, [shard.files for shard in plan], metadata_format())
         report = run.write_shards()
@@ -111,6 +115,8 @@ def embed(
             "dtype": settings.dtype,
             "shards": len(plan),
         }
+        if not run.recorded:
+            write_json(out / RECORDS / RUN, run.facts)
         if not sum(report["rows"].values()):
             raise ValueError(f"{out}: all {failures} items failed; see failures.jsonl there")
         write_json(out / REPORT, report | {"made": run.facts})
@@ -140,6 +146,7 @@ class _EmbedRun:
     ) -> None:
         self.encoder, self.settings, self.plan = encoder, settings, plan
         self.lock = out / RECORDS / "lock"
+        self.recorded = True  # whether the output records everything that its rows depend on
         on_gpu, cores = encoder.device.type == "cuda", os.cpu_count() or 1
         self.batch_size = settings.batch_size or (256 if on_gpu else 32)
         default = min(16, cores) if on_gpu else max(1, cores // 4)  # the model is on the others
@@ -147,6 +154,7 @@ class _EmbedRun:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.facts = {  # what every row depends on, and the layout
             "model": encoder.facts(),
+            "architecture": encoder.architecture,
             "batch_size": self.batch_size,
             "dtype": settings.dtype,
             "shard_rows": settings.shard_rows,
@@ -167,6 +175,8 @@ class _EmbedRun:
                 key = self._key(shard, items)
                 if (record := shard.files.finished(key)) is not None:
                     num_rows = record["rows"]
+                    if num_rows and not self.recorded:
+                        self._verify(shard, items)
                     finished_before += len(items)
                     if progress:
                         bar.initial += len(items)  # the rate counts what this run does
@@ -191,10 +201,35 @@ class _EmbedRun:
         }
 
     def _key(self, shard: PlannedShard, items: Sequence[Item]) -> str:
-        """Return a digest of everything that the bytes of a shard depend on."""
-        inputs = [self.facts, shard.sides, shard.start, shard.stop, identity(items)]
+        """Return a digest of everything that the bytes of a shard depend on.
+
+        The architecture is left to `run.json`: keys of version 0.1.0 do not have it.
+        """
+        facts = {name: fact for name, fact in self.facts.items() if name != "architecture"}
+        inputs = [facts, shard.sides, shard.start, shard.stop, identity(items)]
         data = json.dumps(inputs, sort_keys=True).encode()
         return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    def _verify(self, shard: PlannedShard, items: Sequence[Item]) -> None:
+        """Embed the first rows of a finished shard again, for want of a recorded architecture.
+
+        Raises:
+            ValueError: the model gives other rows.
+        """
+        dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
+        batches = (dataset.batch(number) for number in range(len(dataset)))
+        first = next(batch for batch in batches if batch.positions)
+        for path, transfer in zip(
+            shard.files.rows_paths, self._rows(first, shard.sides), strict=True
+        ):
+            rows = transfer.wait().float()
+            stored = torch.from_numpy(np.load(path, mmap_mode="r")[: len(rows)].astype("float32"))
+            if (error := (rows - stored).abs().max()) > TOLERANCE[self.encoder.precision]:
+                raise ValueError(
+                    f"{path}: holds other rows than the model gives now (by up to {error:.2g}): "
+                    "its architecture has changed, which was not recorded then; give the model of "
+                    "that run, another --out, or --mode overwrite to embed everything anew"
+                )
 
     def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: tqdm[Any]) -> None:
         """Write one shard. Rows of a batch come back while the device works on the next one."""

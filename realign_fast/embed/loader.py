@@ -54,15 +54,16 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
         return -(-len(self.items) // self.batch_size)
 
     def __getitem__(self, number: int) -> PreparedBatch | Exception:
-        first = number * self.batch_size
         try:
-            return self._batch(range(first, min(first + self.batch_size, len(self.items))))
+            return self.batch(number)
         except (ValueError, TypeError, ImportError) as error:
             return error
 
-    def _batch(self, batch: range) -> PreparedBatch:
+    def batch(self, number: int) -> PreparedBatch:
+        """Return a batch, or raise the error of the source."""
         positions, failures, images, captions = [], [], [], []
-        for position in batch:
+        first = number * self.batch_size
+        for position in range(first, min(first + self.batch_size, len(self.items))):
             item = self.items[position]
             try:
                 if item.failure is not None:

@@ -44,6 +44,7 @@ class Encoder:
     dimension: int  # D
     model: Any  # a torch.nn.Module
     settings: dict[str, Any]  # of preprocessing and tokens, on which rows depend
+    architecture: dict[str, Any]  # whatever else rows depend on: the configs of the towers
 
     def __init__(self, device: str | None, precision: Precision | None) -> None:
         self.device = check_device(device)

@@ -18,6 +18,7 @@ from .base import Encoder, Tokens, loading, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+NO_ARCHITECTURE = ("transformers_version", "dtype", "architectures", "id2label", "label2id")
 TOKENIZER_FILES = ("vocab", "merges", "tokenizer", "special_tokens", "spiece", "added_tokens")
 
 
@@ -41,7 +42,7 @@ class HuggingFaceEncoder(Encoder):
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
         with explained(folder):
-            model = library.AutoModel.from_pretrained(folder, dtype=self.dtype, **LOCAL)
+            model = load_model(folder, self.dtype)
             self._processor = load_processor(Path(folder))
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
@@ -54,6 +55,10 @@ class HuggingFaceEncoder(Encoder):
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
         self.settings["tokenizer"] = tokenizer_hash(Path(folder))
+        self.architecture = {
+            "config": config_of(model),
+            "tokenizer": tokenizer_state(self._tokenizer),
+        }
         self.settings["library"] = f"transformers {library.__version__}"
         self.model = self._frozen(model)
         with explained(folder):
@@ -87,6 +92,41 @@ def processed(processor: Any, image: Any) -> torch.Tensor:
     """Return the pixels `[3, height, width]` that an image processor makes of an image."""
     pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
     return pixels
+
+
+def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
+    """Load the model of a directory.
+
+    Raises:
+        ValueError: its weights lack some of the model's, which would be random.
+    """
+    model, info = transformers().AutoModel.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, **options, **LOCAL
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+    return model
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """Return the config of a model, without what its rows do not depend on."""
+
+    def _relevant(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        names = (name for name in value if name[0] != "_" and name not in NO_ARCHITECTURE)
+        return {name: _relevant(value[name]) for name in names}
+
+    return dict(_relevant(plain(model.config.to_dict())))
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """Return everything that a loaded tokenizer of transformers does to a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend else repr(tokenizer)
+    digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
+    return {"class": type(tokenizer).__name__, "digest": digest, "marks": marks}
 
 
 def load_processor(folder: Path) -> Any:

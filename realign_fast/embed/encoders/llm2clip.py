@@ -25,10 +25,13 @@ from .base import Encoder, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
     PROCESSOR_FILES,
+    config_of,
     explained,
+    load_model,
     load_processor,
     processed,
     tokenizer_hash,
+    tokenizer_state,
     transformers,
 )
 
@@ -88,6 +91,7 @@ class Llm2ClipEncoder(Encoder):
         self.settings["library"] = f"transformers {library.__version__}"
         towers = nn.ModuleDict({"tower": tower, "adapter": adapter})
         self.model = self._frozen(towers.to(self.dtype))
+        self.architecture = {"config": config_of(tower)}
         self.dimension = config.projection_dim
         text_folder = Path(text_model or self._folder / "text_model")
         self._language = self._load_language(text_folder) if text_folder.is_dir() else None
@@ -99,9 +103,7 @@ class Llm2ClipEncoder(Encoder):
     def _load_language(self, folder: Path) -> nn.Module:
         library = transformers()
         with explained(folder):
-            model: Any = library.AutoModel.from_pretrained(
-                folder, dtype=self.dtype, attn_implementation="sdpa", **LOCAL
-            )
+            model = load_model(folder, self.dtype, attn_implementation="sdpa")
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
@@ -111,6 +113,8 @@ class Llm2ClipEncoder(Encoder):
         self._head, self._end = (HEAD, END) if chat else ("", "")
         self.settings["language_model"] = weights_hash(model)
         self.settings["tokenizer"] = tokenizer_hash(folder)
+        self.architecture["language_model"] = config_of(model)
+        self.architecture["tokenizer"] = tokenizer_state(self._tokenizer)
         width, expected = model.config.hidden_size, self.model["adapter"].width
         if width != expected:
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from ..._extras import import_extra
 from ..choices import Precision, StrPath
 from .base import Encoder, Tokens, loading, plain
+from .hugging_face import config_of, tokenizer_state
 
 
 def open_clip() -> ModuleType:
@@ -57,6 +58,13 @@ class OpenClipEncoder(Encoder):
         self._normalization = self._take_normalization()
         self.settings = plain({"preprocess": preprocess, "context": self._tokenize.context_length})
         self.settings["library"] = f"open_clip {library.__version__}"
+        self.architecture = {"config": plain(library.get_model_config(name))}
+        if hasattr(tower := getattr(clip, "text", None), "config"):  # of transformers
+            self.architecture["text_tower"] = config_of(tower)
+        if hasattr(self._tokenize, "tokenizer"):
+            self.architecture["tokenizer"] = tokenizer_state(self._tokenize.tokenizer)
+        if "timm_model_name" in self.architecture["config"]["vision_cfg"]:
+            self.architecture["library"] = f"timm {import_extra('timm', 'clip', name).__version__}"
         self.model = self._frozen(clip)
         self.dimension = self._measured_dimension()
 

@@ -1,0 +1,133 @@
+"""The same weights in another architecture are another model, whose rows no output mixes."""
+
+import hashlib
+import json
+
+import pytest
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from support.kill_embed import tree
+from support.small_models import (
+    require,
+    write_hugging_face,
+    write_llm2clip,
+    write_open_clip,
+    write_pictures,
+)
+
+from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
+from realign_fast.embed.sources.base import identity
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_source(write_pictures(tmp_path_factory.mktemp("pictures") / "p", 3), "pairs")
+
+
+def run(model, out, source):
+    encoder = load_encoder(*model, device="cpu")
+    return embed(encoder, out, pairs=source, settings=EmbedSettings(2, 0, progress=False))
+
+
+def write_model(kind, folder):
+    """Write a model and return the arguments that load it and the file of its config."""
+    if kind == "open_clip":
+        config, weights = write_open_clip(folder)
+        config = config.rename(folder / "ViT-B-32.json")  # a name that open_clip knows too
+        return (config, weights), config
+    require("transformers")
+    if kind == "llm2clip":
+        return (write_llm2clip(folder),), folder / "text_model" / "config.json"
+    return (write_hugging_face(folder, kind),), folder / "config.json"
+
+
+def change(config, setting, value):
+    content = json.loads(config.read_text())
+    *parents, name = setting.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    config.write_text(json.dumps(content))
+
+
+CHANGES = [
+    ("open_clip", "quick_gelu", True, "architecture.config.quick_gelu null, now it is true"),
+    ("open_clip", "text_cfg.heads", 4, "architecture.config.text_cfg.heads 2, now it is 4"),
+    ("clip", "text_config.eos_token_id", 2, "architecture.config.text_config.eos_token_id 1"),
+    ("clip", "vision_config.hidden_act", "relu", "hidden_act .quick_gelu., now it is .relu."),
+    ("siglip", "text_config.layer_norm_eps", 0.1, "layer_norm_eps 1e-06, now it is 0.1"),
+    ("llm2clip", "rms_norm_eps", 0.1, "architecture.language_model.rms_norm_eps 1e-06"),
+]
+
+
+@pytest.mark.parametrize(("kind", "setting", "value", "words"), CHANGES)
+def test_another_architecture_of_the_same_weights_is_refused(
+    tmp_path, source, kind, setting, value, words
+):
+    model, config = write_model(kind, tmp_path / "model")
+    out = tmp_path / "out"
+    assert run(model, out, source)["embedded_now"] == 3
+    before = tree(out)
+    assert run(model, out, source)["embedded_now"] == 0
+    change(config, setting, value)
+    with pytest.raises(ValueError, match=f"begun with .*{words}"):
+        run(model, out, source)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "words"),
+    [
+        ("tokenizer.json", "normalizer", {"type": "Lowercase"}, "architecture.tokenizer.digest"),
+        ("preprocessor_config.json", "resample", 2, "model.settings.preprocess.resample 3"),
+    ],
+)
+def test_another_tokenizer_or_processor_is_refused(tmp_path, source, name, setting, value, words):
+    model, _ = write_model("clip", tmp_path / "model")
+    run(model, tmp_path / "out", source)
+    change(tmp_path / "model" / name, setting, value)
+    with pytest.raises(ValueError, match=f"begun with {words}"):
+        run(model, tmp_path / "out", source)
+
+
+def forget_architecture(out):
+    """Make the output as version 0.1.0 left it: its facts name weights but no architecture."""
+    path = out / "_embed" / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["architecture"]
+    path.write_text(json.dumps(facts))
+    return facts
+
+
+@pytest.mark.parametrize(("kind", "setting", "value", "_"), [CHANGES[i] for i in (0, 2)])
+def test_outputs_of_version_0_1_0_resume_where_the_model_gives_the_same_rows(
+    tmp_path, source, kind, setting, value, _
+):
+    model, config = write_model(kind, tmp_path / "model")
+    out = tmp_path / "out"
+    run(model, out, source)
+    before = tree(out)
+    facts = forget_architecture(out)
+    key = [facts, ["text", "image"], 0, 3, identity(source.items(0, 3))]  # its frozen formula
+    key = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    assert json.loads((out / "_embed" / "0.json").read_text())["key"] == key
+    assert run(model, out, source)["embedded_now"] == 0
+    assert tree(out) == before  # with the architecture
+    forget_architecture(out)
+    before = tree(out)
+    change(config, setting, value)
+    with pytest.raises(ValueError, match="holds other rows than the model gives now"):
+        run(model, out, source)
+    assert tree(out) == before
+
+
+def test_weights_that_lack_a_part_of_the_model_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    (folder,), _ = write_model("clip", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights lack text_projection\.weight and 0 others"):
+        load_encoder(folder, device="cpu")
