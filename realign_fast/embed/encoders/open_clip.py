@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -118,11 +122,7 @@ def _known_name(model: str, pretrained: object) -> str:
             raise ValueError(f"{model}: holds its own weights; leave {pretrained!r} out")
         return f"local-dir:{model}"
     if path.suffix == ".json" and path.is_file():
-        library.add_model_config(path)
-        model = path.stem
-        if model not in library.list_models():
-            expected = "expected embed_dim, vision_cfg and text_cfg"
-            raise ValueError(f"{path}: is no model config of open_clip; {expected}")
+        model = _added_config(path)
     if ":" in model:
         return model
     if model not in (models := library.list_models()):
@@ -140,6 +140,24 @@ def _known_name(model: str, pretrained: object) -> str:
             f"file or a tag (there are: {tags})"
         )
     return model
+
+
+def _added_config(path: Path) -> str:
+    """Add a JSON config to the models of open_clip under a name that no other config has."""
+    data, name, config = path.read_bytes(), path.stem, None
+    with suppress(ValueError):
+        config = json.loads(data)
+    parts = {"embed_dim", "vision_cfg", "text_cfg"}
+    if not isinstance(config, dict) or not parts <= config.keys():
+        raise ValueError(f"{path}: is no model config of open_clip; expected {sorted(parts)}")
+    library = open_clip()
+    if name in library.list_models() and library.get_model_config(name) != config:
+        name += f"-{hashlib.blake2b(data, digest_size=4).hexdigest()}"
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, f"{name}.json")
+        copy.write_bytes(data)
+        library.add_model_config(copy)
+    return name
 
 
 def _load_error(name: str, weights: str | None, reason: str) -> str:
