@@ -22,15 +22,22 @@ if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from .ops import align_rows as align_rows
     from .ops import backend_of as backend_of
     from .ops import sum_rows as sum_rows
+    from .shared_space import SharedSpace as SharedSpace
 
 __version__ = "0.1.0"
-_MODULES = {"Corpus": "corpus", "Moments": "moments", "ReAlign": "align"}
+_MODULES = {
+    "Corpus": "corpus",
+    "Moments": "moments",
+    "ReAlign": "align",
+    "SharedSpace": "shared_space",
+}
 _MODULES |= dict.fromkeys(("add_scatter_", "align_rows", "backend_of", "sum_rows"), "ops")
 _SUBMODULES = {*_MODULES.values(), "covariance_sums", "frame", "methods", "metrics", "whiten"}
 __all__ = [
     "Corpus",
     "Moments",
     "ReAlign",
+    "SharedSpace",
     "add_scatter_",
     "align_rows",
     "backend_of",

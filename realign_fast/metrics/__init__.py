@@ -6,6 +6,7 @@
 | ``spectrum`` | eigenvalues and eigenvectors | ranks, exponents, subspaces, anisotropy |
 | ``cosines`` | rows, paired or not | mean cosine, densities and correlation of pairwise cosines |
 | ``neighbours`` | rows, paired or not | k-NN mixing, k-NN overlap, retrieval |
+| ``mixed_gallery`` | queries, galleries by modality | recall, NDCG, shares, hubs |
 | ``gap_report`` | rows and moments | all of them in one flat dict |
 
 All arithmetic is float64 unless a docstring says otherwise, rows are made unit length first, and
@@ -29,6 +30,7 @@ from .distribution import (
 )
 from .estimate import Estimate
 from .gap_report import GapSettings, gap_report
+from .mixed_gallery import MixedGallery, gini, mixed_gallery
 from .neighbours import (
     Neighbours,
     SearchBackend,
@@ -54,6 +56,7 @@ from .spectrum import (
 __all__ = [
     "Estimate",
     "GapSettings",
+    "MixedGallery",
     "Neighbours",
     "SearchBackend",
     "Spectrum",
@@ -65,12 +68,14 @@ __all__ = [
     "effective_rank",
     "frechet_distance",
     "gap_report",
+    "gini",
     "knn_mixing",
     "knn_overlap",
     "log_spectrum_correlation",
     "match_ranks",
     "matched_cosine",
     "mean_cosine",
+    "mixed_gallery",
     "nearest_rows",
     "pairwise_cosines",
     "participation_ratio",

@@ -21,7 +21,7 @@ LEVELS = (
     ("moments",),
     ("frame", "metrics"),
     ("methods",),
-    ("align",),
+    ("align", "shared_space"),
     ("pipeline", "embed", "revision", "integrations", "report"),  # none imports another
     ("demo",),
     ("cli",),

@@ -1,0 +1,526 @@
+"""SharedSpace: one vector index for several modalities, calibrated by their moments.
+
+Let q be a unit query row and u a unit document row of modality m with mean ``mu_m`` and covariance
+``S_m``. Over the documents of m the score ``q.u`` has mean ``q.mu_m`` and variance ``q' S_m q``;
+the modality gap makes both differ between modalities, so that a text query ranks every text above
+every image. The space makes them alike, from unpaired statistics. ``p`` is a document's row as it
+is stored, ``M = E[q q']`` the second moment of the queries of one role (texts or images, say):
+
+| method | document | query |
+|---|---|---|
+| ``calibrate`` | ``(u - mu_m) / s_m`` | ``q`` |
+| ``center-calibrate`` | ``unit(u - mu_m) / s_m`` | ``unit(q - mu_q)`` |
+| ``center`` (GR-CLIP, arXiv 2507.19054) | ``unit(u - mu_m)`` | ``unit(q - mu_q)`` |
+
+with ``s_m^2 = E_q[q' C_m q] = tr(C_m M)``, where ``C_m`` is the covariance of the documents (after
+``unit`` where the method has it) and q is a query as it searches. Within a modality ``calibrate``
+shifts a query's scores by a constant and divides them by a positive number, so the order stays what
+the encoder made it; between modalities scores have mean 0 and, on average over queries, variance 1.
+It assumes that the mean over queries describes a single query, and that a document which answers a
+query stands out from its own modality as far in one modality as in another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from .corpus.row_batches import Rows, batches
+from .moments import BadRows, Moments
+from .ops.reference import unit
+from .storage.paths import AnyPath, storage_path, write_whole
+
+SpaceMethod = Literal["calibrate", "center-calibrate", "center"]
+Layout = Literal["single", "blocks"]
+SPACE_METHODS: tuple[SpaceMethod, ...] = get_args(SpaceMethod)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
+
+_BLOCK_ROWS = 1 << 13
+_CENTRE_FROM = 0.3  # share of the score's variance that every query of a role has in common
+_UNSURE = 0.1  # relative standard error of a scale that is warned about
+
+
+@dataclass(frozen=True)
+class Side:
+    """Statistics of one modality: of its documents, and of the queries of its role."""
+
+    centre: Tensor  # [D] mean of the unit documents
+    mean: Tensor  # [D] mean of the documents after the method's centring; 0 for calibrate
+    covariance: Tensor  # [D, D] of the documents after the method's centring
+    query_centre: Tensor  # [D] subtracted from queries; 0 for calibrate
+    query_mean: Tensor  # [D] mean of the queries as they search
+    second_moment: Tensor  # [D, D] E[q q'] of the queries as they search
+    count: int  # documents
+    query_count: int
+
+    def scale(self, queries: Side) -> float:
+        """Return s_m, the standard deviation of the scores of ``queries`` with these documents."""
+        return math.sqrt(max(float((self.covariance * queries.second_moment).sum()), 0.0))
+
+    def scale_error(self, queries: Side) -> float:
+        """Return the relative standard error of :meth:`scale`, for rows that are Gaussian.
+
+        With ``v = tr(C M)`` the variance of v is ``2 tr((C M)^2) / n`` from n documents, and
+        ``(2 tr((C M)^2) - 2 (mu' C mu)^2) / n_q`` from n_q queries of mean mu (moments of quadratic
+        forms). The relative error of a square root is half of that of v.
+        """
+        value = self.scale(queries) ** 2
+        if not value:
+            return math.nan
+        product = self.covariance @ queries.second_moment
+        documents = 2 * float((product * product.T).sum())
+        searches = (
+            documents - 2 * float(queries.query_mean @ self.covariance @ queries.query_mean) ** 2
+        )
+        variance = documents / self.count + max(searches, 0.0) / queries.query_count
+        return math.sqrt(variance) / (2 * value)
+
+
+class SharedSpace:
+    """A fitted space for documents and queries of several modalities; create it by :meth:`fit`.
+
+    ``documents`` and ``query`` take rows [N, D] of one encoder as tensors or NumPy arrays of any
+    floating dtype and return rows of the same kind for an index that compares by inner product.
+    """
+
+    def __init__(
+        self, sides: Mapping[str, Side], method: SpaceMethod, layout: Layout, query_role: str
+    ) -> None:
+        self.sides = dict(sides)
+        self.method: SpaceMethod = method
+        self.layout: Layout = layout
+        self.query_role = query_role
+
+    @classmethod
+    def fit(
+        cls,
+        *,
+        queries: Rows | Moments | Mapping[str, Rows | Moments] | None = None,
+        query_role: str = "text",
+        layout: Layout = "single",
+        method: SpaceMethod | Literal["auto"] = "auto",
+        batch_rows: int = 1 << 16,
+        bad_rows: BadRows = "error",
+        **modalities: Rows | Moments,
+    ) -> SharedSpace:
+        """Fit on unpaired documents: ``SharedSpace.fit(text=rows, image=rows)``.
+
+        Args:
+            modalities: documents of each modality by its name, two or more: rows [N, D], a corpus
+                or its path, batches that can be read twice, or :class:`Moments` with covariances.
+            queries: rows like those that will be searched for, of ``query_role``, or a dict by
+                role. Documents of the same modality stand in for queries that are not given.
+            query_role: the modality of the queries that one index is scaled for. The scale belongs
+                to this role: queries of another role rank their own modality first again.
+            layout: ``"single"``, D columns for one role; ``"blocks"``, D columns a modality, for
+                an index that queries of every role search.
+            method: one of ``SPACE_METHODS``; ``"auto"`` centres the queries where more than 30% of
+                the variance of their scores with another modality is the same for all of them
+                (:meth:`common_share`), and calibrates alone elsewhere.
+            batch_rows: number of rows of a tensor or an array that are read at a time.
+            bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
+
+        Raises:
+            ValueError: fewer than two modalities, columns that differ, an unknown role or option,
+                or a centring method where only moments are given.
+        """
+        _check_options(modalities, query_role, layout, method)
+        given = dict(queries) if isinstance(queries, Mapping) else {}
+        if queries is not None and not isinstance(queries, Mapping):
+            given = {query_role: queries}
+        if unknown := set(given) - set(modalities):
+            raise ValueError(
+                f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
+                f"{sorted(modalities)}"
+            )
+        reading: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows)
+        documents = {name: _measure(name, rows, **reading) for name, rows in modalities.items()}
+        searches = {
+            name: _measure(f"{name} queries", rows, **reading) for name, rows in given.items()
+        }
+        _check_moments(documents | {f"{name} queries": m for name, m in searches.items()})
+        sides = {
+            name: _calibrated_side(moments, searches.get(name, moments))
+            for name, moments in documents.items()
+        }
+        space = cls(sides, "calibrate", layout, query_role)
+        if method == "auto":
+            has_moments = any(isinstance(rows, Moments) for rows in modalities.values())
+            shares = [space.common_share(query_role, name) for name in sides if name != query_role]
+            centre = sum(shares) / len(shares) > _CENTRE_FROM and not has_moments
+            method = "center-calibrate" if centre else "calibrate"
+        if method != "calibrate":
+            space.method = method
+            for name, rows in modalities.items():
+                own = (given[name], searches[name]) if name in given else None
+                space.sides[name] = _centred_side(name, rows, documents[name], own, reading)
+        space._warn_of_unsure_scales()
+        return space
+
+    @property
+    def dimension(self) -> int:
+        """The number of columns D of the encoder's rows."""
+        return len(next(iter(self.sides.values())).centre)
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of the rows in the index: D, or D a modality in blocks."""
+        return self.dimension * (len(self.sides) if self.layout == "blocks" else 1)
+
+    @property
+    def radius(self) -> float:
+        """A bound on the length of a document in the index, for :meth:`for_cosine`."""
+        lengths = [
+            1.0 + (float(side.centre.norm()) if self.method == "calibrate" else 0.0)
+            for side in self.sides.values()
+        ]
+        scales = [self.scale(name) for name in self.sides]
+        return max(length / scale for length, scale in zip(lengths, scales, strict=True))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Plain numbers of the fit, ready for json."""
+        return {
+            "method": self.method,
+            "layout": self.layout,
+            "query_role": self.query_role,
+            "dimension": self.dimension,
+            "modalities": {
+                name: {
+                    "count": side.count,
+                    "query_count": side.query_count,
+                    "scale": {role: self._scale(name, role) for role in self.sides},
+                    "scale_error": {
+                        role: side.scale_error(self.sides[role]) for role in self.sides
+                    },
+                    "common_share": {role: self.common_share(role, name) for role in self.sides},
+                }
+                for name, side in self.sides.items()
+            },
+        }
+
+    def common_share(self, role: str, modality: str) -> float:
+        """Return the share of the scores' variance that all queries of a role have in common.
+
+        It is ``mu_q' C_m mu_q / tr(C_m M)``: the variance, over documents of the modality, of the
+        score with the mean query. It prefers some documents whatever the query is.
+        """
+        queries, documents = self._side(role), self._side(modality)
+        mean = queries.query_mean
+        whole = documents.scale(queries) ** 2
+        return float(mean @ documents.covariance @ mean) / whole if whole else math.nan
+
+    def scale(self, modality: str) -> float:
+        """Return the number that documents of a modality are divided by in the index."""
+        return 1.0 if self.layout == "blocks" else self._scale(modality, self.query_role)
+
+    def text(self, rows: Array) -> Array:
+        """Return documents of the modality ``text`` for the index (:meth:`documents`)."""
+        return self.documents("text", rows)
+
+    def image(self, rows: Array) -> Array:
+        """Return documents of the modality ``image`` for the index (:meth:`documents`)."""
+        return self.documents("image", rows)
+
+    def documents(self, modality: str, rows: Array) -> Array:
+        """Return documents [N, D] of a modality as rows of the index, [N, ``columns``].
+
+        The kind, the device and the dtype of ``rows`` are kept. A zero row counts as ``u = 0``; a
+        row with a NaN or an infinity becomes NaN.
+
+        Raises:
+            ValueError: an unknown modality, or other columns than those fitted on.
+        """
+        side, scale = self._side(modality), self.scale(modality)
+
+        def stored(block: Tensor) -> Tensor:
+            placed = self._centred(block, side.centre) / scale
+            if self.layout == "single":
+                return placed
+            wide = placed.new_zeros(len(placed), self.columns)
+            first = list(self.sides).index(modality) * self.dimension
+            wide[:, first : first + self.dimension] = placed
+            return wide
+
+        return self._mapped(rows, stored)
+
+    def query(self, rows: Array, role: str | None = None) -> Array:
+        """Return queries [N, D] as they search the index, [N, ``columns``].
+
+        Args:
+            rows: rows of the encoder, as in :meth:`documents`.
+            role: the modality of the queries, by default ``query_role``.
+
+        Raises:
+            ValueError: an unknown role, or one that an index of layout ``"single"`` is not scaled
+                for.
+        """
+        role = role or self.query_role
+        side = self._side(role)
+        if self.layout == "single" and role != self.query_role and self.method != "center":
+            raise ValueError(
+                f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
+                f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
+            )
+        scales = [self._scale(name, role) for name in self.sides]
+
+        def searching(block: Tensor) -> Tensor:
+            placed = self._centred(block, side.query_centre)
+            if self.layout == "single":
+                return placed
+            return torch.cat([placed / scale for scale in scales], dim=1)
+
+        return self._mapped(rows, searching)
+
+    def fuse(
+        self,
+        first: Array,
+        second: Array,
+        weight: float = 0.5,
+        *,
+        modalities: tuple[str, str] = ("text", "image"),
+    ) -> Array:
+        """Return rows of the index for documents that have rows of two modalities.
+
+        The row is ``w d_first + (1 - w) d_second`` of the rows in the index. The scores of such
+        documents have mean 0 and a standard deviation of at most 1.
+
+        Args:
+            first, second: rows [N, D] of the same documents.
+            weight: w, from 0 to 1.
+            modalities: the names of the two modalities.
+
+        Raises:
+            ValueError: shapes that differ, or a weight outside of [0, 1].
+        """
+        if not 0 <= weight <= 1 or first.shape != second.shape:
+            raise ValueError(
+                f"SharedSpace.fuse: expected rows of one shape and a weight from 0 to 1, got "
+                f"{list(first.shape)}, {list(second.shape)} and {weight}"
+            )
+        rows = self.documents(modalities[0], first), self.documents(modalities[1], second)
+        return weight * rows[0] + (1 - weight) * rows[1]
+
+    def score(self, queries: Array, rows: Array, modality: str, role: str | None = None) -> Tensor:
+        """Return exact z-scores [N, M] float64 of queries [N, D] with documents [M, D].
+
+        ``z = (q.p - q.mean) / sqrt(q' C_m q)`` with the scale of each single query, for systems
+        that score by modality and merge.
+        """
+        side = self._side(modality)
+        query_side = self._side(role or self.query_role)
+        searching = self._centred(self._checked(queries), query_side.query_centre)
+        stored = self._centred(self._checked(rows), side.centre)
+        deviations = ((searching @ side.covariance) * searching).sum(dim=1).clamp(min=0).sqrt()
+        return (searching @ (stored - side.mean).T) / deviations[:, None]
+
+    def for_cosine(self, rows: Array, *, queries: bool = False) -> Array:
+        """Add a coordinate to rows of the index so that cosines order them as inner products do.
+
+        A document d becomes ``[d, sqrt(R^2 - |d|^2)]`` of length R (:attr:`radius`), a query
+        ``[q, 0]``; R is one number for the whole index.
+        """
+
+        def extended(block: Tensor) -> Tensor:
+            rest = (
+                block.new_zeros(len(block)) if queries else self.radius**2 - block.square().sum(1)
+            )
+            return torch.cat([block, rest.clamp(min=0).sqrt()[:, None]], dim=1)
+
+        return self._mapped(rows, extended, columns=self.columns)
+
+    def save(self, path: AnyPath) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        tensors = {}
+        for name, side in self.sides.items():
+            for field, value in vars(side).items():
+                tensors[f"{name}.{field}"] = torch.as_tensor(value).contiguous()
+        choices = [self.method, self.layout, self.query_role, *self.sides]
+        write_whole(path, safetensors_bytes(tensors, {"shared_space": json.dumps(choices)}))
+
+    @classmethod
+    def load(cls, path: AnyPath) -> SharedSpace:
+        """Read a file that :meth:`save` wrote; a ValueError names a file that is no space."""
+        try:
+            with storage_path(path).local_copy() as local, safe_open(local, "pt") as file:
+                choices = json.loads((file.metadata() or {})["shared_space"])
+                method, layout, query_role, *names = choices
+                sides = {}
+                for name in names:
+                    values = {f: file.get_tensor(f"{name}.{f}") for f in Side.__annotations__}
+                    for count in ("count", "query_count"):
+                        values[count] = int(values[count])
+                    sides[name] = Side(**values)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected a space written by SharedSpace.save, got {error}; fit it again"
+            ) from error
+        return cls(sides, method, layout, query_role)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {side.count}" for name, side in self.sides.items())
+        return f"SharedSpace({self.method}, {self.layout}, D = {self.dimension}, {counts})"
+
+    def _side(self, name: str) -> Side:
+        if name not in self.sides:
+            raise ValueError(f"SharedSpace: {name!r} is none of its modalities {list(self.sides)}")
+        return self.sides[name]
+
+    def _scale(self, modality: str, role: str) -> float:
+        return 1.0 if self.method == "center" else self.sides[modality].scale(self.sides[role])
+
+    def _centred(self, block: Tensor, centre: Tensor) -> Tensor:
+        """Return float64 rows of the block less the centre, of unit length where it centres."""
+        centred = unit(block.double()) - centre.to(block.device)
+        return centred if self.method == "calibrate" else unit(centred)
+
+    def _checked(self, rows: Array, columns: int | None = None) -> Tensor:
+        """Return rows as a tensor; a ValueError for rows of another shape."""
+        tensor = torch.as_tensor(rows)
+        columns = columns or self.dimension
+        if tensor.dim() != 2 or tensor.shape[1] != columns or not tensor.is_floating_point():
+            raise ValueError(
+                f"SharedSpace: expected floating-point rows [N, {columns}] of the encoder that it "
+                f"was fitted on, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        return tensor
+
+    def _mapped(
+        self, rows: Array, row_map: Callable[[Tensor], Tensor], columns: int | None = None
+    ) -> Array:
+        tensor = self._checked(rows, columns)
+        blocks = [
+            row_map(block.double()).to(tensor.dtype) for block in torch.split(tensor, _BLOCK_ROWS)
+        ]
+        mapped = torch.cat(blocks)
+        return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
+
+    def _warn_of_unsure_scales(self) -> None:
+        """Warn of each scale whose standard error passes 10%."""
+        queries = self.sides[self.query_role]
+        for name, side in self.sides.items():
+            error = side.scale_error(queries)
+            if self.method != "center" and not error <= _UNSURE:
+                warnings.warn(
+                    f"SharedSpace: the scale of {name!r} has a standard error of {error:.0%}, from "
+                    f"{side.count} documents and {queries.query_count} queries; fit on more rows",
+                    stacklevel=3,
+                )
+
+
+def _check_options(
+    modalities: Mapping[str, object], query_role: str, layout: str, method: str
+) -> None:
+    """Raise a ValueError for names that :meth:`SharedSpace.fit` does not know."""
+    if len(modalities) < 2:
+        raise ValueError(
+            f"SharedSpace: expected documents of two modalities or more, got {list(modalities)}; "
+            "fit(text=..., image=...)"
+        )
+    for option, value, known in (
+        ("query_role", query_role, tuple(modalities)),
+        ("layout", layout, LAYOUTS),
+        ("method", method, ("auto", *SPACE_METHODS)),
+    ):
+        if value not in known:
+            raise ValueError(f"SharedSpace: {option}={value!r} is none of {', '.join(known)}")
+
+
+def _check_moments(sides: Mapping[str, Moments]) -> None:
+    """Raise a ValueError for moments that no space can be computed from."""
+    widths = {}
+    for name, moments in sides.items():
+        if not moments.with_covariance or not moments.normalize:
+            raise ValueError(
+                f"SharedSpace: the {name} moments are {moments!r}, expected covariance=True and "
+                "normalize=True; measure again"
+            )
+        if moments.count < 2 or not moments.trace > 0:
+            raise ValueError(
+                f"SharedSpace: the {moments.count} {name} rows have no spread; fit on more rows"
+            )
+        widths[name] = moments.dimension
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"SharedSpace: the modalities have different columns, {widths}; embed them with one "
+            "encoder"
+        )
+
+
+def _measure(
+    name: str,
+    rows: Rows | Moments,
+    *,
+    batch_rows: int,
+    bad_rows: BadRows,
+    centre: Tensor | None = None,
+) -> Moments:
+    """Return the moments of rows, or those of ``unit(u - centre)``."""
+    if isinstance(rows, Moments) and centre is None:
+        return rows
+    if isinstance(rows, Moments):
+        raise ValueError(
+            f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
+            "give rows, or method='calibrate'"
+        )
+    through = None if centre is None else (centre.new_ones(()), -centre, torch.zeros_like(centre))
+    moments = Moments(covariance=True, accurate=True)
+    for origin, first_row, batch in batches(rows, name, batch_rows):
+        moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
+    return moments
+
+
+def _calibrated_side(documents: Moments, queries: Moments) -> Side:
+    """Return the statistics of one modality for the method ``calibrate``."""
+    zeros = torch.zeros_like(documents.mean)
+    return Side(
+        documents.mean,
+        zeros,
+        documents.covariance,
+        zeros.clone(),
+        queries.mean,
+        _second_moment(queries),
+        documents.count,
+        queries.count,
+    )
+
+
+def _centred_side(
+    name: str,
+    rows: Rows | Moments,
+    documents: Moments,
+    queries: tuple[Rows | Moments, Moments] | None,
+    reading: dict[str, Any],
+) -> Side:
+    """Return the statistics of one modality for a method that centres."""
+    stored = _measure(name, rows, centre=documents.mean, **reading)
+    searching, query_centre = stored, documents.mean
+    if queries is not None:
+        query_centre = queries[1].mean
+        searching = _measure(f"{name} queries", queries[0], centre=query_centre, **reading)
+    return Side(
+        documents.mean,
+        stored.mean,
+        stored.covariance,
+        query_centre.clone(),
+        searching.mean,
+        _second_moment(searching),
+        stored.count,
+        searching.count,
+    )
+
+
+def _second_moment(moments: Moments) -> Tensor:
+    """Return E[q q'] [D, D] float64."""
+    return moments.covariance + torch.outer(moments.mean, moments.mean)

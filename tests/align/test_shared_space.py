@@ -1,0 +1,242 @@
+"""SharedSpace: one index for several modalities, and what its formulas promise."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import realign_fast
+from realign_fast import Moments, SharedSpace, metrics
+from realign_fast.shared_space import SPACE_METHODS
+
+DEMO = Path(realign_fast.__file__).parent / "demo" / "data" / "heldout"
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(rows.double(), dim=1)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(text, image) rows of the 400 held-out pairs of the demo corpus, float64 [400, 128] each."""
+    paths = (DEMO / f"{side}_emb" / f"{side}_emb_0.npy" for side in ("text", "img"))
+    return [unit(torch.from_numpy(np.load(path))) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def coco(golden):
+    """(text, image) rows of 500 COCO pairs, float64 [500, 512] each."""
+    return [unit(torch.from_numpy(rows)) for rows in golden]
+
+
+def mean_figures(text, image, role, **options):
+    """Mixed R@1 and R@10, R@10 among the other modality alone, and its figure for raw rows.
+
+    Averages over ten splits: fitted on one half, searched on the other.
+    """
+    other = "image" if role == "text" else "text"
+    figures = []
+    for seed in range(10):
+        order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))
+        fitted, searched = order[: len(text) // 2], order[len(text) // 2 :]
+        space = SharedSpace.fit(text=text[fitted], image=image[fitted], **options)
+        raw = {"text": text[searched], "image": image[searched]}
+        stored = {name: space.documents(name, rows) for name, rows in raw.items()}
+        number = torch.arange(len(searched))
+        given = dict(relevant={other: number}, own={role: number})
+        found = metrics.mixed_gallery(space.query(raw[role], role), stored, **given)
+        pure = metrics.recall_at_k(raw[role], raw[other], 10)
+        figures.append([found.recall[1], found.recall[10], found.pure_recall[other][10], pure])
+    return np.mean(figures, axis=0)
+
+
+@pytest.mark.parametrize("layout", ["single", "blocks"])
+@pytest.mark.parametrize("role", ["text", "image"])
+def test_a_mixed_gallery_of_coco_is_searched_as_well_as_a_pure_one(coco, role, layout):
+    options = dict(layout=layout) | ({} if layout == "blocks" else dict(query_role=role))
+    first, tenth, pure, raw = mean_figures(*coco, role, **options)
+    assert first >= 0.48 and tenth >= 0.85
+    assert abs(pure - raw) <= 0.01
+
+
+@pytest.mark.parametrize(("role", "least"), [("text", 0.46), ("image", 0.43)])
+def test_a_mixed_gallery_of_the_demo_corpus(demo, role, least):
+    _, tenth, pure, raw = mean_figures(*demo, role, query_role=role)
+    assert tenth >= least and abs(pure - raw) <= 0.01
+
+
+def test_an_index_is_of_one_role(coco):
+    """The scale that serves text queries does not serve image queries, so they are refused."""
+    text, image = coco
+    space = SharedSpace.fit(text=text, image=image)
+    with pytest.raises(ValueError, match="scaled for queries of 'text', got 'image'; fit with"):
+        space.query(image, role="image")
+    assert SharedSpace.fit(text=text, image=image, layout="blocks").query(image, "image").shape == (
+        len(image),
+        2 * image.shape[1],
+    )
+
+
+def test_scores_have_mean_zero_and_the_variance_of_the_formula(demo):
+    """E_q Var_d(q.d) is 1 in both modalities, and no score is shifted between them."""
+    text, image = demo
+    space = SharedSpace.fit(text=text, image=image, method="calibrate")
+    queries = space.query(text)
+    for stored in (space.text(text), space.image(image)):
+        scores = queries @ stored.T
+        assert scores.mean(dim=1).abs().max() < 1e-9
+        assert scores.var(dim=1, correction=0).mean() == pytest.approx(1, abs=1e-9)
+    order = (text @ image.T).argsort(dim=1)
+    assert torch.equal((queries @ space.image(image).T).argsort(dim=1), order)
+
+
+@pytest.mark.parametrize("method", SPACE_METHODS)
+def test_documents_and_queries_are_those_of_the_formulas(demo, method):
+    text, image = demo
+    space = SharedSpace.fit(text=text, image=image, queries=text[:100], method=method)
+    centred = image - image.mean(0)
+    queries = text[:100]
+    if method != "calibrate":
+        centred, queries = unit(centred), unit(queries - queries.mean(0))
+    covariance = torch.cov(centred.T, correction=0)
+    deviation = ((queries @ covariance) * queries).sum(1).mean().sqrt()
+    scale = 1 if method == "center" else deviation
+    torch.testing.assert_close(space.image(image), centred / scale, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(space.query(text[:100]), queries, rtol=1e-9, atol=1e-11)
+    exact = (queries @ (centred - centred.mean(0)).T) / (
+        ((queries @ covariance) * queries).sum(1).sqrt()[:, None]
+    )
+    torch.testing.assert_close(space.score(text[:100], image, "image"), exact, rtol=1e-8, atol=1e-8)
+
+
+def test_queries_with_a_strong_mean_are_centred(coco):
+    """Images spread along the mean of the texts: every text query prefers the same of them."""
+    text, image = coco
+    noise = torch.randn(len(image), 1, generator=torch.Generator().manual_seed(5))
+    spread = unit(image + 0.1 * noise * unit(text.mean(0, keepdim=True)))
+    assert SharedSpace.fit(text=text, image=image).method == "calibrate"
+    space = SharedSpace.fit(text=text, image=spread)
+    assert space.method == "center-calibrate"
+    assert mean_figures(text, spread, "text")[1] > 0.8
+    assert mean_figures(text, spread, "text", method="calibrate")[1] < 0.5
+
+
+def test_the_error_of_a_scale_is_that_of_repeated_draws():
+    generator = torch.Generator().manual_seed(1)
+    offsets = dict(text=torch.tensor([1.0] + [0.0] * 7), image=torch.tensor([0.0, 1.0] + [0.0] * 6))
+
+    def draw():
+        return {
+            name: offset + 0.3 * torch.randn(60, 8, generator=generator)
+            for name, offset in offsets.items()
+        }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spaces = [
+            SharedSpace.fit(**draw(), queries=draw()["text"], method="calibrate")
+            for _ in range(300)
+        ]
+    scales = torch.tensor([space.scale("image") for space in spaces])
+    errors = [space.record["modalities"]["image"]["scale_error"]["text"] for space in spaces]
+    assert np.mean(errors) == pytest.approx(float(scales.std() / scales.mean()), rel=0.2)
+    few = {name: rows[:5] for name, rows in draw().items()}
+    with pytest.warns(UserWarning, match="has a standard error of .*%, from 5 documents") as told:
+        SharedSpace.fit(**few)
+    assert len(told) == 2
+
+
+def test_cosines_of_extended_rows_order_as_inner_products(demo):
+    text, image = demo
+    space = SharedSpace.fit(text=text, image=image, query_role="image")
+    documents = torch.cat([space.text(text), space.image(image)])
+    queries = space.query(image)
+    cosines = unit(space.for_cosine(queries, queries=True)) @ unit(space.for_cosine(documents)).T
+    expected = queries @ documents.T / space.radius
+    torch.testing.assert_close(cosines, expected, rtol=0, atol=1e-12)
+
+
+def test_fused_documents(demo):
+    text, image = demo
+    space = SharedSpace.fit(text=text, image=image)
+    fused = space.fuse(text, image, weight=0.25)
+    torch.testing.assert_close(fused, 0.25 * space.text(text) + 0.75 * space.image(image))
+    assert (space.query(text) @ fused.T).var(dim=1, correction=0).mean() <= 1
+    with pytest.raises(ValueError, match="a weight from 0 to 1"):
+        space.fuse(text, image, weight=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_and_arrays_are_kept(demo, dtype):
+    text, image = (rows.to(dtype) for rows in demo)
+    space = SharedSpace.fit(text=text, image=image)
+    stored = space.image(image)
+    assert stored.dtype == dtype
+    exact = space.image(image.double())
+    bound = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(stored.double(), exact, rtol=bound, atol=bound)
+    if dtype != torch.bfloat16:
+        array = space.image(image.numpy())
+        assert isinstance(array, np.ndarray) and np.array_equal(array, stored.numpy())
+    assert space.image(image[:0]).shape == (0, 128)
+    assert space.image(torch.full((1, 128), torch.nan, dtype=dtype)).isnan().all()
+
+
+def test_three_modalities_from_moments_and_back_from_a_file(demo, tmp_path):
+    text, image = demo
+    audio = unit(text.roll(3, dims=1) + 0.3)
+    sides = {"text": text, "image": image, "audio": audio}
+    moments = {name: Moments(True, accurate=True).update(rows) for name, rows in sides.items()}
+    space = SharedSpace.fit(**moments, layout="blocks")
+    space.save(tmp_path / "space.safetensors")
+    back = SharedSpace.load(tmp_path / "space.safetensors")
+    assert back.record == space.record and back.columns == 3 * 128
+    for name, rows in sides.items():
+        assert torch.equal(back.documents(name, rows), space.documents(name, rows))
+        assert torch.equal(back.query(rows, name), space.query(rows, name))
+    rows_too = SharedSpace.fit(**sides, layout="blocks")
+    torch.testing.assert_close(rows_too.image(image), space.image(image))
+
+
+@pytest.mark.parametrize("content", [b"", b"rows", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_that_is_no_space_is_named(tmp_path, content):
+    path = tmp_path / "space.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"space\.safetensors: expected a space written by"):
+        SharedSpace.load(path)
+
+
+ROWS = torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(text=ROWS), "expected documents of two modalities or more, got"),
+        (dict(text=ROWS, image=torch.eye(5)), "different columns, {'text': 4, 'image': 5}"),
+        (dict(text=ROWS, image=ROWS, query_role="audio"), "query_role='audio' is none of text"),
+        (dict(text=ROWS, image=ROWS, method="zscore"), "method='zscore' is none of auto"),
+        (dict(text=ROWS, image=ROWS, layout="wide"), "layout='wide' is none of single, blocks"),
+        (dict(text=ROWS, image=ROWS[:1]), "the 1 image rows have no spread"),
+        (dict(text=ROWS, image=ROWS, queries={"audio": ROWS}), r"queries of \['audio'\] have no"),
+        (dict(text=Moments().update(ROWS), image=ROWS), "expected covariance=True"),
+        (
+            dict(text=Moments(True).update(ROWS), image=ROWS, method="center"),
+            "reads the rows of text a second time, and moments hold none",
+        ),
+        (dict(text=ROWS, image=torch.zeros(3, 4)), "row 0"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SharedSpace.fit(**options)
+
+
+def test_rows_of_another_shape_or_modality_are_refused(demo):
+    space = SharedSpace.fit(text=demo[0], image=demo[1])
+    with pytest.raises(ValueError, match=r"expected floating-point rows \[N, 128\]"):
+        space.text(torch.ones(3, 64))
+    with pytest.raises(ValueError, match=r"'audio' is none of its modalities \['text', 'image'\]"):
+        space.documents("audio", demo[0])

@@ -1,0 +1,92 @@
+"""The figures of a mixed gallery against a search by brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import metrics
+
+
+def brute_force(queries, galleries, relevant, own, k):
+    """Recall and NDCG at k in the union, by sorting all scores of every query."""
+    recalls, ndcgs = [], []
+    offsets = dict(zip(galleries, np.cumsum([0, *map(len, galleries.values())]), strict=False))
+    for query in range(len(queries)):
+        scores = np.concatenate([rows @ queries[query] for rows in galleries.values()])
+        right = {offsets[m] + rows[query] for m, rows in relevant.items() if rows[query] >= 0}
+        for modality, rows in own.items():
+            if rows[query] >= 0:
+                scores[offsets[modality] + rows[query]] = -np.inf
+        order = np.argsort(-scores)[:k]
+        gains = [1 / math.log2(place + 2) for place, row in enumerate(order) if row in right]
+        ideal = sum(1 / math.log2(place + 2) for place in range(min(len(right), k)))
+        recalls.append(bool(gains))
+        ndcgs.append(sum(gains) / ideal)
+    return np.mean(recalls), np.mean(ndcgs)
+
+
+@pytest.fixture
+def search():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 40, 25)]
+    queries = rows[0] + 0.5 * rows[1]
+    relevant = {"text": torch.arange(40).roll(1), "image": torch.arange(40) % 25}
+    relevant["text"][::3] = -1
+    own = {"text": torch.arange(40)}
+    own["text"][5] = -1
+    return queries, {"text": rows[0], "image": rows[2]}, relevant, own
+
+
+@pytest.mark.parametrize("block", [4096, 7, 1])
+def test_figures_are_those_of_sorting_all_scores(search, block):
+    queries, galleries, relevant, own = search
+    found = metrics.mixed_gallery(queries, galleries, relevant, own=own, ks=(1, 5), block=block)
+    arrays = [
+        {name: rows.numpy() for name, rows in given.items()} for given in (galleries, relevant, own)
+    ]
+    recall, ndcg = brute_force(queries.numpy(), *arrays, k=5)
+    assert found.recall[5] == pytest.approx(recall, abs=1e-12)
+    assert found.ndcg == pytest.approx(ndcg, abs=1e-12)
+    assert found.recall[1] == pytest.approx(brute_force(queries.numpy(), *arrays, k=1)[0])
+    alone = brute_force(
+        queries.numpy(), {"image": arrays[0]["image"]}, {"image": arrays[1]["image"]}, {}, 5
+    )
+    assert (found.pure_recall["image"][5], found.pure_ndcg["image"]) == pytest.approx(alone)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    spread = math.sqrt(recall * (1 - recall) / 39)
+    assert found.recall[5].standard_error == pytest.approx(spread)
+
+
+def test_gini_of_equal_and_of_concentrated_counts():
+    assert metrics.gini(torch.full((10,), 3)) == 0
+    assert metrics.gini(torch.tensor([0] * 9 + [5])) == pytest.approx(0.9)
+    assert metrics.gini(torch.tensor([1, 2, 3])) == pytest.approx(2 / 9)
+    assert metrics.gini(torch.zeros(3)) == 0
+
+
+def test_ties_count_for_the_relevant_row():
+    gallery = {"image": torch.ones(4, 2)}
+    found = metrics.mixed_gallery(torch.ones(1, 2), gallery, {"image": torch.tensor([3])}, ks=(1,))
+    assert found.recall[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(queries=torch.ones(3, 5)), r"expected rows \[N, 5\], got \[40, 6\] for text"),
+        (dict(relevant={"audio": torch.arange(40)}), r"name \['audio'\], expected one or more"),
+        (dict(relevant={"image": torch.full((40,), 25)}), r"relevant\['image'\] must be \[40\]"),
+        (dict(relevant={"image": torch.full((40,), -1)}), "query 0 has no relevant row"),
+        (dict(own={"text": torch.arange(39)}), r"own\['text'\] must be \[40\] numbers of the 40"),
+        (dict(ks=(5, 1)), "ascending numbers from 1 to 65"),
+        (dict(ks=(66,)), "ascending numbers from 1 to 65"),
+        (dict(queries=torch.full((40, 6), torch.nan)), "the queries hold a NaN"),
+    ],
+)
+def test_what_does_not_fit_is_refused(search, change, message):
+    queries, galleries, relevant, _ = search
+    arguments = dict(queries=queries, galleries=galleries, relevant=relevant) | change
+    with pytest.raises(ValueError, match=message):
+        metrics.mixed_gallery(**arguments)
