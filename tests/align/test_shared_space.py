@@ -1,5 +1,6 @@
 """SharedSpace: one index for several modalities, and what its formulas promise."""
 
+import runpy
 import warnings
 from pathlib import Path
 
@@ -240,3 +241,14 @@ def test_rows_of_another_shape_or_modality_are_refused(demo):
         space.text(torch.ones(3, 64))
     with pytest.raises(ValueError, match=r"'audio' is none of its modalities \['text', 'image'\]"):
         space.documents("audio", demo[0])
+
+
+def test_the_example_prints_its_table(monkeypatch, capsys, tmp_path):
+    path = Path(__file__).parents[2] / "examples" / "mixed_search.py"
+    plot = tmp_path / "mixed.png"
+    monkeypatch.setattr("sys.argv", [str(path), "--splits", "2", "--plot", str(plot)])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and plot.stat().st_size > 0
+    tenth = {line.split(" | ")[0]: float(line.split(" | ")[2].split()[0]) for line in lines[2:]}
+    assert tenth["| calibrated"] > 0.4 > 0.25 > tenth["| as the encoder gives them"]

@@ -35,6 +35,8 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("kept_knn_overlap", "gamma_share"))
     assert names["coral"].method == "coral"
+    exec(compile(_block("python", "SharedSpace"), "README.md", "exec"), names)
+    assert names["scores"].shape == (10, len(names["text"]) + len(names["image"]))
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():

@@ -10,7 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import realign_fast
-from realign_fast import Corpus, Moments, ReAlign, corpus, embed, metrics, ops, revision, whiten
+from realign_fast import (
+    Corpus,
+    Moments,
+    ReAlign,
+    SharedSpace,
+    corpus,
+    embed,
+    metrics,
+    ops,
+    revision,
+    whiten,
+)
 from realign_fast.frame import Decomposition, FixedFrame, gamma_history, phantom_drift
 from realign_fast.pipeline import AlignRun, Settings, align
 
@@ -28,6 +39,14 @@ def use_the_core(text: Tensor, image: Tensor) -> Tensor:
     drift: Tensor = gamma_history(parts).drift
     shift: Tensor = phantom_drift(source.mean, source.covariance)
     return back(aligner(text)) + drift.sum() + shift
+
+
+def use_the_shared_space(text: Tensor, image: Tensor) -> Tensor:
+    space: SharedSpace = SharedSpace.fit(text=text, image=image, layout="blocks", method="auto")
+    gallery = {"text": space.text(text), "image": space.image(image)}
+    relevant = {"image": torch.arange(len(text))}
+    found: metrics.MixedGallery = metrics.mixed_gallery(space.query(text), gallery, relevant)
+    return space.score(text, image, "image") * found.recall[10] * metrics.gini(text[0])
 
 
 def errors_that_the_types_reveal(text: Tensor, image: Tensor) -> None:
