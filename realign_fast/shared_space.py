@@ -31,14 +31,13 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .corpus.row_batches import Rows, batches
 from .moments import BadRows, Moments
 from .ops.reference import unit
-from .storage.paths import AnyPath, storage_path, write_whole
+from .storage.paths import AnyPath
+from .storage.tensor_file import tensors_of, write_tensors
 
 SpaceMethod = Literal["calibrate", "center-calibrate", "center"]
 Layout = Literal["single", "blocks"]
@@ -342,31 +341,29 @@ class SharedSpace:
 
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
-        tensors = {}
-        for name, side in self.sides.items():
-            for field, value in vars(side).items():
-                tensors[f"{name}.{field}"] = torch.as_tensor(value).contiguous()
+        tensors = {
+            f"{name}.{field}": torch.as_tensor(value)
+            for name, side in self.sides.items()
+            for field, value in vars(side).items()
+        }
         choices = [self.method, self.layout, self.query_role, *self.sides]
-        write_whole(path, safetensors_bytes(tensors, {"shared_space": json.dumps(choices)}))
+        write_tensors(path, tensors, {"shared_space": json.dumps(choices)})
 
     @classmethod
     def load(cls, path: AnyPath) -> SharedSpace:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no space."""
-        try:
-            with storage_path(path).local_copy() as local, safe_open(local, "pt") as file:
-                choices = json.loads((file.metadata() or {})["shared_space"])
-                method, layout, query_role, *names = choices
-                sides = {}
-                for name in names:
-                    values = {f: file.get_tensor(f"{name}.{f}") for f in Side.__annotations__}
-                    for count in ("count", "query_count"):
-                        values[count] = int(values[count])
-                    sides[name] = Side(**values)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path}: expected a space written by SharedSpace.save, got {error}; fit it again"
-            ) from error
-        return cls(sides, method, layout, query_role)
+        expected = "a space written by SharedSpace.save"
+        with tensors_of(path, expected, "fit it again") as (tensors, metadata):
+            method, layout, query_role, *names = json.loads(metadata["shared_space"])
+            sides = {}
+            for name in names:
+                values: dict[str, Any] = {
+                    field: tensors[f"{name}.{field}"] for field in Side.__annotations__
+                }
+                values |= {field: int(values[field]) for field in ("count", "query_count")}
+                sides[name] = Side(**values)
+            _check_options(sides, query_role, layout, method)
+            return cls(sides, method, layout, query_role)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}: {side.count}" for name, side in self.sides.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from .._device import check_device
+from .._arguments import check_device
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart

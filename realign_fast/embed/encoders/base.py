@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._device import check_device
+from ..._arguments import check_device
 from ..choices import Precision
 from ..decode import pillow
 

@@ -1,8 +1,9 @@
-"""The check of a device's name, for everything that takes one."""
+"""Checks of arguments that several packages take: a device's name, and rows as a tensor."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def check_device(name: str | None) -> torch.device:
@@ -28,6 +29,20 @@ def check_device(name: str | None) -> torch.device:
             f"{build}; give cpu or one of those"
         )
     return device
+
+
+def expect_tensor(name: str, rows: object, argument: str = "rows") -> None:
+    """Raise a TypeError that says how to convert rows which are no tensor; ``name`` begins it."""
+    if isinstance(rows, Tensor):
+        return
+    kind = type(rows).__name__
+    if hasattr(rows, "to_numpy"):  # a table of pandas or polars
+        advice = "use torch.from_numpy(rows.to_numpy(dtype)) of its numeric columns"
+    elif isinstance(rows, (str, dict)) or rows is None:
+        advice = "give the rows themselves"
+    else:
+        advice = "use torch.as_tensor(rows)"
+    raise TypeError(f"{name}: expected {argument} as a tensor, got {kind}; {advice}")
 
 
 def _gpu_count() -> int:
