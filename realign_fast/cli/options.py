@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..corpus.convert import TARGETS
+from ..corpus.format_registry import FORMATS
 from ..methods import METHODS
 from ..moments import BAD_ROWS
 from ..pipeline.engines.local import Engine
@@ -197,7 +197,7 @@ OPTIONS: dict[str, Option] = {
         help="a shard, a directory of shards, a saved dataset, or the URL of one"),
     "modality": option("--modality", choices=("text", "image"),
         help="side of a clip-retrieval root that has both (text_emb/, img_emb/)"),
-    "to": option("--to", required=True, choices=TARGETS, help="format of the result"),
+    "to": option("--to", required=True, choices=FORMATS, help="format of the result"),
     "dtype": option("--dtype", choices=("float16", "bfloat16", "float32", "float64"),
         help="type of the result's numbers (default: unchanged; bfloat16 only in safetensors)"),
     "converted": option("out", metavar="OUT", type=writable,

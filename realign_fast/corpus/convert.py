@@ -12,56 +12,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
-from .format_registry import UNFINISHED, shard_paths
-from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
-from .formats.arrow_columns import DEFAULT
-from .formats.tables import TableColumns, TableWriter, plain_schema, write_table
-from .other_columns import entries_of, record_batches_of, schema_of
-from .shard import Shard
+from .format_registry import FORMATS, UNFINISHED, shard_paths
+from .formats import hf_dataset
+from .formats.arrow_columns import (
+    DEFAULT,
+    TableColumns,
+    TableWriter,
+    plain_schema,
+    pyarrow,
+    write_table,
+)
+from .shard import ColumnChunk, Shard
 from .shard_writer import FormatWriter
 
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
 # Keys of the schema of a table that describe its own columns, and not those of the result.
 COLUMN_METADATA = {b"pandas", b"huggingface", b"ARROW:schema"}
-
-
-class Target(NamedTuple):
-    """A format that corpora are converted to."""
-
-    suffix: str
-    writer: type[FormatWriter]
-
-
-TARGETS = {
-    "npy": Target(".npy", npy.ShardWriter),
-    "safetensors": Target(".safetensors", safetensors.TensorWriter),
-    "parquet": Target(".parquet", parquet.ParquetWriter),
-    "arrow": Target(".arrow", arrow.ArrowWriter),
-    "arrow-stream": Target(".arrow", arrow.StreamWriter),
-    "hf": Target(".arrow", arrow.StreamWriter),
-    "pickle": Target(".pkl", pickle_list.PickleWriter),
-    "tar": Target(".tar", webdataset.TarWriter),
-}
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The arguments of a conversion."""
-
-    corpus: Corpus
-    out: StoragePath
-    to: str
-    dtype: torch.dtype
-    batch_bytes: int
 
 
 def convert(
@@ -78,7 +54,7 @@ def convert(
         corpus: the rows.
         out: a directory without shards. Shards of the same conversion that was stopped are kept
             and not written again.
-        to: a key of `TARGETS`.
+        to: a key of `FORMATS`.
         advance: is called with numbers of rows that are done.
         batch_bytes: size of a record batch or row group of the result.
         dtype: number type of the result: float16, float32, float64, in safetensors also bfloat16.
@@ -89,16 +65,32 @@ def convert(
         ValueError: `out` has other shards, a number lies beyond the range of `dtype`, or the format
             cannot hold the corpus.
     """
-    if to not in TARGETS:
-        raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(TARGETS)}")
-    out = output_path(out)
-    names = _shard_names(corpus, to)
-    conversion = Conversion(corpus, out, to, _result_dtype(corpus, to, dtype), batch_bytes)
+    if to not in FORMATS:
+        raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(FORMATS)}")
+    out, dtype = output_path(out), _result_dtype(corpus, to, dtype)
+    paths = [out / name for name in _shard_names(corpus, to)]
     if corpus.path.is_dir():  # one file may become another beside it
         layout.check_apart(out, corpus)
     with _alone(out):
-        finished = _begin(conversion)
-        return _write_shards(conversion, names, finished, advance)
+        finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
+        try:
+            for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
+                if path.name in finished:
+                    advance(shard.num_rows)
+                    continue
+                with _open_writer(shard, path, to, dtype) as writer:
+                    for batch in corpus.batches(index, batch_bytes=batch_bytes):
+                        writer.write(_rounded(batch, shard, dtype))
+                        advance(len(batch.rows))
+        except BaseException:
+            with suppress(OSError):  # the first error says it, if the server is gone
+                if not shard_paths(out):
+                    (out / UNFINISHED).unlink()
+            raise
+        if to == "hf":
+            hf_dataset.write_state(out, paths)
+        (out / UNFINISHED).unlink()  # the last change
+        return paths
 
 
 @contextmanager
@@ -118,36 +110,8 @@ def _alone(out: StoragePath) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _write_shards(
-    conversion: Conversion, names: list[str], finished: set[str], advance: Callable[[int], None]
-) -> list[StoragePath]:
-    """Write the shards that are not finished; the mark of an unfinished conversion goes last."""
-    corpus, out = conversion.corpus, conversion.out
-    try:
-        for index, (shard, name) in enumerate(zip(corpus.shards, names, strict=True)):
-            if name in finished:
-                advance(shard.num_rows)
-                continue
-            with _open_writer(conversion, shard, out / name) as writer:
-                for batch in corpus.batches(index, batch_bytes=conversion.batch_bytes):
-                    writer.write(_rounded(batch, shard, conversion.dtype))
-                    advance(len(batch.rows))
-    except BaseException:
-        with suppress(OSError):  # the first error says it, if the server is gone
-            if not shard_paths(out):
-                (out / UNFINISHED).unlink()
-        raise
-    paths = [out / name for name in names]
-    if conversion.to == "hf":
-        hf_dataset.write_state(out, paths)
-    (out / UNFINISHED).unlink()
-    return paths
-
-
-def _begin(conversion: Conversion) -> set[str]:
+def _begin(corpus: Corpus, out: StoragePath, settings: list[Any]) -> set[str]:
     """Mark `out` as unfinished; return the names of shards that the same conversion left there."""
-    corpus, out = conversion.corpus, conversion.out
-    settings = [conversion.to, str(conversion.dtype), corpus.column, conversion.batch_bytes]
     shards = [
         [str(shard.path), shard.num_rows, *map(str, shard.path.stamp())] for shard in corpus.shards
     ]
@@ -167,7 +131,8 @@ def _shard_names(corpus: Corpus, to: str) -> list[str]:
     count = len(corpus.shards)
     if to == "hf":
         return [f"data-{i:05}-of-{count:05}.arrow" for i in range(count)]
-    names = [shard.path.stem + TARGETS[to].suffix for shard in corpus.shards]
+    suffix = FORMATS[to].writer.suffixes[0]
+    names = [shard.path.stem + suffix for shard in corpus.shards]
     if len(set(names)) < count:
         twin = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{corpus.path}: two shards would become {twin}; rename one of them")
@@ -196,24 +161,93 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-def _open_writer(conversion: Conversion, shard: Shard, path: StoragePath) -> FormatWriter:
+def _open_writer(shard: Shard, path: StoragePath, to: str, dtype: torch.dtype) -> FormatWriter:
     """Return a writer for the result of a shard, which has its other columns."""
-    writer = TARGETS[conversion.to].writer
-    shape = shard.num_rows, shard.dimension, conversion.dtype
+    writer = FORMATS[to].writer
+    shape = shard.num_rows, shard.dimension, dtype
     if not shard.has_other_columns:
         return writer(path, *shape)
     if writer.accepts_entries:
-        return writer(path, *shape, other_columns=entries_of(shard))
-    schema = schema_of(shard)
+        return writer(path, *shape, other_columns=_entries_of(shard))
+    schema = _schema_of(shard)
     if not issubclass(writer, TableWriter):
         metadata = path.parent / layout.METADATA / f"{path.stem}.parquet"
-        write_table(metadata, schema, record_batches_of(shard, schema))
+        write_table(metadata, schema, _record_batches_of(shard, schema))
         return writer(path, *shape)
     if DEFAULT in schema.names:
         advice = "the rows take that name; rename the column"
         raise ValueError(f"{shard.path}: has another column {DEFAULT!r}, and {advice}")
     entries = (schema.metadata or {}).items()
     texts = {key: text for key, text in entries if key not in COLUMN_METADATA}
-    table_schema = plain_schema(shard.dimension, conversion.dtype, schema).with_metadata(texts)
-    columns = TableColumns(table_schema, DEFAULT, lambda: record_batches_of(shard, schema))
+    table_schema = plain_schema(shard.dimension, dtype, schema).with_metadata(texts)
+    columns = TableColumns(table_schema, DEFAULT, lambda: _record_batches_of(shard, schema))
     return writer(path, *shape, columns)
+
+
+def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:
+    """Yield the other columns of a shard as a dictionary for each row."""
+    return chain.from_iterable(map(_entries, shard.other_columns()))
+
+
+def _entries(chunk: ColumnChunk) -> Iterator[dict[str, Any]]:
+    if isinstance(chunk, list):
+        return iter(chunk)
+    if isinstance(chunk, dict):
+        rows = zip(*(column.tolist() for column in chunk.values()), strict=True)
+        return (dict(zip(chunk, row, strict=True)) for row in rows)
+    return iter(chunk.to_pylist())
+
+
+def _schema_of(shard: Shard) -> Any:
+    """Return the `pyarrow.Schema` of the other columns; entries are read to the end for it.
+
+    Raises:
+        ValueError: entries do not agree on the type of a column, or it is none of Arrow's.
+    """
+    pa, schemas = pyarrow(), []
+    for chunk in shard.other_columns():
+        schemas.append(_record_batch(chunk, shard.path).schema)
+        if not isinstance(chunk, list):
+            break  # all chunks are alike
+    try:
+        return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
+    except pa.ArrowException as error:
+        problem = f"its entries do not agree ({error})"
+        advice = "convert to pickle, or make them alike"
+        raise ValueError(f"{shard.path}: {problem}; {advice}") from error
+
+
+def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
+    """Yield the other columns of a shard as record batches of `schema`, that of `_schema_of`."""
+    return (_record_batch(chunk, shard.path, schema) for chunk in shard.other_columns())
+
+
+def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> Any:
+    """Return a chunk as a record batch; `schema` is that of entries, None derives it from them."""
+    pa = pyarrow()
+    try:
+        if isinstance(chunk, list):
+            names = schema.names if schema else dict.fromkeys(chain.from_iterable(chunk))
+            columns = {name: [_plain(entry.get(name)) for entry in chunk] for name in names}
+            types = {name: schema.field(name).type if schema else None for name in names}
+            arrays = {name: pa.array(columns[name], types[name]) for name in names}
+            return pa.RecordBatch.from_pydict(arrays)
+        if isinstance(chunk, dict):
+            arrays = {name: _arrow_array(values) for name, values in chunk.items()}
+            return pa.RecordBatch.from_pydict(arrays)
+    except (pa.ArrowException, TypeError) as error:
+        problem = f"its other entries cannot become columns ({error})"
+        advice = "convert to pickle, or make entries alike"
+        raise ValueError(f"{path}: {problem}; {advice}") from error
+    return chunk
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _arrow_array(values: np.ndarray) -> Any:
+    """Return a column `[n]` or `[n, k]` as an array of numbers or of fixed-size lists."""
+    pa = pyarrow()
+    flat = pa.array(values.reshape(-1))
+    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -25,7 +25,6 @@ from . import layout
 from .format_registry import read_shards, shard_paths
 from .formats import hf_dataset
 from .shard import Shard
-from .shard_writer import FormatWriter
 
 
 class Batch(NamedTuple):
@@ -73,8 +72,9 @@ class Corpus:
             "clip-retrieval" if self.subfolder else "flat"
         )
         folder = self.path / self.subfolder
-        paths = shard_paths(folder) if layout.is_folder(folder) else [folder]
-        if paths != [folder]:
+        paths = [folder]
+        if layout.is_folder(folder):
+            paths = shard_paths(folder)
             layout.check_folder(folder, paths)
         self.shards = read_shards(paths, column, allow_pickle)
         first = self.shards[0]
@@ -149,8 +149,14 @@ class Corpus:
             Batch(number, first, rows)
             for number in chosen
             if (skip := max(0, int(skips[number]))) < self.shards[number].num_rows
-            for first, rows in self.shards[number].read(skip, batch_rows, ring)
+            for first, rows in self._read_shard(number, skip, batch_rows, ring)
         )
+
+    def _read_shard(
+        self, index: int, first: int, batch_rows: int, ring: Any
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the rows of a shard as `Shard.read` does."""
+        return self.shards[index].read(first, batch_rows, ring)
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the rows `ids` of the corpus, `[len(ids), D]`, in their order.
@@ -172,10 +178,6 @@ class Corpus:
             places = order[ends[index] : ends[index + 1]]
             self.shards[index].take(ids[places] - self.starts[index], target, places)
         return taken
-
-    def writer(self, shard: Shard, path: AnyPath) -> FormatWriter:
-        """Return a writer for the result of `shard`: its format, shape and other columns."""
-        return shard.writer(path)
 
     def finish(self, folder: StoragePath) -> None:
         """Write what a format keeps beside the shards, once `folder` holds the results of all."""

@@ -3,22 +3,11 @@
 The suffix of a file decides on its format. A single file that is named by hand may have another
 suffix; then its content decides. A folder holds shards of one format.
 
-How to add a format:
-
-1. Write `formats/NAME.py`. Derive its shard from `StreamedShard` and implement `pieces`, which
-   decodes the rows in order; or, if the rows lie in one piece of the file, from `ContiguousShard`
-   and implement `parse`. Set `format`, and implement `writer`, which returns a writer for other
-   rows of the same shape. A format with columns beside the rows also overrides
-   `has_other_columns` and `other_columns`.
-2. Derive its writer from `FormatWriter`, or from `arrow_columns.TableWriter` for a table, and set
-   `suffixes` (and `dtypes`, if the format has others than float16, float32 and float64).
-3. Write `read_shard(path, column)`. It reads no more than a header where the format allows, and
-   refuses what it cannot read: the error names file, row or column, what was expected and what to
-   do. Only this file may import an optional package of the format.
-4. Add a line to `FORMATS` below and one to the table in `convert.py`, which writes other corpora in
-   the format. The README lists the formats.
-5. Test it in `tests/corpus/test_formats.py`, whose cases read every format as they read npy, and
-   with files that are damaged, empty, truncated and changed while they are read.
+A new format is a file in `formats/` and a line in `FORMATS`. Its shard derives from
+`ContiguousShard` (the rows lie in one piece of the file) or `StreamedShard` (they are decoded), its
+writer from `FormatWriter` or `TableWriter`, and its `read_shard(path, column)` reads no more
+than a header where the format allows. Only this file may import an optional package of the format.
+`tests/corpus/test_formats.py` reads every format as it reads npy, and damaged and changed files.
 """
 
 from __future__ import annotations
@@ -41,7 +30,7 @@ HEAD_BYTES = 512  # of a file, by which its format is recognized
 
 
 class Format(NamedTuple):
-    """A format of shards."""
+    """A format of shards; what is converted to it gets the first suffix of its writer."""
 
     recognizes: Callable[[bytes], bool]  # whether a file that begins with these bytes has it
     # Of a path and the name of the rows (None: the default); errors are those of `read_shard`.
@@ -49,29 +38,28 @@ class Format(NamedTuple):
     writer: type[FormatWriter]
 
 
+def _is_arrow(head: bytes) -> bool:
+    return head[:6] == arrow.MAGIC or head[:4] == b"\xff\xff\xff\xff"
+
+
+def _is_pickle(head: bytes) -> bool:
+    return head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
+
+
+# Of formats that share a suffix or a beginning, the first is found by it; its reader reads all.
 FORMATS = {
-    "npy": Format(
-        lambda head: head[:6] == b"\x93NUMPY",
-        lambda path, column: npy.read_header(path),
-        npy.ShardWriter,
-    ),
-    "parquet": Format(lambda head: head[:4] == b"PAR1", parquet.read_shard, parquet.ParquetWriter),
-    "arrow": Format(
-        lambda head: head[:6] == arrow.MAGIC or head[:4] == b"\xff\xff\xff\xff",
-        arrow.read_shard,
-        arrow.ArrowWriter,
-    ),
+    "npy": Format(lambda head: head[:6] == b"\x93NUMPY", npy.read_shard, npy.ShardWriter),
     "safetensors": Format(safetensors.recognizes, safetensors.read_shard, safetensors.TensorWriter),
+    "parquet": Format(lambda head: head[:4] == b"PAR1", parquet.read_shard, parquet.ParquetWriter),
+    "arrow": Format(_is_arrow, arrow.read_shard, arrow.ArrowWriter),
+    "arrow-stream": Format(_is_arrow, arrow.read_shard, arrow.StreamWriter),
+    "hf": Format(_is_arrow, arrow.read_shard, arrow.StreamWriter),
+    "pickle": Format(_is_pickle, pickle_list.read_shard, pickle_list.PickleWriter),
     "tar": Format(
         lambda head: head[257:262] == b"ustar", webdataset.read_shard, webdataset.TarWriter
     ),
-    "pickle": Format(
-        lambda head: head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"),
-        pickle_list.read_shard,
-        pickle_list.PickleWriter,
-    ),
 }
-SUFFIXES = {suffix: name for name, row in FORMATS.items() for suffix in row.writer.suffixes}
+SUFFIXES = {suffix: name for name in reversed(FORMATS) for suffix in FORMATS[name].writer.suffixes}
 
 
 def format_of(name: str) -> str | None:
@@ -145,13 +133,11 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
 
 def _format_of_content(path: StoragePath) -> str | None:
     try:
-        if path.is_file():
-            with path.open("rb") as file:
-                head = file.read(HEAD_BYTES)
-            return next((name for name, row in FORMATS.items() if row.recognizes(head)), None)
-    except OSError:
-        pass  # the reader of the format says what is wrong
-    return None
+        with path.opened() as file:
+            head = file.pread(HEAD_BYTES, 0)
+    except OSError:  # the reader of the format says what is wrong
+        return None
+    return next((name for name, row in FORMATS.items() if row.recognizes(head)), None)
 
 
 def _natural_order(path: StoragePath) -> tuple[list[Any], str]:

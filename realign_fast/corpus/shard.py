@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ ColumnChunk: TypeAlias = "list[dict[str, Any]] | dict[str, np.ndarray] | Any"
 class Shard(ABC):
     """One file of rows `[num_rows, dimension]`."""
 
+    writer_class: ClassVar[type[FormatWriter]]
     path: StoragePath
     num_rows: int
     dimension: int
@@ -90,13 +91,43 @@ class Shard(ABC):
     def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Read the rows at the sorted numbers `ids` into the bytes `target[places]`, one a row."""
 
-    @abstractmethod
     def writer(self, path: AnyPath) -> FormatWriter:
         """Return a writer for other rows of the same shape, which keeps all else of this file."""
+        shape = self.num_rows, self.dimension, self.torch_dtype
+        return self.writer_class(path, *shape, source=self)
 
     def other_columns(self) -> Iterator[ColumnChunk]:
         """Yield the columns other than the rows, in order and many rows at a time."""
         return iter(())
+
+    def rebatched(
+        self, pieces: Iterator[np.ndarray], first: int, batch_rows: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Cut pieces `[n, any]`, which are all rows from `first` on, into the batches of `read`.
+
+        A batch is a view of a writable piece where that holds all of it. A `ValueError` says that
+        the pieces do not end with the last row.
+        """
+        row, filled, batch = first, 0, None
+        for piece in pieces:
+            while len(piece):
+                if row == self.num_rows:
+                    raise self.changed_error()
+                if batch is None:
+                    count = min(row - row % batch_rows + batch_rows, self.num_rows) - row
+                    if piece.flags.writeable and len(piece) >= count:
+                        yield row, torch.from_numpy(piece[:count])
+                        piece, row = piece[count:], row + count
+                        continue
+                    batch = np.empty((count, piece.shape[1]), piece.dtype)
+                part = piece[: len(batch) - filled]
+                batch[filled : filled + len(part)] = part
+                piece, filled = piece[len(part) :], filled + len(part)
+                if filled == len(batch):
+                    yield row, torch.from_numpy(batch)
+                    row, filled, batch = row + filled, 0, None
+        if row != self.num_rows:
+            raise self.changed_error()
 
     def changed_error(self) -> ValueError:
         """Return the error for a file that is no longer what it was when it was opened."""

@@ -37,25 +37,8 @@ class StreamedShard(Shard):
         """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        row, filled, batch = first, 0, None
-        for piece in self.pieces(first, batch_rows):
-            while len(piece):
-                if row == self.num_rows:
-                    raise self.changed_error()
-                if batch is None:
-                    count = min(row - row % batch_rows + batch_rows, self.num_rows) - row
-                    if piece.flags.writeable and len(piece) >= count:
-                        yield row, torch.from_numpy(piece[:count])
-                        piece, row = piece[count:], row + count
-                        continue
-                    batch = np.empty((count, self.dimension), self.dtype)
-                part = piece[: len(batch) - filled]
-                batch[filled : filled + len(part)] = part
-                piece, filled = piece[len(part) :], filled + len(part)
-                if filled == len(batch):
-                    yield row, torch.from_numpy(batch)
-                    row, filled, batch = row + filled, 0, None
-        if row != self.num_rows or (self.path.is_remote and self.path.stamp() != self.stamp):
+        yield from self.rebatched(self.pieces(first, batch_rows), first, batch_rows)
+        if self.path.is_remote and self.path.stamp() != self.stamp:
             raise self.changed_error()
 
     def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:

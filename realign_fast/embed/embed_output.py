@@ -20,8 +20,7 @@ from typing import Any, get_args
 import torch
 
 from ..corpus import ShardWriter, format_of
-from ..corpus.formats.arrow_columns import pyarrow
-from ..corpus.formats.tables import write_table
+from ..corpus.formats.arrow_columns import pyarrow, write_table
 from ..corpus.layout import SUBFOLDERS
 from ..storage.paths import write_json, write_whole
 from .choices import Side

@@ -125,7 +125,7 @@ class AlignTask(ShardTask):
             return lambda: ShardResult(index, None, 0, {})
         self.checkpoints.forget_aligned(shard)
         with ExitStack() as stack:
-            writer = stack.enter_context(self.corpus.writer(shard, aligned))
+            writer = stack.enter_context(shard.writer(aligned))
             moments, total = self._write(index, shard, writer)
             check_unchanged(shard, shard_identity)
             writing = stack.pop_all()

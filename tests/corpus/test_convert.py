@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.convert import TARGETS, convert
+from realign_fast.corpus.convert import convert
+from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.inspection import inspect
 
 pa = pytest.importorskip("pyarrow")
@@ -52,7 +53,7 @@ def save(path, rows, form):
 
 
 def suffix(form):
-    return TARGETS[form].suffix
+    return FORMATS[form].writer.suffixes[0]
 
 
 def everything(corpus):
@@ -79,7 +80,7 @@ def beside(folder, name, form):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize(
     "form", ["npy", "safetensors", "parquet", "arrow", "arrow-stream", "pickle"]
 )

@@ -8,10 +8,10 @@ import pytest
 
 from realign_fast import Corpus
 from realign_fast.cli import main
-from realign_fast.corpus.convert import TARGETS
+from realign_fast.corpus.format_registry import FORMATS
 
 D = 16
-FORMATS = [name for name in TARGETS if name != "npy"]
+NAMES = [name for name in FORMATS if name != "npy"]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def rows_of(folder, name):
     return corpus.take(range(corpus.num_rows)).numpy()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_format_is_aligned_resumed_and_verified_as_npy_is(corpora, name, capsys):
     pickles = ["--allow-pickle"] if name == "pickle" else []
     assert main.main(["convert", "text", "other", "--to", name, "--quiet"]) == 0

@@ -352,8 +352,8 @@ def test_a_chunk_that_ends_early_or_late_is_not_read(tmp_path):
 def test_only_whole_rows_of_the_chunk_are_read_into_memory_that_may_be_written(tmp_path):
     path = save(tmp_path / "x.parquet", random_rows(40, 6))
     with open(path, "rb") as file:
-        vectors = parquet_pages.VectorColumn("embedding", np.dtype("f4"), 6)
-        pages = parquet_pages.pages_of(pq.ParquetFile(path), file.fileno(), 0, vectors)
+        shard = Corpus(path).shards[0]
+        pages = parquet_pages.pages_of(pq.ParquetFile(path), file.fileno(), 0, shard)
     for row in (-1, 38, 41, 1 << 62):
         with pytest.raises(IndexError, match="has 40 rows"):
             pages.read(row, np.empty((3, 6), "f4"))

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from realign_fast import Moments
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus, ShardWriter
-from realign_fast.corpus.convert import TARGETS, convert
+from realign_fast.corpus.convert import convert
+from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.checkpoints import checksum
 from realign_fast.pipeline.inspection import inspect
@@ -15,7 +16,7 @@ from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)
-OTHERS = [one for one in TARGETS if one != "safetensors"]
+OTHERS = [one for one in FORMATS if one != "safetensors"]
 
 
 def write(folder, seed, sizes=(50, 31), dtype=torch.bfloat16):

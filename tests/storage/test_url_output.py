@@ -24,7 +24,8 @@ from support.kill_and_resume import tree
 from realign_fast import ReAlign
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus, ShardWriter
-from realign_fast.corpus.convert import TARGETS, convert
+from realign_fast.corpus.convert import convert
+from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
@@ -114,7 +115,7 @@ def test_a_file_by_url_is_a_file(tmp_path, corpora):
     assert tree(tmp_path / "far") == tree(tmp_path / "near")
 
 
-@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_format_is_converted_and_aligned_to_a_bucket(form, tmp_path, corpora, bucket):
     how = {"allow_pickle": True}
     near = [convert(Corpus(corpus), tmp_path / form / corpus.name, form) for corpus in corpora]

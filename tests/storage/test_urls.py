@@ -18,7 +18,8 @@ from support.kill_and_resume import tree
 from realign_fast import ReAlign
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.convert import TARGETS, convert
+from realign_fast.corpus.convert import convert
+from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
@@ -63,7 +64,7 @@ def shards(out):
     }
 
 
-@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_format_has_the_bytes_of_the_local_run(form, tmp_path, corpora, served):
     for folder in corpora:
         convert(Corpus(folder), tmp_path / "www" / form / folder.name, form)

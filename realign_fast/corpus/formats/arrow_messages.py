@@ -1,9 +1,9 @@
-"""The number of rows of a remote Arrow IPC file or stream, from the heads of its messages alone.
+"""The number of rows of an Arrow IPC file or stream, from the heads of its messages alone.
 
-pyarrow reads whole messages, which would fetch all rows in order to count them. A file is a stream
-behind 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and Interprocess
-Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The head is a
-flatbuffer table with the length of the body and, for a record batch, that of its columns.
+pyarrow reads whole messages, which would fetch all rows of a remote file in order to count them. A
+file is a stream behind 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and
+Interprocess Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The
+head is a flatbuffer table with the length of the body and, for a record batch, that of its columns.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ def rows_of_batches(path: StoragePath, file: OpenedFile, is_stream: bool) -> Ite
     offset = 0 if is_stream else 8
     while True:
         start = file.pread(FIRST_BYTES, offset)
-        if start[:4] != CONTINUES or len(start) < 8:
+        prefix = 8 if start[:4] == CONTINUES else 4  # Arrow before 0.15 wrote the length alone
+        if len(start) < prefix:
             problem = f"no message at byte {offset}: truncated or damaged"
             raise ValueError(f"{path}: {problem}; write it again")
-        (length,) = struct.unpack_from("<i", start, 4)
+        (length,) = struct.unpack_from("<i", start, prefix - 4)
         if length == 0:
             return
         if not 0 < length <= MAX_HEAD:
             problem = f"a message of {length} bytes at byte {offset}"
             raise ValueError(f"{path}: {problem}; write it again")
-        head = start[8 : 8 + length]
+        offset += prefix
+        head = start[prefix : prefix + length]
         if len(head) < length:
-            head += file.pread(length - len(head), offset + 8 + len(head))
+            head += file.pread(length - len(head), offset + len(head))
         try:
             body, num_rows = _body_and_rows(head)
         except (struct.error, IndexError) as error:
             raise ValueError(f"{path}: damaged message at byte {offset}; write it again") from error
-        if body < 0 or offset + 8 + length + body > file.size:
-            raise ValueError(f"{path}: truncated: byte {offset} tells of more than there is")
+        if min(body, num_rows or 0) < 0 or offset + length + body > file.size:
+            problem = f"truncated or damaged: byte {offset} tells of more than there is"
+            raise ValueError(f"{path}: {problem}; write it again")
         if num_rows is not None:
             yield num_rows
-        offset += 8 + length + body
+        offset += length + body
 
 
 def _body_and_rows(head: bytes) -> tuple[int, int | None]:

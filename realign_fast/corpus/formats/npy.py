@@ -19,21 +19,6 @@ from ..shard_writer import FormatWriter
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 
 
-@dataclass(frozen=True)
-class NpyShard(ContiguousShard):
-    """One `.npy` file."""
-
-    format = "npy"
-
-    def parse(self, file: OpenedFile) -> NpyShard:
-        """Return the shard that the header of `file` describes now."""
-        return _parse(file, self.path)
-
-    def writer(self, path: AnyPath) -> ShardWriter:
-        """Return a writer of a `.npy` file of the same shape."""
-        return ShardWriter(path, self.num_rows, self.dimension, self.torch_dtype)
-
-
 class ShardWriter(FormatWriter):
     """Write one `.npy` shard in pieces; see `FormatWriter`.
 
@@ -52,11 +37,28 @@ class ShardWriter(FormatWriter):
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
+@dataclass(frozen=True)
+class NpyShard(ContiguousShard):
+    """One `.npy` file."""
+
+    format = "npy"
+    writer_class = ShardWriter
+
+    def parse(self, file: OpenedFile) -> NpyShard:
+        """Return the shard that the header of `file` describes now."""
+        return _parse(file, self.path)
+
+
 def read_header(path: AnyPath) -> NpyShard:
     """Open the `.npy` shard at `path`; errors are those of `format_registry.read_shard`."""
     path = storage_path(path)
     with path.opened() as file:
         return _parse(file, path)
+
+
+def read_shard(path: StoragePath, column: str | None = None) -> NpyShard:
+    """Open the shard at `path`; a `.npy` file has one array, so `column` is not used."""
+    return read_header(path)
 
 
 def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:

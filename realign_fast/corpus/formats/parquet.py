@@ -18,14 +18,39 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.paths import AnyPath, StoragePath, explained
+from ...storage.paths import StoragePath, explained
 from ..streamed_shard import Buffers
-from .arrow_columns import decoded, first_dimension, pyarrow, rows_of, vectors_of
+from .arrow_columns import (
+    TableShard,
+    TableWriter,
+    decoded,
+    pyarrow,
+    rows_of,
+    validated,
+    vectors_of,
+)
 from .parquet_pages import NOT_PLAIN, NotDirect, pages_of, read_pages
-from .tables import TableShard, TableWriter, validated
 
 BUFFER_BYTES = 1 << 20
 COLUMN_ROWS = 1024  # of the other columns read at a time: they may hold images
+
+
+class ParquetWriter(TableWriter):
+    """Write a parquet file; see `FormatWriter`. Rows are stored plain: they hardly compress."""
+
+    suffixes = (".parquet",)
+
+    def _open_table(self, file: Any) -> Any:
+        return pyarrow().parquet.ParquetWriter(file, self.columns.schema, **self._codecs())
+
+    def _codecs(self) -> dict[str, Any]:
+        """Return the options for dictionaries and compression of every column but the rows."""
+        sink, rows = pyarrow().BufferOutputStream(), self.columns.column
+        pyarrow().parquet.ParquetWriter(sink, self.columns.schema).close()
+        leaves = pyarrow().parquet.ParquetFile(sink.getvalue()).schema
+        paths = [leaves.column(i).path for i in range(len(leaves))]
+        names = [path for path in paths if path != rows and not path.startswith(f"{rows}.")]
+        return {"use_dictionary": names, "compression": dict.fromkeys(names, "snappy")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +58,7 @@ class ParquetShard(TableShard):
     """One column of a parquet file."""
 
     format = "parquet"
+    writer_class = ParquetWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from pages or decoded; see `StreamedShard.pieces`."""
@@ -54,7 +80,7 @@ class ParquetShard(TableShard):
     def _pages(self, file: Any, descriptor: int | None, group: int) -> Any:
         """Return the pages of a row group, or None if pyarrow has to decode it."""
         try:
-            return pages_of(file, descriptor, group, self.vectors)
+            return pages_of(file, descriptor, group, self)
         except NotDirect:
             return None
 
@@ -63,7 +89,7 @@ class ParquetShard(TableShard):
     ) -> Iterator[np.ndarray]:
         """Yield the rows of row groups through pyarrow, from `first` on; `row` is their first."""
         for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=groups):
-            rows = rows_of(batch.column(0), self.vectors, self.path, row)
+            rows = rows_of(batch.column(0), self, row)
             yield rows[max(0, first - row) :]
             row += len(rows)
 
@@ -82,7 +108,7 @@ class ParquetShard(TableShard):
             for group in np.flatnonzero(np.diff(cuts, prepend=0)):
                 row = int(ends[group - 1]) if group else 0
                 try:
-                    pages = pages_of(file, descriptor, int(group), self.vectors)
+                    pages = pages_of(file, descriptor, int(group), self)
                     for place in range(cuts[group - 1] if group else 0, cuts[group]):
                         pages.read(int(ids[place]) - row, taken[place])
                 except NOT_PLAIN:
@@ -97,7 +123,7 @@ class ParquetShard(TableShard):
         with _opened(self.path) as (file, descriptor):
             for group in range(file.num_row_groups):
                 try:
-                    pages_of(file, descriptor, group, self.vectors).check()
+                    pages_of(file, descriptor, group, self).check()
                 except NOT_PLAIN as reason:
                     return f"row group {group}: {reason}"
         return ""
@@ -114,41 +140,17 @@ class ParquetShard(TableShard):
             names = [name for name in file.schema_arrow.names if name != self.column]
             yield from map(validated, file.iter_batches(COLUMN_ROWS, columns=names))
 
-    def writer(self, path: AnyPath) -> ParquetWriter:
-        """Return a writer of a parquet file with the other columns of this one."""
-        shape = self.num_rows, self.dimension, self.torch_dtype
-        return ParquetWriter(path, *shape, self.table_columns)
-
-
-class ParquetWriter(TableWriter):
-    """Write a parquet file; see `FormatWriter`. Rows are stored plain: they hardly compress."""
-
-    suffixes = (".parquet",)
-
-    def _open_table(self, file: Any) -> Any:
-        return pyarrow().parquet.ParquetWriter(file, self.columns.schema, **self._codecs())
-
-    def _codecs(self) -> dict[str, Any]:
-        """Return the options for dictionaries and compression of every column but the rows."""
-        sink, rows = pyarrow().BufferOutputStream(), self.columns.column
-        pyarrow().parquet.ParquetWriter(sink, self.columns.schema).close()
-        leaves = pyarrow().parquet.ParquetFile(sink.getvalue()).schema
-        paths = [leaves.column(i).path for i in range(len(leaves))]
-        names = [path for path in paths if path != rows and not path.startswith(f"{rows}.")]
-        return {"use_dictionary": names, "compression": dict.fromkeys(names, "snappy")}
-
 
 def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     """Open a column of rows of a parquet file; see `vectors_of` for its choice."""
     stamp = path.stamp()
     with _opened(path) as (file, _):
-        vectors = vectors_of(path, file.schema_arrow, column)
-        num_rows, dimension = file.metadata.num_rows, vectors.dimension
-        if not dimension:
-            batches = file.iter_batches(1, columns=[vectors.name])
-            arrays = (batch.column(0) for batch in batches)
-            dimension = first_dimension(path, vectors.name, arrays)
-    return ParquetShard(path, num_rows, dimension, vectors.dtype, vectors.name, stamp)
+
+        def arrays(name: str) -> Iterator[Any]:
+            return (batch.column(0) for batch in file.iter_batches(1, columns=[name]))
+
+        name, dtype, dimension = vectors_of(path, file.schema_arrow, column, arrays)
+        return ParquetShard(path, file.metadata.num_rows, dimension, dtype, name, stamp)
 
 
 def _row_group_ends(file: Any) -> np.ndarray:

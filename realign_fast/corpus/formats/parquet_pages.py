@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..io_extension import io as _io
-from ..streamed_shard import Buffers
-from .arrow_columns import VectorColumn
+from ..streamed_shard import Buffers, StreamedShard
 
 NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
 ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the levels
@@ -51,7 +50,7 @@ def read_pages(
         del rows  # or its memory would be kept from the next batch
 
 
-def pages_of(file: Any, descriptor: int | None, group: int, vectors: VectorColumn) -> Any:
+def pages_of(file: Any, descriptor: int | None, group: int, shard: StreamedShard) -> Any:
     """Return the pages of a column in row group `group`, as `_io.ParquetPages`.
 
     `file` is a `pyarrow.parquet.ParquetFile`, and `descriptor` that of the same file; None if it is
@@ -61,12 +60,12 @@ def pages_of(file: Any, descriptor: int | None, group: int, vectors: VectorColum
         raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
     if descriptor is None:
         raise NotDirect("its bytes are not in a file of this machine")
-    leaf, chunk, group_rows = _chunk(file, group, vectors.name)
+    leaf, chunk, group_rows = _chunk(file, group, shard.column)
     if chunk.compression != "UNCOMPRESSED" or chunk.file_path:
         raise NotDirect(f"its column is compressed with {chunk.compression}; {ADVICE}")
     if chunk.has_dictionary_page or not set(chunk.encodings) <= ENCODINGS:
         raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {ADVICE}")
-    row_values, value_bytes = _sizes(leaf, vectors)
+    row_values, value_bytes = _sizes(leaf, shard)
     start, size = chunk.data_page_offset, chunk.total_compressed_size
     if not 0 <= start <= start + size <= os.fstat(descriptor).st_size:
         raise NotDirect("its column is not inside the file")
@@ -93,15 +92,15 @@ def _chunk(file: Any, group: int, name: str) -> tuple[Any, Any, int]:
     return schema.column(leaves[0]), row_group.column(leaves[0]), row_group.num_rows
 
 
-def _sizes(leaf: Any, vectors: VectorColumn) -> tuple[int, int]:
+def _sizes(leaf: Any, shard: StreamedShard) -> tuple[int, int]:
     """Return the number of values in a row, and the size of each in bytes."""
-    physical_type, size = leaf.physical_type, vectors.dtype.itemsize
-    row_bytes = vectors.dimension * size
+    physical_type, size = leaf.physical_type, shard.dtype.itemsize
+    row_bytes = shard.dimension * size
     fixed = physical_type == "FIXED_LEN_BYTE_ARRAY"
     if leaf.max_repetition_level == 0 and fixed and leaf.length == row_bytes:
         return 1, row_bytes
-    if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == vectors.dtype.name:
+    if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == shard.dtype.name:
         if not fixed or leaf.length == size:
-            return vectors.dimension, size
-    expected = f"rows of {vectors.dimension} {vectors.dtype}"
+            return shard.dimension, size
+    expected = f"rows of {shard.dimension} {shard.dtype}"
     raise NotDirect(f"its column is {physical_type}, not {expected}")

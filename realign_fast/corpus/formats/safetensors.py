@@ -11,90 +11,34 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from ...storage.paths import AnyPath, OpenedFile, StoragePath, explained
+from ...storage.paths import OpenedFile, StoragePath, explained
 from ...storage.read_ahead import pieces
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard, Dtype
 from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
-DTYPES: dict[str, np.dtype[Any] | BFloat16] = {
-    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
-    "BF16": BFloat16(),
-}
-NAMES = {TORCH_DTYPES[dtype]: name for name, dtype in DTYPES.items()}
 DEFAULT = "embedding"
-COLUMN_DTYPES = {  # of tensors other than the rows
-    f"{letter.upper()}{8 * size}": np.dtype(f"<{letter}{size}")
-    for letter, sizes in (("f", (2, 4, 8)), ("i", (1, 2, 4, 8)), ("u", (1, 2, 4, 8)))
-    for size in sizes
-} | {"BOOL": np.dtype("?")}
+DTYPES: dict[str, Dtype] = {"BOOL": np.dtype("?"), "BF16": BFloat16()}
+for _name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
+    DTYPES[f"{_name[0].upper()}{8 * int(_name[1])}"] = np.dtype(f"<{_name}")
+NAMES = {TORCH_DTYPES[dtype]: name for name, dtype in DTYPES.items() if dtype in TORCH_DTYPES}
 COLUMN_ROWS = 65536  # of the other tensors read at a time
 
-Header = dict[str, dict[str, Any]]  # by name of the tensor: dtype, shape, data_offsets
+
+class Tensor(NamedTuple):
+    """An entry of the header."""
+
+    dtype: str
+    shape: list[int]
+    start: int  # byte in the data
+    end: int
 
 
-@dataclass(frozen=True)
-class TensorShard(ContiguousShard):
-    """One tensor of a `.safetensors` file."""
-
-    name: str
-    size: int  # of the file in bytes
-
-    format = "safetensors"
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole file in bytes."""
-        return self.size
-
-    def parse(self, file: OpenedFile) -> TensorShard:
-        """Return the shard that the header of `file` describes now."""
-        return _parse(file, self.path, self.name)
-
-    @property
-    def has_other_columns(self) -> bool:
-        """True if the file has other tensors than the rows."""
-        with self.opened() as file:
-            return len(_header(file, self.path)[0]) > 1
-
-    def other_columns(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
-        with self.opened() as file:
-            header, data_offset = _header(file, self.path)
-            columns = {
-                name: self._column(name, entry)
-                for name, entry in header.items()
-                if name != self.name
-            }
-            for first in range(0, self.num_rows, COLUMN_ROWS):
-                count, chunk = min(COLUMN_ROWS, self.num_rows - first), {}
-                for name, (dtype, row_shape, offset) in columns.items():
-                    row_bytes = dtype.itemsize * math.prod(row_shape)
-                    start = data_offset + offset + first * row_bytes
-                    data = b"".join(pieces(file.pread, start, start + count * row_bytes))
-                    chunk[name] = np.frombuffer(data, dtype).reshape(count, *row_shape)
-                yield chunk
-
-    def _column(
-        self, name: str, entry: dict[str, Any]
-    ) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-        """Return number type, shape of a row and offset in the data of another tensor."""
-        dtype_name, shape, ends = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
-        dtype = COLUMN_DTYPES.get(str(dtype_name))
-        if dtype is not None and _is_sizes(shape) and len(shape) in (1, 2):
-            size = dtype.itemsize * math.prod(shape)
-            if shape[0] == self.num_rows and ends[1] - ends[0] == size:
-                return dtype, tuple(shape[1:]), ends[0]
-        problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
-        raise ValueError(f"{self.path}: tensor {name!r} is {dtype_name} {shape}, {problem}")
-
-    def writer(self, path: AnyPath) -> TensorWriter:
-        """Return a writer for a copy of the file with other rows."""
-        return TensorWriter(path, self.num_rows, self.dimension, self.torch_dtype, self)
+Header = dict[str, Tensor]  # by name of the tensor
 
 
 class TensorWriter(FormatWriter):
@@ -130,6 +74,59 @@ class TensorWriter(FormatWriter):
             raise ValueError(f"{self._source.path}: truncated while it was copied")
 
 
+@dataclass(frozen=True)
+class TensorShard(ContiguousShard):
+    """One tensor of a `.safetensors` file."""
+
+    name: str
+    size: int  # of the file in bytes
+
+    format = "safetensors"
+    writer_class = TensorWriter
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file in bytes."""
+        return self.size
+
+    def parse(self, file: OpenedFile) -> TensorShard:
+        """Return the shard that the header of `file` describes now."""
+        return _parse(file, self.path, self.name)
+
+    @property
+    def has_other_columns(self) -> bool:
+        """True if the file has other tensors than the rows."""
+        with self.opened() as file:
+            return len(_header(file, self.path)[0]) > 1
+
+    def other_columns(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
+        with self.opened() as file:
+            header, data_offset = _header(file, self.path)
+            columns = {name: tensor for name, tensor in header.items() if name != self.name}
+            dtypes = {name: self._column_dtype(name, columns[name]) for name in columns}
+            for first in range(0, self.num_rows, COLUMN_ROWS):
+                count, chunk = min(COLUMN_ROWS, self.num_rows - first), {}
+                for name, tensor in columns.items():
+                    row_bytes = (tensor.end - tensor.start) // self.num_rows
+                    start = data_offset + tensor.start + first * row_bytes
+                    data = b"".join(pieces(file.pread, start, start + count * row_bytes))
+                    values = np.frombuffer(data, dtypes[name])
+                    chunk[name] = values.reshape(count, *tensor.shape[1:])
+                yield chunk
+
+    def _column_dtype(self, name: str, tensor: Tensor) -> np.dtype[Any]:
+        """Return the number type of another tensor, which must have a value or vector a row."""
+        dtype = DTYPES.get(tensor.dtype)
+        if isinstance(dtype, np.dtype) and len(tensor.shape) in (1, 2):
+            if tensor.shape[0] == self.num_rows:
+                return dtype
+        problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
+        raise ValueError(
+            f"{self.path}: tensor {name!r} is {tensor.dtype} {tensor.shape}, {problem}"
+        )
+
+
 def recognizes(head: bytes) -> bool:
     """Return whether a file that begins with `head` may be a `.safetensors` file."""
     return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= MAX_HEADER
@@ -144,24 +141,20 @@ def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
 def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorShard:
     header, data_offset = _header(file, path)
     name = _choose(path, header, column)
-    entry, size = header[name], file.size
-    dtype_name, shape, ends = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype_name not in DTYPES:
+    tensor, size = header[name], file.size
+    dtype, shape = DTYPES.get(tensor.dtype), tensor.shape
+    if dtype not in TORCH_DTYPES:
         expected = "expected F16, BF16, F32 or F64; save it as one of them"
-        raise TypeError(f"{path}: tensor {name!r} is {dtype_name}, {expected}")
-    if not _is_sizes(shape) or len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
+        raise TypeError(f"{path}: tensor {name!r} is {tensor.dtype}, {expected}")
+    if len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
         expected = "expected [rows, columns]; reshape it, or name another tensor as the column"
         raise ValueError(f"{path}: tensor {name!r} has shape {shape}, {expected}")
-    dtype = DTYPES[dtype_name]
-    length = shape[0] * shape[1] * dtype.itemsize
-    if not _is_sizes(ends) or len(ends) != 2 or ends[1] - ends[0] != length:
-        raise ValueError(f"{path}: tensor {name!r} takes {length} bytes, its header says {ends}")
-    expected_size = data_offset + max(_tensor_ends(path, header))
+    expected_size = data_offset + max(entry.end for entry in header.values())
     if size != expected_size:
         state = "truncated" if size < expected_size else "longer than its header says"
         sizes = f"got {size} bytes, expected {expected_size}"
         raise ValueError(f"{path}: {state}: {sizes}; write it again")
-    offset = data_offset + ends[0]
+    offset = data_offset + tensor.start
     if offset % dtype.itemsize:
         advice = "save it with the safetensors library"
         raise ValueError(f"{path}: data at byte {offset} is not aligned; {advice}")
@@ -176,10 +169,9 @@ def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:
     try:
         if len(text) != length or not text:
             raise ValueError("its header is cut off or longer than 100 MiB")
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        if not all(isinstance(entry, dict) for entry in header.values()):
-            raise ValueError("its header holds other things than tensors")
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        header = {name: _tensor(name, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         advice = "write it with safetensors.torch.save_file"
         raise ValueError(f"{path}: not a .safetensors file ({error}); {advice}") from error
@@ -190,22 +182,23 @@ def _choose(path: StoragePath, header: Header, column: str | None) -> str:
     """Return the name of the tensor of the rows."""
     name = column or (next(iter(header)) if len(header) == 1 else DEFAULT)
     if name not in header:
-        names = ", ".join(f"{key} {entry.get('shape')}" for key, entry in header.items()) or "none"
+        names = ", ".join(f"{key} {entry.shape}" for key, entry in header.items()) or "none"
         raise ValueError(f"{path}: has no tensor {name!r}; choose one as the column, of: {names}")
     return name
+
+
+def _tensor(name: str, entry: Any) -> Tensor:
+    if not isinstance(entry, dict):
+        raise ValueError("its header holds other things than tensors")
+    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not _is_sizes(shape):
+        raise ValueError(f"tensor {name!r} has shape {shape}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None
+    if not _is_sizes(ends) or len(ends) != 2 or size not in (None, ends[1] - ends[0]):
+        raise ValueError(f"tensor {name!r} takes {size} bytes, its header says {ends}")
+    return Tensor(str(dtype), shape, *ends)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     """Return whether a value of the header is a list of integers from 0."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _tensor_ends(path: StoragePath, header: Header) -> list[int]:
-    """Return the end of each tensor, in bytes from the first byte of data."""
-    ends = []
-    for entry in header.values():
-        offsets = entry.get("data_offsets")
-        if not _is_sizes(offsets) or len(offsets) != 2:
-            raise ValueError(f"{path}: data_offsets are not pairs of numbers; write the file again")
-        ends.append(offsets[1])
-    return ends

@@ -14,15 +14,17 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from ...storage.paths import AnyPath, StoragePath
+from ...storage.paths import StoragePath
 from ..shard import FLOATS, MAX_COLUMNS
 from ..shard_writer import FormatWriter
 from ..streamed_shard import StreamedShard
 from .tar_members import (
+    Members,
     array_of_member,
     content_of,
     forget_members,
@@ -37,67 +39,6 @@ DEFAULT = "embedding.npy"
 KEY = "__key__"  # webdataset's name for the key of a sample
 TEXT_ENDINGS = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
 CHUNK_SAMPLES = 256  # of other columns at a time
-
-
-@dataclass(frozen=True)
-class TarShard(StreamedShard):
-    """The `.npy` members with one ending in a tar of samples."""
-
-    format = "tar"
-
-    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows that were copied out of members; see `StreamedShard.pieces`."""
-        batch, number, filled = np.empty((batch_rows, self.dimension), self.dtype), 0, 0
-        with opened_tar(self.path) as tar:
-            for member, data in self.members(tar):
-                if data is None or (number := number + 1) <= first:
-                    continue
-                row = _row(self.path, member.name, data)
-                if (row.size, row.dtype) != (self.dimension, self.dtype):
-                    actual = f"{member.name} holds {row.size} of {row.dtype}"
-                    expected = f"{self.dimension} of {self.dtype} as the first"
-                    advice = "embed all with one encoder"
-                    raise ValueError(f"{self.path}: {actual}, expected {expected}; {advice}")
-                batch[filled], filled = row, filled + 1
-                if filled == batch_rows:
-                    yield batch
-                    batch, filled = np.empty_like(batch), 0
-        yield batch[:filled]
-
-    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-        """Yield all members in order, with the bytes of those that are rows."""
-        for member in walk(tar):
-            is_row = member.isreg() and split_name(member.name)[1] == self.column
-            yield member, row_bytes_of(self.path, tar, member) if is_row else None
-
-    @property
-    def has_other_columns(self) -> bool:
-        """True: every sample has a key."""
-        return True
-
-    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
-        chunk: list[dict[str, Any]] = []
-        with opened_tar(self.path) as tar:
-            for member in walk(tar):
-                if not member.isreg():
-                    continue
-                key, ending = split_name(member.name)
-                if not chunk or chunk[-1][KEY] != key:
-                    if len(chunk) == CHUNK_SAMPLES:
-                        yield chunk
-                        chunk = []
-                    chunk.append({KEY: key})
-                if ending != self.column:
-                    data = content_of(tar, member)
-                    is_text = ending in TEXT_ENDINGS
-                    chunk[-1][ending] = _text(self.path, member, data) if is_text else data
-        if chunk:
-            yield chunk
-
-    def writer(self, path: AnyPath) -> TarWriter:
-        """Return a writer of a copy of the tar with other rows."""
-        return TarWriter(path, self.num_rows, self.dimension, self.torch_dtype, self)
 
 
 class TarWriter(FormatWriter):
@@ -143,16 +84,13 @@ class TarWriter(FormatWriter):
         """Write the members of a row: those of the other columns, then the row itself."""
         columns = dict(next(self._other_columns)) if self._other_columns else {}
         key = columns.pop(KEY, f"{number:09}")
-        members = {
-            name: value
-            for name, value in columns.items()
-            if isinstance(value, bytes) or name in TEXT_ENDINGS
-        }
-        in_json = {
-            name: value
-            for name, value in columns.items()
-            if name not in members and value is not None
-        }
+        members: dict[str, str | bytes] = {}
+        in_json: dict[str, Any] = {}
+        for name, value in columns.items():
+            if isinstance(value, bytes) or (value is not None and name in TEXT_ENDINGS):
+                members[name] = value
+            elif value is not None:
+                in_json[name] = value
         try:
             if in_json:
                 members["json"] = json.dumps(in_json, ensure_ascii=False, default=_plain)
@@ -166,9 +104,8 @@ class TarWriter(FormatWriter):
             )
             raise ValueError(f"{self.path}: {problem}; rename them")
         for name, value in members.items():
-            if value is not None:
-                data = value.encode() if isinstance(value, str) else bytes(value)
-                self._add(tarfile.TarInfo(f"{key}.{name}"), data)
+            data = value.encode() if isinstance(value, str) else bytes(value)
+            self._add(tarfile.TarInfo(f"{key}.{name}"), data)
         self._add(tarfile.TarInfo(f"{key}.{DEFAULT}"), _npy(row))
 
     def _add(self, member: tarfile.TarInfo, data: bytes) -> None:
@@ -177,6 +114,56 @@ class TarWriter(FormatWriter):
         member.pax_headers = {key: value for key, value in headers if key != "size"}
         self._tar.addfile(member, io.BytesIO(data))
         forget_members(self._tar)
+
+
+@dataclass(frozen=True)
+class TarShard(StreamedShard):
+    """The `.npy` members with one ending in a tar of samples."""
+
+    format = "tar"
+    writer_class = TarWriter
+
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows one at a time; see `StreamedShard.pieces`."""
+        number = 0
+        with opened_tar(self.path) as tar:
+            for member, data in self.members(tar):
+                if data is None or (number := number + 1) <= first:
+                    continue
+                row = _row(self.path, member.name, data)
+                if (row.size, row.dtype) != (self.dimension, self.dtype):
+                    actual = f"{member.name} holds {row.size} of {row.dtype}"
+                    expected = f"{self.dimension} of {self.dtype} as the first"
+                    advice = "embed all with one encoder"
+                    raise ValueError(f"{self.path}: {actual}, expected {expected}; {advice}")
+                yield row[None]
+
+    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+        """Yield all members in order, with the bytes of those that are rows."""
+        for member in walk(tar):
+            is_row = member.isreg() and split_name(member.name)[1] == self.column
+            yield member, row_bytes_of(self.path, tar, member) if is_row else None
+
+    @property
+    def has_other_columns(self) -> bool:
+        """True: every sample has a key."""
+        return True
+
+    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
+        with opened_tar(self.path) as tar:
+            entries = (self._entry(tar, key, parts) for key, parts in samples(self.path, tar))
+            while chunk := list(islice(entries, CHUNK_SAMPLES)):
+                yield chunk
+
+    def _entry(self, tar: tarfile.TarFile, key: str, members: Members) -> dict[str, Any]:
+        entry: dict[str, Any] = {KEY: key}
+        for ending, member in members.items():
+            if ending != self.column:
+                data = content_of(tar, member)
+                is_text = ending in TEXT_ENDINGS
+                entry[ending] = _text(self.path, member, data) if is_text else data
+        return entry
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
