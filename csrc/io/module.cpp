@@ -5,6 +5,7 @@
 
 #include <system_error>
 
+#include "io/parquet/footer.h"
 #include "io/parquet/parquet_pages.h"
 #include "io/pickle/pickle_rows.h"
 #include "io/shard_reader.h"
@@ -161,6 +162,20 @@ PYBIND11_MODULE(_io, module) {
            "Fill `out`, a writable buffer, with the rows from `row` on.")
       .def("check", &ParquetPages::check, without_gil(),
            "Check the headers and levels of all pages without reading their values.");
+
+  py::class_<ChunkFacts>(module, "ChunkFacts",
+                         "A column chunk as the footer describes it; -1 stands for what is absent.")
+      .def_readonly("group_rows", &ChunkFacts::group_rows)
+      .def_readonly("codec", &ChunkFacts::codec)
+      .def_readonly("values", &ChunkFacts::values)
+      .def_readonly("bytes", &ChunkFacts::bytes)
+      .def_readonly("data_offset", &ChunkFacts::data_offset)
+      .def_readonly("encodings", &ChunkFacts::encodings)
+      .def_readonly("has_dictionary", &ChunkFacts::has_dictionary)
+      .def_readonly("is_elsewhere", &ChunkFacts::is_elsewhere);
+  module.def("read_chunks", &read_chunks, without_gil(), py::arg("descriptor"), py::arg("leaf"),
+             "Return the chunk of column `leaf` in each row group of a Parquet file, from its\n"
+             "footer. Raises NotPlain if the footer is damaged, and OSError if reading fails.");
 
   py::class_<PickledRows>(
       module, "PickledRows",

@@ -57,7 +57,7 @@ def convert(
         to: a key of `FORMATS`.
         advance: is called with numbers of rows that are done.
         batch_bytes: size of a record batch or row group of the result.
-        dtype: number type of the result: float16, float32, float64, in safetensors also bfloat16.
+        dtype: number type of the result: float16, float32, float64, in safetensors and pt bfloat16.
             Numbers are rounded to the nearest. None keeps that of the corpus; for bfloat16 rows it
             must be given where the format lacks that type, since none is chosen without request.
     Raises:
@@ -141,7 +141,7 @@ def _shard_names(corpus: Corpus, to: str) -> list[str]:
 
 def _result_dtype(corpus: Corpus, to: str, dtype: torch.dtype | None) -> torch.dtype:
     dtype = corpus.dtype if dtype is None else dtype
-    if dtype == torch.bfloat16 and to != "safetensors":
+    if dtype == torch.bfloat16 and dtype not in FORMATS[to].writer.dtypes:
         advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
         raise ValueError(
             f"{corpus.path}: {to} has no bfloat16; {advice}; or convert to safetensors"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -76,8 +77,16 @@ class Corpus:
         if layout.is_folder(folder):
             paths = shard_paths(folder)
             layout.check_folder(folder, paths)
-        self.shards = read_shards(paths, column, allow_pickle)
-        first = self.shards[0]
+        shards = read_shards(paths, column, allow_pickle)
+        first = next((shard for shard in shards if shard.dimension), None)
+        if first is None:
+            problem = "has no row that is a vector, so nothing says its dimension"
+            raise ValueError(f"{paths[0]}: {problem}; leave it out or write it")
+        # Lists without a row, such as an empty part that Spark wrote, do not say their dimension.
+        self.shards = tuple(
+            shard if shard.dimension else replace(shard, dimension=first.dimension)
+            for shard in shards
+        )
         for shard in self.shards:
             if (shard.dimension, shard.dtype) != (first.dimension, first.dtype):
                 actual = f"[*, {shard.dimension}] {shard.dtype}"
@@ -149,14 +158,8 @@ class Corpus:
             Batch(number, first, rows)
             for number in chosen
             if (skip := max(0, int(skips[number]))) < self.shards[number].num_rows
-            for first, rows in self._read_shard(number, skip, batch_rows, ring)
+            for first, rows in self.shards[number].read(skip, batch_rows, ring)
         )
-
-    def _read_shard(
-        self, index: int, first: int, batch_rows: int, ring: Any
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the rows of a shard as `Shard.read` does."""
-        return self.shards[index].read(first, batch_rows, ring)
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the rows `ids` of the corpus, `[len(ids), D]`, in their order.

@@ -13,18 +13,27 @@ than a header where the format allows. Only this file may import an optional pac
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..storage.paths import StoragePath, explained, map_concurrently
-from .formats import arrow, hf_dataset, npy, parquet, pickle_list, safetensors, webdataset
+from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
+from .formats import (
+    archives,
+    arrow,
+    hf_dataset,
+    npy,
+    parquet,
+    pickle_list,
+    safetensors,
+    webdataset,
+)
 from .shard import Shard
 from .shard_writer import FormatWriter
 
 UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
 NOT_SHARDS = {"aligner.safetensors", "half.safetensors"}  # written by this package beside shards
+ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 HEAD_BYTES = 512  # of a file, by which its format is recognized
 
@@ -42,13 +51,27 @@ def _is_arrow(head: bytes) -> bool:
     return head[:6] == arrow.MAGIC or head[:4] == b"\xff\xff\xff\xff"
 
 
+def _is_npy(head: bytes) -> bool:
+    return head[:6] == b"\x93NUMPY"
+
+
+def _is_npz(head: bytes) -> bool:
+    return head[:4] == b"PK\3\4" and b".npy" in head
+
+
+def _is_torch(head: bytes) -> bool:
+    return head[:4] == b"PK\3\4" and b"/data.pkl" in head
+
+
 def _is_pickle(head: bytes) -> bool:
     return head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
 
 
 # Of formats that share a suffix or a beginning, the first is found by it; its reader reads all.
 FORMATS = {
-    "npy": Format(lambda head: head[:6] == b"\x93NUMPY", npy.read_shard, npy.ShardWriter),
+    "npy": Format(_is_npy, lambda path, column: npy.read_header(path), npy.ShardWriter),
+    "npz": Format(_is_npz, archives.read_npz, archives.NpzWriter),
+    "pt": Format(_is_torch, archives.read_torch, archives.TorchWriter),
     "safetensors": Format(safetensors.recognizes, safetensors.read_shard, safetensors.TensorWriter),
     "parquet": Format(lambda head: head[:4] == b"PAR1", parquet.read_shard, parquet.ParquetWriter),
     "arrow": Format(_is_arrow, arrow.read_shard, arrow.ArrowWriter),
@@ -87,7 +110,8 @@ def shard_paths(folder: StoragePath) -> list[StoragePath]:
         if (folder / hf_dataset.STATE).is_file():
             return hf_dataset.data_files(folder)
         paths = [path for path in folder.iterdir() if format_of(path.name)]
-    paths.sort(key=_natural_order)
+    paths = [path for path in paths if format_of(path.name) not in ONLY_ALONE] or paths
+    paths.sort(key=lambda path: natural_order(path.name))
     first_of_format = {format_of(path.name): path for path in reversed(paths)}
     if len(first_of_format) > 1:
         names = " and ".join(path.name for path in first_of_format.values())
@@ -138,8 +162,3 @@ def _format_of_content(path: StoragePath) -> str | None:
     except OSError:  # the reader of the format says what is wrong
         return None
     return next((name for name, row in FORMATS.items() if row.recognizes(head)), None)
-
-
-def _natural_order(path: StoragePath) -> tuple[list[Any], str]:
-    pieces = enumerate(re.split("([0-9]+)", path.name))
-    return [int(piece) if place % 2 else piece for place, piece in pieces], path.name

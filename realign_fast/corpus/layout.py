@@ -1,8 +1,8 @@
 """Directories of shards: the sides of a clip-retrieval root, and what may lie beside shards.
 
-A clip-retrieval root has `text_emb/`, `img_emb/` and `metadata/`. Shards of the two sides pair by
-the number that ends their names and must have equally many rows. A number that one side lacks is no
-error (people download parts); one that `metadata/` lacks is a warning, since it is never read here.
+A clip-retrieval root has `text_emb/`, `img_emb/` and `metadata/`. Shards of the two sides that pair
+(`paired`) must have equally many rows. One without a pair on the other side is no error (people
+download parts); one that `metadata/` lacks is a warning, since it is never read here.
 Hidden files and files with other suffixes are not shards.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
-from ..storage.paths import StoragePath
+from ..storage.paths import StoragePath, natural_order
 from .format_registry import UNFINISHED, compression_of, format_of, read_shards, shard_paths
 from .formats import hf_dataset
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Modality = Literal["text", "image"]
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
+METADATA_SUFFIXES = (".jsonl", ".parquet")
 OUR_FOLDERS = {METADATA, "_stats"}  # their files look like shards and are none
 EXAMINED_FILES = 1000  # of a folder that may hold shards
 LISTED_NAMES = 5  # in one message
@@ -61,10 +62,34 @@ def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def shard_number(path: StoragePath) -> str:
-    """Return what pairs the files of one shard: the number that ends the name, else the name."""
-    match = re.search("0*([0-9]+)$", path.stem)
-    return match[1] if match else path.stem
+def paired(
+    paths: Sequence[StoragePath], others: Sequence[StoragePath]
+) -> dict[StoragePath, StoragePath]:
+    """Return the file among `others` whose rows are those of each path, where the names tell it.
+
+    Files pair by equal stems; where none are equal, by all the numbers in them (`text_emb_7` and
+    `metadata_0007`, `a-0-of-3` and `b-00000-of-00003`); and where numbers cannot be compared, since
+    names have more or fewer of them, by their places in natural order, if there are as many files.
+    """
+    for key in (_stem, _numbers):
+        by_key = {key(path): path for path in others}
+        keys = [key(path) for path in paths]
+        if len(by_key) == len(others) and len({*keys}) == len(paths) and by_key.keys() & {*keys}:
+            pairs = zip(paths, keys, strict=True)
+            return {path: by_key[key] for path, key in pairs if key in by_key}
+    one_scheme = len({len(_numbers(path)) for path in (*paths, *others)}) == 1
+    if len(paths) != len(others) or (one_scheme and len({*keys}) == len(paths)):
+        return {}
+    in_order = (sorted(side, key=lambda path: natural_order(path.name)) for side in (paths, others))
+    return dict(zip(*in_order, strict=True))
+
+
+def _stem(path: StoragePath) -> str:
+    return path.stem
+
+
+def _numbers(path: StoragePath) -> tuple[int, ...]:
+    return tuple(map(int, re.findall("[0-9]+", path.stem)))
 
 
 def check_pairs(
@@ -81,20 +106,19 @@ def check_pairs(
     """
     other_side = next(name for name in SUBFOLDERS.values() if name != subfolder)
     other_paths = shard_paths(root / other_side) if (root / other_side).is_dir() else []
-    by_number = {shard_number(path): path for path in other_paths}
-    paired = [shard for shard in shards if shard_number(shard.path) in by_number]
-    pairs = read_shards(
-        [by_number[shard_number(shard.path)] for shard in paired], column, allow_pickle
-    )
-    for shard, pair in zip(paired, pairs, strict=True):
-        if pair.num_rows != shard.num_rows:
-            counts = f"has {shard.num_rows} rows, {pair.path} has {pair.num_rows}"
+    paths = [shard.path for shard in shards]
+    pairs = paired(paths, other_paths)
+    row_counts = {shard.path: shard.num_rows for shard in shards}
+    for path, pair in zip(pairs, read_shards([*pairs.values()], column, allow_pickle), strict=True):
+        if pair.num_rows != row_counts[path]:
+            counts = f"has {row_counts[path]} rows, {pair.path} has {pair.num_rows}"
             advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
-            raise ValueError(f"{shard.path}: {counts}; {advice}")
+            raise ValueError(f"{path}: {counts}; {advice}")
     metadata = root / METADATA
-    described = {shard_number(path) for path in (metadata.iterdir() if metadata.is_dir() else ())}
-    missing = [shard.path.name for shard in shards if shard_number(shard.path) not in described]
-    if described and missing:
+    files = metadata_files(metadata) if metadata.is_dir() else []
+    described = paired(paths, files)
+    missing = [path.name for path in paths if path not in described]
+    if files and missing:
         message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"
         warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
 
@@ -129,6 +153,13 @@ def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
         problem = f"has no shards but compressed files ({_some(packed)}), which have no row access"
         raise FileNotFoundError(f"{folder}: {problem}; decompress them")
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
+
+
+def metadata_files(folder: StoragePath) -> list[StoragePath]:
+    """Return the files of ids and captions in a folder `metadata/`, one of each stem."""
+    files = [path for path in folder.iterdir() if path.suffix in METADATA_SUFFIXES]
+    visible = [path for path in sorted(files, reverse=True) if not path.name.startswith(".")]
+    return [*{path.stem: path for path in visible}.values()]
 
 
 def metadata_of(corpus: Corpus) -> StoragePath | None:

@@ -63,7 +63,7 @@ class FormatWriter:
         self._started = 0  # bytes that the disk has been told to write
         if dtype not in self.dtypes:
             names = ", ".join(str(name).removeprefix("torch.") for name in self.dtypes)
-            expected = f"expected one of {names} (bfloat16 only in safetensors)"
+            expected = f"expected one of {names} (bfloat16 only in safetensors and pt)"
             raise TypeError(f"{path}: got {dtype}, {expected}; convert the rows")
         if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._has_shard_name():
             suffixes = " or ".join(self.suffixes)

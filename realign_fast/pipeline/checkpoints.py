@@ -29,6 +29,7 @@ import torch
 from .. import ops
 from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
+from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .output import STATS
 
@@ -182,7 +183,7 @@ class Checkpoints:
     def remove_stale(self, shards: Sequence[Shard], entries: Sequence[Entry]) -> None:
         """Remove moments of these shards under other keys: of other rows, maps or settings."""
         current = {self._moments_path(*pair).name for pair in zip(shards, entries, strict=True)}
-        names = {shard.path.name for shard in shards}
+        names = {_name(shard) for shard in shards}
         paths: list[StoragePath] = list(self.folder.iterdir())
         for path in paths:
             ours = path.suffix == ".safetensors" and path.name.rsplit(".", 2)[0] in names
@@ -193,7 +194,12 @@ class Checkpoints:
         return self._path(shard, f"{self.key(shard_identity)}.safetensors")
 
     def _path(self, shard: Shard, ending: str) -> StoragePath:
-        return self.folder / f"{shard.path.name}.{ending}"
+        return self.folder / f"{_name(shard)}.{ending}"
+
+
+def _name(shard: Shard) -> str:
+    """Return the name of a shard in `_stats/`, where endings of 38 bytes follow it."""
+    return short_name(shard.path.name, MAX_NAME_BYTES - 38)
 
 
 def _save(path: StoragePath, moments: Moments) -> Entry:

@@ -2,7 +2,7 @@
 
 Ids are read from the shards themselves (column `id` of parquet, Arrow and datasets, key `id` of
 pickled lists, tensor `id` of safetensors, the key of a tar sample), or from the `metadata/` of a
-clip-retrieval root, whose files are row-aligned with the shards of the same number. An aligned
+clip-retrieval root, whose files are row-aligned with the shards (`layout.paired`). An aligned
 copy of a corpus has no metadata of its own: name the root of its source with `ids=`. With
 `ids="row"`, the number of a row is its id.
 """
@@ -21,13 +21,13 @@ from typing import Any
 
 from ..corpus.corpus import Corpus
 from ..corpus.formats.arrow_columns import decoded, pyarrow
-from ..corpus.layout import METADATA, shard_number
+from ..corpus.layout import METADATA, metadata_files, paired
 from ..corpus.shard import Shard
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, storage_path
 
 ID_COLUMNS = ("id", "key", "__key__")
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 IdSource = str | os.PathLike[str] | None  # a root or its metadata/, "row", or None for the corpus
 
@@ -81,8 +81,15 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
+        files = _metadata(corpus, ids)
+        pairs = paired([shard.path for shard in corpus.shards], files or [])
         for shard, start in zip(corpus.shards, corpus.starts.tolist(), strict=False):
-            source, shard_ids = _ids_of(corpus, shard, ids)
+            if files is not None and shard.path not in pairs:
+                folder = f"{ids or corpus.path}/{METADATA}"
+                raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
+            source = pairs.get(shard.path, shard.path)
+            read = _METADATA_READERS[source.suffix] if pairs else None
+            shard_ids = read(source) if read else _ids_in(corpus, shard, ids)
             before = database.total_changes
             database.executemany("INSERT INTO ids VALUES (?, ?)", zip(shard_ids, count(start)))
             if (inserted := database.total_changes - before) != shard.num_rows:
@@ -119,19 +126,11 @@ def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath] | None:
     """Return the files in the folder `metadata/` that may hold the ids, or None without one."""
     root = corpus.path if ids is None else storage_path(ids)
     folder = root if root.name == METADATA else root / METADATA
-    return sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else None
+    return metadata_files(folder) if folder.is_dir() else None
 
 
-def _ids_of(corpus: Corpus, shard: Shard, ids: IdSource) -> tuple[StoragePath, Iterator[str]]:
-    """Return the file that holds the ids of a shard, and an iterator of them."""
-    files = _metadata(corpus, ids)
-    if files is not None:
-        number = shard_number(shard.path)
-        for path in files:
-            if shard_number(path) == number and (read := _METADATA_READERS.get(path.suffix)):
-                return path, read(path)
-        folder = f"{ids or corpus.path}/{METADATA}"
-        raise ValueError(f"{folder}: has no .parquet or .jsonl numbered as {shard.path.name}")
+def _ids_in(corpus: Corpus, shard: Shard, ids: IdSource) -> Iterator[str]:
+    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
     if ids is not None:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
     if not shard.has_other_columns:
@@ -139,11 +138,6 @@ def _ids_of(corpus: Corpus, shard: Shard, ids: IdSource) -> tuple[StoragePath, I
             f"{shard.path}: holds no ids, and {corpus.path / METADATA} is not there; name the root "
             "whose metadata/ has them (--ids), or use row numbers (--ids row)"
         )
-    return shard.path, _shard_ids(shard)
-
-
-def _shard_ids(shard: Shard) -> Iterator[str]:
-    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
     for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
             yield from (str(entry[_id_column(shard.path, entry)]) for entry in part)

@@ -8,12 +8,15 @@ URL it opens a scratch file of this machine, which is uploaded when it is comple
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+MAX_NAME_BYTES = 255  # of a file's name, on every file system in use
 
 
 @contextmanager
@@ -63,7 +66,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def partial_path(path: Path) -> Path:
     """Return the temporary name of a file that is being written; it is hidden, so never a shard."""
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{short_name(path.name, MAX_NAME_BYTES - 9)}.partial")
+
+
+def short_name(name: str, most_bytes: int) -> str:
+    """Return a name, or one with a hash of it if it has more than `most_bytes` bytes."""
+    data = os.fsencode(name)
+    if len(data) <= most_bytes:
+        return name
+    return hashlib.blake2b(data, digest_size=16).hexdigest() + ".hashed"
 
 
 def _publish(partial: Path, path: Path, descriptor: int) -> None:

@@ -87,6 +87,13 @@ def write_json(path: AnyPath, value: dict[str, Any]) -> None:
     result.write_whole((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def natural_order(path: AnyPath) -> tuple[list[int | str], str]:
+    """Return a sort key that puts `part_2` before `part_10`, and `part_01` before `part_1`."""
+    text = str(path)
+    pieces = re.split("([0-9]+)", text)
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], text
+
+
 def explained(path: AnyPath) -> AbstractContextManager[None]:
     """Raise errors of the operating system again, with the file and an advice in their message."""
     return errors.explained(storage_path(path).explanation)

@@ -216,28 +216,19 @@ def test_without_the_compiled_reader_pyarrow_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (None, "row 57 is null"),
-        ([1.0, None], "row 57 has a null in it"),
-        ([1.0], "row 57 has 1 numbers, expected 2"),
-        ([], "row 57 has 0 numbers, expected 2"),
-        ([1.0, 2.0, 3.0], "row 57 has 3 numbers, expected 2"),
-        ([1.0, 2.0, 3.0, 4.0], "row 57 has 4 numbers, expected 2"),
-    ],
+    "wrong", [None, [1.0, None], [1.0], [], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]
 )
-def test_a_wrong_row_is_named_and_those_around_it_are_read(tmp_path, wrong, words, version):
+def test_a_wrong_row_is_not_a_number_and_those_around_it_are_read(tmp_path, wrong, version):
     values = [[float(i), 1.0] for i in range(100)]
-    values[57] = wrong
+    expected, values[57] = np.array(values, np.float32), wrong
+    expected[57] = [1.0, np.nan] if wrong == [1.0, None] else np.nan
     table = pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))})
     path = tmp_path / "x.parquet"
     pages = {"data_page_size": 16, "write_batch_size": 3, "data_page_version": version}
     pq.write_table(table, path, row_group_size=20, **pages, **PLAIN)
-    batches, seen = Corpus(path).batches(batch_rows=5), []
-    with pytest.raises(ValueError, match=rf"x\.parquet: column 'embedding': {words}"):
-        seen.extend(batch.first for batch in iter(lambda: next(batches), None))
+    np.testing.assert_array_equal(read(path, batch_rows=5), expected)
     assert read(path, start=60)[0, 0] == 60
-    assert Corpus(path).take([10, 70])[:, 0].tolist() == [10, 70]
+    np.testing.assert_array_equal(Corpus(path).take([10, 57, 70]), expected[[10, 57, 70]])
 
 
 def test_pyarrow_goes_on_in_the_middle_of_a_row_group(tmp_path, monkeypatch):
@@ -251,28 +242,28 @@ def test_pyarrow_goes_on_in_the_middle_of_a_row_group(tmp_path, monkeypatch):
     path.write_bytes(damaged)
     asked, decode = [], ParquetShard._decoded
 
-    def record(self, file, groups, row, first, size):
-        asked.append((groups, row, first))
-        return decode(self, file, groups, row, first, size)
+    def record(self, file, group, row, first, size):
+        asked.append((group, row, first))
+        return decode(self, file, group, row, first, size)
 
     monkeypatch.setattr(ParquetShard, "_decoded", record)
     np.testing.assert_array_equal(read(path, batch_rows=7), rows)
-    assert asked == [([0], 0, 14)], "(row 20 lies in the page, batches are of 7 rows)"
+    assert asked == [(0, 0, 14)], "(row 20 lies in the page, batches are of 7 rows)"
 
 
 def test_lengths_that_make_up_for_each_other_are_seen(tmp_path):
     values = [[1.0, 2.0], [3.0], [4.0, 5.0, 6.0], [7.0, 8.0]]
     table = pa.table({"embedding": pa.array(values, pa.list_(pa.float32()))})
     pq.write_table(table, tmp_path / "x.parquet", **PLAIN)
-    with pytest.raises(ValueError, match="row 1 has 1 numbers"):
-        read(tmp_path / "x.parquet")
+    expected = [[1.0, 2.0], [np.nan] * 2, [np.nan] * 2, [7.0, 8.0]]
+    np.testing.assert_array_equal(read(tmp_path / "x.parquet"), np.array(expected, np.float32))
 
 
-def test_a_null_fixed_size_binary_is_named(tmp_path):
+def test_a_null_fixed_size_binary_is_seen(tmp_path):
     array = pa.array([b"12345678", None, b"12345678"], pa.binary(8))
     pq.write_table(pa.table({"embedding": array}), tmp_path / "x.parquet", **PLAIN)
-    with pytest.raises(ValueError, match="row 1 is null"):
-        [*Corpus(tmp_path / "x.parquet", column="embedding:float32").batches()]
+    (batch,) = Corpus(tmp_path / "x.parquet", column="embedding:float32").batches()
+    assert batch.rows.isnan().all(dim=1).tolist() == [False, True, False]
 
 
 def test_a_page_that_differs_from_its_checksum_is_refused(tmp_path):
@@ -331,6 +322,64 @@ def test_damaged_files_are_read_as_pyarrow_reads_them(tmp_path, monkeypatch, kin
     assert read_by_pyarrow > 30
 
 
+def in_a_process(work):
+    """Run `work()` in a process of its own; return what it raised and the signal that ended it."""
+    read_end, write_end = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        except BaseException as error:
+            os.write(write_end, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        raised = pipe.read()
+    return raised, os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def test_an_unknown_codec_is_an_error_and_no_abort(tmp_path):
+    """pyarrow throws through Python's frames where it is asked for the name of such a codec."""
+    path = save(tmp_path / "x.parquet", random_rows(40, 6), "fixed_list")
+    whole = path.read_bytes()
+    codec = whole.rindex(b"element\x15\x00\x16") + len(b"element\x15")
+    path.write_bytes(whole[:codec] + b"\x5a" + whole[codec + 1 :])
+
+    def read_it():
+        assert "compressed with 45;" in why(path)
+        for read_rows in (read, lambda path: Corpus(path).take([3])):
+            with pytest.raises(ValueError, match=rf"{path}: cannot be read .*codec"):
+                read_rows(path)
+
+    assert in_a_process(read_it) == ("", 0)
+
+
+@pytest.mark.parametrize("kind", ["list", "fixed_list", "binary"])
+def test_damaged_footers_end_no_process_and_change_no_rows(tmp_path, monkeypatch, kind):
+    path = save(tmp_path / "x.parquet", random_rows(40, 6), kind, row_group_size=30)
+    whole, generator = path.read_bytes(), np.random.default_rng(7)
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+
+    def read_them():
+        read_by_both = 0
+        for _ in range(120):
+            damaged = np.frombuffer(whole, np.uint8).copy()
+            places = generator.integers(begin, len(whole) - 8, generator.integers(1, 3))
+            damaged[places] = generator.integers(0, 256, len(places))
+            path.write_bytes(damaged.tobytes())
+            ours = outcome(path)
+            with monkeypatch.context() as patch:
+                patch.setattr(parquet_pages, "_io", None)
+                theirs = outcome(path)
+            if ours is not None and theirs is not None:
+                read_by_both += 1
+                np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+            assert (ours is None) == (theirs is None)
+        assert read_by_both > 10
+
+    assert in_a_process(read_them) == ("", 0)
+
+
 def test_a_chunk_that_ends_early_or_late_is_not_read(tmp_path):
     rows = random_rows(40, 6)
     path = save(tmp_path / "x.parquet", rows)
@@ -353,7 +402,7 @@ def test_only_whole_rows_of_the_chunk_are_read_into_memory_that_may_be_written(t
     path = save(tmp_path / "x.parquet", random_rows(40, 6))
     with open(path, "rb") as file:
         shard = Corpus(path).shards[0]
-        pages = parquet_pages.pages_of(pq.ParquetFile(path), file.fileno(), 0, shard)
+        pages = parquet_pages.ColumnPages(pq.ParquetFile(path), file.fileno(), shard).of(0)
     for row in (-1, 38, 41, 1 << 62):
         with pytest.raises(IndexError, match="has 40 rows"):
             pages.read(row, np.empty((3, 6), "f4"))

@@ -16,7 +16,7 @@ from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)
-OTHERS = [one for one in FORMATS if one != "safetensors"]
+OTHERS = [one for one in FORMATS if one not in ("pt", "safetensors")]
 
 
 def write(folder, seed, sizes=(50, 31), dtype=torch.bfloat16):

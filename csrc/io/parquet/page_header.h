@@ -1,25 +1,9 @@
-// The headers of the pages of a Parquet column chunk, in Thrift's compact protocol, read through a
-// small window of the file. Every length is checked against the chunk before it is used.
+// The headers of the pages of a Parquet column chunk.
 #pragma once
 
-#include <cstdint>
-
-#include "io/window.h"
+#include "io/parquet/thrift.h"
 
 namespace realign_fast::io {
-
-// A position in a window that moves forward and never beyond `end`.
-struct Cursor {
-  Window& window;
-  int64_t at, end;
-
-  uint8_t next() {
-    if (at >= end) throw NotPlain("a page ends too early");
-    return window.byte(at++);
-  }
-  uint64_t varint();
-  void skip(uint64_t bytes);
-};
 
 enum class PageType { data = 0, index = 1, dictionary = 2, data_v2 = 3 };
 enum class Encoding { plain = 0, rle = 3 };

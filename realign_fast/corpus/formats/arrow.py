@@ -68,7 +68,7 @@ class ArrowShard(TableShard):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
                     values = array[row - batch_first : row - batch_first + batch_rows]
-                    yield rows_of(values, self, row)
+                    yield rows_of(values, self)
                     unreleased += batch_rows * self.row_bytes
                     if isinstance(data, mmap.mmap) and unreleased >= RELEASE_BYTES:
                         data.madvise(mmap.MADV_DONTNEED)

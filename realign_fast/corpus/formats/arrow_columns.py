@@ -1,13 +1,16 @@
 """Tables in Arrow's terms: the column of rows, its values as numpy rows, shards and writers.
 
-A column of rows is a list, large list or fixed-size list of half, float or double; or a fixed-size
-binary whose number type stands in the metadata of its field (`dtype`) or in the name that asks for
-it (`embedding:float16`). This is the one file that imports pyarrow.
+A column of rows is a list, large list or fixed-size list of half, float or double; a tensor type of
+Arrow, Ray or datasets with the shape `[D]` or `[1, D]`, which is stored as such lists; or a
+fixed-size binary whose number type stands in the metadata of its field (`dtype`) or in the name
+that asks for it (`embedding:float16`). A row that is null or of another length, and a number that
+is null, are read as NaN, so they make a bad row. This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,11 +62,11 @@ def vectors_of(
     """Return name, number type and dimension of the column of rows of a `pyarrow.Schema`.
 
     `column` is its `name` or `name:dtype`, or None for `embedding`. `arrays(name)` yields a column;
-    the first row of lists says their dimension.
+    the first row of lists with numbers says their dimension, which is 0 if there is none.
 
     Raises:
         TypeError: the column holds no vectors of float16, float32 or float64.
-        ValueError: there is no such column, or its rows have no numbers.
+        ValueError: there is no such column, or its rows have no numbers or too many.
     """
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
@@ -72,25 +75,63 @@ def vectors_of(
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
         number = "no column" if name not in schema.names else "two columns"
         raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
-    field, types = schema.field(name), pyarrow().types
-    column_type, place = field.type, f"{path}: column {name!r}"
-    if types.is_fixed_size_binary(column_type):
+    field, place = schema.field(name), f"{path}: column {name!r}"
+    storage = _storage(field.type)
+    if pyarrow().types.is_fixed_size_binary(storage):
         metadata = field.metadata or {}
         stated = stated or metadata.get(b"dtype", b"").decode(errors="replace")
-        dtype = _dtype_of_binary(place, name, column_type, stated)
-        return name, dtype, _checked_dimension(place, column_type.byte_width // dtype.itemsize)
-    is_fixed = types.is_fixed_size_list(column_type)
-    if not (is_fixed or types.is_list(column_type) or types.is_large_list(column_type)):
+        dtype = _dtype_of_binary(place, name, storage, stated)
+        return name, dtype, _checked_dimension(place, storage.byte_width // dtype.itemsize)
+    if not _is_list(storage):
         expected = "expected a list, fixed-size list or fixed-size binary of numbers"
-        raise TypeError(f"{place} is {column_type}, {expected}; choose another column")
-    if not types.is_floating(column_type.value_type):
+        raise TypeError(f"{place} is {field.type}, {expected}; choose another column")
+    inner = _storage(storage.value_type)
+    numbers = inner
+    while _is_list(numbers):
+        numbers = _storage(numbers.value_type)
+    if not pyarrow().types.is_floating(numbers):
         expected = "expected half, float or double; cast the column"
-        raise TypeError(f"{place} holds {column_type.value_type}, {expected}")
-    dtype = np.dtype(column_type.value_type.to_pandas_dtype())
+        raise TypeError(f"{place} holds {numbers}, {expected}")
+    if any(size not in (1, None) for size in _tensor_shape(field)[:-1]):
+        expected = "expected vectors [D] or [1, D]; reshape them"
+        raise TypeError(f"{place} holds tensors {_tensor_shape(field)}, {expected}")
+    dtype = np.dtype(numbers.to_pandas_dtype())
     if stated and dtype != stated:
         raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
-    length = column_type.list_size if is_fixed else _first_length(place, arrays(name))
-    return name, dtype, _checked_dimension(place, length)
+    if pyarrow().types.is_fixed_size_list(storage) and numbers is inner:
+        return name, dtype, _checked_dimension(place, storage.list_size)
+    for array in arrays(name):
+        array.validate(full=True)  # or a damaged offset would be followed
+        lengths = _flattened(array, dtype)[2]
+        if (lengths > 0).any():
+            return name, dtype, _checked_dimension(place, int(lengths[lengths > 0][0]))
+    return name, dtype, 0
+
+
+def _storage(column_type: Any) -> Any:
+    """Return the type that an extension type is stored as; any other type is returned as it is."""
+    is_extension = isinstance(column_type, pyarrow().BaseExtensionType)
+    return column_type.storage_type if is_extension else column_type
+
+
+def _is_list(column_type: Any) -> bool:
+    types = pyarrow().types
+    kinds = types.is_list, types.is_large_list, types.is_fixed_size_list
+    return any(is_kind(column_type) for is_kind in kinds)
+
+
+def _tensor_shape(field: Any) -> list[Any]:
+    """Return the shape of each row of a tensor type; empty if the field names none."""
+    if (shape := getattr(field.type, "shape", None)) is not None:
+        return list(shape)
+    try:  # the library that defines the type was not imported here
+        value = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", b""))
+    except (ValueError, RecursionError):
+        return []
+    shape = value.get("shape") if isinstance(value, dict) else value
+    if isinstance(shape, list) and shape and isinstance(shape[0], list):
+        shape = shape[0]  # datasets: [shape, number type]
+    return shape if isinstance(shape, list) else []
 
 
 def _dtype_of_binary(place: str, name: str, column_type: Any, stated: str) -> np.dtype[Any]:
@@ -110,70 +151,79 @@ def _checked_dimension(place: str, dimension: int) -> int:
     return dimension
 
 
-def _first_length(place: str, arrays: Iterator[Any]) -> int:
-    """Return the length of the first row of a column of lists."""
-    array = next((array for array in arrays if len(array)), None)
-    if array is not None:
-        array.validate()  # or a damaged offset would be followed
-    if array is None or not array[0].is_valid:
-        problem = "has no rows" if array is None else "is null in row 0"
-        advice = "leave it out or write it"
-        raise ValueError(f"{place} {problem}, so nothing says its dimension; {advice}")
-    return len(array[0])
-
-
-def rows_of(array: Any, shard: StreamedShard, first: int) -> np.ndarray:
-    """Return rows `[n, D]` that view the memory of a `pyarrow.Array`, which begins at row `first`.
-
-    Nulls and rows of another length are a `ValueError`.
-    """
-    place, dimension = f"{shard.path}: column {shard.column!r}", shard.dimension
+def rows_of(array: Any, shard: StreamedShard) -> np.ndarray:
+    """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole."""
     array.validate()  # offsets and buffers have not been read yet, and may not fit
-    if array.null_count:
-        row = first + array.is_null().to_numpy(zero_copy_only=False).argmax()
-        raise ValueError(f"{place}: row {row} is null, expected numbers; fill it or drop the row")
-    count = len(array) * dimension
-    if pyarrow().types.is_fixed_size_binary(array.type):
-        start, data = array.offset * dimension, array.buffers()[1]
+    values, starts, lengths = _flattened(array, shard.dtype)
+    columns = np.arange(shard.dimension)
+    is_whole = lengths == shard.dimension
+    if is_whole.all() and not values.null_count:
+        first = starts[0] if len(starts) else 0
+        if (starts == first + shard.dimension * np.arange(len(starts))).all():
+            size = len(starts) * shard.dimension
+            numbers: np.ndarray = values.slice(first, size).to_numpy()
+            return numbers.reshape(-1, shard.dimension)
+    array.validate(full=True)
+    rows = np.full((len(starts), shard.dimension), np.nan, shard.dtype)
+    rows[is_whole] = values.to_numpy(zero_copy_only=False)[starts[is_whole, None] + columns]
+    return rows
+
+
+def _flattened(array: Any, dtype: np.dtype[Any]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Return the numbers of an array, and where those of each row begin and how many they are.
+
+    A row that is null has -1 numbers, and so has a matrix of several rows.
+    """
+    pa = pyarrow()
+    array = getattr(array, "storage", array)
+    number, places = len(array), array.offset + np.arange(len(array) + 1)
+    if pa.types.is_fixed_size_binary(array.type):
+        width = array.type.byte_width // dtype.itemsize
+        data, value_type = array.buffers()[1], pa.from_numpy_dtype(dtype)
+        values = pa.Array.from_buffers(value_type, (array.offset + number) * width, [None, data])
+        ends = places * width
     else:
-        if not pyarrow().types.is_fixed_size_list(array.type):
-            _check_lengths(array, dimension, place, first)
-        values = array.flatten()
-        if values.null_count:
-            null = values.is_null().to_numpy(zero_copy_only=False).argmax()
-            row = first + null // dimension
-            raise ValueError(f"{place}: row {row} has a null in it; fill it or drop the row")
-        start, data = values.offset, values.buffers()[1]
-    if not count:
-        return np.empty((0, dimension), shard.dtype)
-    flat = np.frombuffer(data, shard.dtype, count, start * shard.dtype.itemsize)
-    return flat.reshape(-1, dimension)
-
-
-def _check_lengths(array: Any, dimension: int, place: str, first: int) -> None:
-    lengths = np.diff(array.offsets.to_numpy())
-    if (wrong := lengths != dimension).any():
-        row = int(wrong.argmax())
-        actual = f"row {first + row} has {lengths[row]} numbers"
-        expected = f"expected {dimension} as in row 0"
-        raise ValueError(f"{place}: {actual}, {expected}; lists must be of one length")
+        is_fixed = pa.types.is_fixed_size_list(array.type)
+        ends = places * array.type.list_size if is_fixed else array.offsets.to_numpy()
+        values = array.values
+    ends = ends.astype(np.int64)
+    values, starts = values.slice(ends[0], ends[-1] - ends[0]), ends[:-1] - ends[0]
+    lengths = np.diff(ends)
+    if array.null_count:
+        lengths[array.is_null().to_numpy(zero_copy_only=False)] = -1
+    if not _is_list(_storage(values.type)):
+        return values, starts, lengths
+    is_vector = lengths == 1
+    values, inner_starts, inner_lengths = _flattened(values, dtype)
+    starts = np.where(is_vector, starts, 0)
+    if not len(inner_starts):
+        return values, starts, np.full(number, -1)
+    return values, inner_starts[starts], np.where(is_vector, inner_lengths[starts], -1)
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
     """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared."""
     pa = pyarrow()
+    if isinstance(column_type, pa.BaseExtensionType):
+        storage = array_of(rows, column_type.storage_type)
+        return pa.ExtensionArray.from_storage(column_type, storage)
     data = pa.py_buffer(rows.reshape(-1))
     if pa.types.is_fixed_size_binary(column_type):
         return pa.Array.from_buffers(column_type, len(rows), [None, data])
-    values = pa.Array.from_buffers(column_type.value_type, rows.size, [None, data])
+    if _is_list(_storage(column_type.value_type)):
+        values, length = array_of(rows, column_type.value_type), 1
+    else:
+        values = pa.Array.from_buffers(column_type.value_type, rows.size, [None, data])
+        length = rows.shape[1]
     if pa.types.is_fixed_size_list(column_type):
         return pa.FixedSizeListArray.from_arrays(values, type=column_type)
-    offset_type = np.int64 if pa.types.is_large_list(column_type) else np.int32
+    is_large = pa.types.is_large_list(column_type)
+    offset_type = np.int64 if is_large else np.int32
     if rows.size > np.iinfo(offset_type).max:
         raise ValueError(f"got {rows.size} numbers for one list array; write fewer rows at a time")
-    offsets = pa.py_buffer(np.arange(0, rows.size + 1, rows.shape[1], dtype=offset_type))
-    array_class = type(pa.array([], column_type))
-    return array_class.from_buffers(column_type, len(rows), [None, offsets], children=[values])
+    offsets = length * np.arange(len(rows) + 1, dtype=offset_type)
+    array_class = pa.LargeListArray if is_large else pa.ListArray
+    return array_class.from_arrays(pa.array(offsets), values, type=column_type)
 
 
 class TableShard(StreamedShard):

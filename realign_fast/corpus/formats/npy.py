@@ -56,11 +56,6 @@ def read_header(path: AnyPath) -> NpyShard:
         return _parse(file, path)
 
 
-def read_shard(path: StoragePath, column: str | None = None) -> NpyShard:
-    """Open the shard at `path`; a `.npy` file has one array, so `column` is not used."""
-    return read_header(path)
-
-
 def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
     shape, fortran_order, dtype, offset = _header(file, path)
     if dtype not in FLOATS:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from .arrow_columns import (
     validated,
     vectors_of,
 )
-from .parquet_pages import NOT_PLAIN, NotDirect, pages_of, read_pages
+from .parquet_pages import NOT_PLAIN, ColumnPages, NotDirect, read_pages
 
 BUFFER_BYTES = 1 << 20
 COLUMN_ROWS = 1024  # of the other columns read at a time: they may hold images
@@ -64,34 +62,32 @@ class ParquetShard(TableShard):
         """Yield rows that were copied from pages or decoded; see `StreamedShard.pieces`."""
         with _opened(self.path) as (file, descriptor):
             ends, buffers = _row_group_ends(file), Buffers(self, batch_rows)
+            column_pages = ColumnPages(file, descriptor, self)
             group = int(np.searchsorted(ends, first, side="right"))  # the first that is needed
             row = int(ends[group - 1]) if group else 0
-            numbers = range(group, len(ends))
-            for pages, members in groupby(numbers, partial(self._pages, file, descriptor)):
-                groups = list(members)  # one with pages, or several without
-                end = int(ends[groups[-1]])
-                for rows in read_pages(pages, buffers, row, first, end) if pages else ():
-                    first += len(rows)
-                    yield rows
+            for number in range(group, len(ends)):
+                end = int(ends[number])
+                with suppress(NotDirect):
+                    pages = column_pages.of(number)
+                    for rows in read_pages(pages, buffers, row, first, end):
+                        first += len(rows)
+                        yield rows
                 if first < end:
-                    yield from self._decoded(file, groups, row, first, batch_rows)
+                    yield from self._decoded(file, number, row, first, batch_rows)
                 first = row = end
 
-    def _pages(self, file: Any, descriptor: int | None, group: int) -> Any:
-        """Return the pages of a row group, or None if pyarrow has to decode it."""
-        try:
-            return pages_of(file, descriptor, group, self)
-        except NotDirect:
-            return None
-
     def _decoded(
-        self, file: Any, groups: list[int], row: int, first: int, batch_rows: int
+        self, file: Any, group: int, row: int, first: int, batch_rows: int
     ) -> Iterator[np.ndarray]:
-        """Yield the rows of row groups through pyarrow, from `first` on; `row` is their first."""
-        for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=groups):
-            rows = rows_of(batch.column(0), self, row)
+        """Yield the rows of a row group through pyarrow, from `first` on; `row` is its first."""
+        end = row + file.metadata.row_group(group).num_rows
+        for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=[group]):
+            rows = rows_of(batch.column(0), self)
             yield rows[max(0, first - row) :]
             row += len(rows)
+        if row != end:
+            problem = f"row group {group} has {row - end} rows more than its footer says"
+            raise ValueError(f"{self.path}: {problem}; write it again")
 
     def take_rows(self, ids: np.ndarray) -> np.ndarray:
         """Read the rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
@@ -104,11 +100,11 @@ class ParquetShard(TableShard):
             ends = _row_group_ends(file)
             if ends[-1:].sum() != self.num_rows:
                 raise self.changed_error()
-            cuts = np.searchsorted(ids, ends)
+            cuts, column_pages = np.searchsorted(ids, ends), ColumnPages(file, descriptor, self)
             for group in np.flatnonzero(np.diff(cuts, prepend=0)):
                 row = int(ends[group - 1]) if group else 0
                 try:
-                    pages = pages_of(file, descriptor, int(group), self)
+                    pages = column_pages.of(int(group))
                     for place in range(cuts[group - 1] if group else 0, cuts[group]):
                         pages.read(int(ids[place]) - row, taken[place])
                 except NOT_PLAIN:
@@ -121,9 +117,10 @@ class ParquetShard(TableShard):
         All pages are looked through, without their numbers.
         """
         with _opened(self.path) as (file, descriptor):
+            column_pages = ColumnPages(file, descriptor, self)
             for group in range(file.num_row_groups):
                 try:
-                    pages_of(file, descriptor, group, self).check()
+                    column_pages.of(group).check()
                 except NOT_PLAIN as reason:
                     return f"row group {group}: {reason}"
         return ""
@@ -147,7 +144,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     with _opened(path) as (file, _):
 
         def arrays(name: str) -> Iterator[Any]:
-            return (batch.column(0) for batch in file.iter_batches(1, columns=[name]))
+            return (batch.column(0) for batch in file.iter_batches(16, columns=[name]))
 
         name, dtype, dimension = vectors_of(path, file.schema_arrow, column, arrays)
         return ParquetShard(path, file.metadata.num_rows, dimension, dtype, name, stamp)

@@ -4,7 +4,8 @@ A column chunk (one column of a row group) is a run of pages. Written uncompress
 dictionary (`PLAIN`), a page consists of its levels, which say where lists begin and what is null,
 and then of the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the
 levels and copies the numbers into a batch, many times faster than pyarrow builds its lists. The
-place of a chunk and how it was written are in the footer, which pyarrow reads. pyarrow decodes all
+place of a chunk and how it was written are in the footer, which `csrc/io/parquet/footer.cpp` reads:
+pyarrow ends the process when it is asked for a codec that it does not know. pyarrow decodes all
 else (`parquet.py`). For the format see parquet.apache.org, "File Format".
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,46 +52,62 @@ def read_pages(
         del rows  # or its memory would be kept from the next batch
 
 
-def pages_of(file: Any, descriptor: int | None, group: int, shard: StreamedShard) -> Any:
-    """Return the pages of a column in row group `group`, as `_io.ParquetPages`.
+class ColumnPages:
+    """The pages of the rows of an open file, by row group.
 
     `file` is a `pyarrow.parquet.ParquetFile`, and `descriptor` that of the same file; None if it is
-    remote. `NotDirect` is raised if the rows do not lie there as numbers.
+    remote.
     """
-    if _io is None:
-        raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
-    if descriptor is None:
-        raise NotDirect("its bytes are not in a file of this machine")
-    leaf, chunk, group_rows = _chunk(file, group, shard.column)
-    if chunk.compression != "UNCOMPRESSED" or chunk.file_path:
-        raise NotDirect(f"its column is compressed with {chunk.compression}; {ADVICE}")
-    if chunk.has_dictionary_page or not set(chunk.encodings) <= ENCODINGS:
-        raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {ADVICE}")
-    row_values, value_bytes = _sizes(leaf, shard)
-    start, size = chunk.data_page_offset, chunk.total_compressed_size
-    if not 0 <= start <= start + size <= os.fstat(descriptor).st_size:
-        raise NotDirect("its column is not inside the file")
-    if chunk.num_values != group_rows * row_values:
-        raise NotDirect(f"it has {chunk.num_values} values for {group_rows} rows of {row_values}")
-    sizes = {"rows": group_rows, "row_values": row_values, "value_bytes": value_bytes}
-    levels = {
-        "max_definition": leaf.max_definition_level,
-        "max_repetition": leaf.max_repetition_level,
-    }
-    try:
-        return _io.ParquetPages(descriptor, start, start + size, **sizes, **levels)
-    except ValueError as error:
-        raise NotDirect(str(error)) from error
 
+    def __init__(self, file: Any, descriptor: int | None, shard: StreamedShard) -> None:
+        self._file, self._descriptor, self._shard = file, descriptor, shard
 
-def _chunk(file: Any, group: int, name: str) -> tuple[Any, Any, int]:
-    """Return the leaf of a column, its chunk in a row group, and the rows of that group."""
-    schema, row_group = file.schema, file.metadata.row_group(group)
-    paths = [schema.column(i).path for i in range(len(schema))]
-    leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
-    if len(leaves) != 1:
-        raise NotDirect(f"{len(leaves)} columns could be {name!r}")
-    return schema.column(leaves[0]), row_group.column(leaves[0]), row_group.num_rows
+    def of(self, group: int) -> Any:
+        """Return the pages of a row group, as `_io.ParquetPages`.
+
+        `NotDirect` is raised if the rows do not lie there as numbers.
+        """
+        if not hasattr(_io, "read_chunks"):
+            raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
+        if self._descriptor is None:
+            raise NotDirect("its bytes are not in a file of this machine")
+        leaf, chunks = self._chunks
+        chunk = chunks[group]
+        if chunk.codec != "UNCOMPRESSED" or chunk.is_elsewhere:
+            raise NotDirect(f"its column is compressed with {chunk.codec}; {ADVICE}")
+        if chunk.has_dictionary or not set(chunk.encodings) <= ENCODINGS:
+            raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}; {ADVICE}")
+        row_values, value_bytes = _sizes(leaf, self._shard)
+        rows, start, end = chunk.group_rows, chunk.data_offset, chunk.data_offset + chunk.bytes
+        if not 0 <= start <= end <= os.fstat(self._descriptor).st_size:
+            raise NotDirect("its column is not inside the file")
+        if chunk.values != rows * row_values:
+            raise NotDirect(f"it has {chunk.values} values for {rows} rows of {row_values}")
+        sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
+        levels = {
+            "max_definition": leaf.max_definition_level,
+            "max_repetition": leaf.max_repetition_level,
+        }
+        try:
+            return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
+        except ValueError as error:
+            raise NotDirect(str(error)) from error
+
+    @cached_property
+    def _chunks(self) -> tuple[Any, list[Any]]:
+        """The leaf of the column in the schema, and its chunk in each row group."""
+        schema, name = self._file.schema, self._shard.column
+        paths = [schema.column(i).path for i in range(len(schema))]
+        leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+        if len(leaves) != 1:
+            raise NotDirect(f"{len(leaves)} columns could be {name!r}")
+        try:
+            chunks = _io.read_chunks(self._descriptor, leaves[0])
+        except _io.NotPlain as error:
+            raise NotDirect(str(error)) from error
+        if len(chunks) != self._file.num_row_groups:
+            raise NotDirect("its footer has changed")
+        return schema.column(leaves[0]), chunks
 
 
 def _sizes(leaf: Any, shard: StreamedShard) -> tuple[int, int]:

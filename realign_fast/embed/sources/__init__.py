@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ...storage.paths import natural_order
 from ..choices import Content, StrPath
 from ..decode import SUFFIXES
-from .base import Item, Source, natural
+from .base import Item, Source
 from .folder import Folder
 from .table import TABLE_SUFFIXES, Columns, Table
 from .tar import Tars
@@ -48,7 +49,7 @@ def open_source(path: StrPath, kind: Content, columns: Columns | None = None) ->
 def _files(folder: Path) -> list[Path]:
     """Return the tars or tables of a folder, all of one suffix; none for a folder of images."""
     known = (".tar", *TABLE_SUFFIXES)
-    visible = [p for p in sorted(folder.iterdir(), key=natural) if not p.name.startswith(".")]
+    visible = [p for p in sorted(folder.iterdir(), key=natural_order) if not p.name.startswith(".")]
     files = {suffix: [p for p in visible if p.suffix.lower() == suffix] for suffix in known}
     images = any(path.suffix[1:].lower() in SUFFIXES for path in visible if path.is_file())
     present = [suffix for suffix in known if files[suffix] and not (suffix == ".txt" and images)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
@@ -110,9 +109,3 @@ def identity(items: Sequence[Item]) -> str:
                 stamps[item.path] = error.strerror
         digest.update(repr((item, stamps[item.path])).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def natural(path: str | os.PathLike[str]) -> list[tuple[Any, ...]]:
-    """Return a sort key that puts `part_2` before `part_10`."""
-    parts = re.split("([0-9]+)", os.fspath(path))
-    return [(0, int(part), part) if part.isdecimal() else (1, part) for part in parts]

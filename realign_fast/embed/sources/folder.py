@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...storage.paths import natural_order
 from ..decode import SUFFIXES
-from .base import MAX_CAPTION_BYTES, Item, Source, natural
+from .base import MAX_CAPTION_BYTES, Item, Source
 
 
 class Folder(Source):
@@ -47,7 +48,8 @@ def _files(folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
     """
     parents = (*parents, os.path.realpath(folder))
     with os.scandir(folder) as listing:
-        entries = sorted((natural(e.name), e.path, e.is_dir()) for e in listing if e.name[0] != ".")
+        visible = [entry for entry in listing if entry.name[0] != "."]
+        entries = sorted((natural_order(e.name), e.path, e.is_dir()) for e in visible)
     yield from (path for _, path, is_folder in entries if not is_folder)
     for _, path, is_folder in entries:
         if is_folder and os.path.realpath(path) not in parents:

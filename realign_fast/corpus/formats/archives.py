@@ -1,0 +1,185 @@
+"""Files of named arrays: `.npz` of numpy, and `.pt` of PyTorch with a tensor or a dict of them.
+
+The rows are the entry `embedding`, or the only entry `[N, D]` of floating-point numbers. Nothing in
+the files is run: numpy loads no pickles, and `torch.load` with `weights_only` knows tensors and
+plain data alone. A `.pt` file is mapped; an `.npz` file is in memory while it is read, and so is a
+result while it is written. A result keeps the other entries.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ...storage.paths import Stamp, StoragePath, explained
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, Shard, as_numpy
+from ..shard_writer import FormatWriter
+
+DEFAULT = "embedding"
+DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
+
+
+class NpzWriter(FormatWriter):
+    """Write an `.npz` file; of `source` it keeps the other arrays."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".npz",)
+
+    def _begin(self) -> None:
+        self._rows = torch.empty(self.num_rows, self.dimension, dtype=self.dtype)
+
+    def _append(self, rows: np.ndarray) -> None:
+        values = torch.from_numpy(rows).view(self.dtype)
+        self._rows[self.written : self.written + len(rows)] = values
+
+    def _finish(self) -> None:
+        entries = {DEFAULT: self._rows}
+        if self._source:
+            entries = self._source.entries | {self._source.column: self._rows}
+        file = io.BufferedWriter(self._file, 1 << 20)
+        self._save(entries, file)
+        file.detach()  # also flushes
+
+    def _save(self, entries: dict[str, Any], file: Any) -> None:
+        np.savez(file, allow_pickle=False, **{name: np.asarray(entries[name]) for name in entries})
+
+
+class TorchWriter(NpzWriter):
+    """Write a tensor, or the dict of `source` with other rows."""
+
+    suffixes = (".pt", ".pth")
+    dtypes = tuple(DTYPES)
+
+    def _save(self, entries: dict[str, Any], file: Any) -> None:
+        alone = "" in entries or not self._source
+        torch.save(self._rows if alone else entries, file)
+
+
+@dataclass(frozen=True)
+class NpzShard(Shard):
+    """One array of an `.npz` file."""
+
+    column: str  # the name of the rows; empty where a `.pt` file holds a tensor alone
+    stamp: Stamp  # of the file when it was opened
+
+    format = "npz"
+    writer_class = NpzWriter
+
+    def read(
+        self, first: int, batch_rows: int, ring: Any = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield copies of the rows; see `Shard.read`."""
+        rows = self.entries[self.column].detach()
+        while first < self.num_rows:
+            if not self.path.is_remote and self.path.stamp() != self.stamp:
+                raise self.changed_error()  # touching a page that is gone would be a SIGBUS
+            batch = rows[first : first - first % batch_rows + batch_rows].clone()
+            yield first, batch
+            first += len(batch)
+
+    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows at `ids` into the bytes `target[places]`."""
+        rows = self.entries[self.column].detach()[torch.from_numpy(ids)]
+        target[places] = as_numpy(rows).view(np.uint8)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """All entries; a tensor that is alone has the name ""."""
+        if self.path.stamp() != self.stamp:
+            raise self.changed_error()
+        return _kept_entries(self.path, self.stamp, self.format)
+
+    @property
+    def _others(self) -> dict[str, list[Any]]:
+        """The other entries that have a value for each row."""
+        others = {name: entry for name, entry in self.entries.items() if name != self.column}
+        for name, entry in list(others.items()):
+            if isinstance(entry, torch.Tensor | np.ndarray):
+                others[name] = entry.tolist()
+            if not isinstance(others[name], list) or len(others[name]) != self.num_rows:
+                del others[name]
+        return others
+
+    @property
+    def has_other_columns(self) -> bool:
+        """True if another entry has a value for each row."""
+        return bool(self._others)
+
+    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the other entries that have a value for each row, as a dictionary for each row."""
+        others = self._others
+        yield [dict(zip(others, row, strict=True)) for row in zip(*others.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class TorchShard(NpzShard):
+    """One tensor of a `.pt` file."""
+
+    format = "pt"
+    writer_class = TorchWriter
+
+
+def _read_shard(
+    shard_class: type[NpzShard], path: StoragePath, column: str | None = None
+) -> NpzShard:
+    """Open the entry `column` of a file; by default `embedding`, or the only one of rows."""
+    stamp = path.stamp()
+    entries = _kept_entries(path, stamp, shard_class.format)
+    candidates = [name for name, entry in entries.items() if _is_rows(entry)]
+    name = column or (candidates[0] if len(candidates) == 1 else DEFAULT)
+    if name not in candidates:
+        names = ", ".join(f"{name or 'it'} {_describe(entry)}" for name, entry in entries.items())
+        expected = "expected floats [rows, columns]; choose one as the column, or save it so"
+        raise ValueError(f"{path}: has no rows {name!r}, only {names or 'no entry'}; {expected}")
+    rows = entries[name]
+    if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
+        raise ValueError(f"{path}: its rows share their memory; save tensor.contiguous()")
+    return shard_class(path, len(rows), rows.shape[1], DTYPES[rows.dtype], name, stamp)
+
+
+read_npz, read_torch = partial(_read_shard, NpzShard), partial(_read_shard, TorchShard)
+
+
+@lru_cache(maxsize=1)  # for every pass that follows over the same file
+def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
+    try:
+        with explained(path), path.local_copy() as local:
+            if form == "npz":
+                with np.load(local, allow_pickle=False) as arrays:
+                    return {name: _as_tensor(arrays[name]) for name in arrays.files}
+            value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # hostile files make the libraries raise many kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek before the start
+            raise
+        reason = str(error).split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds objects other than tensors and plain data, which are never loaded"
+        raise ValueError(f"{path}: cannot be read ({reason}); write it again") from error
+    if not isinstance(value, torch.Tensor | dict):
+        expected = "expected a tensor or a dict with one"
+        raise ValueError(f"{path}: holds a {type(value).__name__}, {expected}; save it so")
+    return value if isinstance(value, dict) else {"": value.detach()}
+
+
+def _as_tensor(array: np.ndarray) -> Any:
+    """Return an array of numbers that rows may have as a tensor, any other as it is."""
+    return torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
+
+
+def _is_rows(entry: Any) -> bool:
+    if not isinstance(entry, torch.Tensor) or entry.layout != torch.strided:
+        return False
+    return entry.dtype in DTYPES and entry.ndim == 2 and 0 < entry.shape[1] < MAX_COLUMNS
+
+
+def _describe(entry: Any) -> str:
+    if isinstance(entry, torch.Tensor | np.ndarray):
+        return f"{list(entry.shape)} {entry.dtype}"
+    return type(entry).__name__

@@ -1,0 +1,149 @@
+"""Arrays of `.npz` and tensors of `.pt` files: which are rows, and what is refused how."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast.corpus import Corpus
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.settings import Settings
+
+ROWS = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+TENSOR = torch.from_numpy(ROWS)
+
+
+def everything(path, **options):
+    batches = Corpus(path, **options).batches(batch_rows=4)
+    return torch.cat([batch.rows for batch in batches])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "column"),
+    [
+        ({"arr_0": ROWS}, None),
+        ({"features": ROWS, "ids": np.arange(9), "names": np.array(["a"] * 9)}, None),
+        ({"embedding": ROWS, "other": ROWS + 1}, None),
+        ({"image": ROWS, "text": ROWS + 1}, "image"),
+        ({"rows": np.asfortranarray(ROWS)}, None),
+    ],
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_the_array_of_rows_is_found(tmp_path, arrays, column, save):
+    save(tmp_path / "x.npz", **arrays)
+    assert torch.equal(everything(tmp_path, column=column), TENSOR)
+
+
+@pytest.mark.parametrize(
+    ("value", "column"),
+    [
+        (TENSOR, None),
+        (TENSOR.double(), None),
+        (TENSOR.bfloat16(), None),
+        (torch.nn.Parameter(TENSOR), None),
+        (TENSOR.t().contiguous().t(), None),
+        (torch.cat([TENSOR, TENSOR])[:9], None),
+        ({"features": TENSOR, "ids": torch.arange(9), "names": ["a"] * 9, "model": "b"}, None),
+        ({"embedding": TENSOR, "other": TENSOR + 1}, None),
+        ({"image": TENSOR, "text": TENSOR + 1}, "image"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "pth"])
+def test_the_tensor_of_rows_is_found_whatever_its_type(tmp_path, value, column, suffix):
+    torch.save(value, tmp_path / f"x.{suffix}")
+    rows = next(v for k, v in value.items() if k != "x") if isinstance(value, dict) else value
+    read = everything(tmp_path, column=column)
+    assert read.dtype == rows.dtype and torch.equal(read, rows.detach())
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Bomb(), "holds objects other than tensors and plain data, which are never loaded"),
+        ({"rows": TENSOR, "more": Bomb()}, "holds objects other than tensors and plain data"),
+        (torch.nn.Linear(3, 4), "holds objects other than tensors and plain data"),
+        ([TENSOR], "holds a list, expected a tensor"),
+        (
+            {"a": TENSOR, "b": TENSOR},
+            r"no rows 'embedding', only a \[9, 4\] torch.float32, b .*choose",
+        ),
+        ({"a": TENSOR.int(), "b": "c"}, r"no rows 'embedding', only a \[9, 4\] torch.int32, b str"),
+        (TENSOR[0], r"no rows 'embedding', only it \[4\]"),
+        (TENSOR[:1].clone().expand(9, 4), r"share their memory; save tensor.contiguous\(\)"),
+    ],
+)
+def test_other_values_are_refused_and_nothing_is_run(tmp_path, monkeypatch, value, words):
+    monkeypatch.chdir(tmp_path)
+    torch.save(value, "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt: .*{words}"):
+        Corpus("x.pt")
+    assert not os.path.exists("boom")
+
+
+def test_files_of_before_torch_1_6_say_how_to_save_them(tmp_path):
+    torch.save(TENSOR, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"x\.pt: cannot be read .*zipfile"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": np.array([Bomb()])}, "cannot be read .Object arrays cannot be loaded"),
+        ({"a": ROWS, "b": np.array([Bomb()])}, "cannot be read .Object arrays cannot be loaded"),
+        ({"a": ROWS.astype(int)}, r"no rows 'embedding', only a \[9, 4\] int64; expected floats"),
+        ({"a": ROWS.astype(">f4")}, r"no rows 'embedding', only a \[9, 4\] >f4; expected floats"),
+        ({"a": ROWS[0]}, r"no rows 'embedding', only a \[4\]"),
+        ({"a": ROWS, "b": ROWS}, "no rows 'embedding', only a .*, b .*; choose one"),
+        ({}, "no rows 'embedding', only no entry"),
+    ],
+)
+def test_arrays_that_are_no_rows_are_refused(tmp_path, monkeypatch, arrays, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"x\.npz: .*{words}"):
+        Corpus("x.npz")
+    assert not os.path.exists("boom")
+
+
+def test_a_checkpoint_beside_shards_is_no_shard(tmp_path):
+    np.save(tmp_path / "x.npy", ROWS)
+    torch.save({"weight": TENSOR}, tmp_path / "model.pt")
+    np.savez(tmp_path / "cache.npz", ROWS)
+    assert [shard.path.name for shard in Corpus(tmp_path).shards] == ["x.npy"]
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(ValueError, match=r"has .* and .*; a corpus has one format"):
+        Corpus(tmp_path)
+
+
+def test_the_result_of_a_dict_is_that_dict_with_other_rows(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "target.npy", -ROWS)
+    entries = {"rows": TENSOR, "model": "ViT", "ids": ["a"] * 9, "n": torch.arange(9)}
+    torch.save(entries, tmp_path / "in/x.pt")
+    align(tmp_path / "in", tmp_path / "target.npy", tmp_path / "out", Settings(progress=False))
+    result = torch.load(tmp_path / "out/x.pt", weights_only=True)
+    assert list(result) == list(entries) and not torch.equal(result["rows"], TENSOR)
+    assert (result["model"], result["ids"], result["n"].tolist()) == ("ViT", ["a"] * 9, [*range(9)])
+
+
+def test_shards_with_the_longest_names_are_aligned_and_resumed(tmp_path):
+    """Names of 225 to 255 bytes, which leave no room for the endings of our own files."""
+    names = ["a" * 221 + ".npy", "\u00e9" * 120 + "1.npy", "b" * 251 + ".npy", "b" * 250 + "c.npy"]
+    for number, name in enumerate(names):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        np.save(tmp_path / "in" / name, ROWS + number)
+    np.save(tmp_path / "target.npy", -ROWS)
+    run = tmp_path / "in", tmp_path / "target.npy", tmp_path / "out", Settings(progress=False)
+    align(*run)
+    results = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
+    assert set(results) == set(names)
+    report = align(*run)
+    assert [entry["rows"] for entry in report["passes"]] == [0] * len(report["passes"])
+    assert results == {n: (tmp_path / "out" / n).stat().st_mtime_ns for n in names}
