@@ -135,10 +135,10 @@ class SharedSpace:
                 or a centring method where only moments are given.
         """
         _check_options(modalities, query_role, layout, method)
-        given = dict(queries) if isinstance(queries, Mapping) else {}
+        query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
-            given = {query_role: queries}
-        if unknown := set(given) - set(modalities):
+            query_rows = {query_role: queries}
+        if unknown := set(query_rows) - set(modalities):
             raise ValueError(
                 f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
                 f"{sorted(modalities)}"
@@ -146,7 +146,7 @@ class SharedSpace:
         reading: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows)
         documents = {name: _measure(name, rows, **reading) for name, rows in modalities.items()}
         searches = {
-            name: _measure(f"{name} queries", rows, **reading) for name, rows in given.items()
+            name: _measure(f"{name} queries", rows, **reading) for name, rows in query_rows.items()
         }
         _check_moments(documents | {f"{name} queries": m for name, m in searches.items()})
         sides = {
@@ -162,7 +162,7 @@ class SharedSpace:
         if method != "calibrate":
             space.method = method
             for name, rows in modalities.items():
-                own = (given[name], searches[name]) if name in given else None
+                own = (query_rows[name], searches[name]) if name in query_rows else None
                 space.sides[name] = _centred_side(name, rows, documents[name], own, reading)
         space._warn_of_unsure_scales()
         return space
@@ -217,8 +217,8 @@ class SharedSpace:
         """
         queries, documents = self._side(role), self._side(modality)
         mean = queries.query_mean
-        whole = documents.scale(queries) ** 2
-        return float(mean @ documents.covariance @ mean) / whole if whole else math.nan
+        variance = documents.scale(queries) ** 2
+        return float(mean @ documents.covariance @ mean) / variance if variance else math.nan
 
     def scale(self, modality: str) -> float:
         """Return the number that documents of a modality are divided by in the index."""
@@ -244,6 +244,7 @@ class SharedSpace:
         side, scale = self._side(modality), self.scale(modality)
 
         def stored(block: Tensor) -> Tensor:
+            """Return the rows of the index for a block of documents."""
             placed = self._centred(block, side.centre) / scale
             if self.layout == "single":
                 return placed
@@ -275,6 +276,7 @@ class SharedSpace:
         scales = [self._scale(name, role) for name in self.sides]
 
         def searching(block: Tensor) -> Tensor:
+            """Return a block of queries as they search the index."""
             placed = self._centred(block, side.query_centre)
             if self.layout == "single":
                 return placed

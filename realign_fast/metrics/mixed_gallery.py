@@ -112,11 +112,11 @@ class _Search:
 
     def run(self, galleries: Mapping[str, Tensor], k: int, block: int) -> None:
         """Count the rows that score above each relevant row, and collect the first k rows."""
-        found = [
+        relevant_scores = [
             (self.queries * galleries[name][rows.clamp(min=0)].double()).sum(dim=1)
             for name, rows in self.relevant.items()
         ]
-        thresholds = [scores + _TIE * (1 + scores.abs()) for scores in found]
+        thresholds = [scores + _TIE * (1 + scores.abs()) for scores in relevant_scores]
         offset = 0
         for name, gallery in galleries.items():
             for start in range(0, len(gallery), block):
