@@ -23,7 +23,8 @@ Reader make_reader(int descriptor, int64_t begin, int64_t end, int64_t block_byt
   auto* reader =
       new ShardReader(descriptor, begin, end, block_bytes, ahead, threads, std::move(ring), direct);
   return Reader(reader, [](ShardReader* ended) {
-    py::gil_scoped_release release;  // its threads may be in the middle of a large read
+    if (ended->was_forked()) return;  // its threads are in the other process; this one leaks it
+    py::gil_scoped_release release;   // its threads may be in the middle of a large read
     delete ended;
   });
 }

@@ -111,6 +111,7 @@ ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t blo
         std::to_string(ring_->bytes()) + " bytes, a block " + std::to_string(block_bytes));
   }
   count_ = (end - begin + block_bytes - 1) / block_bytes;
+  process_ = getpid();
   descriptor_ = -1;
   if (ring_ && direct) {  // opens the same file again, because O_DIRECT is a flag of an open file
     const auto path = "/proc/self/fd/" + std::to_string(descriptor);
@@ -133,10 +134,18 @@ ShardReader::~ShardReader() {
   close(descriptor_);
 }
 
+bool ShardReader::was_forked() const { return getpid() != process_; }
+
 Block ShardReader::next() {
+  if (was_forked()) {
+    throw std::runtime_error(
+        "ShardReader: this process was forked from the one whose threads read; open the file "
+        "again here");
+  }
   std::unique_lock lock(mutex_);
+  // Another thread may take the block that this one waits for, and it may be the last.
+  changed_.wait(lock, [&] { return next_given_ == count_ || ready_.contains(next_given_); });
   if (next_given_ == count_) return {};
-  changed_.wait(lock, [&] { return ready_.contains(next_given_); });
   if (const auto error = ready_[next_given_].error) std::rethrow_exception(error);
   auto block = std::move(ready_.extract(next_given_++).mapped().block);
   lock.unlock();

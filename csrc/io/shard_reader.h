@@ -51,9 +51,13 @@ class ShardReader {
   ~ShardReader();
   ShardReader(const ShardReader&) = delete;
 
-  // Returns the next block, or one without memory after the last. Throws std::system_error if
-  // reading fails and std::length_error if the file ends before `end`.
+  // Returns the next block, or one without memory after the last. Several threads may call it; each
+  // block is given to one of them. Throws std::system_error if reading fails, std::length_error if
+  // the file ends before `end`, and std::runtime_error in a forked process.
   Block next();
+  // Whether this is a copy in a forked process, where its threads do not exist. It must not be
+  // destroyed there: it would wait for them.
+  bool was_forked() const;
   bool direct() const { return direct_; }
 
  private:
@@ -67,7 +71,7 @@ class ShardReader {
   Block read(int64_t begin, int64_t bytes) const;
   void check_length() const;
 
-  int descriptor_;
+  int descriptor_, process_;
   bool direct_ = false;
   int64_t begin_, end_, block_bytes_, count_, ahead_;
   std::shared_ptr<Ring> ring_;

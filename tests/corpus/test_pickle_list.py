@@ -326,6 +326,88 @@ def test_steps_are_bounded(tmp_path, monkeypatch):
     refuse(save(tmp_path / "x.pkl", entries_of(random_rows(9))), "takes more than 100 steps")
 
 
+def text(data):
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def bombs():
+    """Small files whose objects take far more memory than the file."""
+    begin, long = b"\x80\x02", text(b"a" * 10_000)
+    encode = b"c_codecs\nencode\nq\x00" + long + b"q\x01" + text(b"latin1") + b"q\x02("
+    yield "encode", begin + encode + b"h\x00h\x01h\x02\x86R" * 900 + b"l."
+    dtype = (
+        b"cnumpy\ndtype\n" + text(b"S9999") + b"\x85R(K\x03" + text(b"|") + b"NNNM\x0f'K\x01K\x00tb"
+    )
+    scalar = b"cnumpy.core.multiarray\nscalar\nq\x00" + dtype + b"q\x01"
+    scalar += b"B" + struct.pack("<I", 9999) + b"a" * 9999 + b"q\x02("
+    yield "scalar", begin + scalar + b"h\x00h\x01h\x02\x86R" * 900 + b"l."
+    items = b"]q\x01(" + b"".join(b"M" + struct.pack("<H", i) for i in range(5000)) + b"e("
+    for name in (b"set", b"frozenset"):
+        kind = b"cbuiltins\n" + name + b"\nq\x00"
+        yield name.decode(), begin + kind + items + b"h\x00h\x01\x85R" * 900 + b"l."
+    for code in b"]}\x8f":
+        yield f"empty {code:#x}", begin + b"(" + bytes([code]) * 5000 + b"l."
+        yield f"deep {code:#x}", begin + bytes([code]) * 5000 + b"0" * 4999 + b"."
+    yield "tuples", begin + b"N" + b"\x85" * 5000 + b"."
+    yield "small dicts", begin + b"(" + b"}K\x01Ns" * 3000 + b"l."
+    yield "small sets", begin + b"(" + b"\x8f(K\x01K\x02K\x03K\x04K\x05\x90" * 3000 + b"l."
+    yield "frozen sets", begin + b"(" + b"(\x91" * 3000 + b"l."
+    yield (
+        "distant memo",
+        begin + b"N" + b"".join(b"r%b" % struct.pack("<I", 9**6 + i) for i in range(9000)) + b".",
+    )
+    yield "marks", begin + b"(" * 70_000 + b"1" * 70_000 + b"N."
+
+
+BOMBS = dict(bombs())
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(pickle_interpreter, "MEMORY_BASE", 0)
+    path = tmp_path / "x.pkl"
+    path.write_bytes(BOMBS[name])
+    expected = "nests more than 65536" if name == "marks" else "builds more than"
+    if name == "distant memo":  # 5 bytes of the file for each
+        monkeypatch.setattr(pickle_interpreter, "MEMORY_PER_BYTE", 8)
+    refuse(path, f"not plain data: {expected}")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_sound_pickles_take_less_memory_than_the_bound(protocol, monkeypatch):
+    """Also the smallest entries of use: they have the most memory for each byte of the file."""
+    monkeypatch.setattr(pickle_interpreter, "MEMORY_BASE", 4096)
+    for entries in (
+        [{"id": i, "embed": [1.5]} for i in range(2000)],
+        [{"id": str(i), "embed": np.float16([i]), "box": [[i, 2, 3, 4]]} for i in range(2000)],
+        [{"embed": np.ones(3), "n": np.float32(i), "tags": [], "k": {}} for i in range(2000)],
+        entries_of(random_rows(300)),
+    ):
+        data = pickle.dumps(entries, protocol=protocol)
+        assert len(pickle_interpreter.load(data)) == len(entries)
+
+
+def test_errors_do_not_print_values_that_never_end(tmp_path):
+    """The text of 60 tuples, each twice in the next, would have 2^60 parts."""
+    laughs = b"N" + b"q\x00h\x00\x86" * 60
+    for data, words in (
+        (laughs + text(b"a") + b"\x93.", "names a global by other values"),
+        (b"cnumpy\ndtype\n" + laughs + b"\x85R.", "dtype 'tuple'"),
+    ):
+        path = tmp_path / "x.pkl"
+        path.write_bytes(b"\x80\x04" + data)
+        refuse(path, words)
+
+
+def test_a_shape_of_many_large_numbers_is_not_multiplied(tmp_path):
+    shape = b"(" + b"\x8a\xff" + b"\x7f" * 255 + b"q\x63" + b"h\x63" * 200_000 + b"t"
+    data = pickle.dumps([{"embed": np.zeros(3, "f4")}], protocol=4)
+    assert data.count(b"K\x03\x85") == 1
+    path = tmp_path / "x.pkl"
+    path.write_bytes(data.replace(b"K\x03\x85", shape))
+    refuse(path, "more than 8 dimensions")
+
+
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

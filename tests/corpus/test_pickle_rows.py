@@ -22,6 +22,7 @@ FAST = settings(
 )
 
 
+_io = pickle_rows._io
 pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
 
@@ -437,3 +438,10 @@ def test_rows_beyond_the_list_are_not_read(tmp_path):
     with path.open("rb") as file, open("/dev/full", "wb", buffering=0) as full:
         with pytest.raises(OSError, match="No space left"):
             rows.write(file.fileno(), 0, np.empty((3, 6), "f4"), full.fileno())
+
+
+@pytest.mark.parametrize("code", [b"]", b"}"])
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, code):
+    path = save(tmp_path / "x.pkl", b"\x80\x04(" + code * 4_000_000 + b"l.")
+    with path.open("rb") as file, pytest.raises(_io.NotPlain, match="more values than plain data"):
+        _io.PickledRows(file.fileno(), path.stat().st_size, (b"embed",), 1 << 27)

@@ -177,3 +177,66 @@ def test_readers_of_several_threads(file, content):
     for thread in threads:
         thread.join()
     assert results == [content] * 4
+
+
+def test_threads_share_one_reader(file, content):
+    """Each block is given once, and every thread comes to the end."""
+
+    def read(reader, blocks):
+        blocks.extend(map(bytes, reader))
+
+    for _ in range(20):
+        reader = io.ShardReader(file.fileno(), 0, len(content), 500, ahead=4, threads=4)
+        blocks = []
+        threads = [
+            threading.Thread(target=read, args=(reader, blocks), daemon=True) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert sorted(blocks) == sorted(content[i : i + 500] for i in range(0, len(content), 500))
+
+
+def test_threads_share_the_error_of_one_reader(file, content):
+    reader = io.ShardReader(file.fileno(), 0, len(content) + 1, PAGE, ahead=2, threads=2)
+    errors = []
+
+    def read():
+        try:
+            list(reader)
+        except EOFError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(errors) == 3
+
+
+@pytest.mark.parametrize("through_ring", [False, True])
+def test_a_forked_process_refuses_the_reader_and_ends(file, content, through_ring):
+    """Its threads do not exist there: neither the next block nor the end may wait for them."""
+    options = {"ring": ring(500)} if through_ring else {}
+    reader = io.ShardReader(file.fileno(), 0, len(content), 500, ahead=4, threads=4, **options)
+    begin = bytes(next(reader))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            next(reader)
+        except RuntimeError as error:
+            code = 0 if "was forked" in str(error) else 2
+        del reader
+        os._exit(code)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    assert begin + b"".join(map(bytes, reader)) == content

@@ -8,6 +8,10 @@
 namespace realign_fast::io {
 namespace {
 
+constexpr int64_t kMemoryPerByte = 16;         // of the tables, for each byte of the file
+constexpr int64_t kMemoryBase = 64 << 20;      // of the tables of any file
+constexpr int64_t kStepsBetweenChecks = 4096;  // of the memory
+
 class Interpreter {
  public:
   Interpreter(Window& window, std::span<const std::string> names)
@@ -38,6 +42,13 @@ class Interpreter {
     throw NotPlain("the file ends in the middle of the pickle");
   }
 
+  void check_memory() const {
+    const auto bytes =
+        values_.memory() + bytes_of(stack_) + bytes_of(memo_) + bytes_of(taken_) + bytes_of(marks_);
+    if (bytes > kMemoryBase + kMemoryPerByte * end_) {
+      throw NotPlain("it has more values than plain data of its size");
+    }
+  }
   size_t frame_start() const { return marks_.empty() ? 0 : marks_.back(); }
   Value pop() {
     const auto value = top();
@@ -77,6 +88,7 @@ class Interpreter {
 
 PickledList Interpreter::run(int64_t max_steps) {
   for (int64_t steps = 0; steps < max_steps; steps++) {
+    if (steps % kStepsBetweenChecks == 0) check_memory();
     if (step()) continue;
     if (stack_.size() != 1 || !marks_.empty() || at_ != end_) {
       throw NotPlain("it ends with more or fewer than one value, or before the file does");

@@ -13,7 +13,7 @@ namespace realign_fast::io {
 
 // Runs the pickle in `window`, which it reads once and in order, for at most `max_steps` opcodes.
 // It supports the opcodes and globals that the Python counterpart supports, does not recurse, and
-// stores at most one value for each opcode. Everything else, and rare forms of pickles, throws
+// its memory is bounded by the size of the file. Everything else, and rare forms of pickles, throws
 // NotPlain: the Python interpreter then reads the file or names its fault.
 PickledList find_rows(Window& window, std::span<const std::string> names, int64_t max_steps);
 

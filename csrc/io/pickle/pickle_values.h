@@ -104,6 +104,12 @@ constexpr bool is_between_reals(uint8_t code) {
   return code == '(' || code == 'e' || code == 'a' || code == 0x95;
 }
 
+// The memory that a vector holds.
+template <class T>
+int64_t bytes_of(const std::vector<T>& values) {
+  return static_cast<int64_t>(values.capacity() * sizeof(T));
+}
+
 class Values {
  public:
   Values(Window& window, std::span<const std::string> names) : window_(window), names_(names) {}
@@ -118,6 +124,10 @@ class Values {
   void append(Value list, Value value);
   void set(Value dict, Value key, Value value);
   void share(Value value);  // marks a value that occurs more than once
+  int64_t memory() const {  // bytes of the tables
+    return bytes_of(lists) + bytes_of(dicts) + bytes_of(arrays) + bytes_of(shared_bytes) +
+           bytes_of(items_) + bytes_of(types_);
+  }
 
   static void check_key(Value key);
   static Keyword keyword_of(std::string_view text);

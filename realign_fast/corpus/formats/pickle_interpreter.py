@@ -3,260 +3,193 @@
 Python's unpickler calls what the file names. This interpreter has the opcodes by which protocols 2
 to 5 build lists, dicts, tuples, sets, numbers, text, bytes and numpy arrays. The few globals that
 it knows (`pickle_values.GLOBALS`) stay names, never objects: "calling" one makes a value of
-`pickle_values.py`. It does not recurse, allocates nothing by a number that the file states, and
-executes at most `MAX_STEPS` opcodes. Everything wrong with a file is one `ValueError`.
-For the opcodes see `pickletools` in Python's standard library.
+`pickle_values.py`. It does not recurse, allocates nothing by a number that the file states,
+executes at most `MAX_STEPS` opcodes, and makes objects of at most `MEMORY_PER_BYTE` bytes for each
+byte of the file. Everything wrong with a file is one `ValueError`.
+For the opcodes see `pickletools` in Python's standard library, which splits the file into them.
 """
 
 from __future__ import annotations
 
-import struct
+import io
+import sys
 from collections.abc import Callable, Iterable
+from pickletools import genops
 from typing import Any, TypeAlias
 
-from .pickle_values import GLOBALS, Array, Name, Type, call, plain_key
+from .pickle_values import GLOBALS, Array, Name, Type, call, memory_of, plain_key
 
 MAX_STEPS = 1 << 27
-STOP = ord(".")
-LONGEST_LINE = 200  # bytes of a name that ends with a newline
+MAX_MARKS = 1 << 16  # that wait for their values: each is the nesting of one container
+MEMORY_PER_BYTE = 16  # of the objects; lists of one number, the smallest of use, take 17
+MEMORY_BASE = 64 << 20  # bytes that the objects of any file may take
+DISTANT_BYTES = 100  # memory of a memo entry that is not the next one
 
 
 class Machine:
-    """The state of the interpreter in one pickle: its stack, marks, memo and place in the data."""
+    """The state of the interpreter in one pickle: its stack, marks and memo."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.offset = data, 0
+    def __init__(self, num_bytes: int) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
+        self.distant_memo: dict[int, Any] = {}  # entries beyond the end of `memo`
+        self.unspent = self.memory = MEMORY_BASE + MEMORY_PER_BYTE * num_bytes
 
-    def run(self) -> Any:
-        """Execute the opcodes to the end of the data and return the value that they build."""
-        data, opcodes = self.data, OPCODES
-        for _ in range(MAX_STEPS):
-            code = data[self.offset]
-            self.offset += 1
-            step = opcodes.get(code)
-            if step is None:
-                if code == STOP:
-                    return self._result()
-                raise ValueError(f"opcode {code:#04x} is not one that builds plain data")
-            step(self)
-        raise ValueError(f"takes more than {MAX_STEPS} steps; write fewer rows a file")
+    def spend(self, num_bytes: int) -> None:
+        """Count the memory of a new object, or by how much one has grown."""
+        self.unspent -= num_bytes
+        if self.unspent < 0:
+            limit = f"more than {self.memory} bytes of memory"
+            raise ValueError(f"builds {limit}, which no plain data of this size do")
 
-    def _result(self) -> Any:
-        if len(self.stack) != 1 or self.marks or self.offset != len(self.data):
-            raise ValueError("ends with other than one value, or before the file does")
-        return self.stack[0]
+    def push_new(self, value: Any) -> None:
+        """Push an object that was made now."""
+        self.spend(memory_of(value))
+        self.stack.append(value)
 
-    def take(self, count: int) -> memoryview:
-        """Return the next `count` bytes of the data and step over them."""
-        start, self.offset = self.offset, self.offset + count
-        if self.offset > len(self.data):
-            raise ValueError("is cut off")
-        return self.data[start : self.offset]
-
-    def number(self, form: struct.Struct) -> Any:
-        """Read the next number of the data."""
-        (value,) = form.unpack_from(self.data, self.offset)
-        self.offset += form.size
-        return value
-
-    def since_mark(self) -> list[Any]:
-        """Remove and return what was pushed since the last mark."""
-        place = self.marks.pop()
-        values = self.stack[place:]
-        del self.stack[place:]
+    def pop(self, count: int | None = None) -> list[Any]:
+        """Remove and return the last `count` values, by default those since the last mark."""
+        start = self.marks.pop() if count is None else len(self.stack) - count
+        if start < (self.marks[-1] if self.marks else 0):
+            raise ValueError("takes values that are not there")
+        values = self.stack[start:]
+        del self.stack[start:]
         return values
 
     def push_name(self, module: Any, name: Any) -> None:
         """Push the name of a global."""
-        if type(module) is not str or type(name) is not str or (module, name) not in GLOBALS:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("names a global by other values than text")
+        if (module, name) not in GLOBALS:
             raise ValueError(f"names {module!r:.60}, {name!r:.60}: only numpy arrays are built")
         self.stack.append(Name(GLOBALS[module, name]))
 
-    def top(self, container: type) -> Any:
-        """Return the last value of the stack."""
-        if type(self.stack[-1]) is not container:
+    def put(self, index: int) -> None:
+        """Store the last value of the stack in the memo."""
+        if index == len(self.memo):
+            self.memo.append(self.stack[-1])
+        elif index < len(self.memo):
+            self.memo[index] = self.stack[-1]
+        else:
+            self.spend(DISTANT_BYTES)
+            self.distant_memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        """Push a value of the memo."""
+        memo = self.memo if index < len(self.memo) else self.distant_memo
+        self.stack.append(memo[index])
+
+
+Operation: TypeAlias = Callable[[Machine, Any], object]  # with the argument of the opcode
+
+
+def _push_text(machine: Machine, text: str) -> None:
+    if not text.isascii():
+        text.encode()  # an error for surrogates, which `pickletools` lets through
+    machine.stack.append(text)
+
+
+def _make(make: Callable[[Iterable[Any]], object], count: int | None = None) -> Operation:
+    return lambda machine, _: machine.push_new(make(machine.pop(count)))
+
+
+def _fill(
+    container: type, add: Callable[[Any, list[Any]], object], count: int | None = None
+) -> Operation:
+    def operation(machine: Machine, _: None) -> None:
+        values, target = machine.pop(count), machine.stack[-1]
+        if type(target) is not container:
             raise ValueError(f"expected a {container.__name__} to fill, got another value")
-        return self.stack[-1]
+        size = sys.getsizeof(target)
+        add(target, values)
+        machine.spend(sys.getsizeof(target) - size)
 
-    def line(self) -> str:
-        """Read the next line of the data."""
-        chunk = bytes(self.data[self.offset : self.offset + LONGEST_LINE])
-        self.offset += chunk.index(b"\n") + 1
-        return chunk[: chunk.index(b"\n")].decode("ascii")
+    return operation
 
 
-Step: TypeAlias = Callable[[Machine], object]
-UINT8, UINT16, INT32, UINT32, UINT64, FLOAT64 = map(
-    struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d")
-)
+def _set_items(target: dict[Any, Any], values: list[Any]) -> None:
+    target.update(zip(map(plain_key, values[::2]), values[1::2], strict=True))
 
 
-def _push(value: object) -> Step:
-    return lambda machine: machine.stack.append(value)
+def _mark(machine: Machine, _: None) -> None:
+    if len(machine.marks) == MAX_MARKS:
+        raise ValueError(f"nests more than {MAX_MARKS} containers")
+    machine.marks.append(len(machine.stack))
 
 
-def _push_new(make: Callable[[], object]) -> Step:
-    return lambda machine: machine.stack.append(make())
-
-
-def _push_number(form: struct.Struct) -> Step:
-    return lambda machine: machine.stack.append(machine.number(form))
-
-
-def _push_data(size: struct.Struct, make: Callable[[memoryview], object]) -> Step:
-    """Push what `make` returns for the next bytes, whose number is in the data."""
-    return lambda machine: machine.stack.append(make(machine.take(machine.number(size))))
-
-
-def _integer(data: memoryview) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _text(data: memoryview) -> str:
-    return str(data, "utf-8")
-
-
-def _push_tuple(machine: Machine, count: int) -> None:
-    stack = machine.stack
-    start = len(stack) - count
-    if start < (machine.marks[-1] if machine.marks else 0):
-        raise ValueError("a tuple of values that are not there")
-    stack[start:] = [tuple(stack[start:])]
-
-
-def _append(machine: Machine) -> None:
-    value = machine.stack.pop()
-    machine.top(list).append(value)
-
-
-def _appends(machine: Machine) -> None:
-    values = machine.since_mark()
-    machine.top(list).extend(values)
-
-
-def _setitem(machine: Machine) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    machine.top(dict)[plain_key(key)] = value
-
-
-def _setitems(machine: Machine) -> None:
-    values = machine.since_mark()
-    target = machine.top(dict)
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        target[plain_key(key)] = value
-
-
-def _add_items(machine: Machine) -> None:
-    values = machine.since_mark()
-    machine.top(set).update(map(plain_key, values))
-
-
-def _put(index: struct.Struct) -> Step:
-    return lambda machine: machine.memo.__setitem__(machine.number(index), machine.stack[-1])
-
-
-def _memoize(machine: Machine) -> None:
-    machine.memo[len(machine.memo)] = machine.stack[-1]
-
-
-def _get(index: struct.Struct) -> Step:
-    return lambda machine: machine.stack.append(machine.memo[machine.number(index)])
-
-
-def _stack_global(machine: Machine) -> None:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    machine.push_name(module, name)
-
-
-def _global(machine: Machine) -> None:
-    machine.push_name(machine.line(), machine.line())
-
-
-def _reduce(machine: Machine) -> None:
-    values, name = machine.stack.pop(), machine.stack.pop()
-    machine.stack.append(call(name, values))
-
-
-def _build(machine: Machine) -> None:
-    state = machine.stack.pop()
-    if type(machine.stack[-1]) not in (Array, Type) or type(state) is not tuple:
+def _build(machine: Machine, _: None) -> None:
+    target, state = machine.pop(2)
+    if type(target) not in (Array, Type) or type(state) is not tuple:
         raise ValueError("sets the state of something that is no numpy array")
-    machine.stack[-1].build(state)
+    target.build(state)
+    machine.push_new(target)
 
 
-def _protocol(machine: Machine) -> None:
-    if not 2 <= machine.number(UINT8) <= 5:
+def _protocol(_: Machine, version: int) -> None:
+    if not 2 <= version <= 5:
         raise ValueError("expected protocol 2 to 5")
 
 
-def _push_since_mark(make: Callable[[Iterable[Any]], object]) -> Step:
-    return lambda machine: machine.stack.append(make(machine.since_mark()))
+def _stop(machine: Machine, _: None) -> None:
+    if len(machine.stack) != 1 or machine.marks:
+        raise ValueError("ends with other than one value")
 
 
-def _plain_frozenset(values: Iterable[Any]) -> frozenset[Any]:
-    return frozenset(map(plain_key, values))
-
-
-OPCODES: dict[int, Step] = {
-    ord(code): step
-    for code, step in {
-        "\x80": _protocol,
-        "\x95": lambda machine: machine.number(UINT64),  # FRAME, whose length has no use here
-        "(": lambda machine: machine.marks.append(len(machine.stack)),
-        "0": lambda machine: machine.stack.pop(),
-        "1": lambda machine: machine.since_mark(),
-        "N": _push(None),
-        "\x88": _push(True),
-        "\x89": _push(False),
-        "K": _push_number(UINT8),
-        "M": _push_number(UINT16),
-        "J": _push_number(INT32),
-        "\x8a": _push_data(UINT8, _integer),
-        "G": _push_number(FLOAT64),
-        "\x8c": _push_data(UINT8, _text),
-        "X": _push_data(UINT32, _text),
-        "\x8d": _push_data(UINT64, _text),
-        "C": _push_data(UINT8, bytes),
-        "B": _push_data(UINT32, bytes),
-        "\x8e": _push_data(UINT64, bytes),
-        "\x96": _push_data(UINT64, bytes),  # BYTEARRAY8: in-band data of protocol 5
-        ")": _push(()),
-        "]": _push_new(list),
-        "}": _push_new(dict),
-        "\x8f": _push_new(set),
-        "t": _push_since_mark(tuple),
-        "l": _push_since_mark(list),
-        "\x85": lambda machine: _push_tuple(machine, 1),
-        "\x86": lambda machine: _push_tuple(machine, 2),
-        "\x87": lambda machine: _push_tuple(machine, 3),
-        "a": _append,
-        "e": _appends,
-        "s": _setitem,
-        "u": _setitems,
-        "\x91": _push_since_mark(_plain_frozenset),
-        "\x90": _add_items,
-        "q": _put(UINT8),
-        "r": _put(UINT32),
-        "\x94": _memoize,
-        "h": _get(UINT8),
-        "j": _get(UINT32),
-        "\x93": _stack_global,
-        "c": _global,
-        "R": _reduce,
-        "b": _build,
-    }.items()
+OPERATIONS: dict[str, Operation] = {
+    "PROTO": _protocol,
+    "FRAME": lambda machine, length: None,  # the length has no use here
+    "MARK": _mark,
+    "POP": lambda machine, _: machine.pop(1),
+    "POP_MARK": lambda machine, _: machine.pop(),
+    "NONE": lambda machine, _: machine.stack.append(None),
+    "NEWTRUE": lambda machine, _: machine.stack.append(True),
+    "NEWFALSE": lambda machine, _: machine.stack.append(False),
+    "BYTEARRAY8": lambda machine, data: machine.stack.append(bytes(data)),
+    "TUPLE": _make(tuple),
+    "LIST": _make(list),
+    "FROZENSET": _make(lambda values: frozenset(map(plain_key, values))),
+    "APPEND": _fill(list, list.extend, 1),
+    "APPENDS": _fill(list, list.extend),
+    "SETITEM": _fill(dict, _set_items, 2),
+    "SETITEMS": _fill(dict, _set_items),
+    "ADDITEMS": _fill(set, lambda target, values: target.update(map(plain_key, values))),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo) + len(machine.distant_memo)),
+    "STACK_GLOBAL": lambda machine, _: machine.push_name(*machine.pop(2)),
+    "GLOBAL": lambda machine, names: machine.push_name(*names.split(" ", 1)),
+    "REDUCE": lambda machine, _: machine.push_new(call(*machine.pop(2))),
+    "BUILD": _build,
+    "STOP": _stop,
 }
+PUSHED = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}  # their argument is the value
+PUSHED |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+OPERATIONS |= dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _push_text)
+OPERATIONS |= {f"TUPLE{count}": _make(tuple, count) for count in (1, 2, 3)}
+for _new in (tuple, list, dict, set):
+    OPERATIONS[f"EMPTY_{_new.__name__.upper()}"] = _make(_new, 0)
+for _form in ("BIN", "LONG_BIN"):
+    OPERATIONS |= {f"{_form}PUT": Machine.put, f"{_form}GET": Machine.get}
 
 
-def load(data: memoryview) -> Any:
+def load(data: bytes | bytearray | memoryview) -> Any:
     """Return the value that a pickle describes; numpy arrays are `Array`s with a `value`."""
-    machine = Machine(data)
+    machine, stream, offset = Machine(len(data)), io.BytesIO(data), 0
+    push = machine.stack.append
     try:
-        return machine.run()
-    except (IndexError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
+        for step, (opcode, argument, place) in enumerate(genops(stream)):
+            offset = place or 0
+            if step == MAX_STEPS:
+                raise ValueError(f"takes more than {MAX_STEPS} steps; write fewer rows a file")
+            if (name := opcode.name) in PUSHED:
+                push(argument)
+            elif operation := OPERATIONS.get(name):
+                operation(machine, argument)
+            else:
+                code = ord(opcode.code)
+                raise ValueError(f"opcode {code:#04x} is not one that builds plain data")
+        if offset != len(data) - 1:
+            raise ValueError("ends before the file does")
+    except (IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}"
-        place = f"is cut off or damaged at byte {machine.offset}"
-        raise ValueError(f"{place} ({reason:.100})") from error
+        raise ValueError(f"is cut off or damaged at byte {offset} ({reason:.100})") from error
+    return machine.stack[0]

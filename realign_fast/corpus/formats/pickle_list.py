@@ -9,12 +9,12 @@ its result while that is written. The keys of an entry and their order are kept.
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,27 +136,11 @@ class PickleWriter(FormatWriter):
             self._entries.append(entry | {column: new})
 
     def _finish(self) -> None:
-        with io.BufferedWriter(_Unclosed(self._file), 1 << 20) as file:
-            try:
-                pickle.dump(self._entries, file, protocol=4)
-            except (ValueError, RecursionError) as error:
-                problem = f"cannot keep the other columns of its source ({error})"
-                raise ValueError(f"{self.path}: {problem}; {ADVICE}") from error
-
-
-class _Unclosed(io.RawIOBase):
-    """A raw file that stays open when the buffer on it is closed."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def writable(self) -> bool:
-        """True: it is there to be written to."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Write to the file; return the number of bytes that it took."""
-        return int(self._file.write(data))
+        try:
+            pickle.dump(self._entries, SimpleNamespace(write=self._put), protocol=4)
+        except (ValueError, RecursionError) as error:
+            problem = f"cannot keep the other columns of its source ({error})"
+            raise ValueError(f"{self.path}: {problem}; {ADVICE}") from error
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
@@ -194,7 +178,7 @@ def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
     with explained(path):
         data = path.read_bytes()
     try:
-        value = load(memoryview(data))
+        value = load(data)
     except ValueError as error:
         raise ValueError(f"{path}: not plain data: {error}; {ADVICE}") from error
     if type(value) is not list:

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][0-9]{1,6}")  # never O, objects
 
+ARRAY_BYTES = 160  # memory of a numpy array beside its numbers
 _ARRAY, _DTYPE, _SCALAR, _BUFFER, _ENCODE = "array", "dtype", "scalar", "frombuffer", "encode"
 GLOBALS = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _DTYPE} | {
     (f"{core}.{module}", name): token
@@ -46,8 +49,9 @@ class Type:
     __slots__ = ("dtype",)
 
     def __init__(self, text: Any) -> None:
-        if type(text) is not str or not PLAIN_TYPE.fullmatch(text):
-            raise ValueError(f"dtype {text!r:.40}: only numbers and text (never object arrays)")
+        name = text if type(text) is str else type(text).__name__
+        if name is not text or not PLAIN_TYPE.fullmatch(name):
+            raise ValueError(f"dtype {name!r:.40}: only numbers and text (never object arrays)")
         self.dtype = np.dtype(text)
 
     def build(self, state: Any) -> None:
@@ -86,12 +90,11 @@ def array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """Return an array that views `data`."""
     if type(dtype) is not Type or type(shape) is not tuple or order not in ("C", "F"):
         raise ValueError("an array is not described by dtype, shape and order")
-    if type(data) is not bytes or not all(type(n) is int for n in shape):
+    if type(data) is not bytes:
         raise ValueError("an array is not made of bytes (object arrays are never built)")
-    size = dtype.dtype.itemsize
-    for count in shape:
-        size *= count
-    if len(shape) > 8 or any(count < 0 for count in shape) or size != len(data):
+    if len(shape) > 8 or not all(type(count) is int and count >= 0 for count in shape):
+        raise ValueError("an array has more than 8 dimensions, or sizes that are no numbers")
+    if dtype.dtype.itemsize * math.prod(shape) != len(data):
         raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
     return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
@@ -123,3 +126,8 @@ def plain_key(key: Any) -> Any:
     if type(key) not in (str, int, float, bool, type(None)):
         raise ValueError(f"a key is {type(key).__name__}, expected text or a number")
     return key
+
+
+def memory_of(value: Any) -> int:
+    """Return the bytes that a value takes in memory, without those that it refers to."""
+    return sys.getsizeof(value) + (ARRAY_BYTES if type(value) is Array else 0)
