@@ -3,11 +3,11 @@
 The suffix of a file decides on its format. A single file that is named by hand may have another
 suffix; then its content decides. A folder holds shards of one format.
 
-A new format is a file in `formats/` and a line in `FORMATS`. Its shard derives from
-`ContiguousShard` (the rows lie in one piece of the file) or `StreamedShard` (they are decoded), its
-writer from `FormatWriter` or `TableWriter`, and its `read_shard(path, column)` reads no more
-than a header where the format allows. Only this file may import an optional package of the format.
-`tests/corpus/test_formats.py` reads every format as it reads npy, and damaged and changed files.
+A new format is a file in `formats/`, a line in `FORMATS` and one in `STARTS`. Its shard derives
+from `ContiguousShard` (the rows lie in one piece of the file) or `StreamedShard` (they are
+decoded), its writer from `FormatWriter` or `TableWriter`, and its `read_shard(path, column)` reads
+no more than a header where the format allows. Only this file may import an optional package of the
+format. `tests/corpus/test_formats.py` reads each format as it reads npy, and damaged files.
 """
 
 from __future__ import annotations
@@ -41,47 +41,30 @@ HEAD_BYTES = 512  # of a file, by which its format is recognized
 class Format(NamedTuple):
     """A format of shards; what is converted to it gets the first suffix of its writer."""
 
-    recognizes: Callable[[bytes], bool]  # whether a file that begins with these bytes has it
     # Of a path and the name of the rows (None: the default); errors are those of `read_shard`.
     read: Callable[[StoragePath, str | None], Shard]
     writer: type[FormatWriter]
 
 
-def _is_arrow(head: bytes) -> bool:
-    return head[:6] == arrow.MAGIC or head[:4] == b"\xff\xff\xff\xff"
-
-
-def _is_npy(head: bytes) -> bool:
-    return head[:6] == b"\x93NUMPY"
-
-
-def _is_npz(head: bytes) -> bool:
-    return head[:4] == b"PK\3\4" and b".npy" in head
-
-
-def _is_torch(head: bytes) -> bool:
-    return head[:4] == b"PK\3\4" and b"/data.pkl" in head
-
-
-def _is_pickle(head: bytes) -> bool:
-    return head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
-
-
-# Of formats that share a suffix or a beginning, the first is found by it; its reader reads all.
+# Of formats that share a suffix, the first is found by it; its reader reads all.
 FORMATS = {
-    "npy": Format(_is_npy, lambda path, column: npy.read_header(path), npy.ShardWriter),
-    "npz": Format(_is_npz, archives.read_npz, archives.NpzWriter),
-    "pt": Format(_is_torch, archives.read_torch, archives.TorchWriter),
-    "safetensors": Format(safetensors.recognizes, safetensors.read_shard, safetensors.TensorWriter),
-    "parquet": Format(lambda head: head[:4] == b"PAR1", parquet.read_shard, parquet.ParquetWriter),
-    "arrow": Format(_is_arrow, arrow.read_shard, arrow.ArrowWriter),
-    "arrow-stream": Format(_is_arrow, arrow.read_shard, arrow.StreamWriter),
-    "hf": Format(_is_arrow, arrow.read_shard, arrow.StreamWriter),
-    "pickle": Format(_is_pickle, pickle_list.read_shard, pickle_list.PickleWriter),
-    "tar": Format(
-        lambda head: head[257:262] == b"ustar", webdataset.read_shard, webdataset.TarWriter
-    ),
+    "npy": Format(lambda path, column: npy.read_header(path), npy.ShardWriter),
+    "npz": Format(archives.read_npz, archives.NpzWriter),
+    "pt": Format(archives.read_torch, archives.TorchWriter),
+    "safetensors": Format(safetensors.read_shard, safetensors.TensorWriter),
+    "parquet": Format(parquet.read_shard, parquet.ParquetWriter),
+    "arrow": Format(arrow.read_shard, arrow.ArrowWriter),
+    "arrow-stream": Format(arrow.read_shard, arrow.StreamWriter),
+    "hf": Format(arrow.read_shard, arrow.StreamWriter),
+    "pickle": Format(pickle_list.read_shard, pickle_list.PickleWriter),
+    "tar": Format(webdataset.read_shard, webdataset.TarWriter),
 }
+STARTS = {  # of files of these formats; `_format_of_content` knows the others
+    b"\x93NUMPY": "npy",
+    b"PAR1": "parquet",
+    arrow.MAGIC: "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+} | {bytes([0x80, protocol]): "pickle" for protocol in range(2, 6)}
 SUFFIXES = {suffix: name for name in reversed(FORMATS) for suffix in FORMATS[name].writer.suffixes}
 
 
@@ -161,4 +144,9 @@ def _format_of_content(path: StoragePath) -> str | None:
             head = file.pread(HEAD_BYTES, 0)
     except OSError:  # the reader of the format says what is wrong
         return None
-    return next((name for name, row in FORMATS.items() if row.recognizes(head)), None)
+    if head.startswith(b"PK\3\4"):
+        return "pt" if b"/data.pkl" in head else "npz"
+    if head[257:262] == b"ustar":
+        return "tar"
+    by_start = (name for start, name in STARTS.items() if head.startswith(start))
+    return next(by_start, "safetensors" if safetensors.recognizes(head) else None)

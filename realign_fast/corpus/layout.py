@@ -15,7 +15,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from ..storage.paths import StoragePath, natural_order
-from .format_registry import UNFINISHED, compression_of, format_of, read_shards, shard_paths
+from .format_registry import (
+    ONLY_ALONE,
+    UNFINISHED,
+    compression_of,
+    format_of,
+    read_shards,
+    shard_paths,
+)
 from .formats import hf_dataset
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     sides = [name for name in SUBFOLDERS.values() if folder and (root / name).is_dir()]
     if not sides:
         return ""
-    if loose := shard_paths(root):
+    if loose := [path for path in shard_paths(root) if format_of(path.name) not in ONLY_ALONE]:
         contents = f"{loose[0].suffix} files and {sides[0]}/"
         raise ValueError(f"{root}: has {contents}; open the folder of the rows")
     if modality is None and len(sides) == 1:

@@ -494,7 +494,9 @@ def test_clip_retrieval_one_side_only(tmp_path):
 
 
 def test_clip_retrieval_beside_loose_shards_is_refused(tmp_path):
-    save(clip(tmp_path) / "stray.npy")
+    (clip(tmp_path) / "model.pt").write_bytes(b"a checkpoint is no shard")
+    assert Corpus(tmp_path, "text").num_rows == 7
+    save(tmp_path / "stray.npy")
     refuse(
         tmp_path, ValueError, r"has \.npy files and text_emb/; open the folder of the rows", "text"
     )

@@ -82,13 +82,12 @@ def vectors_of(
         stated = stated or metadata.get(b"dtype", b"").decode(errors="replace")
         dtype = _dtype_of_binary(place, name, storage, stated)
         return name, dtype, _checked_dimension(place, storage.byte_width // dtype.itemsize)
-    if not _is_list(storage):
+    numbers, depth = storage, 0
+    while _is_list(numbers):
+        numbers, depth = _storage(numbers.value_type), depth + 1
+    if not depth:
         expected = "expected a list, fixed-size list or fixed-size binary of numbers"
         raise TypeError(f"{place} is {field.type}, {expected}; choose another column")
-    inner = _storage(storage.value_type)
-    numbers = inner
-    while _is_list(numbers):
-        numbers = _storage(numbers.value_type)
     if not pyarrow().types.is_floating(numbers):
         expected = "expected half, float or double; cast the column"
         raise TypeError(f"{place} holds {numbers}, {expected}")
@@ -98,7 +97,7 @@ def vectors_of(
     dtype = np.dtype(numbers.to_pandas_dtype())
     if stated and dtype != stated:
         raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
-    if pyarrow().types.is_fixed_size_list(storage) and numbers is inner:
+    if pyarrow().types.is_fixed_size_list(storage) and depth == 1:
         return name, dtype, _checked_dimension(place, storage.list_size)
     for array in arrays(name):
         array.validate(full=True)  # or a damaged offset would be followed
@@ -153,19 +152,14 @@ def _checked_dimension(place: str, dimension: int) -> int:
 
 def rows_of(array: Any, shard: StreamedShard) -> np.ndarray:
     """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole."""
-    array.validate()  # offsets and buffers have not been read yet, and may not fit
+    array.validate(full=True)  # offsets and buffers have not been read yet, and may not fit
     values, starts, lengths = _flattened(array, shard.dtype)
-    columns = np.arange(shard.dimension)
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False)  # copied only where some are null
     is_whole = lengths == shard.dimension
-    if is_whole.all() and not values.null_count:
-        first = starts[0] if len(starts) else 0
-        if (starts == first + shard.dimension * np.arange(len(starts))).all():
-            size = len(starts) * shard.dimension
-            numbers: np.ndarray = values.slice(first, size).to_numpy()
-            return numbers.reshape(-1, shard.dimension)
-    array.validate(full=True)
+    if is_whole.all():
+        return numbers.reshape(-1, shard.dimension)
     rows = np.full((len(starts), shard.dimension), np.nan, shard.dtype)
-    rows[is_whole] = values.to_numpy(zero_copy_only=False)[starts[is_whole, None] + columns]
+    rows[is_whole] = numbers[starts[is_whole, None] + np.arange(shard.dimension)]
     return rows
 
 
