@@ -115,5 +115,7 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
         f"{report['embedded_now']:,} items in {report['seconds']:.1f} s, {rate:,.0f} a second"
         + earlier
     )
+    if report["unturned"]:
+        print(f"{report['unturned']:,} images have damaged EXIF data and were not turned")
     if report["failures"]:
         print(f"{report['failures']:,} items failed and are no rows: {out / FAILURES}")

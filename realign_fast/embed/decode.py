@@ -2,7 +2,8 @@
 
 The content of a file decides how it is decoded, not its suffix:
 
-- EXIF orientation is applied, so that the picture stands as people see it.
+- EXIF orientation is applied, so that the picture stands as people see it. A picture whose EXIF
+  data is damaged is taken as it is stored, as viewers do, and marked in `info[UNTURNED]`.
 - 16-bit gray keeps its high byte (Pillow's own conversion would turn nearly everything white).
 - Transparency is dropped as the models' own preprocessing drops it (`convert("RGB")`).
 - The first frame of an animation is taken.
@@ -23,6 +24,8 @@ from .._extras import import_extra
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice its Image.MAX_IMAGE_PIXELS
 MAX_ASPECT = 1000  # of the long side to the short side
+ORIENTATION = 0x0112  # a tag of EXIF
+UNTURNED = "realign_fast_unturned"  # a key of `info`
 SUFFIXES = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm avif jp2".split())
 
 
@@ -33,7 +36,7 @@ class Unreadable(Exception):
 @lru_cache(maxsize=1)
 def pillow() -> ModuleType:
     """Import Pillow, or raise an error that says how to install it."""
-    return import_extra("PIL.ImageOps", "clip", "Decoding images")
+    return import_extra("PIL.Image", "clip", "Decoding images")
 
 
 def decode(data: bytes) -> Any:
@@ -51,7 +54,7 @@ def decode(data: bytes) -> Any:
             image = pil.Image.open(io.BytesIO(data))
             _check_size(*image.size)
             image.load()
-            return _as_rgb(pil.ImageOps.exif_transpose(image))
+            return _as_rgb(_turned(image))
     except Unreadable:
         raise
     except pil.Image.DecompressionBombError as error:
@@ -69,6 +72,19 @@ def _check_size(width: int, height: int) -> None:
         raise Unreadable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS} in all")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Unreadable(f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT} to 1")
+
+
+def _turned(image: Any) -> Any:
+    """Return the image turned as its EXIF orientation says; no other tag is interpreted."""
+    turns = pillow().Image.Transpose
+    methods = {2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM}
+    methods |= {5: turns.TRANSPOSE, 6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90}
+    try:
+        method = methods.get(image.getexif().get(ORIENTATION))
+    except Exception:  # damaged data raises SyntaxError, ValueError, struct.error and others
+        image.info[UNTURNED] = True
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def _as_rgb(image: Any) -> Any:

@@ -49,7 +49,7 @@ class ShardFiles:
     """The files of shard `number`: the rows of each side, their metadata, and the records."""
 
     def __init__(self, out: Path, number: int, sides: Sequence[Side], metadata_format: str) -> None:
-        self.num_rows, self.failures = 0, list[dict[str, str]]()
+        self.num_rows, self.unturned, self.failures = 0, 0, list[dict[str, str]]()
         self._items: list[Item] = []
         folders = [SUBFOLDERS[side] for side in sides]
         self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
@@ -88,10 +88,12 @@ class ShardFiles:
         """Record that `item` has no row."""
         self.failures.append({"id": item.id, "source": item.path, "reason": reason})
 
-    def finish(self, key: str) -> None:
-        """Record that the shard is complete: the last file written of it."""
-        facts = {"key": key, "rows": self.num_rows, "failures": len(self.failures)}
-        write_json(self.record, facts | {"files": self._stamps()})
+    def finish(self, key: str) -> dict[str, Any]:
+        """Write and return the record that the shard is complete: the last file of it."""
+        record: dict[str, Any] = {"key": key, "rows": self.num_rows}
+        record |= {"failures": len(self.failures), "unturned": self.unturned}
+        write_json(self.record, record | {"files": self._stamps()})
+        return record
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """Return the record of this shard if it is complete, unchanged and has the same key."""

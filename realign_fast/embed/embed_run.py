@@ -167,6 +167,7 @@ class _EmbedRun:
     def write_shards(self) -> dict[str, Any]:
         """Write every shard that is not complete, and return the counts of the report."""
         rows, finished_before, embedded_now = {"text": 0, "image": 0}, 0, 0
+        unturned = 0
         total = sum(shard.stop - shard.start for shard in self.plan)
         progress = self.settings.progress
         with tqdm(total=total, unit="row", smoothing=0.05, disable=not progress) as bar:
@@ -174,8 +175,7 @@ class _EmbedRun:
                 items = shard.source.items(shard.start, shard.stop)
                 key = self._key(shard, items)
                 if (record := shard.files.finished(key)) is not None:
-                    num_rows = record["rows"]
-                    if num_rows and not self.recorded:
+                    if record["rows"] and not self.recorded:
                         self._verify(shard, items)
                     finished_before += len(items)
                     if progress:
@@ -188,13 +188,14 @@ class _EmbedRun:
                             f"{shard.source.path}: changed while it was embedded; let its writer "
                             "finish and run again"
                         )
-                    shard.files.finish(key)
-                    num_rows = shard.files.num_rows
+                    record = shard.files.finish(key)
                     embedded_now += len(items)
                 for side in shard.sides:
-                    rows[side] += num_rows
+                    rows[side] += record["rows"]
+                unturned += record.get("unturned", 0)
         return {
             "rows": rows,
+            "unturned": unturned,
             "items": total,
             "finished_before": finished_before,
             "embedded_now": embedded_now,
@@ -238,6 +239,7 @@ class _EmbedRun:
         with files.writing(len(items), self.encoder.dimension, self.dtype):
             pending: tuple[list[Item], list[RowTransfer]] | None = None
             for batch in prepared_batches(dataset, self.workers, self.lock):
+                files.unturned += batch.unturned
                 for position, reason in batch.failures:
                     files.fail(items[position], reason)
                 transfers = self._rows(batch, shard.sides)

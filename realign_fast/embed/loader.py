@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .choices import Side
-from .decode import Unreadable, decode
+from .decode import UNTURNED, Unreadable, decode
 from .encoders.base import Encoder, Tokens
 from .sources.base import Item, Source
 
@@ -31,6 +31,7 @@ class PreparedBatch(NamedTuple):
     failures: list[tuple[int, str]]  # position and reason
     pixels: torch.Tensor | None  # [n, 3, height, width]
     tokens: Tokens | None  # [n, L] each
+    unturned: int  # images whose EXIF orientation cannot be read
 
 
 class PreparedBatches(Dataset[PreparedBatch | Exception]):
@@ -61,7 +62,7 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
 
     def batch(self, number: int) -> PreparedBatch:
         """Return a batch, or raise the error of the source."""
-        positions, failures, images, captions = [], [], [], []
+        positions, failures, images, captions, unturned = [], [], [], [], 0
         first = number * self.batch_size
         for position in range(first, min(first + self.batch_size, len(self.items))):
             item = self.items[position]
@@ -70,7 +71,9 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
                     raise Unreadable(item.failure)
                 caption = _caption(item) if "text" in self.sides else ""
                 if "image" in self.sides:
-                    images.append(self._image(item))
+                    image = self._decoded(item)
+                    images.append(self._prepared(image))
+                    unturned += UNTURNED in image.info
             except Unreadable as error:
                 failures.append((position, str(error)))
                 continue
@@ -79,14 +82,15 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
         texts = "text" in self.sides and positions
         pixels = torch.stack(images) if images else None
         tokens = self.encoder.prepare_texts(captions) if texts else None
-        return PreparedBatch(positions, failures, pixels, tokens)
+        return PreparedBatch(positions, failures, pixels, tokens, unturned)
 
-    def _image(self, item: Item) -> torch.Tensor:
+    def _decoded(self, item: Item) -> Any:
         try:
-            data = self.source.read(item)
+            return decode(self.source.read(item))
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from error
-        image = decode(data)
+
+    def _prepared(self, image: Any) -> torch.Tensor:
         try:
             return self.encoder.prepare_image(image)
         except Exception as error:  # its preprocessing cannot take such a size

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from PIL import Image
 
-from realign_fast.embed.decode import MAX_PIXELS, Unreadable, decode
+from realign_fast.embed.decode import MAX_PIXELS, UNTURNED, Unreadable, decode
 
 RAMP = np.arange(40 * 48 * 3, dtype=np.uint32).reshape(48, 40, 3).astype(np.uint8)
 
@@ -21,14 +21,12 @@ def encoded(image, image_format="PNG", **options):
     return file.getvalue()
 
 
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png_header(width, height, body=b""):
     """A PNG of any size by its header, with next to nothing behind it."""
-
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     ends = chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + ends
@@ -45,11 +43,61 @@ def test_the_content_decides_not_a_name():
     assert decode(encoded(Image.fromarray(RAMP), "WEBP", lossless=True)).size == (40, 48)
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(orientation, image_format):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the top of the picture is at the right
-    data = encoded(Image.fromarray(RAMP), exif=exif)
-    assert np.array_equal(np.asarray(decode(data)), np.rot90(RAMP, -1))
+    exif[0x0112] = orientation  # 6: the camera was turned, the top of the picture is at the right
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    image = decode(encoded(Image.fromarray(RAMP), image_format, exif=exif, **options))
+    flipped = RAMP[:, ::-1]
+    turned = {2: flipped, 3: np.rot90(RAMP, 2), 4: RAMP[::-1], 5: np.rot90(flipped)}
+    turned |= {6: np.rot90(RAMP, -1), 7: np.rot90(flipped, -1), 8: np.rot90(RAMP)}
+    assert np.array_equal(np.asarray(image), turned.get(orientation, RAMP))
+    assert UNTURNED not in image.info
+
+
+BAD_HEADER = b"\0\x08\0\x02\x01\x12\0\x03"
+DAMAGED_EXIF = {
+    "bad header": BAD_HEADER,
+    "no entries": b"II*\0\x08\0\0",
+    "four bytes": b"II*\0",
+    "zeros": bytes(32),
+    "endless": b"MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\x03" * 3,
+}
+
+
+def with_chunk(kind, data):
+    """A PNG with a chunk before its pixels."""
+    png = encoded(Image.fromarray(RAMP))
+    place = png.index(b"IDAT") - 4
+    return png[:place] + chunk(kind, data) + png[place:]
+
+
+@pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=list(DAMAGED_EXIF))
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG", "chunk"])
+def test_damaged_exif_leaves_a_picture_as_it_is_stored(exif, image_format):
+    if image_format == "chunk":
+        data = with_chunk(b"eXIf", exif)
+    else:
+        options = {"quality": 100} if image_format == "JPEG" else {}
+        data = encoded(Image.fromarray(RAMP), image_format, exif=exif, **options)
+    plain = Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(plain))
+
+
+def test_a_picture_with_damaged_exif_is_marked():
+    text = b"Raw profile type exif\0\nexif\n      8\nzzzz\n"  # not hexadecimal
+    for data in (with_chunk(b"eXIf", BAD_HEADER), with_chunk(b"tEXt", text)):
+        image = decode(data)
+        assert image.info[UNTURNED] and np.array_equal(np.asarray(image), RAMP)
+
+
+def test_an_orientation_beside_a_damaged_tag_is_applied():
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6)  # 6 as above
+    entries += struct.pack("<HHII", 0x011A, 5, 1 << 30, 0xFFFFFF)  # rationals beyond the end
+    exif = b"II*\0\x08\0\0\0\x02\0" + entries + bytes(4)
+    assert np.array_equal(np.asarray(decode(with_chunk(b"eXIf", exif))), np.rot90(RAMP, -1))
 
 
 def test_sixteen_bits_keep_their_high_byte():
