@@ -90,6 +90,97 @@ def test_a_tar_of_samples(tmp_path):
     ]
 
 
+def pairs_of(source):
+    return [(item.id, item.caption, source.read(item)) for item in all_items(source)]
+
+
+@pytest.mark.parametrize(
+    ("image", "caption"), [("input.jpg", "outputs.txt"), ("img", "cap"), ("jpg", "json")]
+)
+def test_members_of_other_names_are_chosen(tmp_path, image, caption):
+    """Endings of members in a tar, and ends of names in a folder; case does not matter."""
+    members, values = [], {"title": "from json", "uid": 7, "caption": "no"}
+    for number in range(3):
+        members += [(f"s{number}.{image}", png(number)), (f"s{number}.preview.webp", b"small")]
+        other = json.dumps(values).encode() if caption == "json" else b"from a member\n"
+        members += [(f"s{number}.{caption}", other)]
+    by_key = caption == "json"
+    columns = Columns(
+        image=image.upper(), caption="title" if by_key else caption, id="uid" if by_key else None
+    )
+    (tmp_path / "folder").mkdir()
+    for name, data in members:
+        (tmp_path / "folder" / name).write_bytes(data)
+    expected = [
+        ("7", "from json", png(n)) if by_key else (f"s{n}", "from a member", png(n))
+        for n in range(3)
+    ]
+    for path in (write_tar(tmp_path / "s.tar", members), tmp_path / "folder"):
+        assert pairs_of(open_source(path, "pairs", columns)) == expected
+
+
+def test_a_choice_that_a_tar_does_not_hold_is_refused(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [("1.png", png(1)), ("1.txt", b"one"), ("2.png", png(2))])
+    for role, ending in (("image", "jpg"), ("caption", "cap"), ("id", "uid")):
+        words = rf"s.tar: no sample has '{ending}'; choose with --{role}-column .*of: png, txt"
+        with pytest.raises(ValueError, match=words):
+            open_source(path, "pairs", Columns(**{role: ending}))
+    first, second = all_items(open_source(path, "pairs", Columns(caption="txt", image="png")))
+    assert (first.caption, second.caption) == ("one", None)  # a sample without it fails alone
+    open_source(path, "texts", Columns(image="jpg"))  # of texts no image is read
+    open_source(path, "images", Columns(caption="cap"))  # and of images no caption
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(write_pictures(tmp_path / "folder", 1), "images", Columns(image="jpg"))
+
+
+def write_img2dataset(folder, layout):
+    """Two shards as img2dataset 1.47 leaves them, with its index and statistics beside each."""
+    for shard in range(2):
+        keys = [f"{shard:05}{i:04}" for i in range(3)]
+        members = []
+        for number, key in enumerate(keys):
+            caption = {"caption": f"cat {key}", "key": key, "status": "success"}
+            members += [(f"{key}.jpg", png(number)), (f"{key}.json", json.dumps(caption).encode())]
+            if layout == "webdataset" or number:  # the last word is json's where there is no txt
+                members += [(f"{key}.txt", f"cat {key}".encode())]
+        index = {"url": ["u"] * 4, "caption": ["dog"] * 4, "key": [*keys, "failed"]}
+        (folder / f"{shard:05}").mkdir(parents=True)
+        if layout == "webdataset":
+            (folder / f"{shard:05}").rmdir()
+            write_tar(folder / f"{shard:05}.tar", members)
+        for name, data in members if layout == "files" else ():
+            (folder / f"{shard:05}" / name).write_bytes(data)
+        write_parquet(folder / f"{shard:05}.parquet", index)
+        (folder / f"{shard:05}_stats.json").write_text('{"count": 4, "successes": 3}')
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files"])
+def test_folders_of_img2dataset(tmp_path, layout):
+    folder = write_img2dataset(tmp_path / layout, layout)
+    source = open_source(folder, "pairs")
+    prefix = {"files": "{0}/", "webdataset": ""}[layout]
+    ids = [f"{shard:05}{i:04}" for shard in range(2) for i in range(3)]
+    assert pairs_of(source) == [
+        (prefix.format(key[:5]) + key, f"cat {key}", png(int(key[-1]))) for key in ids
+    ]
+    assert source.ignored == ({"parquet": 2} if layout == "files" else {})
+    assert open_source(folder, "images").total == 6
+    # The texts of folders are those of the index, which also has what could not be downloaded.
+    assert open_source(folder, "texts").total == (6 if layout == "webdataset" else 8)
+
+
+def test_an_index_of_img2dataset_alone_is_a_table(tmp_path):
+    folder = write_img2dataset(tmp_path / "wds", "webdataset")
+    (folder / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"has \*\.tar and \*\.parquet"):  # of which tar?
+        open_source(folder, "pairs")
+    (folder / "00000.tar").unlink()
+    assert [item.id for item in all_items(open_source(folder, "texts"))][3] == "failed"
+    with pytest.raises(ValueError, match="choose one with --image-column, of: url, caption, key"):
+        open_source(folder, "images")
+
+
 def test_a_folder_of_tars_goes_on_from_one_to_the_next(tmp_path):
     for number in (2, 10):
         members = [(f"{number}-{i}.png", png(i)) for i in range(3)]

@@ -8,9 +8,9 @@ from pathlib import Path
 from ...storage.paths import natural_order
 from ..choices import Content, StrPath
 from ..decode import SUFFIXES
-from .base import Item, Source
+from .base import Columns, Item, Source
 from .folder import Folder
-from .table import TABLE_SUFFIXES, Columns, Table
+from .table import TABLE_SUFFIXES, Table
 from .tar import Tars
 
 __all__ = ["Columns", "Item", "Source", "open_source"]
@@ -24,32 +24,39 @@ def open_source(path: StrPath, kind: Content, columns: Columns | None = None) ->
             `dataset.json`, or a directory of files of one of these formats; any other directory
             is one of image files.
         kind: "images", "texts" or "pairs".
-        columns: of tables whose columns do not have the usual names.
+        columns: of tables whose columns do not have the usual names; of samples in tars and
+            folders the endings of members, or keys of their `json` member.
 
     Raises:
         ValueError, TypeError, OSError: names the file and what is wrong with it.
     """
-    path = Path(os.path.abspath(path))
+    path, columns = Path(os.path.abspath(path)), columns or Columns()
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist; name a file or a directory of {kind}")
-    files = _files(path) if path.is_dir() else [path]
+    files = _files(path, kind) if path.is_dir() else [path]
     suffix = files[0].suffix.lower() if files else ""
     if suffix == ".tar":
-        return Tars(path, files, kind)
+        return Tars(path, files, kind, columns)
     if suffix in (*TABLE_SUFFIXES, ".json") and not (suffix == ".txt" and kind != "texts"):
-        return Table(path, files, kind, columns or Columns())
+        return Table(path, files, kind, columns)
     if path.is_dir() and kind != "texts":
-        return Folder(path, [path], kind)
+        return Folder(path, [path], kind, columns)
     expected = ".tar, .parquet, .jsonl, .csv, .tsv, .json (the paper's)"
     expected += ", .txt" if kind == "texts" else " or a directory of image files"
     actual = "a directory without any" if path.is_dir() else repr(path.suffix)
     raise ValueError(f"{path}: as {kind} expected {expected}, got {actual}")
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the tars or tables of a folder, all of one suffix; none for a folder of images."""
+def _files(folder: Path, kind: Content) -> list[Path]:
+    """Return the tars or tables of a folder, all of one suffix; none for a folder of images.
+
+    A parquet file beside a tar or a folder of images of its name is img2dataset's index of it.
+    """
     known = (".tar", *TABLE_SUFFIXES)
     visible = [p for p in sorted(folder.iterdir(), key=natural_order) if not p.name.startswith(".")]
+    indexed = {p.stem for p in visible if p.suffix.lower() == ".tar"}
+    indexed |= {p.name for p in visible if kind != "texts" and p.is_dir()}
+    visible = [p for p in visible if p.suffix.lower() != ".parquet" or p.stem not in indexed]
     files = {suffix: [p for p in visible if p.suffix.lower() == suffix] for suffix in known}
     images = any(path.suffix[1:].lower() in SUFFIXES for path in visible if path.is_file())
     present = [suffix for suffix in known if files[suffix] and not (suffix == ".txt" and images)]

@@ -8,9 +8,10 @@ subclass reads one format (`folder.py`, `tar.py`, `table.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from ..decode import Unreadable
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 1 << 20
+NEEDED = {"images": ("image",), "texts": ("caption",), "pairs": ("image", "caption")}
+CAPTION_NAMES = ("txt", "caption", "text")  # endings of members, or keys of the json member
 
 
 class Item(NamedTuple):
@@ -32,12 +35,22 @@ class Item(NamedTuple):
     failure: str | None = None  # a reason, known before anything is decoded, why it has no row
 
 
+class Columns(NamedTuple):
+    """Names of columns of tables, or of members of samples; None stands for the usual names."""
+
+    id: str | None = None
+    caption: str | None = None
+    image: str | None = None
+
+
 class Source:
     """The items of `path`, which are images, texts or pairs (`content`)."""
 
-    def __init__(self, path: Path, files: Sequence[Path], content: Content) -> None:
+    def __init__(
+        self, path: Path, files: Sequence[Path], content: Content, columns: Columns
+    ) -> None:
         self.ignored: dict[str, int] = {}  # the number of files that are no items, by suffix
-        self.path, self.files, self.content = path, files, content
+        self.path, self.files, self.content, self.columns = path, files, content, columns
         self.reads_images = content != "texts"
         self.total = sum(self.count(file) for file in files)  # items in all files
         self._position, self._walk = 0, self._walk_files()
@@ -79,6 +92,40 @@ class Source:
 
     def _walk_files(self) -> Iterator[Item]:
         return chain.from_iterable(map(self.walk, self.files))
+
+
+class Sample:
+    """The texts of a sample: its members, and the values in its `json` member.
+
+    Args:
+        read: returns the bytes of the member with an ending such as `txt`, or None.
+    """
+
+    def __init__(self, read: Callable[[str], bytes | None]) -> None:
+        self._read = read
+        self._values: dict[str, Any] | None = None
+
+    def text(self, names: Iterable[str], types: Any = str) -> str | None:
+        """Return the first text by one of `names`, each an ending or a key of the `json` member.
+
+        Raises:
+            ValueError, OSError: it cannot be read.
+        """
+        for name in names:
+            if (data := self._read(name.lower())) is not None:
+                return data.decode("utf-8-sig").strip()
+            if self._values is None:
+                self._values = self._json()
+            if isinstance(value := self._values.get(name), types):
+                return str(value)
+        return None
+
+    def _json(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self._read("json") or b"{}")
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        return value if isinstance(value, dict) else {}
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

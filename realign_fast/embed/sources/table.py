@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...corpus.formats.arrow_columns import decoded, pyarrow
 from ..choices import Content
 from ..decode import Unreadable
-from .base import Item, Source
+from .base import NEEDED, Columns, Item, Source
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
 READ_ROWS = 32  # images read at a time
@@ -30,15 +30,6 @@ USUAL_NAMES = {
     "caption": ("caption", "text", "TEXT"),
     "image": ("image", "jpg", "png", "webp", "image_path", "file_name", "path"),
 }
-NEEDED_COLUMNS = {"images": ("image",), "texts": ("caption",), "pairs": ("image", "caption")}
-
-
-class Columns(NamedTuple):
-    """Names of columns; None stands for the first of the usual names that the table has."""
-
-    id: str | None = None
-    caption: str | None = None
-    image: str | None = None
 
 
 class Table(Source):
@@ -49,10 +40,9 @@ class Table(Source):
     """
 
     def __init__(self, path: Path, files: list[Path], content: Content, columns: Columns) -> None:
-        self.columns = columns
         # The images at hand: their file, the number of the next row, and what is left of them.
         self._images: tuple[str, int, Iterator[tuple[int, Any]]] = ("", 0, iter(()))
-        super().__init__(path, files, content)
+        super().__init__(path, files, content, columns)
 
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield an item for each row; its position is the row's number where images are inside."""
@@ -108,7 +98,7 @@ class Table(Source):
         """Return the name of each column: the chosen one, or the first usual one present."""
         names: dict[str, str | None] = {}
         for role, chosen in self.columns._asdict().items():
-            needed = role in NEEDED_COLUMNS[self.content]
+            needed = role in NEEDED[self.content]
             if role == "image" and not needed:
                 continue
             usual = (name for name in USUAL_NAMES[role] if name in present)
