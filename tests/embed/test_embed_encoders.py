@@ -1,6 +1,8 @@
 """Encoders give the rows of the libraries they wrap, and errors of one sentence."""
 
+import json
 import os
+import string
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from support.small_models import (
+    TOWER,
     picture,
     require,
     write_hugging_face,
@@ -252,6 +255,74 @@ def test_an_encoder_of_another_kind_is_refused(tmp_path):
     transformers.LlamaModel(config).save_pretrained(tmp_path)
     transformers.CLIPImageProcessor().save_pretrained(tmp_path)
     assert "get_image_features" in refused(tmp_path)
+
+
+def write_siglip2(folder, model_type, tokenizer_class, **options):
+    """SigLIP 2 as published: Gemma's tokenizer, of one token a byte or letter, keeps case."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    transformers = require("transformers")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_letters]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    bpe = models.BPE(vocabulary, [], fuse_unk=True, unk_token="<unk>", byte_fallback=True)
+    made = Tokenizer(bpe)
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.add_special_tokens(special)
+    marks = [("<eos>", 1)]
+    made.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=marks)
+    text = TOWER | {"vocab_size": len(words), "max_position_embeddings": 16}
+    text |= {"projection_size": 32, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    if model_type == "siglip":
+        vision = TOWER | {"image_size": 32, "patch_size": 8}
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+        model = transformers.SiglipModel(config)
+        processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    else:
+        vision = TOWER | {"num_patches": 16, "patch_size": 16}
+        config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+        model, processor = transformers.Siglip2Model(config), transformers.Siglip2ImageProcessor()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    made.save(str(folder / "tokenizer.json"))
+    settings = {f"{mark.strip('<>')}_token": mark for mark in special}
+    settings |= {"tokenizer_class": tokenizer_class, "model_max_length": 10**30, **options}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "options", "lowers"),
+    [
+        ("GemmaTokenizer", {"padding_side": "right"}, True),
+        ("GemmaTokenizerFast", {}, True),
+        ("Siglip2Tokenizer", {}, True),
+        ("GemmaTokenizer", {"do_lower_case": False}, False),
+        ("PreTrainedTokenizerFast", {}, False),
+        ("PreTrainedTokenizerFast", {"do_lower_case": True}, True),
+    ],
+)
+def test_siglip_2_takes_lower_case_texts_padded_on_the_right(
+    tmp_path, tokenizer_class, options, lowers
+):
+    folder = write_siglip2(tmp_path, "siglip", tokenizer_class, **options)
+    encoder = load_encoder(folder, device="cpu")
+    upper, lower = encoder.embed_texts(["A Cat", "a cat"])
+    assert torch.equal(upper, lower) == lowers
+    (ids,) = encoder.prepare_texts(["a cat"])["input_ids"].tolist()
+    names = [encoder._tokenizer.convert_ids_to_tokens(number) for number in ids]
+    assert names == [*"a\u2581cat", "<eos>", *["<pad>"] * 10]  # to the 16 positions, no <bos>
+    assert ("lower_case" in encoder.settings) == lowers
+    model = require("transformers").SiglipModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = unit(model.get_text_features(input_ids=torch.tensor([ids])).pooler_output[0])
+    torch.testing.assert_close(lower, expected, rtol=0, atol=1e-6)
+
+
+def test_a_naflex_model_is_refused(tmp_path):
+    folder = write_siglip2(tmp_path, "siglip2", "Siglip2Tokenizer")
+    assert "NaFlex models of SigLIP 2 are not supported" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ class HuggingFaceEncoder(Encoder):
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
         with explained(folder):
+            kind = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
+            if kind == "siglip2":
+                raise ValueError(
+                    "NaFlex models of SigLIP 2 are not supported; use one of fixed resolution, "
+                    "whose model_type is siglip"
+                )
             model = load_model(folder, self.dtype)
             self._processor = load_processor(Path(folder))
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
@@ -50,11 +57,16 @@ class HuggingFaceEncoder(Encoder):
                 f"{folder}: holds a {type(model).__name__}, expected a model with "
                 "get_image_features and get_text_features, such as CLIP or SigLIP"
             )
-        self._sigmoid = model.config.model_type.startswith("siglip")
+        self._sigmoid = kind == "siglip"
+        self._lower_case = wants_lower_case(self._tokenizer, Path(folder), self._sigmoid)
         text = model.config.text_config
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
         self.settings["tokenizer"] = tokenizer_hash(Path(folder))
+        if self._lower_case:
+            self.settings["lower_case"] = True
+        if self._sigmoid:  # which pools the last token, as it was trained
+            self._tokenizer.padding_side = "right"
         self.architecture = {
             "config": config_of(model),
             "tokenizer": tokenizer_state(self._tokenizer),
@@ -71,7 +83,7 @@ class HuggingFaceEncoder(Encoder):
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids, padded to the context, and their mask except for SigLIP."""
         tokens = self._tokenizer(
-            texts,
+            [text.lower() for text in texts] if self._lower_case else texts,
             return_tensors="pt",
             padding="max_length",
             truncation=True,
@@ -127,6 +139,20 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
     marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
     return {"class": type(tokenizer).__name__, "digest": digest, "marks": marks}
+
+
+def wants_lower_case(tokenizer: Any, folder: Path, sigmoid: bool) -> bool:
+    """Return whether a model was trained on lower-case texts, which its tokenizer may not make.
+
+    The config of the tokenizer says so by `do_lower_case`. SigLIP 2 was trained on them too, with
+    Gemma's tokenizer, and its first checkpoints do not say it.
+    """
+    stated = tokenizer.init_kwargs.get("do_lower_case")
+    if stated is not None or not sigmoid:
+        return bool(stated)
+    config = folder / "tokenizer_config.json"
+    name = json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None
+    return str(name).startswith(("Gemma", "Siglip2"))
 
 
 def load_processor(folder: Path) -> Any:
