@@ -87,10 +87,9 @@ class Conversations(data.Dataset[Item]):
 
     def split(self, held_out: int) -> tuple[Subset, Subset]:
         """Return all other samples, and `held_out` samples that are spread evenly over the list."""
-        if not 0 < held_out <= len(self) // 2:
-            raise ValueError(
-                f"held out: got {held_out}, expected 1 to {len(self) // 2}, half of the samples"
-            )
+        if not 0 < held_out <= (half := len(self) // 2):
+            expected = f"1 to {half}, half of the samples, or 0" if half else "0, of one sample,"
+            raise ValueError(f"held out: got {held_out}, expected {expected} for none")
         step = len(self) // held_out
         held_out_indices = range(0, held_out * step, step)
         return Subset(self, _Others(len(self), held_out_indices)), Subset(self, held_out_indices)

@@ -61,9 +61,11 @@ def evaluate(
         `tokens`, and a few `examples` of generated texts.
 
     Raises:
-        ValueError: there are fewer different texts than `choices`.
+        ValueError: there are fewer different texts than `choices`, or no samples.
     """
     indices = spread(len(data) if limit is None else limit, len(data))
+    if not indices:
+        raise ValueError(f"evaluate: got limit {limit}, expected a number of samples from 1")
     samples = [data.sample(index) for index in indices]
     rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
@@ -163,6 +165,12 @@ class LikelihoodScorer:
     def _encode(self, sample: Sample, text: str) -> Encoded:
         """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
         ids, labels = self.template.encode(self.template.with_answer(sample, text))
+        if self.template.positions and len(ids) > self.template.positions:
+            raise ValueError(
+                f"evaluate: {text[:40]!r} as the answer of sample {sample.id!r} makes {len(ids)} "
+                f"tokens, expected at most {self.template.positions}, which is what the language "
+                "model takes; leave out long samples (--max-length) or the choice (--choices 0)"
+            )
         prompt = len(self.template.prompt(sample))
         return Encoded(ids, [IGNORED_LABEL] * prompt + labels[prompt:])
 
@@ -170,16 +178,17 @@ class LikelihoodScorer:
 def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: int) -> Figure | None:
     """Return the loss with the images of another sample minus that with a sample's own.
 
-    Samples are exchanged with those of as many images; None if there are no two of them. It
-    estimates the pointwise mutual information of images and text under the model, a token.
+    Samples are exchanged with those of as many images; None if no two of them have different
+    images. It estimates the pointwise mutual information of images and text under the model, a
+    token.
     """
-    image_counts, own = [len(images) for images in scorer.rows], np.arange(len(scorer.rows))
-    exchanged = own.copy()
+    image_counts, exchanged = [len(rows) for rows in scorer.rows], np.arange(len(scorer.rows))
     for count in sorted(set(image_counts) - {0}):
         group = np.flatnonzero(np.equal(image_counts, count))
         group = np.random.default_rng(seed).permutation(group)
         exchanged[group] = np.roll(group, 1)
-    differs = exchanged != own
+    images = [sample.images for sample in scorer.samples]  # several samples may have the same
+    differs = np.array([images[other] != images[index] for index, other in enumerate(exchanged)])
     if not differs.any():
         return None
     wrong_sums, _ = scorer.sums(list(enumerate(scorer.references)), exchanged.tolist())
@@ -213,9 +222,10 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
     """Draw `choices - 1` different texts of other samples for each sample."""
     random, texts = np.random.default_rng(seed), sorted(set(references))
     if choices < 2 or len(texts) < choices:
+        expected = {1: "0", 2: "2, or 0"}.get(len(texts), f"2 to {len(texts)}, or 0")
         raise ValueError(
-            f"evaluate: {len(texts)} different texts for a choice of {choices}, expected 2 to "
-            f"{len(texts)}, or 0 for no choice; lower it, or take more samples"
+            f"evaluate: {len(texts)} different texts for a choice of {choices}, expected "
+            f"{expected} for no choice; set it (--choices), or take more samples"
         )
     wrong_texts = []
     for reference in references:

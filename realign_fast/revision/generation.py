@@ -58,7 +58,8 @@ def respond(
     """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
     `rows` are the images of each sample, `[images, D]`; `generation` are further options of
-    `generate` of transformers, which is greedy by default.
+    `generate` of transformers, which is greedy by default. A text ends where the positions of the
+    language model do; ValueError if they leave no place for one.
     """
     pad = pad_id(template.tokenizer)
     items = [
@@ -68,6 +69,14 @@ def respond(
     batch = Collator(pad, side="left")(items)
     del batch["labels"]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if template.positions:
+        prompt = batch["input_ids"].shape[1]
+        max_new_tokens = min(max_new_tokens, template.positions - prompt)
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"a question with its images takes {prompt} tokens, and the language model takes "
+                f"{template.positions} with the answer; ask less, or train with fewer visual tokens"
+            )
     defaults: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
     defaults |= {"eos_token_id": template.end_ids}
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **(defaults | generation))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from .conversation_files import IMAGE_MARK, Sample, Turn
@@ -102,7 +101,6 @@ class Chat:
         """
         self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         self.template = template or getattr(tokenizer, "chat_template", None)
-        self._time = datetime.now()  # one for all renderings: a template may write the date
         if not self.template:
             raise ValueError(
                 f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
@@ -153,7 +151,6 @@ class Chat:
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=generate,
-                strftime_now=self._time.strftime,
             )
         except Exception as error:  # a template can raise anything, most often a class of jinja2
             roles = ", ".join(role for role, _ in turns)
@@ -162,7 +159,12 @@ class Chat:
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample; ValueError as in `fault`."""
-        turns = _turns(sample)
+        try:
+            return self._encode(_turns(sample))
+        except ValueError:  # a template may write the date, which changed between two renderings
+            return self._encode(_turns(sample))
+
+    def _encode(self, turns: Sequence[Turn]) -> Encoded:
         text = self.render(turns)
         answers = [
             self._answer_span(turns, number, text)

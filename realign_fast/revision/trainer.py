@@ -35,7 +35,7 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         """Return the metrics of Trainer; answer samples in one process alone."""
         metrics: dict[str, float] = super().evaluate(*arguments, **options)
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if self.generations and whole and self.is_world_process_zero():
+        if self.generations > 0 and whole and self.is_world_process_zero():
             self._answer_samples()
         return metrics
 

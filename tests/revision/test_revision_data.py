@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from support.revision_parts import list_entry, word_tokenizer, write_corpus, write_lines
+from support.revision_parts import CHATML, list_entry, word_tokenizer, write_corpus, write_lines
 from torch.utils.data import DataLoader
 
 from realign_fast.align import ReAlign
@@ -184,6 +184,41 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
     assert longest <= 60 < len(chat.encode(conversation_files.parse_sample(entries[6], ""))[0])
 
 
+def test_a_conversation_that_cannot_be_labelled_is_named_before_training(root, tmp_path):
+    """The second answers are cut, or there is a system turn that the template refuses."""
+    cut = CHATML.replace("message['content']", "message['content'][:9 + 99 * loop.last]")
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    again = [{"from": "human", "value": "and ?"}, {"from": "gpt", "value": "a small tree"}]
+    system = [{"from": "system", "value": "be short"}]
+    for template, first, last, reason in (
+        (cut, [], again, "renders answer 'a red dog sits' in another way"),
+        (refuses + CHATML, system, [], "refuses turns of system, user, assistant: no system"),
+    ):
+        entries = [list_entry(name, "a red dog sits", "<image>") for name in IDS[:4]]
+        entries[2]["conversations"] = first + entries[2]["conversations"] + last
+        path = write_list(tmp_path / "list.jsonl", entries)
+        chat = Chat(word_tokenizer(template), K)
+        with pytest.raises(ValueError, match=rf"list.jsonl: entry 2 \(x2\): .*{reason}"):
+            ready(path, root[0], chat, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", [Plain, Chat])
+def test_samples_beyond_the_positions_of_the_language_model_are_left_out(
+    kind, root, tokenizer, tmp_path
+):
+    entries = [list_entry("x1"), list_entry("x2", "cat " * 70), list_entry("x3", "cat " * 20)]
+    path, template = write_list(tmp_path / "list.jsonl", entries), kind(tokenizer, K)
+    template.positions = 64
+    found = ready(path, root[0], template, tmp_path / "cache", max_skipped=0.5)
+    assert found.report["over_long"] == 1 and found.report["examples"]["over_long"] == ["x2"]
+    assert max(len(item["input_ids"]) for item in found.__getitems__([0, 1])) <= 64
+    template.positions = K
+    with pytest.raises(ValueError, match="2 tokens of the 2 of the language model's positions"):
+        ready(path, root[0], template, tmp_path / "cache")
+
+
 def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path):
     plain = Plain(tokenizer, K)
     path = write_list(tmp_path / "list.jsonl", [list_entry("x1")])
@@ -232,8 +267,14 @@ def test_held_out_samples_and_the_rest_are_the_list(held_out, root, tokenizer, t
     assert len(names[1]) == held_out
     assert sorted(names[0] + names[1]) == sorted(IDS)
     assert held.__getitems__([0])[0]["id"] == names[1][0]
-    with pytest.raises(ValueError, match="expected 1 to 20"):
+    with pytest.raises(ValueError, match="got 21, expected 1 to 20, half of the samples, or 0"):
         whole.split(21)
+
+
+def test_one_sample_cannot_be_held_out(root, tokenizer, tmp_path):
+    path = write_list(tmp_path / "list.jsonl", [list_entry("x1")])
+    with pytest.raises(ValueError, match="got 1, expected 0, of one sample, for none"):
+        ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache").split(1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 100, 4097, 10_000])

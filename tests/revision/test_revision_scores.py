@@ -18,6 +18,7 @@ from support.revision_parts import (
 pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
+from realign_fast.revision.generation import respond
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
@@ -181,6 +182,84 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
     apart = table[order, order] - table[np.roll(order, 1), order]
     tokens = np.array([sum(label != -100 for label in data[at]["labels"]) for at in order])
     assert found["gain"]["value"] == pytest.approx((apart * tokens).sum() / tokens.sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "texts", "choices", "said"),
+    [
+        (["x1"], ["a dog"], 4, "1 different texts for a choice of 4, expected 0 for no choice"),
+        (["x1", "x2"], ["a dog"] * 2, 2, "1 different texts for a choice of 2, expected 0 for"),
+        (
+            ["x1", "x2"],
+            ["a dog", "a cat"],
+            4,
+            "2 different texts for a choice of 4, expected 2 to 2, or 0",
+        ),
+        (["x1", "x2"], ["a dog", "a cat"], 1, "choice of 1, expected 2, or 0 for"),
+    ],
+)
+def test_a_choice_needs_different_texts(ids, texts, choices, said, world, tmp_path):
+    data, model = few(world, tmp_path, ids, texts)
+    with pytest.raises(ValueError, match=said):
+        evaluate(model, data, choices=choices, generate=False)
+
+
+def few(world, tmp_path, ids, texts):
+    """A prepared list of these ids and texts, and the model."""
+    root, _, model = world
+    path = write_lines(tmp_path / "list.jsonl", map(list_entry, ids, texts))
+    corpus, template = Corpus(root / "corpus", "text"), Plain(word_tokenizer(), 2)
+    return prepare(path, corpus, template, tmp_path / "cache", max_skipped=0.9), model
+
+
+def test_few_samples_are_measured_without_what_they_cannot_tell(world, tmp_path):
+    """One sample; the same image three times; an id that no row has and an entry without one."""
+    for name, ids in (("one", ["x1"]), ("same", ["x1"] * 3), ("lost", ["x1", "nobody", None])):
+        (tmp_path / name).mkdir()
+        data, model = few(world, tmp_path / name, ids, ["a dog", "a cat", "one"])
+        found = evaluate(model, data, choices=0, max_new_tokens=2)
+        assert found["samples"] == len(data) == (3 if name == "same" else 1)
+        assert "gain" not in found and found["loss"]["low"] <= found["loss"]["value"]
+    assert (data.report["missing_ids"], data.report["missing_images"]) == (1, 1)
+    with pytest.raises(ValueError, match="got limit 0, expected a number of samples from 1"):
+        evaluate(model, data, choices=0, limit=0)
+
+
+def test_images_are_exchanged_with_different_ones_alone(world, tmp_path):
+    """Two samples of x1 and one of x2: an exchange within x1 would count as no gain."""
+    data, model = few(world, tmp_path, ["x1", "x1", "x2"], ["a dog", "a cat", "one"])
+    losses = []
+    for image in (0, 1, 2):
+        for text in (0, 1, 2):
+            item = data[text]
+            inputs = {name: torch.tensor([item[name]]) for name in ("input_ids", "labels")}
+            rows = data[image]["image_rows"]
+            losses.append(float(model(**inputs, image_rows=rows).loss.detach()))
+    table = np.array(losses).reshape(3, 3)
+    order = np.random.default_rng(0).permutation(3)
+    pairs = [(int(a), int(b)) for a, b in zip(order, np.roll(order, 1), strict=True)]
+    pairs = [pair for pair in pairs if pair not in ((0, 1), (1, 0))]
+    tokens = np.array([sum(label != -100 for label in data[a]["labels"]) for a, _ in pairs])
+    gains = np.array([table[b, a] - table[a, a] for a, b in pairs])
+    found = evaluate(model, data, choices=0, generate=False)
+    assert len(pairs) == 2
+    assert found["gain"]["value"] == pytest.approx((gains * tokens).sum() / tokens.sum(), abs=1e-5)
+
+
+def test_texts_and_answers_stay_within_the_positions_of_the_language_model(world, tmp_path):
+    data, model = few(world, tmp_path, ["x1", "x2"], ["a dog", "the cat sits on the mat"])
+    data.template.positions = 10
+    found = evaluate(model, data, choices=2, max_new_tokens=50)
+    assert found["choice"]["of"] == 2
+    template = data.template
+    data.template.positions = 3 + 2
+    texts = respond(model, template, [data.sample(0)], data.image_rows([0]), max_new_tokens=50)
+    assert len(template.tokenizer(texts[0])["input_ids"]) <= 2
+    with pytest.raises(ValueError, match=r"as the answer of sample 'x.' makes . tokens, expected"):
+        evaluate(model, data, choices=2, generate=False)
+    data.template.positions = 3
+    with pytest.raises(ValueError, match="takes 3 tokens, and the language model takes 3 with"):
+        respond(model, template, [data.sample(0)], data.image_rows([0]))
 
 
 def test_without_images_there_is_no_gain_to_tell(world, tmp_path):

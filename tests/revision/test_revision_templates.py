@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 from support.revision_parts import CHATML, LLAMA2, word_tokenizer
 
 from realign_fast.revision.conversation_files import Sample
+from realign_fast.revision.generation import pad_id
 from realign_fast.revision.projector import IMAGE_TOKEN
 from realign_fast.revision.templates import Chat, Plain
 
@@ -100,6 +101,63 @@ def test_llama_2():
     ]
 
 
+QWEN3 = (  # an empty think block before the last answer alone
+    "{% set ns = namespace(last=-1) %}{% for message in messages %}{% if message['role'] == 'user' "
+    "%}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' and loop.index0 > "
+    "ns.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (  # the system turn moves into the last question
+    "{% set system = messages[0]['content'] %}{% for message in messages[1:] %}"
+    "{% if message['role'] == 'user' %}[INST] {% if loop.index0 >= messages[1:] | length - 2 %}"
+    "{{ system }}\n{% endif %}{{ message['content'] }}[/INST]{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+THOUGHT = "<think>\n\n</think>\n\n"
+ANSWERS = {
+    "qwen3": (QWEN3, ["a red dog<|im_end|>", THOUGHT + "the small cat sits<|im_end|>"]),
+    "mistral": (MISTRAL, [" a red dog</s>", " the small cat sits</s>"]),
+    "dated": ("{{ strftime_now('%d %B') }}" + CHATML,
+              ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("ends", [5, 3, 6])  # with both answers, the first alone, a question
+def test_answers_that_change_once_turns_follow_are_labelled_where_they_lie(name, ends):
+    template, answers = ANSWERS[name]
+    tokenizer, turns = word_tokenizer(template), [*TURNS, ("user", "why ?")][:ends]
+    if name == "qwen3":
+        turns[2] = ("assistant", " a red dog\n")  # which this template strips
+    pieces = shown(tokenizer, Chat(tokenizer, K).encode(SAMPLE._replace(turns=turns)))
+    expected = answers if ends > 3 else answers[:1]
+    if name == "qwen3" and ends == 3:
+        expected = [THOUGHT + answers[0]]
+    if name == "qwen3" and ends == 6:  # the question after it makes it an earlier answer
+        expected = [answers[0], answers[1].removeprefix(THOUGHT)]
+    assert [text for labelled, text in pieces if labelled] == expected
+    assert "".join(text for _, text in pieces).count("II") == 1
+
+
+@pytest.mark.parametrize("ticks_after", range(1, 7))
+def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
+    class Midnight(Chat):
+        def render(self, turns, generate=False):
+            self.left -= 1
+            return ("monday" if self.left >= 0 else "tuesday") + super().render(turns, generate)
+
+        left = 99
+
+    tokenizer = word_tokenizer()
+    chat = Midnight(tokenizer, K)
+    chat.left = ticks_after
+    pieces = shown(tokenizer, chat.encode(SAMPLE))
+    answers = ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]
+    assert [text for labelled, text in pieces if labelled] == answers
+    assert pieces[0][1].startswith("monday" if ticks_after > 4 else "tuesday")
+
+
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, VICUNA, LLAMA3])
 def test_the_prompt_at_inference_is_what_stood_before_the_answer(template):
     chat = Chat(word_tokenizer(template), K)
@@ -162,10 +220,33 @@ def test_text_in_other_scripts_is_labelled_whole():
         (SAMPLE._replace(turns=TURNS[:2]), "empty_captions"),
         (SAMPLE._replace(turns=[*TURNS[:2], ("assistant", " ")]), "empty_captions"),
         (SAMPLE._replace(turns=[("user", "hi"), ("assistant", "yes")], images=[]), None),
+        (SAMPLE._replace(turns=[*TURNS[:2], ("assistant", f"an {IMAGE}")]), "missing_images"),
+        (SAMPLE._replace(turns=[("user", IMAGE + IMAGE), TURNS[2]], images=["a", "b"]), None),
     ],
 )
 def test_what_a_conversation_may_lack(sample, fault):
     assert Chat(word_tokenizer(), K).fault(sample) == fault
+
+
+def test_an_answer_that_no_token_holds_alone_is_a_fault():
+    joined = "{% for m in messages %}{{ m['content'] + (' ca' if m['role'] == 'user' else '') }}"
+    chat = Chat(word_tokenizer(joined + "{% endfor %}"), K)
+    assert (
+        chat.fault(Sample("x", [], None, [("user", "a"), ("assistant", "t")])) == "empty_captions"
+    )
+    assert chat.fault(Sample("x", [], None, [("user", "a"), ("assistant", "t dog")])) is None
+
+
+def test_tokenizers_without_bos_and_pad_encode_the_same():
+    tokenizer, bare = word_tokenizer(), word_tokenizer()
+    bare.bos_token = bare.pad_token = None
+    for kind in (Plain, Chat):
+        expected = [token for token in kind(tokenizer, K).encode(SAMPLE).ids if token != 1]
+        assert kind(bare, K).encode(SAMPLE).ids == expected
+    assert pad_id(bare) == 0
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token"):
+        Plain(bare, K)
 
 
 def test_mistakes_are_named():
@@ -175,6 +256,9 @@ def test_mistakes_are_named():
     forgets = CHATML.replace(content, "{% if add_generation_prompt %}" + content + "{% endif %}")
     with pytest.raises(ValueError, match="renders answer 'x' in another way"):
         Chat(word_tokenizer(forgets), K)
+    twice = CHATML.replace(content, content + "{% if loop.first %}" + content + "{% endif %}")
+    with pytest.raises(ValueError, match="leaves out or repeats a turn with <image>"):
+        Chat(word_tokenizer(twice), K).encode(SAMPLE._replace(turns=TURNS[1:]))
     short = CHATML.replace(content, "{{ message['content'][:3 + 9 * loop.last] }}")
     with pytest.raises(ValueError, match="renders answer 'a red dog' in another way"):
         Chat(word_tokenizer(short), K).encode(SAMPLE)

@@ -1,5 +1,6 @@
 """Training: it learns, goes on where it stopped bit for bit, and does not depend on workers."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,18 +12,23 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
-from support.revision_parts import IDS, word_tokenizer, write_corpus
+from support.revision_parts import IDS, list_entry, word_tokenizer, write_corpus, write_lines
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
-from realign_fast.revision.model import ReVisionModel
+from realign_fast.revision.generation import caption_rows, open_model
+from realign_fast.revision.model import ReVisionModel, position_limit
 from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Plain
 from realign_fast.revision.train import finetune, pretrain
 from realign_fast.revision.training_config import MODEL_DEFAULTS, PRESETS, TrainingConfig
 
 FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT = {"max_steps": 3, "save_strategy": "no"}
 
 
@@ -132,6 +138,45 @@ def test_a_test_list_is_measured_on_its_own_rows_which_nothing_moves(world, tmp_
     assert [one["id"] for one in lines[-2:]] == ["x0", "x6"]
     with pytest.raises(ValueError, match="got one of them"):
         pretrain(run_of(world, tmp_path / "x", test=test["test"]))
+
+
+def test_learned_positions_limit_samples_and_answers(world, tmp_path):
+    """GPT-2 has 128 positions here: 100 visual tokens, captions of 15 words, and one of 60."""
+    captions = [" ".join(["cat"] * (60 if number == 20 else 15)) for number in range(48)]
+    path = write_lines(tmp_path / "list.jsonl", map(list_entry, IDS, captions))
+    options = {"start": "gpt2", "visual_tokens": 100, "held_out": 8, "generations": 2}
+    config = run_of(world, tmp_path / "a", trainer=SHORT | {"eval_steps": 1}, **options)
+    config = dataclasses.replace(config, conversations=str(path))
+    with pytest.raises(ValueError, match="1 longer than max_length or than the language model"):
+        pretrain(config)
+    summary = pretrain(dataclasses.replace(config, max_skipped=0.1))
+    assert summary["data"]["over_long"] == 1 and summary["steps"] == 3
+    model, template = open_model(tmp_path / "a", device="cpu")
+    (caption,) = caption_rows(model, template, [config.rows.take([0])])
+    assert len(template.tokenizer(caption)["input_ids"]) <= 27
+    with pytest.raises(ValueError, match="an image alone takes 200 tokens of the 128 of the lang"):
+        pretrain(dataclasses.replace(config, visual_tokens=200, out=str(tmp_path / "b")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "limit"),
+    [
+        ("GPT2Config", {"n_positions": 128}, 128),
+        ("OPTConfig", {"max_position_embeddings": 64}, 64),
+        ("MptConfig", {"max_seq_len": 96}, 96),
+        ("BloomConfig", {}, None),
+        ("MambaConfig", {}, None),
+        ("Gemma3Config", {"text_config": {"max_position_embeddings": 256}}, 256),
+        ("LlamaConfig", {"max_position_embeddings": 64}, 64),
+        ("LlamaConfig", {"max_position_embeddings": 64, "rope_scaling": LINEAR}, 256),
+        ("Qwen2Config", {"max_position_embeddings": 64, "rope_scaling": YARN}, 128),
+        ("LlamaConfig", {"max_position_embeddings": 512, "rope_scaling": LLAMA3}, 512),
+    ],
+)
+def test_the_longest_input_is_what_the_configuration_says(kind, options, limit):
+    import transformers
+
+    assert position_limit(getattr(transformers, kind)(**options)) == limit
 
 
 def test_gradient_checkpointing_trains_the_same(world, tmp_path):
