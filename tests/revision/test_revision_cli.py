@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
-from support.processes import run_distributed
+from support.processes import run_apart
 from support.revision_parts import CAPTIONS, pretrain_command, words
 
 from realign_fast.cli import revision_commands
@@ -179,7 +179,8 @@ def test_two_processes_train_as_one(world, tmp_path):
     """Really two, over gloo: the same projector as one process with the same global batch."""
     more = ["--set", "max_steps=3", "--held-out", "0", "--micro-batch", "2"]
     assert main(pretrain_command(world, tmp_path / "one", *more)) == 0
-    run_distributed(main, tmp_path / "log", pretrain_command(world, tmp_path / "two", *more))
+    command = pretrain_command(world, tmp_path / "two", *more)
+    run_apart(main, tmp_path / "log", command, processes=2)
     history = json.loads((tmp_path / "two" / "trainer_state.json").read_text())
     assert history["global_step"] == 3
     assert json.loads((tmp_path / "two" / "training.json").read_text())["processes"] == 2

@@ -1,8 +1,7 @@
 """Lists joined by id to rows: what is read, what is counted, what is held in memory."""
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from support.processes import run_apart
 from support.revision_parts import CHATML, list_entry, word_tokenizer, write_corpus, write_lines
 from torch.utils.data import DataLoader
 
@@ -337,34 +337,17 @@ def test_workers_make_the_same_batches(root, tokenizer, tmp_path):
             assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-MEASURE = """
-import sys, re
-sys.path.insert(0, sys.argv[3])
-from realign_fast.corpus import Corpus
-from realign_fast.revision.dataset import Collator
-from realign_fast.revision.preparation import prepare
-from realign_fast.revision.permutation_sampler import PermutationSampler
-from realign_fast.revision.templates import Plain
-from support.revision_parts import word_tokenizer
-
-def private():
-    text = open("/proc/self/smaps_rollup").read()
-    return int(re.search(r"Anonymous: +([0-9]+)", text)[1])
-
-def epoch(folder):
-    whole = prepare(folder + "/list.jsonl", Corpus(folder), plain, folder + "/cache", ids="row")
-    some = []
-    for number in PermutationSampler(len(whole), 0):
-        some.append(number)
-        if len(some) == 64:
-            collate(whole.__getitems__(some))
-            some = []
-
-plain, collate = Plain(word_tokenizer(), 2), Collator(0)
-for folder in sys.argv[1:3]:
-    epoch(folder)
-    print(private())
-"""
+def measure_epochs(folders, out):
+    """The anonymous memory in KiB after an epoch of each folder, as a JSON list in `out`."""
+    plain, collate, sizes = Plain(word_tokenizer(), 2), Collator(0), []
+    for folder in folders:
+        whole = prepare(folder / "list.jsonl", Corpus(folder), plain, folder / "cache", ids="row")
+        order = list(PermutationSampler(len(whole), 0))
+        for start in range(0, len(order), 64):
+            collate(whole.__getitems__(order[start : start + 64]))
+        smaps = Path("/proc/self/smaps_rollup").read_text()
+        sizes.append(int(re.search(r"Anonymous: +([0-9]+)", smaps)[1]))
+    out.write_text(json.dumps(sizes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps")
@@ -379,11 +362,7 @@ def test_the_memory_of_a_process_does_not_grow_with_the_corpus(tmp_path):
         np.save(folder / "part_0.npy", np.ones((count, 1024), np.float32))
         text = [json.dumps({"id": n, "caption": f"a dog {n % 50}"}) + "\n" for n in range(count)]
         (folder / "list.jsonl").write_text("".join(text))
-    folders = [str(tmp_path / "small"), str(tmp_path / "large")]
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, *folders, str(Path(__file__).parents[1])],
-        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    small, large = map(int, ran.stdout.split()[-2:])
+    folders = [tmp_path / "small", tmp_path / "large"]
+    run_apart(measure_epochs, tmp_path / "log", folders, tmp_path / "sizes.json")
+    small, large = json.loads((tmp_path / "sizes.json").read_text())
     assert large - small < 4 * 1024, f"KiB of anonymous memory: {small}, {large}"

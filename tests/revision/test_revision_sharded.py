@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
-from support.processes import PROCESSES, run_distributed
+from support.processes import run_apart
 from support.revision_parts import tiny_llama
 
 from realign_fast.revision.model import ReVisionModel
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 
-STEPS = 3
+STEPS, PROCESSES = 3, 2
 
 
 def model() -> ReVisionModel:
@@ -76,7 +76,7 @@ def sharded(out: Path) -> None:
 
 
 def test_sharded_weights_train_as_whole_ones(tmp_path):
-    run_distributed(sharded, tmp_path / "log", tmp_path)
+    run_apart(sharded, tmp_path / "log", tmp_path, processes=PROCESSES)
     whole = model()
     expected = train(whole, range(PROCESSES))
     assert torch.load(tmp_path / "losses.pt") == pytest.approx(expected, abs=1e-5)

@@ -117,6 +117,10 @@ MISTRAL = (  # the system turn moves into the last question
 THOUGHT = "<think>\n\n</think>\n\n"
 ANSWERS = {
     "qwen3": (QWEN3, ["a red dog<|im_end|>", THOUGHT + "the small cat sits<|im_end|>"]),
+    "qwen3 told not to think": (
+        QWEN3.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n" + THOUGHT
+                      + "{% endif %}"),
+        ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]),
     "mistral": (MISTRAL, [" a red dog</s>", " the small cat sits</s>"]),
     "dated": ("{{ strftime_now('%d %B') }}" + CHATML,
               ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]),

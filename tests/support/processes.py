@@ -1,4 +1,4 @@
-"""Two processes of a distributed training, which a fork server starts in a second."""
+"""Functions in processes of their own, which a fork server starts in a second."""
 
 import multiprocessing
 import os
@@ -9,31 +9,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROCESSES = 2
 
+def run_apart(function: Callable[..., Any], log: Path, *arguments: Any, processes: int = 1) -> None:
+    """Run a function of a module, with what a launcher of distributed trainings tells a process.
 
-def run_distributed(function: Callable[..., Any], log: Path, *arguments: Any) -> None:
-    """Run a function of a module in two processes, with what a launcher tells each of them.
-
-    The libraries are imported once, in the fork server, and not in each process.
+    The libraries are imported once, in the fork server, and not in each process. What a process
+    prints is in `log`, with its rank as the suffix.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["realign_fast.revision.trainer", "accelerate", "peft"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
-    for rank in range(PROCESSES):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
+    started, logs = [], [log.with_suffix(f".{rank}") for rank in range(processes)]
+    for rank, file in enumerate(logs):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment["ACCELERATE_USE_CPU"] = "true"
-        parameters = (environment, log.with_suffix(f".{rank}"), function, arguments)
+        parameters = (environment, file, function, arguments)
         started.append(context.Process(target=_run, args=parameters, daemon=True))
         started[-1].start()
     for process in started:
         process.join(120)
-    said = "".join(path.read_text()[-3000:] for path in sorted(log.parent.glob(f"{log.stem}.*")))
-    assert [process.exitcode for process in started] == [0] * PROCESSES, said
+    said = "".join(file.read_text()[-3000:] for file in logs if file.exists())
+    assert [process.exitcode for process in started] == [0] * processes, said
 
 
 def _run(
