@@ -11,7 +11,6 @@ nothing. `revision.json` is written last and names the language model that train
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
-from ..storage.paths import write_whole
+from ..storage.paths import write_json, write_whole
 from .overrides import build_dataclass
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
 
@@ -241,8 +240,7 @@ class ReVisionModel(nn.Module):
             }
         if self.language_model_changed:
             self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=weights)
-        text = json.dumps(asdict(self.revision_config), indent=2) + "\n"
-        write_whole(directory / CONFIG, text.encode())
+        write_json(directory / CONFIG, asdict(self.revision_config))
 
     @classmethod
     def from_pretrained(

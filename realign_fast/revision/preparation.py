@@ -23,7 +23,7 @@ from typing import Any
 from ..corpus import Corpus, ShardWriter
 from ..corpus.shard import ContiguousShard
 from ..storage.atomic import replaced
-from ..storage.paths import storage_path, write_whole
+from ..storage.paths import storage_path, write_json
 from .conversation_files import Sample, entry_texts, parquet_to_json_lines, read_sample
 from .dataset import LIST_COPY, REPORT, ROWS, SAMPLES, Conversations
 from .id_index import IdIndex, cache_key, id_inputs, open_index
@@ -76,8 +76,7 @@ def prepare(
     if not (folder / REPORT).is_file():
         with closing(open_index(rows, ids, cache)) as index, replaced(folder) as partial:
             partial.mkdir()
-            report = _join(source, index, template, max_length, partial)
-            write_whole(partial / REPORT, json.dumps(report, indent=2).encode())
+            write_json(partial / REPORT, _join(source, index, template, max_length, partial))
     _check_skipped(json.loads((folder / REPORT).read_text()), source, max_skipped)
     return Conversations(folder, source, _with_random_access(rows, cache), template)
 
