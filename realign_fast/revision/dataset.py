@@ -135,26 +135,18 @@ class Collator:
     the images of the batch in order.
     """
 
-    def __init__(
-        self,
-        pad: int,
-        aligner: ReAlign | None = None,
-        side: Literal["left", "right"] = "right",
-    ) -> None:
-        """Pad short items on one side with the token id `pad`; map raw rows with `aligner`."""
+    def __init__(self, pad: int, side: Literal["left", "right"] = "right") -> None:
+        """Pad short items on one side with the token id `pad`."""
         if side not in ("left", "right"):
             raise ValueError(f"Collator: side is {side!r}, expected 'left' or 'right'")
-        self.pad, self.aligner, self.side = pad, aligner, side
+        self.pad, self.side = pad, side
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        rows = torch.cat([item["image_rows"] for item in items]).float()
-        if self.aligner is not None and len(rows):
-            rows = self.aligner(rows)
         return {
             "input_ids": self._pad([item["input_ids"] for item in items], self.pad),
             "attention_mask": self._pad([[1] * len(item["input_ids"]) for item in items], 0),
             "labels": self._pad([item["labels"] for item in items], IGNORED_LABEL),
-            "image_rows": rows,
+            "image_rows": torch.cat([item["image_rows"] for item in items]).float(),
         }
 
     def _pad(self, sequences: list[list[int]], value: int) -> Tensor:

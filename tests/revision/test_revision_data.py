@@ -295,12 +295,12 @@ def test_shuffled_places_look_random():
     assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.03
 
 
-def test_the_collator_aligns_raw_rows(root, tokenizer, tmp_path):
+def test_raw_rows_are_aligned_as_they_are_read(root, tokenizer, tmp_path):
     path = write_list(tmp_path / "list.jsonl", [list_entry(name) for name in IDS])
     whole = ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
     image = torch.randn(200, 16) + 1
     aligner = ReAlign.fit(torch.from_numpy(root[1]), image)
-    batch = Collator(0, aligner)(whole.__getitems__([3, 1]))
+    batch = Collator(0)(whole.aligned(aligner).__getitems__([3, 1]))
     assert torch.equal(batch["image_rows"], aligner(torch.from_numpy(root[1][[3, 1]])))
 
 
