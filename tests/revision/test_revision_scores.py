@@ -193,7 +193,7 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
             ["x1", "x2"],
             ["a dog", "a cat"],
             4,
-            "2 different texts for a choice of 4, expected 2 to 2, or 0",
+            "2 different texts for a choice of 4, expected 2, or 0",
         ),
         (["x1", "x2"], ["a dog", "a cat"], 1, "choice of 1, expected 2, or 0 for"),
     ],
