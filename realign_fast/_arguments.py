@@ -37,7 +37,7 @@ def expect_tensor(name: str, rows: object, argument: str = "rows") -> None:
         return
     kind = type(rows).__name__
     if hasattr(rows, "to_numpy"):  # a table of pandas or polars
-        advice = "use torch.from_numpy(rows.to_numpy(dtype)) of its numeric columns"
+        advice = "use torch.tensor(rows.to_numpy()) of its numeric columns"
     elif isinstance(rows, (str, dict)) or rows is None:
         advice = "give the rows themselves"
     else:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._arguments import expect_tensor
 from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows, batches
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
-from .moments import BadRows, Moments, RowMap
+from .moments import BadRows, Moments, RowMap, expect_one_encoder
 from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_json
 from .storage.tensor_file import tensors_of, write_tensors
@@ -156,8 +157,8 @@ class ReAlign(nn.Module):
         """Fit on rows: the source (text, say) is moved towards the target (image, say).
 
         Args:
-            source, target: [N, D] tensor or array, a :class:`Corpus` or its path, or an iterable
-                of [n, D] tensors that can be read more than once (a list, a DataLoader).
+            source, target: [N, D] tensor, array or table, a :class:`Corpus` or its path, or an
+                iterable of [n, D] tensors that can be read more than once (a list, a DataLoader).
             batch_rows: number of rows of a tensor or an array that are read at a time.
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
             residual: read the source once more for :attr:`residual_gap`.
@@ -221,10 +222,7 @@ class ReAlign(nn.Module):
         """Return the map back, ``A^-1`` with the roles of the sides exchanged and ``h = 0``.
 
         It undoes ``A u + b``, not the two normalisations: means and covariances return exactly,
-        single rows nearly.
-
-        Raises:
-            ValueError: the map is not fitted, A has no inverse, or the method is ``"noise"``.
+        single rows nearly. A map that is not fitted, has a singular A or adds noise is refused.
         """
         self._expect_fitted()
         a = self.linear
@@ -277,17 +275,10 @@ class ReAlign(nn.Module):
 
         It is differentiable in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
 
-        Args:
-            rows: any floating dtype.
-            out_dtype: dtype of the result, if it is another.
-            out: [N, D] tensor to write the result into; rows must then be [N, D].
-
-        Raises:
-            ValueError: other columns than those fitted on. TypeError: rows that are no tensor.
+        ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
+        tensor to write the result into. Other columns than those fitted on are a ValueError.
         """
-        if not isinstance(rows, Tensor):
-            actual = type(rows).__name__
-            raise TypeError(f"ReAlign: expected a tensor, got {actual}; use torch.as_tensor(rows)")
+        expect_tensor("ReAlign", rows)
         if rows.shape[-1:] != self.shift.shape:
             raise ValueError(
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
@@ -335,14 +326,9 @@ class ReAlign(nn.Module):
     def from_pretrained(cls, name_or_path: AnyPath, **hub_options: Any) -> ReAlign:
         """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
 
-        Args:
-            name_or_path: the path, or the repository as ``owner/name``.
-            hub_options: arguments of ``huggingface_hub.hf_hub_download``, such as ``revision``.
-
-        Raises:
-            FileNotFoundError: no such file, or a directory without ``model.safetensors`` (or the
-                ``aligner.safetensors`` of the command line).
-            ImportError: a hub name without the ``hub`` extra.
+        A repository is ``owner/name`` and needs the ``hub`` extra; ``hub_options`` are arguments of
+        ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
+        ``model.safetensors`` or the command line's ``aligner.safetensors``.
         """
         path: StoragePath = storage_path(name_or_path)
         if path.is_dir():
@@ -386,11 +372,7 @@ def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None
             raise ValueError(f"ReAlign: the {name} has no rows; fit on rows of both sides")
         if not moments.normalize:
             raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
-    if source.dimension != target.dimension:
-        raise ValueError(
-            f"ReAlign: the source has {source.dimension} columns, the target "
-            f"{target.dimension}; embed both with one encoder"
-        )
+    expect_one_encoder("ReAlign", source, target)
     for name, moments in sides if needs_spread else ():
         if moments.count < 2 or moments.trace < _NO_SPREAD:
             raise ValueError(

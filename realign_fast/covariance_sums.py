@@ -1,9 +1,10 @@
 """Sums of outer products about a provisional centre, from which a covariance is computed.
 
 ``S = sum w (u - c)(u - c)^T`` with ``c`` the mean of the first rows. The products of rows so close
-to their mean do not cancel, so float32 arithmetic keeps all the precision of float32 rows. Two sums
-merge as Chan, Golub and LeVeque do ("Algorithms for computing the sample variance", 1983): one is
-moved to the centre of the other in float64, and then they are added.
+to their mean do not cancel, so float32 arithmetic keeps all the precision of float32 rows. A block
+that is far from ``c`` gets a centre of its own, and one that holds a far row is multiplied in
+float64. Two sums merge as Chan, Golub and LeVeque do ("Algorithms for computing the sample
+variance", 1983): one is moved to the centre of the other in float64, and then they are added.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from . import ops
 RowMap = tuple[Tensor, Tensor, Tensor | None] | Callable[[Tensor], Tensor]
 _FIRST_ROWS = 1024  # their mean becomes the centre
 _BLOCK_ROWS = 1 << 13  # rows that are mapped and weighted at a time; whole blocks of the kernel
+_FAR = 30  # a row this many times as far from the median as half of the rows is multiplied exactly
 _STATE = ("centre", "total", "scatter", "weights")
 
 
@@ -40,6 +42,14 @@ class RowWeights(NamedTuple):
         return RowWeights(*(None if w is None else w[selection] for w in self))
 
     @property
+    def total_frequency(self) -> int:
+        """The sum of the frequencies, which may be past int64; 0 without them."""
+        if self.frequencies is None:
+            return 0
+        high, low = self.frequencies >> 32, self.frequencies & 0xFFFFFFFF
+        return (int(high.sum()) << 32) + int(low.sum())
+
+    @property
     def product(self) -> Tensor | None:
         """The weight w of every row, [N] float64, or None if all are 1."""
         if self.frequencies is None:
@@ -47,9 +57,6 @@ class RowWeights(NamedTuple):
         if self.importances is None:
             return self.frequencies.double()
         return self.frequencies * self.importances
-
-
-UNWEIGHTED = RowWeights(None, None)
 
 
 class Scatter:
@@ -60,10 +67,8 @@ class Scatter:
     scatter: Tensor  # [D, D] float64, sum of w (u - c)(u - c)^T, upper triangle
     weights: Tensor  # [3] float64: sum of w, of w a (w = f a), rows multiplied in float32
 
-    def __init__(self, centre: Tensor | None = None) -> None:
+    def __init__(self) -> None:
         self.centre = None
-        if centre is not None:
-            self._start(centre)
 
     def _start(self, centre: Tensor) -> Tensor:
         self.centre = centre.float().double()
@@ -75,11 +80,10 @@ class Scatter:
     def add(
         self,
         rows: Tensor,
-        weights: RowWeights = UNWEIGHTED,
-        *,
-        through: RowMap | None = None,
-        normalize: bool = True,
-        accurate: bool = False,
+        weights: RowWeights,
+        through: RowMap | None,
+        normalize: bool,
+        accurate: bool,
     ) -> Tensor:
         """Add rows [N, D], as :meth:`realign_fast.Moments.update` does.
 
@@ -103,26 +107,31 @@ class Scatter:
         accurate: bool,
     ) -> Tensor:
         operands = rows
+        accurate = accurate or rows.dtype == torch.float64
         if through is not None:
             operands = map_rows(rows.double() if accurate else rows, through)
             normalize = False
+        elif not normalize and not accurate:
+            accurate = _holds_a_far_row(rows)
         start, centre = _mean_and_trace(operands, normalize), self.centre
         if centre is None:
             if start is None:
                 return _counts(rows, weights.frequencies)
             centre = self._start(start[0])
         elif start is not None and _far(centre, *start):
-            part = Scatter(start[0])
+            part = Scatter()  # with a centre of its own
             counts = part._add_block(rows, weights, through, normalize, accurate)
             self.merge(part)
             return counts
         product = weights.product
-        sums_and_rows = (self.scatter, self.total, operands, centre, product)
-        counts = ops.add_scatter_(*sums_and_rows, normalize=normalize, accurate=accurate)
+        sums = self.scatter, self.total
+        counts = ops.add_scatter_(
+            *sums, operands, centre, product, normalize=normalize, accurate=accurate
+        )
         if product is not None or through is not None:
             # The op has seen the rows after the map, and each of them once.
             counts = _counts(rows, weights.frequencies)
-        if not accurate and operands.dtype != torch.float64:
+        if not accurate:
             self.weights[2] += len(rows)
         if product is None:
             self.weights[:2] += counts[0]
@@ -136,13 +145,11 @@ class Scatter:
         """Add the sums of ``other`` about the centre with more rows; ``other`` is not changed."""
         if other.centre is None:
             return
-        centre = self.centre
-        if centre is None:
-            centre = self._start(other.centre)
+        if self.centre is None:
+            self._start(other.centre)
         elif float(other.weights[0]) > float(self.weights[0]):
-            centre = other.centre.to(centre.device)
-            self.load_state(self.moved_to(centre).state())
-        moved = other.moved_to(centre)
+            self.load_state(self.moved_to(other.centre.to(self.centre.device)).state())
+        moved = other.moved_to(self._known_centre)
         self.total += moved.total
         self.scatter += moved.scatter
         self.weights += moved.weights
@@ -240,6 +247,19 @@ def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | Non
             mean = total / counts[0]
             return mean, float(energy / counts[0] - mean @ mean)
     return None
+
+
+def _holds_a_far_row(rows: Tensor) -> bool:
+    """Return whether float32 products of a row [N, D] would swamp those of the others.
+
+    Distances are from the median of 65 rows, which outliers do not move; rows that are not finite
+    are left out, as they are of the sums.
+    """
+    median = rows[:: len(rows) // 65 + 1].float().nanmedian(dim=0).values
+    distances = torch.cat(
+        [(part.float() - median).norm(dim=1) for part in torch.split(rows, _FIRST_ROWS)]
+    )
+    return bool((distances > _FAR * distances.nanmedian()).any())
 
 
 def _far(centre: Tensor, mean: Tensor, trace: float) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ._one_thread import one_thread
-from .moments import Moments, good_rows
+from .moments import Moments, expect_one_encoder, good_rows
 from .ops.reference import unit
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
@@ -48,19 +48,11 @@ class FixedFrame:
     ) -> FixedFrame:
         """Fit the frame of ``S = S_x + S_y`` (section 3) from moments with covariances.
 
-        Args:
-            energy: U takes the fewest leading eigenvectors that hold this share of ``tr S``, in
-                (0, 1]. The paper gives no value.
-            rank: the number of eigenvectors instead, 1..D, whatever their energy.
-
-        Raises:
-            ValueError: no covariance, other dimensions, no spread, or a threshold out of range.
+        U takes the fewest leading eigenvectors that hold the share ``energy`` of ``tr S``, in
+        (0, 1] (the paper gives no value), or ``rank`` of them, 1..D. Moments without a covariance
+        or without spread are a ValueError.
         """
-        if source.dimension != target.dimension:
-            raise ValueError(
-                f"FixedFrame: the source has {source.dimension} columns, the target "
-                f"{target.dimension}; embed both with one encoder"
-            )
+        expect_one_encoder("FixedFrame", source, target)
         total = target.covariance + source.covariance.to(target.mean.device)
         values, basis = torch.linalg.eigh(total)
         values, basis = values.flip(0).clamp(min=0), basis.flip(1).contiguous()
@@ -112,13 +104,10 @@ class FixedFrame:
         """Split the gap of matched pairs, read once.
 
         Args:
-            pairs: ``(source, target)`` rows, [N, D] each, or an iterable of such batches.
+            pairs: ``(source, target)`` rows, [N, D] each, or an iterable of such batches. Two or
+                more, finite and not zero; another pair is a ValueError.
             ridge: ``lambda`` of the coupling, as a share of ``tr(D D') / r``, the mean eigenvalue
                 of the delta rows' scatter: so it depends neither on N nor on the size of the gap.
-
-        Raises:
-            ValueError: rows that do not match one by one or have other columns than the frame, a
-                zero or non-finite row, or fewer than two pairs.
         """
         if not ridge >= 0:
             raise ValueError(f"FixedFrame.decompose: ridge is {ridge}, expected 0 or more")

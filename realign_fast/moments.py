@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from ._arguments import expect_tensor
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
@@ -34,9 +35,11 @@ class Moments:
         covariance: also accumulate the scatter matrix, [D, D] float64.
         normalize: take the rows' directions ``u = x / |x|`` (``unit(0) = 0``), which every map
             needs; ``False`` takes the rows as they are.
-        accurate: multiply for the covariance in float64, not in float32 about a provisional mean.
-            The error is 1e-14 of the largest entry instead of 1e-7 (1e-8 over many rows, as a
-            Frobenius norm), at half the speed or less. float64 rows are always multiplied so.
+        accurate: multiply for the covariance in float64, not in float32 about a provisional mean,
+            at half the speed or less. The error, and the difference between two cuts of the rows
+            into batches, is 1e-14 of the largest entry instead of 1e-7 (1e-6 for unit rows in a
+            narrow cone). float64 rows, and blocks of rows as they are of which one is far from
+            the rest, are always multiplied so.
     """
 
     total: Tensor | None  # [D] float64, sum of the rows; None before the first update
@@ -87,6 +90,8 @@ class Moments:
         if self.scatter is None and not (fweights is aweights is None):
             raise ValueError("Moments: weights need Moments(covariance=True)")
         weights = RowWeights.checked(fweights, aweights, rows)
+        if weights.frequencies is not None:
+            _expect_countable([self.count + weights.total_frequency])
         rows = rows.detach().reshape(-1, rows.shape[-1])
         self._expect_columns(rows.shape[1], where)
         if bad_rows == "keep":
@@ -109,10 +114,8 @@ class Moments:
         were any. Rows are counted first where a copy would cost more than reading them, and where
         fweights may count a bad row 0 times.
         """
-        few_rows = (
-            self.scatter is not None and self.total is not None and (len(rows) < 4 * self.dimension)
-        )
-        if few_rows or weights.frequencies is not None:
+        columns = len(self._state().get("scatter.scatter", ()))  # 0 where nothing large is copied
+        if len(rows) < 4 * columns or weights.frequencies is not None:
             bad = ops.sum_rows(rows, normalize=False).counts[1:]
             if not int(bad.sum()):
                 self._add_rows(rows, weights, through)
@@ -168,6 +171,7 @@ class Moments:
             )
         if other.total is not None:
             self._expect_columns(len(other.total), "the other moments")
+            _expect_countable([sum(pair) for pair in zip(self._counts, other._counts, strict=True)])
             self._add(other._row_sums)
             if self.scatter is not None and other.scatter is not None:
                 self.scatter.merge(other.scatter)
@@ -184,8 +188,8 @@ class Moments:
                 "Moments.all_reduce: torch.distributed has no process group; call "
                 "init_process_group first (torchrun sets its variables)"
             )
-        on_gpu = dist.get_backend(group) == "nccl"
-        own = self._facts().to("cuda" if self.total is None and on_gpu else self._device)
+        default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        own = self._facts().to(default if self.total is None else self.total.device)
         ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, own, group)
         facts = torch.stack(ranks)  # [ranks, 8]
@@ -196,37 +200,27 @@ class Moments:
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "
                 "use one encoder and the same flags on all ranks"
             )
+        _expect_countable([sum(counts) for counts in facts[:, 2:5].T.tolist()])
         if not bool(columns.any()):
             return self
         if self.total is None:
             self._start(int(columns.max()), own.device)
         if self.scatter is not None and bool(facts[:, 1].any()):
-            self._move_to_centre_of(int(facts[:, 1].argmax()), group)
+            is_first = dist.get_rank(group) == int(facts[:, 1].argmax())
+            zeros = torch.zeros_like(self._row_sums.total)
+            centre = self.scatter.centre if is_first and self.scatter.centre is not None else zeros
+            dist.all_reduce(centre, dist.ReduceOp.SUM, group)
+            self.scatter = self.scatter.moved_to(centre)
         for name, tensor in self._state().items():
             if name != "scatter.centre":
                 dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return self
 
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self.total is None else self.total.device
-
     def _facts(self) -> Tensor:
         """Return [8] int64: columns, whether there is a centre, three counts and three flags."""
-        columns, counts = 0, [0, 0, 0]
-        if self.total is not None:
-            columns, counts = self.dimension, self._row_sums.counts.tolist()
+        columns = 0 if self.total is None else len(self.total)
         has_centre = self.scatter is not None and self.scatter.centre is not None
-        return torch.tensor([columns, has_centre, *counts, *self._flags().values()])
-
-    def _move_to_centre_of(self, rank: int, group: dist.ProcessGroup | None) -> None:
-        """Move the covariance sums to the centre of a rank that has one."""
-        assert self.scatter is not None
-        centre = torch.zeros_like(self._row_sums.total)
-        if self.scatter.centre is not None and dist.get_rank(group) == rank:
-            centre += self.scatter.centre
-        dist.all_reduce(centre, dist.ReduceOp.SUM, group)
-        self.scatter = self.scatter.moved_to(centre)
+        return torch.tensor([columns, has_centre, *self._counts, *self._flags().values()])
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments with their sums on ``device``."""
@@ -240,19 +234,24 @@ class Moments:
         return len(self._row_sums.total)
 
     @property
+    def _counts(self) -> list[int]:
+        counts: list[int] = [0, 0, 0] if self.counts is None else self.counts.tolist()
+        return counts
+
+    @property
     def count(self) -> int:
         """The number of rows that were added; zero rows among them unless they were skipped."""
-        return 0 if self.counts is None else int(self.counts[0])
+        return self._counts[0]
 
     @property
     def zero_rows(self) -> int:
         """The number of rows seen whose entries are all zero."""
-        return 0 if self.counts is None else int(self.counts[1])
+        return self._counts[1]
 
     @property
     def nonfinite_rows(self) -> int:
         """The number of rows seen that hold a NaN or an infinity; they were not added."""
-        return 0 if self.counts is None else int(self.counts[2])
+        return self._counts[2]
 
     @property
     def mean(self) -> Tensor:
@@ -273,7 +272,7 @@ class Moments:
         """The trace T of the covariance (divided by n), E|u|^2 - |mu|^2; it needs no second pass.
 
         Rows of 16 and 32 bits are summed in float32 by the block, so T has an absolute error of
-        about 1e-8; with covariance the error is relative.
+        about 3e-8, at most 3e-7; with covariance the error is relative.
         """
         energy = self.energy
         if self.scatter is not None:
@@ -331,17 +330,15 @@ class Moments:
 
     @classmethod
     def load(cls, path: AnyPath) -> Moments:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            ValueError: the file is not a safetensors file of moments, or is damaged.
-        """
+        """Read a file that :meth:`save` wrote; a ValueError names another or a damaged file."""
         with tensors_of(path, "moments written by Moments.save", "measure again") as (state, texts):
             flags = texts["moments"].split()
             if flags[-1:] != [_checksum(state)]:
                 raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
             moments._restore(state)
+            if min(moments._counts) < 0:
+                raise KeyError("number of rows from 0")
         return moments
 
     def __repr__(self) -> str:
@@ -397,6 +394,30 @@ def _no_rows(columns: int, device: torch.device) -> ops.RowSums:
     return ops.RowSums(total, total.new_zeros(()), total.new_zeros(3, dtype=torch.int64))
 
 
+def _expect_countable(counts: list[int]) -> None:
+    """Raise a ValueError if the sums of counts do not fit in int64."""
+    if max(counts) >= 1 << 63:
+        raise ValueError(
+            f"Moments: {max(counts)} rows cannot be counted, expected fewer than 2^63; divide the "
+            "fweights by a common factor, or keep the moments apart"
+        )
+
+
+def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
+    """Raise an error if two sides are no Moments or differ in D; ``name`` begins it."""
+    for moments in (source, target):
+        if not isinstance(moments, Moments):
+            raise TypeError(
+                f"{name}: expected Moments, got {type(moments).__name__}; measure rows with "
+                "Moments(covariance=True).update(rows)"
+            )
+    if source.dimension != target.dimension:
+        raise ValueError(
+            f"{name}: the source has {source.dimension} columns, the target {target.dimension}; "
+            "embed both with one encoder"
+        )
+
+
 def good_rows(rows: Tensor) -> Tensor:
     """Return a mask [N] of the rows [N, D] that are finite and have a direction."""
     return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
@@ -404,9 +425,7 @@ def good_rows(rows: Tensor) -> Tensor:
 
 def _check_rows(rows: Tensor, name: str) -> None:
     """Raise an error if an update cannot take these rows."""
-    if not isinstance(rows, Tensor):
-        actual = type(rows).__name__
-        raise TypeError(f"Moments: expected {name} as a tensor, got {actual}; torch.as_tensor it")
+    expect_tensor("Moments", rows, name)
     if rows.dim() == 0 or rows.shape[-1] == 0:
         actual = "a single number" if rows.dim() == 0 else f"shape {list(rows.shape)}"
         raise ValueError(f"Moments: expected {name} [..., D], got {actual}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,9 +26,11 @@ class RowBatch(NamedTuple):
 def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     """Iterate over rows [N, D], ``batch_rows`` at a time of a tensor or an array.
 
-    ``name`` is for errors about rows that have no file. An object that holds no rows, or an
-    iterator, which can be read only once, is a TypeError.
+    A table of pandas or polars stands for its numbers. ``name`` is for errors about rows that have
+    no file. An object that holds no rows, or an iterator, which can be read only once, is a
+    TypeError.
     """
+    rows = _table_values(rows, name) if hasattr(rows, "to_numpy") else rows
     if isinstance(rows, (str, os.PathLike)):
         rows = Corpus(rows)
     if isinstance(rows, Corpus):
@@ -42,7 +44,7 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
             batch_of_rows = _as_tensor(rows[first_row : first_row + batch_rows], name)
             yield RowBatch(name, first_row, batch_of_rows)
         return
-    if not isinstance(rows, Iterable):
+    if not isinstance(rows, Iterable) or isinstance(rows, (bytes, Mapping)):
         actual = type(rows).__name__
         raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {actual}")
     if iter(rows) is rows:
@@ -53,6 +55,17 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
             (item,) = item
         yield RowBatch(name, first_row, _as_tensor(item, name))
         first_row += len(item)
+
+
+def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
+    """Return the values [N, D] of a table; a TypeError if one of its columns holds no numbers."""
+    values: np.ndarray[Any, Any] = table.to_numpy()
+    if values.dtype.kind not in "fiu":
+        raise TypeError(
+            f"{name}: expected a table of numbers, got columns of {values.dtype}; select the "
+            "columns of the embedding and convert them to float32"
+        )
+    return values if values.dtype.kind == "f" else values.astype(np.float64)
 
 
 def _as_tensor(rows: object, name: str) -> Tensor:

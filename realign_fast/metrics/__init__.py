@@ -1,14 +1,5 @@
 """Gap metrics: the distance between two modalities, and what alignment changed.
 
-| file | input | metrics |
-|---|---|---|
-| ``distribution`` | two :class:`Moments` | centroid, trace, covariance and Frechet distances |
-| ``spectrum`` | eigenvalues and eigenvectors | ranks, exponents, subspaces, anisotropy |
-| ``cosines`` | rows, paired or not | mean cosine, densities and correlation of pairwise cosines |
-| ``neighbours`` | rows, paired or not | k-NN mixing, k-NN overlap, retrieval |
-| ``mixed_gallery`` | queries, galleries by modality | recall, NDCG, shares, hubs |
-| ``gap_report`` | rows and moments | all of them in one flat dict |
-
 All arithmetic is float64 unless a docstring says otherwise, rows are made unit length first, and
 memory is bounded by a ``block`` of rows, never by N x N. A figure that is estimated from a sample
 is an :class:`Estimate`: a float that carries its standard error.

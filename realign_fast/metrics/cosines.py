@@ -18,6 +18,8 @@ from .estimate import Estimate
 
 def matched_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosines [N] float64 of matching rows a, b [N, D]."""
+    for rows in (a, b):
+        expect_tensor("matched_cosine", rows)
     return (unit(a.double()) * unit(b.double())).sum(dim=1)
 
 

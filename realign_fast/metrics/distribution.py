@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor
 
-from ..moments import Moments
+from ..moments import Moments, expect_one_encoder
 from ..whiten import bures_distance
 from .estimate import Estimate
 
@@ -23,7 +23,7 @@ def centroid_gap(a: Moments, b: Moments) -> Estimate:
     ``sqrt(g' (S_a / n_a + S_b / n_b) g)`` with ``g`` the direction of the gap. It describes a gap
     well above :func:`sampling_gap`; near that floor compare with the floor instead.
     """
-    _expect_one_encoder("centroid_gap", a, b)
+    expect_one_encoder("centroid_gap", a, b)
     difference = a.mean - b.mean.to(a.mean.device)
     gap = float(difference.norm())
     if not (a.with_covariance and b.with_covariance) or gap == 0:
@@ -54,7 +54,7 @@ def trace_ratio(source: Moments, target: Moments) -> Estimate:
     The trace of unit rows is ``1 - |mu|^2``, so with covariances its standard error is known from
     the same moments: ``var(T) = 4 mu' S mu / n`` (delta method). It is NaN for other rows.
     """
-    _expect_one_encoder("trace_ratio", source, target)
+    expect_one_encoder("trace_ratio", source, target)
     ratio = source.trace / target.trace if target.trace > 0 else math.nan
     relative_variance = 0.0
     for moments in (source, target):
@@ -68,7 +68,7 @@ def trace_ratio(source: Moments, target: Moments) -> Estimate:
 
 def covariance_distance(source: Moments, target: Moments) -> float:
     """Return ``|S_target - S_source|_F / |S_target|_F``; needs moments with covariances."""
-    _expect_one_encoder("covariance_distance", source, target)
+    expect_one_encoder("covariance_distance", source, target)
     s_x = target.covariance
     return float((s_x - source.covariance.to(s_x.device)).norm() / s_x.norm())
 
@@ -82,22 +82,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     squared distance of the means plus the square of :func:`realign_fast.whiten.bures_distance`,
     which keeps its digits where the covariances are close.
     """
-    _expect_one_encoder("frechet_distance", a, b)
+    expect_one_encoder("frechet_distance", a, b)
     device = a.mean.device
     squared_gap = float((a.mean - b.mean.to(device)).square().sum())
     return squared_gap + bures_distance(a.rounded_covariance, b.rounded_covariance.to(device)) ** 2
-
-
-def _expect_one_encoder(name: str, a: Moments, b: Moments) -> None:
-    """Raise an error if these are no Moments, or differ in their dimension."""
-    for moments in (a, b):
-        if not isinstance(moments, Moments):
-            raise TypeError(
-                f"{name}: expected Moments, got {type(moments).__name__}; measure rows with "
-                "Moments(covariance=True).update(rows)"
-            )
-    if a.dimension != b.dimension:
-        raise ValueError(
-            f"{name}: expected moments of one dimension, got {a.dimension} and {b.dimension} "
-            "columns; embed both with one encoder"
-        )

@@ -48,17 +48,12 @@ def gap_report(
     does not exist (NaN) is ``None``.
 
     Args:
-        source_rows: [N, D] sample of the source (text).
-        target_rows: [M, D] sample of the target (images).
-        aligned_rows: [N, D], the same source rows aligned; ``None`` leaves ``after_`` and
-            ``kept_`` out.
-        source_moments, target_moments, aligned_moments: moments with covariances of the whole
-            corpora; those of the samples by default.
-        paired: row i of the source belongs to row i of the target, so N = M; adds matched cosine,
+        source_rows, target_rows: samples [N, D] of the source (text) and [M, D] of the target.
+        aligned_rows: the same source rows aligned; None leaves ``after_`` and ``kept_`` out.
+        source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
+            the whole corpora; those of the samples by default.
+        paired: row i of the source belongs to row i of the target; adds matched cosine,
             retrieval both ways, residual anisotropy and the correlation of pairwise cosines.
-
-    Raises:
-        ValueError: shapes that do not fit, moments without covariance or not of unit rows.
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):

@@ -43,10 +43,6 @@ def nearest_rows(
             where it is installed and the queries are on the CPU and not float64, else torch.
 
     Of rows with equal cosines (up to rounding) any may be taken.
-
-    Raises:
-        ValueError: columns that differ, or fewer gallery rows than k.
-        ImportError: ``backend="faiss"`` without faiss.
     """
     _check_search(queries, gallery, k, own, backend)
     faiss = _faiss(backend, queries)
@@ -89,9 +85,8 @@ def knn_overlap(
 ) -> Estimate:
     """Return the mean share of the k nearest rows within a that are the k nearest within b too.
 
-    a, b [N, D] match row by row (source and aligned, say; their D may differ). The overlap is 1
-    where every neighbourhood is preserved, ``k / (N - 1)`` for unrelated rows. The standard error
-    takes rows as independent.
+    a, b [N, D] match row by row (their D may differ). Unrelated rows have ``k / (N - 1)``. The
+    standard error takes rows as independent.
     """
     check_pairs("knn_overlap", a, b, same_columns=False)
     nearest_a, nearest_b = (

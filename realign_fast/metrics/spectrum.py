@@ -2,7 +2,8 @@
 
 ``values`` is [D] float64, eigenvalues in descending order, none below 0, as :func:`spectrum_of`
 returns them. arXiv 2602.07026 names these figures (section 3) without formulas; each docstring
-says which standard definition is used.
+says which standard definition is used. Too few eigenvalues, or shapes that do not fit, are a
+ValueError.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import expect_tensor
 from .._one_thread import one_thread
-from ..moments import Moments
+from ..moments import Moments, expect_one_encoder
 from ..ops.reference import unit
 from .cosines import check_pairs, row_blocks
 from .estimate import Estimate
@@ -32,6 +34,7 @@ class Spectrum(NamedTuple):
 @one_thread
 def spectrum_of(moments: Moments) -> Spectrum:
     """Decompose ``moments.covariance``; a ValueError without a covariance."""
+    expect_one_encoder("spectrum_of", moments, moments)
     values, vectors = torch.linalg.eigh(moments.covariance)
     return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1))
 
@@ -62,9 +65,6 @@ def residual_anisotropy(a: Tensor, b: Tensor, block: int = 4096) -> float:
     """Return the :func:`anisotropy` of the residuals ``u_b - u_a`` of matching rows a, b [N, D].
 
     It is NaN where all residuals are equal.
-
-    Raises:
-        ValueError: rows that do not match, fewer than two, or not finite.
     """
     check_pairs("residual_anisotropy", a, b)
     moments = Moments(covariance=True, normalize=False)
@@ -82,9 +82,6 @@ def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) 
     default D // 2, since the tail of a sample's spectrum bends with the sample's size; ranks whose
     eigenvalue is below 1e-10 of the largest are left out. The standard error is that of the
     regression, which takes deviations from the line as independent.
-
-    Raises:
-        ValueError: fewer than three ranks to fit.
     """
     last = len(values) // 2 if last is None else min(last, len(values))
     fitted = values[max(first, 1) - 1 : last]
@@ -106,9 +103,6 @@ def log_spectrum_correlation(a: Tensor, b: Tensor) -> float:
     """Return the Pearson correlation of two log spectra [D], rank by rank.
 
     Ranks where either eigenvalue is below 1e-10 of its largest are left out.
-
-    Raises:
-        ValueError: spectra of different lengths, or fewer than three ranks to compare.
     """
     if a.shape != b.shape:
         raise ValueError(
@@ -130,9 +124,6 @@ def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
 
     a, b are ``Spectrum.vectors`` [D, >= q]. The overlap is 1 for equal subspaces and on average
     ``q / D`` for two random ones.
-
-    Raises:
-        ValueError: fewer vectors than ``count``, or vectors of different dimensions.
     """
     available = min(a.shape[1], b.shape[1])
     if not 1 <= count <= available or a.shape[0] != b.shape[0]:
@@ -145,6 +136,7 @@ def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
 
 def _shares(name: str, values: Tensor) -> Tensor:
     """Return eigenvalues divided by their sum; a ValueError if that is not above 0."""
+    expect_tensor(name, values, "eigenvalues")
     total = values.double().sum()
     if values.dim() != 1 or not float(total) > 0:
         raise ValueError(

@@ -31,7 +31,8 @@ def draw_alignment(
     which the means are furthest apart, and the first of the others. A grey line joins a held-out
     text to its image. Without matplotlib it raises an ImportError.
     """
-    pyplot = _pyplot()
+    import_extra("matplotlib", "report", "Drawing").use("Agg")
+    pyplot = import_extra("matplotlib.pyplot", "report", "Drawing").pyplot
     centre, axes = principal_axes(torch.cat([image, text[0]]), 10)
     apart = (unit(image.double()).mean(0) - unit(text[0].double()).mean(0)) @ axes
     across = int(apart.abs().argmax())
@@ -67,9 +68,3 @@ def _draw_cosines(panel: Any, image: Tensor, text: Tensor) -> None:
         panel.hist(values, bins=bins, density=True, alpha=0.6, color=colour, label=name)
     panel.set_yticks([])
     panel.legend()
-
-
-def _pyplot() -> Any:
-    matplotlib = import_extra("matplotlib", "report", "Drawing")
-    matplotlib.use("Agg")
-    return import_extra("matplotlib.pyplot", "report", "Drawing").pyplot

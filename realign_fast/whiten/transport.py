@@ -55,12 +55,6 @@ def blockwise(
     complement. The blocks of ``A S_y A'`` on U and on V are those of ``S_x``; the block that
     couples U to V is not matched. The floor is a share of the largest eigenvalue of each block; a
     block that is rounding of the whole covariance counts as zero.
-
-    Returns:
-        [D, D] float64.
-
-    Raises:
-        ValueError: a frame without orthonormal columns, or matrices that are no covariances.
     """
     u = _checked_frame(frame, checked_covariance(source, "source"))
     v = torch.linalg.qr(u, mode="complete").Q[:, u.shape[1] :]

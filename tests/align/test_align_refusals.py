@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import Moments, ReAlign
+from realign_fast import Moments, ReAlign, metrics
 
 TEXT = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 1
 IMAGE = torch.randn(80, 8, generator=torch.Generator().manual_seed(1)) - 1
@@ -22,7 +22,7 @@ def test_rows_without_spread_have_no_scale(rows, dtype):
 def test_what_holds_no_rows_is_named():
     with pytest.raises(TypeError, match=r"source: expected batches of rows .* got list"):
         ReAlign.fit([[1.0, 2.0]], IMAGE)
-    with pytest.raises(TypeError, match="expected a tensor, got ndarray"):
+    with pytest.raises(TypeError, match="expected rows as a tensor, got ndarray"):
         ReAlign.fit(TEXT, IMAGE)(TEXT.numpy())
     with pytest.raises(TypeError, match=r"target: expected rows .* got NoneType"):
         ReAlign.fit(TEXT, None)
@@ -59,3 +59,64 @@ def test_arrays_of_any_byte_order_and_strides():
         fitted = ReAlign.fit(same, IMAGE)
         assert torch.equal(fitted.shift, expected.shift)
         assert torch.equal(fitted.recentre, expected.recentre)
+
+
+class Table:
+    """What a table of pandas or polars offers; they are not needed for the tests."""
+
+    def __init__(self, values):
+        self.to_numpy = lambda: values
+
+
+def tables():
+    yield lambda values: Table(np.asarray(values))
+    for package in ("pandas", "polars"):
+        try:
+            yield __import__(package).DataFrame
+        except ImportError:
+            continue
+
+
+@pytest.mark.parametrize("table", list(tables()))
+def test_a_table_stands_for_its_numbers(table):
+    expected = ReAlign.fit(TEXT, IMAGE)
+    fitted = ReAlign.fit(table(TEXT.numpy()), IMAGE)
+    assert torch.equal(fitted.shift, expected.shift)
+    counts = (10 * TEXT).round().numpy().astype(np.int32)
+    assert ReAlign.fit(table(counts), IMAGE).dimension == 8
+    with pytest.raises(TypeError, match=r"source: expected a table of numbers, got columns of "):
+        ReAlign.fit(table(np.array([["a", "b"]] * 3)), IMAGE)
+    moments = Moments().update(IMAGE)
+    for use in (
+        moments.update,
+        expected,
+        metrics.principal_axes,
+        lambda rows: metrics.knn_mixing(rows, IMAGE),
+        lambda rows: metrics.mean_cosine(rows, TEXT),
+        lambda rows: metrics.matched_cosine(rows, TEXT),
+        lambda rows: metrics.gap_report(IMAGE, rows),
+    ):
+        advice = r"expected rows as a tensor, got \w+; use torch.tensor\(rows.to_numpy\(\)\)"
+        with pytest.raises(TypeError, match=advice):
+            use(table(TEXT.numpy()))
+    for use in (metrics.spectrum_of, lambda rows: metrics.centroid_gap(rows, moments)):
+        with pytest.raises(TypeError, match=r"expected Moments, got .* measure rows with"):
+            use(table(TEXT.numpy()))
+    assert moments.count == 80
+
+
+@pytest.mark.parametrize(
+    "rows", [None, 3, "text", b"text", {"text": TEXT}, [[1.0, 2.0]], {1.0}, [{"a": TEXT}]], ids=str
+)
+def test_what_is_no_rows_is_one_clear_error(rows):
+    kind = type(rows).__name__
+    with pytest.raises((TypeError, OSError), match=r"expected .* got |text: No such file"):
+        ReAlign.fit(rows, IMAGE)
+    for use in (
+        Moments().update,
+        lambda rows: metrics.mean_cosine(IMAGE, rows),
+        lambda rows: metrics.knn_mixing(IMAGE, rows),
+        metrics.effective_rank,
+    ):
+        with pytest.raises(TypeError, match=rf"expected \w+ as a tensor, got {kind}; "):
+            use(rows)

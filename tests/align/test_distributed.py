@@ -90,7 +90,21 @@ def different_flags(rank):
     return raised(Moments(covariance=rank == 0).update(batch(rank, 0)))
 
 
-SCENARIOS = (train, one_rank_without_rows, no_rank_with_rows, different_columns, different_flags)
+def too_many_rows(rank):
+    """Each rank has 2^62 rows, so that the sum is 2^63."""
+    moments = Moments(covariance=True)
+    moments.update(batch(rank, 0)[:1], fweights=torch.tensor([2**62]))
+    return raised(moments)
+
+
+SCENARIOS = (
+    train,
+    one_rank_without_rows,
+    no_rank_with_rows,
+    different_columns,
+    different_flags,
+    too_many_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +180,12 @@ def test_moments_of_different_kind_raise_on_both_ranks(outcome):
     results = outcome(different_flags)
     for rank, (message, alive) in enumerate(results):
         assert message.startswith("Moments.all_reduce: "), f"rank {rank}: {message}"
+        assert alive == 2.0
+
+
+def test_counts_past_63_bits_raise_on_both_ranks(outcome):
+    for rank, (message, alive) in enumerate(outcome(too_many_rows)):
+        assert f"{2**63} rows cannot be counted" in message, f"rank {rank}: {message}"
         assert alive == 2.0
 
 

@@ -216,7 +216,7 @@ def test_residual_anisotropy(block):
 def test_what_does_not_fit_is_refused():
     a, b = measured(random_rows(9, 3)), measured(random_rows(9, 4))
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
-        with pytest.raises(ValueError, match=f"{name}: expected moments of one dimension, got 3"):
+        with pytest.raises(ValueError, match=f"{name}: the source has 3 columns, the target"):
             getattr(metrics, name)(a, b)
     with pytest.raises(ValueError, match="covariance was not asked for"):
         metrics.frechet_distance(Moments().update(random_rows(9, 3)), a)
