@@ -99,9 +99,7 @@ class ReAlign(nn.Module):
                 (``Moments().update(rows, through=half.row_map)``). Without it the map stops after
                 the anchor and trace steps (``h = 0``).
 
-        Raises:
-            ValueError: different dimensions, moments not of unit rows, a side without spread, or
-                options that do not belong to the method.
+        Moments that do not fit, and options of another method, are a ValueError.
         """
         _check_moments(source, target, needs_spread=method not in ("mean-shift", "noise"))
         aligner = cls(source.dimension)
@@ -317,6 +315,7 @@ class ReAlign(nn.Module):
 
     def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
+        self._expect_fitted()
         folder = output_path(directory)
         config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
         write_json(folder / "config.json", config)

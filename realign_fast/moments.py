@@ -157,11 +157,7 @@ class Moments:
         return ops.RowSums(self.total, self.energy_total, self.counts)
 
     def merge(self, other: Moments) -> Moments:
-        """Add the sums of ``other``, which is not changed.
-
-        Raises:
-            ValueError: other columns or other flags. TypeError: it is no Moments.
-        """
+        """Add the sums of ``other``, which is not changed; its columns and flags are the same."""
         if not isinstance(other, Moments):
             raise TypeError(f"Moments: expected Moments to merge, got {type(other).__name__}")
         if self._flags() != other._flags():
@@ -302,9 +298,6 @@ class Moments:
         """Return the covariance [D, D] float64 with ``torch.cov``'s weights and correction.
 
         It is divided by ``W - correction sum(w a) / W``, ``w = f a``: ``n - 1`` without weights.
-
-        Raises:
-            ValueError: no covariance was accumulated, or the divisor is not positive.
         """
         scatter = self._known_scatter
         self._count_or_raise()

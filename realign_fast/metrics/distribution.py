@@ -74,13 +74,11 @@ def covariance_distance(source: Moments, target: Moments) -> float:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return the Frechet distance of two moments with covariances, squared as in FID:
+    """Return the Frechet distance of two moments with covariances, squared as in FID.
 
-    ``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a^{1/2} S_b S_a^{1/2})^{1/2}``,
-
-    the squared 2-Wasserstein distance of two Gaussians (arXiv 1706.08500). It is computed as the
-    squared distance of the means plus the square of :func:`realign_fast.whiten.bures_distance`,
-    which keeps its digits where the covariances are close.
+    ``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a^{1/2} S_b S_a^{1/2})^{1/2}``, the squared
+    2-Wasserstein distance of Gaussians (arXiv 1706.08500), through
+    :func:`realign_fast.whiten.bures_distance`, which keeps its digits where they are close.
     """
     expect_one_encoder("frechet_distance", a, b)
     device = a.mean.device

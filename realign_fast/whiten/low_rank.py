@@ -44,12 +44,8 @@ class LowRank(NamedTuple):
 
         For a small D or a large rank they come from eigh, otherwise from a block Krylov space
         (Golub and Underwood, 1977) that starts from ``seed``: 4 rank products of S with a vector.
-        Where the spectrum falls as ``i^-1/2`` or faster the
-        eigenvalues are then exact to 1e-6; in a bulk of noise, whose leading directions mean
-        nothing, the last come out low by up to a tenth. ``rest`` makes up for what they miss.
-
-        Raises:
-            ValueError: a rank outside 1..D, or a matrix that is no covariance.
+        Where the spectrum falls as ``i^-1/2`` or faster the eigenvalues are exact to 1e-6; in a
+        bulk of noise the last come out low by up to a tenth, which ``rest`` makes up for.
         """
         checked, floor = checked_covariance(covariance), floor_of(covariance, floor)
         columns = len(checked)

@@ -35,9 +35,7 @@ def shrinkage(
             T - 2 (u - mu).mu`` with ``T = tr S = 1 - |mu|^2``, hence ``m_4 = T^2 + 4 mu'S mu``
             exactly: the mean [D] is enough. Other rows need the number itself.
 
-    Raises:
-        ValueError: an unknown method, a number outside [0, 1], a missing argument, a mean of rows
-            that were not unit length, or a fourth moment that no rows of this S can have.
+    An argument that is missing, or that no rows of this S can have, is a ValueError.
     """
     if method is None:
         return 0.0

@@ -262,7 +262,11 @@ def test_few_rows_of_low_precision_fit_as_in_float64(sides, dtype, count):
 
 
 def test_an_unfitted_map_is_neither_stored_nor_inverted(tmp_path):
-    for use in (lambda a: a.save(tmp_path / "a.safetensors"), lambda a: a.inverse()):
+    for use in (
+        lambda a: a.save(tmp_path / "a.safetensors"),
+        lambda a: a.save_pretrained(tmp_path / "a"),
+        lambda a: a.inverse(),
+    ):
         with pytest.raises(ValueError, match="not fitted yet"):
             use(ReAlign(4))
     assert ReAlign(4).record["centroid_gap"] is None and not list(tmp_path.iterdir())
