@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import signal
@@ -16,6 +17,7 @@ import torch
 
 from .. import __version__, ops
 from ..corpus.io_extension import reader_description
+from ..storage.errors import memory_explained
 from . import align_commands, corpus_commands, embed_commands, revision_commands
 from .options import add_command
 
@@ -28,11 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
-        status: int | None = options.run(options)
+        with memory_explained():
+            status: int | None = options.run(options)
         return status or 0
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

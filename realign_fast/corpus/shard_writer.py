@@ -64,11 +64,11 @@ class FormatWriter:
         if dtype not in self.dtypes:
             names = ", ".join(str(name).removeprefix("torch.") for name in self.dtypes)
             expected = f"expected one of {names} (bfloat16 only in safetensors and pt)"
-            raise TypeError(f"{path}: got {dtype}, {expected}; convert the rows")
+            raise TypeError(f"{self.path}: got {dtype}, {expected}; convert the rows")
         if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._has_shard_name():
             suffixes = " or ".join(self.suffixes)
             expected = f"expected rows >= 0, columns >= 1 and a visible name in {suffixes}"
-            raise ValueError(f"{path}: got [{num_rows}, {dimension}], {expected}")
+            raise ValueError(f"{self.path}: got [{num_rows}, {dimension}], {expected}")
 
     def __enter__(self) -> Self:
         with explained(self.path), ExitStack() as stack:

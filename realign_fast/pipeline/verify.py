@@ -19,6 +19,7 @@ import torch
 from ..align import ReAlign
 from ..corpus import Corpus, format_of
 from ..moments import Moments
+from ..storage.errors import lacks_memory
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import checksum, digest, map_hash
 from .manifest import read_manifest
@@ -126,6 +127,8 @@ def _shard_faults(
             return
         contents = _read(corpus)
     except (OSError, ValueError, TypeError) as error:
+        if lacks_memory(error):
+            raise  # which says nothing of the shard
         message = error.strerror if isinstance(error, OSError) and error.strerror else error
         yield str(message).removeprefix(f"{path}: ")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .._extras import import_extra
 from ..metrics import matched_cosine, principal_axes
 from ..ops.reference import unit
+from ..storage.atomic import replaced
 
 _TEXT, _IMAGE, _PAIR = "#d1495b", "#2e6f95", "#9a9a9a"
 _POINTS = 1500  # points drawn of each cloud
@@ -56,7 +58,8 @@ def draw_alignment(
         cosines.set_title(f"{state}: cosine of held-out texts and images")
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replaced(Path(path)) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)
 
 

@@ -11,12 +11,19 @@ import errno
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO
 
 MAX_NAME_BYTES = 255  # of a file's name, on every file system in use
+# Errors of file systems that have no sync of a directory, or none at all (vboxsf, CIFS, FUSE), and
+# of directories that may be written to and not read. Losses (EIO, ENOSPC, ...) are raised.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+_CANNOT_SYNC |= {errno.EACCES, errno.EPERM, errno.EISDIR}
+_unsynced: set[int] = set()  # devices of which a warning has said so
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """
     partial = partial_path(path)
     _remove(partial)
-    with open(partial, "xb", buffering) as file:
+    with open(partial, "xb", buffering) as file:  # exclusive: never through a link that came since
         written = os.fstat(file.fileno())
         try:
             yield file
@@ -39,7 +46,7 @@ def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
             if not _is_at(written, partial):
                 reason = "Another writer took over the file while it was written"
                 raise OSError(errno.EBUSY, f"{path}: {reason}; let one process write it")
-            _publish(partial, path, file.fileno())
+            _publish(partial, path)
         finally:
             if _is_at(written, partial):
                 partial.unlink()
@@ -49,19 +56,17 @@ def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a library that writes files itself, and rename it to ``path``.
 
-    What the block makes there is a file or a directory; it is removed if the block fails.
+    It lies in a new directory, in which nobody else can have put a link. What the block makes there
+    is a file or a directory; it is removed if the block fails.
     """
-    partial = partial_path(path)
-    _remove(partial)
+    folder = partial_path(path)
+    _remove(folder)
+    folder.mkdir(mode=0o700)
     try:
-        yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            _publish(partial, path, descriptor)
-        finally:
-            os.close(descriptor)
+        yield folder / path.name
+        _publish(folder / path.name, path)
     finally:
-        _remove(partial)
+        _remove(folder)
 
 
 def partial_path(path: Path) -> Path:
@@ -77,15 +82,30 @@ def short_name(name: str, most_bytes: int) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest() + ".hashed"
 
 
-def _publish(partial: Path, path: Path, descriptor: int) -> None:
-    """Sync what is open as ``descriptor``, rename it, and sync the directory."""
-    os.fsync(descriptor)
+def _publish(partial: Path, path: Path) -> None:
+    """Sync a file, give it its name and sync the directory."""
+    _sync(partial)
     os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        device = path.stat().st_dev
+        if device in _unsynced or parent_process():  # the process that started this one says it
+            return
+        _unsynced.add(device)
+        reason = "its file system cannot sync a file or a directory"
+        advice = "what was written last may be lost if the machine stops; then run again"
+        warnings.warn(f"{path}: {reason}; {advice}", stacklevel=2)
 
 
 def _is_at(status: os.stat_result, path: Path) -> bool:

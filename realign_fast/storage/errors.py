@@ -7,18 +7,43 @@ down the chain of causes, or the name of a class.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NoReturn
+from typing import Literal
 
 Participle = Literal["read", "written", "removed"]
 
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 _NO_CREDENTIALS |= {"DefaultCredentialsError", "LocalTokenNotFoundError"}
 
+# Parameters that sign a URL (AWS, Google, Azure, CloudFront): they change and the file does not.
+_SIGNING = "x-(amz|goog)-.*|(aws|google)accesskeyid|key-pair-id|policy|signature|expires"
+_SIGNING += "|s[a-z]|sig|sdd|skoid|sktid|skt|ske|sks|skv|spr|ses|rs.."
 _UNREACHABLE = re.compile("Connector|EndpointConnection|ConnectTimeout|ConnectionRefused")
+
+
+def redacted(text: str) -> str:
+    """Return a text without the passwords, tokens and signatures of the URLs in it.
+
+    Of a parameter of a web URL that does not sign it a hash of 32 bits is left, so that the URLs of
+    two files differ.
+    """
+    text = re.sub(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@", r"\1:***@", text)
+    text = re.sub(r"(?<=http://|ttps://)[^/?#\s]*@", "***@", text)
+    return re.sub(r"https?://[^?\s]*\?[^\s'\"<>)\]]+", _redact_query, text)
+
+
+def _redact_query(url: re.Match[str]) -> str:
+    def redact(parameter: re.Match[str]) -> str:
+        name, value = parameter[1] or "", parameter[2]
+        signs = re.fullmatch(_SIGNING, name.removesuffix("="), re.IGNORECASE)
+        shown = "" if signs else hashlib.blake2b(value.encode(), digest_size=4).hexdigest()
+        return f"{name}***{shown}"
+
+    return re.sub("(?<=[?&])([^=&]*=)?((?:(?!::)[^&])+)", redact, url[0])
 
 
 @contextmanager
@@ -30,6 +55,29 @@ def explained(explanation: Callable[[str], str]) -> Iterator[None]:
         if not error.errno or error.strerror != os.strerror(error.errno):
             raise  # whoever raised it has said what is wrong
         raise OSError(error.errno, explanation(error.strerror)) from error
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Raise the errors of numpy, torch and mmap for memory that ran out as one ``OSError``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not lacks_memory(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        found = " ".join(str(reason).split()) or "MemoryError"
+        message = f"memory ran out ({found}); what is finished is kept: run the same command again "
+        message += "with fewer workers, smaller batches, or a higher limit (ulimit -v)"
+        raise OSError(errno.ENOMEM, message) from error
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error says that the system gave no memory, for data or for a thread."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = re.search("alloc|out of memory|can't start new thread", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def may_be_temporary(error: Exception) -> bool:
@@ -44,10 +92,10 @@ def may_be_temporary(error: Exception) -> bool:
     return not isinstance(error, ValueError | TypeError | NotImplementedError | FileExistsError)
 
 
-def raise_explained(
+def explained_error(
     url: object, error: Exception, attempts: int, operation: Participle = "read"
-) -> NoReturn:
-    """Raise one error with the URL, the cause and a remedy in its message.
+) -> Exception:
+    """Return one error with the URL, the cause and a remedy in its message, and without secrets.
 
     Args:
         url: what was asked for.
@@ -55,47 +103,49 @@ def raise_explained(
         attempts: how often it was tried.
         operation: what was to be done with the URL.
 
-    Raises:
+    Returns:
         ImportError: the package of the protocol is not installed.
         OSError: the server refuses, has no such file, or cannot be reached.
         ValueError: fsspec does not know the protocol.
     """
     if isinstance(error, ImportError):
-        _raise_missing_package(url, error)
-    cause = f"{type(error).__name__}: {error}".rstrip(": ")
+        return _missing_package(url, error)
+    reason = redacted(str(error))
+    cause = f"{type(error).__name__}: {reason}".rstrip(": ")
     if _is_denied(error):
         advice = f"give credentials with which it may be {operation}, "
         advice += "as the package of its protocol wants them"
-        raise OSError(errno.EACCES, f"{url}: access is refused ({cause}); {advice}") from error
+        return PermissionError(errno.EACCES, f"{url}: access is refused ({cause}); {advice}")
     if isinstance(error, FileNotFoundError) and not may_be_temporary(error):
         fault = "is not there"
         if operation == "written":
-            fault = f"its bucket or folder is not there ({error})"
-        raise OSError(errno.ENOENT, f"{url}: {fault}; check its name") from error
-    if "Protocol not known" in str(error):
-        raise ValueError(f"{url}: {error}; expected one that fsspec knows") from error
-    if "range requests" in str(error):
+            fault = f"its bucket or folder is not there ({reason})"
+        return FileNotFoundError(errno.ENOENT, f"{url}: {fault}; check its name")
+    if "Protocol not known" in reason:
+        return ValueError(f"{url}: {reason}; expected one that fsspec knows")
+    if "range requests" in reason:
         fault = "its server sends whole files, not the ranges asked for"
-        raise OSError(errno.EOPNOTSUPP, f"{url}: {fault}; read simplecache::{url}") from error
+        return OSError(errno.EOPNOTSUPP, f"{url}: {fault}; read simplecache::{url}")
     if unreachable := _unreachable_cause(error):
-        cause = f"its server cannot be reached: {unreachable}"
+        cause = f"its server cannot be reached: {redacted(str(unreachable))}"
     tries = f" in {attempts} attempts" if may_be_temporary(error) else ""
     advice = "what is finished is kept: run the same command again"
-    message = f"{url}: cannot be {operation}{tries} ({cause}); {advice}"
-    raise OSError(errno.EIO, message) from error
+    return OSError(errno.EIO, f"{url}: cannot be {operation}{tries} ({cause}); {advice}")
 
 
-def _raise_missing_package(url: object, error: ImportError) -> NoReturn:
-    if str(url) in str(error):
-        raise error
-    from fsspec.registry import known_implementations
-
+def _missing_package(url: object, error: ImportError) -> ImportError:
+    try:
+        import fsspec.registry
+    except ImportError:
+        reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
+        return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
     protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
+    known_implementations = fsspec.registry.known_implementations
     package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
     known = package not in ("", "fsspec")  # those of fsspec itself need further packages
     advice = f"pip install {package}" if known else "install the package that it names"
     reason = f"{protocol}:// is read through another package"
-    raise ImportError(f"{url}: {reason}: {advice} ({error})")
+    return ImportError(f"{url}: {reason}: {advice} ({error})")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -56,6 +56,8 @@ class LocalPath(PosixPath):
     def explanation(self, reason: str) -> str:
         """Return the message of an error of the operating system, with the file and an advice."""
         link = f" (a link to {os.readlink(self)})" if self.is_symlink() else ""
+        if reason == os.strerror(errno.ENOMEM):
+            return f"{self}{link}: {reason}"  # the file is not at fault
         missing = "it" if self.parent.is_dir() else "the directory"
         advice = (
             f"check that {missing} exists, that this user may use it and that the disk has room"
@@ -96,8 +98,15 @@ class LocalPath(PosixPath):
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """Yield this path: it needs no copy."""
-        yield self
+        """Yield this path or, if it is not UTF-8, another path that leads to the open file.
+
+        Libraries that open files themselves refuse names that are not UTF-8.
+        """
+        if str(self).encode(errors="ignore").decode() == str(self):
+            yield self
+            return
+        with open(self, "rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
 
     def pending_file(self, buffering: int = -1) -> AbstractContextManager[IO[bytes]]:
         """Open a file that appears under this name when its ``with`` block ends."""

@@ -54,7 +54,7 @@ def output_path(path: AnyPath) -> StoragePath:
     result = storage_path(path)
     if isinstance(result, Url) and (reason := result.read_only_reason):
         advice = "give a directory, or s3://, gs://, ..."
-        raise ValueError(f"{path}: is read only: {reason} takes no files; {advice}")
+        raise ValueError(f"{result}: is read only: {reason} takes no files; {advice}")
     return result
 
 
@@ -66,7 +66,9 @@ def local_path(path: AnyPath) -> LocalPath:
     """
     result = storage_path(path)
     if isinstance(result, Url):
-        raise ValueError(f"{path}: is a URL, this is written to a directory; give one, and copy it")
+        raise ValueError(
+            f"{result}: is a URL, this is written to a directory; give one, and copy it"
+        )
     return result
 
 

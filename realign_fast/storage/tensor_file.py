@@ -27,8 +27,9 @@ def tensors_of(
     What is missing or does not fit, in the file or in the block, is a ValueError with the path,
     what was ``expected`` and an ``advice``.
     """
+    path = storage_path(path)  # whose text has no secrets
     try:
-        with storage_path(path).local_copy() as local, safe_open(local, "pt") as file:
+        with path.local_copy() as local, safe_open(local, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
         yield tensors, metadata

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import quote, unquote
 
-from .errors import Participle, may_be_temporary, raise_explained
+from .errors import Participle, explained_error, may_be_temporary, redacted
 from .read_ahead import ReadAhead, pieces
 
 BUFFER_BYTES = 256 << 10
@@ -41,16 +41,20 @@ _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each th
 
 
 class Url:
-    """A remote file or directory. Equal and hashed by its text; pickled as its text."""
+    """A remote file or directory. Equal and hashed by its text; pickled as its text.
+
+    Its ``str`` is for people, reports and manifests: passwords and signatures are left out.
+    """
 
     is_remote = True
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        self._text, self._shown = text, redacted(text)
+        self._has_secrets = self._shown != text  # which errors must not carry along
         # The first link of a chain that has a path is where names are; what follows encloses it.
         parts = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)
         if not parts:
-            raise ValueError(f"{text}: expected a URL, as protocol://place")
+            raise ValueError(f"{self}: expected a URL, as protocol://place")
         self._prefix, path, self._suffix = parts.groups()
         self.is_web = self._prefix.endswith(("http://", "https://"))
         self._path: str
@@ -100,7 +104,7 @@ class Url:
         return Url(f"{self._prefix}{base}{name}{self._suffix}") if name else self
 
     def __str__(self) -> str:
-        return self._text
+        return self._shown
 
     def __repr__(self) -> str:
         return f"Url({str(self)!r})"
@@ -370,17 +374,15 @@ class Url:
                 return request(*self._connected())
             except Exception as error:
                 if wait is None or not may_be_temporary(error):
-                    raise_explained(self, error, len(WAITS) + 1, operation)
+                    explained = explained_error(self, error, len(WAITS) + 1, operation)
+                    raise explained from (None if self._has_secrets else error)
             time.sleep(wait)
 
     def _connected(self) -> tuple[Any, str]:
         """Return its file system in this process, and its path there."""
         if self._connection is None or self._connection[0] != os.getpid():
-            try:
-                import fsspec.core
-            except ImportError as error:
-                reason = f"{self}: URLs are read through fsspec, which does not import ({error})"
-                raise ImportError(f"{reason}: pip install 'realign_fast[urls]'") from error
+            import fsspec.core
+
             self._connection = (os.getpid(), *fsspec.core.url_to_fs(self._text))
         return self._connection[1:]
 
