@@ -77,7 +77,7 @@ def lacks_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     said = re.search("alloc|out of memory|can't start new thread", str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or bool(said)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
 
 
 def may_be_temporary(error: Exception) -> bool:

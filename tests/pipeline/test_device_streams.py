@@ -25,7 +25,6 @@ from realign_fast.pipeline.device_streams import (
     copied_batches,
     streams_for,
 )
-from realign_fast.pipeline.engines.local import Processes, worker_number
 from realign_fast.pipeline.settings import Settings
 
 D = 24
@@ -216,16 +215,6 @@ def test_the_cpu_has_no_streams_and_moments_move():
     moved = moments.to("cpu")
     assert torch.equal(moved.covariance, moments.covariance) and moved.count == 50
     assert Moments().to("cpu").count == 0
-
-
-def test_workers_of_an_engine_have_numbers():
-    numbers = set(Processes(2)(_number, range(8)))
-    assert numbers <= {0, 1} and worker_number() == 0
-
-
-def _number(_: int) -> int:
-    time.sleep(0.05)
-    return worker_number()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.far import web
 from support.kill_and_resume import tree
 
 from realign_fast.cli import main
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.engines.local import engine_of
+from realign_fast.pipeline.engines.local import engine_of, worker_number
 from realign_fast.pipeline.settings import Settings
+from realign_fast.storage.errors import memory_explained
 from realign_fast.storage.lock import locked
 
 D, SHARDS = 16, (40, 1, 0, 70, 33)
@@ -125,10 +127,17 @@ def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):
                 pass
 
 
+@pytest.fixture(scope="module")
+def engine():
+    """Two worker processes, which take seconds to start."""
+    return engine_of(2)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(corpora, workers):
+def test_any_number_of_workers_writes_the_same_bytes(corpora, workers, engine):
     align("text", "image", "one", Settings(progress=False))
-    report = align("text", "image", "many", Settings(progress=False, workers=workers))
+    shared = engine if workers == 2 else None
+    report = align("text", "image", "many", Settings(progress=False, workers=workers), shared)
     assert tree("many") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
 
@@ -145,25 +154,27 @@ def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):
 
 def test_workers_from_a_shell_stop_with_130_and_leave_no_half(corpora):
     """A TERM to the parent alone; what the workers were at is put away, and a rerun mends it."""
-    rows = np.random.default_rng(0).standard_normal((400_000, D)).astype("f4")
-    for index in range(6):
-        np.save(f"text/emb_{index}.npy", rows)
-    np.save("image/emb_0.npy", rows[:90])
-    np.save("image/emb_1.npy", rows[:90])
-    options = ["--text", "text", "--image", "image", "--batch-bytes", "65536"]
-    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *options]
-    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, "--out", "out", "--workers", "2"], **options)
-    while not list(Path("out").glob(".emb*.partial")) and process.poll() is None:
-        time.sleep(0.001)
-    process.terminate()
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error.count("\n")) == (130, 1), error
-    assert not list(Path("out").glob(".*.partial"))
-    done = subprocess.run([*command, "--out", "out", "--workers", "2"], timeout=120, **options)
-    assert (done.returncode, done.stderr) == (0, "")
-    subprocess.run([*command, "--out", "one"], timeout=120, check=True, **options)
+    pytest.importorskip("aiohttp")
+    with web(corpora) as (address, state):
+        sides = [f"{address}/text", f"{address}/image"]
+        aligning = Path("out/.emb_1.npy.partial").exists
+        held, released = state.hold("GET", "emb_1.npy", aligning)
+        options = ["--text", sides[0], "--image", sides[1], "--out", "out", "--workers", "2"]
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *options],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert held.wait(120) and process.poll() is None
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+        released.set()
+        assert (process.returncode, error.count("\n")) == (130, 1), error
+        assert not list(Path("out").glob(".*.partial")) and not Path("out/report.json").exists()
+        align(*sides, "out", Settings(progress=False))
+        align(*sides, "one", Settings(progress=False))
     assert tree("out") == tree("one")
 
 
@@ -180,16 +191,32 @@ class Slow:
         return torch.full((2,), index), torch.get_num_threads()
 
 
-def test_results_come_in_the_order_of_the_shards():
-    engine = engine_of(3)
+def test_results_come_in_the_order_of_the_shards(engine):
     for count in (8, 0, 5):
         results = list(engine(Slow(), range(count)))
         assert [int(tensor[0]) for tensor, _ in results] == list(range(count))
-        assert all(threads == max(1, torch.get_num_threads() // 3) for _, threads in results)
+        assert all(threads == max(1, torch.get_num_threads() // 2) for _, threads in results)
 
 
-def test_a_worker_that_dies_is_one_error():
-    engine = engine_of(2)
+def test_workers_of_an_engine_have_numbers(engine):
+    assert set(engine(_number, range(8))) <= {0, 1} and worker_number() == 0
+
+
+def _number(_):
+    time.sleep(0.05)
+    return worker_number()
+
+
+def _hungry(_):
+    return torch.empty(1 << 50)
+
+
+def test_memory_that_runs_out_in_a_worker_is_one_error(engine):
+    with pytest.raises(OSError, match=r"memory ran out \(.*fewer workers"), memory_explained():
+        list(engine(_hungry, range(3)))
+
+
+def test_a_worker_that_dies_is_one_error(engine):
     with pytest.raises(OSError, match=r"a worker process died .* run the same command again"):
         list(engine(Slow(dies=3), range(8)))
     assert len(list(engine(Slow(), range(3)))) == 3  # others take their place

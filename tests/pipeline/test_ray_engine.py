@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.far import web
 from support.kill_and_resume import tree
 
 from realign_fast.cli import main
@@ -365,30 +366,33 @@ def alive(pid):
 
 def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
     """Ray started for the run; Ctrl-C reaches it and its workers as from a terminal."""
-    write("text", (40, 40_000, 40_000, 40_000, 70))
-    paths = ["--text", "text", "--image", "image", "--out", "out", "--batch-bytes", "2048"]
-    command = [sys.executable, "-m", "realign_fast", "align", *paths, "--engine", "ray"]
-    command += ["--threads", "1", "--quiet"]
-    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
-    try:
-        drift, partial = Path("out", "_stats", "source-drift"), Path("out", ".emb_1.npy.partial")
-        until(lambda: drift.exists() or process.poll() is not None, "the last pass but one")
-        below = descendants(process.pid)
-        until(lambda: partial.exists() or process.poll() is not None, "a shard is aligned")
-        os.killpg(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error.count("\n")) == (130, 1), error
-        assert len(below) > 4  # gcs_server, raylet, agents, workers
-        until(lambda: not any(map(alive, below)), "they are gone", 90)
-        assert not list(Path("out").glob(".*.partial")) and not Path("out", "report.json").exists()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    settings = Settings(progress=False, batch_bytes=2048)
-    report = align("text", "image", "out", settings)
-    assert [done["finished_before"] for done in report["passes"]][:3] == [120_110, 120, 120_110]
-    align("text", "image", "one", settings)
+    pytest.importorskip("aiohttp")
+    with web(corpora) as (address, state):
+        sides = [f"{address}/text", f"{address}/image"]
+        aligning = Path("out/.emb_1.npy.partial").exists
+        held, released = state.hold("GET", "emb_1.npy", aligning)
+        command = [sys.executable, "-m", "realign_fast", "align", "--text", sides[0], "--image"]
+        command += [sides[1], "--out", "out", "--engine", "ray", "--threads", "1", "--quiet"]
+        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
+        try:
+            assert held.wait(120) and process.poll() is None
+            below = descendants(process.pid)
+            os.killpg(process.pid, signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+            released.set()
+            assert (process.returncode, error.count("\n")) == (130, 1), error
+            assert len(below) > 4  # gcs_server, raylet, agents, workers
+            until(lambda: not any(map(alive, below)), "they are gone", 90)
+            assert not list(Path("out").glob(".*.partial"))
+            assert not Path("out", "report.json").exists()
+        finally:
+            released.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        report = align(*sides, "out", QUIET)
+        assert [done["finished_before"] for done in report["passes"]][:3] == [144, 120, 144]
+        align(*sides, "one", QUIET)
     assert tree("out") == tree("one")
 
 

@@ -260,48 +260,52 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
 
 
-def started(corpora, *options):
+def started(corpora, tmp_path, address, *options):
+    """A run on an S3 server whose scratch files are in a directory of their own."""
+    (tmp_path / "scratch").mkdir()
     inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
     command = [sys.executable, "-m", "realign_fast", "align", *inputs, *options]
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    place = {"TMPDIR": str(tmp_path / "scratch"), "AWS_ENDPOINT_URL": address}
+    return subprocess.Popen(command, env=environment() | place, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
-    ("seen", "options"),
-    [
-        ("_stats/source-moments/emb_1.npy.", ()),
-        ("emb_2.npy", ()),
-        ("emb_2.npy", ("--workers", "2")),
-    ],
+    ("held_name", "options"),
+    [("emb_1.npy.", ()), ("emb_1.npy", ()), ("emb_1.npy", ("--workers", "2"))],
 )
-def test_killed_in_the_middle_it_goes_on_by_itself(seen, options, tmp_path, bucket):
-    corpora = write(tmp_path / "text", 1, [400] * 16), write(tmp_path / "image", 2, (40, 9))
-    scratch = set(Path("/tmp").glob("realign-fast-*"))
-    process = started(corpora, *options)
-    deadline = time.monotonic() + 120
-    while not any(name.startswith(seen) for name in keys(bucket)):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+def test_killed_in_the_middle_it_goes_on_by_itself(
+    held_name, options, tmp_path, corpora, bucket, s3_server
+):
+    """It is killed while it uploads statistics, or a shard."""
+    with proxy(s3_server) as (address, state):
+        seen = "_stats/apply/emb_0.npy.json" if held_name == "emb_1.npy" else "_stats/lock"
+        held, released = state.hold("PUT", held_name, lambda: seen in keys(bucket))
+        process = started(corpora, tmp_path, address, *options)
+        assert held.wait(120) and process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        released.set()
     left = keys(bucket)
-    assert "_stats/lock" in left and "report.json" not in left and "emb_15.npy" not in left
+    assert "_stats/lock" in left and "report.json" not in left and "emb_2.npy" not in left
     report = align(*corpora, S3, QUIET)
     assert sum(before for _, before in finished(report).values()) > 0
     align(*corpora, tmp_path / "near", QUIET)
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
     assert "_stats/lock" not in keys(bucket)
-    names = {path.name for path in set(Path("/tmp").glob("realign-fast-*")) - scratch}
+    names = [path.name for path in (tmp_path / "scratch").iterdir()]
     assert not [name for name in names if not name.startswith("realign-fast-task-")]
 
 
-def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, bucket):
-    corpora = write(tmp_path / "text", 1, [400] * 16), write(tmp_path / "image", 2, (40, 9))
-    process = started(corpora)
-    while "_stats/lock" not in keys(bucket):
-        assert process.poll() is None
-    process.terminate()
-    assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
+def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, corpora, bucket, s3_server):
+    with proxy(s3_server) as (address, state):
+        held, released = state.hold("PUT", "emb_1.npy", lambda: True)
+        process = started(corpora, tmp_path, address)
+        assert held.wait(120)
+        assert "_stats/lock" in keys(bucket)
+        process.terminate()
+        released.set()
+        assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
     assert "_stats/lock" not in keys(bucket)
 
 

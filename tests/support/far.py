@@ -80,6 +80,23 @@ class State:
         if command == "GET" and path.name in self.before:
             self.before.pop(path.name)()
 
+    def hold(self, command, begin, until):
+        """Hold the answers to ``command`` of names that begin so, from when ``until()`` is true.
+
+        Returns ``(held, released)``, events: one is set by the first such request, and answers
+        go on when the other is.
+        """
+        held, released, asked = threading.Event(), threading.Event(), self.asked
+
+        def asked_and_held(*request):
+            asked(*request)
+            if request[0] == command and request[1].name.startswith(begin) and until():
+                held.set()
+                released.wait(120)
+
+        self.asked = asked_and_held
+        return held, released
+
     def fetched(self, name):
         """Bytes of a file that were asked for."""
         parts = [r for command, one, r in self.log if command == "GET" and one == name and r]

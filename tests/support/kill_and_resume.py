@@ -42,7 +42,7 @@ def tree(out):
     return found
 
 
-def write(folder, seed, shards=6, rows=3000, columns=64):
+def write(folder, seed, shards=6, rows=1000, columns=64):
     folder.mkdir()
     generator = np.random.default_rng(seed)
     centre = generator.standard_normal(columns)
