@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import explained
+from .local import LocalPath
 from .url import Url
 
 Holder = dict[str, Any]  # the process that a lock names
@@ -42,21 +44,16 @@ def locked_object(folder: Url, part: str = "") -> Iterator[None]:
     Raises:
         OSError: another process holds it, or may do so; the message says which.
     """
-    with _held(folder / (f"lock-{part}" if part else "lock"), folder.parent):
-        locks = {path.name for path in folder.iterdir() if path.name.startswith("lock")}
-        for name in sorted(locks & {"lock"} if part else locks - {"lock"}):
-            _remove_if_dead(folder / name, folder.parent)
-        yield
-
-
-@contextmanager
-def _held(path: Url, out: Url) -> Iterator[None]:
+    path = folder / (f"lock-{part}" if part else "lock")
     own = {**_process(), "token": uuid.uuid4().hex, "since": _now(), "alive": time.time()}
     stop = threading.Event()
     heartbeat = threading.Thread(target=_send_heartbeats, args=(path, own, stop), daemon=True)
     try:
-        _acquire(path, own, out)
+        _acquire(path, own)
         heartbeat.start()
+        locks = {entry.name for entry in folder.iterdir() if entry.name.startswith("lock")}
+        for name in sorted(locks & {"lock"} if part else locks - {"lock"}):
+            _remove_if_dead(folder / name)
         yield
     finally:
         stop.set()
@@ -67,26 +64,26 @@ def _held(path: Url, out: Url) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _acquire(path: Url, own: Holder, out: Url) -> None:
-    _remove_if_dead(path, out)
+def _acquire(path: Url, own: Holder) -> None:
+    _remove_if_dead(path)
     if not path.create(_to_json(own)) and not _is_own(path, own):  # its answer may be lost
         raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
     if path.create(_to_json(own)):  # although it is there
         reason = "its store cannot create an object only where there is none"
-        warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=5)
+        warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=4)
 
 
-def _remove_if_dead(path: Url, out: Url) -> None:
+def _remove_if_dead(path: Url) -> None:
     """Remove the lock of a dead process; raise OSError if its holder may live."""
     with _alone_on_this_machine():  # else a second process would remove the lock of the first
         if (holder := _read(path)) is None:
             return
         if not _is_dead(holder):
-            raise OSError(errno.EBUSY, _busy_message(path, holder, out))
+            raise OSError(errno.EBUSY, _busy_message(path, holder))
         path.unlink(missing_ok=True)
 
 
-def _busy_message(path: Url, holder: Holder, out: Url) -> str:
+def _busy_message(path: Url, holder: Holder) -> str:
     process = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
     alive = holder.get("alive")
     age = time.time() - alive if isinstance(alive, float) else None
@@ -98,8 +95,8 @@ def _busy_message(path: Url, holder: Holder, out: Url) -> str:
         state = f"gave no sign of life for {age / 60:.0f} min (there is one every minute)"
     since = holder.get("since", "an unknown time")
     return (
-        f"{out}: {process} is working on it since {since} and {state}; wait until it ends, or give "
-        f"another --out; if it was killed, delete {path} and run again"
+        f"{path.parent.parent}: {process} is working on it since {since} and {state}; wait until "
+        f"it ends, or give another --out; if it was killed, delete {path} and run again"
     )
 
 
@@ -166,7 +163,8 @@ def _is_dead(holder: Holder) -> bool:
 def _alone_on_this_machine() -> Iterator[None]:
     descriptor = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with explained(LocalPath(tempfile.gettempdir()).explanation):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
