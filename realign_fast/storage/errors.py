@@ -134,13 +134,12 @@ def explained_error(
 
 
 def _missing_package(url: object, error: ImportError) -> ImportError:
-    try:
-        import fsspec.registry
-    except ImportError:
+    if error.name == "fsspec":
         reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
         return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
+    from fsspec.registry import known_implementations
+
     protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
-    known_implementations = fsspec.registry.known_implementations
     package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
     known = package not in ("", "fsspec")  # those of fsspec itself need further packages
     advice = f"pip install {package}" if known else "install the package that it names"

@@ -313,6 +313,8 @@ def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, corpora, bucket, s3_serv
 def failing(bucket, s3_server, monkeypatch):
     """What goes wrong on the way to the bucket."""
     monkeypatch.setattr(url, "WAITS", (0.0,))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # its package need not try again besides
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
     with proxy(s3_server) as (address, state):
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
