@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import write_json
 from .choices import Content, Mode, RowDtype, Side
@@ -76,6 +77,7 @@ class PlannedShard(NamedTuple):
     stop: int
 
 
+@memory_explained()
 def embed(
     encoder: Encoder,
     out: str | os.PathLike[str],

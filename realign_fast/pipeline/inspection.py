@@ -8,6 +8,7 @@ import torch
 
 from ..corpus.corpus import Corpus, sample_rows
 from ..moments import Moments, good_rows
+from ..storage.errors import memory_explained
 
 
 def shape_of(corpus: Corpus) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def shape_of(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+@memory_explained()
 def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Return facts of a corpus as plain numbers; those of rows are of ``sample`` rows.
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..moments import Moments
+from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .cached_corpus import CachedCorpus
@@ -139,6 +140,7 @@ class PassRunner:
         settings, reading = self.settings, self.reading
         return name, corpus, shard_identities, checkpoints, settings, reading, aligner
 
+    @memory_explained()
     def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
         """Map a task over the shards and merge the results into ``total``, in their order.
 

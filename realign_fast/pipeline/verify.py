@@ -19,7 +19,7 @@ import torch
 from ..align import ReAlign
 from ..corpus import Corpus, format_of
 from ..moments import Moments
-from ..storage.errors import lacks_memory
+from ..storage.errors import lacks_memory, memory_explained
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import checksum, digest, map_hash
 from .manifest import read_manifest
@@ -49,6 +49,7 @@ class ShardContents:
     total: torch.Tensor | float = field(default=0.0, repr=False)
 
 
+@memory_explained()
 def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     """Return how much was checked and a line for each fault; none if ``out`` is as it was written.
 

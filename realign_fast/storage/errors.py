@@ -57,19 +57,23 @@ def explained(explanation: Callable[[str], str]) -> Iterator[None]:
         raise OSError(error.errno, explanation(error.strerror)) from error
 
 
+class NoMemoryError(OSError):
+    """Memory ran out; the message says so and what to do."""
+
+
 @contextmanager
 def memory_explained() -> Iterator[None]:
-    """Raise the errors of numpy, torch and mmap for memory that ran out as one ``OSError``."""
+    """Raise the errors of numpy, torch and mmap for memory that ran out as ``NoMemoryError``."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not lacks_memory(error):
+        if not lacks_memory(error) or isinstance(error, NoMemoryError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         found = " ".join(str(reason).split()) or "MemoryError"
         message = f"memory ran out ({found}); what is finished is kept: run the same command again "
         message += "with fewer workers, smaller batches, or a higher limit (ulimit -v)"
-        raise OSError(errno.ENOMEM, message) from error
+        raise NoMemoryError(errno.ENOMEM, message) from error
 
 
 def lacks_memory(error: Exception) -> bool:

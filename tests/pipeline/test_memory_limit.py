@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from realign_fast.cli import main
-from realign_fast.storage.errors import lacks_memory, memory_explained
+from realign_fast.corpus import Corpus
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.inspection import inspect
+from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.verify import verify
+from realign_fast.storage.errors import NoMemoryError, lacks_memory, memory_explained
 from realign_fast.storage.paths import explained
 
 
@@ -58,6 +63,19 @@ def test_a_command_is_one_error_or_done(command, extra, folder, tmp_path, capsys
         assert line.startswith("realign-fast: error: memory ran out (") and "ulimit -v" in line
     if extra == 0:
         assert status == 2
+
+
+def test_the_functions_behind_the_commands_raise_that_error(folder, tmp_path):
+    corpora = Corpus(folder / "text"), Corpus(folder / "image")
+    settings = Settings(progress=False, batch_bytes=30 << 20)
+    calls = (
+        lambda: align(*corpora, tmp_path / "out", settings),
+        lambda: verify(folder / "out"),
+        lambda: inspect(corpora[0], 1 << 18),
+    )
+    for call in calls:
+        with pytest.raises(NoMemoryError, match="ulimit -v"), address_space(0):
+            call()
 
 
 def test_each_library_says_that_memory_ran_out_and_one_error_is_raised(tmp_path):
