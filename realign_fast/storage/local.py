@@ -55,10 +55,10 @@ class LocalPath(PosixPath):
 
     def explanation(self, reason: str) -> str:
         """Return the message of an error of the operating system, with the file and an advice."""
-        link = f" (a link to {os.readlink(self)})" if self.is_symlink() else ""
+        link = f" (a link to {os.readlink(self)})" if os.path.islink(self) else ""
         if reason == os.strerror(errno.ENOMEM):
             return f"{self}{link}: {reason}"  # the file is not at fault
-        missing = "it" if self.parent.is_dir() else "the directory"
+        missing = "it" if os.path.isdir(self.parent) else "the directory"
         advice = (
             f"check that {missing} exists, that this user may use it and that the disk has room"
         )
