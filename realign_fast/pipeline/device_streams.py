@@ -142,7 +142,7 @@ def copied_batches(
             yield batch, slot, event
 
     try:
-        for batch, slot, event in started_ahead(copies(), lambda: SLOTS):
+        for batch, slot, event in started_ahead(copies(), SLOTS):
             streams.wait_event(event)
             yield Batch(batch.shard, batch.first, on_device[slot][: len(batch.rows)])
             released[slot] = streams.record_event()

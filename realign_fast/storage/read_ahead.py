@@ -32,18 +32,18 @@ def spans(pread: Pread, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
     requests = (pool.submit(pread, stop - start, start) for start, stop in ranges)
     try:
-        for request in started_ahead(requests, lambda: IN_FLIGHT):
+        for request in started_ahead(requests, IN_FLIGHT):
             yield request.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def started_ahead(items: Iterable[Item], limit: Callable[[], int]) -> Iterator[Item]:
-    """Yield items in order, ``limit()`` of them begun: making an item begins its work."""
+def started_ahead(items: Iterable[Item], limit: int) -> Iterator[Item]:
+    """Yield items in order, ``limit`` of them begun: making an item begins its work."""
     begun: deque[Item] = deque()
     for item in items:
         begun.append(item)
-        while len(begun) >= limit():
+        if len(begun) == limit:
             yield begun.popleft()
     yield from begun
 

@@ -62,7 +62,7 @@ class Processes:
             file.flush()
             try:
                 results = (self._started().submit(_call, file.name, shard) for shard in shards)
-                for result in started_ahead(results, lambda: 2 * self.workers):
+                for result in started_ahead(results, 2 * self.workers):
                     yield pickle.loads(result.result())
                 ended = True
             except BrokenProcessPool as error:
