@@ -365,6 +365,8 @@ def test_an_upload_that_fails_is_tried_again(tmp_path, corpora, bucket, failing)
 def test_a_server_that_is_gone_is_said_once(corpora, bucket, monkeypatch, capsys):
     monkeypatch.setattr(url, "WAITS", ())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--quiet"]
     assert main.main(["align", *inputs, "--out", S3]) == 2
