@@ -100,12 +100,14 @@ class Chat:
         or no EOS, the tokenizer is slow, or the template does more to a text than append to it.
         """
         self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
-        self.template = template or getattr(tokenizer, "chat_template", None)
-        if not self.template:
+        self.template = template
+        if not template and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
                 "or train on captions (--template plain)"
             )
+        if not template:  # one text, or several with a name each
+            self.template = tokenizer.get_chat_template()
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{tokenizer.name_or_path}: cannot say which characters a token stands for; use "

@@ -241,6 +241,11 @@ def test_an_answer_that_no_token_holds_alone_is_a_fault():
     assert chat.fault(Sample("x", [], None, [("user", "a"), ("assistant", "t dog")])) is None
 
 
+def test_of_several_templates_the_default_is_used():
+    tokenizer = word_tokenizer({"default": CHATML, "tools": "{{ messages }}"})
+    assert Chat(tokenizer, K).encode(SAMPLE) == Chat(word_tokenizer(), K).encode(SAMPLE)
+
+
 def test_tokenizers_without_bos_and_pad_encode_the_same():
     tokenizer, bare = word_tokenizer(), word_tokenizer()
     bare.bos_token = bare.pad_token = None

@@ -81,13 +81,13 @@ def test_resumed_training_has_the_losses_of_uninterrupted_bit_for_bit(parts, wor
     finetune(through)
     want = losses(tmp_path / "a")
     assert len(want) == 10 and len({loss for _, loss in want}) == 10
-    for stop in (3, 6) if "lora" in parts else (6,):  # in the first epoch, and in the second
-        out = tmp_path / f"b{stop}"
-        out.mkdir()
-        os.rename(tmp_path / "a" / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
-        finetune(run_of(world, out, trainer=steps, resume=True, **options))
-        assert losses(out) == want
-        assert same(weights(out), weights(tmp_path / "a"))
+    stop = 3 if "lora" in parts else 6  # in the first epoch, and in the second
+    out = tmp_path / "b"
+    out.mkdir()
+    os.rename(tmp_path / "a" / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
+    finetune(run_of(world, out, trainer=steps, resume=True, **options))
+    assert losses(out) == want
+    assert same(weights(out), weights(tmp_path / "a"))
 
 
 def test_one_and_two_data_workers_train_the_same(world, tmp_path):
