@@ -186,16 +186,12 @@ def _open_writer(shard: Shard, path: StoragePath, to: str, dtype: torch.dtype) -
 
 def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:
     """Yield the other columns of a shard as a dictionary for each row."""
-    return chain.from_iterable(map(_entries, shard.other_columns()))
-
-
-def _entries(chunk: ColumnChunk) -> Iterator[dict[str, Any]]:
-    if isinstance(chunk, list):
-        return iter(chunk)
-    if isinstance(chunk, dict):
-        rows = zip(*(column.tolist() for column in chunk.values()), strict=True)
-        return (dict(zip(chunk, row, strict=True)) for row in rows)
-    return iter(chunk.to_pylist())
+    for chunk in shard.other_columns():
+        if isinstance(chunk, dict):
+            rows = zip(*(column.tolist() for column in chunk.values()), strict=True)
+            yield from (dict(zip(chunk, row, strict=True)) for row in rows)
+        else:
+            yield from chunk if isinstance(chunk, list) else chunk.to_pylist()
 
 
 def _schema_of(shard: Shard) -> Any:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from support.memory import memory_growth
 
 from realign_fast.corpus import Batch, Corpus, ShardWriter, mapped_reader, read_header, sample_rows
+from realign_fast.storage.paths import natural_order
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -159,6 +160,20 @@ def test_natural_order_and_what_is_not_a_shard(tmp_path):
         (tmp_path / name).write_bytes(b"junk")
     got = [shard.path.name for shard in Corpus(tmp_path).shards]
     assert got == ["B.NPY", "a\u00b2.npy", "emb_01.npy", "emb_1.npy", "emb_2.npy", "emb_10.npy"]
+
+
+def test_natural_order_compares_all_numbers_before_their_zeros():
+    names = ["a1b1", "a01b2", "a1b10", "a01", "a1", "a2", "a10", "b"]
+    assert sorted(names, key=natural_order) == [
+        "a01",
+        "a1",
+        "a1b1",
+        "a01b2",
+        "a1b10",
+        "a2",
+        "a10",
+        "b",
+    ]
 
 
 def test_zero_row_shards_keep_their_place(tmp_path):

@@ -419,6 +419,9 @@ def test_null_rows_are_bad_rows_of_a_run(tmp_path):
             np.testing.assert_array_equal(aligned[row], expected * DIMENSION)
         assert '"nonfinite_rows": 3' in json.dumps(report)
     assert inspect(Corpus(sides[0]))["sample"]["nonfinite_rows"] == 3
+    convert(Corpus(sides[0]), tmp_path / "npy", "npy")
+    converted = everything(Corpus(tmp_path / "npy"))
+    assert np.flatnonzero(np.isnan(converted).all(axis=1)).tolist() == [7, 50, 90]
 
 
 @pytest.mark.parametrize(

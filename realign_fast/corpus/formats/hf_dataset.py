@@ -56,13 +56,8 @@ def write_state(
     write_whole(folder / STATE, json.dumps(state, indent=2, sort_keys=True).encode())
 
 
-_PLAIN: dict[str, Any] = {
-    "_format_columns": None,
-    "_format_kwargs": {},
-    "_format_type": None,
-    "_output_all_columns": False,
-    "_split": None,
-}
+_PLAIN: dict[str, Any] = {"_format_kwargs": {}, "_output_all_columns": False}
+_PLAIN |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
 
 
 def _load(path: StoragePath) -> dict[str, Any]:

@@ -7,11 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
-from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import MAX_COLUMNS
-from .npy import HEADER_BYTES
+from ...storage.paths import AnyPath, explained, storage_path
 
 Members = dict[str, tarfile.TarInfo]  # of one sample, by ending
 
@@ -82,19 +78,3 @@ def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None  # it is None for directories and devices
     return file.read()
-
-
-def row_bytes_of(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return the bytes of a member that holds one row."""
-    if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
-        raise ValueError(f"{path}: {member.name} has {member.size} bytes, expected one row")
-    return content_of(tar, member)
-
-
-def array_of_member(path: StoragePath, name: str, data: bytes) -> np.ndarray:
-    """Return the array that a `.npy` member holds."""
-    try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # hostile headers make the parser raise many kinds
-        problem = f"{name} is not a .npy file ({error})"
-        raise ValueError(f"{path}: {problem}; write it with numpy.save") from error

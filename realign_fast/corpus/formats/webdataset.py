@@ -23,13 +23,12 @@ from ...storage.paths import StoragePath
 from ..shard import FLOATS, MAX_COLUMNS
 from ..shard_writer import FormatWriter
 from ..streamed_shard import StreamedShard
+from .npy import HEADER_BYTES
 from .tar_members import (
     Members,
-    array_of_member,
     content_of,
     forget_members,
     opened_tar,
-    row_bytes_of,
     samples,
     split_name,
     walk,
@@ -72,9 +71,9 @@ class TarWriter(FormatWriter):
     def _copied(self) -> Iterator[tuple[tarfile.TarInfo, tuple[int, ...]]]:
         """Copy the source; stop where a row of the result belongs."""
         with opened_tar(self._source.path) as tar:
-            for member, data in self._source.members(tar):
-                if data is not None:
-                    yield member, array_of_member(self._source.path, member.name, data).shape
+            for member, row in self._source.members(tar):
+                if row is not None:
+                    yield member, row.shape
                 elif member.isreg():
                     self._add(copy.copy(member), content_of(tar, member))
                 else:
@@ -127,22 +126,21 @@ class TarShard(StreamedShard):
         """Yield rows one at a time; see `StreamedShard.pieces`."""
         number = 0
         with opened_tar(self.path) as tar:
-            for member, data in self.members(tar):
-                if data is None or (number := number + 1) <= first:
+            for member, row in self.members(tar):
+                if row is None or (number := number + 1) <= first:
                     continue
-                row = _row(self.path, member.name, data)
                 if (row.size, row.dtype) != (self.dimension, self.dtype):
                     actual = f"{member.name} holds {row.size} of {row.dtype}"
                     expected = f"{self.dimension} of {self.dtype} as the first"
                     advice = "embed all with one encoder"
                     raise ValueError(f"{self.path}: {actual}, expected {expected}; {advice}")
-                yield row[None]
+                yield row.reshape(1, -1)
 
-    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-        """Yield all members in order, with the bytes of those that are rows."""
+    def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, np.ndarray | None]]:
+        """Yield all members in order, with the row `[D]` or `[1, D]` of those that hold one."""
         for member in walk(tar):
             is_row = member.isreg() and split_name(member.name)[1] == self.column
-            yield member, row_bytes_of(self.path, tar, member) if is_row else None
+            yield member, _row(self.path, tar, member) if is_row else None
 
     @property
     def has_other_columns(self) -> bool:
@@ -177,8 +175,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
         for key, members in samples(path, tar):
             name = _choose(path, key, list(members), column)
             if row is None:
-                column, member = name, members[name]
-                row = _row(path, member.name, row_bytes_of(path, tar, member))
+                column, row = name, _row(path, tar, members[name])
             num_rows += 1
     if row is None or column is None:
         raise ValueError(f"{path}: has no samples, so nothing says their dimension; leave it out")
@@ -196,15 +193,23 @@ def _choose(path: StoragePath, key: str, endings: list[str], column: str | None)
     raise ValueError(f"{path}: sample {key!r} has no {chosen!r}; choose a column, of: {names}")
 
 
-def _row(path: StoragePath, name: str, data: bytes) -> np.ndarray:
-    """Return the row `[D]` in a member."""
-    array = array_of_member(path, name, data)
+def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:
+    """Return the row `[D]` or `[1, D]` in a member."""
+    place = f"{path}: {member.name}"
+    if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
+        raise ValueError(f"{place} has {member.size} bytes, expected one row")
+    data = io.BytesIO(content_of(tar, member))
+    try:
+        array: np.ndarray = np.lib.format.read_array(data, allow_pickle=False)
+    except Exception as error:  # hostile headers make the parser raise many kinds
+        advice = "write it with numpy.save"
+        raise ValueError(f"{place} is not a .npy file ({error}); {advice}") from error
     if array.dtype not in FLOATS:
         expected = "expected <f2, <f4 or <f8; save array.astype('<f4')"
-        raise TypeError(f"{path}: {name} holds {array.dtype.str}, {expected}")
+        raise TypeError(f"{place} holds {array.dtype.str}, {expected}")
     if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
-        raise ValueError(f"{path}: {name} has shape {array.shape}, expected [D] or [1, D]")
-    return array.reshape(-1)
+        raise ValueError(f"{place} has shape {array.shape}, expected [D] or [1, D]")
+    return array
 
 
 def _npy(row: np.ndarray) -> bytes:
