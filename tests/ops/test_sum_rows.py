@@ -1,12 +1,15 @@
 """sum_rows: sums, energies and counts of every kernel against the float64 oracle."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from support import oracle
-from support.op_checks import DTYPES, exact, random_map, random_rows
+from support.op_checks import DTYPES, exact, random_map, random_rows, require_compiled
 
 from realign_fast import Moments
+from realign_fast.ops import INSTRUCTION_SETS
 
 # What is summed: (how many of scale, shift, recentre are given, normalize).
 MODES = {"rows": (0, False), "directions": (0, True), "drift pass": (2, True), "map": (3, True)}
@@ -23,6 +26,10 @@ def summands(rows, mode):
         return oracle.unit(exact(rows)) if normalize else exact(rows)
     scale, *vectors = random_map(rows.shape[1])[:given]
     return oracle.row_map(exact(rows), scale, *(exact(vector) for vector in vectors))
+
+
+def exact_or_number(value):
+    return value if isinstance(value, float) else exact(value)
 
 
 def run(kernel, rows, mode):
@@ -154,6 +161,35 @@ def test_means_over_a_million_float16_rows_are_within_1e_7(compiled_kernel, mill
 def test_the_trace_of_a_million_rows_follows_without_a_second_pass(million):
     rows, _, (mean, _) = million
     assert Moments().update(rows).trace == pytest.approx(1 - (mean**2).sum(), abs=1e-7)
+
+
+@pytest.mark.parametrize("spread", (0.1, 0.03, 0.003, 0.0))
+@pytest.mark.parametrize("given", (0, 2, 3), ids=("directions", "drift pass", "map"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_spread_of_nearly_equal_rows(kernel, dtype, given, spread):
+    """``E|u|^2 - |E u|^2`` cancels: a CPU sums such rows in float64, a GPU keeps float32's error.
+
+    The largest error in float32, where 64 equal rows are added up, is 2e-6.
+    """
+    rows = (1 + spread * random_rows(300, 65) + random_rows(1, 65, seed=3)).to(dtype)
+    rows[7], rows[11, 5] = rows[8], torch.nan
+    row_map = random_map(65)[:given]
+    directions = oracle.unit(exact(rows[[i for i in range(300) if i != 11]]))
+    images = oracle.row_map(directions, *map(exact_or_number, row_map)) if given else directions
+    expected = ((images - images.mean(axis=0)) ** 2).sum() / 299
+    sums = kernel.sum(rows, *row_map)
+    spread_of_sums = float(sums.energy) / 299 - float((sums.total / 299).square().sum())
+    on_cpu = kernel.name in ("reference", *INSTRUCTION_SETS) or dtype == torch.float64
+    assert abs(spread_of_sums - float(expected)) <= (1e-13 if on_cpu and expected < 0.03 else 4e-6)
+
+
+def test_the_trace_of_clustered_rows_has_the_digits_of_float64():
+    require_compiled()
+    for spread, dtype in itertools.product((0.03, 0.003, 0), DTYPES):
+        rows = (1 + spread * random_rows(2000, 64)).to(dtype)
+        u = oracle.unit(exact(rows))
+        expected = float(((u - u.mean(axis=0)) ** 2).sum(axis=1).mean())
+        assert abs(Moments().update(rows).trace - expected) <= 1e-14
 
 
 @pytest.mark.parametrize("mode", MODES)
