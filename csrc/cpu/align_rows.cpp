@@ -69,7 +69,7 @@ void align_typed(const Tensor& out, const Tensor& rows, const RowMap& map, Isa i
 void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
                  std::optional<Tensor> recentre, int64_t isa) {
   constexpr const char* op = "align_rows";
-  check_out(op, out, rows);
+  check_out(op, out, rows, scale, shift, recentre);
   check_map(op, scale, shift, recentre, rows);
   const RowMap map(rows.size(1), *doubles(scale), doubles(shift), doubles(recentre));
   dispatch_dtypes(op, rows, out, [&](auto row_value, auto out_value) {

@@ -61,8 +61,8 @@ void for_each_chunk(int64_t chunks, int64_t scratch_size, const Body& body) {
 // Returns the requested instruction set (0: the best one), checked against those of this CPU.
 inline Isa checked_isa(int64_t requested) {
   const Isa best = best_isa();
-  STD_TORCH_CHECK(requested >= 0 && requested <= static_cast<int64_t>(best), "isa ", requested,
-                  " is not available here; expected 0 (the best one) to ",
+  STD_TORCH_CHECK(requested >= 0 && requested <= static_cast<int64_t>(best), "variant ", requested,
+                  " is not available here; expected 0 (the best instruction set) to ",
                   static_cast<int64_t>(best), ", the best that this CPU has");
   return requested == 0 ? best : static_cast<Isa>(requested);
 }

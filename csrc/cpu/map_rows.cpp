@@ -117,7 +117,7 @@ void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, cons
 void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
                int64_t isa) {
   constexpr const char* op = "map_rows";
-  check_out(op, out, rows);
+  check_out(op, out, rows, matrix, shift, recentre);
   check_matrix_map(op, matrix, shift, recentre, rows);
   dispatch_dtypes(op, rows, out, [&](auto row_value, auto out_value) {
     map_typed<decltype(row_value), decltype(out_value)>(out, rows, matrix, doubles(shift),

@@ -92,7 +92,7 @@ void align_typed(const Tensor& out, const Tensor& rows, const double* scale, con
 void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
                  std::optional<Tensor> recentre, int64_t) {
   constexpr const char* op = "align_rows";
-  check_out(op, out, rows);
+  check_out(op, out, rows, scale, shift, recentre);
   check_map(op, scale, shift, recentre, rows);
   if (rows.size(0) == 0) return;
   check_dtype(op, out);

@@ -263,7 +263,7 @@ struct NoTile {
 void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
                int64_t variant) {
   constexpr const char* op = "map_rows";
-  check_out(op, out, rows);
+  check_out(op, out, rows, matrix, shift, recentre);
   check_matrix_map(op, matrix, shift, recentre, rows);
   check_operand_variant(op, variant);
   if (rows.size(0) == 0) return;

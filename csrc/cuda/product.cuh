@@ -45,9 +45,9 @@ __host__ __device__ inline TilePlace upper_tile(int tile, int tiles) {
 }
 inline int upper_tiles(int tiles) { return tiles * (tiles + 1) / 2; }
 
-// Checks the ops' `isa` argument, which selects the float16 operands of a product.
+// Checks the ops' argument `variant`, which selects the float16 operands of a product.
 inline void check_operand_variant(const char* op, int64_t variant) {
-  STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": isa ", variant,
+  STD_TORCH_CHECK(variant == 0 || variant == 1, op, ": variant ", variant,
                   " is not available here; on CUDA it is 0, or 1 for one float16 operand");
 }
 

@@ -103,7 +103,9 @@ def test_columns_of_very_different_size_keep_their_digits(kernel):
 
 def test_what_does_not_exist_is_refused(kernel):
     rows, zeros = random_rows(3, 4), torch.zeros(4).double()
-    with pytest.raises(RuntimeError, match="isa 2 is not available here; on CUDA it is 0, or 1"):
+    with pytest.raises(
+        RuntimeError, match="variant 2 is not available here; on CUDA it is 0, or 1"
+    ):
         kernel.functions.add_scatter_(
             torch.zeros(4, 4).double(), zeros, rows, zeros, None, True, False, 2
         )

@@ -76,9 +76,9 @@ def test_the_variant_chooses_the_instruction_set():
     for narrower, wider in pairwise(totals[1:]):
         assert not torch.equal(narrower, wider)
     for variant in (-1, best + 1):
-        with pytest.raises(RuntimeError, match=f"isa {variant} is not available here"):
+        with pytest.raises(RuntimeError, match=f"variant {variant} is not available here"):
             OP.sum_rows(rows, None, None, None, True, variant)
-        with pytest.raises(RuntimeError, match=f"isa {variant} is not available here"):
+        with pytest.raises(RuntimeError, match=f"variant {variant} is not available here"):
             scale = torch.tensor(chosen_map[0], dtype=torch.float64)
             OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, variant)
 

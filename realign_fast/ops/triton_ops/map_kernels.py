@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import check_no_overlap
 from .row_kernels import (
     align_rows_,
     aligned,
-    check_no_overlap,
     launch,
     step_of,
     tile,

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import check_no_overlap
+
 _TILE_ENTRIES = 4096
 _ENTRIES_OF_A_WARP = 512  # 16 for each thread, which is as many as float64 leaves registers for
 _MOST_ROWS = 4  # of a tile; a thread may hold a number for each of them
@@ -353,23 +355,6 @@ def launch(
     constants |= {"COLUMNS": rows.shape[1], "ROW_STEP": step_of(rows), "M": TRITON_DTYPE[m]}
     with on_device_of(rows):
         kernel[grid](rows, len(rows), rows.stride(0), *arguments, **constants)
-
-
-def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
-    """Raise if ``out`` overlaps itself, or overlaps the rows without being exactly the rows."""
-    if len(out) > 1 and out.stride(0) < out.shape[1]:
-        raise RuntimeError(f"{op}: the rows of out overlap one another; give out memory of its own")
-    spans = []
-    for tensor in (out, rows):
-        last = (len(tensor) - 1) * tensor.stride(0) + tensor.shape[1] if len(tensor) else 0
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
-    (out_start, out_end), (rows_start, rows_end) = spans
-    same_layout = out.stride(0) == rows.stride(0) and out.dtype == rows.dtype
-    in_place = out_start == rows_start and same_layout
-    if not in_place and out_end > rows_start and rows_end > out_start:
-        raise RuntimeError(
-            f"{op}: out overlaps the rows; give out memory of its own, or the rows themselves"
-        )
 
 
 def align_rows_(
