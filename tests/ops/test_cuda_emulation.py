@@ -107,7 +107,7 @@ def test_what_does_not_exist_is_refused(kernel):
         RuntimeError, match="variant 2 is not available here; on CUDA it is 0, or 1"
     ):
         kernel.functions.add_scatter_(
-            torch.zeros(4, 4).double(), zeros, rows, zeros, None, True, False, 2
+            torch.zeros(4, 4).double(), zeros.clone(), rows, zeros, None, True, False, 2
         )
     with pytest.raises(RuntimeError, match="overlap"):
         kernel.functions.align_rows_(rows[1:], rows[:-1], zeros[0], zeros, None)
