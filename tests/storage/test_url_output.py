@@ -278,7 +278,7 @@ def test_killed_in_the_middle_it_goes_on_by_itself(
 ):
     """It is killed while it uploads statistics, or a shard."""
     with proxy(s3_server) as (address, state):
-        seen = "_stats/apply/emb_0.npy.json" if held_name == "emb_1.npy" else "_stats/lock"
+        seen = "aligner.safetensors" if held_name == "emb_1.npy" else "_stats/lock"
         held, released = state.hold("PUT", held_name, lambda: seen in keys(bucket))
         process = started(corpora, tmp_path, address, *options)
         assert held.wait(120) and process.poll() is None
