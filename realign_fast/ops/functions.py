@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import cpu_variant
-from .memory import apart, plain
+from .memory import apart, plain, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ROWS = 1 << 13  # rows that sum_mapped_rows maps at a time
@@ -62,8 +62,7 @@ def align_rows(
     if out is not None:
         _check_out(rows, out, out_dtype)
         own = out.resolve_neg()
-        vectors = [None if tensor is None else apart(tensor, own) for tensor in row_map]
-        getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *vectors)
+        getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *apart(row_map, own))
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
     kernel = getattr(torch.ops.realign_fast, op)
@@ -213,18 +212,16 @@ def add_scatter_(
     rows = _checked_rows("add_scatter_", rows)
     _check_sums(scatter, total, centre, rows.shape[1])
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
-    sums = scatter, total
-    if apart(scatter, total) is not scatter:
+    if share_memory(scatter, total):
         raise ValueError("add_scatter_: scatter and total share memory; give each its own")
     if weights is not None:
-        weights = apart(_checked_weights(rows, weights), *sums)
-    rows, centre = apart(rows.detach(), *sums), apart(_double_beside(rows, centre), *sums)
+        weights = _checked_weights(rows, weights)
+    sums = [tensor.resolve_neg() for tensor in (scatter, total)]
+    inputs = apart((rows.detach(), _double_beside(rows, centre), weights), *sums)
     variant = 1 if fast and rows.is_cuda else 0
-    own = [tensor.resolve_neg() for tensor in sums]
-    counts: Tensor = torch.ops.realign_fast.add_scatter_(
-        *own, rows, centre, weights, normalize, accurate, variant
-    )
-    for tensor, result in zip(sums, own, strict=True):
+    op = torch.ops.realign_fast.add_scatter_
+    counts: Tensor = op(*sums, *inputs, normalize, accurate, variant)
+    for tensor, result in zip((scatter, total), sums, strict=True):
         if result is not tensor:
             tensor.copy_(result)
     return counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,10 +19,17 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def apart(tensor: Tensor, *written: Tensor) -> Tensor:
-    """Return the tensor, copied if it shares memory with a tensor that is written meanwhile."""
-    shared = not torch.compiler.is_compiling() and any(_share(tensor, out) for out in written)
-    return tensor.clone() if shared else tensor
+def apart(read: Sequence[Tensor | None], *written: Tensor) -> list[Tensor | None]:
+    """Return the tensors, copied if they share memory with one that is written meanwhile."""
+    if torch.compiler.is_compiling():
+        return list(read)
+    spans = [_span(tensor) for tensor in written]
+    return [x.clone() if x is not None and _overlaps(_span(x), spans) else x for x in read]
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether the spans of two tensors in memory overlap."""
+    return not torch.compiler.is_compiling() and _overlaps(_span(a), [_span(b)])
 
 
 def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
@@ -29,23 +38,23 @@ def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
         raise RuntimeError(f"{op}: the rows of out overlap one another; give out memory of its own")
     same_layout = out.stride(0) == rows.stride(0) and out.dtype == rows.dtype
     in_place = out.data_ptr() == rows.data_ptr() and same_layout
-    if not in_place and _share(out, rows):
+    if not in_place and share_memory(out, rows):
         raise RuntimeError(
             f"{op}: out overlaps the rows; give out memory of its own, or the rows themselves"
         )
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Return whether the spans of two tensors in memory overlap."""
-    first, second = _span(a), _span(b)
-    return first.start < second.stop and second.start < first.stop
+def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+    return any(span[0] < end and first < span[1] for first, end in others)
 
 
-def _span(tensor: Tensor) -> range:
-    """Return the addresses from the first to the last byte; none for a tensor without memory."""
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte and after the last one; (0, 0) without memory."""
     if isinstance(tensor, FakeTensor) or tensor.is_meta or not tensor.numel():
-        return range(0)
+        return 0, 0
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in strides)
-    return range(start, start + (last + 1) * tensor.element_size())
+    return start, start + (last + 1) * tensor.element_size()
