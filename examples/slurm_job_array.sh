@@ -5,27 +5,43 @@
 #
 # submits six steps, each after the one before: the statistics of both sides (an array), merge, the
 # drift (an array), merge, apply (an array), merge. Started again it goes on where it stopped: a
-# finished shard is not read again. A job alone, as the arrays run it:
+# finished shard is not read again. A job that reaches its time limit (--time, 2 hours unless the
+# options say otherwise) gets SIGTERM a minute before, keeps what is finished (status 143) and is
+# queued again; so is one whose output another process holds (5), or whose store did not answer (6).
+# Logs: realign-STEP-JOB_TASK.log, with a line of JSON each minute. A job alone, as the arrays run it:
 #
 #   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh drift TEXT IMAGE OUT
 set -euo pipefail
 
 step=${1:?"submit, statistics, drift, apply or merge"} text=$2 image=$3 out=$4
+log=(--log-json --progress-interval 60)
 part="${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}"
+
+run() { # in the background, so that bash passes SIGTERM on
+  realign-fast "$@" "${log[@]}" &
+  trap 'kill -TERM $! 2>/dev/null' TERM
+  local status=0
+  wait $! || status=$?
+  ! kill -0 $! 2>/dev/null || { status=0; wait $! || status=$?; } # a signal ended the first wait
+  if [[ $status =~ ^(143|5|6)$ && -n ${SLURM_JOB_ID:-} && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+  fi
+  return "$status"
+}
 
 case $step in
   statistics)
-    realign-fast stats --text "$text" --out "$out" --shard "$part"
-    realign-fast stats --image "$image" --out "$out" --shard "$part"
+    run stats --text "$text" --out "$out" --shard "$part"
+    run stats --image "$image" --out "$out" --shard "$part"
     ;;
   drift)
-    realign-fast stats --text "$text" --out "$out" --aligner "$out/half.safetensors" --shard "$part"
+    run stats --text "$text" --out "$out" --aligner "$out/half.safetensors" --shard "$part"
     ;;
   apply)
-    realign-fast apply --text "$text" --aligner "$out" --out "$out" --shard "$part"
+    run apply --text "$text" --aligner "$out" --out "$out" --shard "$part"
     ;;
   merge)
-    realign-fast merge --text "$text" --image "$image" --out "$out"
+    run merge --text "$text" --image "$image" --out "$out"
     ;;
   submit)
     jobs=$5
@@ -33,7 +49,8 @@ case $step in
     for next in statistics merge drift merge apply merge; do
       array=()
       [[ $next == merge ]] || array=(--array="1-$jobs")
-      id=$(sbatch --parsable --job-name="realign-$next" "${array[@]}" "${after[@]}" "${@:6}" \
+      id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:TERM@60 --requeue \
+        --open-mode=append --output="realign-$next-%A_%a.log" "${array[@]}" "${after[@]}" "${@:6}" \
         "$(realpath "$0")" "$next" "$text" "$image" "$out")
       echo "$next: job $id"
       after=(--dependency="afterok:${id%%;*}")

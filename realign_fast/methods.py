@@ -7,21 +7,19 @@ section 4, and its appendix F for the block-wise map). docs/method.md has the fo
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from . import whiten
 from .frame import FixedFrame
+from .interface.option_values import Method
 from .moments import Moments
 from .whiten import Shrinkage
 
 __all__ = ["METHODS", "NEED_COVARIANCE", "Method", "Shrinkage", "linear_part"]
 
-Method = Literal[
-    "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
-]
 METHODS: tuple[Method, ...] = get_args(Method)
 NEED_COVARIANCE = METHODS[2:6]
 

@@ -9,7 +9,7 @@ partial results arrive changes at most the last bits.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,12 @@ from torch import Tensor
 from . import ops
 from ._arguments import expect_tensor
 from .covariance_sums import RowMap, RowWeights, Scatter
+from .interface.option_values import BadRows
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
-BadRows = Literal["error", "skip", "keep"]
 BAD_ROWS: tuple[BadRows, ...] = get_args(BadRows)
 _SUMS = ("total", "energy_total", "counts")
 

@@ -10,6 +10,7 @@ import shutil
 
 # Where other work takes a core, threads that wait by spinning turn seconds into minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # on GitHub, help would have colours
 
 import numpy as np
 import pytest

@@ -1,107 +1,219 @@
-"""The commands that fit and apply an alignment: align, fit, apply, stats and merge."""
+"""The commands that fit and apply an alignment: align, fit, apply, stats, merge and plan."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from .._arguments import check_device
-from ..align import ReAlign
-from ..corpus.corpus import Corpus
-from ..corpus.layout import check_apart
-from ..pipeline.align_run import AlignRun, align, cached_source
-from ..pipeline.job_array import HALF, Side, merge, stats
-from ..pipeline.output import ALIGNER, STATS, check_output
-from ..pipeline.settings import Settings
-from ..storage.paths import StoragePath
-from .corpus_commands import open_corpus, open_source, print_metadata, print_scratch
-from .options import add_command, engine_from
+from ..interface.option_values import OptionError
+from ..storage.paths import StoragePath, output_path, storage_path
+from .app import ExitCode, Result, command
+from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch
+from .option_types import shard_part
+from .options import (
+    ApplyOptions,
+    EngineOptions,
+    FitOptions,
+    MergeOptions,
+    Passes,
+    PlanOptions,
+    StatsOptions,
+)
 
+if TYPE_CHECKING:
+    from ..corpus.corpus import Corpus
+    from ..pipeline.engines.local import Engine
+    from ..pipeline.settings import Settings
 
-def add(commands: Any) -> None:
-    """Add the commands of this file to the sub-parsers ``commands``."""
-    reading = ("column", "allow-pickle")
-    passes = ("threads", "quiet", "bad-rows", "batch-bytes", "device")
-    running = (*passes, "engine", "mode")
-    two_sides = ("source", "target", "out", "method", "shrinkage", "target-column", *reading)
-    fitting = (*two_sides, *running, "fit-rows", "seed", "memory")
-    applying = ("aligner", "source", "out", *reading, *running, "shard")
-    one_side = ("side", "out", "half-aligner", "method", *reading, *passes, "engine", "shard")
-    summary = "Fit a map and write the source rows aligned by it."
-    add_command(commands, "align", _align, summary, *fitting)
-    summary = "Fit a map and write the aligner with its records, but no shards."
-    add_command(commands, "fit", _fit, summary, *fitting)
-    summary = "Align rows with an aligner that was fitted before."
-    add_command(commands, "apply", _apply, summary, *applying)
-    summary = "Compute and keep the statistics of one side for merge, as one job of an array."
-    add_command(commands, "stats", _stats, summary, *one_side)
-    summary = "Fit a map from kept statistics, without reading rows."
-    add_command(commands, "merge", _merge, summary, *two_sides, *passes)
+_SIDES = "--text TEXT --image IMAGE --out OUT"
+_RAY_OPTIONS = {  # of the command line, and of RayTasks
+    "ray_address": "address", "cpus_per_task": "cpus_per_task", "gpus_per_task": "gpus_per_task",
+    "retries": "retries", "ray_ship": "ship",
+}  # fmt: skip
 
 
-def _settings(options: Namespace) -> Settings:
+@command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
+def align(options: FitOptions) -> Result:
+    """Fit a map and write the source rows aligned by it."""
+    from ..pipeline.align_run import align
+
+    if options.dry_run:
+        return _plan(options)
+    source, target = _sides(options)
+    say_scratch(options.out, source, options.workers)
+    report = align(source, target, options.out, _settings(options), engine_from(options))
+    return Result(report, _report_text(report, options.out, metadata_note(source)), has_report=True)
+
+
+@command("Align", _SIDES)
+def fit(options: FitOptions) -> Result:
+    """Fit a map and write the aligner with its records, but no shards."""
+    from ..corpus.layout import check_apart
+    from ..pipeline.align_run import AlignRun, cached_source
+    from ..pipeline.output import ALIGNER
+
+    if options.dry_run:
+        return _plan(options, writes=False)
+    run, out = AlignRun(_settings(options), engine=engine_from(options)), output_path(options.out)
+    source_rows, target = _sides(options)
+    source = cached_source(source_rows, run.settings, run.engine)
+    for corpus in (source, target):
+        check_apart(out, corpus)
+    out.mkdir(parents=True, exist_ok=True)
+    with run.output_directory(out):
+        aligner = run.fit(source, target, residual=True)
+        aligner.save(out / ALIGNER)
+        report = run.finish(out, aligner, source, target)
+    return Result(report, _report_text(report, options.out), has_report=True)
+
+
+@command(
+    "Align", "--aligner OUT --text MORE --out OUT2", "--aligner A --text T --out O --shard 3/8"
+)
+def apply(options: ApplyOptions) -> Result:
+    """Align rows with an aligner that was fitted before."""
+    from ..align import ReAlign
+    from ..pipeline.align_run import AlignRun
+    from ..pipeline.job_array import HALF
+    from ..pipeline.output import check_output
+    from ..pipeline.plan import measured_seconds, plan_apply
+
+    if options.aligner.endswith(HALF):
+        raise OptionError(
+            f"{options.aligner}: is a map without its last step, for stats --aligner; run merge "
+            "and give its result"
+        )
+    _check_merged(storage_path(options.aligner))
+    aligner = ReAlign.from_pretrained(storage_path(options.aligner))
+    source, out = open_corpus(options, options.source, "text"), output_path(options.out)
+    if options.dry_run:
+        steps = plan_apply(aligner, source, out, _settings(options), shard_part(options.shard))
+        seconds = measured_seconds(steps, source, source, out, _settings(options))
+        return plan_result(steps, seconds)
+    run = AlignRun(_settings(options), shard_part(options.shard), engine=engine_from(options))
+    say_scratch(options.out, source, options.workers)
+    if run.part[1] > 1:
+        run.apply(aligner, source, out)
+        return Result(run.passes[0].summary(), "")
+    check_output(out, source, mode=run.settings.mode)
+    with run.output_directory(out):
+        aligned = run.apply(aligner, source, out)
+        report = run.finish(out, aligner, source, aligned=aligned)
+    return Result(report, _report_text(report, options.out, metadata_note(source)), has_report=True)
+
+
+@command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")
+def stats(options: StatsOptions) -> Result:
+    """Compute and keep the statistics of one side for merge, as one job of an array."""
+    from ..align import ReAlign
+    from ..pipeline.align_run import AlignRun
+    from ..pipeline.job_array import HALF, Side, stats
+
+    if (options.source is None) == (options.target is None):
+        raise OptionError("stats: expected --source or --target, got both or neither; give one")
+    side: Side = "source" if options.source is not None else "target"
+    path = options.source if options.source is not None else options.target or ""
+    rows = open_corpus(options, path, "text" if side == "source" else "image")
+    half = storage_path(options.aligner) if options.aligner else None
+    if half and half.is_dir():
+        raise OptionError(f"{half}: is a directory; name {half / HALF} itself")
+    if half and not half.exists():
+        raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
+    run = AlignRun(_settings(options), shard_part(options.shard), engine=engine_from(options))
+    done = stats(run, side, rows, options.out, ReAlign.load(half) if half else None)
+    return Result(done.summary(), "")
+
+
+@command("Job arrays", _SIDES)
+def merge(options: MergeOptions) -> Result:
+    """Fit a map from kept statistics, without reading rows, and say what is next."""
+    from ..pipeline.job_array import merge
+
+    source, target = _sides(options)
+    next_step, report, partly = merge(source, target, options.out, _settings(options))
+    text = _report_text(report, options.out, next_step) if report else next_step
+    status = ExitCode.INCOMPLETE if partly else ExitCode.DONE
+    facts = {"complete": report is not None, "next": next_step, **(report or {})}
+    return Result(facts, text, status, answer=True, has_report=report is not None)
+
+
+@command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
+def plan(options: PlanOptions) -> Result:
+    """Say what align would read and write, what is finished already, and the hours it takes."""
+    return _plan(options, True, options.read_rate, options.write_rate, options.machines)
+
+
+def _plan(
+    options: FitOptions,
+    writes: bool = True,
+    read_rate: int | None = None,
+    write_rate: int | None = None,
+    machines: int = 1,
+) -> Result:
+    from ..pipeline.plan import measured_seconds, plan_align, rated_seconds
+
+    source, target = _sides(options)
+    settings = _settings(options)
+    steps = plan_align(source, target, options.out, settings, writes)
+    if read_rate and write_rate:
+        seconds = rated_seconds(steps, read_rate, write_rate)
+    else:
+        seconds = measured_seconds(steps, source, target, options.out, settings)
+    return plan_result(steps, seconds, machines)
+
+
+def engine_from(options: EngineOptions) -> Engine | None:
+    """Return the engine of the options, or ``None`` for the processes of ``--workers``.
+
+    Raises:
+        OptionError: options that exclude each other.
+    """
+    values = {name: getattr(options, name) for name in _RAY_OPTIONS}
+    values = {name: value for name, value in values.items() if value not in (None, False)}
+    if options.engine != "ray":
+        if values:
+            raise OptionError(
+                f"--{next(iter(values)).replace('_', '-')}: is an option of --engine ray; give "
+                "that, or leave it out"
+            )
+        return None
+    if options.workers > 1:
+        raise OptionError(
+            "--workers: is the number of processes on this machine; Ray runs as many tasks at a "
+            "time as its nodes have room for, so give --cpus-per-task, or --threads where Ray is "
+            "started here"
+        )
+    from ..pipeline.engines.ray_driver import RayTasks
+
+    return RayTasks(**{_RAY_OPTIONS[name]: value for name, value in values.items()})
+
+
+def _settings(options: Passes) -> Settings:
+    from .._arguments import check_device
+    from ..pipeline.settings import Settings
+
     if getattr(options, "engine", "local") == "local":  # the nodes of Ray check it themselves
         check_device(options.device)
-    names = ("method", "shrinkage", "mode", "workers", "fit_rows", "seed", "memory", "device")
-    fitting = {name: value for name, value in vars(options).items() if name in names}
-    return Settings(options.bad_rows, options.batch_bytes, not options.quiet, **fitting)
+    if getattr(options, "resume", False) and getattr(options, "mode", "") != "incremental":
+        raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
+    known = {field.name for field in fields(Settings)}
+    values = {name: value for name, value in vars(options).items() if name in known}
+    return Settings(progress=not options.quiet and not options.log_json, **values)
 
 
-def _sides(options: Namespace) -> tuple[Corpus, Corpus]:
-    source = open_source(options)
+def _sides(options: MergeOptions) -> tuple[Corpus, Corpus]:
+    source = open_corpus(options, options.source, "text")
     if options.target_column is None:
         return source, open_corpus(options, options.target, "image", column_option="")
     target = open_corpus(options, options.target, "image", options.target_column, "--target-column")
     return source, target
 
 
-def _align(options: Namespace) -> None:
-    source, target = _sides(options)
-    print_scratch(options, source)
-    report = align(source, target, options.out, _settings(options), engine_from(options))
-    _print_report(report, options.out)
-    print_metadata(source)
-
-
-def _fit(options: Namespace) -> None:
-    run = AlignRun(_settings(options), engine=engine_from(options))
-    source_rows, target = _sides(options)
-    source = cached_source(source_rows, run.settings, run.engine)
-    for corpus in (source, target):
-        check_apart(options.out, corpus)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with run.output_directory(options.out):
-        aligner = run.fit(source, target, residual=True)
-        aligner.save(options.out / ALIGNER)
-        report = run.finish(options.out, aligner, source, target)
-    _print_report(report, options.out)
-
-
-def _apply(options: Namespace) -> None:
-    if str(options.aligner).endswith(HALF):
-        raise ValueError(
-            f"{options.aligner}: is a map without its last step, for stats --aligner; run merge "
-            "and give its result"
-        )
-    _check_merged(options.aligner)
-    aligner = ReAlign.from_pretrained(options.aligner)
-    source = open_source(options)
-    run = AlignRun(_settings(options), options.shard, engine=engine_from(options))
-    print_scratch(options, source)
-    if options.shard[1] > 1:
-        run.apply(aligner, source, options.out)
-        _print_pass(run.passes[0].summary())
-        return
-    check_output(options.out, source, mode=options.mode)
-    with run.output_directory(options.out):
-        aligned = run.apply(aligner, source, options.out)
-        report = run.finish(options.out, aligner, source, aligned=aligned)
-    _print_report(report, options.out)
-    print_metadata(source)
-
-
 def _check_merged(aligner: StoragePath) -> None:
     """Refuse the output of a job array that has not been merged yet."""
+    from ..pipeline.job_array import HALF
+    from ..pipeline.output import ALIGNER, STATS
+
     out = aligner.parent if aligner.name == ALIGNER else aligner
     if (out / STATS).is_dir() and not (out / ALIGNER).exists():
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
@@ -112,61 +224,25 @@ def _check_merged(aligner: StoragePath) -> None:
         raise FileNotFoundError(f"{out}: has statistics and no {ALIGNER}; {advice}")
 
 
-def _stats(options: Namespace) -> None:
-    side: Side = "source" if options.source is not None else "target"
-    if side == "source":
-        rows = open_corpus(options, options.source, "text")
-    else:
-        rows = open_corpus(options, options.target, "image")
-    half = options.aligner
-    if half and half.is_dir():
-        raise ValueError(f"{half}: is a directory; name {half / HALF} itself")
-    if half and not half.exists():
-        raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
-    aligner = half and ReAlign.load(half)
-    run = AlignRun(_settings(options), options.shard, engine=engine_from(options))
-    _print_pass(stats(run, side, rows, options.out, aligner).summary())
-
-
-def _merge(options: Namespace) -> None:
-    source, target = _sides(options)
-    next_step, report = merge(source, target, options.out, _settings(options))
-    if report:
-        _print_report(report, options.out)
-    print(next_step)
-
-
-def _print_report(report: dict[str, Any], out: StoragePath) -> None:
-    fitted = report["fitted"]
-    for summary in report["passes"]:
-        _print_pass(summary)
+def _report_text(report: dict[str, Any], out: str, *notes: str) -> str:
+    """Return the summary of a run; its passes were reported when they ended."""
+    fitted, lines = report["fitted"], []
     for name, rows in report["extended"].items():
-        print(f"{name:16} {rows:>12,} rows of shards that are gone, from saved statistics")
+        lines.append(f"{name:16} {rows:>12,} rows of shards that are gone, from saved statistics")
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     method = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "
     if "target" not in report:  # other rows than those fitted on, whose gap was not measured
         before = f"of the rows fitted on {_number(fitted['centroid_gap'])}, of these now "
-    print(
-        f"centroid gap {before}{_number(after)} "
-        f"(statistical floor on new rows {_number(fitted['statistical_floor'])}), {method}"
-    )
+    floor = f"(statistical floor on new rows {_number(fitted['statistical_floor'])})"
+    lines.append(f"centroid gap {before}{_number(after)} {floor}, {method}")
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
-    print(f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB; {fitted_on}wrote {out}")
+    peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    lines.append(f"{peak}; {fitted_on}wrote {out}")
     if report["sample"]:
         errors = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
-        print((errors + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
-
-
-def _print_pass(summary: dict[str, Any]) -> None:
-    before = f", {summary['finished_before']:,} rows were finished before"
-    bad = f", {summary['zero_rows']} zero and {summary['nonfinite_rows']} non-finite rows"
-    print(
-        f"{summary['name']:16} {summary['rows']:>12,} rows  {summary['seconds']:8.2f} s  "
-        f"{summary['rows_per_second'] / 1e6:6.2f} M rows/s  {summary['gb_per_second']:6.2f} GB/s"
-        + (bad if summary["zero_rows"] + summary["nonfinite_rows"] else "")
-        + (before if summary["finished_before"] else "")
-    )
+        lines.append((errors + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
+    return "\n".join([*lines, *filter(None, notes)])
 
 
 def _number(value: float | None) -> str:

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from argparse import Namespace
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
+from ..interface.option_values import Modality
+from ..storage.paths import output_path
+from .app import LOGGER, ExitCode, Result, command
+from .options import ConvertOptions, InspectOptions, Reading, VerifyOptions
 
-from ..corpus.convert import convert
-from ..corpus.corpus import Corpus
-from ..corpus.layout import Modality, metadata_of
-from ..pipeline.inspection import format_facts, inspect
-from ..pipeline.output import check_scratch
-from ..pipeline.verify import verify
-from .options import add_command
-
-
-def add(commands: Any) -> None:
-    """Add the commands of this file to the sub-parsers ``commands``."""
-    reading = ("column", "allow-pickle")
-    converting = ("corpus", "modality", "to", "dtype", "converted", *reading)
-    inspecting = ("corpus", "modality", "sample", "sample-seed", "json", *reading)
-    summary = "Read a result again and compare it with its manifest."
-    add_command(commands, "verify", _verify, summary, "result")
-    summary = "Write a corpus in another format."
-    add_command(commands, "convert", _convert, summary, *converting, "batch-bytes", "quiet")
-    add_command(commands, "inspect", _inspect, "Show what a corpus holds.", *inspecting)
-
-
-def open_source(options: Namespace) -> Corpus:
-    """Open the corpus of ``--source`` (by default its text side) as the options say."""
-    return open_corpus(options, options.source, getattr(options, "modality", "text"))
+if TYPE_CHECKING:
+    from ..corpus.corpus import Corpus
 
 
 def open_corpus(
-    options: Namespace,
+    options: Reading,
     path: str,
     modality: Modality | None,
     column: str | None = None,
@@ -51,6 +29,8 @@ def open_corpus(
     Raises:
         ValueError, TypeError, OSError: the corpus cannot be read, or has no columns to choose.
     """
+    from ..corpus.corpus import Corpus
+
     column = options.column if column is None else column
     corpus = Corpus(path, modality, column=column, allow_pickle=options.allow_pickle)
     if column is not None and column_option and corpus.format == "npy":
@@ -58,40 +38,78 @@ def open_corpus(
     return corpus
 
 
-def print_scratch(options: Namespace, source: Corpus) -> None:
-    """Say on stderr which directory of this machine holds shards before their upload."""
-    message = check_scratch(options.out, source, getattr(options, "workers", 1))
-    if message and not options.quiet:
-        print(f"realign-fast: {message}", file=sys.stderr)
+def say_scratch(out: str, source: Corpus, workers: int = 1) -> None:
+    """Say which directory of this machine holds shards before their upload."""
+    from ..pipeline.output import check_scratch
+
+    if message := check_scratch(output_path(out), source, workers):
+        LOGGER.info(message, extra={"event": {"event": "scratch"}})
 
 
-def print_metadata(corpus: Corpus) -> None:
+def metadata_note(corpus: Corpus) -> str:
     """Say that ``metadata/`` is not copied: it may be larger than the rows and is still valid."""
-    if folder := metadata_of(corpus):
-        print(f"{folder} stays where it is; it describes the result too, row by row")
+    from ..corpus.layout import metadata_of
+
+    folder = metadata_of(corpus)
+    return f"{folder} stays where it is; it describes the result too, row by row" if folder else ""
 
 
-def _verify(options: Namespace) -> int:
+def plan_result(
+    steps: Sequence[dict[str, Any]], seconds: Sequence[float], machines: int = 1
+) -> Result:
+    """Return the result of ``plan`` and of ``--dry-run``."""
+    from ..pipeline.plan import format_plan, plan_report
+
+    report = plan_report(steps, seconds, machines)
+    return Result(report, format_plan(report), answer=True)
+
+
+@command("Results", "OUT", "s3://bucket/aligned --json")
+def verify(options: VerifyOptions) -> Result:
+    """Read a result again and compare it with its manifest."""
+    from ..pipeline.verify import verify
+
     checked, faults = verify(options.out)
-    for fault in faults:
-        print(fault)
     counts = ", ".join(f"{count:,} {name}" for name, count in checked.items())
-    print(f"{options.out}: {counts} checked, {len(faults)} faults")
-    return 1 if faults else 0
+    summary = f"{options.out}: {counts} checked, {len(faults)} faults"
+    status = ExitCode.FAULTS if faults else ExitCode.DONE
+    facts = {"out": options.out, "checked": checked, "faults": faults}
+    return Result(facts, "\n".join([*faults, summary]), status, answer=True)
 
 
-def _convert(options: Namespace) -> None:
-    corpus = open_source(options)
-    print_scratch(options, corpus)
-    with tqdm(total=corpus.num_rows, unit="row", disable=options.quiet) as bar:
-        dtype = options.dtype and getattr(torch, options.dtype)
+@command("Rows", "SOURCE OUT --to parquet", "PICKLES OUT --to npy --allow-pickle --dtype float16")
+def convert(options: ConvertOptions) -> Result:
+    """Write a corpus in another format."""
+    import torch
+
+    from ..corpus.convert import convert
+    from ..corpus.format_registry import FORMATS
+    from ..interface.progress import Progress
+
+    corpus = open_corpus(options, options.source, options.modality)
+    if options.dry_run:
+        from ..pipeline.plan import measured_seconds, plan_copy
+
+        steps = plan_copy("apply", corpus, options.out, FORMATS[options.to].writer.suffixes[0])
+        return plan_result(steps, measured_seconds(steps, corpus, corpus, options.out))
+    say_scratch(options.out, corpus)
+    shown = not options.quiet and not options.log_json
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
-    print(f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {options.out}")
-    print_metadata(corpus)
-    if (options.out / "metadata").is_dir():
-        print(f"wrote their other columns to {options.out / 'metadata'}, row by row")
+    lines = [f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {options.out}"]
+    lines += filter(None, [metadata_note(corpus)])
+    if (metadata := output_path(options.out) / "metadata").is_dir():
+        lines.append(f"wrote their other columns to {metadata}, row by row")
+    facts = {"out": options.out, "rows": corpus.num_rows, "shards": [str(path) for path in paths]}
+    return Result(facts, "\n".join(lines))
 
 
-def _inspect(options: Namespace) -> None:
-    facts = inspect(open_source(options), options.sample, options.seed)
-    print(json.dumps(facts, indent=2) if options.json else format_facts(facts))
+@command("Rows", "PATH", "ROOT --modality text --json")
+def inspect(options: InspectOptions) -> Result:
+    """Show what a corpus holds."""
+    from ..pipeline.inspection import format_facts, inspect
+
+    corpus = open_corpus(options, options.source, options.modality)
+    facts = inspect(corpus, options.sample, options.seed)
+    return Result(facts, format_facts(facts), answer=True)

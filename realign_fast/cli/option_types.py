@@ -1,114 +1,127 @@
-"""Types of option values: each turns the text of an option into its value or refuses it.
+"""Checks of option values: each takes the text of an option and returns its value or refuses it.
 
-argparse prints the ``ArgumentTypeError`` after the name of the option.
+Typer prints the message of a ``ValueError`` after the name of the option. Nothing here imports
+torch, so that help and completion are quick.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
-from ..storage.local import LocalPath
-from ..storage.paths import StoragePath, local_path, output_path, storage_path
-
-PathType = TypeVar("PathType")
+from ..storage.paths import local_path, output_path, storage_path
 
 
-def positive(text: str) -> int:
+def positive(value: object) -> int:
     """Return a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    if not (text := str(value)).isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a whole number from 1, got {text!r}")
     return int(text)
 
 
-def whole(text: str) -> int:
+def whole(value: object) -> int:
     """Return a whole number from 0."""
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    if not (text := str(value)).isdecimal():
+        raise ValueError(f"expected a whole number from 0, got {text!r}")
     return int(text)
 
 
-def share(text: str) -> float:
+def share(value: object) -> float:
     """Return a number from 0 to 1."""
     try:
-        if 0 <= (number := float(text)) <= 1:
+        if 0 <= (number := float(str(value))) <= 1:
             return number
     except ValueError:
         pass
-    raise ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    raise ValueError(f"expected a number from 0 to 1, got {str(value)!r}")
 
 
-def share_or_whole(text: str) -> float:
+def share_or_whole(value: object) -> float:
     """Return a number below 1 or a whole number."""
     try:
-        number = float(text)
+        number = float(str(value))
     except ValueError:
         number = -1
     if not (0 <= number < 1 or (number >= 1 and number.is_integer())):
-        raise ArgumentTypeError(f"expected a number from 0 to 1 or a whole number, got {text!r}")
+        raise ValueError(f"expected a number from 0 to 1 or a whole number, got {str(value)!r}")
     return number
 
 
-def rows_or_all(text: str) -> int:
+def rows_or_all(value: object) -> int:
     """Return a number of rows from 1, or 0 for ``"all"``."""
-    return 0 if text == "all" else positive(text)
+    return 0 if value in ("all", 0) else positive(value)
 
 
-def thread_count(text: str) -> int:
+def thread_count(value: object) -> int:
     """Return a number of threads that this machine can run."""
-    number, limit = positive(text), 4 * (os.cpu_count() or 1)
+    number, limit = positive(value), 4 * (os.cpu_count() or 1)
     if number > limit:
-        raise ArgumentTypeError(f"expected at most {limit} on this machine, got {number}")
+        raise ValueError(f"expected at most {limit} on this machine, got {number}")
     return number
 
 
-def byte_count(text: str) -> int:
+def byte_count(value: object) -> int:
     """Return the bytes of a size such as ``"4G"``, with K, M, G or T for powers of 1024."""
+    text = str(value)
     number, unit = text.rstrip("KMGT"), text.lstrip("0123456789.")
     try:
         return int(float(number) * 1024 ** " KMGT".index(unit or " "))
     except ValueError:
-        raise ArgumentTypeError(f"expected a size such as 4G, got {text!r}") from None
+        raise ValueError(f"expected a size such as 4G, got {text!r}") from None
 
 
 def shard_part(text: str) -> tuple[int, int]:
     """Return ``(i - 1, n)`` of ``"i/n"``."""
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ArgumentTypeError(f"expected I/N from 1/N to N/N, got {text!r}")
+        raise ValueError(f"expected I/N from 1/N to N/N, got {text!r}")
     return int(number) - 1, int(parts)
 
 
-def shrinkage(text: str) -> float | str:
+def shrinkage(value: object) -> float | str:
     """Return ``"oas"``, ``"ledoit-wolf"`` or a number from 0 to 1."""
     try:
-        return text if text in ("oas", "ledoit-wolf") else share(text)
-    except ArgumentTypeError:
-        message = f"expected a number from 0 to 1, oas or ledoit-wolf, got {text!r}"
-        raise ArgumentTypeError(message) from None
+        return str(value) if value in ("oas", "ledoit-wolf") else share(value)
+    except ValueError:
+        message = f"expected a number from 0 to 1, oas or ledoit-wolf, got {str(value)!r}"
+        raise ValueError(message) from None
 
 
-def local(text: str) -> LocalPath:
-    """Return a path of this machine."""
-    return _path(text, local_path)
+def setting(value: object) -> str:
+    """Return ``"NAME=VALUE"`` as it is; :func:`settings_of` splits it."""
+    name, equals, _ = str(value).partition("=")
+    if not equals or not name:
+        raise ValueError(f"expected NAME=VALUE, got {str(value)!r}")
+    return str(value)
 
 
-def readable(text: str) -> StoragePath:
-    """Return a path or a URL to read from."""
-    return _path(text, storage_path)
+def settings_of(texts: list[str]) -> dict[str, Any]:
+    """Return ``{"learning_rate": 0.001}`` of ``["learning_rate=1e-3"]``; a value may be JSON."""
+    settings = {}
+    for name, _, value in (text.partition("=") for text in texts):
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
-def writable(text: str) -> StoragePath:
-    """Return a directory or a URL to write to."""
-    return _path(text, output_path)
+def text_checked_by(check: Callable[[str], object]) -> Callable[[object], str]:
+    """Return a check that keeps the text of the option, which can be written to a file."""
+
+    def keep(value: object) -> str:
+        """Return the text, if the check takes it."""
+        if not value:
+            raise ValueError("expected a directory, got an empty name")
+        check(str(value))
+        return str(value)
+
+    return keep
 
 
-def _path(text: str, convert: Callable[[str], PathType]) -> PathType:
-    if not text:
-        raise ArgumentTypeError("expected a directory, got an empty name")
-    try:
-        return convert(text)
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from error
+local = text_checked_by(local_path)
+readable = text_checked_by(storage_path)
+writable = text_checked_by(output_path)
+part = text_checked_by(shard_part)

@@ -1,127 +1,185 @@
-"""The commands of ReVision: `pretrain`, `finetune`, `caption`, `chat` and `evaluate`.
-
-`main.py` calls `add`. transformers is imported when a command runs, not when its options are read.
-"""
+"""The commands of ReVision: `pretrain`, `finetune`, `caption`, `chat` and `evaluate`."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
-from ..align import ReAlign
-from ..corpus.corpus import Corpus
-from ..revision.conversation_files import IMAGE_MARK, Sample, Turn
+from ..interface.option_values import Modality, OptionError
 from ..storage.atomic import replaced
 from ..storage.paths import write_whole
-from . import revision_options as options_of
+from .app import Result, command
+from .corpus_commands import open_corpus
+from .option_types import settings_of
+from .options import (
+    CaptionOptions,
+    ChatOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    LookOptions,
+    PretrainOptions,
+    RowOptions,
+    TrainedModel,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..align import ReAlign
+    from ..corpus.corpus import Corpus
+    from ..revision.conversation_files import Turn
     from ..revision.model import ReVisionModel
     from ..revision.templates import Template
 
-OpenEncoder = Callable[[str], Any]  # from a name to an encoder: `embed_images(images) -> rows`
 _CAPTION_ROWS = 16  # rows that are captioned at a time
 _TRAINING_OPTIONS = (  # of the command line and of TrainingConfig, under the same name
-    "out", "start", "ids", "projector", "visual_tokens", "normalize", "template", "batch",
-    "micro_batch", "max_length", "max_skipped", "held_out", "test", "generations", "resume",
+    "out", "start", "ids", "projector", "visual_tokens", "template", "micro_batch", "max_length",
+    "max_skipped", "held_out", "test", "generations", "resume",
 )  # fmt: skip
-_NO_ROWS = "nothing to look at: give --rows, or --image with --encoder"
 
 
-def add(commands: Any, open_encoder: OpenEncoder | None = None) -> None:
-    """Add the commands to the subparsers of argparse; `open_encoder` lets them take pictures."""
-    add_command = partial(_add_command, commands)
-    summary = "Train a projector on aligned captions (stage 1 of ReVision)."
-    parser = add_command("pretrain", _train, summary)
-    text = "a causal language model: a name or a directory"
-    parser.add_argument("--language-model", dest="start", required=True, metavar="MODEL", help=text)
-    options_of.add_data(parser, "text")
-    options_of.add_training(parser)
-    summary = "Train on images and conversations (stage 2 of ReVision)."
-    parser = add_command("finetune", _train, summary)
-    text += ", or a directory that pretrain wrote"
-    parser.add_argument("--model", dest="start", required=True, metavar="MODEL", help=text)
-    options_of.add_data(parser, "image")
-    options_of.add_training(parser)
-    pictures = open_encoder is not None
-    for name, run, summary in (
-        ("caption", _caption, "Say what rows show, with a trained model."),
-        ("chat", _chat, "Ask a trained model about a row, over several turns."),
-    ):
-        parser = add_command(name, run, summary)
-        parser.set_defaults(open_encoder=open_encoder)
-        options_of.add_model(parser)
-        options_of.add_rows(parser, "image", required=not pictures)
-        options_of.add_questions(parser, several=name == "caption", pictures=pictures)
-    parser = add_command("evaluate", _evaluate, "Measure a trained model on held-out samples.")
-    options_of.add_model(parser)
-    options_of.add_data(parser, "image")
-    options_of.add_evaluation(parser)
+@command(
+    "ReVision", "--language-model LM --data captions.json --rows ALIGNED --ids TEXT_ROOT --out OUT"
+)
+def pretrain(options: PretrainOptions) -> Result:
+    """Train a projector on aligned captions (stage 1 of ReVision)."""
+    return _train(options, "pretrain", "text")
 
 
-def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run, command=name)
-    return parser
+@command("ReVision", "--model STAGE1 --data conversations.json --rows IMAGE_ROOT --out STAGE2")
+def finetune(options: FinetuneOptions) -> Result:
+    """Train on images and conversations (stage 2 of ReVision)."""
+    return _train(options, "finetune", "image")
 
 
-def _corpus(options: argparse.Namespace) -> Corpus:
-    if not options.rows:
-        raise ValueError(_NO_ROWS)
-    return Corpus(
-        options.rows, options.side, column=options.column, allow_pickle=options.allow_pickle
+@command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 0 1 2", "--model STAGE2 --rows ROOT")
+def caption(options: CaptionOptions) -> Result | None:
+    """Say what rows show, with a trained model."""
+    from ..revision.generation import caption_rows
+
+    model, template = _open_model(options)
+    with _open_output(options.out) as out:
+        for names, rows in _row_batches(options):
+            captions = caption_rows(
+                model, template, [rows.float()], options.ask, max_new_tokens=options.max_new_tokens
+            )
+            for name, text in zip(names, captions, strict=True):
+                print(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file=out)
+    return Result({"out": options.out}, f"wrote {options.out}") if options.out else None
+
+
+@command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 17 --ask 'What is this?'")
+def chat(options: ChatOptions) -> None:
+    """Ask a trained model about a row, over several turns."""
+    from ..revision.conversation_files import IMAGE_MARK, Sample
+    from ..revision.generation import respond
+
+    model, template = _open_model(options)
+    if template.name != "chat":
+        raise ValueError(
+            f"{options.model}: was last trained on captions, not conversations; finetune it, or "
+            "use caption"
+        )
+    _, rows = _chosen_rows(options)
+    turns: list[Turn] = []
+    for question in [options.ask] if options.ask else _read_questions():
+        turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
+        sample = Sample("", [""], None, [*turns, ("assistant", "")])
+        images = [rows[:1].float()]
+        (answer,) = respond(
+            model, template, [sample], images, max_new_tokens=options.max_new_tokens
+        )
+        turns.append(("assistant", answer))
+        print(json.dumps({"answer": answer}) if options.as_json else answer, flush=True)
+
+
+@command("ReVision", "--model STAGE2 --data held_out.jsonl --rows IMAGE_ROOT --out figures.json")
+def evaluate(options: EvaluateOptions) -> Result:
+    """Measure a trained model on held-out samples."""
+    from ..revision.evaluation import evaluate
+    from ..revision.preparation import prepare
+
+    if options.out:
+        _make_parent(options.out)
+    model, template = _open_model(options)
+    data = prepare(
+        options.data,
+        _corpus(options, options.rows),
+        template,
+        options.cache or Path(options.model) / "data",
+        ids=options.ids,
+        max_length=options.max_length,
+        max_skipped=options.max_skipped,
     )
+    names = ("choices", "limit", "max_new_tokens", "seed")
+    settings = {name: getattr(options, name) for name in names} | {"batch": options.batch_size}
+    figures = evaluate(
+        model, data, generate=not options.no_generate, aligner=_aligner(options.aligner), **settings
+    )
+    inputs = {"model": str(options.model), "data": options.data, "rows": options.rows}
+    result = inputs | figures | {"settings": settings, "report": data.report}
+    text = json.dumps(result, indent=2)
+    if options.out:
+        write_whole(options.out, (text + "\n").encode())
+    return Result(result, f"wrote {options.out}" if options.out else text, answer=not options.out)
 
 
-def _aligner(options: argparse.Namespace) -> ReAlign | None:
-    return ReAlign.from_pretrained(options.aligner) if options.aligner else None
-
-
-def _train(options: argparse.Namespace) -> int:
+def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
+    from ..corpus.corpus import Corpus
     from ..revision import train
     from ..revision.training_config import TrainingConfig
 
+    start: dict[str, Any] = {name: getattr(options, name) for name in _TRAINING_OPTIONS}
     config = TrainingConfig(
         conversations=options.data,
-        rows=_corpus(options),
-        aligner=_aligner(options),
+        rows=_corpus(options, options.rows, side),
+        aligner=_aligner(options.aligner),
         test_rows=Corpus(options.test_rows, "image") if options.test_rows else None,
-        train=tuple(options.train.split(",")) if options.train else None,
+        train=tuple(options.train.split(",")) if options.train else None,  # type: ignore[arg-type]
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
-        lora=dict(options.lora),
-        trainer=dict(options.set),
-        **{name: getattr(options, name) for name in _TRAINING_OPTIONS},
+        normalize=False if options.no_normalize else None,
+        batch=options.batch_size,
+        lora=settings_of(options.lora or []),
+        trainer=settings_of(options.set_ or []),
+        **start,
     )
     try:
-        summary = {"pretrain": train.pretrain, "finetune": train.finetune}[options.command](config)
-    except KeyboardInterrupt:
+        summary = {"pretrain": train.pretrain, "finetune": train.finetune}[stage](config)
+    except KeyboardInterrupt as error:
         checkpoint = train.last_checkpoint(Path(config.out))
-        advice = (
-            f"--resume goes on from {checkpoint}" if checkpoint else "there was no checkpoint yet"
+        error.args = (
+            f"--resume goes on from {checkpoint}" if checkpoint else "there was no checkpoint yet",
         )
-        print(f"realign-fast: stopped; {advice}", file=sys.stderr)
-        return 130
+        raise
     losses = summary["held_out_losses"]
     held_out = f", held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
-    print(
-        f"{summary['steps']} steps, train loss {summary['train_loss']:.4f}{held_out}; wrote "
-        f"{config.out}"
-    )
-    return 0
+    text = f"{summary['steps']} steps, train loss {summary['train_loss']:.4f}{held_out}"
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
+    return Result({"out": config.out, **summary}, f"{text}; wrote {config.out}", has_report=first)
 
 
-def _open_model(options: argparse.Namespace) -> tuple[ReVisionModel, Template]:
+def _corpus(options: RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
+    if not rows:
+        raise OptionError("nothing to look at: give --rows, or --image with --encoder")
+    return open_corpus(options, rows, options.modality or side)
+
+
+def _aligner(path: str | None) -> ReAlign | None:
+    from ..align import ReAlign
+
+    return ReAlign.from_pretrained(path) if path else None
+
+
+def _open_model(options: TrainedModel) -> tuple[ReVisionModel, Template]:
+    import torch
+
     from ..revision.generation import open_model
 
     dtype = getattr(torch, options.dtype)
@@ -133,16 +191,20 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _chosen_rows(options: argparse.Namespace) -> tuple[Sequence[Any], torch.Tensor]:
+def _chosen_rows(options: CaptionOptions | ChatOptions) -> tuple[Sequence[Any], torch.Tensor]:
     """Return the names and the rows `[n, D]` of the images that the options choose."""
-    if pictures := _as_list(getattr(options, "image", None)):
+    pictures, ids = _as_list(options.image), _as_list(options.id)
+    numbers = _as_list(options.row)
+    given = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise OptionError(f"{given[1]}: not allowed with {given[0]}; give one of them")
+    if pictures:
         return _embed_pictures(options, pictures)
-    corpus = _corpus(options)
-    ids, numbers = _as_list(options.id), _as_list(options.row)
+    corpus = _corpus(options, options.rows)
     if ids:
         numbers = _rows_of_ids(corpus, options.ids, ids)
     if not numbers:
-        raise ValueError("which row? give --row N or --id ID")
+        raise OptionError("which row? give --row N or --id ID")
     try:
         return ids or numbers, corpus.take(numbers)
     except IndexError as error:
@@ -164,15 +226,25 @@ def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list
     return [row for sample_id in ids if (row := rows[sample_id]) is not None]
 
 
-def _embed_pictures(
-    options: argparse.Namespace, paths: list[str]
-) -> tuple[list[str], torch.Tensor]:
+def _embed_pictures(options: LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
     if not options.encoder or options.rows:
-        raise ValueError(
+        raise OptionError(
             "--image needs --encoder, the one that the model's rows came from, and no --rows"
         )
-    encoder = options.open_encoder(options.encoder)
+    import torch
+
+    encoder = open_encoder(options.encoder)
     return paths, torch.as_tensor(encoder.embed_images([_read_picture(path) for path in paths]))
+
+
+def open_encoder(name: str) -> Any:
+    """Load the encoder of a directory, or ``NAME`` or ``NAME:WEIGHTS`` of open_clip."""
+    from ..embed import load_encoder
+
+    if Path(name).exists():
+        return load_encoder(name)
+    model, _, weights = name.partition(":")
+    return load_encoder(model, weights or None)
 
 
 def _read_picture(path: str) -> Any:
@@ -186,28 +258,15 @@ def _read_picture(path: str) -> Any:
         raise ValueError(f"{path}: cannot be read as a picture; leave it out") from error
 
 
-def _row_batches(options: argparse.Namespace) -> Iterator[tuple[Sequence[Any], torch.Tensor]]:
+def _row_batches(options: CaptionOptions) -> Iterator[tuple[Sequence[Any], torch.Tensor]]:
     """Yield names and rows `[n, D]` of the images that the options choose, or of all rows."""
-    if options.row or options.id or getattr(options, "image", None):
+    if options.row or options.id or options.image:
         yield _chosen_rows(options)
         return
-    corpus = _corpus(options)
+    corpus = _corpus(options, options.rows)
     for batch in corpus.batches(batch_rows=_CAPTION_ROWS):
         first = int(corpus.starts[batch.shard]) + batch.first
         yield range(first, first + len(batch.rows)), batch.rows
-
-
-def _caption(options: argparse.Namespace) -> None:
-    from ..revision.generation import caption_rows
-
-    model, template = _open_model(options)
-    with _open_output(options.out) as out:
-        for names, rows in _row_batches(options):
-            captions = caption_rows(
-                model, template, [rows.float()], options.ask, max_new_tokens=options.max_new_tokens
-            )
-            for name, caption in zip(names, captions, strict=True):
-                print(json.dumps({"row": name, "caption": caption}, ensure_ascii=False), file=out)
 
 
 @contextmanager
@@ -224,36 +283,14 @@ def _open_output(path: str | None) -> Iterator[TextIO]:
 def _make_parent(path: str) -> None:
     """Make the directory of a result, before anything is computed for it."""
     if Path(path).is_dir():
-        raise ValueError(f"{path}: is a directory; name a file in it")
+        raise OptionError(f"{path}: is a directory; name a file in it")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
-def _chat(options: argparse.Namespace) -> None:
-    from ..revision.generation import respond
-
-    model, template = _open_model(options)
-    if template.name != "chat":
-        raise ValueError(
-            f"{options.model}: was last trained on captions, not conversations; finetune it, or "
-            "use caption"
-        )
-    _, rows = _chosen_rows(options)
-    turns: list[Turn] = []
-    for question in [options.ask] if options.ask else _read_questions():
-        turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
-        sample = Sample("", [""], None, [*turns, ("assistant", "")])
-        images = [rows[:1].float()]
-        (answer,) = respond(
-            model, template, [sample], images, max_new_tokens=options.max_new_tokens
-        )
-        turns.append(("assistant", answer))
-        print(answer, flush=True)
 
 
 def _read_questions() -> Iterator[str]:
     """Yield lines of the terminal or a pipe until it ends or an empty line comes."""
     if sys.stdin is None:
-        raise ValueError("chat: nothing to read questions from; give one (--ask)")
+        raise OptionError("chat: nothing to read questions from; give one (--ask)")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -261,32 +298,3 @@ def _read_questions() -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from ..revision.evaluation import evaluate
-    from ..revision.preparation import prepare
-
-    if options.out:
-        _make_parent(options.out)
-    model, template = _open_model(options)
-    data = prepare(
-        options.data,
-        _corpus(options),
-        template,
-        options.cache or Path(options.model) / "data",
-        ids=options.ids,
-        max_length=options.max_length,
-        max_skipped=options.max_skipped,
-    )
-    names = ("choices", "limit", "batch", "max_new_tokens", "seed")
-    settings = {name: getattr(options, name) for name in names}
-    figures = evaluate(
-        model, data, generate=not options.no_generate, aligner=_aligner(options), **settings
-    )
-    inputs = {"model": str(options.model), "data": options.data, "rows": options.rows}
-    result = inputs | figures | {"settings": settings, "report": data.report}
-    text = json.dumps(result, indent=2)
-    if options.out:
-        write_whole(options.out, (text + "\n").encode())
-    print(text if not options.out else f"wrote {options.out}")

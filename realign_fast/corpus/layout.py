@@ -12,8 +12,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from ..interface.option_values import Modality as Modality
+from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, natural_order
 from .format_registry import (
     ONLY_ALONE,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from .corpus import Corpus
     from .shard import Shard
 
-Modality = Literal["text", "image"]
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
 METADATA_SUFFIXES = (".jsonl", ".parquet")
@@ -187,7 +188,7 @@ def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
     is_below = corpus.path not in shards and out.is_within(corpus.path)
     if is_below or folders & {out.resolve(), (out / subfolder).resolve()}:
         problem = f"is or lies in {corpus.path}, which holds rows that are read"
-        raise ValueError(f"{out}: {problem}; give another --out")
+        raise OptionError(f"{out}: {problem}; give another --out")
 
 
 def _listed(folder: StoragePath) -> tuple[set[str], list[str]]:

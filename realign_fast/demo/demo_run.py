@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..corpus.layout import Modality
+from ..interface.option_values import Modality
 from ..moments import Moments
 from ..pipeline.align_run import AlignRun, align
 from ..pipeline.settings import Settings

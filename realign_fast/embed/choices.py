@@ -3,10 +3,12 @@
 import os
 from typing import Literal
 
+from ..interface.option_values import EmbedMode
+from ..interface.option_values import Precision as Precision
+from ..interface.option_values import RowDtype as RowDtype
+
 StrPath = str | os.PathLike[str]
 
+Mode = EmbedMode
 Content = Literal["images", "texts", "pairs"]  # of a source; a pair is an image with its caption
 Side = Literal["text", "image"]  # of the result
-Precision = Literal["fp32", "bf16"]  # of the model
-RowDtype = Literal["float16", "float32"]  # of the rows on disk
-Mode = Literal["incremental", "overwrite"]

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import __version__
+from ..interface.option_values import SHARD_ROWS, RowDtype
+from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import write_json
-from .choices import Content, Mode, RowDtype, Side
+from .choices import Content, Mode, Side
 from .embed_output import (
     RECORDS,
     REPORT,
@@ -34,7 +35,6 @@ from .encoders.base import Encoder
 from .loader import PreparedBatch, PreparedBatches, prepared_batches
 from .sources.base import Item, Source, identity
 
-SHARD_ROWS = 100_000
 SIDES: dict[Content, tuple[Side, ...]] = {
     "texts": ("text",),
     "images": ("image",),
@@ -172,7 +172,7 @@ class _EmbedRun:
         unturned = 0
         total = sum(shard.stop - shard.start for shard in self.plan)
         progress = self.settings.progress
-        with tqdm(total=total, unit="row", smoothing=0.05, disable=not progress) as bar:
+        with Progress(total, "embed", unit="row", delay=0, shown=progress) as bar:
             for shard in self.plan:
                 items = shard.source.items(shard.start, shard.stop)
                 key = self._key(shard, items)
@@ -234,7 +234,7 @@ class _EmbedRun:
                     "that run, another --out, or --mode overwrite to embed everything anew"
                 )
 
-    def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: tqdm[Any]) -> None:
+    def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: Progress) -> None:
         """Write one shard. Rows of a batch come back while the device works on the next one."""
         dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
         files = shard.files

@@ -20,6 +20,7 @@ import torch
 from .. import __version__, ops
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments
 from ..storage.paths import AnyPath, StoragePath, output_path, write_json
@@ -198,7 +199,7 @@ def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None 
     corpus = source if isinstance(source, Corpus) else Corpus(source, "text")
     if settings.memory and (settings.workers > 1 or engine):
         option = "--engine ray" if engine else "--workers"
-        raise ValueError(f"memory: rows are kept in one process; give --memory or {option}")
+        raise OptionError(f"memory: rows are kept in one process; give --memory or {option}")
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 

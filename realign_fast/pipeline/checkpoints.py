@@ -34,7 +34,7 @@ from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .output import STATS
 
 Entry = dict[str, Any]  # the manifest's record of one shard in one pass
-RESULTS_VERSION = "0.1.0"  # the release whose results this one computes bit for bit, and resumes
+ARITHMETIC_VERSION = "0.1.0"  # the release whose results this one computes bit for bit, and resumes
 
 
 def identity(shard: Shard) -> Entry:
@@ -73,7 +73,7 @@ def check_unchanged(shard: Shard, expected: Entry) -> None:
         )
 
 
-def code_version(device: str = "cpu", version: str = RESULTS_VERSION) -> str:
+def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     """Return the version of the program and the kernel, on which the numbers of a pass depend.
 
     The instruction set is left out: it changes last bits alone, and the jobs of an array may run on

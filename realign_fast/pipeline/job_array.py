@@ -13,10 +13,11 @@ from typing import Any, Literal
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..corpus.layout import check_apart
+from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
 from .output import ALIGNER, check_output
-from .passes import Pass, UnfinishedShards
+from .passes import Pass
 from .settings import Settings
 
 HALF = "half.safetensors"
@@ -34,7 +35,7 @@ def stats(
         ValueError: an aligner for the target, or for rows of another dimension.
     """
     if aligner is not None and side != "source":
-        raise ValueError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
+        raise OptionError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
     if aligner is not None:
         check_aligner(aligner, corpus)
     directory = output_path(out)
@@ -46,11 +47,12 @@ def stats(
 
 def merge(
     source: Corpus, target: Corpus, out: AnyPath, settings: Settings | None = None
-) -> tuple[str, dict[str, Any] | None]:
+) -> tuple[str, dict[str, Any] | None, bool]:
     """Go as far as the checkpoints in ``out`` allow.
 
     Returns:
-        A sentence on what is done and what is next, and the report once every shard is aligned.
+        A sentence on what is done and what is next, the report once every shard is aligned, and
+        whether a step of the array is finished in part.
 
     Raises:
         UnfinishedShards: moments of a shard are missing.
@@ -66,15 +68,15 @@ def merge(
         except UnfinishedShards as error:
             aligner.save(half_path)
             next_step = f"stats --aligner {half_path} --shard i/n ({error})"
-            return f"wrote {half_path}; next: {next_step}", None
+            return f"wrote {half_path}; next: {next_step}", None, error.finished > 0
         aligner.record_drift(drift)
         half_path.unlink(missing_ok=True)
         try:
             aligned = run.apply(aligner, source, directory)
         except UnfinishedShards as error:
             next_step = f"apply --aligner {path} --shard i/n ({error})"
-            return f"wrote {path}; next: {next_step}", None
+            return f"wrote {path}; next: {next_step}", None, error.finished > 0
         aligner.record_residual(aligned)
         aligner.save(path)
         report = run.finish(directory, aligner, source, target, aligned)
-    return f"wrote {path}; every shard is aligned", report
+    return f"wrote {path}; every shard is aligned", report, False

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..interface.option_values import OptionError
 from ..moments import Moments
 from ..storage.paths import StoragePath, write_json
 from .checkpoints import Checkpoints, Entry, digest
@@ -45,6 +46,29 @@ def read_manifest(out: StoragePath) -> dict[str, Any]:
         f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
         "--mode overwrite, or give another --out"
     )
+
+
+def check_arithmetic(out: StoragePath, code: str) -> None:
+    """Refuse to continue an output of a version whose results differ from those of this one.
+
+    ``code`` is what :func:`.checkpoints.code_version` returns: its version is that of the
+    arithmetic, which changes only if a byte of a result does.
+
+    Raises:
+        OptionError: the manifest of ``out`` names another version.
+    """
+    try:
+        made_by, own = (
+            str(version).partition(",")[0]
+            for version in (json.loads((out / MANIFEST).read_bytes())["code"], code)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is none, or it is written anew
+    if made_by != own:
+        raise OptionError(
+            f"{out}: made by {made_by}, whose sums differ from those of {own}, so that nothing of "
+            "it can be continued; write it anew with --mode overwrite, or give another --out"
+        )
 
 
 def _first_fault(manifest: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ same.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 
 from ..corpus import Corpus, format_of
 from ..corpus.layout import SUBFOLDERS, check_apart
+from ..interface.option_values import Mode, OptionError
 from ..storage.paths import StoragePath, local_path
-from .settings import Mode
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
 STATS, MANIFEST = "_stats", "manifest.json"
@@ -54,8 +55,9 @@ def check_output(
     )
     if source.nbytes > room:
         raise OSError(
+            errno.ENOSPC,
             f"{folder}: the result takes {format_bytes(source.nbytes)}, there are "
-            f"{format_bytes(room)}; make room or give another --out"
+            f"{format_bytes(room)}; make room or give another --out",
         )
 
 
@@ -73,8 +75,9 @@ def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:
     need, scratch = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
     if need > (room := shutil.disk_usage(scratch).free):
         raise OSError(
+            errno.ENOSPC,
             f"{scratch}: a shard a worker waits here for its upload, {format_bytes(need)} in all, "
-            f"there are {format_bytes(room)}; make room, or name another place with TMPDIR"
+            f"there are {format_bytes(room)}; make room, or name another place with TMPDIR",
         )
     return (
         f"each shard waits in {scratch} for its upload (TMPDIR names another place): up to "
@@ -97,19 +100,19 @@ def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePa
         advice = "give an empty --out, or that of an earlier run on the same source"
         if mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
-        raise ValueError(
+        raise OptionError(
             f"{min(map(str, unknown))}: is no shard that {source.path} becomes, and the two would "
             f"mix; {advice}"
         )
     first = min(map(str, present), default="")
     if present and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
-        raise ValueError(
+        raise OptionError(
             f"{first}: would be replaced, but {out} has no {ALIGNER} that says a run "
             "of ours wrote it; give an empty --out"
         )
     resumable = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
     if present and not resumable:
-        raise ValueError(
+        raise OptionError(
             f"{first}: is of a run without {MANIFEST} (realign-fast before it could "
             "resume), so nothing says what is finished; write it anew with --mode overwrite, or "
             "give another --out"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..interface.option_values import OptionError, UnfinishedShards
+from ..interface.progress import Progress
 from ..moments import Moments
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
@@ -20,10 +21,12 @@ from ..storage.paths import AnyPath, StoragePath, output_path
 from .cached_corpus import CachedCorpus
 from .checkpoints import Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
-from .manifest import Passes
+from .manifest import Passes, check_arithmetic
 from .output import MANIFEST, STATS
 from .settings import Settings
 from .shard_tasks import AlignTask, MeasureTask, ShardTask, map_overlapping_sync
+
+LOGGER = logging.getLogger("realign_fast.passes")  # a message when a pass ends
 
 
 @dataclass
@@ -38,16 +41,26 @@ class Pass:
     zero_rows: int = 0
     nonfinite_rows: int = 0
     finished_before: int = 0  # rows of shards that an earlier run had finished
+    start_seconds: float = 0.0  # until the first worker began, which the rates leave out
 
     def summary(self) -> dict[str, Any]:
         """Return the fields with rows/s and GB/s (bytes read and written, 1 GB = 10^9 bytes)."""
-        seconds, moved = max(self.seconds, 1e-9), self.bytes_read + self.bytes_written
+        seconds = max(self.seconds - self.start_seconds, 1e-9)
+        moved = self.bytes_read + self.bytes_written
         rates = {"rows_per_second": self.rows / seconds, "gb_per_second": moved / seconds / 1e9}
         return vars(self) | rates
 
-
-class UnfinishedShards(ValueError):
-    """Some shards of a pass are not finished, and the run reads no rows."""
+    def describe(self) -> str:
+        """Return the summary as one line of text."""
+        rates = self.summary()
+        before = f", {self.finished_before:,} rows were finished before"
+        bad = f", {self.zero_rows} zero and {self.nonfinite_rows} non-finite rows"
+        return (
+            f"{self.name:16} {self.rows:>12,} rows  {self.seconds:8.2f} s  "
+            f"{rates['rows_per_second'] / 1e6:6.2f} M rows/s  {rates['gb_per_second']:6.2f} GB/s"
+            + (bad if self.zero_rows + self.nonfinite_rows else "")
+            + (before if self.finished_before else "")
+        )
 
 
 @dataclass
@@ -86,17 +99,19 @@ class PassRunner:
         index, parts = self.part
         has_workers = self.settings.workers > 1 or self.engine not in (None, map)
         if has_workers and str(out).startswith("memory:"):
-            raise ValueError(
+            raise OptionError(
                 f"{out}: memory:// is of one process, and workers would write into their own; give "
                 "one worker, or another --out"
             )
         if self.settings.mode == "overwrite" and parts > 1:
-            raise ValueError(
+            raise OptionError(
                 f"{out}: a part of a job array cannot overwrite what others share; remove "
                 f"{out / STATS} before the jobs start, or give another --out"
             )
         with locked(out / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
-            if self.settings.mode == "overwrite":
+            if self.settings.mode != "overwrite":
+                check_arithmetic(out, code_version(self.settings.device))
+            else:
                 (out / MANIFEST).unlink(missing_ok=True)
                 for name in [name for name, is_folder in (out / STATS).listed() if is_folder]:
                     (out / STATS / name).remove_tree()
@@ -166,14 +181,15 @@ class PassRunner:
                     unfinished.append(str(shard.path))
                     continue
                 if not batchwise:
-                    advance(result.rows_read)
+                    advance(result.rows_read, began=result.began)
                 advance(shard.num_rows - result.rows_read, finished_before=True)
                 total.merge(result.moments)
                 entries.append(task.identities[result.index] | result.entry)
         if unfinished:
             raise UnfinishedShards(
                 f"{name}: {len(unfinished)} of {len(shards)} shards are not finished with these "
-                f"options, first {unfinished[0]}; run their part of the job array with them"
+                f"options, first {unfinished[0]}; run their part of the job array with them",
+                finished=len(shards) - len(unfinished),
             )
         if task.checkpoints and self.part[1] == 1:
             self.manifest_passes[name] = {"facts": task.checkpoints.facts, "shards": entries}
@@ -189,32 +205,32 @@ class PassRunner:
         Yields a function that is to be called with the number of rows done.
         """
         done, row_bytes = Pass(name), corpus.shards[0].row_bytes
-        start, cached_before = time.perf_counter(), _rows_from_memory(corpus)
-        with _progress_bar(name, rows * row_bytes, self.settings.progress) as bar:
+        start, cached_before = time.time(), _rows_from_memory(corpus)
+        options: dict[str, Any] = {"unit": "B", "unit_scale": True, "miniters": 1}
+        options["shown"] = self.settings.progress
+        with Progress(rows * row_bytes, name, **options) as bar:
 
-            def advance(rows: int, finished_before: bool = False) -> None:
-                """Count ``rows`` rows, and move the bar."""
+            def advance(rows: int, finished_before: bool = False, began: float = start) -> None:
+                """Count ``rows`` rows, which a worker ``began`` to read, and move the bar."""
+                if rows and not finished_before:
+                    earlier = done.start_seconds if done.rows else math.inf
+                    done.start_seconds = max(0.0, min(began - start, earlier))
                 done.rows += rows * (not finished_before)
                 done.finished_before += rows * finished_before
-                rate = done.rows / (time.perf_counter() - start)
+                rate = done.rows / max(time.time() - start - done.start_seconds, 1e-9)
                 bar.set_postfix_str(f"{rate / 1e6:.2f} M rows/s", refresh=False)
                 bar.update(rows * row_bytes)
 
             yield advance
-        done.seconds = time.perf_counter() - start
+        done.seconds = time.time() - start
+        done.start_seconds = min(done.start_seconds, done.seconds)
         cached = _rows_from_memory(corpus) - cached_before
         done.bytes_read = (done.rows - cached) * row_bytes
         done.bytes_written = done.rows * row_bytes * writes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
+        LOGGER.info(done.describe(), extra={"event": {"event": "pass", **done.summary()}})
 
 
 def _rows_from_memory(corpus: Corpus) -> int:
     return corpus.rows_from_memory if isinstance(corpus, CachedCorpus) else 0
-
-
-def _progress_bar(name: str, num_bytes: int, shown: bool) -> tqdm[Any]:
-    """Return a bar in bytes: live on a terminal, a line each half minute in a log."""
-    log = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30, "delay": 30}
-    options = {"unit": "B", "unit_scale": True, "miniters": 1, "file": sys.stderr}
-    return tqdm(total=num_bytes, desc=name, disable=not shown, **options, **log)

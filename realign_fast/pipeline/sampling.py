@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 from ..corpus.corpus import Corpus, sample_ids
+from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
 from ..moments import Moments, RowMap, good_rows
 from .passes import PassRunner
 from .settings import Settings
 
-EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
-DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
 _BLOCKS = 20  # blocks of the delete-one jackknife
 
 
@@ -71,7 +70,7 @@ def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int
     if not count:
         return None, "every row"
     if settings.mode == "extend":
-        raise ValueError("fit-rows: statistics of every row are extended, not samples; drop one")
+        raise OptionError("fit-rows: statistics of every row are extended, not samples; drop one")
     sides = [
         f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
         for side, corpus in (("source", source), ("target", target))

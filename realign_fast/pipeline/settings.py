@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from ..methods import Method, Shrinkage
-from ..moments import BadRows
+from ..interface.option_values import BATCH_BYTES, BadRows, Method, Mode
+from ..methods import Shrinkage
 
-BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too little at a time
-Mode = Literal["incremental", "overwrite", "extend"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 

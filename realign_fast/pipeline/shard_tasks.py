@@ -8,6 +8,7 @@ other processes.
 from __future__ import annotations
 
 import copy
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ class ShardResult:
     moments: Moments | None
     rows_read: int
     entry: Entry
+    began: float = 0.0  # the time at which the worker began to read
 
 
 def _ignore_progress(_: int) -> None:
@@ -81,6 +83,7 @@ class MeasureTask(ShardTask):
 
     def __call__(self, index: int) -> ShardResult:
         """Measure shard ``index``."""
+        began = time.time()
         shard, shard_identity = self.corpus.shards[index], self.identities[index]
         if self.checkpoints and (saved := self.checkpoints.load(shard, shard_identity)):
             return ShardResult(index, saved[0], 0, saved[1])
@@ -96,7 +99,7 @@ class MeasureTask(ShardTask):
         check_unchanged(shard, shard_identity)
         if self.checkpoints:
             entry = self.checkpoints.save(shard, shard_identity, moments)
-        return ShardResult(index, moments, shard.num_rows, entry)
+        return ShardResult(index, moments, shard.num_rows, entry, began)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class AlignTask(ShardTask):
 
         That function has to be called once, by any thread.
         """
+        began = time.time()
         shard, shard_identity = self.corpus.shards[index], self.identities[index]
         aligned = self.folder / shard.path.name
         if saved := self.checkpoints.load_aligned(shard, shard_identity, aligned):
@@ -136,7 +140,7 @@ class AlignTask(ShardTask):
             facts = {"name": aligned.name, "checksum": total, **self._expected_rows(moments)}
             save = self.checkpoints.save_aligned
             entry = save(shard, shard_identity, aligned, moments, facts)
-            return ShardResult(index, moments, shard.num_rows, entry)
+            return ShardResult(index, moments, shard.num_rows, entry, began)
 
         return finish
 

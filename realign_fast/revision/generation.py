@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interface.option_values import DEFAULT_QUESTION
 from .conversation_files import IMAGE_MARK, Sample
 from .dataset import Collator
 from .model import ReVisionModel, position_limit, transformers
 from .projector import read_config
-from .templates import DEFAULT_QUESTION, TEMPLATES, Template
+from .templates import TEMPLATES, Template
 
 
 def open_model(

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
+from ..interface.option_values import VISUAL_TOKENS
+from ..interface.option_values import ProjectorName as ProjectorName
+from ..interface.option_values import TemplateName as TemplateName
+
 IMAGE_TOKEN = -200  # stands for one visual token in input ids; no vocabulary has it
-ProjectorName = Literal["linear", "mlp", "prefix"]
-TemplateName = Literal["plain", "chat"]
 PROJECTORS: tuple[ProjectorName, ...] = get_args(ProjectorName)
 CONFIG, WEIGHTS = "revision.json", "projector.safetensors"
 
@@ -35,7 +37,7 @@ class ReVisionConfig:
     row_dimension: int  # D, the columns of an embedding row
     hidden_size: int  # H, the width of the language model's input embeddings
     projector: ProjectorName = "mlp"
-    visual_tokens: int = 576  # K, the tokens of one image
+    visual_tokens: int = VISUAL_TOKENS  # K, the tokens of one image
     normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
     template: TemplateName = "plain"  # the template of the last training
 

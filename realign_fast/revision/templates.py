@@ -17,11 +17,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from ..interface.option_values import DEFAULT_QUESTION, TemplateName
 from .conversation_files import IMAGE_MARK, Sample, Turn
-from .projector import IMAGE_TOKEN, TemplateName
+from .projector import IMAGE_TOKEN
 
 IGNORED_LABEL = -100
-DEFAULT_QUESTION = "Describe the image."
 _BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
 Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
 

@@ -35,7 +35,7 @@ def rows_of(folder, name):
 def test_a_format_is_aligned_resumed_and_verified_as_npy_is(corpora, name, capsys):
     pickles = ["--allow-pickle"] if name == "pickle" else []
     assert main.main(["convert", "text", "other", "--to", name, "--quiet"]) == 0
-    align = ["align", "--image", "image", "--quiet"]
+    align = ["align", "--image", "image"]
     assert main.main([*align, "--text", "text", "--out", "npy"]) == 0
     command = [*align, "--text", "other", "--out", "out", *pickles]
     assert main.main(command) == 0
@@ -78,7 +78,7 @@ def test_a_column_of_a_format_without_columns_is_refused(corpora, capsys, comman
         "convert": ["convert", "text", "two", "--to", "parquet", "--column", "emb"],
         "inspect": ["inspect", "text", "--column", "emb"],
     }
-    assert main.main(commands[command]) == 2
+    assert main.main(commands[command]) == 3
     place, option = ("image", "--target-column") if command == "target" else ("text", "--column")
     words = f"realign-fast: error: {place}: npy has no columns; leave {option} out"
     assert words in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_the_command_line_asks(tmp_path, capsys):
     np.save(tmp_path / "t.npy", -random_rows(9))
     command = ["align", "--text", str(tmp_path / "x.pkl"), "--image", str(tmp_path / "t.npy")]
     command += ["--out", str(tmp_path / "out"), "--quiet"]
-    assert main(command) == 2
+    assert main(command) == 3
     assert "a pickle is read only when asked to: give" in capsys.readouterr().err
     assert main([*command, "--allow-pickle"]) == 0
     assert (tmp_path / "out" / "x.pkl").exists()

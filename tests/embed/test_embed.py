@@ -290,24 +290,26 @@ def test_the_command_line(model, pictures, tmp_path, capsys):
     assert "3 items failed and are no rows" in printed.out
     assert "30/30" in printed.err  # the progress bar
     status, printed = command_line(*arguments, "--quiet", capsys=capsys)
-    assert (status, printed.err) == (0, "")
-    assert "30 items were finished before" in printed.out
+    assert (status, printed.err, printed.out) == (0, "", "")
+    status, printed = command_line(*arguments, "--json", capsys=capsys)
+    assert json.loads(printed.out)["finished_before"] == 30
 
 
 def test_the_command_lines_errors_are_one_line(model, pictures, tmp_path, capsys):
     out, options = ["--out", tmp_path / "out"], ["--model", model[0], "--pretrained", model[1]]
-    for arguments, words in (
-        ([*options, *out], "give --images, --texts or both, or --pairs alone"),
-        ([*options, *out, "--pairs", pictures, "--images", pictures], "or --pairs alone"),
-        ([*options, *out, "--images", tmp_path / "none"], "does not exist"),
-        ([*options[:2], *out, "--images", pictures], "give --pretrained"),
-        (["--model", "/no/such", *out, "--images", pictures], "no such directory or file"),
+    for arguments, expected, words in (
+        ([*options, *out], 2, "give --images, --texts or both, or --pairs alone"),
+        ([*options, *out, "--pairs", pictures, "--images", pictures], 2, "or --pairs alone"),
+        ([*options, *out, "--images", tmp_path / "none"], 6, "does not exist"),
+        ([*options[:2], *out, "--images", pictures], 3, "give --pretrained"),
+        (["--model", "/no/such", *out, "--images", pictures], 3, "no such directory or file"),
         (
             [*options, "--images", pictures, "--out", pictures / "out"],
+            3,
             "which is read; give another",
         ),
     ):
         status, printed = command_line(*arguments, capsys=capsys)
-        assert status == 2
+        assert status == expected
         assert words in printed.err
         assert printed.err.count("\n") == 1

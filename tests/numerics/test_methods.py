@@ -229,7 +229,7 @@ def test_from_the_command_line(sides, tmp_path, monkeypatch, method, capsys):
     for name, rows in zip(("text", "image"), sides, strict=True):
         (tmp_path / name).mkdir()
         np.save(f"{name}/emb_0.npy", rows.float().numpy())
-    command = ["align", "--text", "text", "--image", "image", "--method", method, "--quiet"]
+    command = ["align", "--text", "text", "--image", "image", "--method", method]
     if method in NEED_COVARIANCE:
         command += ["--shrinkage", "0.1"]
     assert main.main([*command, "--out", "out"]) == 0

@@ -120,7 +120,7 @@ def test_by_way_of_float32_nothing_is_lost(to, tmp_path, corpora):
 
 def test_the_command_line_converts(tmp_path, corpora, capsys):
     command = ["convert", str(corpora[0]), str(tmp_path / "made"), "--to", "npy", "--quiet"]
-    assert main.main(command) == 2
+    assert main.main(command) == 3
     assert "--dtype" in capsys.readouterr().err
     assert main.main([*command, "--dtype", "float16"]) == 0
     assert torch.equal(rows_of(tmp_path / "made"), rows_of(corpora[0]).half())

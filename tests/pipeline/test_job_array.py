@@ -68,7 +68,7 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
 def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
     run("stats", "--image", "image", "--out", "out")
     run("stats", "--text", "text", "--out", "out", "--shard", "1/2")
-    assert main.main(["merge", "--text", "text", "--image", "image", "--out", "out"]) == 2
+    assert main.main(["merge", "--text", "text", "--image", "image", "--out", "out"]) == 4
     error = capsys.readouterr().err
     assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
 
@@ -79,11 +79,11 @@ def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
     for side in ("text", "image"):
         run("stats", f"--{side}", side, "--out", "out")
     apply = ["apply", *sides[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
-    assert main.main(apply) == 2
+    assert main.main(apply) == 6
     message = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
     assert message in capsys.readouterr().err
     run("merge", *sides, "--out", "out")
-    assert main.main(apply) == 2
+    assert main.main(apply) == 6
     assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
 
 
@@ -140,6 +140,10 @@ def test_any_number_of_workers_writes_the_same_bytes(corpora, workers, engine):
     report = align("text", "image", "many", Settings(progress=False, workers=workers), shared)
     assert tree("many") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
+    first = report["passes"][0]
+    assert 0 < first["start_seconds"] < first["seconds"]  # until a worker began
+    working = first["seconds"] - first["start_seconds"]
+    assert first["rows_per_second"] == pytest.approx(first["rows"] / working, rel=1e-6)
 
 
 def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):
@@ -147,12 +151,12 @@ def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):
     rows[7] = 0
     np.save("text/emb_3.npy", rows)
     command = ["align", "--text", "text", "--image", "image", "--out", "out", "--workers", "2"]
-    assert main.main([*command, "--quiet"]) == 2
+    assert main.main([*command, "--quiet"]) == 3
     error = capsys.readouterr().err
     assert "text/emb_3.npy: row 7 is zero" in error and error.count("\n") == 1
 
 
-def test_workers_from_a_shell_stop_with_130_and_leave_no_half(corpora):
+def test_workers_from_a_shell_stop_with_143_and_leave_no_half(corpora):
     """A TERM to the parent alone; what the workers were at is put away, and a rerun mends it."""
     pytest.importorskip("aiohttp")
     with web(corpora) as (address, state):
@@ -171,7 +175,7 @@ def test_workers_from_a_shell_stop_with_130_and_leave_no_half(corpora):
         process.terminate()
         _, error = process.communicate(timeout=60)
         released.set()
-        assert (process.returncode, error.count("\n")) == (130, 1), error
+        assert (process.returncode, error.count("\n")) == (143, 1), error
         assert not list(Path("out").glob(".*.partial")) and not Path("out/report.json").exists()
         align(*sides, "out", Settings(progress=False))
         align(*sides, "one", Settings(progress=False))

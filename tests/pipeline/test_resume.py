@@ -157,7 +157,7 @@ def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_pat
     path = sorted(text.glob("emb_*.npy"))[-1]
     renamed = path.with_name("emb_99.npy")
     path.rename(renamed)
-    assert main.main([*fit, "--mode", "extend"]) == 2
+    assert main.main([*fit, "--mode", "extend"]) == 3
     assert "renamed, it would count twice" in capsys.readouterr().err
     rows = len(np.load(renamed))
     renamed.unlink()
@@ -268,7 +268,7 @@ def test_two_processes_do_not_share_an_output(corpora, tmp_path, capsys):
     try:
         assert process.stdout.readline() == b"1\n"
         command = ["align", "--text", str(text), "--image", str(image), "--out", str(out)]
-        assert main.main(command) == 2
+        assert main.main(command) == 5
         error = capsys.readouterr().err
         assert f"process {process.pid} on " in error and error.count("\n") == 1
         assert f"{out}: " in error and "another --out" in error

@@ -90,7 +90,7 @@ def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, c
     align("text", "image", "one", quiet())
     monkeypatch.setattr(sampling, "EXACT_BYTES", 10_000)
     monkeypatch.setattr(sampling, "DEFAULT_ROWS", 200)
-    command = ["align", "--text", "text", "--image", "image", "--quiet", "--out"]
+    command = ["align", "--text", "text", "--image", "image", "--out"]
     assert main.main([*command, "out"]) == 0
     printed = capsys.readouterr().out
     assert (

@@ -135,7 +135,7 @@ def test_damaged_statistics_are_made_again(tmp_path):
 
 
 def test_no_manifest_is_an_error(tmp_path, capsys):
-    assert main.main(["verify", str(tmp_path)]) == 2
+    assert main.main(["verify", str(tmp_path)]) == 3
     assert "has no manifest.json" in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_a_manifest_of_another_format_is_an_error(tmp_path, capsys):
     out = make(tmp_path)
     for text in (json.dumps({"format": 99, "passes": {}}), "{", "[]"):
         (out / "manifest.json").write_text(text)
-        assert main.main(["verify", str(out)]) == 2
+        assert main.main(["verify", str(out)]) == 3
         assert "expected a manifest of format 1" in capsys.readouterr().err
 
 
@@ -181,7 +181,7 @@ def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, messag
     out = make(tmp_path)
     path = out / "manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    assert main.main(["verify", str(out)]) == 2
+    assert main.main(["verify", str(out)]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"realign-fast: error: {path}: expected a manifest of format 1, got ")
     assert message in line and line.endswith("or give another --out")

@@ -13,7 +13,7 @@ from support.kill_and_resume import tree
 
 from realign_fast import Moments, ReAlign, backend_of
 from realign_fast.cli import main
-from realign_fast.pipeline import passes
+from realign_fast.pipeline import checkpoints, passes
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
@@ -87,22 +87,41 @@ def test_a_fit_with_covariances_is_resumed_without_a_read(tmp_path, reads):
     assert reads == [] and tree(out) == before
 
 
-@pytest.mark.parametrize("ingredient", ["time", "path", "bad_rows", "batch_bytes", "code"])
-def test_rows_are_read_again_where_an_ingredient_of_the_keys_differs(
-    tmp_path, reads, monkeypatch, ingredient
-):
+@pytest.mark.parametrize("ingredient", ["time", "path", "bad_rows", "batch_bytes"])
+def test_rows_are_read_again_where_an_ingredient_of_the_keys_differs(tmp_path, reads, ingredient):
     out, text, options = place_output("out", tmp_path), tmp_path / "text", {}
     if ingredient == "time":
         modified = (text / "emb_0.npy").stat().st_mtime_ns + 1
         os.utime(text / "emb_0.npy", ns=(modified, modified))
     elif ingredient == "path":
         text = text.rename(tmp_path / "moved")
-    elif ingredient == "code":
-        monkeypatch.setattr(passes, "code_version", lambda device: "realign_fast 9.9.9")
     else:
         options[ingredient] = {"bad_rows": "skip", "batch_bytes": 1 << 20}[ingredient]
     align(text, tmp_path / "image", out, Settings(progress=False, **options))
     assert f"{text.name}/emb_0.npy" in reads
+
+
+def test_an_output_of_another_arithmetic_is_refused_in_words(tmp_path, reads, monkeypatch, capsys):
+    out = place_output("out", tmp_path)
+    before = tree(out)
+    monkeypatch.setattr(passes, "code_version", lambda device: "realign_fast 9.9.9, sum_rows")
+    command = ["align", "--text", str(tmp_path / "text"), "--image", str(tmp_path / "image")]
+    assert main.main([*command, "--out", str(out)]) == 2
+    assert "made by realign_fast 0.1.0, whose sums differ" in capsys.readouterr().err
+    assert reads == [] and tree(out) == before
+    assert main.main([*command, "--out", str(out), "--mode", "overwrite", "--quiet"]) == 0
+
+
+def test_results_have_every_byte_of_the_arithmetic_version(tmp_path):
+    """A result that changes needs a higher ``ARITHMETIC_VERSION``, and new stored results."""
+    assert checkpoints.ARITHMETIC_VERSION == "0.1.0"
+    align(STORED / "text", STORED / "image", tmp_path / "out", Settings(progress=False))
+    for name in ("emb_0.npy", "emb_1.npy", "emb_2.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (STORED / "out" / name).read_bytes()
+    stored = json.loads((STORED / "out" / "report.json").read_text())
+    fitted = json.loads((tmp_path / "out" / "report.json").read_text())["fitted"]
+    gap = stored["fitted"]["centroid_gap"]
+    assert fitted["centroid_gap"] == pytest.approx(gap, rel=1e-14)  # any instruction set
 
 
 def test_moments_and_aligner_give_the_results_they_gave():

@@ -1,6 +1,5 @@
 """The commands from a list and rows to captions, answers and figures; two processes for real."""
 
-import argparse
 import io
 import json
 import sys
@@ -61,30 +60,25 @@ class Colours:
         return np.eye(16, dtype=np.float32)[kinds] + 0.05
 
 
-def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys):
+def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     paths = []
     for name, colour in (("green", (0, 255, 0)), ("red", (255, 0, 0))):
         paths.append(tmp_path / f"{name}.png")
         image.new("RGB", (4, 4), colour).save(paths[-1])
-    parser = argparse.ArgumentParser()
-    revision_commands.add(parser.add_subparsers(), open_encoder=Colours)
+    monkeypatch.setattr(revision_commands, "open_encoder", Colours)
     base = ["caption", "--model", trained, "--ask", "what is this ?", "--image", *paths]
-    options = parser.parse_args(words(*base, "--encoder", "plain"))
-    options.run(options)
+    assert main(words(*base, "--encoder", "plain")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["caption"] for one in lines] == [CAPTIONS[2], CAPTIONS[0]]
     assert [one["row"] for one in lines] == words(*paths)
-    options = parser.parse_args(words(*base))
-    with pytest.raises(ValueError, match="--image needs --encoder"):
-        options.run(options)
+    assert main(words(*base)) == 2
+    assert "--image needs --encoder" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
-    options = parser.parse_args(words(*base, tmp_path / "text.png", "--encoder", "plain"))
-    with pytest.raises(ValueError, match=r"text.png: cannot be read as a picture"):
-        options.run(options)
-    with pytest.raises(SystemExit):  # what would be left out otherwise
-        parser.parse_args(words(*base, "--encoder", "plain", "--row", "3"))
-    assert "not allowed with argument --image" in capsys.readouterr().err
+    assert main(words(*base, tmp_path / "text.png", "--encoder", "plain")) == 3
+    assert "text.png: cannot be read as a picture" in capsys.readouterr().err
+    assert main(words(*base, "--encoder", "plain", "--row", "3")) == 2
+    assert "--image: not allowed with --row" in capsys.readouterr().err
 
 
 def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
@@ -136,42 +130,42 @@ def test_public_names_are_functions_however_often_they_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "status", "said"),
     [
-        (["--row", "99"], "got rows 99..99, expected 0..47"),
-        (["--id", "nobody"], "no row has the id 'nobody'"),
-        ([], "which row? give --row N or --id ID"),
+        (["--row", "99"], 3, "got rows 99..99, expected 0..47"),
+        (["--id", "nobody"], 3, "no row has the id 'nobody'"),
+        ([], 2, "which row? give --row N or --id ID"),
     ],
 )
-def test_mistakes_of_chat(more, said, trained, world, capsys):
+def test_mistakes_of_chat(more, status, said, trained, world, capsys):
     base = ["chat", "--model", trained, "--rows", world / "corpus", "--ask", "what ?"]
-    assert main(words(*base, *more)) == 2
+    assert main(words(*base, *more)) == status
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "status", "said"),
     [
-        (["--set", "learning_rat=1"], "nearest: learning_rate"),
-        (["--rows", "nowhere"], "nowhere"),
-        (["--data", "nowhere.json"], "nowhere.json: no such file; expected a list"),
-        (["--ids", "nowhere"], "has no metadata/"),
-        (["--test", "alone.jsonl"], "test, test_rows: got one of them"),
-        (["--language-model", "nowhere/at/all"], "nowhere/at/all"),
-        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
-        (["--max-length", "4"], "48 of 48 samples cannot be used"),
-        (["--max-length", "2"], "an image alone takes 2 tokens of the 2 of max_length"),
-        (["--language-model", "/nowhere"], "/nowhere: no such directory"),
+        (["--set", "learning_rat=1"], 3, "nearest: learning_rate"),
+        (["--rows", "nowhere"], 6, "nowhere"),
+        (["--data", "nowhere.json"], 6, "nowhere.json: no such file; expected a list"),
+        (["--ids", "nowhere"], 3, "has no metadata/"),
+        (["--test", "alone.jsonl"], 3, "test, test_rows: got one of them"),
+        (["--language-model", "nowhere/at/all"], 6, "nowhere/at/all"),
+        (["--chat-template", "nowhere.jinja"], 6, "nowhere.jinja"),
+        (["--max-length", "4"], 3, "48 of 48 samples cannot be used"),
+        (["--max-length", "2"], 3, "an image alone takes 2 tokens of the 2 of max_length"),
+        (["--language-model", "/nowhere"], 6, "/nowhere: no such directory"),
     ],
 )
-def test_mistakes_of_pretrain(more, said, world, tmp_path, capsys):
-    assert main(pretrain_command(world, tmp_path / "out", *more)) == 2
+def test_mistakes_of_pretrain(more, status, said, world, tmp_path, capsys):
+    assert main(pretrain_command(world, tmp_path / "out", *more)) == status
     assert said in capsys.readouterr().err
 
 
 def test_a_model_of_captions_does_not_chat(world, trained, capsys):
     base = ["chat", "--model", trained.parent / "one", "--rows", world / "corpus", "--row", "1"]
-    assert main(words(*base)) == 2
+    assert main(words(*base)) == 3
     assert "was last trained on captions" in capsys.readouterr().err
 
 
@@ -191,5 +185,5 @@ def test_two_processes_train_as_one(world, tmp_path):
 
 def test_without_transformers_the_extra_is_named(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(pretrain_command(world, tmp_path / "out")) == 2
+    assert main(pretrain_command(world, tmp_path / "out")) == 9
     assert "pip install 'realign_fast[train]'" in capsys.readouterr().err

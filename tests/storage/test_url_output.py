@@ -29,7 +29,7 @@ from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
-from realign_fast.storage import object_lock, url
+from realign_fast.storage import object_lock, read_ahead, url
 from realign_fast.storage.lock import locked
 from realign_fast.storage.paths import storage_path
 
@@ -183,6 +183,34 @@ def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
 
 
+def test_a_plan_counts_the_requests_of_the_run(corpora, bucket, monkeypatch, capsys):
+    for folder in corpora:
+        bucket.put(str(folder), f"rows/{folder.name}", recursive=True)
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 600)  # 12 rows
+    requests = []
+    pread = url.Url.pread
+
+    def counted(self, count, offset):
+        """Count the requests for rows, which lie behind the header."""
+        if self.name.endswith(".npy") and offset >= 128:
+            requests.append(offset)
+        return pread(self, count, offset)
+
+    monkeypatch.setattr(url.Url, "pread", counted)
+    inputs = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3]
+    rates = ["--read-rate", "1G", "--write-rate", "1G", "--json"]
+    assert main.main(["plan", *inputs, *rates]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    uploads = 3  # shards below the size of a part
+    assert requests == [] and planned["requests"] == 3 * (5 + 1 + 3) + (4 + 1) + uploads
+    assert main.main(["align", *inputs, "--quiet"]) == 0
+    assert len(requests) == planned["requests"] - uploads
+    names = ("rows", "bytes_read", "bytes_written")
+    report = json.loads(bucket.cat("rows/out/report.json"))
+    for name in names:
+        assert sum(done[name] for done in report["passes"]) == planned[name]
+
+
 def test_the_memory_of_a_process_is_no_place_for_workers(corpora):
     with pytest.raises(ValueError, match=r"memory://out: .*give one worker"):
         align(*corpora, "memory://out", Settings(progress=False, workers=2))
@@ -213,7 +241,7 @@ def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
     for job in ("2/2", "1/2"):
         run("stats", *inputs[:2], "--shard", job)
         run("stats", *inputs[2:], "--shard", job)
-    assert main.main(["apply", *inputs[:2], "--aligner", S3, "--out", S3, "--quiet"]) == 2
+    assert main.main(["apply", *inputs[:2], "--aligner", S3, "--out", S3, "--quiet"]) == 6
     assert "has statistics and no aligner.safetensors; merge has to" in capsys.readouterr().err
     run("merge", *inputs)
     assert f"next: stats --aligner {S3}/half.safetensors" in capsys.readouterr().out
@@ -222,7 +250,7 @@ def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
     run("merge", *inputs)
     for job in ("1/2", "2/2"):
         run("apply", *inputs[:2], "--aligner", S3, "--shard", job)
-    run("merge", *inputs)
+    assert main.main(["merge", *inputs, "--out", S3]) == 0
     assert "every shard is aligned" in capsys.readouterr().out
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
     assert main.main(["verify", S3]) == 0 and main.main(["inspect", S3]) == 0
@@ -305,7 +333,7 @@ def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, corpora, bucket, s3_serv
         assert "_stats/lock" in keys(bucket)
         process.terminate()
         released.set()
-        assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
+        assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 143
     assert "_stats/lock" not in keys(bucket)
 
 
@@ -335,7 +363,7 @@ def test_an_upload_that_fails_is_one_error_and_what_is_finished_stays(
 ):
     vars(failing).update(wrong)
     inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
-    assert main.main(["align", *inputs]) == 2
+    assert main.main(["align", *inputs]) == 6
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"realign-fast: error: {S3}/emb_1.npy: {message}", line)
     assert "emb_0.npy" in keys(bucket) and "emb_1.npy" not in keys(bucket)
@@ -369,7 +397,7 @@ def test_a_server_that_is_gone_is_said_once(corpora, bucket, monkeypatch, capsys
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--quiet"]
-    assert main.main(["align", *inputs, "--out", S3]) == 2
+    assert main.main(["align", *inputs, "--out", S3]) == 6
     error = capsys.readouterr().err.splitlines()[-1]
     assert "its server cannot be reached" in error and error.startswith("realign-fast: error: s3")
     fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -66,7 +66,7 @@ class Processes:
                     yield pickle.loads(result.result())
                 ended = True
             except BrokenProcessPool as error:
-                raise OSError(
+                raise ChildProcessError(
                     "a worker process died (killed, or out of memory); what is finished is kept: "
                     "run the same command again, with fewer workers if memory was short"
                 ) from error

@@ -158,7 +158,7 @@ class RayTasks:
             advice = "run `pip install 'realign_fast[ray]'`"
             raise ImportError(f"{address}: {error}; {advice}") from error
         except Exception as error:
-            raise OSError(
+            raise ConnectionError(
                 f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
                 "that host and port are right (ray://HOST:10001 from outside a cluster), that Ray "
                 "and Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
@@ -212,7 +212,7 @@ class RayTasks:
         try:
             value, error, trace = pickle.loads(ray.get(reference))
         except ray.exceptions.RayError as failure:
-            raise OSError(
+            raise ConnectionError(
                 f"{name}: Ray gave up on it ({_first_line(failure)}) after {self.retries} retries; "
                 "what is finished is kept: run the same command again, with more --cpus-per-task "
                 "if memory was short"

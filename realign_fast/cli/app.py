@@ -1,0 +1,68 @@
+"""What every command is made of: how it is registered, its result and its exit status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeVar
+
+from .options import Options
+
+LOGGER = logging.getLogger("realign_fast")
+OptionsType = TypeVar("OptionsType", bound=Options)
+CommandFunction = Callable[[OptionsType], "Result | None"]
+
+
+class ExitCode(IntEnum):
+    """The exit status of every command; docs/commands.md explains each for a scheduler."""
+
+    DONE = 0
+    FAULTS = 1  # verify found some
+    USAGE = 2  # options that are unknown, missing, or exclude each other
+    DATA = 3  # a file, a row or a model is refused
+    INCOMPLETE = 4  # shards of other jobs are not finished
+    LOCKED = 5  # another process works on the output
+    PLACE = 6  # a file, a bucket or a server is not there, or may not be used
+    ENGINE = 7  # Ray cannot be reached, or worker processes die
+    SPACE = 8  # a disk is full, or memory ran out
+    PACKAGE = 9  # an optional package is missing
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Result(NamedTuple):
+    """The result of a command: fields for ``--json``, and a text for people.
+
+    ``answer`` is True where the text is what was asked for, which ``--quiet`` keeps.
+    """
+
+    facts: dict[str, Any]
+    text: str
+    status: ExitCode = ExitCode.DONE
+    answer: bool = False
+    has_report: bool = False  # a report was written, which also keeps the options of the run
+
+
+class Command(NamedTuple):
+    """A command: its name and help are those of ``function``, which takes one object of options."""
+
+    function: Callable[[Any], Result | None]
+    group: str
+    examples: tuple[str, ...]
+
+
+COMMANDS: list[Command] = []
+
+
+def command(
+    group: str, *examples: str
+) -> Callable[[CommandFunction[OptionsType]], CommandFunction[OptionsType]]:
+    """Register a function as a command; the class of its argument says which options it has."""
+
+    def register(function: CommandFunction[OptionsType]) -> CommandFunction[OptionsType]:
+        """Keep the function for :mod:`.main`."""
+        COMMANDS.append(Command(function, group, examples))
+        return function
+
+    return register

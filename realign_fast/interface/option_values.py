@@ -1,0 +1,42 @@
+"""Values, defaults and errors of options, for the library and the command line."""
+
+from typing import Literal
+
+BadRows = Literal["error", "skip", "keep"]
+Modality = Literal["text", "image"]
+FormatName = Literal[
+    "npy", "npz", "pt", "safetensors", "parquet", "arrow", "arrow-stream", "hf", "pickle", "tar"
+]
+Mode = Literal["incremental", "overwrite", "extend"]
+Method = Literal[
+    "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
+]
+BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too little at a time
+EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
+DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
+
+EmbedMode = Literal["incremental", "overwrite"]
+Precision = Literal["fp32", "bf16"]  # of the model that embeds
+RowDtype = Literal["float16", "float32"]  # of embedded rows on disk
+SHARD_ROWS = 100_000  # items of an embedded shard
+
+ProjectorName = Literal["linear", "mlp", "prefix"]
+TemplateName = Literal["plain", "chat"]
+VISUAL_TOKENS = 576  # of an image
+DEFAULT_QUESTION = "Describe the image."
+
+
+class OptionError(ValueError):
+    """Options exclude each other, or do not fit the output that is named."""
+
+
+class UnfinishedShards(ValueError):
+    """Some shards of a pass are not finished, and the run reads no rows.
+
+    Attributes:
+        finished: the number of shards of the pass that are finished.
+    """
+
+    def __init__(self, message: str, finished: int = 0) -> None:
+        super().__init__(message)
+        self.finished = finished

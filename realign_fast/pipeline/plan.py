@@ -1,0 +1,197 @@
+"""The plan of a run: what each pass will read and write, what is finished already, and how long.
+
+Rows, bytes and requests are counted from headers and checkpoints, as the run itself will count
+them. The seconds come from rates: those of the user, or those of a short run on the first shards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..align import ReAlign
+from ..corpus.corpus import Corpus
+from ..corpus.shard import ContiguousShard
+from ..moments import Moments
+from ..storage import read_ahead
+from ..storage.paths import AnyPath, output_path
+from .align_run import AlignRun, align
+from .checkpoints import Entry
+from .output import ALIGNER, format_bytes
+from .passes import LOGGER
+from .sampling import rows_to_fit
+from .settings import Settings
+from .shard_tasks import AlignTask
+
+UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
+
+
+@dataclass
+class PlanRun(AlignRun):
+    """A run that only counts what its passes would do."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    is_known: bool = True  # False once statistics are missing that later passes depend on
+    uploads: bool = False  # to a URL
+
+    def run_pass(self, task: Any, total: Moments, entries: list[Entry]) -> Moments:
+        """Count the shards of a pass that are not finished, and merge the others into ``total``."""
+        unfinished = []
+        for index in range(self.part[0], len(task.corpus.shards), self.part[1]):
+            if task.checkpoints is None or (moments := task(index).moments) is None:
+                unfinished.append(index)
+            else:
+                total.merge(moments)
+        self.is_known &= not unfinished
+        self.add(task.name, task.corpus, unfinished, isinstance(task, AlignTask))
+        return total
+
+    def add(self, name: str, corpus: Corpus, shards: Sequence[int], writes: bool = False) -> None:
+        """Add a pass over some shards of a corpus."""
+        rows = [corpus.shards[index].num_rows for index in shards]
+        sizes = [corpus.shards[index].row_bytes * corpus.shards[index].num_rows for index in shards]
+        read = bool(self.steps) and corpus.nbytes <= self.settings.memory  # kept since the first
+        read_bytes = 0 if read and name != "target moments" else sum(sizes)
+        requests: int | None = 0
+        if corpus.path.is_remote and read_bytes:
+            ranged = all(isinstance(corpus.shards[index], ContiguousShard) for index in shards)
+            rows_each = max(1, read_ahead.PIECE_BYTES // corpus.shards[0].row_bytes)
+            requests = sum(-(-count // rows_each) for count in rows) if ranged else None
+        if writes and self.uploads and requests is not None:
+            requests += sum(-(-size // UPLOAD_BYTES) for size in sizes)
+        step = {"name": name, "rows": sum(rows), "bytes_read": read_bytes}
+        step |= {"bytes_written": sum(sizes) * writes, "requests": requests}
+        every = range(self.part[0], len(corpus.shards), self.part[1])
+        before = sum(corpus.shards[index].num_rows for index in every) - sum(rows)
+        self.steps.append(step | {"finished_before": before})
+
+
+def plan_align(
+    source: Corpus, target: Corpus, out: AnyPath, settings: Settings, writes: bool = True
+) -> list[dict[str, Any]]:
+    """Return the passes of ``align``, or without ``writes`` those of ``fit``."""
+    run = _plan_run(out, settings)
+    count, _ = rows_to_fit(settings, source, target)
+    aligner: ReAlign | None = None
+    if count:
+        for name, corpus in (("source", source), ("target", target), ("drift of", source)):
+            rows = min(count, corpus.num_rows)
+            size = rows * corpus.shards[0].row_bytes
+            step = {"name": f"{name} sample", "rows": rows, "bytes_read": size, "bytes_written": 0}
+            requests = None if corpus.path.is_remote else 0
+            run.steps.append(step | {"requests": requests, "finished_before": 0})
+        if run.out is not None and (run.out / ALIGNER).exists():
+            aligner = ReAlign.load(run.out / ALIGNER)
+    else:
+        moments = run.measure("source moments", source), run.measure("target moments", target)
+        if run.is_known:
+            aligner = run._from_moments((source, moments[0]), (target, moments[1]))
+            aligner.record_drift(run.measure("source drift", source, aligner))
+        else:
+            run.add("source drift", source, range(len(source.shards)))
+        if not writes:
+            run.add("source residual", source, range(len(source.shards)))
+    if writes and aligner is not None and run.is_known:
+        task = run.align_task(source, aligner, output_path(out) / source.subfolder)
+        run.run_pass(task, Moments(), [])
+    elif writes:
+        run.add("apply", source, range(len(source.shards)), writes=True)
+    return run.steps
+
+
+def plan_apply(
+    aligner: ReAlign, source: Corpus, out: AnyPath, settings: Settings, part: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Return the one pass of ``apply``."""
+    run = _plan_run(out, settings, part)
+    task = run.align_task(source, aligner, output_path(out) / source.subfolder)
+    run.run_pass(task, Moments(), [])
+    return run.steps
+
+
+def plan_copy(name: str, corpus: Corpus, out: AnyPath, suffix: str) -> list[dict[str, Any]]:
+    """Return the one pass of ``convert``; shards that are in ``out`` already are finished."""
+    run, place = _plan_run(out, Settings()), output_path(out)
+    paths = [place / f"{shard.path.stem}{suffix}" for shard in corpus.shards]
+    left = [number for number, path in enumerate(paths) if not path.exists()]
+    run.add(name, corpus, left, writes=True)
+    return run.steps
+
+
+def _plan_run(out: AnyPath, settings: Settings, part: tuple[int, int] = (0, 1)) -> PlanRun:
+    place = output_path(out)
+    run = PlanRun(settings, part, reading=False, uploads=place.is_remote)
+    run.out = None if settings.mode == "overwrite" else place  # without it nothing is finished
+    return run
+
+
+def measured_seconds(
+    steps: Sequence[dict[str, Any]],
+    source: Corpus,
+    target: Corpus,
+    out: AnyPath,
+    settings: Settings | None = None,
+) -> list[float]:
+    """Return the seconds of each pass at the rates of a run on the first shard of each side.
+
+    The run writes into ``OUT.plan`` and removes it.
+    """
+    scratch = output_path(f"{str(out).rstrip('/')}.plan")
+    settings = settings or Settings()
+    quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
+    try:
+        LOGGER.disabled = True
+        first = _beginning(source, settings.workers), _beginning(target, settings.workers)
+        report = align(first[0], first[1], scratch, quick)
+    finally:
+        LOGGER.disabled = False
+        if scratch.exists():
+            scratch.remove_tree()
+    rates = {done["name"]: done["rows_per_second"] for done in report["passes"]}
+    kinds = {"target sample": "target moments", "source residual": "source drift"}
+    kinds |= {"source sample": "source moments", "drift of sample": "source drift"}
+    return [step["rows"] / rates[kinds.get(step["name"], step["name"])] for step in steps]
+
+
+def plan_report(
+    steps: Sequence[dict[str, Any]], seconds: Sequence[float], machines: int = 1
+) -> dict[str, Any]:
+    """Return the passes with their seconds, and the sums over all passes."""
+    passes = [
+        step | {"seconds": duration / machines}
+        for step, duration in zip(steps, seconds, strict=True)
+    ]
+    names = ("rows", "bytes_read", "bytes_written", "requests", "finished_before", "seconds")
+    known = {name: [step[name] for step in passes] for name in names}
+    totals = {name: None if None in values else sum(values) for name, values in known.items()}
+    return {"passes": passes, **totals, "hours": (totals["seconds"] or 0) / 3600}
+
+
+def rated_seconds(steps: Sequence[dict[str, Any]], read: float, write: float) -> list[float]:
+    """Return the seconds of each pass at given rates, in bytes a second."""
+    return [step["bytes_read"] / read + step["bytes_written"] / write for step in steps]
+
+
+def format_plan(report: dict[str, Any]) -> str:
+    """Return a plan as text."""
+    lines = []
+    for step in [*report["passes"], report | {"name": "in all"}]:
+        requests = "unknown" if step["requests"] is None else f"{step['requests']:,}"
+        lines.append(
+            f"{step['name']:16} {step['rows']:>15,} rows  {format_bytes(step['bytes_read']):>10} "
+            f"read  {format_bytes(step['bytes_written']):>10} written  {requests:>9} requests  "
+            f"{step['seconds'] / 3600:9.3f} h"
+            + (f"  ({step['finished_before']:,} rows are finished)" * bool(step["finished_before"]))
+        )
+    return "\n".join(lines)
+
+
+def _beginning(corpus: Corpus, shards: int) -> Corpus:
+    """Return a corpus of the first shards alone."""
+    part = copy.copy(corpus)
+    part.shards, part.starts = corpus.shards[:shards], corpus.starts[: shards + 1]
+    part.num_rows = int(part.starts[-1])
+    part.nbytes = part.num_rows * part.shards[0].row_bytes
+    return part

@@ -1,0 +1,282 @@
+"""The command line as programs use it: exit status, JSON, events, options from a report, plans."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+import realign_fast
+from realign_fast.cli import main
+from realign_fast.cli.app import COMMANDS, ExitCode
+from realign_fast.cli.options import PANELS, parameters
+from realign_fast.corpus.format_registry import FORMATS
+from realign_fast.interface.option_values import FormatName
+from realign_fast.storage.lock import locked
+
+ROOT = Path(realign_fast.__file__).parents[1]
+SIDES = ["--text", "text", "--image", "image"]
+ALIGN = ["align", *SIDES, "--out", "out"]
+D = 16
+
+
+@pytest.fixture(autouse=True)
+def corpora(tmp_path, monkeypatch):
+    """`text/` with four shards and `image/` with two, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for side, shards in (("text", 4), ("image", 2)):
+        os.mkdir(side)
+        for index in range(shards):
+            rows = np.random.default_rng(index).standard_normal((50, D)) + (side == "text")
+            np.save(f"{side}/emb_{index}.npy", rows.astype("f2"))
+
+
+def run(*arguments):
+    """Run a command with --json and return its status."""
+    return main.main([*arguments, "--json"])
+
+
+def document(capsys):
+    """The one JSON document on stdout."""
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_command_has_an_example_whose_options_it_knows():
+    for entry in COMMANDS:
+        options = parameters(main.get_type_hints(entry.function)["options"])
+        flags = {f"--{o.name.replace('_', '-').rstrip('-')}" for o in options} | {
+            flag
+            for option in options
+            for flag in (option.annotation.__metadata__[0].param_decls or ())
+        }
+        flags |= {str(option.annotation.__metadata__[0].default) for option in options}
+        assert entry.examples and entry.function.__doc__
+        for word in " ".join(entry.examples).split():
+            assert not word.startswith("--") or word in flags, (entry.function, word)
+        for option in options:
+            info = option.annotation.__metadata__[0]
+            assert info.help and info.rich_help_panel in PANELS
+
+
+def test_the_formats_of_convert_are_those_of_the_registry():
+    assert set(get_args(FormatName)) == set(FORMATS)
+
+
+def snapshot():
+    """Every option of every command: its panel, spellings and default."""
+    return {
+        entry.function.__name__: {
+            option.name: [
+                info.rich_help_panel,
+                info.show_default if isinstance(info.show_default, str) else str(option.default),
+                info.help,
+            ]
+            for option in parameters(main.get_type_hints(entry.function)["options"])
+            for info in option.annotation.__metadata__
+        }
+        for entry in COMMANDS
+    }
+
+
+def test_help_is_the_snapshot():
+    """Write it anew with `python tests/cli/test_machine.py` and read the difference."""
+    assert snapshot() == json.loads((Path(__file__).parent / "help.json").read_text())
+
+
+def test_help_of_a_command_shows_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["align", "--help"])
+    printed = capsys.readouterr().out
+    for word in ("Input", "Output", "Run", "Engine", "16777216", "Examples:", "1,000,000"):
+        assert word in printed
+
+
+def test_json_of_every_step_of_a_job_array(capsys):
+    schema = {"schema_version": 1}
+    keys = {}
+    for command in (
+        ["stats", "--text", "text", "--out", "parts"],
+        ["stats", "--image", "image", "--out", "parts"],
+        ["merge", *SIDES, "--out", "parts"],
+        ["stats", "--text", "text", "--out", "parts", "--aligner", "parts/half.safetensors"],
+        ["merge", *SIDES, "--out", "parts"],
+        ["apply", "--text", "text", "--aligner", "parts", "--out", "parts", "--shard", "1/2"],
+    ):
+        assert run(*command) == 0
+        found = document(capsys)
+        assert found["command"] == command[0] and schema.items() <= found.items()
+        keys[command[0]] = set(found)
+    assert {"name", "rows", "seconds", "start_seconds", "rows_per_second"} <= keys["stats"]
+    assert run("merge", *SIDES, "--out", "parts") == ExitCode.INCOMPLETE
+    found = document(capsys)
+    assert not found["complete"] and "2 of 4 shards are not finished" in found["next"]
+    assert run("apply", "--text", "text", "--aligner", "parts", "--out", "parts") == 0
+    capsys.readouterr()
+    assert run("merge", *SIDES, "--out", "parts") == 0
+    assert document(capsys)["complete"]
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (ALIGN, {"fitted", "passes", "result", "peak_memory_bytes"}),
+        (["fit", *SIDES, "--out", "out"], {"fitted", "passes"}),
+        (["convert", "text", "out", "--to", "safetensors"], {"rows", "shards", "out"}),
+        (["inspect", "text"], {"rows", "dtype", "sample"}),
+        (["info"], {"torch", "ops", "gpu"}),
+        (["plan", *ALIGN[1:]], {"passes", "rows", "bytes_read", "requests", "hours"}),
+    ],
+)
+def test_json_has_the_documented_fields(capsys, command, keys):
+    assert run(*command) == 0
+    found = document(capsys)
+    assert keys | {"schema_version", "command"} <= set(found)
+
+
+def no_room(monkeypatch):
+    """A disk with less room than the result takes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+
+
+def a_zero_row(monkeypatch):
+    """A row without a direction."""
+    np.save("text/emb_1.npy", np.zeros((50, D), "f2"))
+
+
+def nothing(monkeypatch):
+    """Leave the corpora as they are."""
+
+
+@pytest.mark.parametrize(
+    ("command", "prepare", "code"),
+    [
+        ([*ALIGN[:-1], "text"], nothing, ExitCode.USAGE),
+        (ALIGN, a_zero_row, ExitCode.DATA),
+        (["apply", "--text", "text", "--aligner", "none", "--out", "o"], nothing, ExitCode.PLACE),
+        (["merge", *SIDES, "--out", "out"], nothing, ExitCode.INCOMPLETE),
+        ([*ALIGN, "--engine", "ray", "--ray-address", "127.0.0.1:9"], nothing, ExitCode.ENGINE),
+        (ALIGN, no_room, ExitCode.SPACE),
+    ],
+)
+def test_each_kind_of_failure_has_its_status(capsys, monkeypatch, command, prepare, code):
+    if code is ExitCode.ENGINE:
+        pytest.importorskip("ray")
+    prepare(monkeypatch)
+    assert run(*command) == code
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
+    assert (error["exit_code"], error["kind"]) == (int(code), code.name.lower())
+    assert captured.err.endswith(f"realign-fast: error: {error['message']}\n")
+
+
+def test_a_lock_that_is_held_has_its_status(capsys):
+    os.mkdir("out")
+    with locked(Path("out/_stats")):
+        assert main.main(ALIGN) == ExitCode.LOCKED
+
+
+def test_quiet_prints_nothing_and_errors_still(capsys):
+    assert main.main([*ALIGN, "--quiet"]) == 0
+    assert main.main(["convert", "text", "other", "--to", "npy", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main.main(["verify", "nowhere", "--quiet"]) != 0
+    assert capsys.readouterr().err.startswith("realign-fast: error: ")
+
+
+def test_events_are_lines_of_json(capsys):
+    assert main.main([*ALIGN, "--log-json", "--progress-interval", "0", "--json"]) == 0
+    captured = capsys.readouterr()
+    events = [json.loads(line) for line in captured.err.splitlines()]
+    assert {"progress", "pass"} == {event["event"] for event in events}
+    apply = [e for e in events if e["event"] == "progress" and e["name"] == "apply"]
+    assert [event["done"] for event in apply] == [50 * D * 2 * n for n in (1, 2, 3, 4)]
+    assert all(event["total"] == 200 * D * 2 and event["seconds"] >= 0 for event in apply)
+    assert json.loads(captured.out)["command"] == "align"
+
+
+def test_a_run_is_repeated_from_its_report(capsys):
+    assert main.main([*ALIGN, "--method", "mean-shift", "--batch-bytes", "640", "--quiet"]) == 0
+    first = json.loads(Path("out/report.json").read_text())
+    assert first["run"]["options"]["method"] == "mean-shift"
+    assert main.main(["align", "--config", "out/report.json", "--out", "two", "--quiet"]) == 0
+    second = json.loads(Path("two/report.json").read_text())
+    assert second["fitted"] == first["fitted"] and second["run"]["options"]["out"] == "two"
+    assert Path("two/emb_3.npy").read_bytes() == Path("out/emb_3.npy").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main.main(["fit", "--config", "out/report.json"])
+    assert stop.value.code == 2 and "holds options of align" in capsys.readouterr().err
+
+
+def test_an_old_spelling_works_and_warns(capsys):
+    words = main._words(["pretrain", "--side", "text", "--batch=8", "--batch-size", "4"])
+    assert words == ["pretrain", "--modality", "text", "--batch-size=8", "--batch-size", "4"]
+    assert capsys.readouterr().err.count("goes with the next release") == 2
+    several = ["caption", "--id", "a", "b", "--ask", "x", "--row", "1", "2"]
+    expected = ["--id", "a", "--id", "b", "--ask", "x", "--row", "1", "--row", "2"]
+    assert main._words(several)[1:] == expected
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_plan_counts_what_the_run_then_does(capsys, finished):
+    if finished:
+        assert main.main([*ALIGN, "--quiet"]) == 0
+        rows = np.load("text/emb_2.npy")
+        np.save("text/emb_2.npy", rows[::-1])
+    assert run("plan", *ALIGN[1:]) == 0
+    planned = document(capsys)["passes"]
+    assert run(*ALIGN) == 0
+    done = document(capsys)["passes"]
+    names = ("name", "rows", "bytes_read", "bytes_written", "finished_before")
+    assert [[p[n] for n in names] for p in planned] == [[p[n] for n in names] for p in done]
+    assert not Path("out.plan").exists()
+
+
+def test_a_plan_at_given_rates_reads_no_rows(capsys, reads):
+    rates = ["--read-rate", "6400", "--write-rate", "3200", "--machines", "2"]
+    assert run("plan", *ALIGN[1:], *rates) == 0
+    found, size = document(capsys), 50 * D * 2
+    assert reads == [] and found["bytes_read"] == 14 * size and found["bytes_written"] == 4 * size
+    assert found["seconds"] == pytest.approx((14 * size / 6400 + 4 * size / 3200) / 2)
+
+
+def test_a_dry_run_writes_nothing(capsys):
+    for command in (ALIGN, ["convert", "text", "new", "--to", "parquet"]):
+        assert run(*command, "--dry-run") == 0
+        assert document(capsys)["rows"] > 0
+    assert sorted(os.listdir()) == ["image", "text"]
+
+
+def test_a_job_that_is_terminated_is_resumed_from_a_shell():
+    """What a scheduler does: SIGTERM at the time limit, and the same command again."""
+    rows = np.random.default_rng(0).standard_normal((400_000, D)).astype("f4")
+    for index in range(3):
+        np.save(f"text/big_{index}.npy", rows)
+        os.unlink(f"text/emb_{index}.npy")
+    os.unlink("text/emb_3.npy")
+    for index in range(2):
+        np.save(f"image/emb_{index}.npy", rows[:90])
+    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", *ALIGN, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "--batch-bytes", "65536"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while not list(Path("out").glob("_stats/source-moments/[!.]*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    error = json.loads(process.communicate(timeout=60)[0])["error"]
+    assert (process.returncode, error["kind"]) == (143, "terminated")
+    assert main.main([*ALIGN, "--batch-bytes", "65536", "--quiet"]) == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["passes"][0]["finished_before"] >= 400_000
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "help.json").write_text(json.dumps(snapshot(), indent=1) + "\n")
