@@ -200,7 +200,9 @@ def test_open_clip_refusals(open_clip_files, tmp_path):
     assert "no model config" in refused(tmp_path / "bad.json", weights)
     (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:9999])
     assert "is no checkpoint of small-clip" in refused(config, tmp_path / "half.pt")
-    assert "is no checkpoint of ViT-B-32" in refused("ViT-B-32", weights)
+    wider = json.loads(config.read_text()) | {"embed_dim": 32}
+    (tmp_path / "wider.json").write_text(json.dumps(wider))
+    assert "is no checkpoint of wider" in refused(tmp_path / "wider.json", weights)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(open_clip_files, tmp_path):

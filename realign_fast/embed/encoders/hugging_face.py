@@ -155,17 +155,13 @@ def wants_lower_case(tokenizer: Any, folder: Path, sigmoid: bool) -> bool:
     return str(name).startswith(("Gemma", "Siglip2"))
 
 
-def load_processor(folder: Path) -> Any:
-    """Load the image processor of a directory.
-
-    Raises:
-        ValueError: the directory has none.
-    """
+def load_processor(folder: Path, usual: Any = None) -> Any:
+    """Load the image processor of a directory; where it has none, `usual` or a `ValueError`."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise ValueError(
-            f"{folder}: expected {' or '.join(PROCESSOR_FILES)}, which says how its images are "
-            "prepared; save the processor there"
-        )
+        if usual is None:
+            names = " or ".join(PROCESSOR_FILES)
+            raise ValueError(f"expected {names}, which says how images are prepared; save it there")
+        return usual
     return transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
 
 

@@ -24,7 +24,6 @@ from ..choices import Precision, StrPath
 from .base import Encoder, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
-    PROCESSOR_FILES,
     config_of,
     explained,
     load_model,
@@ -86,7 +85,11 @@ class Llm2ClipEncoder(Encoder):
             names = [k for k in weights if k.startswith(TOWER) and "position_ids" not in k]
             tower.load_state_dict({name: weights[name] for name in names})
             adapter = Adapter(weights)
-            self._processor = _processor(self._folder, vision.image_size)
+            side = vision.image_size
+            usual = library.CLIPImageProcessor(  # what is published has none of its own
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            )
+            self._processor = load_processor(self._folder, usual)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": CONTEXT})
         self.settings["library"] = f"transformers {library.__version__}"
         towers = nn.ModuleDict({"tower": tower, "adapter": adapter})
@@ -206,12 +209,3 @@ class Block(nn.Module):
         """Return `[n, width]` of `[n, width]`."""
         update: torch.Tensor = self.fn(self.ln(x))
         return x + update
-
-
-def _processor(folder: Path, image_size: int) -> Any:
-    """Load the directory's image processor, or CLIP's own: what is published has none."""
-    if any((folder / name).is_file() for name in PROCESSOR_FILES):
-        return load_processor(folder)
-    crop = {"height": image_size, "width": image_size}
-    size = {"shortest_edge": image_size}
-    return transformers().CLIPImageProcessor(size=size, crop_size=crop)
