@@ -54,10 +54,7 @@ def align_rows(
     """
     rows = _checked_rows("align_rows", rows)
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
-        raise NotImplementedError(
-            "align_rows: has no forward-mode derivative; use reverse mode (backward)"
-        )
+    _check_no_tangent(rows)
     op = "map_rows" if row_map[0].dim() else "align_rows"
     if out is not None:
         _check_out(rows, out, out_dtype)
@@ -68,6 +65,13 @@ def align_rows(
     kernel = getattr(torch.ops.realign_fast, op)
     aligned: Tensor = kernel(rows, *row_map, out_dtype or rows.dtype)
     return aligned
+
+
+def _check_no_tangent(rows: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
+        raise NotImplementedError(
+            "align_rows: has no forward-mode derivative; use reverse mode (backward)"
+        )
 
 
 def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -186,9 +190,9 @@ def add_scatter_(
     rows are equal and far from ``c``.
 
     Args:
-        scatter: [D, D] float64, contiguous. Only its upper triangle is read and written. The
-            tensors scatter, total and weights are on the device of the rows.
-        total: [D] float64.
+        scatter: [D, D] float64, contiguous, on the device of the rows, as total and weights are.
+            Only its upper triangle is read and written.
+        total: [D] float64, contiguous.
         rows: [N, D], as in :func:`align_rows`.
         centre: c, [D]. Use a vector that float32 represents exactly (``.float()``); otherwise the
             rounding error of c is added to every row.
@@ -212,14 +216,10 @@ def add_scatter_(
     rows = _checked_rows("add_scatter_", rows)
     _check_sums(scatter, total, centre, rows.shape[1])
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
-    if share_memory(scatter, total):
-        raise ValueError("add_scatter_: scatter and total share memory; give each its own")
-    if weights is not None:
-        weights = _checked_weights(rows, weights)
+    weights = None if weights is None else _checked_weights(rows, weights)
     sums = [tensor.resolve_neg() for tensor in (scatter, total)]
     inputs = apart((rows.detach(), _double_beside(rows, centre), weights), *sums)
-    variant = 1 if fast and rows.is_cuda else 0
-    op = torch.ops.realign_fast.add_scatter_
+    op, variant = torch.ops.realign_fast.add_scatter_, int(fast and rows.is_cuda)
     counts: Tensor = op(*sums, *inputs, normalize, accurate, variant)
     for tensor, result in zip((scatter, total), sums, strict=True):
         if result is not tensor:
@@ -228,7 +228,7 @@ def add_scatter_(
 
 
 def _check_sums(scatter: Tensor, total: Tensor, centre: Tensor, columns: int) -> None:
-    """Check the shapes and dtypes of the sums and of the centre of add_scatter_."""
+    """Check the shapes, dtypes and memory of the sums, and the shape of the centre."""
     sums = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
     for name, tensor, expected in (*sums, ("centre", centre, [columns])):
         if list(tensor.shape) != expected:
@@ -239,6 +239,8 @@ def _check_sums(scatter: Tensor, total: Tensor, centre: Tensor, columns: int) ->
     for name, tensor, _ in sums:
         if tensor.dtype != torch.float64 or not tensor.is_contiguous():
             raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
+    if share_memory(scatter, total):
+        raise ValueError("add_scatter_: scatter and total share memory; give each its own")
 
 
 def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:
