@@ -252,10 +252,15 @@ def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | Non
 def _holds_a_far_row(rows: Tensor) -> bool:
     """Return whether float32 products of a row [N, D] would swamp those of the others.
 
-    Distances are from the median of 65 rows, which outliers do not move; rows that are not finite
-    are left out, as they are of the sums.
+    Distances are from the median of up to 65 rows, which outliers do not move; rows that are not
+    finite are left out, as they are of the sums. Norms, one cheap read, bound the distances.
     """
-    median = rows[:: len(rows) // 65 + 1].float().nanmedian(dim=0).values
+    sample = rows[:: len(rows) // 65 + 1].float()
+    median = sample.nanmedian(dim=0).values
+    usual = (sample - median).norm(dim=1).nanmedian()
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    if bool(norms.nan_to_num().max() + median.norm() <= _FAR * usual):
+        return False
     distances = torch.cat(
         [(part.float() - median).norm(dim=1) for part in torch.split(rows, _FIRST_ROWS)]
     )
