@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import quote, unquote
 
-from .errors import Participle, explained_error, may_be_temporary, redacted
+from .errors import Participle, explained, explained_error, may_be_temporary, redacted
 from .read_ahead import ReadAhead, pieces
 
 BUFFER_BYTES = 256 << 10
@@ -178,8 +178,9 @@ class Url:
     def local_copy(self) -> Iterator[Path]:
         """Yield a local copy of a small file, for libraries that open files themselves."""
         with tempfile.NamedTemporaryFile(prefix="realign-fast-", suffix=self.suffix) as file:
-            file.write(self.read_bytes())
-            file.flush()
+            with explained(self.explanation):
+                file.write(self.read_bytes())
+                file.flush()
             yield Path(file.name)
 
     def read_bytes(self) -> bytes:
@@ -374,8 +375,8 @@ class Url:
                 return request(*self._connected())
             except Exception as error:
                 if wait is None or not may_be_temporary(error):
-                    explained = explained_error(self, error, len(WAITS) + 1, operation)
-                    raise explained from (None if self._has_secrets else error)
+                    failure = explained_error(self, error, len(WAITS) + 1, operation)
+                    raise failure from (None if self._has_secrets else error)
             time.sleep(wait)
 
     def _connected(self) -> tuple[Any, str]:

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
+import resource
 import stat
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.engines.local import Processes
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import atomic
@@ -199,3 +202,22 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=rf"{tmp_path}/lock: this file system has no locks"):
         with locked(tmp_path):
             pass
+
+
+@pytest.fixture
+def full_disk():
+    """Files of this process end at 20,000 bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_scratch_disk_is_named_by_what_was_written_there(full_disk):
+    remote = storage_path("memory://links/a")
+    remote.write_whole(bytes(40_000))
+    with pytest.raises(OSError, match=r"memory://links/a: File too large in its scratch file in"):
+        with remote.local_copy():
+            pass
+    with pytest.raises(OSError, match=r"/realign-fast-task-.*: File too large; check that"):
+        list(Processes(2)(partial(len, bytes(40_000)), range(2)))

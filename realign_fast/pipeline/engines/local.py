@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ...storage.paths import explained
 from ...storage.read_ahead import started_ahead
 
 Task = Callable[[int], Any]
@@ -58,8 +59,9 @@ class Processes:
         ended = False
         with tempfile.NamedTemporaryFile(prefix="realign-fast-task-") as file:
             # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
-            file.write(pickle.dumps(task))
-            file.flush()
+            with explained(file.name):
+                file.write(pickle.dumps(task))
+                file.flush()
             try:
                 results = (self._started().submit(_call, file.name, shard) for shard in shards)
                 for result in started_ahead(results, 2 * self.workers):
