@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from realign_fast.cli import main
+from realign_fast.cli.app import ExitCode
 from realign_fast.corpus import Corpus
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.inspection import inspect
@@ -57,12 +58,12 @@ def test_a_command_is_one_error_or_done(command, extra, folder, tmp_path, capsys
     with address_space(extra):
         status = main.main(commands[command])
     error = capsys.readouterr().err
-    assert status in (0, 2), error
+    assert status in (0, ExitCode.SPACE), error
     if status:
         (line,) = error.splitlines()
         assert line.startswith("realign-fast: error: memory ran out (") and "ulimit -v" in line
     if extra == 0:
-        assert status == 2
+        assert status == ExitCode.SPACE
 
 
 def test_the_functions_behind_the_commands_raise_that_error(folder, tmp_path):
