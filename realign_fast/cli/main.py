@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")
     words = _words(sys.argv[1:] if arguments is None else arguments)
     try:
-        done = _application().main(words, "realign-fast", standalone_mode=False)
+        completing = "_REALIGN_FAST_COMPLETE" in os.environ
+        application = _application(None if completing else "".join(words[:1]))
+        done = application.main(words, "realign-fast", standalone_mode=False)
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         usage = context.get_usage() if context else "usage: realign-fast COMMAND"
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @cache
-def _application() -> Any:
+def _application(chosen: str | None) -> Any:
+    """Return the command of Typer; only the chosen command has its options, None gives all."""
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.callback()(_root)
     for entry in sorted(COMMANDS, key=lambda entry: _GROUPS.index(entry.group)):
@@ -67,7 +70,9 @@ def _application() -> Any:
         lines = [f"realign-fast {name} {example}" for example in entry.examples]
         settings: dict[str, Any] = {"help": entry.function.__doc__, "rich_help_panel": entry.group}
         settings["epilog"] = "\n\n".join(["Examples:", *lines])
-        app.command(name, **settings)(_with_signature(name, entry.function))
+        is_whole = chosen in (None, name)
+        run = _with_signature(name, entry.function) if is_whole else lambda: None
+        app.command(name, **settings)(run)
     return typer.main.get_command(app)
 
 

@@ -98,6 +98,19 @@ def test_help_of_a_command_shows_groups_and_defaults(capsys):
         assert word in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("al", "align"), ("align --fit", "--fit-rows"), ("align --method c", "coral")],
+)
+def test_a_shell_completes_commands_options_and_values(capsys, monkeypatch, words, expected):
+    monkeypatch.setenv("_REALIGN_FAST_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"realign-fast {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    with pytest.raises(SystemExit):
+        main.main([])
+    assert capsys.readouterr().out.split() == [expected]
+
+
 def test_json_of_every_step_of_a_job_array(capsys):
     schema = {"schema_version": 1}
     keys = {}
