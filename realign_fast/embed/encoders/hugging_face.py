@@ -44,11 +44,12 @@ class HuggingFaceEncoder(Encoder):
         self.name, library = os.fspath(folder), transformers()
         with explained(folder):
             kind = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
-            if kind == "siglip2":
-                raise ValueError(
-                    "NaFlex models of SigLIP 2 are not supported; use one of fixed resolution, "
-                    "whose model_type is siglip"
-                )
+        if kind == "siglip2":
+            raise ValueError(
+                f"{folder}: NaFlex models of SigLIP 2 are not supported; use one of fixed "
+                "resolution, whose model_type is siglip"
+            )
+        with explained(folder):
             model = load_model(folder, self.dtype)
             self._processor = load_processor(Path(folder))
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
