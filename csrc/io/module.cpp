@@ -5,6 +5,7 @@
 
 #include <system_error>
 
+#include "io/mapped_range.h"
 #include "io/parquet/footer.h"
 #include "io/parquet/parquet_pages.h"
 #include "io/pickle/pickle_rows.h"
@@ -47,6 +48,18 @@ class BufferView {
 
  private:
   Py_buffer view_;
+};
+
+// The mapping of a file that another library made, as a buffer.
+class MappedBuffer {
+ public:
+  explicit MappedBuffer(const py::object& object)
+      : view_(object, PyBUF_CONTIG_RO), range_(view_.data(), view_.bytes()) {}
+  bool lost() const { return range_.lost(); }
+
+ private:
+  BufferView view_;
+  MappedRange range_;
 };
 
 int64_t rows_in(const BufferView& target, int64_t row_bytes) {
@@ -104,7 +117,19 @@ PYBIND11_MODULE(_io, module) {
       .def_property_readonly(
           "address",
           [](const Block& block) { return reinterpret_cast<uintptr_t>(block.memory.get()); })
+      .def_property_readonly(
+          "lost", [](const Block& block) { return block.range != nullptr && block.range->lost(); },
+          "Whether pages of the file were gone when they were read; zeros are in their place.")
       .def("__len__", [](const Block& block) { return block.bytes; });
+
+  py::class_<MappedBuffer>(
+      module, "MappedBuffer",
+      "A mapped file, given as a buffer, that the handler of `survive_lost_pages` knows.")
+      .def(py::init<const py::object&>(), py::arg("buffer"))
+      .def_property_readonly("lost", &MappedBuffer::lost, "Like `Block.lost`.");
+  module.def("survive_lost_pages", &survive_lost_pages,
+             "Install a handler of SIGBUS in this process: pages of mapped files that another\n"
+             "process cuts off become zeros, and `lost` tells.");
 
   py::class_<Ring, std::shared_ptr<Ring>>(module, "Ring",
                                           "Page-aligned buffers for blocks of up to `bytes` bytes.")

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -36,6 +37,20 @@ int64_t round_up(int64_t bytes, int64_t multiple) {
   throw std::length_error("the file ends before byte " + std::to_string(end) +
                           ", up to which it is read; it may have become shorter");
 }
+
+// A mapped window of a file.
+struct Mapping {
+  void* window;
+  size_t length;
+  std::optional<MappedRange> range;
+  Mapping(void* window, size_t length) : window(window), length(length) {
+    range.emplace(window, static_cast<int64_t>(length));
+  }
+  ~Mapping() {
+    range.reset();  // first: the addresses may be mapped again at once
+    munmap(window, length);
+  }
+};
 
 std::byte* allocate(int64_t bytes) {
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kHuge, round_up(bytes, kHuge)));
@@ -186,19 +201,19 @@ void ShardReader::check_length() const {
 }
 
 Block ShardReader::map(int64_t begin, int64_t bytes) const {
-  check_length();  // reading a mapped page beyond the end of the file would raise SIGBUS
+  check_length();  // an error is better than what MappedRange does about pages that are gone
   const auto low = round_down(begin, kHuge);
   const auto length = static_cast<size_t>(begin + bytes - low);
   void* window = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor_, low);
   if (window == MAP_FAILED) throw_errno();
-  std::shared_ptr<std::byte> memory(static_cast<std::byte*>(window),
-                                    [length](std::byte* used) { munmap(used, length); });
+  const auto mapping = std::make_shared<Mapping>(window, length);
+  const std::shared_ptr<std::byte> memory(mapping, static_cast<std::byte*>(window));
   const auto first = round_down(begin - low, kPage);
   if (madvise(memory.get() + first, length - first, MADV_POPULATE_READ) != 0 && errno != EINVAL) {
     if (errno == EFAULT) check_length();
     throw_errno();
   }
-  return {memory, memory.get() + (begin - low), bytes};
+  return {memory, memory.get() + (begin - low), bytes, &*mapping->range};
 }
 
 Block ShardReader::read(int64_t begin, int64_t bytes) const {

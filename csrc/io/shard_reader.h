@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "io/mapped_range.h"
+
 namespace realign_fast::io {
 
 // Page-aligned buffers that blocks are read into. Their addresses and sizes do not change, so the
@@ -36,6 +38,7 @@ struct Block {
   std::shared_ptr<std::byte> memory;
   std::byte* data = nullptr;  // the first requested byte, inside `memory`
   int64_t bytes = 0;
+  const MappedRange* range = nullptr;  // of a mapping; it lives as long as `memory`
 };
 
 // Reads the bytes begin..end of a file, block_bytes at a time; the last block holds the rest.

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .._libraries import PACKAGE, build_info, why_not_loaded
+from .._startup import is_own_command
 
 io: Any = None
+_survives = False
 _why_not_io = "the native reader was not built for this Python"
 _spec = find_spec(f"{PACKAGE.name}._io")
 if _spec and _spec.origin:
@@ -27,10 +29,36 @@ def reader_description() -> str:
     """Return which reader is used for contiguous shards, and why."""
     if io:
         return "native (csrc/io: blocks are read ahead on its own threads)"
-    return f"mmap ({(not _spec and build_info().get('why_no_reader')) or _why_not_io})"
+    return f"preadv ({(not _spec and build_info().get('why_no_reader')) or _why_not_io})"
+
+
+def survive_lost_pages() -> None:
+    """Let this process outlive the loss of mapped pages, which the reader of the file reports.
+
+    Pages are lost when another process makes a file shorter, or its disk fails. This installs a
+    handler of SIGBUS, so only the processes of commands call it, and those of users who want it.
+    """
+    global _survives
+    if hasattr(io, "survive_lost_pages"):
+        io.survive_lost_pages()
+        _survives = True
+
+
+def survives_lost_pages() -> bool:
+    """Return whether `survive_lost_pages` was called in this process, and had an effect."""
+    return _survives
+
+
+def mapped_buffer(data: object) -> Any:
+    """Return an object whose `lost` says whether pages of a mapped file went, or None."""
+    return io.MappedBuffer(data) if hasattr(io, "MappedBuffer") else None
 
 
 def start_writing(descriptor: int, offset: int, size: int) -> None:
     """Tell the disk to write these bytes of a file now, while the next ones are computed."""
     if io:
         io.start_writing(descriptor, offset, size)
+
+
+if is_own_command():
+    survive_lost_pages()

@@ -1,14 +1,15 @@
-"""Rows of a local `ContiguousShard`, in blocks: through the native reader or Python's mmap.
+"""Rows of a local `ContiguousShard`, in blocks: through the native reader or Python's `preadv`.
 
 The native reader (`csrc/io`) maps windows of the file and brings their pages in on threads of its
-own, so a cold file is read while the rows before are computed on, and rows are never copied.
-Without it (no compiler at installation) Python maps the same windows and asks the kernel to read
-ahead. Batches are the same rows either way.
+own, so a cold file is read while the rows before are computed on, and rows are never copied. Rows
+that are not aligned to their number type are read into buffers instead, and so are all rows where
+nothing is compiled. Batches are the same rows either way. A file that becomes shorter is an error;
+in a mapped window this takes `io_extension.survive_lost_pages`, which commands and their workers
+call.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,9 +27,8 @@ BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
 RING_THREADS = 4  # they copy out of the page cache, or have several large reads in flight
-WINDOW_ALIGNMENT = 2 << 20  # on this grid the kernel can map cached files by huge pages
 
-Blocks: TypeAlias = Iterator[tuple[int, Any, int]]  # first row, memory, byte in it of that row
+Blocks: TypeAlias = Iterator[tuple[int, Any]]  # first row, memory that begins with it
 
 
 def block_rows(row_bytes: int, batch_rows: int) -> int:
@@ -46,18 +46,27 @@ def read(
     step = block_rows(shard.row_bytes, batch_rows)
     block_first = first - first % batch_rows
     with shard.opened() as file, explained(shard.path):
-        make_blocks = _native_blocks if io_extension.io else _mapped_blocks
-        for start, block, offset in make_blocks(file, shard, block_first, step, ring):
+        make_blocks = _native_blocks if io_extension.io else _copied_blocks
+        for start, block in make_blocks(file, shard, block_first, step, ring):
             for row in range(start, min(start + step, shard.num_rows), batch_rows):
-                if file.size != shard.file_bytes:
-                    raise shard.changed_error()  # touching a page that is gone would be a SIGBUS
+                _check(file, shard, block)
                 low, high = max(row, first), min(row + batch_rows, shard.num_rows)
-                skip = offset + (low - start) * shard.row_bytes
+                skip = (low - start) * shard.row_bytes
                 count = (high - low) * shard.dimension
                 rows = torch.frombuffer(block, dtype=shard.torch_dtype, count=count, offset=skip)
                 yield low, rows.view(-1, shard.dimension)
                 del rows  # or it would keep the block in memory
+            _check(file, shard, block)
             del block
+
+
+def _check(file: OpenedFile, shard: ContiguousShard, block: Any) -> None:
+    """Raise an error if the file has another size, or had while the block was computed on."""
+    is_lost = getattr(block, "lost", False)
+    if is_lost or file.size != shard.file_bytes:
+        for row in range(shard.num_rows if is_lost else 0):  # has the disk failed? This tells
+            file.pread(shard.row_bytes, shard.offset + row * shard.row_bytes)
+        raise shard.changed_error()
 
 
 def take(shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
@@ -74,34 +83,38 @@ def _native_blocks(
 ) -> Blocks:
     limits = shard.offset + first * shard.row_bytes, shard.file_bytes
     options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
-    if ring is not None:
-        options |= {"ring": ring, "threads": RING_THREADS}
-        options |= {"direct": not _is_cached(file.fileno(), shard.file_bytes - 1)}
+    is_aligned = shard.offset % shard.dtype.itemsize == 0
+    if ring is None and not is_aligned:
+        ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, step * shard.row_bytes)
+    if ring is not None:  # a direct read would keep the place of the rows within a page
+        direct = is_aligned and not _is_cached(file.fileno(), shard.file_bytes - 1)
+        options |= {"ring": ring, "threads": RING_THREADS, "direct": direct}
     reader = io_extension.io.ShardReader(file.fileno(), *limits, step * shard.row_bytes, **options)
     for row in range(first, shard.num_rows, step):
         try:
-            yield row, next(reader), 0
+            yield row, next(reader)
         except EOFError as error:
             raise shard.changed_error() from error
 
 
-def _mapped_blocks(
+def _copied_blocks(
     file: OpenedFile, shard: ContiguousShard, first: int, step: int, _ring: None
 ) -> Blocks:
+    descriptor, end = file.fileno(), shard.offset + shard.num_rows * shard.row_bytes
     for row in range(first, shard.num_rows, step):
-        start = shard.offset + row * shard.row_bytes
-        end = min(start + step * shard.row_bytes, shard.file_bytes)
-        _announce(file.fileno(), start, min(end + 2 * BLOCK_BYTES, shard.file_bytes))
-        low = start - start % WINDOW_ALIGNMENT
-        window = mmap.mmap(file.fileno(), end - low, access=mmap.ACCESS_COPY, offset=low)
-        yield row, window, start - low
-        del window
-
-
-def _announce(descriptor: int, start: int, end: int) -> None:
-    """Ask the kernel to read ahead, unless the end is cached: the request costs 7-11% then."""
-    if hasattr(os, "posix_fadvise") and not _is_cached(descriptor, end - 1):  # Linux
-        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+        start, filled = shard.offset + row * shard.row_bytes, 0
+        block = np.empty(min(step * shard.row_bytes, end - start), np.uint8)
+        ahead = min(start + len(block) + 2 * BLOCK_BYTES, end)
+        # A request to read ahead costs 7-11% where the file is cached.
+        if hasattr(os, "posix_fadvise") and not _is_cached(descriptor, ahead - 1):  # Linux
+            os.posix_fadvise(descriptor, start, ahead - start, os.POSIX_FADV_WILLNEED)
+        while filled < len(block):
+            count = os.preadv(descriptor, [block.data[filled:]], start + filled)
+            if not count:
+                raise shard.changed_error()
+            filled += count
+        yield row, block
+        del block
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

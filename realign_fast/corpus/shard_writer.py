@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from ..storage.paths import AnyPath, explained, output_path
-from .io_extension import start_writing
+from .io_extension import start_writing, survives_lost_pages
 from .shard import FLOATS, MAX_COLUMNS, as_numpy
 
 if TYPE_CHECKING:
@@ -131,4 +132,10 @@ class FormatWriter:
         """Write all bytes of `data` (a buffer): an unbuffered file may take fewer at a time."""
         view = memoryview(data)
         while len(view):
-            view = view[self._file.write(view) :]
+            try:
+                view = view[self._file.write(view) :]
+            except OSError as error:
+                if error.errno != errno.EFAULT or not survives_lost_pages():
+                    raise
+                bytes(view[:1])  # a page of the source is lost: this makes it zeros, and its
+                # reader reports it before the file is complete

@@ -37,9 +37,18 @@ class StreamedShard(Shard):
         """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        yield from self.rebatched(self.pieces(first, batch_rows), first, batch_rows)
+        yield from self.rebatched(self._unchanged_pieces(first, batch_rows), first, batch_rows)
         if self.path.is_remote and self.path.stamp() != self.stamp:
             raise self.changed_error()
+
+    def _unchanged_pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield `pieces`; what is wrong with a file that has changed is that it has changed."""
+        try:
+            yield from self.pieces(first, batch_rows)
+        except (OSError, ValueError) as error:
+            if self.path.exists() and self.path.stamp() != self.stamp:
+                raise self.changed_error() from error
+            raise
 
     def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Read the rows at sorted `ids` into the bytes `target[places]`."""
@@ -54,6 +63,8 @@ class StreamedShard(Shard):
             taken[low:high] = rows.numpy()[ids[low:high] - first]
             if high == len(ids):
                 break
+        if self.path.stamp() != self.stamp:  # `read` was left before its end, where it looks
+            raise self.changed_error()
         return taken
 
 

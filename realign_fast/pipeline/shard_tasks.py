@@ -71,7 +71,11 @@ class ShardTask:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
         place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
-        moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
+        try:
+            moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
+        except ValueError:
+            check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
+            raise
         return moments.zero_rows + moments.nonfinite_rows > earlier
 
 

@@ -563,6 +563,62 @@ def test_damaged_files_never_escape(tmp_path, form, data):
         assert str(path) in str(error)
 
 
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F64", "BF16"])
+def test_safetensors_at_any_byte_are_read_and_aligned(tmp_path, dtype):
+    """Headers of every length, as MLX writes them; the tensor before the rows has an odd size."""
+    torch_dtype = getattr(torch, dtype.lower().replace("f", "float"))
+    rows = torch.from_numpy(random_rows(37)).to(torch_dtype)
+    data = rows.view(torch.uint8).numpy().tobytes()
+    np.save(tmp_path / "target.npy", random_rows(50, seed=1))
+    for padding in range(8):
+        entries = {
+            "ids": {"dtype": "U8", "shape": [37], "data_offsets": [0, 37]},
+            "embedding": {
+                "dtype": dtype,
+                "shape": list(rows.shape),
+                "data_offsets": [37, 37 + len(data)],
+            },
+        }
+        head = json.dumps(entries).encode() + b" " * padding
+        path = tmp_path / "in" / "x.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(range(37)) + data)
+        corpus = Corpus(path)
+        batches = [batch.rows for batch in corpus.batches(batch_rows=10)]
+        assert all(batch.data_ptr() % rows.itemsize == 0 for batch in batches)
+        assert torch.equal(torch.cat(batches), rows)
+        assert torch.equal(corpus.take([36, 0, 5]), rows[[36, 0, 5]])
+    if dtype == "F32":
+        align(path, tmp_path / "target.npy", tmp_path / "out", Settings(progress=False))
+        before, after = load_file(path), load_file(tmp_path / "out" / path.name)
+        assert after["ids"].tobytes() == before["ids"].tobytes()
+        np.testing.assert_array_equal(
+            after["embedding"], Corpus(tmp_path / "out" / path.name).take(range(37)).numpy()
+        )
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3, 4])
+def test_arrow_buffers_at_any_byte_are_read(tmp_path, padding):
+    """The metadata of each message are longer by `padding`, so the numbers begin at an odd byte."""
+    rows = random_rows(37)
+    sink = pa.BufferOutputStream()
+    table = pa.table({"embedding": vectors(rows, "fixed_list")})
+    with ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data, at, written = sink.getvalue().to_pybytes(), 0, b""
+    while size := int.from_bytes(data[at + 4 : at + 8], "little"):
+        message = ipc.MessageReader.open_stream(pa.BufferReader(data[at:])).read_next_message()
+        body = at + 8 + size
+        written += data[at : at + 4] + (size + padding).to_bytes(4, "little")
+        written += data[at + 8 : body] + bytes(padding)
+        at = body + len(message.body or b"")
+        written += data[body:at]
+    (tmp_path / "x.arrow").write_bytes(written + data[at:])
+    corpus = Corpus(tmp_path / "x.arrow")
+    np.testing.assert_array_equal(next(corpus.batches()).rows.numpy(), rows)
+    np.testing.assert_array_equal(corpus.take([36, 0]).numpy(), rows[[36, 0]])
+
+
 @pytest.mark.parametrize(
     ("header", "words"),
     [

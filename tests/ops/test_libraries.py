@@ -72,7 +72,7 @@ def test_a_library_that_does_not_load_is_replaced_and_named(damage, tmp_path):
     printed = ran.stdout.splitlines()
     reason = f" does not load: {DAMAGES[damage]}"
     assert any(line.startswith(f"cuda kernels  _C_cuda.abi3.so{reason}") for line in printed)
-    assert any(line.startswith(f"files         mmap ({io_name}{reason}") for line in printed)
+    assert any(line.startswith(f"files         preadv ({io_name}{reason}") for line in printed)
     assert f"sum_rows      cpu: reference (plain torch: _C.abi3.so{reason}" in ran.stdout
     assert ran.stdout.count("install realign_fast again") >= 3
     warnings = [line for line in ran.stderr.splitlines() if "Warning: realign_fast" in line]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import StoragePath, explained
+from ..io_extension import mapped_buffer
 from .arrow_columns import (
     TableShard,
     TableWriter,
@@ -118,7 +119,10 @@ def _opened_data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
     if not path.stamp()[0]:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
     with explained(path), path.mapped() as data, decoded(path, data):
+        buffer = mapped_buffer(data) if isinstance(data, mmap.mmap) else None
         yield data
+        if buffer and buffer.lost:
+            raise ValueError(f"{path}: changed while it was read; open it again")
 
 
 def _open_reader(data: mmap.mmap | io.BufferedReader, column: str | None = None) -> Any:

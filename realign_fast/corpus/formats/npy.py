@@ -67,8 +67,6 @@ def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
     if fortran_order:
         raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
     shard = NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset)
-    if offset % dtype.itemsize:
-        raise ValueError(f"{path}: data at byte {offset} is not aligned; save it with numpy")
     size = file.size
     if size != shard.file_bytes:
         state = "truncated" if size < shard.file_bytes else "longer than its header says"

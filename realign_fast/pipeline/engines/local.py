@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ...corpus.io_extension import survive_lost_pages
 from ...storage.paths import explained
 from ...storage.read_ahead import started_ahead
 
@@ -106,6 +107,7 @@ def _start_worker(threads: int, alive: Connection, started: Any) -> None:
     with started.get_lock():
         _state["number"], started.value = started.value, started.value + 1
     torch.set_num_threads(threads)
+    survive_lost_pages()
     threading.Thread(target=_stop_with_parent, args=(alive,), daemon=True).start()
 
 

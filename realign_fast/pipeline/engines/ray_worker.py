@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import __version__
+from ...corpus.io_extension import survive_lost_pages
 from ..checkpoints import changes, code_version
 from ..shard_tasks import ShardTask
 from .local import Task
@@ -49,6 +50,7 @@ def program_version() -> str:
 
 def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
     """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled."""
+    survive_lost_pages()
     previous_folder = os.getcwd()
     answer: tuple[Any, Exception | None, str]
     try:
