@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._arguments import expect_tensor
+from ._argument_checks import expect_tensor
 from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows, batches

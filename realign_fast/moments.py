@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from ._arguments import expect_tensor
+from ._argument_checks import expect_tensor
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .storage.paths import AnyPath

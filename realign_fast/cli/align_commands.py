@@ -189,7 +189,7 @@ def engine_from(options: EngineOptions) -> Engine | None:
 
 
 def _settings(options: Passes) -> Settings:
-    from .._arguments import check_device
+    from .._argument_checks import check_device
     from ..pipeline.settings import Settings
 
     if getattr(options, "engine", "local") == "local":  # the nodes of Ray check it themselves

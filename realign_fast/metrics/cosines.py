@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._arguments import expect_tensor
+from .._argument_checks import expect_tensor
 from ..ops.reference import unit
 from .estimate import Estimate
 

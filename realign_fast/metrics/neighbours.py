@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .._arguments import expect_tensor
+from .._argument_checks import expect_tensor
 from ..ops import working_dtype
 from ..ops.reference import unit
 from .cosines import check_pairs, check_rows, row_blocks

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._arguments import expect_tensor
+from .._argument_checks import expect_tensor
 from .._one_thread import one_thread
 from ..moments import Moments, expect_one_encoder
 from ..ops.reference import unit

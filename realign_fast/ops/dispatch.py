@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._libraries import PACKAGE, build_info, why_not_loaded
 from . import reference, triton_ops
-from .capability import visible_capabilities, why_unfit
+from .cuda_capability import visible_capabilities, why_unfit
 
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
 # On a CPU the index of an instruction set is the op's argument `variant`.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._arguments import check_device
+from .._argument_checks import check_device
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.io_extension import io
 from ..corpus.mapped_reader import BLOCKS_AHEAD, block_rows

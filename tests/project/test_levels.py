@@ -16,7 +16,16 @@ PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
     ("_libraries",),
-    ("ops", "storage", "interface", "_startup", "_one_thread", "_extras", "_arguments", "_io"),
+    (
+        "ops",
+        "storage",
+        "interface",
+        "_startup",
+        "_one_thread",
+        "_extras",
+        "_argument_checks",
+        "_io",
+    ),
     ("corpus", "covariance_sums", "seeded_noise", "whiten"),
     ("moments",),
     ("frame", "metrics"),

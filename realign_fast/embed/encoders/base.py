@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._arguments import check_device
+from ..._argument_checks import check_device
 from ..choices import Precision
 from ..decode import pillow
 

@@ -11,7 +11,7 @@ import pytest
 
 import realign_fast
 from realign_fast.ops import OPS
-from realign_fast.ops.capability import why_no_code, why_unfit
+from realign_fast.ops.cuda_capability import why_no_code, why_unfit
 
 PACKAGE = Path(realign_fast.__file__).parent
 BUILT = "80 90 100"
