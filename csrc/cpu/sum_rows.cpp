@@ -96,6 +96,7 @@ double total_of(const ChunkSums& chunk, const RowMap* map, int64_t j) {
 }
 
 bool has_small_spread(const ChunkSums& chunk, const RowMap* map, int64_t columns) {
+  if (chunk.rows < 2) return false;   // nothing cancels within one row
   double lanes[8] = {}, squared = 0;  // eight sums, because one would wait for every addition
   for (int64_t j = 0; j < columns; ++j) {
     const double sum = total_of(chunk, map, j);
