@@ -268,8 +268,8 @@ class Moments:
         """The trace T of the covariance (divided by n), E|u|^2 - |mu|^2; it needs no second pass.
 
         Rows of 16 and 32 bits are summed in float32 by the block, so T has an absolute error of
-        about 3e-8, and up to 2e-6 where many rows are equal. A CPU sums the blocks whose own T is
-        below 1/32 in float64; on a GPU use ``covariance=True``, whose error is relative.
+        about 3e-8, up to 3e-7 where they are clustered and 2e-6 where many are equal. Use
+        ``covariance=True`` for such rows, whose error is relative.
         """
         energy = self.energy
         if self.scatter is not None:

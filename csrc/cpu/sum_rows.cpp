@@ -51,81 +51,42 @@ namespace realign_fast {
 namespace {
 
 constexpr int64_t kMinChunkRows = 256, kMaxChunks = 1024;
-// A chunk of unit rows whose spread about its mean is smaller than this is summed again in float64.
-// The spread is 1 - |mean|^2, and the rounding of float32, up to 2e-6 in rows that are all equal,
-// would be a share of it that matters.
-constexpr double kSmallSpread = 1.0 / 32;
 
 // The rows of a chunk, a whole number of blocks; it depends on N alone.
 int64_t rows_of_a_chunk(int64_t rows) {
   return round_up(std::max(divide_up(rows, kMaxChunks), kMinChunkRows), kBlockRows);
 }
 
-// A task, with the vectors that it points to.
-template <class T, class M>
-struct SumInputs {
-  AlignedVector<M> shift, recentre;
-  SumTask<T, M> task;
-
-  SumInputs(const Tensor& rows, const RowMap* map, bool normalize)
-      : shift(padded<M>(map ? map->shift : nullptr, rows.size(1))),
-        recentre(padded<M>(map ? map->recentre : nullptr, rows.size(1))),
-        task{static_cast<const T*>(rows.const_data_ptr()),
-             rows.stride(0),
-             rows.size(1),
-             map,
-             shift.data(),
-             recentre.data(),
-             normalize} {}
-
-  // Sums rows [first, end) into `total` [D], which is zero at first.
-  ChunkSums sum(Isa isa, int64_t first, int64_t end, double* total, double* scratch) const {
-    AlignedVector<M> block_total = padded<M>(nullptr, task.columns);
-    ChunkSums sums;
-    sums.total = total;
-    REALIGN_CALL(isa, sum_chunk, task, first, end, block_total.data(), scratch, sums);
-    return sums;
-  }
-};
-
-// Entry j of the sum of a chunk's images, or of its rows if there is no map.
-double total_of(const ChunkSums& chunk, const RowMap* map, int64_t j) {
-  if (!map) return chunk.total[j];
-  const double recentred = map->recentre ? chunk.gamma * map->recentre[j] : 0;
-  return chunk.total[j] + chunk.beta * map->shift[j] + recentred;
-}
-
-bool has_small_spread(const ChunkSums& chunk, const RowMap* map, int64_t columns) {
-  if (chunk.rows < 2) return false;   // nothing cancels within one row
-  double lanes[8] = {}, squared = 0;  // eight sums, because one would wait for every addition
-  for (int64_t j = 0; j < columns; ++j) {
-    const double sum = total_of(chunk, map, j);
-    lanes[j % 8] += sum * sum;
-  }
-  for (const double lane : lanes) squared += lane;
-  const double rows = static_cast<double>(chunk.rows);
-  return chunk.energy * rows - squared < kSmallSpread * rows * rows;
-}
-
 template <class T, class M>
 void sum_typed(const Tensor& rows, const RowMap* map, bool normalize, Isa isa, RowSums& result) {
   const int64_t count = rows.size(0), columns = rows.size(1);
-  const SumInputs<T, M> inputs(rows, map, normalize);
+  const auto shift = padded<M>(map ? map->shift : nullptr, columns);
+  const auto recentre = padded<M>(map ? map->recentre : nullptr, columns);
+  const SumTask<T, M> task{static_cast<const T*>(rows.const_data_ptr()),
+                           rows.stride(0),
+                           columns,
+                           map,
+                           shift.data(),
+                           recentre.data(),
+                           normalize};
   const int64_t chunk_rows = rows_of_a_chunk(count), chunks = divide_up(count, chunk_rows);
   std::vector<double> totals(chunks * columns);
   std::vector<ChunkSums> sums(chunks);
   for_each_chunk(chunks, columns, [&](int64_t chunk, double* scratch) {
-    double* total = totals.data() + chunk * columns;
-    const int64_t first = chunk * chunk_rows, end = std::min(count, first + chunk_rows);
-    ChunkSums local = inputs.sum(isa, first, end, total, scratch);
-    if (sizeof(M) == sizeof(float) && has_small_spread(local, map, columns)) {
-      std::fill_n(total, columns, 0.0);
-      local = SumInputs<T, double>(rows, map, normalize).sum(isa, first, end, total, scratch);
-    }
+    AlignedVector<M> block_total = padded<M>(nullptr, columns);
+    ChunkSums local;  // on this thread's stack, because neighbours in `sums` share cache lines
+    local.total = totals.data() + chunk * columns;
+    const int64_t first = chunk * chunk_rows;
+    REALIGN_CALL(isa, sum_chunk, task, first, std::min(count, first + chunk_rows),
+                 block_total.data(), scratch, local);
     sums[chunk] = local;
   });
   for (const ChunkSums& chunk : sums) {
-    for (int64_t j = 0; j < columns; ++j) result.total[j] += total_of(chunk, map, j);
+    for (int64_t j = 0; j < columns; ++j) {
+      result.total[j] += chunk.total[j];
+      if (map) result.total[j] += chunk.beta * map->shift[j];
+      if (map && map->recentre) result.total[j] += chunk.gamma * map->recentre[j];
+    }
     *result.energy += chunk.energy;
     result.counts[0] += chunk.rows;
     result.counts[1] += chunk.zero;

@@ -115,8 +115,7 @@ def sum_rows(
     """Return sum, energy and counts of unit rows in one read, accumulated in float64.
 
     Rows of 16 and 32 bits are added up in float32 in blocks of 64: the mean has a relative error of
-    about 1e-8, and up to 1e-6 where the rows of a block are equal. On a CPU rows that spread little
-    about their mean, by ``1 - |mean|^2 < 1/32``, are summed in float64.
+    about 1e-8, and up to 1e-6 where the rows of a block are equal.
 
     With ``scale`` and ``shift`` the unit rows are first mapped to ``unit(s u + b)`` (the drift
     pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` by the whole map.
