@@ -1,4 +1,4 @@
-"""What every command is made of: how it is registered, its result and its exit status."""
+"""The parts of every command: its registration, its result and its exit status."""
 
 from __future__ import annotations
 

@@ -461,7 +461,7 @@ class TrainedModel(Common):
 
 
 class LookOptions(TrainedModel, RowOptions):
-    """What a trained model looks at: rows, or pictures through an encoder."""
+    """Options for the input of a trained model: rows, or pictures through an encoder."""
 
     rows: Annotated[str | None, _input(metavar="DIR", help=
         "a directory of shards, or a clip-retrieval root")] = None

@@ -1,1 +1,1 @@
-"""What the library and its command line share: values and errors of options, and progress."""
+"""Parts that the library and its command line share: values of options, and progress."""
