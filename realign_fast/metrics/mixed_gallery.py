@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._argument_checks import expect_tensor
 from .estimate import Estimate
 
 _TIE = 1e-12  # scores that differ by less of their size are one number, rounded differently
@@ -54,6 +55,8 @@ def mixed_gallery(
             without a relevant row, or k beyond the gallery.
     """
     own = own or {}
+    if block < 1:
+        raise ValueError(f"mixed_gallery: block is {block}, expected 1 or more")
     _check(queries, galleries, relevant, own, ks)
     union: list[Tensor] = []
     pure: dict[str, list[Tensor]] = {name: [] for name in relevant}
@@ -116,6 +119,8 @@ class _Search:
             (self.queries * galleries[name][rows.clamp(min=0)].double()).sum(dim=1)
             for name, rows in self.relevant.items()
         ]
+        if not all(bool(torch.isfinite(scores).all()) for scores in relevant_scores):
+            raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
         thresholds = [scores + _TIE * (1 + scores.abs()) for scores in relevant_scores]
         offset = 0
         for name, gallery in galleries.items():
@@ -172,6 +177,7 @@ def _check(
 ) -> None:
     """Raise a ValueError if :func:`mixed_gallery` cannot search with these arguments."""
     for name, rows in {"the queries": queries, **galleries}.items():
+        expect_tensor("mixed_gallery", rows, name)
         if rows.dim() != 2 or rows.shape[1:] != queries.shape[1:] or not len(rows):
             raise ValueError(
                 f"mixed_gallery: expected rows [N, {queries.shape[-1]}], got {list(rows.shape)} "
@@ -186,17 +192,19 @@ def _check(
         )
     for argument, numbers in (("relevant", relevant), ("own", own)):
         for name, rows in numbers.items():
-            fits = rows.shape == queries.shape[:1] and not rows.is_floating_point()
+            expect_tensor("mixed_gallery", rows, f"{argument}[{name!r}]")
+            fits = rows.shape == queries.shape[:1] and rows.dtype == torch.int64
             if not fits or int(rows.min()) < -1 or int(rows.max()) >= len(galleries[name]):
                 raise ValueError(
-                    f"mixed_gallery: {argument}[{name!r}] must be [{len(queries)}] numbers of the "
-                    f"{len(galleries[name])} gallery rows, or -1"
+                    f"mixed_gallery: {argument}[{name!r}] must be [{len(queries)}] int64 "
+                    f"numbers of the {len(galleries[name])} gallery rows, or -1"
                 )
     none = (torch.stack([rows < 0 for rows in relevant.values()])).all(dim=0)
     if bool(none.any()):
         raise ValueError(f"mixed_gallery: query {int(none.nonzero()[0])} has no relevant row")
     candidates = sum(map(len, galleries.values())) - len(own)
-    if not ks or sorted(set(ks)) != list(ks) or ks[0] < 1 or ks[-1] > candidates:
+    are_numbers = isinstance(ks, Sequence) and all(isinstance(k, int) for k in ks)
+    if not are_numbers or not ks or sorted(set(ks)) != list(ks) or ks[0] < 1 or ks[-1] > candidates:
         raise ValueError(
-            f"mixed_gallery: ks is {list(ks)}, expected ascending numbers from 1 to {candidates}"
+            f"mixed_gallery: ks is {ks!r}, expected ascending numbers from 1 to {candidates}"
         )

@@ -16,6 +16,7 @@ from ..corpus.layout import check_apart
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
+from .manifest import check_source
 from .output import ALIGNER, check_output
 from .passes import Pass
 from .settings import Settings
@@ -59,6 +60,7 @@ def merge(
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
     check_output(directory, source, target, run.settings.mode)
+    check_source(directory, source, run.settings.mode)
     check_columns(source, target)
     half_path, path = directory / HALF, directory / ALIGNER
     with run.output_directory(directory):

@@ -12,10 +12,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..interface.option_values import OptionError
+from ..corpus import Corpus
+from ..interface.option_values import Mode, OptionError
 from ..moments import Moments
 from ..storage.paths import StoragePath, write_json
-from .checkpoints import Checkpoints, Entry, digest
+from .checkpoints import Checkpoints, Entry, digest, identity
 from .output import MANIFEST
 
 FORMAT = 1
@@ -100,6 +101,23 @@ def write_manifest(
     ordered = {name: passes[name] for name in PASS_ORDER if name in passes}
     facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
     write_json(out / MANIFEST, facts | {"passes": ordered})
+
+
+def check_source(out: StoragePath, source: Corpus, mode: Mode) -> None:
+    """Refuse to write over the finished shards of another source, whose names are the same."""
+    finished = read_manifest(out)["passes"].get("apply", {"shards": []})["shards"]
+    if mode != "incremental" or not finished:
+        return
+    paths = {entry["path"] for entry in finished}
+    first = identity(source.shards[0])
+    moved = any({**entry, "path": first["path"]}.items() >= first.items() for entry in finished)
+    if moved or any(identity(shard)["path"] in paths for shard in source.shards):
+        return
+    raise OptionError(
+        f"{out}: holds the result of {finished[0]['path']} and {len(finished) - 1} other shards, "
+        f"and {source.path} has none of them; give another --out, or replace that result with "
+        "--mode overwrite"
+    )
 
 
 def saved_moments(

@@ -18,6 +18,7 @@ import torch
 
 from ..align import ReAlign
 from ..corpus import Corpus, format_of
+from ..corpus.format_registry import read_shards
 from ..moments import Moments
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.paths import AnyPath, StoragePath, storage_path
@@ -120,6 +121,12 @@ def _shard_faults(
     path: StoragePath, options: dict[str, Any], entry: dict[str, Any], out: StoragePath
 ) -> Iterator[str]:
     try:
+        if not entry["rows"]:  # a list without a row does not say its dimension
+            column, pickles = options.get("column"), options.get("allow_pickle", False)
+            (shard,) = read_shards([path], column, pickles)
+            if shard.num_rows:
+                yield f"has {shard.num_rows} rows, expected none"
+            return
         corpus = Corpus(path, **options)
         shape = corpus.num_rows, corpus.dimension, str(corpus.shards[0].dtype)
         expected = entry["rows"], entry["dimension"], entry["dtype"]

@@ -78,8 +78,15 @@ def test_ties_count_for_the_relevant_row():
         (dict(queries=torch.ones(3, 5)), r"expected rows \[N, 5\], got \[40, 6\] for text"),
         (dict(relevant={"audio": torch.arange(40)}), r"name \['audio'\], expected one or more"),
         (dict(relevant={"image": torch.full((40,), 25)}), r"relevant\['image'\] must be \[40\]"),
+        (dict(relevant={"image": torch.ones(40, dtype=torch.bool)}), "must be .* int64 numbers"),
+        (dict(queries=torch.full((40, 6), 1e300, dtype=torch.float64) * 1e8), "overflow|NaN"),
+        (dict(ks=1), "ks is 1, expected ascending"),
+        (dict(block=0), "block is 0, expected 1 or more"),
         (dict(relevant={"image": torch.full((40,), -1)}), "query 0 has no relevant row"),
-        (dict(own={"text": torch.arange(39)}), r"own\['text'\] must be \[40\] numbers of the 40"),
+        (
+            dict(own={"text": torch.arange(39)}),
+            r"own\['text'\] must be \[40\] int64 numbers of the 40",
+        ),
         (dict(ks=(5, 1)), "ascending numbers from 1 to 65"),
         (dict(ks=(66,)), "ascending numbers from 1 to 65"),
         (dict(queries=torch.full((40, 6), torch.nan)), "the queries hold a NaN"),
@@ -90,3 +97,10 @@ def test_what_does_not_fit_is_refused(search, change, message):
     arguments = dict(queries=queries, galleries=galleries, relevant=relevant) | change
     with pytest.raises(ValueError, match=message):
         metrics.mixed_gallery(**arguments)
+
+
+def test_rows_that_are_no_tensors_are_refused(search):
+    queries, galleries, relevant, _ = search
+    arrays = {name: rows.numpy() for name, rows in galleries.items()}
+    with pytest.raises(TypeError, match="mixed_gallery: expected text as a tensor, got ndarray"):
+        metrics.mixed_gallery(queries, arrays, relevant)

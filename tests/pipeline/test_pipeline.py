@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -390,6 +391,28 @@ def test_an_output_inside_a_source_is_refused(corpora, tmp_path):
     assert not (source / "aligned").exists()
     align(source / "emb_0.npy", target, source / "aligned", QUIET)  # a file is no folder of shards
     assert (source / "aligned" / "emb_0.npy").exists()
+
+
+def test_a_result_is_not_replaced_by_another_source_of_the_same_names(corpora, tmp_path):
+    """Shards of many corpora are called train-00000-of-00003; a moved corpus is the same one."""
+    text, image, *_ = corpora
+    out = tmp_path / "out"
+    align(text, image, out, QUIET)
+    before = {path.name: path.read_bytes() for path in out.glob("*.npy")}
+    other = tmp_path / "other"
+    shutil.copytree(text, other)  # with the times of its files
+    align(other, image, out, QUIET)
+    another = tmp_path / "another"
+    another.mkdir()
+    for path in text.glob("*.npy"):
+        np.save(another / path.name, -np.load(path))
+    with pytest.raises(
+        ValueError, match=r"out: holds the result of .*emb_0\.npy and .* --mode overw"
+    ):
+        align(another, image, out, QUIET)
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.npy")}
+    align(another, image, out, Settings(progress=False, mode="overwrite"))
+    assert before != {path.name: path.read_bytes() for path in out.glob("*.npy")}
 
 
 def test_an_output_with_other_shards_is_refused(corpora, tmp_path):

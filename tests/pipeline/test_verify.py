@@ -134,6 +134,25 @@ def test_damaged_statistics_are_made_again(tmp_path):
         Moments.load(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_part_of_lists_without_rows_has_no_fault(tmp_path, suffix):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = np.random.default_rng(0).standard_normal((50, D), np.float32)
+    table = pa.table({"embedding": pa.array(list(rows), pa.list_(pa.float32()))})
+    for number, part in enumerate((table.slice(0, 0), table)):
+        path = tmp_path / "text" / f"part-{number}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == "parquet":
+            parquet.write_table(part, path)
+        else:
+            with pa.ipc.new_file(path, part.schema) as file:
+                file.write_table(part)
+    (tmp_path / "image").mkdir()
+    np.save(tmp_path / "image" / "rows.npy", rows - 0.5)
+    align(tmp_path / "text", tmp_path / "image", tmp_path / "out", Settings(progress=False))
+    assert verify(tmp_path / "out")[1] == []
+
+
 def test_no_manifest_is_an_error(tmp_path, capsys):
     assert main.main(["verify", str(tmp_path)]) == 3
     assert "has no manifest.json" in capsys.readouterr().err

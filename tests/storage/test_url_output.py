@@ -212,8 +212,8 @@ def test_a_plan_counts_the_requests_of_the_run(corpora, bucket, monkeypatch, cap
 
 
 def test_the_memory_of_a_process_is_no_place_for_workers(corpora):
-    with pytest.raises(ValueError, match=r"memory://out: .*give one worker"):
-        align(*corpora, "memory://out", Settings(progress=False, workers=2))
+    with pytest.raises(ValueError, match=r"memory://workers: .*give one worker"):
+        align(*corpora, "memory://workers", Settings(progress=False, workers=2))
 
 
 @pytest.mark.parametrize("mode", ("incremental", "extend", "overwrite"))
