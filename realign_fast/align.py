@@ -21,9 +21,9 @@ from . import ops
 from ._argument_checks import expect_tensor
 from ._extras import import_extra
 from ._one_thread import one_thread
-from .corpus.row_batches import Rows, batches
+from .corpus.row_batches import Rows
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
-from .moments import BadRows, Moments, RowMap, expect_one_encoder
+from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure
 from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_json
 from .storage.tensor_file import tensors_of, write_tensors
@@ -173,11 +173,11 @@ class ReAlign(nn.Module):
             ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
-        measure = partial(_measure, batch_rows=batch_rows, bad_rows=bad_rows)
+        measure_side = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows)
         covariance = method in NEED_COVARIANCE
         aligner = cls.from_moments(
-            measure(source, "source", covariance=covariance),
-            measure(target, "target", covariance=covariance),
+            measure_side(source, "source", covariance=covariance),
+            measure_side(target, "target", covariance=covariance),
             method=method,
             shrinkage=shrinkage,
             floor=floor,
@@ -185,9 +185,9 @@ class ReAlign(nn.Module):
             noise=noise,
             seed=seed,
         )
-        aligner.record_drift(measure(source, "source", through=aligner.row_map))
+        aligner.record_drift(measure_side(source, "source", through=aligner.row_map))
         if residual:
-            aligner.record_residual(measure(source, "source", through=aligner.row_map))
+            aligner.record_residual(measure_side(source, "source", through=aligner.row_map))
         return aligner
 
     def record_drift(self, drift: Moments) -> None:
@@ -378,22 +378,6 @@ def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None
                 f"ReAlign: the {moments.count} {name} rows all point one way (trace "
                 f"{moments.trace:.1e}), so no scale exists; fit on more rows"
             )
-
-
-def _measure(
-    rows: Rows,
-    name: str,
-    *,
-    batch_rows: int,
-    bad_rows: BadRows,
-    covariance: bool = False,
-    through: RowMap | None = None,
-) -> Moments:
-    """Return the moments of one side, or those of its rows sent through a map."""
-    moments = Moments(covariance, accurate=covariance)
-    for origin, first_row, batch in batches(rows, name, batch_rows):
-        moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
-    return moments
 
 
 def _times(a: Tensor, v: Tensor) -> Tensor:

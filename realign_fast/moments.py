@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import ops
 from ._argument_checks import expect_tensor
+from .corpus.row_batches import Rows, batches
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .storage.paths import AnyPath
@@ -395,6 +396,25 @@ def _expect_countable(counts: list[int]) -> None:
             f"Moments: {max(counts)} rows cannot be counted, expected fewer than 2^63; divide the "
             "fweights by a common factor, or keep the moments apart"
         )
+
+
+def measure(
+    rows: Rows,
+    name: str,
+    *,
+    batch_rows: int,
+    bad_rows: BadRows,
+    covariance: bool = False,
+    through: RowMap | None = None,
+) -> Moments:
+    """Return the moments of any object that holds rows, or of its rows sent through a map.
+
+    ``name`` is for errors about rows that have no file. A covariance is an accurate one.
+    """
+    moments = Moments(covariance, accurate=covariance)
+    for origin, first_row, batch in batches(rows, name, batch_rows):
+        moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
+    return moments
 
 
 def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:

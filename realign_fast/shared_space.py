@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .corpus.row_batches import Rows, batches
-from .moments import BadRows, Moments
+from .corpus.row_batches import Rows
+from .moments import BadRows, Moments, measure
 from .ops.reference import unit
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
@@ -100,6 +100,11 @@ class SharedSpace:
         self.method: SpaceMethod = method
         self.layout: Layout = layout
         self.query_role = query_role
+        self._scales = {  # by modality and role
+            (name, role): 1.0 if method == "center" else side.scale(queries)
+            for name, side in self.sides.items()
+            for role, queries in self.sides.items()
+        }
 
     @classmethod
     def fit(
@@ -160,10 +165,10 @@ class SharedSpace:
             centre = sum(shares) / len(shares) > _CENTRE_FROM and not has_moments
             method = "center-calibrate" if centre else "calibrate"
         if method != "calibrate":
-            space.method = method
             for name, rows in modalities.items():
                 own = (query_rows[name], searches[name]) if name in query_rows else None
-                space.sides[name] = _centred_side(name, rows, documents[name], own, reading)
+                sides[name] = _centred_side(name, rows, documents[name], own, reading)
+            space = cls(sides, method, layout, query_role)
         space._warn_of_unsure_scales()
         return space
 
@@ -199,7 +204,7 @@ class SharedSpace:
                 name: {
                     "count": side.count,
                     "query_count": side.query_count,
-                    "scale": {role: self._scale(name, role) for role in self.sides},
+                    "scale": {role: self._scales[name, role] for role in self.sides},
                     "scale_error": {
                         role: side.scale_error(self.sides[role]) for role in self.sides
                     },
@@ -222,7 +227,7 @@ class SharedSpace:
 
     def scale(self, modality: str) -> float:
         """Return the number that documents of a modality are divided by in the index."""
-        return 1.0 if self.layout == "blocks" else self._scale(modality, self.query_role)
+        return 1.0 if self.layout == "blocks" else self._scales[modality, self.query_role]
 
     def text(self, rows: Array) -> Array:
         """Return documents of the modality ``text`` for the index (:meth:`documents`)."""
@@ -273,7 +278,7 @@ class SharedSpace:
                 f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
-        scales = [self._scale(name, role) for name in self.sides]
+        scales = [self._scales[name, role] for name in self.sides]
 
         def searching(block: Tensor) -> Tensor:
             """Return a block of queries as they search the index."""
@@ -376,9 +381,6 @@ class SharedSpace:
             raise ValueError(f"SharedSpace: {name!r} is none of its modalities {list(self.sides)}")
         return self.sides[name]
 
-    def _scale(self, modality: str, role: str) -> float:
-        return 1.0 if self.method == "center" else self.sides[modality].scale(self.sides[role])
-
     def _centred(self, block: Tensor, centre: Tensor) -> Tensor:
         """Return float64 rows of the block less the centre, of unit length where it centres."""
         centred = unit(block.double()) - centre.to(block.device)
@@ -474,10 +476,8 @@ def _measure(
             "give rows, or method='calibrate'"
         )
     through = None if centre is None else (centre.new_ones(()), -centre, torch.zeros_like(centre))
-    moments = Moments(covariance=True, accurate=True)
-    for origin, first_row, batch in batches(rows, name, batch_rows):
-        moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
-    return moments
+    options: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows, through=through)
+    return measure(rows, name, covariance=True, **options)
 
 
 def _calibrated_side(documents: Moments, queries: Moments) -> Side:

@@ -7,6 +7,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from support.memory import forked
 
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
@@ -308,34 +309,28 @@ def test_damaged_files_are_read_as_pyarrow_reads_them(tmp_path, monkeypatch, kin
     begin, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
     read_by_pyarrow = 0
     for _ in range(150):
-        damaged = np.frombuffer(whole, np.uint8).copy()
-        places = generator.integers(begin, end, generator.integers(1, 4))
-        damaged[places] = generator.integers(0, 256, len(places))
-        path.write_bytes(damaged.tobytes())
-        ours = outcome(path)
-        with monkeypatch.context() as patch:
-            patch.setattr(parquet_pages, "_io", None)
-            theirs = outcome(path)
+        path.write_bytes(damaged(whole, generator, begin, end, 4))
+        ours, theirs = both_outcomes(path, monkeypatch)
         if theirs is not None:
             read_by_pyarrow += 1
             np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
     assert read_by_pyarrow > 30
 
 
-def in_a_process(work):
-    """Run `work()` in a process of its own; return what it raised and the signal that ended it."""
-    read_end, write_end = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            work()
-        except BaseException as error:
-            os.write(write_end, repr(error).encode())
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end) as pipe:
-        raised = pipe.read()
-    return raised, os.WTERMSIG(os.waitpid(child, 0)[1])
+def damaged(whole, generator, begin, end, most):
+    """Return the bytes of a file with one byte or several, below `most`, drawn anew in a part."""
+    contents = np.frombuffer(whole, np.uint8).copy()
+    places = generator.integers(begin, end, generator.integers(1, most))
+    contents[places] = generator.integers(0, 256, len(places))
+    return contents.tobytes()
+
+
+def both_outcomes(path, monkeypatch):
+    """Return what the direct reader and what pyarrow alone reads of a file."""
+    ours = outcome(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet_pages, "_io", None)
+        return ours, outcome(path)
 
 
 def test_an_unknown_codec_is_an_error_and_no_abort(tmp_path):
@@ -351,7 +346,7 @@ def test_an_unknown_codec_is_an_error_and_no_abort(tmp_path):
             with pytest.raises(ValueError, match=rf"{path}: cannot be read .*codec"):
                 read_rows(path)
 
-    assert in_a_process(read_it) == ("", 0)
+    assert forked(read_it) == ("", 0)
 
 
 @pytest.mark.parametrize("kind", ["list", "fixed_list", "binary"])
@@ -363,21 +358,15 @@ def test_damaged_footers_end_no_process_and_change_no_rows(tmp_path, monkeypatch
     def read_them():
         read_by_both = 0
         for _ in range(120):
-            damaged = np.frombuffer(whole, np.uint8).copy()
-            places = generator.integers(begin, len(whole) - 8, generator.integers(1, 3))
-            damaged[places] = generator.integers(0, 256, len(places))
-            path.write_bytes(damaged.tobytes())
-            ours = outcome(path)
-            with monkeypatch.context() as patch:
-                patch.setattr(parquet_pages, "_io", None)
-                theirs = outcome(path)
+            path.write_bytes(damaged(whole, generator, begin, len(whole) - 8, 3))
+            ours, theirs = both_outcomes(path, monkeypatch)
             if ours is not None and theirs is not None:
                 read_by_both += 1
                 np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
             assert (ours is None) == (theirs is None)
         assert read_by_both > 10
 
-    assert in_a_process(read_them) == ("", 0)
+    assert forked(read_them) == ("", 0)
 
 
 def test_a_chunk_that_ends_early_or_late_is_not_read(tmp_path):
