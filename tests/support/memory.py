@@ -7,7 +7,7 @@ import torch
 
 
 def forked(work):
-    """Run `work()` in a fork; return what it returned or raised as text, and the signal it ended by.
+    """Run `work()` in a fork; return its result or error as text, and the signal that ended it.
 
     Text is empty where it returned None; the signal is 0 where the process ended by itself.
     """
