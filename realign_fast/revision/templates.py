@@ -13,6 +13,7 @@ token is labelled if it lies inside an answer.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from .projector import IMAGE_TOKEN
 
 IGNORED_LABEL = -100
 _BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
+Span = tuple[int, int]  # the first character, and that after the last
 Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
 
 
@@ -39,9 +41,9 @@ class Plain:
     name: TemplateName = "plain"
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
-        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`."""
-        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
+    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
+        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`."""
+        self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         self.bos_ids = _special_ids(tokenizer, "bos")
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
 
@@ -59,8 +61,7 @@ class Plain:
         caption = self.reference(sample)
         if not caption:
             return "empty_captions"
-        # A token stands for at least one byte, so that few captions have to be encoded.
-        most_tokens = len(self.prompt(sample)) + len(caption.encode()) + 3
+        most_tokens = len(self.prompt(sample)) + _most_tokens(caption) + len(self.end_ids)
         if max_length is None or most_tokens <= max_length:
             return None
         return "over_long" if len(self.encode(sample).ids) > max_length else None
@@ -87,27 +88,19 @@ class Chat:
     name: TemplateName = "chat"
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        visual_tokens: int,
-        image_token: int = IMAGE_TOKEN,
-        template: str | None = None,
-    ) -> None:
-        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
+    def __init__(self, tokenizer: Any, visual_tokens: int, template: str | None = None) -> None:
+        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`.
 
         `template` is a Jinja text in place of the tokenizer's. ValueError if there is no template
         or no EOS, the tokenizer is slow, or the template does more to a text than append to it.
         """
-        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
-        self.template = template
+        self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         if not template and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
                 "or train on captions (--template plain)"
             )
-        if not template:  # one text, or several with a name each
-            self.template = tokenizer.get_chat_template()
+        self.template = template or tokenizer.get_chat_template()  # the default of several
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{tokenizer.name_or_path}: cannot say which characters a token stands for; use "
@@ -118,6 +111,7 @@ class Chat:
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
         end_of_turn = set(last) & set(tokenizer.added_tokens_decoder)
         self.end_ids = sorted({*_special_ids(tokenizer, "eos"), *end_of_turn})
+        self._end_mark = _certain_mark(tokenizer, *end_of_turn) if end_of_turn else None
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
@@ -135,57 +129,45 @@ class Chat:
         marks = sum(text.count(IMAGE_MARK) for _, text in turns)
         if marks != len(sample.images) or "" in sample.images:
             return "missing_images"
-        encoded = self.encode(sample)
+        text, spans = self._render_spans(turns)
+        limit = math.inf if max_length is None else max_length
+        # The text tells of most conversations that they have a label and are short enough.
+        if self._end_mark and any(self._end_mark in text[start:end] for start, end in spans):
+            if marks * len(self.image_ids) + _most_tokens(text) <= limit:
+                return None
+        encoded = self._tokenize(text, spans)
         if all(label == IGNORED_LABEL for label in encoded.labels):
             return "empty_captions"
-        return "over_long" if max_length is not None and len(encoded.ids) > max_length else None
+        return "over_long" if len(encoded.ids) > limit else None
 
-    def render(self, turns: Sequence[Turn], generate: bool = False) -> str:
-        """Return the text of a conversation, with the generation prompt if `generate`.
+    def render(self, conversations: Sequence[Sequence[Turn]], generate: bool = False) -> list[str]:
+        """Return the texts of conversations, with the generation prompt if `generate`.
 
         Raises:
             ValueError: the template refuses the turns.
         """
-        messages = [{"role": role, "content": text} for role, text in turns]
+        messages = [[{"role": role, "content": text} for role, text in c] for c in conversations]
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            texts: list[str] = self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=generate,
             )
         except Exception as error:  # a template can raise anything, most often a class of jinja2
-            roles = ", ".join(role for role, _ in turns)
+            roles = ", ".join(role for role, _ in max(conversations, key=len))
             raise ValueError(f"the chat template refuses turns of {roles}: {error}") from error
-        return text
+        return texts
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample; ValueError as in `fault`."""
-        try:
-            return self._encode(_turns(sample))
-        except ValueError:  # a template may write the date, which changed between two renderings
-            return self._encode(_turns(sample))
-
-    def _encode(self, turns: Sequence[Turn]) -> Encoded:
-        text = self.render(turns)
-        answers = [
-            self._answer_span(turns, number, text)
-            for number, (role, _) in enumerate(turns)
-            if role == "assistant"
-        ]
-        if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
-            raise ValueError(
-                f"{self.tokenizer.name_or_path}: the chat template leaves out or repeats a turn "
-                f"with {IMAGE_MARK}; give a template that writes every turn once "
-                "(--chat-template FILE)"
-            )
-        return self._tokenize(text, answers)
+        return self._tokenize(*self._render_spans(_turns(sample)))
 
     def prompt(self, sample: Sample) -> list[int]:
         """Return the ids after which the last answer is generated."""
         turns = _turns(sample)
-        before = turns[: _last_answer(turns)]
-        return self._tokenize(self.render(before, generate=True), []).ids
+        (before,) = self.render([turns[: _last_answer(turns)]], generate=True)
+        return self._tokenize(before, []).ids
 
     def reference(self, sample: Sample) -> str:
         """Return the text that should be generated: the last answer."""
@@ -197,14 +179,41 @@ class Chat:
         turns = _turns(sample)
         return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
-    def _answer_span(self, turns: Sequence[Turn], number: int, text: str) -> tuple[int, int]:
-        """Return where in `text` turn `number` and the token that ends it begin and end."""
-        before, until = self.render(turns[:number], generate=True), turns[: number + 1]
-        after = self.render(until).rstrip()
+    def _render_spans(self, turns: Sequence[Turn], again: bool = True) -> tuple[str, list[Span]]:
+        """Return the text of a conversation, and where its answers and their end tokens lie."""
+        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        until = [turns[: number + 1] for number in numbers if number + 1 < len(turns)]
+        text, *after = self.render([turns, *until])
+        before = self.render([turns[:number] for number in numbers], generate=True)
+        try:
+            spans = [
+                self._answer_span(turns, number, text, start, end.rstrip())
+                for number, start, end in zip(numbers, before, [*after, text], strict=False)
+            ]
+        except ValueError:  # a template may write the date, which changed between two renderings
+            if again:
+                return self._render_spans(turns, again=False)
+            raise
+        if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: the chat template leaves out or repeats a turn "
+                f"with {IMAGE_MARK}; give a template that writes every turn once "
+                "(--chat-template FILE)"
+            )
+        return text, spans
+
+    def _answer_span(
+        self, turns: Sequence[Turn], number: int, text: str, before: str, after: str
+    ) -> Span:
+        """Return where in `text` turn `number` and the token that ends it lie.
+
+        `before` is the text up to that turn with the generation prompt, `after` that with the turn.
+        """
         if after.startswith(before):
             if text.startswith(after):
                 return len(before), len(after)
-            at_the_end, span = self._find(until, number, after), self._find(turns, number, text)
+            at_the_end = self._find(turns[: number + 1], number, after)
+            span = self._find(turns, number, text)
             if at_the_end and span:
                 closing = after[at_the_end[1] :]
                 return span[0], span[1] + len(closing) * text.startswith(closing, span[1])
@@ -214,7 +223,7 @@ class Chat:
             "that only appends (--chat-template FILE)"
         )
 
-    def _find(self, turns: Sequence[Turn], number: int, text: str) -> tuple[int, int] | None:
+    def _find(self, turns: Sequence[Turn], number: int, text: str) -> Span | None:
         """Return where in `text`, made from `turns`, one of them lies, or None if it is cut.
 
         Spaces before it belong to it, because they are part of its first token.
@@ -222,13 +231,13 @@ class Chat:
         role, content = turns[number]
         answer = content.strip()  # a template may strip it, which marks would keep it from
         marked = content.replace(answer, f"{_BEGIN}{answer}{_END}", 1)
-        rendered = self.render([*turns[:number], (role, marked), *turns[number + 1 :]])
+        (rendered,) = self.render([[*turns[:number], (role, marked), *turns[number + 1 :]]])
         parts = re.split(f"{_BEGIN}|{_END}", rendered)
         if len(parts) != 3 or parts[1] != answer or not "".join(parts).startswith(text):
             return None
         return len(parts[0].rstrip(" ")), len(parts[0] + answer)
 
-    def _tokenize(self, text: str, answers: Sequence[tuple[int, int]]) -> Encoded:
+    def _tokenize(self, text: str, answers: Sequence[Span]) -> Encoded:
         """Tokenize the pieces of a text between its image marks; label the spans of `answers`."""
         encoded, offset = Encoded([], []), 0
         for piece in re.split(f"({IMAGE_MARK})", text):
@@ -262,6 +271,24 @@ def _turns(sample: Sample) -> list[Turn]:
 
 def _last_answer(turns: Sequence[Turn]) -> int:
     return max(number for number, (role, _) in enumerate(turns) if role == "assistant")
+
+
+def _most_tokens(text: str) -> int:
+    """Return a number of tokens that no tokenizer exceeds, at a token a byte.
+
+    Normal forms of Unicode make a text at most eleven times as long, and leave ASCII as it is; some
+    tokenizers put a space of three bytes in front.
+    """
+    return 3 + len(text.encode()) * (1 if text.isascii() else 11)
+
+
+def _certain_mark(tokenizer: Any, token: int) -> str | None:
+    """Return the text of an added token if it is that token wherever it stands, else None."""
+    added = tokenizer.added_tokens_decoder
+    mark = added[token]
+    depends = mark.lstrip or mark.rstrip or mark.single_word or mark.normalized
+    overlaps = any(mark.content[0] in other.content[1:] for other in added.values())
+    return None if depends or overlaps else str(mark.content)
 
 
 def _special_ids(tokenizer: Any, name: Literal["bos", "eos"]) -> list[int]:

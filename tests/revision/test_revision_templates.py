@@ -147,9 +147,11 @@ def test_answers_that_change_once_turns_follow_are_labelled_where_they_lie(name,
 @pytest.mark.parametrize("ticks_after", range(1, 7))
 def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
     class Midnight(Chat):
-        def render(self, turns, generate=False):
-            self.left -= 1
-            return ("monday" if self.left >= 0 else "tuesday") + super().render(turns, generate)
+        def render(self, conversations, generate=False):
+            texts = super().render(conversations, generate)
+            days = ["monday" if self.left > number else "tuesday" for number in range(len(texts))]
+            self.left -= len(texts)
+            return [day + text for day, text in zip(days, texts, strict=True)]
 
         left = 99
 
@@ -159,7 +161,7 @@ def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
     pieces = shown(tokenizer, chat.encode(SAMPLE))
     answers = ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]
     assert [text for labelled, text in pieces if labelled] == answers
-    assert pieces[0][1].startswith("monday" if ticks_after > 4 else "tuesday")
+    assert pieces[0][1].startswith("monday" if ticks_after > 3 else "tuesday")
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, VICUNA, LLAMA3])
