@@ -43,14 +43,17 @@ from .spectrum import (
     spectrum_of,
     subspace_overlap,
 )
+from .substitution import Reader, Substitution, hashed_ngrams, substitution
 
 __all__ = [
     "Estimate",
     "GapSettings",
     "MixedGallery",
     "Neighbours",
+    "Reader",
     "SearchBackend",
     "Spectrum",
+    "Substitution",
     "anisotropy",
     "centroid_gap",
     "cosine_correlation",
@@ -60,6 +63,7 @@ __all__ = [
     "frechet_distance",
     "gap_report",
     "gini",
+    "hashed_ngrams",
     "knn_mixing",
     "knn_overlap",
     "log_spectrum_correlation",
@@ -77,5 +81,6 @@ __all__ = [
     "sampling_gap",
     "spectrum_of",
     "subspace_overlap",
+    "substitution",
     "trace_ratio",
 ]

@@ -124,6 +124,11 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         mean,
     ]
     report = metrics.gap_report(text, image, settings=settings, paired=True)
+    labels: Tensor = metrics.hashed_ngrams(["a caption"] * len(text))
+    read: metrics.Substitution = metrics.substitution(
+        text, image, labels, labels, aligned={"moved": text}, reader=metrics.Reader(hidden=0)
+    )
+    numbers += [read.share_closed["moved"], read.loss["source"].standard_error]
     return report | {"sum": sum(numbers) + float(rows[0].sum())}
 
 

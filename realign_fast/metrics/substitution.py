@@ -1,0 +1,270 @@
+"""Substitution: what rows of one modality are worth to a small reader in place of another's.
+
+A reader, a network that predicts the labels of a row, is trained on source rows, on aligned source
+rows and on target rows, and tested on target rows that no reader was trained on. Between the losses
+of the first and of the last lies the cost of the modality gap; a map closes a share of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._argument_checks import expect_tensor
+from .._one_thread import one_thread
+from .cosines import check_rows
+from .estimate import Estimate
+
+TargetMap = Callable[[Tensor], Tensor]
+_BLOCK = 4096  # tested rows at a time
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5%, from 1 degree
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Settings of a reader: one hidden layer (GELU) or none, trained by AdamW."""
+
+    hidden: int = 256  # units of the hidden layer; 0 makes it linear (logistic)
+    steps: int = 400
+    batch: int = 256
+    rate: float = 1e-3
+    weight_decay: float = 1e-2
+
+
+class Substitution(NamedTuple):
+    """Figures by the rows that the readers were trained on: source, target and each aligned.
+
+    Standard errors are over runs, each with a seed and, where a share is tested, a split of its
+    own. Splits overlap: the variance of the mean of J runs is ``1/J + n_test / n_train`` times that
+    of a run (Nadeau and Bengio, 2003). Test rows that were given count as fixed.
+    """
+
+    loss: dict[str, Estimate]
+    accuracy: dict[str, Estimate]
+    share_closed: dict[str, Estimate]  # (l_source - l) / (l_source - l_target) of mean losses; NaN
+    # where target rows are no better than source rows
+    interval: dict[str, tuple[float, float]]  # 95%, of share_closed (delta method, Student)
+    losses: dict[str, Tensor]  # [runs] float64, to compare maps run by run
+
+
+@one_thread
+def substitution(
+    source_rows: Tensor,
+    target_rows: Tensor,
+    source_labels: Tensor,
+    target_labels: Tensor,
+    *,
+    aligned: Tensor | Mapping[str, Tensor] | None = None,
+    target_map: TargetMap | Mapping[str, TargetMap] | None = None,
+    partners: Tensor | None = None,
+    test: float | Tensor = 0.2,
+    seeds: Sequence[int] = range(5),
+    reader: Reader | None = None,
+    on_reader: Callable[[], object] | None = None,
+) -> Substitution:
+    """Train readers on source, aligned and target rows and test each on other target rows.
+
+    Labels are int64 [N] classes (cross entropy; accuracy is the share of right classes), bool
+    [N, C] such as :func:`hashed_ngrams` of captions (binary cross entropy; the share of rows whose
+    likeliest label is theirs), or float [N, C] such as rows of another encoder (mean squared error;
+    R^2). On a CPU the bytes do not depend on the number of threads, since it trains on one; another
+    CPU or torch, or CUDA, may round differently. Memory beside the rows: 4,096 of them with labels.
+
+    Args:
+        source_rows, target_rows: [N, D] and [M, D], as readers see them; not normalised here.
+        source_labels, target_labels: labels of both, of one kind.
+        aligned: source rows mapped, [N, D'], named "aligned", or several by name.
+        target_map: map of target rows [n, D] to [n, D'] where the target side moves too, for every
+            aligned or by name. Readers of source and of target rows see target rows as given.
+        partners: [N] int64, the target row that each source row describes, -1 for none; source rows
+            of tested target rows are left out. Needed where both sides show the same things.
+        test: share of the target rows that each run draws for its test, or int64 numbers of the
+            rows that all runs test.
+        seeds: a run for each: of the weights, the batches (alike in all readers), and the split.
+        on_reader: called after each of ``len(seeds) * (2 + number of aligned)`` readers.
+
+    Raises:
+        ValueError, TypeError: rows or labels that do not fit or are not finite, nothing to train on
+            or to test on, or a reader whose loss is not finite.
+    """
+    named = {"aligned": aligned} if isinstance(aligned, Tensor) else dict(aligned or {})
+    maps = target_map if isinstance(target_map, Mapping) else dict.fromkeys(named, target_map)
+    rows_of = {"source": source_rows, **named, "target": target_rows}
+    if not len(seeds) or not set(maps) <= set(named) or len(rows_of) != len(named) + 2:
+        raise ValueError(
+            f"substitution: got {len(seeds)} seeds, aligned rows {list(named)} and maps "
+            f"{list(maps)}; expected seeds, names other than source and target, maps of these names"
+        )
+    labels_of = dict.fromkeys(rows_of, source_labels) | {"target": target_labels}
+    for name, rows in rows_of.items():
+        _check(name, rows, labels_of[name], target_rows, target_labels)
+        if not maps.get(name) and rows.shape[1] != target_rows.shape[1]:
+            raise ValueError(f"substitution: {name} rows have other columns than target rows")
+    partners = torch.full((len(source_rows),), -1) if partners is None else partners.cpu()
+    if partners.dtype != torch.int64 or partners.shape != source_rows.shape[:1]:
+        raise ValueError("substitution: expected partners as an int64 number for each source row")
+    outputs = source_labels.shape[-1]
+    if source_labels.dim() == 1:
+        outputs = 1 + int(max(source_labels.max(), target_labels.max()))
+    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in rows_of}
+    for seed in seeds:
+        is_tested = _draw_test(test, len(target_rows), seed)
+        is_free = ~is_tested[partners] | (partners < 0)
+        tested = is_tested.nonzero()[:, 0]
+        for name, rows in rows_of.items():
+            trained = (~is_tested if name == "target" else is_free).nonzero()[:, 0]
+            network = _train(rows, labels_of[name], trained, outputs, seed, reader or Reader())
+            run = _test(network, target_rows, target_labels, tested, maps.get(name))
+            if not run[0] < math.inf:
+                raise ValueError(
+                    f"substitution: the reader of {name} rows has a loss that is not finite; give "
+                    "unit rows, or a Reader of a smaller rate"
+                )
+            figures[name].append(run)
+            if on_reader:
+                on_reader()
+    overlap = 0.0 if isinstance(test, Tensor) else len(tested) / (len(target_rows) - len(tested))
+    return _summary(
+        {name: torch.tensor(runs).double().T for name, runs in figures.items()}, overlap
+    )
+
+
+def hashed_ngrams(
+    captions: Sequence[str], buckets: int = 512, *, longest: int = 1, letters: int = 3
+) -> Tensor:
+    """Return labels bool [N, buckets]: the buckets that the words of each caption fall into.
+
+    Words have ``letters`` or more letters and digits and are lower-cased; n-grams are 1 to
+    ``longest`` words in a row. The bucket is CRC-32 of the UTF-8 modulo ``buckets`` (feature
+    hashing, Weinberger et al., arXiv 0902.2206), on every machine alike.
+    """
+    labels = torch.zeros(len(captions), buckets, dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        words = [word for word in re.findall(r"\w+", caption.lower()) if len(word) >= letters]
+        for length in range(1, longest + 1):
+            for first in range(len(words) - length + 1):
+                ngram = " ".join(words[first : first + length])
+                labels[row, crc32(ngram.encode("utf-8", "surrogatepass")) % buckets] = True
+    return labels
+
+
+def _summary(figures: Mapping[str, Tensor], overlap: float) -> Substitution:
+    """Return means of losses and accuracies [2, runs] by name, of splits with this overlap."""
+
+    def mean(values: Tensor) -> Estimate:
+        of_runs = Estimate.of_mean(values)
+        return Estimate(of_runs, of_runs.standard_error * (1 + len(values) * overlap) ** 0.5)
+
+    losses = {name: values[0] for name, values in figures.items()}
+    distances = losses["source"] - losses["target"]
+    whole = float(distances.mean()) if distances.mean() > 0 else math.nan
+    width = _STUDENT[min(len(distances), 11) - 2] if len(distances) > 1 else math.nan
+    shares, intervals = {}, {}
+    for name, values in losses.items():
+        closed = losses["source"] - values
+        share = float(closed.mean()) / whole
+        error = mean((closed - share * distances) / whole).standard_error
+        shares[name] = Estimate(share, error)
+        intervals[name] = (share - width * error, share + width * error)
+    means = [{name: mean(values[i]) for name, values in figures.items()} for i in (0, 1)]
+    return Substitution(means[0], means[1], shares, intervals, losses)
+
+
+def _draw_test(test: float | Tensor, count: int, seed: int) -> Tensor:
+    """Return which target rows [M] are tested; a ValueError unless some are and some are not."""
+    is_tested = torch.zeros(count, dtype=torch.bool)
+    if isinstance(test, Tensor):
+        is_tested[test.cpu()] = True
+    else:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        is_tested[order[: max(round(test * count), 0)]] = True
+    if not 0 < int(is_tested.sum()) < count:
+        raise ValueError(
+            f"substitution: `test` takes {int(is_tested.sum())} of {count} target rows, expected "
+            "some, and others to train on"
+        )
+    return is_tested
+
+
+def _train(
+    rows: Tensor, labels: Tensor, trained: Tensor, outputs: int, seed: int, reader: Reader
+) -> torch.nn.Module:
+    """Return a reader that was trained on the rows whose numbers are ``trained``."""
+    if not len(trained):
+        raise ValueError("substitution: no source row is left to train on; test fewer target rows")
+    columns = rows.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[torch.nn.Module] = []
+        if reader.hidden:
+            layers = [torch.nn.Linear(columns, reader.hidden), torch.nn.GELU()]
+        layers.append(torch.nn.Linear(reader.hidden or columns, outputs))
+        network = torch.nn.Sequential(*layers).to(rows.device)
+        weights = network.parameters()
+        optimizer = torch.optim.AdamW(weights, reader.rate, weight_decay=reader.weight_decay)
+        for _ in range(reader.steps):
+            batch = trained[torch.randint(len(trained), (reader.batch,))]
+            loss = _loss(network(rows[batch].float()), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return network
+
+
+@torch.no_grad()
+def _test(
+    network: torch.nn.Module,
+    rows: Tensor,
+    labels: Tensor,
+    tested: Tensor,
+    target_map: TargetMap | None,
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy of a reader on the tested target rows."""
+    loss = right = 0.0
+    for numbers in torch.split(tested, _BLOCK):
+        outputs = network((target_map(rows[numbers]) if target_map else rows[numbers]).float())
+        expected = labels[numbers].to(outputs.device)
+        loss += float(_loss(outputs, expected)) * len(numbers) / len(tested)
+        best = outputs.argmax(dim=1, keepdim=True)
+        is_right = expected[:, None] == best if labels.dim() == 1 else expected.gather(1, best)
+        right += float(is_right.sum()) / len(tested)
+    if labels.is_floating_point():
+        right = 1 - loss / float(labels[tested].double().var(dim=0, correction=0).mean())
+    return loss, right
+
+
+def _loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of outputs [n, C] for labels of their kind."""
+    labels = labels.to(outputs.device)
+    if labels.dim() == 1:
+        return functional.cross_entropy(outputs, labels)
+    if labels.dtype == torch.bool:
+        return functional.binary_cross_entropy_with_logits(outputs, labels.float())
+    return functional.mse_loss(outputs, labels.float())
+
+
+def _check(
+    name: str, rows: Tensor, labels: Tensor, target_rows: Tensor, target_labels: Tensor
+) -> None:
+    """Raise an error if :func:`substitution` cannot use these rows and labels."""
+    check_rows(f"substitution, {name} rows", rows)
+    check_rows("substitution, target rows", target_rows)
+    for side in (labels, target_labels):
+        expect_tensor("substitution", side, "labels")
+    kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
+    is_known = (labels.dtype, labels.dim()) in kinds and len(labels) == len(rows)
+    is_alike = (labels.dtype, labels.shape[1:]) == (target_labels.dtype, target_labels.shape[1:])
+    if not is_known or not is_alike:
+        raise ValueError(
+            f"substitution: got {labels.dtype} {list(labels.shape)} as labels of {len(rows)} "
+            f"{name} rows, expected int64 [N], bool [N, C] or float [N, C] like those of target "
+            f"rows, {target_labels.dtype} {list(target_labels.shape)}"
+        )
