@@ -48,18 +48,15 @@ def align(options: FitOptions) -> Result:
 @command("Align", _SIDES)
 def fit(options: FitOptions) -> Result:
     """Fit a map and write the aligner with its records, but no shards."""
-    from ..corpus.layout import check_apart
     from ..pipeline.align_run import AlignRun, cached_source
-    from ..pipeline.output import ALIGNER
+    from ..pipeline.output import ALIGNER, check_place
 
     if options.dry_run:
         return _plan(options, writes=False)
     run, out = AlignRun(_settings(options), engine=engine_from(options)), output_path(options.out)
     source_rows, target = _sides(options)
     source = cached_source(source_rows, run.settings, run.engine)
-    for corpus in (source, target):
-        check_apart(out, corpus)
-    out.mkdir(parents=True, exist_ok=True)
+    check_place(out, source, target)
     with run.output_directory(out):
         aligner = run.fit(source, target, residual=True)
         aligner.save(out / ALIGNER)
@@ -95,7 +92,7 @@ def apply(options: ApplyOptions) -> Result:
     if run.part[1] > 1:
         run.apply(aligner, source, out)
         return Result(run.passes[0].summary(), "")
-    check_output(out, source, mode=run.settings.mode)
+    check_output(out, source, run.settings)
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
         report = run.finish(out, aligner, source, aligned=aligned)
@@ -211,8 +208,9 @@ def _sides(options: MergeOptions) -> tuple[Corpus, Corpus]:
 
 def _check_merged(aligner: StoragePath) -> None:
     """Refuse the output of a job array that has not been merged yet."""
+    from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF
-    from ..pipeline.output import ALIGNER, STATS
+    from ..pipeline.output import ALIGNER
 
     out = aligner.parent if aligner.name == ALIGNER else aligner
     if (out / STATS).is_dir() and not (out / ALIGNER).exists():

@@ -121,7 +121,17 @@ def text_checked_by(check: Callable[[str], object]) -> Callable[[object], str]:
     return keep
 
 
+def _kept_output(path: str) -> None:
+    """Refuse an output that would be gone when this process ends, or that takes no files."""
+    output_path(path)
+    if path.startswith("memory:"):
+        raise ValueError(
+            f"{path}: is memory of this process, which ends with the command; give "
+            "a directory or the URL of a store"
+        )
+
+
 local = text_checked_by(local_path)
 readable = text_checked_by(storage_path)
-writable = text_checked_by(output_path)
+writable = text_checked_by(_kept_output)
 part = text_checked_by(shard_part)

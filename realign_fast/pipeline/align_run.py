@@ -28,7 +28,7 @@ from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .manifest import check_source, saved_moments, write_manifest
+from .manifest import saved_moments, write_manifest
 from .output import ALIGNER, REPORT, check_output
 from .passes import PassRunner
 from .sampling import measure_sample, rows_to_fit, sampling_errors
@@ -105,8 +105,8 @@ class AlignRun(PassRunner):
                 (:func:`.output.check_output`).
         """
         directory = output_path(out)
-        check_output(directory, source, None, self.settings.mode, self.settings.workers)
-        check_source(directory, source, self.settings.mode)
+        if self.out != directory:  # else whoever opened it has checked it
+            check_output(directory, source, self.settings)
         check_aligner(aligner, source)
         with self.output_directory(directory):
             (directory / REPORT).unlink(missing_ok=True)
@@ -181,8 +181,7 @@ def align(
     run, directory = AlignRun(settings or Settings(), engine=engine), output_path(out)
     source_corpus = cached_source(source, run.settings, engine)
     target_corpus = target if isinstance(target, Corpus) else Corpus(target, "image")
-    check_output(directory, source_corpus, target_corpus, run.settings.mode, run.settings.workers)
-    check_source(directory, source_corpus, run.settings.mode)
+    check_output(directory, source_corpus, run.settings, [target_corpus])
     check_columns(source_corpus, target_corpus)
     with run.output_directory(directory):
         aligner = run.fit(source_corpus, target_corpus)

@@ -31,9 +31,9 @@ from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
 from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
-from .output import STATS
 
 Entry = dict[str, Any]  # the manifest's record of one shard in one pass
+STATS = "_stats"
 ARITHMETIC_VERSION = "0.1.0"  # the release whose results this one computes bit for bit, and resumes
 
 

@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..corpus.layout import check_apart
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
-from .manifest import check_source
-from .output import ALIGNER, check_output
+from .output import ALIGNER, check_output, check_place
 from .passes import Pass
 from .settings import Settings
 
@@ -40,7 +38,7 @@ def stats(
     if aligner is not None:
         check_aligner(aligner, corpus)
     directory = output_path(out)
-    check_apart(directory, corpus)
+    check_place(directory, corpus)
     with run.output_directory(directory):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", corpus, aligner)
     return run.passes[0]
@@ -59,8 +57,7 @@ def merge(
         UnfinishedShards: moments of a shard are missing.
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
-    check_output(directory, source, target, run.settings.mode)
-    check_source(directory, source, run.settings.mode)
+    check_output(directory, source, run.settings, [target])
     check_columns(source, target)
     half_path, path = directory / HALF, directory / ALIGNER
     with run.output_directory(directory):

@@ -17,12 +17,15 @@ from ..interface.option_values import Mode, OptionError
 from ..moments import Moments
 from ..storage.paths import StoragePath, write_json
 from .checkpoints import Checkpoints, Entry, digest, identity
-from .output import MANIFEST
 
-FORMAT = 1
+MANIFEST, FORMAT = "manifest.json", 1
 PASS_ORDER = ("source moments", "target moments", "source drift", "source residual", "apply")
-_SHARD = {"path": str, "rows": int, "dimension": int, "dtype": str, "stats": str, "blake2b": str}
-_ALIGNED = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
+# Types of the values of a manifest that are used: in facts, in shards, and in those of results.
+_FACTS: dict[str, Any] = {"column": str | None, "allow_pickle": bool}
+_SHARD: dict[str, Any] = dict.fromkeys(("path", "dtype", "stats", "blake2b"), str)
+_SHARD |= dict.fromkeys(("rows", "dimension"), int)
+_WRITTEN_FACTS: dict[str, Any] = {"folder": str, "map": str}
+_WRITTEN: dict[str, Any] = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
@@ -36,17 +39,17 @@ def read_manifest(out: StoragePath) -> dict[str, Any]:
     if not path.exists():
         return {"format": FORMAT, "passes": {}}
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            fault = f"format {manifest['format']}"
-        elif not (fault := _first_fault(manifest)):
-            return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        fault = repr(error)
-    raise ValueError(
-        f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
-        "--mode overwrite, or give another --out"
-    )
+        manifest = json.loads(path.read_bytes())
+        fault = _first_fault(manifest)
+    except (ValueError, RecursionError):
+        fault = "something that is no JSON"
+    if fault:
+        raise ValueError(
+            f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
+            "--mode overwrite, or give another --out"
+        )
+    result: dict[str, Any] = manifest
+    return result
 
 
 def check_arithmetic(out: StoragePath, code: str) -> None:
@@ -72,21 +75,29 @@ def check_arithmetic(out: StoragePath, code: str) -> None:
         )
 
 
-def _first_fault(manifest: dict[str, Any]) -> str:
-    """Describe the first entry of another type than those we write; empty if there is none."""
-    if not isinstance(manifest["passes"], dict) or not isinstance(manifest["aligner"], str):
+def _first_fault(manifest: Any) -> str:
+    """Describe the first value of another type than those we write; empty if there is none."""
+    if not isinstance(manifest, dict):
+        return f"a {type(manifest).__name__}"
+    if (version := manifest.get("format")) != FORMAT:
+        return f"format {repr(version)[:60]}"
+    passes = manifest.get("passes")
+    if not isinstance(passes, dict) or not isinstance(manifest.get("aligner"), str):
         return "passes that are no object, or an aligner that is no hash"
-    for name, record in manifest["passes"].items():
+    for name, record in passes.items():
         if not isinstance(record, dict) or not isinstance(record.get("facts"), dict):
             return f"{name} without facts"
         if not isinstance(shards := record.get("shards"), list):
             return f"{name} without a list of shards"
-        types = _SHARD | (_ALIGNED if name == "apply" else {})
-        for index, entry in enumerate(shards):
-            for key, expected in types.items():
-                value = entry.get(key) if isinstance(entry, dict) else None
-                if type(value) is not expected:
-                    return f"{value!r} as {key} of shard {index} of {name}, not {expected.__name__}"
+        written_facts, written = (_WRITTEN_FACTS, _WRITTEN) if name == "apply" else ({}, {})
+        parts = [("facts", record["facts"], _FACTS | written_facts)]
+        parts += [(f"shard {index}", entry, _SHARD | written) for index, entry in enumerate(shards)]
+        for part, values, types in parts:
+            for key, allowed in types.items():
+                known = isinstance(values, dict) and key in values
+                if not known or not isinstance(values[key], allowed):
+                    value = repr(values[key])[:60] if known else "nothing"
+                    return f"{value} as {key} of {part} of {name}"
     return ""
 
 
@@ -105,8 +116,10 @@ def write_manifest(
 
 def check_source(out: StoragePath, source: Corpus, mode: Mode) -> None:
     """Refuse to write over the finished shards of another source, whose names are the same."""
+    if mode != "incremental":
+        return
     finished = read_manifest(out)["passes"].get("apply", {"shards": []})["shards"]
-    if mode != "incremental" or not finished:
+    if not finished:
         return
     paths = {entry["path"] for entry in finished}
     first = identity(source.shards[0])

@@ -12,45 +12,39 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..corpus import Corpus, format_of
 from ..corpus.layout import SUBFOLDERS, check_apart
 from ..interface.option_values import Mode, OptionError
+from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path
+from .checkpoints import STATS
+from .manifest import MANIFEST, check_source
+from .settings import Settings
 
 ALIGNER, REPORT = "aligner.safetensors", "report.json"
-STATS, MANIFEST = "_stats", "manifest.json"
 
 
 def check_output(
-    out: StoragePath,
-    source: Corpus,
-    target: Corpus | None = None,
-    mode: Mode = "incremental",
-    workers: int = 1,
+    out: StoragePath, source: Corpus, settings: Settings, others: Sequence[Corpus] = ()
 ) -> None:
     """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
-    ``workers`` is the number of shards that are written at a time.
+    ``others`` are corpora that are read as well.
 
     Raises:
         ValueError: ``out`` holds a corpus that is read, or shards of another source.
         OSError: ``out`` cannot be written to, or has no room for the result.
     """
-    for corpus in filter(None, (source, target)):
-        check_apart(out, corpus, source.subfolder)
-    replaced = _check_shards(out, source, mode)
+    check_place(out, source, *others, subfolder=source.subfolder)
+    replaced = _check_shards(out, source, settings.mode)
+    check_source(out, source, settings.mode)
     if out.is_remote:
-        check_scratch(out, source, workers)
+        check_scratch(out, source, settings.workers)
         return
     folder = local_path(out / source.subfolder)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if existing.is_dir() and os.statvfs(existing).f_flag & os.ST_RDONLY:
-        raise OSError(f"{existing}: is on a read-only file system; give another --out")
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{existing}: expected a directory to write into; give another --out")
-    room = shutil.disk_usage(existing).free + sum(
+    room = shutil.disk_usage(_existing(folder)).free + sum(
         local_path(path).lstat().st_size for path in replaced
     )
     if source.nbytes > room:
@@ -59,6 +53,38 @@ def check_output(
             f"{folder}: the result takes {format_bytes(source.nbytes)}, there are "
             f"{format_bytes(room)}; make room or give another --out",
         )
+
+
+def check_place(out: StoragePath, *corpora: Corpus, subfolder: str = "") -> None:
+    """Refuse an output directory that cannot be written to, or that holds rows which are read.
+
+    Raises:
+        ValueError: ``out`` holds one of ``corpora``.
+        OSError: nothing can be written to ``out / subfolder``.
+    """
+    if not out.is_remote:
+        existing, stats = _existing(local_path(out / subfolder)), local_path(out / STATS)
+        fault = ""
+        if stats.exists() and not stats.is_dir():
+            existing, fault = stats, "expected the directory of checkpoints, got a file"
+        elif not existing.exists():
+            fault = f"is a link to {os.readlink(existing)}, which leads to nothing"
+        elif not existing.is_dir():
+            fault = "expected a directory to write into, got a file"
+        elif os.statvfs(existing).f_flag & os.ST_RDONLY:
+            fault = "is on a read-only file system"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            fault = "expected a directory to write into, this one is protected from changes"
+        if fault:
+            raise OSError(f"{existing}: {fault}; give another --out")
+    for corpus in corpora:
+        check_apart(out, corpus, subfolder)
+
+
+def _existing(folder: LocalPath) -> LocalPath:
+    """Return the first of a folder and those above it that exists, if only as a link."""
+    folders = folder, *folder.absolute().parents
+    return next(path for path in folders if os.path.lexists(path))
 
 
 def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:

@@ -19,10 +19,9 @@ from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .cached_corpus import CachedCorpus
-from .checkpoints import Checkpoints, Entry, code_version, identities, map_hash
+from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
-from .manifest import Passes, check_arithmetic
-from .output import MANIFEST, STATS
+from .manifest import MANIFEST, Passes, check_arithmetic
 from .settings import Settings
 from .shard_tasks import AlignTask, MeasureTask, ShardTask, map_overlapping_sync
 

@@ -17,9 +17,9 @@ from ..corpus.shard import ContiguousShard
 from ..moments import Moments
 from ..storage import read_ahead
 from ..storage.paths import AnyPath, output_path
-from .align_run import AlignRun, align
+from .align_run import AlignRun, align, check_aligner
 from .checkpoints import Entry
-from .output import ALIGNER, format_bytes
+from .output import ALIGNER, check_output, check_place, format_bytes
 from .passes import LOGGER
 from .sampling import rows_to_fit
 from .settings import Settings
@@ -73,6 +73,10 @@ def plan_align(
 ) -> list[dict[str, Any]]:
     """Return the passes of ``align``, or without ``writes`` those of ``fit``."""
     run = _plan_run(out, settings)
+    if writes:
+        check_output(output_path(out), source, settings, [target])
+    else:
+        check_place(output_path(out), source, target)
     count, _ = rows_to_fit(settings, source, target)
     aligner: ReAlign | None = None
     if count:
@@ -106,6 +110,8 @@ def plan_apply(
 ) -> list[dict[str, Any]]:
     """Return the one pass of ``apply``."""
     run = _plan_run(out, settings, part)
+    check_output(output_path(out), source, settings)
+    check_aligner(aligner, source)
     task = run.align_task(source, aligner, output_path(out) / source.subfolder)
     run.run_pass(task, Moments(), [])
     return run.steps

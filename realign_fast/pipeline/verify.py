@@ -23,8 +23,8 @@ from ..moments import Moments
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import checksum, digest, map_hash
-from .manifest import read_manifest
-from .output import ALIGNER, MANIFEST, REPORT
+from .manifest import MANIFEST, read_manifest
+from .output import ALIGNER, REPORT
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
 # The rows before rounding are unit to float32 or, of float64 rows, to float64.

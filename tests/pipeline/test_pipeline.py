@@ -20,6 +20,7 @@ from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
+from realign_fast.pipeline.plan import plan_align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import AlignTask
 
@@ -410,6 +411,8 @@ def test_a_result_is_not_replaced_by_another_source_of_the_same_names(corpora, t
         ValueError, match=r"out: holds the result of .*emb_0\.npy and .* --mode overw"
     ):
         align(another, image, out, QUIET)
+    with pytest.raises(ValueError, match="out: holds the result of"):
+        plan_align(Corpus(another), Corpus(image), out, QUIET)
     assert before == {path.name: path.read_bytes() for path in out.glob("*.npy")}
     align(another, image, out, Settings(progress=False, mode="overwrite"))
     assert before != {path.name: path.read_bytes() for path in out.glob("*.npy")}
@@ -439,6 +442,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", source, target, "file: expected a directory", OSError)
     refused(tmp_path / "file" / "out", source, target, "file: expected a directory", OSError)
+    (tmp_path / "loop").symlink_to("loop")
+    for out in (tmp_path / "loop", tmp_path / "loop" / "out"):
+        refused(out, source, target, r"loop: is a link to loop, which leads to nothing", OSError)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "_stats").write_text("")
+    refused(tmp_path / "old", source, target, "_stats: expected the directory of check", OSError)
     monkeypatch.setattr(os, "access", lambda *a: False)  # root may write anywhere
     refused(tmp_path / "out", source, target, "expected a directory to write into", OSError)
 

@@ -189,11 +189,12 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
         (lambda m: m | {"aligner": 7}, "an aligner that is no hash"),
         (lambda m: m | {"passes": {"apply": [1]}}, "apply without facts"),
         (lambda m: m | {"passes": {"apply": {"facts": {}, "shards": {}}}}, "without a list"),
-        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "None as path of shard 2 of app"),
+        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "nothing as path of shard 2 of"),
         (lambda m: m["passes"]["apply"]["shards"][1].update(rows="9") or m, "'9' as rows of shard"),
         (lambda m: m["passes"]["apply"]["shards"][0].update(checksum=None) or m, "None as checks"),
-        (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "None as stats"),
-        (lambda m: [m], "TypeError"),
+        (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "nothing as stats"),
+        (lambda m: [m], "a list"),
+        (lambda m: m["passes"]["apply"]["facts"].update(folder=7) or m, "7 as folder of facts of"),
     ],
 )
 def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, message):

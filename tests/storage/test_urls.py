@@ -111,6 +111,9 @@ def test_the_command_line_reads_memory_of_its_process_and_files_by_url(tmp_path,
     assert main.main(["align", *inputs, "--out", str(tmp_path / "out")]) == 0
     assert main.main(["inspect", "memory://cli-image", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["rows"] == 49
+    with pytest.raises(SystemExit, match="2"):  # a result in memory would end with the command
+        main.main(["align", *inputs, "--out", "memory://result"])
+    assert "is memory of this process" in capsys.readouterr().err
 
 
 def test_a_path_by_file_url_is_mapped():

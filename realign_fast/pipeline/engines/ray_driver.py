@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from ..._extras import import_extra
-from ..output import STATS
+from ..checkpoints import STATS
 from ..shard_tasks import ShardTask
 from .local import Task
 from .ray_worker import Job, program_version
