@@ -77,6 +77,8 @@ class Buffers:
 
     def empty(self, count: int) -> np.ndarray:
         """Return an uninitialized array `[count, D]`."""
+        if not _io:
+            return np.empty((count, self.dimension), self.dtype)
         values = np.frombuffer(_ring(self._bytes).take(), self.dtype, count * self.dimension)
         return values.reshape(count, self.dimension)
 

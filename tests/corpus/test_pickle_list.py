@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.formats import pickle_interpreter, pickle_list, pickle_rows
+from realign_fast.corpus.formats import pickle_interpreter, pickle_list
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 
@@ -28,8 +28,8 @@ QUICK = Settings(progress=False, batch_bytes=100)
 def machine(request, monkeypatch):
     """Every test is of the compiled machine, where it was built, and of an install without it."""
     if request.param == "in Python":
-        monkeypatch.setattr(pickle_rows, "_io", None)
-    return request.param if pickle_rows._io else "in Python"
+        monkeypatch.setattr(pickle_list, "_io", None)
+    return request.param if pickle_list._io else "in Python"
 
 
 def random_rows(count, dtype="float32", seed=0):
@@ -69,7 +69,13 @@ def read(path, **options):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_rows_come_out_of_every_protocol(tmp_path, protocol, dtype):
     rows = random_rows(11, dtype)
-    for make in (np.array, lambda row: row[None], lambda row: row[None].T.T.copy("F")):
+    order = np.dtype(dtype).newbyteorder(">")
+    forms = (
+        lambda row: row[None],
+        lambda row: row[None].T.T.copy("F"),
+        lambda row: row.astype(order),
+    )
+    for make in (np.array, *forms):
         path = save(tmp_path / "x.pkl", entries_of(rows, make), protocol)
         got = read(path)
         assert got.dtype == dtype
@@ -148,7 +154,6 @@ def refuse(path, words, error=ValueError):
         ([], "an empty list has no dimension", ValueError),
         ([1], "row 0 is a int", ValueError),
         ([{"embed": np.zeros(3, int)}], "'embed' is int64, expected an array of", TypeError),
-        ([{"embed": np.zeros(3, ">f4")}], "'embed' is >f4, expected", TypeError),
         ([{"embed": "text"}], "'embed' is str, expected", TypeError),
         ([{"embed": [1.0, "a"]}], "'embed' is list, expected", TypeError),
         ([{"embed": [10**400]}], "a number beyond float64", ValueError),
@@ -171,7 +176,7 @@ def test_what_is_not_a_list_of_rows_says_so(tmp_path, value, words, error):
 def test_a_file_too_large_for_memory_is_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(pickle_list, "MAX_BYTES", 1000)
     path = save(tmp_path / "x.pkl", entries_of(random_rows(50)))
-    monkeypatch.setattr(pickle_list, "load", None)
+    monkeypatch.setattr(pickle_interpreter, "load", None)
     refuse(path, r"has \d+ bytes.* expected at most 1000; split it")
 
 
@@ -223,6 +228,8 @@ def hostile(touched):
     yield "state of a global", b"\x80\x02cnumpy\nndarray\n)b.", "sets the state of something"
     yield "append to a dict", b"\x80\x02}K\x01a.", "expected a list to fill"
     yield "codecs", b"\x80\x02c_codecs\nencode\n\x8c\x01a\x8c\x03rot\x86R.", "arguments that numpy"
+    beyond = pickle.dumps([{"embed": at, "id": np.str_("é")}]).replace(b"\xe9\0\0\0", b"\xe9\0\0\1")
+    yield "text beyond Unicode", beyond, "maximum character"
     yield "a list as key", b"\x80\x02}]K\x01s.", "a key is list"
     yield "bytes after", pickle.dumps([{"embed": at}]) + b"more", "before the file does"
     yield "second pickle", pickle.dumps([{"embed": at}]) * 2, "before the file does"
@@ -467,7 +474,7 @@ def test_sets_and_scalars_are_plain_too():
 
 def test_no_pickle_is_loaded_by_python():
     """No file of ours calls the unpickler that runs what it reads."""
-    for module in (pickle_list, pickle_rows, pickle_interpreter):
+    for module in (pickle_list, pickle_interpreter):
         source = Path(module.__file__).read_text()
         assert "pickle.load" not in source and "Unpickler" not in source
         assert "exec(" not in source and "eval(" not in source

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.formats import pickle_interpreter, pickle_list, pickle_rows
-from realign_fast.corpus.formats.pickle_values import Array
+from realign_fast.corpus.formats import pickle_interpreter, pickle_list
 from realign_fast.storage.paths import storage_path
 
 FAST = settings(
@@ -22,24 +21,24 @@ FAST = settings(
 )
 
 
-_io = pickle_rows._io
+_io = pickle_list._io
 pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
 
 @pytest.fixture
 def only_direct(monkeypatch):
     """The machine in Python is not there."""
-    monkeypatch.setattr(pickle_list, "load", None)
+    monkeypatch.setattr(pickle_interpreter, "load", None)
 
 
 @contextmanager
 def in_python():
     """As where nothing was compiled."""
-    kept, pickle_rows._io = pickle_rows._io, None
+    kept, pickle_list._io = pickle_list._io, None
     try:
         yield
     finally:
-        pickle_rows._io = kept
+        pickle_list._io = kept
 
 
 def random_rows(count, columns=6, dtype="float32", seed=0):
@@ -64,7 +63,7 @@ def entries_of(rows, make=np.array):
 
 def save(path, value, protocol=4):
     path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value, protocol=protocol))
-    pickle_rows._located.cache_clear()  # (a file may be written twice in a tick)
+    pickle_list._located.cache_clear()  # (a file may be written twice in a tick)
     pickle_list._entries.cache_clear()
     return path
 
@@ -84,7 +83,7 @@ def rewrite(path, out, rows):
 
 
 def is_direct(path):
-    return Corpus(path, allow_pickle=True).shards[0]._direct is not None
+    return Corpus(path, allow_pickle=True).shards[0].places is not None
 
 
 # What is read directly.
@@ -226,7 +225,7 @@ SHARED = [name for name, _ in shared_rows()]
 def test_bytes_that_others_share_are_not_written_over(tmp_path, name):
     path = save(tmp_path / "x.pkl", dict(shared_rows())[name])
     shard = Corpus(path, allow_pickle=True).shards[0]
-    assert shard._direct is not None and not shard._direct.replaceable
+    assert shard.places is not None and not shard.places.replaceable
     rows = -read(path)
     made = rewrite(path, tmp_path / "out" / "x.pkl", rows)
     with in_python():
@@ -237,7 +236,7 @@ def test_bytes_that_others_share_are_not_written_over(tmp_path, name):
 
 def test_what_is_shared_beside_the_rows_is_no_matter(tmp_path, only_direct):
     path = save(tmp_path / "x.pkl", entries_of(random_rows(5)))
-    assert Corpus(path, allow_pickle=True).shards[0]._direct.replaceable
+    assert Corpus(path, allow_pickle=True).shards[0].places.replaceable
 
 
 # Where the two machines meet.
@@ -256,7 +255,6 @@ def outcome(path):
 
 def plain(value, above=()):
     """What a value is, to compare."""
-    value = value.value if isinstance(value, Array) else value
     if id(value) in above:
         return "around"
     above = (*above, id(value))
@@ -325,7 +323,7 @@ def test_what_is_unusual_is_left_to_python(tmp_path, name):
     with in_python():
         found = outcome(path)
     assert outcome(path) == found
-    assert pickle_rows.direct_rows(path, storage_path(path).stamp(), pickle_list.DEFAULTS) is None
+    assert pickle_list._places(path, storage_path(path).stamp(), pickle_list.DEFAULTS) is None
 
 
 UTF8 = [b"\xc3\xa9", b"\xc1\x81", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xed\x9f\xbf"]
@@ -426,7 +424,7 @@ def test_a_file_that_becomes_another_is_an_error(tmp_path):
 
 def test_rows_beyond_the_list_are_not_read(tmp_path):
     path = save(tmp_path / "x.pkl", entries_of(random_rows(3)))
-    rows = Corpus(path, allow_pickle=True).shards[0]._direct
+    rows = Corpus(path, allow_pickle=True).shards[0].places
     with path.open("rb") as file:
         for first, count in ((0, 4), (-1, 1), (3, 1), (2**62, 1)):
             with pytest.raises(IndexError, match="the list has 3 rows"):

@@ -1,5 +1,5 @@
 // The values of a pickle, as far as they are needed to find rows in it. The counterpart in Python
-// is realign_fast/corpus/formats/pickle_values.py.
+// is realign_fast/corpus/formats/pickle_interpreter.py.
 //
 // A value is small: the offset of its bytes in the file, or an index in a table of containers.
 // No object that a file describes is built, and a table grows with the bytes that were read, never

@@ -32,9 +32,9 @@ _USER = "A parquet or Arrow file"
 
 
 def pyarrow() -> ModuleType:
-    """Import pyarrow, with what it has for Arrow files and for parquet."""
-    import_extra("pyarrow.ipc", "parquet", _USER)
-    import_extra("pyarrow.parquet", "parquet", _USER)
+    """Import pyarrow, with its parts that are not imported on their own."""
+    for module in ("compute", "ipc", "parquet"):
+        import_extra(f"pyarrow.{module}", "parquet", _USER)
     return import_extra("pyarrow", "parquet", _USER)
 
 
@@ -101,7 +101,7 @@ def vectors_of(
         return name, dtype, _checked_dimension(place, storage.list_size)
     for array in arrays(name):
         array.validate(full=True)  # or a damaged offset would be followed
-        lengths = _flattened(array, dtype)[2]
+        lengths = _lengths_of(_lists_of(array, dtype))
         if (lengths > 0).any():
             return name, dtype, _checked_dimension(place, int(lengths[lengths > 0][0]))
     return name, dtype, 0
@@ -153,46 +153,48 @@ def _checked_dimension(place: str, dimension: int) -> int:
 def rows_of(array: Any, shard: StreamedShard) -> np.ndarray:
     """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole."""
     array.validate(full=True)  # offsets and buffers have not been read yet, and may not fit
-    values, starts, lengths = _flattened(array, shard.dtype)
-    numbers: np.ndarray = values.to_numpy(zero_copy_only=False)  # copied only where some are null
+    lists = _lists_of(array, shard.dtype)
+    lengths = _lengths_of(lists)
+    # Numbers are copied only where some are null. Those of a list that is null are left out.
+    numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
     is_whole = lengths == shard.dimension
     if is_whole.all():
         return numbers.reshape(-1, shard.dimension)
-    rows = np.full((len(starts), shard.dimension), np.nan, shard.dtype)
-    rows[is_whole] = numbers[starts[is_whole, None] + np.arange(shard.dimension)]
+    rows = np.full((len(lengths), shard.dimension), np.nan, shard.dtype)
+    starts = _starts_of(lengths)[is_whole, None]
+    rows[is_whole] = numbers[starts + np.arange(shard.dimension)]
     return rows
 
 
-def _flattened(array: Any, dtype: np.dtype[Any]) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Return the numbers of an array, and where those of each row begin and how many they are.
-
-    A row that is null has -1 numbers, and so has a matrix of several rows.
-    """
+def _lists_of(array: Any, dtype: np.dtype[Any]) -> Any:
+    """Return rows as lists of numbers; a matrix of other than one row becomes null."""
     pa = pyarrow()
-    array = getattr(array, "storage", array)
-    number, places = len(array), array.offset + np.arange(len(array) + 1)
-    if pa.types.is_fixed_size_binary(array.type):
-        width = array.type.byte_width // dtype.itemsize
-        data, value_type = array.buffers()[1], pa.from_numpy_dtype(dtype)
-        values = pa.Array.from_buffers(value_type, (array.offset + number) * width, [None, data])
-        ends = places * width
-    else:
-        is_fixed = pa.types.is_fixed_size_list(array.type)
-        ends = places * array.type.list_size if is_fixed else array.offsets.to_numpy()
-        values = array.values
-    ends = ends.astype(np.int64)
-    values, starts = values.slice(ends[0], ends[-1] - ends[0]), ends[:-1] - ends[0]
-    lengths = np.diff(ends)
-    if array.null_count:
-        lengths[array.is_null().to_numpy(zero_copy_only=False)] = -1
-    if not _is_list(_storage(values.type)):
-        return values, starts, lengths
-    is_vector = lengths == 1
-    values, inner_starts, inner_lengths = _flattened(values, dtype)
-    starts = np.where(is_vector, starts, 0)
-    if not len(inner_starts):
-        return values, starts, np.full(number, -1)
-    return values, inner_starts[starts], np.where(is_vector, inner_lengths[starts], -1)
+    lists = getattr(array, "storage", array)
+    if pa.types.is_fixed_size_binary(lists.type):
+        width, value_type = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
+        buffers, count = [None, lists.buffers()[1]], len(lists) * width
+        values = pa.Array.from_buffers(value_type, count, buffers, offset=lists.offset * width)
+        mask = lists.is_null() if lists.null_count else None
+        return pa.FixedSizeListArray.from_arrays(values, width, mask=mask)
+    while _is_list(_storage(lists.type.value_type)):
+        lengths, vectors = _lengths_of(lists), lists.flatten()
+        if not (lengths == 1).all():
+            vectors = vectors.take(pa.array(_starts_of(lengths), mask=lengths != 1))
+        lists = getattr(vectors, "storage", vectors)
+    return lists
+
+
+def _lengths_of(lists: Any) -> np.ndarray:
+    """Return how many values each list has; -1 for null."""
+    lengths: np.ndarray = pyarrow().compute.list_value_length(lists).fill_null(-1).to_numpy()
+    return lengths
+
+
+def _starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Return where each list begins among the values of all."""
+    counts = np.maximum(lengths, 0, dtype=np.int64)
+    starts: np.ndarray = np.cumsum(counts) - counts
+    return starts
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:

@@ -1,7 +1,14 @@
 """Parquet files: one column of rows; the other columns are carried through.
 
-Row groups whose rows lie in the file as numbers are copied out of it (`parquet_pages.py`); pyarrow
-decodes the others, and says what is wrong with their rows. It does so in pieces of a batch, through
+A column chunk (one column of a row group) is a run of pages. Written uncompressed and without a
+dictionary (`PLAIN`), a page consists of its levels, which say where lists begin and what is null,
+and then of the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the
+levels and copies the numbers into a batch, many times faster than pyarrow builds its lists. The
+place of a chunk and how it was written are in the footer, which `csrc/io/parquet/footer.cpp` reads:
+pyarrow ends the process when it is asked for a codec that it does not know. For the format see
+parquet.apache.org, "File Format".
+
+pyarrow decodes all else, and says what is wrong with rows. It does so in pieces of a batch, through
 a buffer of `BUFFER_BYTES`: memory is bounded by the batch and the file's pages, never by a row
 group. A result has a row group for each batch, which can be read directly.
 """
@@ -9,15 +16,18 @@ group. A result has a row group for each batch, which can be read directly.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ...storage.paths import StoragePath, explained
-from ..streamed_shard import Buffers
+from ..io_extension import io as _io
+from ..streamed_shard import Buffers, StreamedShard
 from .arrow_columns import (
     TableShard,
     TableWriter,
@@ -27,10 +37,19 @@ from .arrow_columns import (
     validated,
     vectors_of,
 )
-from .parquet_pages import NOT_PLAIN, ColumnPages, NotDirect, read_pages
 
 BUFFER_BYTES = 1 << 20
 COLUMN_ROWS = 1024  # of the other columns read at a time: they may hold images
+NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
+ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the levels
+
+
+class NotDirect(ValueError):
+    """The reason why pyarrow has to decode a row group, found in the footer of its file."""
+
+
+# The compiled reader raises its own error for what it finds in a page.
+NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
 
 
 class ParquetWriter(TableWriter):
@@ -62,19 +81,24 @@ class ParquetShard(TableShard):
         """Yield rows that were copied from pages or decoded; see `StreamedShard.pieces`."""
         with _opened(self.path) as (file, descriptor):
             ends, buffers = _row_group_ends(file), Buffers(self, batch_rows)
-            column_pages = ColumnPages(file, descriptor, self)
-            group = int(np.searchsorted(ends, first, side="right"))  # the first that is needed
-            row = int(ends[group - 1]) if group else 0
-            for number in range(group, len(ends)):
-                end = int(ends[number])
-                with suppress(NotDirect):
-                    pages = column_pages.of(number)
-                    for rows in read_pages(pages, buffers, row, first, end):
-                        first += len(rows)
+            column_pages, row = ColumnPages(file, descriptor, self), 0
+            for group, end in enumerate(ends.tolist()):
+                if first >= end:
+                    row = end
+                    continue
+                with suppress(*NOT_PLAIN):
+                    pages = column_pages.of(group)
+                    while first < end:
+                        count = min(batch_rows - first % batch_rows, end - first)
+                        rows = buffers.empty(count)
+                        pages.read(first - row, rows)
+                        first += count
                         yield rows
+                        del rows  # or its memory would be kept from the next batch
                 if first < end:
-                    yield from self._decoded(file, number, row, first, batch_rows)
-                first = row = end
+                    yield from self._decoded(file, group, row, first, batch_rows)
+                    first = end
+                row = end
 
     def _decoded(
         self, file: Any, group: int, row: int, first: int, batch_rows: int
@@ -110,20 +134,6 @@ class ParquetShard(TableShard):
                 except NOT_PLAIN:
                     return super().take_rows(ids)
         return taken
-
-    def why_decoded(self) -> str:
-        """Return why pyarrow reads row groups of this file; empty if all are read directly.
-
-        All pages are looked through, without their numbers.
-        """
-        with _opened(self.path) as (file, descriptor):
-            column_pages = ColumnPages(file, descriptor, self)
-            for group in range(file.num_row_groups):
-                try:
-                    column_pages.of(group).check()
-                except NOT_PLAIN as reason:
-                    return f"row group {group}: {reason}"
-        return ""
 
     @property
     def schema(self) -> Any:
@@ -169,3 +179,75 @@ def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             options["page_checksum_verification"] = True
             yield pyarrow().parquet.ParquetFile(raw, **options), descriptor
+
+
+class ColumnPages:
+    """The pages of the rows of an open file, by row group.
+
+    `file` is a `pyarrow.parquet.ParquetFile`, and `descriptor` that of the same file; None if it is
+    remote.
+    """
+
+    def __init__(self, file: Any, descriptor: int | None, shard: StreamedShard) -> None:
+        self._file, self._descriptor, self._shard = file, descriptor, shard
+
+    def of(self, group: int) -> Any:
+        """Return the pages of a row group, as `_io.ParquetPages`.
+
+        `NotDirect` is raised if the rows do not lie there as numbers.
+        """
+        if not hasattr(_io, "read_chunks"):
+            raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
+        if self._descriptor is None:
+            raise NotDirect("its bytes are not in a file of this machine")
+        leaf, chunks = self._chunks
+        chunk = chunks[group]
+        if chunk.codec != "UNCOMPRESSED" or chunk.is_elsewhere:
+            raise NotDirect(f"its column is compressed with {chunk.codec}")
+        if chunk.has_dictionary or not set(chunk.encodings) <= ENCODINGS:
+            raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}")
+        row_values, value_bytes = _sizes(leaf, self._shard)
+        rows, start, end = chunk.group_rows, chunk.data_offset, chunk.data_offset + chunk.bytes
+        if not 0 <= start <= end <= os.fstat(self._descriptor).st_size:
+            raise NotDirect("its column is not inside the file")
+        if chunk.values != rows * row_values:
+            raise NotDirect(f"it has {chunk.values} values for {rows} rows of {row_values}")
+        sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
+        levels = {
+            "max_definition": leaf.max_definition_level,
+            "max_repetition": leaf.max_repetition_level,
+        }
+        try:
+            return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
+        except ValueError as error:
+            raise NotDirect(str(error)) from error
+
+    @cached_property
+    def _chunks(self) -> tuple[Any, list[Any]]:
+        """The leaf of the column in the schema, and its chunk in each row group."""
+        schema, name = self._file.schema, self._shard.column
+        paths = [schema.column(i).path for i in range(len(schema))]
+        leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+        if len(leaves) != 1:
+            raise NotDirect(f"{len(leaves)} columns could be {name!r}")
+        try:
+            chunks = _io.read_chunks(self._descriptor, leaves[0])
+        except _io.NotPlain as error:
+            raise NotDirect(str(error)) from error
+        if len(chunks) != self._file.num_row_groups:
+            raise NotDirect("its footer has changed")
+        return schema.column(leaves[0]), chunks
+
+
+def _sizes(leaf: Any, shard: StreamedShard) -> tuple[int, int]:
+    """Return the number of values in a row, and the size of each in bytes."""
+    physical_type, size = leaf.physical_type, shard.dtype.itemsize
+    row_bytes = shard.dimension * size
+    fixed = physical_type == "FIXED_LEN_BYTE_ARRAY"
+    if leaf.max_repetition_level == 0 and fixed and leaf.length == row_bytes:
+        return 1, row_bytes
+    if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == shard.dtype.name:
+        if not fixed or leaf.length == size:
+            return shard.dimension, size
+    expected = f"rows of {shard.dimension} {shard.dtype}"
+    raise NotDirect(f"its column is {physical_type}, not {expected}")

@@ -1,29 +1,56 @@
 """An interpreter that reads plain data from a pickle and can do nothing else.
 
 Python's unpickler calls what the file names. This interpreter has the opcodes by which protocols 2
-to 5 build lists, dicts, tuples, sets, numbers, text, bytes and numpy arrays. The few globals that
-it knows (`pickle_values.GLOBALS`) stay names, never objects: "calling" one makes a value of
-`pickle_values.py`. It does not recurse, allocates nothing by a number that the file states,
-executes at most `MAX_STEPS` opcodes, and makes objects of at most `MEMORY_PER_BYTE` bytes for each
-byte of the file. Everything wrong with a file is one `ValueError`.
+to 5 build lists, dicts, tuples, sets, numbers, text, bytes and numpy arrays. The few `GLOBALS` that
+it knows stay names, never objects: `call` makes what numpy would make, after it has checked what
+the file says. It does not recurse, allocates nothing by a number that the file states, executes at
+most `MAX_STEPS` opcodes, and makes objects of at most `MEMORY_PER_BYTE` bytes for each byte of the
+file. Everything wrong with a file is one `ValueError`.
 For the opcodes see `pickletools` in Python's standard library, which splits the file into them.
 """
 
 from __future__ import annotations
 
 import io
-import sys
+import math
+import re
 from collections.abc import Callable, Iterable
 from pickletools import genops
+from sys import getsizeof
 from typing import Any, TypeAlias
 
-from .pickle_values import GLOBALS, Array, Name, Type, call, memory_of, plain_key
+import numpy as np
 
 MAX_STEPS = 1 << 27
 MAX_MARKS = 1 << 16  # that wait for their values: each is the nesting of one container
 MEMORY_PER_BYTE = 16  # of the objects; lists of one number, the smallest of use, take 17
 MEMORY_BASE = 64 << 20  # bytes that the objects of any file may take
 DISTANT_BYTES = 100  # memory of a memo entry that is not the next one
+PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][1-9][0-9]{0,5}")  # never O, objects
+GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"{core}.{module}", name)
+    for core in ("numpy.core", "numpy._core")
+    for module, name in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    )
+}
+GLOBALS |= {("_codecs", "encode")}  # with this and the next ones protocol 2 writes bytes
+GLOBALS |= {
+    (module, name)
+    for module in ("builtins", "__builtin__")
+    for name in ("bytes", "set", "frozenset")
+}
+
+
+class Name(str):
+    """The name of a global of `GLOBALS` on the stack, in place of the object that it names."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise ValueError(f"{self} stands where a value is expected")
 
 
 class Machine:
@@ -45,7 +72,7 @@ class Machine:
 
     def push_new(self, value: Any) -> None:
         """Push an object that was made now."""
-        self.spend(memory_of(value))
+        self.spend(getsizeof(value))
         self.stack.append(value)
 
     def pop(self, count: int | None = None) -> list[Any]:
@@ -63,7 +90,7 @@ class Machine:
             raise ValueError("names a global by other values than text")
         if (module, name) not in GLOBALS:
             raise ValueError(f"names {module!r:.60}, {name!r:.60}: only numpy arrays are built")
-        self.stack.append(Name(GLOBALS[module, name]))
+        self.stack.append(Name(name))
 
     def put(self, index: int) -> None:
         """Store the last value of the stack in the memo."""
@@ -79,6 +106,57 @@ class Machine:
         """Push a value of the memo."""
         memo = self.memo if index < len(self.memo) else self.distant_memo
         self.stack.append(memo[index])
+
+
+def plain_dtype(text: Any) -> np.dtype[Any]:
+    """Return a new dtype of numbers or text, whose state may be set."""
+    name = text if type(text) is str else type(text).__name__
+    if name is not text or not PLAIN_TYPE.fullmatch(name):
+        raise ValueError(f"dtype {name!r:.40}: only numbers and text (never object arrays)")
+    return np.dtype(text, False, True)
+
+
+def check_array(data: Any, dtype: Any, shape: Any) -> None:
+    """Raise an error unless `data` are the bytes of an array of that shape."""
+    if not isinstance(dtype, np.dtype) or type(shape) is not tuple:
+        raise ValueError("an array is not described by dtype, shape and order")
+    if type(data) is not bytes:
+        raise ValueError("an array is not made of bytes (object arrays are never built)")
+    if len(shape) > 8 or not all(type(count) is int and count >= 0 for count in shape):
+        raise ValueError("an array has more than 8 dimensions, or sizes that are no numbers")
+    if dtype.itemsize * math.prod(shape) != len(data):
+        raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
+
+
+def call(name: Any, values: Any) -> Any:
+    """Return what a global of `GLOBALS` makes of its arguments."""
+    if type(name) is not Name or type(values) is not tuple:
+        raise ValueError("calls something that is no numpy constructor")
+    if name == "_reconstruct" and values[0] == "ndarray" and type(values[0]) is Name:
+        return np.empty(0, np.uint8)  # until its state is set
+    if name == "dtype":
+        return plain_dtype(values[0])
+    if name == "scalar":
+        check_array(values[1], values[0], ())
+        return np.frombuffer(values[1], values[0])[0]
+    if name == "_frombuffer":
+        check_array(*values[:3])
+        array = np.frombuffer(*values[:2]).reshape(values[2], order=values[3])
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    if name == "encode" and type(values[0]) is str and values[1:] == ("latin1",):
+        return values[0].encode("latin1")
+    if name == "bytes" and values == ():
+        return b""
+    if name in ("set", "frozenset") and len(values) == 1 and type(values[0]) is list:
+        return (set if name == "set" else frozenset)(map(plain_key, values[0]))
+    raise ValueError(f"calls {name} with arguments that numpy does not give it")
+
+
+def plain_key(key: Any) -> Any:
+    """Return a key of a dict or set that is text or a number; hashing others may take for ever."""
+    if type(key) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"a key is {type(key).__name__}, expected text or a number")
+    return key
 
 
 Operation: TypeAlias = Callable[[Machine, Any], object]  # with the argument of the opcode
@@ -101,9 +179,9 @@ def _fill(
         values, target = machine.pop(count), machine.stack[-1]
         if type(target) is not container:
             raise ValueError(f"expected a {container.__name__} to fill, got another value")
-        size = sys.getsizeof(target)
+        size = getsizeof(target)
         add(target, values)
-        machine.spend(sys.getsizeof(target) - size)
+        machine.spend(getsizeof(target) - size)
 
     return operation
 
@@ -120,9 +198,18 @@ def _mark(machine: Machine, _: None) -> None:
 
 def _build(machine: Machine, _: None) -> None:
     target, state = machine.pop(2)
-    if type(target) not in (Array, Type) or type(state) is not tuple:
+    if not isinstance(target, np.ndarray | np.dtype) or type(state) is not tuple:
         raise ValueError("sets the state of something that is no numpy array")
-    target.build(state)
+    if isinstance(target, np.ndarray):
+        _, shape, dtype, is_fortran, data = state
+        check_array(data, dtype, shape)
+        state = 1, shape, dtype, is_fortran is True, data
+    else:
+        own_state: Any = target.__reduce__()[2]
+        if state[1] not in ("<", "|", "=", ">") or state[2:7] != own_state[2:7]:
+            raise ValueError("a dtype with fields, shape or objects is not plain")
+        state = own_state[0], state[1], *own_state[2:]
+    target.__setstate__(state)  # type: ignore[union-attr]
     machine.push_new(target)
 
 
@@ -172,7 +259,7 @@ for _form in ("BIN", "LONG_BIN"):
 
 
 def load(data: bytes | bytearray | memoryview) -> Any:
-    """Return the value that a pickle describes; numpy arrays are `Array`s with a `value`."""
+    """Return the value that a pickle describes."""
     machine, stream, offset = Machine(len(data)), io.BytesIO(data), 0
     push = machine.stack.append
     try:
@@ -189,7 +276,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
                 raise ValueError(f"opcode {code:#04x} is not one that builds plain data")
         if offset != len(data) - 1:
             raise ValueError("ends before the file does")
-    except (IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (LookupError, TypeError, OverflowError, MemoryError, SystemError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"is cut off or damaged at byte {offset} ({reason:.100})") from error
     return machine.stack[0]

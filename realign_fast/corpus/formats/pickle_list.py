@@ -1,16 +1,21 @@
 """Pickled lists of `{"id": ..., "embed": row, ...}`, as the code of the ReAlign paper writes them.
 
-They are read only with `allow_pickle`, and nothing in them is run. `pickle_rows.py` copies rows out
-of files and into copies of them. Files that it leaves, and all columns but the rows, are built as
-plain data by `pickle_interpreter.py`: then memory holds one file, at most `MAX_BYTES` of it, and
-its result while that is written. The keys of an entry and their order are kept. A row is an array
-`[D]` or `[1, D]` of float16, float32 or float64, or a list of floats.
+They are read only with `allow_pickle`, and nothing in them is run. Arrays and floats lie in a
+pickle as the bytes they are: `csrc/io/pickle/pickle_interpreter.cpp` runs a file as
+`pickle_interpreter.py` does, builds nothing, and remembers where each row lies (4 bytes a row). A
+pass copies the rows out of the file, and an aligned file is the same bytes with other numbers in
+their places. Unusual files (rows of several types, big-endian numbers, bytes that two values share,
+text as bytes of protocol 2), files that are not plain data, and all columns but the rows are built
+by `pickle_interpreter.py`: then memory holds one file, at most `MAX_BYTES` of it, and its result
+while that is written. The keys of an entry and their order are kept. A row is an array `[D]` or
+`[1, D]` of float16, float32 or float64, or a list of floats.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -23,13 +28,12 @@ from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
 from ..shard import FLOATS, MAX_COLUMNS
 from ..shard_writer import FormatWriter
-from ..streamed_shard import StreamedShard
-from .pickle_interpreter import load
-from .pickle_rows import PickleCopy, direct_rows, read_direct, take_direct
-from .pickle_values import Array
+from ..streamed_shard import Buffers, StreamedShard
+from . import pickle_interpreter
 
 MAX_BYTES = 4 << 30
 THREADS = 2 if _io else 1  # that locate rows in files; what they leave is built one at a time
+REMEMBERED_FILES = 256  # for which the places of the rows are kept
 CHUNK_ENTRIES = 1024  # of other columns at a time
 DEFAULTS = ("embed", "embedding")
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
@@ -45,29 +49,53 @@ class PickledShard(StreamedShard):
     format = "pickle"
 
     @property
-    def _direct(self) -> Any:
-        return _direct(self.path, self.stamp, self.requested_column)
+    def places(self) -> Any:
+        """Where the rows lie in the file, as `_io.PickledRows`; None if entries must be built."""
+        return _places(self.path, self.stamp, _names(self.requested_column))
+
+    @property
+    def built_entries(self) -> list[Any]:
+        """The list that the file holds, built as plain data."""
+        return _entries(self.path, self.stamp)
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from the file or built; see `StreamedShard.pieces`."""
-        if direct := self._direct:
-            yield from read_direct(self, direct, first, batch_rows)
-            return
-        entries = _entries(self.path, self.stamp)
-        for start in range(first, self.num_rows, batch_rows):
-            part = entries[start : start + batch_rows]
-            batch = np.empty((len(part), self.dimension), self.dtype)
-            for place, entry in enumerate(part):
-                batch[place] = self._row(entry, start + place)
+        places, buffers = self.places, Buffers(self, batch_rows)
+        while first < self.num_rows:
+            batch = buffers.empty(min(batch_rows - first % batch_rows, self.num_rows - first))
+            if places:
+                with self.unchanged_file() as descriptor:
+                    places.read(descriptor, first, batch)
+            else:
+                part = self.built_entries[first : first + len(batch)]
+                for number, entry in enumerate(part):
+                    batch[number] = self._row(entry, first + number)
+            first += len(batch)
             yield batch
+            del batch  # or its memory would be kept from the next one
 
     def take_rows(self, ids: np.ndarray) -> np.ndarray:
         """Read the rows at sorted `ids`: only they are read, unless the file has to be built."""
-        if (direct := self._direct) is None:
+        if (places := self.places) is None:
             return super().take_rows(ids)
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        return take_direct(self, direct, ids)
+        taken = np.empty((len(ids), self.dimension), self.dtype)
+        with self.unchanged_file() as descriptor:
+            for row, target in zip(ids.tolist(), taken, strict=True):
+                places.read(descriptor, row, target)
+        return taken
+
+    @contextmanager
+    def unchanged_file(self) -> Iterator[int]:
+        """Yield a descriptor of the file; an error if it is not the one whose rows were located."""
+        with _opened(self.path, self.stamp) as descriptor:
+            try:
+                yield descriptor
+            except _io.NotPlain as error:  # it is shorter than it was
+                raise self.changed_error() from error
+            if not self.path.is_remote and self.path.stamp() != self.stamp:
+                raise self.changed_error()
 
     def _row(self, entry: Any, number: int) -> np.ndarray:
         row = _vector(self.path, number, entry, self.column)
@@ -81,28 +109,22 @@ class PickledShard(StreamedShard):
     @property
     def has_other_columns(self) -> bool:
         """True if an entry has other keys than that of its row."""
-        if direct := self._direct:
-            return bool(direct.has_others)
-        return any(len(entry) > 1 for entry in _entries(self.path, self.stamp))
+        if places := self.places:
+            return bool(places.has_others)
+        return any(len(entry) > 1 for entry in self.built_entries)
 
     def other_columns(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
-        entries = _entries(self.path, self.stamp)
+        entries = self.built_entries
         for start in range(0, len(entries), CHUNK_ENTRIES):
-            yield [
-                {
-                    key: value.value if type(value) is Array else value
-                    for key, value in entry.items()
-                    if key != self.column
-                }
-                for entry in entries[start : start + CHUNK_ENTRIES]
-            ]
+            part = entries[start : start + CHUNK_ENTRIES]
+            yield [{key: entry[key] for key in entry if key != self.column} for entry in part]
 
-    def writer(self, path: AnyPath) -> PickleCopy | PickleWriter:
+    def writer(self, path: AnyPath) -> FormatWriter:
         """Return a writer of a copy of the file with other rows."""
-        if (direct := self._direct) and direct.replaceable:
-            return PickleCopy(path, self, direct)
-        return PickleWriter(path, self.num_rows, self.dimension, self.torch_dtype, self)
+        is_copied = (places := self.places) and places.replaceable
+        writer_class = PickleCopy if is_copied else PickleWriter
+        return writer_class(path, self.num_rows, self.dimension, self.torch_dtype, self)
 
 
 class PickleWriter(FormatWriter):
@@ -118,22 +140,17 @@ class PickleWriter(FormatWriter):
         self._entries: list[dict[str, Any]] = []
 
     def _append(self, rows: np.ndarray) -> None:
-        if self._source:
-            self._append_to_source(rows)
-            return
+        """Append the next entries of the source with other rows in the form of theirs, or new."""
         for row in rows.copy():
-            columns = self._other_columns
-            entry = next(columns) if columns else {"id": len(self._entries)}
-            self._entries.append(entry | {DEFAULTS[0]: row})
-
-    def _append_to_source(self, rows: np.ndarray) -> None:
-        """Append the next entries of the source, with other rows in the form of theirs."""
-        column, start = self._source.column, len(self._entries)
-        entries = _entries(self._source.path, self._source.stamp)[start : start + len(rows)]
-        for entry, row in zip(entries, rows.copy(), strict=True):
-            old = entry[column]
-            new = row.tolist() if type(old) is list else row.reshape(old.value.shape)
-            self._entries.append(entry | {column: new})
+            number = len(self._entries)
+            if self._source:
+                entry, column = self._source.built_entries[number], self._source.column
+                is_list = type(entry[column]) is list
+                new_row = row.tolist() if is_list else row.reshape(entry[column].shape)
+            else:
+                entry = next(self._other_columns) if self._other_columns else {"id": number}
+                column, new_row = DEFAULTS[0], row
+            self._entries.append(entry | {column: new_row})
 
     def _finish(self) -> None:
         try:
@@ -143,18 +160,38 @@ class PickleWriter(FormatWriter):
             raise ValueError(f"{self.path}: {problem}; {ADVICE}") from error
 
 
+class PickleCopy(FormatWriter):
+    """Write a copy of the source in which only the numbers of its rows are others."""
+
+    suffixes = (".pkl", ".pickle")
+
+    def _begin(self) -> None:
+        """Write nothing: what the source has before its first row is copied with that row."""
+
+    def _append(self, rows: np.ndarray) -> None:
+        if len(rows):
+            self._copy(self.written, rows)
+
+    def _finish(self) -> None:
+        self._copy(self.num_rows, np.empty(0, self._source.dtype))
+
+    def _copy(self, first: int, rows: np.ndarray) -> None:
+        with self._source.unchanged_file() as descriptor:
+            self._source.places.write(descriptor, first, rows, self._file.fileno())
+
+
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
     """Open a pickled list, which is read to its end; by default the rows are under `embed`."""
-    stamp = path.stamp()
-    if direct := _direct(path, stamp, column):
-        name, dtype = _names(column)[direct.name], np.dtype(f"<f{direct.value_bytes}")
-        return PickledShard(path, len(direct), direct.columns, dtype, name, stamp, column)
+    stamp, names = path.stamp(), _names(column)
+    if places := _places(path, stamp, names):
+        name, dtype = names[places.name], np.dtype(f"<f{places.value_bytes}")
+        return PickledShard(path, len(places), places.columns, dtype, name, stamp, column)
     with _building:
         entries = _entries(path, stamp)
         if not entries:
             raise ValueError(f"{path}: an empty list has no dimension; leave the file out")
         keys = entries[0] if type(entries[0]) is dict else {}
-        name = next((name for name in _names(column) if name in keys), _names(column)[0])
+        name = next((name for name in names if name in keys), names[0])
         row = _vector(path, 0, entries[0], name)
         return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, column)
 
@@ -163,14 +200,32 @@ def _names(column: str | None) -> tuple[str, ...]:
     return DEFAULTS if column is None else (column,)
 
 
-def _direct(path: StoragePath, stamp: Stamp, column: str | None) -> Any:
-    """Return where the rows lie in the file, or None if its entries have to be built."""
-    return direct_rows(path, stamp, _names(column)) if stamp[0] <= MAX_BYTES else None
+def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
+    """Return where the rows lie in a file, under the first of `names` that row 0 has, or None."""
+    if not _io or stamp[0] > MAX_BYTES:
+        return None
+    return _located(path, stamp, names, pickle_interpreter.MAX_STEPS)
+
+
+@lru_cache(maxsize=REMEMBERED_FILES)
+def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps: int) -> Any:
+    keys = tuple(name.encode(errors="surrogatepass") for name in names)
+    with _opened(path, stamp) as descriptor:
+        try:
+            return _io.PickledRows(descriptor, stamp[0], keys, max_steps)
+        except _io.NotPlain:
+            return None
+
+
+@contextmanager
+def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
+    """Yield a descriptor of the file; errors name the file."""
+    with explained(path), path.descriptor(stamp) as descriptor:
+        yield descriptor
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
 def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
-    """Return the list that the file holds, built as plain data."""
     if stamp[0] > MAX_BYTES:
         problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
         advice = "split it, or write parquet"
@@ -178,7 +233,7 @@ def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
     with explained(path):
         data = path.read_bytes()
     try:
-        value = load(data)
+        value = pickle_interpreter.load(data)
     except ValueError as error:
         raise ValueError(f"{path}: not plain data: {error}; {ADVICE}") from error
     if type(value) is not list:
@@ -194,15 +249,14 @@ def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarr
     if column not in entry:
         keys = ", ".join(map(repr, entry))
         raise ValueError(f"{place} has no key {column!r}; choose one as the column, of: {keys}")
-    value = entry[column]
-    row = value.value if type(value) is Array else None
-    if type(value) is list and all(type(number) in (float, int) for number in value):
+    row = entry[column]
+    if type(row) is list and all(type(number) in (float, int) for number in row):
         try:
-            row = np.array(value, np.float64)
+            row = np.array(row, np.float64)
         except OverflowError as error:
             raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
-    if row is None or row.dtype not in FLOATS:
-        actual = row.dtype if row is not None else type(value).__name__
+    if not isinstance(row, np.ndarray) or row.dtype not in FLOATS:
+        actual = row.dtype if isinstance(row, np.ndarray) else type(row).__name__
         expected = "expected an array of float16, float32 or float64, or a list of floats"
         raise TypeError(f"{place}: {column!r} is {actual}, {expected}")
     if row.shape not in ((row.size,), (1, row.size)) or not 0 < row.size < MAX_COLUMNS:

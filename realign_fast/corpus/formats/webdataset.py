@@ -13,31 +13,25 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
-from ...storage.paths import StoragePath
+from ...storage.paths import AnyPath, StoragePath, explained, storage_path
 from ..shard import FLOATS, MAX_COLUMNS
 from ..shard_writer import FormatWriter
 from ..streamed_shard import StreamedShard
 from .npy import HEADER_BYTES
-from .tar_members import (
-    Members,
-    content_of,
-    forget_members,
-    opened_tar,
-    samples,
-    split_name,
-    walk,
-)
 
 DEFAULT = "embedding.npy"
 KEY = "__key__"  # webdataset's name for the key of a sample
 TEXT_ENDINGS = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
 CHUNK_SAMPLES = 256  # of other columns at a time
+
+Members = dict[str, tarfile.TarInfo]  # of one sample, by ending
 
 
 class TarWriter(FormatWriter):
@@ -75,7 +69,7 @@ class TarWriter(FormatWriter):
                 if row is not None:
                     yield member, row.shape
                 elif member.isreg():
-                    self._add(copy.copy(member), content_of(tar, member))
+                    self._add(copy.copy(member), _content_of(tar, member))
                 else:
                     self._tar.addfile(member)
 
@@ -83,24 +77,23 @@ class TarWriter(FormatWriter):
         """Write the members of a row: those of the other columns, then the row itself."""
         columns = dict(next(self._other_columns)) if self._other_columns else {}
         key = columns.pop(KEY, f"{number:09}")
-        members: dict[str, str | bytes] = {}
-        in_json: dict[str, Any] = {}
-        for name, value in columns.items():
-            if isinstance(value, bytes) or (value is not None and name in TEXT_ENDINGS):
-                members[name] = value
-            elif value is not None:
-                in_json[name] = value
+        in_json = {name: value for name, value in columns.items() if value is not None}
+        members: dict[str, str | bytes] = {
+            name: in_json.pop(name)
+            for name, value in columns.items()
+            if isinstance(value, bytes) or (value is not None and name in TEXT_ENDINGS)
+        }
         try:
-            if in_json:
-                members["json"] = json.dumps(in_json, ensure_ascii=False, default=_plain)
-        except (TypeError, ValueError) as error:
+            if in_json:  # numpy's arrays and scalars become lists and numbers
+                options: Any = {"ensure_ascii": False, "default": lambda value: value.tolist()}
+                members["json"] = json.dumps(in_json, **options)
+        except (TypeError, ValueError, AttributeError) as error:
             problem = f"row {number}: its other columns cannot become json ({error})"
             raise ValueError(f"{self.path}: {problem}; convert to parquet") from error
         has_slash = any("/" in name for name in members)
         if (in_json and "json" in columns) or DEFAULT in members or has_slash:
-            problem = (
-                f"row {number} has columns {', '.join(columns)}, not all of which can be members"
-            )
+            names = ", ".join(columns)
+            problem = f"row {number} has columns {names}, not all of which can be members"
             raise ValueError(f"{self.path}: {problem}; rename them")
         for name, value in members.items():
             data = value.encode() if isinstance(value, str) else bytes(value)
@@ -112,7 +105,7 @@ class TarWriter(FormatWriter):
         headers = member.pax_headers.items()
         member.pax_headers = {key: value for key, value in headers if key != "size"}
         self._tar.addfile(member, io.BytesIO(data))
-        forget_members(self._tar)
+        _forget_members(self._tar)
 
 
 @dataclass(frozen=True)
@@ -138,8 +131,8 @@ class TarShard(StreamedShard):
 
     def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, np.ndarray | None]]:
         """Yield all members in order, with the row `[D]` or `[1, D]` of those that hold one."""
-        for member in walk(tar):
-            is_row = member.isreg() and split_name(member.name)[1] == self.column
+        for member in _walk(tar):
+            is_row = member.isreg() and _split_name(member.name)[1] == self.column
             yield member, _row(self.path, tar, member) if is_row else None
 
     @property
@@ -157,10 +150,14 @@ class TarShard(StreamedShard):
     def _entry(self, tar: tarfile.TarFile, key: str, members: Members) -> dict[str, Any]:
         entry: dict[str, Any] = {KEY: key}
         for ending, member in members.items():
-            if ending != self.column:
-                data = content_of(tar, member)
-                is_text = ending in TEXT_ENDINGS
-                entry[ending] = _text(self.path, member, data) if is_text else data
+            if ending == self.column:
+                continue
+            data = _content_of(tar, member)
+            try:
+                entry[ending] = data.decode() if ending in TEXT_ENDINGS else data
+            except UnicodeDecodeError as error:
+                problem = f"{member.name} is no UTF-8 ({error})"
+                raise ValueError(f"{self.path}: {problem}; write it again") from error
         return entry
 
 
@@ -198,7 +195,7 @@ def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np
     place = f"{path}: {member.name}"
     if member.size > HEADER_BYTES + 8 * MAX_COLUMNS:
         raise ValueError(f"{place} has {member.size} bytes, expected one row")
-    data = io.BytesIO(content_of(tar, member))
+    data = io.BytesIO(_content_of(tar, member))
     try:
         array: np.ndarray = np.lib.format.read_array(data, allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds
@@ -218,15 +215,60 @@ def _npy(row: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _text(path: StoragePath, member: tarfile.TarInfo, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {member.name} is no UTF-8 ({error}); write it again") from error
+@contextmanager
+def opened_tar(path: AnyPath) -> Iterator[tarfile.TarFile]:
+    """Open an uncompressed tar."""
+    with explained(path), storage_path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
+        ended = file.read() == bytes(1024)
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                if not ended:
+                    raise tarfile.ReadError("truncated: no end-of-archive mark")
+                yield tar
+        except (tarfile.TarError, EOFError, OverflowError) as error:
+            advice = "write it again, uncompressed"
+            raise ValueError(f"{path}: not a whole tar ({error}); {advice}") from error
 
 
-def _plain(value: Any) -> Any:
-    """Return a numpy value as json can hold it."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not plain")
+def samples(path: AnyPath, tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
+    """Yield the key of each sample with its members."""
+    known_keys: set[str] = set()
+    files = filter(tarfile.TarInfo.isreg, _walk(tar))
+    for key, group in groupby(files, lambda member: _split_name(member.name)[0]):
+        if key in known_keys:
+            problem = f"the members of {key!r} do not lie together"
+            raise ValueError(f"{path}: {problem}; write the tar sorted by name")
+        known_keys.add(key)
+        members: Members = {}
+        for member in group:
+            if members.setdefault(_split_name(member.name)[1], member) is not member:
+                raise ValueError(f"{path}: has two members {member.name}; write the tar again")
+        yield key, members
+
+
+def _walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members in order, one in memory at a time."""
+    while (member := tar.next()) is not None:
+        yield member
+        _forget_members(tar)
+
+
+def _forget_members(tar: tarfile.TarFile) -> None:
+    """Empty the list in which a tar keeps every member that was read or written."""
+    tar.members.clear()  # type: ignore[attr-defined]
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return the key and the ending of a member: `a/b` and `c.npy` for `a/b.c.npy`."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a member that is a regular file."""
+    file = tar.extractfile(member)
+    assert file is not None  # it is None for directories and devices
+    return file.read()

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from tarfile import TarInfo
 
-from ...corpus.formats.tar_members import opened_tar, samples
+from ...corpus.formats.webdataset import opened_tar, samples
 from ..decode import SUFFIXES
 from .base import CAPTION_NAMES, MAX_CAPTION_BYTES, NEEDED, Item, Sample, Source, read_at
 
