@@ -21,7 +21,7 @@ from .distribution import (
 )
 from .estimate import Estimate
 from .gap_report import GapSettings, gap_report
-from .mixed_gallery import MixedGallery, gini, mixed_gallery
+from .mixed_gallery import MixedGallery, gini, mixed_gallery, over_splits
 from .neighbours import (
     Neighbours,
     SearchBackend,
@@ -72,6 +72,7 @@ __all__ = [
     "mean_cosine",
     "mixed_gallery",
     "nearest_rows",
+    "over_splits",
     "pairwise_cosines",
     "participation_ratio",
     "power_law_exponent",

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..moments import Moments
-from . import cosines, distribution, neighbours, spectrum
+from ..ops.reference import unit
+from . import cosines, distribution, mixed_gallery, neighbours, spectrum
 
 Numbers = dict[str, float | int | None]
 
@@ -22,6 +24,7 @@ class GapSettings:
     mixing_k: int = 20  # neighbours of knn_mixing, as in the paper
     overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
     recall_at: tuple[int, ...] = (1, 10)
+    gallery_rows: int = 10_000  # of each side in the galleries of paired rows, spread evenly
     subspace: int = 64  # leading eigenvectors of subspace_overlap, at most D // 2
     cosine_pairs: int = 1 << 17  # of pairwise_cosines
     cosine_bins: int = 100  # over [-1, 1]
@@ -52,8 +55,10 @@ def gap_report(
         aligned_rows: the same source rows aligned; None leaves ``after_`` and ``kept_`` out.
         source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
             the whole corpora; those of the samples by default.
-        paired: row i of the source belongs to row i of the target; adds matched cosine,
-            retrieval both ways, residual anisotropy and the correlation of pairwise cosines.
+        paired: row i of the source belongs to row i of the target; adds matched cosine, residual
+            anisotropy, the correlation of pairwise cosines, and retrieval both ways
+            (:func:`mixed_gallery`) from the other side alone and, ``mixed``, from both sides. This
+            takes ``4 n^2 D`` products, n the rows of a side, ``settings.gallery_rows`` at most.
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
@@ -168,11 +173,28 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
         "cosine_correlation": cosines.cosine_correlation(source, target, block),
         "residual_anisotropy": spectrum.residual_anisotropy(source, target, block),
     }
-    for side, queries, gallery in (("source", source, target), ("target", target, source)):
-        ranks = neighbours.match_ranks(queries, gallery, block)
-        for k in settings.recall_at:
-            figures[f"{side}_recall_at_{k}"] = neighbours.recall_of(ranks, k)
-    return figures
+    rows = min(len(source), settings.gallery_rows)
+    numbers = torch.arange(rows, device=source.device)
+    spread = numbers * len(source) // rows
+    galleries = {
+        name: unit(side[spread].double()) for name, side in (("source", source), ("target", target))
+    }
+    ks = [k for k in settings.recall_at if k < 2 * rows]
+    for side, other in (("source", "target"), ("target", "source")):
+        found = mixed_gallery.mixed_gallery(
+            galleries[side], galleries, {other: numbers}, own={side: numbers}, ks=ks, block=block
+        )
+        for k in ks:
+            figures[f"{side}_recall_at_{k}"] = found.pure_recall[other][k]
+            figures[f"{side}_mixed_recall_at_{k}"] = found.recall[k]
+        figures |= {
+            f"{side}_mixed_ndcg": found.ndcg,
+            f"{side}_mixed_share": found.shares[other],  # of the other side among the first k
+            f"{side}_within_rate": found.within[other],
+            f"{side}_between_rate": found.between[other],
+            f"{side}_mixed_hub_gini": found.hub_gini,
+        }
+    return figures | {"gallery_rows": rows}
 
 
 def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:

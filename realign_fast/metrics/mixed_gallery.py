@@ -1,17 +1,18 @@
-"""Retrieval from a gallery that holds several modalities: recall, NDCG, shares and hubs."""
+"""Retrieval from a gallery that holds several modalities: recall, NDCG, shares, rates and hubs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._argument_checks import expect_tensor
 from .estimate import Estimate
+from .neighbours import TIE, search_blocks
 
-_TIE = 1e-12  # scores that differ by less of their size are one number, rounded differently
+_DRAWS = 100  # of queries, for the standard error of the Gini coefficient
 
 
 class MixedGallery(NamedTuple):
@@ -22,7 +23,9 @@ class MixedGallery(NamedTuple):
     pure_recall: dict[str, dict[int, Estimate]]  # R@k in the gallery of one modality alone
     pure_ndcg: dict[str, Estimate]
     shares: dict[str, Estimate]  # of each modality among the first k of the union
-    hub_gini: float  # 0: each row is found equally often; 1: one row is found by all queries
+    within: dict[str, Estimate]  # by modality of the relevant row: the share of the rows of this
+    between: dict[str, Estimate]  # modality, and of the others, that score above it
+    hub_gini: Estimate  # 0: each row is found equally often; 1: one row is found by all queries
 
 
 def mixed_gallery(
@@ -37,8 +40,13 @@ def mixed_gallery(
     """Measure retrieval by inner product from the union of galleries, and from each one alone.
 
     A tie counts for the relevant row. R@k is the share of queries with a relevant row among the
-    first k, NDCG@k has gain 1 for each relevant row (Jarvelin and Kekalainen, 2002). Scores are
-    float64; memory is bounded by ``block`` squared. Standard errors take queries as independent.
+    first k, NDCG@k has gain 1 for each relevant row (Jarvelin and Kekalainen, 2002). The rates
+    ``within`` and ``between`` modalities are 1 - AUC of a relevant row against either kind of row;
+    without a gap both are alike, and ``between`` far above ``within`` is the "intra-modal ranking
+    bias" of Li et al. (arXiv 2507.19054). Hubs (Radovanovic et al., 2010) are counted among the
+    first k. Scores are float64; memory is bounded by ``block`` squared. Standard errors are over
+    queries, those of the bootstrap: drawn for the Gini coefficient, and its closed form,
+    ``std / sqrt(N)``, for means. :func:`over_splits` has those over splits.
 
     Args:
         queries: [N, D], as they search the index; rows are not normalised.
@@ -58,36 +66,58 @@ def mixed_gallery(
     if block < 1:
         raise ValueError(f"mixed_gallery: block is {block}, expected 1 or more")
     _check(queries, galleries, relevant, own, ks)
-    union: list[Tensor] = []
-    pure: dict[str, list[Tensor]] = {name: [] for name in relevant}
-    first: list[Tensor] = []
+    parts = []
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
-        search = _Search(
-            queries[part].double(),
-            {name: rows[part] for name, rows in relevant.items()},
-            {name: rows[part] for name, rows in own.items()},
-        )
-        search.run(galleries, ks[-1], block)
-        union.append(search.ranks)
-        first.append(search.first)
-        for column, name in enumerate(relevant):
-            pure[name].append(search.pure_ranks[:, column])
-    ranks, nearest = torch.cat(union), torch.cat(first)
-    alone = {name: torch.cat(parts)[:, None] for name, parts in pure.items()}
+        left_out = {name: rows[part] for name, rows in own.items()}
+        answers = {name: rows[part] for name, rows in relevant.items()}
+        parts.append(_search(queries[part].double(), galleries, answers, left_out, ks[-1], block))
+    nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
+    ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
+    candidates = torch.stack(
+        [
+            len(rows) - (own[name] >= 0).long()
+            if name in own
+            else torch.full_like(ranks[:, 0], len(rows))
+            for name, rows in galleries.items()
+        ],
+        dim=1,
+    )
+    pure, rates = {}, {}
+    for column, name in enumerate(relevant):
+        place, answered = list(galleries).index(name), has_answer[:, column]
+        higher, same = above[:, :, column].sum(dim=1), above[:, place, column]
+        pure[name] = ((1 + same) * answered)[:, None]
+        others = candidates.sum(dim=1) - candidates[:, place]
+        shares = same / (candidates[:, place] - 1), (higher - same) / others
+        rates[name] = [Estimate.of_mean(share[answered]) for share in shares]
     bounds = torch.tensor([len(rows) for rows in galleries.values()]).cumsum(0)
     modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
     return MixedGallery(
         {k: _recall(ranks, k) for k in ks},
         _ndcg(ranks, ks[-1]),
-        {name: {k: _recall(own_ranks, k) for k in ks} for name, own_ranks in alone.items()},
-        {name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in alone.items()},
+        {name: {k: _recall(own_ranks, k) for k in ks} for name, own_ranks in pure.items()},
+        {name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in pure.items()},
         {
             name: Estimate.of_mean((modality == number).double().mean(dim=1))
             for number, name in enumerate(galleries)
         },
-        gini(torch.bincount(nearest.flatten(), minlength=int(bounds[-1]))),
+        {name: within for name, (within, _) in rates.items()},
+        {name: between for name, (_, between) in rates.items()},
+        _hub_gini(nearest, int(bounds[-1])),
     )
+
+
+def over_splits(results: Sequence[MixedGallery]) -> MixedGallery:
+    """Return the mean of each figure over splits, with ``std / sqrt(splits)`` as standard error."""
+
+    def mean(figures: Sequence[Any]) -> Any:
+        if not isinstance(figures[0], dict):
+            return Estimate.of_mean(torch.tensor(figures))
+        return {name: mean([figure[name] for figure in figures]) for name in figures[0]}
+
+    return MixedGallery(*map(mean, zip(*results, strict=True)))
 
 
 def gini(counts: Tensor) -> float:
@@ -99,58 +129,48 @@ def gini(counts: Tensor) -> float:
     return float((2 * places - number - 1) @ ordered) / (number * total) if total else 0.0
 
 
-class _Search:
-    """A block of queries [n, D] against all galleries, block by block."""
+def _hub_gini(nearest: Tensor, count: int) -> Estimate:
+    """Return the Gini coefficient of how often each of ``count`` rows is in ``nearest`` [N, k]."""
+    generator = torch.Generator().manual_seed(0)
+    value = gini(torch.bincount(nearest.flatten(), minlength=count))
+    draws = []
+    for _ in range(_DRAWS):
+        drawn = torch.randint(len(nearest), (len(nearest),), generator=generator)
+        found = nearest[drawn.to(nearest.device)].flatten()
+        draws.append(gini(torch.bincount(found, minlength=count)))
+    return Estimate(value, float(torch.tensor(draws).double().std()))
 
-    def __init__(
-        self, queries: Tensor, relevant: dict[str, Tensor], own: dict[str, Tensor]
-    ) -> None:
-        self.queries, self.relevant, self.own = queries, relevant, own
-        # Ranks from 1 of the relevant row of each modality; 0 where there is none.
-        missing = torch.stack([rows < 0 for rows in relevant.values()], dim=1)
-        self.ranks = (~missing).long()
-        self.pure_ranks = self.ranks.clone()
-        self.scores = queries.new_empty(len(queries), 0)
-        self.first = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
 
-    def run(self, galleries: Mapping[str, Tensor], k: int, block: int) -> None:
-        """Count the rows that score above each relevant row, and collect the first k rows."""
-        relevant_scores = [
-            (self.queries * galleries[name][rows.clamp(min=0)].double()).sum(dim=1)
-            for name, rows in self.relevant.items()
-        ]
-        if not all(bool(torch.isfinite(scores).all()) for scores in relevant_scores):
-            raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
-        thresholds = [scores + _TIE * (1 + scores.abs()) for scores in relevant_scores]
-        offset = 0
-        for name, gallery in galleries.items():
-            for start in range(0, len(gallery), block):
-                rows = gallery[start : start + block].double()
-                tile = self.queries @ rows.T
-                self._leave_out_own(name, tile, start)
-                for column, (modality, limit) in enumerate(
-                    zip(self.relevant, thresholds, strict=True)
-                ):
-                    above = (tile > limit[:, None]).sum(dim=1)
-                    above *= self.relevant[modality] >= 0
-                    self.ranks[:, column] += above
-                    if modality == name:
-                        self.pure_ranks[:, column] += above
-                self._keep_first(tile, offset + start, k)
-            offset += len(gallery)
-
-    def _leave_out_own(self, name: str, tile: Tensor, start: int) -> None:
-        if name in self.own:
-            columns = self.own[name] - start
-            inside = ((columns >= 0) & (columns < tile.shape[1])).nonzero()[:, 0]
-            tile[inside, columns[inside]] = -torch.inf
-
-    def _keep_first(self, tile: Tensor, first_number: int, k: int) -> None:
-        scores, places = tile.topk(min(k, tile.shape[1]), dim=1)
-        scores = torch.cat([self.scores, scores], dim=1)
-        numbers = torch.cat([self.first, places + first_number], dim=1)
-        self.scores, order = scores.topk(min(k, scores.shape[1]), dim=1)
-        self.first = numbers.gather(1, order)
+def _search(
+    queries: Tensor,
+    galleries: Mapping[str, Tensor],
+    relevant: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    k: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the first k rows of the union [n, k] and rows above the relevant ones [n, G, R]."""
+    limits = torch.stack(
+        [
+            (queries * galleries[name][rows.clamp(min=0)].double()).sum(dim=1)
+            for name, rows in relevant.items()
+        ],
+        dim=1,
+    )
+    if not bool(torch.isfinite(limits).all()):
+        raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
+    limits += TIE * (1 + limits.abs())
+    scores, numbers, above, offset = [], [], [], 0
+    for name, gallery in galleries.items():
+        best, places, higher = search_blocks(
+            queries, gallery, k, own.get(name), Tensor.double, limits, block
+        )
+        scores.append(best)
+        numbers.append(places + offset)
+        above.append(higher)
+        offset += len(gallery)
+    order = torch.cat(scores, dim=1).topk(k, dim=1).indices
+    return torch.cat(numbers, dim=1).gather(1, order), torch.stack(above, dim=1)
 
 
 def _recall(ranks: Tensor, k: int) -> Estimate:

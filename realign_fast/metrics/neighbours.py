@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .._argument_checks import expect_tensor
+from .._extras import import_extra
 from ..ops import working_dtype
 from ..ops.reference import unit
 from .cosines import check_pairs, check_rows, row_blocks
 from .estimate import Estimate
 
 SearchBackend = Literal["auto", "faiss", "torch"]
-_TIE = 1e-12  # two float64 cosines that differ by less are one number, rounded differently
+TIE = 1e-12  # float64 scores that differ by less of their size are one number, rounded apart
 
 
 class Neighbours(NamedTuple):
@@ -51,9 +54,11 @@ def nearest_rows(
     dtype = working_dtype(queries)
     blocks = []
     for first in range(0, len(queries), block):
-        unit_queries = unit(queries[first : first + block].double()).to(dtype)
-        own_row = None if own is None else own + first
-        blocks.append(_torch_nearest(unit_queries, gallery, k, own_row, block))
+        part = unit(queries[first : first + block].double()).to(dtype)
+        numbers = torch.arange(first, first + len(part), device=part.device)
+        skipped = None if own is None else numbers + own
+        found = search_blocks(part, gallery, k, skipped, _unit_rows(dtype), block=block)
+        blocks.append(found[:2])
     return Neighbours(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
 
@@ -105,15 +110,12 @@ def match_ranks(queries: Tensor, gallery: Tensor, block: int = 4096) -> Tensor:
     Cosines are float64. A tie counts for the row: rank = 1 + number of strictly nearer rows.
     """
     check_pairs("match_ranks", queries, gallery, min_rows=1)
-    ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
-    for first in range(0, len(queries), block):
-        unit_queries = unit(queries[first : first + block].double())
-        own_rows = unit(gallery[first : first + block].double())
-        own_cosines = (unit_queries * own_rows).sum(dim=1, keepdim=True)
-        for gallery_block in torch.split(gallery, block):
-            nearer = unit_queries @ unit(gallery_block.double()).T > own_cosines + _TIE
-            ranks[first : first + block] += nearer.sum(dim=1)
-    return ranks
+    ranks, prepare = [], _unit_rows(torch.float64)
+    for queries_block, own_rows in row_blocks(queries, gallery, block):
+        part = prepare(queries_block)
+        limits = (part * prepare(own_rows)).sum(dim=1, keepdim=True) + TIE
+        ranks.append(1 + search_blocks(part, gallery, 0, None, prepare, limits, block)[2][:, 0])
+    return torch.cat(ranks)
 
 
 def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> Estimate:
@@ -122,15 +124,10 @@ def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> 
     Ties count for the row (:func:`match_ranks`). The standard error is the binomial one,
     ``sqrt(p (1 - p) / N)``, over queries of a given gallery.
     """
-    return recall_of(match_ranks(queries, gallery, block), k)
-
-
-def recall_of(ranks: Tensor, k: int) -> Estimate:
-    """Return R@k from the :func:`match_ranks` [N]."""
     if k < 1:
         raise ValueError(f"recall_at_k: k={k}, expected 1 or more")
-    share = float((ranks <= k).double().mean())
-    return Estimate(share, (share * (1 - share) / len(ranks)) ** 0.5)
+    share = float((match_ranks(queries, gallery, block) <= k).double().mean())
+    return Estimate(share, (share * (1 - share) / len(queries)) ** 0.5)
 
 
 def _check_search(
@@ -154,29 +151,53 @@ def _check_search(
         )
 
 
-def _torch_nearest(
-    unit_queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
-) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of unit queries [n, D], a block of the gallery at a time."""
-    count, device = len(unit_queries), unit_queries.device
-    rows = torch.arange(count, device=device)
-    cosines, indices = unit_queries.new_empty(count, 0), rows.new_empty(count, 0)
+def search_blocks(
+    queries: Tensor,
+    gallery: Tensor,
+    k: int,
+    skipped: Tensor | None,
+    prepare: Callable[[Tensor], Tensor],
+    limits: Tensor | None = None,
+    block: int = 4096,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search a gallery [M, D] by inner product, a block of it at a time.
+
+    Args:
+        queries: [n, D], few enough for a table of ``n * block`` scores.
+        skipped: [n] int64, the gallery row that a query leaves out; numbers outside are none.
+        prepare: the map of a block of the gallery to the rows that are compared.
+        limits: [n, R] scores.
+
+    Returns:
+        The k largest scores [n, k], descending, the numbers [n, k] of their rows, and how many rows
+        score above each limit [n, R].
+    """
+    rows = torch.arange(len(queries), device=queries.device)
+    limits = queries.new_empty(len(queries), 0) if limits is None else limits
+    scores, numbers = queries.new_empty(len(queries), 0), rows[:, None][:, :0]
+    above = torch.zeros_like(limits, dtype=torch.int64)
     for first in range(0, len(gallery), block):
-        unit_gallery = unit(gallery[first : first + block].double()).to(unit_queries.dtype)
-        tile = unit_queries @ unit_gallery.T
-        if own is not None:
-            column = rows + own - first
-            inside = (column >= 0) & (column < len(unit_gallery))
-            tile[rows[inside], column[inside]] = -torch.inf
-        values, places = tile.topk(min(k, len(unit_gallery)), dim=1)
-        candidates = torch.cat([cosines, values], dim=1)
-        cosines, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        indices = torch.cat([indices, places + first], dim=1).gather(1, order)
-    return cosines, indices
+        tile = queries @ prepare(gallery[first : first + block]).T
+        if skipped is not None:
+            columns = skipped - first
+            inside = (columns >= 0) & (columns < tile.shape[1])
+            tile[rows[inside], columns[inside]] = -torch.inf
+        for column, limit in enumerate(limits.T):
+            above[:, column] += (tile > limit[:, None]).sum(dim=1)
+        values, places = tile.topk(min(k, tile.shape[1]), dim=1)
+        candidates = torch.cat([scores, values], dim=1)
+        scores, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+        numbers = torch.cat([numbers, places + first], dim=1).gather(1, order)
+    return scores, numbers, above
+
+
+def _unit_rows(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the map of rows to unit rows, computed in float64, of a dtype."""
+    return lambda rows: unit(rows.double()).to(dtype)
 
 
 def _faiss_nearest(
-    faiss: Any, queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
+    faiss: ModuleType, queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
 ) -> Neighbours:
     """Find the k nearest rows with a flat inner-product index of faiss."""
     index = faiss.IndexFlatIP(gallery.shape[1])
@@ -195,19 +216,14 @@ def _faiss_nearest(
     return Neighbours(cosines.to(queries.device), indices.to(queries.device))
 
 
-def _faiss(backend: SearchBackend, queries: Tensor) -> Any:
+def _faiss(backend: SearchBackend, queries: Tensor) -> ModuleType | None:
     """Import faiss if the search is to use it; None if torch is."""
-    if backend == "torch":
-        return None
-    if backend == "auto" and (queries.dtype == torch.float64 or queries.device.type != "cpu"):
+    is_short = queries.dtype != torch.float64 and queries.device.type == "cpu"
+    if backend == "torch" or (backend == "auto" and not is_short):
         return None
     try:
-        import faiss
-    except ImportError as error:
-        if backend == "auto":
-            return None
-        raise ImportError(
-            "nearest_rows: backend='faiss' needs faiss; run `pip install faiss-cpu`, or take "
-            "backend='torch'"
-        ) from error
-    return faiss
+        return import_extra("faiss", "faiss", "nearest_rows with backend='faiss'")
+    except ImportError:
+        if backend == "faiss":
+            raise
+        return None

@@ -42,6 +42,8 @@ def test_it_is_flat_plain_and_complete(report):
         "after_target_recall_at_10_error",
         "before_cosine_divergence",
         "before_residual_anisotropy",
+        "before_source_mixed_hub_gini_error",
+        "before_target_between_rate",
         "before_subspace_overlap_chance",
         "kept_cosine_correlation_error",
         "kept_knn_overlap",
@@ -136,13 +138,32 @@ def test_the_golden_pairs_before_and_after(golden):
     assert report["before_target_recall_at_1"] == backwards != 0.506
     assert report["before_trace_ratio"] == pytest.approx(0.483836 / 0.467580, abs=3e-6)
     assert report["before_source_mixing"] == report["before_target_mixing"] == 0
+    for side in ("source", "target"):  # nearly every caption is above an image
+        assert (
+            report[f"before_{side}_mixed_recall_at_10"] == 0 == report[f"before_{side}_mixed_share"]
+        )
+        assert (
+            report[f"before_{side}_between_rate"] > 0.9 > 20 * report[f"before_{side}_within_rate"]
+        )
+        assert report[f"after_{side}_mixed_recall_at_10"] > 0.1
     assert report["after_source_mixing"] > 0.1 and report["kept_knn_overlap"] > 0.87
+
+
+def test_galleries_are_of_a_bounded_number_of_rows():
+    """The fewer rows, the better the recall; those that are taken are spread over the sample."""
+    source, target, _ = sides()
+    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch", gallery_rows=30)
+    found = metrics.gap_report(source, target, paired=True, settings=settings)
+    fewer = metrics.gap_report(source[::5], target[::5], paired=True, settings=SETTINGS)
+    assert found["before_gallery_rows"] == 30
+    for name in ("recall_at_10", "mixed_recall_at_1", "within_rate", "mixed_ndcg_error"):
+        assert found[f"before_source_{name}"] == fewer[f"before_source_{name}"]
 
 
 def test_without_faiss_it_is_said_or_torch_is_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     rows = random_rows(30, 4).float()
-    with pytest.raises(ImportError, match=r"needs faiss; run `pip install faiss-cpu`"):
+    with pytest.raises(ImportError, match=r"needs faiss.*`pip install 'realign_fast\[faiss\]'`"):
         metrics.nearest_rows(rows, rows, 3, backend="faiss")
     auto = metrics.nearest_rows(rows, rows, 3)
     assert torch.equal(auto.indices, metrics.nearest_rows(rows, rows, 3, backend="torch").indices)

@@ -55,6 +55,14 @@ def test_figures_are_those_of_sorting_all_scores(search, block):
     )
     assert (found.pure_recall["image"][5], found.pure_ndcg["image"]) == pytest.approx(alone)
     assert sum(found.shares.values()) == pytest.approx(1)
+    scores = queries @ galleries["image"].T
+    within = (scores > scores.gather(1, relevant["image"][:, None])).double().mean() * 25 / 24
+    assert found.within["image"] == pytest.approx(float(within))
+    answer = scores.gather(1, relevant["image"][:, None])
+    texts = queries @ galleries["text"].T
+    texts[own["text"] >= 0, own["text"][own["text"] >= 0]] = -torch.inf
+    others = (texts > answer).sum(dim=1) / (40 - (own["text"] >= 0).double())
+    assert found.between["image"] == pytest.approx(float(others.mean()))
     spread = math.sqrt(recall * (1 - recall) / 39)
     assert found.recall[5].standard_error == pytest.approx(spread)
 
@@ -64,6 +72,35 @@ def test_gini_of_equal_and_of_concentrated_counts():
     assert metrics.gini(torch.tensor([0] * 9 + [5])) == pytest.approx(0.9)
     assert metrics.gini(torch.tensor([1, 2, 3])) == pytest.approx(2 / 9)
     assert metrics.gini(torch.zeros(3)) == 0
+
+
+def test_the_error_of_the_hubs_is_that_of_other_queries():
+    """The error of each sample of queries, against the spread over samples."""
+    generator = torch.Generator().manual_seed(0)
+    gallery = {"image": torch.randn(30, 4, generator=generator)}
+    found = []
+    for _ in range(60):
+        queries = torch.randn(200, 4, generator=generator)
+        relevant = {"image": torch.zeros(200, dtype=torch.int64)}
+        found.append(metrics.mixed_gallery(queries, gallery, relevant, ks=(5,)).hub_gini)
+    error = np.mean([gini.standard_error for gini in found])
+    assert error == pytest.approx(np.std(found, ddof=1), rel=0.3)
+
+
+def test_figures_are_averaged_over_splits(search):
+    queries, galleries, relevant, _ = search
+    halves = [
+        metrics.mixed_gallery(
+            queries[half], galleries, {name: rows[half] for name, rows in relevant.items()}
+        )
+        for half in (slice(None, 20), slice(20, None))
+    ]
+    found = metrics.over_splits(halves)
+    values = [half.pure_recall["image"][10] for half in halves]
+    assert found.pure_recall["image"][10] == pytest.approx(np.mean(values))
+    error = found.pure_recall["image"][10].standard_error
+    assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
+    assert found.hub_gini == pytest.approx(np.mean([half.hub_gini for half in halves]))
 
 
 def test_ties_count_for_the_relevant_row():
