@@ -2,7 +2,7 @@
 
 The straightforward way (what a script after LLaVA's does): the whole list and every row in Python
 dicts, one sample built at a time, K copies of each row stacked and each of them projected. Ours:
-`revision.preparation`, `revision.dataset`, `ReVisionModel`. All train the same projector before the
+`revision.training_data`, `ReVisionModel`. All train the same projector before the
 same frozen small language model (random Llama), from the same start, on the same batches; the error
 is that of the first loss, against the same model in float64. The ceiling is our step on batches
 that lie ready.
@@ -27,12 +27,11 @@ pytest.importorskip("transformers", reason="training_step is missing: pip instal
 import transformers
 
 from realign_fast.corpus import Corpus
-from realign_fast.revision.dataset import Collator
 from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.permutation_sampler import PermutationSampler
-from realign_fast.revision.preparation import prepare
 from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
 from realign_fast.revision.templates import Plain
+from realign_fast.revision.trainer import PermutationSampler
+from realign_fast.revision.training_data import Collator, prepare
 
 D, HIDDEN, LAYERS, WORDS, CAPTION = 768, 512, 4, 2000, 12
 SAMPLES = 4000

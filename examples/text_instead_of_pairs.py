@@ -221,7 +221,7 @@ def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
     """Measure the loss, gain, choices and CIDEr of a trained model on held-out pictures."""
     from realign_fast.revision.evaluation import evaluate
     from realign_fast.revision.generation import open_model
-    from realign_fast.revision.preparation import prepare
+    from realign_fast.revision.training_data import prepare
 
     model, template = open_model(folder, dtype=torch.bfloat16)
     data = prepare(test, Corpus(DATA / "heldout", "image"), template, folder / "data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,9 +64,10 @@ def caption(options: CaptionOptions) -> Result | None:
     """Say what rows show, with a trained model."""
     from ..revision.generation import caption_rows
 
+    batches = _row_batches(options)  # from local files, before the hub is asked for a model
     model, template = _open_model(options)
     with _open_output(options.out) as out:
-        for names, rows in _row_batches(options):
+        for names, rows in batches:
             captions = caption_rows(
                 model, template, [rows.float()], options.ask, max_new_tokens=options.max_new_tokens
             )
@@ -81,13 +82,13 @@ def chat(options: ChatOptions) -> None:
     from ..revision.conversation_files import IMAGE_MARK, Sample
     from ..revision.generation import respond
 
+    _, rows = _chosen_rows(options)
     model, template = _open_model(options)
     if template.name != "chat":
         raise ValueError(
             f"{options.model}: was last trained on captions, not conversations; finetune it, or "
             "use caption"
         )
-    _, rows = _chosen_rows(options)
     turns: list[Turn] = []
     for question in [options.ask] if options.ask else _read_questions():
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
@@ -104,14 +105,16 @@ def chat(options: ChatOptions) -> None:
 def evaluate(options: EvaluateOptions) -> Result:
     """Measure a trained model on held-out samples."""
     from ..revision.evaluation import evaluate
-    from ..revision.preparation import prepare
+    from ..revision.training_data import check_inputs, prepare
 
     if options.out:
         _make_parent(options.out)
+    rows, aligner = _corpus(options, options.rows), _aligner(options.aligner)
+    check_inputs(options.data, rows, options.ids)
     model, template = _open_model(options)
     data = prepare(
         options.data,
-        _corpus(options, options.rows),
+        rows,
         template,
         options.cache or Path(options.model) / "data",
         ids=options.ids,
@@ -120,9 +123,7 @@ def evaluate(options: EvaluateOptions) -> Result:
     )
     names = ("choices", "limit", "max_new_tokens", "seed")
     settings = {name: getattr(options, name) for name in names} | {"batch": options.batch_size}
-    figures = evaluate(
-        model, data, generate=not options.no_generate, aligner=_aligner(options.aligner), **settings
-    )
+    figures = evaluate(model, data, generate=not options.no_generate, aligner=aligner, **settings)
     inputs = {"model": str(options.model), "data": options.data, "rows": options.rows}
     result = inputs | figures | {"settings": settings, "report": data.report}
     text = json.dumps(result, indent=2)
@@ -133,8 +134,7 @@ def evaluate(options: EvaluateOptions) -> Result:
 
 def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
     from ..corpus.corpus import Corpus
-    from ..revision import train
-    from ..revision.training_config import TrainingConfig
+    from ..revision import TrainingConfig, stages
 
     start: dict[str, Any] = {name: getattr(options, name) for name in _TRAINING_OPTIONS}
     config = TrainingConfig(
@@ -151,9 +151,9 @@ def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
         **start,
     )
     try:
-        summary = {"pretrain": train.pretrain, "finetune": train.finetune}[stage](config)
+        summary = {"pretrain": stages.pretrain, "finetune": stages.finetune}[stage](config)
     except KeyboardInterrupt as error:
-        checkpoint = train.last_checkpoint(Path(config.out))
+        checkpoint = stages.last_checkpoint(Path(config.out))
         error.args = (
             f"--resume goes on from {checkpoint}" if checkpoint else "there was no checkpoint yet",
         )
@@ -233,8 +233,8 @@ def _embed_pictures(options: LookOptions, paths: list[str]) -> tuple[list[str], 
         )
     import torch
 
-    encoder = open_encoder(options.encoder)
-    return paths, torch.as_tensor(encoder.embed_images([_read_picture(path) for path in paths]))
+    pictures = [_read_picture(path) for path in paths]
+    return paths, torch.as_tensor(open_encoder(options.encoder).embed_images(pictures))
 
 
 def open_encoder(name: str) -> Any:
@@ -258,15 +258,14 @@ def _read_picture(path: str) -> Any:
         raise ValueError(f"{path}: cannot be read as a picture; leave it out") from error
 
 
-def _row_batches(options: CaptionOptions) -> Iterator[tuple[Sequence[Any], torch.Tensor]]:
-    """Yield names and rows `[n, D]` of the images that the options choose, or of all rows."""
+def _row_batches(options: CaptionOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:
+    """Return names and rows `[n, D]` of the images that the options choose, or of all rows."""
     if options.row or options.id or options.image:
-        yield _chosen_rows(options)
-        return
+        return [_chosen_rows(options)]
     corpus = _corpus(options, options.rows)
-    for batch in corpus.batches(batch_rows=_CAPTION_ROWS):
-        first = int(corpus.starts[batch.shard]) + batch.first
-        yield range(first, first + len(batch.rows)), batch.rows
+    batches = corpus.batches(batch_rows=_CAPTION_ROWS)
+    firsts = ((int(corpus.starts[batch.shard]) + batch.first, batch.rows) for batch in batches)
+    return ((range(first, first + len(rows)), rows) for first, rows in firsts)
 
 
 @contextmanager

@@ -8,62 +8,36 @@ of transformers; it works with any causal language model and any CLIP-like encod
 
     from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
-- `projector.py` turns embedding rows into visual tokens, `model.py` puts them into the input of a
-  language model, and `llava.py` does the same for LLaVA-type models of transformers.
+- `projector.py` turns embedding rows into visual tokens, and `model.py` puts them into the input
+  of a language model.
 - `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
-  and `preparation.py` joins the two by id.
-- `templates.py` encodes conversations as tokens and labels, and `dataset.py` makes batches.
-- `training_config.py` holds the settings of a training, and `train.py` runs both stages with
-  `trainer.py`; `permutation_sampler.py` shuffles the samples.
+  `templates.py` encodes conversations as tokens and labels, and `training_data.py` joins all of
+  them to batches.
+- `stages.py` holds the settings of both stages and runs them with `trainer.py`.
 - `generation.py` writes captions and answers; `evaluation.py` and `text_scores.py` measure them.
 
 transformers, accelerate and peft are installed with the extra `train` and imported on first use.
 """
 
-from __future__ import annotations
+from .evaluation import evaluate
+from .generation import caption_rows
+from .model import ReVisionModel
+from .projector import Projector, ReVisionConfig
+from .stages import TrainingConfig, finetune, pretrain
+from .templates import Chat, Plain
+from .training_data import Collator, prepare
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
-    from .dataset import Collator as Collator
-    from .evaluation import evaluate as evaluate
-    from .generation import caption_rows as caption_rows
-    from .llava import attach as attach
-    from .model import ReVisionModel as ReVisionModel
-    from .preparation import prepare as prepare
-    from .projector import Projector as Projector
-    from .projector import ReVisionConfig as ReVisionConfig
-    from .templates import Chat as Chat
-    from .templates import Plain as Plain
-    from .train import finetune as finetune
-    from .train import pretrain as pretrain
-    from .training_config import TrainingConfig as TrainingConfig
-
-_MODULES = {
-    "Chat": "templates",
-    "Collator": "dataset",
-    "Plain": "templates",
-    "Projector": "projector",
-    "ReVisionConfig": "projector",
-    "ReVisionModel": "model",
-    "TrainingConfig": "training_config",
-    "attach": "llava",
-    "caption_rows": "generation",
-    "evaluate": "evaluation",
-    "finetune": "train",
-    "prepare": "preparation",
-    "pretrain": "train",
-}
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    """Load the module of a public name when the name is first used."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = [
+    "Chat",
+    "Collator",
+    "Plain",
+    "Projector",
+    "ReVisionConfig",
+    "ReVisionModel",
+    "TrainingConfig",
+    "caption_rows",
+    "evaluate",
+    "finetune",
+    "prepare",
+    "pretrain",
+]

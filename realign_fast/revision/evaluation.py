@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..align import ReAlign
 from .conversation_files import Sample
-from .dataset import Collator, Conversations, Item, spread
 from .generation import respond
 from .model import ReVisionModel
 from .templates import IGNORED_LABEL, Encoded, Template
 from .text_scores import cider, exact_match, interval
+from .training_data import Collator, Conversations, Item, spread
 
 Pair = tuple[int, str]  # the index of a sample, and a text
 Figure = dict[str, float]  # `value`, `low` and `high`
@@ -43,7 +43,7 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a model in eval mode on prepared samples (`preparation.prepare`).
+    """Measure a model in eval mode on prepared samples (`prepare`).
 
     `aligner` maps raw text rows first. `limit` is the number of samples, spread over the list;
     `batch` that of sequences at a time. `seed` draws the wrong texts and images.

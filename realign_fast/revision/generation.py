@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..interface.option_values import DEFAULT_QUESTION
 from .conversation_files import IMAGE_MARK, Sample
-from .dataset import Collator
 from .model import ReVisionModel, position_limit, transformers
 from .projector import read_config
 from .templates import TEMPLATES, Template
+from .training_data import Collator
 
 
 def open_model(

@@ -77,19 +77,18 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
     Raises:
         ValueError: there are no ids, their number is not that of the rows, or an id is not unique.
     """
+    files = _metadata(corpus, ids)
+    pairs = paired([shard.path for shard in corpus.shards], files)
     with replaced(path) as partial, closing(sqlite3.connect(partial)) as database:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
-        files = _metadata(corpus, ids)
-        pairs = paired([shard.path for shard in corpus.shards], files or [])
         for shard, start in zip(corpus.shards, corpus.starts.tolist(), strict=False):
-            if files is not None and shard.path not in pairs:
+            if files and shard.path not in pairs:
                 folder = f"{ids or corpus.path}/{METADATA}"
                 raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
             source = pairs.get(shard.path, shard.path)
-            read = _METADATA_READERS[source.suffix] if pairs else None
-            shard_ids = read(source) if read else _ids_in(corpus, shard, ids)
+            shard_ids = _METADATA_READERS[source.suffix](source) if files else _ids_in(shard)
             before = database.total_changes
             database.executemany("INSERT INTO ids VALUES (?, ?)", zip(shard_ids, count(start)))
             if (inserted := database.total_changes - before) != shard.num_rows:
@@ -110,9 +109,12 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
 
 
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
-    """Return the shards of `corpus` and the metadata files that its ids may be read from."""
-    files = [path for path in _metadata(corpus, ids) or () if path.is_file()]
-    return [*(shard.path for shard in corpus.shards), *files]
+    """Return the shards of `corpus` and the metadata files that its ids are read from.
+
+    Raises:
+        ValueError: there are no ids.
+    """
+    return [*(shard.path for shard in corpus.shards), *_metadata(corpus, ids)]
 
 
 def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
@@ -122,22 +124,26 @@ def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath] | None:
-    """Return the files in the folder `metadata/` that may hold the ids, or None without one."""
+def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
+    """Return the files in the folder `metadata/` that hold the ids; none if the shards do."""
+    if ids == "row":
+        return []
     root = corpus.path if ids is None else storage_path(ids)
     folder = root if root.name == METADATA else root / METADATA
-    return metadata_files(folder) if folder.is_dir() else None
-
-
-def _ids_in(corpus: Corpus, shard: Shard, ids: IdSource) -> Iterator[str]:
-    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
-    if ids is not None:
+    files = metadata_files(folder) if folder.is_dir() else []
+    if ids is not None and not files:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
-    if not shard.has_other_columns:
-        raise ValueError(
-            f"{shard.path}: holds no ids, and {corpus.path / METADATA} is not there; name the root "
-            "whose metadata/ has them (--ids), or use row numbers (--ids row)"
-        )
+    for shard in corpus.shards:
+        if not files and not shard.has_other_columns:
+            raise ValueError(
+                f"{shard.path}: holds no ids, and {folder} is not there; name the root whose "
+                "metadata/ has them (--ids), or use row numbers (--ids row)"
+            )
+    return [path for path in files if path.is_file()]
+
+
+def _ids_in(shard: Shard) -> Iterator[str]:
+    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
     for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
             yield from (str(entry[_id_column(shard.path, entry)]) for entry in part)

@@ -10,10 +10,11 @@ nothing. `revision.json` is written last and names the language model that train
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 from .._extras import import_extra
 from ..storage.paths import write_json, write_whole
-from .overrides import build_dataclass
 from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
 
 if TYPE_CHECKING:
@@ -202,15 +202,15 @@ class ReVisionModel(nn.Module):
             self.language_model.requires_grad_(True)
             self.language_model_changed = True
 
-    def _train_adapter(self, fields: dict[str, Any]) -> None:
+    def _train_adapter(self, settings: dict[str, Any]) -> None:
         if self._has_adapter:
             for name, parameter in self.language_model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
             return
         peft = _peft()
-        fields = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | fields
-        fields["task_type"] = "CAUSAL_LM"
-        config = build_dataclass(peft.LoraConfig, "field of LoraConfig", fields)
+        defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+        settings = defaults | settings | {"task_type": "CAUSAL_LM"}
+        config = build_dataclass(peft.LoraConfig, "field of LoraConfig", settings)
         self.language_model = peft.get_peft_model(self.language_model, config)
 
     def save_pretrained(
@@ -326,6 +326,34 @@ def _load(auto: Any, source: str | os.PathLike[str], **options: Any) -> Any:
             f"{source}: cannot be loaded as a language model ({reason}); give the name or "
             "directory of a causal language model"
         ) from error
+
+
+def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:
+    """Return `dataclass(**settings)`.
+
+    A setting whose default is a number or a truth value must be one too. `description` says in
+    errors what a setting is, such as "setting of Trainer".
+
+    Raises:
+        ValueError: a setting is unknown or has a wrong value; the message names it, the expected
+            value or the nearest names.
+    """
+    defaults = {field.name: field.default for field in fields(dataclass) if field.init}
+    for name, value in settings.items():
+        if name not in defaults:
+            nearest = difflib.get_close_matches(name, defaults, 3)
+            advice = ", ".join(nearest) or "see its documentation"
+            raise ValueError(f"{name}: no {description}; nearest: {advice}")
+        default = defaults[name]
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: got {value!r}, expected true or false")
+        elif isinstance(default, int | float) and not isinstance(value, int | float):
+            raise ValueError(f"{name}: got {value!r}, expected a number")
+    try:
+        return dataclass(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{description}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _peft() -> ModuleType:

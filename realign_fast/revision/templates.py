@@ -88,19 +88,19 @@ class Chat:
     name: TemplateName = "chat"
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
         """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`.
 
-        `template` is a Jinja text in place of the tokenizer's. ValueError if there is no template
-        or no EOS, the tokenizer is slow, or the template does more to a text than append to it.
+        ValueError if the tokenizer has no chat template or no EOS or is slow, or the template does
+        more to a text than append to it.
         """
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
-        if not template and not getattr(tokenizer, "chat_template", None):
+        if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
                 "or train on captions (--template plain)"
             )
-        self.template = template or tokenizer.get_chat_template()  # the default of several
+        self.template = tokenizer.get_chat_template()  # the default of several
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{tokenizer.name_or_path}: cannot say which characters a token stands for; use "

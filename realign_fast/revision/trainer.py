@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 
-from .dataset import spread
 from .generation import respond
-from .permutation_sampler import PermutationSampler
 from .templates import Template
+from .training_data import spread
+
+_BLOCK = 4096  # indices that are permuted at a time
+_ROUNDS = 4
 
 
 class ReVisionTrainer(Trainer):  # type: ignore[misc]
@@ -31,11 +36,14 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         self.template, self.generations = template, generations
         super().__init__(*arguments, processing_class=template.tokenizer, **options)
 
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Return the metrics of Trainer; answer samples in one process alone."""
         metrics: dict[str, float] = super().evaluate(*arguments, **options)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if self.generations > 0 and whole and self.is_world_process_zero():
+        if self.generations > 0 and not self._is_sharded and self.is_world_process_zero():
             self._answer_samples()
         return metrics
 
@@ -67,7 +75,7 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load their own files
+        if self._is_sharded:  # FSDP and DeepSpeed load their own files
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.accelerator.unwrap_model(self.model).load_trained(resume_from_checkpoint)
@@ -75,17 +83,60 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        return _EpochSampler(self, len(train_dataset or self.train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PermutationSampler(len(train_dataset or self.train_dataset), seed, self)
 
 
-class _EpochSampler(PermutationSampler):
-    """Takes the epoch from the state of the trainer, which is right in a resumed training too."""
+class PermutationSampler(Sampler[int]):
+    """Yields every index of `range(length)` once, in an order chosen by the seed and the epoch.
 
-    def __init__(self, trainer: ReVisionTrainer, length: int) -> None:
-        seed = trainer.args.data_seed
-        super().__init__(length, trainer.args.seed if seed is None else seed)
-        self.trainer = trainer
+    RandomSampler of torch makes a Python list of all indices, 40 bytes a sample in every process;
+    here each is computed. The epoch is that of `trainer` where one is given, which is right in a
+    resumed training too.
+    """
+
+    def __init__(self, length: int, seed: int, trainer: Trainer | None = None) -> None:
+        self.length, self.seed, self.trainer, self.epoch = length, seed, trainer, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        self.set_epoch(int((self.trainer.state.epoch or 0) + 1e-6))
-        return super().__iter__()
+        if self.trainer is not None:
+            self.set_epoch(int((self.trainer.state.epoch or 0) + 1e-6))
+        key = abs(self.seed) * 1_000_003 + self.epoch
+        for start in range(0, self.length, _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, self.length))
+            yield from permute(block, self.length, key).tolist()
+
+
+def permute(indices: NDArray[np.integer], length: int, key: int) -> NDArray[np.int64]:
+    """Map `indices` `[n]` by the permutation of `range(length)` that `key` chooses.
+
+    An index goes through a Feistel network: four rounds on numbers of `2 h` bits, a bijection
+    whatever the round function is (Luby and Rackoff, 1988). Results beyond the length go through
+    again until they fall inside it ("cycle walking"), which keeps it a bijection.
+    """
+    half_bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    round_keys = np.random.default_rng(key).integers(0, 1 << 63, _ROUNDS, dtype=np.uint64)
+    permuted = np.asarray(indices, np.uint64).copy()
+    outside = np.arange(len(permuted))
+    while len(outside):
+        high, low = permuted[outside] >> half_bits, permuted[outside] & mask
+        for round_key in round_keys:
+            high, low = low, high ^ (_mix(low + round_key) & mask)
+        permuted[outside] = (high << half_bits) | low
+        outside = outside[permuted[outside] >= length]
+    return permuted.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -91,7 +91,7 @@ def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
     assert "nothing to read questions from" in capsys.readouterr().err
 
 
-def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path):
+def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path, capsys):
     where = ["--data", world / "list.jsonl", "--rows", world / "corpus"]
     out = tmp_path / "made" / "figures.json"
     assert main(words("evaluate", "--model", trained, *where, "--out", out, "--limit", 16)) == 0
@@ -101,6 +101,8 @@ def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path):
     assert found["loss"]["low"] <= found["loss"]["value"] <= found["loss"]["high"] < 1
     assert found["cider"]["value"] > 1 and found["gain"]["low"] > 0
     assert main(words("evaluate", "--model", trained, *where, "--out", tmp_path)) == 2
+    assert main(words("evaluate", "--model", "nowhere", *where, "--data", "no.json")) == 6
+    assert "no.json: no such file" in capsys.readouterr().err
 
 
 def test_stopping_says_where_training_goes_on(world, tmp_path, capsys, monkeypatch):
@@ -143,15 +145,18 @@ def test_mistakes_of_chat(more, status, said, trained, world, capsys):
     assert said in capsys.readouterr().err
 
 
+NO_MODEL = ["--language-model", "nowhere/at/all"]  # which is looked for after local files
+
+
 @pytest.mark.parametrize(
     ("more", "status", "said"),
     [
         (["--set", "learning_rat=1"], 3, "nearest: learning_rate"),
         (["--rows", "nowhere"], 6, "nowhere"),
-        (["--data", "nowhere.json"], 6, "nowhere.json: no such file; expected a list"),
-        (["--ids", "nowhere"], 3, "has no metadata/"),
+        ([*NO_MODEL, "--data", "nowhere.json"], 6, "nowhere.json: no such file; expected a list"),
+        ([*NO_MODEL, "--ids", "nowhere"], 3, "has no metadata/"),
         (["--test", "alone.jsonl"], 3, "test, test_rows: got one of them"),
-        (["--language-model", "nowhere/at/all"], 6, "nowhere/at/all"),
+        (NO_MODEL, 6, "nowhere/at/all"),
         (["--chat-template", "nowhere.jinja"], 6, "nowhere.jinja"),
         (["--max-length", "4"], 3, "48 of 48 samples cannot be used"),
         (["--max-length", "2"], 3, "an image alone takes 2 tokens of the 2 of max_length"),

@@ -18,10 +18,9 @@ from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.formats import arrow_columns
 from realign_fast.revision import conversation_files
-from realign_fast.revision.dataset import Collator
-from realign_fast.revision.permutation_sampler import PermutationSampler, permute
-from realign_fast.revision.preparation import prepare
 from realign_fast.revision.templates import Chat, Plain
+from realign_fast.revision.trainer import PermutationSampler, permute
+from realign_fast.revision.training_data import Collator, prepare
 
 
 def arrow():

@@ -19,10 +19,9 @@ from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
 from realign_fast.revision.model import ReVisionModel, position_limit
-from realign_fast.revision.preparation import prepare
+from realign_fast.revision.stages import MODEL_DEFAULTS, PRESETS, TrainingConfig, finetune, pretrain
 from realign_fast.revision.templates import Plain
-from realign_fast.revision.train import finetune, pretrain
-from realign_fast.revision.training_config import MODEL_DEFAULTS, PRESETS, TrainingConfig
+from realign_fast.revision.training_data import prepare
 
 FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}
 LINEAR = {"rope_type": "linear", "factor": 4.0}

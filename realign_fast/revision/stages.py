@@ -1,40 +1,120 @@
 """Both stages of ReVision on the Trainer of transformers (arXiv 2602.07026, section 5).
 
+`TrainingConfig` says what a training is made from, and `PRESETS` holds the paper's settings.
 Trainer, accelerate and PEFT do the training: bf16, gradient accumulation, checkpoints, FSDP and
-DeepSpeed (through the configuration of accelerate), logging. This module prepares model and data
-as `training_config.py` says; `trainer.py` adapts Trainer to them.
+DeepSpeed (through the configuration of accelerate), logging. `trainer.py` adapts Trainer.
 
 For several devices: `accelerate launch --config_file FILE -m realign_fast pretrain ...`
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from ..align import ReAlign
+from ..corpus.corpus import Corpus
 from ..storage.paths import write_whole
-from .dataset import Collator, Conversations, Subset
 from .generation import pad_id
-from .model import LANGUAGE_MODEL_FOLDER, ReVisionModel, load_config, position_limit, transformers
-from .overrides import build_dataclass
-from .preparation import FAULTS, prepare
-from .projector import CONFIG, ReVisionConfig, read_config
-from .templates import Chat, Plain, Template
-from .training_config import MODEL_DEFAULTS, PRESETS, Stage, TrainingConfig
+from .model import (
+    LANGUAGE_MODEL_FOLDER,
+    ReVisionModel,
+    TrainablePart,
+    build_dataclass,
+    load_config,
+    position_limit,
+    transformers,
+)
+from .projector import CONFIG, ProjectorName, ReVisionConfig, TemplateName, read_config
+from .templates import TEMPLATES, Template
+from .training_data import FAULTS, Collator, Conversations, Subset, check_inputs, prepare
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from .trainer import ReVisionTrainer
 
-_MAX_HELD_OUT = 512  # samples, by default
+Stage = Literal["pretrain", "finetune"]
 Samples = Conversations | Subset
+_MAX_HELD_OUT = 512  # samples, by default
+_TRAINER_SETTINGS = {  # of both stages
+    "num_train_epochs": 1.0,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # the share of all steps
+    "bf16": True,
+    "seed": 0,
+    "logging_steps": 10,
+    "eval_steps": 0.1,  # the share of all steps, as the next
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 2,
+    "report_to": "none",
+}
+# Fields of a new model that a training chooses; a trained model has its own.
+MODEL_DEFAULTS = {
+    name: getattr(ReVisionConfig, name) for name in ("projector", "visual_tokens", "normalize")
+}
+
+
+class StagePreset(NamedTuple):
+    """The paper's settings of a stage."""
+
+    template: TemplateName
+    train: tuple[TrainablePart, ...]
+    batch: int  # samples a step, over all devices
+    trainer: dict[str, Any]  # fields of TrainingArguments
+
+
+PRESETS: dict[Stage, StagePreset] = {
+    "pretrain": StagePreset(
+        "plain", ("projector",), 256, _TRAINER_SETTINGS | {"learning_rate": 5e-4}
+    ),
+    # The paper does not state the batch of stage 2; 128 is LLaVA's.
+    "finetune": StagePreset(
+        "chat", ("projector", "language_model"), 128, _TRAINER_SETTINGS | {"learning_rate": 1e-5}
+    ),
+}
+
+
+@dataclass
+class TrainingConfig:
+    """The data, the model and the settings of one training.
+
+    Where a field may be None, None takes the preset of the stage (`PRESETS`), and for `projector`,
+    `visual_tokens` and `normalize` the default of `ReVisionConfig`; a trained model keeps its own.
+    """
+
+    conversations: str  # a file as conversation_files.py describes it
+    rows: Corpus  # aligned text rows in stage 1, image rows in stage 2
+    out: str  # the directory of checkpoints and of the trained model
+    start: str  # a language model, or a directory that pretrain wrote
+    ids: str | None = None  # where the ids of the rows are (id_index.py)
+    aligner: ReAlign | None = None  # maps raw text rows in every batch
+    projector: ProjectorName | None = None
+    visual_tokens: int | None = None  # of an image
+    normalize: bool | None = None  # rows to unit length
+    template: TemplateName | None = None
+    chat_template: str | None = None  # a Jinja text, where the tokenizer has none
+    train: tuple[TrainablePart, ...] | None = None
+    lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
+    batch: int | None = None  # samples a step, over all devices
+    micro_batch: int = 8  # samples at a time on one device
+    max_length: int = 2048  # tokens of a sample
+    max_skipped: float = 0.01  # the share of samples that may be unusable
+    held_out: int | None = None  # samples; None: a hundredth of them, at most 512
+    test: str | None = None  # a list to evaluate on instead: in stage 1, say, real images
+    test_rows: Corpus | None = None  # its rows, which hold their ids and are not aligned
+    generations: int = 3  # held-out samples that are answered at each evaluation
+    resume: bool = False  # continue from the last checkpoint in `out`, if there is one
+    trainer: dict[str, Any] = field(default_factory=dict)  # any fields of TrainingArguments
 
 
 def pretrain(config: TrainingConfig) -> dict[str, Any]:
@@ -53,6 +133,7 @@ def finetune(config: TrainingConfig) -> dict[str, Any]:
 
 def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     config = _with_preset(stage, config)
+    _check_inputs(config)
     arguments = _training_arguments(config)
     saved = _saved_config(config)
     template = _template(config, saved)
@@ -74,10 +155,11 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         train_dataset=samples,
         eval_dataset=held_out,
     )
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if first:
         _print_overview(report, model)
     checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
-    if config.resume and checkpoint is None and trainer.is_world_process_zero():
+    if config.resume and checkpoint is None and first:
         print(
             f"{config.out}: holds no checkpoint to resume from; training starts from the beginning"
         )
@@ -85,8 +167,8 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     summary = {"stage": stage, "out": config.out} | _figures(trainer, result, bool(checkpoint))
-    summary |= {"data": report, "model": dataclasses.asdict(model.revision_config)}
-    if trainer.is_world_process_zero():
+    summary |= {"data": report, "model": asdict(model.revision_config)}
+    if first:
         write_whole(Path(config.out) / "training.json", json.dumps(summary, indent=2).encode())
     return summary
 
@@ -100,13 +182,22 @@ def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
             f"lora: got {', '.join(config.lora)} for an adapter that is not trained; expected "
             f"--train projector,lora; what trains is {', '.join(parts)}"
         )
-    return dataclasses.replace(
+    return replace(
         config,
         train=parts,
         template=config.template or preset.template,
         batch=config.batch or preset.batch,
         trainer=preset.trainer | config.trainer,
     )
+
+
+def _check_inputs(config: TrainingConfig) -> None:
+    """Check the local inputs, before the hub is asked for a model."""
+    if (config.test is None) != (config.test_rows is None):
+        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
+    check_inputs(config.conversations, config.rows, config.ids)
+    if config.test is not None and config.test_rows is not None:
+        check_inputs(config.test, config.test_rows)
 
 
 def _training_arguments(config: TrainingConfig) -> TrainingArguments:
@@ -137,9 +228,8 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
     }
-    arguments = build_dataclass(
-        transformers().TrainingArguments, "setting of Trainer", settings | config.trainer
-    )
+    kind = transformers().TrainingArguments
+    arguments = build_dataclass(kind, "setting of Trainer", settings | config.trainer)
     if arguments.n_gpu > 1:  # DataParallel would split image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
@@ -168,22 +258,24 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
                 f"{start}: got {name} {requested}, and the model was made with {value}; leave it "
                 "out, or pretrain another one"
             )
+    if saved.row_dimension != config.rows.dimension:
+        raise ValueError(
+            f"{config.rows.path}: rows have {config.rows.dimension} columns, the model was "
+            f"trained on {saved.row_dimension}; embed with its encoder"
+        )
     return saved
 
 
 def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
     tokenizer = transformers().AutoTokenizer.from_pretrained(config.start)
-    source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
-    visual_tokens = config.visual_tokens or ReVisionConfig.visual_tokens
-    if saved:
-        source = str(trained) if trained.is_dir() else saved.language_model
-        visual_tokens = saved.visual_tokens
-    template: Template = Plain(tokenizer, visual_tokens)
-    if config.template == "chat":
-        template = Chat(tokenizer, visual_tokens, template=config.chat_template)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template  # saved with the trained model
+    visual_tokens = config.visual_tokens or (saved or ReVisionConfig).visual_tokens
+    template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens)
+    source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
+    if saved:
+        source = str(trained) if trained.is_dir() else saved.language_model
     template.positions = position_limit(load_config(source))
     return template
 
@@ -202,8 +294,6 @@ def _prepare_data(
     samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
     if config.test is not None and config.test_rows is not None:
         return samples.report, samples, join(config.test, config.test_rows)
-    if config.test is not None or config.test_rows is not None:
-        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)
@@ -220,11 +310,6 @@ def _build_model(
     transformers().set_seed(arguments.seed)  # of a new projector and a new adapter
     if saved:
         model = ReVisionModel.from_pretrained(config.start, dtype=dtype)
-        if saved.row_dimension != config.rows.dimension:
-            raise ValueError(
-                f"{config.rows.path}: rows have {config.rows.dimension} columns, the model was "
-                f"trained on {saved.row_dimension}; embed with its encoder"
-            )
     else:
         requested = {name: getattr(config, name) for name in MODEL_DEFAULTS}
         fields = {name: value for name, value in requested.items() if value is not None}
@@ -235,13 +320,9 @@ def _build_model(
 
 def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
     """Print the number of samples and of trainable parameters."""
-    skipped = ", ".join(
-        f"{report[fault]:,} {meaning}" for fault, meaning in FAULTS.items() if report[fault]
-    )
-    print(
-        f"{report['used']:,} of {report['samples']:,} samples"
-        + (f" ({skipped})" if skipped else "")
-    )
+    skipped = [f"{report[fault]:,} {text}" for fault, text in FAULTS.items() if report[fault]]
+    reasons = f" ({', '.join(skipped)})" if skipped else ""
+    print(f"{report['used']:,} of {report['samples']:,} samples{reasons}")
     counts: dict[str, list[int]] = {}  # part -> parameters that train, all parameters
     for name, parameter in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
@@ -252,23 +333,20 @@ def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
     print(f"parameters that train: {', '.join(parts)}")
 
 
-def _logged_loss(log_history: list[dict[str, float]]) -> float | None:
-    """Return the mean of the logged losses of all steps, also those before a resumption."""
-    total = step = 0.0
-    for entry in log_history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - step)
-            step = entry["step"]
-    return total / step if step else None
-
-
 def _figures(trainer: ReVisionTrainer, result: Any, resumed: bool) -> dict[str, Any]:
     """Return the figures of a finished training; `result` is what `Trainer.train` returned."""
     history = trainer.state.log_history
+    loss = result.training_loss
+    if resumed:  # Trainer leaves out the steps before: the mean of all logged losses
+        total = step = 0.0
+        for entry in history:
+            if "loss" in entry:
+                total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
+        loss = total / step if step else loss
     return {
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
-        "train_loss": (resumed and _logged_loss(history)) or result.training_loss,
+        "train_loss": loss,
         "held_out_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "samples_per_second": result.metrics.get("train_samples_per_second") or None,
     }
