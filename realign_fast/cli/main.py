@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -160,6 +161,8 @@ class Messages(logging.Handler):
             if event.get("kind") in ("interrupted", "terminated"):
                 kind = "stopped; "
             text = f"realign-fast: {kind}{text}"
+            # Bytes of names that are not UTF-8, as a shell takes them in $'...'.
+            text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
         on_stdout = event.get("event") == "pass" and not self.on_stderr
         print(text, file=sys.stdout if on_stdout else sys.stderr, flush=True)
 

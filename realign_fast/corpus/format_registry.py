@@ -60,6 +60,7 @@ FORMATS = {
     "tar": Format(webdataset.read_shard, webdataset.TarWriter),
 }
 STARTS = {  # of files of these formats; `_format_of_content` knows the others
+    archives.LEGACY_START: "pt",
     b"\x93NUMPY": "npy",
     b"PAR1": "parquet",
     arrow.MAGIC: "arrow",

@@ -59,9 +59,9 @@ class LocalPath(PosixPath):
         if reason == os.strerror(errno.ENOMEM):
             return f"{self}{link}: {reason}"  # the file is not at fault
         missing = "it" if os.path.isdir(self.parent) else "the directory"
-        advice = (
-            f"check that {missing} exists, that this user may use it and that the disk has room"
-        )
+        advice = f"check that {missing} exists and that this user may use it"
+        if reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            advice = "check that the disk has room, and which limits there are (quota, ulimit -f)"
         return f"{self}{link}: {reason}; {advice}"
 
     def is_within(self, folder: object) -> bool:

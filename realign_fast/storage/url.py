@@ -36,6 +36,7 @@ _VERSIONS = {"etag", "md5", "md5hash", "contentmd5", "digest", "crc32c", "genera
 _VERSIONS |= {"sha256", "blobid", "lastmodified", "mtime", "modified", "updated", "created"}
 # Stores of objects, which have no directories and show nothing of an upload before its end.
 _OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
+_IN_BUCKETS = {f"{protocol}://" for protocol in _OBJECTS - {"memory", "hf"}}
 _UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}  # of an upload in parts: what memory holds
 _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
 
@@ -56,6 +57,8 @@ class Url:
         if not parts:
             raise ValueError(f"{self}: expected a URL, as protocol://place")
         self._prefix, path, self._suffix = parts.groups()
+        if self._prefix in _IN_BUCKETS and not path.strip("/") and not self._suffix:
+            raise ValueError(f"{self}: names no bucket; expected {self._prefix}bucket/folder")
         self.is_web = self._prefix.endswith(("http://", "https://"))
         self._path: str
         self._path, mark, query = path.partition("?") if self.is_web else (path, "", "")

@@ -1,11 +1,13 @@
 """Arrays of `.npz` and tensors of `.pt` files: which are rows, and what is refused how."""
 
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
@@ -86,10 +88,43 @@ def test_other_values_are_refused_and_nothing_is_run(tmp_path, monkeypatch, valu
     assert not os.path.exists("boom")
 
 
-def test_files_of_before_torch_1_6_say_how_to_save_them(tmp_path):
-    torch.save(TENSOR, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"x\.pt: cannot be read .*zipfile"):
-        Corpus(tmp_path)
+def save_sparse(path):
+    torch.save({"a": TENSOR.to_sparse()}, path)
+
+
+def save_as_before_torch_1_6(path):
+    torch.save(TENSOR, path, _use_new_zipfile_serialization=False)
+
+
+def save_header(path, text=b"[]"):
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "words"),
+    [
+        (
+            "x.pt",
+            save_as_before_torch_1_6,
+            r"torch.save\(torch.load\(file, weights_only=True\), file",
+        ),
+        ("x.pt", save_sparse, r"only a \[9, 4\] .* sparse; .* save tensor.to_dense\(\)$"),
+        ("x.safetensors", save_header, r"\(its header is no json object\); write it with"),
+        (
+            "s3://",
+            None,
+            "^realign-fast: error: s3://: names no bucket; expected s3://bucket/folder$",
+        ),
+        ("\udcff.npy", None, r"/\\xff.npy: No such file.*exists and that this user may use it$"),
+    ],
+)
+def test_advice_of_an_error_helps(tmp_path, capfd, name, save, words):
+    path = name if "://" in name else tmp_path / name
+    if save:
+        save(path)
+    assert main(["inspect", str(path)]) != 0
+    message = capfd.readouterr().err.strip()
+    assert re.search(words, message) and "rename" not in message, message
 
 
 @pytest.mark.parametrize(

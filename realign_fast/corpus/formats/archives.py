@@ -24,6 +24,7 @@ from ..shard import MAX_COLUMNS, TORCH_DTYPES, Shard, as_numpy
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
+LEGACY_START = b"\x80\x02\x8a\x0a"  # of files of torch.save before 1.6, which are no zip files
 DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -137,6 +138,8 @@ def _read_shard(
     if name not in candidates:
         names = ", ".join(f"{name or 'it'} {_describe(entry)}" for name, entry in entries.items())
         expected = "expected floats [rows, columns]; choose one as the column, or save it so"
+        if any(isinstance(entry, torch.Tensor) and entry.is_sparse for entry in entries.values()):
+            expected = "expected a dense tensor; save tensor.to_dense()"
         raise ValueError(f"{path}: has no rows {name!r}, only {names or 'no entry'}; {expected}")
     rows = entries[name]
     if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
@@ -154,6 +157,10 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
             if form == "npz":
                 with np.load(local, allow_pickle=False) as arrays:
                     return {name: _as_tensor(arrays[name]) for name in arrays.files}
+            with open(local, "rb") as file:
+                if file.read(len(LEGACY_START)) == LEGACY_START:
+                    advice = "torch.save(torch.load(file, weights_only=True), file) renews it"
+                    raise ValueError(f"it has the form of before torch 1.6; {advice}")
             value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile files make the libraries raise many kinds
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek before the start
@@ -181,5 +188,6 @@ def _is_rows(entry: Any) -> bool:
 
 def _describe(entry: Any) -> str:
     if isinstance(entry, torch.Tensor | np.ndarray):
-        return f"{list(entry.shape)} {entry.dtype}"
+        layout = "" if getattr(entry, "layout", torch.strided) == torch.strided else " sparse"
+        return f"{list(entry.shape)} {entry.dtype}{layout}"
     return type(entry).__name__

@@ -166,9 +166,11 @@ def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:
         if len(text) != length or not text:
             raise ValueError("its header is cut off or longer than 100 MiB")
         entries = json.loads(text)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no json object")
         entries.pop("__metadata__", None)
         header = {name: _tensor(name, entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         advice = "write it with safetensors.torch.save_file"
         raise ValueError(f"{path}: not a .safetensors file ({error}); {advice}") from error
     return header, 8 + length
