@@ -1,7 +1,8 @@
-"""Checks of arguments that several packages take: a device's name, and rows as a tensor."""
+"""Checks of arguments that several packages take: a device's name, rows and counts."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,18 +32,52 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
-def expect_tensor(name: str, rows: object, argument: str = "rows") -> None:
-    """Raise a TypeError that says how to convert rows which are no tensor; ``name`` begins it."""
+def expect_tensor(
+    name: str, rows: object, argument: str = "rows", floating: bool = True
+) -> None:
+    """Raise a TypeError unless rows are a dense tensor (``floating``: of floating-point numbers).
+
+    The error begins with ``name`` and says how to convert the rows.
+    """
+    kind, advice = type(rows).__name__, "give the rows themselves"
     if isinstance(rows, Tensor):
-        return
-    kind = type(rows).__name__
-    if hasattr(rows, "to_numpy"):  # a table of pandas or polars
+        is_dense = rows.layout == torch.strided
+        if is_dense and (rows.is_floating_point() or not floating):
+            return
+        kind = f"{rows.dtype if is_dense else rows.layout}"
+        advice = "convert with rows.to_dense().float()"
+    elif hasattr(rows, "to_numpy"):  # a table of pandas or polars
         advice = "use torch.tensor(rows.to_numpy()) of its numeric columns"
-    elif isinstance(rows, (str, dict)) or rows is None:
-        advice = "give the rows themselves"
-    else:
-        advice = "use torch.as_tensor(rows)"
-    raise TypeError(f"{name}: expected {argument} as a tensor, got {kind}; {advice}")
+    elif isinstance(rows, np.ndarray):  # of any byte order and strides
+        kind = f"ndarray of {rows.dtype}"
+        advice = "use torch.from_numpy(rows.astype('float32'))"
+    elif isinstance(rows, (list, tuple)):
+        advice = "use torch.tensor(rows)"
+    numbers = " of floating-point numbers" if floating else ""
+    raise TypeError(f"{name}: expected {argument} as a tensor{numbers}, got {kind}; {advice}")
+
+
+def tensor_of(name: str, rows: object) -> Tensor:
+    """Return the rows of a tensor or an array of any byte order and strides as a tensor.
+
+    What :func:`expect_tensor` refuses is a TypeError, a masked entry a ValueError.
+    """
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and rows.itemsize <= 8:
+        if np.ma.is_masked(rows):
+            raise ValueError(
+                f"{name}: the masked array has masked entries, expected none; leave those rows out"
+            )
+        rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
+    expect_tensor(name, rows)
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def expect_counts(name: str, **counts: int) -> None:
+    """Raise a ValueError for an option that is no whole number from 1; ``name`` begins it."""
+    for option, count in counts.items():
+        if not isinstance(count, (int, np.integer)) or count < 1:
+            raise ValueError(f"{name}: {option} is {count!r}, expected a whole number from 1")
 
 
 def _gpu_count() -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._argument_checks import expect_tensor
+from ._argument_checks import expect_counts, expect_tensor
 from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows
@@ -65,8 +65,7 @@ class ReAlign(nn.Module):
 
     def __init__(self, dimension: int) -> None:
         """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
-        if dimension < 1:
-            raise ValueError(f"ReAlign: expected a dimension from 1, got {dimension}")
+        expect_counts("ReAlign", dimension=dimension)
         super().__init__()
         for name in _VECTORS:
             self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
@@ -192,14 +191,22 @@ class ReAlign(nn.Module):
 
     def record_drift(self, drift: Moments) -> None:
         """Set the last step, ``h = mu_x - E[e']``, from the moments of mapped source rows."""
-        self.recentre.copy_(self.target_mean - drift.mean.to(self.target_mean.device))
+        self.recentre.copy_(self.target_mean - self._mean_of(drift))
         self.drift.copy_(self.recentre.norm())
 
     def record_residual(self, aligned: Moments) -> None:
         """Set :attr:`residual_gap` from the moments of aligned source rows."""
-        self.residual_gap.copy_(
-            (aligned.mean.to(self.target_mean.device) - self.target_mean).norm()
-        )
+        self.residual_gap.copy_((self._mean_of(aligned) - self.target_mean).norm())
+
+    def _mean_of(self, mapped: Moments) -> Tensor:
+        """Return the mean of mapped source rows; an error if the moments cannot be theirs."""
+        expect_one_encoder("ReAlign", mapped, mapped)
+        if mapped.dimension != self.dimension:
+            raise ValueError(
+                f"ReAlign: the mapped rows have {mapped.dimension} columns, the map "
+                f"{self.dimension}; measure the source rows through its row_map"
+            )
+        return mapped.mean.to(self.target_mean.device)
 
     @property
     def method(self) -> Method:
@@ -365,15 +372,11 @@ class ReAlign(nn.Module):
 
 def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None:
     """Raise a ValueError if no map can be computed from the moments of the two sides."""
-    sides = (("source", source), ("target", target))
-    for name, moments in sides:
-        if moments.total is None:
-            raise ValueError(f"ReAlign: the {name} has no rows; fit on rows of both sides")
+    expect_one_encoder("ReAlign", source, target)
+    for name, moments in (("source", source), ("target", target)):
         if not moments.normalize:
             raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
-    expect_one_encoder("ReAlign", source, target)
-    for name, moments in sides if needs_spread else ():
-        if moments.count < 2 or moments.trace < _NO_SPREAD:
+        if needs_spread and (moments.count < 2 or moments.trace < _NO_SPREAD):
             raise ValueError(
                 f"ReAlign: the {moments.count} {name} rows all point one way (trace "
                 f"{moments.trace:.1e}), so no scale exists; fit on more rows"

@@ -51,6 +51,9 @@ class Moments:
     def __init__(
         self, covariance: bool = False, normalize: bool = True, accurate: bool = False
     ) -> None:
+        for flag in (covariance, normalize, accurate):
+            if not isinstance(flag, bool):
+                raise TypeError(f"Moments: expected its options as True or False, got {flag!r}")
         self.normalize = normalize
         self.accurate = accurate
         self.with_covariance = covariance
@@ -87,7 +90,15 @@ class Moments:
         """
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
-        _check_rows(rows, where)
+        expect_tensor("Moments", rows, where)
+        if rows.dim() == 0 or rows.shape[-1] == 0:
+            shape = list(rows.shape)
+            raise ValueError(f"Moments: expected {where} [..., D], got shape {shape}")
+        if not (through is None or callable(through) or isinstance(through, tuple)):
+            raise TypeError(
+                f"Moments: expected through as (scale, shift, recentre) or a function, got "
+                f"{type(through).__name__}; give the row_map of a ReAlign"
+            )
         if self.scatter is None and not (fweights is aweights is None):
             raise ValueError("Moments: weights need Moments(covariance=True)")
         weights = RowWeights.checked(fweights, aweights, rows)
@@ -418,13 +429,15 @@ def measure(
 
 
 def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
-    """Raise an error if two sides are no Moments or differ in D; ``name`` begins it."""
-    for moments in (source, target):
+    """Raise an error if two sides are no Moments of rows or differ in D; ``name`` begins it."""
+    for side, moments in (("source", source), ("target", target)):
         if not isinstance(moments, Moments):
             raise TypeError(
                 f"{name}: expected Moments, got {type(moments).__name__}; measure rows with "
                 "Moments(covariance=True).update(rows)"
             )
+        if moments.total is None:
+            raise ValueError(f"{name}: the {side} has no rows; measure rows of both sides")
     if source.dimension != target.dimension:
         raise ValueError(
             f"{name}: the source has {source.dimension} columns, the target {target.dimension}; "
@@ -435,14 +448,6 @@ def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
 def good_rows(rows: Tensor) -> Tensor:
     """Return a mask [N] of the rows [N, D] that are finite and have a direction."""
     return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
-
-
-def _check_rows(rows: Tensor, name: str) -> None:
-    """Raise an error if an update cannot take these rows."""
-    expect_tensor("Moments", rows, name)
-    if rows.dim() == 0 or rows.shape[-1] == 0:
-        actual = "a single number" if rows.dim() == 0 else f"shape {list(rows.shape)}"
-        raise ValueError(f"Moments: expected {name} [..., D], got {actual}")
 
 
 def _describe_bad_row(rows: Tensor, name: str, first_row: int) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._argument_checks import tensor_of
 from .corpus.row_batches import Rows
 from .moments import BadRows, Moments, measure
 from .ops.reference import unit
@@ -310,12 +311,12 @@ class SharedSpace:
         Raises:
             ValueError: shapes that differ, or a weight outside of [0, 1].
         """
-        if not 0 <= weight <= 1 or first.shape != second.shape:
-            raise ValueError(
-                f"SharedSpace.fuse: expected rows of one shape and a weight from 0 to 1, got "
-                f"{list(first.shape)}, {list(second.shape)} and {weight}"
-            )
         rows = self.documents(modalities[0], first), self.documents(modalities[1], second)
+        if not 0 <= weight <= 1 or len(first) != len(second):
+            raise ValueError(
+                f"SharedSpace.fuse: expected rows of the same documents and a weight from 0 to 1, "
+                f"got {len(first)} and {len(second)} rows and {weight}"
+            )
         return weight * rows[0] + (1 - weight) * rows[1]
 
     def score(self, queries: Array, rows: Array, modality: str, role: str | None = None) -> Tensor:
@@ -388,12 +389,11 @@ class SharedSpace:
 
     def _checked(self, rows: Array, columns: int | None = None) -> Tensor:
         """Return rows as a tensor; a ValueError for rows of another shape."""
-        tensor = torch.as_tensor(rows)
-        columns = columns or self.dimension
-        if tensor.dim() != 2 or tensor.shape[1] != columns or not tensor.is_floating_point():
+        tensor, columns = tensor_of("SharedSpace", rows), columns or self.dimension
+        if tensor.dim() != 2 or tensor.shape[1] != columns:
             raise ValueError(
-                f"SharedSpace: expected floating-point rows [N, {columns}] of the encoder that it "
-                f"was fitted on, got {tensor.dtype} {list(tensor.shape)}"
+                f"SharedSpace: expected rows [N, {columns}] of the encoder that it was fitted on, "
+                f"got shape {list(tensor.shape)}"
             )
         return tensor
 

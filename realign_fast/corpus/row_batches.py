@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from .._argument_checks import expect_counts, expect_tensor, tensor_of
 from .corpus import Corpus
 
 Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Tensor]
@@ -27,9 +27,10 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     """Iterate over rows [N, D], ``batch_rows`` at a time of a tensor or an array.
 
     A table of pandas or polars stands for its numbers. ``name`` is for errors about rows that have
-    no file. An object that holds no rows, or an iterator, which can be read only once, is a
-    TypeError.
+    no file. An object that holds no floating-point rows, or an iterator, which can be read only
+    once, is a TypeError.
     """
+    expect_counts(name, batch_rows=batch_rows)
     rows = _table_values(rows, name) if hasattr(rows, "to_numpy") else rows
     if isinstance(rows, (str, os.PathLike)):
         rows = Corpus(rows)
@@ -40,39 +41,40 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     if isinstance(rows, (Tensor, np.ndarray)):
         if rows.ndim != 2:
             raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
-        for first_row in range(0, len(rows), batch_rows):
-            batch_of_rows = _as_tensor(rows[first_row : first_row + batch_rows], name)
-            yield RowBatch(name, first_row, batch_of_rows)
-        return
-    if not isinstance(rows, Iterable) or isinstance(rows, (bytes, Mapping)):
+        if isinstance(rows, Tensor):
+            expect_tensor(name, rows)
+        matrix: Any = rows
+        rows = (matrix[first : first + batch_rows] for first in range(0, len(rows), batch_rows))
+    elif not isinstance(rows, Iterable) or isinstance(rows, (bytes, Mapping)):
         actual = type(rows).__name__
         raise TypeError(f"{name}: expected rows [N, D], a corpus or batches of rows, got {actual}")
-    if iter(rows) is rows:
+    elif iter(rows) is rows:
         raise TypeError(f"{name}: an iterator can be read only once; give a list or a DataLoader")
     first_row = 0
     for item in rows:
         if isinstance(item, (list, tuple)) and len(item) == 1:  # of a TensorDataset
             (item,) = item
-        yield RowBatch(name, first_row, _as_tensor(item, name))
+        batch_of_rows = tensor_of(name, item)
+        if batch_of_rows.dim() < 2:
+            shape = list(batch_of_rows.shape)
+            raise ValueError(f"{name}: expected batches of rows [n, D], got shape {shape}")
+        yield RowBatch(name, first_row, batch_of_rows)
         first_row += len(item)
 
 
 def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return the values [N, D] of a table; a TypeError if one of its columns holds no numbers."""
+    """Return the values [N, D] of a table; a TypeError names a column that holds other values.
+
+    An id column of whole numbers must not become a part of the rows.
+    """
+    columns = list(getattr(table, "columns", ()))  # none of a Series
+    for column, dtype in zip(columns, table.dtypes, strict=True) if columns else ():
+        if not str(dtype).lower().startswith(("float", "double")):
+            raise TypeError(
+                f"{name}: column {column!r} of the table holds {dtype}, expected floating-point "
+                "numbers; select the columns of the embedding, convert them if need be"
+            )
     values: np.ndarray[Any, Any] = table.to_numpy()
-    if values.dtype.kind not in "fiu":
-        raise TypeError(
-            f"{name}: expected a table of numbers, got columns of {values.dtype}; select the "
-            "columns of the embedding and convert them to float32"
-        )
-    return values if values.dtype.kind == "f" else values.astype(np.float64)
-
-
-def _as_tensor(rows: object, name: str) -> Tensor:
-    """Return rows [n, D] as a tensor; arrays may have any byte order and strides."""
-    if isinstance(rows, np.ndarray):
-        rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
-    if not isinstance(rows, Tensor) or rows.dim() < 2:
-        actual = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"{name}: expected batches of rows [n, D], got {actual}; give tensors")
-    return rows
+    if columns and values.dtype == object:  # nullable dtypes of pandas; a missing value is NaN
+        values = table.to_numpy(np.float64, na_value=np.nan)
+    return values

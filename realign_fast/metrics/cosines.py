@@ -11,22 +11,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_counts, expect_tensor
 from ..ops.reference import unit
 from .estimate import Estimate
 
 
 def matched_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosines [N] float64 of matching rows a, b [N, D]."""
-    for rows in (a, b):
-        expect_tensor("matched_cosine", rows)
-    return (unit(a.double()) * unit(b.double())).sum(dim=1)
+    check_pairs("matched_cosine", a, b, min_rows=0)
+    return _cosines(a, b)
 
 
 def mean_cosine(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     """Return the mean cosine of matching rows a, b [N, D]; it is Phi where b is a aligned."""
     check_pairs("mean_cosine", a, b)
-    return Estimate.of_mean(torch.cat([matched_cosine(*pair) for pair in row_blocks(a, b, block)]))
+    return Estimate.of_mean(torch.cat([_cosines(*pair) for pair in row_blocks(a, b, block)]))
 
 
 def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: int = 512) -> Tensor:
@@ -35,12 +34,13 @@ def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: i
     The draw is uniform and depends on N, ``pairs`` and ``seed`` alone.
     """
     check_rows("pairwise_cosines", rows)
+    expect_counts("pairwise_cosines", pairs=pairs)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(rows), (pairs,), generator=generator)
     second = torch.randint(len(rows) - 1, (pairs,), generator=generator)
     second += second >= first
     blocks = row_blocks(first.to(rows.device), second.to(rows.device), block)
-    return torch.cat([matched_cosine(rows[i], rows[j]) for i, j in blocks])
+    return torch.cat([_cosines(rows[i], rows[j]) for i, j in blocks])
 
 
 def cosine_divergence(
@@ -53,6 +53,7 @@ def cosine_divergence(
     rows (delta method). The divergence of two equal densities is about
     ``(occupied bins - 1) / (4 pairs)``, not 0, unless the same pairs are drawn from the same rows.
     """
+    expect_counts("cosine_divergence", bins=bins)
     shares = []
     for rows in (a, b):
         cosines = pairwise_cosines(rows, pairs, seed, block).clamp(-1, 1)
@@ -75,6 +76,7 @@ def cosine_correlation(a: Tensor, b: Tensor, block: int = 2048) -> Estimate:
     is the jackknife's over rows: sums by row give the correlation without each row in turn.
     """
     check_pairs("cosine_correlation", a, b, min_rows=4, same_columns=False)
+    expect_counts("cosine_correlation", block=block)
     count = len(a)
     sums = _cosine_sums(a, b, block)
     total = sums.sum(dim=1) / 2  # each pair stands in the sums of two rows
@@ -82,6 +84,11 @@ def cosine_correlation(a: Tensor, b: Tensor, block: int = 2048) -> Estimate:
     without = _correlation(total[:, None] - sums, (count - 1) * (count - 2) // 2)
     spread = (without - without.mean()).square().sum()
     return Estimate(float(value), float((spread * (count - 1) / count).sqrt()))
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosines [N] of matching rows that were checked."""
+    return (unit(a.double()) * unit(b.double())).sum(dim=1)
 
 
 def _cosine_sums(a: Tensor, b: Tensor, block: int) -> Tensor:
@@ -120,6 +127,7 @@ def _correlation(sums: Tensor, count: int) -> Tensor:
 
 def row_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over matching blocks of at most ``block`` rows of two tensors of equal length."""
+    expect_counts("metrics", block=block)
     return zip(torch.split(a, block), torch.split(b, block), strict=True)
 
 

@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor
 
+from .._argument_checks import expect_counts
 from ..moments import Moments, expect_one_encoder
 from ..whiten import bures_distance
 from .estimate import Estimate
@@ -45,6 +46,9 @@ def sampling_gap(trace: float, *counts: int) -> float:
     square); independent means add up. Give every sample that enters the gap: two for rows that a
     map was fitted on, four where a map fitted on two samples is judged on two others.
     """
+    expect_counts("sampling_gap", **{f"count {number}": n for number, n in enumerate(counts, 1)})
+    if not trace >= 0:
+        raise ValueError(f"sampling_gap: the trace is {trace}, expected 0 or more")
     return math.sqrt(trace * sum(1 / count for count in counts))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_counts, expect_tensor
 from .estimate import Estimate
 from .neighbours import TIE, search_blocks
 
@@ -63,8 +63,7 @@ def mixed_gallery(
             without a relevant row, or k beyond the gallery.
     """
     own = own or {}
-    if block < 1:
-        raise ValueError(f"mixed_gallery: block is {block}, expected 1 or more")
+    expect_counts("mixed_gallery", block=block)
     _check(queries, galleries, relevant, own, ks)
     parts = []
     for start in range(0, len(queries), block):
@@ -121,7 +120,9 @@ def over_splits(results: Sequence[MixedGallery]) -> MixedGallery:
 
 
 def gini(counts: Tensor) -> float:
-    """Return the Gini coefficient of counts [M], 0 where all are equal."""
+    """Return the Gini coefficient of counts [M], 0 where all are equal; none is negative."""
+    if not isinstance(counts, Tensor) or counts.dim() != 1 or not bool((counts >= 0).all()):
+        raise ValueError(f"gini: expected a tensor of counts [M] from 0, got {counts!r:.200}")
     ordered = counts.double().sort().values
     number = len(ordered)
     places = torch.arange(1, number + 1, dtype=torch.float64, device=ordered.device)
@@ -212,7 +213,7 @@ def _check(
         )
     for argument, numbers in (("relevant", relevant), ("own", own)):
         for name, rows in numbers.items():
-            expect_tensor("mixed_gallery", rows, f"{argument}[{name!r}]")
+            expect_tensor("mixed_gallery", rows, f"{argument}[{name!r}]", floating=False)
             fits = rows.shape == queries.shape[:1] and rows.dtype == torch.int64
             if not fits or int(rows.min()) < -1 or int(rows.max()) >= len(galleries[name]):
                 raise ValueError(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_counts, expect_tensor
 from .._extras import import_extra
 from ..ops import working_dtype
 from ..ops.reference import unit
@@ -47,7 +47,7 @@ def nearest_rows(
 
     Of rows with equal cosines (up to rounding) any may be taken.
     """
-    _check_search(queries, gallery, k, own, backend)
+    _check_search(queries, gallery, k, own, block, backend)
     faiss = _faiss(backend, queries)
     if faiss is not None:
         return _faiss_nearest(faiss, queries, gallery, k, own, block)
@@ -124,20 +124,25 @@ def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> 
     Ties count for the row (:func:`match_ranks`). The standard error is the binomial one,
     ``sqrt(p (1 - p) / N)``, over queries of a given gallery.
     """
-    if k < 1:
-        raise ValueError(f"recall_at_k: k={k}, expected 1 or more")
+    expect_counts("recall_at_k", k=k)
     share = float((match_ranks(queries, gallery, block) <= k).double().mean())
     return Estimate(share, (share * (1 - share) / len(queries)) ** 0.5)
 
 
 def _check_search(
-    queries: Tensor, gallery: Tensor, k: int, own: int | None, backend: SearchBackend
+    queries: Tensor,
+    gallery: Tensor,
+    k: int,
+    own: int | None,
+    block: int,
+    backend: SearchBackend,
 ) -> None:
     """Raise an error if :func:`nearest_rows` cannot search with these arguments."""
     if backend not in (known := get_args(SearchBackend)):
         raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
     for rows in (queries, gallery):
         check_rows("nearest_rows", rows, min_rows=0)
+    expect_counts("nearest_rows", k=k, block=block)
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_counts, expect_tensor
 from .._one_thread import one_thread
 from ..moments import Moments, expect_one_encoder
 from ..ops.reference import unit
-from .cosines import check_pairs, row_blocks
+from .cosines import check_pairs, check_rows, row_blocks
 from .estimate import Estimate
 
 _FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding, not spectrum
@@ -41,6 +41,7 @@ def spectrum_of(moments: Moments) -> Spectrum:
 
 def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
     """Return mean [D] and leading eigenvectors [D, count] of the rows' covariance, float64."""
+    expect_counts("principal_axes", count=count)
     moments = Moments(covariance=True, accurate=True).update(rows, bad_rows="keep")
     return moments.mean, spectrum_of(moments).vectors[:, :count]
 
@@ -83,15 +84,17 @@ def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) 
     eigenvalue is below 1e-10 of the largest are left out. The standard error is that of the
     regression, which takes deviations from the line as independent.
     """
+    _check_eigenvalues("power_law_exponent", values)
     last = len(values) // 2 if last is None else min(last, len(values))
-    fitted = values[max(first, 1) - 1 : last]
+    expect_counts("power_law_exponent", first=first, last=last)
+    fitted = values[first - 1 : last]
     fitted = fitted[fitted > _FLOOR * values.max()].double()
     if len(fitted) < 3:
         raise ValueError(
             f"power_law_exponent: ranks {first}..{last} hold {len(fitted)} eigenvalues above "
             f"{_FLOOR:.0e} of the largest, expected 3 or more; widen first..last"
         )
-    ranks = torch.arange(max(first, 1), max(first, 1) + len(fitted), device=values.device)
+    ranks = torch.arange(first, first + len(fitted), device=values.device)
     x = ranks.double().log()
     x, y = x - x.mean(), fitted.log() - fitted.log().mean()
     slope = (x @ y) / (x @ x)
@@ -104,6 +107,8 @@ def log_spectrum_correlation(a: Tensor, b: Tensor) -> float:
 
     Ranks where either eigenvalue is below 1e-10 of its largest are left out.
     """
+    for values in (a, b):
+        _check_eigenvalues("log_spectrum_correlation", values)
     if a.shape != b.shape:
         raise ValueError(
             f"log_spectrum_correlation: got {len(a)} and {len(b)} eigenvalues, expected as many; "
@@ -125,6 +130,8 @@ def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
     a, b are ``Spectrum.vectors`` [D, >= q]. The overlap is 1 for equal subspaces and on average
     ``q / D`` for two random ones.
     """
+    for vectors in (a, b):
+        check_rows("subspace_overlap", vectors, min_rows=1)
     available = min(a.shape[1], b.shape[1])
     if not 1 <= count <= available or a.shape[0] != b.shape[0]:
         raise ValueError(
@@ -135,12 +142,17 @@ def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
 
 
 def _shares(name: str, values: Tensor) -> Tensor:
-    """Return eigenvalues divided by their sum; a ValueError if that is not above 0."""
+    """Return eigenvalues divided by their sum."""
+    _check_eigenvalues(name, values)
+    return values.double() / values.double().sum()
+
+
+def _check_eigenvalues(name: str, values: Tensor) -> None:
+    """Raise an error unless these are eigenvalues [D], none below 0, with a sum above 0."""
     expect_tensor(name, values, "eigenvalues")
-    total = values.double().sum()
-    if values.dim() != 1 or not float(total) > 0:
+    if values.dim() != 1 or not float(values.sum()) > 0 or float(values.min()) < 0:
         raise ValueError(
-            f"{name}: expected eigenvalues [D] with a sum above 0, got shape "
-            f"{list(values.shape)} and sum {float(total):.1e}; measure rows that differ"
+            f"{name}: expected eigenvalues [D] from 0 with a sum above 0, got shape "
+            f"{list(values.shape)}, sum {float(values.sum()):.1e}; take those of spectrum_of, of "
+            "rows that differ"
         )
-    return values.double() / total

@@ -258,7 +258,7 @@ def _check(
     check_rows(f"substitution, {name} rows", rows)
     check_rows("substitution, target rows", target_rows)
     for side in (labels, target_labels):
-        expect_tensor("substitution", side, "labels")
+        expect_tensor("substitution", side, "labels", floating=False)
     kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
     is_known = (labels.dtype, labels.dim()) in kinds and len(labels) == len(rows)
     is_alike = (labels.dtype, labels.shape[1:]) == (target_labels.dtype, target_labels.shape[1:])

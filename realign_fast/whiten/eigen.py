@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._argument_checks import expect_tensor
+
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -94,9 +96,7 @@ def floored_eigen_pair(
 
 def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
     """Return S [D, D] in float64, symmetric to the last bit, or raise what is wrong with it."""
-    if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
-        actual = covariance.dtype if isinstance(covariance, Tensor) else type(covariance).__name__
-        raise TypeError(f"whiten: expected the {name} as a floating tensor [D, D], got {actual}")
+    expect_tensor("whiten", covariance, f"the {name} [D, D]")
     shape = list(covariance.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"whiten: the {name} is {shape}, expected [D, D]; give Moments.covariance")
@@ -123,6 +123,7 @@ def default_floor(covariance: Tensor) -> float:
     It is D times the precision of float64, for the decomposition, or sqrt(D) times the precision
     of the covariance's own dtype, for entries that were rounded to it, whichever is larger.
     """
+    expect_tensor("whiten", covariance, "the covariance")
     columns = len(covariance)
     return max(columns * EPSILON, float(columns**0.5) * torch.finfo(covariance.dtype).eps)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._argument_checks import expect_tensor
 from .._one_thread import one_thread
 from .eigen import checked_covariance
 
@@ -91,6 +92,7 @@ def _fourth_moment(
             "whiten: shrinkage 'ledoit-wolf' needs either the mean of unit rows or the "
             "fourth_moment E|x - mu|^4 of any rows"
         )
+    expect_tensor("whiten", mean, "the mean")
     mean = mean.detach().to(covariance)
     energy = trace + float(mean.square().sum())
     if abs(energy - 1) > _NOT_UNIT:

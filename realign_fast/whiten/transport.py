@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._argument_checks import expect_tensor
 from .._one_thread import one_thread
 from .eigen import checked_covariance, floor_of, floored_eigen_pair, symmetric, warn_floored
 
@@ -69,6 +70,7 @@ def blockwise(
 
 def _checked_frame(frame: Tensor, covariance: Tensor) -> Tensor:
     """Return U [D, q] in float64; a ValueError if its columns are not orthonormal."""
+    expect_tensor("whiten", frame, "the frame")
     shape, columns = list(frame.shape), len(covariance)
     if len(shape) != 2 or shape[0] != columns or not 1 <= shape[1] <= columns:
         raise ValueError(f"whiten: the frame is {shape}, expected [{columns}, q], q from 1 to D")

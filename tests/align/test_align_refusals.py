@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import Moments, ReAlign, metrics
+from realign_fast import Moments, ReAlign, SharedSpace, metrics, whiten
 
 TEXT = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 1
 IMAGE = torch.randn(80, 8, generator=torch.Generator().manual_seed(1)) - 1
@@ -20,9 +20,13 @@ def test_rows_without_spread_have_no_scale(rows, dtype):
 
 
 def test_what_holds_no_rows_is_named():
-    with pytest.raises(TypeError, match=r"source: expected batches of rows .* got list"):
+    with pytest.raises(TypeError, match=r"source: expected rows as a tensor .* got list"):
         ReAlign.fit([[1.0, 2.0]], IMAGE)
-    with pytest.raises(TypeError, match="expected rows as a tensor, got ndarray"):
+    with pytest.raises(ValueError, match=r"source: expected batches of rows \[n, D\], got shape"):
+        ReAlign.fit(list(TEXT), IMAGE)
+    with pytest.raises(
+        TypeError, match="expected rows as a tensor of floating-point numbers, got ndarray"
+    ):
         ReAlign.fit(TEXT, IMAGE)(TEXT.numpy())
     with pytest.raises(TypeError, match=r"target: expected rows .* got NoneType"):
         ReAlign.fit(TEXT, None)
@@ -30,7 +34,7 @@ def test_what_holds_no_rows_is_named():
         ReAlign.fit(TEXT, IMAGE[:0])
     with pytest.raises(TypeError, match="expected Moments to merge, got NoneType"):
         Moments().merge(None)
-    with pytest.raises(ValueError, match="got a single number"):
+    with pytest.raises(ValueError, match=r"got shape \[\]"):
         Moments().update(torch.tensor(1.0))
 
 
@@ -82,10 +86,9 @@ def test_a_table_stands_for_its_numbers(table):
     expected = ReAlign.fit(TEXT, IMAGE)
     fitted = ReAlign.fit(table(TEXT.numpy()), IMAGE)
     assert torch.equal(fitted.shift, expected.shift)
-    counts = (10 * TEXT).round().numpy().astype(np.int32)
-    assert ReAlign.fit(table(counts), IMAGE).dimension == 8
-    with pytest.raises(TypeError, match=r"source: expected a table of numbers, got columns of "):
-        ReAlign.fit(table(np.array([["a", "b"]] * 3)), IMAGE)
+    for values in (np.ones((3, 8), np.int32), np.array([["a", "b"]] * 3)):
+        with pytest.raises(TypeError, match=r"source: (column .* holds|.* got ndarray of) "):
+            ReAlign.fit(table(values), IMAGE)
     moments = Moments().update(IMAGE)
     for use in (
         moments.update,
@@ -96,7 +99,7 @@ def test_a_table_stands_for_its_numbers(table):
         lambda rows: metrics.matched_cosine(rows, TEXT),
         lambda rows: metrics.gap_report(IMAGE, rows),
     ):
-        advice = r"expected rows as a tensor, got \w+; use torch.tensor\(rows.to_numpy\(\)\)"
+        advice = r"expected rows as a tensor of .* got \w+; use torch.tensor\(rows.to_numpy\(\)\)"
         with pytest.raises(TypeError, match=advice):
             use(table(TEXT.numpy()))
     for use in (metrics.spectrum_of, lambda rows: metrics.centroid_gap(rows, moments)):
@@ -106,7 +109,9 @@ def test_a_table_stands_for_its_numbers(table):
 
 
 @pytest.mark.parametrize(
-    "rows", [None, 3, "text", b"text", {"text": TEXT}, [[1.0, 2.0]], {1.0}, [{"a": TEXT}]], ids=str
+    "rows",
+    [None, 3, "text", b"text", {"text": TEXT}, [[1.0, 2.0]], {1.0}, [{"a": TEXT}]],
+    ids=lambda rows: type(rows).__name__,
 )
 def test_what_is_no_rows_is_one_clear_error(rows):
     kind = type(rows).__name__
@@ -118,5 +123,110 @@ def test_what_is_no_rows_is_one_clear_error(rows):
         lambda rows: metrics.knn_mixing(IMAGE, rows),
         metrics.effective_rank,
     ):
-        with pytest.raises(TypeError, match=rf"expected \w+ as a tensor, got {kind}; "):
+        with pytest.raises(TypeError, match=rf"expected \w+ as a tensor of .* got {kind}; "):
             use(rows)
+
+
+COUNTS = (10 * TEXT).round()
+SPACE = SharedSpace.fit(text=TEXT, image=IMAGE)
+ALIGNER = ReAlign.fit(TEXT, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (COUNTS.long(), "torch.int64; convert with rows"),
+        (TEXT > 0, "torch.bool"),
+        (TEXT.to(torch.complex64), "torch.complex64"),
+        (TEXT.to_sparse(), "torch.sparse_coo"),
+        (TEXT.to_sparse_csr(), "torch.sparse_csr"),
+        (COUNTS.long().numpy(), "ndarray of int64; use"),
+        (TEXT.numpy().astype(object), "ndarray of object"),
+        (None, "NoneType"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rows_of_other_numbers_are_refused_everywhere(rows, kind):
+    """The side, the kind that was found and what to do are said, and nothing is fitted on it."""
+    uses = {
+        "space": (SPACE.text, SPACE.query, lambda rows: SPACE.score(TEXT, rows, "image")),
+        "aligner": (ALIGNER, Moments().update),
+        "metrics": (
+            lambda rows: metrics.nearest_rows(rows, IMAGE, 3),
+            lambda rows: metrics.matched_cosine(rows, TEXT),
+            lambda rows: metrics.cosine_correlation(TEXT, rows),
+            lambda rows: metrics.subspace_overlap(rows, TEXT, 2),
+            lambda rows: metrics.mixed_gallery(rows, {"a": TEXT}, {"a": torch.arange(100)}),
+        ),
+        "whiten": (whiten.default_floor, whiten.symmetric_root),
+    }
+    if rows is not None:
+        uses["fit"] = (lambda rows: SharedSpace.fit(text=TEXT, image=rows),)
+        with pytest.raises(TypeError, match=f"target: expected rows as a tensor .*got {kind}"):
+            ReAlign.fit(TEXT, rows)
+    for use in (use for group in uses.values() for use in group):
+        with pytest.raises(TypeError, match=f"expected .* as a tensor of .* got {kind}"):
+            use(rows)
+
+
+def test_arrays_of_any_strides_enter_a_space_and_masks_are_not_dropped():
+    array = TEXT.numpy()
+    for same in (array.astype(">f4"), array[::-1].copy()[::-1], np.ma.masked_array(array)):
+        assert np.array_equal(SPACE.text(same), SPACE.text(array))
+    masked = np.ma.masked_array(array, np.arange(800).reshape(100, 8) == 333)
+    for use in (SPACE.text, lambda rows: ReAlign.fit(IMAGE, [array, rows])):
+        with pytest.raises(ValueError, match="masked array has masked entries, expected none"):
+            use(masked)
+    for rows in (array[::-1], array.astype(">f4")):  # the advice of the error works
+        assert torch.from_numpy(rows.astype("float32")).shape == (100, 8)
+
+
+def test_tables_with_ids_missing_values_or_nullable_numbers():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(TEXT.numpy())
+    nullable = table.astype("Float32")
+    assert torch.equal(ReAlign.fit(nullable, IMAGE).shift, ReAlign.fit(TEXT.double(), IMAGE).shift)
+    nullable.iloc[7, 2] = pandas.NA
+    with pytest.raises(ValueError, match="source: row 7 holds a NaN"):
+        ReAlign.fit(nullable, IMAGE)
+    table.insert(0, "id", range(len(table)))
+    for fit in (ReAlign.fit, lambda rows, image: SharedSpace.fit(text=rows, image=image)):
+        with pytest.raises(TypeError, match="column 'id' of the table holds int64, expected float"):
+            fit(table, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ReAlign.from_moments(None, None), "expected Moments, got NoneType"),
+        (lambda: ALIGNER.record_drift(TEXT), "expected Moments, got Tensor"),
+        (lambda: ALIGNER.record_drift(Moments().update(TEXT[:, :1])), "have 1 columns, the map 8"),
+        (lambda: metrics.centroid_gap(Moments(), Moments()), "the source has no rows"),
+        (lambda: Moments(covariance="no"), "options as True or False, got 'no'"),
+        (lambda: Moments().update(TEXT, through=0), "expected through as .* got int"),
+        (lambda: metrics.nearest_rows(TEXT, IMAGE, 3, block=0), "block is 0, expected a whole"),
+        (lambda: metrics.nearest_rows(TEXT, IMAGE, 2.5), "k is 2.5, expected a whole"),
+        (lambda: metrics.match_ranks(TEXT, TEXT, block=-1), "block is -1"),
+        (lambda: metrics.cosine_correlation(TEXT, TEXT, block=-1), "block is -1"),
+        (lambda: metrics.mean_cosine(TEXT, TEXT, block=0), "block is 0"),
+        (lambda: metrics.pairwise_cosines(TEXT, pairs=0), "pairs is 0"),
+        (lambda: metrics.cosine_divergence(TEXT, TEXT, bins=0), "bins is 0"),
+        (lambda: metrics.recall_at_k(TEXT, TEXT, k=0), "k is 0"),
+        (lambda: metrics.principal_axes(TEXT, count=-1), "count is -1"),
+        (lambda: metrics.matched_cosine(TEXT, TEXT[:1]), r"got shapes \[100, 8\] and \[1, 8\]"),
+        (lambda: metrics.sampling_gap(0.5, 3, 0), "count 2 is 0, expected a whole number from 1"),
+        (lambda: metrics.sampling_gap(-0.5, 3), "the trace is -0.5, expected 0 or more"),
+        (lambda: metrics.gini(torch.tensor([-1, 2])), r"expected a tensor of counts \[M\] from 0"),
+        (lambda: metrics.gini([1, 2]), r"expected a tensor of counts \[M\] from 0, got \[1, 2\]"),
+        (lambda: metrics.effective_rank(torch.tensor([-1.0, 2])), "eigenvalues .* from 0"),
+        (lambda: metrics.power_law_exponent(-TEXT[0].abs()), "eigenvalues .* from 0"),
+        (lambda: metrics.power_law_exponent(TEXT[0].abs(), first=0), "first is 0"),
+        (lambda: metrics.log_spectrum_correlation(TEXT, TEXT), r"eigenvalues \[D\] .* got shape"),
+        (lambda: ReAlign.fit(TEXT, IMAGE, batch_rows=0), "source: batch_rows is 0"),
+        (lambda: ReAlign(0), "dimension is 0, expected a whole number from 1"),
+        (lambda: SPACE.fuse(TEXT, TEXT[:1]), "rows of the same documents .* 100 and 1 rows"),
+    ],
+)
+def test_arguments_out_of_range_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

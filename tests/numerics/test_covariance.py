@@ -276,7 +276,9 @@ def test_weights_that_no_float_can_carry_are_refused():
 
 
 def test_arrays_are_named():
-    with pytest.raises(TypeError, match=r"expected rows as a tensor, got ndarray"):
+    with pytest.raises(
+        TypeError, match=r"expected rows as a tensor of floating-point numbers, got ndarray"
+    ):
         Moments().update(np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"got shape \[3, 0\]"):
         Moments().update(torch.zeros(3, 0))

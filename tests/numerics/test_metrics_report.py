@@ -212,7 +212,10 @@ def test_samples_that_do_not_fit_are_named():
     rows = torch.randn(30, 8)
     with pytest.raises(ValueError, match=r"aligned rows are \[5, 8\], the source rows \[30, 8\]"):
         gap_report(rows, rows, rows[:5])
-    with pytest.raises(TypeError, match=r"target rows: expected rows as a tensor, got ndarray"):
+    with pytest.raises(
+        TypeError,
+        match=r"target rows: expected rows as a tensor of floating-point numbers, got ndarray",
+    ):
         gap_report(rows, rows.numpy())
     with pytest.raises(ValueError, match=r"source rows: expected 4 or more rows .* \[1, 8\]"):
         gap_report(rows[:1], rows)

@@ -118,7 +118,7 @@ def test_ties_count_for_the_relevant_row():
         (dict(relevant={"image": torch.ones(40, dtype=torch.bool)}), "must be .* int64 numbers"),
         (dict(queries=torch.full((40, 6), 1e300, dtype=torch.float64) * 1e8), "overflow|NaN"),
         (dict(ks=1), "ks is 1, expected ascending"),
-        (dict(block=0), "block is 0, expected 1 or more"),
+        (dict(block=0), "block is 0, expected a whole number"),
         (dict(relevant={"image": torch.full((40,), -1)}), "query 0 has no relevant row"),
         (
             dict(own={"text": torch.arange(39)}),
@@ -139,5 +139,8 @@ def test_what_does_not_fit_is_refused(search, change, message):
 def test_rows_that_are_no_tensors_are_refused(search):
     queries, galleries, relevant, _ = search
     arrays = {name: rows.numpy() for name, rows in galleries.items()}
-    with pytest.raises(TypeError, match="mixed_gallery: expected text as a tensor, got ndarray"):
+    with pytest.raises(
+        TypeError,
+        match="mixed_gallery: expected text as a tensor of floating-point numbers, got ndarray",
+    ):
         metrics.mixed_gallery(queries, arrays, relevant)
