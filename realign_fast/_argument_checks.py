@@ -32,9 +32,7 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
-def expect_tensor(
-    name: str, rows: object, argument: str = "rows", floating: bool = True
-) -> None:
+def expect_tensor(name: str, rows: object, argument: str = "rows", floating: bool = True) -> None:
     """Raise a TypeError unless rows are a dense tensor (``floating``: of floating-point numbers).
 
     The error begins with ``name`` and says how to convert the rows.
