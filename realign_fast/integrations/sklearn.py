@@ -1,29 +1,42 @@
-"""Streamed covariance as a scikit-learn estimator.
+"""Streamed covariance and one modality of a `SharedSpace` as scikit-learn estimators.
 
-It needs the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
+They need the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from ..moments import Moments
+from ..shared_space import SPACE_METHODS, SharedSpace, SpaceMethod
 
 try:
     from scipy.linalg import pinvh
-    from sklearn.base import _fit_context
+    from sklearn.base import (
+        BaseEstimator,
+        OneToOneFeatureMixin,
+        TransformerMixin,
+        _fit_context,
+    )
     from sklearn.covariance import EmpiricalCovariance
-    from sklearn.utils.validation import validate_data
+    from sklearn.utils._param_validation import StrOptions
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
         "realign_fast.integrations.sklearn: expected scikit-learn 1.6 or later, which is an "
         f"extra, got {error}; run `pip install 'realign_fast[sklearn]'`"
     ) from error
+
+_READABLE: dict[str, Any] = dict(
+    dtype=(np.float64, np.float32, np.float16),
+    order="C",
+    force_writeable=True,  # torch takes no read-only memory
+)
 
 
 class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
@@ -83,14 +96,7 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         return self._precision
 
     def _add(self, rows: ArrayLike, reset: bool) -> None:
-        rows = validate_data(
-            self,
-            rows,
-            reset=reset,
-            dtype=(np.float64, np.float32, np.float16),
-            order="C",
-            force_writeable=True,  # torch takes no read-only memory
-        )
+        rows = validate_data(self, rows, reset=reset, **_READABLE)
         if reset:
             self.moments_ = Moments(covariance=True, normalize=False, accurate=self.accurate)
         self.moments_.update(torch.from_numpy(rows), bad_rows="keep")
@@ -101,3 +107,59 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         self.location_, self.covariance_ = mean.numpy(), covariance.numpy()
         self.n_samples_seen_ = self.moments_.count
         self._precision = None
+
+
+class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """One modality of a :class:`realign_fast.SharedSpace` of layout ``"single"``.
+
+    Fit a transformer for each table of rows, as any step of a pipeline; the scale of a modality
+    depends on its documents and on the queries alone. These three make one index::
+
+        texts = SharedSpaceTransformer(queries=query_rows).fit(text_rows)
+        images = SharedSpaceTransformer(queries=query_rows).fit(image_rows)
+        searches = SharedSpaceTransformer(role="query").fit(query_rows)
+
+    Args:
+        queries: rows [N, D] like those that will search, the same for every modality; None where
+            the fitted rows themselves stand in, as texts do for queries of texts.
+        method: one of ``SPACE_METHODS``, the same for every transformer of an index.
+        role: ``"document"``, or ``"query"`` for rows that search.
+
+    Attributes:
+        space_: the fitted space; its modality ``document`` are the rows fitted on.
+        n_features_in_: the number of columns.
+    """
+
+    _parameter_constraints = {  # noqa: RUF012  # as scikit-learn declares it
+        "queries": ["array-like", None],
+        "method": [StrOptions(set(SPACE_METHODS))],
+        "role": [StrOptions({"document", "query"})],
+    }
+
+    def __init__(
+        self,
+        *,
+        queries: ArrayLike | None = None,
+        method: SpaceMethod = "calibrate",
+        role: Literal["document", "query"] = "document",
+    ) -> None:
+        self.queries = queries
+        self.method = method
+        self.role = role
+
+    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
+    def fit(self, X: ArrayLike, y: None = None) -> SharedSpaceTransformer:
+        """Fit on finite rows X [N, D], N and D from 2; ``y`` is ignored."""
+        rows = validate_data(self, X, ensure_min_samples=2, ensure_min_features=2, **_READABLE)
+        queries = rows if self.queries is None else check_array(self.queries, **_READABLE)
+        options: dict[str, Any] = dict(method=self.method, query_role="query", bad_rows="keep")
+        self.space_ = SharedSpace.fit(document=rows, query=queries, **options)
+        return self
+
+    def transform(self, X: ArrayLike) -> np.ndarray[Any, Any]:
+        """Return rows of the index [N, D] for finite rows X [N, D], with their dtype."""
+        check_is_fitted(self)
+        rows: np.ndarray[Any, Any] = validate_data(self, X, reset=False, **_READABLE)
+        if self.role == "query":
+            return self.space_.query(rows)
+        return self.space_.documents("document", rows)

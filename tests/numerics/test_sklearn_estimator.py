@@ -1,4 +1,4 @@
-"""StreamingCovariance: scikit-learn's own tests, and that batches are all rows."""
+"""The estimators keep scikit-learn's rules; batches of StreamingCovariance are all rows."""
 
 import pickle
 import subprocess
@@ -15,7 +15,7 @@ import sklearn.covariance.tests.test_covariance as their_tests  # noqa: E402
 from sklearn.covariance import EmpiricalCovariance  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
-from realign_fast.integrations.sklearn import StreamingCovariance  # noqa: E402
+from realign_fast.integrations.sklearn import SharedSpaceTransformer, StreamingCovariance  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 THEIR_TESTS = [
@@ -52,7 +52,15 @@ def test_their_tests_were_found():
     assert len(THEIR_TESTS) >= 2
 
 
-@parametrize_with_checks([StreamingCovariance(), StreamingCovariance(store_precision=False)])
+@parametrize_with_checks(
+    [
+        StreamingCovariance(),
+        StreamingCovariance(store_precision=False),
+        SharedSpaceTransformer(),
+        SharedSpaceTransformer(method="center-calibrate", role="query"),
+    ]
+)
+@pytest.mark.filterwarnings("ignore:SharedSpace. the scale of")
 def test_it_keeps_to_the_rules_of_scikit_learn(estimator, check):
     check(estimator)
 
