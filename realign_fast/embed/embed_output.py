@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,11 +23,12 @@ from ..corpus import ShardWriter, format_of
 from ..corpus.formats.arrow_columns import pyarrow, write_table
 from ..corpus.layout import SUBFOLDERS
 from ..storage.paths import write_json, write_whole
-from .choices import Side
 from .sources.base import Item
 
+Side = Literal["text", "image"]
 RECORDS, RUN, FAILURES, REPORT = "_embed", "run.json", "failures.jsonl", "embed.json"
 METADATA = "metadata"
+FOLDERS = (*SUBFOLDERS.values(), METADATA)
 METADATA_COLUMNS = {"id": "id", "caption": "caption", "source": "path"}  # and the item's field
 METADATA_ROWS = 1 << 14  # rows of a record batch
 
@@ -48,19 +49,16 @@ class OpenEndedWriter(ShardWriter):
 class ShardFiles:
     """The files of shard `number`: the rows of each side, their metadata, and the records."""
 
-    def __init__(self, out: Path, number: int, sides: Sequence[Side], metadata_format: str) -> None:
+    def __init__(self, out: Path, number: int, sides: Sequence[Side]) -> None:
         self.num_rows, self.unturned, self.failures = 0, 0, list[dict[str, str]]()
         self._items: list[Item] = []
         folders = [SUBFOLDERS[side] for side in sides]
         self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
-        self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format}"
+        self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format()}"
         self.failures_path = out / RECORDS / f"{number}.failures"
         self.record = out / RECORDS / f"{number}.json"  # says that the shard is complete
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files of rows and the metadata."""
-        return [*self.rows_paths, self.metadata_path]
+        self.data_paths = [*self.rows_paths, self.metadata_path]
+        self.paths = [*self.data_paths, self.record, self.failures_path]
 
     @contextmanager
     def writing(self, most_rows: int, dimension: int, dtype: torch.dtype) -> Iterator[None]:
@@ -71,9 +69,9 @@ class ShardFiles:
             self._writers = [stack.enter_context(writer) for writer in writers]
             yield
         if self.num_rows:
-            write_metadata(self.metadata_path, self._items)
+            self._write_metadata()
         else:  # a shard without rows is no shard of a corpus
-            for path in self.paths:
+            for path in self.data_paths:
                 path.unlink(missing_ok=True)
         write_whole(self.failures_path, _json_lines(self.failures))
 
@@ -105,8 +103,24 @@ class ShardFiles:
             return None
 
     def _stamps(self) -> list[list[Any]]:
-        states = [(path, path.stat()) for path in self.paths if path.exists()]
+        states = [(path, path.stat()) for path in self.data_paths if path.exists()]
         return [[path.name, state.st_size, state.st_mtime_ns] for path, state in states]
+
+    def _write_metadata(self) -> None:
+        """Write the id, caption and source of each row."""
+        path, fields = self.metadata_path, METADATA_COLUMNS.items()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            rows = ({name: getattr(item, k) for name, k in fields} for item in self._items)
+            write_whole(path, _json_lines(rows))
+            return
+        pa = pyarrow()
+        columns = {
+            name: pa.array([_utf8(getattr(item, field)) for item in self._items], pa.string())
+            for name, field in fields
+        }
+        table = pa.table(columns)
+        write_table(path, table.schema, iter(table.to_batches(METADATA_ROWS)))
 
 
 def metadata_format() -> str:
@@ -116,22 +130,6 @@ def metadata_format() -> str:
         return "parquet"
     except ImportError:
         return "jsonl"
-
-
-def write_metadata(path: Path, items: Sequence[Item]) -> None:
-    """Write the id, caption and source of each row, as the suffix of `path` says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        rows = ({k: getattr(item, v) for k, v in METADATA_COLUMNS.items()} for item in items)
-        write_whole(path, _json_lines(rows))
-        return
-    pa = pyarrow()
-    columns = {
-        name: pa.array([_utf8(getattr(item, field)) for item in items], pa.string())
-        for name, field in METADATA_COLUMNS.items()
-    }
-    table = pa.table(columns)
-    write_table(path, table.schema, iter(table.to_batches(METADATA_ROWS)))
 
 
 def _json_lines(values: Iterable[Mapping[str, Any]]) -> bytes:
@@ -154,27 +152,24 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
         ValueError: `out` holds other files, or rows that depend on other facts.
     """
     run = out / RECORDS / RUN
-    shards = [path for name in ("", *SUBFOLDERS.values()) for path in _shards(out / name)]
-    if shards and not run.exists():
+    folders = [out, *(out / name for name in SUBFOLDERS.values())]
+    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    if not run.exists() and (shards := [path for path in files if format_of(path.name)]):
         raise ValueError(f"{shards[0]}: no embed run of ours wrote it; give an empty --out")
     if overwrite and run.exists():
-        for name in (*SUBFOLDERS.values(), METADATA):
+        for name in FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
         for path in (out / RECORDS).glob("[0-9]*.*"):
             path.unlink()
         run.unlink()
-    if run.exists():
-        return _check_facts(out, run, facts)
-    write_json(run, facts)
-    return True
-
-
-def _check_facts(out: Path, run: Path, facts: dict[str, Any]) -> bool:
+    if not run.exists():
+        write_json(run, facts)
+        return True
     try:
         recorded = json.loads(run.read_bytes())
     except ValueError as error:
         raise ValueError(f"{run}: is damaged ({error}); give --mode overwrite") from error
-    known = {name: value for name, value in facts.items() if name in {**recorded, "model": None}}
+    known = {name: facts[name] for name in facts if name in recorded or name == "model"}
     for difference in _differences("", recorded, known):
         raise ValueError(
             f"{out}: was begun with {difference}; give the same again, another --out, or --mode "
@@ -192,20 +187,15 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{name} {json.dumps(before)[:200]}, now it is {json.dumps(now)[:200]}"
 
 
-def remove_stale(out: Path, planned: Sequence[ShardFiles], metadata_format: str) -> None:
+def remove_stale(out: Path, planned: Sequence[ShardFiles]) -> None:
     """Remove unfinished files, and files of earlier runs that belong to no planned shard."""
-    for name in (*SUBFOLDERS.values(), METADATA):
+    for name in FOLDERS:
         for partial in (out / name).glob(".*.partial"):
             partial.unlink()
-    kept = {path for files in planned for path in _all_paths(files)}
+    kept = {path for files in planned for path in files.paths}
     for number in {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}:
-        for path in _all_paths(ShardFiles(out, number, get_args(Side), metadata_format)):
-            if path not in kept:
-                path.unlink(missing_ok=True)
-
-
-def _all_paths(files: ShardFiles) -> list[Path]:
-    return [*files.paths, files.record, files.failures_path]
+        for path in {*ShardFiles(out, number, get_args(Side)).paths} - kept:
+            path.unlink(missing_ok=True)
 
 
 def join_failures(out: Path, count: int) -> int:
@@ -213,8 +203,3 @@ def join_failures(out: Path, count: int) -> int:
     lines = b"".join((out / RECORDS / f"{i}.failures").read_bytes() for i in range(count))
     write_whole(out / FAILURES, lines)
     return lines.count(b"\n")
-
-
-def _shards(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (path for path in sorted(folder.iterdir()) if format_of(path.name))

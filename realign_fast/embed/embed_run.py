@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..interface.option_values import SHARD_ROWS, RowDtype
+from ..interface.option_values import SHARD_ROWS, EmbedMode, RowDtype
 from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import write_json
-from .choices import Content, Mode, Side
 from .embed_output import (
     RECORDS,
     REPORT,
     RUN,
     ShardFiles,
+    Side,
     check_out,
     join_failures,
     metadata_format,
@@ -33,7 +33,7 @@ from .embed_output import (
 )
 from .encoders.base import Encoder
 from .loader import PreparedBatch, PreparedBatches, prepared_batches
-from .sources.base import Item, Source, identity
+from .sources.base import Content, Item, Source, identity
 
 SIDES: dict[Content, tuple[Side, ...]] = {
     "texts": ("text",),
@@ -43,6 +43,7 @@ SIDES: dict[Content, tuple[Side, ...]] = {
 # Differences of a number in a unit row between machines: rounding of the model and to float16.
 TOLERANCE = {"fp32": 6e-4, "bf16": 5e-3}
 CODE = 1  # rises with each version of this code that gives other bytes
+RowTransfer = Callable[[], torch.Tensor]  # waits for rows on their way to the CPU, returns them
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class EmbedSettings:
     workers: int | None = None
     shard_rows: int = SHARD_ROWS
     dtype: RowDtype = "float16"
-    mode: Mode = "incremental"
+    mode: EmbedMode = "incremental"
     progress: bool = True
 
 
@@ -97,16 +98,19 @@ def embed(
         ValueError, TypeError, OSError: what is wrong with a source, the model or `out`.
     """
     settings, out, begun = settings or EmbedSettings(), Path(out), time.monotonic()
-    plan = _plan(out, {"texts": texts, "images": images, "pairs": pairs}, settings.shard_rows)
-    for source in filter(None, (images, texts, pairs)):
+    given = [source for source in (texts, images, pairs) if source is not None]
+    if not given or (pairs and len(given) > 1):
+        raise ValueError("embed: give images or texts or both, or pairs alone")
+    for source in given:
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
+    plan = _plan(out, given, settings.shard_rows)
     run = _EmbedRun(encoder, out, settings, plan)
     with locked(out / RECORDS):
         run.recorded = check_out(out, run.facts, settings.mode == "overwrite")
         (out / REPORT).unlink(missing_ok=True)
-        remove_stale(out, [shard.files for shard in plan], metadata_format())
+        remove_stale(out, [shard.files for shard in plan])
         report = run.write_shards()
         failures = join_failures(out, len(plan))
         report |= {
@@ -125,17 +129,14 @@ def embed(
     return report
 
 
-def _plan(out: Path, sources: dict[str, Source | None], shard_rows: int) -> list[PlannedShard]:
-    """Return the shards to write, those of texts first; a shard's number is its index."""
-    given = [source for source in sources.values() if source is not None]
-    if not given or (sources["pairs"] and len(given) > 1):
-        raise ValueError("embed: give images or texts or both, or pairs alone")
+def _plan(out: Path, sources: Sequence[Source], shard_rows: int) -> list[PlannedShard]:
+    """Return the shards to write; a shard's number is its index."""
     plan: list[PlannedShard] = []
-    for source in given:
+    for source in sources:
         sides = SIDES[source.content]
         for start in range(0, source.total, shard_rows):
-            files = ShardFiles(out, len(plan), sides, metadata_format())
             stop = min(start + shard_rows, source.total)
+            files = ShardFiles(out, len(plan), sides)
             plan.append(PlannedShard(files, source, sides, start, stop))
     return plan
 
@@ -168,8 +169,7 @@ class _EmbedRun:
 
     def write_shards(self) -> dict[str, Any]:
         """Write every shard that is not complete, and return the counts of the report."""
-        rows, finished_before, embedded_now = {"text": 0, "image": 0}, 0, 0
-        unturned = 0
+        rows, unturned, finished_before = {"text": 0, "image": 0}, 0, 0
         total = sum(shard.stop - shard.start for shard in self.plan)
         progress = self.settings.progress
         with Progress(total, "embed", unit="row", delay=0, shown=progress) as bar:
@@ -191,17 +191,12 @@ class _EmbedRun:
                             "finish and run again"
                         )
                     record = shard.files.finish(key)
-                    embedded_now += len(items)
                 for side in shard.sides:
                     rows[side] += record["rows"]
                 unturned += record.get("unturned", 0)
-        return {
-            "rows": rows,
-            "unturned": unturned,
-            "items": total,
-            "finished_before": finished_before,
-            "embedded_now": embedded_now,
-        }
+        counts = {"rows": rows, "unturned": unturned, "items": total}
+        embedded_now = total - finished_before
+        return counts | {"finished_before": finished_before, "embedded_now": embedded_now}
 
     def _key(self, shard: PlannedShard, items: Sequence[Item]) -> str:
         """Return a digest of everything that the bytes of a shard depend on.
@@ -213,19 +208,21 @@ class _EmbedRun:
         data = json.dumps(inputs, sort_keys=True).encode()
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
+    def _batches(self, shard: PlannedShard, items: Sequence[Item]) -> PreparedBatches:
+        return PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
+
     def _verify(self, shard: PlannedShard, items: Sequence[Item]) -> None:
         """Embed the first rows of a finished shard again, for want of a recorded architecture.
 
         Raises:
             ValueError: the model gives other rows.
         """
-        dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
+        dataset = self._batches(shard, items)
         batches = (dataset.batch(number) for number in range(len(dataset)))
         first = next(batch for batch in batches if batch.positions)
-        for path, transfer in zip(
-            shard.files.rows_paths, self._rows(first, shard.sides), strict=True
-        ):
-            rows = transfer.wait().float()
+        side_rows = self._rows(first, shard.sides)
+        for path, wait_for_rows in zip(shard.files.rows_paths, side_rows, strict=True):
+            rows = wait_for_rows().float()
             stored = torch.from_numpy(np.load(path, mmap_mode="r")[: len(rows)].astype("float32"))
             if (error := (rows - stored).abs().max()) > TOLERANCE[self.encoder.precision]:
                 raise ValueError(
@@ -236,23 +233,18 @@ class _EmbedRun:
 
     def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: Progress) -> None:
         """Write one shard. Rows of a batch come back while the device works on the next one."""
-        dataset = PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
-        files = shard.files
+        files, dataset = shard.files, self._batches(shard, items)
         with files.writing(len(items), self.encoder.dimension, self.dtype):
-            pending: tuple[list[Item], list[RowTransfer]] | None = None
+            pending: tuple[list[Item], list[RowTransfer]] = [], []
             for batch in prepared_batches(dataset, self.workers, self.lock):
                 files.unturned += batch.unturned
                 for position, reason in batch.failures:
                     files.fail(items[position], reason)
                 transfers = self._rows(batch, shard.sides)
-                if pending:
-                    _write_rows(files, *pending)
-                pending = None
-                if batch.positions:
-                    pending = [items[position] for position in batch.positions], transfers
-                bar.update(len(batch.positions) + len(batch.failures))
-            if pending:
                 _write_rows(files, *pending)
+                pending = [items[position] for position in batch.positions], transfers
+                bar.update(len(batch.positions) + len(batch.failures))
+            _write_rows(files, *pending)
 
     def _rows(self, batch: PreparedBatch, sides: Sequence[Side]) -> list[RowTransfer]:
         """Run the model on a batch and start to copy its rows of each side to the CPU."""
@@ -263,7 +255,7 @@ class _EmbedRun:
                     features.append(self.encoder.text_rows(batch.tokens))
                 elif side == "image" and batch.pixels is not None:
                     features.append(self.encoder.image_rows(batch.pixels))
-            return [RowTransfer(rows.to(self.dtype)) for rows in features]
+            return [_copy_to_cpu(rows.to(self.dtype)) for rows in features]
         except torch.OutOfMemoryError as error:
             raise OSError(
                 None, f"{self.encoder.device}: out of memory ({error}); give a smaller --batch-size"
@@ -271,33 +263,32 @@ class _EmbedRun:
 
 
 def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfer]) -> None:
-    """Write the rows of a batch.
+    """Write the rows of a batch, which may have none.
 
     Raises:
         ValueError: a row is not finite.
     """
-    side_rows = [transfer.wait() for transfer in transfers]
+    side_rows = [wait_for_rows() for wait_for_rows in transfers]
     for rows in side_rows:
         if not (finite := torch.isfinite(rows).all(dim=1)).all():
             item = items[int((~finite).nonzero()[0, 0])]
             raise ValueError(
                 f"{item.path}: the model gives no finite row for {item.id!r}; try --precision fp32"
             )
-    files.write(items, side_rows)
+    if items:
+        files.write(items, side_rows)
 
 
-class RowTransfer:
-    """Rows on their way to the CPU; waiting for them does not wait for later work on the device."""
+def _copy_to_cpu(rows: torch.Tensor) -> RowTransfer:
+    """Start to copy rows; the function that is returned waits for them and for nothing after."""
+    if rows.device.type != "cuda":
+        return lambda: rows
+    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copy.copy_(rows, non_blocking=True)
+    event = torch.cuda.current_stream(rows.device).record_event()
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self._rows, self._event = rows, None
-        if rows.device.type == "cuda":
-            self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            self._rows.copy_(rows, non_blocking=True)
-            self._event = torch.cuda.current_stream(rows.device).record_event()
+    def wait_for_rows() -> torch.Tensor:
+        event.synchronize()
+        return copy
 
-    def wait(self) -> torch.Tensor:
-        """Return the rows, on the CPU."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._rows
+    return wait_for_rows

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .choices import Side
 from .decode import UNTURNED, Unreadable, decode
+from .embed_output import Side
 from .encoders.base import Encoder, Tokens
 from .sources.base import Item, Source
 

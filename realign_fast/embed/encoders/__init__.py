@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..choices import Precision, StrPath
-from .base import Encoder
+from ...interface.option_values import Precision
+from .base import Encoder, StrPath
 from .hugging_face import HuggingFaceEncoder
 from .llm2clip import Llm2ClipEncoder, is_llm2clip
 from .open_clip import OpenClipEncoder

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 
 from ..._argument_checks import check_device
-from ..choices import Precision
+from ...interface.option_values import Precision
 from ..decode import pillow
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+StrPath = str | os.PathLike[str]
 Tokens = dict[str, torch.Tensor]  # [n, L] each, by the name of the text tower's argument
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..._extras import import_extra
-from ..choices import Precision, StrPath
-from .base import Encoder, Tokens, loading, plain
+from ...interface.option_values import Precision
+from .base import Encoder, StrPath, Tokens, loading, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..choices import Precision, StrPath
-from .base import Encoder, Tokens, plain, weights_hash
+from ...interface.option_values import Precision
+from .base import Encoder, StrPath, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
     config_of,

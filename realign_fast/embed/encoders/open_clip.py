@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..._extras import import_extra
-from ..choices import Precision, StrPath
-from .base import Encoder, Tokens, loading, plain
+from ...interface.option_values import Precision
+from .base import Encoder, StrPath, Tokens, loading, plain
 from .hugging_face import config_of, tokenizer_state
 
 

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from ...storage.paths import natural_order
-from ..choices import Content, StrPath
 from ..decode import SUFFIXES
-from .base import Columns, Item, Source
+from .base import Columns, Content, Item, Source
 from .folder import Folder
 from .table import TABLE_SUFFIXES, Table
 from .tar import Tars
@@ -16,7 +15,9 @@ from .tar import Tars
 __all__ = ["Columns", "Item", "Source", "open_source"]
 
 
-def open_source(path: StrPath, kind: Content, columns: Columns | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str], kind: Content, columns: Columns | None = None
+) -> Source:
     """Open the images, texts or pairs (an image with its caption) of `path`.
 
     Args:

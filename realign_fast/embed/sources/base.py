@@ -14,13 +14,13 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ..choices import Content
 from ..decode import Unreadable
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 1 << 20
+Content = Literal["images", "texts", "pairs"]  # a pair is an image with its caption
 NEEDED = {"images": ("image",), "texts": ("caption",), "pairs": ("image", "caption")}
 CAPTION_NAMES = ("txt", "caption", "text")  # endings of members, or keys of the json member
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...corpus.formats.arrow_columns import decoded, pyarrow
-from ..choices import Content
 from ..decode import Unreadable
-from .base import NEEDED, Columns, Item, Source
+from .base import NEEDED, Columns, Content, Item, Source
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
 READ_ROWS = 32  # images read at a time
