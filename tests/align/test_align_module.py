@@ -82,7 +82,7 @@ def test_an_unfitted_module_shows_in_every_row(dtype):
     assert ReAlign(12)(random_rows(6, 12, dtype)).isnan().all()
     assert "not fitted" in repr(ReAlign(12))
     for dimension in (0, -3):
-        with pytest.raises(ValueError, match=f"expected a dimension from 1, got {dimension}"):
+        with pytest.raises(ValueError, match=f"dimension is {dimension}, expected"):
             ReAlign(dimension)
 
 
