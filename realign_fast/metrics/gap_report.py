@@ -184,16 +184,7 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
         found = mixed_gallery.mixed_gallery(
             galleries[side], galleries, {other: numbers}, own={side: numbers}, ks=ks, block=block
         )
-        for k in ks:
-            figures[f"{side}_recall_at_{k}"] = found.pure_recall[other][k]
-            figures[f"{side}_mixed_recall_at_{k}"] = found.recall[k]
-        figures |= {
-            f"{side}_mixed_ndcg": found.ndcg,
-            f"{side}_mixed_share": found.shares[other],  # of the other side among the first k
-            f"{side}_within_rate": found.within[other],
-            f"{side}_between_rate": found.between[other],
-            f"{side}_mixed_hub_gini": found.hub_gini,
-        }
+        figures |= {f"{side}_{name}": value for name, value in found.figures(other).items()}
     return figures | {"gallery_rows": rows}
 
 

@@ -27,6 +27,21 @@ class MixedGallery(NamedTuple):
     between: dict[str, Estimate]  # modality, and of the others, that score above it
     hub_gini: Estimate  # 0: each row is found equally often; 1: one row is found by all queries
 
+    def figures(self, modality: str) -> dict[str, Estimate]:
+        """Return the figures of relevant rows of one modality under flat names."""
+        pure = {f"recall_at_{k}": value for k, value in self.pure_recall[modality].items()}
+        mixed = {f"mixed_recall_at_{k}": value for k, value in self.recall.items()}
+        return {
+            **mixed,
+            "mixed_ndcg": self.ndcg,
+            **pure,
+            "ndcg": self.pure_ndcg[modality],
+            **{f"share_of_{name}": value for name, value in self.shares.items()},
+            "within_rate": self.within[modality],
+            "between_rate": self.between[modality],
+            "hub_gini": self.hub_gini,
+        }
+
 
 def mixed_gallery(
     queries: Tensor,
@@ -109,7 +124,12 @@ def mixed_gallery(
 
 
 def over_splits(results: Sequence[MixedGallery]) -> MixedGallery:
-    """Return the mean of each figure over splits, with ``std / sqrt(splits)`` as standard error."""
+    """Return the mean of each figure over splits, with ``std / sqrt(splits)`` as standard error.
+
+    A single split keeps its standard errors over queries.
+    """
+    if len(results) == 1:
+        return results[0]
 
     def mean(figures: Sequence[Any]) -> Any:
         if not isinstance(figures[0], dict):

@@ -52,7 +52,17 @@ class Substitution(NamedTuple):
     share_closed: dict[str, Estimate]  # (l_source - l) / (l_source - l_target) of mean losses; NaN
     # where target rows are no better than source rows
     interval: dict[str, tuple[float, float]]  # 95%, of share_closed (delta method, Student)
-    losses: dict[str, Tensor]  # [runs] float64, to compare maps run by run
+    runs: dict[str, Tensor]  # [2, runs] float64 losses and accuracies, to compare maps run by run
+
+    @staticmethod
+    def joined(results: Sequence[Substitution], overlap: float) -> Substitution:
+        """Return the figures of several calls, such as one a split whose maps were fitted anew.
+
+        ``overlap`` is ``n_test / n_train`` of the splits, or 0 where all test the same rows.
+        """
+        names = results[0].runs
+        runs = {name: torch.cat([found.runs[name] for found in results], dim=1) for name in names}
+        return _summary(runs, overlap)
 
 
 @one_thread
@@ -156,7 +166,7 @@ def hashed_ngrams(
     return labels
 
 
-def _summary(figures: Mapping[str, Tensor], overlap: float) -> Substitution:
+def _summary(figures: dict[str, Tensor], overlap: float) -> Substitution:
     """Return means of losses and accuracies [2, runs] by name, of splits with this overlap."""
 
     def mean(values: Tensor) -> Estimate:
@@ -175,7 +185,7 @@ def _summary(figures: Mapping[str, Tensor], overlap: float) -> Substitution:
         shares[name] = Estimate(share, error)
         intervals[name] = (share - width * error, share + width * error)
     means = [{name: mean(values[i]) for name, values in figures.items()} for i in (0, 1)]
-    return Substitution(means[0], means[1], shares, intervals, losses)
+    return Substitution(means[0], means[1], shares, intervals, figures)
 
 
 def _draw_test(test: float | Tensor, count: int, seed: int) -> Tensor:

@@ -77,25 +77,14 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
     Raises:
         ValueError: there are no ids, their number is not that of the rows, or an id is not unique.
     """
-    files = _metadata(corpus, ids)
-    pairs = paired([shard.path for shard in corpus.shards], files)
     with replaced(path) as partial, closing(sqlite3.connect(partial)) as database:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
-        for shard, start in zip(corpus.shards, corpus.starts.tolist(), strict=False):
-            if files and shard.path not in pairs:
-                folder = f"{ids or corpus.path}/{METADATA}"
-                raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
-            source = pairs.get(shard.path, shard.path)
-            shard_ids = _METADATA_READERS[source.suffix](source) if files else _ids_in(shard)
-            before = database.total_changes
+        for start, shard_ids in zip(
+            corpus.starts.tolist(), shard_values(corpus, ids, ID_COLUMNS), strict=False
+        ):
             database.executemany("INSERT INTO ids VALUES (?, ?)", zip(shard_ids, count(start)))
-            if (inserted := database.total_changes - before) != shard.num_rows:
-                raise ValueError(
-                    f"{source}: has {inserted} ids, {shard.path} has {shard.num_rows} rows; "
-                    "they must be row-aligned"
-                )
         try:  # SQLite sorts them on disk, whatever their number
             database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
         except sqlite3.IntegrityError as error:
@@ -106,6 +95,36 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
                 "give every row an id of its own"
             ) from error
         database.commit()
+
+
+def shard_values(corpus: Corpus, ids: IdSource, columns: Sequence[str]) -> Iterator[Iterator[str]]:
+    """Yield, for each shard, the values of its rows in the first of the columns that is there.
+
+    Raises:
+        ValueError: there is no such column, or it has not one value for each row.
+    """
+    files = _metadata(corpus, ids)
+    pairs = paired([shard.path for shard in corpus.shards], files)
+    for shard in corpus.shards:
+        if files and shard.path not in pairs:
+            folder = f"{ids or corpus.path}/{METADATA}"
+            raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
+        source = pairs.get(shard.path, shard.path)
+        read = _METADATA_READERS[source.suffix] if files else None
+        yield _counted(shard, source, read(source, columns) if read else _values_in(shard, columns))
+
+
+def _counted(shard: Shard, source: StoragePath, values: Iterator[str]) -> Iterator[str]:
+    """Yield the values; a ValueError at their end if they are not as many as the rows."""
+    found = count()
+    for value in values:
+        next(found)
+        yield value
+    if (entries := next(found)) != shard.num_rows:
+        raise ValueError(
+            f"{source}: has {entries} entries, {shard.path} has {shard.num_rows} rows; they must "
+            "be row-aligned"
+        )
 
 
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
@@ -142,43 +161,43 @@ def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
     return [path for path in files if path.is_file()]
 
 
-def _ids_in(shard: Shard) -> Iterator[str]:
-    """Yield the ids in the other columns of a shard, in the form that its format gives them."""
+def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the values of one of the other columns, in the form that the format gives them."""
     for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
-            yield from (str(entry[_id_column(shard.path, entry)]) for entry in part)
+            yield from (str(entry[_column(shard.path, entry, columns)]) for entry in part)
         elif isinstance(part, dict):  # arrays of a safetensors file
-            yield from map(str, part[_id_column(shard.path, part)].tolist())
+            yield from map(str, part[_column(shard.path, part, columns)].tolist())
         else:  # a record batch
-            column = _id_column(shard.path, part.schema.names)
+            column = _column(shard.path, part.schema.names, columns)
             yield from map(str, part.column(column).to_pylist())
 
 
-def _parquet_ids(path: StoragePath) -> Iterator[str]:
+def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
     with explained(path), path.open("rb") as raw, decoded(path):
         file = pyarrow().parquet.ParquetFile(raw)
-        column = _id_column(path, file.schema_arrow.names)
+        column = _column(path, file.schema_arrow.names, columns)
         for batch in file.iter_batches(columns=[column]):
             yield from map(str, batch.column(0).to_pylist())
 
 
-def _json_lines_ids(path: StoragePath) -> Iterator[str]:
+def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
     with explained(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                sample_id = entry[_id_column(path, entry)]
+                value = entry[_column(path, entry, columns)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from error
-            yield str(sample_id)
+            yield str(value)
 
 
-_METADATA_READERS = {".parquet": _parquet_ids, ".jsonl": _json_lines_ids}
+_METADATA_READERS = {".parquet": _parquet_values, ".jsonl": _json_lines_values}
 
 
-def _id_column(path: StoragePath, names: Collection[str]) -> str:
-    column = next((name for name in ID_COLUMNS if name in names), None)
+def _column(path: StoragePath, names: Collection[str], columns: Sequence[str]) -> str:
+    column = next((name for name in columns if name in names), None)
     if column is None:
         present = ", ".join(map(repr, names)) or "nothing"
-        raise ValueError(f"{path}: no column {' or '.join(ID_COLUMNS)} for ids, but {present}")
+        raise ValueError(f"{path}: no column {' or '.join(columns)}, but {present}")
     return column

@@ -43,8 +43,8 @@ def test_a_planted_effect_has_its_size():
     low, high = found.interval["half"]
     assert low < found.share_closed["half"] < high < low + 0.05
     assert found.accuracy["target"] == pytest.approx(1, abs=1e-3)
-    assert found.losses["half"].shape == (3,)
-    mean = metrics.Estimate.of_mean(found.losses["source"])  # splits of 60 and 240 rows overlap
+    assert found.runs["half"].shape == (2, 3)
+    mean = metrics.Estimate.of_mean(found.runs["source"][0])  # splits of 60 and 240 rows overlap
     expected = mean.standard_error * (1 + 3 * 60 / 240) ** 0.5
     assert found.loss["source"].standard_error == pytest.approx(expected)
 
@@ -63,9 +63,14 @@ def test_bytes_depend_on_seeds_alone(kind):
             )
         )
     assert torch.equal(torch.get_rng_state(), state) and len(counted) == 8
-    for name, losses in found[0].losses.items():
-        assert torch.equal(losses, found[1].losses[name])
-    assert found[0].losses["source"][0] != found[0].losses["source"][1]
+    for name, runs in found[0].runs.items():
+        assert torch.equal(runs, found[1].runs[name])
+    assert found[0].runs["source"][0, 0] != found[0].runs["source"][0, 1]
+    options["seeds"] = [0]
+    alone = metrics.substitution(source, target, *labels, **options)
+    both = metrics.Substitution.joined([alone, alone], 0)
+    assert both.loss["target"] == alone.loss["target"] == found[0].runs["target"][0, 0]
+    assert both.share_closed["target"].standard_error == 0
     assert found[0].accuracy["target"] > found[0].accuracy["source"]
     assert found[0].share_closed["target"] == 1
 

@@ -150,7 +150,7 @@ def test_ids_that_do_not_fit_are_refused(root, tokenizer, tmp_path):
     lines = file.read_text().splitlines(keepends=True)
     plain, cache = Plain(tokenizer, K), tmp_path / "cache"
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match=r"metadata_1.jsonl: has 19 ids, .* has 20 rows"):
+    with pytest.raises(ValueError, match=r"metadata_1.jsonl: has 19 entries, .* has 20 rows"):
         ready(path, root[0], plain, cache)
     file.write_text("".join([*lines[:-1], json.dumps({"id": "x3"}) + "\n"]))
     with pytest.raises(ValueError, match=r"rows 3 and 39 have the same id 'x3'"):
