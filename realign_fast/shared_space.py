@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -140,36 +140,61 @@ class SharedSpace:
             ValueError: fewer than two modalities, columns that differ, an unknown role or option,
                 or a centring method where only moments are given.
         """
-        _check_options(modalities, query_role, layout, method)
         query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
             query_rows = {query_role: queries}
-        if unknown := set(query_rows) - set(modalities):
+        rows = modalities | {_queries_of(name): role_rows for name, role_rows in query_rows.items()}
+
+        def measure_rows(name: str, centre: Tensor | None) -> Moments:
+            """Return the moments of one pass over the rows ``name``."""
+            return _measure(name, rows[name], centre, batch_rows=batch_rows, bad_rows=bad_rows)
+
+        if method == "auto" and any(isinstance(given, Moments) for given in rows.values()):
+            method = "calibrate"  # centring would need the rows
+        return cls.from_passes(
+            measure_rows, [*modalities], [*query_rows], query_role, layout=layout, method=method
+        )
+
+    @classmethod
+    def from_passes(
+        cls,
+        measure_rows: Callable[[str, Tensor | None], Moments],
+        modalities: Sequence[str],
+        query_roles: Sequence[str] = (),
+        query_role: str = "text",
+        *,
+        layout: Layout = "single",
+        method: SpaceMethod | Literal["auto"] = "auto",
+    ) -> SharedSpace:
+        """Fit with a function that measures rows, which may be anywhere.
+
+        Args:
+            measure_rows: called with the name of a modality, or ``"text queries"``, and None or a
+                centre [D]: returns the moments of the unit rows u with their covariance, or those
+                of ``unit(u - centre)``. A method that centres calls it twice for each name.
+            modalities: the names of the documents.
+            query_roles: those modalities of which queries are measured as well.
+            query_role, layout, method: as in :meth:`fit`, which also says the errors.
+        """
+        _check_options(modalities, query_role, layout, method)
+        if unknown := set(query_roles) - set(modalities):
             raise ValueError(
                 f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
                 f"{sorted(modalities)}"
             )
-        reading: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows)
-        documents = {name: _measure(name, rows, **reading) for name, rows in modalities.items()}
-        searches = {
-            name: _measure(f"{name} queries", rows, **reading) for name, rows in query_rows.items()
-        }
-        _check_moments(documents | {f"{name} queries": m for name, m in searches.items()})
-        sides = {
-            name: _calibrated_side(moments, searches.get(name, moments))
-            for name, moments in documents.items()
-        }
-        space = cls(sides, "calibrate", layout, query_role)
+        names = [*modalities, *map(_queries_of, query_roles)]
+        moments = {name: measure_rows(name, None) for name in names}
+        _check_moments(moments)
+        space = cls(_sides(modalities, moments), "calibrate", layout, query_role)
         if method == "auto":
-            has_moments = any(isinstance(rows, Moments) for rows in modalities.values())
-            shares = [space.common_share(query_role, name) for name in sides if name != query_role]
-            centre = sum(shares) / len(shares) > _CENTRE_FROM and not has_moments
-            method = "center-calibrate" if centre else "calibrate"
+            others = [name for name in modalities if name != query_role]
+            shares = [space.common_share(query_role, name) for name in others]
+            centres_too = sum(shares) / len(shares) > _CENTRE_FROM
+            method = "center-calibrate" if centres_too else "calibrate"
         if method != "calibrate":
-            for name, rows in modalities.items():
-                own = (query_rows[name], searches[name]) if name in query_rows else None
-                sides[name] = _centred_side(name, rows, documents[name], own, reading)
-            space = cls(sides, method, layout, query_role)
+            centres = {name: moments[name].mean for name in names}
+            moments = {name: measure_rows(name, centre) for name, centre in centres.items()}
+            space = cls(_sides(modalities, moments, centres), method, layout, query_role)
         space._warn_of_unsure_scales()
         return space
 
@@ -437,13 +462,11 @@ class SharedSpace:
                 warnings.warn(
                     f"SharedSpace: the scale of {name!r} has a standard error of {error:.0%}, from "
                     f"{side.count} documents and {queries.query_count} queries; fit on more rows",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 
-def _check_options(
-    modalities: Mapping[str, object], query_role: str, layout: str, method: str
-) -> None:
+def _check_options(modalities: Collection[str], query_role: str, layout: str, method: str) -> None:
     """Raise a ValueError for names that :meth:`SharedSpace.fit` does not know."""
     if len(modalities) < 2:
         raise ValueError(
@@ -480,13 +503,18 @@ def _check_moments(sides: Mapping[str, Moments]) -> None:
         )
 
 
+def _queries_of(role: str) -> str:
+    """Return the name of the queries of a role among all rows that are measured."""
+    return f"{role} queries"
+
+
 def _measure(
     name: str,
     rows: Rows | Moments,
+    centre: Tensor | None,
     *,
     batch_rows: int,
     bad_rows: BadRows,
-    centre: Tensor | None = None,
 ) -> Moments:
     """Return the moments of rows, or those of ``unit(u - centre)``."""
     if isinstance(rows, Moments) and centre is None:
@@ -496,49 +524,41 @@ def _measure(
             f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
             "give rows, or method='calibrate'"
         )
-    through = None if centre is None else (centre.new_ones(()), -centre, torch.zeros_like(centre))
+    through = None if centre is None else centring_map(centre)
     options: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows, through=through)
     return measure(rows, name, covariance=True, **options)
 
 
-def _calibrated_side(documents: Moments, queries: Moments) -> Side:
-    """Return the statistics of one modality for the method ``calibrate``."""
-    zeros = torch.zeros_like(documents.mean)
-    return Side(
-        documents.mean,
-        zeros,
-        documents.covariance,
-        zeros.clone(),
-        queries.mean,
-        _second_moment(queries),
-        documents.count,
-        queries.count,
-    )
+def centring_map(centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row map ``unit(u - centre)``, for :meth:`Moments.update`."""
+    return centre.new_ones(()), -centre, torch.zeros_like(centre)
 
 
-def _centred_side(
-    name: str,
-    rows: Rows | Moments,
-    documents: Moments,
-    queries: tuple[Rows | Moments, Moments] | None,
-    reading: dict[str, Any],
-) -> Side:
-    """Return the statistics of one modality for a method that centres."""
-    stored = _measure(name, rows, centre=documents.mean, **reading)
-    searching, query_centre = stored, documents.mean
-    if queries is not None:
-        query_centre = queries[1].mean
-        searching = _measure(f"{name} queries", queries[0], centre=query_centre, **reading)
-    return Side(
-        documents.mean,
-        stored.mean,
-        stored.covariance,
-        query_centre.clone(),
-        searching.mean,
-        _second_moment(searching),
-        stored.count,
-        searching.count,
-    )
+def _sides(
+    modalities: Sequence[str],
+    moments: Mapping[str, Moments],
+    centres: Mapping[str, Tensor] | None = None,
+) -> dict[str, Side]:
+    """Return the statistics of each modality, of rows less ``centres`` for a method that centres.
+
+    Documents of a modality stand in for queries that are not among the moments.
+    """
+    sides = {}
+    for name in modalities:
+        searches_name = _queries_of(name) if _queries_of(name) in moments else name
+        documents, searches = moments[name], moments[searches_name]
+        zeros = torch.zeros_like(documents.mean)
+        sides[name] = Side(
+            centre=documents.mean if centres is None else centres[name],
+            mean=zeros if centres is None else documents.mean,
+            covariance=documents.covariance,
+            query_centre=(zeros if centres is None else centres[searches_name]).clone(),
+            query_mean=searches.mean.clone(),
+            second_moment=_second_moment(searches),
+            count=documents.count,
+            query_count=searches.count,
+        )
+    return sides
 
 
 def _second_moment(moments: Moments) -> Tensor:

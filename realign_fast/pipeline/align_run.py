@@ -34,6 +34,8 @@ from .passes import PassRunner
 from .sampling import measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
 
+_SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
+
 CorpusLike: TypeAlias = "AnyPath | Corpus"
 
 
@@ -91,6 +93,7 @@ class AlignRun(PassRunner):
                     f"{moments.nonfinite_rows} non-finite); embed it again"
                 )
         y, x = (moments for _, moments in sides)
+        check_different(*sides)
         method, shrinkage = self.settings.method, self.settings.shrinkage
         return ReAlign.from_moments(y, x, method=method, shrinkage=shrinkage)
 
@@ -210,6 +213,21 @@ def check_aligner(aligner: ReAlign, corpus: Corpus) -> None:
         raise ValueError(
             f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
             f"{aligner.dimension}; align the output of the encoder it was fitted on"
+        )
+
+
+def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
+    """Raise ValueError for two corpora whose rows have the same moments: copies of one another.
+
+    One object in both places is allowed: a plan measures its speed with it.
+    """
+    (source_corpus, y), (target_corpus, x) = source, target
+    is_same = y.count == x.count and y.dimension == x.dimension
+    is_same = is_same and float((y.mean - x.mean).norm()) + abs(y.trace - x.trace) <= _SAME
+    if is_same and source_corpus is not target_corpus:
+        raise ValueError(
+            f"{source_corpus.path}: its {y.count:,} rows have the mean and the trace of those of "
+            f"{target_corpus.path}: the two are one side; give the rows of two modalities"
         )
 
 

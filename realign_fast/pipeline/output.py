@@ -59,7 +59,7 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolder: str = "") -> None
     """Refuse an output directory that cannot be written to, or that holds rows which are read.
 
     Raises:
-        ValueError: ``out`` holds one of ``corpora``.
+        ValueError: ``out`` holds one of ``corpora``, or two of these have a file in common.
         OSError: nothing can be written to ``out / subfolder``.
     """
     if not out.is_remote:
@@ -79,6 +79,24 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolder: str = "") -> None
             raise OSError(f"{existing}: {fault}; give another --out")
     for corpus in corpora:
         check_apart(out, corpus, subfolder)
+    files: dict[object, int] = {}
+    for side, corpus in enumerate(corpora):
+        for shard in corpus.shards:
+            key = _file_key(shard.path), corpus.column  # a table may have a column for each side
+            other = files.setdefault(key, side)
+            if other != side:
+                raise OptionError(
+                    f"{shard.path}: is in both sides, {corpora[other].path} and {corpus.path}; "
+                    "give the rows of one modality for each side"
+                )
+
+
+def _file_key(path: StoragePath) -> object:
+    """Return what two paths of one file have in common: its place, or its URL."""
+    if path.is_remote:
+        return path
+    status = os.stat(local_path(path))
+    return status.st_dev, status.st_ino
 
 
 def _existing(folder: LocalPath) -> LocalPath:

@@ -17,7 +17,7 @@ from ..corpus.shard import ContiguousShard
 from ..moments import Moments
 from ..storage import read_ahead
 from ..storage.paths import AnyPath, output_path
-from .align_run import AlignRun, align, check_aligner
+from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
 from .output import ALIGNER, check_output, check_place, format_bytes
 from .passes import LOGGER
@@ -149,13 +149,16 @@ def measured_seconds(
     quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
     try:
         LOGGER.disabled = True
-        first = _beginning(source, settings.workers), _beginning(target, settings.workers)
-        report = align(first[0], first[1], scratch, quick)
+        first = [_beginning(source, settings.workers)]
+        first.append(first[0] if source is target else _beginning(target, settings.workers))
+        run = AlignRun(quick)
+        with run.output_directory(scratch):
+            run.apply(run.fit(*first), first[0], scratch)
     finally:
         LOGGER.disabled = False
         if scratch.exists():
             scratch.remove_tree()
-    rates = {done["name"]: done["rows_per_second"] for done in report["passes"]}
+    rates = {done.name: done.summary()["rows_per_second"] for done in run.passes}
     kinds = {"target sample": "target moments", "source residual": "source drift"}
     kinds |= {"source sample": "source moments", "drift of sample": "source drift"}
     return [step["rows"] / rates[kinds.get(step["name"], step["name"])] for step in steps]

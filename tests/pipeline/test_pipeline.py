@@ -127,11 +127,30 @@ def test_a_single_file_and_other_dtypes_on_the_two_sides(tmp_path):
     np.testing.assert_allclose(aligned, oracle(text, image)[0], rtol=0, atol=1e-6)
 
 
-def test_a_corpus_aligned_to_itself_only_gets_unit_rows(corpora, tmp_path):
-    source, _, text, _ = corpora
-    align(source, source, tmp_path / "out", QUIET)
-    expected = text / np.linalg.norm(text, axis=1, keepdims=True)
-    np.testing.assert_allclose(read_corpus(tmp_path / "out"), expected, atol=1e-6)
+@pytest.mark.parametrize("trap", ["path", "object", "file of it", "hard link", "both", "copy"])
+def test_one_side_given_twice_is_refused(corpora, tmp_path, trap):
+    source, image, *_ = corpora
+    other = tmp_path / "other"
+    other.mkdir()
+    target = {"path": source, "object": Corpus(source), "file of it": source / "emb_3.npy"}
+    if trap == "hard link":
+        os.link(source / "emb_0.npy", other / "x.npy")
+    elif trap == "both":  # a folder that has the shards of both sides
+        for number, path in enumerate((source / "emb_0.npy", image / "emb_0.npy")):
+            (other / f"{number}.npy").symlink_to(path)
+    elif trap == "copy":
+        shutil.copytree(source, other, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    sides = (target["object"] if trap == "object" else source), target.get(trap, other)
+    message = "the two are one side" if trap == "copy" else "is in both sides"
+    with pytest.raises(ValueError, match=message):
+        align(*sides, tmp_path / "out", QUIET)
+    if trap != "copy":
+        with pytest.raises(ValueError, match=message):
+            plan_align(*map(as_corpus, sides), tmp_path / "out", QUIET)
+
+
+def as_corpus(side):
+    return side if isinstance(side, Corpus) else Corpus(side)
 
 
 def test_the_report_is_what_the_files_say(corpora, tmp_path):
@@ -493,7 +512,8 @@ def peak_memory(root, rows):
             file.write(block.data)
     command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", "--quiet"]
     out = root / f"{rows}-out"
-    paths = ["--source", folder, "--target", folder, "--out", out]
+    np.save(root / "target.npy", block + 0.5)
+    paths = ["--source", folder, "--target", root / "target.npy", "--out", out]
     subprocess.run([*command, *map(str, paths)], check=True, stdout=subprocess.DEVNULL)
     report = json.loads((out / "report.json").read_text())
     for path in (folder / "emb_0.npy", out / "emb_0.npy"):
