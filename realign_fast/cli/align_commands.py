@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, output_path, storage_path
 from .app import ExitCode, Result, command
-from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch
-from .option_types import shard_part
+from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
 from .options import (
     ApplyOptions,
     EngineOptions,
@@ -18,6 +17,7 @@ from .options import (
     Passes,
     PlanOptions,
     StatsOptions,
+    shard_part,
 )
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def align(options: FitOptions) -> Result:
         return _plan(options)
     source, target = _sides(options)
     say_scratch(options.out, source, options.workers)
-    report = align(source, target, options.out, _settings(options), engine_from(options))
-    return Result(report, _report_text(report, options.out, metadata_note(source)), has_report=True)
+    report = align(source, target, options.out, settings_from(options), engine_from(options))
+    return _reported(report, options.out, metadata_note(source))
 
 
 @command("Align", _SIDES)
@@ -53,7 +53,10 @@ def fit(options: FitOptions) -> Result:
 
     if options.dry_run:
         return _plan(options, writes=False)
-    run, out = AlignRun(_settings(options), engine=engine_from(options)), output_path(options.out)
+    run, out = (
+        AlignRun(settings_from(options), engine=engine_from(options)),
+        output_path(options.out),
+    )
     source_rows, target = _sides(options)
     source = cached_source(source_rows, run.settings, run.engine)
     check_place(out, source, target)
@@ -61,7 +64,7 @@ def fit(options: FitOptions) -> Result:
         aligner = run.fit(source, target, residual=True)
         aligner.save(out / ALIGNER)
         report = run.finish(out, aligner, source, target)
-    return Result(report, _report_text(report, options.out), has_report=True)
+    return _reported(report, options.out)
 
 
 @command(
@@ -71,32 +74,26 @@ def apply(options: ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
-    from ..pipeline.job_array import HALF
     from ..pipeline.output import check_output
     from ..pipeline.plan import measured_seconds, plan_apply
 
-    if options.aligner.endswith(HALF):
-        raise OptionError(
-            f"{options.aligner}: is a map without its last step, for stats --aligner; run merge "
-            "and give its result"
-        )
     _check_merged(storage_path(options.aligner))
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, out = open_corpus(options, options.source, "text"), output_path(options.out)
+    settings, part = settings_from(options), shard_part(options.shard)
     if options.dry_run:
-        steps = plan_apply(aligner, source, out, _settings(options), shard_part(options.shard))
-        seconds = measured_seconds(steps, source, source, out, _settings(options))
-        return plan_result(steps, seconds)
-    run = AlignRun(_settings(options), shard_part(options.shard), engine=engine_from(options))
+        steps = plan_apply(aligner, source, out, settings, part)
+        return plan_result(steps, measured_seconds(steps, source, source, out, settings))
+    run = AlignRun(settings, part, engine=engine_from(options))
     say_scratch(options.out, source, options.workers)
-    if run.part[1] > 1:
+    if part[1] > 1:
         run.apply(aligner, source, out)
         return Result(run.passes[0].summary(), "")
-    check_output(out, source, run.settings)
+    check_output(out, source, settings)
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
         report = run.finish(out, aligner, source, aligned=aligned)
-    return Result(report, _report_text(report, options.out, metadata_note(source)), has_report=True)
+    return _reported(report, options.out, metadata_note(source))
 
 
 @command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")
@@ -108,15 +105,15 @@ def stats(options: StatsOptions) -> Result:
 
     if (options.source is None) == (options.target is None):
         raise OptionError("stats: expected --source or --target, got both or neither; give one")
-    side: Side = "source" if options.source is not None else "target"
-    path = options.source if options.source is not None else options.target or ""
+    side: Side = "target" if options.source is None else "source"
+    path = options.source or options.target or ""
     rows = open_corpus(options, path, "text" if side == "source" else "image")
     half = storage_path(options.aligner) if options.aligner else None
     if half and half.is_dir():
         raise OptionError(f"{half}: is a directory; name {half / HALF} itself")
     if half and not half.exists():
         raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
-    run = AlignRun(_settings(options), shard_part(options.shard), engine=engine_from(options))
+    run = AlignRun(settings_from(options), shard_part(options.shard), engine=engine_from(options))
     done = stats(run, side, rows, options.out, ReAlign.load(half) if half else None)
     return Result(done.summary(), "")
 
@@ -127,11 +124,13 @@ def merge(options: MergeOptions) -> Result:
     from ..pipeline.job_array import merge
 
     source, target = _sides(options)
-    next_step, report, partly = merge(source, target, options.out, _settings(options))
-    text = _report_text(report, options.out, next_step) if report else next_step
-    status = ExitCode.INCOMPLETE if partly else ExitCode.DONE
-    facts = {"complete": report is not None, "next": next_step, **(report or {})}
-    return Result(facts, text, status, answer=True, has_report=report is not None)
+    next_step, report, partly = merge(source, target, options.out, settings_from(options))
+    result = _reported(report, options.out, next_step) if report else Result({}, next_step)
+    return result._replace(
+        facts={"complete": report is not None, "next": next_step, **result.facts},
+        status=ExitCode.INCOMPLETE if partly else ExitCode.DONE,
+        answer=True,
+    )
 
 
 @command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
@@ -150,7 +149,7 @@ def _plan(
     from ..pipeline.plan import measured_seconds, plan_align, rated_seconds
 
     source, target = _sides(options)
-    settings = _settings(options)
+    settings = settings_from(options)
     steps = plan_align(source, target, options.out, settings, writes)
     if read_rate and write_rate:
         seconds = rated_seconds(steps, read_rate, write_rate)
@@ -165,27 +164,29 @@ def engine_from(options: EngineOptions) -> Engine | None:
     Raises:
         OptionError: options that exclude each other.
     """
-    values = {name: getattr(options, name) for name in _RAY_OPTIONS}
-    values = {name: value for name, value in values.items() if value not in (None, False)}
+    values = {_RAY_OPTIONS[name]: getattr(options, name) for name in _RAY_OPTIONS}
+    given = {name: value for name, value in values.items() if value not in (None, False)}
+    if options.engine != "ray" and given:
+        option = next(name for name, field in _RAY_OPTIONS.items() if field in given)
+        raise OptionError(f"--{option.replace('_', '-')}: is an option of --engine ray; add that")
     if options.engine != "ray":
-        if values:
-            raise OptionError(
-                f"--{next(iter(values)).replace('_', '-')}: is an option of --engine ray; give "
-                "that, or leave it out"
-            )
         return None
     if options.workers > 1:
         raise OptionError(
-            "--workers: is the number of processes on this machine; Ray runs as many tasks at a "
-            "time as its nodes have room for, so give --cpus-per-task, or --threads where Ray is "
-            "started here"
+            "--workers: is the number of processes on this machine; for Ray give --cpus-per-task, "
+            "or --threads where Ray is started here"
         )
     from ..pipeline.engines.ray_driver import RayTasks
 
-    return RayTasks(**{_RAY_OPTIONS[name]: value for name, value in values.items()})
+    return RayTasks(**given)
 
 
-def _settings(options: Passes) -> Settings:
+def settings_from(options: Passes) -> Settings:
+    """Return the settings of a run.
+
+    Raises:
+        OptionError: options that exclude each other, or a device that this machine lacks.
+    """
     from .._argument_checks import check_device
     from ..pipeline.settings import Settings
 
@@ -195,35 +196,35 @@ def _settings(options: Passes) -> Settings:
         raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
     known = {field.name for field in fields(Settings)}
     values = {name: value for name, value in vars(options).items() if name in known}
-    return Settings(progress=not options.quiet and not options.log_json, **values)
+    return Settings(progress=shows_progress(options), **values)
 
 
 def _sides(options: MergeOptions) -> tuple[Corpus, Corpus]:
     source = open_corpus(options, options.source, "text")
-    if options.target_column is None:
-        return source, open_corpus(options, options.target, "image", column_option="")
-    target = open_corpus(options, options.target, "image", options.target_column, "--target-column")
-    return source, target
+    return source, open_corpus(options, options.target, "image", "target_column")
 
 
 def _check_merged(aligner: StoragePath) -> None:
-    """Refuse the output of a job array that has not been merged yet."""
+    """Refuse the map of a job array without its last step, or its output before it is merged."""
     from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF
     from ..pipeline.output import ALIGNER
 
+    if aligner.name == HALF:
+        raise OptionError(
+            f"{aligner}: is a map without its last step, for stats --aligner; run merge and give "
+            "its result"
+        )
     out = aligner.parent if aligner.name == ALIGNER else aligner
     if (out / STATS).is_dir() and not (out / ALIGNER).exists():
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
         if (out / HALF).exists():
-            advice = (
-                f"the drift is missing: run stats --aligner {out / HALF} --shard i/n, then merge"
-            )
+            advice = f"the drift is missing: run stats --aligner {out / HALF} --shard i/n, merge"
         raise FileNotFoundError(f"{out}: has statistics and no {ALIGNER}; {advice}")
 
 
-def _report_text(report: dict[str, Any], out: str, *notes: str) -> str:
-    """Return the summary of a run; its passes were reported when they ended."""
+def _reported(report: dict[str, Any], out: str, *notes: str) -> Result:
+    """Return a report, and its summary as text; the passes were reported when they ended."""
     fitted, lines = report["fitted"], []
     for name, rows in report["extended"].items():
         lines.append(f"{name:16} {rows:>12,} rows of shards that are gone, from saved statistics")
@@ -240,7 +241,7 @@ def _report_text(report: dict[str, Any], out: str, *notes: str) -> str:
     if report["sample"]:
         errors = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
         lines.append((errors + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
-    return "\n".join([*lines, *filter(None, notes)])
+    return Result(report, "\n".join([*lines, *filter(None, notes)]), has_report=True)
 
 
 def _number(value: float | None) -> str:

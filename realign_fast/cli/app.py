@@ -1,11 +1,14 @@
-"""The parts of every command: its registration, its result and its exit status."""
+"""The parts of every command: its registration, its result, its exit status and what it prints."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from .options import Options
 
@@ -27,6 +30,7 @@ class ExitCode(IntEnum):
     ENGINE = 7  # Ray cannot be reached, or worker processes die
     SPACE = 8  # a disk is full, or memory ran out
     PACKAGE = 9  # an optional package is missing
+    UNEXPECTED = 70  # a fault of this program
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -61,8 +65,35 @@ def command(
     """Register a function as a command; the class of its argument says which options it has."""
 
     def register(function: CommandFunction[OptionsType]) -> CommandFunction[OptionsType]:
-        """Keep the function for :mod:`.main`."""
         COMMANDS.append(Command(function, group, examples))
         return function
 
     return register
+
+
+def escaped(text: str, mark: str = "\\x") -> str:
+    """Return a text with the bytes of names that are not UTF-8 as a shell takes them in $'...'."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"{mark}{ord(byte[0]) - 0xDC00:02x}", text)
+
+
+def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print a text, and what was printed before it, at once; on stdout if no stream is given.
+
+    A reader of the stream that has ended, such as ``head``, is no error.
+
+    Raises:
+        OSError: stdout cannot be written to, because its disk is full.
+    """
+    stream = stream or sys.stdout
+    try:
+        if text:
+            stream.write(escaped(text) + end)
+        stream.flush()
+    except OSError as error:
+        if stream not in (sys.stdout, sys.stderr):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is buffered
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            advice = "make room where it goes, and run the same command again"
+            message = f"standard output: cannot be written ({error.strerror}); {advice}"
+            raise OSError(error.errno, message) from error

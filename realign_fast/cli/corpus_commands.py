@@ -1,41 +1,47 @@
-"""The commands on one corpus or result, convert, inspect and verify; and how a corpus is opened."""
+"""The commands `embed`, `convert`, `inspect` and `verify`, and how every command opens a corpus."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..interface.option_values import Modality
+from ..interface.option_values import Modality, OptionError
 from ..storage.paths import output_path
 from .app import LOGGER, ExitCode, Result, command
-from .options import ConvertOptions, InspectOptions, Reading, VerifyOptions
+from .options import Common, ConvertOptions, EmbedOptions, InspectOptions, Reading, VerifyOptions
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
 
 
 def open_corpus(
-    options: Reading,
-    path: str,
-    modality: Modality | None,
-    column: str | None = None,
-    column_option: str = "--column",
+    options: Reading, path: str, modality: Modality | None, column_option: str = "column"
 ) -> Corpus:
-    """Open a corpus with ``--allow-pickle`` and ``column``, which is ``--column`` if not given.
-
-    A corpus without columns is refused if ``column_option`` names one for it; the target may have
-    none where ``--column`` is meant for the source (``column_option`` is empty).
+    """Open a corpus with ``--allow-pickle`` and ``--column``, or an option for its column alone.
 
     Raises:
-        ValueError, TypeError, OSError: the corpus cannot be read, or has no columns to choose.
+        ValueError, TypeError, OSError: the corpus cannot be read, or has no columns or no
+            modalities to choose from.
     """
     from ..corpus.corpus import Corpus
 
-    column = options.column if column is None else column
+    own_column = getattr(options, column_option)
+    column = own_column or options.column
     corpus = Corpus(path, modality, column=column, allow_pickle=options.allow_pickle)
-    if column is not None and column_option and corpus.format == "npy":
-        raise ValueError(f"{corpus.path}: npy has no columns; leave {column_option} out")
+    if getattr(options, "modality", None) and not corpus.subfolder:
+        raise OptionError(
+            f"{corpus.path}: is no clip-retrieval root (text_emb/, img_emb/); leave --modality out"
+        )
+    if own_column and corpus.format == "npy":
+        option = column_option.replace("_", "-")
+        raise ValueError(f"{corpus.path}: npy has no columns; leave --{option} out")
     return corpus
+
+
+def shows_progress(options: Common) -> bool:
+    """Return whether bars are shown."""
+    return not options.quiet and not options.log_json
 
 
 def say_scratch(out: str, source: Corpus, workers: int = 1) -> None:
@@ -93,8 +99,8 @@ def convert(options: ConvertOptions) -> Result:
         steps = plan_copy("apply", corpus, options.out, FORMATS[options.to].writer.suffixes[0])
         return plan_result(steps, measured_seconds(steps, corpus, corpus, options.out))
     say_scratch(options.out, corpus)
-    shown = not options.quiet and not options.log_json
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    shown = shows_progress(options)
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:
         paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
     lines = [f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {options.out}"]
@@ -113,3 +119,61 @@ def inspect(options: InspectOptions) -> Result:
     corpus = open_corpus(options, options.source, options.modality)
     facts = inspect(corpus, options.sample, options.seed)
     return Result(facts, format_facts(facts), answer=True)
+
+
+@command(
+    "Rows",
+    "--images IMAGES --texts captions.jsonl --model ViT-B-32 --pretrained TAG --out OUT",
+    "--pairs TARS --model HUGGING_FACE_DIR --out OUT",
+)
+def embed(options: EmbedOptions) -> Result:
+    """Embed images and texts with a CLIP-like model into rows that align and fit read."""
+    given = {content: getattr(options, content) for content in ("images", "texts", "pairs")}
+    paths = {content: path for content, path in given.items() if path is not None}
+    if not paths or ("pairs" in paths and len(paths) > 1):
+        raise OptionError("embed: give --images, --texts or both, or --pairs alone")
+    from ..embed import Columns, EmbedSettings, embed, load_encoder, open_source
+    from ..embed.embed_output import FAILURES, RECORDS
+
+    columns = Columns(*(getattr(options, f"{role}_column") for role in Columns._fields))
+    sources: dict[str, Any] = {
+        content: open_source(path, content, columns)  # type: ignore[arg-type]
+        for content, path in paths.items()
+    }
+    if options.dry_run:
+        items = {content: source.total for content, source in sources.items()}
+        shards = sum(-(-total // options.shard_rows) for total in items.values())
+        finished = len(list((Path(options.out) / RECORDS).glob("[0-9]*.json")))
+        text = ", ".join(f"{count:,} {content}" for content, count in items.items())
+        text += f" in {shards:,} shards, of which {finished:,} are there"
+        facts = {"items": items, "shards": shards, "finished_shards": finished}
+        return Result(facts, text, answer=True)
+    encoder = load_encoder(
+        options.model,
+        options.pretrained,
+        text_model=options.text_model,
+        device=options.device,
+        precision=options.precision,
+    )
+    names = ("batch_size", "workers", "shard_rows", "dtype", "mode")
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings = EmbedSettings(progress=shows_progress(options), **chosen)
+    report = embed(encoder, Path(options.out), settings=settings, **sources)
+    lines = []
+    for source in sources.values():
+        if source.ignored:
+            counts = ", ".join(f"{count:,} .{suffix}" for suffix, count in source.ignored.items())
+            lines.append(f"{source.path}: files with other suffixes were not read: {counts}")
+    rows = " and ".join(f"{count:,} {side} rows" for side, count in report["rows"].items() if count)
+    rate, before = report["embedded_now"] / max(report["seconds"], 1e-9), report["finished_before"]
+    lines += [
+        f"{rows} of {report['dimension']} columns in {report['shards']} shards, {options.out}",
+        f"{report['embedded_now']:,} items in {report['seconds']:.1f} s, {rate:,.0f} a second"
+        + (f"; {before:,} items were finished before" if before else ""),
+    ]
+    if report["unturned"]:
+        lines.append(f"{report['unturned']:,} images have damaged EXIF data and were not turned")
+    if report["failures"]:
+        failures = Path(options.out) / FAILURES
+        lines.append(f"{report['failures']:,} items failed and are no rows: {failures}")
+    return Result({"out": options.out, **report}, "\n".join(lines), has_report=True)

@@ -7,10 +7,11 @@ import io
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Callable
 from functools import cache
 from inspect import Signature
@@ -22,8 +23,8 @@ import typer
 from .. import __version__
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import memory_explained
-from . import align_commands, corpus_commands, embed_commands, revision_commands
-from .app import COMMANDS, LOGGER, ExitCode, Result, command
+from . import align_commands, corpus_commands, revision_commands
+from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, write
 from .options import Common, Configured, DemoOptions, parameters
 
 SCHEMA_VERSION = 1  # of every JSON document that is printed; a field that is added keeps it
@@ -43,22 +44,39 @@ def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed as they are
-        sys.stdout.reconfigure(errors="surrogateescape")
-    words = _words(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if arguments is None else arguments
+    name = "".join(word for word in words[:1] if not word.startswith("-"))
+    as_json = "--json" in words
+    LOGGER.handlers = [Messages("--log-json" in words, as_json)]
+    show_warning = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)
     try:
-        completing = "_REALIGN_FAST_COMPLETE" in os.environ
-        application = _application(None if completing else "".join(words[:1]))
-        done = application.main(words, "realign-fast", standalone_mode=False)
-    except _UsageError as error:
-        context = getattr(error, "ctx", None)
-        usage = context.get_usage() if context else "usage: realign-fast COMMAND"
-        message = " ".join(error.format_message().split())
-        print(f"{usage[0].lower()}{usage[1:]}\nrealign-fast: error: {message}", file=sys.stderr)
-        raise SystemExit(ExitCode.USAGE) from error
-    if isinstance(done, tuple):
-        return int(done[0])
-    raise SystemExit(done)
+        with memory_explained():
+            return _invoke(words)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report_error(error, name, as_json)
+        if isinstance(error, _UsageError):
+            raise SystemExit(code) from error
+        return code
+    finally:
+        warnings.showwarning = show_warning
+        LOGGER.handlers = []  # a program that calls main has its own
+        LOGGER.setLevel(logging.NOTSET)
+
+
+def _invoke(words: list[str]) -> int:
+    if "_REALIGN_FAST_COMPLETE" in os.environ:
+        _application(None).main(words, "realign-fast")
+    application = _application("".join(words[:1]))
+    try:
+        with application.make_context("realign-fast", _words(words)) as context:
+            return int(application.invoke(context))
+    except typer.Exit as done:
+        write()
+        raise SystemExit(done.exit_code) from None
 
 
 @cache
@@ -81,11 +99,36 @@ def _with_signature(name: str, function: Callable[[Any], Result | None]) -> Call
     """Return a function for Typer, which reads the options from its signature."""
     options_class = get_type_hints(function)["options"]
 
-    def run(**values: Any) -> tuple[ExitCode]:
-        return (_execute(name, function, options_class(**values)),)
+    def run(**values: Any) -> ExitCode:
+        return _execute(name, function, options_class(**values))
 
     run.__signature__ = Signature(parameters(options_class))  # type: ignore[attr-defined]
     return run
+
+
+def _execute(name: str, function: Callable[[Any], Result | None], options: Common) -> ExitCode:
+    """Run a command, print its result and return the exit status."""
+    LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
+    level = "INFO" if options.log_json else "WARNING"
+    logging.getLogger("realign_fast.progress").setLevel(level)
+    logging.getLogger("realign_fast.passes").setLevel("NOTSET")
+    if options.log_json:
+        from ..interface import progress
+
+        progress.interval_seconds = options.progress_interval
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    result = function(options) or Result({}, "")
+    if isinstance(options, Configured) and result.has_report:
+        _write_options(name, options)
+    if options.as_json and result.facts:
+        write(_document(name, result.facts))
+    elif result.text and (result.answer or not options.quiet):
+        write(result.text)
+    write()  # what the command printed itself
+    return result.status
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
@@ -94,91 +137,79 @@ def exit_code_of(error: BaseException) -> ExitCode:
     kinds: list[tuple[object, ExitCode]] = [
         (isinstance(error, Terminated), ExitCode.TERMINATED),
         (isinstance(error, KeyboardInterrupt), ExitCode.INTERRUPTED),
-        (isinstance(error, OptionError), ExitCode.USAGE),
+        (isinstance(error, OptionError | _UsageError), ExitCode.USAGE),
         (isinstance(error, UnfinishedShards), ExitCode.INCOMPLETE),
         (isinstance(error, ImportError), ExitCode.PACKAGE),
         (isinstance(error, ConnectionError | ChildProcessError), ExitCode.ENGINE),
         (number == errno.EBUSY, ExitCode.LOCKED),
         (number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM), ExitCode.SPACE),
         (isinstance(error, OSError), ExitCode.PLACE),
+        (isinstance(error, ValueError | TypeError), ExitCode.DATA),
     ]
-    return next((code for holds, code in kinds if holds), ExitCode.DATA)
+    return next((code for holds, code in kinds if holds), ExitCode.UNEXPECTED)
 
 
-def _execute(name: str, function: Callable[[Any], Result | None], options: Common) -> ExitCode:
-    """Run a command, print its result or its error, and return the exit status."""
-    _configure_messages(options)
-    if threads := getattr(options, "threads", None):
-        import torch
-
-        torch.set_num_threads(threads)
-    head = {"schema_version": SCHEMA_VERSION, "command": name}
+def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
+    """Print an error, as a JSON document too if that is asked for, and return its exit status."""
+    code = exit_code_of(error)
     try:
-        with memory_explained():
-            result = function(options)
-        if result is None:
-            return ExitCode.DONE
-        if isinstance(options, Configured) and result.has_report:
-            _write_options(name, options)
-        if options.as_json:
-            print(json.dumps(head | result.facts, indent=2, default=str))
-        elif result.text and (result.answer or not options.quiet):
-            print(result.text)
-        return result.status
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
-    except (ValueError, TypeError, OSError, ImportError, KeyboardInterrupt) as error:
-        code, message = exit_code_of(error), str(error)
-        if isinstance(error, OSError) and error.strerror and error.filename is None:
-            message = error.strerror  # the message of this package's errors, without "[Errno]"
-        if isinstance(error, KeyboardInterrupt):
-            message = message or "what was written is whole"
-        if options.as_json:
-            fields = {"exit_code": int(code), "kind": code.name.lower(), "message": message}
-            print(json.dumps(head | {"error": fields}, indent=2))
-        LOGGER.error(message, extra={"event": {"event": "error", "kind": code.name.lower()}})
-        return code
-    finally:
-        LOGGER.handlers = []  # a program that calls main has its own
+        write()
+    except OSError as full:  # then this is what the error was, unless it is of another kind
+        error = full if code is ExitCode.SPACE else error
+    message = " ".join(str(error).splitlines())
+    if isinstance(error, OSError) and error.strerror:  # without "[Errno]"
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, KeyboardInterrupt):
+        message = message or "what was written is whole"
+    if isinstance(error, _UsageError):
+        message = " ".join(error.format_message().split())
+        context = getattr(error, "ctx", None)
+        usage = context.get_usage() if context else "usage: realign-fast COMMAND"
+        write(f"{usage[0].lower()}{usage[1:]}", sys.stderr)
+    if code is ExitCode.UNEXPECTED:
+        write("".join(traceback.format_exception(error)), sys.stderr)
+        message = f"{type(error).__name__}: {message}; this is a fault of realign-fast: report it"
+    kind = code.name.lower()
+    if as_json:
+        fields = {"exit_code": int(code), "kind": kind, "message": message}
+        try:
+            write(_document(name, {"error": fields}))
+        except OSError as full:
+            LOGGER.error(full.strerror)
+    LOGGER.error(message, extra={"event": {"event": "error", "kind": kind}})
+    return code
+
+
+def _document(name: str, facts: dict[str, Any]) -> str:
+    return _json({"schema_version": SCHEMA_VERSION, "command": name, **facts}, indent=2)
+
+
+def _json(facts: dict[str, Any], indent: int | None = None) -> str:
+    """Return JSON that holds bytes of names which are not UTF-8 as texts such as ``\\xff``."""
+    text = json.dumps(facts, default=str, ensure_ascii=False)
+    return json.dumps(json.loads(escaped(text, "\\\\x")), indent=indent)
 
 
 class Messages(logging.Handler):
     """Messages of the package: for people on stdout and stderr, or lines of JSON on stderr."""
 
-    def __init__(self, options: Common) -> None:
+    def __init__(self, as_lines: bool, as_json: bool) -> None:
         super().__init__()
-        self.as_lines, self.on_stderr = options.log_json, options.as_json or options.log_json
+        self.as_lines, self.on_stderr = as_lines, as_json or as_lines
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         text, event = record.getMessage(), getattr(record, "event", {})
         if self.as_lines:
             facts = {"time": record.created, "level": record.levelname.lower(), "message": text}
-            text = json.dumps(facts | event, default=str)
+            text = _json(facts | event)
         elif event.get("event") != "pass":
             kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             if event.get("kind") in ("interrupted", "terminated"):
                 kind = "stopped; "
             text = f"realign-fast: {kind}{text}"
-            # Bytes of names that are not UTF-8, as a shell takes them in $'...'.
-            text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
         on_stdout = event.get("event") == "pass" and not self.on_stderr
-        print(text, file=sys.stdout if on_stdout else sys.stderr, flush=True)
-
-
-def _configure_messages(options: Common) -> None:
-    LOGGER.handlers = [Messages(options)]
-    LOGGER.setLevel("WARNING" if options.quiet else options.log_level.upper())
-    level = "INFO" if options.log_json else "WARNING"
-    logging.getLogger("realign_fast.progress").setLevel(level)
-    logging.getLogger("realign_fast.passes").setLevel("NOTSET")
-    if options.log_json:
-        from ..interface import progress
-
-        progress.interval_seconds = options.progress_interval
-    logging.captureWarnings(options.log_json)
-    logging.getLogger("py.warnings").handlers = LOGGER.handlers if options.log_json else []
+        write(text, sys.stdout if on_stdout else sys.stderr)
 
 
 def _write_options(name: str, options: Configured) -> None:
@@ -207,8 +238,7 @@ def _words(arguments: list[str]) -> list[str]:
     for word in arguments:
         name, equals, value = word.partition("=")
         if new := _OLD_SPELLINGS.get(name):
-            advice = f"{name} is called {new} now; the old name goes with the next release"
-            print(f"realign-fast: warning: {advice}", file=sys.stderr)
+            LOGGER.warning(f"{name} is called {new} now; the old name goes with the next release")
             word = new + equals + value
         if word.startswith("--"):
             option = ""
@@ -221,7 +251,7 @@ def _words(arguments: list[str]) -> list[str]:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"realign-fast {__version__}")
+        write(f"realign-fast {__version__}")
         raise typer.Exit
 
 
@@ -246,6 +276,10 @@ def info(options: Common) -> Result:
 
     cuda = torch.cuda.is_available()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None
+    backends = {
+        op: {device: ops.backend_of(op, device) for device in ("cpu", *["cuda"] * cuda)}
+        for op in ops.OPS
+    }
     facts: dict[str, Any] = {
         "realign_fast": __version__,
         "python": platform.python_version(),
@@ -256,40 +290,32 @@ def info(options: Common) -> Result:
         "cuda kernels": ops.why_no_cuda() or "loaded",
         "files": reader_description(),
     }
-    backends = {
-        op: {device: ops.backend_of(op, device) for device in ("cpu", *["cuda"] * cuda)}
-        for op in ops.OPS
-    }
-    shown = facts | {"gpu": gpu or "none that torch can use"}
-    files = shown.pop("files")
-    lines = [f"{name:13} {value}" for name, value in shown.items()]
+    lines = [f"{name:13} {value or 'none that torch can use'}" for name, value in facts.items()]
     for op, kernels in backends.items():
         lines += [
-            f"{op:13} {device}: {kernel} ({why})" for device, (kernel, why) in kernels.items()
+            f"{op:13} {device}: {found.kernel} ({found.why})" for device, found in kernels.items()
         ]
-    lines.append(f"{'files':13} {files}")
     facts["ops"] = {
-        op: {device: backend._asdict() for device, backend in kernels.items()}
+        op: {device: found._asdict() for device, found in kernels.items()}
         for op, kernels in backends.items()
     }
     return Result(facts, "\n".join(lines), answer=True)
 
 
 @command("Align", "", "--out DIR --quiet")
-def demo(options: DemoOptions) -> Result | None:
+def demo(options: DemoOptions) -> Result:
     """Align the built-in embeddings and draw the result."""
     import contextlib
 
     from .. import demo
 
     logging.getLogger("realign_fast.passes").setLevel("WARNING")  # its table has the rates
-    text = sys.stderr if options.as_json else sys.stdout
-    with contextlib.redirect_stdout(text):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
         facts = demo.run(Path(options.out), progress=not options.quiet)
-    return Result({"out": options.out, **facts}, "")
+    return Result({"out": options.out, **facts}, text.getvalue().rstrip(), answer=True)
 
 
-__all__ = ["align_commands", "corpus_commands", "embed_commands", "main", "revision_commands"]
+__all__ = ["align_commands", "corpus_commands", "main", "revision_commands"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..interface.option_values import Modality, OptionError
 from ..storage.atomic import replaced
 from ..storage.paths import write_whole
-from .app import Result, command
+from .app import Result, command, write
 from .corpus_commands import open_corpus
-from .option_types import settings_of
 from .options import (
     CaptionOptions,
     ChatOptions,
     EvaluateOptions,
-    FinetuneOptions,
     LookOptions,
-    PretrainOptions,
     RowOptions,
     TrainedModel,
     TrainingOptions,
@@ -48,13 +45,13 @@ _TRAINING_OPTIONS = (  # of the command line and of TrainingConfig, under the sa
 @command(
     "ReVision", "--language-model LM --data captions.json --rows ALIGNED --ids TEXT_ROOT --out OUT"
 )
-def pretrain(options: PretrainOptions) -> Result:
+def pretrain(options: TrainingOptions) -> Result:
     """Train a projector on aligned captions (stage 1 of ReVision)."""
     return _train(options, "pretrain", "text")
 
 
 @command("ReVision", "--model STAGE1 --data conversations.json --rows IMAGE_ROOT --out STAGE2")
-def finetune(options: FinetuneOptions) -> Result:
+def finetune(options: TrainingOptions) -> Result:
     """Train on images and conversations (stage 2 of ReVision)."""
     return _train(options, "finetune", "image")
 
@@ -72,7 +69,7 @@ def caption(options: CaptionOptions) -> Result | None:
                 model, template, [rows.float()], options.ask, max_new_tokens=options.max_new_tokens
             )
             for name, text in zip(names, captions, strict=True):
-                print(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file=out)
+                write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), out)
     return Result({"out": options.out}, f"wrote {options.out}") if options.out else None
 
 
@@ -82,7 +79,9 @@ def chat(options: ChatOptions) -> None:
     from ..revision.conversation_files import IMAGE_MARK, Sample
     from ..revision.generation import respond
 
-    _, rows = _chosen_rows(options)
+    names, rows = _chosen_rows(options)
+    if len(names) > 1:
+        raise OptionError(f"chat: is about one image, got {len(names)}; use caption")
     model, template = _open_model(options)
     if template.name != "chat":
         raise ValueError(
@@ -93,12 +92,11 @@ def chat(options: ChatOptions) -> None:
     for question in [options.ask] if options.ask else _read_questions():
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
         sample = Sample("", [""], None, [*turns, ("assistant", "")])
-        images = [rows[:1].float()]
         (answer,) = respond(
-            model, template, [sample], images, max_new_tokens=options.max_new_tokens
+            model, template, [sample], [rows.float()], max_new_tokens=options.max_new_tokens
         )
         turns.append(("assistant", answer))
-        print(json.dumps({"answer": answer}) if options.as_json else answer, flush=True)
+        write(json.dumps({"answer": answer}) if options.as_json else answer)
 
 
 @command("ReVision", "--model STAGE2 --data held_out.jsonl --rows IMAGE_ROOT --out figures.json")
@@ -112,19 +110,13 @@ def evaluate(options: EvaluateOptions) -> Result:
     rows, aligner = _corpus(options, options.rows), _aligner(options.aligner)
     check_inputs(options.data, rows, options.ids)
     model, template = _open_model(options)
-    data = prepare(
-        options.data,
-        rows,
-        template,
-        options.cache or Path(options.model) / "data",
-        ids=options.ids,
-        max_length=options.max_length,
-        max_skipped=options.max_skipped,
-    )
+    limits = {name: getattr(options, name) for name in ("ids", "max_length", "max_skipped")}
+    cache = options.cache or Path(options.model) / "data"
+    data = prepare(options.data, rows, template, cache, **limits)
     names = ("choices", "limit", "max_new_tokens", "seed")
     settings = {name: getattr(options, name) for name in names} | {"batch": options.batch_size}
     figures = evaluate(model, data, generate=not options.no_generate, aligner=aligner, **settings)
-    inputs = {"model": str(options.model), "data": options.data, "rows": options.rows}
+    inputs = {"model": options.model, "data": options.data, "rows": options.rows}
     result = inputs | figures | {"settings": settings, "report": data.report}
     text = json.dumps(result, indent=2)
     if options.out:
@@ -136,7 +128,7 @@ def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
     from ..corpus.corpus import Corpus
     from ..revision import TrainingConfig, stages
 
-    start: dict[str, Any] = {name: getattr(options, name) for name in _TRAINING_OPTIONS}
+    same: dict[str, Any] = {name: getattr(options, name) for name in _TRAINING_OPTIONS}
     config = TrainingConfig(
         conversations=options.data,
         rows=_corpus(options, options.rows, side),
@@ -146,9 +138,9 @@ def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
         normalize=False if options.no_normalize else None,
         batch=options.batch_size,
-        lora=settings_of(options.lora or []),
-        trainer=settings_of(options.set_ or []),
-        **start,
+        lora=_settings("--lora", options.lora),
+        trainer=_settings("--set", options.set_),
+        **same,
     )
     try:
         summary = {"pretrain": stages.pretrain, "finetune": stages.finetune}[stage](config)
@@ -163,6 +155,20 @@ def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
     text = f"{summary['steps']} steps, train loss {summary['train_loss']:.4f}{held_out}"
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
     return Result({"out": config.out, **summary}, f"{text}; wrote {config.out}", has_report=first)
+
+
+def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """Return ``{"learning_rate": 0.001}`` of ``["learning_rate=1e-3"]``; a value may be JSON."""
+    settings = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise OptionError(f"{option}: expected NAME=VALUE, got {text!r}")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 def _corpus(options: RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
@@ -186,27 +192,19 @@ def _open_model(options: TrainedModel) -> tuple[ReVisionModel, Template]:
     return open_model(options.model, options.language_model, dtype, options.device)
 
 
-def _as_list(value: Any) -> list[Any]:
-    """Return an option as a list, whether it was declared with one value or several."""
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _chosen_rows(options: CaptionOptions | ChatOptions) -> tuple[Sequence[Any], torch.Tensor]:
+def _chosen_rows(options: LookOptions) -> tuple[Sequence[Any], torch.Tensor]:
     """Return the names and the rows `[n, D]` of the images that the options choose."""
-    pictures, ids = _as_list(options.image), _as_list(options.id)
-    numbers = _as_list(options.row)
-    given = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
     if len(given) > 1:
         raise OptionError(f"{given[1]}: not allowed with {given[0]}; give one of them")
-    if pictures:
-        return _embed_pictures(options, pictures)
+    if options.image:
+        return _embed_pictures(options, options.image)
     corpus = _corpus(options, options.rows)
-    if ids:
-        numbers = _rows_of_ids(corpus, options.ids, ids)
+    numbers = _rows_of_ids(corpus, options.ids, options.id) if options.id else options.row
     if not numbers:
         raise OptionError("which row? give --row N or --id ID")
     try:
-        return ids or numbers, corpus.take(numbers)
+        return options.id or numbers, corpus.take(numbers)
     except IndexError as error:
         raise ValueError(str(error)) from error
 
@@ -216,24 +214,33 @@ def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list
 
     with TemporaryDirectory() as folder:
         index = open_index(corpus, ids_source, Path(folder))
-        rows = {sample_id: index.row(sample_id) for sample_id in ids}
+        rows = [index.row(sample_id) for sample_id in ids]
         index.close()
-    for sample_id, row in rows.items():
+    for sample_id, row in zip(ids, rows, strict=True):
         if row is None:
             raise ValueError(
                 f"{corpus.path}: no row has the id {sample_id!r}; look into its metadata/"
             )
-    return [row for sample_id in ids if (row := rows[sample_id]) is not None]
+    return [row for row in rows if row is not None]
 
 
 def _embed_pictures(options: LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
+    from ..embed.decode import Unreadable, decode
+
     if not options.encoder or options.rows:
         raise OptionError(
             "--image needs --encoder, the one that the model's rows came from, and no --rows"
         )
     import torch
 
-    pictures = [_read_picture(path) for path in paths]
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(decode(Path(path).read_bytes()))
+        except Unreadable as error:
+            raise ValueError(
+                f"{path}: cannot be read as a picture ({error}); leave it out"
+            ) from error
     return paths, torch.as_tensor(open_encoder(options.encoder).embed_images(pictures))
 
 
@@ -241,21 +248,8 @@ def open_encoder(name: str) -> Any:
     """Load the encoder of a directory, or ``NAME`` or ``NAME:WEIGHTS`` of open_clip."""
     from ..embed import load_encoder
 
-    if Path(name).exists():
-        return load_encoder(name)
-    model, _, weights = name.partition(":")
+    model, _, weights = (name, "", "") if Path(name).exists() else name.partition(":")
     return load_encoder(model, weights or None)
-
-
-def _read_picture(path: str) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; give a picture") from error
-    except (OSError, ValueError, SyntaxError) as error:  # the readers of Pillow raise all of them
-        raise ValueError(f"{path}: cannot be read as a picture; leave it out") from error
 
 
 def _row_batches(options: CaptionOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:
@@ -292,7 +286,7 @@ def _read_questions() -> Iterator[str]:
         raise OptionError("chat: nothing to read questions from; give one (--ask)")
     while True:
         if sys.stdin.isatty():
-            print("> ", end="", flush=True)
+            write("> ", end="")
         line = sys.stdin.readline().strip()
         if not line:
             return

@@ -18,6 +18,9 @@ DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
 EmbedMode = Literal["incremental", "overwrite"]
 Precision = Literal["fp32", "bf16"]  # of the model that embeds
 RowDtype = Literal["float16", "float32"]  # of embedded rows on disk
+ModelDtype = Literal["float32", "bfloat16", "float16"]  # of a language model
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]  # of rows on disk
+LogLevel = Literal["debug", "info", "warning", "error"]
 SHARD_ROWS = 100_000  # items of an embedded shard
 
 ProjectorName = Literal["linear", "mlp", "prefix"]

@@ -55,11 +55,11 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     """Return how much was checked and a line for each fault; none if ``out`` is as it was written.
 
     Raises:
-        ValueError: ``out`` has no manifest.
+        FileNotFoundError: ``out`` has no manifest.
     """
     out = storage_path(out)
     if not (out / MANIFEST).is_file():
-        raise ValueError(
+        raise FileNotFoundError(
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
             "(it resumes), then verify"
         )

@@ -133,7 +133,7 @@ def explained_error(
     if unreachable := _unreachable_cause(error):
         cause = f"its server cannot be reached: {redacted(str(unreachable))}"
     tries = f" in {attempts} attempts" if may_be_temporary(error) else ""
-    advice = "what is finished is kept: run the same command again"
+    advice = "check its name and the connection, then run the same command again"
     return OSError(errno.EIO, f"{url}: cannot be {operation}{tries} ({cause}); {advice}")
 
 

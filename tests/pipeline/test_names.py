@@ -39,7 +39,7 @@ def test_a_run_is_resumed_and_verified_whatever_the_names_are(corpora):
     assert [done["rows"] for done in align(source, target, out, QUIET)["passes"]] == [0] * 4
 
 
-def test_a_name_is_printed_as_it_is_where_the_terminal_is_strict(corpora, monkeypatch):
+def test_a_name_that_is_not_utf_8_is_printed_with_escapes(corpora, monkeypatch):
     source, target, out = corpora
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", "strict"))
@@ -47,4 +47,5 @@ def test_a_name_is_printed_as_it_is_where_the_terminal_is_strict(corpora, monkey
     assert main.main(["align", *sides, "--out", str(out), "--quiet"]) == 0
     assert main.main(["verify", str(out)]) == 0
     sys.stdout.flush()
-    assert os.fsencode(out) + b": 1 shards, 40 rows" in printed.getvalue()
+    escaped = os.fsencode(out).decode(errors="backslashreplace")
+    assert f"{escaped}: 1 shards, 40 rows" in printed.getvalue().decode()
