@@ -182,7 +182,7 @@ def test_a_faulty_file_is_one_error_that_names_it(corpora, capsys, fault, words)
         ([*ALIGN[:-1], "text"], 2, ["text", "give another --out"]),
         ([*ALIGN[:-1], "image"], 2, ["image", "give another --out"]),
         ([*ALIGN[:-1], "root/img_emb/x.npy"], 6, ["x.npy", "expected a directory"]),
-        (["fit", *ALIGN[1:-1], "root/img_emb/x.npy"], 6, ["x.npy", "exists"]),
+        (["fit", *ALIGN[1:-1], "root/img_emb/x.npy"], 6, ["x.npy", "expected a directory"]),
         (
             ["apply", "--aligner", "none", "--source", "text", "--out", "out"],
             6,
