@@ -27,8 +27,7 @@ pytest.importorskip("transformers", reason="training_step is missing: pip instal
 import transformers
 
 from realign_fast.corpus import Corpus
-from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
+from realign_fast.revision.model import IMAGE_TOKEN, ReVisionConfig, ReVisionModel
 from realign_fast.revision.templates import Plain
 from realign_fast.revision.trainer import PermutationSampler
 from realign_fast.revision.training_data import Collator, prepare

@@ -8,8 +8,7 @@ of transformers; it works with any causal language model and any CLIP-like encod
 
     from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
-- `projector.py` turns embedding rows into visual tokens, and `model.py` puts them into the input
-  of a language model.
+- `model.py` turns embedding rows into visual tokens in the input of a language model.
 - `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
   `templates.py` encodes conversations as tokens and labels, and `training_data.py` joins all of
   them to batches.
@@ -21,8 +20,7 @@ transformers, accelerate and peft are installed with the extra `train` and impor
 
 from .evaluation import evaluate
 from .generation import caption_rows
-from .model import ReVisionModel
-from .projector import Projector, ReVisionConfig
+from .model import Projector, ReVisionConfig, ReVisionModel
 from .stages import TrainingConfig, finetune, pretrain
 from .templates import Chat, Plain
 from .training_data import Collator, prepare

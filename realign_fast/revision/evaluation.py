@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..align import ReAlign
 from .conversation_files import Sample
@@ -69,14 +70,6 @@ def evaluate(
     samples = [data.sample(index) for index in indices]
     rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
-    figures = _likelihood_figures(scorer, choices, seed)
-    if generate:
-        figures |= _generation_figures(scorer, max_new_tokens)
-    return figures
-
-
-def _likelihood_figures(scorer: LikelihoodScorer, choices: int, seed: int) -> dict[str, Any]:
-    """Return the figures that need no generated text."""
     references = scorer.references
     wrong_texts = _draw_wrong_texts(references, choices, seed) if choices else []
     sums, tokens = scorer.sums(list(enumerate(references)))
@@ -88,7 +81,7 @@ def _likelihood_figures(scorer: LikelihoodScorer, choices: int, seed: int) -> di
         figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)
     if choices and gain:
         figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
-    return figures
+    return figures | (_generation_figures(scorer, max_new_tokens) if generate else {})
 
 
 def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[str, Any]:
@@ -96,12 +89,10 @@ def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[s
     texts: list[str] = []
     for start in range(0, len(scorer.samples), scorer.batch):
         part = slice(start, start + scorer.batch)
-        samples, rows = scorer.samples[part], scorer.rows[part]
-        texts += respond(
-            scorer.model, scorer.template, samples, rows, max_new_tokens=max_new_tokens
-        )
+        inputs = scorer.model, scorer.template, scorer.samples[part], scorer.rows[part]
+        texts += respond(*inputs, max_new_tokens=max_new_tokens)
     references = [[reference] for reference in scorer.references]
-    shown = list(zip(scorer.samples, scorer.references, texts, strict=True))[:_EXAMPLES]
+    shown = zip(scorer.samples[:_EXAMPLES], scorer.references, texts, strict=False)
     return {
         "exact_match": interval(exact_match(texts, references)),
         "cider": interval(cider(texts, references)),
@@ -147,7 +138,7 @@ class LikelihoodScorer:
             keys.append((tuple(ids), image))
             if keys[-1] not in self._known:
                 new[keys[-1]] = {"input_ids": ids, "labels": labels, "image_rows": rows}
-        scores = _log_likelihoods(self.model, list(new.values()), self.batch)
+        scores = self._log_likelihoods(list(new.values()))
         self._known |= dict(zip(new, zip(*scores, strict=True), strict=True))
         sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
         return sums, tokens
@@ -173,6 +164,27 @@ class LikelihoodScorer:
             )
         prompt = len(self.template.prompt(sample))
         return Encoded(ids, [IGNORED_LABEL] * prompt + labels[prompt:])
+
+    @torch.no_grad()
+    def _log_likelihoods(self, items: Sequence[Item]) -> Scores:
+        """Return the log-likelihood and the number of the labelled tokens of each item.
+
+        Items of similar length run together, so that there is little padding.
+        """
+        order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
+        sums, tokens = np.zeros(len(items)), np.zeros(len(items))
+        for start in range(0, len(order), self.batch):
+            indices = order[start : start + self.batch]
+            inputs = Collator(0)([items[index] for index in indices])
+            inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            labels = inputs.pop("labels")[:, 1:]
+            labelled = labels != IGNORED_LABEL
+            logits = self.model(**inputs).logits[:, :-1][labelled].float()
+            losses = torch.zeros(labels.shape, device=labels.device)
+            losses[labelled] = cross_entropy(logits, labels[labelled], reduction="none")
+            sums[indices] = -losses.sum(1).cpu().numpy()
+            tokens[indices] = labelled.sum(1).cpu().numpy()
+        return sums, tokens
 
 
 def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: int) -> Figure | None:
@@ -232,27 +244,3 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
         drawn = [texts[index] for index in random.permutation(len(texts))[:choices]]
         wrong_texts.append([text for text in drawn if text != reference][: choices - 1])
     return wrong_texts
-
-
-@torch.no_grad()
-def _log_likelihoods(model: ReVisionModel, items: Sequence[Item], batch: int) -> Scores:
-    """Return the log-likelihood and the number of the labelled tokens of each item, `[n]` each.
-
-    Items of similar length run together, so that there is little padding.
-    """
-    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
-    sums, tokens = np.zeros(len(items)), np.zeros(len(items))
-    for start in range(0, len(order), batch):
-        indices = order[start : start + batch]
-        inputs = Collator(0)([items[index] for index in indices])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        labels = inputs.pop("labels")[:, 1:]
-        labelled = labels != IGNORED_LABEL
-        logits = model(**inputs).logits[:, :-1][labelled].float()
-        losses = torch.zeros(labels.shape, device=labels.device)
-        losses[labelled] = torch.nn.functional.cross_entropy(
-            logits, labels[labelled], reduction="none"
-        )
-        sums[indices] = -losses.sum(1).cpu().numpy()
-        tokens[indices] = labelled.sum(1).cpu().numpy()
-    return sums, tokens

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._argument_checks import check_device
 from ..interface.option_values import DEFAULT_QUESTION
 from .conversation_files import IMAGE_MARK, Sample
 from .model import ReVisionModel, position_limit, transformers
-from .projector import read_config
 from .templates import TEMPLATES, Template
 from .training_data import Collator
 
@@ -33,13 +33,13 @@ def open_model(
     The arguments and errors are those of `ReVisionModel.from_pretrained`; `device` is by default
     CUDA if there is one.
     """
-    config = read_config(Path(directory))
-    model = ReVisionModel.from_pretrained(directory, language_model, dtype)
+    on_device = check_device(device)
+    model = ReVisionModel.from_pretrained(directory, language_model, dtype).to(on_device)
+    config = model.revision_config
     tokenizer = transformers().AutoTokenizer.from_pretrained(directory)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     template = TEMPLATES[config.template](tokenizer, config.visual_tokens)
     template.positions = position_limit(model.config)
-    return model.to(device), template
+    return model, template
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -64,12 +64,11 @@ def respond(
     """
     pad = pad_id(template.tokenizer)
     items = [
-        {"input_ids": (ids := template.prompt(sample)), "labels": ids, "image_rows": images}
+        {"input_ids": template.prompt(sample), "labels": [], "image_rows": images}
         for sample, images in zip(samples, rows, strict=True)
     ]
     batch = Collator(pad, side="left")(items)
-    del batch["labels"]
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     if template.positions:
         prompt = batch["input_ids"].shape[1]
         max_new_tokens = min(max_new_tokens, template.positions - prompt)
@@ -78,9 +77,9 @@ def respond(
                 f"a question with its images takes {prompt} tokens, and the language model takes "
                 f"{template.positions} with the answer; ask less, or train with fewer visual tokens"
             )
-    defaults: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
-    defaults |= {"eos_token_id": template.end_ids}
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **(defaults | generation))
+    options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
+    options |= {"eos_token_id": template.end_ids, "max_new_tokens": max_new_tokens, **generation}
+    tokens = model.generate(**batch, **options)
     texts = template.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -99,10 +98,8 @@ def caption_rows(
     `ask` is the question to a model that was trained on conversations; `generation` are further
     options of `generate` of transformers, which is greedy by default.
     """
+    generation["max_new_tokens"] = max_new_tokens
     sample = Sample("", [""], None, [("user", f"{IMAGE_MARK}\n{ask}"), ("assistant", "")])
     for batch in rows:
-        images = list(batch[:, None])
-        samples = [sample] * len(batch)
-        yield from respond(
-            model, template, samples, images, max_new_tokens=max_new_tokens, **generation
-        )
+        samples, images = [sample] * len(batch), list(batch[:, None])
+        yield from respond(model, template, samples, images, **generation)

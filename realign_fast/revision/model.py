@@ -1,7 +1,11 @@
 """A causal language model with a projector in front: embedding rows become visual tokens.
 
-The projector (`projector.py`) makes K tokens of a row. The splice puts them into the input
-embeddings of the language model wherever the input ids hold `IMAGE_TOKEN`.
+A row `[D]` of a CLIP-like encoder stands for an image; the projector makes K visual tokens
+`[K, H]` of it, in the space of the language model's input embeddings, where they are spliced in
+wherever the input ids hold `IMAGE_TOKEN`. The paper (arXiv 2602.07026, section 5) feeds K = 576
+identical copies of one projected row. Here a row is projected once and expanded, which gives the
+same numbers for 1/K of the work, forward and backward: the gradient of an expansion is the sum
+over the copies.
 
 A saved model is a directory with `revision.json`, `projector.safetensors` and what was trained of
 the language model: `adapter/` (PEFT's format), `language_model/` (transformers' format), or
@@ -12,9 +16,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,20 +30,95 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
+from ..interface.option_values import VISUAL_TOKENS, ProjectorName, TemplateName
 from ..storage.paths import write_json, write_whole
-from .projector import CONFIG, IMAGE_TOKEN, WEIGHTS, Projector, ReVisionConfig, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+IMAGE_TOKEN = -200  # stands for one visual token in input ids; no vocabulary has it
+PROJECTORS: tuple[ProjectorName, ...] = get_args(ProjectorName)
 TrainablePart = Literal["projector", "language_model", "lora"]
 TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
+CONFIG, WEIGHTS = "revision.json", "projector.safetensors"
 ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
+_LANGUAGE_MODEL = "AutoModelForCausalLM"
+# Attributes that Trainer and accelerate ask a model for: those of its language model.
+_OF_BASE = {"config", "loss_type", "_no_split_modules"}
+_OF_BASE |= {"activation_checkpointing_enable", "gradient_checkpointing_enable"}
 
 
 def transformers() -> ModuleType:
     """Import transformers; the error says how to install it."""
     return import_extra("transformers", "train", "A ReVision model")
+
+
+@dataclass
+class ReVisionConfig:
+    """Everything that is needed to build a model again; saved as `revision.json`.
+
+    Raises:
+        ValueError: a field has a value that is not possible.
+    """
+
+    language_model: str  # the name or path that training started from
+    row_dimension: int  # D, the columns of an embedding row
+    hidden_size: int  # H, the width of the language model's input embeddings
+    projector: ProjectorName = "mlp"
+    visual_tokens: int = VISUAL_TOKENS  # K, the tokens of one image
+    normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
+    template: TemplateName = "plain"  # the template of the last training
+
+    def __post_init__(self) -> None:
+        if self.projector not in PROJECTORS:
+            expected = ", ".join(PROJECTORS)
+            raise ValueError(
+                f"ReVisionConfig: projector is {self.projector!r}, expected {expected}"
+            )
+        for name in ("row_dimension", "hidden_size", "visual_tokens"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"ReVisionConfig: {name} is {value!r}, expected a number from 1")
+
+
+class Projector(nn.Module):
+    """Maps embedding rows `[M, D]` to visual tokens `[M, K, H]`.
+
+    `linear` is one layer, repeated K times. `mlp` is linear, GELU, linear, repeated K times, as in
+    the paper. `prefix` is linear, GELU and a linear layer to K different tokens of one row.
+    """
+
+    def __init__(self, config: ReVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, h, k = config.row_dimension, config.hidden_size, config.visual_tokens
+        outputs = k * h if config.projector == "prefix" else h
+        self.layers = (
+            nn.Linear(d, h)
+            if config.projector == "linear"
+            else nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, outputs))
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Project rows `[M, D]` of any float dtype to `[M, K, H]`.
+
+        Repeated tokens are an expanded view, which takes memory only where it is copied.
+
+        Raises:
+            ValueError: the rows are not `[M, D]`.
+        """
+        config = self.config
+        if rows.dim() != 2 or rows.shape[1] != config.row_dimension:
+            raise ValueError(
+                f"Projector: image rows have shape {list(rows.shape)}, expected [images, "
+                f"{config.row_dimension}]; embed with the encoder trained on"
+            )
+        rows = rows.to(next(self.parameters()).dtype)
+        if config.normalize:
+            rows = nn.functional.normalize(rows, dim=1)
+        projected: Tensor = self.layers(rows)
+        if config.projector == "prefix":
+            return projected.view(len(rows), config.visual_tokens, config.hidden_size)
+        return projected[:, None].expand(-1, config.visual_tokens, -1)
 
 
 class ReVisionModel(nn.Module):
@@ -75,7 +155,7 @@ class ReVisionModel(nn.Module):
         The settings are fields of `ReVisionConfig`; `dtype` is that of the language model.
         ValueError if the language model cannot be loaded, or a setting is wrong.
         """
-        loaded = _load_language_model(language_model, dtype)
+        loaded = load_pretrained(_LANGUAGE_MODEL, language_model, dtype=dtype)
         path = Path(language_model)
         name = str(path.resolve()) if path.exists() else str(language_model)
         width = loaded.get_input_embeddings().embedding_dim
@@ -91,23 +171,12 @@ class ReVisionModel(nn.Module):
         return hasattr(self.language_model, "peft_config")
 
     @property
-    def config(self) -> Any:
-        """The language model's configuration, which Trainer and accelerate ask a model for."""
-        return self.language_model.config
-
-    @property
     def device(self) -> torch.device:
         """The device of the parameters."""
         return next(self.parameters()).device
 
-    @property
-    def loss_type(self) -> str | None:
-        """The loss of the language model, which Trainer asks a model for."""
-        return getattr(self.base, "loss_type", None)
-
-    @property
-    def _no_split_modules(self) -> list[str]:  # what FSDP wraps, as accelerate asks for it
-        return list(getattr(self.base, "_no_split_modules", None) or [])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name) if name in _OF_BASE else super().__getattr__(name)
 
     def splice(self, input_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Return the input embeddings `[B, T, H]` of ids `[B, T]`, with visual tokens in place.
@@ -165,19 +234,6 @@ class ReVisionModel(nn.Module):
         )
         return tokens
 
-    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """Recompute the activations of the language model in the backward pass, to save memory.
-
-        Trainer calls this, or `gradient_checkpointing_enable` in earlier versions of transformers,
-        with the arguments that the method of the language model takes.
-        """
-        name = "activation_checkpointing_enable"
-        if not hasattr(self.base, name):
-            name = "gradient_checkpointing_enable"
-        getattr(self.base, name)(*arguments, **options)
-
-    gradient_checkpointing_enable = activation_checkpointing_enable
-
     def train_only(self, parts: Iterable[str], **lora: Any) -> None:
         """Make these parts of the model trainable and freeze all others.
 
@@ -194,24 +250,15 @@ class ReVisionModel(nn.Module):
             )
         if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
-        self.requires_grad_(False)
-        if "lora" in chosen:
-            self._train_adapter(lora)
-        self.projector.requires_grad_("projector" in chosen)
-        if "language_model" in chosen:
-            self.language_model.requires_grad_(True)
-            self.language_model_changed = True
-
-    def _train_adapter(self, settings: dict[str, Any]) -> None:
-        if self._has_adapter:
-            for name, parameter in self.language_model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-            return
-        peft = _peft()
-        defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        settings = defaults | settings | {"task_type": "CAUSAL_LM"}
-        config = build_dataclass(peft.LoraConfig, "field of LoraConfig", settings)
-        self.language_model = peft.get_peft_model(self.language_model, config)
+        for name, parameter in self.named_parameters():
+            part = "lora" if "lora_" in name else name.partition(".")[0]
+            parameter.requires_grad_(part in chosen)
+        if "lora" in chosen and not self._has_adapter:
+            settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | lora
+            settings |= {"task_type": "CAUSAL_LM"}
+            config = build_dataclass(_peft().LoraConfig, "field of LoraConfig", settings)
+            self.language_model = _peft().get_peft_model(self.language_model, config)
+        self.language_model_changed |= "language_model" in chosen
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None
@@ -224,13 +271,13 @@ class ReVisionModel(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG).unlink(missing_ok=True)  # an old one would vouch for half a new model
-        state = self.state_dict() if state_dict is None else state_dict
-        projector = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in _submodule_state(state, "projector.").items()
-        }
+        parts: dict[str, dict[str, Tensor]] = {"projector": {}, "language_model": {}}
+        for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
+            part, _, own_name = name.partition(".")
+            parts[part][own_name] = tensor
+        projector, weights = parts["projector"], parts["language_model"]
+        projector = {name: weight.cpu().contiguous() for name, weight in projector.items()}
         write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
-        weights = _submodule_state(state, "language_model.")
         if self._has_adapter:
             self.language_model.save_pretrained(directory / ADAPTER_FOLDER, state_dict=weights)
             weights = {  # of the language model alone, some of whose layers PEFT has wrapped
@@ -258,7 +305,7 @@ class ReVisionModel(nn.Module):
         config = read_config(directory)
         trained = directory / LANGUAGE_MODEL_FOLDER
         source = language_model or (trained if trained.is_dir() else config.language_model)
-        model = cls(config, _load_language_model(source, dtype))
+        model = cls(config, load_pretrained(_LANGUAGE_MODEL, source, dtype=dtype))
         model.language_model_changed = trained.is_dir()
         model.load_trained(directory, language_model=False)
         model.requires_grad_(False)
@@ -279,7 +326,8 @@ class ReVisionModel(nn.Module):
                 f"{directory / WEIGHTS}: does not fit {self.revision_config}: {error}"
             ) from error
         if language_model and self.language_model_changed and not self._has_adapter:
-            saved = _load_language_model(directory / LANGUAGE_MODEL_FOLDER, self.base.dtype)
+            path, dtype = directory / LANGUAGE_MODEL_FOLDER, self.base.dtype
+            saved = load_pretrained(_LANGUAGE_MODEL, path, dtype=dtype)
             self.base.load_state_dict(saved.state_dict())
         adapter = directory / ADAPTER_FOLDER
         if adapter.is_dir() and self._has_adapter:
@@ -290,9 +338,31 @@ class ReVisionModel(nn.Module):
             self.language_model = load(self.language_model, str(adapter))
 
 
-def load_config(language_model: str | os.PathLike[str]) -> Any:
-    """Read the configuration of a language model; ValueError if it cannot be loaded."""
-    return _load(transformers().AutoConfig, language_model)
+def read_config(directory: Path) -> ReVisionConfig:
+    """Read the configuration of the saved model in `directory`.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: `revision.json` is damaged.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory; give one that pretrain wrote")
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            hint = (
+                "a plain language model: start with pretrain --language-model"
+                if (directory / "config.json").is_file()
+                else "pretrain and finetune write it"
+            )
+            raise FileNotFoundError(
+                f"{directory}: lacks {name}, so it is no ReVision model; {hint}"
+            )
+    try:
+        values = json.loads((directory / CONFIG).read_text())
+        known = {field.name for field in fields(ReVisionConfig)}
+        return ReVisionConfig(**{name: values[name] for name in values if name in known})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG}: not as ReVision writes it: {error}") from error
 
 
 def position_limit(config: Any) -> int | None:
@@ -313,13 +383,14 @@ def position_limit(config: Any) -> int | None:
     return limit
 
 
-def _load_language_model(source: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
-    return _load(transformers().AutoModelForCausalLM, source, dtype=dtype)
+def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a language model, or its configuration, with the class `auto` of transformers.
 
-
-def _load(auto: Any, source: str | os.PathLike[str], **options: Any) -> Any:
+    Raises:
+        ValueError: it cannot be loaded, and why.
+    """
     try:
-        return auto.from_pretrained(source, **options)
+        return getattr(transformers(), auto).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
         raise ValueError(
@@ -358,12 +429,3 @@ def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, 
 
 def _peft() -> ModuleType:
     return import_extra("peft", "train", "A LoRA adapter")
-
-
-def _submodule_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(prefix)
-    }

@@ -20,18 +20,21 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..interface.option_values import ProjectorName, TemplateName
 from ..storage.paths import write_whole
 from .generation import pad_id
 from .model import (
+    CONFIG,
     LANGUAGE_MODEL_FOLDER,
+    ReVisionConfig,
     ReVisionModel,
     TrainablePart,
     build_dataclass,
-    load_config,
+    load_pretrained,
     position_limit,
+    read_config,
     transformers,
 )
-from .projector import CONFIG, ProjectorName, ReVisionConfig, TemplateName, read_config
 from .templates import TEMPLATES, Template
 from .training_data import FAULTS, Collator, Conversations, Subset, check_inputs, prepare
 
@@ -276,7 +279,7 @@ def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
     source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
     if saved:
         source = str(trained) if trained.is_dir() else saved.language_model
-    template.positions = position_limit(load_config(source))
+    template.positions = position_limit(load_pretrained("AutoConfig", source))
     return template
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..interface.option_values import DEFAULT_QUESTION, TemplateName
 from .conversation_files import IMAGE_MARK, Sample, Turn
-from .projector import IMAGE_TOKEN
+from .model import IMAGE_TOKEN
 
 IGNORED_LABEL = -100
 _BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
@@ -240,19 +240,19 @@ class Chat:
     def _tokenize(self, text: str, answers: Sequence[Span]) -> Encoded:
         """Tokenize the pieces of a text between its image marks; label the spans of `answers`."""
         encoded, offset = Encoded([], []), 0
-        for piece in re.split(f"({IMAGE_MARK})", text):
-            if piece == IMAGE_MARK:
-                encoded.ids.extend(self.image_ids)
-                encoded.labels.extend([IGNORED_LABEL] * len(self.image_ids))
-            elif piece:
+        for piece in filter(None, re.split(f"({IMAGE_MARK})", text)):
+            ids, labels = self.image_ids, [IGNORED_LABEL] * len(self.image_ids)
+            if piece != IMAGE_MARK:
                 tokens = self.tokenizer(
                     piece, add_special_tokens=False, return_offsets_mapping=True
                 )
-                for token, span in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-                    start, end = offset + span[0], offset + max(span[1], span[0] + 1)
-                    in_answer = any(low <= start and end <= high for low, high in answers)
-                    encoded.ids.append(token)
-                    encoded.labels.append(token if in_answer else IGNORED_LABEL)
+                ids, labels = tokens["input_ids"], []
+                for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True):
+                    first, after = offset + start, offset + max(end, start + 1)
+                    in_answer = any(low <= first and after <= high for low, high in answers)
+                    labels.append(token if in_answer else IGNORED_LABEL)
+            encoded.ids.extend(ids)
+            encoded.labels.extend(labels)
             offset += len(piece)
         return encoded
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 MAX_NGRAM = 4  # words
 LENGTH_SIGMA = 6.0  # words: the width of the Gaussian penalty on differences in length
-
+RESAMPLES = 2000  # of a bootstrap
 NGram = tuple[str, ...]
 
 
@@ -53,26 +53,20 @@ def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[
         counts = [[_count_ngrams(reference, n) for reference in own] for own in references]
         frequency = Counter(gram for own in counts for gram in set().union(*own))
         for index, (text, own) in enumerate(zip(texts, references, strict=True)):
-            candidate = _weigh(_count_ngrams(text, n), frequency, len(texts))
+            candidate = _count_ngrams(text, n)
             for reference, reference_counts in zip(own, counts[index], strict=True):
                 difference = len(words(text)) - len(words(reference))
                 penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
-                weighted = _weigh(reference_counts, frequency, len(texts))
-                cosine = _clipped_cosine(candidate, weighted)
+                cosine = _clipped_cosine(candidate, reference_counts, frequency, len(texts))
                 scores[index] += 10 * penalty * cosine / (MAX_NGRAM * len(own))
     return scores
 
 
-def interval(
-    values: ArrayLike, weights: ArrayLike | None = None, rounds: int = 2000, seed: int = 0
-) -> dict[str, float]:
+def interval(values: ArrayLike, weights: ArrayLike | None = None) -> dict[str, float]:
     """Return the mean of values `[n]` and its 95% interval: `value`, `low` and `high`.
 
-    Args:
-        values: one value a sample.
-        weights: the weight of each value; by default all are equal.
-        rounds: resamples of the bootstrap, whose percentiles are the interval.
-        seed: of the bootstrap.
+    Each value is of a sample; `weights` `[n]` are equal by default. The interval is between
+    percentiles of a bootstrap.
 
     Raises:
         ValueError: there are no values.
@@ -81,8 +75,8 @@ def interval(
     if not len(values):
         raise ValueError("interval: no values; evaluate at least one sample")
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    random, means = np.random.default_rng(seed), []
-    for _ in range(rounds):
+    random, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
         drawn = random.integers(0, len(values), len(values))
         means.append((values[drawn] * weights[drawn]).sum() / weights[drawn].sum())
     low, high = np.percentile(means, [2.5, 97.5])
@@ -96,18 +90,14 @@ def _count_ngrams(text: str, n: int) -> Counter[NGram]:
     return Counter(tuple(split[start : start + n]) for start in range(len(split) - n + 1))
 
 
-def _weigh(counts: Counter[NGram], frequency: Counter[NGram], images: int) -> dict[NGram, float]:
-    """Return g: counts times the logarithm of the inverse frequency."""
-    return {
-        gram: count * math.log(images / max(1, frequency[gram])) for gram, count in counts.items()
-    }
-
-
-def _clipped_cosine(candidate: dict[NGram, float], reference: dict[NGram, float]) -> float:
-    """Return `min(c, s) . s / (|c| |s|)`, or 0 if a vector is zero."""
-    norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (candidate, reference)]
-    if not all(norms):
-        return 0.0
-    shared = candidate.keys() & reference.keys()
-    product = sum(min(candidate[gram], reference[gram]) * reference[gram] for gram in shared)
-    return product / (norms[0] * norms[1])
+def _clipped_cosine(
+    candidate: Counter[NGram], reference: Counter[NGram], frequency: Counter[NGram], images: int
+) -> float:
+    """Return `min(g(c), g(s)) . g(s) / (|g(c)| |g(s)|)` of two counts, or 0 if a vector is zero."""
+    c, s = (
+        {gram: count * math.log(images / max(1, frequency[gram])) for gram, count in counts.items()}
+        for counts in (candidate, reference)
+    )
+    norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in (c, s)]
+    product = sum(min(weight, s[gram]) * s[gram] for gram, weight in c.items() if gram in s)
+    return product / (norms[0] * norms[1]) if all(norms) else 0.0

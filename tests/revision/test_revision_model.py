@@ -7,8 +7,13 @@ import torch
 from support.revision_parts import LANGUAGE_MODELS, tiny_llama
 
 pytest.importorskip("transformers")
-from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.projector import IMAGE_TOKEN, PROJECTORS, Projector, ReVisionConfig
+from realign_fast.revision.model import (
+    IMAGE_TOKEN,
+    PROJECTORS,
+    Projector,
+    ReVisionConfig,
+    ReVisionModel,
+)
 
 D, K = 16, 3
 

@@ -19,8 +19,7 @@ pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import respond
-from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
+from realign_fast.revision.model import IMAGE_TOKEN, ReVisionConfig, ReVisionModel
 from realign_fast.revision.templates import Chat, Plain
 from realign_fast.revision.text_scores import cider, exact_match, interval
 from realign_fast.revision.training_data import prepare

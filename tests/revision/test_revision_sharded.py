@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from support.processes import run_apart
 from support.revision_parts import tiny_llama
 
-from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.projector import IMAGE_TOKEN, ReVisionConfig
+from realign_fast.revision.model import IMAGE_TOKEN, ReVisionConfig, ReVisionModel
 
 STEPS, PROCESSES = 3, 2
 

@@ -10,7 +10,7 @@ from support.revision_parts import CHATML, LLAMA2, word_tokenizer
 
 from realign_fast.revision.conversation_files import Sample
 from realign_fast.revision.generation import pad_id
-from realign_fast.revision.projector import IMAGE_TOKEN
+from realign_fast.revision.model import IMAGE_TOKEN
 from realign_fast.revision.templates import Chat, Plain
 
 K = 2

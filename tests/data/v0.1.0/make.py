@@ -17,8 +17,7 @@ from revision_parts import tiny_llama, word_tokenizer, write_corpus
 from realign_fast import Corpus, Moments, ReAlign
 from realign_fast.cli import main
 from realign_fast.frame import FixedFrame
-from realign_fast.revision.model import ReVisionModel
-from realign_fast.revision.projector import IMAGE_TOKEN
+from realign_fast.revision.model import IMAGE_TOKEN, ReVisionModel
 
 ROOT = Path("/tmp/realign_fast-0.1.0")
 FILES = Path(__file__).parent
