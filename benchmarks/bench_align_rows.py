@@ -38,5 +38,6 @@ def bench_align_rows(line, measure):
 
 
 def _on_avx2(rows, row_map, out) -> torch.Tensor:
-    torch.ops.realign_fast.align_rows_(out, rows, *row_map, ops.INSTRUCTION_SETS.index("avx2"))
+    variant = ops.INSTRUCTION_SETS.index("avx2")
+    torch.ops.realign_fast.align_rows_(out, rows, *row_map, 1.0, variant)
     return out

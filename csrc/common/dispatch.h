@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "common/checks.h"
+#include "common/row_map_math.h"
 
 namespace realign_fast {
 
@@ -89,15 +90,21 @@ inline const double* doubles(const std::optional<Tensor>& tensor) {
   return tensor ? doubles(*tensor) : nullptr;
 }
 
+inline ResultLength result_length(std::optional<double> length) {
+  return {length.value_or(1), length.has_value()};
+}
+
 // The out-of-place form of align_rows_ and map_rows_, which write to their first argument: both
-// take the rows, the linear part of the map (its scale, or its matrix), and the vectors to add.
+// take the rows, the linear part of the map (its scale, or its matrix), the vectors to add, and the
+// length of the results.
 using MapInPlace = void(Tensor out, Tensor rows, Tensor linear, Tensor shift,
-                        std::optional<Tensor> recentre, int64_t variant);
+                        std::optional<Tensor> recentre, std::optional<double> length,
+                        int64_t variant);
 template <MapInPlace* map_in_place>
 Tensor map_to_new_tensor(Tensor rows, Tensor linear, Tensor shift, std::optional<Tensor> recentre,
-                         ScalarType dtype, int64_t variant) {
+                         ScalarType dtype, std::optional<double> length, int64_t variant) {
   Tensor out = torch::stable::new_empty(rows, rows.sizes(), dtype);
-  map_in_place(out, rows, linear, shift, recentre, variant);
+  map_in_place(out, rows, linear, shift, recentre, length, variant);
   return out;
 }
 

@@ -1,4 +1,6 @@
-// The algebra of the row map unit(unit(s u + b) + h), u = x / |x| (arXiv 2602.07026, section 4).
+// The algebra of the row map c unit(unit(s u + b) + h), u = x / |x| (arXiv 2602.07026, section 4),
+// where c is 1 unless the caller asks for another length, or for none: then the last vector,
+// s u + b or unit(s u + b) + h, is the result as it is.
 //
 // Every norm in the map follows from three dot products of the raw row, x.x, x.b and x.h:
 //   r^2    = |s u + b|^2   = s^2 + 2 s u.b + b.b
@@ -19,9 +21,17 @@
 
 namespace realign_fast {
 
+// The length c of the results, or none (`given` is false): then the last vector is not normalised.
+struct ResultLength {
+  double value = 1;
+  bool given = true;
+};
+
 // The numbers of a map that every row needs: the scale s and the dot products of b and h.
 struct MapNumbers {
   double scale, bb, bh, hh;
+  bool recentred;  // whether there is an h
+  ResultLength length;
 };
 
 // alpha, beta and gamma of one row.
@@ -32,6 +42,12 @@ struct RowCoefficients {
 
 // A squared norm below this share of its terms has lost too many digits to the expansion.
 constexpr double kCancelled = 1.0 / 8;
+
+// Whether float32 can hold the coefficients of rows whose norms are `in_range`, given the square of
+// the length that the results have.
+REALIGN_HOST_DEVICE inline bool length_fits(double squared_length) {
+  return (squared_length > 1e-40) & (squared_length < 1e40);
+}
 
 REALIGN_HOST_DEVICE inline double inverse_root(double x) {
 #ifdef __CUDA_ARCH__
@@ -49,11 +65,14 @@ REALIGN_HOST_DEVICE inline RowCoefficients row_coefficients(const MapNumbers& ma
   const double inverse_r = inverse_root(rr);
   const double eh = (s * inverse * xh + map.bh) * inverse_r;
   const double qq = 1 + 2 * eh + map.hh;
+  const double c = map.length.value;
+  const bool given = map.length.given;
   RowCoefficients row;
-  row.gamma = inverse_root(qq);
-  row.beta = row.gamma * inverse_r;
+  row.gamma = given ? c * inverse_root(qq) : 1;
+  row.beta = given || map.recentred ? row.gamma * inverse_r : 1;
   row.alpha = row.beta * s * inverse;
-  row.cancelled = !(rr > kCancelled * (s * s + map.bb)) | !(qq > kCancelled * (1 + map.hh));
+  row.cancelled = !(rr > kCancelled * (s * s + map.bb)) | !(qq > kCancelled * (1 + map.hh)) |
+                  !length_fits(given ? c * c : rr);
   return row;
 }
 
@@ -63,15 +82,16 @@ struct FinishCoefficients {
   bool cancelled;
 };
 
-// yy = y.y, vv = v.v and vh = v.h with v = y + b; `recentred` says whether there is an h.
-REALIGN_HOST_DEVICE inline FinishCoefficients finish_coefficients(double yy, double bb, double vv,
-                                                                  double vh, double hh,
-                                                                  bool recentred) {
-  const double inverse = inverse_root(vv);
-  const double qq = recentred ? 1 + 2 * inverse * vh + hh : 1;
-  const double gamma = inverse_root(qq);
-  const bool cancelled = !(vv > kCancelled * (yy + bb)) || !(qq > kCancelled * (1 + hh));
-  return {gamma * inverse, gamma, cancelled};
+// yy = y.y, vv = v.v and vh = v.h with v = y + b.
+REALIGN_HOST_DEVICE inline FinishCoefficients finish_coefficients(const MapNumbers& map, double yy,
+                                                                  double vv, double vh) {
+  const double inverse = inverse_root(vv), c = map.length.value;
+  const double qq = map.recentred ? 1 + 2 * inverse * vh + map.hh : 1;
+  const bool given = map.length.given;
+  const double gamma = given ? c * inverse_root(qq) : 1;
+  const bool cancelled = !(vv > kCancelled * (yy + map.bb)) || !(qq > kCancelled * (1 + map.hh)) ||
+                         !length_fits(given ? c * c : vv);
+  return {given || map.recentred ? gamma * inverse : 1, gamma, cancelled};
 }
 
 // Whether the arithmetic type M can compute with a squared norm: false if it is too large or too

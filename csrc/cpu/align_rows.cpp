@@ -1,4 +1,4 @@
-// align_rows: unit(unit(s u + b) + h) with one read and one write of each row. The reference is
+// align_rows: c unit(unit(s u + b) + h) with one read and one write of each row. The reference is
 // realign_fast/ops/reference.py.
 #include "cpu/execution.h"
 
@@ -67,11 +67,12 @@ void align_typed(const Tensor& out, const Tensor& rows, const RowMap& map, Isa i
 }
 
 void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
-                 std::optional<Tensor> recentre, int64_t isa) {
+                 std::optional<Tensor> recentre, std::optional<double> length, int64_t isa) {
   constexpr const char* op = "align_rows";
   check_out(op, out, rows, scale, shift, recentre);
   check_map(op, scale, shift, recentre, rows);
-  const RowMap map(rows.size(1), *doubles(scale), doubles(shift), doubles(recentre));
+  const RowMap map(rows.size(1), *doubles(scale), doubles(shift), doubles(recentre),
+                   result_length(length));
   dispatch_dtypes(op, rows, out, [&](auto row_value, auto out_value) {
     align_typed<decltype(row_value), decltype(out_value)>(out, rows, map, checked_isa(isa));
   });

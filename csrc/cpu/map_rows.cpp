@@ -1,5 +1,5 @@
-// map_rows: unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The reference
-// is realign_fast/ops/reference.py.
+// map_rows: c unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The
+// reference is realign_fast/ops/reference.py.
 //
 // A is packed once into panels that are a few registers wide. A thread then takes a block of rows:
 // it normalises and packs them, multiplies tile by tile into a buffer that stays in its caches, and
@@ -15,16 +15,14 @@ constexpr int64_t kMapDepth = 1024;  // columns that a product sums at a time
 // T is the element type of the rows, O that of the result, and M that of the arithmetic.
 template <class T, class O, class M>
 struct MapTask {
-  const T* rows;           // [N, D]
-  O* out;                  // [N, D]
-  const double* matrix;    // [D, D], or [D] if `diagonal`
-  const double* shift;     // b [D]
-  const double* recentre;  // h [D] or null
-  const M* packed;         // A as [panels, D, panel width], or the diagonal itself if `diagonal`
-  const M* b;              // b and h as M, zero beyond D up to a whole panel
+  const T* rows;         // [N, D]
+  O* out;                // [N, D]
+  const double* matrix;  // [D, D], or [D] if `diagonal`
+  RowMap map;            // b, h and the length; its scale is not used
+  const M* packed;       // A as [panels, D, panel width], or the diagonal itself if `diagonal`
+  const M* b;            // b and h as M, zero beyond D up to a whole panel
   const M* h;
   int64_t row_stride, out_stride, count, columns, padded_columns;
-  double hh;  // h.h
   bool diagonal;
 };
 
@@ -48,7 +46,7 @@ void map_row_exactly(const MapTask<T, O, M>& task, int64_t i, double* exact) {
       sum += task.matrix[j * columns + k] * u[k];
     v[j] = sum;
   }
-  shift_and_recentre(v, task.shift, task.recentre, columns);
+  shift_and_recentre(v, task.map);
   store_exact(state, v, columns, task.out + i * task.out_stride);
 }
 
@@ -75,8 +73,8 @@ AlignedVector<M> packed_matrix(const double* matrix, int64_t columns, int64_t wi
 }
 
 template <class T, class O>
-void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, const double* shift,
-               const double* recentre, Isa isa) {
+void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, const RowMap& map,
+               Isa isa) {
   constexpr bool kDouble = either_is_double(scalar_type_of<T>(), scalar_type_of<O>());
   using M = std::conditional_t<kDouble, double, float>;
   int64_t width = 0;
@@ -86,14 +84,11 @@ void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, cons
   const bool diagonal = matrix.dim() == 1;
   const AlignedVector<M> packed = diagonal ? padded<M>(doubles(matrix), columns, width)
                                            : packed_matrix<M>(doubles(matrix), columns, width);
-  const auto b = padded<M>(shift, columns, width), h = padded<M>(recentre, columns, width);
-  double hh = 0;
-  for (int64_t j = 0; recentre && j < columns; ++j) hh += recentre[j] * recentre[j];
+  const auto b = padded<M>(map.shift, columns, width), h = padded<M>(map.recentre, columns, width);
   const MapTask<T, O, M> task{static_cast<const T*>(rows.const_data_ptr()),
                               static_cast<O*>(out.mutable_data_ptr()),
                               doubles(matrix),
-                              shift,
-                              recentre,
+                              map,
                               packed.data(),
                               b.data(),
                               h.data(),
@@ -102,7 +97,6 @@ void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, cons
                               count,
                               columns,
                               padded_columns,
-                              hh,
                               diagonal};
   // Panels are a multiple of a cache line wide, so each buffer starts on a line.
   const int64_t scratch_size = (2 * kMapRows + 4) * padded_columns;
@@ -115,13 +109,13 @@ void map_typed(const Tensor& out, const Tensor& rows, const Tensor& matrix, cons
 }
 
 void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
-               int64_t isa) {
+               std::optional<double> length, int64_t isa) {
   constexpr const char* op = "map_rows";
   check_out(op, out, rows, matrix, shift, recentre);
   check_matrix_map(op, matrix, shift, recentre, rows);
+  const RowMap map(rows.size(1), 0, doubles(shift), doubles(recentre), result_length(length));
   dispatch_dtypes(op, rows, out, [&](auto row_value, auto out_value) {
-    map_typed<decltype(row_value), decltype(out_value)>(out, rows, matrix, doubles(shift),
-                                                        doubles(recentre), checked_isa(isa));
+    map_typed<decltype(row_value), decltype(out_value)>(out, rows, matrix, map, checked_isa(isa));
   });
 }
 

@@ -67,7 +67,7 @@ void multiply_by_diagonal(const MapTask<T, O, M>& task, M* y) {
   }
 }
 
-// Writes unit(unit(y + b) + h) of one row y [padded D]. Returns false if a norm cancels in M.
+// Writes c unit(unit(y + b) + h) of one row y [padded D]. Returns false if a norm cancels in M.
 template <class T, class O, class M>
 bool finish_row(const MapTask<T, O, M>& task, M* y, O* out) {
   constexpr int64_t W = Vec<M>::width;
@@ -91,7 +91,9 @@ bool finish_row(const MapTask<T, O, M>& task, M* y, O* out) {
     }
     yy += reduce(sums[0]), bb += reduce(sums[1]), vv += reduce(sums[2]), vh += reduce(sums[3]);
   }
-  const auto row = finish_coefficients(yy, bb, vv, vh, task.hh, task.recentre != nullptr);
+  MapNumbers numbers = task.map.numbers;
+  numbers.bb = bb;
+  const auto row = finish_coefficients(numbers, yy, vv, vh);
   if (row.cancelled || !in_range<M>(vv)) return false;
   const Vec<M> beta = broadcast(static_cast<M>(row.beta));
   const Vec<M> gamma = broadcast(static_cast<M>(row.gamma)), zeros = broadcast(M(0));

@@ -15,8 +15,12 @@ struct RowMap {
   const double* recentre;  // h [D], or null if the last step is left out
   MapNumbers numbers;
 
-  RowMap(int64_t columns, double scale, const double* shift, const double* recentre)
-      : columns(columns), shift(shift), recentre(recentre), numbers{scale, 0, 0, 0} {
+  RowMap(int64_t columns, double scale, const double* shift, const double* recentre,
+         ResultLength length = {})
+      : columns(columns),
+        shift(shift),
+        recentre(recentre),
+        numbers{scale, 0, 0, 0, recentre != nullptr, length} {
     for (int64_t j = 0; j < columns; ++j) {
       const double b = shift[j], h = recentre ? recentre[j] : 0.0;
       numbers.bb += b * b;
@@ -76,14 +80,19 @@ inline void make_unit(double* v, int64_t columns) {
   for (int64_t j = 0; j < columns; ++j) v[j] /= norm;
 }
 
-// The last two steps of every map, in place: v = unit(unit(v + b) + h), without h if it is null.
-inline void shift_and_recentre(double* v, const double* shift, const double* recentre,
-                               int64_t columns) {
-  for (int64_t j = 0; j < columns; ++j) v[j] += shift[j];
+// The last steps of every map, in place: v = c unit(unit(v + b) + h), without h if it is null, and
+// without the last normalisation if no length is given.
+inline void shift_and_recentre(double* v, const RowMap& map) {
+  const int64_t columns = map.columns;
+  const ResultLength length = map.numbers.length;
+  for (int64_t j = 0; j < columns; ++j) v[j] += map.shift[j];
+  if (map.recentre) {
+    make_unit(v, columns);
+    for (int64_t j = 0; j < columns; ++j) v[j] += map.recentre[j];
+  }
+  if (!length.given) return;
   make_unit(v, columns);
-  if (!recentre) return;
-  for (int64_t j = 0; j < columns; ++j) v[j] += recentre[j];
-  make_unit(v, columns);
+  for (int64_t j = 0; j < columns; ++j) v[j] *= length.value;
 }
 
 // Writes the row's direction u, or its image if there is a map, to out [D], step by step in
@@ -96,7 +105,7 @@ RowState map_exactly(const T* row, int64_t columns, const RowMap* map, double* o
   make_unit(out, columns);
   if (map) {
     for (int64_t j = 0; j < columns; ++j) out[j] *= map->numbers.scale;
-    shift_and_recentre(out, map->shift, map->recentre, columns);
+    shift_and_recentre(out, *map);
   }
   return state;
 }

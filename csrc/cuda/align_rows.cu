@@ -1,4 +1,4 @@
-// align_rows: unit(unit(s u + b) + h) with one read and one write of each row. The reference is
+// align_rows: c unit(unit(s u + b) + h) with one read and one write of each row. The reference is
 // realign_fast/ops/reference.py.
 //
 // A team of threads (row_team.cuh) holds a row in registers, reduces three dot products, computes
@@ -37,7 +37,6 @@ template <class T, class M, int SIZE, int PACKS>
 __global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
   constexpr int E = kEntries<T>;
   Team<SIZE> team(shared_memory());
-  const MapNumbers numbers = *task.map.numbers;
   const int64_t step = int64_t(gridDim.x) * Team<SIZE>::kTeams;
   for (int64_t i = int64_t(blockIdx.x) * Team<SIZE>::kTeams + team.team; i < task.count;
        i += step) {
@@ -45,6 +44,8 @@ __global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
                                       task.aligned);
     double dots[3];
     dot_products(team, row, task.shift, task.recentre, true, dots);
+    MapNumbers numbers = *task.map.numbers;  // (registers are scarce, and a cache holds them)
+    numbers.length = task.map.length;
     const RowCoefficients c = row_coefficients(numbers, dots[0], dots[1], dots[2]);
     if (c.cancelled || !in_range<M>(dots[0])) {
       align_exactly(team, i, task);
@@ -65,16 +66,15 @@ __global__ void __launch_bounds__(128, 4) align_kernel(AlignTask<T, M> task) {
 }
 
 template <class T, class M>
-void align_typed(const Tensor& out, const Tensor& rows, const double* scale, const double* shift,
-                 const double* recentre) {
+void align_typed(const Tensor& out, const Tensor& rows, const double* scale, const DeviceMap& map) {
   CallResources resources(rows);
   const int64_t count = rows.size(0), columns = rows.size(1);
   const auto* first_row = static_cast<const T*>(rows.const_data_ptr());
   dispatch_team<T>(columns, [&](auto size, auto packs) {
     using Members = Team<size()>;
     const auto vectors =
-        prepare<M, kEntries<T>>(resources, shift, recentre, scale, columns, size());
-    const AlignTask<T, M> task{{vectors.numbers, shift, recentre, true},
+        prepare<M, kEntries<T>>(resources, map.shift, map.recentre, scale, columns, size());
+    const AlignTask<T, M> task{{vectors.numbers, map.shift, map.recentre, true, map.length},
                                vectors.first,
                                vectors.second,
                                first_row,
@@ -90,16 +90,16 @@ void align_typed(const Tensor& out, const Tensor& rows, const double* scale, con
 }
 
 void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
-                 std::optional<Tensor> recentre, int64_t) {
+                 std::optional<Tensor> recentre, std::optional<double> length, int64_t) {
   constexpr const char* op = "align_rows";
   check_out(op, out, rows, scale, shift, recentre);
   check_map(op, scale, shift, recentre, rows);
   if (rows.size(0) == 0) return;
   check_dtype(op, out);
   const bool needs_double = align_needs_double(rows.scalar_type(), out.scalar_type());
+  const DeviceMap map{nullptr, doubles(shift), doubles(recentre), true, result_length(length)};
   dispatch_arithmetic(op, rows, needs_double, [&](auto row_value, auto arithmetic) {
-    align_typed<decltype(row_value), decltype(arithmetic)>(out, rows, doubles(scale),
-                                                           doubles(shift), doubles(recentre));
+    align_typed<decltype(row_value), decltype(arithmetic)>(out, rows, doubles(scale), map);
   });
 }
 

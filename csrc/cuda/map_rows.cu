@@ -1,5 +1,5 @@
-// map_rows: unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The reference
-// is realign_fast/ops/reference.py.
+// map_rows: c unit(unit(A u + b) + h), u = x / |x|, where A is a matrix or a diagonal. The
+// reference is realign_fast/ops/reference.py.
 //
 // Rows are processed in chunks that fit into the L2 cache: pack u (pack_rows.cuh), multiply by A^T
 // on tensor cores (product.cuh), and finish every row in one more pass, which adds b, computes both
@@ -105,16 +105,12 @@ __device__ void map_exactly(Team<kFinishThreads>& team, int64_t i, const FinishT
   }
   __syncthreads();
   const auto shifted = [&](double x, int64_t j) { return x + task.map.shift[j]; };
-  exact_norm(team, y, columns, shifted, exact.peak_r, exact.norm_r);
-  const auto recentred = [&](double x, int64_t j) {
-    return exact.shifted_unit(shifted(x, j)) + task.map.recentre[j];
-  };
-  if (task.map.recentre) exact_norm(team, y, columns, recentred, exact.peak_q, exact.norm_q);
+  exact_norms(team, y, columns, task.map, exact, shifted);
 #pragma unroll 1
   for (int64_t j = team.thread; j < columns; j += kFinishThreads) {
-    const double value = task.map.recentre ? exact.recentred_unit(recentred(y[j], j))
-                                           : exact.shifted_unit(shifted(y[j], j));
-    store_entry(task.out, i, j, value);
+    double value = exact.shifted_unit(shifted(y[j], j));
+    if (task.map.recentre) value = exact.recentred_unit(value + task.map.recentre[j]);
+    store_entry(task.out, i, j, value * task.map.length.value);
   }
   __syncthreads();  // before the block's next row uses the memory
 }
@@ -129,7 +125,8 @@ __device__ __forceinline__ M product_entry(const FinishTask<T, M>& task, int64_t
 template <class T, class M>
 __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishTask<T, M> task) {
   Team<kFinishThreads> team(shared_memory());
-  const MapNumbers numbers = *task.map.numbers;
+  MapNumbers numbers = *task.map.numbers;
+  numbers.length = task.map.length;
   for (int64_t i = blockIdx.x; i < task.count; i += gridDim.x) {
     if (!task.finite[i]) {
       for (int64_t j = team.thread; j < task.columns; j += kFinishThreads)
@@ -145,8 +142,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishTask<T, M> t
       if (task.map.recentre) parts[2] += v * static_cast<M>(task.map.recentre[j]);
     }
     team.sum(parts, sums);
-    const FinishCoefficients c = finish_coefficients(sums[0], numbers.bb, sums[1], sums[2],
-                                                     numbers.hh, task.map.recentre != nullptr);
+    const FinishCoefficients c = finish_coefficients(numbers, sums[0], sums[1], sums[2]);
     if (c.cancelled || !in_range<M>(sums[1])) {
       map_exactly(team, i, task);
       continue;
@@ -162,7 +158,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishTask<T, M> t
 
 struct MapCall {
   Tensor out, rows, matrix;
-  const double *shift, *recentre;
+  DeviceMap map;  // without its numbers
 };
 
 // V is the type of the operands, Tile that of the product, and M the arithmetic of the last pass.
@@ -188,7 +184,9 @@ void map_typed(const MapCall& call) {
   launch(fill, across, 256, 0, resources.stream(), zeros, stride, 0.0);
   const Packing<T, V> packing(resources, call.rows, zeros, row_scale, stride);
   const auto vectors =
-      prepare<double, 2>(resources, call.shift, call.recentre, zeros, columns, 128);
+      prepare<double, 2>(resources, call.map.shift, call.map.recentre, zeros, columns, 128);
+  DeviceMap map = call.map;
+  map.numbers = vectors.numbers;
 
   Operand<V> right{nullptr, nullptr, stride};
   double* scale = nullptr;
@@ -234,20 +232,13 @@ void map_typed(const MapCall& call) {
     if constexpr (std::is_same_v<V, M>) {
       if (diagonal) finished = task.high;
     }
-    FinishTask<T, M> finish{task.rows,
-                            finished,
-                            scale,
-                            half ? kRowScale : 1.0,
-                            task.finite,
-                            matrix,
-                            {vectors.numbers, call.shift, call.recentre, true},
-                            task.count,
-                            columns,
-                            task.row_stride,
-                            stride,
-                            diagonal,
-                            exact,
-                            row_output(call.out)};
+    FinishTask<T, M> finish{task.rows,   finished,
+                            scale,       half ? kRowScale : 1.0,
+                            task.finite, matrix,
+                            map,         task.count,
+                            columns,     task.row_stride,
+                            stride,      diagonal,
+                            exact,       row_output(call.out)};
     finish.out.data = static_cast<char*>(finish.out.data) +
                       first * call.out.stride(0) * static_cast<int64_t>(call.out.element_size());
     launch(finish_rows<T, M>, static_cast<unsigned>(std::min<int64_t>(finishers, task.count)),
@@ -261,14 +252,15 @@ struct NoTile {
 };
 
 void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::optional<Tensor> recentre,
-               int64_t variant) {
+               std::optional<double> length, int64_t variant) {
   constexpr const char* op = "map_rows";
   check_out(op, out, rows, matrix, shift, recentre);
   check_matrix_map(op, matrix, shift, recentre, rows);
   check_operand_variant(op, variant);
   if (rows.size(0) == 0) return;
   check_dtype(op, out);
-  const MapCall call{out, rows, matrix, doubles(shift), doubles(recentre)};
+  const MapCall call{
+      out, rows, matrix, {nullptr, doubles(shift), doubles(recentre), true, result_length(length)}};
   const bool needs_double = either_is_double(rows.scalar_type(), out.scalar_type());
   dispatch_arithmetic(op, rows, needs_double, [&](auto row_value, auto arithmetic) {
     using T = decltype(row_value);

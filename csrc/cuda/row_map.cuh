@@ -13,6 +13,7 @@ struct DeviceMap {
   const double* shift;        // b [D]
   const double* recentre;     // h [D] or null
   bool given;                 // false if there is no map
+  ResultLength length;
 };
 
 // The order of vectors of M that teams read: the 16-byte chunk c of pack p of thread t is at
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(256)
     parts[2] += h * h;
   }
   team.sum(parts, sums);
-  if (scale && team.thread == 0) *numbers = MapNumbers{*scale, sums[0], sums[1], sums[2]};
+  if (scale && team.thread == 0)
+    *numbers = MapNumbers{*scale, sums[0], sums[1], sums[2], second != nullptr, {}};
 }
 
 template <class M>
@@ -130,6 +132,7 @@ __device__ inline double exact_value(const ExactRow& row, const DeviceMap& map, 
   if (map.given) {
     v = row.shifted_unit(scale * v + map.shift[j]);
     if (map.recentre) v = row.recentred_unit(v + map.recentre[j]);
+    v *= map.length.value;
   }
   return v;
 }
@@ -154,6 +157,19 @@ __device__ void exact_norm(Team<SIZE>& team, const T* row, int64_t columns, cons
   norm = sqrt(sum[0]);
 }
 
+// Computes the divisors of the normalisations that follow s u + b, whose entries are shifted(x, j).
+template <int SIZE, class T, class Shifted>
+__device__ void exact_norms(Team<SIZE>& team, const T* row, int64_t columns, const DeviceMap& map,
+                            ExactRow& exact, const Shifted& shifted) {
+  if (map.recentre || map.length.given)
+    exact_norm(team, row, columns, shifted, exact.peak_r, exact.norm_r);
+  if (!map.recentre || !map.length.given) return;
+  const auto recentred = [&](double x, int64_t j) {
+    return exact.shifted_unit(shifted(x, j)) + map.recentre[j];
+  };
+  exact_norm(team, row, columns, recentred, exact.peak_q, exact.norm_q);
+}
+
 // Such rows are rare, so it reads the row again, entry by entry, which needs few registers.
 template <int SIZE, class T>
 __device__ ExactRow exact_row(Team<SIZE>& team, const T* row, int64_t columns,
@@ -173,13 +189,8 @@ __device__ ExactRow exact_row(Team<SIZE>& team, const T* row, int64_t columns,
   exact_norm(team, row, columns, [](double x, int64_t) { return x; }, exact.peak, exact.norm);
   if (!map.given) return exact;
   const double s = map.numbers->scale;
-  const auto shifted = [&](double x, int64_t j) { return s * exact.direction(x) + map.shift[j]; };
-  exact_norm(team, row, columns, shifted, exact.peak_r, exact.norm_r);
-  if (!map.recentre) return exact;
-  const auto recentred = [&](double x, int64_t j) {
-    return exact.shifted_unit(shifted(x, j)) + map.recentre[j];
-  };
-  exact_norm(team, row, columns, recentred, exact.peak_q, exact.norm_q);
+  exact_norms(team, row, columns, map, exact,
+              [&](double x, int64_t j) { return s * exact.direction(x) + map.shift[j]; });
   return exact;
 }
 

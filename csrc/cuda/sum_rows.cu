@@ -228,7 +228,7 @@ void sum_typed(const Tensor& rows, const double* scale, const double* shift, con
     using Members = Team<size()>;
     const int64_t padded = round_up(columns, size() * kEntries<T>), width = padded + kScalars;
     SumTask<T, M> task{};
-    task.map = {nullptr, shift, recentre, shift != nullptr};
+    task.map = {nullptr, shift, recentre, shift != nullptr, {}};
     if (shift) {
       const auto vectors =
           prepare<M, kEntries<T>>(resources, shift, recentre, scale, columns, size());

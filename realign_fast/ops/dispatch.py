@@ -30,14 +30,15 @@ _FASTEST_INSTRUCTION_SET = {"sum_rows": "avx2"}
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _MAP = "Tensor scale, Tensor shift, Tensor? recentre"
 _MATRIX = _MAP.replace("scale", "matrix")
+_LENGTH = "float? length=1.0, int variant=0"
 SCHEMAS = (
     # `variant` selects one of the device's kernels; 0 is the best. On a CPU it is the instruction
     # set, which tests and benchmarks choose. On CUDA it selects the operands of add_scatter_ and
     # map_rows: 1 is "fast". The reference and the Triton kernels ignore it.
-    f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, int variant=0) -> Tensor",
-    f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, int variant=0) -> ()",
-    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, int variant=0) -> Tensor",
-    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, int variant=0) -> ()",
+    f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, {_LENGTH}) -> Tensor",
+    f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, {_LENGTH}) -> ()",
+    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, {_LENGTH}) -> Tensor",
+    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, {_LENGTH}) -> ()",
     f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int variant=0)"
     + " -> (Tensor, Tensor, Tensor)",
     "add_scatter_(Tensor(a!) scatter, Tensor(b!) total, Tensor rows, Tensor centre, "
@@ -116,7 +117,7 @@ _best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.c
 
 @torch.library.register_fake("realign_fast::align_rows")
 @torch.library.register_fake("realign_fast::map_rows")
-def _(rows: Tensor, linear: Any, shift: Any, recentre: Any, dtype: torch.dtype, *_: int) -> Tensor:
+def _(rows: Tensor, linear: Any, shift: Any, recentre: Any, dtype: torch.dtype, *_: Any) -> Tensor:
     return torch.empty(rows.shape, dtype=dtype, device=rows.device)
 
 
@@ -138,12 +139,14 @@ def _(scatter: Tensor, total: Tensor, rows: Tensor, *_: Any) -> Tensor:
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, linear, shift, recentre, _dtype, _variant = inputs
+    rows, linear, shift, recentre, _dtype, ctx.length, _variant = inputs
     ctx.save_for_backward(rows, linear, shift, recentre)
 
 
 def _gradient_of_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return reference.align_rows_backward(grad, *ctx.saved_tensors), None, None, None, None, None
+    rows, linear, shift, recentre = ctx.saved_tensors
+    gradient = reference.align_rows_backward(grad, rows, linear, shift, recentre, ctx.length)
+    return gradient, *[None] * 6
 
 
 for _name in ("align_rows", "map_rows"):

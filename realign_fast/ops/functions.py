@@ -6,6 +6,7 @@ op computes in plain torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,10 +27,11 @@ def align_rows(
     shift: Tensor,
     recentre: Tensor | None = None,
     *,
+    length: float | None = 1.0,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Map rows to ``unit(unit(s u + b) + h)`` with ``u = x / |x|``; each row is read once.
+    """Map rows to ``c unit(unit(s u + b) + h)`` with ``u = x / |x|``; each row is read once.
 
     This is ReAlign's row map (arXiv 2602.07026, section 4), differentiable in ``rows``. With A in
     place of s the product is computed in float32, unless the rows or the result are float64.
@@ -40,14 +42,18 @@ def align_rows(
         shift: b, [D].
         recentre: h, [D]; ``None`` stops after ``unit(s u + b)``. Tensors of the map that are on
             another device than the rows are copied to it in every call.
+        length: c, the length of the result's rows, finite; ``None`` leaves the last normalisation
+            out, so that the result is ``s u + b``, or ``unit(s u + b) + h`` with ``recentre``.
         out_dtype: dtype of the result; by default that of ``out``, or of the rows.
         out: [N, D] tensor to write into, on the device of the rows.
 
     Returns:
-        [N, D] unit rows. A zero row has ``u = 0``; a row with a NaN or an infinity becomes NaN.
+        [N, D] rows of length c. A zero row has ``u = 0``; a row with a NaN or an infinity becomes
+            NaN.
 
     Raises:
-        ValueError: a shape does not fit, or ``out`` is on another device than the rows.
+        ValueError: a shape does not fit, ``out`` is on another device than the rows, or ``length``
+            is not finite.
         TypeError: a dtype is not floating point, or ``out_dtype`` contradicts ``out``.
         RuntimeError: ``out=`` with rows that need a gradient.
         NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
@@ -55,15 +61,17 @@ def align_rows(
     rows = _checked_rows("align_rows", rows)
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
     _check_no_tangent(rows)
+    if length is not None and not math.isfinite(length):
+        raise ValueError(f"align_rows: expected a finite length or None, got {length}")
     op = "map_rows" if row_map[0].dim() else "align_rows"
     if out is not None:
         _check_out(rows, out, out_dtype)
         own = out.resolve_neg()
-        getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *apart(row_map, own))
+        getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *apart(row_map, own), length)
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
     kernel = getattr(torch.ops.realign_fast, op)
-    aligned: Tensor = kernel(rows, *row_map, out_dtype or rows.dtype)
+    aligned: Tensor = kernel(rows, *row_map, out_dtype or rows.dtype, length)
     return aligned
 
 

@@ -29,10 +29,14 @@ def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows / peak / norm, peak, norm
 
 
-def _affine_on_sphere(scaled: Tensor, shift: Tensor, recentre: Tensor | None) -> Tensor:
-    """Return ``unit(unit(s u + b) + h)`` of ``s u``: the row map of arXiv 2602.07026, section 4."""
-    mapped = unit(scaled + shift)
-    return mapped if recentre is None else unit(mapped + recentre)
+def _affine_on_sphere(
+    scaled: Tensor, shift: Tensor, recentre: Tensor | None, length: float | None = 1.0
+) -> Tensor:
+    """Return ``c unit(unit(s u + b) + h)`` of ``s u``: the map of arXiv 2602.07026, section 4."""
+    mapped = scaled + shift
+    if recentre is not None:
+        mapped = unit(mapped) + recentre
+    return mapped if length is None else length * unit(mapped)
 
 
 def map_rows(
@@ -41,11 +45,12 @@ def map_rows(
     shift: Tensor,  # [D] float64, b
     recentre: Tensor | None,  # [D] float64, h; None leaves the last step out
     dtype: torch.dtype,
+    length: float | None = 1.0,  # c; None leaves the last normalisation out
     variant: int = 0,
 ) -> Tensor:
-    """Return ``unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
+    """Return ``c unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
     x, finite, _ = _finite_rows(rows)
-    out = _affine_on_sphere(_linear(unit(x), matrix), shift, recentre)
+    out = _affine_on_sphere(_linear(unit(x), matrix), shift, recentre, length)
     return torch.where(finite, out, torch.nan).to(dtype)
 
 
@@ -55,10 +60,11 @@ def align_rows(
     shift: Tensor,
     recentre: Tensor | None,
     dtype: torch.dtype,
+    length: float | None = 1.0,
     variant: int = 0,
 ) -> Tensor:
     """Return :func:`map_rows` of a number, s [] float64, in place of A."""
-    return map_rows(rows, scale, shift, recentre, dtype)
+    return map_rows(rows, scale, shift, recentre, dtype, length)
 
 
 def map_rows_(
@@ -67,10 +73,11 @@ def map_rows_(
     matrix: Tensor,
     shift: Tensor,
     recentre: Tensor | None,
+    length: float | None = 1.0,
     variant: int = 0,
 ) -> None:
     """Write :func:`map_rows` into ``out`` [N, D], whose dtype decides the rounding."""
-    out.copy_(map_rows(rows, matrix, shift, recentre, out.dtype))
+    out.copy_(map_rows(rows, matrix, shift, recentre, out.dtype, length))
 
 
 def align_rows_(
@@ -79,10 +86,11 @@ def align_rows_(
     scale: Tensor,
     shift: Tensor,
     recentre: Tensor | None,
+    length: float | None = 1.0,
     variant: int = 0,
 ) -> None:
     """Write :func:`align_rows` into ``out``, as :func:`map_rows_` does."""
-    map_rows_(out, rows, scale, shift, recentre)
+    map_rows_(out, rows, scale, shift, recentre, length)
 
 
 def _linear(u: Tensor, linear: Tensor) -> Tensor:
@@ -109,6 +117,7 @@ def align_rows_backward(
     linear: Tensor,  # [] the scale, [D] or [D, D]
     shift: Tensor,
     recentre: Tensor | None,
+    length: float | None = 1.0,
 ) -> Tensor:
     """Return the gradient of `align_rows` and `map_rows` with respect to the rows, [N, D].
 
@@ -118,9 +127,10 @@ def align_rows_backward(
     x, _, _ = _finite_rows(rows)
     half = _linear(unit(x), linear) + shift
     g = grad.double()
+    if length is not None:
+        g = _unit_backward(length * g, half if recentre is None else unit(half) + recentre)
     if recentre is not None:
-        g = _unit_backward(g, unit(half) + recentre)
-    g = _unit_backward(g, half)
+        g = _unit_backward(g, half)
     g = g * linear if linear.dim() < 2 else g @ linear
     return _unit_backward(g, x).to(rows.dtype)
 

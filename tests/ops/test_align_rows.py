@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
-from support.op_checks import DTYPES, assert_accurate, exact, random_map, random_rows
+from support.op_checks import DTYPES, assert_accurate, assert_near, exact, random_map, random_rows
 
+# Of the row's largest entry: half an ulp of what is stored, and the roundings before it.
+NEAR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}
 COLUMNS = (1, 2, 3, 7, 8, 15, 16, 17, 33, 127, 512, 1000, 16384)
 
 
-def truth(rows, scale, shift, recentre=None):
-    return oracle.row_map(
-        exact(rows), scale, exact(shift), None if recentre is None else exact(recentre)
-    )
+def truth(rows, scale, shift, recentre=None, length=1.0):
+    recentre = None if recentre is None else exact(recentre)
+    return oracle.row_map(exact(rows), scale, exact(shift), recentre, length)
 
 
 def surrounded(rows):
@@ -28,16 +29,16 @@ def surrounded(rows):
     return view, buffer
 
 
-def align_checked(kernel, rows, row_map, dtype=None):
+def align_checked(kernel, rows, row_map, dtype=None, length=1.0):
     """Return the kernel's result after checking that it wrote every entry and no other."""
     rows, _ = surrounded(rows.to(kernel.device))
     blank = torch.full_like(rows, torch.nan, dtype=dtype or rows.dtype)
     out, buffer = surrounded(blank)
-    kernel.align_into(out, rows, *row_map)
+    kernel.align_into(out, rows, *row_map, length=length)
     result = out.clone()
     out.fill_(torch.nan)
     assert bool(buffer.isnan().all()), "written outside the rows"
-    allocated = kernel.align(rows, *row_map, dtype=dtype)
+    allocated = kernel.align(rows, *row_map, dtype=dtype, length=length)
     assert torch.equal(allocated.nan_to_num(9), result.cpu().nan_to_num(9)), "out= differs"
     return result.cpu()
 
@@ -59,6 +60,37 @@ def test_every_pair_of_dtypes_with_and_without_the_last_step(kernel, dtype, out_
         assert_accurate(result, truth(rows, *row_map))
 
 
+LENGTHS = (None, 3.7, -0.3)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_another_length_and_without_the_last_normalisation(kernel, dtype, out_dtype):
+    rows, row_map = random_rows(11, 45, dtype), random_map(45)
+    rows[[2, 10]] = 0
+    rows[5, 9] = torch.nan
+    good = [i for i in range(11) if i != 5]
+    for steps, length in [(steps, length) for steps in (2, 3) for length in LENGTHS]:
+        result = align_checked(kernel, rows, row_map[:steps], out_dtype, length)
+        expected = truth(rows[good], *row_map[:steps], length=length)
+        assert bool(result[5].isnan().all())
+        assert_near(result[good], expected, NEAR[out_dtype])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_lengths_that_float32_coefficients_cannot_hold(kernel, dtype):
+    rows, (scale, shift, recentre) = random_rows(9, 33, dtype), random_map(33)
+    rows[::2] *= 1e14
+    for length in (0.0, 1e-32, 1e-20, 1e22):
+        result = align_checked(kernel, rows, (scale, shift, recentre), length=length)
+        assert_near(result, truth(rows, scale, shift, recentre, length), NEAR[dtype])
+    for size in (1e-32, 1e22):  # of s u + b, which is the result
+        half = scale * size, shift * size
+        assert_near(
+            align_checked(kernel, rows, half, length=None), truth(rows, *half, None, None), 1e-6
+        )
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_one_ulp_for_each_of_a_million_entries(kernel, dtype):
     """Entries that cancel to nearly nothing included: float32 arithmetic is not enough for them."""
@@ -69,10 +101,11 @@ def test_one_ulp_for_each_of_a_million_entries(kernel, dtype):
 @pytest.mark.parametrize("count", (0, 1, 2, 3, 4, 5))
 def test_few_rows_and_none(kernel, count):
     rows, row_map = random_rows(count, 19, torch.float32), random_map(19)
-    result = align_checked(kernel, rows, row_map)
-    assert result.shape == (count, 19)
-    if count:
-        assert_accurate(result, truth(rows, *row_map))
+    for length in (1.0, None):
+        result = align_checked(kernel, rows, row_map, length=length)
+        assert result.shape == (count, 19)
+        if count:
+            assert_accurate(result, truth(rows, *row_map, length=length))
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
@@ -116,7 +149,9 @@ def test_norms_that_overflow_or_underflow_when_squared(kernel, dtype, size):
     rows = (rows * size).to(dtype)
     rows[5] = random_rows(1, 33, dtype)[0]
     row_map = random_map(33)
-    assert_accurate(align_checked(kernel, rows, row_map), truth(rows, *row_map))
+    for length in (1.0, None):
+        result = align_checked(kernel, rows, row_map, length=length)
+        assert_accurate(result, truth(rows, *row_map, length=length))
 
 
 def cancelling(step, closeness, count=40, columns=65):
@@ -138,6 +173,9 @@ def test_float32_where_the_expansion_cancels(kernel, step, closeness):
     rows, row_map = cancelling(step, closeness)
     rows = rows.float()
     assert_accurate(align_checked(kernel, rows, row_map), truth(rows, *row_map))
+    ended = row_map[:2] if step == "s u + b" else row_map  # the result is what cancels
+    result = align_checked(kernel, rows, ended, length=None)
+    assert_accurate(result, truth(rows, *ended, length=None))
 
 
 @pytest.mark.parametrize("closeness", (0.6, 0.45, 1e-2, 1e-6))

@@ -37,9 +37,10 @@ def calls(rows):
     def run():
         align_rows(rows, scale, shift, recentre, out=out)
         align_rows(rows, matrix, shift, recentre, out=mapped)
+        shifted = align_rows(rows, scale, shift, length=None)
         scatter.zero_(), total.zero_()
         counts = add_scatter_(scatter, total, rows, shift)
-        return [out, mapped, scatter, total, counts, *sum_rows(rows, scale, shift)]
+        return [out, mapped, shifted, scatter, total, counts, *sum_rows(rows, scale, shift)]
 
     return run
 

@@ -27,7 +27,8 @@ def results(kernel, rows, columns, with_scatter=True):
     row_map = random_map(columns)
     weights = torch.linspace(0.1, 2, len(rows), dtype=torch.float64)
     matrix = torch.eye(columns).double() + 0.01 * random_rows(columns, columns, seed=3)
-    found = [kernel.align(rows, *row_map), *kernel.sum(rows, *row_map)]
+    found = [kernel.align(rows, *row_map, length=length) for length in (1.0, None)]
+    found += kernel.sum(rows, *row_map)
     found += [kernel.sum(rows, normalize=False).total]
     if columns < 100:  # (the product is the same for any width, and slow to emulate)
         found += [kernel.map(rows, matrix, *row_map[1:])]

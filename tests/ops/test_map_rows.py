@@ -1,12 +1,13 @@
 """map_rows: ``unit(unit(A u + b) + h)`` on every kernel against float64, row by row."""
 
 import functools
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from support import oracle
-from support.op_checks import DTYPES, exact, random_map, random_rows
+from support.op_checks import DTYPES, assert_near, exact, random_map, random_rows
 from torch.autograd import gradcheck
 
 from realign_fast import align_rows, sum_rows
@@ -23,26 +24,22 @@ def matrix_map(columns, kind="matrix", seed=3):
     return (matrix if kind == "matrix" else matrix.diagonal().clone(), *random_map(columns)[1:])
 
 
-def truth(rows, matrix, shift, recentre=None):
+def truth(rows, matrix, shift, recentre=None, length=1.0):
     """Compute the map in longdouble from the definition alone."""
-    u, a = oracle.unit(exact(rows)), exact(matrix)
-    half = oracle.unit((a * u if a.ndim == 1 else u @ a.T) + exact(shift))
-    return half if recentre is None else oracle.unit(half + exact(recentre))
+    recentre = None if recentre is None else exact(recentre)
+    return oracle.row_map(exact(rows), exact(matrix), exact(shift), recentre, length)
 
 
-def assert_accurate(result, expected, share=None):
-    peak = np.abs(expected).max(axis=1, keepdims=True)
-    error = (np.abs(exact(result) - expected) / np.where(peak > 0, peak, 1)).max(initial=0)
-    share = share or SHARE[result.dtype]
-    assert error <= share, f"error {error:.1e} of the row's largest entry, allowed {share:.0e}"
+def assert_accurate(result, expected):
+    assert_near(result, expected, SHARE[result.dtype])
 
 
-def map_checked(kernel, rows, row_map, dtype=None):
+def map_checked(kernel, rows, row_map, dtype=None, length=1.0):
     """Return the result, and check that it is the same in strided rows that held NaN."""
-    result = kernel.map(rows, *row_map, dtype=dtype)
+    result = kernel.map(rows, *row_map, dtype=dtype, length=length)
     wide = torch.full((len(rows), rows.shape[1] + 3), torch.nan, dtype=result.dtype)
     wide = wide.to(kernel.device)
-    kernel.map_into(wide[:, : rows.shape[1]], rows, *row_map)
+    kernel.map_into(wide[:, : rows.shape[1]], rows, *row_map, length=length)
     assert torch.equal(wide[:, : rows.shape[1]].cpu().nan_to_num(), result.nan_to_num())
     assert bool(wide[:, rows.shape[1] :].isnan().all()), "written beyond the row"
     return result
@@ -68,8 +65,9 @@ def test_accuracy_for_every_dtype_and_width(kernel, dtype, columns, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_pair_of_dtypes_with_and_without_the_last_step(kernel, dtype, out_dtype, kind):
     rows, row_map = random_rows(9, 40, dtype), matrix_map(40, kind)
-    for chosen in (row_map, row_map[:2]):
-        assert_accurate(map_checked(kernel, rows, chosen, out_dtype), truth(rows, *chosen))
+    for chosen, length in product((row_map, row_map[:2]), (1.0, None, 3.7)):
+        result = map_checked(kernel, rows, chosen, out_dtype, length)
+        assert_accurate(result, truth(rows, *chosen, length=length))
 
 
 @pytest.mark.parametrize("count", (0, 1, 3, 7, 8, 9, 63, 64, 65, 200))
@@ -89,10 +87,11 @@ def test_zero_non_finite_huge_and_tiny_rows(kernel, dtype, kind):
     rows[[4, 65], 7] = torch.tensor([torch.nan, -torch.inf], dtype=dtype)
     rows[9] *= 1e-7 if dtype == torch.float16 else 1e-35
     rows[10] *= 1e4 if dtype == torch.float16 else 1e35
-    result = map_checked(kernel, rows, row_map)
-    assert bool(result[[4, 65]].isnan().all())
     others = [i for i in range(80) if i not in (4, 65)]
-    assert_accurate(result[others], truth(rows[others], *row_map))
+    for length in (None, 1.0):
+        result = map_checked(kernel, rows, row_map, length=length)
+        assert bool(result[[4, 65]].isnan().all())
+        assert_accurate(result[others], truth(rows[others], *row_map, length=length))
     untouched = [i for i in range(80) if i not in (2, 4, 9, 10, 65, 70)]
     assert torch.equal(result[untouched], clean[untouched]), "a row depends on its neighbours"
 
@@ -123,6 +122,8 @@ def test_a_multiple_of_the_identity_is_align_rows(kernel):
         torch.testing.assert_close(
             kernel.map(rows, a, shift, recentre), expected, rtol=0, atol=1e-6
         )
+        huge = kernel.map(rows, a, shift, recentre, length=1e22)
+        torch.testing.assert_close(huge / 1e22, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ("matrix", "diagonal"))
@@ -138,10 +139,10 @@ def test_same_bytes_for_any_number_of_threads(compiled_kernel, set_threads, kind
 @pytest.mark.parametrize("kind", ("matrix", "diagonal"))
 def test_gradients(kind):
     rows, row_map = random_rows(4, 6).requires_grad_(), matrix_map(6, kind)
-    assert gradcheck(lambda x: align_rows(x, *row_map), rows)
-    assert gradcheck(lambda x: align_rows(x, *row_map[:2]), rows)
+    for steps, length in product((2, 3), (1.0, None, -2.0)):
+        assert gradcheck(lambda x, s=steps, c=length: align_rows(x, *row_map[:s], length=c), rows)
     op = torch.ops.realign_fast.map_rows.default
-    torch.library.opcheck(op, (rows, *row_map, torch.float64))
+    torch.library.opcheck(op, (rows, *row_map, torch.float64, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

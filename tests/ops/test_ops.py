@@ -62,7 +62,8 @@ def test_the_public_functions_use_the_instruction_set_that_backend_of_names():
     expected = OP.sum_rows(rows, None, None, None, True, variant["sum_rows"])[0]
     assert torch.equal(sum_rows(rows).total, expected)
     scale = torch.tensor(chosen_map[0], dtype=torch.float64)
-    expected = OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, variant["align_rows"])
+    arguments = scale, *chosen_map[1:], torch.float32, 1.0, variant["align_rows"]
+    expected = OP.align_rows(rows, *arguments)
     assert torch.equal(align_rows(rows, *chosen_map), expected)
 
 
@@ -80,7 +81,7 @@ def test_the_variant_chooses_the_instruction_set():
             OP.sum_rows(rows, None, None, None, True, variant)
         with pytest.raises(RuntimeError, match=f"variant {variant} is not available here"):
             scale = torch.tensor(chosen_map[0], dtype=torch.float64)
-            OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, variant)
+            OP.align_rows(rows, scale, *chosen_map[1:], torch.float32, 1.0, variant)
 
 
 def test_the_answer_for_a_device_without_kernels_says_so():
@@ -102,8 +103,8 @@ def test_opcheck(recentre, strided):
     rows = random_rows(5, 20)[:, 3:10] if strided else random_rows(5, 7)
     scale, shift = DOUBLE_MAP[:2]
     learning = rows.clone().requires_grad_()
-    for samples in (rows, learning, rows[:0]):
-        arguments = (samples, scale, shift, recentre, torch.float32)
+    for samples, length in ((rows, 1.0), (learning, None), (rows[:0], 2.0)):
+        arguments = (samples, scale, shift, recentre, torch.float32, length)
         torch.library.opcheck(OP.align_rows.default, arguments)
     out = torch.empty(5, 7, dtype=torch.bfloat16)
     torch.library.opcheck(OP.align_rows_.default, (out, rows, scale, shift, recentre))
@@ -128,7 +129,8 @@ def test_compile_keeps_one_graph():
 
 def test_compile_keeps_the_gradient():
     def loss(rows):
-        return align_rows(rows * 2, *MAP, out_dtype=torch.float32)[:, 0].square().sum()
+        aligned = align_rows(rows * 2, *MAP, length=None, out_dtype=torch.float32)
+        return aligned[:, 0].square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     rows = random_rows(6, 7).requires_grad_()
@@ -141,7 +143,8 @@ def test_compile_keeps_the_gradient():
 @pytest.mark.parametrize("recentre", (None, MAP[2]), ids=("half", "whole"))
 def test_gradcheck(recentre):
     rows = random_rows(5, 7).requires_grad_()
-    assert gradcheck(lambda x: align_rows(x, *MAP[:2], recentre), rows)
+    for length in (1.0, None, -2.0):
+        assert gradcheck(lambda x, c=length: align_rows(x, *MAP[:2], recentre, length=c), rows)
 
 
 def gradient(rows, weights, function):
@@ -189,6 +192,8 @@ def test_a_bad_row_spoils_no_other_gradient():
     expected = gradient(rows, weights, by_autograd)
     rows[1], rows[2, 3], rows[3, 0] = 0, torch.nan, torch.inf
     result = gradient(rows, weights, lambda x: align_rows(x, *MAP))
+    longer = gradient(rows, weights, lambda x: align_rows(x, *MAP, length=4.0))
+    assert torch.equal(longer, 4 * result)
     torch.testing.assert_close(result[[0, 4]], expected[[0, 4]], rtol=1e-12, atol=1e-14)
     assert bool((result[1] == 0).all()), "unit(0) = 0 has no direction to change"
 
@@ -231,6 +236,11 @@ REFUSED = {
         lambda: align_rows(ROWS, torch.ones(2), *MAP[1:]),
         ValueError,
         r"scale has shape \[2\]; expected a number, a diagonal \[D\] or a matrix",
+    ),
+    "a length that is no number": (
+        lambda: align_rows(ROWS, *MAP, length=torch.nan),
+        ValueError,
+        "expected a finite length or None, got nan",
     ),
     "out of other shape": (
         lambda: align_rows(ROWS, *MAP, out=torch.empty(4, 7)),

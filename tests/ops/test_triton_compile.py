@@ -90,12 +90,18 @@ def step(columns, dtype):
     return 16 // dtype.itemsize if columns * dtype.itemsize % 16 == 0 else 1
 
 
-def align_rows(target, dtype, columns):
+def align_rows(target, dtype, columns, length=1):
     m = DOUBLE if dtype in (BFLOAT, DOUBLE) else FLOAT
     pointers = dict(out=dtype, rows=dtype, linear=DOUBLE, shift=DOUBLE, recentre=DOUBLE)
+    pointers |= dict(result_length=DOUBLE)
     constants = dict(ROW_STEP=step(columns, dtype), OUT_STEP=step(columns, dtype), M=NAME[m])
     constants |= dict(**row_kernels.tile(columns), COLUMNS=columns, DIMS=0, KINDS=3)
+    constants |= dict(LENGTH=length)
     return compiled(row_kernels.align_rows_kernel, target, pointers, constants)
+
+
+def scaled_rows(target, dtype, columns):
+    return align_rows(target, dtype, columns, length=2)
 
 
 def sum_rows(target, dtype, columns, kinds=1):
@@ -112,7 +118,7 @@ def drift(target, dtype, columns):
 
 
 ROW_CASES = [(align_rows, HALF, 768), (sum_rows, HALF, 768), (drift, HALF, 768)]
-ROW_CASES += [(align_rows, BFLOAT, 1280), (align_rows, FLOAT, 1000), (align_rows, DOUBLE, 768)]
+ROW_CASES += [(align_rows, BFLOAT, 1280), (scaled_rows, FLOAT, 1000), (align_rows, DOUBLE, 768)]
 ROW_CASES += [(align_rows, HALF, 16384), (drift, HALF, 16384)]
 
 
@@ -253,10 +259,10 @@ def call_maps(dtype, out_dtype, columns):
     """Make every call of a row map that launches kernels of other types or constants."""
     rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
     shift, recentre = fake(columns), fake(columns)
-    for last in (recentre, None):
-        triton_ops.align_rows_(out, rows, fake(), shift, last)
-        triton_ops.map_rows_(out, rows, fake(columns, columns), shift, last)
-        triton_ops.map_rows_(out, rows, fake(columns), shift, last)
+    for last, length in ((recentre, 1.0), (None, None), (recentre, 2.0)):
+        triton_ops.align_rows_(out, rows, fake(), shift, last, length)
+        triton_ops.map_rows_(out, rows, fake(columns, columns), shift, last, length)
+        triton_ops.map_rows_(out, rows, fake(columns), shift, last, length)
 
 
 def call_sums(dtype, columns):

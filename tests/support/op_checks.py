@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,26 +55,22 @@ class Kernel:
             own = {"reference": reference, "triton": triton_ops}
             self.functions = own.get(name, torch.ops.realign_fast)
 
-    def align(self, rows, scale, shift, recentre=None, dtype=None):
-        arguments = self._send(rows, scale, shift, recentre)
-        out = self.functions.align_rows(*arguments, dtype or rows.dtype, **self.options)
-        return out.cpu()
+    def align(self, rows, scale, shift, recentre=None, dtype=None, length=1.0, op="align_rows"):
+        arguments = (*self._send(rows, scale, shift, recentre), dtype or rows.dtype, length)
+        return getattr(self.functions, op)(*arguments, **self.options).cpu()
 
-    def align_into(self, out, rows, scale, shift, recentre=None):
+    def align_into(self, out, rows, scale, shift, recentre=None, length=1.0, op="align_rows_"):
         """``out`` may be a view of anything on the kernel's device."""
-        self.functions.align_rows_(out, *self._send(rows, scale, shift, recentre), **self.options)
+        arguments = (*self._send(rows, scale, shift, recentre), length)
+        getattr(self.functions, op)(out, *arguments, **self.options)
 
     def sum(self, rows, scale=None, shift=None, recentre=None, normalize=True):
         arguments = self._send(rows, scale, shift, recentre)
         sums = self.functions.sum_rows(*arguments, normalize, **self.options)
         return ops.RowSums(*(tensor.cpu() for tensor in sums))
 
-    def map(self, rows, matrix, shift, recentre=None, dtype=None):
-        arguments = self._send(rows, matrix, shift, recentre)
-        return self.functions.map_rows(*arguments, dtype or rows.dtype, **self.options).cpu()
-
-    def map_into(self, out, rows, matrix, shift, recentre=None):
-        self.functions.map_rows_(out, *self._send(rows, matrix, shift, recentre), **self.options)
+    map = partialmethod(align, op="map_rows")
+    map_into = partialmethod(align_into, op="map_rows_")
 
     def add_scatter(self, scatter, total, rows, centre, weights, normalize, accurate):
         sums = [tensor.to(self.device) for tensor in (scatter, total)]
@@ -154,7 +151,11 @@ def assert_accurate(result, truth):
         near = int((distance == 1).sum())
         assert near <= 2 + result.numel() // 500, f"{near} of {result.numel()} entries off by 1 ulp"
         return
-    share = {torch.float32: 1e-6, torch.float64: 1e-14}[result.dtype]
+    assert_near(result, truth, {torch.float32: 1e-6, torch.float64: 1e-14}[result.dtype])
+
+
+def assert_near(result, truth, share):
+    """Check that no entry is off by more than this share of its row's largest entry."""
     peak = np.abs(truth).max(axis=-1, keepdims=True)
-    error = (np.abs(exact(result) - truth) / np.where(peak > 0, peak, 1)).max()
+    error = (np.abs(exact(result) - truth) / np.where(peak > 0, peak, 1)).max(initial=0)
     assert error <= share, f"error {error:.1e} of the row's largest entry, allowed {share:.0e}"

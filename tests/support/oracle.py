@@ -18,10 +18,13 @@ def unit(v):
     return v / np.where(norm > 0, norm, 1)
 
 
-def row_map(rows, scale, shift, recentre=None):
-    """``unit(unit(s u + b) + h)`` with ``u = unit(x)``."""
-    mapped = unit(scale * unit(rows) + shift)
-    return mapped if recentre is None else unit(mapped + recentre)
+def row_map(rows, scale, shift, recentre=None, length=1.0):
+    """``c unit(unit(s u + b) + h)`` with ``u = unit(x)``; s may be a diagonal or a matrix."""
+    u, s = unit(rows), np.asarray(scale)
+    mapped = (u @ s.T if s.ndim == 2 else s * u) + shift
+    if recentre is not None:
+        mapped = unit(mapped) + recentre
+    return mapped if length is None else length * unit(mapped)
 
 
 class Stats(NamedTuple):

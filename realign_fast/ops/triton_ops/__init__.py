@@ -36,11 +36,12 @@ def _into_new_tensor(map_in_place: Callable[..., Any]) -> Callable[..., Tensor]:
         shift: Tensor,
         recentre: Tensor | None,
         dtype: torch.dtype,
+        length: float | None = 1.0,
         variant: int = 0,
     ) -> Tensor:
         """Map the rows into a new tensor."""
         out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        map_in_place(out, rows, linear, shift, recentre)
+        map_in_place(out, rows, linear, shift, recentre, length)
         return out
 
     return map_rows_to_tensor

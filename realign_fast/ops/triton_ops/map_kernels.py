@@ -19,6 +19,7 @@ from ..memory import check_no_overlap
 from .row_kernels import (
     align_rows_,
     aligned,
+    ending,
     launch,
     step_of,
     tile,
@@ -80,6 +81,7 @@ def finish_rows_kernel(
     factor,  # [] float64
     shift,  # b [D] float64
     recentre,  # h [D] float64, read if KINDS = 3
+    result_length,  # [] float64, read if LENGTH = 2
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -87,6 +89,7 @@ def finish_rows_kernel(
     ROW_STEP: tl.constexpr,
     OUT_STEP: tl.constexpr,
     KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
     M: tl.constexpr,
 ):
     """Write the images of rows whose product with A is known."""
@@ -95,8 +98,10 @@ def finish_rows_kernel(
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
     target = out + tl.multiple_of(number * out_stride, OUT_STEP)
     image = product + number * WIDTH
-    row_map = factor, shift, recentre
-    left = write_images(target, row, image, alive, row_map, COLUMNS, BLOCK, 0, KINDS, False, M)
+    row_map = factor, shift, recentre, result_length
+    left = write_images(
+        target, row, image, alive, row_map, COLUMNS, BLOCK, 0, KINDS, LENGTH, False, M
+    )
     tl.store(unusual + number, left.to(tl.int8), alive)
 
 
@@ -111,10 +116,12 @@ def map_rows_directly_kernel(
     matrix,  # [D, D] float64
     shift,  # [D] float64
     recentre,  # [D] float64, read if KINDS = 3
+    result_length,  # [] float64, read if LENGTH = 2
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_STEP: tl.constexpr,
     KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
     M: tl.constexpr,
 ):
     """Map one row if it is unusual."""
@@ -123,8 +130,8 @@ def map_rows_directly_kernel(
     if tl.max(mask.to(tl.int32), axis=0) > 0:
         row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
         target = out + number * out_stride
-        row_map = matrix, shift, recentre
-        write_images(target, row, row, mask, row_map, COLUMNS, BLOCK, 2, KINDS, True, M)
+        row_map = matrix, shift, recentre, result_length
+        write_images(target, row, row, mask, row_map, COLUMNS, BLOCK, 2, KINDS, LENGTH, True, M)
 
 
 def map_rows_(
@@ -133,19 +140,19 @@ def map_rows_(
     matrix: Tensor,  # [D, D] float64, or [D], its diagonal
     shift: Tensor,  # [D] float64
     recentre: Tensor | None,  # [D] float64
+    length: float | None = 1.0,
     variant: int = 0,
 ) -> None:
     """Compute ``reference.map_rows_`` block by block, with 64 to 128 MiB of working memory."""
     check_no_overlap("map_rows", out, rows)
     if matrix.dim() == 1:
-        return align_rows_(out, rows, matrix, shift, recentre)
+        return align_rows_(out, rows, matrix, shift, recentre, length)
     columns = rows.shape[1]
     m = torch.float64 if torch.float64 in (rows.dtype, out.dtype) else torch.float32
     source, target = aligned(rows), aligned(out)
     in_place = target.data_ptr() == source.data_ptr()
     factor, pieces = _matrix_terms(matrix, rows.dtype, m)
-    vectors = shift, shift if recentre is None else recentre
-    kinds = 2 if recentre is None else 3
+    vectors, constants = ending(shift, recentre, length)
     block_rows = max(_MAP_ENTRIES // columns, 128)
     shape = tile(columns)
     for block, into in zip(source.split(block_rows), target.split(block_rows), strict=True):
@@ -162,12 +169,12 @@ def map_rows_(
             *(*written, product, factor, *vectors),
             WIDTH=product.shape[1],
             OUT_STEP=step_of(into),
-            KINDS=kinds,
+            **constants,
             **shape,
         )
         arguments = *written, matrix, *vectors
         grid, exact = (len(block),), torch.float64
-        launch(map_rows_directly_kernel, grid, block, exact, *arguments, BLOCK=64, KINDS=kinds)
+        launch(map_rows_directly_kernel, grid, block, exact, *arguments, BLOCK=64, **constants)
     if target is not out:
         out.copy_(target)
 

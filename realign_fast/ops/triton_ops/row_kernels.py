@@ -84,7 +84,7 @@ def image_block(
 
     A length of 1 leaves its division out.
     """
-    linear, shift, recentre = row_map
+    linear, shift, recentre = row_map[0], row_map[1], row_map[2]
     peak, norm, half, last = lengths
     if DIMS == 2 and STAGE >= 1:  # (the tile is one row)
         y = tl.zeros([1, BLOCK], M)
@@ -176,11 +176,12 @@ def write_images(
     row,
     image,
     mask,  # [ROWS] the rows to write, if they are usual or if EXACT
-    row_map,
+    row_map,  # and the length [] float64, read if LENGTH = 2
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIMS: tl.constexpr,
     KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,  # 0 leaves the last normalisation out, 1 is unit rows, 2 another length
     EXACT: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -193,10 +194,16 @@ def write_images(
         row, image, mask, peak, row_map, COLUMNS, BLOCK, DIMS, KINDS, EXACT, M
     )
     written = mask if EXACT else usual
+    if LENGTH == 0:
+        one = tl.full(mask.shape, 1, tl.float64)
+        peak, norm, half, _ = lengths
+        lengths = peak, norm, one if KINDS == 2 else half, one
     for start in range(0, COLUMNS, BLOCK):
         y = image_block(
             image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, M
         )
+        if LENGTH == 2:
+            y *= tl.load(row_map[3]).to(M)
         if EXACT:
             y = tl.where(finite[:, None], y, float("nan"))
         _store_rows(target, start, written, y, COLUMNS, BLOCK)
@@ -213,6 +220,7 @@ def align_rows_kernel(
     linear,  # [] or [D] float64
     shift,  # b [D] float64
     recentre,  # h [D] float64, read if KINDS = 3
+    result_length,  # [] float64, read if LENGTH = 2
     COLUMNS: tl.constexpr,  # D
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -220,19 +228,31 @@ def align_rows_kernel(
     OUT_STEP: tl.constexpr,  # divides out_stride
     DIMS: tl.constexpr,
     KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
     M: tl.constexpr,  # dtype of the computation
 ):
     """Map one tile of rows, the unusual ones in float64."""
     number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
     target = out + tl.multiple_of(number * out_stride, OUT_STEP)
-    row_map = linear, shift, recentre
+    row_map = linear, shift, recentre, result_length
     unusual = write_images(
-        target, row, row, number < row_count, row_map, COLUMNS, BLOCK, DIMS, KINDS, False, M
+        target, row, row, number < row_count, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, False, M
     )
     if tl.max(unusual.to(tl.int32), axis=0) > 0:
         write_images(
-            target, row, row, unusual, row_map, COLUMNS, BLOCK, DIMS, KINDS, True, tl.float64
+            target,
+            row,
+            row,
+            unusual,
+            row_map,
+            COLUMNS,
+            BLOCK,
+            DIMS,
+            KINDS,
+            LENGTH,
+            True,
+            tl.float64,
         )
 
 
@@ -357,12 +377,24 @@ def launch(
         kernel[grid](rows, len(rows), rows.stride(0), *arguments, **constants)
 
 
+def ending(
+    shift: Tensor, recentre: Tensor | None, length: float | None
+) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """Return b, h and the length as the kernels take them, and the constants KINDS and LENGTH."""
+    kind, result_length = 0 if length is None else 1, shift
+    if length not in (None, 1):
+        kind, result_length = 2, torch.full((), length, dtype=shift.dtype, device=shift.device)
+    vectors = shift, shift if recentre is None else recentre, result_length
+    return vectors, {"KINDS": 2 if recentre is None else 3, "LENGTH": kind}
+
+
 def align_rows_(
     out: Tensor,  # [N, D]
     rows: Tensor,  # [N, D]
     linear: Tensor,  # [] float64, or [D], a diagonal
     shift: Tensor,  # [D] float64
     recentre: Tensor | None,  # [D] float64
+    length: float | None = 1.0,
     variant: int = 0,
 ) -> None:
     """Compute ``reference.align_rows_`` with one read and one write of each row."""
@@ -370,6 +402,7 @@ def align_rows_(
     wide = torch.float64 in (rows.dtype, out.dtype)
     wide |= linear.dim() == 0 and out.dtype == torch.bfloat16  # (as in csrc/common/dispatch.h)
     source, target, shape = aligned(rows), aligned(out), tile(rows.shape[1])
+    vectors, constants = ending(shift, recentre, length)
     launch(
         align_rows_kernel,
         (triton.cdiv(len(rows), shape["ROWS"]),),
@@ -378,11 +411,10 @@ def align_rows_(
         target,
         target.stride(0),
         linear,
-        shift,
-        shift if recentre is None else recentre,
+        *vectors,
         OUT_STEP=step_of(target),
         DIMS=linear.dim(),
-        KINDS=2 if recentre is None else 3,
+        **constants,
         **shape,
     )
     if target is not out:
