@@ -26,7 +26,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -36,7 +36,7 @@ from torch import Tensor
 from ._argument_checks import tensor_of
 from .corpus.row_batches import Rows
 from .moments import BadRows, Moments, measure
-from .ops.reference import unit
+from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
 
@@ -46,7 +46,6 @@ SPACE_METHODS: tuple[SpaceMethod, ...] = get_args(SpaceMethod)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
-_BLOCK_ROWS = 1 << 13
 _CENTRE_FROM = 0.3  # share of the score's variance that every query of a role has in common
 _UNSURE = 0.1  # relative standard error of a scale that is warned about
 
@@ -85,6 +84,59 @@ class Side:
         )
         variance = documents / self.count + max(searches, 0.0) / queries.query_count
         return math.sqrt(variance) / (2 * value)
+
+
+@dataclass(frozen=True)
+class RoleMap:
+    """The map from rows of the encoder, documents or queries of one role, to rows of the index.
+
+    Each of its blocks of D columns holds ``(u - centre) / scale``, or ``unit(u - centre) / scale``
+    if it is ``normalized``; the other columns are zero.
+    """
+
+    centre: Tensor  # [D] float64
+    normalized: bool
+    scales: Mapping[int, float]  # by the first column of each block
+    columns: int  # of the index
+
+    @property
+    def dimension(self) -> int:
+        """The number of columns D of the encoder's rows."""
+        return len(self.centre)
+
+    @property
+    def row_map(self) -> Callable[[Tensor], Tensor]:
+        """The map into the first block, not rounded, for :meth:`Moments.update`."""
+        return lambda rows: self._block(rows, min(self.scales), out_dtype=working_dtype(rows))
+
+    def map(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return rows [N, D] as rows of the index, [N, ``columns``] of their dtype, or in ``out``.
+
+        Each row is read once a block, with the arithmetic, the errors and the bad rows of
+        :func:`realign_fast.align_rows`.
+        """
+        if self.columns == self.dimension:
+            return self._block(rows, 0, out=out)
+        wide = rows.new_zeros(len(rows), self.columns) if out is None else out.zero_()
+        for first in self.scales:
+            self._block(rows, first, out=wide[:, first : first + self.dimension])
+        return wide
+
+    __call__ = map
+
+    def to(self, device: torch.device | str) -> RoleMap:
+        """Return the same map with its centre on ``device``."""
+        return replace(self, centre=self.centre.to(device))
+
+    def _block(self, rows: Tensor, first: int, **options: Any) -> Tensor:
+        scale = self.scales[first]
+        if not scale > 0:
+            raise ValueError(
+                f"SharedSpace: scores of these documents have the standard deviation {scale}, so "
+                "no scale exists; fit on more documents and queries"
+            )
+        factor, length = (1.0, 1 / scale) if self.normalized else (1 / scale, None)
+        return align_rows(rows, factor, self.centre * -factor, length=length, **options)
 
 
 class SharedSpace:
@@ -272,19 +324,15 @@ class SharedSpace:
         Raises:
             ValueError: an unknown modality, or other columns than those fitted on.
         """
-        side, scale = self._side(modality), self.scale(modality)
+        return self._mapped(rows, self.document_map(modality))
 
-        def stored(block: Tensor) -> Tensor:
-            """Return the rows of the index for a block of documents."""
-            placed = self._centred(block, side.centre) / scale
-            if self.layout == "single":
-                return placed
-            wide = placed.new_zeros(len(placed), self.columns)
+    def document_map(self, modality: str) -> RoleMap:
+        """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
+        side, first = self._side(modality), 0
+        if self.layout == "blocks":
             first = list(self.sides).index(modality) * self.dimension
-            wide[:, first : first + self.dimension] = placed
-            return wide
-
-        return self._mapped(rows, stored)
+        scales = {first: self.scale(modality)}
+        return RoleMap(side.centre, self.method != "calibrate", scales, self.columns)
 
     def query(self, rows: Array, role: str | None = None) -> Array:
         """Return queries [N, D] as they search the index, [N, ``columns``].
@@ -297,6 +345,10 @@ class SharedSpace:
             ValueError: an unknown role, or one that an index of layout ``"single"`` is not scaled
                 for.
         """
+        return self._mapped(rows, self.query_map(role))
+
+    def query_map(self, role: str | None = None) -> RoleMap:
+        """Return the map that :meth:`query` applies, with its errors."""
         role = role or self.query_role
         side = self._side(role)
         if self.layout == "single" and role != self.query_role and self.method != "center":
@@ -304,16 +356,13 @@ class SharedSpace:
                 f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
-        scales = [self._scales[name, role] for name in self.sides]
-
-        def searching(block: Tensor) -> Tensor:
-            """Return a block of queries as they search the index."""
-            placed = self._centred(block, side.query_centre)
-            if self.layout == "single":
-                return placed
-            return torch.cat([placed / scale for scale in scales], dim=1)
-
-        return self._mapped(rows, searching)
+        scales = {0: 1.0}
+        if self.layout == "blocks":
+            scales = {
+                block * self.dimension: self._scales[name, role]
+                for block, name in enumerate(self.sides)
+            }
+        return RoleMap(side.query_centre, self.method != "calibrate", scales, self.columns)
 
     def fuse(
         self,
@@ -351,9 +400,13 @@ class SharedSpace:
         that score by modality and merge.
         """
         side = self._side(modality)
-        query_side = self._side(role or self.query_role)
-        searching = self._centred(self._checked(queries), query_side.query_centre)
-        stored = self._centred(self._checked(rows), side.centre)
+        centres = self._side(role or self.query_role).query_centre, side.centre
+        searching, stored = (
+            RoleMap(centre, self.method != "calibrate", {0: 1.0}, self.dimension)(
+                self._checked(given_rows).double()
+            )
+            for given_rows, centre in zip((queries, rows), centres, strict=True)
+        )
         deviations = ((searching @ side.covariance) * searching).sum(dim=1).clamp(min=0).sqrt()
         return (searching @ (stored - side.mean).T) / deviations[:, None]
 
@@ -365,10 +418,9 @@ class SharedSpace:
         """
 
         def extended(block: Tensor) -> Tensor:
-            rest = (
-                block.new_zeros(len(block)) if queries else self.radius**2 - block.square().sum(1)
-            )
-            return torch.cat([block, rest.clamp(min=0).sqrt()[:, None]], dim=1)
+            norms = torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
+            rest = norms * 0 if queries else (self.radius**2 - norms.square()).clamp(min=0).sqrt()
+            return torch.cat([block, rest.to(block.dtype)], dim=1)
 
         return self._mapped(rows, extended, columns=self.columns)
 
@@ -428,11 +480,6 @@ class SharedSpace:
             raise ValueError(f"SharedSpace: {name!r} is none of its modalities {list(self.sides)}")
         return self.sides[name]
 
-    def _centred(self, block: Tensor, centre: Tensor) -> Tensor:
-        """Return float64 rows of the block less the centre, of unit length where it centres."""
-        centred = unit(block.double()) - centre.to(block.device)
-        return centred if self.method == "calibrate" else unit(centred)
-
     def _checked(self, rows: Array, columns: int | None = None) -> Tensor:
         """Return rows as a tensor; a ValueError for rows of another shape."""
         tensor, columns = tensor_of("SharedSpace", rows), columns or self.dimension
@@ -446,11 +493,7 @@ class SharedSpace:
     def _mapped(
         self, rows: Array, row_map: Callable[[Tensor], Tensor], columns: int | None = None
     ) -> Array:
-        tensor = self._checked(rows, columns)
-        blocks = [
-            row_map(block.double()).to(tensor.dtype) for block in torch.split(tensor, _BLOCK_ROWS)
-        ]
-        mapped = torch.cat(blocks)
+        mapped = row_map(self._checked(rows, columns))
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
     def _warn_of_unsure_scales(self) -> None:
