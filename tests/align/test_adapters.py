@@ -43,6 +43,10 @@ def names(rows, tmp_path, monkeypatch):
     return rows | {"space": space, "np": np, "SharedSpace": SharedSpace}
 
 
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def close(found, expected, error=2e-6):
     """Equal up to a share of the largest expected value."""
     np.testing.assert_allclose(found, expected, rtol=0, atol=error * np.abs(expected).max())
@@ -105,6 +109,11 @@ def test_the_page_runs_with_faiss(names):
     np.save("rows.npy", names["query_rows"])
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert np.array_equal(np.load("ids.npy"), names["ids"])
+    space, queries, image = names["space"], names["query_rows"], names["image_rows"]
+    scores = unit(queries) @ unit(image).T
+    scores -= (unit(queries) @ space.sides["image"].centre.numpy())[:, None]
+    scores /= space.scale("image")
+    close(scores, space.query(queries) @ space.image(image).T)  # the page's merge of raw scores
     assert ((names["ids"] >= 400).mean() > 0.2) and faiss.read_index("mixed.faiss").ntotal == 800
 
 
