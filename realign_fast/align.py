@@ -23,7 +23,7 @@ from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
-from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure
+from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_json
 from .storage.tensor_file import tensors_of, write_tensors
@@ -282,6 +282,8 @@ class ReAlign(nn.Module):
 
         ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
         tensor to write the result into. Other columns than those fitted on are a ValueError.
+        Without ``out``, rows far from the source fitted on are warned about once: the first call
+        of 32 rows or more is tested, and the second, fourth, eighth and so on.
         """
         expect_tensor("ReAlign", rows)
         if rows.shape[-1:] != self.shift.shape:
@@ -290,6 +292,8 @@ class ReAlign(nn.Module):
                 f"{self.dimension} columns; align the encoder's own output"
             )
         row_map, flat = self.row_map, rows.reshape(-1, rows.shape[-1])
+        if out is None:
+            warn_of_far_rows(self, "ReAlign", flat, self.source_mean, self.source_count)
         if callable(row_map):
             noisy = row_map(flat).to(out_dtype or rows.dtype).reshape(rows.shape)
             return noisy if out is None else out.copy_(noisy)

@@ -9,6 +9,10 @@ partial results arrive changes at most the last bits.
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
+from collections import Counter
+from contextlib import suppress
 from typing import get_args
 
 import torch
@@ -20,12 +24,15 @@ from ._argument_checks import expect_tensor
 from .corpus.row_batches import Rows, batches
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
+from .ops.reference import unit
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
 BAD_ROWS: tuple[BadRows, ...] = get_args(BadRows)
+_FEWEST_TESTED, _MOST_TESTED = 32, 256  # rows of a call that may be far from those fitted on
+_ROUNDING = 1e-6  # of the trace of rows of 16 bits
 _SUMS = ("total", "energy_total", "counts")
 
 
@@ -443,6 +450,48 @@ def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
             f"{name}: the source has {source.dimension} columns, the target {target.dimension}; "
             "embed both with one encoder"
         )
+
+
+def warn_of_far_rows(
+    owner: object, name: str, rows: Tensor, mean: Tensor, count: Tensor | int
+) -> None:
+    """Warn, once for an ``owner``, of rows [N, D] that lie far from the n rows it was fitted on.
+
+    The calls number 1, 2, 4, 8, ... with 32 rows or more are tested, on 256 of their rows, evenly
+    spread: beside mapping this costs nothing. :func:`warn_if_far` is the test.
+    """
+    if len(rows) < _FEWEST_TESTED or torch.compiler.is_compiling():
+        return
+    calls: Counter[str] = vars(owner).setdefault("_tested_calls", Counter())
+    calls[name] += 1
+    captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or calls["warned"] or calls[name] & (calls[name] - 1):
+        return
+    with suppress(RuntimeError):  # of meta tensors and inside of vmap no value can be read
+        sample = unit(rows.detach()[:: -(-len(rows) // _MOST_TESTED)].double())
+        calls["warned"] = warn_if_far(name, sample.nanmean(dim=0), len(sample), mean, int(count))
+
+
+def warn_if_far(name: str, mean: Tensor, rows: int, fitted: Tensor, count: int) -> bool:
+    """Warn if a mean of k = ``rows`` unit rows lies far from that of the n = ``count`` fitted rows.
+
+    Where all are drawn alike, ``E|mean - fitted|^2 = T (1/k + 1/n)``, ``T = 1 - |mu|^2`` the trace
+    of unit rows, which the mean determines. Far is more than 25 times this. The square is a sum of
+    weighted squares of nearly normal numbers, and so large in at most ``P(Z^2 > 25) = 6e-7`` of the
+    tests whatever the weights are (Szekely and Bakirov, 2003). k counts up to 256, so that
+    ``.1 T``, a third of the spread of a single row, never counts as far.
+    """
+    trace = max(1 - float(fitted.square().sum()), _ROUNDING)
+    limit = 5 * math.sqrt(trace * (1 / min(rows, _MOST_TESTED) + 1 / max(count, 1)))
+    distance = float((mean - fitted.to(mean.device)).norm())
+    if distance > limit:
+        warnings.warn(
+            f"{name}: the mean of the rows lies {distance:.2f} from that of the {count} rows "
+            f"fitted on, expected {limit:.2f} at most; rows of another encoder, modality or domain "
+            "need a fit of their own",
+            stacklevel=4,
+        )
+    return distance > limit
 
 
 def good_rows(rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
-from ..moments import Moments
+from ..moments import Moments, warn_if_far
 from ..storage.paths import AnyPath, StoragePath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
@@ -119,6 +119,9 @@ class AlignRun(PassRunner):
             moments = self.run_pass(self.align_task(source, aligner, folder), Moments(), [])
             if self.part[1] == 1:
                 source.finish(folder)
+                if moments.count:
+                    mean, count = aligner.target_mean, int(aligner.target_count)
+                    warn_if_far(str(source.path), moments.mean, moments.count, mean, count)
             return moments
 
     def finish(

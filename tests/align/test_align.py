@@ -1,6 +1,9 @@
 """ReAlign's fit: parity with the oracle, golden data, theorems, every holder of rows, bad rows."""
 
+import copy
 import math
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from support import oracle
 from support.op_checks import random_rows
 
+import realign_fast
 from realign_fast import Corpus, Moments, ReAlign
 
 NUMBERS = ("scale", "source_trace", "target_trace", "drift", "residual_gap")
@@ -38,6 +42,43 @@ def same(a, b):
 def assert_close(a, b, error=1e-12):
     for name in (*NUMBERS, *VECTORS):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=error, atol=error)
+
+
+DEMO = Path(realign_fast.__file__).parent / "demo" / "data"
+
+
+def far_warnings(use, *calls):
+    """The warnings of far rows in calls of a copy of an aligner, or of its method."""
+    use = copy.deepcopy(use)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for rows in calls:
+            use(rows)
+    return [warning for warning in found if "the mean of the rows lies" in str(warning.message)]
+
+
+def far_test_cases():
+    """(a fitted map, its kind of rows, held-out rows of its kind, held-out rows of the other)."""
+    text, image = (
+        torch.from_numpy(np.load(DEMO / "heldout" / f"{side}_emb" / f"{side}_emb_0.npy"))
+        for side in ("text", "img")
+    )
+    aligner = ReAlign.fit(DEMO / "text_emb", DEMO / "img_emb", residual=False)
+    yield aligner, text, image
+    yield aligner.inverse(), image, text
+
+
+def test_rows_of_another_modality_or_encoder_are_warned_about_once():
+    generator = torch.Generator().manual_seed(3)
+    for fitted_map, usual, other in far_test_cases():
+        for size in (400, 128, 64, 32, 7):  # each call is the first of its copy, and is tested
+            for rows in usual.split(size):
+                assert not far_warnings(fitted_map, rows)
+        turn = torch.linalg.qr(torch.randn(128, 128, generator=generator)).Q
+        for far in (other, usual.float() @ turn, usual[:, torch.randperm(128)]):
+            (warning,) = far_warnings(fitted_map, usual, far, far, far, far)
+            assert "fitted on, expected" in str(warning.message)
+        assert not far_warnings(fitted_map, *other.split(8))  # too few rows to tell
 
 
 def test_fit_and_map_agree_with_the_oracle(fitted):
