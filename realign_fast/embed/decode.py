@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +32,6 @@ class Unreadable(Exception):
     """The reason why one image or caption cannot be read; it is listed and gives no row."""
 
 
-@lru_cache(maxsize=1)
 def pillow() -> ModuleType:
     """Import Pillow, or raise an error that says how to install it."""
     return import_extra("PIL.Image", "clip", "Decoding images")
@@ -52,7 +50,11 @@ def decode(data: bytes) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on sizes, which are checked here, and on odd metadata
             image = pil.Image.open(io.BytesIO(data))
-            _check_size(*image.size)
+            size = f"{image.width} x {image.height} pixels, at most"
+            if image.width * image.height > MAX_PIXELS:
+                raise Unreadable(f"too large: {size} {MAX_PIXELS} in all")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise Unreadable(f"too narrow: {size} {MAX_ASPECT} to 1")
             image.load()
             return _as_rgb(_turned(image))
     except Unreadable:
@@ -67,24 +69,16 @@ def decode(data: bytes) -> Any:
         raise Unreadable(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise Unreadable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS} in all")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Unreadable(f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT} to 1")
-
-
 def _turned(image: Any) -> Any:
     """Return the image turned as its EXIF orientation says; no other tag is interpreted."""
-    turns = pillow().Image.Transpose
-    methods = {2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM}
-    methods |= {5: turns.TRANSPOSE, 6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90}
+    names = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+    methods = dict(enumerate(names.split(), 2))
     try:
         method = methods.get(image.getexif().get(ORIENTATION))
     except Exception:  # damaged data raises SyntaxError, ValueError, struct.error and others
         image.info[UNTURNED] = True
         return image
-    return image if method is None else image.transpose(method)
+    return image.transpose(pillow().Image.Transpose[method]) if method else image
 
 
 def _as_rgb(image: Any) -> Any:

@@ -6,12 +6,12 @@ depend on the number of processes. An item that fails is left out of its batch a
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -71,9 +71,9 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
                     raise Unreadable(item.failure)
                 caption = _caption(item) if "text" in self.sides else ""
                 if "image" in self.sides:
-                    image = self._decoded(item)
-                    images.append(self._prepared(image))
-                    unturned += UNTURNED in image.info
+                    image, is_unturned = self._image(item)
+                    images.append(image)
+                    unturned += is_unturned
             except Unreadable as error:
                 failures.append((position, str(error)))
                 continue
@@ -84,15 +84,14 @@ class PreparedBatches(Dataset[PreparedBatch | Exception]):
         tokens = self.encoder.prepare_texts(captions) if texts else None
         return PreparedBatch(positions, failures, pixels, tokens, unturned)
 
-    def _decoded(self, item: Item) -> Any:
+    def _image(self, item: Item) -> tuple[torch.Tensor, bool]:
+        """Return an image as the model takes it, and whether its EXIF data could not be read."""
         try:
-            return decode(self.source.read(item))
+            image = decode(self.source.read(item))
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from error
-
-    def _prepared(self, image: Any) -> torch.Tensor:
         try:
-            return self.encoder.prepare_image(image)
+            return self.encoder.prepare_image(image), UNTURNED in image.info
         except Exception as error:  # its preprocessing cannot take such a size
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise Unreadable(f"cannot be prepared: {reason}") from error
@@ -119,17 +118,14 @@ def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iter
     """
     # Tokenizers with threads of their own do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options: dict[str, Any] = {}
-    if workers:
-        state = os.stat(lock) if lock.exists() else None
-        options = {
-            "multiprocessing_context": multiprocessing.get_context("fork"),
-            "prefetch_factor": PREFETCH,
-            "worker_init_fn": lambda _: _become_worker(state),
-        }
-    pin_memory = dataset.encoder.device.type == "cuda"
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=dataset.encoder.device.type == "cuda",
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=partial(_become_worker, os.stat(lock) if lock.exists() else None),
     )
     try:
         for batch in loader:
@@ -147,7 +143,7 @@ def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iter
         ) from error
 
 
-def _become_worker(lock: os.stat_result | None) -> None:
+def _become_worker(lock: os.stat_result | None, _: int) -> None:
     """Leave signals and the lock on the output to the main process.
 
     A process that outlives a killed run for a moment must not keep the next run waiting.

@@ -8,9 +8,8 @@ from pathlib import Path
 from ...storage.paths import natural_order
 from ..decode import SUFFIXES
 from .base import Columns, Content, Item, Source
-from .folder import Folder
+from .samples import Folder, Tars
 from .table import TABLE_SUFFIXES, Table
-from .tar import Tars
 
 __all__ = ["Columns", "Item", "Source", "open_source"]
 

@@ -2,16 +2,15 @@
 
 A :class:`Source` walks its files in natural order and counts the items of each. A shard of the
 result is a range of items, so its rows depend on the source and on ``shard_rows`` alone. Each
-subclass reads one format (`folder.py`, `tar.py`, `table.py`).
+subclass reads one kind of files (`samples.py`, `table.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,10 +18,8 @@ from typing import Any, Literal, NamedTuple
 from ..decode import Unreadable
 
 MAX_IMAGE_BYTES = 1 << 30
-MAX_CAPTION_BYTES = 1 << 20
 Content = Literal["images", "texts", "pairs"]  # a pair is an image with its caption
 NEEDED = {"images": ("image",), "texts": ("caption",), "pairs": ("image", "caption")}
-CAPTION_NAMES = ("txt", "caption", "text")  # endings of members, or keys of the json member
 
 
 class Item(NamedTuple):
@@ -92,40 +89,6 @@ class Source:
 
     def _walk_files(self) -> Iterator[Item]:
         return chain.from_iterable(map(self.walk, self.files))
-
-
-class Sample:
-    """The texts of a sample: its members, and the values in its `json` member.
-
-    Args:
-        read: returns the bytes of the member with an ending such as `txt`, or None.
-    """
-
-    def __init__(self, read: Callable[[str], bytes | None]) -> None:
-        self._read = read
-        self._values: dict[str, Any] | None = None
-
-    def text(self, names: Iterable[str], types: Any = str) -> str | None:
-        """Return the first text by one of `names`, each an ending or a key of the `json` member.
-
-        Raises:
-            ValueError, OSError: it cannot be read.
-        """
-        for name in names:
-            if (data := self._read(name.lower())) is not None:
-                return data.decode("utf-8-sig").strip()
-            if self._values is None:
-                self._values = self._json()
-            if isinstance(value := self._values.get(name), types):
-                return str(value)
-        return None
-
-    def _json(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self._read("json") or b"{}")
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        return value if isinstance(value, dict) else {}
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

@@ -12,7 +12,8 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -45,53 +46,40 @@ class Table(Source):
 
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield an item for each row; its position is the row's number where images are inside."""
-        if file.suffix.lower() == ".parquet":
-            names, rows, images_inside = self._parquet(file)
-        else:
-            rows, images_inside = self._text_rows(file), False
-            first = next(rows, None)
-            rows = chain([] if first is None else [first], rows)
-            names = Columns() if first is None else self._names(file, list(first))
+        names, rows, images_inside = self._rows(file)
         prefix = f"{file.stem}-" if len(self.files) > 1 else ""
         for number, row in enumerate(rows):
             row_id, caption, failure = row.get(names.id), row.get(names.caption), None
             name = f"{prefix}{number}" if row_id in (None, "") else str(row_id)
-            if not isinstance(caption, str | None) and self.content != "images":
-                failure = f"its caption is {type(caption).__name__}, expected text"
-            caption = caption if isinstance(caption, str) else None
+            if not isinstance(caption, str | None):
+                if self.content != "images":
+                    failure = f"its caption is {type(caption).__name__}, expected text"
+                caption = None
+            path, at = str(file), None
             if images_inside or not self.reads_images:
                 at = None if file.suffix == ".json" else number  # it enters keys of version 0.1.0
-                yield Item(name, str(file), at, caption, failure)
-                continue
-            path, image = str(file), row.get(names.image)
-            if isinstance(image, str) and image:
+            elif isinstance(image := row.get(names.image), str) and image:
                 path = os.path.join(file.parent, image)
             else:
                 failure = f"no image: {names.image} is {image!r:.40}, expected a path"
-            yield Item(name, path, None, caption, failure)
+            yield Item(name, path, at, caption, failure)
 
-    def _parquet(self, file: Path) -> tuple[Columns, Iterable[dict[Any, Any]], bool]:
+    def _rows(self, file: Path) -> tuple[Columns, Iterable[dict[Any, Any]], bool]:
         """Return the columns, the rows without images, and whether images lie in the file."""
+        suffix = file.suffix.lower()
+        if suffix != ".parquet":
+            json_rows = partial(_dataset_rows, content=self.content)
+            rows = (json_rows if suffix == ".json" else _TEXT_ROWS[suffix])(file)
+            if (first := next(rows, None)) is None:
+                return Columns(), [], False
+            return self._names(file, list(first)), chain([first], rows), False
         table = _opened(file)
         schema, num_rows = table.schema_arrow, table.metadata.num_rows
         names = self._names(file, schema.names)
         inside = bool(names.image) and _holds_bytes(file, schema.field(names.image))
         columns = (names.id, names.caption, None if inside else names.image)
         read = list({name: None for name in columns if name})
-        rows = _parquet_rows(file, table, read) if read else ({} for _ in range(num_rows))
-        return names, rows, inside
-
-    def _text_rows(self, file: Path) -> Iterator[dict[Any, Any]]:
-        suffix = file.suffix.lower()
-        if suffix == ".json":
-            return _dataset_rows(file, self.content)
-        if suffix == ".jsonl":
-            return _jsonl_rows(file)
-        return (
-            ({"text": line.strip()} for _, line in _lines(file))
-            if suffix == ".txt"
-            else _csv_rows(file)
-        )
+        return names, _parquet_rows(file, table, read) if read else repeat({}, num_rows), inside
 
     def _names(self, file: Path, present: list[str]) -> Columns:
         """Return the name of each column: the chosen one, or the first usual one present."""
@@ -142,12 +130,8 @@ class Table(Source):
         column = self._names(file, table.schema_arrow.names).image
         while (after := first + table.metadata.row_group(group).num_rows) <= row:
             first, group = after, group + 1
-        batches = table.iter_batches(
-            READ_ROWS,
-            row_groups=range(group, table.num_row_groups),
-            columns=[column],
-            use_threads=False,
-        )
+        groups = range(group, table.num_row_groups)
+        batches = table.iter_batches(READ_ROWS, groups, [column], use_threads=False)
         return enumerate(chain.from_iterable(b.column(0).to_pylist() for b in batches), first)
 
 
@@ -232,6 +216,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(
                     f"{path}: line {number} is not UTF-8 ({reason}); convert the file to UTF-8"
                 ) from error
+
+
+def _txt_rows(path: Path) -> Iterator[dict[str, Any]]:
+    return ({"text": line.strip()} for _, line in _lines(path))
+
+
+_TEXT_ROWS = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _txt_rows}
 
 
 def _dataset_rows(path: Path, content: Content) -> Iterator[dict[str, Any]]:
