@@ -425,25 +425,23 @@ class SharedSpace:
         return self._mapped(rows, extended, columns=self.columns)
 
     def to_faiss(self, index: Any, *, modality: str | None = None, role: str | None = None) -> Any:
-        """Return a faiss index that takes the encoder's own rows [N, D] and passes them to `index`.
+        """Return an ``IndexPreTransform`` of the encoder's rows [N, D], float32, before ``index``.
 
-        The map becomes an ``IndexPreTransform`` before ``index``, exact to float32, which faiss
-        writes and reads with the index. Views of one index share its rows, so make that of the
-        queries last: it takes ``ntotal`` and ``is_trained`` from the index when it is made.
+        faiss writes and reads the map with the index. Views of one index share its rows: make that
+        of the queries last, since it copies ``ntotal`` and ``is_trained`` when it is made.
 
         Args:
-            index: an index of ``METRIC_INNER_PRODUCT`` and :attr:`columns` columns, of any kind;
-                one that must be trained is trained on rows of every modality in the space.
+            index: of ``METRIC_INNER_PRODUCT`` and :attr:`columns` columns, and trained if need be.
             modality: of the documents that ``add`` takes; None for a view that queries search.
             role: of those queries, by default ``query_role``.
 
         Raises:
-            ImportError: faiss is not installed.
             ValueError: another metric or width, or as in :meth:`documents` and :meth:`query`.
         """
         from .integrations.faiss import view_of_index
 
-        return view_of_index(self, index, modality, role)
+        row_map = self.query_map(role) if modality is None else self.document_map(modality)
+        return view_of_index(row_map, index)
 
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""

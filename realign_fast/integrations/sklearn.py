@@ -17,12 +17,7 @@ from ..shared_space import SPACE_METHODS, SharedSpace, SpaceMethod
 
 try:
     from scipy.linalg import pinvh
-    from sklearn.base import (
-        BaseEstimator,
-        OneToOneFeatureMixin,
-        TransformerMixin,
-        _fit_context,
-    )
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
     from sklearn.covariance import EmpiricalCovariance
     from sklearn.utils._param_validation import StrOptions
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
@@ -112,16 +107,12 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
 class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """One modality of a :class:`realign_fast.SharedSpace` of layout ``"single"``.
 
-    Fit a transformer for each table of rows, as any step of a pipeline; the scale of a modality
-    depends on its documents and on the queries alone. These three make one index::
-
-        texts = SharedSpaceTransformer(queries=query_rows).fit(text_rows)
-        images = SharedSpaceTransformer(queries=query_rows).fit(image_rows)
-        searches = SharedSpaceTransformer(role="query").fit(query_rows)
+    Fit one for each table of documents, since a scale depends on these and the queries alone, and
+    one of role ``"query"`` for the queries; docs/shared_space.md has an example.
 
     Args:
-        queries: rows [N, D] like those that will search, the same for every modality; None where
-            the fitted rows themselves stand in, as texts do for queries of texts.
+        queries: rows [N, D] like those that will search, the same for every modality; the rows
+            fitted on stand in for None.
         method: one of ``SPACE_METHODS``, the same for every transformer of an index.
         role: ``"document"``, or ``"query"`` for rows that search.
 
@@ -152,14 +143,15 @@ class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
         """Fit on finite rows X [N, D], N and D from 2; ``y`` is ignored."""
         rows = validate_data(self, X, ensure_min_samples=2, ensure_min_features=2, **_READABLE)
         queries = rows if self.queries is None else check_array(self.queries, **_READABLE)
-        options: dict[str, Any] = dict(method=self.method, query_role="query", bad_rows="keep")
-        self.space_ = SharedSpace.fit(document=rows, query=queries, **options)
+        sides = {"document": rows, "query": queries}
+        self.space_ = SharedSpace.fit(
+            query_role="query", method=self.method, bad_rows="keep", **sides
+        )
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray[Any, Any]:
         """Return rows of the index [N, D] for finite rows X [N, D], with their dtype."""
         check_is_fitted(self)
         rows: np.ndarray[Any, Any] = validate_data(self, X, reset=False, **_READABLE)
-        if self.role == "query":
-            return self.space_.query(rows)
-        return self.space_.documents("document", rows)
+        space = self.space_
+        return space.query(rows) if self.role == "query" else space.documents("document", rows)
