@@ -1,21 +1,37 @@
-"""Locks on output directories: for one process, or for the parts of one job array."""
+"""Locks on output directories: for one process, or for the parts of one job array.
+
+A local lock ends with the process, however that ends, and leaves nothing to clear away. A store of
+objects has no such lock, but it can create an object on the condition that none is there. Its
+holder rewrites it every ``HEARTBEAT_SECONDS`` with the time. The object of a killed process is
+removed by the next run if that run can see that the process is dead: on the same machine, in the
+same container. Elsewhere nobody can see that, so a person decides: the error says what to delete.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import socket
+import tempfile
+import threading
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from .errors import explained
 from .local import LocalPath
-from .object_lock import locked_object
 from .paths import AnyPath, storage_path
 from .url import Url
 
+Holder = dict[str, Any]  # the process that a lock at a URL names
+
+HEARTBEAT_SECONDS = 60
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -23,15 +39,12 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
-    A local lock ends with the process, however that ends, and leaves nothing to clear away. One at
-    a URL may leave an object there; :mod:`~realign_fast.storage.object_lock` says when.
-
     Raises:
         OSError: another process holds it, which the message names; or links stand in the way.
     """
     folder = storage_path(folder)
     if isinstance(folder, Url):
-        with locked_object(folder, part):
+        with _locked_object(folder, part):
             yield
         return
     _refuse_links_of_others(folder)
@@ -70,20 +83,19 @@ def _held(path: LocalPath, alone: bool) -> Iterator[None]:
         descriptor = os.open(path, flags, 0o666)
     try:
         with explained(path.explanation):
-            _acquire(descriptor, path, alone)
+            _acquire_local(descriptor, path, alone)
         owner = f"process {os.getpid()} on {socket.gethostname()}"
+        others = "" if alone else " (or its job array)"
         with suppress(OSError):  # the disk is full; the lock holds without the name of its owner
             if os.fstat(descriptor).st_nlink == 1:  # a file with another name is not ours alone
                 os.ftruncate(descriptor, 0)
-                os.pwrite(
-                    descriptor, f"{owner}{'' if alone else ' (or its job array)'}".encode(), 0
-                )
+                os.pwrite(descriptor, f"{owner}{others}".encode(), 0)
         yield
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: LocalPath, alone: bool) -> None:
+def _acquire_local(descriptor: int, path: LocalPath, alone: bool) -> None:
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -95,3 +107,131 @@ def _acquire(descriptor: int, path: LocalPath, alone: bool) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{path}: this file system has no locks; run one at a time", stacklevel=5)
+
+
+@contextmanager
+def _locked_object(folder: Url, part: str = "") -> Iterator[None]:
+    """Hold ``folder`` at a URL, or one part of it.
+
+    Each process creates its object first and then looks for those of others, so of two at least
+    one sees the other.
+    """
+    path = folder / (f"lock-{part}" if part else "lock")
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    own = {**_process(), "token": uuid.uuid4().hex, "since": since, "alive": time.time()}
+    stop = threading.Event()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(path, own, stop), daemon=True)
+    try:
+        _create(path, own)
+        heartbeat.start()
+        locks = {entry.name for entry in folder.iterdir() if entry.name.startswith("lock")}
+        for name in sorted(locks & {"lock"} if part else locks - {"lock"}):
+            _remove_if_dead(folder / name)
+        yield
+    finally:
+        stop.set()
+        if heartbeat.is_alive():
+            heartbeat.join()
+        with suppress(OSError):  # an object that stays is that of a dead process
+            if _is_own(path, own):
+                path.unlink(missing_ok=True)
+
+
+def _create(path: Url, own: Holder) -> None:
+    _remove_if_dead(path)
+    if not path.create(_to_json(own)) and not _is_own(path, own):  # its answer may be lost
+        raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
+    if path.create(_to_json(own)):  # although it is there
+        reason = "its store cannot create an object only where there is none"
+        warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=4)
+
+
+def _remove_if_dead(path: Url) -> None:
+    """Remove the lock of a dead process; raise OSError if its holder may live."""
+    with _alone_on_this_machine():  # else a second process would remove the lock of the first
+        if (holder := _read(path)) is None:
+            return
+        if not _is_dead(holder):
+            raise OSError(errno.EBUSY, _busy_message(path, holder))
+        path.unlink(missing_ok=True)
+
+
+def _busy_message(path: Url, holder: Holder) -> str:
+    process = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+    state = "does not say when it last was"
+    if isinstance(alive := holder.get("alive"), float):
+        age = max(0, time.time() - alive)
+        state = f"gave a sign of life {age:.0f} s ago"
+        if age >= 3 * HEARTBEAT_SECONDS:
+            state = f"gave no sign of life for {age / 60:.0f} min (there is one every minute)"
+    since = holder.get("since", "an unknown time")
+    return (
+        f"{path.parent.parent}: {process} is working on it since {since} and {state}; wait until "
+        f"it ends, or give another --out; if it was killed, delete {path} and run again"
+    )
+
+
+def _send_heartbeats(path: Url, own: Holder, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
+        with suppress(OSError):  # a store that cannot be written to now may be in a minute
+            if not _is_own(path, own):
+                reason = "was deleted or taken over, so two runs may write here; stop one"
+                warnings.warn(f"{path}: {reason}", stacklevel=1)
+                return
+            path.write_whole(_to_json(own | {"alive": time.time()}))
+
+
+def _is_own(path: Url, own: Holder) -> bool:
+    return bool((_read(path) or {}).get("token") == own["token"])
+
+
+def _read(path: Url) -> Holder | None:
+    """Return the holder that a lock names; None without a lock, {} for an unreadable one."""
+    try:
+        holder = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _to_json(holder: Holder) -> bytes:
+    return (json.dumps(holder) + "\n").encode()
+
+
+def _process() -> Holder:
+    """Return facts that identify this process, also in containers and where ids are used again."""
+    machine, pid = "", os.getpid()
+    with suppress(OSError):  # not on Linux
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    began = _start_time(pid)
+    return {"host": socket.gethostname(), "machine": machine, "pid": pid, "began": began}
+
+
+def _start_time(pid: int) -> str | None:
+    """Return when a living process began, in ticks; None for a dead one, and where no /proc is."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Return whether this process can see that a holder is dead."""
+    own, pid = _process(), holder.get("pid")
+    is_here = all(holder.get(name) == own[name] for name in ("host", "machine"))
+    return is_here and isinstance(pid, int) and _start_time(pid) != holder.get("began")
+
+
+@contextmanager
+def _alone_on_this_machine() -> Iterator[None]:
+    descriptor = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with explained(LocalPath(tempfile.gettempdir()).explanation):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

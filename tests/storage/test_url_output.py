@@ -29,7 +29,7 @@ from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
-from realign_fast.storage import object_lock, read_ahead, url
+from realign_fast.storage import lock, read_ahead, url
 from realign_fast.storage.lock import locked
 from realign_fast.storage.paths import storage_path
 
@@ -495,7 +495,7 @@ def test_two_runs_on_one_output(out, monkeypatch):
 
 def leave_lock(place, **differences):
     """Leave a lock as another process would, with what differs from this one."""
-    holder = object_lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
+    holder = lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
     (folder(place) / "_stats/lock").write_whole(json.dumps(holder | differences).encode())
 
 
@@ -528,7 +528,7 @@ def test_a_lock_that_nobody_can_prove_dead_is_named(differences, bucket):
 
 
 def test_a_lock_shows_that_its_holder_lives(bucket, monkeypatch):
-    monkeypatch.setattr(object_lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
 
     def alive():
         return json.loads(bucket.cat("rows/out/_stats/lock"))["alive"]

@@ -4,14 +4,19 @@ A local file is mapped and its record batches are views of it. A batch of rows i
 map, and the mapped pages are released every `RELEASE_BYTES`, so memory is bounded whatever the size
 of the record batches. (Compressed ones are an exception: each is decompressed whole, with all its
 columns.) From a URL record batches are fetched one after the other, those of a file without its
-other columns, so memory is a record batch. Rows are counted without reading them
-(`arrow_messages.py`).
+other columns, so memory is a record batch.
+
+Rows are counted without reading them, from the heads of messages: pyarrow reads whole messages. A
+file is a stream behind 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and
+Interprocess Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The
+head is a flatbuffer table with the length of the body and, for a record batch, that of its columns.
 """
 
 from __future__ import annotations
 
 import io
 import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.paths import StoragePath, explained
+from ...storage.paths import OpenedFile, StoragePath, explained
 from ..io_extension import mapped_buffer
 from .arrow_columns import (
     TableShard,
@@ -30,10 +35,13 @@ from .arrow_columns import (
     validated,
     vectors_of,
 )
-from .arrow_messages import rows_of_batches
 
 MAGIC = b"ARROW1"
 RELEASE_BYTES = 16 << 20
+CONTINUES = b"\xff\xff\xff\xff"
+RECORD_BATCH = 3  # in the union MessageHeader
+MAX_HEAD = 64 << 20
+FIRST_BYTES = 1 << 12  # of a head, fetched at once: most heads are shorter
 
 
 class ArrowWriter(TableWriter):
@@ -68,8 +76,7 @@ class ArrowShard(TableShard):
                 for row in range(max(first, batch_first), end, batch_rows):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
-                    values = array[row - batch_first : row - batch_first + batch_rows]
-                    yield rows_of(values, self)
+                    yield rows_of(array[row - batch_first :][:batch_rows], self)
                     unreleased += batch_rows * self.row_bytes
                     if isinstance(data, mmap.mmap) and unreleased >= RELEASE_BYTES:
                         data.madvise(mmap.MADV_DONTNEED)
@@ -103,7 +110,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
     with _opened_data(path) as data:
         reader = _open_reader(data)
         with path.opened() as file:
-            num_rows = sum(rows_of_batches(path, file, _is_stream(reader)))
+            num_rows = sum(_rows_of_batches(path, file, _is_stream(reader)))
 
         def arrays(name: str) -> Iterator[Any]:
             return (batch.column(name) for batch in _record_batches(data, name))
@@ -156,3 +163,49 @@ def _record_batches(
     if _is_stream(reader):
         return iter(reader)
     return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _rows_of_batches(path: StoragePath, file: OpenedFile, is_stream: bool) -> Iterator[int]:
+    """Yield the number of rows of each record batch in turn."""
+    offset = 0 if is_stream else 8
+    while True:
+        start = file.pread(FIRST_BYTES, offset)
+        prefix = 8 if start[:4] == CONTINUES else 4  # Arrow before 0.15 wrote the length alone
+        try:
+            (length,) = struct.unpack_from("<i", start, prefix - 4)
+            if length == 0:
+                return
+            head = start[prefix : prefix + length]
+            if len(head) < length <= MAX_HEAD:
+                head += file.pread(length - len(head), offset + prefix + len(head))
+            body, num_rows = _body_and_rows(head)
+            end = offset + prefix + length + body
+            if len(head) != length or min(body, num_rows or 0) < 0 or end > file.size:
+                raise IndexError(f"a message of {length} + {body} bytes")
+        except (struct.error, IndexError) as error:
+            problem = f"its message at byte {offset} is truncated or damaged ({error})"
+            raise ValueError(f"{path}: {problem}; write it again") from error
+        if num_rows is not None:
+            yield num_rows
+        offset = end
+
+
+def _body_and_rows(head: bytes) -> tuple[int, int | None]:
+    """Return the length of the body, and the number of rows of a record batch, else None."""
+    (root,) = struct.unpack_from("<I", head, 0)
+    header_type, table, body = (_field(head, root, number) for number in (1, 2, 3))
+    length = struct.unpack_from("<q", head, body)[0] if body else 0
+    if not header_type or head[header_type] != RECORD_BATCH:
+        return length, None
+    (offset,) = struct.unpack_from("<I", head, table)
+    count = _field(head, table + offset, 0)
+    return length, struct.unpack_from("<q", head, count)[0] if count else 0
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Return the offset of a field of a flatbuffer table; 0 if the field is left out."""
+    (back,) = struct.unpack_from("<i", data, table)
+    size = struct.unpack_from("<H", data, table - back)[0]
+    place = 4 + 2 * number
+    offset = struct.unpack_from("<H", data, table - back + place)[0] if place < size else 0
+    return table + offset if offset else 0

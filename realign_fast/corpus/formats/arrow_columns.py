@@ -199,27 +199,19 @@ def _starts_of(lengths: np.ndarray) -> np.ndarray:
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
     """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared."""
-    pa = pyarrow()
-    if isinstance(column_type, pa.BaseExtensionType):
-        storage = array_of(rows, column_type.storage_type)
-        return pa.ExtensionArray.from_storage(column_type, storage)
-    data = pa.py_buffer(rows.reshape(-1))
-    if pa.types.is_fixed_size_binary(column_type):
-        return pa.Array.from_buffers(column_type, len(rows), [None, data])
-    if _is_list(_storage(column_type.value_type)):
-        values, length = array_of(rows, column_type.value_type), 1
+    pa, storage, data = pyarrow(), _storage(column_type), pyarrow().py_buffer(rows.reshape(-1))
+    if pa.types.is_fixed_size_binary(storage):
+        array = pa.Array.from_buffers(storage, len(rows), [None, data])
     else:
-        values = pa.Array.from_buffers(column_type.value_type, rows.size, [None, data])
-        length = rows.shape[1]
-    if pa.types.is_fixed_size_list(column_type):
-        return pa.FixedSizeListArray.from_arrays(values, type=column_type)
-    is_large = pa.types.is_large_list(column_type)
-    offset_type = np.int64 if is_large else np.int32
-    if rows.size > np.iinfo(offset_type).max:
-        raise ValueError(f"got {rows.size} numbers for one list array; write fewer rows at a time")
-    offsets = length * np.arange(len(rows) + 1, dtype=offset_type)
-    array_class = pa.LargeListArray if is_large else pa.ListArray
-    return array_class.from_arrays(pa.array(offsets), values, type=column_type)
+        if rows.size > np.iinfo(np.int32).max:  # a cast would let the offsets wrap
+            raise ValueError(f"got {rows.size} numbers for one array; write fewer rows at a time")
+        values = pa.Array.from_buffers(pa.from_numpy_dtype(rows.dtype), rows.size, [None, data])
+        array, inner = pa.FixedSizeListArray.from_arrays(values, rows.shape[1]), storage
+        while _is_list(inner := _storage(inner.value_type)):
+            array = pa.FixedSizeListArray.from_arrays(array, 1)
+        array = array.cast(storage)
+    is_extension = storage is not column_type
+    return pa.ExtensionArray.from_storage(column_type, array) if is_extension else array
 
 
 class TableShard(StreamedShard):
