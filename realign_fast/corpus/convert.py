@@ -143,9 +143,8 @@ def _result_dtype(corpus: Corpus, to: str, dtype: torch.dtype | None) -> torch.d
     dtype = corpus.dtype if dtype is None else dtype
     if dtype == torch.bfloat16 and dtype not in FORMATS[to].writer.dtypes:
         advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
-        raise ValueError(
-            f"{corpus.path}: {to} has no bfloat16; {advice}; or convert to safetensors"
-        )
+        problem = f"{to} has no bfloat16"
+        raise ValueError(f"{corpus.path}: {problem}; {advice}; or convert to safetensors")
     return dtype
 
 
@@ -156,8 +155,7 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
         lost = (torch.isfinite(batch.rows) & ~torch.isfinite(rows)).any(dim=1)
         if bool(lost.any()):
             row = batch.first + int(lost.nonzero()[0])
-            problem = f"row {row} holds a number beyond {dtype}"
-            raise ValueError(f"{shard.path}: {problem}; convert to a wider dtype")
+            raise ValueError(f"{shard.path}: row {row} holds a number beyond {dtype}; use a wider")
     return rows
 
 
@@ -209,8 +207,7 @@ def _schema_of(shard: Shard) -> Any:
         return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
     except pa.ArrowException as error:
         problem = f"its entries do not agree ({error})"
-        advice = "convert to pickle, or make them alike"
-        raise ValueError(f"{shard.path}: {problem}; {advice}") from error
+        raise ValueError(f"{shard.path}: {problem}; convert to pickle") from error
 
 
 def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
@@ -225,16 +222,13 @@ def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> 
         if isinstance(chunk, list):
             names = schema.names if schema else dict.fromkeys(chain.from_iterable(chunk))
             columns = {name: [_plain(entry.get(name)) for entry in chunk] for name in names}
-            types = {name: schema.field(name).type if schema else None for name in names}
-            arrays = {name: pa.array(columns[name], types[name]) for name in names}
-            return pa.RecordBatch.from_pydict(arrays)
+            return pa.RecordBatch.from_pydict(columns, schema)
         if isinstance(chunk, dict):
             arrays = {name: _arrow_array(values) for name, values in chunk.items()}
             return pa.RecordBatch.from_pydict(arrays)
     except (pa.ArrowException, TypeError) as error:
         problem = f"its other entries cannot become columns ({error})"
-        advice = "convert to pickle, or make entries alike"
-        raise ValueError(f"{path}: {problem}; {advice}") from error
+        raise ValueError(f"{path}: {problem}; convert to pickle") from error
     return chunk
 
 

@@ -89,10 +89,9 @@ class Corpus:
         )
         for shard in self.shards:
             if (shard.dimension, shard.dtype) != (first.dimension, first.dtype):
-                actual = f"[*, {shard.dimension}] {shard.dtype}"
+                actual = f"rows are [*, {shard.dimension}] {shard.dtype}"
                 expected = f"[*, {first.dimension}] {first.dtype} as in {first.path}"
-                advice = "move one of them away"
-                raise ValueError(f"{shard.path}: rows are {actual}, expected {expected}; {advice}")
+                raise ValueError(f"{shard.path}: {actual}, expected {expected}; move one away")
         if self.subfolder:
             layout.check_pairs(self.path, self.subfolder, self.shards, column, allow_pickle)
         self.starts = np.cumsum([0, *(shard.num_rows for shard in self.shards)], dtype=np.int64)
@@ -151,9 +150,8 @@ class Corpus:
         skips = start + self.starts[chosen.start] - self.starts  # rows to skip, by shard
         if batch_rows < 1 or start < 0 or skips[chosen.stop] > 0:
             expected = f"expected 1 or more and 0..{start - skips[chosen.stop]}"
-            raise ValueError(
-                f"{self.path}: got batch_rows {batch_rows} and start {start}, {expected}"
-            )
+            actual = f"batch_rows {batch_rows} and start {start}"
+            raise ValueError(f"{self.path}: got {actual}, {expected}")
         return (
             Batch(number, first, rows)
             for number in chosen

@@ -39,7 +39,7 @@ def survive_lost_pages() -> None:
     handler of SIGBUS, so only the processes of commands call it, and those of users who want it.
     """
     global _survives
-    if hasattr(io, "survive_lost_pages"):
+    if io:
         io.survive_lost_pages()
         _survives = True
 
@@ -51,7 +51,7 @@ def survives_lost_pages() -> bool:
 
 def mapped_buffer(data: object) -> Any:
     """Return an object whose `lost` says whether pages of a mapped file went, or None."""
-    return io.MappedBuffer(data) if hasattr(io, "MappedBuffer") else None
+    return io.MappedBuffer(data) if io else None
 
 
 def start_writing(descriptor: int, offset: int, size: int) -> None:

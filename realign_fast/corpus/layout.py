@@ -1,9 +1,8 @@
 """Directories of shards: the sides of a clip-retrieval root, and what may lie beside shards.
 
 A clip-retrieval root has `text_emb/`, `img_emb/` and `metadata/`. Shards of the two sides that pair
-(`paired`) must have equally many rows. One without a pair on the other side is no error (people
-download parts); one that `metadata/` lacks is a warning, since it is never read here.
-Hidden files and files with other suffixes are not shards.
+must have equally many rows. One without a pair on the other side is no error (people download
+parts); one that `metadata/` lacks is a warning, since it is never read here.
 """
 
 from __future__ import annotations
@@ -58,13 +57,13 @@ def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     if not sides:
         return ""
     if loose := [path for path in shard_paths(root) if format_of(path.name) not in ONLY_ALONE]:
-        contents = f"{loose[0].suffix} files and {sides[0]}/"
-        raise ValueError(f"{root}: has {contents}; open the folder of the rows")
-    if modality is None and len(sides) == 1:
-        return sides[0]
-    if modality is None:
+        suffix = loose[0].suffix
+        raise ValueError(f"{root}: has {suffix} files and {sides[0]}/; open the folder of the rows")
+    if modality is None and len(sides) > 1:
         contents = " and ".join(sides)
         raise ValueError(f"{root}: has {contents}; choose with modality 'text' or 'image'")
+    if modality is None:
+        return sides[0]
     if SUBFOLDERS[modality] not in sides:
         raise FileNotFoundError(f"{root}: has {sides[0]}/ but no {SUBFOLDERS[modality]}/; embed it")
     return SUBFOLDERS[modality]
@@ -79,7 +78,7 @@ def paired(
     `metadata_0007`, `a-0-of-3` and `b-00000-of-00003`); and where numbers cannot be compared, since
     names have more or fewer of them, by their places in natural order, if there are as many files.
     """
-    for key in (_stem, _numbers):
+    for key in (lambda path: path.stem, _numbers):
         by_key = {key(path): path for path in others}
         keys = [key(path) for path in paths]
         if len(by_key) == len(others) and len({*keys}) == len(paths) and by_key.keys() & {*keys}:
@@ -90,10 +89,6 @@ def paired(
         return {}
     in_order = (sorted(side, key=lambda path: natural_order(path.name)) for side in (paths, others))
     return dict(zip(*in_order, strict=True))
-
-
-def _stem(path: StoragePath) -> str:
-    return path.stem
 
 
 def _numbers(path: StoragePath) -> tuple[int, ...]:
@@ -112,11 +107,9 @@ def check_pairs(
     Raises:
         ValueError: a shard and its pair on the other side differ in their number of rows.
     """
-    other_side = next(name for name in SUBFOLDERS.values() if name != subfolder)
-    other_paths = shard_paths(root / other_side) if (root / other_side).is_dir() else []
-    paths = [shard.path for shard in shards]
-    pairs = paired(paths, other_paths)
+    other_side = root / next(name for name in SUBFOLDERS.values() if name != subfolder)
     row_counts = {shard.path: shard.num_rows for shard in shards}
+    pairs = paired([*row_counts], shard_paths(other_side) if other_side.is_dir() else [])
     for path, pair in zip(pairs, read_shards([*pairs.values()], column, allow_pickle), strict=True):
         if pair.num_rows != row_counts[path]:
             counts = f"has {row_counts[path]} rows, {pair.path} has {pair.num_rows}"
@@ -124,8 +117,8 @@ def check_pairs(
             raise ValueError(f"{path}: {counts}; {advice}")
     metadata = root / METADATA
     files = metadata_files(metadata) if metadata.is_dir() else []
-    described = paired(paths, files)
-    missing = [path.name for path in paths if path not in described]
+    described = paired([*row_counts], files)
+    missing = [path.name for path in row_counts if path not in described]
     if files and missing:
         message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"
         warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
@@ -140,10 +133,10 @@ def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
     """
     if shards and folder.is_remote and folder.is_web:
         return  # no server has our folders, and the check would fetch a page of links
-    names, subfolders = _listed(folder)
+    names = dict(folder.listed())
     if UNFINISHED in names:
-        problem = "is a conversion that did not end"
-        raise ValueError(f"{folder}: {problem}; run the same convert again (it goes on)")
+        raise ValueError(f"{folder}: is a conversion that did not end; run the same again")
+    subfolders = sorted(name for name, is_folder in names.items() if is_folder)
     nested = [name for name in subfolders if _may_hold_shards(folder, name)]
     if shards and nested:
         problem = f"shards in its folders ({_some(nested)}) are not read, only those beside them"
@@ -158,8 +151,8 @@ def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
         advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
         raise FileNotFoundError(f"{folder}: its shards are in folders ({_some(nested)}); {advice}")
     if packed := sorted(filter(compression_of, names)):
-        problem = f"has no shards but compressed files ({_some(packed)}), which have no row access"
-        raise FileNotFoundError(f"{folder}: {problem}; decompress them")
+        problem = f"has no shards but compressed files ({_some(packed)}); decompress them"
+        raise FileNotFoundError(f"{folder}: {problem}")
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
 
 
@@ -189,12 +182,6 @@ def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
     if is_below or folders & {out.resolve(), (out / subfolder).resolve()}:
         problem = f"is or lies in {corpus.path}, which holds rows that are read"
         raise OptionError(f"{out}: {problem}; give another --out")
-
-
-def _listed(folder: StoragePath) -> tuple[set[str], list[str]]:
-    """Return the names of all entries of a folder, and the sorted names of its folders."""
-    entries = list(folder.listed())
-    return {name for name, _ in entries}, sorted(name for name, is_dir in entries if is_dir)
 
 
 def _may_hold_shards(folder: StoragePath, name: str) -> bool:

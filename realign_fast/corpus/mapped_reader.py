@@ -1,22 +1,23 @@
-"""Rows of a local `ContiguousShard`, in blocks: through the native reader or Python's `preadv`.
+"""Rows of a `ContiguousShard`: in mapped blocks, or by ranges that are read ahead.
 
 The native reader (`csrc/io`) maps windows of the file and brings their pages in on threads of its
 own, so a cold file is read while the rows before are computed on, and rows are never copied. Rows
-that are not aligned to their number type are read into buffers instead, and so are all rows where
-nothing is compiled. Batches are the same rows either way. A file that becomes shorter is an error;
-in a mapped window this takes `io_extension.survive_lost_pages`, which commands and their workers
-call.
+that are not aligned to their number type are read into buffers instead. Ranges are read where the
+file is remote or nothing is compiled, several at a time. Batches are the same rows either way. A
+file that becomes shorter is an error; in a mapped window this takes
+`io_extension.survive_lost_pages`, which commands and their workers call.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..storage import read_ahead
 from ..storage.paths import OpenedFile, explained
 from . import io_extension
 
@@ -27,8 +28,7 @@ BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
 RING_THREADS = 4  # they copy out of the page cache, or have several large reads in flight
-
-Blocks: TypeAlias = Iterator[tuple[int, Any]]  # first row, memory that begins with it
+GAP_BYTES = 32 << 10  # between wanted rows: fewer bytes cost less to fetch than another request
 
 
 def block_rows(row_bytes: int, batch_rows: int) -> int:
@@ -46,8 +46,7 @@ def read(
     step = block_rows(shard.row_bytes, batch_rows)
     block_first = first - first % batch_rows
     with shard.opened() as file, explained(shard.path):
-        make_blocks = _native_blocks if io_extension.io else _copied_blocks
-        for start, block in make_blocks(file, shard, block_first, step, ring):
+        for start, block in _blocks(file, shard, block_first, step, ring):
             for row in range(start, min(start + step, shard.num_rows), batch_rows):
                 _check(file, shard, block)
                 low, high = max(row, first), min(row + batch_rows, shard.num_rows)
@@ -78,9 +77,10 @@ def take(shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np
                 raise shard.changed_error()
 
 
-def _native_blocks(
+def _blocks(
     file: OpenedFile, shard: ContiguousShard, first: int, step: int, ring: Any
-) -> Blocks:
+) -> Iterator[tuple[int, Any]]:
+    """Yield the first row of each block, and memory that begins with it."""
     limits = shard.offset + first * shard.row_bytes, shard.file_bytes
     options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
     is_aligned = shard.offset % shard.dtype.itemsize == 0
@@ -97,26 +97,6 @@ def _native_blocks(
             raise shard.changed_error() from error
 
 
-def _copied_blocks(
-    file: OpenedFile, shard: ContiguousShard, first: int, step: int, _ring: None
-) -> Blocks:
-    descriptor, end = file.fileno(), shard.offset + shard.num_rows * shard.row_bytes
-    for row in range(first, shard.num_rows, step):
-        start, filled = shard.offset + row * shard.row_bytes, 0
-        block = np.empty(min(step * shard.row_bytes, end - start), np.uint8)
-        ahead = min(start + len(block) + 2 * BLOCK_BYTES, end)
-        # A request to read ahead costs 7-11% where the file is cached.
-        if hasattr(os, "posix_fadvise") and not _is_cached(descriptor, ahead - 1):  # Linux
-            os.posix_fadvise(descriptor, start, ahead - start, os.POSIX_FADV_WILLNEED)
-        while filled < len(block):
-            count = os.preadv(descriptor, [block.data[filled:]], start + filled)
-            if not count:
-                raise shard.changed_error()
-            filled += count
-        yield row, block
-        del block
-
-
 def _is_cached(descriptor: int, offset: int) -> bool:
     """Return whether the byte at `offset` of a file can be read without its disk."""
     if not hasattr(os, "RWF_NOWAIT"):
@@ -126,3 +106,44 @@ def _is_cached(descriptor: int, offset: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def read_ranges(
+    shard: ContiguousShard, first: int, batch_rows: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
+    stamp, step = shard.path.stamp(), max(1, read_ahead.PIECE_BYTES // shard.row_bytes)
+    starts = range(first, shard.num_rows, step)
+    runs = [(row, min(row + step, shard.num_rows)) for row in starts]
+    try:
+        for row, batch in shard.rebatched(_fetched(shard, runs), first, batch_rows):
+            yield row, batch.view(shard.torch_dtype)
+    except OSError as error:  # an object that has become shorter cannot be read to its old end
+        if shard.path.exists() and shard.path.stamp() != stamp:
+            raise shard.changed_error() from error
+        raise
+    if shard.path.stamp() != stamp:
+        raise shard.changed_error()
+
+
+def take_ranges(
+    shard: ContiguousShard, ids: np.ndarray, target: np.ndarray, places: np.ndarray
+) -> None:
+    """Fetch the rows at sorted `ids` into the bytes `target[places]`; near ones share a request."""
+    most = max(1, read_ahead.PIECE_BYTES // shard.row_bytes)
+    is_apart = (np.diff(ids) > 1 + GAP_BYTES // shard.row_bytes) | (np.diff(ids // most) > 0)
+    parts = np.split(np.arange(len(ids)), np.flatnonzero(is_apart) + 1)
+    runs = [(int(ids[part[0]]), int(ids[part[-1]]) + 1) for part in parts]
+    for part, (first, _), rows in zip(parts, runs, _fetched(shard, runs), strict=True):
+        target[places[part]] = rows[ids[part] - first]
+
+
+def _fetched(shard: ContiguousShard, runs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Yield the bytes `[n, row_bytes]` of each run of rows `first..end`."""
+    start, size = shard.offset, shard.row_bytes
+    ranges = [(start + first * size, start + end * size) for first, end in runs]
+    with shard.opened() as file:
+        for (begin, end), data in zip(ranges, read_ahead.spans(file.pread, ranges), strict=True):
+            if len(data) != end - begin:
+                raise shard.changed_error()
+            yield np.frombuffer(data, np.uint8).reshape(-1, size)

@@ -1,9 +1,9 @@
 """A shard: one file of embedding rows, whatever its format, and the number types of its rows.
 
-Every format derives from one of two classes. A `ContiguousShard` (npy, safetensors) holds its rows
-in one piece of the file, so they are mapped. A `StreamedShard` (`streamed_shard.py`) decodes them.
-Opening a shard reads headers only; an error names the file and is a `TypeError` (number type),
-an `OSError` or a `ValueError`.
+Most formats derive from one of two classes. A `ContiguousShard` (npy, safetensors) holds its rows
+in one piece of the file, so they are mapped. The rows of a `StreamedShard` are decoded. Opening a
+shard reads headers only; an error names the file and is a `TypeError` (number type), an `OSError`
+or a `ValueError`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 
-from ..storage.paths import AnyPath, OpenedFile, StoragePath
-from . import mapped_reader, remote
+from ..storage.paths import AnyPath, OpenedFile, Stamp, StoragePath
+from . import io_extension, mapped_reader
 
 if TYPE_CHECKING:
     from .shard_writer import FormatWriter
@@ -108,31 +109,30 @@ class Shard(ABC):
         A batch is a view of a writable piece where that holds all of it. A `ValueError` says that
         the pieces do not end with the last row.
         """
-        row, filled, batch = first, 0, None
+        row, filled, batch = first, 0, np.empty(0)
         for piece in pieces:
             while len(piece):
-                if row == self.num_rows:
+                count = min(batch_rows - row % batch_rows, self.num_rows - row)
+                if not count:
                     raise self.changed_error()
-                if batch is None:
-                    count = min(row - row % batch_rows + batch_rows, self.num_rows) - row
-                    if piece.flags.writeable and len(piece) >= count:
-                        yield row, torch.from_numpy(piece[:count])
-                        piece, row = piece[count:], row + count
-                        continue
+                if not filled and piece.flags.writeable and len(piece) >= count:
+                    yield row, torch.from_numpy(piece[:count])
+                    piece, row = piece[count:], row + count
+                    continue
+                if not filled:
                     batch = np.empty((count, piece.shape[1]), piece.dtype)
-                part = piece[: len(batch) - filled]
+                part = piece[: count - filled]
                 batch[filled : filled + len(part)] = part
                 piece, filled = piece[len(part) :], filled + len(part)
-                if filled == len(batch):
+                if filled == count:
                     yield row, torch.from_numpy(batch)
-                    row, filled, batch = row + filled, 0, None
+                    row, filled, batch = row + count, 0, np.empty(0)
         if row != self.num_rows:
             raise self.changed_error()
 
     def changed_error(self) -> ValueError:
         """Return the error for a file that is no longer what it was when it was opened."""
-        advice = "let its writer finish, open again"
-        return ValueError(f"{self.path}: changed while it was read; {advice}")
+        return ValueError(f"{self.path}: changed while it was read; open it when it is written")
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,111 @@ class ContiguousShard(Shard):
     def read(
         self, first: int, batch_rows: int, ring: Any = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield views of the mapped file, or of the pieces of a remote one that were fetched."""
-        if self.path.is_remote:
-            return remote.read(self, first, batch_rows)
+        """Yield views of the mapped file, or of the pieces that were read by ranges."""
+        if self.path.is_remote or not io_extension.io:
+            return mapped_reader.read_ranges(self, first, batch_rows)
         return mapped_reader.read(self, first, batch_rows, ring)
 
     def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Read the rows at sorted `ids` into `target[places]`; only they are read, or fetched."""
-        take = remote.take if self.path.is_remote else mapped_reader.take
+        take = mapped_reader.take_ranges if self.path.is_remote else mapped_reader.take
         take(self, ids, target, places)
+
+
+@dataclass(frozen=True)
+class StreamedShard(Shard):
+    """A shard of a format that is read from its start on; a subclass decodes it in `pieces`."""
+
+    dtype: np.dtype[Any]
+    column: str  # name of the rows: a column, a key, the ending of a member's name
+    stamp: Stamp  # of the file when it was opened
+
+    @abstractmethod
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield all rows from `first` on, `[n, D]` at a time; `batch_rows` is a good size.
+
+        A writable piece is given away: a batch may be a view of it.
+        """
+
+    def read(
+        self, first: int, batch_rows: int, ring: Any = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
+        if self.path.stamp() != self.stamp:
+            raise self.changed_error()
+        yield from self.rebatched(self._unchanged_pieces(first, batch_rows), first, batch_rows)
+        if self.path.is_remote and self.path.stamp() != self.stamp:
+            raise self.changed_error()
+
+    def _unchanged_pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield `pieces`; what is wrong with a file that has changed is that it has changed."""
+        try:
+            yield from self.pieces(first, batch_rows)
+        except (OSError, ValueError) as error:
+            if self.path.exists() and self.path.stamp() != self.stamp:
+                raise self.changed_error() from error
+            raise
+
+    def checked(self, place: str, row: np.ndarray) -> np.ndarray:
+        """Return a row `[D]` that is like the first one."""
+        if (row.size, row.dtype) != (self.dimension, self.dtype):
+            expected = f"{self.dimension} of {self.dtype} as in the first row"
+            raise ValueError(f"{place} holds {row.size} of {row.dtype}, expected {expected}")
+        return row.reshape(-1)
+
+    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows at sorted `ids` into the bytes `target[places]`."""
+        target[places] = self.take_rows(ids).view(np.uint8)
+
+    def take_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Read the rows `[len(ids), D]` at sorted `ids`; all between first and last are decoded."""
+        taken = np.empty((len(ids), self.dimension), self.dtype)
+        batch_rows = max(1, (1 << 20) // self.row_bytes)
+        for first, rows in self.read(int(ids[0]), batch_rows):
+            low, high = np.searchsorted(ids, [first, first + len(rows)])
+            taken[low:high] = rows.numpy()[ids[low:high] - first]
+            if high == len(ids):
+                break
+        if self.path.stamp() != self.stamp:  # `read` was left before its end, where it looks
+            raise self.changed_error()
+        return taken
+
+
+class Buffers:
+    """Memory for batches of `batch_rows` rows, which is used again once a batch is released."""
+
+    def __init__(self, shard: StreamedShard, batch_rows: int) -> None:
+        self.batch_rows, self.dimension, self.dtype = batch_rows, shard.dimension, shard.dtype
+        self._bytes = min(batch_rows, shard.num_rows) * shard.row_bytes
+
+    def empty(self, count: int) -> np.ndarray:
+        """Return an uninitialized array `[count, D]`."""
+        if not io_extension.io:
+            return np.empty((count, self.dimension), self.dtype)
+        values = np.frombuffer(_ring(self._bytes).take(), self.dtype, count * self.dimension)
+        return values.reshape(count, self.dimension)
+
+
+@lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
+def _ring(size: int) -> Any:
+    return io_extension.io.Ring(2, size)  # one is looked at while the next is filled
+
+
+def check_vector(place: str, array: np.ndarray) -> None:
+    """Raise an error unless an array is a row `[D]` or `[1, D]`."""
+    if array.dtype not in FLOATS:
+        expected = "expected float16, float32 or float64; save array.astype('<f4')"
+        raise TypeError(f"{place} holds {array.dtype}, {expected}")
+    if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
+        raise ValueError(f"{place} has shape {array.shape}, expected [D] or [1, D]; reshape it")
+
+
+def check_size(path: StoragePath, size: int, expected: int) -> None:
+    """Raise an error unless a file has the size in bytes that its header says."""
+    if size != expected:
+        state = "truncated" if size < expected else "longer than its header says"
+        sizes = f"got {size} bytes, expected {expected}"
+        raise ValueError(f"{path}: {state}: {sizes}; write it again")
 
 
 def as_numpy(rows: torch.Tensor) -> np.ndarray:

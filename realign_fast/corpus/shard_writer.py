@@ -66,7 +66,9 @@ class FormatWriter:
             names = ", ".join(str(name).removeprefix("torch.") for name in self.dtypes)
             expected = f"expected one of {names} (bfloat16 only in safetensors and pt)"
             raise TypeError(f"{self.path}: got {dtype}, {expected}; convert the rows")
-        if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not self._has_shard_name():
+        name = self.path.name
+        is_shard_name = name.lower().endswith(self.suffixes) and not name.startswith(".")
+        if num_rows < 0 or not 0 < dimension < MAX_COLUMNS or not is_shard_name:
             suffixes = " or ".join(self.suffixes)
             expected = f"expected rows >= 0, columns >= 1 and a visible name in {suffixes}"
             raise ValueError(f"{self.path}: got [{num_rows}, {dimension}], {expected}")
@@ -109,10 +111,6 @@ class FormatWriter:
                 self._pending.__exit__(type(error), error, error.__traceback__)
         if error_type is None:
             raise error
-
-    def _has_shard_name(self) -> bool:
-        name = self.path.name
-        return name.lower().endswith(self.suffixes) and not name.startswith(".")
 
     def _begin(self) -> None:
         """Write what stands before the rows to `self._file`, an unbuffered file."""

@@ -101,37 +101,29 @@ def explained_error(
 ) -> Exception:
     """Return one error with the URL, the cause and a remedy in its message, and without secrets.
 
-    Args:
-        url: what was asked for.
-        error: what a package of fsspec raised.
-        attempts: how often it was tried.
-        operation: what was to be done with the URL.
-
-    Returns:
-        ImportError: the package of the protocol is not installed.
-        OSError: the server refuses, has no such file, or cannot be reached.
-        ValueError: fsspec does not know the protocol.
+    It is an ImportError if the package of the protocol is not installed, a ValueError if fsspec
+    does not know the protocol, and an OSError in all other cases.
     """
     if isinstance(error, ImportError):
         return _missing_package(url, error)
     reason = redacted(str(error))
     cause = f"{type(error).__name__}: {reason}".rstrip(": ")
     if _is_denied(error):
-        advice = f"give credentials with which it may be {operation}, "
-        advice += "as the package of its protocol wants them"
+        advice = f"give credentials with which it may be {operation}, as its package wants them"
         return PermissionError(errno.EACCES, f"{url}: access is refused ({cause}); {advice}")
     if isinstance(error, FileNotFoundError) and not may_be_temporary(error):
-        fault = "is not there"
-        if operation == "written":
-            fault = f"its bucket or folder is not there ({reason})"
+        written = operation == "written"
+        fault = f"its bucket or folder is not there ({reason})" if written else "is not there"
         return FileNotFoundError(errno.ENOENT, f"{url}: {fault}; check its name")
     if "Protocol not known" in reason:
         return ValueError(f"{url}: {reason}; expected one that fsspec knows")
     if "range requests" in reason:
         fault = "its server sends whole files, not the ranges asked for"
         return OSError(errno.EOPNOTSUPP, f"{url}: {fault}; read simplecache::{url}")
-    if unreachable := _unreachable_cause(error):
-        cause = f"its server cannot be reached: {redacted(str(unreachable))}"
+    for link in _causes(error):
+        if _UNREACHABLE.search(type(link).__name__):
+            cause = f"its server cannot be reached: {redacted(str(link))}"
+            break
     tries = f" in {attempts} attempts" if may_be_temporary(error) else ""
     advice = "check its name and the connection, then run the same command again"
     return OSError(errno.EIO, f"{url}: cannot be {operation}{tries} ({cause}); {advice}")
@@ -141,14 +133,9 @@ def _missing_package(url: object, error: ImportError) -> ImportError:
     if error.name == "fsspec":
         reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
         return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
-    from fsspec.registry import known_implementations
-
     protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
-    package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
-    known = package not in ("", "fsspec")  # those of fsspec itself need further packages
-    advice = f"pip install {package}" if known else "install the package that it names"
-    reason = f"{protocol}:// is read through another package"
-    return ImportError(f"{url}: {reason}: {advice} ({error})")
+    reason = f"{protocol}:// is read through another package: install the one that is named"
+    return ImportError(f"{url}: {reason} ({error})")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -174,9 +161,3 @@ def _is_denied(error: Exception) -> bool:
     names = {type(cause).__name__ for cause in _causes(error)}
     without_credentials = isinstance(error, PermissionError) or names & _NO_CREDENTIALS
     return bool(without_credentials or _http_statuses(error) & {401, 403})
-
-
-def _unreachable_cause(error: Exception) -> BaseException | None:
-    """Return the cause which says that nobody answers, if there is one."""
-    causes = _causes(error)
-    return next((cause for cause in causes if _UNREACHABLE.search(type(cause).__name__)), None)

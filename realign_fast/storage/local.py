@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import mmap
 import os
 import shutil
 import stat
@@ -82,13 +81,6 @@ class LocalPath(PosixPath):
         self.stamp()
         with explained(self.explanation):
             return LocalFile(self, "rb")
-
-    @contextmanager
-    def mapped(self) -> Iterator[mmap.mmap | io.BufferedReader]:
-        """Map the file for reading. Arrays may view the map, so the last one of them unmaps it."""
-        with open(self, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        yield data
 
     @contextmanager
     def descriptor(self, stamp: tuple[int, int | str]) -> Iterator[int]:

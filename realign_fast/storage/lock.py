@@ -56,7 +56,7 @@ def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
 
 
 def _refuse_links_of_others(folder: LocalPath) -> None:
-    """Refuse links in ``folder`` and beside it that other users made, unless they lead to files.
+    """Refuse links to folders, in ``folder`` and beside it, that other users made.
 
     Files that are written below such a link would take the place of files of this user.
     """
@@ -68,8 +68,7 @@ def _refuse_links_of_others(folder: LocalPath) -> None:
                 owner = entry.stat(follow_symlinks=False).st_uid
                 if owner not in (0, os.geteuid()):
                     fault = f"is a link to {os.readlink(entry)} that user {owner} made"
-                    advice = "remove it, or give another --out"
-                    raise OSError(errno.EPERM, f"{entry.path}: {fault}; {advice}")
+                    raise OSError(errno.EPERM, f"{entry.path}: {fault}; remove it")
 
 
 @contextmanager
@@ -100,9 +99,8 @@ def _acquire_local(descriptor: int, path: LocalPath, alone: bool) -> None:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
-        advice = "wait until it ends, or give another --out"
-        busy = f"{path.parent.parent}: {holder} is working on it; {advice}"
-        raise OSError(errno.EBUSY, busy) from error
+        busy = f"{holder} is working on it; wait until it ends, or give another --out"
+        raise OSError(errno.EBUSY, f"{path.parent.parent}: {busy}") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -66,9 +66,8 @@ def local_path(path: AnyPath) -> LocalPath:
     """
     result = storage_path(path)
     if isinstance(result, Url):
-        raise ValueError(
-            f"{result}: is a URL, this is written to a directory; give one, and copy it"
-        )
+        problem = "is a URL, this is written to a directory"
+        raise ValueError(f"{result}: {problem}; give one, and copy it")
     return result
 
 
@@ -109,11 +108,7 @@ def map_concurrently(
 ) -> list[Result]:
     """Return ``function`` of every item, in order; of items at URLs many run at a time.
 
-    Args:
-        function: what is called, from several threads.
-        items: its arguments.
-        path_of: gives the path of an item.
-        threads: how many calls run at a time if all paths are local.
+    ``path_of`` gives the path of an item; ``threads`` calls run at a time if all are local.
     """
     remote = [path for path in map(path_of, items) if isinstance(path, Url)]
     if not remote and threads == 1:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, Literal
 from urllib.parse import quote, unquote
 
 from .errors import Participle, explained, explained_error, may_be_temporary, redacted
@@ -144,21 +144,18 @@ class Url:
         """Yield the name of each entry of a directory, and whether it is a directory."""
 
         def list_entries(fs: Any, path: str) -> list[tuple[str, str]]:
-            """List without the cache of an earlier listing."""
-            fs.invalidate_cache()
+            fs.invalidate_cache()  # of an earlier listing
             entries = fs.ls(path, detail=True)
             own = path.rstrip("/")  # some stores have an object in the name of the folder itself
             return [(o["name"], o["type"]) for o in entries if o["name"].rstrip("/") != own]
 
-        for name, entry_type in self._ask(list_entries):
-            name = name.rstrip("/").rpartition("/")[2]
+        for path, entry_type in self._ask(list_entries):
+            name = path.rstrip("/").rpartition("/")[2]
             if name and not (self.is_web and name.startswith("?")):
                 yield unquote(name) if self.is_web else name, entry_type == "directory"
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
+    def open(self, mode: Literal["rb"] = "rb") -> io.BufferedReader:
         """Return a file of bytes to read and seek in, which reads ahead."""
-        if mode != "rb":
-            raise ValueError(f"{self}: got mode {mode!r}, a URL is read as bytes")
         return io.BufferedReader(ReadAhead(self.pread, self.size), BUFFER_BYTES)
 
     @contextmanager
@@ -167,31 +164,24 @@ class Url:
         self.stamp()
         yield self
 
-    def mapped(self) -> io.BufferedReader:
-        """Return a file that reads ahead: a remote file cannot be mapped."""
-        return self.open()
-
     @contextmanager
     def descriptor(self, stamp: tuple[int, int | str]) -> Iterator[int]:
-        """Yield a descriptor of the content, fetched into memory; the last such file is kept."""
-        file = _in_memory(self, stamp)  # the name keeps it open when another file takes its place
+        """Yield a descriptor of the content in a scratch file; the last such file is kept."""
+        with explained(self.explanation):
+            file = _fetched(self, stamp)  # the name keeps it open when another takes its place
         yield file.fileno()
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """Yield a local copy of a small file, for libraries that open files themselves."""
-        with tempfile.NamedTemporaryFile(prefix="realign-fast-", suffix=self.suffix) as file:
-            with explained(self.explanation):
-                file.write(self.read_bytes())
-                file.flush()
-            yield Path(file.name)
+        """Yield a path of the content, for libraries that open files themselves."""
+        with self.descriptor(self.stamp()) as descriptor:
+            yield Path(f"/dev/fd/{descriptor}")
 
     def read_bytes(self) -> bytes:
         """Return the whole content of a small file."""
         if self.is_web or self._in_chain:
             return b"".join(pieces(self.pread, 0, self.stamp()[0]))
-        content: bytes = self._ask(lambda fs, path: fs.cat_file(path))  # one request
-        return content
+        return bytes(self._ask(lambda fs, path: fs.cat_file(path)))  # one request
 
     @property
     def size(self) -> int:
@@ -202,9 +192,8 @@ class Url:
         """Return the size and the version that its store gives; another stamp, another content."""
         info = self._info()
         if info["type"] != "file" or info["size"] is None:
-            fault = "is a directory"
-            if info["type"] == "file":
-                fault = "its server does not say its size"
+            is_file = info["type"] == "file"
+            fault = "its server does not say its size" if is_file else "is a directory"
             raise OSError(errno.EINVAL, f"{self}: {fault}; expected a file that is read by ranges")
         facts = {re.sub("[-_]", "", key.lower()): value for key, value in info.items()}
         known = [f"{key} {facts[key]}" for key in sorted(_VERSIONS & set(facts)) if facts[key]]
@@ -226,8 +215,7 @@ class Url:
         count = min(count, self.size - offset)
         if count <= 0:
             return b""
-        data: bytes = self._ask(lambda fs, path: self._range(fs, path, count, offset))
-        return data
+        return bytes(self._ask(lambda fs, path: self._range(fs, path, count, offset)))
 
     def fileno(self) -> int:
         """Raise ``io.UnsupportedOperation``: a remote file has no descriptor."""
@@ -263,11 +251,7 @@ class Url:
 
     @contextmanager
     def pending_file(self, buffering: int = -1) -> Iterator[IO[bytes]]:
-        """Yield a scratch file of this machine that is uploaded when the block ends.
-
-        ``TMPDIR`` chooses where it lies until then. It has no name, so nothing of it is left
-        however this process ends.
-        """
+        """Yield a scratch file in ``TMPDIR``, without a name, that is uploaded at the end."""
         with tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering) as file:
             yield file
             file.seek(0)  # also flushes
@@ -281,7 +265,6 @@ class Url:
         """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
 
         def put_file(fs: Any, target: str) -> None:
-            """Upload with the options that this file system knows."""
             known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
             options = {name: value for name, value in _UPLOAD.items() if name in known}
             fs.put_file(path, target, **options)
@@ -291,12 +274,10 @@ class Url:
     def create(self, data: bytes) -> bool:
         """Write a small file if none is there, and return whether it was written.
 
-        Of two processes one succeeds, where the store can promise that. Another store replaces what
-        is there.
+        Of two processes one succeeds; a store that cannot promise that replaces what is there.
         """
 
         def create_file(fs: Any, path: str) -> bool:
-            """Create the file in the strictest way that this file system has."""
             try:
                 if not hasattr(fs, "_pipe_file") and type(fs).pipe_file.__module__ == "fsspec.spec":
                     with fs.open(path, "xb") as file:  # its "create" would look and then write
@@ -305,11 +286,9 @@ class Url:
                     fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
-            except (NotImplementedError, TypeError, ValueError):
-                fs.pipe_file(path, data)
-            except OSError as error:
-                if error.errno != errno.ENOSYS:  # of servers that know S3, but not that
-                    raise
+            except (NotImplementedError, TypeError, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENOSYS:
+                    raise  # ENOSYS is that of servers that know S3, but not that
                 fs.pipe_file(path, data)
             return True
 
@@ -322,10 +301,9 @@ class Url:
 
     def _write(self, send: Callable[[Any, str], Any]) -> None:
         def send_whole(fs: Any, path: str) -> None:
-            """Send under a temporary name where an unfinished upload can be seen."""
             if _keeps_objects(fs):
                 send(fs, path)
-                return
+                return  # nothing is seen of an upload before its end
             folder = fs._parent(path)
             partial = f"{folder}/.{self.name}.partial"
             fs.makedirs(folder, exist_ok=True)
@@ -361,17 +339,15 @@ class Url:
 
     def _info(self) -> dict[str, Any]:
         def current_info(fs: Any, path: str) -> Any:
-            """Ask without the cache of listings, which would tell how an object was."""
-            fs.invalidate_cache()
+            fs.invalidate_cache()  # which would tell how an object was
             return fs.info(path)
 
-        info: dict[str, Any] = self._ask(current_info)
-        return info
+        return dict(self._ask(current_info))
 
     def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
         """Return ``request(file system, path)``, tried again where that may help.
 
-        ``operation`` stands in the message of the error that is raised if it fails for good.
+        ``operation`` stands in the message of the error if it fails for good.
         """
         for wait in (*WAITS, None):
             try:
@@ -392,8 +368,8 @@ class Url:
 
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
-def _in_memory(url: Url, stamp: tuple[int, int | str]) -> BinaryIO:
-    file = open(os.memfd_create("realign-fast"), "wb", buffering=0)
+def _fetched(url: Url, stamp: tuple[int, int | str]) -> IO[bytes]:
+    file = tempfile.TemporaryFile(prefix="realign-fast-", buffering=0)
     for data in pieces(url.pread, 0, stamp[0]):
         file.write(data)
     return file

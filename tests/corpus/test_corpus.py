@@ -477,7 +477,7 @@ def test_truncation_while_reading_is_an_error_not_a_signal(tmp_path):
 
     said, status = fork(read_on)
     assert status == 0  # not -SIGBUS
-    assert re.search(r"^ValueError: .*x\.npy: changed while it was read; let its writer", said)
+    assert re.search(r"^ValueError: .*x\.npy: changed while it was read; open it when", said)
 
 
 def test_a_shard_replaced_after_opening_is_refused(tmp_path):

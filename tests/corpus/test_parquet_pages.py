@@ -65,17 +65,8 @@ def read(path, **options):
     return torch.cat(parts).numpy() if parts else None
 
 
-def why(path, column=None):
-    """Return why pyarrow reads row groups of a file; empty if all are read directly."""
-    shard = Corpus(path, column=column).shards[0]
-    with parquet._opened(shard.path) as (file, descriptor):
-        column_pages = parquet.ColumnPages(file, descriptor, shard)
-        for group in range(file.num_row_groups):
-            try:
-                column_pages.of(group).check()
-            except parquet.NOT_PLAIN as reason:
-                return f"row group {group}: {reason}"
-    return ""
+def why(path):
+    return Corpus(path).shards[0].why_decoded()
 
 
 # What is read directly.
@@ -293,7 +284,7 @@ def test_a_column_whose_name_could_be_anothers_is_read_by_pyarrow(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet", **PLAIN)
     corpus = Corpus(tmp_path / "x.parquet", column="a")
     np.testing.assert_array_equal(corpus.take(range(5)), rows)
-    assert "2 columns could be 'a'" in why(corpus.path, "a")
+    assert "2 columns could be 'a'" in corpus.shards[0].why_decoded()
 
 
 # Hostile bytes.

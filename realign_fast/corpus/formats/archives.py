@@ -101,12 +101,11 @@ class NpzShard(Shard):
     def _others(self) -> dict[str, list[Any]]:
         """The other entries that have a value for each row."""
         others = {name: entry for name, entry in self.entries.items() if name != self.column}
-        for name, entry in list(others.items()):
+        for name, entry in others.items():
             if isinstance(entry, torch.Tensor | np.ndarray):
                 others[name] = entry.tolist()
-            if not isinstance(others[name], list) or len(others[name]) != self.num_rows:
-                del others[name]
-        return others
+        lists = {name: entry for name, entry in others.items() if isinstance(entry, list)}
+        return {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
 
     @property
     def has_other_columns(self) -> bool:

@@ -125,8 +125,13 @@ def _opened_data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
     """Map a local file, or open a remote one that fetches what is read."""
     if not path.stamp()[0]:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
-    with explained(path), path.mapped() as data, decoded(path, data):
-        buffer = mapped_buffer(data) if isinstance(data, mmap.mmap) else None
+    with explained(path), path.open("rb") as file, decoded(path, file):
+        if path.is_remote:
+            yield file
+            return
+        # Arrays may view the map, so the last one of them unmaps it.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = mapped_buffer(data)
         yield data
         if buffer and buffer.lost:
             raise ValueError(f"{path}: changed while it was read; open it again")

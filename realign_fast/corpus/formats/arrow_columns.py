@@ -22,9 +22,8 @@ import torch
 
 from ..._extras import import_extra
 from ...storage.paths import AnyPath, StoragePath, explained, output_path
-from ..shard import MAX_COLUMNS
+from ..shard import MAX_COLUMNS, StreamedShard
 from ..shard_writer import FormatWriter
-from ..streamed_shard import StreamedShard
 
 DEFAULT = "embedding"
 FLOATS = ("float16", "float32", "float64")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...storage.paths import AnyPath, OpenedFile, StoragePath, storage_path
-from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard
+from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard, check_size
 from ..shard_writer import FormatWriter
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
@@ -67,11 +67,7 @@ def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
     if fortran_order:
         raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
     shard = NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset)
-    size = file.size
-    if size != shard.file_bytes:
-        state = "truncated" if size < shard.file_bytes else "longer than its header says"
-        expected = f"expected {shard.file_bytes} for {list(shape)} {dtype}"
-        raise ValueError(f"{path}: {state}: got {size} bytes, {expected}; write it again")
+    check_size(path, file.size, shard.file_bytes)
     return shard
 
 

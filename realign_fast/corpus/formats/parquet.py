@@ -27,7 +27,7 @@ import numpy as np
 
 from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
-from ..streamed_shard import Buffers, StreamedShard
+from ..shard import Buffers, StreamedShard
 from .arrow_columns import (
     TableShard,
     TableWriter,
@@ -135,6 +135,17 @@ class ParquetShard(TableShard):
                     return super().take_rows(ids)
         return taken
 
+    def why_decoded(self) -> str:
+        """Return why pyarrow reads row groups of this file; empty if all are read directly."""
+        with _opened(self.path) as (file, descriptor):
+            column_pages = ColumnPages(file, descriptor, self)
+            for group in range(file.num_row_groups):
+                try:
+                    column_pages.of(group).check()
+                except NOT_PLAIN as reason:
+                    return f"row group {group}: {reason}"
+        return ""
+
     @property
     def schema(self) -> Any:
         """The `pyarrow.Schema` of the file."""
@@ -182,21 +193,14 @@ def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
 
 
 class ColumnPages:
-    """The pages of the rows of an open file, by row group.
-
-    `file` is a `pyarrow.parquet.ParquetFile`, and `descriptor` that of the same file; None if it is
-    remote.
-    """
+    """The pages of the rows of an open `ParquetFile`; `descriptor` is None if it is remote."""
 
     def __init__(self, file: Any, descriptor: int | None, shard: StreamedShard) -> None:
         self._file, self._descriptor, self._shard = file, descriptor, shard
 
     def of(self, group: int) -> Any:
-        """Return the pages of a row group, as `_io.ParquetPages`.
-
-        `NotDirect` is raised if the rows do not lie there as numbers.
-        """
-        if not hasattr(_io, "read_chunks"):
+        """Return the pages of a row group, as `_io.ParquetPages`, or raise `NotDirect`."""
+        if not _io:
             raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
         if self._descriptor is None:
             raise NotDirect("its bytes are not in a file of this machine")
@@ -213,12 +217,10 @@ class ColumnPages:
         if chunk.values != rows * row_values:
             raise NotDirect(f"it has {chunk.values} values for {rows} rows of {row_values}")
         sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
-        levels = {
-            "max_definition": leaf.max_definition_level,
-            "max_repetition": leaf.max_repetition_level,
-        }
+        for name in ("max_definition", "max_repetition"):
+            sizes[name] = getattr(leaf, f"{name}_level")
         try:
-            return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
+            return _io.ParquetPages(self._descriptor, start, end, **sizes)
         except ValueError as error:
             raise NotDirect(str(error)) from error
 

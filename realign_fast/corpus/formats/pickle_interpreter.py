@@ -27,21 +27,13 @@ MEMORY_PER_BYTE = 16  # of the objects; lists of one number, the smallest of use
 MEMORY_BASE = 64 << 20  # bytes that the objects of any file may take
 DISTANT_BYTES = 100  # memory of a memo entry that is not the next one
 PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][1-9][0-9]{0,5}")  # never O, objects
-GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
-    (f"{core}.{module}", name)
-    for core in ("numpy.core", "numpy._core")
-    for module, name in (
-        ("multiarray", "_reconstruct"),
-        ("multiarray", "scalar"),
-        ("numeric", "_frombuffer"),
-    )
-}
+GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype")}
+for _core in ("numpy.core", "numpy._core"):
+    GLOBALS |= {(f"{_core}.multiarray", "_reconstruct"), (f"{_core}.multiarray", "scalar")}
+    GLOBALS |= {(f"{_core}.numeric", "_frombuffer")}
 GLOBALS |= {("_codecs", "encode")}  # with this and the next ones protocol 2 writes bytes
-GLOBALS |= {
-    (module, name)
-    for module in ("builtins", "__builtin__")
-    for name in ("bytes", "set", "frozenset")
-}
+for _name in ("bytes", "set", "frozenset"):
+    GLOBALS |= {("builtins", _name), ("__builtin__", _name)}
 
 
 class Name(str):

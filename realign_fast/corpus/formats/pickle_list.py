@@ -26,9 +26,8 @@ import numpy as np
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import FLOATS, MAX_COLUMNS
+from ..shard import Buffers, StreamedShard, check_vector
 from ..shard_writer import FormatWriter
-from ..streamed_shard import Buffers, StreamedShard
 from . import pickle_interpreter
 
 MAX_BYTES = 4 << 30
@@ -69,7 +68,8 @@ class PickledShard(StreamedShard):
             else:
                 part = self.built_entries[first : first + len(batch)]
                 for number, entry in enumerate(part):
-                    batch[number] = self._row(entry, first + number)
+                    row = _vector(self.path, first + number, entry, self.column)
+                    batch[number] = self.checked(f"{self.path}: row {first + number}", row)
             first += len(batch)
             yield batch
             del batch  # or its memory would be kept from the next one
@@ -96,15 +96,6 @@ class PickledShard(StreamedShard):
                 raise self.changed_error() from error
             if not self.path.is_remote and self.path.stamp() != self.stamp:
                 raise self.changed_error()
-
-    def _row(self, entry: Any, number: int) -> np.ndarray:
-        row = _vector(self.path, number, entry, self.column)
-        if (row.size, row.dtype) != (self.dimension, self.dtype):
-            actual = f"{self.column!r} holds {row.size} of {row.dtype} numbers"
-            expected = f"expected {self.dimension} of {self.dtype} as in row 0"
-            advice = "embed all with one encoder"
-            raise ValueError(f"{self.path}: row {number}: {actual}, {expected}; {advice}")
-        return row
 
     @property
     def has_other_columns(self) -> bool:
@@ -135,8 +126,7 @@ class PickleWriter(FormatWriter):
 
     def _begin(self) -> None:
         if self.num_rows * self.dimension * self.dtype.itemsize > MAX_BYTES:
-            advice = "convert to parquet"
-            raise ValueError(f"{self.path}: a pickle is at most {MAX_BYTES} bytes; {advice}")
+            raise ValueError(f"{self.path}: a pickle is at most {MAX_BYTES} bytes; use parquet")
         self._entries: list[dict[str, Any]] = []
 
     def _append(self, rows: np.ndarray) -> None:
@@ -228,8 +218,7 @@ def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
 def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
     if stamp[0] > MAX_BYTES:
         problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
-        advice = "split it, or write parquet"
-        raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; {advice}")
+        raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; split it")
     with explained(path):
         data = path.read_bytes()
     try:
@@ -255,10 +244,8 @@ def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarr
             row = np.array(row, np.float64)
         except OverflowError as error:
             raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
-    if not isinstance(row, np.ndarray) or row.dtype not in FLOATS:
-        actual = row.dtype if isinstance(row, np.ndarray) else type(row).__name__
+    if not isinstance(row, np.ndarray):
         expected = "expected an array of float16, float32 or float64, or a list of floats"
-        raise TypeError(f"{place}: {column!r} is {actual}, {expected}")
-    if row.shape not in ((row.size,), (1, row.size)) or not 0 < row.size < MAX_COLUMNS:
-        raise ValueError(f"{place}: {column!r} has shape {row.shape}, expected [D] or [1, D]")
+        raise TypeError(f"{place}: {column!r} is {type(row).__name__}, {expected}")
+    check_vector(f"{place}: {column!r}", row)
     return row.reshape(-1)

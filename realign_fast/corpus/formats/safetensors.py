@@ -17,7 +17,7 @@ import numpy as np
 
 from ...storage.paths import OpenedFile, StoragePath, explained
 from ...storage.read_ahead import pieces
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard, Dtype
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard, Dtype, check_size
 from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -121,10 +121,9 @@ class TensorShard(ContiguousShard):
         if isinstance(dtype, np.dtype) and len(tensor.shape) in (1, 2):
             if tensor.shape[0] == self.num_rows:
                 return dtype
+        found = f"tensor {name!r} is {tensor.dtype} {tensor.shape}"
         problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
-        raise ValueError(
-            f"{self.path}: tensor {name!r} is {tensor.dtype} {tensor.shape}, {problem}"
-        )
+        raise ValueError(f"{self.path}: {found}, {problem}")
 
 
 def recognizes(head: bytes) -> bool:
@@ -149,11 +148,7 @@ def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorSha
     if len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
         expected = "expected [rows, columns]; reshape it, or name another tensor as the column"
         raise ValueError(f"{path}: tensor {name!r} has shape {shape}, {expected}")
-    expected_size = data_offset + max(entry.end for entry in header.values())
-    if size != expected_size:
-        state = "truncated" if size < expected_size else "longer than its header says"
-        sizes = f"got {size} bytes, expected {expected_size}"
-        raise ValueError(f"{path}: {state}: {sizes}; write it again")
+    check_size(path, size, data_offset + max(entry.end for entry in header.values()))
     return TensorShard(path, shape[0], shape[1], dtype, data_offset + tensor.start, name, size)
 
 

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import FLOATS, MAX_COLUMNS
+from ..shard import MAX_COLUMNS, StreamedShard, check_vector
 from ..shard_writer import FormatWriter
-from ..streamed_shard import StreamedShard
 from .npy import HEADER_BYTES
 
 DEFAULT = "embedding.npy"
@@ -43,27 +42,25 @@ class TarWriter(FormatWriter):
     def _begin(self) -> None:
         self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._tar = tarfile.open(fileobj=self._buffered, mode="w", format=tarfile.PAX_FORMAT)
-        # The copy stops at each row of the source: its member, and the shape of its array.
         self._row_places = self._copied() if self._source else iter(())
-        self._row_place = next(self._row_places, None)
 
     def _append(self, rows: np.ndarray) -> None:
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows, self.written):
             if not self._source:
-                self._add_sample(self.written + place, row)
-                continue
-            if self._row_place is None:
+                self._add_sample(number, row)
+            elif place := next(self._row_places, None):
+                self._add(copy.copy(place[0]), _npy(row.reshape(place[1])))
+            else:
                 raise self._source.changed_error()
-            member, shape = self._row_place
-            self._add(copy.copy(member), _npy(row.reshape(shape)))
-            self._row_place = next(self._row_places, None)
 
     def _finish(self) -> None:
+        if next(self._row_places, None):  # this copies what stands behind the last row
+            raise self._source.changed_error()
         self._tar.close()
         self._buffered.flush()
 
     def _copied(self) -> Iterator[tuple[tarfile.TarInfo, tuple[int, ...]]]:
-        """Copy the source; stop where a row of the result belongs."""
+        """Copy the source; yield the member and the shape of each row, which is not copied."""
         with opened_tar(self._source.path) as tar:
             for member, row in self._source.members(tar):
                 if row is not None:
@@ -122,12 +119,7 @@ class TarShard(StreamedShard):
             for member, row in self.members(tar):
                 if row is None or (number := number + 1) <= first:
                     continue
-                if (row.size, row.dtype) != (self.dimension, self.dtype):
-                    actual = f"{member.name} holds {row.size} of {row.dtype}"
-                    expected = f"{self.dimension} of {self.dtype} as the first"
-                    advice = "embed all with one encoder"
-                    raise ValueError(f"{self.path}: {actual}, expected {expected}; {advice}")
-                yield row.reshape(1, -1)
+                yield self.checked(f"{self.path}: {member.name}", row)[None]
 
     def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, np.ndarray | None]]:
         """Yield all members in order, with the row `[D]` or `[1, D]` of those that hold one."""
@@ -199,13 +191,8 @@ def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np
     try:
         array: np.ndarray = np.lib.format.read_array(data, allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds
-        advice = "write it with numpy.save"
-        raise ValueError(f"{place} is not a .npy file ({error}); {advice}") from error
-    if array.dtype not in FLOATS:
-        expected = "expected <f2, <f4 or <f8; save array.astype('<f4')"
-        raise TypeError(f"{place} holds {array.dtype.str}, {expected}")
-    if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
-        raise ValueError(f"{place} has shape {array.shape}, expected [D] or [1, D]")
+        raise ValueError(f"{place} is not a .npy file ({error}); use numpy.save") from error
+    check_vector(place, array)
     return array
 
 
@@ -238,8 +225,7 @@ def samples(path: AnyPath, tar: tarfile.TarFile) -> Iterator[tuple[str, Members]
     files = filter(tarfile.TarInfo.isreg, _walk(tar))
     for key, group in groupby(files, lambda member: _split_name(member.name)[0]):
         if key in known_keys:
-            problem = f"the members of {key!r} do not lie together"
-            raise ValueError(f"{path}: {problem}; write the tar sorted by name")
+            raise ValueError(f"{path}: the members of {key!r} do not lie together; sort by name")
         known_keys.add(key)
         members: Members = {}
         for member in group:
