@@ -1,10 +1,9 @@
 """Write a corpus in another format: the same rows in the same order, shard by shard.
 
-Other columns go along: as columns of a table, as keys of a pickled entry, as members of a tar. A
-format that has no room for them (npy, safetensors) gets `metadata/SHARD.parquet` beside its shards,
-row by row, as clip-retrieval keeps them. The rows are the last column, `embedding` (`embed` in
-pickles), a fixed-size list. In a tar, bytes and the columns `txt`, `json` and `cls` become members
-of their own, and all others one json member.
+Other columns go along: as columns of a table, as keys of a pickled entry, as members of a tar
+(bytes, `txt`, `json` and `cls`; all others in one json member). Formats without room for them (npy,
+safetensors) get `metadata/SHARD.parquet` beside their shards, row by row, as clip-retrieval keeps
+them. The rows are the last column, `embedding` (`embed` in pickles), a fixed-size list.
 """
 
 from __future__ import annotations
@@ -143,8 +142,7 @@ def _result_dtype(corpus: Corpus, to: str, dtype: torch.dtype | None) -> torch.d
     dtype = corpus.dtype if dtype is None else dtype
     if dtype == torch.bfloat16 and dtype not in FORMATS[to].writer.dtypes:
         advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
-        problem = f"{to} has no bfloat16"
-        raise ValueError(f"{corpus.path}: {problem}; {advice}; or convert to safetensors")
+        raise ValueError(f"{corpus.path}: {to} has no bfloat16; {advice}; or use safetensors")
     return dtype
 
 
@@ -173,8 +171,7 @@ def _open_writer(shard: Shard, path: StoragePath, to: str, dtype: torch.dtype) -
         write_table(metadata, schema, _record_batches_of(shard, schema))
         return writer(path, *shape)
     if DEFAULT in schema.names:
-        advice = "the rows take that name; rename the column"
-        raise ValueError(f"{shard.path}: has another column {DEFAULT!r}, and {advice}")
+        raise ValueError(f"{shard.path}: has a column {DEFAULT!r}, the name of the rows; rename it")
     entries = (schema.metadata or {}).items()
     texts = {key: text for key, text in entries if key not in COLUMN_METADATA}
     table_schema = plain_schema(shard.dimension, dtype, schema).with_metadata(texts)
@@ -206,8 +203,7 @@ def _schema_of(shard: Shard) -> Any:
     try:
         return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
     except pa.ArrowException as error:
-        problem = f"its entries do not agree ({error})"
-        raise ValueError(f"{shard.path}: {problem}; convert to pickle") from error
+        raise ValueError(f"{shard.path}: its entries do not agree ({error}); use pickle") from error
 
 
 def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
@@ -218,18 +214,18 @@ def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
 def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> Any:
     """Return a chunk as a record batch; `schema` is that of entries, None derives it from them."""
     pa = pyarrow()
+    if not isinstance(chunk, list | dict):
+        return chunk
     try:
-        if isinstance(chunk, list):
+        if isinstance(chunk, dict):
+            columns = {name: _arrow_array(values) for name, values in chunk.items()}
+        else:
             names = schema.names if schema else dict.fromkeys(chain.from_iterable(chunk))
             columns = {name: [_plain(entry.get(name)) for entry in chunk] for name in names}
-            return pa.RecordBatch.from_pydict(columns, schema)
-        if isinstance(chunk, dict):
-            arrays = {name: _arrow_array(values) for name, values in chunk.items()}
-            return pa.RecordBatch.from_pydict(arrays)
+        return pa.RecordBatch.from_pydict(columns, schema)
     except (pa.ArrowException, TypeError) as error:
         problem = f"its other entries cannot become columns ({error})"
         raise ValueError(f"{path}: {problem}; convert to pickle") from error
-    return chunk
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 A shard is a file of rows `[N, D]` in one of the formats of `format_registry.py`. A corpus is a
 shard, a directory of them, a Hugging Face dataset on disk, or one side of a clip-retrieval root
 (`layout.py`), at a local path or at any URL of fsspec. Memory is bounded by the batch and by
-`mapped_reader.BLOCK_BYTES` (for URLs: by the requests in flight), never by the corpus. The
+`contiguous_shard.BLOCK_BYTES` (for URLs: by the requests in flight), never by the corpus. The
 exceptions are pickled lists: 4 bytes a row, or a whole file for unusual ones.
 
 >>> corpus = Corpus("embeddings/", modality="text")

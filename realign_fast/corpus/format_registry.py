@@ -4,10 +4,9 @@ The suffix of a file decides on its format. A single file that is named by hand 
 suffix; then its content decides. A folder holds shards of one format.
 
 A new format is a file in `formats/`, a line in `FORMATS` and one in `STARTS`. Its shard derives
-from `ContiguousShard` (the rows lie in one piece of the file) or `StreamedShard` (they are
-decoded), its writer from `FormatWriter` or `TableWriter`, and its `read_shard(path, column)` reads
-no more than a header where the format allows. Only this file may import an optional package of the
-format. `tests/corpus/test_formats.py` reads each format as it reads npy, and damaged files.
+from `ContiguousShard` or `StreamedShard`, its writer from `FormatWriter` or `TableWriter`, and its
+`read_shard(path, column)` reads no more than a header where the format allows. Only this file may
+import an optional package of the format.
 """
 
 from __future__ import annotations
@@ -84,12 +83,7 @@ def compression_of(name: str) -> str | None:
 
 
 def shard_paths(folder: StoragePath) -> list[StoragePath]:
-    """Return the shards in a folder, in natural order.
-
-    Raises:
-        OSError: the folder cannot be read.
-        ValueError: they are of several formats.
-    """
+    """Return the shards in a folder, in natural order; they must be of one format."""
     with explained(folder):
         if (folder / hf_dataset.STATE).is_file():
             return hf_dataset.data_files(folder)
@@ -99,8 +93,7 @@ def shard_paths(folder: StoragePath) -> list[StoragePath]:
     first_of_format = {format_of(path.name): path for path in reversed(paths)}
     if len(first_of_format) > 1:
         names = " and ".join(path.name for path in first_of_format.values())
-        advice = "a corpus has one format: move one kind away, or open a single file"
-        raise ValueError(f"{folder}: has {names}; {advice}")
+        raise ValueError(f"{folder}: has {names}; a corpus has one format: move one kind away")
     return paths
 
 
@@ -117,11 +110,8 @@ def read_shards(
 def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool = False) -> Shard:
     """Open the shard at `path`.
 
-    Raises:
-        OSError: the file cannot be read.
-        TypeError: the rows are numbers of a type that is not read.
-        ValueError: the file is damaged, compressed, a pickle without `allow_pickle`, or of another
-            format than its suffix says.
+    It is a TypeError if the rows are numbers of a type that is not read, and a ValueError if the
+    file is damaged, compressed, a pickle without `allow_pickle`, or of another format.
     """
     name = format_of(path.name) or _format_of_content(path) or "npy"
     if compression := compression_of(path.name):

@@ -46,9 +46,7 @@ def is_folder(path: StoragePath) -> bool:
 def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     """Return the folder of the side `modality`; empty where `root` is no clip-retrieval root.
 
-    Raises:
-        FileNotFoundError: the root lacks that side.
-        ValueError: the choice of a side is missing or unknown, or shards lie beside the sides.
+    It is a ValueError if the choice of a side is missing or unknown, or shards lie beside them.
     """
     if modality not in (None, *SUBFOLDERS):
         raise ValueError(f"{root}: modality is {modality!r}, expected 'text', 'image' or None")
@@ -102,11 +100,7 @@ def check_pairs(
     column: str | None,
     allow_pickle: bool,
 ) -> None:
-    """Check the shards of one side against the other side and the metadata of a root.
-
-    Raises:
-        ValueError: a shard and its pair on the other side differ in their number of rows.
-    """
+    """Refuse shards whose pairs on the other side have other numbers of rows; warn of metadata."""
     other_side = root / next(name for name in SUBFOLDERS.values() if name != subfolder)
     row_counts = {shard.path: shard.num_rows for shard in shards}
     pairs = paired([*row_counts], shard_paths(other_side) if other_side.is_dir() else [])
@@ -125,12 +119,7 @@ def check_pairs(
 
 
 def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
-    """Refuse a folder that holds no corpus; warn of shards in its folders, which are not read.
-
-    Raises:
-        ValueError: the folder is an unfinished conversion or a dataset of several splits.
-        FileNotFoundError: it has no shards; the message says where some may be.
-    """
+    """Refuse a folder that holds no corpus; warn of shards in its folders, which are not read."""
     if shards and folder.is_remote and folder.is_web:
         return  # no server has our folders, and the check would fetch a page of links
     names = dict(folder.listed())
@@ -151,8 +140,9 @@ def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
         advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
         raise FileNotFoundError(f"{folder}: its shards are in folders ({_some(nested)}); {advice}")
     if packed := sorted(filter(compression_of, names)):
-        problem = f"has no shards but compressed files ({_some(packed)}); decompress them"
-        raise FileNotFoundError(f"{folder}: {problem}")
+        raise FileNotFoundError(
+            f"{folder}: has only compressed files ({_some(packed)}); decompress them"
+        )
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
 
 
@@ -170,11 +160,7 @@ def metadata_of(corpus: Corpus) -> StoragePath | None:
 
 
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
-    """Check that a result in `out / subfolder` would not lie beside or below the rows of `corpus`.
-
-    Raises:
-        ValueError: it would.
-    """
+    """Refuse a result in `out / subfolder` that would lie beside or below the rows of `corpus`."""
     shards = {shard.path for shard in corpus.shards}
     folders = {path.parent.resolve() for path in shards}
     folders |= {path.resolve().parent for path in shards}  # of the files that links lead to

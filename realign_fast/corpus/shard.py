@@ -1,16 +1,14 @@
 """A shard: one file of embedding rows, whatever its format, and the number types of its rows.
 
 Most formats derive from one of two classes. A `ContiguousShard` (npy, safetensors) holds its rows
-in one piece of the file, so they are mapped. The rows of a `StreamedShard` are decoded. Opening a
-shard reads headers only; an error names the file and is a `TypeError` (number type), an `OSError`
-or a `ValueError`.
+in one piece of the file. The rows of a `StreamedShard` are decoded. Opening a shard reads headers
+only; an error names the file and is a `TypeError` (number type), an `OSError` or a `ValueError`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -18,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 
-from ..storage.paths import AnyPath, OpenedFile, Stamp, StoragePath
-from . import io_extension, mapped_reader
+from ..storage.paths import AnyPath, Stamp, StoragePath
+from .io_extension import io as _io
 
 if TYPE_CHECKING:
     from .shard_writer import FormatWriter
@@ -66,7 +64,7 @@ class Shard(ABC):
     @property
     def has_other_columns(self) -> bool:
         """True if `other_columns` yields some."""
-        return False
+        return next(self.other_columns(), None) is not None
 
     @property
     def row_bytes(self) -> int:
@@ -136,43 +134,6 @@ class Shard(ABC):
 
 
 @dataclass(frozen=True)
-class ContiguousShard(Shard):
-    """A shard whose rows lie in one piece of the file, as numbers in C order."""
-
-    offset: int  # bytes before the first row
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole file in bytes."""
-        return self.offset + self.num_rows * self.row_bytes
-
-    @abstractmethod
-    def parse(self, file: OpenedFile) -> ContiguousShard:
-        """Return the shard that the header of `file` describes now."""
-
-    @contextmanager
-    def opened(self) -> Iterator[OpenedFile]:
-        """Open the file; an error if its header has changed."""
-        with self.path.opened() as file:
-            if self.parse(file) != self:
-                raise self.changed_error()
-            yield file
-
-    def read(
-        self, first: int, batch_rows: int, ring: Any = None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield views of the mapped file, or of the pieces that were read by ranges."""
-        if self.path.is_remote or not io_extension.io:
-            return mapped_reader.read_ranges(self, first, batch_rows)
-        return mapped_reader.read(self, first, batch_rows, ring)
-
-    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Read the rows at sorted `ids` into `target[places]`; only they are read, or fetched."""
-        take = mapped_reader.take_ranges if self.path.is_remote else mapped_reader.take
-        take(self, ids, target, places)
-
-
-@dataclass(frozen=True)
 class StreamedShard(Shard):
     """A shard of a format that is read from its start on; a subclass decodes it in `pieces`."""
 
@@ -213,6 +174,13 @@ class StreamedShard(Shard):
             raise ValueError(f"{place} holds {row.size} of {row.dtype}, expected {expected}")
         return row.reshape(-1)
 
+    def empty_rows(self, count: int, batch_rows: int) -> np.ndarray:
+        """Return memory for rows `[count, D]` of a batch, used again once a batch is released."""
+        if not _io:
+            return np.empty((count, self.dimension), self.dtype)
+        memory = _ring(min(batch_rows, self.num_rows) * self.row_bytes).take()
+        return np.frombuffer(memory, self.dtype, count * self.dimension).reshape(count, -1)
+
     def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Read the rows at sorted `ids` into the bytes `target[places]`."""
         target[places] = self.take_rows(ids).view(np.uint8)
@@ -231,24 +199,9 @@ class StreamedShard(Shard):
         return taken
 
 
-class Buffers:
-    """Memory for batches of `batch_rows` rows, which is used again once a batch is released."""
-
-    def __init__(self, shard: StreamedShard, batch_rows: int) -> None:
-        self.batch_rows, self.dimension, self.dtype = batch_rows, shard.dimension, shard.dtype
-        self._bytes = min(batch_rows, shard.num_rows) * shard.row_bytes
-
-    def empty(self, count: int) -> np.ndarray:
-        """Return an uninitialized array `[count, D]`."""
-        if not io_extension.io:
-            return np.empty((count, self.dimension), self.dtype)
-        values = np.frombuffer(_ring(self._bytes).take(), self.dtype, count * self.dimension)
-        return values.reshape(count, self.dimension)
-
-
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
-    return io_extension.io.Ring(2, size)  # one is looked at while the next is filled
+    return _io.Ring(2, size)  # one is looked at while the next is filled
 
 
 def check_vector(place: str, array: np.ndarray) -> None:
@@ -264,8 +217,7 @@ def check_size(path: StoragePath, size: int, expected: int) -> None:
     """Raise an error unless a file has the size in bytes that its header says."""
     if size != expected:
         state = "truncated" if size < expected else "longer than its header says"
-        sizes = f"got {size} bytes, expected {expected}"
-        raise ValueError(f"{path}: {state}: {sizes}; write it again")
+        raise ValueError(f"{path}: {state}: got {size} bytes, expected {expected}; write it again")
 
 
 def as_numpy(rows: torch.Tensor) -> np.ndarray:

@@ -23,13 +23,9 @@ START_BYTES = 8 << 20  # written before the disk is told to start on them
 class FormatWriter:
     """Write one shard in pieces: `with writer: writer.write(rows)`, as often as needed.
 
-    Rows go to `.<name>.partial` beside `path` (never a shard; what a dead process left there is
-    replaced). A clean exit checks their number, syncs, renames and syncs the directory; an
-    exception removes the file. Of two writers of one path the later one wins, and the other fails.
-    Rows for a URL go to a scratch file of this machine, which a clean exit uploads.
-
-    A format implements `_begin` and, where its rows are not just their bytes or something follows
-    them, `_append` and `_finish`.
+    A clean exit checks the number of rows, syncs the file, and gives it its name or uploads it; an
+    exception removes it. Of two writers of one path the later one wins, and the other fails. A
+    format implements `_begin` and, where rows are not just their bytes, `_append` and `_finish`.
 
     Args:
         path: the shard, with one of `suffixes`.
@@ -124,7 +120,7 @@ class FormatWriter:
         """Write what stands behind the rows, before the file is synced."""
 
     def _abandon(self) -> None:
-        """Release what `_begin` made; called instead of `_finish`, before the file is removed."""
+        """Release what `_begin` made; called instead of `_finish`."""
 
     def _put(self, data: Any) -> None:
         """Write all bytes of `data` (a buffer): an unbuffered file may take fewer at a time."""

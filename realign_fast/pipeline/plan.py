@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..align import ReAlign
+from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
-from ..corpus.shard import ContiguousShard
 from ..moments import Moments
 from ..storage import read_ahead
 from ..storage.paths import AnyPath, output_path

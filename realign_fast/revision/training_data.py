@@ -31,7 +31,7 @@ from torch.utils import data
 
 from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
-from ..corpus.shard import ContiguousShard
+from ..corpus.contiguous_shard import ContiguousShard
 from ..storage.atomic import replaced
 from ..storage.paths import explained, storage_path, write_json
 from .conversation_files import Sample, entry_texts, parquet_to_json_lines, read_sample

@@ -44,8 +44,8 @@ def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             if not _is_at(written, partial):
-                reason = "Another writer took over the file; let one process write it"
-                raise OSError(errno.EBUSY, f"{path}: {reason}")
+                message = f"{path}: Another writer took over the file; let one process write it"
+                raise OSError(errno.EBUSY, message)
             _publish(partial, path)
         finally:
             if _is_at(written, partial):

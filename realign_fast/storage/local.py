@@ -36,11 +36,7 @@ class LocalPath(PosixPath):
     is_web = False  # its directories are listed, not shown as pages of links
 
     def stamp(self) -> tuple[int, int]:
-        """Return size and modification time (ns) of a regular file; another stamp, another content.
-
-        Raises:
-            OSError: the file cannot be looked at, or is no regular file; the message names it.
-        """
+        """Return size and modification time (ns) of a regular file, which tell its content."""
         with explained(self.explanation):
             status = os.stat(self)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -55,8 +51,8 @@ class LocalPath(PosixPath):
     def explanation(self, reason: str) -> str:
         """Return the message of an error of the operating system, with the file and an advice."""
         link = f" (a link to {os.readlink(self)})" if os.path.islink(self) else ""
-        if reason == os.strerror(errno.ENOMEM):
-            return f"{self}{link}: {reason}"  # the file is not at fault
+        if reason == os.strerror(errno.ENOMEM):  # the file is not at fault
+            return f"{self}{link}: {reason}"
         missing = "it" if os.path.isdir(self.parent) else "the directory"
         advice = f"check that {missing} exists and that this user may use it"
         if reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
@@ -90,13 +86,7 @@ class LocalPath(PosixPath):
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """Yield this path or, if it is not UTF-8, another path that leads to the open file.
-
-        Libraries that open files themselves refuse names that are not UTF-8.
-        """
-        if str(self).encode(errors="ignore").decode() == str(self):
-            yield self
-            return
+        """Yield a path of the open file for libraries, which refuse names that are not UTF-8."""
         with open(self, "rb") as file:
             yield Path(f"/dev/fd/{file.fileno()}")
 
@@ -105,10 +95,6 @@ class LocalPath(PosixPath):
         return pending_file(self, buffering)
 
     def write_whole(self, data: bytes) -> None:
-        """Write a file that appears whole or not at all.
-
-        Raises:
-            OSError: names the file; nothing of it is left behind.
-        """
+        """Write a file that appears whole or not at all; an error names it."""
         with explained(self.explanation), self.pending_file() as file:
             file.write(data)

@@ -39,8 +39,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
-    Raises:
-        OSError: another process holds it, which the message names; or links stand in the way.
+    It is an OSError if another process holds it, which the message names, or links are in the way.
     """
     folder = storage_path(folder)
     if isinstance(folder, Url):
@@ -137,9 +136,10 @@ def _locked_object(folder: Url, part: str = "") -> Iterator[None]:
 
 def _create(path: Url, own: Holder) -> None:
     _remove_if_dead(path)
-    if not path.create(_to_json(own)) and not _is_own(path, own):  # its answer may be lost
+    data = json.dumps(own).encode()
+    if not path.create(data) and not _is_own(path, own):  # its answer may be lost
         raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
-    if path.create(_to_json(own)):  # although it is there
+    if path.create(data):  # although it is there
         reason = "its store cannot create an object only where there is none"
         warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=4)
 
@@ -176,7 +176,7 @@ def _send_heartbeats(path: Url, own: Holder, stop: threading.Event) -> None:
                 reason = "was deleted or taken over, so two runs may write here; stop one"
                 warnings.warn(f"{path}: {reason}", stacklevel=1)
                 return
-            path.write_whole(_to_json(own | {"alive": time.time()}))
+            path.write_whole(json.dumps(own | {"alive": time.time()}).encode())
 
 
 def _is_own(path: Url, own: Holder) -> bool:
@@ -192,10 +192,6 @@ def _read(path: Url) -> Holder | None:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _to_json(holder: Holder) -> bytes:
-    return (json.dumps(holder) + "\n").encode()
 
 
 def _process() -> Holder:

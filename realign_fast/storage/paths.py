@@ -1,11 +1,8 @@
 """One type for local and remote paths, and the functions that give an argument this type.
 
-``storage_path("s3://bucket/text")`` is a :class:`~realign_fast.storage.url.Url`;
-``storage_path("/data/text")`` and ``storage_path("file:///data/text")`` are a
-:class:`~realign_fast.storage.local.LocalPath`. Public functions take :data:`AnyPath`. All code
-behind them works with :data:`StoragePath` and uses only methods that both classes have, which the
-type checker verifies; it does not ask which of the two it has. Where the cost of a request decides
-how something is done, ``is_remote`` says so.
+Public functions take :data:`AnyPath`. All code behind them works with :data:`StoragePath`, a
+:class:`~realign_fast.storage.url.Url` or a :class:`~realign_fast.storage.local.LocalPath`, and
+uses methods that both have. ``is_remote`` says whether a question is a request to a server.
 """
 
 from __future__ import annotations
@@ -46,38 +43,23 @@ def storage_path(path: AnyPath) -> StoragePath:
 
 
 def output_path(path: AnyPath) -> StoragePath:
-    """Return the path of a result.
-
-    Raises:
-        ValueError: the path is a URL that nothing can be written to.
-    """
+    """Return the path of a result; ValueError if it is a URL that nothing can be written to."""
     result = storage_path(path)
     if isinstance(result, Url) and (reason := result.read_only_reason):
-        advice = "give a directory, or s3://, gs://, ..."
-        raise ValueError(f"{result}: is read only: {reason} takes no files; {advice}")
+        raise ValueError(f"{result}: is read only: {reason} takes no files; give a directory")
     return result
 
 
 def local_path(path: AnyPath) -> LocalPath:
-    """Return the path of something that is written to local directories only.
-
-    Raises:
-        ValueError: the path is a URL.
-    """
+    """Return the path of something that is written to local directories only, never to URLs."""
     result = storage_path(path)
     if isinstance(result, Url):
-        problem = "is a URL, this is written to a directory"
-        raise ValueError(f"{result}: {problem}; give one, and copy it")
+        raise ValueError(f"{result}: is a URL, this is written to a directory; give one")
     return result
 
 
 def write_whole(path: AnyPath, data: bytes) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        OSError: names the file; nothing of it is left behind.
-        ValueError: the path is a URL that nothing can be written to.
-    """
+    """Write a file that appears whole or not at all."""
     output_path(path).write_whole(data)
 
 

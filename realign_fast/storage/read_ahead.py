@@ -85,11 +85,7 @@ class ReadAhead(io.RawIOBase):
         return position
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to the end of the current piece; return how many bytes that were, 0 at the end.
-
-        Raises:
-            OSError: the source failed; the error stays in ``error``.
-        """
+        """Read up to the end of the current piece; return the number of bytes, 0 at the end."""
         if self._position >= self._size:
             return 0
         start = self._requested_piece()

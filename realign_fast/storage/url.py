@@ -1,12 +1,9 @@
 """Remote files: :class:`Url` is a path over fsspec, with the methods of ``LocalPath``.
 
-Every protocol of fsspec works, also in chains (``simplecache::s3://bucket/text``). Endpoints and
-credentials are configured as fsspec and its packages document it: by the environment
-(``AWS_PROFILE``, ``FSSPEC_S3_ENDPOINT_URL``) and by their own files.
-
-A file that is written appears whole: an object does when its upload ends, a file of another system
-is renamed. A failure is one ``OSError`` that names the URL; a failure that may be temporary (a
-broken connection, a busy server) is tried again after each of ``WAITS``.
+Every protocol of fsspec works, also in chains (``simplecache::s3://bucket/text``), configured as
+fsspec and its packages document it. A file that is written appears whole: an object does when its
+upload ends, a file of another system is renamed. A failure is one ``OSError`` that names the URL; a
+failure that may be temporary is tried again after each of ``WAITS``.
 """
 
 from __future__ import annotations
@@ -369,9 +366,9 @@ class Url:
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
 def _fetched(url: Url, stamp: tuple[int, int | str]) -> IO[bytes]:
-    file = tempfile.TemporaryFile(prefix="realign-fast-", buffering=0)
-    for data in pieces(url.pread, 0, stamp[0]):
-        file.write(data)
+    file = tempfile.TemporaryFile(prefix="realign-fast-")
+    file.writelines(pieces(url.pread, 0, stamp[0]))
+    file.flush()
     return file
 
 

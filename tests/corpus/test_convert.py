@@ -151,7 +151,7 @@ def test_keys_that_come_and_go_become_nulls(tmp_path):
         ([{"a": 1}] * 1024 + [{"a": "text"}], "its entries do not agree"),
         ([{"a": [1, "text"]}], "cannot become columns"),
         ([{1: 1}], "cannot become columns"),
-        ([{"embedding": 1}], "has another column 'embedding'"),
+        ([{"embedding": 1}], "has a column 'embedding'"),
     ],
 )
 def test_keys_that_are_no_columns_say_so(tmp_path, more, words):

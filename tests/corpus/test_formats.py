@@ -296,7 +296,7 @@ def test_a_saved_dataset_becomes_a_saved_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ("{", "not json"),
+        ("{", "expected a json object"),
         ("[]", "expected a json object"),
         ("{}", "expected _data_files to name files"),
         ('{"_data_files": [{"filename": "../x.arrow"}]}', "expected _data_files to name files"),

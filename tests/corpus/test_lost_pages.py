@@ -40,14 +40,14 @@ for path in sys.argv[1:]:
 
 CUT = """
 import os
-from realign_fast.corpus import mapped_reader
-read = mapped_reader.read
+from realign_fast.corpus.contiguous_shard import ContiguousShard
+read = ContiguousShard._read_blocks
 def cut(shard, *arguments):
     for rows in read(shard, *arguments):
         if shard.path.name.startswith("cut"):
             os.truncate(shard.path, 200)
         yield rows
-mapped_reader.read = cut
+ContiguousShard._read_blocks = cut
 """
 
 

@@ -52,7 +52,7 @@ def test_both_kinds_of_path_read_the_same_bytes(folder):
     with path.opened() as file:
         assert (file.size, file.pread(4, 3), file.pread(4, 8)) == (10, b"3456", b"89")
         assert b"".join(pieces(file.pread, 2, 7)) == b"23456"
-    with path.mapped() as data:
+    with path.open("rb") as data:
         assert data.read(6) == b"012345"
     with path.descriptor(path.stamp()) as descriptor:
         assert os.pread(descriptor, 4, 3) == b"3456"

@@ -97,25 +97,17 @@ class NpzShard(Shard):
             raise self.changed_error()
         return _kept_entries(self.path, self.stamp, self.format)
 
-    @property
-    def _others(self) -> dict[str, list[Any]]:
-        """The other entries that have a value for each row."""
+    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the other entries that have a value for each row, as a dictionary for each row."""
         others = {name: entry for name, entry in self.entries.items() if name != self.column}
         for name, entry in others.items():
             if isinstance(entry, torch.Tensor | np.ndarray):
                 others[name] = entry.tolist()
         lists = {name: entry for name, entry in others.items() if isinstance(entry, list)}
-        return {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
-
-    @property
-    def has_other_columns(self) -> bool:
-        """True if another entry has a value for each row."""
-        return bool(self._others)
-
-    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the other entries that have a value for each row, as a dictionary for each row."""
-        others = self._others
-        yield [dict(zip(others, row, strict=True)) for row in zip(*others.values(), strict=True)]
+        columns = {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
+        if columns:
+            values = zip(*columns.values(), strict=True)
+            yield [dict(zip(columns, row, strict=True)) for row in values]
 
 
 @dataclass(frozen=True)
@@ -169,8 +161,9 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
             reason = "it holds objects other than tensors and plain data, which are never loaded"
         raise ValueError(f"{path}: cannot be read ({reason}); write it again") from error
     if not isinstance(value, torch.Tensor | dict):
-        expected = "expected a tensor or a dict with one"
-        raise ValueError(f"{path}: holds a {type(value).__name__}, {expected}; save it so")
+        raise ValueError(
+            f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them"
+        )
     return value if isinstance(value, dict) else {"": value.detach()}
 
 

@@ -1,15 +1,13 @@
 """Arrow IPC files and streams: `.arrow`, `.feather` and the data of Hugging Face datasets.
 
-A local file is mapped and its record batches are views of it. A batch of rows is copied out of the
-map, and the mapped pages are released every `RELEASE_BYTES`, so memory is bounded whatever the size
-of the record batches. (Compressed ones are an exception: each is decompressed whole, with all its
-columns.) From a URL record batches are fetched one after the other, those of a file without its
-other columns, so memory is a record batch.
+A local file is mapped. A batch of rows is copied out of the map, and the mapped pages are released
+every `RELEASE_BYTES`, so memory is bounded whatever the size of the record batches (compressed ones
+are decompressed whole). From a URL record batches are fetched one after the other.
 
-Rows are counted without reading them, from the heads of messages: pyarrow reads whole messages. A
-file is a stream behind 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and
-Interprocess Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The
-head is a flatbuffer table with the length of the body and, for a record batch, that of its columns.
+Rows are counted from the heads of messages: pyarrow reads whole messages. A file is a stream behind
+8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and Interprocess
+Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The head is a
+flatbuffer table with the length of the body and, for a record batch, that of its columns.
 """
 
 from __future__ import annotations

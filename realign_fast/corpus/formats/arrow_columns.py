@@ -4,7 +4,7 @@ A column of rows is a list, large list or fixed-size list of half, float or doub
 Arrow, Ray or datasets with the shape `[D]` or `[1, D]`, which is stored as such lists; or a
 fixed-size binary whose number type stands in the metadata of its field (`dtype`) or in the name
 that asks for it (`embedding:float16`). A row that is null or of another length, and a number that
-is null, are read as NaN, so they make a bad row. This is the one file that imports pyarrow.
+is null, are read as NaN. This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -39,19 +39,16 @@ def pyarrow() -> ModuleType:
 
 @contextmanager
 def decoded(path: AnyPath, file: Any = None) -> Iterator[None]:
-    """Raise pyarrow's errors about a file that it cannot read again, with the name of the file.
-
-    The error of a remote `file` is raised in their place: pyarrow may keep only its message.
-    """
+    """Raise pyarrow's errors again with the path; the error of a remote `file` in their place."""
     try:
         yield
     except (pyarrow().ArrowException, UnicodeDecodeError, OSError) as error:
         if remote_error := getattr(getattr(file, "raw", None), "error", None):
-            raise remote_error from None
+            raise remote_error from None  # pyarrow may keep only its message
         if isinstance(error, OSError) and error.errno:
             raise
-        advice = "truncated, damaged or of another format; write it again"
         reason = " ".join(str(error).split())  # pyarrow's messages may have several lines
+        advice = "truncated, damaged or of another format; write it again"
         raise ValueError(f"{path}: cannot be read ({reason}): {advice}") from error
 
 
@@ -62,10 +59,6 @@ def vectors_of(
 
     `column` is its `name` or `name:dtype`, or None for `embedding`. `arrays(name)` yields a column;
     the first row of lists with numbers says their dimension, which is 0 if there is none.
-
-    Raises:
-        TypeError: the column holds no vectors of float16, float32 or float64.
-        ValueError: there is no such column, or its rows have no numbers or too many.
     """
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
@@ -77,9 +70,8 @@ def vectors_of(
     field, place = schema.field(name), f"{path}: column {name!r}"
     storage = _storage(field.type)
     if pyarrow().types.is_fixed_size_binary(storage):
-        metadata = field.metadata or {}
-        stated = stated or metadata.get(b"dtype", b"").decode(errors="replace")
-        dtype = _dtype_of_binary(place, name, storage, stated)
+        in_metadata = (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
+        dtype = _dtype_of_binary(place, name, storage, stated or in_metadata)
         return name, dtype, _checked_dimension(place, storage.byte_width // dtype.itemsize)
     numbers, depth = storage, 0
     while _is_list(numbers):
@@ -122,14 +114,12 @@ def _tensor_shape(field: Any) -> list[Any]:
     """Return the shape of each row of a tensor type; empty if the field names none."""
     if (shape := getattr(field.type, "shape", None)) is not None:
         return list(shape)
-    try:  # the library that defines the type was not imported here
-        value = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", b""))
-    except (ValueError, RecursionError):
-        return []
-    shape = value.get("shape") if isinstance(value, dict) else value
-    if isinstance(shape, list) and shape and isinstance(shape[0], list):
-        shape = shape[0]  # datasets: [shape, number type]
-    return shape if isinstance(shape, list) else []
+    with suppress(ValueError, RecursionError):  # its library was not imported here
+        shape = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", b""))
+        shape = shape.get("shape") if isinstance(shape, dict) else shape
+        if isinstance(shape, list):  # datasets has [shape, number type]
+            return shape[0] if shape and isinstance(shape[0], list) else shape
+    return []
 
 
 def _dtype_of_binary(place: str, name: str, column_type: Any, stated: str) -> np.dtype[Any]:
@@ -300,6 +290,6 @@ def plain_schema(dimension: int, dtype: torch.dtype, other_fields: Any = ()) -> 
 
 
 def validated(batch: Any) -> Any:
-    """Return a record batch after a full check, so that no damage is copied on."""
+    """Return a record batch after a full check, so that no damage is copied."""
     batch.validate(full=True)
     return batch

@@ -17,6 +17,7 @@ from ...storage.paths import StoragePath, write_whole
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint
+SAVE = "save the dataset with save_to_disk"
 
 
 def splits_of(folder: StoragePath) -> list[str]:
@@ -31,11 +32,9 @@ def data_files(folder: StoragePath) -> list[StoragePath]:
     files = state.get("_data_files") or [None]
     names: list[Any] = [file.get("filename") if isinstance(file, dict) else None for file in files]
     if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
-        expected = "expected _data_files to name files beside it"
-        raise ValueError(f"{folder / STATE}: {expected}; save the dataset with save_to_disk")
+        raise ValueError(f"{folder / STATE}: expected _data_files to name files; {SAVE}")
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        advice = "call flatten_indices() and save_to_disk again"
-        raise ValueError(f"{folder / STATE}: its rows are chosen by an index file; {advice}")
+        raise ValueError(f"{folder / STATE}: has an index file; call flatten_indices() and {SAVE}")
     return [folder / name for name in names]
 
 
@@ -62,9 +61,8 @@ _PLAIN |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
 
 def _load(path: StoragePath) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not json ({error}); save the dataset again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a json object; save the dataset with save_to_disk")
-    return value
+        if isinstance(value := json.loads(path.read_bytes()), dict):
+            return value
+        raise TypeError(f"got a {type(value).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a json object ({error}); {SAVE}") from error

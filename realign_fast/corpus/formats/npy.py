@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ...storage.paths import AnyPath, OpenedFile, StoragePath, storage_path
-from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard, check_size
+from ..contiguous_shard import ContiguousShard
+from ..shard import FLOATS, MAX_COLUMNS, check_size
 from ..shard_writer import FormatWriter
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
@@ -66,9 +67,9 @@ def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
         raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")
     if fortran_order:
         raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
-    shard = NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset)
-    check_size(path, file.size, shard.file_bytes)
-    return shard
+    size = offset + shape[0] * shape[1] * dtype.itemsize
+    check_size(path, file.size, size)
+    return NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset, size)
 
 
 def _header(

@@ -2,15 +2,12 @@
 
 A column chunk (one column of a row group) is a run of pages. Written uncompressed and without a
 dictionary (`PLAIN`), a page consists of its levels, which say where lists begin and what is null,
-and then of the numbers as they are in memory. `csrc/io/parquet/parquet_pages.cpp` looks through the
-levels and copies the numbers into a batch, many times faster than pyarrow builds its lists. The
-place of a chunk and how it was written are in the footer, which `csrc/io/parquet/footer.cpp` reads:
-pyarrow ends the process when it is asked for a codec that it does not know. For the format see
-parquet.apache.org, "File Format".
+and then of the numbers as they are in memory. `csrc/io/parquet` looks through the levels and copies
+the numbers into a batch. It reads the footer too: pyarrow ends the process when it is asked for a
+codec that it does not know. For the format see parquet.apache.org, "File Format".
 
-pyarrow decodes all else, and says what is wrong with rows. It does so in pieces of a batch, through
-a buffer of `BUFFER_BYTES`: memory is bounded by the batch and the file's pages, never by a row
-group. A result has a row group for each batch, which can be read directly.
+pyarrow decodes all else, in pieces of a batch, through a buffer of `BUFFER_BYTES`: memory is
+bounded by the batch and the file's pages, never by a row group. A result has a row group a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import numpy as np
 
 from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import Buffers, StreamedShard
+from ..shard import StreamedShard
 from .arrow_columns import (
     TableShard,
     TableWriter,
@@ -80,9 +77,8 @@ class ParquetShard(TableShard):
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from pages or decoded; see `StreamedShard.pieces`."""
         with _opened(self.path) as (file, descriptor):
-            ends, buffers = _row_group_ends(file), Buffers(self, batch_rows)
             column_pages, row = ColumnPages(file, descriptor, self), 0
-            for group, end in enumerate(ends.tolist()):
+            for group, end in enumerate(_row_group_ends(file).tolist()):
                 if first >= end:
                     row = end
                     continue
@@ -90,7 +86,7 @@ class ParquetShard(TableShard):
                     pages = column_pages.of(group)
                     while first < end:
                         count = min(batch_rows - first % batch_rows, end - first)
-                        rows = buffers.empty(count)
+                        rows = self.empty_rows(count, batch_rows)
                         pages.read(first - row, rows)
                         first += count
                         yield rows
@@ -251,5 +247,4 @@ def _sizes(leaf: Any, shard: StreamedShard) -> tuple[int, int]:
     if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == shard.dtype.name:
         if not fixed or leaf.length == size:
             return shard.dimension, size
-    expected = f"rows of {shard.dimension} {shard.dtype}"
-    raise NotDirect(f"its column is {physical_type}, not {expected}")
+    raise NotDirect(f"its column is {physical_type}, not rows of {shard.dimension} {shard.dtype}")

@@ -1,11 +1,10 @@
 """An interpreter that reads plain data from a pickle and can do nothing else.
 
-Python's unpickler calls what the file names. This interpreter has the opcodes by which protocols 2
-to 5 build lists, dicts, tuples, sets, numbers, text, bytes and numpy arrays. The few `GLOBALS` that
-it knows stay names, never objects: `call` makes what numpy would make, after it has checked what
-the file says. It does not recurse, allocates nothing by a number that the file states, executes at
-most `MAX_STEPS` opcodes, and makes objects of at most `MEMORY_PER_BYTE` bytes for each byte of the
-file. Everything wrong with a file is one `ValueError`.
+It has the opcodes by which protocols 2 to 5 build lists, dicts, tuples, sets, numbers, text, bytes
+and numpy arrays. The few `GLOBALS` that it knows stay names, never objects: `call` makes what numpy
+would make, after it has checked what the file says. It does not recurse, allocates nothing by a
+number that the file states, executes at most `MAX_STEPS` opcodes, and makes objects of at most
+`MEMORY_PER_BYTE` bytes for each byte of the file. Everything wrong with a file is one `ValueError`.
 For the opcodes see `pickletools` in Python's standard library, which splits the file into them.
 """
 
@@ -59,8 +58,7 @@ class Machine:
         """Count the memory of a new object, or by how much one has grown."""
         self.unspent -= num_bytes
         if self.unspent < 0:
-            limit = f"more than {self.memory} bytes of memory"
-            raise ValueError(f"builds {limit}, which no plain data of this size do")
+            raise ValueError(f"builds more than {self.memory} bytes, as no plain data do")
 
     def push_new(self, value: Any) -> None:
         """Push an object that was made now."""

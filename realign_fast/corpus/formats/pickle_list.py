@@ -1,14 +1,12 @@
 """Pickled lists of `{"id": ..., "embed": row, ...}`, as the code of the ReAlign paper writes them.
 
 They are read only with `allow_pickle`, and nothing in them is run. Arrays and floats lie in a
-pickle as the bytes they are: `csrc/io/pickle/pickle_interpreter.cpp` runs a file as
-`pickle_interpreter.py` does, builds nothing, and remembers where each row lies (4 bytes a row). A
-pass copies the rows out of the file, and an aligned file is the same bytes with other numbers in
-their places. Unusual files (rows of several types, big-endian numbers, bytes that two values share,
-text as bytes of protocol 2), files that are not plain data, and all columns but the rows are built
-by `pickle_interpreter.py`: then memory holds one file, at most `MAX_BYTES` of it, and its result
-while that is written. The keys of an entry and their order are kept. A row is an array `[D]` or
-`[1, D]` of float16, float32 or float64, or a list of floats.
+pickle as the bytes they are: `csrc/io/pickle/pickle_interpreter.cpp` runs a file, builds nothing,
+and remembers where each row lies (4 bytes a row). A pass copies the rows out of the file, and an
+aligned file is the same bytes with other numbers in their places. Unusual files (rows of several
+types, bytes that two values share, text as bytes of protocol 2), files that are not plain data, and
+all columns but the rows are built by `pickle_interpreter.py`: then memory holds one file, at most
+`MAX_BYTES` of it, and its result. A row is an array `[D]` or `[1, D]`, or a list of floats.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import numpy as np
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import Buffers, StreamedShard, check_vector
+from ..shard import StreamedShard, check_vector
 from ..shard_writer import FormatWriter
 from . import pickle_interpreter
 
@@ -59,18 +57,19 @@ class PickledShard(StreamedShard):
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from the file or built; see `StreamedShard.pieces`."""
-        places, buffers = self.places, Buffers(self, batch_rows)
+        places = self.places
         while first < self.num_rows:
-            batch = buffers.empty(min(batch_rows - first % batch_rows, self.num_rows - first))
+            count = min(batch_rows - first % batch_rows, self.num_rows - first)
+            batch = self.empty_rows(count, batch_rows)
             if places:
                 with self.unchanged_file() as descriptor:
                     places.read(descriptor, first, batch)
             else:
-                part = self.built_entries[first : first + len(batch)]
+                part = self.built_entries[first : first + count]
                 for number, entry in enumerate(part):
                     row = _vector(self.path, first + number, entry, self.column)
                     batch[number] = self.checked(f"{self.path}: row {first + number}", row)
-            first += len(batch)
+            first += count
             yield batch
             del batch  # or its memory would be kept from the next one
 
@@ -97,16 +96,13 @@ class PickledShard(StreamedShard):
             if not self.path.is_remote and self.path.stamp() != self.stamp:
                 raise self.changed_error()
 
-    @property
-    def has_other_columns(self) -> bool:
-        """True if an entry has other keys than that of its row."""
-        if places := self.places:
-            return bool(places.has_others)
-        return any(len(entry) > 1 for entry in self.built_entries)
-
     def other_columns(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
+        if (places := self.places) and not places.has_others:
+            return
         entries = self.built_entries
+        if all(len(entry) == 1 for entry in entries):
+            return
         for start in range(0, len(entries), CHUNK_ENTRIES):
             part = entries[start : start + CHUNK_ENTRIES]
             yield [{key: entry[key] for key in entry if key != self.column} for entry in part]

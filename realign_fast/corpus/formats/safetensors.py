@@ -17,7 +17,8 @@ import numpy as np
 
 from ...storage.paths import OpenedFile, StoragePath, explained
 from ...storage.read_ahead import pieces
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, ContiguousShard, Dtype, check_size
+from ..contiguous_shard import ContiguousShard
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Dtype, check_size
 from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -62,7 +63,7 @@ class TensorWriter(FormatWriter):
 
     def _finish(self) -> None:
         if source := self._source:
-            self._copy(source.offset + source.num_rows * source.row_bytes, source.size)
+            self._copy(source.offset + source.num_rows * source.row_bytes, source.file_bytes)
 
     def _copy(self, start: int, end: int) -> None:
         """Copy the bytes `start..end` of the source."""
@@ -71,7 +72,7 @@ class TensorWriter(FormatWriter):
                 self._put(data)
                 start += len(data)
         if start < end:
-            raise ValueError(f"{self._source.path}: truncated while it was copied")
+            raise self._source.changed_error()
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,13 @@ class TensorShard(ContiguousShard):
     """One tensor of a `.safetensors` file."""
 
     name: str
-    size: int  # of the file in bytes
 
     format = "safetensors"
     writer_class = TensorWriter
 
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole file in bytes."""
-        return self.size
-
     def parse(self, file: OpenedFile) -> TensorShard:
         """Return the shard that the header of `file` describes now."""
         return _parse(file, self.path, self.name)
-
-    @property
-    def has_other_columns(self) -> bool:
-        """True if the file has other tensors than the rows."""
-        with self.opened() as file:
-            return len(_header(file, self.path)[0]) > 1
 
     def other_columns(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
@@ -105,7 +94,7 @@ class TensorShard(ContiguousShard):
             header, data_offset = _header(file, self.path)
             columns = {name: tensor for name, tensor in header.items() if name != self.name}
             dtypes = {name: self._column_dtype(name, columns[name]) for name in columns}
-            for first in range(0, self.num_rows, COLUMN_ROWS):
+            for first in range(0, self.num_rows if columns else 0, COLUMN_ROWS):
                 count, chunk = min(COLUMN_ROWS, self.num_rows - first), {}
                 for name, tensor in columns.items():
                     row_bytes = (tensor.end - tensor.start) // self.num_rows
@@ -149,7 +138,7 @@ def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorSha
         expected = "expected [rows, columns]; reshape it, or name another tensor as the column"
         raise ValueError(f"{path}: tensor {name!r} has shape {shape}, {expected}")
     check_size(path, size, data_offset + max(entry.end for entry in header.values()))
-    return TensorShard(path, shape[0], shape[1], dtype, data_offset + tensor.start, name, size)
+    return TensorShard(path, shape[0], shape[1], dtype, data_offset + tensor.start, size, name)
 
 
 def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:

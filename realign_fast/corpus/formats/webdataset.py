@@ -1,9 +1,8 @@
 """WebDataset tars: a sample is the members of one key, and its row is a `.npy` member.
 
-`00017.npy` and `00017.txt` are one sample with the key `00017`. Samples stand in the order of the
-rows and the members of one lie together. A row is an array `[D]` or `[1, D]`; every other member is
-carried through, with its name, time and rights. Members are read one at a time.
-For the format see github.com/webdataset/webdataset.
+`00017.npy` and `00017.txt` are one sample with the key `00017`, and lie together. A row is an array
+`[D]` or `[1, D]`; every other member is carried through, with its name, time and rights. Members
+are read one at a time. For the format see github.com/webdataset/webdataset.
 """
 
 from __future__ import annotations
@@ -127,11 +126,6 @@ class TarShard(StreamedShard):
             is_row = member.isreg() and _split_name(member.name)[1] == self.column
             yield member, _row(self.path, tar, member) if is_row else None
 
-    @property
-    def has_other_columns(self) -> bool:
-        """True: every sample has a key."""
-        return True
-
     def other_columns(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
         with opened_tar(self.path) as tar:
@@ -148,8 +142,7 @@ class TarShard(StreamedShard):
             try:
                 entry[ending] = data.decode() if ending in TEXT_ENDINGS else data
             except UnicodeDecodeError as error:
-                problem = f"{member.name} is no UTF-8 ({error})"
-                raise ValueError(f"{self.path}: {problem}; write it again") from error
+                raise ValueError(f"{self.path}: {member.name} is no UTF-8 ({error})") from error
         return entry
 
 
