@@ -21,7 +21,7 @@ import torch
 from ..storage import read_ahead
 from ..storage.paths import OpenedFile, explained
 from . import io_extension
-from .shard import Shard
+from .shard import Batches, Shard
 
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
@@ -49,9 +49,7 @@ class ContiguousShard(Shard):
                 raise self.changed_error()
             yield file
 
-    def read(
-        self, first: int, batch_rows: int, ring: Any = None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
         """Yield views of the mapped file, or of ranges that were read; see `Shard.read`.
 
         With a `ring` (`_io.Ring`, of buffers for blocks) the rows lie in its buffers.
@@ -76,9 +74,7 @@ class ContiguousShard(Shard):
         for part, (first, _), rows in zip(parts, runs, self._ranges(runs), strict=True):
             target[places[part]] = rows[ids[part] - first]
 
-    def _read_blocks(
-        self, first: int, batch_rows: int, ring: Any
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def _read_blocks(self, first: int, batch_rows: int, ring: Any) -> Batches:
         step = block_rows(self.row_bytes, batch_rows)
         block_first = first - first % batch_rows
         with self.opened() as file, explained(self.path):
@@ -121,7 +117,7 @@ class ContiguousShard(Shard):
             except EOFError as error:
                 raise self.changed_error() from error
 
-    def _read_ranges(self, first: int, batch_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _read_ranges(self, first: int, batch_rows: int) -> Batches:
         stamp, step = self.path.stamp(), max(1, read_ahead.PIECE_BYTES // self.row_bytes)
         starts = range(first, self.num_rows, step)
         runs = [(row, min(row + step, self.num_rows)) for row in starts]

@@ -93,7 +93,7 @@ class Corpus:
                 expected = f"[*, {first.dimension}] {first.dtype} as in {first.path}"
                 raise ValueError(f"{shard.path}: {actual}, expected {expected}; move one away")
         if self.subfolder:
-            layout.check_pairs(self.path, self.subfolder, self.shards, column, allow_pickle)
+            layout.check_pairs(self)
         self.starts = np.cumsum([0, *(shard.num_rows for shard in self.shards)], dtype=np.int64)
         self.num_rows, self.dimension = int(self.starts[-1]), first.dimension
         self.dtype: torch.dtype = first.torch_dtype

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
@@ -28,7 +28,6 @@ from .formats import hf_dataset
 
 if TYPE_CHECKING:
     from .corpus import Corpus
-    from .shard import Shard
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
@@ -36,6 +35,8 @@ METADATA_SUFFIXES = (".jsonl", ".parquet")
 OUR_FOLDERS = {METADATA, "_stats"}  # their files look like shards and are none
 EXAMINED_FILES = 1000  # of a folder that may hold shards
 LISTED_NAMES = 5  # in one message
+
+Paths: TypeAlias = Sequence[StoragePath]
 
 
 def is_folder(path: StoragePath) -> bool:
@@ -67,9 +68,7 @@ def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     return SUBFOLDERS[modality]
 
 
-def paired(
-    paths: Sequence[StoragePath], others: Sequence[StoragePath]
-) -> dict[StoragePath, StoragePath]:
+def paired(paths: Paths, others: Paths) -> dict[StoragePath, StoragePath]:
     """Return the file among `others` whose rows are those of each path, where the names tell it.
 
     Files pair by equal stems; where none are equal, by all the numbers in them (`text_emb_7` and
@@ -93,22 +92,18 @@ def _numbers(path: StoragePath) -> tuple[int, ...]:
     return tuple(map(int, re.findall("[0-9]+", path.stem)))
 
 
-def check_pairs(
-    root: StoragePath,
-    subfolder: str,
-    shards: Sequence[Shard],
-    column: str | None,
-    allow_pickle: bool,
-) -> None:
+def check_pairs(corpus: Corpus) -> None:
     """Refuse shards whose pairs on the other side have other numbers of rows; warn of metadata."""
-    other_side = root / next(name for name in SUBFOLDERS.values() if name != subfolder)
+    root, shards = corpus.path, corpus.shards
+    other_side = root / next(name for name in SUBFOLDERS.values() if name != corpus.subfolder)
     row_counts = {shard.path: shard.num_rows for shard in shards}
     pairs = paired([*row_counts], shard_paths(other_side) if other_side.is_dir() else [])
-    for path, pair in zip(pairs, read_shards([*pairs.values()], column, allow_pickle), strict=True):
+    others = read_shards([*pairs.values()], corpus.column, corpus.allow_pickle)
+    for path, pair in zip(pairs, others, strict=True):
         if pair.num_rows != row_counts[path]:
             counts = f"has {row_counts[path]} rows, {pair.path} has {pair.num_rows}"
-            advice = f"paired shards are row-aligned: embed again, or open {root / subfolder}"
-            raise ValueError(f"{path}: {counts}; {advice}")
+            advice = f"embed again, or open {root / corpus.subfolder}"
+            raise ValueError(f"{path}: {counts}; paired shards are row-aligned: {advice}")
     metadata = root / METADATA
     files = metadata_files(metadata) if metadata.is_dir() else []
     described = paired([*row_counts], files)
@@ -118,7 +113,7 @@ def check_pairs(
         warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
 
 
-def check_folder(folder: StoragePath, shards: Sequence[StoragePath]) -> None:
+def check_folder(folder: StoragePath, shards: Paths) -> None:
     """Refuse a folder that holds no corpus; warn of shards in its folders, which are not read."""
     if shards and folder.is_remote and folder.is_web:
         return  # no server has our folders, and the check would fetch a page of links

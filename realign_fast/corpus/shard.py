@@ -42,6 +42,7 @@ FLOATS: dict[Dtype, torch.dtype] = {
 }
 TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
 
+Batches: TypeAlias = Iterator[tuple[int, torch.Tensor]]  # row number, rows [n, D]
 # Columns other than the rows, as a format yields them: entries, arrays, or a `pa.RecordBatch`.
 ColumnChunk: TypeAlias = "list[dict[str, Any]] | dict[str, np.ndarray] | Any"
 
@@ -77,9 +78,7 @@ class Shard(ABC):
         return TORCH_DTYPES[self.dtype]
 
     @abstractmethod
-    def read(
-        self, first: int, batch_rows: int, ring: Any = None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
         """Yield `(row number, rows [n, D])` from row `first` on.
 
         Batches end at multiples of `batch_rows`. Rows of a local contiguous shard lie in the
@@ -99,9 +98,7 @@ class Shard(ABC):
         """Yield the columns other than the rows, in order and many rows at a time."""
         return iter(())
 
-    def rebatched(
-        self, pieces: Iterator[np.ndarray], first: int, batch_rows: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def rebatched(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
         """Cut pieces `[n, any]`, which are all rows from `first` on, into the batches of `read`.
 
         A batch is a view of a writable piece where that holds all of it. A `ValueError` says that
@@ -148,9 +145,7 @@ class StreamedShard(Shard):
         A writable piece is given away: a batch may be a view of it.
         """
 
-    def read(
-        self, first: int, batch_rows: int, ring: Any = None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
         """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
         if self.path.stamp() != self.stamp:
             raise self.changed_error()

@@ -1,8 +1,7 @@
 """Files that appear under their name whole or not at all: the one place that syncs and renames.
 
 A local file is written under a temporary name in the same directory (``.<name>.partial``), synced,
-and renamed, and then its directory is synced. ``StoragePath.pending_file`` opens such a file; for a
-URL it opens a scratch file of this machine, which is uploaded when it is complete.
+and renamed, and then its directory is synced.
 """
 
 from __future__ import annotations
@@ -31,10 +30,7 @@ def pending_file(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """Yield a file that is renamed to ``path`` when the block ends, and removed if the block fails.
 
     The directory exists. What an earlier process left under the temporary name is replaced. Of two
-    writers of one file the later one wins, and the block of the other one fails.
-
-    Raises:
-        OSError: another writer replaced the temporary file, or the disk is full.
+    writers of one file the later one wins, and the block of the other one fails with an OSError.
     """
     partial = partial_path(path)
     _remove(partial)

@@ -52,8 +52,8 @@ class ReadAhead(io.RawIOBase):
     """A file to read and seek in. The longer it is read in sequence, the more it reads ahead.
 
     A jump fetches ``FIRST_BYTES``. A reader that goes on behind them gets pieces of twice the size
-    each, up to ``PIECE_BYTES``, and with each doubling one more piece is requested before it is
-    needed. ``error`` is the last error of a request, for readers that lose it.
+    each, up to ``PIECE_BYTES``, and with each doubling one more piece ahead. ``error`` is the last
+    error of a request, for readers that lose it.
     """
 
     def __init__(self, pread: Pread, size: int) -> None:

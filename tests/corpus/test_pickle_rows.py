@@ -138,7 +138,7 @@ def test_the_key_is_the_one_asked_for(tmp_path, only_direct):
     np.testing.assert_array_equal(read(path), first)
     shard = Corpus(path, allow_pickle=True).shards[0]
     assert shard.column == "embedding" and not shard.has_other_columns
-    assert Corpus(tmp_path / "x.pkl", allow_pickle=True).shards[0].has_other_columns
+    assert Corpus(tmp_path / "x.pkl", allow_pickle=True).shards[0].places.has_others
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])

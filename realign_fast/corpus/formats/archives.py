@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...storage.paths import Stamp, StoragePath, explained
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, Shard, as_numpy
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, as_numpy
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
@@ -73,9 +73,7 @@ class NpzShard(Shard):
     format = "npz"
     writer_class = NpzWriter
 
-    def read(
-        self, first: int, batch_rows: int, ring: Any = None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
         """Yield copies of the rows; see `Shard.read`."""
         rows = self.entries[self.column].detach()
         while first < self.num_rows:
@@ -147,7 +145,10 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
         with explained(path), path.local_copy() as local:
             if form == "npz":
                 with np.load(local, allow_pickle=False) as arrays:
-                    return {name: _as_tensor(arrays[name]) for name in arrays.files}
+                    return {
+                        name: torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
+                        for name, array in arrays.items()
+                    }
             with open(local, "rb") as file:
                 if file.read(len(LEGACY_START)) == LEGACY_START:
                     advice = "torch.save(torch.load(file, weights_only=True), file) renews it"
@@ -165,11 +166,6 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
             f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them"
         )
     return value if isinstance(value, dict) else {"": value.detach()}
-
-
-def _as_tensor(array: np.ndarray) -> Any:
-    """Return an array of numbers that rows may have as a tensor, any other as it is."""
-    return torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
 
 
 def _is_rows(entry: Any) -> bool:

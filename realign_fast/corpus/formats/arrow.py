@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -40,6 +40,8 @@ CONTINUES = b"\xff\xff\xff\xff"
 RECORD_BATCH = 3  # in the union MessageHeader
 MAX_HEAD = 64 << 20
 FIRST_BYTES = 1 << 12  # of a head, fetched at once: most heads are shorter
+
+Data: TypeAlias = mmap.mmap | io.BufferedReader
 
 
 class ArrowWriter(TableWriter):
@@ -119,7 +121,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
 
 
 @contextmanager
-def _opened_data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
+def _opened_data(path: StoragePath) -> Iterator[Data]:
     """Map a local file, or open a remote one that fetches what is read."""
     if not path.stamp()[0]:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
@@ -135,7 +137,7 @@ def _opened_data(path: StoragePath) -> Iterator[mmap.mmap | io.BufferedReader]:
             raise ValueError(f"{path}: changed while it was read; open it again")
 
 
-def _open_reader(data: mmap.mmap | io.BufferedReader, column: str | None = None) -> Any:
+def _open_reader(data: Data, column: str | None = None) -> Any:
     """Return a reader of record batches.
 
     A remote file is read without its other columns, if `column` is given. (A reader of one column
@@ -159,9 +161,7 @@ def _is_stream(reader: Any) -> bool:
     return isinstance(reader, pyarrow().ipc.RecordBatchStreamReader)
 
 
-def _record_batches(
-    data: mmap.mmap | io.BufferedReader, column: str | None = None
-) -> Iterator[Any]:
+def _record_batches(data: Data, column: str | None = None) -> Iterator[Any]:
     reader = _open_reader(data, column)
     if _is_stream(reader):
         return iter(reader)

@@ -248,6 +248,4 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """Return the bytes of a member that is a regular file."""
-    file = tar.extractfile(member)
-    assert file is not None  # it is None for directories and devices
-    return file.read()
+    return tar.extractfile(member).read()  # type: ignore[union-attr]
