@@ -21,7 +21,8 @@ from . import ops
 from ._argument_checks import expect_counts, expect_tensor
 from ._extras import import_extra
 from ._one_thread import one_thread
-from .corpus.row_batches import Rows
+from .corpus.corpus import EncoderId
+from .corpus.row_batches import Rows, encoder_of, opened
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
@@ -62,6 +63,7 @@ class ReAlign(nn.Module):
     method_number: Tensor  # [] int64, index in methods.METHODS
     noise: Tensor  # [] energy of C3's noise as a share of T_x; NaN in the other methods
     seed: Tensor  # [] int64, of C3's noise
+    encoder: EncoderId | None = None  # of both sides, where corpora said it; kept by save
 
     def __init__(self, dimension: int) -> None:
         """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
@@ -169,9 +171,12 @@ class ReAlign(nn.Module):
                 0.25, and its seed.
 
         Raises:
-            ValueError: a bad row under ``bad_rows="error"``, or what :meth:`from_moments` refuses.
+            ValueError: a bad row under ``bad_rows="error"``, corpora that two encoders embedded,
+                or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
+        source, target = opened(source), opened(target)
+        encoder = encoder_of(source, target)
         measure_side = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows)
         covariance = method in NEED_COVARIANCE
         aligner = cls.from_moments(
@@ -184,6 +189,7 @@ class ReAlign(nn.Module):
             noise=noise,
             seed=seed,
         )
+        aligner.encoder = encoder
         aligner.record_drift(measure_side(source, "source", through=aligner.row_map))
         if residual:
             aligner.record_residual(measure_side(source, "source", through=aligner.row_map))
@@ -235,7 +241,7 @@ class ReAlign(nn.Module):
         if self.method == "noise" or singular:
             raise ValueError(f"ReAlign: the {self.method} map has no inverse; fit the other way")
         back = ReAlign(self.dimension).to(a.device)
-        back._method = self._method
+        back._method, back.encoder = self._method, self.encoder
         for name, buffer in self.named_buffers():
             setattr(back, _OPPOSITE.get(name, name), buffer.clone())
         back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
@@ -271,6 +277,7 @@ class ReAlign(nn.Module):
             "method": self.method,
         }
         record |= {name: int(getattr(self, name)) for name in _COUNTS}
+        record |= {"encoder": str(self.encoder)} if self.encoder else {}
         return record | {name: None if math.isnan(x) else x for name, x in figures.items()}
 
     def forward(
@@ -313,14 +320,16 @@ class ReAlign(nn.Module):
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         self._expect_fitted()
-        write_tensors(path, self.state_dict(), {"format": "pt"})
+        metadata = {"encoder": str(self.encoder)} if self.encoder else {"format": "pt"}
+        write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: AnyPath) -> ReAlign:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no aligner."""
         expected = "an aligner written by ReAlign.save"
-        with tensors_of(path, expected, "fit it again") as (tensors, _):
+        with tensors_of(path, expected, "fit it again") as (tensors, metadata):
             aligner = cls(len(tensors["shift"]))
+            aligner.encoder = EncoderId.parse(metadata.get("encoder"))
             aligner.load_state_dict(tensors)
         return aligner
 

@@ -13,9 +13,11 @@ exceptions are pickled lists: 4 bytes a row, or a whole file for unusual ones.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +39,33 @@ class Batch(NamedTuple):
     shard: int  # index in Corpus.shards
     first: int  # number of the first row within the shard
     rows: torch.Tensor  # [n, D]
+
+
+class EncoderId(NamedTuple):
+    """The name of an encoder, and the hash of its weights, which tells two encoders apart."""
+
+    weights: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str | None) -> EncoderId | None:
+        """Return the encoder whose ``str`` was stored; None of None."""
+        return cls(*text.split(" ", 1)) if text else None
+
+    def __str__(self) -> str:
+        return f"{self.weights} {self.name}"
+
+
+def common_encoder(*sides: tuple[object, EncoderId | None]) -> EncoderId | None:
+    """Return the encoder of all sides that know theirs; a ValueError names two that differ."""
+    known = [(side, encoder) for side, encoder in sides if encoder]
+    for side, encoder in known[1:]:
+        if encoder.weights != known[0][1].weights:
+            raise ValueError(
+                f"{known[0][0]}: its rows are of the encoder {known[0][1]}, those of {side} of "
+                f"{encoder}; embed both with one encoder"
+            )
+    return known[0][1] if known else None
 
 
 class Corpus:
@@ -111,6 +140,18 @@ class Corpus:
         """A key of `format_registry.FORMATS`, "arrow-stream", or "hf" for a saved dataset."""
         is_dataset = (self.path / self.subfolder / hf_dataset.STATE).is_file()
         return "hf" if is_dataset else self.shards[0].format
+
+    @property
+    def encoder(self) -> EncoderId | None:
+        """The encoder that `embed` recorded in `embed.json` of the rows; None if there is none."""
+        folder = self.shards[0].path.parent
+        root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
+        try:
+            record = json.loads((root / "embed.json").read_bytes())
+            name = PurePath(record["model"]).name
+            return EncoderId(str(record["made"]["model"]["weights"]), name)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def __len__(self) -> int:
         return self.num_rows

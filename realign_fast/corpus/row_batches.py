@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .._argument_checks import expect_counts, expect_tensor, tensor_of
-from .corpus import Corpus
+from .corpus import Corpus, EncoderId, common_encoder
 
 Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 
@@ -32,8 +32,7 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     """
     expect_counts(name, batch_rows=batch_rows)
     rows = _table_values(rows, name) if hasattr(rows, "to_numpy") else rows
-    if isinstance(rows, (str, os.PathLike)):
-        rows = Corpus(rows)
+    rows = opened(rows)
     if isinstance(rows, Corpus):
         for batch in rows.batches():
             yield RowBatch(str(rows.shards[batch.shard].path), batch.first, batch.rows)
@@ -60,6 +59,18 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
             raise ValueError(f"{name}: expected batches of rows [n, D], got shape {shape}")
         yield RowBatch(name, first_row, batch_of_rows)
         first_row += len(item)
+
+
+def opened(rows: Any) -> Any:
+    """Return the corpus at a path, any other object as it is."""
+    return Corpus(rows) if isinstance(rows, (str, os.PathLike)) else rows
+
+
+def encoder_of(*sides: object) -> EncoderId | None:
+    """Return the encoder of all corpora among the sides; a ValueError for two that differ."""
+    return common_encoder(
+        *((rows.path, rows.encoder) for rows in sides if isinstance(rows, Corpus))
+    )
 
 
 def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:

@@ -19,7 +19,7 @@ import torch
 
 from .. import __version__, ops
 from ..align import ReAlign
-from ..corpus.corpus import Corpus
+from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
@@ -95,7 +95,9 @@ class AlignRun(PassRunner):
         y, x = (moments for _, moments in sides)
         check_different(*sides)
         method, shrinkage = self.settings.method, self.settings.shrinkage
-        return ReAlign.from_moments(y, x, method=method, shrinkage=shrinkage)
+        aligner = ReAlign.from_moments(y, x, method=method, shrinkage=shrinkage)
+        aligner.encoder = common_encoder(*((corpus.path, corpus.encoder) for corpus, _ in sides))
+        return aligner
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
         """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
@@ -217,6 +219,7 @@ def check_aligner(aligner: ReAlign, corpus: Corpus) -> None:
             f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
             f"{aligner.dimension}; align the output of the encoder it was fitted on"
         )
+    common_encoder((corpus.path, corpus.encoder), ("the aligner", aligner.encoder))
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
@@ -241,3 +244,4 @@ def check_columns(source: Corpus, target: Corpus) -> None:
             f"{source.path}: rows have {source.dimension} columns, in {target.path} "
             f"{target.dimension}; embed both with one encoder"
         )
+    common_encoder(*((corpus.path, corpus.encoder) for corpus in (source, target)))
