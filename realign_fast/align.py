@@ -9,7 +9,6 @@ three times: moments, drift, residual gap.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,15 +18,14 @@ from torch import Tensor, nn
 
 from . import ops
 from ._argument_checks import expect_counts, expect_tensor
-from ._extras import import_extra
 from ._one_thread import one_thread
 from .corpus.corpus import EncoderId
 from .corpus.row_batches import Rows, encoder_of, opened
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
-from .storage.paths import AnyPath, StoragePath, local_path, output_path, storage_path, write_json
-from .storage.tensor_file import tensors_of, write_tensors
+from .storage.paths import AnyPath
+from .storage.tensor_file import HubObject, tensors_of, write_tensors
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
@@ -40,7 +38,7 @@ _SIDES = [(f"source_{figure}", f"target_{figure}") for figure in ("mean", "trace
 _OPPOSITE = dict(_SIDES) | {target: source for source, target in _SIDES}  # for the inverse
 
 
-class ReAlign(nn.Module):
+class ReAlign(nn.Module, HubObject):
     """The fitted, frozen map ``unit(unit(A u + b) + h)`` for rows of one encoder; ``A = s I``.
 
     Create it with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
@@ -333,36 +331,6 @@ class ReAlign(nn.Module):
             aligner.load_state_dict(tensors)
         return aligner
 
-    def save_pretrained(self, directory: AnyPath) -> None:
-        """Write ``model.safetensors`` and ``config.json``, the layout of the Hugging Face hub."""
-        self._expect_fitted()
-        folder = output_path(directory)
-        config = {"library_name": "realign_fast", "model_type": "realign", **self.record}
-        write_json(folder / "config.json", config)
-        self.save(folder / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: AnyPath, **hub_options: Any) -> ReAlign:
-        """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
-
-        A repository is ``owner/name`` and needs the ``hub`` extra; ``hub_options`` are arguments of
-        ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
-        ``model.safetensors`` or the command line's ``aligner.safetensors``.
-        """
-        path: StoragePath = storage_path(name_or_path)
-        if path.is_dir():
-            # The names that save_pretrained and the command line give it.
-            names = ("model.safetensors", "aligner.safetensors")
-            path = path / next((name for name in names if (path / name).exists()), names[0])
-        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
-            path = local_path(_download(str(name_or_path), hub_options))
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; expected an aligner written by save, save_pretrained or "
-                "`realign-fast fit`, or a hub repository `owner/name`"
-            )
-        return cls.load(path)
-
     def _expect_fitted(self) -> None:
         if not int(self.target_count):
             raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
@@ -399,11 +367,3 @@ def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None
 def _times(a: Tensor, v: Tensor) -> Tensor:
     """Return ``A v`` for A a number, a diagonal [D] or a matrix [D, D]."""
     return a @ v if a.dim() == 2 else a * v
-
-
-def _download(name: str, hub_options: dict[str, Any]) -> str:
-    """Return the local path of a repository's aligner, downloaded from the Hugging Face hub."""
-    user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
-    hub = import_extra("huggingface_hub", "hub", user)
-    path: str = hub.hf_hub_download(name, "model.safetensors", **hub_options)
-    return path

@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 
 from ._argument_checks import tensor_of
-from .corpus.row_batches import Rows
-from .moments import BadRows, Moments, measure
+from .corpus.corpus import EncoderId
+from .corpus.row_batches import Rows, encoder_of, opened
+from .moments import BadRows, Moments, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath
-from .storage.tensor_file import tensors_of, write_tensors
+from .storage.tensor_file import HubObject, tensors_of, write_tensors
 
 SpaceMethod = Literal["calibrate", "center-calibrate", "center"]
 Layout = Literal["single", "blocks"]
@@ -139,12 +140,14 @@ class RoleMap:
         return align_rows(rows, factor, self.centre * -factor, length=length, **options)
 
 
-class SharedSpace:
+class SharedSpace(HubObject):
     """A fitted space for documents and queries of several modalities; create it by :meth:`fit`.
 
     ``documents`` and ``query`` take rows [N, D] of one encoder as tensors or NumPy arrays of any
     floating dtype and return rows of the same kind for an index that compares by inner product.
     """
+
+    encoder: EncoderId | None = None  # of all rows, where corpora said it; kept by save
 
     def __init__(
         self, sides: Mapping[str, Side], method: SpaceMethod, layout: Layout, query_role: str
@@ -189,23 +192,27 @@ class SharedSpace:
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
 
         Raises:
-            ValueError: fewer than two modalities, columns that differ, an unknown role or option,
-                or a centring method where only moments are given.
+            ValueError: fewer than two modalities, columns that differ, corpora of two encoders, an
+                unknown role or option, or a centring method where only moments are given.
         """
         query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
             query_rows = {query_role: queries}
-        rows = modalities | {_queries_of(name): role_rows for name, role_rows in query_rows.items()}
+        given = modalities | {_queries_of(role): rows for role, rows in query_rows.items()}
+        rows = {name: opened(side) for name, side in given.items()}
+        encoder = encoder_of(*rows.values())
 
         def measure_rows(name: str, centre: Tensor | None) -> Moments:
             """Return the moments of one pass over the rows ``name``."""
             return _measure(name, rows[name], centre, batch_rows=batch_rows, bad_rows=bad_rows)
 
-        if method == "auto" and any(isinstance(given, Moments) for given in rows.values()):
+        if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows
-        return cls.from_passes(
+        space = cls.from_passes(
             measure_rows, [*modalities], [*query_rows], query_role, layout=layout, method=method
         )
+        space.encoder = encoder
+        return space
 
     @classmethod
     def from_passes(
@@ -278,6 +285,8 @@ class SharedSpace:
             "layout": self.layout,
             "query_role": self.query_role,
             "dimension": self.dimension,
+            "columns": self.columns,
+            "encoder": str(self.encoder) if self.encoder else None,
             "modalities": {
                 name: {
                     "count": side.count,
@@ -319,12 +328,15 @@ class SharedSpace:
         """Return documents [N, D] of a modality as rows of the index, [N, ``columns``].
 
         The kind, the device and the dtype of ``rows`` are kept. A zero row counts as ``u = 0``; a
-        row with a NaN or an infinity becomes NaN.
+        row with a NaN or an infinity becomes NaN. Rows far from those fitted on are warned about
+        once, as :meth:`realign_fast.ReAlign.forward` does.
 
         Raises:
             ValueError: an unknown modality, or other columns than those fitted on.
         """
-        return self._mapped(rows, self.document_map(modality))
+        side = self._side(modality)
+        fitted = f"SharedSpace, {modality}", side.centre, side.count
+        return self._mapped(rows, self.document_map(modality), fitted=fitted)
 
     def document_map(self, modality: str) -> RoleMap:
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
@@ -345,7 +357,11 @@ class SharedSpace:
             ValueError: an unknown role, or one that an index of layout ``"single"`` is not scaled
                 for.
         """
-        return self._mapped(rows, self.query_map(role))
+        role = role or self.query_role
+        row_map, side = self.query_map(role), self._side(role)
+        mean = side.query_mean if self.method == "calibrate" else side.query_centre
+        fitted = f"SharedSpace, {role} queries", mean, side.query_count
+        return self._mapped(rows, row_map, fitted=fitted)
 
     def query_map(self, role: str | None = None) -> RoleMap:
         """Return the map that :meth:`query` applies, with its errors."""
@@ -450,7 +466,8 @@ class SharedSpace:
             for name, side in self.sides.items()
             for field, value in vars(side).items()
         }
-        choices = [self.method, self.layout, self.query_role, *self.sides]
+        encoder = str(self.encoder) if self.encoder else ""
+        choices = [self.method, self.layout, self.query_role, encoder, *self.sides]
         write_tensors(path, tensors, {"shared_space": json.dumps(choices)})
 
     @classmethod
@@ -458,7 +475,7 @@ class SharedSpace:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no space."""
         expected = "a space written by SharedSpace.save"
         with tensors_of(path, expected, "fit it again") as (tensors, metadata):
-            method, layout, query_role, *names = json.loads(metadata["shared_space"])
+            method, layout, query_role, encoder, *names = json.loads(metadata["shared_space"])
             sides = {}
             for name in names:
                 values: dict[str, Any] = {
@@ -467,7 +484,9 @@ class SharedSpace:
                 values |= {field: int(values[field]) for field in ("count", "query_count")}
                 sides[name] = Side(**values)
             _check_options(sides, query_role, layout, method)
-            return cls(sides, method, layout, query_role)
+            space = cls(sides, method, layout, query_role)
+            space.encoder = EncoderId.parse(encoder)
+            return space
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}: {side.count}" for name, side in self.sides.items())
@@ -489,9 +508,17 @@ class SharedSpace:
         return tensor
 
     def _mapped(
-        self, rows: Array, row_map: Callable[[Tensor], Tensor], columns: int | None = None
+        self,
+        rows: Array,
+        row_map: Callable[[Tensor], Tensor],
+        columns: int | None = None,
+        fitted: tuple[str, Tensor, int] | None = None,
     ) -> Array:
-        mapped = row_map(self._checked(rows, columns))
+        """Return the mapped rows; those far from the rows ``fitted`` on are warned about, once."""
+        tensor = self._checked(rows, columns)
+        if fitted:
+            warn_of_far_rows(self, fitted[0], tensor, *fitted[1:])
+        mapped = row_map(tensor)
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
     def _warn_of_unsure_scales(self) -> None:

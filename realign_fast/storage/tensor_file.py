@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from .paths import AnyPath, storage_path, write_whole
+from .._extras import import_extra
+from .paths import (
+    AnyPath,
+    StoragePath,
+    local_path,
+    output_path,
+    storage_path,
+    write_json,
+    write_whole,
+)
+
+_FILES = ("model.safetensors", "aligner.safetensors", "space.safetensors")  # by whoever wrote it
+_Object = TypeVar("_Object", bound="HubObject")
+_CARD = """---
+library_name: realign_fast
+tags: [modality-gap, embeddings]
+---
+# {kind} of realign_fast
+
+```python
+from realign_fast import {kind}
+
+fitted = {kind}.from_pretrained("owner/name")  # this repository, or a copy of its folder
+```
+
+Fitted on rows of one encoder, for rows of the same:
+
+```json
+{record}
+```
+"""
 
 
 def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -36,3 +69,49 @@ def tensors_of(
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         fault = f"no {error} in it" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: expected {expected}, got {fault}; {advice}") from error
+
+
+class HubObject:
+    """An object in one safetensors file, and in the layout of the Hugging Face hub.
+
+    A subclass has ``record``, ``save`` and ``load``.
+    """
+
+    record: Any
+    save: Any
+    load: Any
+
+    def save_pretrained(self, directory: AnyPath) -> None:
+        """Write ``model.safetensors``, ``config.json`` and the model card ``README.md``."""
+        folder, kind = output_path(directory), type(self).__name__
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / _FILES[0])
+        config = {"library_name": "realign_fast", "model_type": kind.lower(), **self.record}
+        write_json(folder / "config.json", config)
+        card = _CARD.format(kind=kind, record=json.dumps(self.record, indent=1))
+        write_whole(folder / "README.md", card.encode())
+
+    @classmethod
+    def from_pretrained(cls: type[_Object], name_or_path: AnyPath, **hub_options: Any) -> _Object:
+        """Load from a directory, a safetensors file, or a repository of the Hugging Face hub.
+
+        A repository is ``owner/name`` and needs the ``hub`` extra; ``hub_options`` are arguments of
+        ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
+        ``model.safetensors``, or the file of the command line.
+        """
+        path: StoragePath = storage_path(name_or_path)
+        if path.is_dir():
+            path = path / next((name for name in _FILES if (path / name).exists()), _FILES[0])
+        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
+            user = (
+                f"Loading {str(name_or_path)!r}, which is no local path, from the Hugging Face hub"
+            )
+            hub = import_extra("huggingface_hub", "hub", user)
+            path = local_path(hub.hf_hub_download(str(name_or_path), _FILES[0], **hub_options))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected a file written by save, save_pretrained or "
+                "realign-fast, or a hub repository `owner/name`"
+            )
+        loaded: _Object = cls.load(path)
+        return loaded

@@ -12,7 +12,7 @@ from support import oracle
 from support.op_checks import random_rows
 
 import realign_fast
-from realign_fast import Corpus, Moments, ReAlign
+from realign_fast import Corpus, Moments, ReAlign, SharedSpace
 
 NUMBERS = ("scale", "source_trace", "target_trace", "drift", "residual_gap")
 VECTORS = ("shift", "recentre", "source_mean", "target_mean")
@@ -64,8 +64,13 @@ def far_test_cases():
         for side in ("text", "img")
     )
     aligner = ReAlign.fit(DEMO / "text_emb", DEMO / "img_emb", residual=False)
-    yield aligner, text, image
+    yield aligner, text, image  # (a copy of a bound method holds a copy of its object)
     yield aligner.inverse(), image, text
+    for method in ("calibrate", "center-calibrate"):
+        space = SharedSpace.fit(text=DEMO / "text_emb", image=DEMO / "img_emb", method=method)
+        yield space.text, text, image
+        yield space.image, image, text
+        yield space.query, text, image
 
 
 def test_rows_of_another_modality_or_encoder_are_warned_about_once():

@@ -135,7 +135,8 @@ def test_config_json_says_what_it_was_fitted_on(fitted, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert {name: config[name] for name in fitted.record} == fitted.record
     assert config["library_name"] == "realign_fast"
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    names = {"README.md", "config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_files_that_are_none_are_refused_by_name(tmp_path):
@@ -144,7 +145,7 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
         ReAlign.load(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file; expected"):
         ReAlign.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such file; expected an aligner"):
+    with pytest.raises(FileNotFoundError, match="no such file; expected a file written"):
         ReAlign.from_pretrained(tmp_path / "missing.safetensors")
 
 

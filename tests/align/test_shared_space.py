@@ -1,5 +1,6 @@
 """SharedSpace: one index for several modalities, and what its formulas promise."""
 
+import json
 import runpy
 import warnings
 from pathlib import Path
@@ -219,6 +220,11 @@ def test_three_modalities_from_moments_and_back_from_a_file(demo, tmp_path):
     moments = {name: Moments(True, accurate=True).update(rows) for name, rows in sides.items()}
     space = SharedSpace.fit(**moments, layout="blocks")
     space.save(tmp_path / "space.safetensors")
+    space.save_pretrained(tmp_path / "hub")
+    assert 'SharedSpace.from_pretrained("owner' in (tmp_path / "hub" / "README.md").read_text()
+    assert json.loads((tmp_path / "hub" / "config.json").read_bytes())["columns"] == 3 * 128
+    for folder in (tmp_path, tmp_path / "hub"):
+        assert SharedSpace.from_pretrained(folder).record == space.record
     back = SharedSpace.load(tmp_path / "space.safetensors")
     assert back.record == space.record and back.columns == 3 * 128
     for name, rows in sides.items():

@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image
 from support.kill_embed import tree
 from support.small_models import picture, require, write_open_clip, write_pictures
 
-from realign_fast import Corpus
+from realign_fast import Corpus, ReAlign, SharedSpace
 from realign_fast.cli import main
 from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
 from realign_fast.storage.lock import locked
@@ -98,6 +100,41 @@ def test_pictures_with_damaged_exif_are_embedded_and_counted(encoder, tmp_path):
         assert report["finished_before"] == finished
     expected = encoder.embed_images([picture(number) for number in range(4)]).half()
     torch.testing.assert_close(rows_of(tmp_path / "out", "image"), expected, rtol=0, atol=3e-4)
+
+
+def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
+    encoder, pictures, tmp_path, capsys
+):
+    ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
+    run(encoder, ours, pairs=pictures)
+    text, image = ours / "text_emb", ours / "img_emb"
+    weights = encoder.facts()["weights"]
+    assert Corpus(ours, "text").encoder.weights == Corpus(text).encoder.weights == weights
+    shutil.copytree(ours, theirs)
+    record = (theirs / "embed.json").read_text()
+    (theirs / "embed.json").write_text(record.replace(weights, "0123abcd"))
+    aligner = ReAlign.fit(text, image)
+    aligner.save(tmp_path / "aligner.safetensors")
+    back = ReAlign.load(tmp_path / "aligner.safetensors")
+    assert back.encoder == back.inverse().encoder == Corpus(image).encoder
+    assert back.record["encoder"] == f"{weights} {back.encoder.name}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few rows
+        space = SharedSpace.fit(text=text, image=image)
+    space.save(tmp_path / "space.safetensors")
+    assert SharedSpace.load(tmp_path / "space.safetensors").encoder == back.encoder
+
+    both = rf"/theirs.* of the encoder 0123abcd .* of {weights} .*; embed both with one encoder"
+    for fit in (ReAlign.fit, lambda a, b: SharedSpace.fit(text=a, image=b)):
+        with pytest.raises(ValueError, match=both):
+            fit(theirs / "text_emb", image)
+    sides = ["--text", theirs, "--image", ours, "--out", out]
+    aligned = ["--aligner", tmp_path / "aligner.safetensors", "--text", theirs, "--out", out]
+    for arguments in (["align", *sides], ["fit", *sides], ["apply", *aligned], ["merge", *sides]):
+        assert main.main([*map(str, arguments)]) == 3
+        assert re.search(both, capsys.readouterr().err)
+    (theirs / "embed.json").unlink()  # an unknown encoder passes
+    assert ReAlign.fit(theirs / "text_emb", image).encoder == back.encoder
 
 
 def test_two_sides_that_are_no_pairs_share_no_number(encoder, pictures, tmp_path):
