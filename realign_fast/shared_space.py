@@ -120,7 +120,11 @@ class RoleMap:
             return self._block(rows, 0, out=out)
         wide = rows.new_zeros(len(rows), self.columns) if out is None else out.zero_()
         for first in self.scales:
-            self._block(rows, first, out=wide[:, first : first + self.dimension])
+            part = wide[:, first : first + self.dimension]
+            if out is None and rows.requires_grad:
+                part.copy_(self._block(rows, first))  # out= keeps no gradient
+            else:
+                self._block(rows, first, out=part)
         return wide
 
     __call__ = map

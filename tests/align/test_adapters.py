@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import small_models
 
 import realign_fast
@@ -150,6 +151,11 @@ def test_the_page_runs_with_sentence_transformers(names, tmp_path):
     with pytest.warns(UserWarning, match="similarity_fn_name='cosine'; pass 'dot'"):
         wide = SentenceTransformer(modules=[*clip, type(module)(blocks)])
     close(wide.encode_query(names["pictures"]), blocks.query(raw["pictures"], "image"))
+    trained = torch.tensor(raw["captions"], requires_grad=True)
+    placed = wide[-1]({"sentence_embedding": trained})["sentence_embedding"]
+    close(placed.detach().numpy(), blocks.text(raw["captions"]))
+    placed[:, 3].sum().backward()
+    assert trained.grad.abs().min() > 0
 
 
 def test_the_page_runs_with_scikit_learn(names):

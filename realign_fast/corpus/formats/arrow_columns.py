@@ -32,9 +32,9 @@ _USER = "A parquet or Arrow file"
 
 def pyarrow() -> ModuleType:
     """Import pyarrow, with its parts that are not imported on their own."""
-    for module in ("compute", "ipc", "parquet"):
-        import_extra(f"pyarrow.{module}", "parquet", _USER)
-    return import_extra("pyarrow", "parquet", _USER)
+    import_extra("pyarrow.compute", "parquet", _USER)
+    import_extra("pyarrow.ipc", "parquet", _USER)
+    return import_extra("pyarrow.parquet", "parquet", _USER)
 
 
 @contextmanager
