@@ -1,7 +1,10 @@
 """SharedSpace: one index for several modalities, and what its formulas promise."""
 
+import functools
 import json
 import runpy
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,9 +13,10 @@ import pytest
 import torch
 
 import realign_fast
-from realign_fast import Moments, SharedSpace, metrics
+from realign_fast import Moments, ReAlign, SharedSpace, metrics
 from realign_fast.shared_space import SPACE_METHODS
 
+PAGE = Path(__file__).parents[2] / "docs" / "shared_space.md"
 DEMO = Path(realign_fast.__file__).parent / "demo" / "data" / "heldout"
 
 
@@ -232,6 +236,36 @@ def test_three_modalities_from_moments_and_back_from_a_file(demo, tmp_path):
         assert torch.equal(back.query(rows, name), space.query(rows, name))
     rows_too = SharedSpace.fit(**sides, layout="blocks")
     torch.testing.assert_close(rows_too.image(image), space.image(image))
+
+
+def test_the_page_applies_fitted_files_without_torch(demo, tmp_path):
+    text, image = demo
+    for name, rows in (("text", text), ("image", image)):
+        np.save(tmp_path / f"{name}.npy", rows.float())
+    space = SharedSpace.fit(text=text, image=image)
+    space.save(tmp_path / "space.safetensors")
+    snippet = PAGE.read_text().split("## Without this package")[1].split("```")[1]
+    end = "\nimport sys; assert 'torch' not in sys.modules"
+    end += "\nnp.savez('out.npz', aligned=aligned, documents=documents, queries=queries)"
+    for method in ("realign", "coral"):
+        aligner = ReAlign.fit(text, image, method=method)
+        aligner.save(tmp_path / "aligner.safetensors")
+        code = snippet.removeprefix("python") + end
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        found = np.load(tmp_path / "out.npz")
+        exact = {"documents": space.image(image), "queries": space.query(text)}
+        for name, rows in (exact | {"aligned": aligner(text)}).items():
+            np.testing.assert_allclose(found[name], rows, rtol=0, atol=1e-6)
+
+
+def test_a_space_is_fitted_from_merged_statistics(demo):
+    """The function of the page, for a method that centres."""
+    parts_of = {"text": demo[0].split(150), "image": demo[1].split(300)}
+    names = dict(vars(realign_fast.shared_space), functools=functools, parts_of=parts_of)
+    exec(PAGE.read_text().split("## Fitting from")[1].split("```python")[1].split("```")[0], names)
+    whole = SharedSpace.fit(text=demo[0], image=demo[1], method="center-calibrate")
+    merged, expected = names["space"].image(demo[1]), whole.image(demo[1])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("content", [b"", b"rows", b"\x02\0\0\0\0\0\0\0{}"])
