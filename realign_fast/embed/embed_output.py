@@ -147,9 +147,7 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
 
     `facts` are what every row depends on; `_embed/run.json` keeps them. Returns whether all of
     them were recorded: early runs of version 0.1.0 left the architecture out.
-
-    Raises:
-        ValueError: `out` holds other files, or rows that depend on other facts.
+    ValueError if `out` holds other files, or rows that depend on other facts.
     """
     run = out / RECORDS / RUN
     folders = [out, *(out / name for name in SUBFOLDERS.values())]

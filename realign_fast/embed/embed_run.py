@@ -214,8 +214,7 @@ class _EmbedRun:
     def _verify(self, shard: PlannedShard, items: Sequence[Item]) -> None:
         """Embed the first rows of a finished shard again, for want of a recorded architecture.
 
-        Raises:
-            ValueError: the model gives other rows.
+        ValueError if the model gives other rows.
         """
         dataset = self._batches(shard, items)
         batches = (dataset.batch(number) for number in range(len(dataset)))
@@ -263,11 +262,7 @@ class _EmbedRun:
 
 
 def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfer]) -> None:
-    """Write the rows of a batch, which may have none.
-
-    Raises:
-        ValueError: a row is not finite.
-    """
+    """Write the rows of a batch, which may have none; ValueError if a row is not finite."""
     side_rows = [wait_for_rows() for wait_for_rows in transfers]
     for rows in side_rows:
         if not (finite := torch.isfinite(rows).all(dim=1)).all():

@@ -25,13 +25,7 @@ from ..corpus.formats.arrow_columns import decoded, pyarrow
 from ..storage.paths import explained
 
 IMAGE_MARK = "<image>"
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 Turn = tuple[str, str]  # (a value of ROLES, text)
 _READ_BYTES = 1 << 20
 _MAX_ENTRY_BYTES = 64 << 20  # an unparsable stretch that is longer means a damaged list
@@ -116,16 +110,13 @@ def read_sample(path: Path, start: int, text: bytes, place: str) -> Sample:
 def parse_sample(entry: Any, place: str) -> Sample:
     """Validate an entry; `place` is its file and position, for error messages.
 
-    Raises:
-        ValueError: the entry is not an object of the form in the module docstring.
+    ValueError if the entry is not an object of the form in the module docstring.
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: is a {type(entry).__name__}, expected an object with an id")
     sample_id = "" if entry.get("id") is None else str(entry["id"])
-    turns = [
-        _parse_turn(turn, place)
-        for turn in entry.get("conversations") or entry.get("messages") or []
-    ]
+    entry_turns = entry.get("conversations") or entry.get("messages") or []
+    turns = [_parse_turn(turn, place) for turn in entry_turns]
     caption = entry.get("caption")
     if not turns and not isinstance(caption, str):
         fields = ", ".join(map(repr, entry)) or "nothing"

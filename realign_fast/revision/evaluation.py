@@ -96,10 +96,7 @@ def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[s
     return {
         "exact_match": interval(exact_match(texts, references)),
         "cider": interval(cider(texts, references)),
-        "examples": [
-            {"id": sample.id, "expected": reference, "generated": text}
-            for sample, reference, text in shown
-        ],
+        "examples": [{"id": s.id, "expected": right, "generated": t} for s, right, t in shown],
     }
 
 

@@ -74,8 +74,7 @@ def open_index(corpus: Corpus, ids: IdSource, cache: Path) -> IdIndex:
 def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
     """Write the index of `corpus` to `path`; the file appears complete or not at all.
 
-    Raises:
-        ValueError: there are no ids, their number is not that of the rows, or an id is not unique.
+    ValueError if there are no ids, their number is not that of the rows, or an id is not unique.
     """
     with replaced(path) as partial, closing(sqlite3.connect(partial)) as database:
         database.execute("PRAGMA journal_mode = OFF")
@@ -100,8 +99,7 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
 def shard_values(corpus: Corpus, ids: IdSource, columns: Sequence[str]) -> Iterator[Iterator[str]]:
     """Yield, for each shard, the values of its rows in the first of the columns that is there.
 
-    Raises:
-        ValueError: there is no such column, or it has not one value for each row.
+    ValueError if there is no such column, or it has not one value for each row.
     """
     files = _metadata(corpus, ids)
     pairs = paired([shard.path for shard in corpus.shards], files)
@@ -130,8 +128,7 @@ def _counted(shard: Shard, source: StoragePath, values: Iterator[str]) -> Iterat
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
     """Return the shards of `corpus` and the metadata files that its ids are read from.
 
-    Raises:
-        ValueError: there are no ids.
+    ValueError if there are no ids.
     """
     return [*(shard.path for shard in corpus.shards), *_metadata(corpus, ids)]
 

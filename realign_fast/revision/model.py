@@ -57,8 +57,7 @@ def transformers() -> ModuleType:
 class ReVisionConfig:
     """Everything that is needed to build a model again; saved as `revision.json`.
 
-    Raises:
-        ValueError: a field has a value that is not possible.
+    ValueError if a field has a value that is not possible.
     """
 
     language_model: str  # the name or path that training started from
@@ -71,10 +70,8 @@ class ReVisionConfig:
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
-            expected = ", ".join(PROJECTORS)
-            raise ValueError(
-                f"ReVisionConfig: projector is {self.projector!r}, expected {expected}"
-            )
+            names = ", ".join(PROJECTORS)
+            raise ValueError(f"ReVisionConfig: projector is {self.projector!r}, expected {names}")
         for name in ("row_dimension", "hidden_size", "visual_tokens"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"ReVisionConfig: {name} is {value!r}, expected a number from 1")
@@ -91,20 +88,16 @@ class Projector(nn.Module):
         super().__init__()
         self.config = config
         d, h, k = config.row_dimension, config.hidden_size, config.visual_tokens
-        outputs = k * h if config.projector == "prefix" else h
-        self.layers = (
-            nn.Linear(d, h)
-            if config.projector == "linear"
-            else nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, outputs))
-        )
+        self.layers: nn.Module = nn.Linear(d, h)
+        if config.projector != "linear":
+            outputs = k * h if config.projector == "prefix" else h
+            self.layers = nn.Sequential(self.layers, nn.GELU(), nn.Linear(h, outputs))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Project rows `[M, D]` of any float dtype to `[M, K, H]`.
 
         Repeated tokens are an expanded view, which takes memory only where it is copied.
-
-        Raises:
-            ValueError: the rows are not `[M, D]`.
+        ValueError if the rows are not `[M, D]`.
         """
         config = self.config
         if rows.dim() != 2 or rows.shape[1] != config.row_dimension:
@@ -194,8 +187,7 @@ class ReVisionModel(nn.Module):
         if present != needed:
             raise ValueError(
                 f"ReVisionModel: the input ids hold {present} image tokens, {len(image_rows)} "
-                f"image rows need {needed}, {self.revision_config.visual_tokens} each; put "
-                "<image> into the text once for every row"
+                f"image rows need {needed}; put <image> into the text once for every row"
             )
         embed = self.language_model.get_input_embeddings()
         text: Tensor = embed(input_ids.masked_fill(is_image, 0))
@@ -227,7 +219,7 @@ class ReVisionModel(nn.Module):
     ) -> Tensor:
         """Return the generated token ids `[B, new tokens]`; ValueError for padding on the right."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if bool((mask[:, -1] == 0).any()):
+        if not mask[:, -1].all():
             raise ValueError("ReVisionModel: generate needs padding on the left, got it right")
         tokens: Tensor = self.language_model.generate(
             inputs_embeds=self.splice(input_ids, image_rows), attention_mask=mask, **options
@@ -251,8 +243,7 @@ class ReVisionModel(nn.Module):
         if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         for name, parameter in self.named_parameters():
-            part = "lora" if "lora_" in name else name.partition(".")[0]
-            parameter.requires_grad_(part in chosen)
+            parameter.requires_grad_(part_of(name) in chosen)
         if "lora" in chosen and not self._has_adapter:
             settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | lora
             settings |= {"task_type": "CAUSAL_LM"}
@@ -322,9 +313,8 @@ class ReVisionModel(nn.Module):
         try:
             self.projector.load_state_dict(load_file(directory / WEIGHTS))
         except RuntimeError as error:
-            raise ValueError(
-                f"{directory / WEIGHTS}: does not fit {self.revision_config}: {error}"
-            ) from error
+            expected = f"does not fit {self.revision_config}"
+            raise ValueError(f"{directory / WEIGHTS}: {expected}: {error}") from error
         if language_model and self.language_model_changed and not self._has_adapter:
             path, dtype = directory / LANGUAGE_MODEL_FOLDER, self.base.dtype
             saved = load_pretrained(_LANGUAGE_MODEL, path, dtype=dtype)
@@ -338,6 +328,11 @@ class ReVisionModel(nn.Module):
             self.language_model = load(self.language_model, str(adapter))
 
 
+def part_of(parameter: str) -> str:
+    """Return the trainable part that a parameter of this name belongs to."""
+    return "lora" if "lora_" in parameter else parameter.partition(".")[0]
+
+
 def read_config(directory: Path) -> ReVisionConfig:
     """Read the configuration of the saved model in `directory`.
 
@@ -349,11 +344,9 @@ def read_config(directory: Path) -> ReVisionConfig:
         raise FileNotFoundError(f"{directory}: no such directory; give one that pretrain wrote")
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            hint = (
-                "a plain language model: start with pretrain --language-model"
-                if (directory / "config.json").is_file()
-                else "pretrain and finetune write it"
-            )
+            hint = "pretrain and finetune write it"
+            if (directory / "config.json").is_file():
+                hint = "a plain language model: start with pretrain --language-model"
             raise FileNotFoundError(
                 f"{directory}: lacks {name}, so it is no ReVision model; {hint}"
             )
@@ -386,8 +379,7 @@ def position_limit(config: Any) -> int | None:
 def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -> Any:
     """Load a language model, or its configuration, with the class `auto` of transformers.
 
-    Raises:
-        ValueError: it cannot be loaded, and why.
+    ValueError if it cannot be loaded.
     """
     try:
         return getattr(transformers(), auto).from_pretrained(source, **options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,13 @@ from .model import (
     TrainablePart,
     build_dataclass,
     load_pretrained,
+    part_of,
     position_limit,
     read_config,
     transformers,
 )
 from .templates import TEMPLATES, Template
-from .training_data import FAULTS, Collator, Conversations, Subset, check_inputs, prepare
+from .training_data import FAULTS, Collator, Conversations, check_inputs, prepare
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from .trainer import ReVisionTrainer
 
 Stage = Literal["pretrain", "finetune"]
-Samples = Conversations | Subset
 _MAX_HELD_OUT = 512  # samples, by default
 _TRAINER_SETTINGS = {  # of both stages
     "num_train_epochs": 1.0,
@@ -76,14 +77,10 @@ class StagePreset(NamedTuple):
     trainer: dict[str, Any]  # fields of TrainingArguments
 
 
-PRESETS: dict[Stage, StagePreset] = {
-    "pretrain": StagePreset(
-        "plain", ("projector",), 256, _TRAINER_SETTINGS | {"learning_rate": 5e-4}
-    ),
-    # The paper does not state the batch of stage 2; 128 is LLaVA's.
-    "finetune": StagePreset(
-        "chat", ("projector", "language_model"), 128, _TRAINER_SETTINGS | {"learning_rate": 1e-5}
-    ),
+_RATES = [_TRAINER_SETTINGS | {"learning_rate": rate} for rate in (5e-4, 1e-5)]
+PRESETS: dict[Stage, StagePreset] = {  # the paper leaves out the batch of stage 2: 128 is LLaVA's
+    "pretrain": StagePreset("plain", ("projector",), 256, _RATES[0]),
+    "finetune": StagePreset("chat", ("projector", "language_model"), 128, _RATES[1]),
 }
 
 
@@ -141,7 +138,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     saved = _saved_config(config)
     template = _template(config, saved)
     with arguments.main_process_first(local=False):
-        report, samples, held_out = _prepare_data(config, template)
+        samples, held_out = _prepare_data(config, template)
     if held_out is None:
         arguments.eval_strategy = "no"
     model = _build_model(config, saved, arguments)
@@ -160,17 +157,15 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     )
     first = trainer.is_world_process_zero()
     if first:
-        _print_overview(report, model)
+        _print_overview(samples.report, model)
     checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
     if config.resume and checkpoint is None and first:
-        print(
-            f"{config.out}: holds no checkpoint to resume from; training starts from the beginning"
-        )
+        print(f"{config.out}: holds no checkpoint to resume from, so training starts anew")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     summary = {"stage": stage, "out": config.out} | _figures(trainer, result, bool(checkpoint))
-    summary |= {"data": report, "model": asdict(model.revision_config)}
+    summary |= {"data": samples.report, "model": asdict(model.revision_config)}
     if first:
         write_whole(Path(config.out) / "training.json", json.dumps(summary, indent=2).encode())
     return summary
@@ -181,10 +176,8 @@ def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
     preset = PRESETS[stage]
     parts = config.train or preset.train
     if config.lora and "lora" not in parts:
-        raise ValueError(
-            f"lora: got {', '.join(config.lora)} for an adapter that is not trained; expected "
-            f"--train projector,lora; what trains is {', '.join(parts)}"
-        )
+        given = f"got {', '.join(config.lora)} for an adapter that is not trained"
+        raise ValueError(f"lora: {given}, but {', '.join(parts)}; give --train projector,lora")
     return replace(
         config,
         train=parts,
@@ -207,17 +200,13 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     """Return the TrainingArguments that the configuration means."""
     out = Path(config.out)
     if not config.resume and last_checkpoint(out):
-        raise ValueError(
-            f"{out}: holds checkpoints of an earlier training; go on with it (--resume), or name "
-            "another directory"
-        )
+        advice = "go on with it (--resume), or name another directory"
+        raise ValueError(f"{out}: holds checkpoints of an earlier training; {advice}")
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     batch, simultaneous = config.batch or 1, config.micro_batch * devices
     if batch % simultaneous:
-        raise ValueError(
-            f"batch: got {batch}, expected a multiple of {simultaneous}, micro batch "
-            f"{config.micro_batch} x {devices} devices; choose a multiple"
-        )
+        product = f"micro batch {config.micro_batch} x {devices} devices"
+        raise ValueError(f"batch: got {batch}, expected a multiple of {simultaneous}, {product}")
     settings = {
         "output_dir": config.out,
         "per_device_train_batch_size": config.micro_batch,
@@ -257,10 +246,8 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
     for name in MODEL_DEFAULTS:
         requested, value = getattr(config, name), getattr(saved, name)
         if requested not in (None, value):
-            raise ValueError(
-                f"{start}: got {name} {requested}, and the model was made with {value}; leave it "
-                "out, or pretrain another one"
-            )
+            given = f"got {name} {requested}, and the model was made with {value}"
+            raise ValueError(f"{start}: {given}; leave it out, or pretrain another one")
     if saved.row_dimension != config.rows.dimension:
         raise ValueError(
             f"{config.rows.path}: rows have {config.rows.dimension} columns, the model was "
@@ -285,8 +272,8 @@ def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
 
 def _prepare_data(
     config: TrainingConfig, template: Template
-) -> tuple[dict[str, Any], Samples, Samples | None]:
-    """Join the lists and their rows; return the report, the samples and the held-out samples."""
+) -> tuple[Conversations, Conversations | None]:
+    """Join the lists and their rows; return the samples and the held-out samples."""
     join = partial(
         prepare,
         template=template,
@@ -296,11 +283,11 @@ def _prepare_data(
     )
     samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
     if config.test is not None and config.test_rows is not None:
-        return samples.report, samples, join(config.test, config.test_rows)
+        return samples, join(config.test, config.test_rows)
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)
-    return samples.report, *(samples.split(count) if count else (samples, None))
+    return samples.split(count) if count else (samples, None)
 
 
 def _build_model(
@@ -326,13 +313,11 @@ def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
     skipped = [f"{report[fault]:,} {text}" for fault, text in FAULTS.items() if report[fault]]
     reasons = f" ({', '.join(skipped)})" if skipped else ""
     print(f"{report['used']:,} of {report['samples']:,} samples{reasons}")
-    counts: dict[str, list[int]] = {}  # part -> parameters that train, all parameters
+    trained, total = Counter[str](), Counter[str]()  # parameters by part
     for name, parameter in model.named_parameters():
-        part = "lora" if "lora_" in name else name.split(".")[0]
-        count = counts.setdefault(part, [0, 0])
-        count[0] += parameter.numel() * parameter.requires_grad
-        count[1] += parameter.numel()
-    parts = [f"{part} {trained:,} of {total:,}" for part, (trained, total) in counts.items()]
+        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
+        total[part_of(name)] += parameter.numel()
+    parts = [f"{part} {trained[part]:,} of {count:,}" for part, count in total.items()]
     print(f"parameters that train: {', '.join(parts)}")
 
 

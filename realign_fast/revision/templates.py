@@ -96,16 +96,12 @@ class Chat:
         """
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"{tokenizer.name_or_path}: has no chat template; give one (--chat-template FILE), "
-                "or train on captions (--template plain)"
-            )
+            advice = "give one (--chat-template FILE), or train on captions (--template plain)"
+            raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")
         self.template = tokenizer.get_chat_template()  # the default of several
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"{tokenizer.name_or_path}: cannot say which characters a token stands for; use "
-                "its fast tokenizer"
-            )
+            reason = "cannot say which characters a token stands for; use its fast tokenizer"
+            raise ValueError(f"{tokenizer.name_or_path}: {reason}")
         # Any of them ends a generated text: EOS, and the special token after an answer.
         labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
@@ -116,8 +112,7 @@ class Chat:
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
 
-        Raises:
-            ValueError: the template refuses the turns, or hides where an answer is.
+        ValueError if the template refuses the turns, or hides where an answer is.
         """
         turns = _turns(sample)
         answers = [text for role, text in turns if role == "assistant"]
@@ -143,21 +138,16 @@ class Chat:
     def render(self, conversations: Sequence[Sequence[Turn]], generate: bool = False) -> list[str]:
         """Return the texts of conversations, with the generation prompt if `generate`.
 
-        Raises:
-            ValueError: the template refuses the turns.
+        ValueError if the template refuses the turns.
         """
         messages = [[{"role": role, "content": text} for role, text in c] for c in conversations]
         try:
-            texts: list[str] = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generate,
-            )
+            options = {"chat_template": self.template, "add_generation_prompt": generate}
+            texts = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return list(texts)
         except Exception as error:  # a template can raise anything, most often a class of jinja2
             roles = ", ".join(role for role, _ in max(conversations, key=len))
             raise ValueError(f"the chat template refuses turns of {roles}: {error}") from error
-        return texts
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample; ValueError as in `fault`."""
@@ -195,11 +185,9 @@ class Chat:
                 return self._render_spans(turns, again=False)
             raise
         if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
-            raise ValueError(
-                f"{self.tokenizer.name_or_path}: the chat template leaves out or repeats a turn "
-                f"with {IMAGE_MARK}; give a template that writes every turn once "
-                "(--chat-template FILE)"
-            )
+            reason = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"
+            advice = "give a template that writes every turn once (--chat-template FILE)"
+            raise ValueError(f"{self.tokenizer.name_or_path}: {reason}; {advice}")
         return text, spans
 
     def _answer_span(
@@ -219,8 +207,8 @@ class Chat:
                 return span[0], span[1] + len(closing) * text.startswith(closing, span[1])
         raise ValueError(
             f"{self.tokenizer.name_or_path}: the chat template renders answer "
-            f"{turns[number][1][:40]!r} in another way at the end of its text; give a template "
-            "that only appends (--chat-template FILE)"
+            f"{turns[number][1][:40]!r} in another way at the end of its text; give one that only "
+            "appends (--chat-template FILE)"
         )
 
     def _find(self, turns: Sequence[Turn], number: int, text: str) -> Span | None:

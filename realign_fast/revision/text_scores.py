@@ -42,9 +42,7 @@ def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[
     code that published tables come from (this matters to the minimum alone); words are those of
     `words`. A word is rare if it is rare among the references given here, so scores of different
     sets of samples cannot be compared, and those of a single sample are all 0.
-
-    Raises:
-        ValueError: a text has no reference.
+    ValueError if a text has no reference.
     """
     if not all(references):
         raise ValueError("cider: a text has no reference; give at least one each")
@@ -67,9 +65,7 @@ def interval(values: ArrayLike, weights: ArrayLike | None = None) -> dict[str, f
 
     Each value is of a sample; `weights` `[n]` are equal by default. The interval is between
     percentiles of a bootstrap.
-
-    Raises:
-        ValueError: there are no values.
+    ValueError if there are no values.
     """
     values = np.asarray(values, float)
     if not len(values):

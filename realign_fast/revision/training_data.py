@@ -81,7 +81,14 @@ def prepare(
     source, cache = Path(conversations), Path(cache)
     max_length = min(max_length, template.positions or max_length)
     check_inputs(source, rows, ids)
-    _check_image_fits(source, template, max_length)
+    if len(template.image_ids) >= max_length:
+        limit = "max_length (--max-length)"
+        if max_length == template.positions:
+            limit = "the language model's positions"
+        raise ValueError(
+            f"{source}: an image alone takes {len(template.image_ids)} tokens of the {max_length} "
+            f"of {limit}; train with fewer visual tokens"
+        )
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
@@ -98,31 +105,15 @@ def prepare(
 def check_inputs(conversations: str | os.PathLike[str], rows: Corpus, ids: IdSource = None) -> None:
     """Check, before a model is loaded, that a list, its rows and their ids are on this machine.
 
-    Raises:
-        FileNotFoundError, ValueError: they are not.
+    FileNotFoundError or ValueError if they are not.
     """
     if rows.path.is_remote:
-        raise ValueError(
-            f"{rows.path}: training reads rows in random order, from local files alone; copy the "
-            "corpus first (realign-fast convert)"
-        )
+        advice = "copy the corpus first (realign-fast convert)"
+        raise ValueError(f"{rows.path}: training reads rows in random order, from disk; {advice}")
     if not Path(conversations).is_file():
-        raise FileNotFoundError(
-            f"{conversations}: no such file; expected a list of conversations or captions: json, "
-            "jsonl or parquet"
-        )
+        expected = "expected a list of conversations or captions, in json, jsonl or parquet"
+        raise FileNotFoundError(f"{conversations}: no such file; {expected}")
     id_inputs(rows, ids)
-
-
-def _check_image_fits(source: Path, template: Template, max_length: int) -> None:
-    if len(template.image_ids) >= max_length:
-        limit, advice = "max_length", "raise --max-length, or train"
-        if max_length == template.positions:
-            limit, advice = "the language model's positions", "train"
-        raise ValueError(
-            f"{source}: an image alone takes {len(template.image_ids)} tokens of the {max_length} "
-            f"of {limit}; {advice} with fewer visual tokens"
-        )
 
 
 def _join(
@@ -168,10 +159,10 @@ def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> 
         for fault, meaning in FAULTS.items()
         if report[fault]
     )
+    shares = f"({skipped / total:.1%}, at most {max_skipped:.1%} may be)"
     raise ValueError(
-        f"{source}: {skipped:,} of {total:,} samples cannot be used ({skipped / total:.1%}, at "
-        f"most {max_skipped:.1%} may be): {reasons}. Correct the list, or allow more "
-        "(--max-skipped)"
+        f"{source}: {skipped:,} of {total:,} samples cannot be used {shares}: {reasons}. Correct "
+        "the list, or allow more (--max-skipped)"
     )
 
 
@@ -202,6 +193,7 @@ class Conversations(data.Dataset[Item]):
         self.path = copied if (copied := folder / _LIST_COPY).is_file() else source
         self._samples = _map(folder / _SAMPLES).reshape(-1, _SAMPLE_NUMBERS)
         self._row_numbers = _map(folder / _ROWS)  # of all images
+        self._indices: Sequence[int] = range(len(self._samples))  # of the samples of a part
 
     def aligned(self, aligner: ReAlign | None) -> Conversations:
         """Return the dataset with rows that `aligner` maps as they are read."""
@@ -210,11 +202,11 @@ class Conversations(data.Dataset[Item]):
         return mapped
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._indices)
 
     def sample(self, index: int) -> Sample:
         """Read a sample from the list."""
-        start, end = self._samples[index, :2].tolist()
+        start, end = self._samples[self._indices[index], :2].tolist()
         with explained(self.path), open(self.path, "rb", buffering=0) as file:
             file.seek(start)
             text = file.read(end - start)
@@ -222,7 +214,7 @@ class Conversations(data.Dataset[Item]):
 
     def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
         """Read the rows of several samples together: a list of `[images, D]`, float32."""
-        places = self._samples[list(indices), 2:].tolist()
+        places = self._samples[[self._indices[index] for index in indices], 2:].tolist()
         numbers = [self._row_numbers[first : first + count] for first, count in places]
         rows = self.rows.take(np.concatenate(numbers)).float()
         if self.aligner is not None and len(rows):
@@ -240,22 +232,16 @@ class Conversations(data.Dataset[Item]):
             items.append({"input_ids": ids, "labels": labels, "image_rows": rows, "id": sample.id})
         return items
 
-    def split(self, held_out: int) -> tuple[Subset, Subset]:
+    def split(self, held_out: int) -> tuple[Conversations, Conversations]:
         """Return all other samples, and `held_out` samples that are spread evenly over the list."""
         if not 0 < held_out <= (half := len(self) // 2):
             expected = f"1 to {half}, half of the samples, or 0" if half else "0, of one sample,"
             raise ValueError(f"held out: got {held_out}, expected {expected} for none")
+        others, held = copy.copy(self), copy.copy(self)
         step = len(self) // held_out
-        held_out_indices = range(0, held_out * step, step)
-        return Subset(self, _Others(len(self), held_out_indices)), Subset(self, held_out_indices)
-
-
-class Subset(data.Subset[Item]):
-    """A part of a list: torch's `Subset`, whose samples can be read too."""
-
-    def sample(self, index: int) -> Sample:
-        """Read a sample from the list."""
-        return self.dataset.sample(self.indices[index])  # type: ignore[attr-defined,no-any-return]
+        held._indices = range(0, held_out * step, step)
+        others._indices = _Others(len(self), held._indices)
+        return others, held
 
 
 class _Others(Sequence[int]):

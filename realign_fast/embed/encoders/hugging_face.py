@@ -32,9 +32,7 @@ class HuggingFaceEncoder(Encoder):
     """A CLIP or SigLIP model in `folder`: config, safetensors, processor and tokenizer files.
 
     Code in the directory is not run. For `device` and `precision` see :class:`Encoder`.
-
-    Raises:
-        ValueError, OSError, ImportError: the directory cannot be loaded, and why.
+    ValueError, OSError or ImportError if the directory cannot be loaded.
     """
 
     def __init__(
@@ -110,8 +108,7 @@ def processed(processor: Any, image: Any) -> torch.Tensor:
 def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
     """Load the model of a directory.
 
-    Raises:
-        ValueError: its weights lack some of the model's, which would be random.
+    ValueError if its weights lack some of the model's, which would be random.
     """
     model, info = transformers().AutoModel.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **options, **LOCAL

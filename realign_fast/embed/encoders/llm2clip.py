@@ -55,9 +55,7 @@ class Llm2ClipEncoder(Encoder):
 
     Without a language model it embeds images alone. For `device` and `precision` see
     :class:`Encoder`.
-
-    Raises:
-        ValueError, OSError, ImportError: a directory cannot be loaded, and why.
+    ValueError, OSError or ImportError if a directory cannot be loaded.
     """
 
     def __init__(
@@ -134,8 +132,7 @@ class Llm2ClipEncoder(Encoder):
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids padded on the left, their mask, and which are the text's own.
 
-        Raises:
-            ValueError: there is no language model.
+        ValueError if there is no language model.
         """
         if self._language is None:
             raise ValueError(

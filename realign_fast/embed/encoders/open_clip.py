@@ -110,8 +110,7 @@ class OpenClipEncoder(Encoder):
 def _known_name(model: str, pretrained: object) -> str:
     """Return the name by which open_clip knows the model of a directory, config or name.
 
-    Raises:
-        ValueError: open_clip knows no such model, or its weights are not named once.
+    ValueError if open_clip knows no such model, or its weights are not named once.
     """
     path, library = Path(model), open_clip()
     if path.is_dir():

@@ -65,8 +65,7 @@ class Source:
     def read(self, item: Item) -> bytes:
         """Return the encoded image of an item; decoding processes call it.
 
-        Raises:
-            Unreadable: this image cannot be read; the others may be.
+        Unreadable if this image cannot be read; the others may be.
         """
         state = os.stat(item.path)
         if not stat.S_ISREG(state.st_mode):  # reading a pipe or a device might never end
@@ -76,8 +75,7 @@ class Source:
     def items(self, start: int, stop: int) -> list[Item]:
         """Return items `start` to `stop`. Rising ranges are served by a single walk.
 
-        Raises:
-            ValueError: there are fewer items than were counted.
+        ValueError if there are fewer items than were counted.
         """
         if start < self._position:
             self._position, self._walk = 0, self._walk_files()
@@ -94,8 +92,7 @@ class Source:
 def read_at(path: str, offset: int, size: int) -> bytes:
     """Return `size` bytes of a file from `offset` on.
 
-    Raises:
-        Unreadable: the file ends earlier, or no image is that large.
+    Unreadable if the file ends earlier, or no image is that large.
     """
     if size > MAX_IMAGE_BYTES:
         raise Unreadable(f"has {size} bytes, expected at most {MAX_IMAGE_BYTES}")

@@ -35,8 +35,7 @@ class Sample:
     def text(self, names: Iterable[str], types: Any = str) -> str | None:
         """Return the first text by one of `names`, each an ending or a key of the `json` member.
 
-        Raises:
-            ValueError, OSError: it cannot be read.
+        ValueError or OSError if it cannot be read.
         """
         for name in names:
             if (data := self._read(name.lower())) is not None:
@@ -140,8 +139,7 @@ class Tars(Source):
     def walk(self, file: Path) -> Iterator[Item]:
         """Yield the samples of a tar; the position of an image is its offset and size.
 
-        Raises:
-            ValueError: no sample has a member or a key that was chosen.
+        ValueError if no sample has a member or a key that was chosen.
         """
         chosen, needed = self.columns._asdict(), {"id", *NEEDED[self.content]}
         unseen = {role for role, name in chosen.items() if name and role in needed}
