@@ -135,27 +135,47 @@ def read_options(context: Context, path: Path | None) -> Path | None:
 
 # Below, an option is on as few lines as it takes: its type, its help, its settings, its default.
 # fmt: off
-_rows = _input("a directory of shards, or a clip-retrieval root", metavar="DIR")
+_directory = partial(_input, metavar="DIR")
+_file = partial(_input, metavar="FILE")
+_source = partial(_input, metavar="SOURCE")
 _usual = partial(_input, metavar="NAME", show_default="the usual names are tried")
 _printed = partial(_output, metavar="FILE", show_default="printed")
-_source = partial(_input, metavar="SOURCE")
+_size = partial(_run, metavar="SIZE", parser=byte_count)
+_rate = partial(_size, show_default="measured on the first shards")
+_ROWS = "a directory of shards, or a clip-retrieval root"
+_SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
 BatchBytes = Annotated[int, _run(
     "process rows of this many bytes at a time; memory use is a few times as much", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
-DryRun = Annotated[bool, _run(
-    "print what the run would read and write, and for how long (plan), and do nothing")]
-Out = Annotated[str, _output("write the result to this directory or URL (s3://, gs://)",
-    metavar="DIR", parser=_text(_kept))]
-LocalOut = Annotated[str, _output("write the result to this directory",
-    metavar="DIR", parser=_text(local_path))]
-Rows = Annotated[str, _input("rows to align: a directory of shards or a clip-retrieval root (its "
-    "text_emb/), or a URL of one of these (s3://, gs://, hf://, https://)",
-    "--source", "--text", metavar="DIR")]
-Shard = Annotated[str, _run("process every N-th shard from the I-th on (1/4 ... 4/4), as one job "
-    "of an array", metavar="I/N", parser=_text(shard_part))]
-Rate = Annotated[int | None, _run("bytes a second that one machine reads or writes, such as 900M; "
-    "give both", metavar="SIZE", parser=byte_count, show_default="measured on the first shards")]
+DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
+Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
+    parser=_text(_kept))]
+LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
+    parser=_text(local_path))]
+Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--source", "--text")]
+Target = Annotated[str, _directory(_SIDE.format("to align to", "img"), "--target", "--image")]
+Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one job of an array",
+    metavar="I/N", parser=_text(shard_part))]
+Aligner = Annotated[str, _file("aligner.safetensors of an earlier fit, or its directory",
+    parser=_text(storage_path))]
+HalfAligner = Annotated[str | None, _file("half.safetensors that merge wrote: measure the drift of "
+    "the source under this map", parser=_text(storage_path))]
+ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads, such as 2G")]
+WriteRate = Annotated[int | None, _rate("bytes a second that a machine writes")]
+Machines = Annotated[int, _run("machines that share the shards, at these rates each", min=1)]
+Result = Annotated[str, Argument(rich_help_panel="Input", metavar="OUT",
+    parser=_text(storage_path), help="directory or URL of a run's result")]
+Converted = Annotated[str, Argument(rich_help_panel="Output", metavar="OUT", parser=_text(_kept),
+    help="directory or URL for the result, without shards")]
+Format = Annotated[values.FormatName, _output("format of the result")]
+Dtype = Annotated[values.Dtype | None, _output(
+    "number type of the result; bfloat16 in safetensors, pt", show_default="unchanged")]
+Sample = Annotated[int, _run("rows to look at, spread over the corpus", min=1)]
+SampleSeed = Annotated[int, _run("seed that chooses the sample")]
+Ask = Annotated[str, _run("question about each image", metavar="TEXT")]
+AskOnce = Annotated[str | None, _run("one question, then stop", metavar="TEXT")]
+Captions = Annotated[str | None, _printed("file of JSON lines")]
 
 
 class Common(Options):
@@ -164,10 +184,9 @@ class Common(Options):
     as_json: Annotated[bool, _messages("print one JSON document, or error", "--json")] = False
     quiet: Annotated[bool, _messages("print errors and the answer asked for, nothing else")] = False
     log_level: Annotated[values.LogLevel, _messages("show messages from this level on")] = "info"
-    log_json: Annotated[bool, _messages(
-        "write messages, and progress as such, as lines of JSON to stderr")] = False
-    progress_interval: Annotated[float, _messages(
-        "time between two messages on progress with --log-json", metavar="SECONDS", min=0)] = 30.0
+    log_json: Annotated[bool, _messages("write messages as lines of JSON to stderr")] = False
+    progress_interval: Annotated[float, _messages("time between progress messages of --log-json",
+        metavar="SECONDS", min=0)] = 30.0
     threads: Annotated[int | None, _run("number of CPU threads", min=1,
         max=4 * (os.cpu_count() or 1), show_default="as many as torch chooses")] = None
 
@@ -176,20 +195,18 @@ class Configured(Common):
     """Options of the commands that keep their options beside the result."""
 
     report: ClassVar[str] = "report.json"  # the file of the result that keeps the options
-    config: Annotated[Path | None, _input(
+    config: Annotated[Path | None, _file(
         "repeat the run whose report this is (report.json, embed.json or training.json of its "
-        "result); options that are given as well come first", "--config", metavar="FILE",
-        is_eager=True, callback=read_options)] = None
+        "result); options that are given as well come first", is_eager=True,
+        callback=read_options)] = None
 
 
 class Reading(Common):
     """Options that say how shards are read."""
 
-    column: Annotated[str | None, _input("column that holds the rows, in formats with columns; "
-        "NAME:float16 states the type of a fixed-size binary column", metavar="NAME",
-        show_default="embedding, in pickles embed")] = None
-    allow_pickle: Annotated[bool, _input(
-        "also read files of pickled lists; no code of them is run")] = False
+    column: Annotated[str | None, _input("column of the rows; NAME:float16 states the type of a "
+        "binary column", metavar="NAME", show_default="embedding, in pickles embed")] = None
+    allow_pickle: Annotated[bool, _input("also read pickled lists; no code of them runs")] = False
 
 
 class Passes(Configured, Reading):
@@ -207,18 +224,17 @@ class Passes(Configured, Reading):
 class EngineOptions(Options):
     """The choice of an engine, on which the bytes of a result do not depend, and its options."""
 
-    engine: Annotated[Literal["local", "ray"], _engine(
-        "processes of this machine (local), or tasks of a Ray cluster (ray)")] = "local"
+    engine: Annotated[Literal["local", "ray"], _engine("local processes, or Ray tasks")] = "local"
     workers: Annotated[int, _engine("local: processes that share shards and threads", min=1)] = 1
     ray_address: Annotated[str | None, _engine("ray: ray://HOST:10001 from outside a cluster, "
         "HOST:6379 or auto on a node", metavar="ADDRESS", show_default="RAY_ADDRESS, or else a Ray "
         "that is started for the run")] = None
-    cpus_per_task: Annotated[int | None, _engine(
-        "ray: CPUs and threads of a shard", min=1, show_default="1")] = None
-    gpus_per_task: Annotated[float | None, _engine("ray: GPUs reserved for a shard; 0.5 lets two "
-        "shards share one", metavar="N", min=0, show_default="0")] = None
-    retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker or "
-        "node died", min=0, show_default="3")] = None
+    cpus_per_task: Annotated[int | None, _engine("ray: CPUs and threads of a shard", min=1,
+        show_default="1")] = None
+    gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; 0.5: two share one", metavar="N",
+        min=0, show_default="0")] = None
+    retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
+        min=0, show_default="3")] = None
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
 
 
@@ -249,11 +265,9 @@ class MethodOptions(Options):
 class MergeOptions(Passes, MethodOptions):
     """Options of ``merge``, and of every command that fits a map from a source to a target."""
 
-    source: Rows
+    source: Source
+    target: Target
     out: Out
-    target: Annotated[str, _input(
-        "rows to align the source to: a directory of shards or a clip-retrieval root (its "
-        "img_emb/), or the URL of one", "--target", "--image", metavar="DIR")]
     target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
         show_default="that of --column")] = None
 
@@ -267,42 +281,8 @@ class FitOptions(MergeOptions, Resuming, EngineOptions):
         f"{values.DEFAULT_ROWS:,} if both sides together take more than "
         f"{values.EXACT_BYTES / 1e12:g} TB")] = None
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
-    memory: Annotated[int, _run("keep the source in memory between passes if it takes at most this "
-        "size, such as 4G (G is 2^30 bytes; 0: the source is read in every pass)", metavar="SIZE",
-        parser=byte_count)] = 0
-
-
-class PlanOptions(FitOptions):
-    """Options of ``plan``."""
-
-    read_rate: Rate = None
-    write_rate: Rate = None
-    machines: Annotated[int, _run("machines that share the shards, at these rates each", min=1)] = 1
-
-
-class ApplyOptions(Passes, Resuming, EngineOptions):
-    """Options of ``apply``."""
-
-    source: Rows
-    out: Out
-    shard: Shard = "1/1"
-    aligner: Annotated[str, _input(
-        "aligner.safetensors of an earlier fit, or the directory that holds it", metavar="FILE",
-        parser=_text(storage_path))]
-
-
-class StatsOptions(Passes, MethodOptions, EngineOptions):
-    """Options of ``stats``, which takes one side."""
-
-    source: Annotated[str | None, _input(
-        "measure the source rows", "--source", "--text", metavar="DIR")] = None
-    target: Annotated[str | None, _input(
-        "measure the target rows", "--target", "--image", metavar="DIR")] = None
-    out: Out
-    shard: Shard = "1/1"
-    aligner: Annotated[str | None, _input(
-        "half.safetensors that merge wrote: measure the drift of the source under this map",
-        metavar="FILE", parser=_text(storage_path))] = None
+    memory: Annotated[int, _size("keep a source up to this size in memory between passes, such as "
+        "4G (G is 2^30 bytes)")] = 0
 
 
 class CorpusOptions(Reading):
@@ -310,40 +290,7 @@ class CorpusOptions(Reading):
 
     source: Annotated[str, Argument(rich_help_panel="Input", metavar="SOURCE", help=
         "a shard, a directory of shards, a saved dataset, or the URL of one")]
-    modality: Annotated[values.Modality | None, _input(
-        "side of a clip-retrieval root that has both (text_emb/, img_emb/)")] = None
-
-
-class ConvertOptions(CorpusOptions):
-    """Options of ``convert``."""
-
-    batch_bytes: BatchBytes = values.BATCH_BYTES
-    dry_run: DryRun = False
-    out: Annotated[str, Argument(rich_help_panel="Output", metavar="OUT", parser=_text(_kept),
-        help="directory or URL for the result, without shards")]
-    to: Annotated[values.FormatName, _output("format of the result")]
-    dtype: Annotated[values.Dtype | None, _output(
-        "number type of the result; bfloat16 in safetensors, pt", show_default="unchanged")] = None
-
-
-class InspectOptions(CorpusOptions):
-    """Options of ``inspect``."""
-
-    sample: Annotated[int, _run("rows to look at, spread over the corpus", min=1)] = 10_000
-    seed: Annotated[int, _run("seed that chooses the sample")] = 0
-
-
-class VerifyOptions(Common):
-    """Options of ``verify``."""
-
-    out: Annotated[str, Argument(rich_help_panel="Input", metavar="OUT",
-        parser=_text(storage_path), help="directory or URL of a run's result")]
-
-
-class DemoOptions(Common):
-    """Options of ``demo``."""
-
-    out: LocalOut = "realign_fast_demo"
+    modality: Annotated[values.Modality | None, _input("side of a clip-retrieval root")] = None
 
 
 class EmbedOptions(Configured):
@@ -384,24 +331,23 @@ class EmbedOptions(Configured):
 class RowOptions(Reading):
     """The rows that stand for images, and their ids."""
 
-    modality: Annotated[values.Modality | None, _input(
-        "side of a clip-retrieval root", show_default="text for pretrain, else image")] = None
-    ids: Annotated[str | None, _input("a root with metadata/ that holds the ids of the rows, or "
-        "'row' for row numbers", metavar="DIR", show_default="with the rows")] = None
+    modality: Annotated[values.Modality | None, _input("side of a clip-retrieval root",
+        show_default="text for pretrain, else image")] = None
+    ids: Annotated[str | None, _directory("a root with metadata/ that holds the ids of the rows, "
+        "or 'row' for row numbers", show_default="with the rows")] = None
 
 
 class DataOptions(RowOptions):
     """A list of samples and its rows."""
 
-    data: Annotated[str, _input('entries {"id", "caption"} or {"id", "conversations": [{"from", '
-        '"value"}]} in json, jsonl or parquet; the row with its id is the image', metavar="FILE")]
-    rows: Annotated[str, _rows]
-    aligner: Annotated[str | None, _input("align raw text rows with this aligner.safetensors as "
-        "they are read", metavar="FILE")] = None
-    max_length: Annotated[int, _input(
-        "tokens of a sample, visual ones included; longer samples are left out", min=1)] = 2048
-    max_skipped: Annotated[float, _input("share of samples that may be unusable before it is an "
-        "error", metavar="SHARE", min=0, max=1)] = 0.01
+    data: Annotated[str, _file('entries {"id", "caption"} or {"id", "conversations": [{"from", '
+        '"value"}]} in json, jsonl or parquet; the row with its id is the image')]
+    rows: Annotated[str, _directory(_ROWS)]
+    aligner: Annotated[str | None, _file("align raw text rows with this aligner")] = None
+    max_length: Annotated[int, _input("tokens of a sample, visual ones too, before it is left out",
+        min=1)] = 2048
+    max_skipped: Annotated[float, _input("share of samples that may be unusable", metavar="SHARE",
+        min=0, max=1)] = 0.01
 
 
 class TrainingOptions(Configured, DataOptions):
@@ -417,30 +363,27 @@ class TrainingOptions(Configured, DataOptions):
     visual_tokens: Annotated[int | None, _model("tokens of an image in a new model", min=1,
         show_default=str(values.VISUAL_TOKENS))] = None
     no_normalize: Annotated[bool, _model("do not scale rows to unit length (new model)")] = False
-    template: Annotated[values.TemplateName | None, _model(
-        "form of the samples", show_default="plain for pretrain, chat for finetune")] = None
+    template: Annotated[values.TemplateName | None, _model("form of the samples",
+        show_default="plain for pretrain, chat for finetune")] = None
     chat_template: Annotated[str | None, _model("Jinja template of a conversation",
         metavar="FILE", show_default="the tokenizer's")] = None
-    train: Annotated[str | None, _training(
-        "parts that are trained: projector, language_model, lora, with commas", metavar="PARTS",
-        show_default="projector for pretrain, projector,language_model for finetune")] = None
-    lora: Annotated[list[str] | None, _training(
-        "field of PEFT's LoraConfig, such as r=64", metavar="NAME=VALUE")] = None
+    train: Annotated[str | None, _training("what trains, of projector, language_model, lora",
+        metavar="A,B", show_default="projector, with finetune language_model too")] = None
+    lora: Annotated[list[str] | None, _training("field of PEFT's LoraConfig, such as r=64",
+        metavar="NAME=VALUE")] = None
     batch_size: Annotated[int | None, _training("samples a step over all devices", min=1,
         show_default="256 for pretrain, 128 for finetune")] = None
     micro_batch: Annotated[int, _training("samples at a time on a device", min=1)] = 8
     held_out: Annotated[int | None, _training("samples for the held-out loss, 0 for none", min=0,
         show_default="a hundredth, 512 at most")] = None
-    test: Annotated[str | None, _training(
-        "a list to measure on instead, with --test-rows: in stage 1, say, pairs of real images",
-        metavar="FILE")] = None
+    test: Annotated[str | None, _training("a list to measure on instead, such as pairs of real "
+        "images in stage 1; with --test-rows", metavar="FILE")] = None
     test_rows: Annotated[str | None, _training("rows of --test (image side of a root), which hold "
         "their ids; --aligner leaves them as they are", metavar="DIR")] = None
     generations: Annotated[int, _training("held-out samples answered each time", min=0)] = 3
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
-    set_: Annotated[list[str] | None, _training(
-        "any TrainingArguments of transformers, such as learning_rate=1e-3 or bf16=false", "--set",
-        metavar="NAME=VALUE")] = None
+    set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "
+        "learning_rate=1e-3 or bf16=false", "--set", metavar="NAME=VALUE")] = None
 
 
 class TrainedModel(Common):
@@ -457,7 +400,7 @@ class TrainedModel(Common):
 class LookOptions(TrainedModel, RowOptions):
     """Options for the input of a trained model: rows, or pictures through an encoder."""
 
-    rows: Annotated[str | None, _rows] = None
+    rows: Annotated[str | None, _directory(_ROWS)] = None
     encoder: Annotated[str | None, _input("encoder that the model's rows came from: a directory, "
         "or NAME:WEIGHTS of open_clip", metavar="NAME")] = None
     row: Annotated[list[int] | None, _input("numbers of rows", metavar="N ...")] = None
@@ -465,25 +408,11 @@ class LookOptions(TrainedModel, RowOptions):
     image: Annotated[list[str] | None, _input("files, with --encoder", metavar="FILE ...")] = None
 
 
-class CaptionOptions(LookOptions):
-    """Options of ``caption``."""
-
-    ask: Annotated[str, _run("question about each image", metavar="TEXT")] = values.DEFAULT_QUESTION
-    out: Annotated[str | None, _printed("file of JSON lines")] = None
-
-
-class ChatOptions(LookOptions):
-    """Options of ``chat``, which takes one image."""
-
-    ask: Annotated[str | None, _run("one question, then stop", metavar="TEXT")] = None
-
-
 class EvaluateOptions(TrainedModel, DataOptions):
     """Options of ``evaluate``."""
 
     choices: Annotated[int, _run("texts to choose from by likelihood, 0 for none", min=0)] = 4
-    limit: Annotated[int | None, _run("samples, spread over the list", min=1, show_default="all")
-        ] = None
+    limit: Annotated[int | None, _run("number of samples", min=1, show_default="all")] = None
     batch_size: Annotated[int, _run("samples at a time", min=1)] = 8
     no_generate: Annotated[bool, _run("measure likelihoods alone")] = False
     seed: Annotated[int, _run("seed of the texts to choose from")] = 0
