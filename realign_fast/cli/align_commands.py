@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, output_path, storage_path
+from . import options as opts
 from .app import ExitCode, Result, command
 from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
-from .options import (
-    ApplyOptions,
-    EngineOptions,
-    FitOptions,
-    MergeOptions,
-    Passes,
-    PlanOptions,
-    StatsOptions,
-    shard_part,
-)
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
@@ -33,7 +24,7 @@ _RAY_OPTIONS = {  # of the command line, and of RayTasks
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
-def align(options: FitOptions) -> Result:
+def align(options: opts.FitOptions) -> Result:
     """Fit a map and write the source rows aligned by it."""
     from ..pipeline.align_run import align
 
@@ -46,7 +37,7 @@ def align(options: FitOptions) -> Result:
 
 
 @command("Align", _SIDES)
-def fit(options: FitOptions) -> Result:
+def fit(options: opts.FitOptions) -> Result:
     """Fit a map and write the aligner with its records, but no shards."""
     from ..pipeline.align_run import AlignRun, cached_source
     from ..pipeline.output import ALIGNER, check_place
@@ -70,7 +61,7 @@ def fit(options: FitOptions) -> Result:
 @command(
     "Align", "--aligner OUT --text MORE --out OUT2", "--aligner A --text T --out O --shard 3/8"
 )
-def apply(options: ApplyOptions) -> Result:
+def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
@@ -80,7 +71,7 @@ def apply(options: ApplyOptions) -> Result:
     _check_merged(storage_path(options.aligner))
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, out = open_corpus(options, options.source, "text"), output_path(options.out)
-    settings, part = settings_from(options), shard_part(options.shard)
+    settings, part = settings_from(options), opts.shard_part(options.shard)
     if options.dry_run:
         steps = plan_apply(aligner, source, out, settings, part)
         return plan_result(steps, measured_seconds(steps, source, source, out, settings))
@@ -97,7 +88,7 @@ def apply(options: ApplyOptions) -> Result:
 
 
 @command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")
-def stats(options: StatsOptions) -> Result:
+def stats(options: opts.StatsOptions) -> Result:
     """Compute and keep the statistics of one side for merge, as one job of an array."""
     from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
@@ -113,13 +104,15 @@ def stats(options: StatsOptions) -> Result:
         raise OptionError(f"{half}: is a directory; name {half / HALF} itself")
     if half and not half.exists():
         raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
-    run = AlignRun(settings_from(options), shard_part(options.shard), engine=engine_from(options))
+    run = AlignRun(
+        settings_from(options), opts.shard_part(options.shard), engine=engine_from(options)
+    )
     done = stats(run, side, rows, options.out, ReAlign.load(half) if half else None)
     return Result(done.summary(), "")
 
 
 @command("Job arrays", _SIDES)
-def merge(options: MergeOptions) -> Result:
+def merge(options: opts.MergeOptions) -> Result:
     """Fit a map from kept statistics, without reading rows, and say what is next."""
     from ..pipeline.job_array import merge
 
@@ -134,16 +127,21 @@ def merge(options: MergeOptions) -> Result:
 
 
 @command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
-def plan(options: PlanOptions) -> Result:
+def plan(
+    options: opts.FitOptions,
+    read_rate: opts.ReadRate = None,
+    write_rate: opts.WriteRate = None,
+    machines: opts.Machines = 1,
+) -> Result:
     """Say what align would read and write, what is finished already, and the hours it takes."""
-    return _plan(options, True, options.read_rate, options.write_rate, options.machines)
+    rates = (read_rate, write_rate) if read_rate and write_rate else None
+    return _plan(options, rates=rates, machines=machines)
 
 
 def _plan(
-    options: FitOptions,
+    options: opts.FitOptions,
     writes: bool = True,
-    read_rate: int | None = None,
-    write_rate: int | None = None,
+    rates: tuple[int, int] | None = None,
     machines: int = 1,
 ) -> Result:
     from ..pipeline.plan import measured_seconds, plan_align, rated_seconds
@@ -151,14 +149,14 @@ def _plan(
     source, target = _sides(options)
     settings = settings_from(options)
     steps = plan_align(source, target, options.out, settings, writes)
-    if read_rate and write_rate:
-        seconds = rated_seconds(steps, read_rate, write_rate)
+    if rates:
+        seconds = rated_seconds(steps, *rates)
     else:
         seconds = measured_seconds(steps, source, target, options.out, settings)
     return plan_result(steps, seconds, machines)
 
 
-def engine_from(options: EngineOptions) -> Engine | None:
+def engine_from(options: opts.EngineOptions) -> Engine | None:
     """Return the engine of the options, or ``None`` for the processes of ``--workers``.
 
     Raises:
@@ -181,7 +179,7 @@ def engine_from(options: EngineOptions) -> Engine | None:
     return RayTasks(**given)
 
 
-def settings_from(options: Passes) -> Settings:
+def settings_from(options: opts.Passes) -> Settings:
     """Return the settings of a run.
 
     Raises:
@@ -199,7 +197,7 @@ def settings_from(options: Passes) -> Settings:
     return Settings(progress=shows_progress(options), **values)
 
 
-def _sides(options: MergeOptions) -> tuple[Corpus, Corpus]:
+def _sides(options: opts.MergeOptions) -> tuple[Corpus, Corpus]:
     source = open_corpus(options, options.source, "text")
     return source, open_corpus(options, options.target, "image", "target_column")
 
@@ -218,8 +216,8 @@ def _check_merged(aligner: StoragePath) -> None:
     out = aligner.parent if aligner.name == ALIGNER else aligner
     if (out / STATS).is_dir() and not (out / ALIGNER).exists():
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
-        if (out / HALF).exists():
-            advice = f"the drift is missing: run stats --aligner {out / HALF} --shard i/n, merge"
+        if (half := out / HALF).exists():
+            advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"
         raise FileNotFoundError(f"{out}: has statistics and no {ALIGNER}; {advice}")
 
 

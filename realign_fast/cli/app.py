@@ -10,11 +10,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from .options import Options
-
 LOGGER = logging.getLogger("realign_fast")
-OptionsType = TypeVar("OptionsType", bound=Options)
-CommandFunction = Callable[[OptionsType], "Result | None"]
+CommandFunction = TypeVar("CommandFunction", bound="Callable[..., Result | None]")
 
 
 class ExitCode(IntEnum):
@@ -49,9 +46,9 @@ class Result(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: its name and help are those of ``function``, which takes one object of options."""
+    """A command: its name, help and options are those of ``function``."""
 
-    function: Callable[[Any], Result | None]
+    function: Callable[..., Result | None]
     group: str
     examples: tuple[str, ...]
 
@@ -59,12 +56,14 @@ class Command(NamedTuple):
 COMMANDS: list[Command] = []
 
 
-def command(
-    group: str, *examples: str
-) -> Callable[[CommandFunction[OptionsType]], CommandFunction[OptionsType]]:
-    """Register a function as a command; the class of its argument says which options it has."""
+def command(group: str, *examples: str) -> Callable[[CommandFunction], CommandFunction]:
+    """Register a function as a command.
 
-    def register(function: CommandFunction[OptionsType]) -> CommandFunction[OptionsType]:
+    Its first argument ``options`` is an object of a class of :mod:`.options`, which gives the
+    command its shared options; annotated further arguments are options of its own.
+    """
+
+    def register(function: CommandFunction) -> CommandFunction:
         COMMANDS.append(Command(function, group, examples))
         return function
 

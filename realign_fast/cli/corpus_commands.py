@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..interface.option_values import Modality, OptionError
+from ..interface.option_values import BATCH_BYTES, Modality, OptionError
 from ..storage.paths import output_path
+from . import options as opts
 from .app import LOGGER, ExitCode, Result, command
-from .options import Common, ConvertOptions, EmbedOptions, InspectOptions, Reading, VerifyOptions
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
 
 
 def open_corpus(
-    options: Reading, path: str, modality: Modality | None, column_option: str = "column"
+    options: opts.Reading, path: str, modality: Modality | None, column_option: str = "column"
 ) -> Corpus:
     """Open a corpus with ``--allow-pickle`` and ``--column``, or an option for its column alone.
 
@@ -39,7 +39,7 @@ def open_corpus(
     return corpus
 
 
-def shows_progress(options: Common) -> bool:
+def shows_progress(options: opts.Common) -> bool:
     """Return whether bars are shown."""
     return not options.quiet and not options.log_json
 
@@ -71,20 +71,27 @@ def plan_result(
 
 
 @command("Results", "OUT", "s3://bucket/aligned --json")
-def verify(options: VerifyOptions) -> Result:
+def verify(options: opts.Common, out: opts.Result) -> Result:
     """Read a result again and compare it with its manifest."""
     from ..pipeline.verify import verify
 
-    checked, faults = verify(options.out)
+    checked, faults = verify(out)
     counts = ", ".join(f"{count:,} {name}" for name, count in checked.items())
-    summary = f"{options.out}: {counts} checked, {len(faults)} faults"
+    summary = f"{out}: {counts} checked, {len(faults)} faults"
     status = ExitCode.FAULTS if faults else ExitCode.DONE
-    facts = {"out": options.out, "checked": checked, "faults": faults}
+    facts = {"out": out, "checked": checked, "faults": faults}
     return Result(facts, "\n".join([*faults, summary]), status, answer=True)
 
 
 @command("Rows", "SOURCE OUT --to parquet", "PICKLES OUT --to npy --allow-pickle --dtype float16")
-def convert(options: ConvertOptions) -> Result:
+def convert(
+    options: opts.CorpusOptions,
+    out: opts.Converted,
+    to: opts.Format,
+    dtype: opts.Dtype = None,
+    batch_bytes: opts.BatchBytes = BATCH_BYTES,
+    dry_run: opts.DryRun = False,
+) -> Result:
     """Write a corpus in another format."""
     import torch
 
@@ -93,31 +100,33 @@ def convert(options: ConvertOptions) -> Result:
     from ..interface.progress import Progress
 
     corpus = open_corpus(options, options.source, options.modality)
-    if options.dry_run:
+    if dry_run:
         from ..pipeline.plan import measured_seconds, plan_copy
 
-        steps = plan_copy("apply", corpus, options.out, FORMATS[options.to].writer.suffixes[0])
-        return plan_result(steps, measured_seconds(steps, corpus, corpus, options.out))
-    say_scratch(options.out, corpus)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
+        steps = plan_copy("apply", corpus, out, FORMATS[to].writer.suffixes[0])
+        return plan_result(steps, measured_seconds(steps, corpus, corpus, out))
+    say_scratch(out, corpus)
+    torch_dtype = getattr(torch, dtype) if dtype else None
     shown = shows_progress(options)
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:
-        paths = convert(corpus, options.out, options.to, bar.update, options.batch_bytes, dtype)
-    lines = [f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {options.out}"]
+        paths = convert(corpus, out, to, bar.update, batch_bytes, torch_dtype)
+    lines = [f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {out}"]
     lines += filter(None, [metadata_note(corpus)])
-    if (metadata := output_path(options.out) / "metadata").is_dir():
+    if (metadata := output_path(out) / "metadata").is_dir():
         lines.append(f"wrote their other columns to {metadata}, row by row")
-    facts = {"out": options.out, "rows": corpus.num_rows, "shards": [str(path) for path in paths]}
+    facts = {"out": out, "rows": corpus.num_rows, "shards": [str(path) for path in paths]}
     return Result(facts, "\n".join(lines))
 
 
 @command("Rows", "PATH", "ROOT --modality text --json")
-def inspect(options: InspectOptions) -> Result:
+def inspect(
+    options: opts.CorpusOptions, sample: opts.Sample = 10_000, seed: opts.SampleSeed = 0
+) -> Result:
     """Show what a corpus holds."""
     from ..pipeline.inspection import format_facts, inspect
 
     corpus = open_corpus(options, options.source, options.modality)
-    facts = inspect(corpus, options.sample, options.seed)
+    facts = inspect(corpus, sample, seed)
     return Result(facts, format_facts(facts), answer=True)
 
 
@@ -126,7 +135,7 @@ def inspect(options: InspectOptions) -> Result:
     "--images IMAGES --texts captions.jsonl --model ViT-B-32 --pretrained TAG --out OUT",
     "--pairs TARS --model HUGGING_FACE_DIR --out OUT",
 )
-def embed(options: EmbedOptions) -> Result:
+def embed(options: opts.EmbedOptions) -> Result:
     """Embed images and texts with a CLIP-like model into rows that align and fit read."""
     given = {content: getattr(options, content) for content in ("images", "texts", "pairs")}
     paths = {content: path for content, path in given.items() if path is not None}

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from inspect import Signature
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,9 +24,9 @@ import typer
 from .. import __version__
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import memory_explained
-from . import align_commands, corpus_commands, revision_commands
+from . import align_commands, corpus_commands, revision_commands  # noqa: F401
+from . import options as opts
 from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, write
-from .options import Common, Configured, DemoOptions, parameters
 
 SCHEMA_VERSION = 1  # of every JSON document that is printed; a field that is added keeps it
 
@@ -90,23 +91,26 @@ def _application(chosen: str | None) -> Any:
         settings: dict[str, Any] = {"help": entry.function.__doc__, "rich_help_panel": entry.group}
         settings["epilog"] = "\n\n".join(["Examples:", *lines])
         is_whole = chosen in (None, name)
-        run = _with_signature(name, entry.function) if is_whole else lambda: None
+        run = _with_signature(entry.function) if is_whole else lambda: None
         app.command(name, **settings)(run)
     return typer.main.get_command(app)
 
 
-def _with_signature(name: str, function: Callable[[Any], Result | None]) -> Callable[..., Any]:
+def _with_signature(function: Callable[..., Result | None]) -> Callable[..., ExitCode]:
     """Return a function for Typer, which reads the options from its signature."""
-    options_class = get_type_hints(function)["options"]
+    hints = get_type_hints(function)
 
     def run(**values: Any) -> ExitCode:
-        return _execute(name, function, options_class(**values))
+        own = {name: values[name] for name in hints.keys() & values.keys()}
+        return _execute(function, hints["options"](**values), own)
 
-    run.__signature__ = Signature(parameters(options_class))  # type: ignore[attr-defined]
+    run.__signature__ = Signature(opts.parameters(function))  # type: ignore[attr-defined]
     return run
 
 
-def _execute(name: str, function: Callable[[Any], Result | None], options: Common) -> ExitCode:
+def _execute(
+    function: Callable[..., Result | None], options: opts.Common, own: dict[str, Any]
+) -> ExitCode:
     """Run a command, print its result and return the exit status."""
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
     level = "INFO" if options.log_json else "WARNING"
@@ -120,11 +124,11 @@ def _execute(name: str, function: Callable[[Any], Result | None], options: Commo
         import torch
 
         torch.set_num_threads(options.threads)
-    result = function(options) or Result({}, "")
-    if isinstance(options, Configured) and result.has_report:
-        _write_options(name, options)
+    result = function(options, **own) or Result({}, "")
+    if isinstance(options, opts.Configured) and result.has_report:
+        _write_options(function.__name__, options)
     if options.as_json and result.facts:
-        write(_document(name, result.facts))
+        write(_document(function.__name__, result.facts))
     elif result.text and (result.answer or not options.quiet):
         write(result.text)
     write()  # what the command printed itself
@@ -212,11 +216,11 @@ class Messages(logging.Handler):
         write(text, sys.stdout if on_stdout else sys.stderr)
 
 
-def _write_options(name: str, options: Configured) -> None:
+def _write_options(name: str, options: opts.Configured) -> None:
     """Add the options of a run to the report beside its result, where ``--config`` finds them."""
     from ..storage.paths import output_path, write_json
 
-    left_out = {parameter.name for parameter in parameters(Configured)} | {"dry_run"}
+    left_out = {*get_type_hints(opts.Configured), "dry_run"}
     values = {key: value for key, value in vars(options).items() if key not in left_out}
     path = output_path(getattr(options, "out", "")) / options.report
     run = {"command": name, "directory": os.getcwd(), "options": values}
@@ -264,7 +268,7 @@ def _root(
 
 
 @command("Results", "", "--json")
-def info(options: Common) -> Result:
+def info(options: opts.Common) -> Result:
     """Show versions and which kernel computes each op, and why."""
     import platform
 
@@ -276,10 +280,6 @@ def info(options: Common) -> Result:
 
     cuda = torch.cuda.is_available()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None
-    backends = {
-        op: {device: ops.backend_of(op, device) for device in ("cpu", *["cuda"] * cuda)}
-        for op in ops.OPS
-    }
     facts: dict[str, Any] = {
         "realign_fast": __version__,
         "python": platform.python_version(),
@@ -291,19 +291,16 @@ def info(options: Common) -> Result:
         "files": reader_description(),
     }
     lines = [f"{name:13} {value or 'none that torch can use'}" for name, value in facts.items()]
-    for op, kernels in backends.items():
-        lines += [
-            f"{op:13} {device}: {found.kernel} ({found.why})" for device, found in kernels.items()
-        ]
-    facts["ops"] = {
-        op: {device: found._asdict() for device, found in kernels.items()}
-        for op, kernels in backends.items()
-    }
+    facts["ops"] = {op: {} for op in ops.OPS}
+    for op, device in product(ops.OPS, ("cpu", "cuda") if cuda else ("cpu",)):
+        backend = ops.backend_of(op, device)
+        facts["ops"][op][device] = backend._asdict()
+        lines.append(f"{op:13} {device}: {backend.kernel} ({backend.why})")
     return Result(facts, "\n".join(lines), answer=True)
 
 
 @command("Align", "", "--out DIR --quiet")
-def demo(options: DemoOptions) -> Result:
+def demo(options: opts.Common, out: opts.LocalOut = "realign_fast_demo") -> Result:
     """Align the built-in embeddings and draw the result."""
     import contextlib
 
@@ -311,11 +308,5 @@ def demo(options: DemoOptions) -> Result:
 
     logging.getLogger("realign_fast.passes").setLevel("WARNING")  # its table has the rates
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        facts = demo.run(Path(options.out), progress=not options.quiet)
-    return Result({"out": options.out, **facts}, text.getvalue().rstrip(), answer=True)
-
-
-__all__ = ["align_commands", "corpus_commands", "main", "revision_commands"]
-
-if __name__ == "__main__":
-    sys.exit(main())
+        facts = demo.run(Path(out), progress=not options.quiet)
+    return Result({"out": out, **facts}, text.getvalue().rstrip(), answer=True)

@@ -1,8 +1,8 @@
 """The options of the commands: each is defined once; commands inherit groups of them.
 
-A command takes one object of a class of options. Typer reads the ``Annotated`` types of its fields,
-which :func:`parameters` turns into a signature. Nothing here imports torch, so that help and
-completion are quick.
+A command takes an object of a class of options, which others share, and options of its own. Typer
+reads their ``Annotated`` types from a signature that :func:`parameters` makes. Nothing here imports
+torch, so that help and completion are quick.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
-from inspect import Parameter
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -39,17 +39,19 @@ class Options:
         self.__dict__.update(values)
 
 
-def parameters(options: type[Options]) -> list[Parameter]:
-    """Return the options of a class as parameters for Typer, panel by panel."""
+def parameters(function: Callable[..., Any]) -> list[Parameter]:
+    """Return the options of a command as parameters for Typer, panel by panel."""
+    own = get_type_hints(function, include_extras=True)
+    defaults = {name: value.default for name, value in signature(function).parameters.items()}
     found: dict[str, list[Parameter]] = {panel: [] for panel in PANELS}
-    for name, hint in get_type_hints(options, include_extras=True).items():
+    for name, hint in (get_type_hints(own["options"], include_extras=True) | own).items():
         if get_origin(hint) is Annotated:
             kind, info = get_args(hint)
             if kind is bool and not info.param_decls:  # no --no-NAME
                 info.param_decls = (f"--{name.replace('_', '-')}",)
             if kind in (int, int | None) and not info.metavar:
                 info.metavar = "N"
-            default = getattr(options, name, Parameter.empty)
+            default = defaults.get(name, getattr(own["options"], name, Parameter.empty))
             parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             found[info.rich_help_panel].append(parameter)
     return [parameter for panel in PANELS for parameter in found[panel]]
@@ -154,13 +156,8 @@ Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", me
 LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
     parser=_text(local_path))]
 Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--source", "--text")]
-Target = Annotated[str, _directory(_SIDE.format("to align to", "img"), "--target", "--image")]
 Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one job of an array",
     metavar="I/N", parser=_text(shard_part))]
-Aligner = Annotated[str, _file("aligner.safetensors of an earlier fit, or its directory",
-    parser=_text(storage_path))]
-HalfAligner = Annotated[str | None, _file("half.safetensors that merge wrote: measure the drift of "
-    "the source under this map", parser=_text(storage_path))]
 ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads, such as 2G")]
 WriteRate = Annotated[int | None, _rate("bytes a second that a machine writes")]
 Machines = Annotated[int, _run("machines that share the shards, at these rates each", min=1)]
@@ -231,8 +228,8 @@ class EngineOptions(Options):
         "that is started for the run")] = None
     cpus_per_task: Annotated[int | None, _engine("ray: CPUs and threads of a shard", min=1,
         show_default="1")] = None
-    gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; 0.5: two share one", metavar="N",
-        min=0, show_default="0")] = None
+    gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; two share one at 0.5",
+        metavar="N", min=0, show_default="0")] = None
     retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
         min=0, show_default="3")] = None
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
@@ -266,7 +263,7 @@ class MergeOptions(Passes, MethodOptions):
     """Options of ``merge``, and of every command that fits a map from a source to a target."""
 
     source: Source
-    target: Target
+    target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--target", "--image")]
     out: Out
     target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
         show_default="that of --column")] = None
@@ -283,6 +280,27 @@ class FitOptions(MergeOptions, Resuming, EngineOptions):
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
     memory: Annotated[int, _size("keep a source up to this size in memory between passes, such as "
         "4G (G is 2^30 bytes)")] = 0
+
+
+class ApplyOptions(Passes, Resuming, EngineOptions):
+    """Options of ``apply``."""
+
+    aligner: Annotated[str, _file("aligner.safetensors of an earlier fit, or its directory",
+        parser=_text(storage_path))]
+    source: Source
+    out: Out
+    shard: Shard = "1/1"
+
+
+class StatsOptions(Passes, MethodOptions, EngineOptions):
+    """Options of ``stats``, which takes one side."""
+
+    source: Annotated[str | None, _directory("measure the source", "--source", "--text")] = None
+    target: Annotated[str | None, _directory("measure the target", "--target", "--image")] = None
+    out: Out
+    shard: Shard = "1/1"
+    aligner: Annotated[str | None, _file("half.safetensors that merge wrote: measure the drift of "
+        "the source under this map", parser=_text(storage_path))] = None
 
 
 class CorpusOptions(Reading):

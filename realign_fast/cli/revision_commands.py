@@ -11,20 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..interface.option_values import Modality, OptionError
+from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
 from ..storage.atomic import replaced
 from ..storage.paths import write_whole
+from . import options as opts
 from .app import Result, command, write
 from .corpus_commands import open_corpus
-from .options import (
-    CaptionOptions,
-    ChatOptions,
-    EvaluateOptions,
-    LookOptions,
-    RowOptions,
-    TrainedModel,
-    TrainingOptions,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -45,36 +37,38 @@ _TRAINING_OPTIONS = (  # of the command line and of TrainingConfig, under the sa
 @command(
     "ReVision", "--language-model LM --data captions.json --rows ALIGNED --ids TEXT_ROOT --out OUT"
 )
-def pretrain(options: TrainingOptions) -> Result:
+def pretrain(options: opts.TrainingOptions) -> Result:
     """Train a projector on aligned captions (stage 1 of ReVision)."""
     return _train(options, "pretrain", "text")
 
 
 @command("ReVision", "--model STAGE1 --data conversations.json --rows IMAGE_ROOT --out STAGE2")
-def finetune(options: TrainingOptions) -> Result:
+def finetune(options: opts.TrainingOptions) -> Result:
     """Train on images and conversations (stage 2 of ReVision)."""
     return _train(options, "finetune", "image")
 
 
 @command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 0 1 2", "--model STAGE2 --rows ROOT")
-def caption(options: CaptionOptions) -> Result | None:
+def caption(
+    options: opts.LookOptions, ask: opts.Ask = DEFAULT_QUESTION, out: opts.Captions = None
+) -> Result | None:
     """Say what rows show, with a trained model."""
     from ..revision.generation import caption_rows
 
     batches = _row_batches(options)  # from local files, before the hub is asked for a model
     model, template = _open_model(options)
-    with _open_output(options.out) as out:
+    with _open_output(out) as file:
         for names, rows in batches:
             captions = caption_rows(
-                model, template, [rows.float()], options.ask, max_new_tokens=options.max_new_tokens
+                model, template, [rows.float()], ask, max_new_tokens=options.max_new_tokens
             )
             for name, text in zip(names, captions, strict=True):
-                write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), out)
-    return Result({"out": options.out}, f"wrote {options.out}") if options.out else None
+                write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file)
+    return Result({"out": out}, f"wrote {out}") if out else None
 
 
 @command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 17 --ask 'What is this?'")
-def chat(options: ChatOptions) -> None:
+def chat(options: opts.LookOptions, ask: opts.AskOnce = None) -> None:
     """Ask a trained model about a row, over several turns."""
     from ..revision.conversation_files import IMAGE_MARK, Sample
     from ..revision.generation import respond
@@ -89,7 +83,7 @@ def chat(options: ChatOptions) -> None:
             "use caption"
         )
     turns: list[Turn] = []
-    for question in [options.ask] if options.ask else _read_questions():
+    for question in [ask] if ask else _read_questions():
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
         sample = Sample("", [""], None, [*turns, ("assistant", "")])
         (answer,) = respond(
@@ -100,7 +94,7 @@ def chat(options: ChatOptions) -> None:
 
 
 @command("ReVision", "--model STAGE2 --data held_out.jsonl --rows IMAGE_ROOT --out figures.json")
-def evaluate(options: EvaluateOptions) -> Result:
+def evaluate(options: opts.EvaluateOptions) -> Result:
     """Measure a trained model on held-out samples."""
     from ..revision.evaluation import evaluate
     from ..revision.training_data import check_inputs, prepare
@@ -124,7 +118,7 @@ def evaluate(options: EvaluateOptions) -> Result:
     return Result(result, f"wrote {options.out}" if options.out else text, answer=not options.out)
 
 
-def _train(options: TrainingOptions, stage: str, side: Modality) -> Result:
+def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
     from ..corpus.corpus import Corpus
     from ..revision import TrainingConfig, stages
 
@@ -171,7 +165,7 @@ def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _corpus(options: RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
+def _corpus(options: opts.RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
     if not rows:
         raise OptionError("nothing to look at: give --rows, or --image with --encoder")
     return open_corpus(options, rows, options.modality or side)
@@ -183,7 +177,7 @@ def _aligner(path: str | None) -> ReAlign | None:
     return ReAlign.from_pretrained(path) if path else None
 
 
-def _open_model(options: TrainedModel) -> tuple[ReVisionModel, Template]:
+def _open_model(options: opts.TrainedModel) -> tuple[ReVisionModel, Template]:
     import torch
 
     from ..revision.generation import open_model
@@ -192,7 +186,7 @@ def _open_model(options: TrainedModel) -> tuple[ReVisionModel, Template]:
     return open_model(options.model, options.language_model, dtype, options.device)
 
 
-def _chosen_rows(options: LookOptions) -> tuple[Sequence[Any], torch.Tensor]:
+def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor]:
     """Return the names and the rows `[n, D]` of the images that the options choose."""
     given = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
     if len(given) > 1:
@@ -224,7 +218,7 @@ def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list
     return [row for row in rows if row is not None]
 
 
-def _embed_pictures(options: LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
+def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
     from ..embed.decode import Unreadable, decode
 
     if not options.encoder or options.rows:
@@ -252,7 +246,7 @@ def open_encoder(name: str) -> Any:
     return load_encoder(model, weights or None)
 
 
-def _row_batches(options: CaptionOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:
+def _row_batches(options: opts.LookOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:
     """Return names and rows `[n, D]` of the images that the options choose, or of all rows."""
     if options.row or options.id or options.image:
         return [_chosen_rows(options)]

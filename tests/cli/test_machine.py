@@ -1,8 +1,10 @@
 """The command line as programs use it: exit status, JSON, events, options from a report, plans."""
 
+import contextlib
 import json
 import os
-import shutil
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 import realign_fast
 from realign_fast.cli import main
 from realign_fast.cli.app import COMMANDS, ExitCode
-from realign_fast.cli.options import PANELS, parameters
+from realign_fast.cli.options import PANELS, Options, parameters
 from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.interface.option_values import FormatName
 from realign_fast.storage.lock import locked
@@ -25,6 +27,17 @@ ROOT = Path(realign_fast.__file__).parents[1]
 SIDES = ["--text", "text", "--image", "image"]
 ALIGN = ["align", *SIDES, "--out", "out"]
 D = 16
+
+
+NAMES = [entry.function.__name__ for entry in COMMANDS]
+
+
+def ended(words):
+    """The status of a command, whether it returns one or exits."""
+    try:
+        return main.main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +63,7 @@ def document(capsys):
 
 def test_every_command_has_an_example_whose_options_it_knows():
     for entry in COMMANDS:
-        options = parameters(main.get_type_hints(entry.function)["options"])
+        options = parameters(entry.function)
         flags = {f"--{o.name.replace('_', '-').rstrip('-')}" for o in options} | {
             flag
             for option in options
@@ -78,7 +91,7 @@ def snapshot():
                 info.show_default if isinstance(info.show_default, str) else str(option.default),
                 info.help,
             ]
-            for option in parameters(main.get_type_hints(entry.function)["options"])
+            for option in parameters(entry.function)
             for info in option.annotation.__metadata__
         }
         for entry in COMMANDS
@@ -153,46 +166,148 @@ def test_json_has_the_documented_fields(capsys, command, keys):
     assert keys | {"schema_version", "command"} <= set(found)
 
 
-def no_room(monkeypatch):
-    """A disk with less room than the result takes."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
-
-
-def a_zero_row(monkeypatch):
+def zero_row(stack):
     """A row without a direction."""
     np.save("text/emb_1.npy", np.zeros((50, D), "f2"))
 
 
-def nothing(monkeypatch):
+def garbage(stack):
+    """Files that are not what their names say."""
+    for name in ("text/emb_0.npy", "list.json", "out/manifest.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("garbage")
+
+
+def lock(stack):
+    """Another process works on the output."""
+    os.mkdir("out")
+    stack.enter_context(locked(Path("out/_stats")))
+
+
+def fitted(stack):
+    """An aligner, which `apply` needs."""
+    assert main.main(["fit", *SIDES, "--out", "fitted", "--quiet"]) == 0
+
+
+def locked_and_fitted(stack):
+    fitted(stack)
+    lock(stack)
+
+
+def aligned(stack):
+    assert main.main([*ALIGN, "--quiet"]) == 0
+
+
+def fault(stack):
+    """A shard of a result that is gone."""
+    aligned(stack)
+    os.unlink("out/emb_0.npy")
+
+
+def part(stack):
+    """The statistics of one of two jobs, and none of the other side."""
+    assert main.main(["stats", "--text", "text", "--out", "out", "--shard", "1/2", "--quiet"]) == 0
+
+
+def full_disk(stack):
+    """No file can grow, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+
+
+def full_disk_and_fitted(stack):
+    fitted(stack)
+    full_disk(stack)
+
+
+def full_stdout(stack):
+    """A full disk under the output of the shell."""
+    file = stack.enter_context(open("/dev/full", "w"))
+    stack.enter_context(contextlib.redirect_stdout(file))
+
+
+def full_stdout_aligned(stack):
+    aligned(stack)
+    full_stdout(stack)
+
+
+def nothing(stack):
     """Leave the corpora as they are."""
 
 
+TEXT, RAY = "--text text --image image --out out", "--engine ray --ray-address 127.0.0.1:9"
+TRAIN = "--data list.json --rows text --ids row --out out"
+LOOK = "--model nowhere --rows text"
+# Everything that can go wrong with a command, as a scheduler sees it.
+FAILURES = [
+    (ExitCode.FAULTS, fault, ["verify out"]),
+    (ExitCode.USAGE, nothing, [f"{name} --unknown" for name in NAMES]),
+    (ExitCode.USAGE, nothing, ["align --text text --image image --out text",
+        "embed --model m --out o",
+        "inspect text --modality text", "convert text o --to npy --modality image",
+        "stats --out out", f"align {TEXT} --cpus-per-task 2", f"merge {TEXT} --threads 0",
+        f"pretrain --language-model m {TRAIN} --modality text", "align --config text/emb_0.npy"]),
+    (ExitCode.DATA, zero_row, [f"align {TEXT}", f"fit {TEXT}",
+        "stats --text text --out out"]),
+    (ExitCode.DATA, garbage, [f"align {TEXT}", f"merge {TEXT}", f"plan {TEXT}",
+        "apply --aligner list.json --text text --out o", "inspect text", "verify out",
+        "convert text o --to npy",
+        "embed --images text --model m --out o", f"pretrain --language-model m {TRAIN}",
+        f"finetune --model m {TRAIN}", f"caption {LOOK}", f"chat {LOOK} --row 1",
+        "evaluate --model m --data list.json --rows text"]),
+    (ExitCode.INCOMPLETE, part, [f"merge {TEXT}"]),
+    (ExitCode.LOCKED, lock, [f"align {TEXT}", f"fit {TEXT}", f"merge {TEXT}",
+        "stats --image image --out out"]),
+    (ExitCode.LOCKED, locked_and_fitted, ["apply --aligner fitted --text text --out out"]),
+    (ExitCode.PLACE, nothing, ["align --text no --image image --out o",
+        "align --text text --image no --out o", "fit --text no --image image --out o",
+        "plan --text no --image image --out o", "merge --text no --image image --out o",
+        "stats --image no --out o", "stats --text text --out o --aligner no",
+        "apply --aligner no --text text --out o", "convert no o --to npy", "inspect no",
+        "verify no", "embed --images no --model m --out o", "align --config no",
+        "embed --config text", "pretrain --language-model m --data no --rows text --out o",
+        "finetune --model m --data no --rows text --out o", "caption --model m --rows no",
+        "chat --model m --rows no --row 1", "evaluate --model m --data no --rows text"]),
+    (ExitCode.ENGINE, nothing, [f"align {TEXT} {RAY}", f"fit {TEXT} {RAY}",
+        f"stats --text text --out out {RAY}"]),
+    (ExitCode.SPACE, full_disk, [f"align {TEXT}", f"fit {TEXT}", "stats --text text --out out",
+        "convert text o --to npy"]),
+    (ExitCode.SPACE, full_disk_and_fitted, ["apply --aligner fitted --text text --out o"]),
+    (ExitCode.SPACE, full_stdout, [f"align {TEXT}", f"plan {TEXT}", "inspect text", "info",
+        "inspect text --json", "--help", "--version"]),
+    (ExitCode.SPACE, full_stdout_aligned, ["verify out", f"merge {TEXT}"]),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("command", "prepare", "code"),
-    [
-        ([*ALIGN[:-1], "text"], nothing, ExitCode.USAGE),
-        (ALIGN, a_zero_row, ExitCode.DATA),
-        (["apply", "--text", "text", "--aligner", "none", "--out", "o"], nothing, ExitCode.PLACE),
-        (["merge", *SIDES, "--out", "out"], nothing, ExitCode.INCOMPLETE),
-        ([*ALIGN, "--engine", "ray", "--ray-address", "127.0.0.1:9"], nothing, ExitCode.ENGINE),
-        (ALIGN, no_room, ExitCode.SPACE),
-    ],
+    ("code", "prepare", "command"),
+    [(code, prepare, command) for code, prepare, commands in FAILURES for command in commands],
 )
-def test_each_kind_of_failure_has_its_status(capsys, monkeypatch, command, prepare, code):
+def test_each_failure_of_each_command_has_its_status(capsys, code, prepare, command):
     if code is ExitCode.ENGINE:
         pytest.importorskip("ray")
-    prepare(monkeypatch)
-    assert run(*command) == code
-    captured = capsys.readouterr()
-    error = json.loads(captured.out)["error"]
-    assert (error["exit_code"], error["kind"]) == (int(code), code.name.lower())
-    assert captured.err.endswith(f"realign-fast: error: {error['message']}\n")
+    with contextlib.ExitStack() as stack:
+        prepare(stack)
+        capsys.readouterr()
+        status = ended(command.split())
+    printed = capsys.readouterr()
+    assert status == code, printed.err
+    assert "Traceback" not in printed.err and (code in (1, 4) or "error: " in printed.err)
 
 
-def test_a_lock_that_is_held_has_its_status(capsys):
-    os.mkdir("out")
-    with locked(Path("out/_stats")):
-        assert main.main(ALIGN) == ExitCode.LOCKED
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_ends_each_command_with_its_status(capsys, monkeypatch, sent, name):
+    """The signal arrives when the command begins; tests of whole processes send it in the midst."""
+    command = next(entry for entry in COMMANDS if entry.function.__name__ == name)
+    begin = Options.__init__
+    monkeypatch.setattr(
+        Options, "__init__", lambda *a, **values: [begin(*a, **values), signal.raise_signal(sent)]
+    )
+    words = shlex.split(command.examples[0])
+    assert ended([name, *words, "--json"]) == 128 + sent
+    assert document(capsys)["error"]["kind"] in ("interrupted", "terminated")
 
 
 def test_quiet_prints_nothing_and_errors_still(capsys):
