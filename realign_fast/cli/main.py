@@ -24,7 +24,7 @@ import typer
 from .. import __version__
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import memory_explained
-from . import align_commands, corpus_commands, revision_commands  # noqa: F401
+from . import align_commands, corpus_commands, measure_commands, revision_commands  # noqa: F401
 from . import options as opts
 from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, write
 
@@ -86,7 +86,7 @@ def _application(chosen: str | None) -> Any:
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.callback()(_root)
     for entry in sorted(COMMANDS, key=lambda entry: _GROUPS.index(entry.group)):
-        name = entry.function.__name__
+        name = entry.function.__name__.replace("_", "-")
         lines = [f"realign-fast {name} {example}" for example in entry.examples]
         settings: dict[str, Any] = {"help": entry.function.__doc__, "rich_help_panel": entry.group}
         settings["epilog"] = "\n\n".join(["Examples:", *lines])
@@ -128,7 +128,7 @@ def _execute(
     if isinstance(options, opts.Configured) and result.has_report:
         _write_options(function.__name__, options)
     if options.as_json and result.facts:
-        write(_document(function.__name__, result.facts))
+        write(_document(function.__name__.replace("_", "-"), result.facts))
     elif result.text and (result.answer or not options.quiet):
         write(result.text)
     write()  # what the command printed itself

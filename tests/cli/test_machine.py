@@ -306,7 +306,7 @@ def test_a_signal_ends_each_command_with_its_status(capsys, monkeypatch, sent, n
         Options, "__init__", lambda *a, **values: [begin(*a, **values), signal.raise_signal(sent)]
     )
     words = shlex.split(command.examples[0])
-    assert ended([name, *words, "--json"]) == 128 + sent
+    assert ended([name.replace("_", "-"), *words, "--json"]) == 128 + sent
     assert document(capsys)["error"]["kind"] in ("interrupted", "terminated")
 
 

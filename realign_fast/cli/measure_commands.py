@@ -1,0 +1,205 @@
+"""The commands `evaluate-search` and `substitution`, which measure two sides and maps of them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from ..interface.option_values import Modality, OptionError
+from . import options as opts
+from .app import Result, command
+from .corpus_commands import open_corpus, shows_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..corpus.corpus import Corpus
+    from ..metrics import MixedGallery
+
+_SIDES = "--text TEXT --image IMAGE"
+_OTHER: dict[Modality, Modality] = {"text": "image", "image": "text"}
+
+
+@command("Results", _SIDES, f"{_SIDES} --space space.safetensors --json", f"{_SIDES} --pairs id")
+def evaluate_search(options: opts.SearchOptions) -> Result:
+    """Measure the search for pairs in one index of both sides, by the encoder and in a space."""
+    import torch
+
+    from ..interface.progress import Progress
+    from ..metrics import mixed_gallery, over_splits
+    from ..shared_space import SharedSpace
+
+    rows = _paired_rows(options)
+    given = SharedSpace.load(options.space) if options.space else None
+    splits, count = 1 if given else options.splits, len(rows["text"])
+    roles = [options.queries] if options.queries else list(_OTHER)
+    found: dict[tuple[str, str], list[MixedGallery]] = defaultdict(list)
+    bar = Progress(splits * len(roles), "search", unit="search", shown=shows_progress(options))
+    with bar:
+        for split in range(splits):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(split))
+            half = 0 if given else count // 2
+            fitted: dict[str, Any] = {name: side[order[:half]] for name, side in rows.items()}
+            raw = {name: side[order[half:]] for name, side in rows.items()}
+            number = torch.arange(count - half)
+            for role in roles:
+                space = given or SharedSpace.fit(**fitted, query_role=role, method=options.fit)
+                placed = {name: space.documents(name, side) for name, side in raw.items()}
+                searches = {"encoder": (raw[role], raw)}
+                searches["space"] = space.query(raw[role], role), placed
+                for way, (queries, documents) in searches.items():
+                    answers: dict[str, Tensor] = {_OTHER[role]: number}
+                    found[role, way].append(
+                        mixed_gallery(
+                            queries, documents, answers, own=dict.fromkeys([role], number)
+                        )
+                    )
+                bar.update()
+    facts: dict[str, Any] = {"pairs": count, "searched": count - half, "splits": splits}
+    lines = [f"{count - half:,} of {count:,} pairs searched, splits: {splits}"]
+    for role in roles:
+        ways = ("encoder", "space")
+        columns = {way: over_splits(found[role, way]).figures(_OTHER[role]) for way in ways}
+        facts |= {f"{role}_queries": _plain(columns)}
+        lines += ["", *_table(f"{role} queries", columns)]
+    return Result(facts, "\n".join(lines), answer=True)
+
+
+@command("Results", _SIDES, f"{_SIDES} --method realign --method center --json")
+def substitution(options: opts.SubstitutionOptions) -> Result:
+    """Measure what texts are worth in place of images to small readers of words of captions."""
+    import torch
+
+    from ..interface.progress import Progress
+    from ..metrics import Reader, Substitution, hashed_ngrams, substitution
+
+    sides = [(side, _spread(side.num_rows, options.sample)) for side in _open_sides(options)]
+    text, image = (_rows(*side).float() for side in sides)
+    captions = [_values(*side, ("caption", "text", "txt")) for side in sides]
+    labels = [hashed_ngrams(side, options.buckets) for side in captions]
+    place = {caption: number for number, caption in enumerate(captions[1])}
+    partners = torch.tensor([place.get(caption, -1) for caption in captions[0]])
+    names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
+    names = names or ["realign", "optimal-transport", "center"]
+    results, tested_count = [], round(len(image) * options.test)
+    total = options.seeds * (2 + len(names))
+    with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
+        for seed in range(options.seeds):
+            order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
+            tested, trained = order[:tested_count], order[tested_count:]
+            fitted = text[~torch.isin(partners, tested)], image[trained]
+            maps = {name: _maps(name, options, *fitted) for name in names}
+            found = substitution(
+                text,
+                image,
+                *labels,
+                aligned={name: text_map(text) for name, (text_map, _) in maps.items()},
+                target_map={name: image_map for name, (_, image_map) in maps.items() if image_map},
+                partners=partners,
+                test=tested,
+                seeds=[seed],
+                reader=Reader(steps=options.steps),
+                on_reader=bar.update,
+            )
+            results.append(found)
+    found = Substitution.joined(results, tested_count / len(trained))
+    columns = {"loss": found.loss, "accuracy": found.accuracy, "share closed": found.share_closed}
+    counts = {"texts": len(text), "images": len(image), "tested": tested_count}
+    title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
+    facts = counts | {"seeds": options.seeds, "interval": _plain(found.interval)} | _plain(columns)
+    text_lines = [title, "", *_table("readers trained on", columns)]
+    return Result(facts, "\n".join(text_lines), answer=True)
+
+
+def _open_sides(options: opts.PairOptions) -> list[Corpus]:
+    paths = options.source, options.target
+    return [open_corpus(options, path, name) for path, name in zip(paths, _OTHER, strict=True)]
+
+
+def _spread(total: int, count: int) -> Sequence[int]:
+    """Return at most ``count`` numbers below ``total``, spread evenly."""
+    return [number * total // min(count, total) for number in range(min(count, total))]
+
+
+def _rows(corpus: Corpus, places: Sequence[int]) -> Tensor:
+    """Return unit rows [n, D] float64."""
+    from ..ops.reference import unit
+
+    return unit(corpus.take(places).double())
+
+
+def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> list[str]:
+    """Return values of rows in the first of the columns beside them, or in `metadata/`."""
+    from ..revision.id_index import shard_values
+
+    chosen, values = set(places), chain.from_iterable(shard_values(corpus, None, columns))
+    return [value for number, value in enumerate(values) if number in chosen]
+
+
+def _paired_rows(options: opts.SearchOptions) -> dict[str, Tensor]:
+    """Return the rows of a sample of pairs by modality."""
+    from ..revision.id_index import ID_COLUMNS
+
+    sides = _open_sides(options)
+    counts = [side.num_rows for side in sides]
+    if options.pairs == "id":
+        ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
+        place = {sample_id: number for number, sample_id in enumerate(ids[1])}
+        pairs = [(n, place[sample_id]) for n, sample_id in enumerate(ids[0]) if sample_id in place]
+    else:
+        pairs = [(number, number) for number in range(min(counts))]
+    if len(pairs) < 22 or (options.pairs == "row" and counts[0] != counts[1]):
+        raise OptionError(
+            f"{sides[0].path}, {sides[1].path}: {counts[0]} and {counts[1]} rows with {len(pairs)} "
+            "pairs; expected 22 pairs or more, rows in one order or with common ids (--pairs id)"
+        )
+    pairs = [pairs[number] for number in _spread(len(pairs), options.sample)]
+    return {
+        name: _rows(side, [pair[index] for pair in pairs])
+        for index, (name, side) in enumerate(zip(_OTHER, sides, strict=True))
+    }
+
+
+def _maps(
+    name: str, options: opts.SubstitutionOptions, text: Tensor, image: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+    """Return the maps of texts and of images: from a file, or by a method fitted on these rows."""
+    from ..align import ReAlign
+    from ..methods import NEED_COVARIANCE
+    from ..shared_space import SharedSpace
+
+    if name == options.space:
+        space = SharedSpace.load(name)
+    elif name == "center":
+        space = SharedSpace.fit(text=text, image=image, method="center")
+    elif name == options.aligner:
+        return ReAlign.from_pretrained(name), None
+    else:
+        fitting: dict[str, Any] = {"shrinkage": "oas"} if name in NEED_COVARIANCE else {}
+        return ReAlign.fit(text, image, method=name, **fitting), None  # type: ignore[arg-type]
+    return space.text, space.image
+
+
+def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a line for each figure: its name, and its value and standard error by column."""
+    lines = [f"{title:24}" + "".join(f"{name:>18}" for name in columns)]
+    for name in next(iter(columns.values())):
+        cells = [column[name] for column in columns.values()]
+        errors = [getattr(cell, "standard_error", math.nan) for cell in cells]
+        texts = [f"{cell:.4f} ± {error:.4f}" for cell, error in zip(cells, errors, strict=True)]
+        lines.append(f"{name:24}" + "".join(f"{text:>18}" for text in texts))
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """Return figures as plain dicts and numbers, ready for json; NaN is None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "standard_error"):
+        return {"value": _plain(float(value)), "standard_error": _plain(value.standard_error)}
+    return None if math.isnan(value) else value

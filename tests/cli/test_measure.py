@@ -1,0 +1,85 @@
+"""The commands evaluate-search and substitution, on pairs of the demo corpus."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import Corpus, ReAlign, SharedSpace, metrics
+from realign_fast.cli.main import main
+from realign_fast.demo import DATA
+
+HELD_OUT = str(DATA / "heldout")
+SIDES = ["--text", HELD_OUT, "--image", HELD_OUT]
+
+
+def run(capsys, *words):
+    """Run a command with --json; return its status and what it printed."""
+    status = main([*words, "--json", "--quiet"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {
+        side: torch.nn.functional.normalize(Corpus(HELD_OUT, side).take(range(400)).double())
+        for side in ("text", "image")
+    }
+
+
+def test_search_in_a_space_of_a_file_has_the_figures_of_the_library(rows, tmp_path, capsys):
+    space = SharedSpace.fit(**rows, layout="blocks")
+    space.save(tmp_path / "space.safetensors")
+    words = ["evaluate-search", *SIDES, "--space", str(tmp_path / "space.safetensors")]
+    status, found = run(capsys, *words)
+    number = torch.arange(400)
+    stored = {name: space.documents(name, side) for name, side in rows.items()}
+    expected = metrics.mixed_gallery(
+        space.query(rows["image"], "image"), stored, {"text": number}, own={"image": number}
+    )
+    cell = found["image_queries"]["space"]["mixed_recall_at_10"]
+    assert (status, found["searched"], found["splits"]) == (0, 400, 1)
+    assert cell["value"] == expected.recall[10] > 0.3
+    assert cell["standard_error"] == expected.recall[10].standard_error
+    assert found["image_queries"]["encoder"]["recall_at_1"]["value"] < 0.3
+    assert found["text_queries"]["encoder"]["share_of_text"]["value"] > 0.9
+
+
+def test_pairs_of_the_same_id_are_those_of_the_same_row(capsys):
+    """Metadata gives both sides the same ids in the same order, so that the splits are alike."""
+    words = ["evaluate-search", *SIDES, "--splits", "2", "--sample", "100", "--queries", "text"]
+    (status, by_row), (_, by_id) = run(capsys, *words), run(capsys, *words, "--pairs", "id")
+    assert status == 0 and by_row == by_id and "image_queries" not in by_row
+    assert by_row["searched"] == 50
+    figures = by_row["text_queries"]
+    assert figures["space"]["mixed_ndcg"]["value"] > figures["encoder"]["mixed_ndcg"]["value"]
+    main([*words])
+    printed = capsys.readouterr().out
+    assert f"{figures['space']['mixed_ndcg']['value']:.4f} ± " in printed
+
+
+def test_sides_that_do_not_pair_are_refused(tmp_path, capsys):
+    np.save(tmp_path / "rows.npy", np.eye(30, 512, dtype="f4"))
+    status, found = run(capsys, "evaluate-search", "--text", str(tmp_path), "--image", HELD_OUT)
+    assert status == 2 and "30 and 400 rows with 30 pairs" in found["error"]["message"]
+
+
+def test_maps_are_measured_by_readers_of_captions(rows, tmp_path, capsys):
+    aligner, space = (str(tmp_path / f"{name}.safetensors") for name in ("aligner", "space"))
+    ReAlign.fit(rows["text"], rows["image"]).save(aligner)
+    SharedSpace.fit(**rows, method="center").save(space)
+    words = ["substitution", *SIDES, "--seeds", "2", "--steps", "60", "--buckets", "32"]
+    files = ["--aligner", aligner, "--space", space]
+    status, found = run(capsys, *words, *files, "--method", "center")
+    assert status == 0 and (found["texts"], found["images"], found["tested"]) == (400, 400, 80)
+    shares = found["share closed"]
+    assert [*shares] == ["source", "center", aligner, space, "target"]
+    assert shares["source"]["value"] == 0 and shares["target"]["value"] == 1
+    losses = {name: cell["value"] for name, cell in found["loss"].items()}
+    assert losses["center"] == pytest.approx(losses[space], rel=0.05), "fitted on 320 rows, on 400"
+    assert max(losses[aligner], losses["target"]) < losses["source"]
+    assert found["interval"]["center"][0] < shares["center"]["value"]
+    np.save(tmp_path / "rows.npy", np.eye(30, 512, dtype="f4"))
+    status, found = run(capsys, "substitution", "--text", str(tmp_path), "--image", HELD_OUT)
+    assert status == 3 and "rows.npy" in found["error"]["message"]
