@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from . import ops
 from ._argument_checks import expect_counts, expect_tensor
 from ._one_thread import one_thread
-from .corpus.corpus import EncoderId
 from .corpus.row_batches import Rows, encoder_of, opened
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
@@ -61,7 +60,7 @@ class ReAlign(nn.Module, HubObject):
     method_number: Tensor  # [] int64, index in methods.METHODS
     noise: Tensor  # [] energy of C3's noise as a share of T_x; NaN in the other methods
     seed: Tensor  # [] int64, of C3's noise
-    encoder: EncoderId | None = None  # of both sides, where corpora said it; kept by save
+    encoder: str | None = None  # of both sides, where corpora said it; kept by save
 
     def __init__(self, dimension: int) -> None:
         """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
@@ -275,7 +274,7 @@ class ReAlign(nn.Module, HubObject):
             "method": self.method,
         }
         record |= {name: int(getattr(self, name)) for name in _COUNTS}
-        record |= {"encoder": str(self.encoder)} if self.encoder else {}
+        record |= {"encoder": self.encoder} if self.encoder else {}
         return record | {name: None if math.isnan(x) else x for name, x in figures.items()}
 
     def forward(
@@ -318,7 +317,7 @@ class ReAlign(nn.Module, HubObject):
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         self._expect_fitted()
-        metadata = {"encoder": str(self.encoder)} if self.encoder else {"format": "pt"}
+        metadata = {"encoder": self.encoder} if self.encoder else {"format": "pt"}
         write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
@@ -327,7 +326,7 @@ class ReAlign(nn.Module, HubObject):
         expected = "an aligner written by ReAlign.save"
         with tensors_of(path, expected, "fit it again") as (tensors, metadata):
             aligner = cls(len(tensors["shift"]))
-            aligner.encoder = EncoderId.parse(metadata.get("encoder"))
+            aligner.encoder = metadata.get("encoder")
             aligner.load_state_dict(tensors)
         return aligner
 

@@ -476,10 +476,9 @@ def warn_if_far(name: str, mean: Tensor, rows: int, fitted: Tensor, count: int) 
     """Warn if a mean of k = ``rows`` unit rows lies far from that of the n = ``count`` fitted rows.
 
     Where all are drawn alike, ``E|mean - fitted|^2 = T (1/k + 1/n)``, ``T = 1 - |mu|^2`` the trace
-    of unit rows, which the mean determines. Far is more than 25 times this. The square is a sum of
-    weighted squares of nearly normal numbers, and so large in at most ``P(Z^2 > 25) = 6e-7`` of the
-    tests whatever the weights are (Szekely and Bakirov, 2003). k counts up to 256, so that
-    ``.1 T``, a third of the spread of a single row, never counts as far.
+    of unit rows. Far is more than 25 times this: a sum of weighted squares of normal numbers is so
+    large with a probability of at most ``P(Z^2 > 25) = 6e-7``, whatever the weights are (Szekely
+    and Bakirov, 2003). k counts up to 256, so that ``.1 T`` is never far.
     """
     trace = max(1 - float(fitted.square().sum()), _ROUNDING)
     limit = 5 * math.sqrt(trace * (1 / min(rows, _MOST_TESTED) + 1 / max(count, 1)))

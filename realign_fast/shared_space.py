@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from ._argument_checks import tensor_of
-from .corpus.corpus import EncoderId
 from .corpus.row_batches import Rows, encoder_of, opened
 from .moments import BadRows, Moments, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
@@ -151,7 +150,7 @@ class SharedSpace(HubObject):
     floating dtype and return rows of the same kind for an index that compares by inner product.
     """
 
-    encoder: EncoderId | None = None  # of all rows, where corpora said it; kept by save
+    encoder: str | None = None  # of all rows, where corpora said it; kept by save
 
     def __init__(
         self, sides: Mapping[str, Side], method: SpaceMethod, layout: Layout, query_role: str
@@ -202,13 +201,22 @@ class SharedSpace(HubObject):
         query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
             query_rows = {query_role: queries}
-        given = modalities | {_queries_of(role): rows for role, rows in query_rows.items()}
-        rows = {name: opened(side) for name, side in given.items()}
+        sides = modalities | {_queries_of(role): rows for role, rows in query_rows.items()}
+        rows = {name: opened(side) for name, side in sides.items()}
         encoder = encoder_of(*rows.values())
 
         def measure_rows(name: str, centre: Tensor | None) -> Moments:
-            """Return the moments of one pass over the rows ``name``."""
-            return _measure(name, rows[name], centre, batch_rows=batch_rows, bad_rows=bad_rows)
+            """Return the moments of rows, or those of ``unit(u - centre)``."""
+            side, through = rows[name], None if centre is None else centring_map(centre)
+            if not isinstance(side, Moments):
+                options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
+                return measure(side, name, covariance=True, through=through, **options)
+            if through:
+                raise ValueError(
+                    f"SharedSpace: centring reads the rows of {name} a second time, and moments "
+                    "hold none; give rows, or method='calibrate', or use from_passes"
+                )
+            return side
 
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows
@@ -290,7 +298,7 @@ class SharedSpace(HubObject):
             "query_role": self.query_role,
             "dimension": self.dimension,
             "columns": self.columns,
-            "encoder": str(self.encoder) if self.encoder else None,
+            "encoder": self.encoder,
             "modalities": {
                 name: {
                     "count": side.count,
@@ -470,8 +478,7 @@ class SharedSpace(HubObject):
             for name, side in self.sides.items()
             for field, value in vars(side).items()
         }
-        encoder = str(self.encoder) if self.encoder else ""
-        choices = [self.method, self.layout, self.query_role, encoder, *self.sides]
+        choices = [self.method, self.layout, self.query_role, self.encoder, *self.sides]
         write_tensors(path, tensors, {"shared_space": json.dumps(choices)})
 
     @classmethod
@@ -489,7 +496,7 @@ class SharedSpace(HubObject):
                 sides[name] = Side(**values)
             _check_options(sides, query_role, layout, method)
             space = cls(sides, method, layout, query_role)
-            space.encoder = EncoderId.parse(encoder)
+            space.encoder = encoder
             return space
 
     def __repr__(self) -> str:
@@ -580,27 +587,6 @@ def _queries_of(role: str) -> str:
     return f"{role} queries"
 
 
-def _measure(
-    name: str,
-    rows: Rows | Moments,
-    centre: Tensor | None,
-    *,
-    batch_rows: int,
-    bad_rows: BadRows,
-) -> Moments:
-    """Return the moments of rows, or those of ``unit(u - centre)``."""
-    if isinstance(rows, Moments) and centre is None:
-        return rows
-    if isinstance(rows, Moments):
-        raise ValueError(
-            f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
-            "give rows, or method='calibrate'"
-        )
-    through = None if centre is None else centring_map(centre)
-    options: dict[str, Any] = dict(batch_rows=batch_rows, bad_rows=bad_rows, through=through)
-    return measure(rows, name, covariance=True, **options)
-
-
 def centring_map(centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the row map ``unit(u - centre)``, for :meth:`Moments.update`."""
     return centre.new_ones(()), -centre, torch.zeros_like(centre)
@@ -626,13 +612,8 @@ def _sides(
             covariance=documents.covariance,
             query_centre=(zeros if centres is None else centres[searches_name]).clone(),
             query_mean=searches.mean.clone(),
-            second_moment=_second_moment(searches),
+            second_moment=searches.covariance + torch.outer(searches.mean, searches.mean),
             count=documents.count,
             query_count=searches.count,
         )
     return sides
-
-
-def _second_moment(moments: Moments) -> Tensor:
-    """Return E[q q'] [D, D] float64."""
-    return moments.covariance + torch.outer(moments.mean, moments.mean)

@@ -41,26 +41,14 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # [n, D]
 
 
-class EncoderId(NamedTuple):
-    """The name of an encoder, and the hash of its weights, which tells two encoders apart."""
+def common_encoder(*sides: tuple[object, str | None]) -> str | None:
+    """Return the `Corpus.encoder` of all sides that know theirs.
 
-    weights: str
-    name: str
-
-    @classmethod
-    def parse(cls, text: str | None) -> EncoderId | None:
-        """Return the encoder whose ``str`` was stored; None of None."""
-        return cls(*text.split(" ", 1)) if text else None
-
-    def __str__(self) -> str:
-        return f"{self.weights} {self.name}"
-
-
-def common_encoder(*sides: tuple[object, EncoderId | None]) -> EncoderId | None:
-    """Return the encoder of all sides that know theirs; a ValueError names two that differ."""
+    A ValueError names two whose weights differ.
+    """
     known = [(side, encoder) for side, encoder in sides if encoder]
     for side, encoder in known[1:]:
-        if encoder.weights != known[0][1].weights:
+        if encoder.split()[-1] != known[0][1].split()[-1]:
             raise ValueError(
                 f"{known[0][0]}: its rows are of the encoder {known[0][1]}, those of {side} of "
                 f"{encoder}; embed both with one encoder"
@@ -142,14 +130,13 @@ class Corpus:
         return "hf" if is_dataset else self.shards[0].format
 
     @property
-    def encoder(self) -> EncoderId | None:
-        """The encoder that `embed` recorded in `embed.json` of the rows; None if there is none."""
+    def encoder(self) -> str | None:
+        """Name and hash of the encoder, as `embed.json` of the rows records them, or None."""
         folder = self.shards[0].path.parent
         root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
         try:
             record = json.loads((root / "embed.json").read_bytes())
-            name = PurePath(record["model"]).name
-            return EncoderId(str(record["made"]["model"]["weights"]), name)
+            return f"{PurePath(record['model']).name} {record['made']['model']['weights']}"
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .._argument_checks import expect_counts, expect_tensor, tensor_of
-from .corpus import Corpus, EncoderId, common_encoder
+from .corpus import Corpus, common_encoder
 
 Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Tensor]
 
@@ -66,7 +66,7 @@ def opened(rows: Any) -> Any:
     return Corpus(rows) if isinstance(rows, (str, os.PathLike)) else rows
 
 
-def encoder_of(*sides: object) -> EncoderId | None:
+def encoder_of(*sides: object) -> str | None:
     """Return the encoder of all corpora among the sides; a ValueError for two that differ."""
     return common_encoder(
         *((rows.path, rows.encoder) for rows in sides if isinstance(rows, Corpus))
