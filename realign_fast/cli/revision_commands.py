@@ -206,10 +206,8 @@ def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor
 def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list[int]:
     from ..revision.id_index import open_index
 
-    with TemporaryDirectory() as folder:
-        index = open_index(corpus, ids_source, Path(folder))
-        rows = [index.row(sample_id) for sample_id in ids]
-        index.close()
+    with TemporaryDirectory() as folder, open_index(corpus, ids_source, Path(folder)) as row_of:
+        rows = list(map(row_of, ids))
     for sample_id, row in zip(ids, rows, strict=True):
         if row is None:
             raise ValueError(

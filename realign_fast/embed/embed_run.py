@@ -48,24 +48,15 @@ RowTransfer = Callable[[], torch.Tensor]  # waits for rows on their way to the C
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """Settings of a run.
+    """Settings of a run."""
 
-    Attributes:
-        batch_size: items that go through the model at once (None: 256 on CUDA, 32 on the CPU).
-        workers: decoding processes (None: as many as the machine suggests; 0: none).
-        shard_rows: items of a shard. A killed run repeats at most one shard, and memory holds the
-            ids and captions of one.
-        dtype: of the rows on disk.
-        mode: "incremental" keeps shards that are complete and unchanged, "overwrite" none.
-        progress: show a progress bar.
-    """
-
-    batch_size: int | None = None
-    workers: int | None = None
+    batch_size: int | None = None  # items that the model takes at once; None: 256 on CUDA, else 32
+    workers: int | None = None  # decoding processes; None: as the machine suggests; 0: none
+    # Items of a shard. A killed run repeats at most one, whose ids and captions memory holds.
     shard_rows: int = SHARD_ROWS
-    dtype: RowDtype = "float16"
-    mode: EmbedMode = "incremental"
-    progress: bool = True
+    dtype: RowDtype = "float16"  # of the rows on disk
+    mode: EmbedMode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
+    progress: bool = True  # show a progress bar
 
 
 class PlannedShard(NamedTuple):
@@ -186,10 +177,9 @@ class _EmbedRun:
                 else:
                     self._write_shard(shard, items, bar)
                     if self._key(shard, items) != key:
-                        raise ValueError(
-                            f"{shard.source.path}: changed while it was embedded; let its writer "
-                            "finish and run again"
-                        )
+                        reason = "changed while it was embedded"
+                        advice = "let its writer finish and run again"
+                        raise ValueError(f"{shard.source.path}: {reason}; {advice}")
                     record = shard.files.finish(key)
                 for side in shard.sides:
                     rows[side] += record["rows"]
@@ -256,9 +246,8 @@ class _EmbedRun:
                     features.append(self.encoder.image_rows(batch.pixels))
             return [_copy_to_cpu(rows.to(self.dtype)) for rows in features]
         except torch.OutOfMemoryError as error:
-            raise OSError(
-                None, f"{self.encoder.device}: out of memory ({error}); give a smaller --batch-size"
-            ) from error
+            reason = f"{self.encoder.device}: out of memory ({error})"
+            raise OSError(None, f"{reason}; give a smaller --batch-size") from error
 
 
 def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfer]) -> None:
@@ -267,9 +256,8 @@ def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfe
     for rows in side_rows:
         if not (finite := torch.isfinite(rows).all(dim=1)).all():
             item = items[int((~finite).nonzero()[0, 0])]
-            raise ValueError(
-                f"{item.path}: the model gives no finite row for {item.id!r}; try --precision fp32"
-            )
+            reason = f"the model gives no finite row for {item.id!r}"
+            raise ValueError(f"{item.path}: {reason}; try --precision fp32")
     if items:
         files.write(items, side_rows)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,22 +35,18 @@ class PreparedBatch(NamedTuple):
     unturned: int  # images whose EXIF orientation cannot be read
 
 
+@dataclass(eq=False)
 class PreparedBatches(Dataset[PreparedBatch | Exception]):
     """The batches of a shard by number; a row needs all of `sides`.
 
     In the place of a batch stands the error of a source of which nothing more can be trusted.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        items: Sequence[Item],
-        encoder: Encoder,
-        sides: Sequence[Side],
-        batch_size: int,
-    ) -> None:
-        self.source, self.items, self.encoder = source, items, encoder
-        self.sides, self.batch_size = sides, batch_size
+    source: Source
+    items: Sequence[Item]
+    encoder: Encoder
+    sides: Sequence[Side]
+    batch_size: int
 
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
@@ -136,11 +133,8 @@ def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iter
         if "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise OSError(
-            None,
-            f"a decoding process died ({reason}), probably for lack of memory or of room in "
-            "/dev/shm; give fewer --workers or a smaller --batch-size",
-        ) from error
+        advice = "if memory or /dev/shm is full, give fewer --workers or a smaller --batch-size"
+        raise OSError(None, f"a decoding process died ({reason}); {advice}") from error
 
 
 def _become_worker(lock: os.stat_result | None, _: int) -> None:

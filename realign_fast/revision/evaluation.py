@@ -8,6 +8,7 @@ match and CIDEr-D. Each comes with a 95% interval over the samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,23 +101,20 @@ def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[s
     }
 
 
+@dataclass
 class LikelihoodScorer:
     """The likelihoods of texts for samples, with their own images or others, each computed once."""
 
-    def __init__(
-        self,
-        model: ReVisionModel,
-        template: Template,
-        samples: Sequence[Sample],
-        rows: Sequence[Tensor],
-        batch: int,
-    ) -> None:
-        """Score `batch` sequences at a time; `rows` are the images of a sample, `[images, D]`."""
-        self.model, self.template, self.batch = model, template, batch
-        self.samples, self.rows = samples, rows
-        self.references = [template.reference(sample) for sample in samples]
+    model: ReVisionModel
+    template: Template
+    samples: Sequence[Sample]
+    rows: Sequence[Tensor]  # the images of each sample, [images, D]
+    batch: int  # sequences at a time
+
+    def __post_init__(self) -> None:
+        self.references = [self.template.reference(sample) for sample in self.samples]
         self._known: dict[Hashable, tuple[float, float]] = {}
-        self._mean_row = torch.cat(list(rows)).mean(0)
+        self._mean_row = torch.cat(list(self.rows)).mean(0)
 
     def sums(self, pairs: Sequence[Pair], images: Sequence[int] | None = None) -> Scores:
         """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each.

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,45 +30,30 @@ ID_COLUMNS = ("id", "key", "__key__")
 _CACHE_VERSION = 4
 
 IdSource = str | os.PathLike[str] | None  # a root or its metadata/, "row", or None for the corpus
+RowOf = Callable[[str], int | None]
 
 
-class IdIndex:
-    """The rows of a corpus by id, read from a file that `build_index` wrote."""
+@contextmanager
+def open_index(corpus: Corpus, ids: IdSource, cache: Path) -> Iterator[RowOf]:
+    """Yield the function from an id to the number of its row, which is None where there is none.
 
-    def __init__(self, path: Path | None, num_rows: int) -> None:
-        """Open the index at `path`; with None, ids are the row numbers 0 to `num_rows` - 1."""
-        self._num_rows = num_rows
-        self._database: sqlite3.Connection | None = None
-        if path is not None:
-            self._database = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
-
-    def row(self, sample_id: str) -> int | None:
-        """Return the number of the row with this id in the corpus, or None if there is none."""
-        if self._database is None:
-            number = int(sample_id) if sample_id.isdecimal() else -1
-            return number if 0 <= number < self._num_rows else None
-        query = "SELECT row FROM ids WHERE id = ?"
-        match = self._database.execute(query, (sample_id,)).fetchone()
-        return match[0] if match else None
-
-    def close(self) -> None:
-        """Close the file of the index."""
-        if self._database is not None:
-            self._database.close()
-
-
-def open_index(corpus: Corpus, ids: IdSource, cache: Path) -> IdIndex:
-    """Open the index of `corpus` in the folder `cache`; it is built if it is not there.
-
-    Raises:
-        ValueError: as in `build_index`.
+    The index lies in the folder `cache`, where it is built if it is not there. Errors are those of
+    `build_index`.
     """
     if ids == "row":
-        return IdIndex(None, corpus.num_rows)
+        yield lambda text: n if text.isdecimal() and (n := int(text)) < corpus.num_rows else None
+        return
     path = cache / f"ids-{cache_key(id_inputs(corpus, ids))}.sqlite"
     if not path.is_file():
         build_index(corpus, ids, path)
-    return IdIndex(path, corpus.num_rows)
+    with closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as database:
+
+        def row_of(sample_id: str) -> int | None:
+            query = "SELECT row FROM ids WHERE id = ?"
+            match = database.execute(query, (sample_id,)).fetchone()
+            return match[0] if match else None
+
+        yield row_of
 
 
 def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:

@@ -50,7 +50,7 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
     def _answer_samples(self) -> None:
         indices = spread(self.generations, len(self.eval_dataset))
         samples = [self.eval_dataset.sample(index) for index in indices]
-        rows = [item["image_rows"] for item in self.eval_dataset.__getitems__(indices)]
+        rows = self.eval_dataset.image_rows(indices)
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()

@@ -19,7 +19,6 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from ..corpus.contiguous_shard import ContiguousShard
 from ..storage.atomic import replaced
 from ..storage.paths import explained, storage_path, write_json
 from .conversation_files import Sample, entry_texts, parquet_to_json_lines, read_sample
-from .id_index import IdIndex, IdSource, cache_key, id_inputs, open_index
+from .id_index import IdSource, RowOf, cache_key, id_inputs, open_index
 from .templates import IGNORED_LABEL, Fault, Template
 
 FAULTS: dict[Fault, str] = {
@@ -95,9 +94,9 @@ def prepare(
     settings += [tokenizer.name_or_path, len(tokenizer), str(ids)]
     folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
     if not (folder / _REPORT).is_file():
-        with closing(open_index(rows, ids, cache)) as index, replaced(folder) as partial:
+        with open_index(rows, ids, cache) as row_of, replaced(folder) as partial:
             partial.mkdir()
-            write_json(partial / _REPORT, _join(source, index, template, max_length, partial))
+            write_json(partial / _REPORT, _join(source, row_of, template, max_length, partial))
     _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped)
     return Conversations(folder, source, _with_random_access(rows, cache), template)
 
@@ -117,7 +116,7 @@ def check_inputs(conversations: str | os.PathLike[str], rows: Corpus, ids: IdSou
 
 
 def _join(
-    source: Path, index: IdIndex, template: Template, max_length: int, folder: Path
+    source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
 ) -> dict[str, Any]:
     """Write the arrays of the list `source` to `folder`; return the report."""
     path, total, used, images = source, 0, 0, 0
@@ -128,7 +127,7 @@ def _join(
         for start, text in entry_texts(path):
             place = f"{source}: entry {total}"
             sample = read_sample(path, start, text, place)
-            rows = [row for image in sample.images if (row := index.row(image)) is not None]
+            rows = [row for image in sample.images if (row := row_of(image)) is not None]
             try:
                 fault = template.fault(sample, max_length)
             except ValueError as error:

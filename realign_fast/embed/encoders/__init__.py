@@ -37,17 +37,13 @@ def load_encoder(
     """
     folder = Path(model)
     hugging_face = (folder / "config.json").is_file()
-    if not hugging_face or (folder / "open_clip_config.json").is_file():
-        _refuse_text_model(model, text_model)
-        return OpenClipEncoder(model, pretrained, device=device, precision=precision)
-    if pretrained is not None:
+    hugging_face = hugging_face and not (folder / "open_clip_config.json").is_file()
+    if hugging_face and pretrained is not None:
         raise ValueError(f"{model}: a directory holds its weights; leave {pretrained!r} out")
-    if is_llm2clip(folder):
+    if hugging_face and is_llm2clip(folder):
         return Llm2ClipEncoder(folder, text_model, device=device, precision=precision)
-    _refuse_text_model(model, text_model)
-    return HuggingFaceEncoder(folder, device=device, precision=precision)
-
-
-def _refuse_text_model(model: StrPath, text_model: object) -> None:
     if text_model is not None:
         raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")
+    if hugging_face:
+        return HuggingFaceEncoder(folder, device=device, precision=precision)
+    return OpenClipEncoder(model, pretrained, device=device, precision=precision)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -52,8 +52,7 @@ class Encoder:
         self.device = check_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
         if self.precision not in DTYPES:
-            expected = f"expected one of {', '.join(DTYPES)}"
-            raise ValueError(f"precision: got {precision!r}, {expected}")
+            raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[self.precision]
 
     def prepare_image(self, image: Any) -> torch.Tensor:
@@ -87,26 +86,23 @@ class Encoder:
             image if isinstance(image, torch.Tensor) else self.prepare_image(image.convert("RGB"))
             for image in images
         )
-        parts = []
-        while batch := list(islice(prepared, batch_size)):
-            parts.append(self.image_rows(torch.stack(batch)).cpu())
-        return torch.cat(parts) if parts else torch.empty(0, self.dimension)
+        batches = iter(lambda: list(islice(prepared, batch_size)), [])
+        return self._joined(self.image_rows(torch.stack(batch)) for batch in batches)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """Return unit rows `[N, D]` float32, on the CPU, of texts."""
-        texts, parts = list(texts), []
-        for first in range(0, len(texts), batch_size):
-            tokens = self.prepare_texts(texts[first : first + batch_size])
-            parts.append(self.text_rows(tokens).cpu())
-        return torch.cat(parts) if parts else torch.empty(0, self.dimension)
+        starts = range(0, len(texts), batch_size)
+        batches = (self.prepare_texts(list(texts[i : i + batch_size])) for i in starts)
+        return self._joined(map(self.text_rows, batches))
+
+    def _joined(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        rows = [part.cpu() for part in parts]
+        return torch.cat(rows) if rows else torch.empty(0, self.dimension)
 
     def facts(self) -> dict[str, Any]:
         """Return everything in the encoder that rows depend on, as plain values."""
-        return {
-            "weights": self._weights_hash,
-            "precision": self.precision,
-            "settings": self.settings,
-        }
+        facts = {"weights": self._weights_hash, "precision": self.precision}
+        return facts | {"settings": self.settings}
 
     def _measured_dimension(self) -> int:
         """Return D as both towers give it."""
@@ -114,10 +110,8 @@ class Encoder:
         image = self.embed_images([pillow().Image.fromarray(blank)]).shape[1]
         text = self.embed_texts(["a"]).shape[1]
         if image != text:
-            raise ValueError(
-                f"{type(self.model).__name__}: images become {image} numbers, texts {text}; "
-                "expected one space for both"
-            )
+            numbers = f"images become {image} numbers, texts {text}"
+            raise ValueError(f"{self.name}: {numbers}; expected one space for both")
         return image
 
     def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -28,7 +28,29 @@ def transformers() -> ModuleType:
     return import_extra("transformers", "clip,train", "A Hugging Face model")
 
 
-class HuggingFaceEncoder(Encoder):
+class TransformersEncoder(Encoder):
+    """The base of encoders of transformers, which have an image processor and a tokenizer."""
+
+    _processor: Any
+    _tokenizer: Any
+
+    def prepare_image(self, image: Any) -> torch.Tensor:
+        """Return the pixels `[3, height, width]` that the processor makes."""
+        pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def _record_tokenizer(self, folder: Path) -> None:
+        """Record the tokenizer, whose files lie in `folder`, among what rows depend on."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(TOKENIZER_FILES):
+                data = path.read_bytes()
+                digest.update(f"{path.name} {len(data)}".encode() + data)
+        self.settings["tokenizer"] = digest.hexdigest()
+        self.architecture["tokenizer"] = tokenizer_state(self._tokenizer)
+
+
+class HuggingFaceEncoder(TransformersEncoder):
     """A CLIP or SigLIP model in `folder`: config, safetensors, processor and tokenizer files.
 
     Code in the directory is not run. For `device` and `precision` see :class:`Encoder`.
@@ -61,23 +83,16 @@ class HuggingFaceEncoder(Encoder):
         text = model.config.text_config
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
-        self.settings["tokenizer"] = tokenizer_hash(Path(folder))
+        self.settings["library"] = f"transformers {library.__version__}"
         if self._lower_case:
             self.settings["lower_case"] = True
         if self._sigmoid:  # which pools the last token, as it was trained
             self._tokenizer.padding_side = "right"
-        self.architecture = {
-            "config": config_of(model),
-            "tokenizer": tokenizer_state(self._tokenizer),
-        }
-        self.settings["library"] = f"transformers {library.__version__}"
+        self.architecture = {"config": config_of(model)}
+        self._record_tokenizer(Path(folder))
         self.model = self._frozen(model)
         with explained(folder):
             self.dimension = self._measured_dimension()
-
-    def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return the pixels `[3, height, width]` that the directory's processor makes."""
-        return processed(self._processor, image)
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids, padded to the context, and their mask except for SigLIP."""
@@ -99,12 +114,6 @@ class HuggingFaceEncoder(Encoder):
         return self.model.get_text_features(**tokens).pooler_output
 
 
-def processed(processor: Any, image: Any) -> torch.Tensor:
-    """Return the pixels `[3, height, width]` that an image processor makes of an image."""
-    pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    return pixels
-
-
 def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
     """Load the model of a directory.
 
@@ -121,13 +130,11 @@ def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
 def config_of(model: Any) -> dict[str, Any]:
     """Return the config of a model, without what its rows do not depend on."""
 
-    def _relevant(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        names = (name for name in value if name[0] != "_" and name not in NO_ARCHITECTURE)
-        return {name: _relevant(value[name]) for name in names}
+    def relevant(values: dict[str, Any]) -> dict[str, Any]:
+        names = (name for name in values if name[0] != "_" and name not in NO_ARCHITECTURE)
+        return {n: relevant(v) if isinstance(v := values[n], dict) else v for n in names}
 
-    return dict(_relevant(plain(model.config.to_dict())))
+    return relevant(plain(model.config.to_dict()))
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
@@ -161,16 +168,6 @@ def load_processor(folder: Path, usual: Any = None) -> Any:
             raise ValueError(f"expected {names}, which says how images are prepared; save it there")
         return usual
     return transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """Return a BLAKE2b digest of the files that a tokenizer consists of."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(TOKENIZER_FILES):
-            data = path.read_bytes()
-            digest.update(f"{path.name} {len(data)}".encode() + data)
-    return digest.hexdigest()
 
 
 @contextmanager

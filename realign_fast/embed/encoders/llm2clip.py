@@ -21,16 +21,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...interface.option_values import Precision
-from .base import Encoder, StrPath, Tokens, plain, weights_hash
+from .base import StrPath, Tokens, plain, weights_hash
 from .hugging_face import (
     LOCAL,
+    TransformersEncoder,
     config_of,
     explained,
     load_model,
     load_processor,
-    processed,
-    tokenizer_hash,
-    tokenizer_state,
     transformers,
 )
 
@@ -50,7 +48,7 @@ def is_llm2clip(folder: Path) -> bool:
         return False
 
 
-class Llm2ClipEncoder(Encoder):
+class Llm2ClipEncoder(TransformersEncoder):
     """LLM2CLIP from `folder`, with its language model from `text_model` or `folder/text_model`.
 
     Without a language model it embeds images alone. For `device` and `precision` see
@@ -76,9 +74,7 @@ class Llm2ClipEncoder(Encoder):
             for path in self._folder.glob("*.safetensors"):
                 weights |= load_file(path)
             if not weights:
-                raise ValueError(
-                    "expected *.safetensors; convert the weights (no pickle is loaded)"
-                )
+                raise ValueError("expected *.safetensors, as no pickle is loaded; convert them")
             tower = library.CLIPVisionModelWithProjection(vision)
             names = [k for k in weights if k.startswith(TOWER) and "position_ids" not in k]
             tower.load_state_dict({name: weights[name] for name in names})
@@ -97,9 +93,7 @@ class Llm2ClipEncoder(Encoder):
         text_folder = Path(text_model or self._folder / "text_model")
         self._language = self._load_language(text_folder) if text_folder.is_dir() else None
         if self._language is None and text_folder.name != "text_model":
-            raise ValueError(
-                f"{text_folder}: is no directory; name the directory of the language model"
-            )
+            raise ValueError(f"{text_folder}: is no directory; name that of the language model")
 
     def _load_language(self, folder: Path) -> nn.Module:
         library = transformers()
@@ -113,9 +107,8 @@ class Llm2ClipEncoder(Encoder):
         chat = all(mark in vocabulary for mark in ("<|start_header_id|>", END))
         self._head, self._end = (HEAD, END) if chat else ("", "")
         self.settings["language_model"] = weights_hash(model)
-        self.settings["tokenizer"] = tokenizer_hash(folder)
         self.architecture["language_model"] = config_of(model)
-        self.architecture["tokenizer"] = tokenizer_state(self._tokenizer)
+        self._record_tokenizer(folder)
         width, expected = model.config.hidden_size, self.model["adapter"].width
         if width != expected:
             raise ValueError(
@@ -124,10 +117,6 @@ class Llm2ClipEncoder(Encoder):
             )
         language: nn.Module = model.eval().requires_grad_(False).to(self.device)
         return language
-
-    def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return the pixels `[3, height, width]` that the processor makes."""
-        return processed(self._processor, image)
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids padded on the left, their mask, and which are the text's own.

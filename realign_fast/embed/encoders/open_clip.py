@@ -51,10 +51,9 @@ class OpenClipEncoder(Encoder):
         self.name = os.fspath(model) + (f" {os.fspath(pretrained)}" if pretrained else "")
         library, name = open_clip(), _known_name(os.fspath(model), pretrained)
         weights = os.fspath(pretrained) if pretrained is not None else None
+        options = {"precision": self.precision, "require_pretrained": True}
         with loading(lambda reason: _load_error(name, weights, reason)):
-            clip = library.create_model(
-                name, weights, precision=self.precision, require_pretrained=True
-            )
+            clip = library.create_model(name, weights, **options)
             self._tokenize = library.get_tokenizer(name)
             preprocess, transform = clip.visual.preprocess_cfg, library.transform
             config = transform.PreprocessCfg(**preprocess)
@@ -73,11 +72,10 @@ class OpenClipEncoder(Encoder):
         self.dimension = self._measured_dimension()
 
     def _take_normalization(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Take the last steps, to [0, 1] and normalization, out of the preprocessing.
+        """Take the last steps out of the preprocessing: to [0, 1], and normalization.
 
-        The device does them, so that decoding processes hand over bytes instead of floats.
-        Returns the mean and the standard deviation, `[3, 1, 1]` each, or None if the
-        preprocessing ends in other steps and keeps them.
+        The device does them, so that decoding processes hand over bytes. Returns the mean and the
+        standard deviation, `[3, 1, 1]` each, or None where other steps end the preprocessing.
         """
         steps = self._prepare.transforms
         if [type(step).__name__ for step in steps[-2:]] != ["MaybeToTensor", "Normalize"]:
@@ -125,19 +123,15 @@ def _known_name(model: str, pretrained: object) -> str:
     if ":" in model:
         return model
     if model not in (models := library.list_models()):
-        expected = "a Hugging Face or open_clip directory, a JSON config or a name of open_clip"
+        expected = "give a Hugging Face or open_clip directory, a JSON config or a known name"
         if os.sep in model:
-            raise ValueError(f"{model}: no such directory or file; expected {expected}")
+            raise ValueError(f"{model}: no such directory or file; {expected}")
         similar = ", ".join(difflib.get_close_matches(model, models, 3, 0.4)) or "none"
-        raise ValueError(
-            f"model: open_clip knows no {model!r}; near are {similar}; give {expected}"
-        )
+        raise ValueError(f"model: open_clip knows no {model!r}, near are {similar}; {expected}")
     if pretrained is None:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
-        raise ValueError(
-            f"{model}: untrained weights would embed nothing; give --pretrained, a checkpoint "
-            f"file or a tag (there are: {tags})"
-        )
+        advice = f"give --pretrained, a checkpoint file or a tag (there are: {tags})"
+        raise ValueError(f"{model}: untrained weights would embed nothing; {advice}")
     return model
 
 
@@ -163,8 +157,7 @@ def _load_error(name: str, weights: str | None, reason: str) -> str:
     if "weights_only" in reason:  # torch would advise to unpickle everything
         reason = "it is no plain state dict; objects in pickles are not loaded"
     if weights and os.path.isfile(weights):
-        return (
-            f"{weights}: is no checkpoint of {name} ({reason}); give its state dict or safetensors"
-        )
+        advice = "give its state dict or safetensors"
+        return f"{weights}: is no checkpoint of {name} ({reason}); {advice}"
     model = f"{name} with {weights!r}" if weights else name
     return f"{model}: cannot be loaded ({reason}); give a known tag, or a checkpoint file"

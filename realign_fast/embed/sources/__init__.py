@@ -62,7 +62,5 @@ def _files(folder: Path, kind: Content) -> list[Path]:
     present = [suffix for suffix in known if files[suffix] and not (suffix == ".txt" and images)]
     if len(present) > 1 or (present and images):
         formats = " and ".join(f"*{suffix}" for suffix in present) + " and images" * images
-        raise ValueError(
-            f"{folder}: has {formats}; name a file, or a folder with files of one format"
-        )
+        raise ValueError(f"{folder}: has {formats}; name a file, or a folder of one format")
     return files[present[0]] if present else []

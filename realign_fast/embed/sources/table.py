@@ -155,10 +155,8 @@ def _holds_bytes(path: Path, field: Any) -> bool:
         return True
     if types.is_string(column_type) or types.is_large_string(column_type):
         return False
-    raise TypeError(
-        f"{path}: column {field.name!r} is {field.type}, expected bytes of image files, or paths; "
-        "choose another column"
-    )
+    advice = "expected bytes of image files, or paths; choose another column"
+    raise TypeError(f"{path}: column {field.name!r} is {field.type}, {advice}")
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -169,9 +167,8 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: line {number} is not valid JSON ({error}); write it again"
-            ) from error
+            reason = f"line {number} is not valid JSON ({error})"
+            raise ValueError(f"{path}: {reason}; write it again") from error
         if not isinstance(value, dict):
             actual = type(value).__name__
             raise ValueError(f"{path}: line {number} is a {actual}, expected an object {{...}}")
@@ -189,10 +186,8 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}: its header names a column twice; rename one")
         for record in records:
             if len(record) != len(header):
-                raise ValueError(
-                    f"{path}: line {reader.line_num} has {len(record)} fields, the header has "
-                    f"{len(header)}; put fields that contain the separator into quotes"
-                )
+                found = f"line {reader.line_num} has {len(record)} fields, the header {len(header)}"
+                raise ValueError(f"{path}: {found}; quote fields that contain the separator")
             yield dict(zip(header, record, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; write the csv again") from error
@@ -204,18 +199,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
+            place = f"{path}: line {number}"
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                raise ValueError(
-                    f"{path}: line {number} has more than {MAX_LINE_BYTES} bytes; "
-                    "expected one text a line"
-                )
+                raise ValueError(f"{place} has over {MAX_LINE_BYTES} bytes; write one text a line")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 reason = f"{error.reason} at byte {error.start}"
-                raise ValueError(
-                    f"{path}: line {number} is not UTF-8 ({reason}); convert the file to UTF-8"
-                ) from error
+                raise ValueError(f"{place} is not UTF-8 ({reason}); convert the file") from error
 
 
 def _txt_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -231,25 +222,19 @@ def _dataset_rows(path: Path, content: Content) -> Iterator[dict[str, Any]]:
     It is `{"images": [{"id", "image": PATH}], "texts": [{"id", "text"}]}`.
     """
     if content == "pairs":
-        raise ValueError(
-            f"{path}: its images and texts are no pairs; give it to --images and to --texts"
-        )
-    dataset, found = None, "no JSON"
+        raise ValueError(f"{path}: its sides are no pairs; give it to --images and to --texts")
+    dataset = None
     with suppress(ValueError, RecursionError):
         dataset = json.loads(path.read_bytes())
-        found = str(sorted(dataset) if isinstance(dataset, dict) else type(dataset).__name__)
     entries = dataset.get(content) if isinstance(dataset, dict) else None
     if not isinstance(entries, list):
-        raise ValueError(
-            f'{path}: expected {{"images": [...], "texts": [...]}} with {content!r}, got {found}; '
-            "write it as the paper does"
-        )
+        found = sorted(dataset) if isinstance(dataset, dict) else "no JSON object"
+        expected = f'expected {{"images": [...], "texts": [...]}} with {content!r}'
+        raise ValueError(f"{path}: {expected}, got {found}; write it as the paper does")
     name = content.removesuffix("s")
     for number, entry in enumerate(entries):
         value = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(value, str) or not isinstance(entry.get("id"), str | int):
-            raise ValueError(
-                f"{path}: entry {number} of {content!r} is not of the form "
-                f"{{'id': ..., {name!r}: '...'}}; correct it"
-            )
+            form = f"{{'id': ..., {name!r}: '...'}}"
+            raise ValueError(f"{path}: entry {number} of {content!r} is not {form}; correct it")
         yield {"id": entry["id"], name: value}
