@@ -65,7 +65,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
-    from ..pipeline.output import check_output
+    from ..pipeline.output import Written, check_output
     from ..pipeline.plan import measured_seconds, plan_apply
 
     _check_merged(storage_path(options.aligner))
@@ -80,7 +80,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     if part[1] > 1:
         run.apply(aligner, source, out)
         return Result(run.passes[0].summary(), "")
-    check_output(out, source, settings)
+    check_output(out, [Written(source, source.subfolder)], settings)
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
         report = run.finish(out, aligner, source, aligned=aligned)

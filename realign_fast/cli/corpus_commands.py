@@ -46,9 +46,9 @@ def shows_progress(options: opts.Common) -> bool:
 
 def say_scratch(out: str, source: Corpus, workers: int = 1) -> None:
     """Say which directory of this machine holds shards before their upload."""
-    from ..pipeline.output import check_scratch
+    from ..pipeline.output import Written, check_scratch
 
-    if message := check_scratch(output_path(out), source, workers):
+    if message := check_scratch(output_path(out), [Written(source, "")], workers):
         LOGGER.info(message, extra={"event": {"event": "scratch"}})
 
 

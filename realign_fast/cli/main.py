@@ -24,7 +24,13 @@ import typer
 from .. import __version__
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import memory_explained
-from . import align_commands, corpus_commands, measure_commands, revision_commands  # noqa: F401
+from . import (  # noqa: F401
+    align_commands,
+    corpus_commands,
+    measure_commands,
+    revision_commands,
+    space_commands,
+)
 from . import options as opts
 from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, write
 

@@ -292,6 +292,30 @@ class ApplyOptions(Passes, Resuming, EngineOptions):
     shard: Shard = "1/1"
 
 
+class UnifyOptions(Passes, Resuming, EngineOptions):
+    """Options of ``unify``."""
+
+    text: Annotated[str | None, _directory(_SIDE.format("of texts", "text"))] = None
+    image: Annotated[str | None, _directory(_SIDE.format("of images", "img"))] = None
+    queries: Annotated[str | None, _directory("rows like those that will be searched for; with "
+        "--space they are written as they search", show_default="such documents")] = None
+    space: Annotated[str | None, _file("use this space and fit none: space.safetensors, or its "
+        "directory", parser=_text(storage_path))] = None
+    out: Out
+    query_role: Annotated[values.Modality, _method(
+        "modality of the queries", "--query-role", "--role")] = "text"
+    layout: Annotated[Literal["single", "blocks"], _method("an index for queries of one modality "
+        "(single), or with as many columns for each modality, for queries of both (blocks)"
+        )] = "single"
+    space_method: Annotated[Literal["auto", "calibrate", "center-calibrate", "center"], _method(
+        "scale documents by the moments of their modality (calibrate), centre documents and "
+        "queries too (center-calibrate) or alone (center), or see what fits the rows (auto)",
+        "--method")] = "auto"
+    fit_rows: Annotated[int | None, _method("fit on N rows of each side, spread evenly; 'all' fits "
+        "on every row, with checkpoints", parser=rows_or_all, show_default="50,000")] = None
+    seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
+
+
 class StatsOptions(Passes, MethodOptions, EngineOptions):
     """Options of ``stats``, which takes one side."""
 

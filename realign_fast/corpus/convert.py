@@ -77,7 +77,7 @@ def convert(
                 if path.name in finished:
                     advance(shard.num_rows)
                     continue
-                with _open_writer(shard, path, to, dtype) as writer:
+                with table_writer(shard, path, to, dtype, shard.dimension) as writer:
                     for batch in corpus.batches(index, batch_bytes=batch_bytes):
                         writer.write(_rounded(batch, shard, dtype))
                         advance(len(batch.rows))
@@ -157,10 +157,12 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-def _open_writer(shard: Shard, path: StoragePath, to: str, dtype: torch.dtype) -> FormatWriter:
-    """Return a writer for the result of a shard, which has its other columns."""
+def table_writer(
+    shard: Shard, path: StoragePath, to: str, dtype: torch.dtype, columns: int
+) -> FormatWriter:
+    """Return a writer of rows [num_rows, columns], which has the other columns of a shard."""
     writer = FORMATS[to].writer
-    shape = shard.num_rows, shard.dimension, dtype
+    shape = shard.num_rows, columns, dtype
     if not shard.has_other_columns:
         return writer(path, *shape)
     if writer.accepts_entries:
@@ -174,9 +176,9 @@ def _open_writer(shard: Shard, path: StoragePath, to: str, dtype: torch.dtype) -
         raise ValueError(f"{shard.path}: has a column {DEFAULT!r}, the name of the rows; rename it")
     entries = (schema.metadata or {}).items()
     texts = {key: text for key, text in entries if key not in COLUMN_METADATA}
-    table_schema = plain_schema(shard.dimension, dtype, schema).with_metadata(texts)
-    columns = TableColumns(table_schema, DEFAULT, lambda: _record_batches_of(shard, schema))
-    return writer(path, *shape, columns)
+    table_schema = plain_schema(columns, dtype, schema).with_metadata(texts)
+    source = TableColumns(table_schema, DEFAULT, lambda: _record_batches_of(shard, schema))
+    return writer(path, *shape, source)
 
 
 def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:

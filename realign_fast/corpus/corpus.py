@@ -208,11 +208,16 @@ class Corpus:
             self.shards[index].take(ids[places] - self.starts[index], target, places)
         return taken
 
-    def finish(self, folder: StoragePath) -> None:
-        """Write what a format keeps beside the shards, once `folder` holds the results of all."""
+    def finish(self, folder: StoragePath, *, keeps_columns: bool = True) -> None:
+        """Write what a format keeps beside the shards, once `folder` holds the results of all.
+
+        Without `keeps_columns` the rows have another length, so that what the source says of its
+        columns is left out.
+        """
         if self.format == "hf":
             paths = [folder / shard.path.name for shard in self.shards]
-            hf_dataset.write_state(folder, paths, self.path / self.subfolder)
+            source = self.path / self.subfolder
+            hf_dataset.write_state(folder, paths, source if keeps_columns else None)
 
 
 def sample_ids(num_rows: int, count: int, seed: int) -> np.ndarray:

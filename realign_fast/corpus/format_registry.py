@@ -31,7 +31,8 @@ from .shard import Shard
 from .shard_writer import FormatWriter
 
 UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
-NOT_SHARDS = {"aligner.safetensors", "half.safetensors"}  # written by this package beside shards
+# Written by this package beside shards.
+NOT_SHARDS = {"aligner.safetensors", "half.safetensors", "space.safetensors"}
 ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 HEAD_BYTES = 512  # of a file, by which its format is recognized

@@ -2,5 +2,6 @@
 
 from .align_run import AlignRun, align
 from .settings import Settings
+from .unify_run import unify
 
-__all__ = ["AlignRun", "Settings", "align"]
+__all__ = ["AlignRun", "Settings", "align", "unify"]

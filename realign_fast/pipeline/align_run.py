@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -23,13 +24,14 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
+from ..shared_space import RoleMap
 from ..storage.paths import AnyPath, StoragePath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
 from .manifest import saved_moments, write_manifest
-from .output import ALIGNER, REPORT, check_output
+from .output import ALIGNER, REPORT, Written, check_output
 from .passes import PassRunner
 from .sampling import measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
@@ -44,9 +46,19 @@ class AlignRun(PassRunner):
 
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
 
-    def measure(self, name: str, corpus: Corpus, aligner: ReAlign | None = None) -> Moments:
-        """Return the moments of a corpus, or of its rows sent through ``aligner``."""
-        covariance = aligner is None and self.settings.method in NEED_COVARIANCE
+    def measure(
+        self,
+        name: str,
+        corpus: Corpus,
+        aligner: ReAlign | RoleMap | None = None,
+        covariance: bool | None = None,
+    ) -> Moments:
+        """Return the moments of a corpus, or of its rows sent through ``aligner``.
+
+        Without ``covariance`` the method of the settings decides whether there is one.
+        """
+        if covariance is None:
+            covariance = aligner is None and self.settings.method in NEED_COVARIANCE
         task = self.measure_task(name, corpus, covariance, aligner)
         total, entries = Moments(covariance, accurate=covariance), []
         if self.settings.mode == "extend" and task.checkpoints and aligner is None:
@@ -110,21 +122,26 @@ class AlignRun(PassRunner):
                 (:func:`.output.check_output`).
         """
         directory = output_path(out)
+        result = Written(source, source.subfolder)
         if self.out != directory:  # else whoever opened it has checked it
-            check_output(directory, source, self.settings)
+            check_output(directory, [result], self.settings)
         check_aligner(aligner, source)
         with self.output_directory(directory):
             (directory / REPORT).unlink(missing_ok=True)
             if self.part[1] == 1:
                 aligner.save(directory / ALIGNER)
-            folder = directory / source.subfolder
-            moments = self.run_pass(self.align_task(source, aligner, folder), Moments(), [])
-            if self.part[1] == 1:
-                source.finish(folder)
-                if moments.count:
-                    mean, count = aligner.target_mean, int(aligner.target_count)
-                    warn_if_far(str(source.path), moments.mean, moments.count, mean, count)
+            moments = self.write(result, aligner, directory)
+            if self.part[1] == 1 and moments.count:
+                mean, count = aligner.target_mean, int(aligner.target_count)
+                warn_if_far(str(source.path), moments.mean, moments.count, mean, count)
             return moments
+
+    def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
+        """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
+        moments = self.run_pass(self.align_task(result, row_map, out), Moments(), [])
+        if self.part[1] == 1:
+            result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
+        return moments
 
     def finish(
         self,
@@ -135,10 +152,6 @@ class AlignRun(PassRunner):
         aligned: Moments | None = None,
     ) -> dict[str, Any]:
         """Write the manifest and then the report of what was done; return the report."""
-        names = "bad_rows", "batch_bytes", "method", "shrinkage"
-        settings = {name: getattr(self.settings, name) for name in names}
-        code = code_version(self.settings.device)
-        write_manifest(out, code, settings, self.manifest_passes, map_hash(aligner))
         report: dict[str, Any] = {"source": shape_of(source)}
         if target is not None:
             report["target"] = shape_of(target)
@@ -149,11 +162,23 @@ class AlignRun(PassRunner):
             if aligned.count:  # else no row has a direction
                 gap = float((aligned.mean - aligner.target_mean).norm())
                 report["result"] = {"centroid_gap": gap, "trace": aligned.trace}
+        names = "bad_rows", "batch_bytes", "method", "shrinkage"
+        report |= {"fitted": aligner.record, "sample": self.sample}
+        return self.write_report(out, names, map_hash(aligner), report)
+
+    def write_report(
+        self, out: StoragePath, options: Sequence[str], made_by: str | None, facts: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the manifest and the report, which has ``facts`` and what every run knows.
+
+        ``options`` are the names of settings for the manifest, ``made_by`` is the hash of the map.
+        """
+        settings = {name: getattr(self.settings, name) for name in options}
+        code = code_version(self.settings.device)
+        write_manifest(out, code, settings, self.manifest_passes, made_by)
         peak_unit = 1 if sys.platform == "darwin" else 1024
-        report |= {
+        report = facts | {
             "bad_rows": self.settings.bad_rows,
-            "fitted": aligner.record,
-            "sample": self.sample,
             "passes": [finished.summary() for finished in self.passes],
             "extended": self.extended,
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -189,7 +214,8 @@ def align(
     run, directory = AlignRun(settings or Settings(), engine=engine), output_path(out)
     source_corpus = cached_source(source, run.settings, engine)
     target_corpus = target if isinstance(target, Corpus) else Corpus(target, "image")
-    check_output(directory, source_corpus, run.settings, [target_corpus])
+    result = Written(source_corpus, source_corpus.subfolder)
+    check_output(directory, [result], run.settings, [target_corpus])
     check_columns(source_corpus, target_corpus)
     with run.output_directory(directory):
         aligner = run.fit(source_corpus, target_corpus)
@@ -212,14 +238,15 @@ def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None 
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
-def check_aligner(aligner: ReAlign, corpus: Corpus) -> None:
+def check_aligner(aligner: ReAlign | RoleMap, corpus: Corpus) -> None:
     """Raise ValueError for an aligner that was fitted on rows of another dimension."""
     if aligner.dimension != corpus.dimension:
         raise ValueError(
             f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
             f"{aligner.dimension}; align the output of the encoder it was fitted on"
         )
-    common_encoder((corpus.path, corpus.encoder), ("the aligner", aligner.encoder))
+    if isinstance(aligner, ReAlign):
+        common_encoder((corpus.path, corpus.encoder), ("the aligner", aligner.encoder))
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:

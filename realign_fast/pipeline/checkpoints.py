@@ -27,8 +27,10 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..align import ReAlign
 from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
+from ..shared_space import RoleMap
 from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
 
@@ -85,15 +87,19 @@ def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     return f"realign_fast {version}, sum_rows on {kernel}"
 
 
-def map_hash(aligner: torch.nn.Module | None) -> str | None:
+def map_hash(row_map: ReAlign | RoleMap | None) -> str | None:
     """Hash the state of a fitted map, except the residual gap, which is measured afterwards."""
-    if aligner is None:
+    if row_map is None:
         return None
     total = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(aligner.state_dict().items()):
-        if name != "residual_gap":
-            total.update(f"{name} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    state = row_map.state_dict() if isinstance(row_map, ReAlign) else vars(row_map)
+    for name, value in sorted(state.items()):
+        if not isinstance(value, torch.Tensor):
+            total.update(f"{name} {value!r}".encode())
+        elif name != "residual_gap":
+            total.update(f"{name} {tuple(value.shape)}".encode())
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            total.update(data)
     return total.hexdigest()
 
 

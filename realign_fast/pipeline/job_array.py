@@ -15,7 +15,7 @@ from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
-from .output import ALIGNER, check_output, check_place
+from .output import ALIGNER, Written, check_output, check_place
 from .passes import Pass
 from .settings import Settings
 
@@ -57,7 +57,7 @@ def merge(
         UnfinishedShards: moments of a shard are missing.
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
-    check_output(directory, source, run.settings, [target])
+    check_output(directory, [Written(source, source.subfolder)], run.settings, [target])
     check_columns(source, target)
     half_path, path = directory / HALF, directory / ALIGNER
     with run.output_directory(directory):

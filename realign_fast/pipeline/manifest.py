@@ -19,7 +19,12 @@ from ..storage.paths import StoragePath, write_json
 from .checkpoints import Checkpoints, Entry, digest, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
-PASS_ORDER = ("source moments", "target moments", "source drift", "source residual", "apply")
+_ROLES = ("text", "image", "text queries", "image queries")
+PASS_ORDER = (
+    *("source moments", "target moments", "source drift", "source residual", "apply"),
+    *(f"{role} {kind}" for kind in ("moments", "centred") for role in _ROLES),
+    *(f"apply {role}" for role in _ROLES),
+)
 # Types of the values of a manifest that are used: in facts, in shards, and in those of results.
 _FACTS: dict[str, Any] = {"column": str | None, "allow_pickle": bool}
 _SHARD: dict[str, Any] = dict.fromkeys(("path", "dtype", "stats", "blake2b"), str)
@@ -89,7 +94,8 @@ def _first_fault(manifest: Any) -> str:
             return f"{name} without facts"
         if not isinstance(shards := record.get("shards"), list):
             return f"{name} without a list of shards"
-        written_facts, written = (_WRITTEN_FACTS, _WRITTEN) if name == "apply" else ({}, {})
+        writes = name.startswith("apply")
+        written_facts, written = (_WRITTEN_FACTS, _WRITTEN) if writes else ({}, {})
         parts = [("facts", record["facts"], _FACTS | written_facts)]
         parts += [(f"shard {index}", entry, _SHARD | written) for index, entry in enumerate(shards)]
         for part, values, types in parts:
@@ -114,11 +120,11 @@ def write_manifest(
     write_json(out / MANIFEST, facts | {"passes": ordered})
 
 
-def check_source(out: StoragePath, source: Corpus, mode: Mode) -> None:
+def check_source(out: StoragePath, source: Corpus, mode: Mode, pass_name: str) -> None:
     """Refuse to write over the finished shards of another source, whose names are the same."""
     if mode != "incremental":
         return
-    finished = read_manifest(out)["passes"].get("apply", {"shards": []})["shards"]
+    finished = read_manifest(out)["passes"].get(pass_name, {"shards": []})["shards"]
     if not finished:
         return
     paths = {entry["path"] for entry in finished}

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from ..corpus import Corpus, format_of
 from ..corpus.layout import SUBFOLDERS, check_apart
@@ -20,14 +21,33 @@ from ..interface.option_values import Mode, OptionError
 from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path
 from .checkpoints import STATS
-from .manifest import MANIFEST, check_source
+from .manifest import MANIFEST, check_source, read_manifest
 from .settings import Settings
 
-ALIGNER, REPORT = "aligner.safetensors", "report.json"
+ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
+FOLDERS = SUBFOLDERS | {"queries": "query_emb"}  # of the results of unify
+
+
+class Written(NamedTuple):
+    """A corpus whose rows a run writes, and the folder of the output that they go to."""
+
+    corpus: Corpus
+    folder: str
+    pass_name: str = "apply"
+    columns: int | None = None  # of the result, if they are not those of the corpus
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row of the result in bytes."""
+        row_bytes, dimension = self.corpus.shards[0].row_bytes, self.corpus.dimension
+        return row_bytes // dimension * (self.columns or dimension)
 
 
 def check_output(
-    out: StoragePath, source: Corpus, settings: Settings, others: Sequence[Corpus] = ()
+    out: StoragePath,
+    results: Sequence[Written],
+    settings: Settings,
+    others: Sequence[Corpus] = (),
 ) -> None:
     """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
@@ -37,32 +57,35 @@ def check_output(
         ValueError: ``out`` holds a corpus that is read, or shards of another source.
         OSError: ``out`` cannot be written to, or has no room for the result.
     """
-    check_place(out, source, *others, subfolder=source.subfolder)
-    replaced = _check_shards(out, source, settings.mode)
-    check_source(out, source, settings.mode)
+    corpora = [result.corpus for result in results]
+    check_place(out, *corpora, *others, subfolders=[result.folder for result in results])
+    replaced = _check_shards(out, results, settings.mode)
+    for result in results:
+        check_source(out, result.corpus, settings.mode, result.pass_name)
     if out.is_remote:
-        check_scratch(out, source, settings.workers)
+        check_scratch(out, results, settings.workers)
         return
-    folder = local_path(out / source.subfolder)
+    folder = local_path(out / results[0].folder)
     room = shutil.disk_usage(_existing(folder)).free + sum(
         local_path(path).lstat().st_size for path in replaced
     )
-    if source.nbytes > room:
+    needed = sum(result.corpus.num_rows * result.row_bytes for result in results)
+    if needed > room:
         raise OSError(
             errno.ENOSPC,
-            f"{folder}: the result takes {format_bytes(source.nbytes)}, there are "
+            f"{folder}: the result takes {format_bytes(needed)}, there are "
             f"{format_bytes(room)}; make room or give another --out",
         )
 
 
-def check_place(out: StoragePath, *corpora: Corpus, subfolder: str = "") -> None:
+def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
     """Refuse an output directory that cannot be written to, or that holds rows which are read.
 
     Raises:
         ValueError: ``out`` holds one of ``corpora``, or two of these have a file in common.
-        OSError: nothing can be written to ``out / subfolder``.
+        OSError: nothing can be written to ``out`` or its ``subfolders``.
     """
-    if not out.is_remote:
+    for subfolder in subfolders if not out.is_remote else ():
         existing, stats = _existing(local_path(out / subfolder)), local_path(out / STATS)
         fault = ""
         if stats.exists() and not stats.is_dir():
@@ -78,7 +101,8 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolder: str = "") -> None
         if fault:
             raise OSError(f"{existing}: {fault}; give another --out")
     for corpus in corpora:
-        check_apart(out, corpus, subfolder)
+        for subfolder in subfolders:
+            check_apart(out, corpus, subfolder)
     files: dict[object, int] = {}
     for side, corpus in enumerate(corpora):
         for shard in corpus.shards:
@@ -105,7 +129,7 @@ def _existing(folder: LocalPath) -> LocalPath:
     return next(path for path in folders if os.path.lexists(path))
 
 
-def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:
+def check_scratch(out: StoragePath, results: Sequence[Written], workers: int = 1) -> str:
     """Return a sentence on the local directory where shards wait for their upload to a URL.
 
     The result is empty if ``out`` is not a URL.
@@ -115,8 +139,11 @@ def check_scratch(out: StoragePath, source: Corpus, workers: int = 1) -> str:
     """
     if not out.is_remote:
         return ""
-    largest = max(shard.num_rows * shard.row_bytes for shard in source.shards)
-    need, scratch = min(workers, len(source.shards)) * largest, tempfile.gettempdir()
+    need, scratch = 0, tempfile.gettempdir()
+    for result in results:
+        shards = result.corpus.shards
+        largest = max(shard.num_rows for shard in shards) * result.row_bytes
+        need = max(need, min(workers, len(shards)) * largest)
     if need > (room := shutil.disk_usage(scratch).free):
         raise OSError(
             errno.ENOSPC,
@@ -135,21 +162,24 @@ def format_bytes(count: int) -> str:
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
 
 
-def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePath]:
-    """Return the shards in ``out``; refuse others than those of an earlier run on this source."""
-    folder = out / source.subfolder
-    expected = {folder / shard.path.name for shard in source.shards}
-    present = {path for name in ("", *SUBFOLDERS.values()) for path in _shards_in(out / name)}
+def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[StoragePath]:
+    """Return the shards in ``out``; refuse others than those of earlier runs on these sources."""
+    expected = {
+        out / result.folder / shard.path.name
+        for result in results
+        for shard in result.corpus.shards
+    }
+    present = {path for name in _folders(out, results, mode) for path in _shards_in(out / name)}
     if unknown := present - expected:
         advice = "give an empty --out, or that of an earlier run on the same source"
         if mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
         raise OptionError(
-            f"{min(map(str, unknown))}: is no shard that {source.path} becomes, and the two would "
-            f"mix; {advice}"
+            f"{min(map(str, unknown))}: is no shard that {results[0].corpus.path} becomes, and "
+            f"the two would mix; {advice}"
         )
     first = min(map(str, present), default="")
-    if present and not any((out / name).exists() for name in (ALIGNER, REPORT, STATS)):
+    if present and not any((out / name).exists() for name in (ALIGNER, SPACE, REPORT, STATS)):
         raise OptionError(
             f"{first}: would be replaced, but {out} has no {ALIGNER} that says a run "
             "of ours wrote it; give an empty --out"
@@ -162,6 +192,26 @@ def _check_shards(out: StoragePath, source: Corpus, mode: Mode) -> set[StoragePa
             "give another --out"
         )
     return present
+
+
+def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[str]:
+    """Return the folders of ``out`` whose shards these results replace.
+
+    Others are those of passes that the run leaves as they are: other sides of the same space.
+
+    Raises:
+        OptionError: the result of another command is there.
+    """
+    names, kept = {result.pass_name for result in results}, set()
+    for name, record in read_manifest(out)["passes"].items() if mode != "overwrite" else ():
+        if "folder" in record["facts"] and name not in names:
+            kept.add(record["facts"]["folder"])
+            if "apply" in {name, *names}:
+                raise OptionError(
+                    f"{out}: holds the result of another command (align or unify); give another "
+                    "--out, or replace that result with --mode overwrite"
+                )
+    return {"", *FOLDERS.values()} - kept
 
 
 def _shards_in(folder: StoragePath) -> list[StoragePath]:

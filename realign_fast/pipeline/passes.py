@@ -15,6 +15,7 @@ from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..interface.progress import Progress
 from ..moments import Moments
+from ..shared_space import RoleMap
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
@@ -22,6 +23,7 @@ from .cached_corpus import CachedCorpus
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
+from .output import Written
 from .settings import Settings
 from .shard_tasks import AlignTask, MeasureTask, ShardTask, map_overlapping_sync
 
@@ -121,19 +123,31 @@ class PassRunner:
                 self.out = None
 
     def measure_task(
-        self, name: str, corpus: Corpus, covariance: bool = False, aligner: ReAlign | None = None
+        self,
+        name: str,
+        corpus: Corpus,
+        covariance: bool = False,
+        aligner: ReAlign | RoleMap | None = None,
     ) -> MeasureTask:
         """Return the task that measures the shards of ``corpus`` in pass ``name``."""
         shared = self._task_fields(name, corpus, covariance, aligner)
         return MeasureTask(*shared, covariance=covariance)
 
-    def align_task(self, corpus: Corpus, aligner: ReAlign, folder: StoragePath) -> AlignTask:
-        """Return the task that aligns the shards of ``corpus`` into ``folder``, in pass "apply"."""
-        shared = self._task_fields("apply", corpus, False, aligner, folder=corpus.subfolder)
-        return AlignTask(*shared, folder=folder)
+    def align_task(
+        self, result: Written, aligner: ReAlign | RoleMap, out: StoragePath
+    ) -> AlignTask:
+        """Return the task that aligns the shards of a corpus into a folder of ``out``."""
+        facts = {"folder": result.folder}
+        shared = self._task_fields(result.pass_name, result.corpus, False, aligner, facts)
+        return AlignTask(*shared, folder=out / result.folder)
 
     def _task_fields(
-        self, name: str, corpus: Corpus, covariance: bool, aligner: ReAlign | None, **facts: str
+        self,
+        name: str,
+        corpus: Corpus,
+        covariance: bool,
+        aligner: ReAlign | RoleMap | None,
+        facts: Entry | None = None,
     ) -> tuple[Any, ...]:
         """Return the fields of a :class:`ShardTask`; the keys of checkpoints hold its facts."""
         key_facts = {
@@ -144,7 +158,7 @@ class PassRunner:
             "allow_pickle": corpus.allow_pickle,
             "covariance": covariance,
             "map": map_hash(aligner),
-            **facts,
+            **(facts or {}),
             "code": code_version(self.settings.device),
         }
         if corpus not in self._identities:

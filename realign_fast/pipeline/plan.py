@@ -7,23 +7,25 @@ them. The seconds come from rates: those of the user, or those of a short run on
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..align import ReAlign
 from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
 from ..moments import Moments
+from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage import read_ahead
-from ..storage.paths import AnyPath, output_path
+from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
-from .output import ALIGNER, check_output, check_place, format_bytes
+from .output import ALIGNER, SPACE, Written, check_output, check_place, format_bytes
 from .passes import LOGGER
 from .sampling import rows_to_fit
 from .settings import Settings
 from .shard_tasks import AlignTask
+from .unify_run import map_of, results_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
 
@@ -45,11 +47,24 @@ class PlanRun(AlignRun):
             else:
                 total.merge(moments)
         self.is_known &= not unfinished
-        self.add(task.name, task.corpus, unfinished, isinstance(task, AlignTask))
+        writes = task.columns // task.corpus.dimension if isinstance(task, AlignTask) else 0
+        self.add(task.name, task.corpus, unfinished, writes)
         return total
 
-    def add(self, name: str, corpus: Corpus, shards: Sequence[int], writes: bool = False) -> None:
-        """Add a pass over some shards of a corpus."""
+    def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
+        """Count the shards that are not written, as :meth:`run_pass` does."""
+        return self.run_pass(self.align_task(result, row_map, out), Moments(), [])
+
+    def add_sample(self, name: str, corpus: Corpus, count: int) -> None:
+        """Add a pass over ``count`` rows of a corpus, or over all if it has fewer."""
+        rows = min(count, corpus.num_rows)
+        size = rows * corpus.shards[0].row_bytes
+        step = {"name": name, "rows": rows, "bytes_read": size, "bytes_written": 0}
+        requests = None if corpus.path.is_remote else 0
+        self.steps.append(step | {"requests": requests, "finished_before": 0})
+
+    def add(self, name: str, corpus: Corpus, shards: Sequence[int], writes: int = 0) -> None:
+        """Add a pass over some shards of a corpus; it writes ``writes`` times their bytes."""
         rows = [corpus.shards[index].num_rows for index in shards]
         sizes = [corpus.shards[index].row_bytes * corpus.shards[index].num_rows for index in shards]
         read = bool(self.steps) and corpus.nbytes <= self.settings.memory  # kept since the first
@@ -60,7 +75,7 @@ class PlanRun(AlignRun):
             rows_each = max(1, read_ahead.PIECE_BYTES // corpus.shards[0].row_bytes)
             requests = sum(-(-count // rows_each) for count in rows) if ranged else None
         if writes and self.uploads and requests is not None:
-            requests += sum(-(-size // UPLOAD_BYTES) for size in sizes)
+            requests += sum(-(-writes * size // UPLOAD_BYTES) for size in sizes)
         step = {"name": name, "rows": sum(rows), "bytes_read": read_bytes}
         step |= {"bytes_written": sum(sizes) * writes, "requests": requests}
         every = range(self.part[0], len(corpus.shards), self.part[1])
@@ -72,20 +87,16 @@ def plan_align(
     source: Corpus, target: Corpus, out: AnyPath, settings: Settings, writes: bool = True
 ) -> list[dict[str, Any]]:
     """Return the passes of ``align``, or without ``writes`` those of ``fit``."""
-    run = _plan_run(out, settings)
+    run, result = _plan_run(out, settings), Written(source, source.subfolder)
     if writes:
-        check_output(output_path(out), source, settings, [target])
+        check_output(output_path(out), [result], settings, [target])
     else:
         check_place(output_path(out), source, target)
     count, _ = rows_to_fit(settings, source, target)
     aligner: ReAlign | None = None
     if count:
         for name, corpus in (("source", source), ("target", target), ("drift of", source)):
-            rows = min(count, corpus.num_rows)
-            size = rows * corpus.shards[0].row_bytes
-            step = {"name": f"{name} sample", "rows": rows, "bytes_read": size, "bytes_written": 0}
-            requests = None if corpus.path.is_remote else 0
-            run.steps.append(step | {"requests": requests, "finished_before": 0})
+            run.add_sample(f"{name} sample", corpus, count)
         if run.out is not None and (run.out / ALIGNER).exists():
             aligner = ReAlign.load(run.out / ALIGNER)
     else:
@@ -98,10 +109,9 @@ def plan_align(
         if not writes:
             run.add("source residual", source, range(len(source.shards)))
     if writes and aligner is not None and run.is_known:
-        task = run.align_task(source, aligner, output_path(out) / source.subfolder)
-        run.run_pass(task, Moments(), [])
+        run.write(result, aligner, output_path(out))
     elif writes:
-        run.add("apply", source, range(len(source.shards)), writes=True)
+        run.add("apply", source, range(len(source.shards)), writes=1)
     return run.steps
 
 
@@ -109,11 +119,45 @@ def plan_apply(
     aligner: ReAlign, source: Corpus, out: AnyPath, settings: Settings, part: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """Return the one pass of ``apply``."""
-    run = _plan_run(out, settings, part)
-    check_output(output_path(out), source, settings)
+    run, result = _plan_run(out, settings, part), Written(source, source.subfolder)
+    check_output(output_path(out), [result], settings)
     check_aligner(aligner, source)
-    task = run.align_task(source, aligner, output_path(out) / source.subfolder)
-    run.run_pass(task, Moments(), [])
+    run.write(result, aligner, output_path(out))
+    return run.steps
+
+
+def plan_unify(
+    documents: Mapping[str, Corpus],
+    out: AnyPath,
+    settings: Settings,
+    *,
+    queries: Corpus | None = None,
+    query_role: str = "text",
+    layout: Layout = "single",
+    method: SpaceMethod | Literal["auto"] = "auto",
+    space: SharedSpace | None = None,
+) -> list[dict[str, Any]]:
+    """Return the passes of ``unify``, without those of an automatic choice to centre."""
+    place, settings = output_path(out), space_settings(settings)
+    run = _plan_run(out, settings)
+    results = results_of(documents, queries, query_role, layout, space)
+    check_output(place, results, settings, [] if queries is None or space else [queries])
+    corpora = documents if queries is None else {**documents, f"{query_role} queries": queries}
+    for name, corpus in corpora.items() if space is None else ():
+        if count := sample_of(settings, corpus):
+            run.add_sample(f"{name} moments", corpus, count)
+        else:
+            run.measure(f"{name} moments", corpus, covariance=True)
+        if method not in ("auto", "calibrate"):
+            run.steps.append({**run.steps[-1], "name": f"{name} centred"})
+    if space is None and run.out and (place / SPACE).is_file():
+        space = SharedSpace.load(place / SPACE)
+    for result in results:
+        if space is not None:
+            run.write(result, map_of(space, result.pass_name), place)
+        else:
+            width = result.row_bytes // result.corpus.shards[0].row_bytes
+            run.add(result.pass_name, result.corpus, range(len(result.corpus.shards)), width)
     return run.steps
 
 
@@ -122,7 +166,7 @@ def plan_copy(name: str, corpus: Corpus, out: AnyPath, suffix: str) -> list[dict
     run, place = _plan_run(out, Settings()), output_path(out)
     paths = [place / f"{shard.path.stem}{suffix}" for shard in corpus.shards]
     left = [number for number, path in enumerate(paths) if not path.exists()]
-    run.add(name, corpus, left, writes=True)
+    run.add(name, corpus, left, writes=1)
     return run.steps
 
 
@@ -139,29 +183,38 @@ def measured_seconds(
     target: Corpus,
     out: AnyPath,
     settings: Settings | None = None,
+    run: Callable[[Corpus, Corpus, StoragePath, Settings], list[dict[str, Any]]] | None = None,
 ) -> list[float]:
     """Return the seconds of each pass at the rates of a run on the first shard of each side.
 
-    The run writes into ``OUT.plan`` and removes it.
+    ``run`` returns the summaries of its passes; by default it is that of ``align``. It writes into
+    ``OUT.plan``, which is removed.
     """
     scratch = output_path(f"{str(out).rstrip('/')}.plan")
     settings = settings or Settings()
     quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
     try:
         LOGGER.disabled = True
-        first = [_beginning(source, settings.workers)]
-        first.append(first[0] if source is target else _beginning(target, settings.workers))
-        run = AlignRun(quick)
-        with run.output_directory(scratch):
-            run.apply(run.fit(*first), first[0], scratch)
+        first = _beginning(source, settings.workers)
+        second = first if source is target else _beginning(target, settings.workers)
+        passes = (run or _align_passes)(first, second, scratch, quick)
     finally:
         LOGGER.disabled = False
         if scratch.exists():
             scratch.remove_tree()
-    rates = {done.name: done.summary()["rows_per_second"] for done in run.passes}
+    rates = {done["name"]: done["rows_per_second"] for done in passes}
     kinds = {"target sample": "target moments", "source residual": "source drift"}
     kinds |= {"source sample": "source moments", "drift of sample": "source drift"}
     return [step["rows"] / rates[kinds.get(step["name"], step["name"])] for step in steps]
+
+
+def _align_passes(
+    source: Corpus, target: Corpus, out: StoragePath, settings: Settings
+) -> list[dict[str, Any]]:
+    run = AlignRun(settings)
+    with run.output_directory(out):
+        run.apply(run.fit(source, target), source, out)
+    return [finished.summary() for finished in run.passes]
 
 
 def plan_report(

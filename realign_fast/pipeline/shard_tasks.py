@@ -16,11 +16,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..align import ReAlign
+from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
 from ..moments import Moments, RowMap, good_rows
+from ..shared_space import RoleMap
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import DeviceStreams, ResultBuffers, Sent, batches_on_device, streams_for
@@ -61,7 +65,7 @@ class ShardTask:
     checkpoints: Checkpoints | None
     settings: Settings
     reading: bool
-    aligner: ReAlign | None
+    aligner: ReAlign | RoleMap | None
     advance: Callable[[int], None] = _ignore_progress
 
     def _batch_rows(self, shard: Shard) -> int:
@@ -111,7 +115,7 @@ class AlignTask(ShardTask):
     """The rows of a shard sent through the aligner into ``folder``, under the name of the shard."""
 
     checkpoints: Checkpoints
-    aligner: ReAlign
+    aligner: ReAlign | RoleMap
     folder: StoragePath = field(kw_only=True)
 
     def __call__(self, index: int) -> ShardResult:
@@ -133,7 +137,7 @@ class AlignTask(ShardTask):
             return lambda: ShardResult(index, None, 0, {})
         self.checkpoints.forget_aligned(shard)
         with ExitStack() as stack:
-            writer = stack.enter_context(shard.writer(aligned))
+            writer = stack.enter_context(self._writer(shard, aligned))
             moments, total = self._write(index, shard, writer)
             check_unchanged(shard, shard_identity)
             writing = stack.pop_all()
@@ -148,15 +152,27 @@ class AlignTask(ShardTask):
 
         return finish
 
+    @property
+    def columns(self) -> int:
+        """The number of columns of the result."""
+        return self.aligner.columns if isinstance(self.aligner, RoleMap) else self.corpus.dimension
+
+    def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
+        """Return a writer for the result of a shard, with its other columns."""
+        if self.columns == shard.dimension:
+            return shard.writer(path)
+        return table_writer(shard, path, shard.format, self.corpus.dtype, self.columns)
+
     def _write(self, index: int, shard: Shard, writer: FormatWriter) -> tuple[Moments, int]:
         """Align a shard into a writer; while a batch is computed, those before it are written.
 
+        The moments are those of the result or, for an index, those of the directions of the rows.
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
         moments, total = Moments(), 0
         streams = streams_for(self.settings.device)
         size = max(1, min(self._batch_rows(shard), shard.num_rows))
-        buffers = ResultBuffers(streams, size, shard.dimension, self.corpus.dtype)
+        buffers = ResultBuffers(streams, size, self.columns, self.corpus.dtype)
         writes: deque[Future[None]] = deque()
 
         def write(sent: Sent) -> None:
@@ -167,13 +183,12 @@ class AlignTask(ShardTask):
             total = checksum(rows, total)
 
         aligner = _on_device(self.aligner, streams)
-        through = aligner.row_map
+        through = aligner.row_map if isinstance(aligner, ReAlign) else None
         with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
             for batch in batches_on_device(streams, self.corpus, index, size):
                 if len(writes) == buffers.slots:
                     writes.popleft().result()
                 rows, result = batch.rows, buffers.next(len(batch.rows))
-                # The moments of the result come from the rows in the same visit to memory.
                 has_bad_row = self._update(moments, shard, batch, through)
                 aligner(rows, out=result)
                 if has_bad_row and self.settings.bad_rows == "skip":
@@ -187,8 +202,10 @@ class AlignTask(ShardTask):
     def _expected_rows(self, moments: Moments) -> Entry:
         """Return how many rows of the result are zero and how many are NaN."""
         zero, nonfinite = moments.zero_rows, moments.nonfinite_rows
-        skip = self.settings.bad_rows == "skip"
-        return {"zero_rows": (zero + nonfinite) * skip, "nan_rows": nonfinite * (not skip)}
+        if self.settings.bad_rows == "skip":
+            return {"zero_rows": zero + nonfinite, "nan_rows": 0}
+        stays_zero = zero and not bool(self.aligner(torch.zeros(1, self.corpus.dimension)).any())
+        return {"zero_rows": zero * stays_zero, "nan_rows": nonfinite}
 
 
 def map_overlapping_sync(task: AlignTask, shards: Sequence[int]) -> Iterator[ShardResult]:
@@ -207,5 +224,5 @@ def map_overlapping_sync(task: AlignTask, shards: Sequence[int]) -> Iterator[Sha
             yield results.popleft().result()
 
 
-def _on_device(aligner: ReAlign, streams: DeviceStreams | None) -> ReAlign:
+def _on_device(aligner: ReAlign | RoleMap, streams: DeviceStreams | None) -> ReAlign | RoleMap:
     return aligner if streams is None else copy.deepcopy(aligner).to(streams.device)

@@ -24,6 +24,7 @@ from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.engines import ray_driver
 from realign_fast.pipeline.engines.ray_driver import RayTasks
 from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.unify_run import unify
 
 pytest.importorskip("ray", reason='pip install "realign_fast[ray]"')
 D, SHARDS = 16, (40, 1, 0, 70, 33)
@@ -156,6 +157,13 @@ def test_ray_writes_the_bytes_of_one_process(corpora, engine, method):
     assert tree("out") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
     assert not list(Path("out", "_stats").glob("lock-ray*"))
+
+
+def test_ray_writes_a_space_as_one_process_does(corpora, engine):
+    documents, choices = {"text": Corpus("text"), "image": Corpus("image")}, {"layout": "blocks"}
+    unify(documents, "one", QUIET, method="center-calibrate", **choices)
+    unify(documents, "out", QUIET, engine, method="center-calibrate", **choices)
+    assert tree("out") == tree("one")
 
 
 def test_ray_and_a_job_array_write_the_same_bytes(corpora, engine):

@@ -81,7 +81,8 @@ def test_a_second_run_reads_nothing_and_leaves_the_same_bytes(corpora, tmp_path,
     assert finished(first)["apply"] == (111, 0) and finished(second)["apply"] == (0, 111)
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes():
+@pytest.mark.parametrize(("kills", "command"), [(25, []), (8, ["--unify"])])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(kills, command):
     done = subprocess.run(
         [
             sys.executable,
@@ -89,7 +90,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes():
             "ignore",
             ROOT / "tests" / "support" / "kill_and_resume.py",
             "--kills",
-            "25",
+            str(kills),
+            *command,
         ],
         capture_output=True,
         text=True,
@@ -98,7 +100,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes():
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kills"] == 25 and result["rows_not_read_again"] > 0
+    assert result["kills"] == kills and result["rows_not_read_again"] > 0
 
 
 def test_a_changed_shard_is_read_again_and_no_other(corpora, tmp_path, reads):

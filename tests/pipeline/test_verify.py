@@ -154,7 +154,7 @@ def test_a_part_of_lists_without_rows_has_no_fault(tmp_path, suffix):
 
 
 def test_no_manifest_is_an_error(tmp_path, capsys):
-    assert main.main(["verify", str(tmp_path)]) == 3
+    assert main.main(["verify", str(tmp_path)]) == 6
     assert "has no manifest.json" in capsys.readouterr().err
 
 

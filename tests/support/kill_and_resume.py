@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from realign_fast import Corpus
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.unify_run import unify
 
 NOT_COMPARED = ("report.json", "lock")  # times and speeds; a process id
 
@@ -36,7 +38,7 @@ def tree(out):
         if path.name.startswith(NOT_COMPARED):
             continue
         data = path.read_bytes()
-        if path.parent.name == "apply" and path.suffix == ".json":
+        if path.parent.name.startswith("apply") and path.suffix == ".json":
             data = json.dumps({k: v for k, v in json.loads(data).items() if k != "written"})
         found[path.relative_to(out).as_posix()] = data
     return found
@@ -96,16 +98,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unify", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # so that a fork has no threads to lose
     chance, work = random.Random(options.seed), Path(tempfile.mkdtemp())
     text, image = write(work / "text", 1), write(work / "image", 2)
     settings = Settings(batch_bytes=1 << 14, progress=False)
-    os.waitpid(child(partial(align, text, image, work / "warm", settings)), 0)
+    command = partial(align, text, image)
+    if options.unify:
+        documents = {"text": Corpus(text), "image": Corpus(image)}
+        command = partial(unify, documents, method="center-calibrate", layout="blocks")
+    os.waitpid(child(partial(command, out=work / "warm", settings=settings)), 0)
     clean, seconds = tree(work / "warm"), []
     for _ in range(3):
         begin = time.monotonic()
-        os.waitpid(child(partial(align, text, image, work / "clean", settings)), 0)
+        os.waitpid(child(partial(command, out=work / "clean", settings=settings)), 0)
         seconds.append(time.monotonic() - begin)
         if tree(work / "clean") != clean:
             sys.exit("two runs without a kill differ")
@@ -114,7 +121,7 @@ def main():
     kills, rounds, resumed = 0, 0, 0
     while kills < options.kills:
         out = work / "out"
-        run = partial(align, text, image, out, settings)
+        run = partial(command, out=out, settings=settings)
         kills += round_of_kills(run, longest, options.kills - kills, chance)
         rounds += 1
         check_equal(tree(out), clean, rounds)

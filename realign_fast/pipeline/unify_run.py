@@ -1,0 +1,165 @@
+"""Fit a :class:`SharedSpace` on corpora, and write them as documents of one index.
+
+The passes are those of ``align``: the moments of each side, their moments about the means if the
+method centres, and one pass a side that writes. Each side keeps its format, its number type and the
+names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..corpus.corpus import Corpus, common_encoder
+from ..interface.option_values import OptionError
+from ..moments import Moments, warn_if_far
+from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
+from ..storage.paths import AnyPath, output_path
+from .align_run import AlignRun, check_aligner, check_columns, check_different
+from .checkpoints import digest
+from .engines.local import Engine
+from .inspection import shape_of
+from .output import FOLDERS, REPORT, SPACE, Written, check_output
+from .sampling import measure_sample
+from .settings import Settings
+
+SPACE_ROWS = 50_000  # rows of each side that a space is fitted on by default
+_QUERIES = " queries"  # after the name of their role
+
+
+def unify(
+    documents: Mapping[str, Corpus],
+    out: AnyPath,
+    settings: Settings | None = None,
+    engine: Engine | None = None,
+    *,
+    queries: Corpus | None = None,
+    query_role: str = "text",
+    layout: Layout = "single",
+    method: SpaceMethod | Literal["auto"] = "auto",
+    space: SharedSpace | None = None,
+) -> dict[str, Any]:
+    """Write corpora as documents of one index into ``out``, with its space; return the report.
+
+    Args:
+        documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``.
+        out: a directory or a URL.
+        settings: the options of the run. A space is fitted on ``fit_rows`` rows of each side, by
+            default ``SPACE_ROWS``; 0 is every row.
+        engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
+        queries: rows like those that will be searched for: the space is fitted on them, or with
+            ``space`` they are written as they search the index.
+        query_role, layout, method: as in :meth:`SharedSpace.fit`.
+        space: a fitted space, which takes the place of a fit.
+
+    Raises:
+        ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
+            message says which one and what to do.
+    """
+    run, directory = (
+        AlignRun(space_settings(settings or Settings()), engine=engine),
+        output_path(out),
+    )
+    results = results_of(documents, queries, query_role, layout, space)
+    known = (("the space", space.encoder),) if space else ()
+    encoder = common_encoder(
+        *known, *((result.corpus.path, result.corpus.encoder) for result in results)
+    )
+    corpora = documents if queries is None else {**documents, query_role + _QUERIES: queries}
+    check_output(directory, results, run.settings, [] if queries is None or space else [queries])
+    with run.output_directory(directory):
+        if space is None:
+            space = fit_space(run, corpora, query_role, layout, method)
+            space.encoder = encoder
+        maps = [map_of(space, result.pass_name) for result in results]
+        for row_map, result in zip(maps, results, strict=True):
+            check_aligner(row_map, result.corpus)
+        (directory / REPORT).unlink(missing_ok=True)
+        space.save(directory / SPACE)
+        for row_map, result in zip(maps, results, strict=True):
+            moments = run.write(result, row_map, directory)
+            side = space.sides.get(result.pass_name.removeprefix("apply "))
+            if side and moments.count:  # not of queries
+                place, mean = str(result.corpus.path), moments.mean
+                warn_if_far(place, mean, moments.count, side.centre, side.count)
+        report: dict[str, Any] = {name: shape_of(corpus) for name, corpus in corpora.items()}
+        report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
+        options = "bad_rows", "batch_bytes"
+        return run.write_report(directory, options, digest(directory / SPACE), report)
+
+
+def space_settings(settings: Settings) -> Settings:
+    """Return the settings of a run that fits a space; a ValueError for a mode that it lacks."""
+    if settings.mode == "extend":
+        raise OptionError("extend: a space is fitted on the rows that are there; leave it out")
+    return replace(
+        settings, fit_rows=SPACE_ROWS if settings.fit_rows is None else settings.fit_rows
+    )
+
+
+def results_of(
+    documents: Mapping[str, Corpus],
+    queries: Corpus | None,
+    query_role: str,
+    layout: Layout,
+    space: SharedSpace | None,
+) -> list[Written]:
+    """Return the results of a run: the documents and, in a fitted space, the queries."""
+    roles = [(name, FOLDERS[name], corpus) for name, corpus in documents.items()]
+    if queries is not None and space:
+        roles.append((query_role + _QUERIES, FOLDERS["queries"], queries))
+    blocks = len(space.sides) if space else len(documents)
+    wide = (space.layout if space else layout) == "blocks"
+    return [
+        Written(corpus, folder, f"apply {role}", corpus.dimension * blocks if wide else None)
+        for role, folder, corpus in roles
+    ]
+
+
+def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
+    """Return the map of a pass that writes: of documents, or of the queries of a role."""
+    role = pass_name.removeprefix("apply ")
+    if role.endswith(_QUERIES):
+        return space.query_map(role.removesuffix(_QUERIES))
+    return space.document_map(role)
+
+
+def sample_of(settings: Settings, corpus: Corpus) -> int:
+    """Return how many rows of a corpus are measured; 0 is every row."""
+    count = settings.fit_rows or 0
+    return count if count < corpus.num_rows else 0
+
+
+def fit_space(
+    run: AlignRun,
+    corpora: Mapping[str, Corpus],
+    query_role: str,
+    layout: Layout,
+    method: SpaceMethod | Literal["auto"],
+) -> SharedSpace:
+    """Fit a space in passes of ``run``; among the corpora are those of queries."""
+    names = [name for name in corpora if not name.endswith(_QUERIES)]
+    for name in corpora:
+        check_columns(corpora[name], corpora[names[0]])
+    measured: list[tuple[Corpus, Moments]] = []  # documents
+
+    def measure(name: str, centre: Tensor | None) -> Moments:
+        """Measure a corpus, or a sample of it if it is larger."""
+        corpus, pass_name = corpora[name], f"{name} {'moments' if centre is None else 'centred'}"
+        row_map = None if centre is None else RoleMap(centre, True, {0: 1.0}, len(centre))
+        if count := sample_of(run.settings, corpus):
+            through = row_map and row_map.row_map
+            moments = measure_sample(run, pass_name, corpus, count, True, through).moments
+        else:
+            moments = run.measure(pass_name, corpus, row_map, covariance=True)
+        if centre is None and name in names:
+            for earlier in measured:
+                check_different(earlier, (corpus, moments))
+            measured.append((corpus, moments))
+        return moments
+
+    roles = [query_role] if len(corpora) > len(names) else []
+    return SharedSpace.from_passes(measure, names, roles, query_role, layout=layout, method=method)
