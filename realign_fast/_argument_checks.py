@@ -46,9 +46,9 @@ def expect_tensor(name: str, rows: object, argument: str = "rows", floating: boo
         advice = "convert with rows.to_dense().float()"
     elif hasattr(rows, "to_numpy"):  # a table of pandas or polars
         advice = "use torch.tensor(rows.to_numpy()) of its numeric columns"
-    elif isinstance(rows, np.ndarray):  # of any byte order and strides
-        kind = f"ndarray of {rows.dtype}"
-        advice = "use torch.from_numpy(rows.astype('float32'))"
+    elif isinstance(rows, np.ndarray):
+        kind, filled = f"ndarray of {rows.dtype}", "filled(numpy.nan)." * np.ma.isMA(rows)
+        advice = f"use torch.from_numpy(rows.{filled}astype('float32'))"  # of any strides
     elif isinstance(rows, (list, tuple)):
         advice = "use torch.tensor(rows)"
     numbers = " of floating-point numbers" if floating else ""

@@ -147,7 +147,7 @@ def check_pairs(
 def check_rows(name: str, rows: Tensor, min_rows: int = 2) -> None:
     """Raise an error if rows are no tensor [N, D], too few, or not finite; ``name`` begins it."""
     expect_tensor(name, rows)
-    if rows.dim() != 2 or len(rows) < min_rows:
+    if rows.dim() != 2 or len(rows) < min_rows or not rows.shape[1]:
         raise ValueError(
             f"{name}: expected {min_rows} or more rows [N, D], got shape {list(rows.shape)}"
         )

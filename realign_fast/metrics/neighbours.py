@@ -27,6 +27,7 @@ class Neighbours(NamedTuple):
     indices: Tensor  # [N, k] int64, rows of the gallery
 
 
+@torch.no_grad()
 def nearest_rows(
     queries: Tensor,
     gallery: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._argument_checks import expect_tensor
 from .dispatch import cpu_variant
 from .memory import apart, plain, share_memory
 
@@ -264,10 +265,7 @@ def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:
     """Return the rows with contiguous columns; raise if they are not a [N, D] tensor of floats."""
-    if not isinstance(rows, Tensor):
-        raise TypeError(
-            f"{op}: expected rows as a tensor, got {type(rows).__name__}; use torch.as_tensor(rows)"
-        )
+    expect_tensor(op, rows, floating=False)
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise ValueError(f"{op}: expected rows [N, D] with D >= 1, got shape {list(rows.shape)}")
     _check_dtype(op, "rows", rows.dtype)
@@ -298,8 +296,7 @@ def _map_arguments(
     op: str, rows: Tensor, scale: Tensor | float, shift: Tensor, recentre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return scale, shift and recentre as contiguous float64 tensors on the device of the rows."""
-    if not isinstance(shift, Tensor):
-        raise TypeError(f"{op}: expected shift as a tensor [D], got {type(shift).__name__}")
+    expect_tensor(op, shift, "shift", floating=False)
     for name, vector in (("shift", shift), ("recentre", recentre)):
         if vector is not None and vector.shape != rows.shape[1:]:
             raise ValueError(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import Moments, ReAlign, SharedSpace, metrics, whiten
+from realign_fast import Moments, ReAlign, SharedSpace, align_rows, metrics, sum_rows, whiten
 
 TEXT = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 1
 IMAGE = torch.randn(80, 8, generator=torch.Generator().manual_seed(1)) - 1
@@ -151,6 +151,7 @@ def test_rows_of_other_numbers_are_refused_everywhere(rows, kind):
     uses = {
         "space": (SPACE.text, SPACE.query, lambda rows: SPACE.score(TEXT, rows, "image")),
         "aligner": (ALIGNER, Moments().update),
+        "ops": (lambda rows: align_rows(rows, 1.0, torch.zeros(8)), sum_rows),
         "metrics": (
             lambda rows: metrics.nearest_rows(rows, IMAGE, 3),
             lambda rows: metrics.matched_cosine(rows, TEXT),
@@ -165,8 +166,15 @@ def test_rows_of_other_numbers_are_refused_everywhere(rows, kind):
         with pytest.raises(TypeError, match=f"target: expected rows as a tensor .*got {kind}"):
             ReAlign.fit(TEXT, rows)
     for use in (use for group in uses.values() for use in group):
-        with pytest.raises(TypeError, match=f"expected .* as a tensor of .* got {kind}"):
+        with pytest.raises(TypeError, match=rf"expected .*(as a tensor|rows of).* got {kind[:9]}"):
             use(rows)
+
+
+def test_rows_of_a_model_in_training_are_measured():
+    rows = TEXT.clone().requires_grad_()
+    found = metrics.nearest_rows(rows, rows, 3, own=0)
+    assert torch.equal(found.indices, metrics.nearest_rows(TEXT, TEXT, 3, own=0).indices)
+    assert SPACE.text(rows).requires_grad and not found.cosines.requires_grad
 
 
 def test_arrays_of_any_strides_enter_a_space_and_masks_are_not_dropped():
@@ -206,6 +214,7 @@ def test_tables_with_ids_missing_values_or_nullable_numbers():
         (lambda: Moments().update(TEXT, through=0), "expected through as .* got int"),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 3, block=0), "block is 0, expected a whole"),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 2.5), "k is 2.5, expected a whole"),
+        (lambda: metrics.pairwise_cosines(TEXT[:, :0]), r"rows \[N, D\], got shape \[100, 0\]"),
         (lambda: metrics.match_ranks(TEXT, TEXT, block=-1), "block is -1"),
         (lambda: metrics.cosine_correlation(TEXT, TEXT, block=-1), "block is -1"),
         (lambda: metrics.mean_cosine(TEXT, TEXT, block=0), "block is 0"),
