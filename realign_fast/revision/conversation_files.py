@@ -74,10 +74,8 @@ def _list_texts(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, by
         except ValueError as error:
             more = file.read(_READ_BYTES).decode("latin-1")
             if not more or len(text) - position > _MAX_ENTRY_BYTES:
-                raise ValueError(
-                    f"{path}: not a JSON list: {error.args[0]}, counted from byte {base}; "
-                    "write the file again"
-                ) from error
+                reason = f"not a JSON list: {error.args[0]}, counted from byte {base}"
+                raise ValueError(f"{path}: {reason}; write the file again") from error
             base, text, position = base + position, text[position:] + more, 0
             continue
         yield base + position, text[position:end].encode("latin-1")
@@ -93,25 +91,15 @@ def parquet_to_json_lines(path: Path, out: Path) -> None:
                 lines.write(json.dumps(entry, default=str).encode() + b"\n")
 
 
-def read_sample(path: Path, start: int, text: bytes, place: str) -> Sample:
-    """Return the entry whose `text` begins at byte `start` of `path`; `place` is for errors.
+def read_sample(text: bytes, place: str) -> Sample:
+    """Return an entry, validated; `place`, its file and its position there, is for errors.
 
-    Raises:
-        ValueError: the text is not JSON or not an entry; the message names the file and the place.
+    ValueError if the text is not JSON, or not an object of the form in the module docstring.
     """
     try:
         entry = json.loads(text)
     except ValueError as error:
-        end = start + len(text)
-        raise ValueError(f"{path}: bytes {start} to {end} are no JSON ({error})") from error
-    return parse_sample(entry, place)
-
-
-def parse_sample(entry: Any, place: str) -> Sample:
-    """Validate an entry; `place` is its file and position, for error messages.
-
-    ValueError if the entry is not an object of the form in the module docstring.
-    """
+        raise ValueError(f"{place}: is no JSON ({error}); correct it") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: is a {type(entry).__name__}, expected an object with an id")
     sample_id = "" if entry.get("id") is None else str(entry["id"])
@@ -124,7 +112,7 @@ def parse_sample(entry: Any, place: str) -> Sample:
     images = entry.get("images")
     if images is None:
         has_image = not turns or entry.get("image") or any(IMAGE_MARK in text for _, text in turns)
-        images = [sample_id] if has_image else []
+        images = [sample_id] * bool(has_image)
     if not isinstance(images, list):
         raise ValueError(f"{place}: images is {images!r}, expected a list of ids")
     return Sample(sample_id, [str(image) for image in images], caption, turns)

@@ -230,12 +230,9 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
     random, texts = np.random.default_rng(seed), sorted(set(references))
     if choices < 2 or len(texts) < choices:
         expected = {1: "0", 2: "2, or 0"}.get(len(texts), f"2 to {len(texts)}, or 0")
-        raise ValueError(
-            f"evaluate: {len(texts)} different texts for a choice of {choices}, expected "
-            f"{expected} for no choice; set it (--choices), or take more samples"
-        )
-    wrong_texts = []
-    for reference in references:
-        drawn = [texts[index] for index in random.permutation(len(texts))[:choices]]
-        wrong_texts.append([text for text in drawn if text != reference][: choices - 1])
-    return wrong_texts
+        found = f"{len(texts)} different texts for a choice of {choices}"
+        advice = "set it (--choices), or take more samples"
+        raise ValueError(f"evaluate: {found}, expected {expected} for no choice; {advice}")
+    drawn = ([texts[i] for i in random.permutation(len(texts))[:choices]] for _ in references)
+    pairs = zip(references, drawn, strict=True)
+    return [[text for text in own if text != right][: choices - 1] for right, own in pairs]

@@ -73,10 +73,9 @@ def respond(
         prompt = batch["input_ids"].shape[1]
         max_new_tokens = min(max_new_tokens, template.positions - prompt)
         if max_new_tokens < 1:
-            raise ValueError(
-                f"a question with its images takes {prompt} tokens, and the language model takes "
-                f"{template.positions} with the answer; ask less, or train with fewer visual tokens"
-            )
+            limit = f"the language model takes {template.positions} with the answer"
+            advice = "ask less, or train with fewer visual tokens"
+            raise ValueError(f"a question takes {prompt} tokens, and {limit}; {advice}")
     options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
     options |= {"eos_token_id": template.end_ids, "max_new_tokens": max_new_tokens, **generation}
     tokens = model.generate(**batch, **options)

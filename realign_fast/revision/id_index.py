@@ -65,19 +65,16 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
-        for start, shard_ids in zip(
-            corpus.starts.tolist(), shard_values(corpus, ids, ID_COLUMNS), strict=False
-        ):
+        values = shard_values(corpus, ids, ID_COLUMNS)
+        for start, shard_ids in zip(corpus.starts.tolist(), values, strict=False):
             database.executemany("INSERT INTO ids VALUES (?, ?)", zip(shard_ids, count(start)))
         try:  # SQLite sorts them on disk, whatever their number
             database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
         except sqlite3.IntegrityError as error:
             query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
             sample_id, first, last = database.execute(query).fetchone()
-            raise ValueError(
-                f"{corpus.path}: rows {first} and {last} have the same id {sample_id!r}; "
-                "give every row an id of its own"
-            ) from error
+            found = f"rows {first} and {last} have the same id {sample_id!r}"
+            raise ValueError(f"{corpus.path}: {found}; give every row its own") from error
         database.commit()
 
 
@@ -99,15 +96,13 @@ def shard_values(corpus: Corpus, ids: IdSource, columns: Sequence[str]) -> Itera
 
 def _counted(shard: Shard, source: StoragePath, values: Iterator[str]) -> Iterator[str]:
     """Yield the values; a ValueError at their end if they are not as many as the rows."""
-    found = count()
+    entries = 0
     for value in values:
-        next(found)
+        entries += 1
         yield value
-    if (entries := next(found)) != shard.num_rows:
-        raise ValueError(
-            f"{source}: has {entries} entries, {shard.path} has {shard.num_rows} rows; they must "
-            "be row-aligned"
-        )
+    if entries != shard.num_rows:
+        numbers = f"has {entries} entries, {shard.path} has {shard.num_rows} rows"
+        raise ValueError(f"{source}: {numbers}; they must be row-aligned")
 
 
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
@@ -136,10 +131,8 @@ def _metadata(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
     for shard in corpus.shards:
         if not files and not shard.has_other_columns:
-            raise ValueError(
-                f"{shard.path}: holds no ids, and {folder} is not there; name the root whose "
-                "metadata/ has them (--ids), or use row numbers (--ids row)"
-            )
+            advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
+            raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
     return [path for path in files if path.is_file()]
 
 

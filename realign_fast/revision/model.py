@@ -101,10 +101,8 @@ class Projector(nn.Module):
         """
         config = self.config
         if rows.dim() != 2 or rows.shape[1] != config.row_dimension:
-            raise ValueError(
-                f"Projector: image rows have shape {list(rows.shape)}, expected [images, "
-                f"{config.row_dimension}]; embed with the encoder trained on"
-            )
+            expected = f"expected [images, {config.row_dimension}]; embed with the model's encoder"
+            raise ValueError(f"Projector: image rows have shape {list(rows.shape)}, {expected}")
         rows = rows.to(next(self.parameters()).dtype)
         if config.normalize:
             rows = nn.functional.normalize(rows, dim=1)
@@ -124,10 +122,8 @@ class ReVisionModel(nn.Module):
         super().__init__()
         width = language_model.get_input_embeddings().embedding_dim
         if width != config.hidden_size:
-            raise ValueError(
-                f"ReVisionModel: the language model embeds in {width}, expected "
-                f"{config.hidden_size}, the hidden_size of the config"
-            )
+            expected = f"expected {config.hidden_size}, the hidden_size of the config"
+            raise ValueError(f"ReVisionModel: the language model embeds in {width}, {expected}")
         self.revision_config = config
         self.language_model = language_model
         self.projector = Projector(config)
@@ -297,15 +293,14 @@ class ReVisionModel(nn.Module):
         trained = directory / LANGUAGE_MODEL_FOLDER
         source = language_model or (trained if trained.is_dir() else config.language_model)
         model = cls(config, load_pretrained(_LANGUAGE_MODEL, source, dtype=dtype))
+        model.load_trained(directory)
         model.language_model_changed = trained.is_dir()
-        model.load_trained(directory, language_model=False)
-        model.requires_grad_(False)
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
-    def load_trained(self, directory: str | os.PathLike[str], language_model: bool = True) -> None:
+    def load_trained(self, directory: str | os.PathLike[str]) -> None:
         """Load the weights of a saved model of the same shape into this one.
 
-        With `language_model=False`, only the projector and an adapter are loaded.
+        Those of a language model are loaded if this one has changed too.
         FileNotFoundError if a file is missing, ValueError if the projector has another shape.
         """
         directory = Path(directory)
@@ -315,7 +310,7 @@ class ReVisionModel(nn.Module):
         except RuntimeError as error:
             expected = f"does not fit {self.revision_config}"
             raise ValueError(f"{directory / WEIGHTS}: {expected}: {error}") from error
-        if language_model and self.language_model_changed and not self._has_adapter:
+        if self.language_model_changed and not self._has_adapter:
             path, dtype = directory / LANGUAGE_MODEL_FOLDER, self.base.dtype
             saved = load_pretrained(_LANGUAGE_MODEL, path, dtype=dtype)
             self.base.load_state_dict(saved.state_dict())
@@ -324,8 +319,7 @@ class ReVisionModel(nn.Module):
             weights = _peft().utils.load_peft_weights(str(adapter), device="cpu")
             _peft().set_peft_model_state_dict(self.language_model, weights)
         elif adapter.is_dir():
-            load = _peft().PeftModel.from_pretrained
-            self.language_model = load(self.language_model, str(adapter))
+            self.language_model = _peft().PeftModel.from_pretrained(self.language_model, adapter)
 
 
 def part_of(parameter: str) -> str:
@@ -385,34 +379,25 @@ def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -
         return getattr(transformers(), auto).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
+        advice = "give the name or directory of a causal one"
         raise ValueError(
-            f"{source}: cannot be loaded as a language model ({reason}); give the name or "
-            "directory of a causal language model"
+            f"{source}: cannot be loaded as a language model ({reason}); {advice}"
         ) from error
 
 
 def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:
-    """Return `dataclass(**settings)`.
+    """Return `dataclass(**settings)`; `description` says what a setting is in errors.
 
-    A setting whose default is a number or a truth value must be one too. `description` says in
-    errors what a setting is, such as "setting of Trainer".
-
-    Raises:
-        ValueError: a setting is unknown or has a wrong value; the message names it, the expected
-            value or the nearest names.
+    ValueError if a setting is unknown, or is no number or truth value where its default is one.
     """
     defaults = {field.name: field.default for field in fields(dataclass) if field.init}
     for name, value in settings.items():
         if name not in defaults:
-            nearest = difflib.get_close_matches(name, defaults, 3)
-            advice = ", ".join(nearest) or "see its documentation"
-            raise ValueError(f"{name}: no {description}; nearest: {advice}")
-        default = defaults[name]
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: got {value!r}, expected true or false")
-        elif isinstance(default, int | float) and not isinstance(value, int | float):
-            raise ValueError(f"{name}: got {value!r}, expected a number")
+            nearest = ", ".join(difflib.get_close_matches(name, defaults, 3))
+            raise ValueError(f"{name}: no {description}; nearest: {nearest or 'none'}")
+        for kind, expected in ((bool, "true or false"), (int | float, "a number")):
+            if isinstance(defaults[name], kind) and not isinstance(value, kind):
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
     try:
         return dataclass(**settings)
     except (TypeError, ValueError) as error:

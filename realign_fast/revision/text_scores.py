@@ -24,9 +24,7 @@ def words(text: str) -> list[str]:
 def exact_match(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """Return `[n]`: 1 where a text has the words of one of its references, else 0."""
     pairs = zip(texts, references, strict=True)
-    return np.array(
-        [any(words(text) == words(reference) for reference in own) for text, own in pairs], float
-    )
+    return np.array([words(text) in map(words, own) for text, own in pairs], float)
 
 
 def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
@@ -24,9 +23,7 @@ _ROUNDS = 4
 class ReVisionTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices."""
 
-    def __init__(
-        self, *arguments: Any, template: Template, generations: int, **options: Any
-    ) -> None:
+    def __init__(self, *inputs: Any, template: Template, generations: int, **options: Any) -> None:
         """Take the arguments of Trainer.
 
         At each evaluation, `generations` of the held-out samples are answered, into
@@ -34,7 +31,7 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         parameters over devices.
         """
         self.template, self.generations = template, generations
-        super().__init__(*arguments, processing_class=template.tokenizer, **options)
+        super().__init__(*inputs, processing_class=template.tokenizer, **options)
 
     @property
     def _is_sharded(self) -> bool:
@@ -43,11 +40,8 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Return the metrics of Trainer; answer samples in one process alone."""
         metrics: dict[str, float] = super().evaluate(*arguments, **options)
-        if self.generations > 0 and not self._is_sharded and self.is_world_process_zero():
-            self._answer_samples()
-        return metrics
-
-    def _answer_samples(self) -> None:
+        if self.generations <= 0 or self._is_sharded or not self.is_world_process_zero():
+            return metrics
         indices = spread(self.generations, len(self.eval_dataset))
         samples = [self.eval_dataset.sample(index) for index in indices]
         rows = self.eval_dataset.image_rows(indices)
@@ -60,21 +54,18 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         with open(Path(self.args.output_dir) / "samples.jsonl", "a") as file:
             for sample, answer in zip(samples, answers, strict=True):
                 entry = {"step": step, "id": sample.id, "answer": answer}
-                entry["expected"] = self.template.reference(sample)
+                entry |= {"expected": self.template.reference(sample)}
                 file.write(json.dumps(entry) + "\n")
                 print(f"step {step}, {sample.id}: {answer!r}")
+        return metrics
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             out = output_dir or self.args.output_dir
             self.accelerator.unwrap_model(self.model).save_pretrained(out, state_dict)
             self.processing_class.save_pretrained(out)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._is_sharded:  # FSDP and DeepSpeed load their own files
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

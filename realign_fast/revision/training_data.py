@@ -25,7 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 
 from ..align import ReAlign
@@ -126,7 +127,7 @@ def _join(
     with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ROWS, "wb") as rows_file:
         for start, text in entry_texts(path):
             place = f"{source}: entry {total}"
-            sample = read_sample(path, start, text, place)
+            sample = read_sample(text, place)
             rows = [row for image in sample.images if (row := row_of(image)) is not None]
             try:
                 fault = template.fault(sample, max_length)
@@ -208,8 +209,7 @@ class Conversations(data.Dataset[Item]):
         start, end = self._samples[self._indices[index], :2].tolist()
         with explained(self.path), open(self.path, "rb", buffering=0) as file:
             file.seek(start)
-            text = file.read(end - start)
-        return read_sample(self.path, start, text, f"{self.path}: {start}")
+            return read_sample(file.read(end - start), f"{self.path}: byte {start}")
 
     def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
         """Read the rows of several samples together: a list of `[images, D]`, float32."""
@@ -282,13 +282,13 @@ class Collator:
         self.pad, self.side = pad, side
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        ids = [item["input_ids"] for item in items]
         return {
-            "input_ids": self._pad([item["input_ids"] for item in items], self.pad),
-            "attention_mask": self._pad([[1] * len(item["input_ids"]) for item in items], 0),
+            "input_ids": self._pad(ids, self.pad),
+            "attention_mask": self._pad([[1] * len(sequence) for sequence in ids], 0),
             "labels": self._pad([item["labels"] for item in items], IGNORED_LABEL),
             "image_rows": torch.cat([item["image_rows"] for item in items]).float(),
         }
 
     def _pad(self, sequences: list[list[int]], value: int) -> Tensor:
-        tensors = list(map(torch.tensor, sequences))
-        return nn.utils.rnn.pad_sequence(tensors, True, value, self.side)
+        return pad_sequence(list(map(torch.tensor, sequences)), True, value, self.side)

@@ -55,6 +55,10 @@ def root(tmp_path):
     return tmp_path / "corpus", rows
 
 
+def sample_of(entry):
+    return conversation_files.read_sample(json.dumps(entry).encode(), "")
+
+
 def ready(path, corpus, template, cache, **options):
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus, "text")
     return prepare(path, corpus, template, cache, **options)
@@ -180,7 +184,7 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
     assert (found.report["used"], len(found)) == (35, 35)
     assert {found.sample(n).id for n in range(35)} == set(IDS) - {f"x{n}" for n in range(3, 8)}
     longest = max(len(found[number]["input_ids"]) for number in range(35))
-    assert longest <= 60 < len(chat.encode(conversation_files.parse_sample(entries[6], ""))[0])
+    assert longest <= 60 < len(chat.encode(sample_of(entries[6])).ids)
 
 
 def test_a_conversation_that_cannot_be_labelled_is_named_before_training(root, tmp_path):
@@ -221,7 +225,7 @@ def test_samples_beyond_the_positions_of_the_language_model_are_left_out(
 def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path):
     plain = Plain(tokenizer, K)
     path = write_list(tmp_path / "list.jsonl", [list_entry("x1")])
-    length = len(plain.encode(conversation_files.parse_sample(list_entry("x1"), "")).ids)
+    length = len(plain.encode(sample_of(list_entry("x1"))).ids)
     assert len(ready(path, root[0], plain, tmp_path / "a", max_length=length)) == 1
     with pytest.raises(ValueError, match="1 of 1 samples cannot be used"):
         ready(path, root[0], plain, tmp_path / "b", max_length=length - 1)
@@ -231,7 +235,7 @@ def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path)
     ("text", "words"),
     [
         ('[{"id": "x1", "caption": "a"}, {"id": "x2", ', "not a JSON list"),
-        ('{"id": "x1", "caption": "a"}\n{"id": \n', "are no JSON"),
+        ('{"id": "x1", "caption": "a"}\n{"id": \n', "entry 1: is no JSON"),
         ('["x1"]', "entry 0: is a str, expected an object"),
         ('[{"id": "x1"}]', "has neither a caption nor conversations, but 'id'"),
         ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "a turn is"),

@@ -234,6 +234,20 @@ def test_what_a_conversation_may_lack(sample, fault):
     assert Chat(word_tokenizer(), K).fault(sample) == fault
 
 
+@pytest.mark.parametrize("kind", [Plain, Chat])
+@pytest.mark.parametrize("text", ["a red dog", "\ufdfa" * 9])  # of 18 letters each in NFKC
+def test_a_sample_is_as_long_as_its_tokens_whatever_its_text_leaves_open(kind, text):
+    from tokenizers.normalizers import NFKC
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = NFKC()
+    template, turns = kind(tokenizer, K), [("user", IMAGE), ("assistant", text)]
+    sample = Sample("x", ["x"], None, turns)
+    length = len(template.encode(sample).ids)
+    for limit in (length // 2, length - 1, length, 2 * length, 13 * length):
+        assert template.fault(sample, limit) == ("over_long" if limit < length else None)
+
+
 def test_an_answer_that_no_token_holds_alone_is_a_fault():
     joined = "{% for m in messages %}{{ m['content'] + (' ca' if m['role'] == 'user' else '') }}"
     chat = Chat(word_tokenizer(joined + "{% endfor %}"), K)

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..._argument_checks import check_device
@@ -106,8 +105,7 @@ class Encoder:
 
     def _measured_dimension(self) -> int:
         """Return D as both towers give it."""
-        blank = np.zeros((3, 3, 3), np.uint8)
-        image = self.embed_images([pillow().Image.fromarray(blank)]).shape[1]
+        image = self.embed_images([pillow().Image.new("RGB", (3, 3))]).shape[1]
         text = self.embed_texts(["a"]).shape[1]
         if image != text:
             numbers = f"images become {image} numbers, texts {text}"
@@ -132,11 +130,9 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 @contextmanager
 def loading(describe: Callable[[str], str]) -> Iterator[None]:
-    """Give any error of a library that loads a model in one line, and keep its log silent.
+    """Keep the log of a library silent while it loads a model.
 
-    Args:
-        describe: makes the message of a `ValueError` of the library's reason; a damaged file
-            raises nearly every type.
+    An error of nearly any type becomes a `ValueError`, whose text `describe` makes of the reason.
     """
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -149,8 +149,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
 def wants_lower_case(tokenizer: Any, folder: Path, sigmoid: bool) -> bool:
     """Return whether a model was trained on lower-case texts, which its tokenizer may not make.
 
-    The config of the tokenizer says so by `do_lower_case`. SigLIP 2 was trained on them too, with
-    Gemma's tokenizer, and its first checkpoints do not say it.
+    `do_lower_case` says so; the first checkpoints of SigLIP 2, with Gemma's tokenizer, do not.
     """
     stated = tokenizer.init_kwargs.get("do_lower_case")
     if stated is not None or not sigmoid:

@@ -30,7 +30,7 @@ class Sample:
 
     def __init__(self, read: Callable[[str], bytes | None]) -> None:
         self._read = read
-        self._values: dict[str, Any] | None = None
+        self._values: Any = None  # of the `json` member, once it is read
 
     def text(self, names: Iterable[str], types: Any = str) -> str | None:
         """Return the first text by one of `names`, each an ending or a key of the `json` member.
@@ -40,18 +40,14 @@ class Sample:
         for name in names:
             if (data := self._read(name.lower())) is not None:
                 return data.decode("utf-8-sig").strip()
-            if self._values is None:
-                self._values = self._json()
-            if isinstance(value := self._values.get(name), types):
+            try:
+                self._values = self._values or json.loads(self._read("json") or b"{}")
+            except RecursionError as error:
+                raise ValueError("nested too deeply") from error
+            values = self._values if isinstance(self._values, dict) else {}
+            if isinstance(value := values.get(name), types):
                 return str(value)
         return None
-
-    def _json(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self._read("json") or b"{}")
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        return value if isinstance(value, dict) else {}
 
 
 class Folder(Source):
