@@ -316,6 +316,6 @@ def test_the_example_prints_its_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [str(path), "--splits", "2", "--plot", str(plot)])
     runpy.run_path(str(path), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and plot.stat().st_size > 0
+    assert len(lines) == 10 and plot.stat().st_size > 0
     tenth = {line.split(" | ")[0]: float(line.split(" | ")[2].split()[0]) for line in lines[2:]}
     assert tenth["| calibrated"] > 0.4 > 0.25 > tenth["| as the encoder gives them"]
