@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,15 +23,8 @@ from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
 from .format_registry import FORMATS, UNFINISHED, shard_paths
-from .formats import hf_dataset
-from .formats.arrow_columns import (
-    DEFAULT,
-    TableColumns,
-    TableWriter,
-    plain_schema,
-    pyarrow,
-    write_table,
-)
+from .formats import arrow
+from .formats import arrow_columns as tables
 from .shard import ColumnChunk, Shard
 from .shard_writer import FormatWriter
 
@@ -87,7 +81,7 @@ def convert(
                     (out / UNFINISHED).unlink()
             raise
         if to == "hf":
-            hf_dataset.write_state(out, paths)
+            arrow.write_state(out, paths)
         (out / UNFINISHED).unlink()  # the last change
         return paths
 
@@ -153,7 +147,7 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
         lost = (torch.isfinite(batch.rows) & ~torch.isfinite(rows)).any(dim=1)
         if bool(lost.any()):
             row = batch.first + int(lost.nonzero()[0])
-            raise ValueError(f"{shard.path}: row {row} holds a number beyond {dtype}; use a wider")
+            raise ValueError(f"{shard.path}: row {row} holds a number beyond {dtype}; widen it")
     return rows
 
 
@@ -168,17 +162,18 @@ def table_writer(
     if writer.accepts_entries:
         return writer(path, *shape, other_columns=_entries_of(shard))
     schema = _schema_of(shard)
-    if not issubclass(writer, TableWriter):
+    if not issubclass(writer, tables.TableWriter):
         metadata = path.parent / layout.METADATA / f"{path.stem}.parquet"
-        write_table(metadata, schema, _record_batches_of(shard, schema))
+        tables.write_table(metadata, schema, _record_batches_of(shard, schema))
         return writer(path, *shape)
-    if DEFAULT in schema.names:
-        raise ValueError(f"{shard.path}: has a column {DEFAULT!r}, the name of the rows; rename it")
+    name = tables.DEFAULT
+    if name in schema.names:
+        raise ValueError(f"{shard.path}: has a column {name!r}, the name of the rows; rename it")
     entries = (schema.metadata or {}).items()
     texts = {key: text for key, text in entries if key not in COLUMN_METADATA}
-    table_schema = plain_schema(columns, dtype, schema).with_metadata(texts)
-    source = TableColumns(table_schema, DEFAULT, lambda: _record_batches_of(shard, schema))
-    return writer(path, *shape, source)
+    table_schema = tables.plain_schema(columns, dtype, schema).with_metadata(texts)
+    other_columns = partial(_record_batches_of, shard, schema)
+    return writer(path, *shape, tables.TableColumns(table_schema, name, other_columns))
 
 
 def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:
@@ -197,7 +192,7 @@ def _schema_of(shard: Shard) -> Any:
     Raises:
         ValueError: entries do not agree on the type of a column, or it is none of Arrow's.
     """
-    pa, schemas = pyarrow(), []
+    pa, schemas = tables.pyarrow(), []
     for chunk in shard.other_columns():
         schemas.append(_record_batch(chunk, shard.path).schema)
         if not isinstance(chunk, list):
@@ -215,7 +210,7 @@ def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
 
 def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> Any:
     """Return a chunk as a record batch; `schema` is that of entries, None derives it from them."""
-    pa = pyarrow()
+    pa = tables.pyarrow()
     if not isinstance(chunk, list | dict):
         return chunk
     try:
@@ -236,6 +231,6 @@ def _plain(value: Any) -> Any:
 
 def _arrow_array(values: np.ndarray) -> Any:
     """Return a column `[n]` or `[n, k]` as an array of numbers or of fixed-size lists."""
-    pa = pyarrow()
+    pa = tables.pyarrow()
     flat = pa.array(values.reshape(-1))
     return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import torch
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from . import layout
 from .format_registry import read_shards, shard_paths
-from .formats import hf_dataset
+from .formats import arrow
 from .shard import Shard
 
 
@@ -86,9 +86,7 @@ class Corpus:
             raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
         self.path, self.column, self.allow_pickle = storage_path(path), column, allow_pickle
         self.subfolder = layout.subfolder_of(self.path, modality)  # "text_emb", "img_emb" or ""
-        self.layout: Literal["clip-retrieval", "flat"] = (
-            "clip-retrieval" if self.subfolder else "flat"
-        )
+        self.layout = "clip-retrieval" if self.subfolder else "flat"
         folder = self.path / self.subfolder
         paths = [folder]
         if layout.is_folder(folder):
@@ -126,7 +124,7 @@ class Corpus:
     @property
     def format(self) -> str:
         """A key of `format_registry.FORMATS`, "arrow-stream", or "hf" for a saved dataset."""
-        is_dataset = (self.path / self.subfolder / hf_dataset.STATE).is_file()
+        is_dataset = (self.path / self.subfolder / arrow.DATASET_STATE).is_file()
         return "hf" if is_dataset else self.shards[0].format
 
     @property
@@ -217,7 +215,7 @@ class Corpus:
         if self.format == "hf":
             paths = [folder / shard.path.name for shard in self.shards]
             source = self.path / self.subfolder
-            hf_dataset.write_state(folder, paths, source if keeps_columns else None)
+            arrow.write_state(folder, paths, source if keeps_columns else None)
 
 
 def sample_ids(num_rows: int, count: int, seed: int) -> np.ndarray:

@@ -17,16 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
-from .formats import (
-    archives,
-    arrow,
-    hf_dataset,
-    npy,
-    parquet,
-    pickle_list,
-    safetensors,
-    webdataset,
-)
+from .formats import archives, arrow, npy, parquet, pickle_list, safetensors, webdataset
 from .shard import Shard
 from .shard_writer import FormatWriter
 
@@ -86,8 +77,8 @@ def compression_of(name: str) -> str | None:
 def shard_paths(folder: StoragePath) -> list[StoragePath]:
     """Return the shards in a folder, in natural order; they must be of one format."""
     with explained(folder):
-        if (folder / hf_dataset.STATE).is_file():
-            return hf_dataset.data_files(folder)
+        if (folder / arrow.DATASET_STATE).is_file():
+            return arrow.data_files(folder)
         paths = [path for path in folder.iterdir() if format_of(path.name)]
     paths = [path for path in paths if format_of(path.name) not in ONLY_ALONE] or paths
     paths.sort(key=lambda path: natural_order(path.name))

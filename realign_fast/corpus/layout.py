@@ -24,7 +24,7 @@ from .format_registry import (
     read_shards,
     shard_paths,
 )
-from .formats import hf_dataset
+from .formats import arrow
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -127,8 +127,8 @@ def check_folder(folder: StoragePath, shards: Paths) -> None:
         warnings.warn(f"{folder}: {problem}; open such a folder itself", stacklevel=4)
     if shards:
         return
-    if hf_dataset.SPLITS in names:
-        splits = hf_dataset.splits_of(folder)
+    if arrow.DATASET_SPLITS in names:
+        splits = arrow.splits_of(folder)
         advice = f"give one of them, such as {folder / splits[0]}"
         raise ValueError(f"{folder}: is a DatasetDict of the splits {_some(splits)}; {advice}")
     if nested:

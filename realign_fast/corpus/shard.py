@@ -98,12 +98,24 @@ class Shard(ABC):
         """Yield the columns other than the rows, in order and many rows at a time."""
         return iter(())
 
-    def rebatched(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
+    def rebatched(
+        self, pieces: Iterator[np.ndarray], first: int, batch_rows: int, stamp: Stamp
+    ) -> Batches:
         """Cut pieces `[n, any]`, which are all rows from `first` on, into the batches of `read`.
 
-        A batch is a view of a writable piece where that holds all of it. A `ValueError` says that
-        the pieces do not end with the last row.
+        A batch is a view of a writable piece where that holds all of it. Whatever is wrong with a
+        file that no longer has the `stamp` is that it has changed.
         """
+        try:
+            yield from self._batches_of(pieces, first, batch_rows)
+        except (OSError, ValueError) as error:
+            if self.path.exists() and self.path.stamp() != stamp:
+                raise self.changed_error() from error
+            raise
+        if self.path.is_remote and self.path.stamp() != stamp:
+            raise self.changed_error()
+
+    def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
         row, filled, batch = first, 0, np.empty(0)
         for piece in pieces:
             while len(piece):
@@ -149,18 +161,7 @@ class StreamedShard(Shard):
         """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        yield from self.rebatched(self._unchanged_pieces(first, batch_rows), first, batch_rows)
-        if self.path.is_remote and self.path.stamp() != self.stamp:
-            raise self.changed_error()
-
-    def _unchanged_pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield `pieces`; what is wrong with a file that has changed is that it has changed."""
-        try:
-            yield from self.pieces(first, batch_rows)
-        except (OSError, ValueError) as error:
-            if self.path.exists() and self.path.stamp() != self.stamp:
-                raise self.changed_error() from error
-            raise
+        yield from self.rebatched(self.pieces(first, batch_rows), first, batch_rows, self.stamp)
 
     def checked(self, place: str, row: np.ndarray) -> np.ndarray:
         """Return a row `[D]` that is like the first one."""

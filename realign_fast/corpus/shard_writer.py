@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,6 +74,7 @@ class FormatWriter:
         with explained(self.path), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = stack.enter_context(self.path.pending_file(buffering=0))
+            self._buffered = io.BufferedWriter(self._file, 1 << 20)
             self._begin()
             self._pending = stack.pop_all()
         return self
@@ -98,6 +100,7 @@ class FormatWriter:
             if error is None and self.written == self.num_rows:
                 with self._pending:
                     self._finish()
+                    self._buffered.flush()
                 return
             counts = f"got {self.written} rows, expected {self.num_rows}"
             error = error or ValueError(f"{self.path}: {counts}; nothing was kept")
@@ -109,8 +112,7 @@ class FormatWriter:
             raise error
 
     def _begin(self) -> None:
-        """Write what stands before the rows to `self._file`, an unbuffered file."""
-        raise NotImplementedError
+        """Write what stands before the rows to `self._file`, unbuffered, or to `self._buffered`."""
 
     def _append(self, rows: np.ndarray) -> None:
         """Write rows `[n, D]` as they lie in memory; `self.written` rows stand before them."""

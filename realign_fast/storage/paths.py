@@ -45,7 +45,8 @@ def storage_path(path: AnyPath) -> StoragePath:
 def output_path(path: AnyPath) -> StoragePath:
     """Return the path of a result; ValueError if it is a URL that nothing can be written to."""
     result = storage_path(path)
-    if isinstance(result, Url) and (reason := result.read_only_reason):
+    if isinstance(result, Url) and (result.in_chain or result.is_web):
+        reason = "a chain of systems" if result.in_chain else "a web server"
         raise ValueError(f"{result}: is read only: {reason} takes no files; give a directory")
     return result
 

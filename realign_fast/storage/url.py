@@ -60,7 +60,7 @@ class Url:
         self._path: str
         self._path, mark, query = path.partition("?") if self.is_web else (path, "", "")
         self._suffix = mark + query + self._suffix
-        self._in_chain = "::" in text  # one file system lies in another
+        self.in_chain = "::" in text  # one file system lies in another
         self._connection: tuple[int, Any, str] | None = None  # process, file system, path in it
         self._size: int | None = None
 
@@ -176,7 +176,7 @@ class Url:
 
     def read_bytes(self) -> bytes:
         """Return the whole content of a small file."""
-        if self.is_web or self._in_chain:
+        if self.is_web or self.in_chain:
             return b"".join(pieces(self.pread, 0, self.stamp()[0]))
         return bytes(self._ask(lambda fs, path: fs.cat_file(path)))  # one request
 
@@ -217,13 +217,6 @@ class Url:
     def fileno(self) -> int:
         """Raise ``io.UnsupportedOperation``: a remote file has no descriptor."""
         raise io.UnsupportedOperation("fileno")
-
-    @property
-    def read_only_reason(self) -> str:
-        """Why nothing can be written to this kind of URL; empty if something can."""
-        if self._in_chain:
-            return "a chain of systems"
-        return "a web server" if self.is_web else ""
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Create the directory and those above it; a no-op on object stores."""
@@ -312,14 +305,14 @@ class Url:
         self._ask(send_whole, "written")
 
     def _range(self, fs: Any, path: str, count: int, offset: int) -> bytes:
-        if self.is_web and not self._in_chain:  # cat_file would take in all that a server sends
+        if self.is_web and not self.in_chain:  # cat_file would take in all that a server sends
             headers = fs.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
             options = {"size": self.size, "cache_type": "none", "headers": headers}
             with fs.open(path, "rb", **options) as file:
                 file.seek(offset)
                 data: bytes = file.read(count)
         else:
-            with _one_at_a_time if self._in_chain else nullcontext():
+            with _one_at_a_time if self.in_chain else nullcontext():
                 data = fs.cat_file(path, start=offset, end=offset + count)
         if len(data) != count:
             raise ConnectionError(f"got {len(data)} of {count} bytes from byte {offset}")

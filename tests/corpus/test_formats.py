@@ -16,8 +16,8 @@ from support.memory import memory_growth
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus, sample_rows
 from realign_fast.corpus.convert import convert
+from realign_fast.corpus.formats import arrow
 from realign_fast.corpus.formats import arrow as arrow_module
-from realign_fast.corpus.formats import hf_dataset
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.inspection import inspect
 from realign_fast.pipeline.settings import Settings
@@ -436,7 +436,7 @@ def test_a_part_without_rows_keeps_its_place(tmp_path, file, kind):
         source, f"{form}-{kind}" if form not in ("npy", "safetensors") else form, parts
     )
     if file == "hf":
-        hf_dataset.write_state(source, paths)
+        arrow.write_state(source, paths)
     corpus = Corpus(source)
     assert [shard.num_rows for shard in corpus.shards] == [0, 20, 0, 10, 0]
     assert {shard.dimension for shard in corpus.shards} == {DIMENSION}

@@ -9,7 +9,6 @@ result while it is written. A result keeps the other entries.
 from __future__ import annotations
 
 import errno
-import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,9 +43,7 @@ class NpzWriter(FormatWriter):
         entries = {DEFAULT: self._rows}
         if self._source:
             entries = self._source.entries | {self._source.column: self._rows}
-        file = io.BufferedWriter(self._file, 1 << 20)
-        self._save(entries, file)
-        file.detach()  # also flushes
+        self._save(entries, self._buffered)
 
     def _save(self, entries: dict[str, Any], file: Any) -> None:
         np.savez(file, allow_pickle=False, **{name: np.asarray(entries[name]) for name in entries})

@@ -8,31 +8,30 @@ Rows are counted from the heads of messages: pyarrow reads whole messages. A fil
 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and Interprocess
 Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The head is a
 flatbuffer table with the length of the body and, for a record batch, that of its columns.
+
+`save_to_disk` writes streams and `state.json`, which names them in their order. The result of such
+a dataset has a fingerprint of its own: under the old one, `map` of the datasets library would find
+what it has cached for the old rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import mmap
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...storage.paths import OpenedFile, StoragePath, explained
+from ...storage.paths import OpenedFile, StoragePath, explained, write_whole
 from ..io_extension import mapped_buffer
-from .arrow_columns import (
-    TableShard,
-    TableWriter,
-    decoded,
-    pyarrow,
-    rows_of,
-    validated,
-    vectors_of,
-)
+from . import arrow_columns as tables
 
 MAGIC = b"ARROW1"
 RELEASE_BYTES = 16 << 20
@@ -40,28 +39,34 @@ CONTINUES = b"\xff\xff\xff\xff"
 RECORD_BATCH = 3  # in the union MessageHeader
 MAX_HEAD = 64 << 20
 FIRST_BYTES = 1 << 12  # of a head, fetched at once: most heads are shorter
+DATASET_STATE, DATASET_INFO = "state.json", "dataset_info.json"
+DATASET_SPLITS = "dataset_dict.json"
+SHARD_HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint of a dataset
+SAVE = "save the dataset with save_to_disk"
+_PLAIN: dict[str, Any] = {"_format_kwargs": {}, "_output_all_columns": False}
+_PLAIN |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
 
 Data: TypeAlias = mmap.mmap | io.BufferedReader
 
 
-class ArrowWriter(TableWriter):
+class ArrowWriter(tables.TableWriter):
     """Write an Arrow IPC file; see `FormatWriter`."""
 
     suffixes = (".arrow", ".feather")
 
     def _open_table(self, file: Any) -> Any:
-        return pyarrow().ipc.new_file(file, self.columns.schema)
+        return tables.pyarrow().ipc.new_file(file, self.columns.schema)
 
 
 class StreamWriter(ArrowWriter):
     """Write an Arrow IPC stream, the form of Hugging Face datasets; see `FormatWriter`."""
 
     def _open_table(self, file: Any) -> Any:
-        return pyarrow().ipc.new_stream(file, self.columns.schema)
+        return tables.pyarrow().ipc.new_stream(file, self.columns.schema)
 
 
 @dataclass(frozen=True)
-class ArrowShard(TableShard):
+class ArrowShard(tables.TableShard):
     """One column of an Arrow IPC file."""
 
     format = "arrow"
@@ -76,7 +81,7 @@ class ArrowShard(TableShard):
                 for row in range(max(first, batch_first), end, batch_rows):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
-                    yield rows_of(array[row - batch_first :][:batch_rows], self)
+                    yield tables.rows_of(array[row - batch_first :][:batch_rows], self)
                     unreleased += batch_rows * self.row_bytes
                     if isinstance(data, mmap.mmap) and unreleased >= RELEASE_BYTES:
                         data.madvise(mmap.MADV_DONTNEED)
@@ -93,7 +98,7 @@ class ArrowShard(TableShard):
         """Yield the columns other than the rows, as the record batches of the file."""
         with _opened_data(self.path) as data:
             for batch in _record_batches(data):
-                yield validated(batch.drop_columns([self.column]))
+                yield tables.validated(batch.drop_columns([self.column]))
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
         def arrays(name: str) -> Iterator[Any]:
             return (batch.column(name) for batch in _record_batches(data, name))
 
-        name, dtype, dimension = vectors_of(path, reader.schema, column, arrays)
+        name, dtype, dimension = tables.vectors_of(path, reader.schema, column, arrays)
     shard_class = StreamShard if _is_stream(reader) else ArrowShard
     return shard_class(path, num_rows, dimension, dtype, name, stamp)
 
@@ -125,7 +130,7 @@ def _opened_data(path: StoragePath) -> Iterator[Data]:
     """Map a local file, or open a remote one that fetches what is read."""
     if not path.stamp()[0]:
         raise ValueError(f"{path}: is empty, expected an Arrow file or stream; write it again")
-    with explained(path), path.open("rb") as file, decoded(path, file):
+    with explained(path), path.open("rb") as file, tables.decoded(path, file):
         if path.is_remote:
             yield file
             return
@@ -143,7 +148,7 @@ def _open_reader(data: Data, column: str | None = None) -> Any:
     A remote file is read without its other columns, if `column` is given. (A reader of one column
     of a mapped file would copy it.)
     """
-    pa = pyarrow()
+    pa = tables.pyarrow()
     data.seek(0)
     open_data = pa.ipc.open_file if data.read(len(MAGIC)) == MAGIC else pa.ipc.open_stream
     data.seek(0)
@@ -158,7 +163,7 @@ def _open_reader(data: Data, column: str | None = None) -> Any:
 
 
 def _is_stream(reader: Any) -> bool:
-    return isinstance(reader, pyarrow().ipc.RecordBatchStreamReader)
+    return isinstance(reader, tables.pyarrow().ipc.RecordBatchStreamReader)
 
 
 def _record_batches(data: Data, column: str | None = None) -> Iterator[Any]:
@@ -212,3 +217,48 @@ def _field(data: bytes, table: int, number: int) -> int:
     place = 4 + 2 * number
     offset = struct.unpack_from("<H", data, table - back + place)[0] if place < size else 0
     return table + offset if offset else 0
+
+
+def splits_of(folder: StoragePath) -> list[str]:
+    """Return the names of the splits of the `DatasetDict` in a folder."""
+    splits = _load_object(folder / DATASET_SPLITS).get("splits")
+    return [name for name in splits or [] if isinstance(name, str)] or ["one of its folders"]
+
+
+def data_files(folder: StoragePath) -> list[StoragePath]:
+    """Return the shards of the dataset in a folder, in its order."""
+    state = _load_object(folder / DATASET_STATE)
+    files = state.get("_data_files") or [None]
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else None for file in files]
+    if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        raise ValueError(f"{folder / DATASET_STATE}: expected _data_files to name files; {SAVE}")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise ValueError(f"{folder / DATASET_STATE}: indexed; call flatten_indices() and {SAVE}")
+    return [folder / name for name in names]
+
+
+def write_state(
+    folder: StoragePath, shards: Sequence[StoragePath], source: StoragePath | None = None
+) -> None:
+    """Write the json files that make a dataset of `shards`; information of `source` is kept."""
+    state: dict[str, Any] = _load_object(source / DATASET_STATE) if source else _PLAIN
+    has_info = source and (source / DATASET_INFO).exists()
+    info = _load_object(source / DATASET_INFO) if source and has_info else {}
+    digest = hashlib.sha256(str(state.get("_fingerprint")).encode())
+    for path in shards:
+        with path.open("rb") as file:
+            digest.update(file.read(SHARD_HEAD_BYTES))
+    state = state | {"_data_files": [{"filename": path.name} for path in shards]}
+    state["_fingerprint"] = digest.hexdigest()[:16]
+    info.pop("download_checksums", None)
+    write_whole(folder / DATASET_INFO, json.dumps(info, indent=2).encode())
+    write_whole(folder / DATASET_STATE, json.dumps(state, indent=2, sort_keys=True).encode())
+
+
+def _load_object(path: StoragePath) -> dict[str, Any]:
+    try:
+        if isinstance(value := json.loads(path.read_bytes()), dict):
+            return value
+        raise TypeError(f"got a {type(value).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a json object ({error}); {SAVE}") from error

@@ -9,7 +9,6 @@ is null, are read as NaN. This is the one file that imports pyarrow.
 
 from __future__ import annotations
 
-import io
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -241,7 +240,6 @@ class TableWriter(FormatWriter):
         self.columns = TableColumns(columns.schema, columns.column, columns.other_columns)
         self._batches = self.columns.other_columns() if len(self.columns.schema) > 1 else None
         self._unwritten: Any = None  # rows of the other columns, a `pyarrow.Table`
-        self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._table = self._open_table(pyarrow().PythonFile(self._buffered, "w"))
 
     def _append(self, rows: np.ndarray) -> None:
@@ -265,7 +263,6 @@ class TableWriter(FormatWriter):
 
     def _finish(self) -> None:
         self._table.close()
-        self._buffered.flush()
 
     def _abandon(self) -> None:
         with suppress(OSError, ValueError, pyarrow().ArrowException):  # the file is removed anyway

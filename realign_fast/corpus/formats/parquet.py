@@ -25,15 +25,7 @@ import numpy as np
 from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
 from ..shard import StreamedShard
-from .arrow_columns import (
-    TableShard,
-    TableWriter,
-    decoded,
-    pyarrow,
-    rows_of,
-    validated,
-    vectors_of,
-)
+from . import arrow_columns as tables
 
 BUFFER_BYTES = 1 << 20
 COLUMN_ROWS = 1024  # of the other columns read at a time: they may hold images
@@ -49,26 +41,26 @@ class NotDirect(ValueError):
 NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
 
 
-class ParquetWriter(TableWriter):
+class ParquetWriter(tables.TableWriter):
     """Write a parquet file; see `FormatWriter`. Rows are stored plain: they hardly compress."""
 
     suffixes = (".parquet",)
 
     def _open_table(self, file: Any) -> Any:
-        return pyarrow().parquet.ParquetWriter(file, self.columns.schema, **self._codecs())
+        return tables.pyarrow().parquet.ParquetWriter(file, self.columns.schema, **self._codecs())
 
     def _codecs(self) -> dict[str, Any]:
         """Return the options for dictionaries and compression of every column but the rows."""
-        sink, rows = pyarrow().BufferOutputStream(), self.columns.column
-        pyarrow().parquet.ParquetWriter(sink, self.columns.schema).close()
-        leaves = pyarrow().parquet.ParquetFile(sink.getvalue()).schema
+        sink, rows = tables.pyarrow().BufferOutputStream(), self.columns.column
+        tables.pyarrow().parquet.ParquetWriter(sink, self.columns.schema).close()
+        leaves = tables.pyarrow().parquet.ParquetFile(sink.getvalue()).schema
         paths = [leaves.column(i).path for i in range(len(leaves))]
         names = [path for path in paths if path != rows and not path.startswith(f"{rows}.")]
         return {"use_dictionary": names, "compression": dict.fromkeys(names, "snappy")}
 
 
 @dataclass(frozen=True)
-class ParquetShard(TableShard):
+class ParquetShard(tables.TableShard):
     """One column of a parquet file."""
 
     format = "parquet"
@@ -102,7 +94,7 @@ class ParquetShard(TableShard):
         """Yield the rows of a row group through pyarrow, from `first` on; `row` is its first."""
         end = row + file.metadata.row_group(group).num_rows
         for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=[group]):
-            rows = rows_of(batch.column(0), self)
+            rows = tables.rows_of(batch.column(0), self)
             yield rows[max(0, first - row) :]
             row += len(rows)
         if row != end:
@@ -152,7 +144,7 @@ class ParquetShard(TableShard):
         """Yield the columns other than the rows as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, _):
             names = [name for name in file.schema_arrow.names if name != self.column]
-            yield from map(validated, file.iter_batches(COLUMN_ROWS, columns=names))
+            yield from map(tables.validated, file.iter_batches(COLUMN_ROWS, columns=names))
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
@@ -163,7 +155,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
         def arrays(name: str) -> Iterator[Any]:
             return (batch.column(0) for batch in file.iter_batches(16, columns=[name]))
 
-        name, dtype, dimension = vectors_of(path, file.schema_arrow, column, arrays)
+        name, dtype, dimension = tables.vectors_of(path, file.schema_arrow, column, arrays)
         return ParquetShard(path, file.metadata.num_rows, dimension, dtype, name, stamp)
 
 
@@ -177,7 +169,7 @@ def _row_group_ends(file: Any) -> np.ndarray:
 def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
     """Yield a `pyarrow.parquet.ParquetFile`, and the descriptor that it reads; None for a URL."""
     with explained(path), path.open("rb") as raw:
-        with decoded(path, raw):
+        with tables.decoded(path, raw):
             try:
                 descriptor = raw.fileno()
             except io.UnsupportedOperation:
@@ -185,7 +177,7 @@ def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
             # Checksums are compared where a page has one: few writers add them.
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             options["page_checksum_verification"] = True
-            yield pyarrow().parquet.ParquetFile(raw, **options), descriptor
+            yield tables.pyarrow().parquet.ParquetFile(raw, **options), descriptor
 
 
 class ColumnPages:

@@ -151,11 +151,8 @@ class PickleCopy(FormatWriter):
 
     suffixes = (".pkl", ".pickle")
 
-    def _begin(self) -> None:
-        """Write nothing: what the source has before its first row is copied with that row."""
-
     def _append(self, rows: np.ndarray) -> None:
-        if len(rows):
+        if len(rows):  # with the first row is copied what stands before it
             self._copy(self.written, rows)
 
     def _finish(self) -> None:

@@ -39,7 +39,6 @@ class TarWriter(FormatWriter):
     accepts_entries = True
 
     def _begin(self) -> None:
-        self._buffered = io.BufferedWriter(self._file, 1 << 20)
         self._tar = tarfile.open(fileobj=self._buffered, mode="w", format=tarfile.PAX_FORMAT)
         self._row_places = self._copied() if self._source else iter(())
 
@@ -56,7 +55,6 @@ class TarWriter(FormatWriter):
         if next(self._row_places, None):  # this copies what stands behind the last row
             raise self._source.changed_error()
         self._tar.close()
-        self._buffered.flush()
 
     def _copied(self) -> Iterator[tuple[tarfile.TarInfo, tuple[int, ...]]]:
         """Copy the source; yield the member and the shape of each row, which is not copied."""
