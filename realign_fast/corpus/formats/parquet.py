@@ -12,7 +12,6 @@ bounded by the batch and the file's pages, never by a row group. A result has a 
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,11 +33,7 @@ ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the le
 
 
 class NotDirect(ValueError):
-    """The reason why pyarrow has to decode a row group, found in the footer of its file."""
-
-
-# The compiled reader raises its own error for what it finds in a page.
-NOT_PLAIN = (NotDirect, _io.NotPlain) if _io else (NotDirect,)
+    """The reason why pyarrow has to decode a row group; the compiled reader has a `NotPlain`."""
 
 
 class ParquetWriter(tables.TableWriter):
@@ -74,7 +69,7 @@ class ParquetShard(tables.TableShard):
                 if first >= end:
                     row = end
                     continue
-                with suppress(*NOT_PLAIN):
+                with suppress(ValueError):  # pyarrow says what is wrong
                     pages = column_pages.of(group)
                     while first < end:
                         count = min(batch_rows - first % batch_rows, end - first)
@@ -103,24 +98,19 @@ class ParquetShard(tables.TableShard):
 
     def take_rows(self, ids: np.ndarray) -> np.ndarray:
         """Read the rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
-        if self.path.is_remote:
-            return super().take_rows(ids)
-        if self.path.stamp() != self.stamp:
-            raise self.changed_error()
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with _opened(self.path) as (file, descriptor):
-            ends = _row_group_ends(file)
-            if ends[-1:].sum() != self.num_rows:
-                raise self.changed_error()
-            cuts, column_pages = np.searchsorted(ids, ends), ColumnPages(file, descriptor, self)
-            for group in np.flatnonzero(np.diff(cuts, prepend=0)):
-                row = int(ends[group - 1]) if group else 0
-                try:
-                    pages = column_pages.of(int(group))
-                    for place in range(cuts[group - 1] if group else 0, cuts[group]):
+            ends, column_pages = _row_group_ends(file), ColumnPages(file, descriptor, self)
+            groups = np.searchsorted(ends, ids, side="right")
+            try:
+                for group in np.unique(groups).tolist():
+                    pages, row = column_pages.of(group), int(ends[group - 1]) if group else 0
+                    for place in range(*np.searchsorted(groups, [group, group + 1])):
                         pages.read(int(ids[place]) - row, taken[place])
-                except NOT_PLAIN:
-                    return super().take_rows(ids)
+            except (ValueError, IndexError):  # the latter in a file that has changed
+                return super().take_rows(ids)
+        if self.path.stamp() != self.stamp:
+            raise self.changed_error()
         return taken
 
     def why_decoded(self) -> str:
@@ -130,7 +120,7 @@ class ParquetShard(tables.TableShard):
             for group in range(file.num_row_groups):
                 try:
                     column_pages.of(group).check()
-                except NOT_PLAIN as reason:
+                except ValueError as reason:
                     return f"row group {group}: {reason}"
         return ""
 
@@ -170,10 +160,7 @@ def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
     """Yield a `pyarrow.parquet.ParquetFile`, and the descriptor that it reads; None for a URL."""
     with explained(path), path.open("rb") as raw:
         with tables.decoded(path, raw):
-            try:
-                descriptor = raw.fileno()
-            except io.UnsupportedOperation:
-                descriptor = None
+            descriptor = None if path.is_remote else raw.fileno()
             # Checksums are compared where a page has one: few writers add them.
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             options["page_checksum_verification"] = True
@@ -207,10 +194,7 @@ class ColumnPages:
         sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
         for name in ("max_definition", "max_repetition"):
             sizes[name] = getattr(leaf, f"{name}_level")
-        try:
-            return _io.ParquetPages(self._descriptor, start, end, **sizes)
-        except ValueError as error:
-            raise NotDirect(str(error)) from error
+        return _io.ParquetPages(self._descriptor, start, end, **sizes)
 
     @cached_property
     def _chunks(self) -> tuple[Any, list[Any]]:
@@ -220,10 +204,7 @@ class ColumnPages:
         leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
         if len(leaves) != 1:
             raise NotDirect(f"{len(leaves)} columns could be {name!r}")
-        try:
-            chunks = _io.read_chunks(self._descriptor, leaves[0])
-        except _io.NotPlain as error:
-            raise NotDirect(str(error)) from error
+        chunks = _io.read_chunks(self._descriptor, leaves[0])
         if len(chunks) != self._file.num_row_groups:
             raise NotDirect("its footer has changed")
         return schema.column(leaves[0]), chunks
