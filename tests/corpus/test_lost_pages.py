@@ -21,13 +21,13 @@ ROWS, COLUMNS = 4000, 256
 READ = """
 import os, sys
 from realign_fast.corpus import Corpus, io_extension
-from realign_fast.corpus.formats import arrow
+from realign_fast.corpus.formats import arrow_columns
 io_extension.survive_lost_pages()
-rows_of = arrow.rows_of
+rows_of = arrow_columns.rows_of
 def cut_rows_of(values, shard):  # between the look at the size and the copy
     os.truncate(shard.path, 200)
     return rows_of(values, shard)
-arrow.rows_of = cut_rows_of
+arrow_columns.rows_of = cut_rows_of
 for path in sys.argv[1:]:
     try:
         for batch in Corpus(path, allow_pickle=True).batches(batch_rows=1000):
