@@ -7,7 +7,8 @@
 # drift (an array), merge, apply (an array), merge. Started again it goes on where it stopped: a
 # finished shard is not read again. A job that reaches its time limit (--time, 2 hours unless the
 # options say otherwise) gets SIGTERM a minute before, keeps what is finished (status 143) and is
-# queued again; so is one whose output another process holds (5), or whose store did not answer (6).
+# queued again, up to 20 times; so is one whose output another process holds (5), and, up to three
+# times, one whose store did not answer (6).
 # Logs: realign-STEP-JOB_TASK.log, with a line of JSON each minute. A job alone, as the arrays run it:
 #
 #   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh drift TEXT IMAGE OUT
@@ -23,7 +24,9 @@ run() { # in the background, so that bash passes SIGTERM on
   local status=0
   wait $! || status=$?
   ! kill -0 $! 2>/dev/null || { status=0; wait $! || status=$?; } # a signal ended the first wait
-  if [[ $status =~ ^(143|5|6)$ && -n ${SLURM_JOB_ID:-} && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
+  local times=20
+  ((status != 6)) || times=3
+  if [[ $status =~ ^(143|5|6)$ && -n ${SLURM_JOB_ID:-} && ${SLURM_RESTART_COUNT:-0} -lt $times ]]; then
     scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
   fi
   return "$status"

@@ -7,10 +7,14 @@ them. The seconds come from rates: those of the user, or those of a short run on
 from __future__ import annotations
 
 import copy
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from .._startup import is_own_command
 from ..align import ReAlign
 from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
@@ -28,6 +32,7 @@ from .shard_tasks import AlignTask
 from .unify_run import map_of, results_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
+MEASURED_BYTES = 1 << 29  # of each side at least, which the rates are measured on
 
 
 @dataclass
@@ -185,27 +190,57 @@ def measured_seconds(
     settings: Settings | None = None,
     run: Callable[[Corpus, Corpus, StoragePath, Settings], list[dict[str, Any]]] | None = None,
 ) -> list[float]:
-    """Return the seconds of each pass at the rates of a run on the first shard of each side.
+    """Return the seconds of the start and of each pass, from a run on the first shards.
 
-    ``run`` returns the summaries of its passes; by default it is that of ``align``. It writes into
-    ``OUT.plan``, which is removed.
+    The run takes two shards a worker of each side, or as many as hold ``MEASURED_BYTES``, so that
+    shards overlap as they will; it writes into ``OUT.plan``, which is removed. The start is what
+    this command has taken until now. The pages of corpora that memory cannot keep from one pass to
+    the next are dropped first, and the later passes of ``align`` then read at the rate of the
+    first. ``run`` returns the summaries of its passes; by default it is that of ``align``.
     """
+    start = _age_of_command()
     scratch = output_path(f"{str(out).rstrip('/')}.plan")
     settings = settings or Settings()
     quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    is_kept = source.nbytes + target.nbytes < memory / 2
     try:
         LOGGER.disabled = True
         first = _beginning(source, settings.workers)
         second = first if source is target else _beginning(target, settings.workers)
+        for corpus in () if is_kept or not hasattr(os, "posix_fadvise") else (first, second):
+            _drop_pages(corpus)
         passes = (run or _align_passes)(first, second, scratch, quick)
     finally:
         LOGGER.disabled = False
         if scratch.exists():
             scratch.remove_tree()
-    rates = {done["name"]: done["rows_per_second"] for done in passes}
+    seconds = {done["name"]: 1 / done["rows_per_second"] for done in passes}  # of a row
+    if not is_kept and "source drift" in seconds:
+        slower = max(0.0, seconds["source moments"] - seconds["source drift"])
+        seconds |= {name: seconds[name] + slower for name in ("source drift", "apply")}
     kinds = {"target sample": "target moments", "source residual": "source drift"}
     kinds |= {"source sample": "source moments", "drift of sample": "source drift"}
-    return [step["rows"] / rates[kinds.get(step["name"], step["name"])] for step in steps]
+    names = [kinds.get(step["name"], step["name"]) for step in steps]
+    rows = [step["rows"] for step in steps]
+    return [start, *(count * seconds[name] for count, name in zip(rows, names, strict=True))]
+
+
+def _age_of_command() -> float:
+    """Return the seconds since the start of this process, or 0 if it is another program's."""
+    status = Path("/proc/self/stat")
+    if not is_own_command() or not status.exists():
+        return 0.0
+    ticks = int(status.read_text().rpartition(")")[2].split()[19])  # see man proc_pid_stat
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _drop_pages(corpus: Corpus) -> None:
+    """Let the system forget the local files of a corpus, so that they are read from the disk."""
+    for shard in corpus.shards:
+        if not shard.path.is_remote:
+            with open(str(shard.path), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _align_passes(
@@ -220,20 +255,23 @@ def _align_passes(
 def plan_report(
     steps: Sequence[dict[str, Any]], seconds: Sequence[float], machines: int = 1
 ) -> dict[str, Any]:
-    """Return the passes with their seconds, and the sums over all passes."""
+    """Return the passes with their seconds, and the sums over all passes and the start."""
+    start, *durations = seconds
     passes = [
         step | {"seconds": duration / machines}
-        for step, duration in zip(steps, seconds, strict=True)
+        for step, duration in zip(steps, durations, strict=True)
     ]
-    names = ("rows", "bytes_read", "bytes_written", "requests", "finished_before", "seconds")
+    names = ("rows", "bytes_read", "bytes_written", "requests", "finished_before")
     known = {name: [step[name] for step in passes] for name in names}
     totals = {name: None if None in values else sum(values) for name, values in known.items()}
-    return {"passes": passes, **totals, "hours": (totals["seconds"] or 0) / 3600}
+    total = sum(step["seconds"] for step in passes) + start
+    report = {"passes": passes, **totals, "start_seconds": start, "seconds": total}
+    return report | {"hours": total / 3600}
 
 
 def rated_seconds(steps: Sequence[dict[str, Any]], read: float, write: float) -> list[float]:
-    """Return the seconds of each pass at given rates, in bytes a second."""
-    return [step["bytes_read"] / read + step["bytes_written"] / write for step in steps]
+    """Return the seconds of each pass, after 0 for the start, at given rates in bytes a second."""
+    return [0.0] + [step["bytes_read"] / read + step["bytes_written"] / write for step in steps]
 
 
 def format_plan(report: dict[str, Any]) -> str:
@@ -250,9 +288,10 @@ def format_plan(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _beginning(corpus: Corpus, shards: int) -> Corpus:
+def _beginning(corpus: Corpus, workers: int) -> Corpus:
     """Return a corpus of the first shards alone."""
-    part = copy.copy(corpus)
+    enough = corpus.starts.searchsorted(MEASURED_BYTES // corpus.shards[0].row_bytes)
+    part, shards = copy.copy(corpus), max(2 * workers, int(enough))
     part.shards, part.starts = corpus.shards[:shards], corpus.starts[: shards + 1]
     part.num_rows = int(part.starts[-1])
     part.nbytes = part.num_rows * part.shards[0].row_bytes
