@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from ..interface.option_values import Modality, OptionError
+from ..interface.option_values import OptionError
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import open_corpus, shows_progress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..metrics import MixedGallery
 
 _SIDES = "--text TEXT --image IMAGE"
-_OTHER: dict[Modality, Modality] = {"text": "image", "image": "text"}
+_OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
 
 
 @command("Results", _SIDES, f"{_SIDES} --space space.safetensors --json", f"{_SIDES} --pairs id")
@@ -30,12 +30,15 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
 
     from ..interface.progress import Progress
     from ..metrics import mixed_gallery, over_splits
+    from ..metrics.estimate import plain
     from ..shared_space import SharedSpace
 
     rows = _paired_rows(options)
     given = SharedSpace.load(options.space) if options.space else None
     splits, count = 1 if given else options.splits, len(rows["text"])
     roles = [options.queries] if options.queries else list(_OTHER)
+    if given and given.layout == "single" and not options.queries:
+        roles = [given.query_role]
     found: dict[tuple[str, str], list[MixedGallery]] = defaultdict(list)
     bar = Progress(splits * len(roles), "search", unit="search", shown=shows_progress(options))
     with bar:
@@ -51,19 +54,15 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
                 searches = {"encoder": (raw[role], raw)}
                 searches["space"] = space.query(raw[role], role), placed
                 for way, (queries, documents) in searches.items():
-                    answers: dict[str, Tensor] = {_OTHER[role]: number}
-                    found[role, way].append(
-                        mixed_gallery(
-                            queries, documents, answers, own=dict.fromkeys([role], number)
-                        )
-                    )
+                    relevant, own = {_OTHER[role]: number}, {role: number}
+                    found[role, way].append(mixed_gallery(queries, documents, relevant, own=own))
                 bar.update()
     facts: dict[str, Any] = {"pairs": count, "searched": count - half, "splits": splits}
     lines = [f"{count - half:,} of {count:,} pairs searched, splits: {splits}"]
     for role in roles:
         ways = ("encoder", "space")
         columns = {way: over_splits(found[role, way]).figures(_OTHER[role]) for way in ways}
-        facts |= {f"{role}_queries": _plain(columns)}
+        facts[f"{role}_queries"] = {way: plain(column) for way, column in columns.items()}
         lines += ["", *_table(f"{role} queries", columns)]
     return Result(facts, "\n".join(lines), answer=True)
 
@@ -75,6 +74,7 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
 
     from ..interface.progress import Progress
     from ..metrics import Reader, Substitution, hashed_ngrams, substitution
+    from ..metrics.estimate import plain
 
     sides = [(side, _spread(side.num_rows, options.sample)) for side in _open_sides(options)]
     text, image = (_rows(*side).float() for side in sides)
@@ -85,6 +85,8 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
     names = names or ["realign", "optimal-transport", "center"]
     results, tested_count = [], round(len(image) * options.test)
+    if not 0 < tested_count < len(image):
+        raise OptionError(f"--test: takes {tested_count} of {len(image)} images, expected some")
     total = options.seeds * (2 + len(names))
     with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
         for seed in range(options.seeds):
@@ -106,12 +108,16 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
             )
             results.append(found)
     found = Substitution.joined(results, tested_count / len(trained))
-    columns = {"loss": found.loss, "accuracy": found.accuracy, "share closed": found.share_closed}
-    counts = {"texts": len(text), "images": len(image), "tested": tested_count}
+    columns = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
+    facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
+    facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in columns.items()}
+    facts["interval"] = {
+        name: [*plain({"low": low, "high": high}).values()]
+        for name, (low, high) in found.interval.items()
+    }
     title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
-    facts = counts | {"seeds": options.seeds, "interval": _plain(found.interval)} | _plain(columns)
-    text_lines = [title, "", *_table("readers trained on", columns)]
-    return Result(facts, "\n".join(text_lines), answer=True)
+    lines = [title, "", *_table("readers trained on", columns)]
+    return Result(facts, "\n".join(lines), answer=True)
 
 
 def _open_sides(options: opts.PairOptions) -> list[Corpus]:
@@ -192,14 +198,3 @@ def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> list[str]:
         texts = [f"{cell:.4f} ± {error:.4f}" for cell, error in zip(cells, errors, strict=True)]
         lines.append(f"{name:24}" + "".join(f"{text:>18}" for text in texts))
     return lines
-
-
-def _plain(value: Any) -> Any:
-    """Return figures as plain dicts and numbers, ready for json; NaN is None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "standard_error"):
-        return {"value": _plain(float(value)), "standard_error": _plain(value.standard_error)}
-    return None if math.isnan(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -29,3 +30,19 @@ class Estimate(float):
 
     def __repr__(self) -> str:
         return f"{float(self)!r} ± {self.standard_error:.2g}"
+
+
+def plain(figures: Mapping[str, float | None]) -> dict[str, float | int | None]:
+    """Return figures ready for json: an Estimate as two numbers, its error at NAME_error.
+
+    NaN is None, except that of an error, which is left out.
+    """
+    numbers: dict[str, float | int | None] = {}
+    for name, value in figures.items():
+        numbers[name] = float(value) if isinstance(value, Estimate) else value
+        if value is not None and math.isnan(value):
+            numbers[name] = None
+        error = getattr(value, "standard_error", math.nan)
+        if not math.isnan(error):
+            numbers[f"{name}_error"] = error
+    return numbers

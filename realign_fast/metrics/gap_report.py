@@ -13,6 +13,7 @@ from torch import Tensor
 from ..moments import Moments
 from ..ops.reference import unit
 from . import cosines, distribution, mixed_gallery, neighbours, spectrum
+from .estimate import plain
 
 Numbers = dict[str, float | int | None]
 
@@ -79,7 +80,7 @@ def gap_report(
     for stage, figures in stages.items():
         report |= {f"{stage}_{name}": value for name, value in figures.items()}
     used = {f"settings_{k}": v for k, v in asdict(settings).items() if isinstance(v, int)}
-    return _plain(report) | used
+    return plain(report) | used
 
 
 class _Modality(NamedTuple):
@@ -104,23 +105,14 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
     """Return the figures of one source and one target."""
-    figures = _distances(source.moments, target.moments)
+    y, x = source.moments, target.moments
+    figures: Numbers = {"source_rows": y.count, "target_rows": x.count}
+    for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
+        figures[name] = getattr(distribution, name)(y, x)
+    figures["sampling_gap"] = distribution.sampling_gap(x.trace, y.count, x.count)
     figures |= _spectra(source.spectrum, target.spectrum, settings.subspace)
     figures |= _samples(source.rows, target.rows, settings)
     return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
-
-
-def _distances(y: Moments, x: Moments) -> Numbers:
-    """Return the figures that moments determine."""
-    return {
-        "source_rows": y.count,
-        "target_rows": x.count,
-        "centroid_gap": distribution.centroid_gap(y, x),
-        "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
-        "trace_ratio": distribution.trace_ratio(y, x),
-        "covariance_distance": distribution.covariance_distance(y, x),
-        "frechet_distance": distribution.frechet_distance(y, x),
-    }
 
 
 def _spectra(source: spectrum.Spectrum, target: spectrum.Spectrum, subspace: int) -> Numbers:
@@ -151,12 +143,8 @@ def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
 
 def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     """Return the figures of unpaired samples of rows."""
-    pairs, bins, seed = settings.cosine_pairs, settings.cosine_bins, settings.seed
-    figures: Numbers = {
-        "cosine_divergence": cosines.cosine_divergence(
-            source, target, pairs=pairs, bins=bins, seed=seed
-        )
-    }
+    drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
+    figures: Numbers = {"cosine_divergence": cosines.cosine_divergence(source, target, **drawn)}
     for side, rows, others in (("source", source, target), ("target", target, source)):
         figures[f"{side}_mixing"] = neighbours.knn_mixing(
             rows, others, settings.mixing_k, block=settings.block, backend=settings.backend
@@ -167,25 +155,23 @@ def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     """Return the figures of matched rows."""
-    block = settings.block
+    block, rows = settings.block, min(len(source), settings.gallery_rows)
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
         "cosine_correlation": cosines.cosine_correlation(source, target, block),
         "residual_anisotropy": spectrum.residual_anisotropy(source, target, block),
+        "gallery_rows": rows,
     }
-    rows = min(len(source), settings.gallery_rows)
     numbers = torch.arange(rows, device=source.device)
     spread = numbers * len(source) // rows
-    galleries = {
-        name: unit(side[spread].double()) for name, side in (("source", source), ("target", target))
-    }
+    galleries = {"source": unit(source[spread].double()), "target": unit(target[spread].double())}
     ks = [k for k in settings.recall_at if k < 2 * rows]
     for side, other in (("source", "target"), ("target", "source")):
         found = mixed_gallery.mixed_gallery(
             galleries[side], galleries, {other: numbers}, own={side: numbers}, ks=ks, block=block
         )
         figures |= {f"{side}_{name}": value for name, value in found.figures(other).items()}
-    return figures | {"gallery_rows": rows}
+    return figures
 
 
 def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
@@ -198,17 +184,3 @@ def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Number
         "knn_overlap": overlap,
         "knn_overlap_chance": k / (len(source) - 1),
     }
-
-
-def _plain(figures: Numbers) -> Numbers:
-    """Turn every Estimate into two numbers and NaN into None."""
-    numbers: Numbers = {}
-    for name, value in figures.items():
-        if value is None or isinstance(value, int):
-            numbers[name] = value
-            continue
-        numbers[name] = None if math.isnan(value) else float(value)
-        error = getattr(value, "standard_error", math.nan)
-        if not math.isnan(error):
-            numbers[f"{name}_error"] = error
-    return numbers

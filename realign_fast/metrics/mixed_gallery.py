@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._argument_checks import expect_counts, expect_tensor
+from .cosines import check_rows
 from .estimate import Estimate
 from .neighbours import TIE, search_blocks
 
@@ -217,15 +218,13 @@ def _check(
     ks: Sequence[int],
 ) -> None:
     """Raise a ValueError if :func:`mixed_gallery` cannot search with these arguments."""
-    for name, rows in {"the queries": queries, **galleries}.items():
-        expect_tensor("mixed_gallery", rows, name)
-        if rows.dim() != 2 or rows.shape[1:] != queries.shape[1:] or not len(rows):
+    for name, rows in {"queries": queries, **galleries}.items():
+        check_rows(f"mixed_gallery, {name}", rows, min_rows=1)
+        if rows.shape[1] != queries.shape[1]:
             raise ValueError(
-                f"mixed_gallery: expected rows [N, {queries.shape[-1]}], got {list(rows.shape)} "
-                f"for {name}; send queries and documents through one space"
+                f"mixed_gallery: {name} have {rows.shape[1]} columns, the queries "
+                f"{queries.shape[1]}; send queries and documents through one space"
             )
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"mixed_gallery: {name} hold a NaN or an infinity; leave them out")
     if not relevant or not {*relevant, *own} <= set(galleries):
         raise ValueError(
             f"mixed_gallery: `relevant` and `own` name {sorted({*relevant, *own})}, expected one "

@@ -115,36 +115,31 @@ def substitution(
         )
     labels_of = dict.fromkeys(rows_of, source_labels) | {"target": target_labels}
     for name, rows in rows_of.items():
-        _check(name, rows, labels_of[name], target_rows, target_labels)
-        if not maps.get(name) and rows.shape[1] != target_rows.shape[1]:
-            raise ValueError(f"substitution: {name} rows have other columns than target rows")
+        _check(name, rows, labels_of[name], target_rows, target_labels, moves=bool(maps.get(name)))
     partners = torch.full((len(source_rows),), -1) if partners is None else partners.cpu()
     if partners.dtype != torch.int64 or partners.shape != source_rows.shape[:1]:
         raise ValueError("substitution: expected partners as an int64 number for each source row")
     outputs = source_labels.shape[-1]
     if source_labels.dim() == 1:
-        outputs = 1 + int(max(source_labels.max(), target_labels.max()))
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in rows_of}
+        outputs = 1 + max(int(side.max()) for side in (source_labels, target_labels))
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in rows_of}
     for seed in seeds:
         is_tested = _draw_test(test, len(target_rows), seed)
-        is_free = ~is_tested[partners] | (partners < 0)
-        tested = is_tested.nonzero()[:, 0]
+        tested, is_free = is_tested.nonzero()[:, 0], ~is_tested[partners] | (partners < 0)
         for name, rows in rows_of.items():
             trained = (~is_tested if name == "target" else is_free).nonzero()[:, 0]
             network = _train(rows, labels_of[name], trained, outputs, seed, reader or Reader())
-            run = _test(network, target_rows, target_labels, tested, maps.get(name))
-            if not run[0] < math.inf:
+            runs[name].append(_test(network, target_rows, target_labels, tested, maps.get(name)))
+            if not runs[name][-1][0] < math.inf:
                 raise ValueError(
                     f"substitution: the reader of {name} rows has a loss that is not finite; give "
                     "unit rows, or a Reader of a smaller rate"
                 )
-            figures[name].append(run)
             if on_reader:
                 on_reader()
     overlap = 0.0 if isinstance(test, Tensor) else len(tested) / (len(target_rows) - len(tested))
-    return _summary(
-        {name: torch.tensor(runs).double().T for name, runs in figures.items()}, overlap
-    )
+    figures = {name: torch.tensor(run, dtype=torch.float64).T for name, run in runs.items()}
+    return _summary(figures, overlap)
 
 
 def hashed_ngrams(
@@ -262,11 +257,16 @@ def _loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check(
-    name: str, rows: Tensor, labels: Tensor, target_rows: Tensor, target_labels: Tensor
+    name: str,
+    rows: Tensor,
+    labels: Tensor,
+    target_rows: Tensor,
+    target_labels: Tensor,
+    moves: bool,
 ) -> None:
     """Raise an error if :func:`substitution` cannot use these rows and labels."""
-    check_rows(f"substitution, {name} rows", rows)
-    check_rows("substitution, target rows", target_rows)
+    for side in (rows, target_rows):
+        check_rows(f"substitution, {name} rows" if side is rows else "substitution", side)
     for side in (labels, target_labels):
         expect_tensor("substitution", side, "labels", floating=False)
     kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
@@ -278,3 +278,5 @@ def _check(
             f"{name} rows, expected int64 [N], bool [N, C] or float [N, C] like those of target "
             f"rows, {target_labels.dtype} {list(target_labels.shape)}"
         )
+    if not moves and rows.shape[1] != target_rows.shape[1]:
+        raise ValueError(f"substitution: {name} rows have other columns than target rows")

@@ -38,12 +38,14 @@ def test_search_in_a_space_of_a_file_has_the_figures_of_the_library(rows, tmp_pa
     expected = metrics.mixed_gallery(
         space.query(rows["image"], "image"), stored, {"text": number}, own={"image": number}
     )
-    cell = found["image_queries"]["space"]["mixed_recall_at_10"]
+    cells = found["image_queries"]["space"]
     assert (status, found["searched"], found["splits"]) == (0, 400, 1)
-    assert cell["value"] == expected.recall[10] > 0.3
-    assert cell["standard_error"] == expected.recall[10].standard_error
-    assert found["image_queries"]["encoder"]["recall_at_1"]["value"] < 0.3
-    assert found["text_queries"]["encoder"]["share_of_text"]["value"] > 0.9
+    assert cells["mixed_recall_at_10"] == expected.recall[10] > 0.3
+    assert cells["mixed_recall_at_10_error"] == expected.recall[10].standard_error
+    assert found["image_queries"]["encoder"]["recall_at_1"] < 0.3
+    assert found["text_queries"]["encoder"]["share_of_text"] > 0.9
+    SharedSpace.fit(**rows).save(tmp_path / "space.safetensors")
+    assert "image_queries" not in run(capsys, *words)[1], "a space of texts' queries"
 
 
 def test_pairs_of_the_same_id_are_those_of_the_same_row(capsys):
@@ -53,10 +55,10 @@ def test_pairs_of_the_same_id_are_those_of_the_same_row(capsys):
     assert status == 0 and by_row == by_id and "image_queries" not in by_row
     assert by_row["searched"] == 50
     figures = by_row["text_queries"]
-    assert figures["space"]["mixed_ndcg"]["value"] > figures["encoder"]["mixed_ndcg"]["value"]
+    assert figures["space"]["mixed_ndcg"] > figures["encoder"]["mixed_ndcg"]
     main([*words])
     printed = capsys.readouterr().out
-    assert f"{figures['space']['mixed_ndcg']['value']:.4f} ± " in printed
+    assert f"{figures['space']['mixed_ndcg']:.4f} ± " in printed
 
 
 def test_sides_that_do_not_pair_are_refused(tmp_path, capsys):
@@ -73,13 +75,15 @@ def test_maps_are_measured_by_readers_of_captions(rows, tmp_path, capsys):
     files = ["--aligner", aligner, "--space", space]
     status, found = run(capsys, *words, *files, "--method", "center")
     assert status == 0 and (found["texts"], found["images"], found["tested"]) == (400, 400, 80)
-    shares = found["share closed"]
-    assert [*shares] == ["source", "center", aligner, space, "target"]
-    assert shares["source"]["value"] == 0 and shares["target"]["value"] == 1
-    losses = {name: cell["value"] for name, cell in found["loss"].items()}
+    shares = found["share_closed"]
+    assert [*found["interval"]] == ["source", "center", aligner, space, "target"]
+    assert shares["source"] == 0 and shares["target"] == 1
+    losses = found["loss"]
     assert losses["center"] == pytest.approx(losses[space], rel=0.05), "fitted on 320 rows, on 400"
     assert max(losses[aligner], losses["target"]) < losses["source"]
-    assert found["interval"]["center"][0] < shares["center"]["value"]
+    assert found["interval"]["center"][0] < shares["center"]
+    status, found = run(capsys, *words, "--test", "0")
+    assert status == 2 and "--test: takes 0 of 400 images" in found["error"]["message"]
     np.save(tmp_path / "rows.npy", np.eye(30, 512, dtype="f4"))
     status, found = run(capsys, "substitution", "--text", str(tmp_path), "--image", HELD_OUT)
     assert status == 3 and "rows.npy" in found["error"]["message"]
