@@ -139,5 +139,5 @@ def test_what_does_not_fit_is_refused(search, change, message):
 def test_rows_that_are_no_tensors_are_refused(search):
     queries, galleries, relevant, _ = search
     arrays = {name: rows.numpy() for name, rows in galleries.items()}
-    with pytest.raises(TypeError, match="mixed_gallery, text: expected rows as .*, got ndarray"):
+    with pytest.raises(TypeError, match=r"mixed_gallery, text: expected rows as .*, got ndarray"):
         metrics.mixed_gallery(queries, arrays, relevant)
