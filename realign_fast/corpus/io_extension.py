@@ -49,16 +49,5 @@ def survives_lost_pages() -> bool:
     return _survives
 
 
-def mapped_buffer(data: object) -> Any:
-    """Return an object whose `lost` says whether pages of a mapped file went, or None."""
-    return io.MappedBuffer(data) if io else None
-
-
-def start_writing(descriptor: int, offset: int, size: int) -> None:
-    """Tell the disk to write these bytes of a file now, while the next ones are computed."""
-    if io:
-        io.start_writing(descriptor, offset, size)
-
-
 if is_own_command():
     survive_lost_pages()

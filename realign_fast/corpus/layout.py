@@ -61,11 +61,10 @@ def subfolder_of(root: StoragePath, modality: Modality | None) -> str:
     if modality is None and len(sides) > 1:
         contents = " and ".join(sides)
         raise ValueError(f"{root}: has {contents}; choose with modality 'text' or 'image'")
-    if modality is None:
-        return sides[0]
-    if SUBFOLDERS[modality] not in sides:
-        raise FileNotFoundError(f"{root}: has {sides[0]}/ but no {SUBFOLDERS[modality]}/; embed it")
-    return SUBFOLDERS[modality]
+    side = SUBFOLDERS[modality] if modality else sides[0]
+    if side not in sides:
+        raise FileNotFoundError(f"{root}: has {sides[0]}/ but no {side}/; embed it")
+    return side
 
 
 def paired(paths: Paths, others: Paths) -> dict[StoragePath, StoragePath]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..storage.paths import AnyPath, explained, output_path
-from .io_extension import start_writing, survives_lost_pages
+from .io_extension import io as _io
+from .io_extension import survives_lost_pages
 from .shard import FLOATS, MAX_COLUMNS, as_numpy
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class FormatWriter:
             raise ValueError(f"{self.path}: {actual}, {expected}; convert or slice before writing")
         with explained(self.path):
             self._append(as_numpy(rows.detach().cpu().contiguous()))
-            if (end := self._file.tell()) >= self._started + START_BYTES:
-                start_writing(self._file.fileno(), self._started, end - self._started)
+            if _io and (end := self._file.tell()) >= self._started + START_BYTES:
+                _io.start_writing(self._file.fileno(), self._started, end - self._started)
                 self._started = end
         self.written += len(rows)
 

@@ -104,8 +104,12 @@ def explained_error(
     It is an ImportError if the package of the protocol is not installed, a ValueError if fsspec
     does not know the protocol, and an OSError in all other cases.
     """
+    if isinstance(error, ImportError) and error.name == "fsspec":
+        reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
+        return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
     if isinstance(error, ImportError):
-        return _missing_package(url, error)
+        reason = "its protocol is read through another package: install the one that is named"
+        return ImportError(f"{url}: {reason} ({error})")
     reason = redacted(str(error))
     cause = f"{type(error).__name__}: {reason}".rstrip(": ")
     if _is_denied(error):
@@ -127,15 +131,6 @@ def explained_error(
     tries = f" in {attempts} attempts" if may_be_temporary(error) else ""
     advice = "check its name and the connection, then run the same command again"
     return OSError(errno.EIO, f"{url}: cannot be {operation}{tries} ({cause}); {advice}")
-
-
-def _missing_package(url: object, error: ImportError) -> ImportError:
-    if error.name == "fsspec":
-        reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
-        return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
-    protocol = re.findall("([a-z0-9+.-]+)://", str(url))[-1]
-    reason = f"{protocol}:// is read through another package: install the one that is named"
-    return ImportError(f"{url}: {reason} ({error})")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -385,7 +385,7 @@ def test_a_protocol_whose_package_is_missing_says_which(name, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert main.main(["inspect", f"gs://bucket/{name}"]) == 9
     message = capsys.readouterr().err
-    assert f"gs://bucket/{name}: gs:// is read through another package" in message
+    assert f"gs://bucket/{name}: its protocol is read through another package" in message
     assert "install gcsfs" in message
 
 

@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ...storage.paths import OpenedFile, StoragePath, explained, write_whole
-from ..io_extension import mapped_buffer
+from ..io_extension import io as _io
 from . import arrow_columns as tables
 
 MAGIC = b"ARROW1"
@@ -136,7 +136,7 @@ def _opened_data(path: StoragePath) -> Iterator[Data]:
             return
         # Arrays may view the map, so the last one of them unmaps it.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        buffer = mapped_buffer(data)
+        buffer = _io and _io.MappedBuffer(data)  # which knows whether pages of the map went
         yield data
         if buffer and buffer.lost:
             raise ValueError(f"{path}: changed while it was read; open it again")

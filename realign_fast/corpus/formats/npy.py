@@ -58,7 +58,14 @@ def read_header(path: AnyPath) -> NpyShard:
 
 
 def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
-    shape, fortran_order, dtype, offset = _header(file, path)
+    head = io.BytesIO(file.pread(HEADER_BYTES, 0))
+    try:
+        major, _ = np.lib.format.read_magic(head)
+        # Version 3 is version 2 with other field names, and types with fields are refused.
+        first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = {1: first, 2: second, 3: second}[major](head)
+    except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
+        raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
     if dtype not in FLOATS:
         expected = "expected <f2, <f4 or <f8; save array.astype('<f4')"
         reason = "objects are pickles and never loaded, npy has no bfloat16 (safetensors has)"
@@ -67,20 +74,7 @@ def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
         raise ValueError(f"{path}: shape is {shape}, expected [rows, columns]; reshape and save it")
     if fortran_order:
         raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
+    offset = head.tell()
     size = offset + shape[0] * shape[1] * dtype.itemsize
     check_size(path, file.size, size)
     return NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset, size)
-
-
-def _header(
-    file: OpenedFile, path: StoragePath
-) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Return shape, Fortran order, number type and length of the header."""
-    head = io.BytesIO(file.pread(HEADER_BYTES, 0))
-    try:
-        major, _ = np.lib.format.read_magic(head)
-        # Version 3 is version 2 with other field names, and types with fields are refused.
-        first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-        return *{1: first, 2: second, 3: second}[major](head), head.tell()
-    except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
-        raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error

@@ -41,14 +41,14 @@ _building = Lock()
 class PickledShard(StreamedShard):
     """The rows under one key of a pickled list of entries."""
 
-    requested_column: str | None = None
+    names: tuple[str, ...]  # the column is the first of them that row 0 has
 
     format = "pickle"
 
     @property
     def places(self) -> Any:
         """Where the rows lie in the file, as `_io.PickledRows`; None if entries must be built."""
-        return _places(self.path, self.stamp, _names(self.requested_column))
+        return _places(self.path, self.stamp, self.names)
 
     @property
     def built_entries(self) -> list[Any]:
@@ -165,10 +165,10 @@ class PickleCopy(FormatWriter):
 
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
     """Open a pickled list, which is read to its end; by default the rows are under `embed`."""
-    stamp, names = path.stamp(), _names(column)
+    stamp, names = path.stamp(), DEFAULTS if column is None else (column,)
     if places := _places(path, stamp, names):
         name, dtype = names[places.name], np.dtype(f"<f{places.value_bytes}")
-        return PickledShard(path, len(places), places.columns, dtype, name, stamp, column)
+        return PickledShard(path, len(places), places.columns, dtype, name, stamp, names)
     with _building:
         entries = _entries(path, stamp)
         if not entries:
@@ -176,11 +176,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         keys = entries[0] if type(entries[0]) is dict else {}
         name = next((name for name in names if name in keys), names[0])
         row = _vector(path, 0, entries[0], name)
-        return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, column)
-
-
-def _names(column: str | None) -> tuple[str, ...]:
-    return DEFAULTS if column is None else (column,)
+        return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, names)
 
 
 def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:

@@ -128,7 +128,10 @@ def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
 
 def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorShard:
     header, data_offset = _header(file, path)
-    name = _choose(path, header, column)
+    name = column or (next(iter(header)) if len(header) == 1 else DEFAULT)
+    if name not in header:
+        names = ", ".join(f"{key} {entry.shape}" for key, entry in header.items()) or "none"
+        raise ValueError(f"{path}: has no tensor {name!r}; choose one as the column, of: {names}")
     tensor, size = header[name], file.size
     dtype, shape = DTYPES.get(tensor.dtype), tensor.shape
     if dtype not in TORCH_DTYPES:
@@ -158,15 +161,6 @@ def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:
         advice = "write it with safetensors.torch.save_file"
         raise ValueError(f"{path}: not a .safetensors file ({error}); {advice}") from error
     return header, 8 + length
-
-
-def _choose(path: StoragePath, header: Header, column: str | None) -> str:
-    """Return the name of the tensor of the rows."""
-    name = column or (next(iter(header)) if len(header) == 1 else DEFAULT)
-    if name not in header:
-        names = ", ".join(f"{key} {entry.shape}" for key, entry in header.items()) or "none"
-        raise ValueError(f"{path}: has no tensor {name!r}; choose one as the column, of: {names}")
-    return name
 
 
 def _tensor(name: str, entry: Any) -> Tensor:
