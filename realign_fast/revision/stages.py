@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -62,25 +62,17 @@ _TRAINER_SETTINGS = {  # of both stages
     "dataloader_num_workers": 2,
     "report_to": "none",
 }
-# Fields of a new model that a training chooses; a trained model has its own.
-MODEL_DEFAULTS = {
-    name: getattr(ReVisionConfig, name) for name in ("projector", "visual_tokens", "normalize")
-}
-
-
-class StagePreset(NamedTuple):
-    """The paper's settings of a stage."""
-
-    template: TemplateName
-    train: tuple[TrainablePart, ...]
-    batch: int  # samples a step, over all devices
-    trainer: dict[str, Any]  # fields of TrainingArguments
-
-
+MODEL_FIELDS = ("projector", "visual_tokens", "normalize")  # of a new model; others have their own
 _RATES = [_TRAINER_SETTINGS | {"learning_rate": rate} for rate in (5e-4, 1e-5)]
-PRESETS: dict[Stage, StagePreset] = {  # the paper leaves out the batch of stage 2: 128 is LLaVA's
-    "pretrain": StagePreset("plain", ("projector",), 256, _RATES[0]),
-    "finetune": StagePreset("chat", ("projector", "language_model"), 128, _RATES[1]),
+# The paper's settings, fields of TrainingConfig; its batch of stage 2 is not known, 128 is LLaVA's.
+PRESETS: dict[Stage, dict[str, Any]] = {
+    "pretrain": {"template": "plain", "train": ("projector",), "batch": 256, "trainer": _RATES[0]},
+    "finetune": {
+        "template": "chat",
+        "train": ("projector", "language_model"),
+        "batch": 128,
+        "trainer": _RATES[1],
+    },
 }
 
 
@@ -174,17 +166,12 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
 def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
     """Return the configuration with the preset of the stage where it says nothing."""
     preset = PRESETS[stage]
-    parts = config.train or preset.train
+    parts = config.train or preset["train"]
     if config.lora and "lora" not in parts:
         given = f"got {', '.join(config.lora)} for an adapter that is not trained"
         raise ValueError(f"lora: {given}, but {', '.join(parts)}; give --train projector,lora")
-    return replace(
-        config,
-        train=parts,
-        template=config.template or preset.template,
-        batch=config.batch or preset.batch,
-        trainer=preset.trainer | config.trainer,
-    )
+    values = {name: getattr(config, name) or value for name, value in preset.items()}
+    return replace(config, **values | {"trainer": preset["trainer"] | config.trainer})
 
 
 def _check_inputs(config: TrainingConfig) -> None:
@@ -243,7 +230,7 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
             )
         return None
     saved = read_config(start)
-    for name in MODEL_DEFAULTS:
+    for name in MODEL_FIELDS:
         requested, value = getattr(config, name), getattr(saved, name)
         if requested not in (None, value):
             given = f"got {name} {requested}, and the model was made with {value}"
@@ -301,7 +288,7 @@ def _build_model(
     if saved:
         model = ReVisionModel.from_pretrained(config.start, dtype=dtype)
     else:
-        requested = {name: getattr(config, name) for name in MODEL_DEFAULTS}
+        requested = {name: getattr(config, name) for name in MODEL_FIELDS}
         fields = {name: value for name, value in requested.items() if value is not None}
         model = ReVisionModel.start(config.start, config.rows.dimension, dtype=dtype, **fields)
     model.train_only(parts, **config.lora)

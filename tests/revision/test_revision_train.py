@@ -18,8 +18,8 @@ from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
-from realign_fast.revision.model import ReVisionModel, position_limit
-from realign_fast.revision.stages import MODEL_DEFAULTS, PRESETS, TrainingConfig, finetune, pretrain
+from realign_fast.revision.model import ReVisionConfig, ReVisionModel, position_limit
+from realign_fast.revision.stages import PRESETS, TrainingConfig, finetune, pretrain
 from realign_fast.revision.templates import Plain
 from realign_fast.revision.training_data import prepare
 
@@ -190,13 +190,14 @@ def test_the_presets_are_the_papers():
         ("pretrain", 5e-4, ("projector",)),
         ("finetune", 1e-5, ("projector", "language_model")),
     ):
-        trainer = PRESETS[stage].trainer
-        assert (trainer["learning_rate"], PRESETS[stage].train) == (rate, parts)
+        trainer = PRESETS[stage]["trainer"]
+        assert (trainer["learning_rate"], PRESETS[stage]["train"]) == (rate, parts)
         assert trainer["warmup_steps"] == 0.03 and trainer["lr_scheduler_type"] == "cosine"
         assert trainer["weight_decay"] == 0 and trainer["num_train_epochs"] == 1
-    assert PRESETS["pretrain"].batch == 256
+    assert PRESETS["pretrain"]["batch"] == 256
     assert TrainingConfig.max_length == 2048
-    assert MODEL_DEFAULTS == {"projector": "mlp", "visual_tokens": 576, "normalize": True}
+    model = ReVisionConfig("model", row_dimension=512, hidden_size=576)
+    assert (model.projector, model.visual_tokens, model.normalize) == ("mlp", 576, True)
 
 
 def test_mistakes_are_named(world, tmp_path):
