@@ -76,9 +76,11 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     from ..metrics import Reader, Substitution, hashed_ngrams, substitution
     from ..metrics.estimate import plain
 
-    sides = [(side, _spread(side.num_rows, options.sample)) for side in _open_sides(options)]
-    text, image = (_rows(*side).float() for side in sides)
-    captions = [_values(*side, ("caption", "text", "txt")) for side in sides]
+    sides = _open_sides(options)
+    places = [_spread(side.num_rows, options.sample) for side in sides]
+    columns = ("caption", "text", "txt")
+    captions = [_values(*side, columns) for side in zip(sides, places, strict=True)]
+    text, image = (rows.float() for rows in _rows(sides, places))
     labels = [hashed_ngrams(side, options.buckets) for side in captions]
     place = {caption: number for number, caption in enumerate(captions[1])}
     partners = torch.tensor([place.get(caption, -1) for caption in captions[0]])
@@ -108,15 +110,15 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
             )
             results.append(found)
     found = Substitution.joined(results, tested_count / len(trained))
-    columns = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
+    figures = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
     facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
-    facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in columns.items()}
+    facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
     facts["interval"] = {
         name: [*plain({"low": low, "high": high}).values()]
         for name, (low, high) in found.interval.items()
     }
     title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
-    lines = [title, "", *_table("readers trained on", columns)]
+    lines = [title, "", *_table("readers trained on", figures)]
     return Result(facts, "\n".join(lines), answer=True)
 
 
@@ -130,17 +132,35 @@ def _spread(total: int, count: int) -> Sequence[int]:
     return [number * total // min(count, total) for number in range(min(count, total))]
 
 
-def _rows(corpus: Corpus, places: Sequence[int]) -> Tensor:
-    """Return unit rows [n, D] float64."""
-    from ..ops.reference import unit
+def _rows(sides: Sequence[Corpus], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return unit rows [n, D] float64 of each side; a ValueError for bad rows or equal sides."""
+    import torch
 
-    return unit(corpus.take(places).double())
+    from ..moments import good_rows
+    from ..ops.reference import unit
+    from ..pipeline.align_run import check_columns
+
+    check_columns(*sides)
+    taken = [side.take(numbers) for side, numbers in zip(sides, places, strict=True)]
+    for side, numbers, rows in zip(sides, places, taken, strict=True):
+        if len(bad := (~good_rows(rows)).nonzero()):
+            row = numbers[int(bad[0])]
+            raise ValueError(f"{side.path}: row {row} is zero or not finite; leave it out")
+    if torch.equal(*taken):
+        raise ValueError(f"{sides[0].path}: holds the rows of {sides[1].path}; give two modalities")
+    return [unit(rows.double()) for rows in taken]
 
 
 def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> list[str]:
     """Return values of rows in the first of the columns beside them, or in `metadata/`."""
+    from ..corpus.layout import metadata_of
     from ..revision.id_index import shard_values
 
+    if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
+        raise ValueError(
+            f"{corpus.path}: has no metadata/ and no other columns; give a root or files that have "
+            f"{' or '.join(columns)} for each row"
+        )
     chosen, values = set(places), chain.from_iterable(shard_values(corpus, None, columns))
     return [value for number, value in enumerate(values) if number in chosen]
 
@@ -162,11 +182,8 @@ def _paired_rows(options: opts.SearchOptions) -> dict[str, Tensor]:
             f"{sides[0].path}, {sides[1].path}: {counts[0]} and {counts[1]} rows with {len(pairs)} "
             "pairs; expected 22 pairs or more, rows in one order or with common ids (--pairs id)"
         )
-    pairs = [pairs[number] for number in _spread(len(pairs), options.sample)]
-    return {
-        name: _rows(side, [pair[index] for pair in pairs])
-        for index, (name, side) in enumerate(zip(_OTHER, sides, strict=True))
-    }
+    chosen = [pairs[number] for number in _spread(len(pairs), options.sample)]
+    return dict(zip(_OTHER, _rows(sides, list(zip(*chosen, strict=True))), strict=True))
 
 
 def _maps(

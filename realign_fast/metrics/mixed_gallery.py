@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -81,32 +82,26 @@ def mixed_gallery(
     own = own or {}
     expect_counts("mixed_gallery", block=block)
     _check(queries, galleries, relevant, own, ks)
+    nobody = torch.full((len(queries),), -1, device=queries.device)
+    own = {name: own.get(name, nobody) for name in galleries}
     parts = []
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
-        left_out = {name: rows[part] for name, rows in own.items()}
-        answers = {name: rows[part] for name, rows in relevant.items()}
+        answers, left_out = (
+            {n: rows[part] for n, rows in side.items()} for side in (relevant, own)
+        )
         parts.append(_search(queries[part].double(), galleries, answers, left_out, ks[-1], block))
     nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
     ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
-    candidates = torch.stack(
-        [
-            len(rows) - (own[name] >= 0).long()
-            if name in own
-            else torch.full_like(ranks[:, 0], len(rows))
-            for name, rows in galleries.items()
-        ],
-        dim=1,
-    )
-    pure, rates = {}, {}
-    for column, name in enumerate(relevant):
-        place, answered = list(galleries).index(name), has_answer[:, column]
-        higher, same = above[:, :, column].sum(dim=1), above[:, place, column]
+    sizes = {name: len(rows) - (own[name] >= 0).long() for name, rows in galleries.items()}
+    pure, within, between = {}, {}, {}
+    for column, (name, answered) in enumerate(zip(relevant, has_answer.T, strict=True)):
+        same = above[:, list(galleries).index(name), column]
+        others = above[:, :, column].sum(dim=1) - same, sum(sizes.values()) - sizes[name]
         pure[name] = ((1 + same) * answered)[:, None]
-        others = candidates.sum(dim=1) - candidates[:, place]
-        shares = same / (candidates[:, place] - 1), (higher - same) / others
-        rates[name] = [Estimate.of_mean(share[answered]) for share in shares]
+        within[name] = Estimate.of_mean((same / (sizes[name] - 1))[answered])
+        between[name] = Estimate.of_mean((others[0] / others[1])[answered])
     bounds = torch.tensor([len(rows) for rows in galleries.values()]).cumsum(0)
     modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
     return MixedGallery(
@@ -118,8 +113,8 @@ def mixed_gallery(
             name: Estimate.of_mean((modality == number).double().mean(dim=1))
             for number, name in enumerate(galleries)
         },
-        {name: within for name, (within, _) in rates.items()},
-        {name: between for name, (_, between) in rates.items()},
+        within,
+        between,
         _hub_gini(nearest, int(bounds[-1])),
     )
 
@@ -153,14 +148,11 @@ def gini(counts: Tensor) -> float:
 
 def _hub_gini(nearest: Tensor, count: int) -> Estimate:
     """Return the Gini coefficient of how often each of ``count`` rows is in ``nearest`` [N, k]."""
-    generator = torch.Generator().manual_seed(0)
-    value = gini(torch.bincount(nearest.flatten(), minlength=count))
-    draws = []
-    for _ in range(_DRAWS):
-        drawn = torch.randint(len(nearest), (len(nearest),), generator=generator)
-        found = nearest[drawn.to(nearest.device)].flatten()
-        draws.append(gini(torch.bincount(found, minlength=count)))
-    return Estimate(value, float(torch.tensor(draws).double().std()))
+    generator, size = torch.Generator().manual_seed(0), (len(nearest),)
+    draws = (torch.randint(len(nearest), size, generator=generator) for _ in range(_DRAWS))
+    samples = chain([nearest], (nearest[drawn.to(nearest.device)] for drawn in draws))
+    value, *others = (gini(torch.bincount(rows.flatten(), minlength=count)) for rows in samples)
+    return Estimate(value, float(torch.tensor(others).double().std()))
 
 
 def _search(
@@ -172,27 +164,20 @@ def _search(
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the first k rows of the union [n, k] and rows above the relevant ones [n, G, R]."""
-    limits = torch.stack(
-        [
-            (queries * galleries[name][rows.clamp(min=0)].double()).sum(dim=1)
-            for name, rows in relevant.items()
-        ],
-        dim=1,
-    )
+    answers = [galleries[name][rows.clamp(min=0)] for name, rows in relevant.items()]
+    limits = torch.stack([(queries * rows.double()).sum(dim=1) for rows in answers], dim=1)
     if not bool(torch.isfinite(limits).all()):
         raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
     limits += TIE * (1 + limits.abs())
-    scores, numbers, above, offset = [], [], [], 0
-    for name, gallery in galleries.items():
-        best, places, higher = search_blocks(
-            queries, gallery, k, own.get(name), Tensor.double, limits, block
-        )
-        scores.append(best)
-        numbers.append(places + offset)
-        above.append(higher)
-        offset += len(gallery)
-    order = torch.cat(scores, dim=1).topk(k, dim=1).indices
-    return torch.cat(numbers, dim=1).gather(1, order), torch.stack(above, dim=1)
+    found = [
+        search_blocks(queries, gallery, k, own[name], Tensor.double, limits, block)
+        for name, gallery in galleries.items()
+    ]
+    offsets = accumulate(map(len, galleries.values()), initial=0)
+    numbers = [places + offset for (_, places, _), offset in zip(found, offsets, strict=False)]
+    order = torch.cat([scores for scores, *_ in found], dim=1).topk(k, dim=1).indices
+    above = torch.stack([higher for *_, higher in found], dim=1)
+    return torch.cat(numbers, dim=1).gather(1, order), above
 
 
 def _recall(ranks: Tensor, k: int) -> Estimate:

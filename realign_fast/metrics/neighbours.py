@@ -166,17 +166,11 @@ def search_blocks(
     limits: Tensor | None = None,
     block: int = 4096,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Search a gallery [M, D] by inner product, a block of it at a time.
+    """Search a gallery [M, D] by inner product for queries [n, D], a block of it at a time.
 
-    Args:
-        queries: [n, D], few enough for a table of ``n * block`` scores.
-        skipped: [n] int64, the gallery row that a query leaves out; numbers outside are none.
-        prepare: the map of a block of the gallery to the rows that are compared.
-        limits: [n, R] scores.
-
-    Returns:
-        The k largest scores [n, k], descending, the numbers [n, k] of their rows, and how many rows
-        score above each limit [n, R].
+    ``prepare`` maps a block to the rows that are compared; a query leaves out its row in
+    ``skipped`` [n]. Return the k largest scores [n, k], descending, the numbers [n, k] of their
+    rows, and how many rows score above each of ``limits`` [n, R].
     """
     rows = torch.arange(len(queries), device=queries.device)
     limits = queries.new_empty(len(queries), 0) if limits is None else limits
