@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     import torch
 
     from ..interface.progress import Progress
-    from ..metrics import Reader, Substitution, hashed_ngrams, substitution
+    from ..metrics import Reader, hashed_ngrams, substitution
     from ..metrics.estimate import plain
 
     sides = _open_sides(options)
@@ -86,30 +87,20 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     partners = torch.tensor([place.get(caption, -1) for caption in captions[0]])
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
     names = names or ["realign", "optimal-transport", "center"]
-    results, tested_count = [], round(len(image) * options.test)
-    if not 0 < tested_count < len(image):
-        raise OptionError(f"--test: takes {tested_count} of {len(image)} images, expected some")
     total = options.seeds * (2 + len(names))
     with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
-        for seed in range(options.seeds):
-            order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
-            tested, trained = order[:tested_count], order[tested_count:]
-            fitted = text[~torch.isin(partners, tested)], image[trained]
-            maps = {name: _maps(name, options, *fitted) for name in names}
-            found = substitution(
-                text,
-                image,
-                *labels,
-                aligned={name: text_map(text) for name, (text_map, _) in maps.items()},
-                target_map={name: image_map for name, (_, image_map) in maps.items() if image_map},
-                partners=partners,
-                test=tested,
-                seeds=[seed],
-                reader=Reader(steps=options.steps),
-                on_reader=bar.update,
-            )
-            results.append(found)
-    found = Substitution.joined(results, tested_count / len(trained))
+        found = substitution(
+            text,
+            image,
+            *labels,
+            aligned={name: partial(_fit, name, options) for name in names},
+            partners=partners,
+            test=options.test,
+            seeds=range(options.seeds),
+            reader=Reader(steps=options.steps),
+            on_reader=bar.update,
+        )
+    tested_count = round(len(image) * options.test)
     figures = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
     facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
     facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
@@ -171,22 +162,22 @@ def _paired_rows(options: opts.SearchOptions) -> dict[str, Tensor]:
 
     sides = _open_sides(options)
     counts = [side.num_rows for side in sides]
+    pairs, count = None, min(counts)
     if options.pairs == "id":
         ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
         place = {sample_id: number for number, sample_id in enumerate(ids[1])}
         pairs = [(n, place[sample_id]) for n, sample_id in enumerate(ids[0]) if sample_id in place]
-    else:
-        pairs = [(number, number) for number in range(min(counts))]
-    if len(pairs) < 22 or (options.pairs == "row" and counts[0] != counts[1]):
+        count = len(pairs)
+    if count < 22 or (not pairs and counts[0] != counts[1]):
         raise OptionError(
-            f"{sides[0].path}, {sides[1].path}: {counts[0]} and {counts[1]} rows with {len(pairs)} "
+            f"{sides[0].path}, {sides[1].path}: {counts[0]} and {counts[1]} rows with {count} "
             "pairs; expected 22 pairs or more, rows in one order or with common ids (--pairs id)"
         )
-    chosen = [pairs[number] for number in _spread(len(pairs), options.sample)]
+    chosen = [pairs[n] if pairs else (n, n) for n in _spread(count, options.sample)]
     return dict(zip(_OTHER, _rows(sides, list(zip(*chosen, strict=True))), strict=True))
 
 
-def _maps(
+def _fit(
     name: str, options: opts.SubstitutionOptions, text: Tensor, image: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
     """Return the maps of texts and of images: from a file, or by a method fitted on these rows."""

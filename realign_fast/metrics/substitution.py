@@ -24,6 +24,8 @@ from .cosines import check_rows
 from .estimate import Estimate
 
 TargetMap = Callable[[Tensor], Tensor]
+# Fits on source and target rows and returns the map of either; None leaves target rows as given.
+Fit = Callable[[Tensor, Tensor], tuple[TargetMap, TargetMap | None]]
 _BLOCK = 4096  # tested rows at a time
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5%, from 1 degree
 
@@ -54,16 +56,6 @@ class Substitution(NamedTuple):
     interval: dict[str, tuple[float, float]]  # 95%, of share_closed (delta method, Student)
     runs: dict[str, Tensor]  # [2, runs] float64 losses and accuracies, to compare maps run by run
 
-    @staticmethod
-    def joined(results: Sequence[Substitution], overlap: float) -> Substitution:
-        """Return the figures of several calls, such as one a split whose maps were fitted anew.
-
-        ``overlap`` is ``n_test / n_train`` of the splits, or 0 where all test the same rows.
-        """
-        names = results[0].runs
-        runs = {name: torch.cat([found.runs[name] for found in results], dim=1) for name in names}
-        return _summary(runs, overlap)
-
 
 @one_thread
 def substitution(
@@ -72,7 +64,7 @@ def substitution(
     source_labels: Tensor,
     target_labels: Tensor,
     *,
-    aligned: Tensor | Mapping[str, Tensor] | None = None,
+    aligned: Tensor | Fit | Mapping[str, Tensor | Fit] | None = None,
     target_map: TargetMap | Mapping[str, TargetMap] | None = None,
     partners: Tensor | None = None,
     test: float | Tensor = 0.2,
@@ -91,9 +83,11 @@ def substitution(
     Args:
         source_rows, target_rows: [N, D] and [M, D], as readers see them; not normalised here.
         source_labels, target_labels: labels of both, of one kind.
-        aligned: source rows mapped, [N, D'], named "aligned", or several by name.
-        target_map: map of target rows [n, D] to [n, D'] where the target side moves too, for every
-            aligned or by name. Readers of source and of target rows see target rows as given.
+        aligned: source rows mapped, [N, D'], or a function that fits a map in each run, on the rows
+            that the other readers are trained on, and returns the maps of source and of target rows
+            (None where these stay); named "aligned", or several by name.
+        target_map: map of target rows [n, D] to [n, D'] where the target side moves too, of every
+            mapped aligned or by name. Readers of source and target rows see target rows as given.
         partners: [N] int64, the target row that each source row describes, -1 for none; source rows
             of tested target rows are left out. Needed where both sides show the same things.
         test: share of the target rows that each run draws for its test, or int64 numbers of the
@@ -105,39 +99,51 @@ def substitution(
         ValueError, TypeError: rows or labels that do not fit or are not finite, nothing to train on
             or to test on, or a reader whose loss is not finite.
     """
-    named = {"aligned": aligned} if isinstance(aligned, Tensor) else dict(aligned or {})
+    named = dict(aligned) if isinstance(aligned, Mapping) else {"aligned": aligned}
+    named = {name: rows for name, rows in named.items() if rows is not None}
     maps = target_map if isinstance(target_map, Mapping) else dict.fromkeys(named, target_map)
-    rows_of = {"source": source_rows, **named, "target": target_rows}
-    if not len(seeds) or not set(maps) <= set(named) or len(rows_of) != len(named) + 2:
+    if not len(seeds) or not set(maps) <= set(named) or {"source", "target"} & set(named):
         raise ValueError(
             f"substitution: got {len(seeds)} seeds, aligned rows {list(named)} and maps "
             f"{list(maps)}; expected seeds, names other than source and target, maps of these names"
         )
-    labels_of = dict.fromkeys(rows_of, source_labels) | {"target": target_labels}
-    for name, rows in rows_of.items():
-        _check(name, rows, labels_of[name], target_rows, target_labels, moves=bool(maps.get(name)))
+    for name, rows, labels in (
+        ("source", source_rows, source_labels),
+        ("target", target_rows, target_labels),
+        *((name, rows, source_labels) for name, rows in named.items() if isinstance(rows, Tensor)),
+    ):
+        _check(name, rows, labels, target_rows, target_labels)
     partners = torch.full((len(source_rows),), -1) if partners is None else partners.cpu()
     if partners.dtype != torch.int64 or partners.shape != source_rows.shape[:1]:
         raise ValueError("substitution: expected partners as an int64 number for each source row")
     outputs = source_labels.shape[-1]
     if source_labels.dim() == 1:
         outputs = 1 + max(int(side.max()) for side in (source_labels, target_labels))
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in rows_of}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ("source", *named, "target")}
     for seed in seeds:
         is_tested = _draw_test(test, len(target_rows), seed)
-        tested, is_free = is_tested.nonzero()[:, 0], ~is_tested[partners] | (partners < 0)
-        for name, rows in rows_of.items():
-            trained = (~is_tested if name == "target" else is_free).nonzero()[:, 0]
-            network = _train(rows, labels_of[name], trained, outputs, seed, reader or Reader())
-            runs[name].append(_test(network, target_rows, target_labels, tested, maps.get(name)))
-            if not runs[name][-1][0] < math.inf:
+        tested, trained = (mask.nonzero()[:, 0] for mask in (is_tested, ~is_tested))
+        free = (~is_tested[partners] | (partners < 0)).nonzero()[:, 0]
+        for name, found in runs.items():
+            rows, moves = (target_rows if name == "target" else source_rows), maps.get(name)
+            if isinstance(fit := named.get(name), Tensor):
+                rows = fit
+            elif fit is not None:
+                source_map, moves = fit(source_rows[free], target_rows[trained])
+                rows = source_map(source_rows)
+            if not moves and rows.shape[1] != target_rows.shape[1]:
+                raise ValueError(f"substitution: {name} rows have other columns than target rows")
+            side = (target_labels, trained) if name == "target" else (source_labels, free)
+            network = _train(rows, *side, outputs, seed, reader or Reader())
+            found.append(_test(network, target_rows, target_labels, tested, moves))
+            if not found[-1][0] < math.inf:
                 raise ValueError(
                     f"substitution: the reader of {name} rows has a loss that is not finite; give "
                     "unit rows, or a Reader of a smaller rate"
                 )
             if on_reader:
                 on_reader()
-    overlap = 0.0 if isinstance(test, Tensor) else len(tested) / (len(target_rows) - len(tested))
+    overlap = 0.0 if isinstance(test, Tensor) else len(tested) / len(trained)
     figures = {name: torch.tensor(run, dtype=torch.float64).T for name, run in runs.items()}
     return _summary(figures, overlap)
 
@@ -257,18 +263,13 @@ def _loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check(
-    name: str,
-    rows: Tensor,
-    labels: Tensor,
-    target_rows: Tensor,
-    target_labels: Tensor,
-    moves: bool,
+    name: str, rows: Tensor, labels: Tensor, target_rows: Tensor, target_labels: Tensor
 ) -> None:
     """Raise an error if :func:`substitution` cannot use these rows and labels."""
-    for side in (rows, target_rows):
-        check_rows(f"substitution, {name} rows" if side is rows else "substitution", side)
-    for side in (labels, target_labels):
-        expect_tensor("substitution", side, "labels", floating=False)
+    for side, given in ((name, rows), ("target", target_rows)):
+        check_rows(f"substitution, {side} rows", given)
+    for side_labels in (labels, target_labels):
+        expect_tensor("substitution", side_labels, "labels", floating=False)
     kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
     is_known = (labels.dtype, labels.dim()) in kinds and len(labels) == len(rows)
     is_alike = (labels.dtype, labels.shape[1:]) == (target_labels.dtype, target_labels.shape[1:])
@@ -278,5 +279,3 @@ def _check(
             f"{name} rows, expected int64 [N], bool [N, C] or float [N, C] like those of target "
             f"rows, {target_labels.dtype} {list(target_labels.shape)}"
         )
-    if not moves and rows.shape[1] != target_rows.shape[1]:
-        raise ValueError(f"substitution: {name} rows have other columns than target rows")

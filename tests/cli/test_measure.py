@@ -98,4 +98,4 @@ def test_maps_are_measured_by_readers_of_captions(rows, tmp_path, capsys):
     assert max(losses[aligner], losses["target"]) < losses["source"]
     assert found["interval"]["center"][0] < shares["center"]
     status, found = run(capsys, *words, "--test", "0")
-    assert status == 2 and "--test: takes 0 of 400 images" in found["error"]["message"]
+    assert status == 3 and "`test` takes 0 of 400 target rows" in found["error"]["message"]
