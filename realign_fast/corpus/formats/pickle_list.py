@@ -88,7 +88,7 @@ class PickledShard(StreamedShard):
     @contextmanager
     def unchanged_file(self) -> Iterator[int]:
         """Yield a descriptor of the file; an error if it is not the one whose rows were located."""
-        with _opened(self.path, self.stamp) as descriptor:
+        with explained(self.path), self.path.descriptor(self.stamp) as descriptor:
             try:
                 yield descriptor
             except _io.NotPlain as error:  # it is shorter than it was
@@ -189,18 +189,11 @@ def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
 @lru_cache(maxsize=REMEMBERED_FILES)
 def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps: int) -> Any:
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
-    with _opened(path, stamp) as descriptor:
+    with explained(path), path.descriptor(stamp) as descriptor:
         try:
             return _io.PickledRows(descriptor, stamp[0], keys, max_steps)
         except _io.NotPlain:
             return None
-
-
-@contextmanager
-def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
-    """Yield a descriptor of the file; errors name the file."""
-    with explained(path), path.descriptor(stamp) as descriptor:
-        yield descriptor
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
