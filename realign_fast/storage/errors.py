@@ -66,10 +66,10 @@ def memory_explained() -> Iterator[None]:
     """Raise the errors of numpy, torch and mmap for memory that ran out as ``NoMemoryError``."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
         if not lacks_memory(error) or isinstance(error, NoMemoryError):
             raise
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         found = " ".join(str(reason).split()) or "MemoryError"
         message = f"memory ran out ({found}); what is finished is kept: run the same command again "
         message += "with fewer workers, smaller batches, or a higher limit (ulimit -v)"
@@ -77,11 +77,15 @@ def memory_explained() -> Iterator[None]:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether an error says that the system gave no memory, for data or for a thread."""
-    if isinstance(error, OSError):
+    """Return whether an error says that the system gave no memory, for data, code or a thread."""
+    if isinstance(error, OSError) and error.errno:
         return error.errno == errno.ENOMEM
-    said = re.search("alloc|out of memory|can't start new thread", str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
+    words = "alloc|out of memory|can't start new thread"
+    if isinstance(error, ImportError | OSError):  # of a library, from the loader of the system
+        words = "cannot allocate memory|failed to map segment from shared object(?!: Op)"
+    is_known = isinstance(error, RuntimeError | ImportError | OSError)
+    said = is_known and re.search(words, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def may_be_temporary(error: Exception) -> bool:

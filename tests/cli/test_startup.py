@@ -85,3 +85,16 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stderr) == (130, "realign-fast: stopped before it began\n")
+
+
+def test_too_little_memory_for_torch_is_one_error():
+    root = str(Path(realign_fast.__file__).parents[1])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -v 300000; {sys.executable} -m realign_fast info --json"],
+        env=os.environ | {"PYTHONPATH": root, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == error["exit_code"] == 8
+    assert done.stderr == f"realign-fast: error: {error['message']}\n"
