@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from ..pipeline.settings import Settings
 
 _SIDES = "--text TEXT --image IMAGE --out OUT"
-_RAY_OPTIONS = {  # of the command line, and of RayTasks
-    "ray_address": "address", "cpus_per_task": "cpus_per_task", "gpus_per_task": "gpus_per_task",
-    "retries": "retries", "ray_ship": "ship",
-}  # fmt: skip
+_RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray_ship")
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
@@ -162,12 +159,12 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
     Raises:
         OptionError: options that exclude each other.
     """
-    values = {_RAY_OPTIONS[name]: getattr(options, name) for name in _RAY_OPTIONS}
+    values = {name: getattr(options, name) for name in _RAY_OPTIONS}
     given = {name: value for name, value in values.items() if value not in (None, False)}
-    if options.engine != "ray" and given:
-        option = next(name for name, field in _RAY_OPTIONS.items() if field in given)
-        raise OptionError(f"--{option.replace('_', '-')}: is an option of --engine ray; add that")
     if options.engine != "ray":
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise OptionError(f"--{option}: is an option of --engine ray; add that")
         return None
     if options.workers > 1:
         raise OptionError(
@@ -176,7 +173,7 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
         )
     from ..pipeline.engines.ray_driver import RayTasks
 
-    return RayTasks(**given)
+    return RayTasks(**{name.removeprefix("ray_"): value for name, value in given.items()})
 
 
 def settings_from(options: opts.Passes) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ def embed(options: opts.EmbedOptions) -> Result:
         device=options.device,
         precision=options.precision,
     )
-    names = ("batch_size", "workers", "shard_rows", "dtype", "mode")
+    names = [field.name for field in fields(EmbedSettings) if hasattr(options, field.name)]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings = EmbedSettings(progress=shows_progress(options), **chosen)
     report = embed(encoder, Path(options.out), settings=settings, **sources)

@@ -143,20 +143,19 @@ def _execute(
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit status that an error stands for."""
-    number = getattr(error, "errno", None)
-    kinds: list[tuple[object, ExitCode]] = [
-        (isinstance(error, Terminated), ExitCode.TERMINATED),
-        (isinstance(error, KeyboardInterrupt), ExitCode.INTERRUPTED),
-        (isinstance(error, OptionError | _UsageError), ExitCode.USAGE),
-        (isinstance(error, UnfinishedShards), ExitCode.INCOMPLETE),
-        (isinstance(error, ImportError), ExitCode.PACKAGE),
-        (isinstance(error, ConnectionError | ChildProcessError), ExitCode.ENGINE),
-        (number == errno.EBUSY, ExitCode.LOCKED),
-        (number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM), ExitCode.SPACE),
-        (isinstance(error, OSError), ExitCode.PLACE),
-        (isinstance(error, ValueError | TypeError), ExitCode.DATA),
+    full = dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM), ExitCode.SPACE)
+    known = {errno.EBUSY: ExitCode.LOCKED, **full}
+    kinds: list[tuple[Any, ExitCode]] = [
+        (Terminated, ExitCode.TERMINATED),
+        (KeyboardInterrupt, ExitCode.INTERRUPTED),
+        ((OptionError, _UsageError), ExitCode.USAGE),
+        (UnfinishedShards, ExitCode.INCOMPLETE),
+        (ImportError, ExitCode.PACKAGE),
+        ((ConnectionError, ChildProcessError), ExitCode.ENGINE),
+        (OSError, known.get(getattr(error, "errno", None) or 0, ExitCode.PLACE)),
+        ((ValueError, TypeError), ExitCode.DATA),
     ]
-    return next((code for holds, code in kinds if holds), ExitCode.UNEXPECTED)
+    return next((code for kind, code in kinds if isinstance(error, kind)), ExitCode.UNEXPECTED)
 
 
 def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
@@ -172,7 +171,7 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
     if isinstance(error, KeyboardInterrupt):
         message = message or "what was written is whole"
     if isinstance(error, _UsageError):
-        message = " ".join(error.format_message().split())
+        message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
         context = getattr(error, "ctx", None)
         usage = context.get_usage() if context else "usage: realign-fast COMMAND"
         write(f"{usage[0].lower()}{usage[1:]}", sys.stderr)

@@ -88,11 +88,26 @@ def shard_part(text: str) -> tuple[int, int]:
 
 def shrinkage(value: object) -> float | str:
     """Return ``"oas"``, ``"ledoit-wolf"`` or a number from 0 to 1."""
-    text = str(value)
-    number = text if text.replace(".", "", 1).isdecimal() else "nan"
-    if text not in ("oas", "ledoit-wolf") and not 0 <= float(number) <= 1:
-        raise ValueError(f"expected a number from 0 to 1, oas or ledoit-wolf, got {text!r}")
-    return text if number == "nan" else float(number)
+    if value in ("oas", "ledoit-wolf"):
+        return str(value)
+    if not 0 <= (number := _number(value)) <= 1:
+        raise ValueError(f"expected a number from 0 to 1, oas or ledoit-wolf, got {str(value)!r}")
+    return number
+
+
+def share_or_whole(value: object) -> float:
+    """Return a number below 1 or a whole number."""
+    number = _number(value)
+    if not (0 <= number < 1 or (number >= 1 and number.is_integer())):
+        raise ValueError(f"expected a number from 0 to 1 or a whole number, got {str(value)!r}")
+    return number
+
+
+def _number(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return -1.0
 
 
 def _text(check: Callable[[str], object]) -> Callable[[object], str]:
@@ -229,7 +244,7 @@ class EngineOptions(Options):
     cpus_per_task: Annotated[int | None, _engine("ray: CPUs and threads of a shard", min=1,
         show_default="1")] = None
     gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; two share one at 0.5",
-        metavar="N", min=0, show_default="0")] = None
+        metavar="N", parser=share_or_whole, show_default="0")] = None
     retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
         min=0, show_default="3")] = None
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False

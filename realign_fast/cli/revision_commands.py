@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from ..revision.templates import Template
 
 _CAPTION_ROWS = 16  # rows that are captioned at a time
-_TRAINING_OPTIONS = (  # of the command line and of TrainingConfig, under the same name
-    "out", "start", "ids", "projector", "visual_tokens", "template", "micro_batch", "max_length",
-    "max_skipped", "held_out", "test", "generations", "resume",
-)  # fmt: skip
 
 
 @command(
@@ -122,20 +119,20 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
     from ..corpus.corpus import Corpus
     from ..revision import TrainingConfig, stages
 
-    same: dict[str, Any] = {name: getattr(options, name) for name in _TRAINING_OPTIONS}
-    config = TrainingConfig(
-        conversations=options.data,
-        rows=_corpus(options, options.rows, side),
-        aligner=_aligner(options.aligner),
-        test_rows=Corpus(options.test_rows, "image") if options.test_rows else None,
-        train=tuple(options.train.split(",")) if options.train else None,  # type: ignore[arg-type]
-        chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
-        normalize=False if options.no_normalize else None,
-        batch=options.batch_size,
-        lora=_settings("--lora", options.lora),
-        trainer=_settings("--set", options.set_),
-        **same,
-    )
+    names = [field.name for field in fields(TrainingConfig) if hasattr(options, field.name)]
+    chosen = {name: getattr(options, name) for name in names} | {
+        "conversations": options.data,
+        "rows": _corpus(options, options.rows, side),
+        "aligner": _aligner(options.aligner),
+        "test_rows": Corpus(options.test_rows, "image") if options.test_rows else None,
+        "train": tuple(options.train.split(",")) if options.train else None,
+        "chat_template": Path(options.chat_template).read_text() if options.chat_template else None,
+        "normalize": False if options.no_normalize else None,
+        "batch": options.batch_size,
+        "lora": _settings("--lora", options.lora),
+        "trainer": _settings("--set", options.set_),
+    }
+    config = TrainingConfig(**chosen)
     try:
         summary = {"pretrain": stages.pretrain, "finetune": stages.finetune}[stage](config)
     except KeyboardInterrupt as error:
@@ -276,10 +273,5 @@ def _read_questions() -> Iterator[str]:
     """Yield lines of the terminal or a pipe until it ends or an empty line comes."""
     if sys.stdin is None:
         raise OptionError("chat: nothing to read questions from; give one (--ask)")
-    while True:
-        if sys.stdin.isatty():
-            write("> ", end="")
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
-        yield line
+    with suppress(EOFError):
+        yield from iter(lambda: input("> " if sys.stdin.isatty() else "").strip(), "")

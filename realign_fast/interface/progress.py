@@ -23,13 +23,8 @@ class Progress(tqdm):  # type: ignore[misc]
     def __init__(self, total: int, name: str = "", *, unit: str, shown: bool, **options: Any):
         log = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30, "delay": 30}
         self.began = self.reported = time.monotonic()
-        self.facts: dict[str, Any] = {
-            "event": "progress",
-            "name": name,
-            "done": 0,
-            "total": total,
-            "unit": unit,
-        }
+        self.facts: dict[str, Any] = {"event": "progress", "name": name, "done": 0}
+        self.facts |= {"total": total, "unit": unit}
         options |= {"total": total, "desc": name or None, "unit": unit, "disable": not shown}
         super().__init__(file=sys.stderr, **log | options)
 
