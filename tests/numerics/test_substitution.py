@@ -126,7 +126,7 @@ def test_ngrams_are_hashed_alike_everywhere():
 
 
 def test_the_demo_corpus_has_the_figures_of_the_prototype():
-    """Losses of `docs/shared_space.md`, within the errors of a single seed."""
+    """Losses of docs/text_instead_of_pairs.md, within the errors of a single seed."""
     rows = {}
     for name, folder, side in (
         ("text", DATA, "text"), ("image", DATA, "image"), ("held", DATA / "heldout", "image")
