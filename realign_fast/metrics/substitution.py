@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_counts, expect_tensor
 from .._one_thread import one_thread
 from .cosines import check_rows
 from .estimate import Estimate
@@ -78,7 +78,8 @@ def substitution(
     [N, C] such as :func:`hashed_ngrams` of captions (binary cross entropy; the share of rows whose
     likeliest label is theirs), or float [N, C] such as rows of another encoder (mean squared error;
     R^2). On a CPU the bytes do not depend on the number of threads, since it trains on one; another
-    CPU or torch, or CUDA, may round differently. Memory beside the rows: 4,096 of them with labels.
+    CPU or torch, or CUDA, may round differently. Memory beside the rows (which a fit copies): 4,096
+    of them with their labels.
 
     Args:
         source_rows, target_rows: [N, D] and [M, D], as readers see them; not normalised here.
@@ -114,8 +115,14 @@ def substitution(
     ):
         _check(name, rows, labels, target_rows, target_labels)
     partners = torch.full((len(source_rows),), -1) if partners is None else partners.cpu()
-    if partners.dtype != torch.int64 or partners.shape != source_rows.shape[:1]:
-        raise ValueError("substitution: expected partners as an int64 number for each source row")
+    is_known = partners.dtype == torch.int64 and partners.shape == source_rows.shape[:1]
+    if not is_known or int(partners.max()) >= len(target_rows):
+        raise ValueError(
+            "substitution: expected partners as an int64 number for each source row, of a target "
+            "row or -1"
+        )
+    reader = reader or Reader()
+    expect_counts("substitution", steps=reader.steps, batch=reader.batch)
     outputs = source_labels.shape[-1]
     if source_labels.dim() == 1:
         outputs = 1 + max(int(side.max()) for side in (source_labels, target_labels))
@@ -134,7 +141,7 @@ def substitution(
             if not moves and rows.shape[1] != target_rows.shape[1]:
                 raise ValueError(f"substitution: {name} rows have other columns than target rows")
             side = (target_labels, trained) if name == "target" else (source_labels, free)
-            network = _train(rows, *side, outputs, seed, reader or Reader())
+            network = _train(rows, *side, outputs, seed, reader)
             found.append(_test(network, target_rows, target_labels, tested, moves))
             if not found[-1][0] < math.inf:
                 raise ValueError(
@@ -272,10 +279,11 @@ def _check(
         expect_tensor("substitution", side_labels, "labels", floating=False)
     kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
     is_known = (labels.dtype, labels.dim()) in kinds and len(labels) == len(rows)
+    is_known &= bool(torch.isfinite(labels).all()) and (labels.dim() > 1 or int(labels.min()) >= 0)
     is_alike = (labels.dtype, labels.shape[1:]) == (target_labels.dtype, target_labels.shape[1:])
     if not is_known or not is_alike:
         raise ValueError(
             f"substitution: got {labels.dtype} {list(labels.shape)} as labels of {len(rows)} "
-            f"{name} rows, expected int64 [N], bool [N, C] or float [N, C] like those of target "
-            f"rows, {target_labels.dtype} {list(target_labels.shape)}"
+            f"{name} rows, expected int64 [N] from 0, bool or finite float [N, C] like those of "
+            f"target rows, {target_labels.dtype} {list(target_labels.shape)}"
         )

@@ -177,7 +177,7 @@ ROWS, CLASSES = random_rows(20, 4).float(), torch.arange(20) % 3
     [
         (dict(source_rows=ROWS[:, :3]), "source rows have other columns than target rows"),
         (dict(source_rows=ROWS[:19]), r"int64 \[20\] as labels of 19 source rows, expected int64"),
-        (dict(source_labels=CLASSES[:, None] > 0), "expected int64 .* like those of target rows"),
+        (dict(source_labels=CLASSES[:, None] > 0), "expected int64 .* those of target rows"),
         (dict(target_labels=None), "expected labels as a tensor, got NoneType"),
         (dict(aligned=ROWS * torch.nan), "aligned rows: row 0 holds a NaN"),
         (dict(aligned={"target": ROWS}), r"aligned rows \['target'\] .* names other than source"),
@@ -186,6 +186,10 @@ ROWS, CLASSES = random_rows(20, 4).float(), torch.arange(20) % 3
         (dict(test=0.0), "`test` takes 0 of 20 target rows"),
         (dict(test=1.0), "`test` takes 20 of 20 target rows"),
         (dict(partners=torch.zeros(3)), "partners as an int64 number for each source row"),
+        (dict(partners=CLASSES + 18), "of a target row or -1"),
+        (dict(source_labels=CLASSES - 1), "expected int64 .N. from 0"),
+        (dict(source_labels=ROWS / 0, target_labels=ROWS), "or finite float"),
+        (dict(reader=metrics.Reader(steps=0)), "steps is 0, expected a whole number from 1"),
         (
             dict(source_rows=ROWS.double() * 1e300),
             "reader of source rows has a loss that is not finite",
