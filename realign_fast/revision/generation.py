@@ -42,11 +42,6 @@ def open_model(
     return model, template
 
 
-def pad_id(tokenizer: Any) -> int:
-    """Return the token id to pad with: that of the tokenizer, or 0 if it has none."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
 def respond(
     model: ReVisionModel,
     template: Template,
@@ -62,7 +57,7 @@ def respond(
     `generate` of transformers, which is greedy by default. A text ends where the positions of the
     language model do; ValueError if they leave no place for one.
     """
-    pad = pad_id(template.tokenizer)
+    pad = template.pad_id
     items = [
         {"input_ids": template.prompt(sample), "labels": [], "image_rows": images}
         for sample, images in zip(samples, rows, strict=True)

@@ -23,7 +23,6 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import ProjectorName, TemplateName
 from ..storage.paths import write_whole
-from .generation import pad_id
 from .model import (
     CONFIG,
     LANGUAGE_MODEL_FOLDER,
@@ -143,7 +142,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         arguments,
         template=template,
         generations=config.generations,
-        data_collator=Collator(pad_id(template.tokenizer)),
+        data_collator=Collator(template.pad_id),
         train_dataset=samples,
         eval_dataset=held_out,
     )

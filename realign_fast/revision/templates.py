@@ -44,7 +44,7 @@ class Plain:
     def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
         """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`."""
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
-        self.bos_ids = _special_ids(tokenizer, "bos")
+        self.bos_ids, self.pad_id = _special_ids(tokenizer, "bos"), tokenizer.pad_token_id or 0
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
 
     def reference(self, sample: Sample) -> str:
@@ -99,6 +99,7 @@ class Chat:
             advice = "give one (--chat-template FILE), or train on captions (--template plain)"
             raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")
         self.template = tokenizer.get_chat_template()  # the default of several
+        self.pad_id: int = tokenizer.pad_token_id or 0
         if not tokenizer.is_fast:
             reason = "cannot say which characters a token stands for; use its fast tokenizer"
             raise ValueError(f"{tokenizer.name_or_path}: {reason}")

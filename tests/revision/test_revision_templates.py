@@ -9,7 +9,6 @@ pytest.importorskip("transformers")
 from support.revision_parts import CHATML, LLAMA2, word_tokenizer
 
 from realign_fast.revision.conversation_files import Sample
-from realign_fast.revision.generation import pad_id
 from realign_fast.revision.model import IMAGE_TOKEN
 from realign_fast.revision.templates import Chat, Plain
 
@@ -267,8 +266,8 @@ def test_tokenizers_without_bos_and_pad_encode_the_same():
     bare.bos_token = bare.pad_token = None
     for kind in (Plain, Chat):
         expected = [token for token in kind(tokenizer, K).encode(SAMPLE).ids if token != 1]
-        assert kind(bare, K).encode(SAMPLE).ids == expected
-    assert pad_id(bare) == 0
+        template = kind(bare, K)
+        assert template.encode(SAMPLE).ids == expected and template.pad_id == 0
     bare.eos_token = None
     with pytest.raises(ValueError, match="has no EOS token"):
         Plain(bare, K)

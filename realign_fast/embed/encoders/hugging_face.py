@@ -172,16 +172,12 @@ def load_processor(folder: Path, usual: Any = None) -> Any:
 @contextmanager
 def explained(folder: StrPath) -> Iterator[None]:
     """Load from a directory without progress bars; an error is one line that names it."""
-    log = transformers().logging
+    log, content = transformers().logging, "with model, processor and tokenizer"
+    expected = f"expected a directory as save_pretrained writes it, {content}"
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:
-        with loading(
-            lambda reason: (
-                f"{folder}: cannot be loaded ({reason}); expected a directory as "
-                "save_pretrained writes it, with model, processor and tokenizer"
-            )
-        ):
+        with loading(lambda reason: f"{folder}: cannot be loaded ({reason}); {expected}"):
             yield
     finally:
         if bars:
