@@ -63,4 +63,5 @@ def test_every_command_knows_its_options(words, capsys):
 def test_the_commands_are_there():
     fitting = {"align", "fit", "apply", "stats", "merge"}
     training = {"embed", "pretrain", "finetune", "evaluate", "caption", "chat"}
-    assert {words[1] for words in COMMANDS} == fitting | training | {"convert", "inspect", "plan"}
+    others = {"convert", "inspect", "plan", "unify", "evaluate-search", "substitution"}
+    assert {words[1] for words in COMMANDS} == fitting | training | others
