@@ -174,9 +174,10 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
         message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
         context = getattr(error, "ctx", None)
         usage = context.get_usage() if context else "usage: realign-fast COMMAND"
-        write(f"{usage[0].lower()}{usage[1:]}", sys.stderr)
+        LOGGER.error(f"{usage[0].lower()}{usage[1:]}", extra={"event": {"event": "usage"}})
     if code is ExitCode.UNEXPECTED:
-        write("".join(traceback.format_exception(error)), sys.stderr)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        LOGGER.error(trace, extra={"event": {"event": "trace"}})
         message = f"{type(error).__name__}: {message}; this is a fault of realign-fast: report it"
     kind = code.name.lower()
     if as_json:
@@ -212,7 +213,7 @@ class Messages(logging.Handler):
         if self.as_lines:
             facts = {"time": record.created, "level": record.levelname.lower(), "message": text}
             text = _json(facts | event)
-        elif event.get("event") != "pass":
+        elif event.get("event") not in ("pass", "usage", "trace"):
             kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             if event.get("kind") in ("interrupted", "terminated"):
                 kind = "stopped; "

@@ -312,10 +312,12 @@ def test_a_signal_ends_each_command_with_its_status(capsys, monkeypatch, sent, n
 
 def test_a_fault_of_the_program_has_its_status_and_a_trace(capsys, monkeypatch):
     monkeypatch.setattr(Options, "__init__", lambda *a, **values: 1 / 0)
-    assert run("info") == ExitCode.UNEXPECTED == 70
+    assert run("info", "--log-json") == ExitCode.UNEXPECTED == 70
     printed = capsys.readouterr()
     assert json.loads(printed.out)["error"]["kind"] == "unexpected"
-    assert "Traceback" in printed.err and "ZeroDivisionError" in printed.err.splitlines()[-1]
+    trace, error = [json.loads(line) for line in printed.err.splitlines()]
+    assert trace["event"] == "trace" and trace["message"].startswith("Traceback")
+    assert error["event"] == "error" and "ZeroDivisionError" in error["message"]
 
 
 def test_quiet_prints_nothing_and_errors_still(capsys):
