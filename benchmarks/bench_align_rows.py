@@ -1,4 +1,8 @@
-"""align_rows against memcpy of the same bytes, torch.compile, eager torch, numpy and CuPy."""
+"""align_rows against memcpy of the same bytes, torch.compile, eager torch, numpy and CuPy.
+
+The kinds "calibrate" and "center-calibrate" are the maps of a SharedSpace, ``(u - mu) / s`` and
+``unit(u - mu) / s``, through the object that it maps rows with.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from harness import ceilings, inputs, table, timing
 from peers import row_ops
 
 from realign_fast import align_rows, ops
+from realign_fast.shared_space import RoleMap
 
 # Half an ulp of the row's largest entry; float32 as the README promises it.
 TOLERANCE = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
@@ -14,9 +19,17 @@ TOLERANCE = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
 
 @table.of("align_rows")
 def bench_align_rows(line, measure):
-    _, device, dtype, columns, count, *_ = line
+    _, device, dtype, columns, count, kind, *_ = line
     rows = inputs.random_rows(dtype, columns, count, device)
-    row_map = inputs.random_map(columns, device)
+    row_map, length = inputs.random_map(columns, device), 1.0
+    ours = lambda rows: align_rows(rows, *row_map, out=outs())  # noqa: E731
+    if kind:
+        normalized, spread = kind == "center-calibrate", 0.04  # s of CLIP's scores
+        length, factor = (1 / spread, 1.0) if normalized else (None, 1 / spread)
+        centre = ops.sum_rows(rows).total / count
+        role_map = RoleMap(centre, normalized, {0: spread}, columns)
+        row_map = torch.full_like(centre[0], factor), -factor * centre, None
+        ours = lambda rows: role_map(rows, out=outs())  # noqa: E731
     feed = inputs.Rotation(rows, line.cache)
     outs = inputs.Rotation(torch.full_like(rows, torch.nan), line.cache)
     case = timing.Case(
@@ -24,16 +37,16 @@ def bench_align_rows(line, measure):
         bytes=2 * rows.nbytes,
         flops=12 * rows.numel(),
         limit="bytes",
-        error_of=lambda result: row_ops.align_rows_error(rows, row_map, result),
+        error_of=lambda result: row_ops.align_rows_error(rows, row_map, result, length),
         tolerance=TOLERANCE[dtype],
         feed=feed,
     )
-    case.add("align_rows", lambda rows: align_rows(rows, *row_map, out=outs()), "ours")
+    case.add("align_rows", ours, "ours")
     case.add("copy", ceilings.copy(rows), "ceiling")
-    if device == "cpu" and ops.cpu_instruction_set() == "avx512":
+    if device == "cpu" and not kind and ops.cpu_instruction_set() == "avx512":
         case.add("align_rows on AVX2", lambda rows: _on_avx2(rows, row_map, outs()), "variant")
     if line.peers:
-        case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, line.exact))
+        case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, line.exact, length))
     measure(case)
 
 

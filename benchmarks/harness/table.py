@@ -13,6 +13,7 @@ import torch
 
 from harness import timing
 
+SPACE_KINDS = ("calibrate", "center-calibrate")  # documents of a SharedSpace
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -55,6 +56,8 @@ def _lines() -> list[Line]:
             found.append(Line(op, "cpu", BF16, 768, 65_536, kind))
             found += [Line(op, "cpu", F32, dimension, 32_768, kind) for dimension in (768, 1280)]
             found.append(Line(op, "cpu", F16, 768, 4096, kind, "warm"))
+    for kind in SPACE_KINDS:
+        found += [Line("align_rows", "cpu", dtype, 768, 32_768, kind) for dtype in (F16, F32)]
     for dtype in (F32, F16):
         for dimension in (512, 768, 1024, 1280):
             ci = dtype == F32 and dimension == 768
@@ -81,6 +84,7 @@ def _on_a_gpu() -> list[Line]:
         for dimension in (768, 1024, 1280, 4096):
             found.append(Line(op, "cuda", F16, dimension, (1 << 29) // dimension))
         found += [Line(op, "cuda", dtype, 1024, 1 << 19) for dtype in (BF16, F32)]
+    found += [Line("align_rows", "cuda", F16, 1024, 1 << 19, kind) for kind in SPACE_KINDS]
     found.append(Line("covariance", "cuda", F32, 768, 1 << 19))
     found += [Line("whitening", "cuda", F64, d, d) for d in (768, 1024, 2048)]
     found += [

@@ -18,15 +18,25 @@ from peers import packages
 from realign_fast.ops import reference
 
 BLOCK_ROWS = 512
-RowMap = tuple[Tensor, Tensor, Tensor]  # s [] or A [D, D], b [D], h [D], float64
+# s [] or A [D, D], b [D] and h [D] or None, float64
+RowMap = tuple[Tensor, Tensor, Tensor | None]
 
 
-def torch_align_rows(rows: Tensor, scale: Tensor, shift: Tensor, recentre: Tensor) -> Tensor:
-    """Return ``unit(unit(s u + b) + h)`` in float32, rounded to the rows' dtype; s may be A."""
+def torch_align_rows(
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    length: float | None = 1.0,
+) -> Tensor:
+    """Return ``c unit(unit(s u + b) + h)`` in float32, rounded to the rows' dtype; s may be A."""
     u = normalize(rows.float(), dim=1)
-    moved = u @ scale.float().T if scale.dim() else scale.float() * u
-    mapped = normalize(moved + shift.float(), dim=1)
-    return normalize(mapped + recentre.float(), dim=1).to(rows.dtype)
+    mapped = (u @ scale.float().T if scale.dim() else scale.float() * u) + shift.float()
+    if recentre is not None:
+        mapped = normalize(mapped, dim=1) + recentre.float()
+    if length is not None:
+        mapped = normalize(mapped, dim=1)
+    return (mapped if length in (None, 1) else length * mapped).to(rows.dtype)
 
 
 def torch_sum_rows(rows: Tensor) -> Tensor:
@@ -39,24 +49,33 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def array_align_rows(rows, scale, shift, recentre) -> np.ndarray:
-    """Return ``unit(unit(s u + b) + h)`` in the precision of the map, in numpy or CuPy."""
+def array_align_rows(rows, scale, shift, recentre, length=1.0) -> np.ndarray:
+    """Return ``c unit(unit(s u + b) + h)`` in the precision of the map, in numpy or CuPy."""
     u = unit(rows.astype(shift.dtype))
-    moved = u @ scale.T if scale.ndim else scale * u
-    return unit(unit(moved + shift) + recentre)
+    mapped = (u @ scale.T if scale.ndim else scale * u) + shift
+    if recentre is not None:
+        mapped = unit(mapped) + recentre
+    if length is not None:
+        mapped = unit(mapped)
+    return mapped if length in (None, 1) else length * mapped
 
 
 def of_align_rows(
-    row_map: RowMap, out: Callable[[], Tensor], dtype: torch.dtype, device: str, exact: bool
+    row_map: RowMap,
+    out: Callable[[], Tensor],
+    dtype: torch.dtype,
+    device: str,
+    exact: bool,
+    length: float | None = 1.0,
 ) -> packages.Found:
     """Return the peers that map rows by ``row_map`` into ``out()``; ``exact`` adds float64."""
 
     def assign(into: Tensor, rows: Tensor) -> None:
-        into.copy_(torch_align_rows(rows, *row_map))
+        into.copy_(torch_align_rows(rows, *row_map, length))
 
     def assign_exactly(into: Tensor, rows: Tensor) -> None:
         of = reference.map_rows if row_map[0].dim() else reference.align_rows
-        into.copy_(of(rows, *row_map, dtype))
+        into.copy_(of(rows, *row_map, dtype, length))
 
     def whole(function: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], Tensor]:
         def call(rows: Tensor) -> Tensor:
@@ -71,15 +90,15 @@ def of_align_rows(
             assign(place, part)
 
     def in_numpy(into: Tensor, rows: Tensor) -> None:
-        arrays = [one.numpy() for one in row_map]
+        arrays = [one if one is None else one.numpy() for one in row_map]
         for place, part in zip(into.split(BLOCK_ROWS), rows.split(BLOCK_ROWS), strict=True):
-            place.numpy()[:] = array_align_rows(part.numpy(), *arrays)
+            place.numpy()[:] = array_align_rows(part.numpy(), *arrays, length)
 
     def in_cupy(into: Tensor, rows: Tensor) -> None:
         import cupy
 
-        arrays = [cupy.from_dlpack(one.float()) for one in row_map]
-        cupy.from_dlpack(into)[:] = array_align_rows(cupy.from_dlpack(rows), *arrays)
+        arrays = [one if one is None else cupy.from_dlpack(one.float()) for one in row_map]
+        cupy.from_dlpack(into)[:] = array_align_rows(cupy.from_dlpack(rows), *arrays, length)
 
     compiled = {"torch.compile float32": assign} | (
         {"torch.compile float64": assign_exactly} if exact else {}
@@ -130,10 +149,12 @@ def _found(compiled, whole, in_blocks, in_numpy, in_cupy, dtype, device) -> pack
     return found | {f"numpy float64 (numpy {np.__version__})": whole(in_numpy)}, missing
 
 
-def align_rows_error(rows: Tensor, row_map: RowMap, result: Tensor) -> float:
+def align_rows_error(
+    rows: Tensor, row_map: RowMap, result: Tensor, length: float | None = 1.0
+) -> float:
     """Return the largest relative difference to float64 on 2000 rows that are spread over all."""
     sample = slice(None, None, max(1, len(rows) // 2000))
     of = reference.map_rows if row_map[0].dim() else reference.align_rows
-    truth = of(rows[sample].double(), *row_map, torch.float64)
+    truth = of(rows[sample].double(), *row_map, torch.float64, length)
     difference = (result[sample].double() - truth).abs()
     return float((difference / truth.abs().amax(dim=1, keepdim=True)).max())
