@@ -67,7 +67,8 @@ class Scatter:
     scatter: Tensor  # [D, D] float64, sum of w (u - c)(u - c)^T, upper triangle
     weights: Tensor  # [3] float64: sum of w, of w a (w = f a), rows multiplied in float32
 
-    def __init__(self) -> None:
+    def __init__(self, normalize: bool = True, accurate: bool = False) -> None:
+        self.normalize, self.accurate = normalize, accurate  # (as in Moments)
         self.centre = None
 
     def _start(self, centre: Tensor) -> Tensor:
@@ -77,14 +78,7 @@ class Scatter:
         self.weights = self.total.new_zeros(3)
         return self.centre
 
-    def add(
-        self,
-        rows: Tensor,
-        weights: RowWeights,
-        through: RowMap | None,
-        normalize: bool,
-        accurate: bool,
-    ) -> Tensor:
+    def add(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D], as :meth:`realign_fast.Moments.update` does.
 
         Returns:
@@ -93,21 +87,12 @@ class Scatter:
         counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
         for first in range(0, len(rows), _BLOCK_ROWS):
             block = slice(first, first + _BLOCK_ROWS)
-            counts += self._add_block(
-                rows[block], weights.select(block), through, normalize, accurate
-            )
+            counts += self._add_block(rows[block], weights.select(block), through)
         return counts
 
-    def _add_block(
-        self,
-        rows: Tensor,
-        weights: RowWeights,
-        through: RowMap | None,
-        normalize: bool,
-        accurate: bool,
-    ) -> Tensor:
-        operands = rows
-        accurate = accurate or rows.dtype == torch.float64
+    def _add_block(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
+        operands, normalize = rows, self.normalize
+        accurate = self.accurate or rows.dtype == torch.float64
         if through is not None:
             operands = map_rows(rows.double() if accurate else rows, through)
             normalize = False
@@ -119,8 +104,8 @@ class Scatter:
                 return _counts(rows, weights.frequencies)
             centre = self._start(start[0])
         elif start is not None and _far(centre, *start):
-            part = Scatter()  # with a centre of its own
-            counts = part._add_block(rows, weights, through, normalize, accurate)
+            part = Scatter(self.normalize, accurate)  # with a centre of its own
+            counts = part._add_block(rows, weights, through)
             self.merge(part)
             return counts
         product = weights.product
@@ -156,7 +141,7 @@ class Scatter:
 
     def moved_to(self, centre: Tensor) -> Scatter:
         """Return the sums about another centre: ``S + t d^T + d t^T + W d d^T``, ``d = c - c'``."""
-        moved = Scatter()
+        moved = Scatter(self.normalize, self.accurate)
         new_centre = moved._start(centre)
         if self.centre is None:
             return moved
@@ -253,14 +238,15 @@ def _holds_a_far_row(rows: Tensor) -> bool:
     """Return whether float32 products of a row [N, D] would swamp those of the others.
 
     Distances are from the median of up to 65 rows, which outliers do not move; rows that are not
-    finite are left out, as they are of the sums. Norms, one cheap read, bound the distances.
+    finite are left out, as they are of the sums. Where no norm, one cheap read, is long beside the
+    usual distance of two rows, no distance is far either.
     """
     sample = rows[:: len(rows) // 65 + 1].float()
-    median = sample.nanmedian(dim=0).values
-    usual = (sample - median).norm(dim=1).nanmedian()
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    if bool(norms.nan_to_num().max() + median.norm() <= _FAR * usual):
+    usual = (sample[1:] - sample[:-1]).norm(dim=1).nanmedian()
+    if bool(norms.nan_to_num().max() + norms.nanmedian() <= _FAR / 2 * usual):
         return False
+    median = sample.nanmedian(dim=0).values
     distances = torch.cat(
         [(part.float() - median).norm(dim=1) for part in torch.split(rows, _FIRST_ROWS)]
     )

@@ -65,7 +65,7 @@ class Moments:
         self.accurate = accurate
         self.with_covariance = covariance
         self.total = self.energy_total = self.counts = None
-        self.scatter = Scatter() if covariance else None
+        self.scatter = Scatter(normalize, accurate) if covariance else None
 
     def update(
         self,
@@ -148,9 +148,7 @@ class Moments:
     def _add_rows(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D] and return their counts [3]."""
         if self.scatter is not None:
-            counts = self.scatter.add(
-                rows, weights, through=through, normalize=self.normalize, accurate=self.accurate
-            )
+            counts = self.scatter.add(rows, weights, through)
             sums = _no_rows(rows.shape[1], rows.device)._replace(counts=counts)
         elif callable(through):
             sums = ops.sum_mapped_rows(rows, through)
@@ -377,7 +375,7 @@ class Moments:
             setattr(self, name, state[name] if state else None)
         if self.scatter is not None:
             prefix = "scatter."
-            self.scatter = Scatter()
+            self.scatter = Scatter(self.normalize, self.accurate)
             self.scatter.load_state(
                 {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
             )

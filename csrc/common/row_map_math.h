@@ -71,7 +71,9 @@ REALIGN_HOST_DEVICE inline RowCoefficients row_coefficients(const MapNumbers& ma
   row.gamma = given ? c * inverse_root(qq) : 1;
   row.beta = given || map.recentred ? row.gamma * inverse_r : 1;
   row.alpha = row.beta * s * inverse;
-  row.cancelled = !(rr > kCancelled * (s * s + map.bb)) | !(qq > kCancelled * (1 + map.hh)) |
+  // Without a normalisation only the entries lose digits, not the length that scales all of them.
+  const double least = given || map.recentred ? kCancelled : kCancelled / 4;
+  row.cancelled = !(rr > least * (s * s + map.bb)) | !(qq > kCancelled * (1 + map.hh)) |
                   !length_fits(given ? c * c : rr);
   return row;
 }

@@ -28,8 +28,7 @@ INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
 # runs and equally fast in two.
 _FASTEST_INSTRUCTION_SET = {"sum_rows": "avx2"}
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-_MAP = "Tensor scale, Tensor shift, Tensor? recentre"
-_MATRIX = _MAP.replace("scale", "matrix")
+_MAP = "Tensor linear, Tensor shift, Tensor? recentre"
 _LENGTH = "float? length=1.0, int variant=0"
 SCHEMAS = (
     # `variant` selects one of the device's kernels; 0 is the best. On a CPU it is the instruction
@@ -37,10 +36,10 @@ SCHEMAS = (
     # map_rows: 1 is "fast". The reference and the Triton kernels ignore it.
     f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, {_LENGTH}) -> Tensor",
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, {_LENGTH}) -> ()",
-    f"map_rows(Tensor rows, {_MATRIX}, ScalarType dtype, {_LENGTH}) -> Tensor",
-    f"map_rows_(Tensor(a!) out, Tensor rows, {_MATRIX}, {_LENGTH}) -> ()",
-    f"sum_rows(Tensor rows, {_MAP.replace('Tensor ', 'Tensor? ')}, bool normalize, int variant=0)"
-    + " -> (Tensor, Tensor, Tensor)",
+    f"map_rows(Tensor rows, {_MAP}, ScalarType dtype, {_LENGTH}) -> Tensor",
+    f"map_rows_(Tensor(a!) out, Tensor rows, {_MAP}, {_LENGTH}) -> ()",
+    "sum_rows(Tensor rows, Tensor? scale, Tensor? shift, Tensor? recentre, bool normalize, "
+    + "int variant=0) -> (Tensor, Tensor, Tensor)",
     "add_scatter_(Tensor(a!) scatter, Tensor(b!) total, Tensor rows, Tensor centre, "
     + "Tensor? weights, bool normalize, bool accurate, int variant=0) -> Tensor",
     "cpu_isa() -> int",

@@ -41,7 +41,7 @@ def _affine_on_sphere(
 
 def map_rows(
     rows: Tensor,  # [N, D] any floating dtype
-    matrix: Tensor,  # A, float64: a matrix [D, D], a diagonal [D] or a number []
+    linear: Tensor,  # A, float64: a matrix [D, D], a diagonal [D] or a number []
     shift: Tensor,  # [D] float64, b
     recentre: Tensor | None,  # [D] float64, h; None leaves the last step out
     dtype: torch.dtype,
@@ -50,47 +50,24 @@ def map_rows(
 ) -> Tensor:
     """Return ``c unit(unit(A u + b) + h)`` with ``u = x / |x|``, as [N, D] of ``dtype``."""
     x, finite, _ = _finite_rows(rows)
-    out = _affine_on_sphere(_linear(unit(x), matrix), shift, recentre, length)
+    out = _affine_on_sphere(_linear(unit(x), linear), shift, recentre, length)
     return torch.where(finite, out, torch.nan).to(dtype)
-
-
-def align_rows(
-    rows: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    recentre: Tensor | None,
-    dtype: torch.dtype,
-    length: float | None = 1.0,
-    variant: int = 0,
-) -> Tensor:
-    """Return :func:`map_rows` of a number, s [] float64, in place of A."""
-    return map_rows(rows, scale, shift, recentre, dtype, length)
 
 
 def map_rows_(
     out: Tensor,
     rows: Tensor,
-    matrix: Tensor,
+    linear: Tensor,
     shift: Tensor,
     recentre: Tensor | None,
     length: float | None = 1.0,
     variant: int = 0,
 ) -> None:
     """Write :func:`map_rows` into ``out`` [N, D], whose dtype decides the rounding."""
-    out.copy_(map_rows(rows, matrix, shift, recentre, out.dtype, length))
+    out.copy_(map_rows(rows, linear, shift, recentre, out.dtype, length))
 
 
-def align_rows_(
-    out: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    recentre: Tensor | None,
-    length: float | None = 1.0,
-    variant: int = 0,
-) -> None:
-    """Write :func:`align_rows` into ``out``, as :func:`map_rows_` does."""
-    map_rows_(out, rows, scale, shift, recentre, length)
+align_rows, align_rows_ = map_rows, map_rows_  # the ops of a number, s [], in place of A
 
 
 def _linear(u: Tensor, linear: Tensor) -> Tensor:

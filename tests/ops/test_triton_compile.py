@@ -93,10 +93,10 @@ def step(columns, dtype):
 def align_rows(target, dtype, columns, length=1):
     m = DOUBLE if dtype in (BFLOAT, DOUBLE) else FLOAT
     pointers = dict(out=dtype, rows=dtype, linear=DOUBLE, shift=DOUBLE, recentre=DOUBLE)
-    pointers |= dict(result_length=DOUBLE)
+    pointers |= dict(image=DOUBLE, factor=DOUBLE, result_length=DOUBLE)
     constants = dict(ROW_STEP=step(columns, dtype), OUT_STEP=step(columns, dtype), M=NAME[m])
     constants |= dict(**row_kernels.tile(columns), COLUMNS=columns, DIMS=0, KINDS=3)
-    constants |= dict(LENGTH=length)
+    constants |= dict(WIDTH=0, LENGTH=length)
     return compiled(row_kernels.align_rows_kernel, target, pointers, constants)
 
 
@@ -104,12 +104,14 @@ def scaled_rows(target, dtype, columns):
     return align_rows(target, dtype, columns, length=2)
 
 
-def sum_rows(target, dtype, columns, kinds=1):
-    m = DOUBLE if dtype == DOUBLE else FLOAT
-    pointers = dict(totals=DOUBLE, numbers=DOUBLE, rows=dtype)
-    pointers |= dict(scale=DOUBLE, shift=DOUBLE, recentre=DOUBLE)
+def sum_rows(target, dtype, columns, kinds=1, terms=0, m=None):
+    m = m or (DOUBLE if dtype == DOUBLE else FLOAT)
+    names = "sums numbers scale shift recentre centre weights factor packed"
+    pointers = dict.fromkeys(names.split(), DOUBLE) | dict(rows=dtype)
+    pointers |= dict(packed=HALF) if terms == 2 else {}
     constants = dict(**row_kernels.tile(columns), COLUMNS=columns, ROW_STEP=step(columns, dtype))
-    constants |= dict(KINDS=kinds, NORMALIZE=True, M=NAME[m])
+    constants |= dict(KINDS=kinds, NORMALIZE=True, M=NAME[m], WIDTH=columns)
+    constants |= dict(WEIGHTED=terms > 0, TERMS=terms)
     return compiled(row_kernels.sum_rows_kernel, target, pointers, constants)
 
 
@@ -144,15 +146,8 @@ def test_rows_of_odd_length_are_read_entry_by_entry(tmp_path):
 
 
 def packing(target, dtype, accurate):
-    m = DOUBLE if accurate else FLOAT
-    pointers = dict(packed=DOUBLE if accurate else HALF, sums=DOUBLE, counts="*i64", rows=dtype)
-    pointers |= dict(centre=DOUBLE, weights=DOUBLE, scale=DOUBLE)
-    constants = dict(**row_kernels.tile(768), COLUMNS=768, WIDTH=768, PROGRAM_ROWS=32)
-    constants |= dict(
-        WEIGHTED=True, ROW_STEP=step(768, dtype), NORMALIZE=True, MEASURE=False, M=NAME[m]
-    )
-    constants |= dict(TERMS=1 if accurate else 2)
-    return compiled(scatter_kernels.pack_rows_kernel, target, pointers, constants)
+    terms, m = (1, DOUBLE) if accurate else (2, FLOAT)
+    return sum_rows(target, dtype, 768, terms=terms, m=m)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -288,9 +283,6 @@ def test_no_op_waits_for_the_gpu(launches):
     assert {kernel.fn.__name__ for kernel, _, _ in launches} == {
         *FOR_EVERY_GENERATION,
         "add_parts_kernel",
-        "finish_rows_kernel",
-        "map_rows_directly_kernel",
-        "pack_rows_kernel",
         "sum_rows_kernel",
     }
 

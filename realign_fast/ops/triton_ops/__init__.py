@@ -30,21 +30,14 @@ def _import_at_first_call(file: str, op: str) -> Callable[..., Any]:
 def _into_new_tensor(map_in_place: Callable[..., Any]) -> Callable[..., Tensor]:
     """Return the form of a row map that allocates its result, [N, D] of ``dtype``."""
 
-    def map_rows_to_tensor(
-        rows: Tensor,
-        linear: Tensor,
-        shift: Tensor,
-        recentre: Tensor | None,
-        dtype: torch.dtype,
-        length: float | None = 1.0,
-        variant: int = 0,
-    ) -> Tensor:
-        """Map the rows into a new tensor."""
+    def map_to_new_tensor(rows: Tensor, *row_map_and_dtype: Any) -> Tensor:
+        """Map the rows by ``linear, shift, recentre``; ``dtype`` and other options follow."""
+        *row_map, dtype = row_map_and_dtype[:4]
         out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        map_in_place(out, rows, linear, shift, recentre, length)
+        map_in_place(out, rows, *row_map, *row_map_and_dtype[4:])
         return out
 
-    return map_rows_to_tensor
+    return map_to_new_tensor
 
 
 add_scatter_ = _import_at_first_call("scatter_kernels", "add_scatter_")

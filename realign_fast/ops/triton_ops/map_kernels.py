@@ -3,9 +3,9 @@
 The first kernel multiplies a block of rows by A on tensor cores: float16 rows as they are, with A
 split into two float16 matrices ``high + low``; bfloat16 and float32 rows in float32 precision
 (three TF32 products on NVIDIA, the GPU's own float32 products elsewhere). TF32 alone, which is
-Triton's default, keeps three digits. A row kernel then finishes the block, except for its *unusual*
-rows (``row_kernels.py``), which a third kernel computes in float64. If the rows or the result are
-float64, all is float64. A diagonal needs no product, and ``align_rows_kernel`` does it all.
+Triton's default, keeps three digits. ``align_rows_kernel`` (``row_kernels.py``) then finishes the
+block, its *unusual* rows from the beginning and in float64. If the rows or the result are float64,
+all is float64. A diagonal needs no product, and ``align_rows_kernel`` does it all.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from ..memory import check_no_overlap
 from .row_kernels import (
     align_rows_,
+    align_rows_kernel,
     aligned,
     ending,
     launch,
     step_of,
     tile,
-    write_images,
 )
 
 _MAP_ENTRIES = 1 << 23  # of A u that are computed at a time, so that they stay in the L2 cache
@@ -69,71 +69,6 @@ def multiply_rows_kernel(
     tl.store(target, total, alive[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["row_count", "row_stride", "out_stride"])
-def finish_rows_kernel(
-    rows,  # [N, D]
-    row_count,
-    row_stride,
-    out,  # [N, D]
-    out_stride,
-    unusual,  # [N] int8: rows that are left to map_rows_directly_kernel
-    product,  # [N, WIDTH] M: A x over the factor
-    factor,  # [] float64
-    shift,  # b [D] float64
-    recentre,  # h [D] float64, read if KINDS = 3
-    result_length,  # [] float64, read if LENGTH = 2
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_STEP: tl.constexpr,
-    OUT_STEP: tl.constexpr,
-    KINDS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Write the images of rows whose product with A is known."""
-    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    alive = number < row_count
-    row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
-    target = out + tl.multiple_of(number * out_stride, OUT_STEP)
-    image = product + number * WIDTH
-    row_map = factor, shift, recentre, result_length
-    left = write_images(
-        target, row, image, alive, row_map, COLUMNS, BLOCK, 0, KINDS, LENGTH, False, M
-    )
-    tl.store(unusual + number, left.to(tl.int8), alive)
-
-
-@triton.jit(do_not_specialize=["row_count", "row_stride", "out_stride"])
-def map_rows_directly_kernel(
-    rows,  # [N, D]
-    row_count,
-    row_stride,
-    out,  # [N, D]
-    out_stride,
-    unusual,  # [N] int8
-    matrix,  # [D, D] float64
-    shift,  # [D] float64
-    recentre,  # [D] float64, read if KINDS = 3
-    result_length,  # [] float64, read if LENGTH = 2
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_STEP: tl.constexpr,
-    KINDS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Map one row if it is unusual."""
-    number = tl.program_id(0).to(tl.int64) + tl.full([1], 0, tl.int64)
-    mask = tl.load(unusual + number) != 0
-    if tl.max(mask.to(tl.int32), axis=0) > 0:
-        row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
-        target = out + number * out_stride
-        row_map = matrix, shift, recentre, result_length
-        write_images(target, row, row, mask, row_map, COLUMNS, BLOCK, 2, KINDS, LENGTH, True, M)
-
-
 def map_rows_(
     out: Tensor,  # [N, D]
     rows: Tensor,  # [N, D]
@@ -157,24 +92,20 @@ def map_rows_(
     shape = tile(columns)
     for block, into in zip(source.split(block_rows), target.split(block_rows), strict=True):
         product = _multiply(block, pieces, m)
-        unusual = torch.empty(len(block), dtype=torch.int8, device=rows.device)
-        written = into, into.stride(0), unusual
         if in_place:
             block = block.clone()  # an unusual row is read to the end for each of its blocks
         launch(
-            finish_rows_kernel,
+            align_rows_kernel,
             (triton.cdiv(len(block), shape["ROWS"]),),
             block,
             m,
-            *(*written, product, factor, *vectors),
-            WIDTH=product.shape[1],
+            *(into, into.stride(0), product, factor, matrix, *vectors),
             OUT_STEP=step_of(into),
+            WIDTH=product.shape[1],
+            DIMS=2,
             **constants,
             **shape,
         )
-        arguments = *written, matrix, *vectors
-        grid, exact = (len(block),), torch.float64
-        launch(map_rows_directly_kernel, grid, block, exact, *arguments, BLOCK=64, **constants)
     if target is not out:
         out.copy_(target)
 

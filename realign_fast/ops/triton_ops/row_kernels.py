@@ -15,6 +15,7 @@ The kernels name their tensors as the formulas do: ``M`` is the dtype they compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,13 +186,17 @@ def write_images(
     EXACT: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Write the images of rows, non-finite rows as NaN, and return the mask of those left out."""
+    """Write the images of rows, non-finite rows as NaN, and return the mask of those left out.
+
+    EXACT computes in float64, whatever M is.
+    """
+    DTYPE: tl.constexpr = tl.float64 if EXACT else M
     if EXACT:
         peak, _, finite = kind_of_rows(row, mask, COLUMNS, BLOCK)
     else:
         peak, finite = tl.full(mask.shape, 1, tl.float64), mask
     lengths, usual, _ = lengths_of_rows(
-        row, image, mask, peak, row_map, COLUMNS, BLOCK, DIMS, KINDS, EXACT, M
+        row, image, mask, peak, row_map, COLUMNS, BLOCK, DIMS, KINDS, EXACT, DTYPE
     )
     written = mask if EXACT else usual
     if LENGTH == 0:
@@ -200,10 +205,10 @@ def write_images(
         lengths = peak, norm, one if KINDS == 2 else half, one
     for start in range(0, COLUMNS, BLOCK):
         y = image_block(
-            image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, M
+            image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, DTYPE
         )
         if LENGTH == 2:
-            y *= tl.load(row_map[3]).to(M)
+            y *= tl.load(row_map[3]).to(DTYPE)
         if EXACT:
             y = tl.where(finite[:, None], y, float("nan"))
         _store_rows(target, start, written, y, COLUMNS, BLOCK)
@@ -217,7 +222,9 @@ def align_rows_kernel(
     row_stride,
     out,  # [N, D]
     out_stride,
-    linear,  # [] or [D] float64
+    image,  # [N, WIDTH] M: A x over the factor, read if WIDTH > 0
+    factor,  # [] float64
+    linear,  # A [], [D] or [D, D] float64
     shift,  # b [D] float64
     recentre,  # h [D] float64, read if KINDS = 3
     result_length,  # [] float64, read if LENGTH = 2
@@ -226,68 +233,90 @@ def align_rows_kernel(
     BLOCK: tl.constexpr,
     ROW_STEP: tl.constexpr,  # divides row_stride
     OUT_STEP: tl.constexpr,  # divides out_stride
-    DIMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIMS: tl.constexpr,  # of A; a matrix is multiplied here only by rows that are unusual
     KINDS: tl.constexpr,
     LENGTH: tl.constexpr,
     M: tl.constexpr,  # dtype of the computation
 ):
-    """Map one tile of rows, the unusual ones in float64."""
-    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Map one tile of rows, the unusual ones in float64; their products with a matrix are known."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    number = first + tl.arange(0, ROWS)
     row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
     target = out + tl.multiple_of(number * out_stride, OUT_STEP)
     row_map = linear, shift, recentre, result_length
-    unusual = write_images(
-        target, row, row, number < row_count, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, False, M
-    )
-    if tl.max(unusual.to(tl.int32), axis=0) > 0:
-        write_images(
-            target,
-            row,
-            row,
-            unusual,
-            row_map,
-            COLUMNS,
-            BLOCK,
-            DIMS,
-            KINDS,
-            LENGTH,
-            True,
-            tl.float64,
+    alive = number < row_count
+    if WIDTH > 0:
+        product = image + number * WIDTH
+        usual_map = factor, shift, recentre, result_length
+        unusual = write_images(
+            target, row, product, alive, usual_map, COLUMNS, BLOCK, 0, KINDS, LENGTH, False, M
         )
+    else:
+        unusual = write_images(
+            target, row, row, alive, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, False, M
+        )
+    if tl.max(unusual.to(tl.int32), axis=0) > 0:
+        SOME: tl.constexpr = 1 if WIDTH > 0 else ROWS  # a matrix takes one row at a time
+        PART: tl.constexpr = 64 if WIDTH > 0 else BLOCK
+        for offset in tl.static_range(0, ROWS, SOME):
+            some = first + offset + tl.arange(0, SOME)
+            mask = unusual
+            if WIDTH > 0:
+                mask = tl.max((unusual & (number == some)).to(tl.int32), axis=0, keep_dims=True) > 0
+            x = rows + tl.multiple_of(some * row_stride, ROW_STEP)
+            y = out + tl.multiple_of(some * out_stride, OUT_STEP)
+            write_images(y, x, x, mask, row_map, COLUMNS, PART, DIMS, KINDS, LENGTH, True, M)
 
 
-@triton.jit(do_not_specialize=["row_count", "row_stride", "chunk_rows"])
+@triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows", "program_rows"])
 def sum_rows_kernel(
     rows,  # [N, D]
     row_count,
     row_stride,
-    totals,  # [chunks, D] float64
-    numbers,  # [chunks, 4] float64: energy; rows, zero, non-finite rows
+    sums,  # [1 or 2, programs, WIDTH] float64: the sum; if TERMS > 0, that of low^2
+    numbers,  # [programs, 4] float64: energy; rows, zero, non-finite rows
     scale,  # [] float64
     shift,  # b [D] float64
     recentre,  # h [D] float64
-    chunk_rows,  # a multiple of ROWS
+    centre,  # c [WIDTH] float64; it and the next three are read if TERMS > 0
+    weights,  # [N] float64
+    factor,  # [WIDTH] float64, powers of two
+    packed,  # [TERMS, packed_rows, WIDTH] float16 or float64
+    packed_rows,
+    program_rows,  # a multiple of ROWS
     COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # D, or D rounded up to full tiles of the product
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_STEP: tl.constexpr,
     KINDS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    TERMS: tl.constexpr,  # 0 sums images x of rows, 1 and 2 pack sqrt(w) (x - c) and sum w (x - c)
     M: tl.constexpr,
 ):
-    """Sum one block of columns of one chunk of rows."""
+    """Sum, and pack, one block of columns of program_rows rows."""
     own = tl.program_id(1) * BLOCK
+    there = own + tl.arange(0, BLOCK)
     row_map = scale, shift, recentre
     one = tl.full([ROWS], 1, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
     energy = tl.zeros([ROWS], tl.float64)
     counted = tl.zeros([ROWS], tl.int32)
     zeros = tl.zeros([ROWS], tl.int32)
     outside = tl.zeros([ROWS], tl.int32)
-    for offset in range(0, chunk_rows, ROWS):
-        number = tl.program_id(0).to(tl.int64) * chunk_rows + offset + tl.arange(0, ROWS)
+    if TERMS > 0:
+        c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
+        power = tl.load(factor + there, there < WIDTH, other=1)[None, :]
+    for offset in range(0, program_rows, ROWS):
+        number = tl.program_id(0).to(tl.int64) * program_rows + offset + tl.arange(0, ROWS)
         alive = number < row_count
         row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
+        root = alive.to(tl.float64)
+        if WEIGHTED:
+            root = tl.sqrt(tl.load(weights + number, alive, other=0))
         lengths, usual, _ = lengths_of_rows(
             row, row, alive, one, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
         )
@@ -296,7 +325,9 @@ def sum_rows_kernel(
             square = lengths[1] * lengths[1]
             lengths = one, one, one, one
         y = image_block(row, own, alive, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, False, M)
-        total += tl.sum(tl.where(usual[:, None], y, 0), axis=0).to(tl.float64)
+        if TERMS > 0:
+            y = (y - c.to(M)) * root.to(M)[:, None] * power.to(M)
+        y = tl.where(usual[:, None], y, 0)
         energy += tl.where(usual, square, 0)
         counted += usual.to(tl.int32)
 
@@ -314,20 +345,39 @@ def sum_rows_kernel(
             exact = image_block(
                 row, own, some, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, True, tl.float64
             )
-            total += tl.sum(tl.where(some[:, None], exact, 0), axis=0)
+            if TERMS > 0:
+                exact = (exact - c) * root[:, None] * power
+                y = tl.where(some[:, None], exact.to(M), y)
+            else:
+                total += tl.sum(tl.where(some[:, None], exact, 0), axis=0)
             energy += tl.where(some & lives, square, 0)
             counted += some.to(tl.int32)
             zeros += (some & zero).to(tl.int32)
             outside += (unusual & (finite == 0)).to(tl.int32)
 
-    columns = own + tl.arange(0, BLOCK)
-    chunk = tl.program_id(0).to(tl.int64)
-    tl.store(totals + chunk * COLUMNS + columns, total, columns < COLUMNS)
+        if TERMS > 0:
+            target = packed + number[:, None] * WIDTH + there[None, :]
+            mask = (number < packed_rows)[:, None] & (there < WIDTH)[None, :]
+            high = y.to(packed.dtype.element_ty)
+            tl.store(target, high, mask)
+            if TERMS == 2:
+                low = (y - high.to(M)).to(packed.dtype.element_ty)
+                tl.store(target + packed_rows.to(tl.int64) * WIDTH, low, mask)
+                y = high.to(M) + low.to(M)
+                squares += tl.sum(low.to(M) * low.to(M), axis=0).to(tl.float64)
+            y *= root.to(M)[:, None]
+        total += tl.sum(y, axis=0).to(tl.float64)
+
+    program = tl.program_id(0).to(tl.int64)
+    sums += program * WIDTH + there
+    tl.store(sums, total, there < WIDTH)
+    if TERMS > 0:
+        tl.store(sums + tl.num_programs(0).to(tl.int64) * WIDTH, squares, there < WIDTH)
     if own == 0:
-        tl.store(numbers + chunk * 4, tl.sum(energy, axis=0))
-        tl.store(numbers + chunk * 4 + 1, tl.sum(counted, axis=0).to(tl.float64))
-        tl.store(numbers + chunk * 4 + 2, tl.sum(zeros, axis=0).to(tl.float64))
-        tl.store(numbers + chunk * 4 + 3, tl.sum(outside, axis=0).to(tl.float64))
+        tl.store(numbers + program * 4, tl.sum(energy, axis=0))
+        tl.store(numbers + program * 4 + 1, tl.sum(counted, axis=0).to(tl.float64))
+        tl.store(numbers + program * 4 + 2, tl.sum(zeros, axis=0).to(tl.float64))
+        tl.store(numbers + program * 4 + 3, tl.sum(outside, axis=0).to(tl.float64))
 
 
 def tile(columns: int) -> dict[str, int]:
@@ -410,15 +460,54 @@ def align_rows_(
         torch.float64 if wide else torch.float32,
         target,
         target.stride(0),
-        linear,
+        *(linear, linear, linear),
         *vectors,
         OUT_STEP=step_of(target),
+        WIDTH=0,
         DIMS=linear.dim(),
         **constants,
         **shape,
     )
     if target is not out:
         out.copy_(target)
+
+
+def launch_sums(
+    rows: Tensor,
+    m: torch.dtype,
+    program_rows: int,
+    vectors: Sequence[Tensor | None],
+    packed: Tensor | None = None,
+    *,
+    normalize: bool,
+    kinds: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Run `sum_rows_kernel` on rows and return the totals of `sums` [2, WIDTH] and `numbers` [4].
+
+    The vectors are those from `scale` to `factor`, None where they are not read.
+    """
+    padded_rows, width = rows.shape if packed is None else packed.shape[1:]
+    programs, shape = triton.cdiv(padded_rows, program_rows), tile(rows.shape[1])
+    terms = 0 if packed is None else len(packed)
+    sums = torch.empty(2 if terms else 1, programs, width, dtype=torch.float64, device=rows.device)
+    numbers = sums.new_empty(programs, 4)
+    given = [*vectors, *[None] * (6 - len(vectors)), packed]
+    launch(
+        sum_rows_kernel,
+        (programs, triton.cdiv(width, shape["BLOCK"])),
+        aligned(rows),
+        m,
+        *(sums, numbers, *(sums if vector is None else vector for vector in given)),
+        padded_rows,
+        program_rows,
+        WIDTH=width,
+        KINDS=kinds,
+        WEIGHTED=given[4] is not None,
+        NORMALIZE=normalize,
+        TERMS=terms,
+        **shape,
+    )
+    return sums.sum(dim=1), numbers.sum(dim=0)
 
 
 def sum_rows(
@@ -431,25 +520,11 @@ def sum_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``reference.sum_rows`` in chunks that depend on the shape alone, added in order."""
     count, columns = rows.shape
-    shape = tile(columns)
     most = min(_MOST_CHUNKS, max(_WORKSPACE_ENTRIES // columns, 1))
     step = triton.cdiv(max(triton.cdiv(count, most), _LEAST_CHUNK_ROWS), 64) * 64
-    chunks = triton.cdiv(count, step)
-    totals = torch.empty(chunks, columns, dtype=torch.float64, device=rows.device)
-    numbers = totals.new_empty(chunks, 4)
-    vectors = [totals if vector is None else vector for vector in (scale, shift, recentre)]
-    launch(
-        sum_rows_kernel,
-        (chunks, triton.cdiv(columns, shape["BLOCK"])),
-        aligned(rows),
-        torch.float32 if normalize and rows.dtype != torch.float64 else torch.float64,
-        totals,
-        numbers,
-        *vectors,
-        step,
-        KINDS=1 + (shift is not None) + (recentre is not None),
-        NORMALIZE=normalize,
-        **shape,
+    m = torch.float32 if normalize and rows.dtype != torch.float64 else torch.float64
+    kinds = 1 + (shift is not None) + (recentre is not None)
+    sums, numbers = launch_sums(
+        rows, m, step, (scale, shift, recentre), normalize=normalize, kinds=kinds
     )
-    sums = numbers.sum(dim=0)
-    return totals.sum(dim=0), sums[0].clone(), sums[1:].long()
+    return sums[0], numbers[0].clone(), numbers[1:].long()

@@ -13,127 +13,18 @@ No launch waits for the GPU, and the launches depend on shapes and dtypes alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_kernels import (
-    TRITON_DTYPE,
-    aligned,
-    image_block,
-    kind_of_rows,
-    launch,
-    lengths_of_rows,
-    on_device_of,
-    tile,
-)
+from .row_kernels import TRITON_DTYPE, aligned, launch_sums, on_device_of
 
 _PROMOTE_ROWS = 1024  # summed on tensor cores before the sum is added to a rounded one
 _PACK_ROWS = 32  # that a program packs
 _DEPTH = 64  # the number of packed rows is a multiple of it
 _CHUNK_ENTRIES = 1 << 24  # of a packed term: 32 MiB in float16
 _PROGRAMS = 512  # enough to keep a GPU busy
-
-
-@triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows"])
-def pack_rows_kernel(
-    rows,  # [N, D]
-    row_count,
-    row_stride,
-    packed,  # [TERMS, packed_rows, WIDTH] float16 or float64
-    sums,  # [3, programs, WIDTH] float64: of sqrt(w) packed, of low^2; largest |sqrt(w) (u - c)|
-    counts,  # [programs, 3] int64: rows, zero, non-finite rows
-    centre,  # c [WIDTH] float64
-    weights,  # [N] float64
-    scale,  # [WIDTH] float64, powers of two
-    packed_rows,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,  # D rounded up to full tiles of the product
-    PROGRAM_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_STEP: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    MEASURE: tl.constexpr,  # only find the largest entries, from which the scale is chosen
-    TERMS: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Pack one block of columns of PROGRAM_ROWS rows, and sum and count them."""
-    own = tl.program_id(1) * BLOCK
-    there = own + tl.arange(0, BLOCK)
-    one = tl.full([ROWS], 1, tl.float64)
-    total = tl.zeros([BLOCK], tl.float64)
-    squares = tl.zeros([BLOCK], tl.float64)
-    largest = tl.zeros([BLOCK], tl.float64)
-    counted = tl.zeros([ROWS], tl.int64)
-    zeros = tl.zeros([ROWS], tl.int64)
-    outside = tl.zeros([ROWS], tl.int64)
-    c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
-    factor = tl.load(scale + there, there < WIDTH, other=1)[None, :]
-    no_map = centre, centre, centre
-    for offset in range(0, PROGRAM_ROWS, ROWS):
-        number = tl.program_id(0).to(tl.int64) * PROGRAM_ROWS + offset + tl.arange(0, ROWS)
-        alive = number < row_count
-        row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
-        root = alive.to(tl.float64)
-        if WEIGHTED:
-            root = tl.sqrt(tl.load(weights + number, alive, other=0))
-        lengths, usual, _ = lengths_of_rows(
-            row, row, alive, one, no_map, COLUMNS, BLOCK, 0, 1, False, M
-        )
-        if not NORMALIZE:
-            lengths = one, one, one, one
-        x = image_block(row, own, alive, no_map, lengths, COLUMNS, BLOCK, 0, 0, False, M)
-        value = tl.where(usual[:, None], (x - c.to(M)) * root.to(M)[:, None], 0)
-        largest = tl.maximum(largest, tl.max(tl.abs(value), axis=0).to(tl.float64))
-        value = value * factor.to(M)
-        counted += usual.to(tl.int64)
-
-        unusual = alive & (usual == 0)
-        if tl.max(unusual.to(tl.int32), axis=0) > 0:
-            peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, BLOCK)
-            some = unusual & finite
-            lengths, _, _ = lengths_of_rows(
-                row, row, some, peak, no_map, COLUMNS, BLOCK, 0, 1, True, tl.float64
-            )
-            if not NORMALIZE:
-                lengths = one, one, one, one
-            exact = image_block(
-                row, own, some, no_map, lengths, COLUMNS, BLOCK, 0, 0, True, tl.float64
-            )
-            exact = tl.where(some[:, None], (exact - c) * root[:, None], 0)
-            largest = tl.maximum(largest, tl.max(tl.abs(exact), axis=0))
-            value = tl.where(unusual[:, None], (exact * factor).to(M), value)
-            counted += some.to(tl.int64)
-            zeros += (some & zero).to(tl.int64)
-            outside += (unusual & (finite == 0)).to(tl.int64)
-
-        if MEASURE == 0:
-            target = packed + number[:, None] * WIDTH + there[None, :]
-            mask = (number < packed_rows)[:, None] & (there < WIDTH)[None, :]
-            high = value.to(packed.dtype.element_ty)
-            tl.store(target, high, mask)
-            if TERMS == 2:
-                low = (value - high.to(M)).to(packed.dtype.element_ty)
-                tl.store(target + packed_rows.to(tl.int64) * WIDTH, low, mask)
-                value = high.to(M) + low.to(M)
-                squares += tl.sum(low.to(M) * low.to(M), axis=0).to(tl.float64)
-            total += tl.sum(value * root.to(M)[:, None], axis=0).to(tl.float64)
-
-    program = tl.program_id(0).to(tl.int64)
-    size = tl.num_programs(0).to(tl.int64) * WIDTH
-    sums += program * WIDTH + there
-    tl.store(sums, total, there < WIDTH)
-    tl.store(sums + size, squares, there < WIDTH)
-    tl.store(sums + 2 * size, largest, there < WIDTH)
-    if own == 0:
-        tl.store(counts + program * 3, tl.sum(counted, axis=0))
-        tl.store(counts + program * 3 + 1, tl.sum(zeros, axis=0))
-        tl.store(counts + program * 3 + 2, tl.sum(outside, axis=0))
 
 
 @triton.jit(do_not_specialize=["packed_rows", "split_rows"])
@@ -228,7 +119,7 @@ def add_scatter_(
     wide = accurate or rows.dtype == torch.float64
     side = 64 if wide or columns <= 64 else 128
     width = triton.cdiv(columns, side) * side
-    m = torch.float64 if wide else torch.float32
+    m, dtype = (torch.float64,) * 2 if wide else (torch.float32, torch.float16)
     c = torch.zeros(width, dtype=torch.float64, device=rows.device)
     c[:columns] = centre
     counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
@@ -242,56 +133,22 @@ def add_scatter_(
     for first in range(0, count, chunk_rows):
         chunk = source[first : first + chunk_rows]
         w = None if weights is None else weights[first : first + chunk_rows]
-        options = _PackOptions(normalize, m)
         if not wide and not normalize:
-            sums, _, _ = _pack(chunk, c, scale, w, options._replace(measure=True))
-            scale = _column_scale(sums[2].amax(dim=0))
-        sums, part_counts, packed = _pack(chunk, c, scale, w, options)
-        added = sums[:2].sum(dim=1) / torch.stack([scale, scale * scale])
+            differences = torch.where(chunk.isfinite().all(1, True), chunk.double() - centre, 0)
+            if w is not None:
+                differences *= w.sqrt()[:, None]
+            scale[:columns] = _column_scale(differences.abs().amax(dim=0))
+        packed_rows = triton.cdiv(len(chunk), _DEPTH) * _DEPTH
+        packed = torch.empty(1 if wide else 2, packed_rows, width, dtype=dtype, device=rows.device)
+        vectors = None, None, None, c, w, scale
+        sums, numbers = launch_sums(chunk, m, _PACK_ROWS, vectors, packed, normalize=normalize)
+        added = sums / torch.stack([scale, scale * scale])
         total += added[0, :columns]
-        counts += part_counts
+        counts += numbers[1:].long()
         with on_device_of(rows):
             _multiply(scatter, packed, pairs, 1 / scale, side)
         scatter.diagonal().add_(added[1, :columns])
     return counts
-
-
-class _PackOptions(NamedTuple):
-    """The settings that all chunks of one call of add_scatter_ share."""
-
-    normalize: bool
-    m: torch.dtype  # dtype of the computation
-    measure: bool = False  # only find the largest entries; nothing is packed
-
-
-def _pack(
-    rows: Tensor, centre: Tensor, scale: Tensor, weights: Tensor | None, options: _PackOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums [3, programs, WIDTH], counts [3] and the packed chunk [TERMS, rows, WIDTH]."""
-    terms, packed_dtype = (1, torch.float64) if options.m == torch.float64 else (2, torch.float16)
-    packed_rows = triton.cdiv(len(rows), _DEPTH) * _DEPTH
-    programs, width = packed_rows // _PACK_ROWS, len(centre)
-    sums = centre.new_empty(3, programs, width)
-    counts = torch.empty(programs, 3, dtype=torch.int64, device=rows.device)
-    packed_shape = (0 if options.measure else terms, packed_rows, width)
-    packed = torch.empty(packed_shape, dtype=packed_dtype, device=rows.device)
-    shape = tile(rows.shape[1])
-    launch(
-        pack_rows_kernel,
-        (programs, triton.cdiv(width, shape["BLOCK"])),
-        rows,
-        options.m,
-        *(packed, sums, counts, centre, centre if weights is None else weights, scale),
-        packed_rows,
-        WIDTH=width,
-        PROGRAM_ROWS=_PACK_ROWS,
-        WEIGHTED=weights is not None,
-        NORMALIZE=options.normalize,
-        MEASURE=options.measure,
-        TERMS=terms,
-        **shape,
-    )
-    return sums, counts.sum(dim=0), packed
 
 
 def _multiply(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, side: int) -> None:
