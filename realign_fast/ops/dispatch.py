@@ -1,10 +1,11 @@
 """Schemas of the ops, and the choice of the kernel that answers each op on each device.
 
-``reference.py`` implements every op on every device. The compiled library ``_C.abi3.so`` registers
-its kernels under the CPU key, and ``_C_cuda.abi3.so`` under the CUDA key, if torch has CUDA and the
-library has code for the GPUs (docs/kernels.md). On a GPU without that library the Triton kernels
-are registered instead (``triton_ops``). PyTorch's dispatcher chooses by the device of the rows;
-nothing is swapped at run time, and :func:`backend_of` says which kernel runs and why.
+``reference.py`` implements every op on every device, and on tensors without memory for tracing. The
+compiled library ``_C.abi3.so`` registers its kernels under the CPU key, and ``_C_cuda.abi3.so``
+under the CUDA key, if torch has CUDA and the library has code for the GPUs (docs/kernels.md). On a
+GPU without that library the Triton kernels are registered instead (``triton_ops``). PyTorch's
+dispatcher chooses by the device of the rows; nothing is swapped at run time, and
+:func:`backend_of` says which kernel runs and why.
 """
 
 from __future__ import annotations
@@ -112,29 +113,6 @@ _why_not_compiled = _load_compiled()
 _why_not_cuda = _load_cuda()
 _triton_ops, _why_not_triton = triton_ops.register_kernels(_library, OPS)
 _best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
-
-
-@torch.library.register_fake("realign_fast::align_rows")
-@torch.library.register_fake("realign_fast::map_rows")
-def _(rows: Tensor, linear: Any, shift: Any, recentre: Any, dtype: torch.dtype, *_: Any) -> Tensor:
-    return torch.empty(rows.shape, dtype=dtype, device=rows.device)
-
-
-@torch.library.register_fake("realign_fast::align_rows_")
-@torch.library.register_fake("realign_fast::map_rows_")
-def _(*_: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("realign_fast::sum_rows")
-def _(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    total = rows.new_empty(rows.shape[-1], dtype=torch.float64)
-    return total, total.new_empty(()), rows.new_empty(3, dtype=torch.int64)
-
-
-@torch.library.register_fake("realign_fast::add_scatter_")
-def _(scatter: Tensor, total: Tensor, rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(3, dtype=torch.int64)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

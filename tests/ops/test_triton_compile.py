@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from realign_fast.ops import triton_ops
-from realign_fast.ops.triton_ops import map_kernels, row_kernels, scatter_kernels
+from realign_fast.ops.triton_ops import product_kernels, row_kernels
 
 H100, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 TARGETS = {"sm_90": H100, "gfx942": MI300}
@@ -163,8 +163,8 @@ def scatter_product(target, accurate):
     side, terms, m = (64, 1, DOUBLE) if accurate else (128, 2, FLOAT)
     pointers = dict(parts=m, packed=DOUBLE if accurate else HALF, pairs="*i64")
     constants = dict(WIDTH=768, PROMOTE=1024, TERMS=terms, SUM=NAME[m])
-    constants |= scatter_kernels.product_tile(side, terms)
-    return compiled(scatter_kernels.multiply_packed_kernel, target, pointers, constants)
+    constants |= product_kernels.product_tile(side, m, 32 if side == 128 else 64)
+    return compiled(product_kernels.multiply_packed_kernel, target, pointers, constants)
 
 
 def map_product(target, dtype):
@@ -173,8 +173,8 @@ def map_product(target, dtype):
     precision = "tf32x3" if dtype in (BFLOAT, FLOAT) and target is H100 else "ieee"
     constants = dict(COLUMNS=768, WIDTH=768, PROMOTE=1024, ROW_STEP=step(768, dtype))
     constants |= dict(TERMS=terms, PRECISION=precision, M=NAME[m])
-    constants |= map_kernels.product_tile(768, terms, m)
-    return compiled(map_kernels.multiply_rows_kernel, target, pointers, constants)
+    constants |= product_kernels.product_tile(128 if terms == 2 else 64, m)
+    return compiled(product_kernels.multiply_rows_kernel, target, pointers, constants)
 
 
 PRODUCTS = {

@@ -1,9 +1,9 @@
 """Triton kernels of the ops, for NVIDIA's and AMD's GPUs without a compiled library.
 
-The kernels are in ``row_kernels.py``, ``scatter_kernels.py`` and ``map_kernels.py``. These files
-import triton and are imported with the first call. Every function here takes the arguments of the
-function of the same name in ``reference.py``. The kernels also run without a GPU, on CPU tensors,
-if ``TRITON_INTERPRET=1`` is set before triton is imported; that is how the tests check them.
+The kernels are in ``row_kernels.py`` and ``product_kernels.py``. These files import triton and are
+imported with the first call. Every function here takes the arguments of the function of the same
+name in ``reference.py``. The kernels also run without a GPU, on CPU tensors, if
+``TRITON_INTERPRET=1`` is set before triton is imported; that is how the tests check them.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def _into_new_tensor(map_in_place: Callable[..., Any]) -> Callable[..., Tensor]:
     return map_to_new_tensor
 
 
-add_scatter_ = _import_at_first_call("scatter_kernels", "add_scatter_")
-align_rows_ = _import_at_first_call("row_kernels", "align_rows_")
+add_scatter_ = _import_at_first_call("product_kernels", "add_scatter_")
+align_rows_ = _import_at_first_call("product_kernels", "align_rows_")
 align_rows = _into_new_tensor(align_rows_)
-map_rows_ = _import_at_first_call("map_kernels", "map_rows_")
+map_rows_ = _import_at_first_call("product_kernels", "map_rows_")
 map_rows = _into_new_tensor(map_rows_)
 sum_rows = _import_at_first_call("row_kernels", "sum_rows")
 

@@ -23,8 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..memory import check_no_overlap
-
 _TILE_ENTRIES = 4096
 _ENTRIES_OF_A_WARP = 512  # 16 for each thread, which is as many as float64 leaves registers for
 _MOST_ROWS = 4  # of a tile; a thread may hold a number for each of them
@@ -257,16 +255,18 @@ def align_rows_kernel(
             target, row, row, alive, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, False, M
         )
     if tl.max(unusual.to(tl.int32), axis=0) > 0:
-        SOME: tl.constexpr = 1 if WIDTH > 0 else ROWS  # a matrix takes one row at a time
-        PART: tl.constexpr = 64 if WIDTH > 0 else BLOCK
-        for offset in tl.static_range(0, ROWS, SOME):
-            some = first + offset + tl.arange(0, SOME)
-            mask = unusual
-            if WIDTH > 0:
+        if WIDTH == 0:
+            write_images(
+                target, row, row, unusual, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, True, M
+            )
+        else:
+            PART: tl.constexpr = 32 if BLOCK < 512 else 64  # (fits the registers of its warps)
+            for offset in range(ROWS):
+                some = first + offset + tl.arange(0, 1)
                 mask = tl.max((unusual & (number == some)).to(tl.int32), axis=0, keep_dims=True) > 0
-            x = rows + tl.multiple_of(some * row_stride, ROW_STEP)
-            y = out + tl.multiple_of(some * out_stride, OUT_STEP)
-            write_images(y, x, x, mask, row_map, COLUMNS, PART, DIMS, KINDS, LENGTH, True, M)
+                x = rows + tl.multiple_of(some * row_stride, ROW_STEP)
+                y = out + some * out_stride
+                write_images(y, x, x, mask, row_map, COLUMNS, PART, DIMS, KINDS, LENGTH, True, M)
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows", "program_rows"])
@@ -328,6 +328,8 @@ def sum_rows_kernel(
         if TERMS > 0:
             y = (y - c.to(M)) * root.to(M)[:, None] * power.to(M)
         y = tl.where(usual[:, None], y, 0)
+        if TERMS == 0:
+            total += tl.sum(y, axis=0).to(tl.float64)
         energy += tl.where(usual, square, 0)
         counted += usual.to(tl.int32)
 
@@ -365,8 +367,7 @@ def sum_rows_kernel(
                 tl.store(target + packed_rows.to(tl.int64) * WIDTH, low, mask)
                 y = high.to(M) + low.to(M)
                 squares += tl.sum(low.to(M) * low.to(M), axis=0).to(tl.float64)
-            y *= root.to(M)[:, None]
-        total += tl.sum(y, axis=0).to(tl.float64)
+            total += tl.sum(y * root.to(M)[:, None], axis=0).to(tl.float64)
 
     program = tl.program_id(0).to(tl.int64)
     sums += program * WIDTH + there
@@ -438,38 +439,28 @@ def ending(
     return vectors, {"KINDS": 2 if recentre is None else 3, "LENGTH": kind}
 
 
-def align_rows_(
-    out: Tensor,  # [N, D]
+def launch_map(
+    target: Tensor,  # [N, D], aligned
     rows: Tensor,  # [N, D]
-    linear: Tensor,  # [] float64, or [D], a diagonal
-    shift: Tensor,  # [D] float64
-    recentre: Tensor | None,  # [D] float64
-    length: float | None = 1.0,
-    variant: int = 0,
+    m: torch.dtype,
+    linear: Tensor,  # [] float64, or [D], a diagonal, or [D, D], whose product is given
+    ends: tuple[Sequence[Tensor], dict[str, int]],  # of `ending`
+    product: tuple[Tensor, Tensor] | None = None,  # A x over a factor, [N, WIDTH] M; the factor []
 ) -> None:
-    """Compute ``reference.align_rows_`` with one read and one write of each row."""
-    check_no_overlap("align_rows", out, rows)
-    wide = torch.float64 in (rows.dtype, out.dtype)
-    wide |= linear.dim() == 0 and out.dtype == torch.bfloat16  # (as in csrc/common/dispatch.h)
-    source, target, shape = aligned(rows), aligned(out), tile(rows.shape[1])
-    vectors, constants = ending(shift, recentre, length)
+    """Write the images of the rows into the target with one read and one write of each row."""
+    shape, (vectors, constants) = tile(rows.shape[1]), ends
     launch(
         align_rows_kernel,
         (triton.cdiv(len(rows), shape["ROWS"]),),
-        source,
-        torch.float64 if wide else torch.float32,
-        target,
-        target.stride(0),
-        *(linear, linear, linear),
-        *vectors,
+        rows,
+        m,
+        *(target, target.stride(0), *(product or (linear, linear)), linear, *vectors),
         OUT_STEP=step_of(target),
-        WIDTH=0,
+        WIDTH=product[0].shape[1] if product else 0,
         DIMS=linear.dim(),
         **constants,
         **shape,
     )
-    if target is not out:
-        out.copy_(target)
 
 
 def launch_sums(
