@@ -195,7 +195,7 @@ def test_an_error_in_a_task_is_the_error_of_one_process(corpora, engine):
         align("text", "image", "out", QUIET, engine)
     assert "text/emb_3.npy: row 7 is zero" in str(alone.value)
     assert type(caught.value) is ValueError and str(caught.value) == str(alone.value)
-    assert "ray_worker.py" in str(caught.value.__cause__)  # where it arose, for who asks
+    assert "ray_driver.py" in str(caught.value.__cause__)  # where it arose, for who asks
 
 
 def test_results_come_in_the_order_of_the_shards(engine):
@@ -347,7 +347,7 @@ def test_a_client_outside_the_cluster_sends_the_package(corpora, cluster):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert tree("out") == tree("one")
     sent = folder.glob(
-        "session_2*/runtime_resources/py_modules_files/*/realign_fast/pipeline/engines/ray_worker.py"
+        "session_2*/runtime_resources/py_modules_files/*/realign_fast/pipeline/engines/ray_driver.py"
     )
     assert len(list(sent)) == 1 and listens(int(outside.rsplit(":", 1)[1]))
 

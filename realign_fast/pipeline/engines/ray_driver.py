@@ -7,11 +7,9 @@ system or URLs, with the packages and the credentials that open them. A node tha
 or runs another ``realign_fast``, is refused before it reads a row.
 
 Ray repeats a task whose worker or node died. An exception of ours is not repeated and is raised as
-it is. Results come in the order of the shards. The number of tasks behind the first one that still
-runs is bounded, so the driver holds a few results and never those of all shards.
-
-This is the only file that imports Ray. Sources: Ray Core's documentation of tasks, fault tolerance
-and Ray Client (docs.ray.io).
+it is. Results come in the order of the shards, and the number of tasks behind the first one that
+still runs is bounded. Only the driver's side imports Ray. Sources: Ray Core's documentation of
+tasks, fault tolerance and Ray Client (docs.ray.io).
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 import uuid
 import warnings
 import weakref
@@ -30,21 +29,36 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ... import __version__
 from ..._extras import import_extra
-from ..checkpoints import STATS
+from ...corpus.io_extension import survive_lost_pages
+from ..checkpoints import STATS, changes, code_version
 from ..shard_tasks import ShardTask
 from .local import Task
-from .ray_worker import Job, program_version
 
 _CONNECT_SECONDS = 10  # for a host to answer
 _POLL_SECONDS = 5  # between two queries of the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
 _GRACE_SECONDS = 10  # for a cancelled task to clean up
+_SHARED_SECONDS = 2  # for a new file to be seen on another node
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
+
+
+class Job(NamedTuple):
+    """Data of all Ray tasks of one pass, as plain values that any version can unpickle."""
+
+    version: str  # of the driver
+    folder: str  # its working directory, as paths may be relative to it
+    witness: str | None  # a file in the output directory, which exists while the pass runs
+    threads: int
+    task: bytes
+
+
+_loaded: tuple[Any, Job, Task] | None = None  # the job of this worker process, and its reference
 
 
 class RayTasks:
@@ -293,7 +307,7 @@ def _task_function() -> Callable[[list[Any], int], bytes]:
         try:
             import ray
 
-            from .ray_worker import run_shard
+            from realign_fast.pipeline.engines.ray_driver import run_shard
         except ImportError as error:
             import pickle
             import socket
@@ -304,3 +318,72 @@ def _task_function() -> Callable[[list[Any], int], bytes]:
         return run_shard(ray.get, shared, shard)
 
     return run
+
+
+def program_version() -> str:
+    """Return the version of this package and the kernel it uses, the same on every node."""
+    return code_version(version=__version__)
+
+
+def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
+    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled."""
+    survive_lost_pages()
+    previous_folder = os.getcwd()
+    answer: tuple[Any, Exception | None, str]
+    try:
+        answer = _run(get, shared[0], shard), None, ""
+    except Exception as error:
+        answer = None, error, traceback.format_exc()
+    finally:
+        os.chdir(previous_folder)
+    return pickle.dumps(answer)
+
+
+def _run(get: Callable[[Any], Any], reference: Any, shard: int) -> Any:
+    """Load the job once a process, check that this node agrees with the driver, do the shard."""
+    global _loaded
+    if _loaded is None or _loaded[0] != reference:
+        job = Job(*get(reference))
+        if job.version != program_version():
+            raise ValueError(
+                f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
+                f"{job.version}, and their results could differ; install the same on every node, "
+                "or send it along (--ray-ship, ship=True)"
+            )
+        _loaded = reference, job, pickle.loads(job.task)
+    _, job, task = _loaded
+    if os.path.isdir(job.folder):
+        os.chdir(job.folder)
+    torch.set_num_threads(job.threads)
+    if isinstance(task, ShardTask):
+        _check_shared(task, shard, job)
+    return task(shard)
+
+
+def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
+    """Refuse a node that does not see the files that the driver sees."""
+    path = task.corpus.shards[shard].path
+    location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
+    advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
+    try:
+        found = changes(task.corpus.shards[shard], task.identities[shard])
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        if path.is_remote:
+            raise OSError(f"on {_node()}: {error.strerror or error}") from error
+        raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
+    if found:
+        raise ValueError(
+            f"{location}: on {_node()} {found}; let its writer finish and run again, or, if nobody "
+            f"writes to it: {advice}"
+        )
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while job.witness and not os.path.exists(job.witness):
+        if time.monotonic() > deadline:
+            out = Path(job.witness).parents[1]
+            raise OSError(f"{out}: is not seen on {_node()}; {advice}")
+        time.sleep(0.1)
+
+
+def _node() -> str:
+    return f"Ray node {socket.gethostname()}"
