@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -33,7 +33,7 @@ from .inspection import shape_of
 from .manifest import saved_moments, write_manifest
 from .output import ALIGNER, REPORT, Written, check_output
 from .passes import PassRunner
-from .sampling import measure_sample, rows_to_fit, sampling_errors
+from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
@@ -45,57 +45,51 @@ class AlignRun(PassRunner):
     """The steps of ``align``, ``fit`` and ``apply``, and what goes into their ``report.json``."""
 
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
+    count: int | None = None  # rows of each corpus that are measured; None is every row
+    run_sample: Callable[..., Sample] = measure_sample
 
     def measure(
         self,
         name: str,
         corpus: Corpus,
-        aligner: ReAlign | RoleMap | None = None,
+        row_map: ReAlign | RoleMap | None = None,
         covariance: bool | None = None,
-    ) -> Moments:
-        """Return the moments of a corpus, or of its rows sent through ``aligner``.
+    ) -> Sample:
+        """Measure a corpus, or a sample of it, or its rows sent through a map.
 
         Without ``covariance`` the method of the settings decides whether there is one.
         """
         if covariance is None:
-            covariance = aligner is None and self.settings.method in NEED_COVARIANCE
-        task = self.measure_task(name, corpus, covariance, aligner)
+            covariance = row_map is None and self.settings.method in NEED_COVARIANCE
+        if self.count is not None:
+            return self.run_sample(name, corpus, self.count, covariance, row_map)
+        task = self.measure_task(name, corpus, covariance, row_map)
         total, entries = Moments(covariance, accurate=covariance), []
-        if self.settings.mode == "extend" and task.checkpoints and aligner is None:
+        if self.settings.mode == "extend" and task.checkpoints and row_map is None:
             for moments, entry in saved_moments(task.checkpoints, task.identities):
                 total.merge(moments)
                 entries.append(entry)
                 self.extended[name] = self.extended.get(name, 0) + entry["rows"]
-        return self.run_pass(task, total, entries)
+        return Sample(self.run_pass(task, total, entries), corpus.num_rows)
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
-        count, _ = rows_to_fit(self.settings, source, target)
-        if count:
-            return self._fit_sample(source, target, count)
-        aligner = self.half_fit(source, target)
-        aligner.record_drift(self.measure("source drift", source, aligner))
-        if residual:
-            aligner.record_residual(self.measure("source residual", source, aligner))
-        return aligner
-
-    def half_fit(self, source: Corpus, target: Corpus) -> ReAlign:
-        """Fit the map without its last step, for which the drift is not yet measured."""
-        source_moments = self.measure("source moments", source)
-        target_moments = self.measure("target moments", target)
-        return self._from_moments((source, source_moments), (target, target_moments))
-
-    def _fit_sample(self, source: Corpus, target: Corpus, count: int) -> ReAlign:
-        """Fit on ``count`` rows of each side, and keep the standard errors for the report."""
-        covariance = self.settings.method in NEED_COVARIANCE
-        y = measure_sample(self, "source sample", source, count, covariance)
-        x = measure_sample(self, "target sample", target, count, covariance)
-        aligner = self._from_moments((source, y.moments), (target, x.moments))
-        drift = measure_sample(self, "drift of sample", source, count, through=aligner.row_map)
+        self.count, _ = rows_to_fit(self.settings, source, target)
+        y, x, aligner = self.half_fit(source, target)
+        drift = self.measure("source drift", source, aligner)
         aligner.record_drift(drift.moments)
-        self.sample = sampling_errors(y, x, drift, self.settings.seed)
+        if self.count:
+            self.sample = sampling_errors(y, x, drift, self.settings.seed)
+            self.count = None
+        elif residual:
+            aligner.record_residual(self.measure("source residual", source, aligner).moments)
         return aligner
+
+    def half_fit(self, source: Corpus, target: Corpus) -> tuple[Sample, Sample, ReAlign]:
+        """Measure both sides; fit the map without its last step, which needs the drift."""
+        y, x = self.measure("source moments", source), self.measure("target moments", target)
+        return y, x, self._from_moments((source, y.moments), (target, x.moments))
 
     def _from_moments(self, *sides: tuple[Corpus, Moments]) -> ReAlign:
         for corpus, moments in sides:

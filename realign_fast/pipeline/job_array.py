@@ -61,9 +61,9 @@ def merge(
     check_columns(source, target)
     half_path, path = directory / HALF, directory / ALIGNER
     with run.output_directory(directory):
-        aligner = run.half_fit(source, target)
+        *_, aligner = run.half_fit(source, target)
         try:
-            drift = run.measure("source drift", source, aligner)
+            drift = run.measure("source drift", source, aligner).moments
         except UnfinishedShards as error:
             aligner.save(half_path)
             next_step = f"stats --aligner {half_path} --shard i/n ({error})"

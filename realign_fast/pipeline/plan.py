@@ -26,7 +26,7 @@ from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
 from .output import ALIGNER, SPACE, Written, check_output, check_place, format_bytes
 from .passes import LOGGER
-from .sampling import rows_to_fit
+from .sampling import Sample, rows_to_fit
 from .settings import Settings
 from .shard_tasks import AlignTask
 from .unify_run import map_of, results_of, sample_of, space_settings
@@ -60,13 +60,14 @@ class PlanRun(AlignRun):
         """Count the shards that are not written, as :meth:`run_pass` does."""
         return self.run_pass(self.align_task(result, row_map, out), Moments(), [])
 
-    def add_sample(self, name: str, corpus: Corpus, count: int) -> None:
-        """Add a pass over ``count`` rows of a corpus, or over all if it has fewer."""
-        rows = min(count, corpus.num_rows)
+    def run_sample(self, name: str, corpus: Corpus, count: int, *_: Any) -> Sample:
+        """Count a pass over a sample, which has no checkpoints."""
+        self.is_known, rows = False, min(count, corpus.num_rows)
         size = rows * corpus.shards[0].row_bytes
         step = {"name": name, "rows": rows, "bytes_read": size, "bytes_written": 0}
         requests = None if corpus.path.is_remote else 0
         self.steps.append(step | {"requests": requests, "finished_before": 0})
+        return Sample(Moments(), corpus.num_rows)
 
     def add(self, name: str, corpus: Corpus, shards: Sequence[int], writes: int = 0) -> None:
         """Add a pass over some shards of a corpus; it writes ``writes`` times their bytes."""
@@ -97,22 +98,20 @@ def plan_align(
         check_output(output_path(out), [result], settings, [target])
     else:
         check_place(output_path(out), source, target)
-    count, _ = rows_to_fit(settings, source, target)
+    run.count, _ = rows_to_fit(settings, source, target)
     aligner: ReAlign | None = None
-    if count:
-        for name, corpus in (("source", source), ("target", target), ("drift of", source)):
-            run.add_sample(f"{name} sample", corpus, count)
-        if run.out is not None and (run.out / ALIGNER).exists():
-            aligner = ReAlign.load(run.out / ALIGNER)
+    y, x = run.measure("source moments", source), run.measure("target moments", target)
+    if run.is_known:
+        aligner = run._from_moments((source, y.moments), (target, x.moments))
+        aligner.record_drift(run.measure("source drift", source, aligner).moments)
+    elif run.count:
+        run.measure("source drift", source)
     else:
-        moments = run.measure("source moments", source), run.measure("target moments", target)
-        if run.is_known:
-            aligner = run._from_moments((source, moments[0]), (target, moments[1]))
-            aligner.record_drift(run.measure("source drift", source, aligner))
-        else:
-            run.add("source drift", source, range(len(source.shards)))
-        if not writes:
-            run.add("source residual", source, range(len(source.shards)))
+        run.add("source drift", source, range(len(source.shards)))
+    if not writes and not run.count:
+        run.add("source residual", source, range(len(source.shards)))
+    if run.count and run.out is not None and (run.out / ALIGNER).exists():
+        aligner, run.is_known = ReAlign.load(run.out / ALIGNER), True
     if writes and aligner is not None and run.is_known:
         run.write(result, aligner, output_path(out))
     elif writes:
@@ -149,10 +148,8 @@ def plan_unify(
     check_output(place, results, settings, [] if queries is None or space else [queries])
     corpora = documents if queries is None else {**documents, f"{query_role} queries": queries}
     for name, corpus in corpora.items() if space is None else ():
-        if count := sample_of(settings, corpus):
-            run.add_sample(f"{name} moments", corpus, count)
-        else:
-            run.measure(f"{name} moments", corpus, covariance=True)
+        run.count = sample_of(settings, corpus)
+        run.measure(f"{name} moments", corpus, covariance=True)
         if method not in ("auto", "calibrate"):
             run.steps.append({**run.steps[-1], "name": f"{name} centred"})
     if space is None and run.out and (place / SPACE).is_file():
@@ -219,8 +216,7 @@ def measured_seconds(
     if not is_kept and "source drift" in seconds:
         slower = max(0.0, seconds["source moments"] - seconds["source drift"])
         seconds |= {name: seconds[name] + slower for name in ("source drift", "apply")}
-    kinds = {"target sample": "target moments", "source residual": "source drift"}
-    kinds |= {"source sample": "source moments", "drift of sample": "source drift"}
+    kinds = {"source residual": "source drift"}
     names = [kinds.get(step["name"], step["name"]) for step in steps]
     rows = [step["rows"] for step in steps]
     return [start, *(count * seconds[name] for count, name in zip(rows, names, strict=True))]

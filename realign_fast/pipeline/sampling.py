@@ -9,15 +9,17 @@ rows thus fix a map to 1e-3 however large the corpus is; the paper finds 10^4 ro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..align import ReAlign
 from ..corpus.corpus import Corpus, sample_ids
 from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
-from ..moments import Moments, RowMap, good_rows
+from ..moments import Moments, good_rows
+from ..shared_space import RoleMap
 from .passes import PassRunner
 from .settings import Settings
 
@@ -26,7 +28,7 @@ _BLOCKS = 20  # blocks of the delete-one jackknife
 
 @dataclass
 class Sample:
-    """The moments of a sample of a corpus of ``corpus_rows`` rows.
+    """The moments of a sample of a corpus of ``corpus_rows`` rows, or of all its rows.
 
     ``blocks`` holds count, sum [D] float64 and sum of squared norms of each block of the sample,
     for a jackknife of means and traces.
@@ -34,7 +36,7 @@ class Sample:
 
     moments: Moments
     corpus_rows: int
-    blocks: list[tuple[int, torch.Tensor, float]]
+    blocks: list[tuple[int, torch.Tensor, float]] = field(default_factory=list)
 
     @property
     def finite_correction(self) -> float:
@@ -83,14 +85,15 @@ def measure_sample(
     name: str,
     corpus: Corpus,
     count: int,
-    covariance: bool = False,
-    through: RowMap | None = None,
+    covariance: bool,
+    row_map: ReAlign | RoleMap | None,
 ) -> Sample:
     """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
-    ``through`` is a map that the rows are sent through. The rows are the same for the same
-    ``settings.seed``; memory is one batch, whatever the count.
+    They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
+    is one batch, whatever the count.
     """
+    through = None if row_map is None else row_map.row_map
     settings, ids = run.settings, sample_ids(corpus.num_rows, count, run.settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
     total, blocks = Moments(covariance, accurate=covariance), []

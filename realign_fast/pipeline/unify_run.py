@@ -23,7 +23,6 @@ from .checkpoints import digest
 from .engines.local import Engine
 from .inspection import shape_of
 from .output import FOLDERS, REPORT, SPACE, Written, check_output
-from .sampling import measure_sample
 from .settings import Settings
 
 SPACE_ROWS = 50_000  # rows of each side that a space is fitted on by default
@@ -127,10 +126,10 @@ def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
     return space.document_map(role)
 
 
-def sample_of(settings: Settings, corpus: Corpus) -> int:
-    """Return how many rows of a corpus are measured; 0 is every row."""
-    count = settings.fit_rows or 0
-    return count if count < corpus.num_rows else 0
+def sample_of(settings: Settings, corpus: Corpus) -> int | None:
+    """Return how many rows of a corpus are measured; None is every row, with checkpoints."""
+    count = settings.fit_rows
+    return count if count and count < corpus.num_rows else None
 
 
 def fit_space(
@@ -150,11 +149,8 @@ def fit_space(
         """Measure a corpus, or a sample of it if it is larger."""
         corpus, pass_name = corpora[name], f"{name} {'moments' if centre is None else 'centred'}"
         row_map = None if centre is None else RoleMap(centre, True, {0: 1.0}, len(centre))
-        if count := sample_of(run.settings, corpus):
-            through = row_map and row_map.row_map
-            moments = measure_sample(run, pass_name, corpus, count, True, through).moments
-        else:
-            moments = run.measure(pass_name, corpus, row_map, covariance=True)
+        run.count = sample_of(run.settings, corpus)
+        moments = run.measure(pass_name, corpus, row_map, covariance=True).moments
         if centre is None and name in names:
             for earlier in measured:
                 check_different(earlier, (corpus, moments))

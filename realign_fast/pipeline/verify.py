@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -39,19 +39,6 @@ _NORM_TOLERANCE = {
 _SUBNORMAL = {torch.float16: 2.0**-25}  # half a subnormal step; negligible in the other dtypes
 
 
-@dataclass
-class ShardContents:
-    """Counts, checksum and sum [D] of the rows of one shard."""
-
-    rows: int = 0
-    checksum: int = 0
-    zero_rows: int = 0
-    nan_rows: int = 0
-    off_rows: int = 0  # rows that are not unit rows
-    first_off: tuple[int, float] | None = None  # index and norm of the first of them
-    total: torch.Tensor | float = field(default=0.0, repr=False)
-
-
 @memory_explained()
 def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     """Return how much was checked and a line for each fault; none if ``out`` is as it was written.
@@ -65,29 +52,24 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
             "(it resumes), then verify"
         )
-    manifest = read_manifest(out)
-    passes, faults = manifest["passes"], []
+    manifest, faults, rows = read_manifest(out), [], []
     if not (out / REPORT).exists():
         faults.append(f"{out / REPORT}: missing: the last run did not end; run it again")
-    for record in passes.values():
+    for record in manifest["passes"].values():
         faults += _statistics_faults(out, record["shards"])
-    written = {name: record for name, record in passes.items() if name.startswith("apply")}
+    written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
-    maps, map_faults = _maps_of(out, manifest["aligner"], applied)
-    faults += map_faults
-    shards = num_rows = 0
+    maps = _maps_of(out, manifest["aligner"], applied, faults)
     for name, record in written.items():
         folder = out / record["facts"]["folder"]
-        options = {key: record["facts"][key] for key in ("column", "allow_pickle")}
-        expected = _Expected(out, options, maps.get(name))
         for entry in record["shards"]:
-            path = folder / entry["name"]
-            faults += [f"{path}: {fault}" for fault in _shard_faults(path, entry, expected)]
-            num_rows += entry["rows"]
-        shards += len(record["shards"])
+            path, stats = folder / entry["name"], out / entry["stats"]
+            found = _shard_faults(path, entry, record["facts"], stats, maps.get(name))
+            faults += [f"{path}: {fault}" for fault in found]
+            rows.append(entry["rows"])
         faults += _unknown_shards(folder, {entry["name"] for entry in record["shards"]})
-    files = sum(len(record["shards"]) for record in passes.values())
-    return {"shards": shards, "rows": num_rows, "statistics": files}, faults
+    files = sum(len(record["shards"]) for record in manifest["passes"].values())
+    return {"shards": len(rows), "rows": sum(rows), "statistics": files}, faults
 
 
 def _unknown_shards(folder: StoragePath, known: set[str]) -> Iterator[str]:
@@ -106,132 +88,108 @@ def _statistics_faults(out: StoragePath, entries: list[dict[str, Any]]) -> Itera
 
 
 def _maps_of(
-    out: StoragePath, made_by: str, applied: dict[str, str]
-) -> tuple[dict[str, RoleMap], list[str]]:
-    """Return the maps of a space by pass, none for an aligner, and what is wrong with the map.
+    out: StoragePath, made_by: str, applied: dict[str, str], faults: list[str]
+) -> dict[str, RoleMap]:
+    """Return the maps of a space by pass, none for an aligner; add what is wrong with the map.
 
     ``made_by`` is the hash in the manifest, ``applied`` are those that the rows went through.
     """
     is_space = not set(applied) <= {"apply"}
     path, maps = out / (SPACE if is_space else ALIGNER), dict[str, RoleMap]()
     if not path.is_file():
-        return maps, [f"{path}: missing"]
+        faults.append(f"{path}: missing")
+        return maps
     try:
         if is_space:
-            space = SharedSpace.load(path)
+            space, actual = SharedSpace.load(path), digest(path)
             maps = {name: map_of(space, name) for name in applied}
-            actual, hashes = digest(path), {name: map_hash(m) for name, m in maps.items()}
         else:
             actual = map_hash(ReAlign.load(path)) or ""
-            hashes = {"apply": actual}
     except ValueError as error:  # it names the file
-        return maps, [str(error)]
-    faults = []
+        faults.append(str(error))
+        return maps
     if actual != made_by:
         faults.append(f"{path}: is map {actual}, the manifest says {made_by}")
     for name, expected in applied.items():
-        if expected != hashes[name]:
-            faults.append(
-                f"{path}: is map {hashes[name]}, the rows went through {expected}; apply it, or "
-                "fit elsewhere"
-            )
-    return maps, faults
+        present = map_hash(maps[name]) if is_space else actual
+        if expected != present:
+            advice = "apply it, or fit elsewhere"
+            faults.append(f"{path}: is map {present}, the rows went through {expected}; {advice}")
+    return maps
 
 
-class _Expected(NamedTuple):
-    """What the rows of one pass were written by."""
-
-    out: StoragePath
-    options: dict[str, Any]  # of the corpus
-    row_map: RoleMap | None  # None: an aligner
-
-    @property
-    def norm(self) -> float | None:
-        """The norm of each row; None if they differ."""
-        if self.row_map is None:
-            return 1.0
-        lengths = [1 / scale for scale in self.row_map.scales.values()]
-        return math.hypot(*lengths) if self.row_map.normalized else None
-
-
-def _shard_faults(path: StoragePath, entry: dict[str, Any], expected: _Expected) -> Iterator[str]:
-    columns, options = entry["dimension"], expected.options
-    if expected.row_map is not None and expected.row_map.columns != columns:
-        columns, options = expected.row_map.columns, options | {"column": None}
+def _shard_faults(
+    path: StoragePath,
+    entry: dict[str, Any],
+    facts: dict[str, Any],
+    stats: StoragePath,
+    row_map: RoleMap | None,
+) -> Iterator[str]:
+    """Compare a shard with its entry; ``row_map`` is None for the result of an aligner."""
+    options = {"column": facts["column"], "allow_pickle": facts["allow_pickle"]}
+    columns, norm = entry["dimension"], 1.0
+    if row_map is not None:
+        norm = math.hypot(*(1 / scale for scale in row_map.scales.values())) * row_map.normalized
+        if row_map.columns != columns:
+            columns, options["column"] = row_map.columns, None
     try:
         if not entry["rows"]:  # a list without a row does not say its dimension
-            (shard,) = read_shards([path], options["column"], options["allow_pickle"])
+            (shard,) = read_shards([path], **options)
             if shard.num_rows:
                 yield f"has {shard.num_rows} rows, expected none"
             return
         corpus = Corpus(path, **options)
-        shape = corpus.num_rows, corpus.dimension, str(corpus.shards[0].dtype)
-        expected_shape = entry["rows"], columns, entry["dtype"]
-        if shape != expected_shape:
-            yield f"is {_format_shape(*shape)}, expected {_format_shape(*expected_shape)}"
+        actual = f"[{corpus.num_rows}, {corpus.dimension}] {corpus.shards[0].dtype}"
+        if actual != (expected := f"[{entry['rows']}, {columns}] {entry['dtype']}"):
+            yield f"is {actual}, expected {expected}"
             return
-        contents = _read(corpus, expected.norm)
+        yield from _row_faults(corpus, entry, norm, None if row_map else stats)
     except (OSError, ValueError, TypeError) as error:
         if lacks_memory(error):
             raise  # which says nothing of the shard
         message = error.strerror if isinstance(error, OSError) and error.strerror else error
         yield str(message).removeprefix(f"{path}: ")
-        return
-    for name in ("checksum", "zero_rows", "nan_rows"):
-        if (actual := getattr(contents, name)) != entry[name]:
-            yield f"{name} is {actual}, expected {entry[name]}"
-    if contents.first_off:
-        row, norm = contents.first_off
-        kind = "unit rows" if expected.norm == 1 else f"of norm {expected.norm:.6g}"
-        yield f"{contents.off_rows} rows are not {kind}, the first is row {row} of norm {norm:.6g}"
-    if expected.row_map is None:
-        yield from _mean_faults(contents, corpus, expected.out / entry["stats"])
 
 
-def _mean_faults(contents: ShardContents, corpus: Corpus, stats: StoragePath) -> Iterator[str]:
-    """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
-    try:
-        recorded = Moments.load(stats)
-    except (OSError, ValueError):
-        return  # _statistics_faults reports it
-    if not recorded.count or not (rows := contents.rows - contents.nan_rows):
-        return
-    # Zeros in the place of skipped rows take no part in the recorded mean.
-    expected = recorded.mean * recorded.count / rows
-    distance = float((contents.total / rows - expected).norm())
-    allowed = _norm_tolerance(corpus) + 1e-6
-    if not distance <= allowed:
-        yield (
-            f"the mean of its rows is {distance:.2g} from the one recorded, expected {allowed:.2g}"
-        )
-
-
-def _norm_tolerance(corpus: Corpus) -> float:
-    """Return how far the norm of a rounded unit row may be from 1."""
-    subnormal = _SUBNORMAL.get(corpus.dtype, 0.0)
-    return _NORM_TOLERANCE[corpus.dtype] + subnormal * math.sqrt(corpus.dimension)
-
-
-def _read(corpus: Corpus, norm: float | None) -> ShardContents:
-    """Read a shard; a row has to be zero, not finite or of a norm, if that is not None."""
-    contents, tolerance = ShardContents(), _norm_tolerance(corpus)
+def _row_faults(
+    corpus: Corpus, entry: dict[str, Any], norm: float, stats: StoragePath | None
+) -> Iterator[str]:
+    """Compare the rows of a shard with its entry; ``norm`` is theirs, or 0 if it is any."""
+    found, off_rows, first_off = {"checksum": 0, "zero_rows": 0, "nan_rows": 0}, 0, ""
+    total = torch.zeros(corpus.dimension, dtype=torch.float64)
+    tolerance = _SUBNORMAL.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
+    tolerance += _NORM_TOLERANCE[corpus.dtype]
     for batch in corpus.batches():
-        contents.checksum = checksum(batch.rows, contents.checksum)
+        found["checksum"] = checksum(batch.rows, found["checksum"])
         rows = batch.rows.double()
         norms = rows.norm(dim=1)
-        zero, nonfinite = norms == 0, ~torch.isfinite(norms)
-        off = ~zero & ~nonfinite & ((norms / (norm or 1) - 1).abs() > tolerance)
-        contents.zero_rows += int(zero.sum())
-        contents.nan_rows += int(nonfinite.sum())
-        off &= norm is not None
-        contents.off_rows += int(off.sum())
-        if contents.first_off is None and bool(off.any()):
+        zero, finite = norms == 0, torch.isfinite(norms)
+        off = ~zero & finite & ((norms / (norm or 1) - 1).abs() > tolerance) & bool(norm)
+        found["zero_rows"] += int(zero.sum())
+        found["nan_rows"] += int((~finite).sum())
+        off_rows += int(off.sum())
+        if not first_off and bool(off.any()):
             first = int(off.nonzero()[0])
-            contents.first_off = batch.first + first, float(norms[first])
-        contents.total = contents.total + rows[~nonfinite].sum(dim=0)
-        contents.rows += len(rows)
-    return contents
+            first_off = f"the first is row {batch.first + first} of norm {float(norms[first]):.6g}"
+        total += rows[finite].sum(dim=0)
+    for name, actual in found.items():
+        if actual != entry[name]:
+            yield f"{name} is {actual}, expected {entry[name]}"
+    if off_rows:
+        kind = "unit rows" if norm == 1 else f"of norm {norm:.6g}"
+        yield f"{off_rows} rows are not {kind}, {first_off}"
+    if stats and (num_finite := corpus.num_rows - found["nan_rows"]):
+        yield from _mean_faults(total / num_finite, num_finite, stats, tolerance + 1e-6)
 
 
-def _format_shape(rows: int, columns: int, dtype: str) -> str:
-    return f"[{rows}, {columns}] {dtype}"
+def _mean_faults(
+    mean: torch.Tensor, count: int, stats: StoragePath, allowed: float
+) -> Iterator[str]:
+    """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
+    with suppress(OSError, ValueError):  # _statistics_faults reports a damaged file
+        recorded = Moments.load(stats)
+        # Zeros in the place of skipped rows take no part in the recorded mean.
+        expected = recorded.mean * recorded.count / count if recorded.count else mean
+        if not (distance := float((mean - expected).norm())) <= allowed:
+            recorded_as = f"from the one recorded, expected {allowed:.2g}"
+            yield f"the mean of its rows is {distance:.2g} {recorded_as}"

@@ -311,7 +311,7 @@ def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
         assert getattr(fitted, name).equal(getattr(everything, name)), name
     assert int(fitted.source_count) == 111
     with run.output_directory(tmp_path / "out"):
-        assert run.half_fit(Corpus(new), Corpus(image)).source_count == 111  # and once more
+        assert run.half_fit(Corpus(new), Corpus(image))[2].source_count == 111  # and once more
     with pytest.raises(ValueError, match=r"cannot be extended: bad_rows was 'error' and is 'skip'"):
         run = AlignRun(quiet(mode="extend", bad_rows="skip"))
         with run.output_directory(tmp_path / "out"):
