@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import Modality, OptionError
@@ -13,6 +14,7 @@ from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratc
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
+    from ..pipeline.unify_run import SpaceSides
 
 _SIDES: tuple[Modality, ...] = ("text", "image")
 
@@ -25,52 +27,50 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
 )
 def unify(options: opts.UnifyOptions) -> Result:
     """Write texts and images as documents of one index that finds both."""
-    from ..pipeline.output import SPACE
     from ..pipeline.plan import measured_seconds, plan_unify
     from ..pipeline.unify_run import unify
-    from ..shared_space import SharedSpace
 
-    documents = _documents(options)
-    role, chosen = options.query_role, ("query_role", "layout")
-    arguments: dict[str, Any] = {name: getattr(options, name) for name in chosen}
-    arguments |= {"method": options.space_method, "space": None, "queries": None}
-    if options.space is not None:
-        path = storage_path(options.space)
-        arguments["space"] = SharedSpace.load(path / SPACE if path.is_dir() else path)
-    if options.queries is not None:
-        arguments["queries"] = open_corpus(options, options.queries, role)
-    settings = settings_from(options)
+    sides, settings = _sides(options), settings_from(options)
+    corpora = [*sides.corpora.values()]
     if options.dry_run:
-        steps = plan_unify(documents, options.out, settings, **arguments)
-        names = [*documents] or ["queries"]
-        corpora = [*documents.values()] or [arguments["queries"]]
 
-        def run(*given: Any) -> list[dict[str, Any]]:
-            """Return the passes of a run on the first shards."""
-            sides = dict(zip(names, given[: len(names)], strict=True))
-            queries = sides.pop("queries", arguments["queries"])
-            report = unify(sides, *given[2:], **arguments | {"queries": queries})
-            passes: list[dict[str, Any]] = report["passes"]
+        def run(first: Corpus, last: Corpus, *place: Any) -> list[dict[str, Any]]:
+            """Return the passes of a run on the first shards of some corpora."""
+            beginnings = {id(corpora[-1]): last, id(corpora[0]): first}
+            few = {name: beginnings.get(id(c), c) for name, c in sides.documents.items()}
+            passes: list[dict[str, Any]] = unify(replace(sides, documents=few), *place)["passes"]
             return passes
 
+        steps = plan_unify(sides, options.out, settings)
         rates_of = corpora[0], corpora[-1], options.out, settings, run
         return plan_result(steps, measured_seconds(steps, *rates_of))
-    for corpus in documents.values():
+    for corpus in sides.documents.values():
         say_scratch(options.out, corpus, options.workers)
-    report = unify(documents, options.out, settings, engine_from(options), **arguments)
-    notes = [metadata_note(corpus) for corpus in documents.values()]
+    report = unify(sides, options.out, settings, engine_from(options))
+    notes = [metadata_note(corpus) for corpus in sides.documents.values()]
     return Result(report, _report_text(report, options.out, notes), has_report=True)
 
 
-def _documents(options: opts.UnifyOptions) -> dict[str, Corpus]:
-    """Open the documents; an OptionError for sides that are missing."""
-    given = {side: getattr(options, side) for side in _SIDES}
-    paths = {side: path for side, path in given.items() if path is not None}
+def _sides(options: opts.UnifyOptions) -> SpaceSides:
+    """Open the corpora and the space; an OptionError for sides that are missing."""
+    from ..pipeline.output import SPACE
+    from ..pipeline.unify_run import SpaceSides
+    from ..shared_space import SharedSpace
+
+    paths = {side: path for side in _SIDES if (path := getattr(options, side)) is not None}
     if options.space is None and len(paths) < len(_SIDES):
         raise OptionError("unify: a space is fitted on --text and --image; give both, or --space")
     if not paths and options.queries is None:
         raise OptionError("unify: expected rows for the space; give --text, --image or --queries")
-    return {side: open_corpus(options, path, side) for side, path in paths.items()}
+    space, role = options.space and storage_path(options.space), options.query_role
+    return SpaceSides(
+        {side: open_corpus(options, path, side) for side, path in paths.items()},
+        open_corpus(options, options.queries, role) if options.queries is not None else None,
+        role,
+        options.layout,
+        options.space_method,
+        SharedSpace.load(space / SPACE if space.is_dir() else space) if space else None,
+    )
 
 
 def _report_text(report: dict[str, Any], out: str, notes: list[str]) -> str:

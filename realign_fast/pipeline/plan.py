@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .._startup import is_own_command
 from ..align import ReAlign
 from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
 from ..moments import Moments
-from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
+from ..shared_space import RoleMap, SharedSpace
 from ..storage import read_ahead
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner
@@ -29,7 +29,7 @@ from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
 from .shard_tasks import AlignTask
-from .unify_run import map_of, results_of, sample_of, space_settings
+from .unify_run import SpaceSides, map_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
 MEASURED_BYTES = 1 << 29  # of each side at least, which the rates are measured on
@@ -130,27 +130,14 @@ def plan_apply(
     return run.steps
 
 
-def plan_unify(
-    documents: Mapping[str, Corpus],
-    out: AnyPath,
-    settings: Settings,
-    *,
-    queries: Corpus | None = None,
-    query_role: str = "text",
-    layout: Layout = "single",
-    method: SpaceMethod | Literal["auto"] = "auto",
-    space: SharedSpace | None = None,
-) -> list[dict[str, Any]]:
+def plan_unify(sides: SpaceSides, out: AnyPath, settings: Settings) -> list[dict[str, Any]]:
     """Return the passes of ``unify``, without those of an automatic choice to centre."""
-    place, settings = output_path(out), space_settings(settings)
-    run = _plan_run(out, settings)
-    results = results_of(documents, queries, query_role, layout, space)
-    check_output(place, results, settings, [] if queries is None or space else [queries])
-    corpora = documents if queries is None else {**documents, f"{query_role} queries": queries}
-    for name, corpus in corpora.items() if space is None else ():
+    place, settings, space = output_path(out), space_settings(settings), sides.space
+    run, results = _plan_run(out, settings), sides.results(place, settings)
+    for name, corpus in sides.corpora.items() if space is None else ():
         run.count = sample_of(settings, corpus)
         run.measure(f"{name} moments", corpus, covariance=True)
-        if method not in ("auto", "calibrate"):
+        if sides.method not in ("auto", "calibrate"):
             run.steps.append({**run.steps[-1], "name": f"{name} centred"})
     if space is None and run.out and (place / SPACE).is_file():
         space = SharedSpace.load(place / SPACE)

@@ -8,7 +8,7 @@ names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_em
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..moments import Moments, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
-from ..storage.paths import AnyPath, output_path
+from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner, check_columns, check_different
 from .checkpoints import digest
 from .engines.local import Engine
@@ -29,49 +29,73 @@ SPACE_ROWS = 50_000  # rows of each side that a space is fitted on by default
 _QUERIES = " queries"  # after the name of their role
 
 
-def unify(
-    documents: Mapping[str, Corpus],
-    out: AnyPath,
-    settings: Settings | None = None,
-    engine: Engine | None = None,
-    *,
-    queries: Corpus | None = None,
-    query_role: str = "text",
-    layout: Layout = "single",
-    method: SpaceMethod | Literal["auto"] = "auto",
-    space: SharedSpace | None = None,
-) -> dict[str, Any]:
-    """Write corpora as documents of one index into ``out``, with its space; return the report.
+@dataclass(frozen=True)
+class SpaceSides:
+    """The corpora of a space, and how it is fitted.
 
     Args:
         documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``.
-        out: a directory or a URL.
-        settings: the options of the run. A space is fitted on ``fit_rows`` rows of each side, by
-            default ``SPACE_ROWS``; 0 is every row.
-        engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
         queries: rows like those that will be searched for: the space is fitted on them, or with
             ``space`` they are written as they search the index.
         query_role, layout, method: as in :meth:`SharedSpace.fit`.
         space: a fitted space, which takes the place of a fit.
+    """
+
+    documents: Mapping[str, Corpus]
+    queries: Corpus | None = None
+    query_role: str = "text"
+    layout: Layout = "single"
+    method: SpaceMethod | Literal["auto"] = "auto"
+    space: SharedSpace | None = None
+
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """Documents and queries by name."""
+        queries = {} if self.queries is None else {self.query_role + _QUERIES: self.queries}
+        return {**self.documents, **queries}
+
+    def results(self, out: StoragePath, settings: Settings) -> list[Written]:
+        """Return the corpora that are written; refuse an output that cannot hold them."""
+        written = self.documents if self.space is None else self.corpora
+        others = [corpus for name, corpus in self.corpora.items() if name not in written]
+        blocks = len(self.space.sides) if self.space else len(self.documents)
+        wide = (self.space or self).layout == "blocks"
+        results = [
+            Written(
+                corpus,
+                FOLDERS.get(role, FOLDERS["queries"]),
+                f"apply {role}",
+                corpus.dimension * blocks if wide else None,
+            )
+            for role, corpus in written.items()
+        ]
+        check_output(out, results, settings, others)
+        return results
+
+
+def unify(
+    sides: SpaceSides, out: AnyPath, settings: Settings, engine: Engine | None = None
+) -> dict[str, Any]:
+    """Write corpora as documents of one index into ``out``, with its space; return the report.
+
+    Args:
+        sides: the corpora, and the space or how it is fitted: on ``settings.fit_rows`` rows of each
+            corpus, by default ``SPACE_ROWS``, 0 is every row.
+        out: a directory or a URL.
+        settings: the options of the run.
+        engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
 
     Raises:
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
-    run, directory = (
-        AlignRun(space_settings(settings or Settings()), engine=engine),
-        output_path(out),
-    )
-    results = results_of(documents, queries, query_role, layout, space)
-    known = (("the space", space.encoder),) if space else ()
-    encoder = common_encoder(
-        *known, *((result.corpus.path, result.corpus.encoder) for result in results)
-    )
-    corpora = documents if queries is None else {**documents, query_role + _QUERIES: queries}
-    check_output(directory, results, run.settings, [] if queries is None or space else [queries])
+    run, directory = AlignRun(space_settings(settings), engine=engine), output_path(out)
+    results, space = sides.results(directory, run.settings), sides.space
+    known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]
+    encoder = common_encoder(("the space", space.encoder if space else None), *known)
     with run.output_directory(directory):
         if space is None:
-            space = fit_space(run, corpora, query_role, layout, method)
+            space = fit_space(run, sides)
             space.encoder = encoder
         maps = [map_of(space, result.pass_name) for result in results]
         for row_map, result in zip(maps, results, strict=True):
@@ -84,7 +108,7 @@ def unify(
             if side and moments.count:  # not of queries
                 place, mean = str(result.corpus.path), moments.mean
                 warn_if_far(place, mean, moments.count, side.centre, side.count)
-        report: dict[str, Any] = {name: shape_of(corpus) for name, corpus in corpora.items()}
+        report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"
         return run.write_report(directory, options, digest(directory / SPACE), report)
@@ -94,28 +118,7 @@ def space_settings(settings: Settings) -> Settings:
     """Return the settings of a run that fits a space; a ValueError for a mode that it lacks."""
     if settings.mode == "extend":
         raise OptionError("extend: a space is fitted on the rows that are there; leave it out")
-    return replace(
-        settings, fit_rows=SPACE_ROWS if settings.fit_rows is None else settings.fit_rows
-    )
-
-
-def results_of(
-    documents: Mapping[str, Corpus],
-    queries: Corpus | None,
-    query_role: str,
-    layout: Layout,
-    space: SharedSpace | None,
-) -> list[Written]:
-    """Return the results of a run: the documents and, in a fitted space, the queries."""
-    roles = [(name, FOLDERS[name], corpus) for name, corpus in documents.items()]
-    if queries is not None and space:
-        roles.append((query_role + _QUERIES, FOLDERS["queries"], queries))
-    blocks = len(space.sides) if space else len(documents)
-    wide = (space.layout if space else layout) == "blocks"
-    return [
-        Written(corpus, folder, f"apply {role}", corpus.dimension * blocks if wide else None)
-        for role, folder, corpus in roles
-    ]
+    return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
 def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
@@ -132,30 +135,30 @@ def sample_of(settings: Settings, corpus: Corpus) -> int | None:
     return count if count and count < corpus.num_rows else None
 
 
-def fit_space(
-    run: AlignRun,
-    corpora: Mapping[str, Corpus],
-    query_role: str,
-    layout: Layout,
-    method: SpaceMethod | Literal["auto"],
-) -> SharedSpace:
-    """Fit a space in passes of ``run``; among the corpora are those of queries."""
-    names = [name for name in corpora if not name.endswith(_QUERIES)]
-    for name in corpora:
-        check_columns(corpora[name], corpora[names[0]])
+def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
+    """Fit a space in passes of ``run``."""
+    first, *others = sides.corpora.values()
+    for corpus in others:
+        check_columns(corpus, first)
     measured: list[tuple[Corpus, Moments]] = []  # documents
 
     def measure(name: str, centre: Tensor | None) -> Moments:
         """Measure a corpus, or a sample of it if it is larger."""
-        corpus, pass_name = corpora[name], f"{name} {'moments' if centre is None else 'centred'}"
+        corpus, kind = sides.corpora[name], "moments" if centre is None else "centred"
         row_map = None if centre is None else RoleMap(centre, True, {0: 1.0}, len(centre))
         run.count = sample_of(run.settings, corpus)
-        moments = run.measure(pass_name, corpus, row_map, covariance=True).moments
-        if centre is None and name in names:
+        moments = run.measure(f"{name} {kind}", corpus, row_map, covariance=True).moments
+        if centre is None and name in sides.documents:
             for earlier in measured:
                 check_different(earlier, (corpus, moments))
             measured.append((corpus, moments))
         return moments
 
-    roles = [query_role] if len(corpora) > len(names) else []
-    return SharedSpace.from_passes(measure, names, roles, query_role, layout=layout, method=method)
+    return SharedSpace.from_passes(
+        measure,
+        [*sides.documents],
+        [] if sides.queries is None else [sides.query_role],
+        sides.query_role,
+        layout=sides.layout,
+        method=sides.method,
+    )

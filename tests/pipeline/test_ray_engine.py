@@ -24,7 +24,7 @@ from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.engines import ray_driver
 from realign_fast.pipeline.engines.ray_driver import RayTasks
 from realign_fast.pipeline.settings import Settings
-from realign_fast.pipeline.unify_run import unify
+from realign_fast.pipeline.unify_run import SpaceSides, unify
 
 pytest.importorskip("ray", reason='pip install "realign_fast[ray]"')
 D, SHARDS = 16, (40, 1, 0, 70, 33)
@@ -160,9 +160,10 @@ def test_ray_writes_the_bytes_of_one_process(corpora, engine, method):
 
 
 def test_ray_writes_a_space_as_one_process_does(corpora, engine):
-    documents, choices = {"text": Corpus("text"), "image": Corpus("image")}, {"layout": "blocks"}
-    unify(documents, "one", QUIET, method="center-calibrate", **choices)
-    unify(documents, "out", QUIET, engine, method="center-calibrate", **choices)
+    documents = {"text": Corpus("text"), "image": Corpus("image")}
+    sides = SpaceSides(documents, None, "text", "blocks", "center-calibrate")
+    unify(sides, "one", QUIET)
+    unify(sides, "out", QUIET, engine)
     assert tree("out") == tree("one")
 
 

@@ -9,7 +9,7 @@ from support.kill_and_resume import tree
 from realign_fast import Corpus, SharedSpace
 from realign_fast.cli import main
 from realign_fast.corpus.convert import convert
-from realign_fast.pipeline import Settings, unify
+from realign_fast.pipeline import Settings, unify_run
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)
@@ -34,6 +34,10 @@ def sides(tmp_path):
 @pytest.fixture
 def documents(sides):
     return {"text": Corpus(sides[0]), "image": Corpus(sides[1])}
+
+
+def unify(documents, out, settings, **choices):
+    return unify_run.unify(unify_run.SpaceSides(documents, **choices), out, settings)
 
 
 def rows_of(folder, **options):

@@ -25,7 +25,7 @@ import torch
 from realign_fast import Corpus
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
-from realign_fast.pipeline.unify_run import unify
+from realign_fast.pipeline.unify_run import SpaceSides, unify
 
 NOT_COMPARED = ("report.json", "lock")  # times and speeds; a process id
 
@@ -107,7 +107,7 @@ def main():
     command = partial(align, text, image)
     if options.unify:
         documents = {"text": Corpus(text), "image": Corpus(image)}
-        command = partial(unify, documents, method="center-calibrate", layout="blocks")
+        command = partial(unify, SpaceSides(documents, None, "text", "blocks", "center-calibrate"))
     os.waitpid(child(partial(command, out=work / "warm", settings=settings)), 0)
     clean, seconds = tree(work / "warm"), []
     for _ in range(3):
