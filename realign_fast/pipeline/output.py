@@ -57,8 +57,11 @@ def check_output(
         ValueError: ``out`` holds a corpus that is read, or shards of another source.
         OSError: ``out`` cannot be written to, or has no room for the result.
     """
-    corpora = [result.corpus for result in results]
-    check_place(out, *corpora, *others, subfolders=[result.folder for result in results])
+    folders = [result.folder for result in results]
+    for result in results:  # queries may be documents as well
+        check_place(out, result.corpus, subfolders=folders)
+    sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
+    check_place(out, *sides, *others, subfolders=folders)
     replaced = _check_shards(out, results, settings.mode)
     for result in results:
         check_source(out, result.corpus, settings.mode, result.pass_name)

@@ -22,7 +22,7 @@ from .align_run import AlignRun, check_aligner, check_columns, check_different
 from .checkpoints import digest
 from .engines.local import Engine
 from .inspection import shape_of
-from .output import FOLDERS, REPORT, SPACE, Written, check_output
+from .output import FOLDERS, REPORT, SPACE, Written, check_output, check_place
 from .settings import Settings
 
 SPACE_ROWS = 50_000  # rows of each side that a space is fitted on by default
@@ -57,7 +57,6 @@ class SpaceSides:
     def results(self, out: StoragePath, settings: Settings) -> list[Written]:
         """Return the corpora that are written; refuse an output that cannot hold them."""
         written = self.documents if self.space is None else self.corpora
-        others = [corpus for name, corpus in self.corpora.items() if name not in written]
         blocks = len(self.space.sides) if self.space else len(self.documents)
         wide = (self.space or self).layout == "blocks"
         results = [
@@ -69,7 +68,9 @@ class SpaceSides:
             )
             for role, corpus in written.items()
         ]
-        check_output(out, results, settings, others)
+        check_output(out, results, settings)
+        if self.queries is not None:
+            check_place(out, self.queries)
         return results
 
 

@@ -125,6 +125,7 @@ def test_more_documents_and_queries_go_into_a_fitted_space(sides, tmp_path, caps
     assert run("unify", "--text", sides[0], "--image", sides[1], "--out", out) == 0
     more = ["unify", "--space", out, "--out", tmp_path / "more"]
     assert run(*more, "--image", new) == 0 and run(*more, "--queries", sides[0]) == 0
+    assert run(*more[:3], "--out", tmp_path / "z", "--text", new, "--queries", new) == 0
     assert run("verify", tmp_path / "more") == 0
     assert "2 faults" not in capsys.readouterr().out
     space = SharedSpace.load(out / "space.safetensors")
@@ -164,6 +165,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
         (3, "expected a space", [*both, "--space", tmp_path / "bad.safetensors"]),
         (2, "is or lies in", ["--text", text, "--image", image, "--out", text / "out"]),
+        (2, "is or lies in", [*both, "--queries", tmp_path]),
     ):
         assert run("unify", *words) == status, words
         (line,) = capsys.readouterr().err.splitlines()

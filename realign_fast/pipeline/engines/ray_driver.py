@@ -101,7 +101,8 @@ class RayTasks:
                 "retries, expected a CPU or more, a part of a GPU or whole ones, 0 retries or more"
             )
         self.address, self.ship, self.retries = address, ship, retries
-        self.cpus_per_task, self.gpus_per_task = cpus_per_task, gpus_per_task
+        needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
+        self._needs = {resource: amount for resource, amount in needs.items() if amount}
         self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
@@ -113,14 +114,14 @@ class RayTasks:
             return
         ray, waiting = self._connect(), deque[tuple[str, Any]]()
         with _witness(task) as witness:
-            threads, pickled = self.cpus_per_task, pickle.dumps(task)
-            job = Job(program_version(), os.getcwd(), witness, threads, pickled)
+            threads = int(self._needs["CPU"])
+            job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
             # In a list the job is fetched once a worker; as an argument it would be once a task.
             shared = [ray.put(tuple(job))]
             remote_task = ray.remote(_task_function()).options(
                 name=f"realign-fast {getattr(task, 'name', '')}".strip(),
-                num_cpus=self.cpus_per_task,
-                num_gpus=self.gpus_per_task,
+                num_cpus=threads,
+                num_gpus=self._needs.get("GPU", 0),
                 max_retries=self.retries,
                 retry_exceptions=False,
                 scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
@@ -129,7 +130,10 @@ class RayTasks:
                 for shard in shards:
                     while len(waiting) >= 2 * max(1, self._task_slots()):
                         yield self._first_result(waiting)
-                    waiting.append((_shard_name(task, shard), remote_task.remote(shared, shard)))
+                    place = f"shard {shard}"
+                    if isinstance(task, ShardTask):
+                        place = str(task.corpus.shards[shard].path)
+                    waiting.append((place, remote_task.remote(shared, shard)))
                 while waiting:
                     yield self._first_result(waiting)
             finally:
@@ -180,10 +184,6 @@ class RayTasks:
         self._disconnect, self._polled = weakref.finalize(self, ray.shutdown), -math.inf
         return ray
 
-    def _needs(self) -> dict[str, float]:
-        needs = {"CPU": self.cpus_per_task, "GPU": self.gpus_per_task}
-        return {resource: amount for resource, amount in needs.items() if amount}
-
     def _task_slots(self) -> int:
         """Return how many tasks the nodes have room for at once, whatever runs there now.
 
@@ -195,7 +195,7 @@ class RayTasks:
         if now - self._polled > _POLL_SECONDS:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._slots = sum(
-                min(int(node.get(name, 0) / amount) for name, amount in self._needs().items())
+                min(int(node.get(name, 0) / amount) for name, amount in self._needs.items())
                 for node in nodes
             )
             self._polled = now
@@ -211,7 +211,7 @@ class RayTasks:
         return self._slots
 
     def _too_large(self) -> str:
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs().items())
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
         return (
             f"no node of the Ray cluster has what a task asks for ({needs}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
@@ -247,14 +247,8 @@ def _check_listening(address: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of an error that may have very many."""
-    cause = getattr(error, "cause", None)
-    lines = str(cause or error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
-
-
-def _shard_name(task: Task, shard: int) -> str:
-    return str(task.corpus.shards[shard].path) if isinstance(task, ShardTask) else f"shard {shard}"
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -312,9 +306,9 @@ def _task_function() -> Callable[[list[Any], int], bytes]:
             import pickle
             import socket
 
-            message = f"Ray node {socket.gethostname()}: {error}; install the realign_fast of the "
-            message += "driver there, or send it along (--ray-ship, ship=True)"
-            return pickle.dumps((None, ImportError(message), ""))
+            node = f"Ray node {socket.gethostname()}"
+            advice = "install the realign_fast of the driver there, or send it along (--ray-ship)"
+            return pickle.dumps((None, ImportError(f"{node}: {error}; {advice}"), ""))
         return run_shard(ray.get, shared, shard)
 
     return run
