@@ -63,7 +63,7 @@ class AlignRun(PassRunner):
             covariance = row_map is None and self.settings.method in NEED_COVARIANCE
         if self.count is not None:
             return self.run_sample(name, corpus, self.count, covariance, row_map)
-        task = self.measure_task(name, corpus, covariance, row_map)
+        task = self.task(name, corpus, row_map, covariance=covariance)
         total, entries = Moments(covariance, accurate=covariance), []
         if self.settings.mode == "extend" and task.checkpoints and row_map is None:
             for moments, entry in saved_moments(task.checkpoints, task.identities):
@@ -132,7 +132,9 @@ class AlignRun(PassRunner):
 
     def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
-        moments = self.run_pass(self.align_task(result, row_map, out), Moments(), [])
+        written = result.folder, out / result.folder
+        task = self.task(result.pass_name, result.corpus, row_map, result=written)
+        moments = self.run_pass(task, Moments(), [])
         if self.part[1] == 1:
             result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
         return moments

@@ -141,49 +141,48 @@ class Checkpoints:
         text = json.dumps([self.facts, shard_identity], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def load(self, shard: Shard, shard_identity: Entry) -> tuple[Moments, Entry] | None:
-        """Return the moments and the entry of a finished shard, None if it is not finished."""
-        return _load(self._moments_path(shard, shard_identity))
-
-    def save(self, shard: Shard, shard_identity: Entry, moments: Moments) -> Entry:
-        """Save the moments of a finished shard and return its entry."""
-        return _save(self._moments_path(shard, shard_identity), moments)
-
-    def load_aligned(
-        self, shard: Shard, shard_identity: Entry, aligned: StoragePath
+    def load(
+        self, shard: Shard, shard_identity: Entry, result: StoragePath | None = None
     ) -> tuple[Moments, Entry] | None:
-        """Return moments and entry of a shard whose result ``aligned`` is still as it was written.
+        """Return moments and entry of a finished shard, None if it is not finished.
 
-        The result is None if the shard was not aligned, or its file is another one now.
+        A shard with a ``result`` is finished if that file is still as it was written.
         """
+        if result is None:
+            return _load(self._moments_path(shard, shard_identity))
         path = self._path(shard, "json")
         with _absent_if_damaged(path):
             record = json.loads(path.read_bytes())
             entry: Entry = record["entry"]
             same = record["key"] == self.key(shard_identity)
-            if same and record["written"] == list(aligned.stamp()):
+            if same and record["written"] == list(result.stamp()):
                 stored = _load(self._path(shard, "safetensors"))
                 if stored and stored[1]["blake2b"] == entry["blake2b"]:
                     return stored[0], entry
         return None
 
-    def save_aligned(
+    def save(
         self,
         shard: Shard,
         shard_identity: Entry,
-        aligned: StoragePath,
         moments: Moments,
-        facts: Entry,
+        result: StoragePath | None = None,
+        facts: Entry | None = None,
     ) -> Entry:
-        """Record that the aligned shard ``aligned`` is complete; ``facts`` are for ``verify``."""
-        entry = _save(self._path(shard, "safetensors"), moments) | facts
-        stamp = list(aligned.stamp())
-        record = {"key": self.key(shard_identity), "written": stamp, "entry": entry}
+        """Save the moments of a finished shard and return its entry.
+
+        It has ``facts`` for ``verify`` where there is a ``result``, which is then complete.
+        """
+        if result is None:
+            return _save(self._moments_path(shard, shard_identity), moments)
+        entry = _save(self._path(shard, "safetensors"), moments) | (facts or {})
+        written = list(result.stamp())
+        record = {"key": self.key(shard_identity), "written": written, "entry": entry}
         write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
-    def forget_aligned(self, shard: Shard) -> None:
-        """Remove the record of an aligned shard, before another result takes its place."""
+    def forget(self, shard: Shard) -> None:
+        """Remove the record of a result, before another one takes its place."""
         self._path(shard, "json").unlink(missing_ok=True)
 
     def remove_stale(self, shards: Sequence[Shard], entries: Sequence[Entry]) -> None:

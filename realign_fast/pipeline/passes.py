@@ -23,9 +23,8 @@ from .cached_corpus import CachedCorpus
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
-from .output import Written
 from .settings import Settings
-from .shard_tasks import AlignTask, MeasureTask, ShardTask, map_overlapping_sync
+from .shard_tasks import ShardTask, map_overlapping_sync
 
 LOGGER = logging.getLogger("realign_fast.passes")  # a message when a pass ends
 
@@ -122,34 +121,19 @@ class PassRunner:
             finally:
                 self.out = None
 
-    def measure_task(
+    def task(
         self,
         name: str,
         corpus: Corpus,
+        row_map: ReAlign | RoleMap | None = None,
+        *,
         covariance: bool = False,
-        aligner: ReAlign | RoleMap | None = None,
-    ) -> MeasureTask:
-        """Return the task that measures the shards of ``corpus`` in pass ``name``."""
-        shared = self._task_fields(name, corpus, covariance, aligner)
-        return MeasureTask(*shared, covariance=covariance)
+        result: tuple[str, StoragePath] | None = None,
+    ) -> ShardTask:
+        """Return the task of pass ``name``, whose facts are in the keys of its checkpoints.
 
-    def align_task(
-        self, result: Written, aligner: ReAlign | RoleMap, out: StoragePath
-    ) -> AlignTask:
-        """Return the task that aligns the shards of a corpus into a folder of ``out``."""
-        facts = {"folder": result.folder}
-        shared = self._task_fields(result.pass_name, result.corpus, False, aligner, facts)
-        return AlignTask(*shared, folder=out / result.folder)
-
-    def _task_fields(
-        self,
-        name: str,
-        corpus: Corpus,
-        covariance: bool,
-        aligner: ReAlign | RoleMap | None,
-        facts: Entry | None = None,
-    ) -> tuple[Any, ...]:
-        """Return the fields of a :class:`ShardTask`; the keys of checkpoints hold its facts."""
+        ``result`` is the name of a folder of the output, and its path.
+        """
         key_facts = {
             "pass": name,
             "bad_rows": self.settings.bad_rows,
@@ -157,16 +141,15 @@ class PassRunner:
             "column": corpus.column,
             "allow_pickle": corpus.allow_pickle,
             "covariance": covariance,
-            "map": map_hash(aligner),
-            **(facts or {}),
+            "map": map_hash(row_map),
+            **({"folder": result[0]} if result else {}),
             "code": code_version(self.settings.device),
         }
         if corpus not in self._identities:
             self._identities[corpus] = identities(corpus.shards)
         checkpoints = Checkpoints(self.out, key_facts) if self.out else None
-        shard_identities = self._identities[corpus]
-        settings, reading = self.settings, self.reading
-        return name, corpus, shard_identities, checkpoints, settings, reading, aligner
+        shared = name, corpus, self._identities[corpus], checkpoints, self.settings, self.reading
+        return ShardTask(*shared, row_map, covariance, result[1] if result else None)
 
     @memory_explained()
     def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
@@ -180,13 +163,13 @@ class PassRunner:
         corpus, name = task.corpus, task.name
         unfinished = []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
-        rows, writes = sum(corpus.shards[i].num_rows for i in shards), isinstance(task, AlignTask)
+        rows, writes = sum(corpus.shards[i].num_rows for i in shards), task.folder is not None
         self.engine = self.engine or engine_of(self.settings.workers)
         batchwise = self.engine is map  # another process reports its progress shard by shard
         with self.timed_pass(name, corpus, rows, total, writes) as advance:
             if batchwise:
                 task = replace(task, advance=advance)
-            overlaps = batchwise and isinstance(task, AlignTask) and not task.folder.is_remote
+            overlaps = batchwise and task.folder is not None and not task.folder.is_remote
             engine: Engine = map_overlapping_sync if overlaps else self.engine
             for result in engine(task, shards):
                 shard = corpus.shards[result.index]

@@ -28,7 +28,6 @@ from .output import ALIGNER, SPACE, Written, check_output, check_place, format_b
 from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
-from .shard_tasks import AlignTask
 from .unify_run import SpaceSides, map_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
@@ -52,13 +51,15 @@ class PlanRun(AlignRun):
             else:
                 total.merge(moments)
         self.is_known &= not unfinished
-        writes = task.columns // task.corpus.dimension if isinstance(task, AlignTask) else 0
+        writes = task.columns // task.corpus.dimension if task.folder is not None else 0
         self.add(task.name, task.corpus, unfinished, writes)
         return total
 
     def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
         """Count the shards that are not written, as :meth:`run_pass` does."""
-        return self.run_pass(self.align_task(result, row_map, out), Moments(), [])
+        written = result.folder, out / result.folder
+        task = self.task(result.pass_name, result.corpus, row_map, result=written)
+        return self.run_pass(task, Moments(), [])
 
     def run_sample(self, name: str, corpus: Corpus, count: int, *_: Any) -> Sample:
         """Count a pass over a sample, which has no checkpoints."""

@@ -22,7 +22,7 @@ from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.plan import plan_align
 from realign_fast.pipeline.settings import Settings
-from realign_fast.pipeline.shard_tasks import AlignTask
+from realign_fast.pipeline.shard_tasks import ShardTask
 
 QUIET = Settings(progress=False)
 D = 24
@@ -529,7 +529,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeypatch):
     source, target, *_ = corpora
-    order, sync, write = [], os.fsync, AlignTask._write
+    order, sync, write = [], os.fsync, ShardTask._read
 
     def slow(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".emb_0.npy.partial"):
@@ -542,7 +542,7 @@ def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeyp
         return write(work, index, *arguments)
 
     aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
-    monkeypatch.setattr(AlignTask, "_write", noted)
+    monkeypatch.setattr(ShardTask, "_read", noted)
     monkeypatch.setattr(os, "fsync", slow)
     AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     assert order.index("shard 1") < order.index("synced")

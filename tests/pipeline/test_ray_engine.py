@@ -1,6 +1,7 @@
 """Ray, really running: two workers of a cluster on this machine, started once for this file."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -255,7 +256,7 @@ def test_a_node_that_does_not_see_the_files_is_one_error(corpora, engine, side):
 
 def test_a_node_that_sees_another_file_is_one_error(corpora, engine):
     text = Corpus("text")
-    task = AlignRun(QUIET).measure_task("source moments", text)
+    task = AlignRun(QUIET).task("source moments", text)
     os.utime("text/emb_3.npy", ns=(0, 10**9))
     with pytest.raises(ValueError, match=r"emb_3\.npy: on Ray node .* its mtime_ns is 1000000000"):
         list(engine(task, range(5)))
@@ -421,19 +422,22 @@ def test_options_that_do_not_go_together(corpora, capsys, options, message):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("amount", ["-1", "1.5", "nan", "inf", "x"])
+@pytest.mark.parametrize("amount", ["-1", "nan", "x"])
 def test_an_amount_of_gpus_that_no_task_can_have_prints_the_usage(capsys, amount):
     with pytest.raises(SystemExit) as stop:
         main.main(
             ["apply", "--aligner", "a", "--text", "t", "--out", "o", f"--gpus-per-task={amount}"]
         )
-    assert (
-        stop.value.code == 2 and "a number from 0 to 1 or a whole number" in capsys.readouterr().err
-    )
+    assert stop.value.code == 2 and "--gpus-per-task" in capsys.readouterr().err
 
 
 def test_amounts_that_no_task_can_have_are_refused():
-    for wrong in ({"cpus_per_task": 0}, {"gpus_per_task": 1.5}, {"retries": -1}):
+    for wrong in (
+        {"cpus_per_task": 0},
+        {"gpus_per_task": 1.5},
+        {"gpus_per_task": math.inf},
+        {"retries": -1},
+    ):
         with pytest.raises(ValueError, match="a task of Ray: got"):
             RayTasks(**wrong)
 

@@ -199,7 +199,7 @@ def test_a_shard_of_another_map_is_never_taken_for_finished(corpora, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save_aligned", killed)
+        patch.setattr(Checkpoints, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             AlignRun(QUIET).apply(back, Corpus(text), out)
     assert (out / "emb_0.npy").read_bytes() != before["emb_0.npy"]

@@ -94,7 +94,7 @@ class RayTasks:
         retries: int = 3,
         ship: bool = False,
     ) -> None:
-        possible = gpus_per_task < 1 or gpus_per_task == int(gpus_per_task)
+        possible = gpus_per_task < 1 or float(gpus_per_task).is_integer()
         if cpus_per_task < 1 or gpus_per_task < 0 or not possible or retries < 0:
             raise ValueError(
                 f"a task of Ray: got {cpus_per_task} CPUs, {gpus_per_task} GPUs, {retries} "
