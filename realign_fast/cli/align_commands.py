@@ -203,7 +203,7 @@ def _check_merged(aligner: StoragePath) -> None:
     """Refuse the map of a job array without its last step, or its output before it is merged."""
     from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF
-    from ..pipeline.output import ALIGNER
+    from ..pipeline.output import ALIGNER, SPACE
 
     if aligner.name == HALF:
         raise OptionError(
@@ -211,7 +211,7 @@ def _check_merged(aligner: StoragePath) -> None:
             "its result"
         )
     out = aligner.parent if aligner.name == ALIGNER else aligner
-    if (out / STATS).is_dir() and not (out / ALIGNER).exists():
+    if (out / STATS).is_dir() and not any((out / name).exists() for name in (ALIGNER, SPACE)):
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
         if (half := out / HALF).exists():
             advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"

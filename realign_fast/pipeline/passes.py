@@ -19,7 +19,6 @@ from ..shared_space import RoleMap
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
-from .cached_corpus import CachedCorpus
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
@@ -201,7 +200,7 @@ class PassRunner:
         Yields a function that is to be called with the number of rows done.
         """
         done, row_bytes = Pass(name), corpus.shards[0].row_bytes
-        start, cached_before = time.time(), _rows_from_memory(corpus)
+        start, cached_before = time.time(), getattr(corpus, "rows_from_memory", 0)
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "miniters": 1}
         options["shown"] = self.settings.progress
         with Progress(rows * row_bytes, name, **options) as bar:
@@ -220,13 +219,9 @@ class PassRunner:
             yield advance
         done.seconds = time.time() - start
         done.start_seconds = min(done.start_seconds, done.seconds)
-        cached = _rows_from_memory(corpus) - cached_before
+        cached = getattr(corpus, "rows_from_memory", 0) - cached_before
         done.bytes_read = (done.rows - cached) * row_bytes
         done.bytes_written = done.rows * row_bytes * writes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
         LOGGER.info(done.describe(), extra={"event": {"event": "pass", **done.summary()}})
-
-
-def _rows_from_memory(corpus: Corpus) -> int:
-    return corpus.rows_from_memory if isinstance(corpus, CachedCorpus) else 0
