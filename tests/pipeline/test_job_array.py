@@ -84,7 +84,7 @@ def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
     assert message in capsys.readouterr().err
     run("merge", *sides, "--out", "out")
     assert main.main(apply) == 6
-    assert "run stats --aligner out/half.safetensors --shard i/n, merge" in capsys.readouterr().err
+    assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
