@@ -14,6 +14,7 @@ from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratc
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
+    from ..pipeline.settings import Settings
     from ..pipeline.unify_run import SpaceSides
 
 _SIDES: tuple[Modality, ...] = ("text", "image")
@@ -34,11 +35,12 @@ def unify(options: opts.UnifyOptions) -> Result:
     corpora = [*sides.corpora.values()]
     if options.dry_run:
 
-        def run(first: Corpus, last: Corpus, *place: Any) -> list[dict[str, Any]]:
+        def run(first: Corpus, last: Corpus, out: Any, quick: Settings) -> list[dict[str, Any]]:
             """Return the passes of a run on the first shards of some corpora."""
             beginnings = {id(corpora[-1]): last, id(corpora[0]): first}
             few = {name: beginnings.get(id(c), c) for name, c in sides.documents.items()}
-            passes: list[dict[str, Any]] = unify(replace(sides, documents=few), *place)["passes"]
+            report = unify(replace(sides, documents=few), out, replace(quick, fit_rows=10_000))
+            passes: list[dict[str, Any]] = report["passes"]
             return passes
 
         steps = plan_unify(sides, options.out, settings)
