@@ -169,10 +169,8 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
         raise ValueError(f"{run}: is damaged ({error}); give --mode overwrite") from error
     known = {name: facts[name] for name in facts if name in recorded or name == "model"}
     for difference in _differences("", recorded, known):
-        raise ValueError(
-            f"{out}: was begun with {difference}; give the same again, another --out, or --mode "
-            "overwrite to embed everything anew"
-        )
+        advice = "give the same again, another --out, or --mode overwrite to embed it all anew"
+        raise ValueError(f"{out}: was begun with {difference}; {advice}")
     return len(known) == len(facts)
 
 

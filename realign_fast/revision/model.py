@@ -232,10 +232,9 @@ class ReVisionModel(nn.Module):
         """
         chosen = set(parts)
         if not chosen or chosen - set(TRAINABLE_PARTS) or {"lora", "language_model"} <= chosen:
-            raise ValueError(
-                f"train: got {', '.join(sorted(chosen)) or 'nothing'}, expected some of "
-                f"{', '.join(TRAINABLE_PARTS)}, one of the last two at most"
-            )
+            given, names = ", ".join(sorted(chosen)) or "nothing", ", ".join(TRAINABLE_PARTS)
+            expected = f"expected some of {names}, one of the last two at most"
+            raise ValueError(f"train: got {given}, {expected}")
         if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         for name, parameter in self.named_parameters():
@@ -341,9 +340,7 @@ def read_config(directory: Path) -> ReVisionConfig:
             hint = "pretrain and finetune write it"
             if (directory / "config.json").is_file():
                 hint = "a plain language model: start with pretrain --language-model"
-            raise FileNotFoundError(
-                f"{directory}: lacks {name}, so it is no ReVision model; {hint}"
-            )
+            raise FileNotFoundError(f"{directory}: lacks {name}, is no ReVision model; {hint}")
     try:
         values = json.loads((directory / CONFIG).read_text())
         known = {field.name for field in fields(ReVisionConfig)}
@@ -379,10 +376,8 @@ def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -
         return getattr(transformers(), auto).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
-        advice = "give the name or directory of a causal one"
-        raise ValueError(
-            f"{source}: cannot be loaded as a language model ({reason}); {advice}"
-        ) from error
+        problem = f"cannot be loaded as a language model ({reason})"
+        raise ValueError(f"{source}: {problem}; name a causal one, or its directory") from error
 
 
 def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:

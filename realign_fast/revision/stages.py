@@ -223,10 +223,8 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
     start = Path(config.start)
     if not (start / CONFIG).is_file():
         if config.start.startswith(("/", "./", "../", "~")) and not start.is_dir():
-            raise FileNotFoundError(
-                f"{start}: no such directory; give a language model's name or directory, or a "
-                "directory that pretrain wrote"
-            )
+            advice = "give a language model's name or directory, or one that pretrain wrote"
+            raise FileNotFoundError(f"{start}: no such directory; {advice}")
         return None
     saved = read_config(start)
     for name in MODEL_FIELDS:
@@ -235,10 +233,9 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
             given = f"got {name} {requested}, and the model was made with {value}"
             raise ValueError(f"{start}: {given}; leave it out, or pretrain another one")
     if saved.row_dimension != config.rows.dimension:
-        raise ValueError(
-            f"{config.rows.path}: rows have {config.rows.dimension} columns, the model was "
-            f"trained on {saved.row_dimension}; embed with its encoder"
-        )
+        expected = f"the model was trained on {saved.row_dimension}; embed with its encoder"
+        columns = f"rows have {config.rows.dimension} columns"
+        raise ValueError(f"{config.rows.path}: {columns}, {expected}")
     return saved
 
 

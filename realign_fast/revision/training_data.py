@@ -82,13 +82,11 @@ def prepare(
     max_length = min(max_length, template.positions or max_length)
     check_inputs(source, rows, ids)
     if len(template.image_ids) >= max_length:
-        limit = "max_length (--max-length)"
+        limit, tokens = "max_length (--max-length)", len(template.image_ids)
         if max_length == template.positions:
             limit = "the language model's positions"
-        raise ValueError(
-            f"{source}: an image alone takes {len(template.image_ids)} tokens of the {max_length} "
-            f"of {limit}; train with fewer visual tokens"
-        )
+        found = f"an image alone takes {tokens} tokens of the {max_length} of {limit}"
+        raise ValueError(f"{source}: {found}; train with fewer visual tokens")
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
@@ -160,10 +158,8 @@ def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> 
         if report[fault]
     )
     shares = f"({skipped / total:.1%}, at most {max_skipped:.1%} may be)"
-    raise ValueError(
-        f"{source}: {skipped:,} of {total:,} samples cannot be used {shares}: {reasons}. Correct "
-        "the list, or allow more (--max-skipped)"
-    )
+    found = f"{skipped:,} of {total:,} samples cannot be used {shares}: {reasons}"
+    raise ValueError(f"{source}: {found}. Correct the list, or allow more (--max-skipped)")
 
 
 def _with_random_access(corpus: Corpus, cache: Path) -> Corpus:

@@ -65,19 +65,15 @@ class HuggingFaceEncoder(TransformersEncoder):
         with explained(folder):
             kind = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
         if kind == "siglip2":
-            raise ValueError(
-                f"{folder}: NaFlex models of SigLIP 2 are not supported; use one of fixed "
-                "resolution, whose model_type is siglip"
-            )
+            advice = "use one of fixed resolution, whose model_type is siglip"
+            raise ValueError(f"{folder}: NaFlex models of SigLIP 2 are not supported; {advice}")
         with explained(folder):
             model = load_model(folder, self.dtype)
             self._processor = load_processor(Path(folder))
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-            raise ValueError(
-                f"{folder}: holds a {type(model).__name__}, expected a model with "
-                "get_image_features and get_text_features, such as CLIP or SigLIP"
-            )
+            expected = "expected a model with get_image_features and get_text_features, as CLIP has"
+            raise ValueError(f"{folder}: holds a {type(model).__name__}, {expected}")
         self._sigmoid = kind == "siglip"
         self._lower_case = wants_lower_case(self._tokenizer, Path(folder), self._sigmoid)
         text = model.config.text_config

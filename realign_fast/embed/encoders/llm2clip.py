@@ -111,10 +111,8 @@ class Llm2ClipEncoder(TransformersEncoder):
         self._record_tokenizer(folder)
         width, expected = model.config.hidden_size, self.model["adapter"].width
         if width != expected:
-            raise ValueError(
-                f"{folder}: its hidden size is {width}, the adapter of {self._folder} takes "
-                f"{expected}; name the language model that belongs to it"
-            )
+            sizes = f"its hidden size is {width}, the adapter of {self._folder} takes {expected}"
+            raise ValueError(f"{folder}: {sizes}; name the language model that belongs to it")
         language: nn.Module = model.eval().requires_grad_(False).to(self.device)
         return language
 
@@ -124,10 +122,8 @@ class Llm2ClipEncoder(TransformersEncoder):
         ValueError if there is no language model.
         """
         if self._language is None:
-            raise ValueError(
-                f"{self._folder}: has no language model for texts; give --text-model, the "
-                "directory of the language model that belongs to it"
-            )
+            advice = "give --text-model, the directory of the one that belongs to it"
+            raise ValueError(f"{self._folder}: has no language model for texts; {advice}")
         bodies = [text.strip() + self._end for text in texts]
         limits = {"truncation": True, "max_length": CONTEXT}
         tokens = self._tokenizer(
