@@ -126,6 +126,7 @@ class RayTasks:
                 retry_exceptions=False,
                 scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
             )
+            ended = False
             try:
                 for shard in shards:
                     while len(waiting) >= 2 * max(1, self._task_slots()):
@@ -136,8 +137,11 @@ class RayTasks:
                     waiting.append((place, remote_task.remote(shared, shard)))
                 while waiting:
                     yield self._first_result(waiting)
+                ended = True
             finally:
                 _cancel(ray, [reference for _, reference in waiting])
+                if self._started and not ended:  # at the end of the process it may be too late
+                    self.close()
 
     def close(self) -> None:
         """Disconnect from Ray; a Ray that was started here ends."""
