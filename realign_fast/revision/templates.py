@@ -175,7 +175,8 @@ class Chat:
         numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
         until = [turns[: number + 1] for number in numbers if number + 1 < len(turns)]
         text, *after = self.render([turns, *until])
-        before = self.render([turns[:number] for number in numbers], generate=True)
+        prefixes = [turns[:number] for number in numbers]
+        before = self.render(prefixes, generate=True) if prefixes else []
         try:
             spans = [
                 self._answer_span(turns, number, text, start, end.rstrip())

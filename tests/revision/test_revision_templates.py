@@ -254,6 +254,7 @@ def test_an_answer_that_no_token_holds_alone_is_a_fault():
         chat.fault(Sample("x", [], None, [("user", "a"), ("assistant", "t")])) == "empty_captions"
     )
     assert chat.fault(Sample("x", [], None, [("user", "a"), ("assistant", "t dog")])) is None
+    assert set(chat.encode(Sample("x", [], None, [("user", "a")])).labels) == {-100}
 
 
 def test_of_several_templates_the_default_is_used():
