@@ -94,11 +94,9 @@ def _application(chosen: str | None) -> Any:
     for entry in sorted(COMMANDS, key=lambda entry: _GROUPS.index(entry.group)):
         name = entry.function.__name__.replace("_", "-")
         lines = [f"realign-fast {name} {example}" for example in entry.examples]
-        settings: dict[str, Any] = {"help": entry.function.__doc__, "rich_help_panel": entry.group}
-        settings["epilog"] = "\n\n".join(["Examples:", *lines])
-        is_whole = chosen in (None, name)
-        run = _with_signature(entry.function) if is_whole else lambda: None
-        app.command(name, **settings)(run)
+        epilog, panel = "\n\n".join(["Examples:", *lines]), entry.group
+        run = _with_signature(entry.function) if chosen in (None, name) else lambda: None
+        app.command(name, help=entry.function.__doc__, epilog=epilog, rich_help_panel=panel)(run)
     return typer.main.get_command(app)
 
 

@@ -8,6 +8,7 @@ torch, so that help and completion are quick.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -86,28 +87,19 @@ def shard_part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
-def shrinkage(value: object) -> float | str:
-    """Return ``"oas"``, ``"ledoit-wolf"`` or a number from 0 to 1."""
-    if value in ("oas", "ledoit-wolf"):
-        return str(value)
-    if not 0 <= (number := _number(value)) <= 1:
-        raise ValueError(f"expected a number from 0 to 1, oas or ledoit-wolf, got {str(value)!r}")
-    return number
+def _number(expected: str, holds: Callable[[float], bool], *words: str) -> Callable[..., Any]:
+    """Return a check of numbers for which ``holds`` is true, and of words in their place."""
 
+    def check(value: object) -> float | str:
+        try:
+            number = float(text := str(value))
+        except ValueError:
+            number = math.nan
+        if text not in words and not holds(number):
+            raise ValueError(f"expected {expected}, got {text!r}")
+        return text if text in words else number
 
-def share_or_whole(value: object) -> float:
-    """Return a number below 1 or a whole number."""
-    number = _number(value)
-    if not (0 <= number < 1 or (number >= 1 and number.is_integer())):
-        raise ValueError(f"expected a number from 0 to 1 or a whole number, got {str(value)!r}")
-    return number
-
-
-def _number(value: object) -> float:
-    try:
-        return float(str(value))
-    except ValueError:
-        return -1.0
+    return check
 
 
 def _text(check: Callable[[str], object]) -> Callable[[object], str]:
@@ -208,9 +200,8 @@ class Configured(Common):
 
     report: ClassVar[str] = "report.json"  # the file of the result that keeps the options
     config: Annotated[Path | None, _file(
-        "repeat the run whose report this is (report.json, embed.json or training.json of its "
-        "result); options that are given as well come first", is_eager=True,
-        callback=read_options)] = None
+        "repeat the run of this report (report.json, embed.json, training.json); options that are "
+        "given come first", is_eager=True, callback=read_options)] = None
 
 
 class Reading(Common):
@@ -224,10 +215,9 @@ class Reading(Common):
 class Passes(Configured, Reading):
     """Options of each pass over a corpus."""
 
-    bad_rows: Annotated[values.BadRows, _run(
-        "treatment of zero and non-finite rows: stop at the first (error); leave them out of the "
-        "statistics and write zeros in their place (skip); count zero rows as data and write NaN "
-        "for non-finite rows (keep)")] = "error"
+    bad_rows: Annotated[values.BadRows, _run("zero and non-finite rows: stop at the first (error), "
+        "leave them out and write zeros (skip), or count zero rows as data and write NaN for the "
+        "others (keep)")] = "error"
     batch_bytes: BatchBytes = values.BATCH_BYTES
     device: Annotated[str, _run("device that computes: cpu, cuda (with --workers N each process "
         "takes the next GPU) or cuda:N", metavar="NAME")] = "cpu"
@@ -244,7 +234,8 @@ class EngineOptions(Options):
     cpus_per_task: Annotated[int | None, _engine("ray: CPUs and threads of a shard", min=1,
         show_default="1")] = None
     gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; two share one at 0.5",
-        metavar="N", parser=share_or_whole, show_default="0")] = None
+        metavar="N", show_default="0", parser=_number("a number from 0 to 1 or a whole number",
+        lambda number: 0 <= number < 1 or (number >= 1 and number.is_integer())))] = None
     retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
         min=0, show_default="3")] = None
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
@@ -254,11 +245,9 @@ class Resuming(Options):
     """The use of earlier results."""
 
     dry_run: DryRun = False
-    mode: Annotated[values.Mode, _run(
-        "use of what an earlier or killed run finished in --out: skip shards that are finished and "
-        "unchanged (incremental); repeat everything (overwrite); skip finished shards, and count "
-        "the saved statistics of shards that no longer exist (extend)", metavar="MODE"
-        )] = "incremental"
+    mode: Annotated[values.Mode, _run("skip shards that an earlier or killed run finished and that "
+        "are unchanged (incremental), count the statistics of shards that no longer exist too "
+        "(extend), or repeat everything (overwrite)", metavar="MODE")] = "incremental"
     resume: Annotated[bool, _run("the same as --mode incremental")] = False
 
 
@@ -270,8 +259,9 @@ class MethodOptions(Options):
         "covariances also fit the shape of the target, and may separate neighbours",
         metavar="NAME")] = "realign"
     shrinkage: Annotated[Any, _method("shrink the covariances towards a multiple of the identity: "
-        "by a number from 0 to 1, oas or ledoit-wolf", metavar="R", parser=shrinkage,
-        show_default="no shrinkage")] = None
+        "by a number from 0 to 1, oas or ledoit-wolf", metavar="R", show_default="no shrinkage",
+        parser=_number("a number from 0 to 1, oas or ledoit-wolf", lambda number: 0 <= number <= 1,
+            "oas", "ledoit-wolf"))] = None
 
 
 class MergeOptions(Passes, MethodOptions):
@@ -355,9 +345,8 @@ class EmbedOptions(Configured):
 
     report: ClassVar[str] = "embed.json"
     dry_run: DryRun = False
-    images: Annotated[str | None, _source(
-        "images: a directory of image files, WebDataset .tar, parquet with bytes or paths, "
-        "csv or jsonl with paths, the paper's dataset.json; or a directory of such files")] = None
+    images: Annotated[str | None, _source("image files, WebDataset .tar, parquet with bytes or "
+        "paths, csv or jsonl with paths, dataset.json; or a directory of such files")] = None
     texts: Annotated[str | None, _source("texts: .txt (one a line), jsonl, csv, tsv, parquet, "
         ".tar, dataset.json; or a directory of files of one of these formats")] = None
     pairs: Annotated[str | None, _source("images with their captions in one source (in a "
@@ -375,8 +364,8 @@ class EmbedOptions(Configured):
     text_model: Annotated[str | None, _model("the language model of LLM2CLIP", metavar="DIR",
         show_default="text_model/ in the model's directory")] = None
     device: Device = None
-    precision: Annotated[values.Precision | None, _model(
-        "precision of the model", show_default="bf16 on CUDA, else fp32")] = None
+    precision: Annotated[values.Precision | None, _model("precision of the model",
+        show_default="bf16 on CUDA, else fp32")] = None
     batch_size: Annotated[int | None, _run("items in a batch", min=1,
         show_default="256 on CUDA, 32 on the CPU")] = None
     workers: Annotated[int | None, _run("decoding processes, 0 for the main process", min=0,
