@@ -8,7 +8,8 @@ of transformers; it works with any causal language model and any CLIP-like encod
 
     from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
-- `model.py` turns embedding rows into visual tokens in the input of a language model.
+- `model.py` turns embedding rows into visual tokens in the input of a language model, and
+  `llava.py` does the same for LLaVA-type models of transformers.
 - `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
   `templates.py` encodes conversations as tokens and labels, and `training_data.py` joins all of
   them to batches.
@@ -20,6 +21,7 @@ transformers, accelerate and peft are installed with the extra `train` and impor
 
 from .evaluation import evaluate
 from .generation import caption_rows
+from .llava import attach
 from .model import Projector, ReVisionConfig, ReVisionModel
 from .stages import TrainingConfig, finetune, pretrain
 from .templates import Chat, Plain
@@ -33,6 +35,7 @@ __all__ = [
     "ReVisionConfig",
     "ReVisionModel",
     "TrainingConfig",
+    "attach",
     "caption_rows",
     "evaluate",
     "finetune",

@@ -1,6 +1,7 @@
 """Samples as token ids and labels: `Plain` for captions, `Chat` for conversations.
 
-The ids of a sample hold `IMAGE_TOKEN` K times for an image; labels are -100 where there is no loss.
+The ids of a sample hold `image_token` K times for an image; labels are -100 where there is no loss.
+It is `IMAGE_TOKEN`, or the own token of a model with its own seam (`llava.attach`).
 
 `Plain` (stage 1) encodes `[BOS][visual tokens]caption[EOS]`, with the loss on the caption and the
 EOS that ends it. `Chat` (stage 2) runs the chat template of the tokenizer, with the loss on the
@@ -41,9 +42,9 @@ class Plain:
     name: TemplateName = "plain"
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
-        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`."""
-        self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
+    def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
+        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`."""
+        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         self.bos_ids, self.pad_id = _special_ids(tokenizer, "bos"), tokenizer.pad_token_id or 0
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
 
@@ -88,13 +89,13 @@ class Chat:
     name: TemplateName = "chat"
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
-        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`.
+    def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
+        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
 
         ValueError if the tokenizer has no chat template or no EOS or is slow, or the template does
         more to a text than append to it.
         """
-        self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
+        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
         if not getattr(tokenizer, "chat_template", None):
             advice = "give one (--chat-template FILE), or train on captions (--template plain)"
             raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")

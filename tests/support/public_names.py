@@ -169,8 +169,7 @@ def use_embed() -> dict[str, Any]:
 def use_revision(language_model: PreTrainedModel, tokenizer: Any, rows: Corpus) -> dict[str, Any]:
     config = revision.ReVisionConfig("model", row_dimension=512, hidden_size=576)
     projector: revision.Projector = revision.Projector(config)
-    started = revision.ReVisionModel(config, language_model)
-    assert projector.config is started.revision_config
+    revision.attach(language_model, config, projector)
     training = revision.TrainingConfig("list.jsonl", rows, "out", "model")
     print(revision.pretrain(training), revision.finetune(training))
     model: revision.ReVisionModel = revision.ReVisionModel.from_pretrained("out")

@@ -1,0 +1,72 @@
+"""Embedding rows in place of pictures for a LLaVA-type model of transformers.
+
+`attach(llava, config)` gives the model a projector. Its `forward` then takes `image_rows` `[M, D]`
+with the `input_ids` and passes them on as ready-made features, for which transformers has the
+argument `mm_encoder_outputs` (LLaVA from transformers 5.18). The vision tower is never run. Input
+ids hold the model's own image token K times for every row: make them with a template that has the
+same `image_token=` (`Plain`, `Chat`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .model import Projector, ReVisionConfig, transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "realign_projector"  # the submodule, whose weights are saved with the model's
+
+
+def attach(
+    model: PreTrainedModel, config: ReVisionConfig, projector: Projector | None = None
+) -> PreTrainedModel:
+    """Give `model` a projector and the argument `image_rows`; return the same model.
+
+    For `generate`, pass `**visual_inputs(model, image_rows)` instead. `save_pretrained` of the
+    model writes the weights of the projector, but `from_pretrained` does not know them: attach
+    first, then use `load_state_dict`.
+    Without `projector`, a new one is made. ValueError if the model does not take ready-made
+    features, has a projector already, or embeds in another size than `config.hidden_size`.
+    """
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"attach: {type(model).__name__} of transformers {transformers().__version__} has no "
+            "seam for ready-made features; expected one whose forward takes mm_encoder_outputs "
+            "(LLaVA from 5.18)"
+        )
+    if hasattr(model, NAME):
+        raise ValueError("attach: the model has a projector already; attach only once")
+    width = model.get_input_embeddings().embedding_dim
+    if width != config.hidden_size:
+        raise ValueError(
+            f"attach: the model embeds in {width}, the config says {config.hidden_size}; set "
+            "hidden_size to the model's"
+        )
+    model.add_module(NAME, projector or Projector(config))
+    model.register_forward_pre_hook(_replace_rows, with_kwargs=True)
+    return model
+
+
+def visual_inputs(model: nn.Module, image_rows: Tensor) -> dict[str, Any]:
+    """Return keyword arguments for `model(...)` or `model.generate(...)` that stand for rows.
+
+    `image_rows` is `[M, D]`, the images of the batch in order.
+    """
+    tokens = getattr(model, NAME)(image_rows)  # [M, K, H]
+    output = transformers().modeling_outputs.BaseModelOutputWithPooling
+    return {"mm_encoder_outputs": {"image": output(pooler_output=list(tokens))}}
+
+
+def _replace_rows(
+    model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace the argument `image_rows` of a forward pass by the visual tokens of the rows."""
+    rows = options.pop("image_rows", None)
+    if rows is not None and len(rows):
+        options = options | visual_inputs(model, rows)
+    return arguments, options
