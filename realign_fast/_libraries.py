@@ -41,8 +41,8 @@ def _why_unfit(library: Path) -> str:
     The system's loader maps a truncated file and the process then ends with a bus error, and it
     calls a library for another processor a missing file.
     """
-    with library.open("rb") as file:
-        header, own = file.read(64), Path(sys.executable).open("rb").read(64)
+    with library.open("rb") as file, Path(sys.executable).open("rb") as interpreter:
+        header, own = file.read(64), interpreter.read(64)
         if len(header) < 64 or header[:5] != b"\x7fELF\x02":
             return ""  # the loader names the fault
         if own[:5] == header[:5] and own[18:20] != header[18:20]:
