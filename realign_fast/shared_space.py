@@ -78,7 +78,7 @@ class Side:
         if not value:
             return math.nan
         product = self.covariance @ queries.second_moment
-        documents = 2 * float((product * product.T).sum())
+        documents = max(2 * float((product * product.T).sum()), 0.0)  # rounding may be below 0
         searches = (
             documents - 2 * float(queries.query_mean @ self.covariance @ queries.query_mean) ** 2
         )
@@ -113,8 +113,21 @@ class RoleMap:
         """Return rows [N, D] as rows of the index, [N, ``columns``] of their dtype, or in ``out``.
 
         Each row is read once a block, with the arithmetic, the errors and the bad rows of
-        :func:`realign_fast.align_rows`.
+        :func:`realign_fast.align_rows`. Finite rows that the dtype cannot hold after the division
+        by the scale are a ValueError.
         """
+        mapped = self._map(rows, out)
+        scale, largest = min(self.scales.values()), torch.finfo(mapped.dtype).max
+        if 2 / scale > largest:  # no row is longer: u and the centre are at most 1
+            if count := int(mapped.isinf().any(dim=1).sum()):
+                raise ValueError(
+                    f"SharedSpace: {count} of {len(rows)} rows pass {largest:.5g}, the most that "
+                    f"{mapped.dtype} holds, once divided by the scale {scale:.3g}; convert the "
+                    "rows to float32 first (realign-fast convert --dtype float32)"
+                )
+        return mapped
+
+    def _map(self, rows: Tensor, out: Tensor | None) -> Tensor:
         if self.columns == self.dimension:
             return self._block(rows, 0, out=out)
         wide = rows.new_zeros(len(rows), self.columns) if out is None else out.zero_()
@@ -370,10 +383,15 @@ class SharedSpace(HubObject):
                 for.
         """
         role = role or self.query_role
-        row_map, side = self.query_map(role), self._side(role)
+        mean, count = self.query_mean(role)
+        fitted = f"SharedSpace, {role} queries", mean, count
+        return self._mapped(rows, self.query_map(role), fitted=fitted)
+
+    def query_mean(self, role: str) -> tuple[Tensor, int]:
+        """Return the mean [D] of the unit queries of a role, and their number."""
+        side = self._side(role)
         mean = side.query_mean if self.method == "calibrate" else side.query_centre
-        fitted = f"SharedSpace, {role} queries", mean, side.query_count
-        return self._mapped(rows, row_map, fitted=fitted)
+        return mean, side.query_count
 
     def query_map(self, role: str | None = None) -> RoleMap:
         """Return the map that :meth:`query` applies, with its errors."""
@@ -570,9 +588,10 @@ def _check_moments(sides: Mapping[str, Moments]) -> None:
                 f"SharedSpace: the {name} moments are {moments!r}, expected covariance=True and "
                 "normalize=True; measure again"
             )
-        if moments.count < 2 or not moments.trace > 0:
+        if not bool(moments.rounded_covariance.any()):
             raise ValueError(
-                f"SharedSpace: the {moments.count} {name} rows have no spread; fit on more rows"
+                f"SharedSpace, {name}: rows expected to differ by more than rounding, got "
+                f"{moments.count} without spread; fit on more rows"
             )
         widths[name] = moments.dimension
     if len(set(widths.values())) > 1:

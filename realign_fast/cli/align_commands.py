@@ -190,7 +190,8 @@ def settings_from(options: opts.Passes) -> Settings:
     if getattr(options, "resume", False) and getattr(options, "mode", "") != "incremental":
         raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
     known = {field.name for field in fields(Settings)}
-    values = {name: value for name, value in vars(options).items() if name in known}
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    values = {name: value for name, value in given.items() if name in known}
     return Settings(progress=shows_progress(options), **values)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
-from ..storage.paths import output_path
+from ..storage.paths import output_path, storage_path
 from . import options as opts
 from .app import LOGGER, ExitCode, Result, command
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
+    from ..shared_space import SharedSpace
 
 
 def open_corpus(
@@ -38,6 +39,22 @@ def open_corpus(
         option = column_option.replace("_", "-")
         raise ValueError(f"{corpus.path}: npy has no columns; leave --{option} out")
     return corpus
+
+
+def open_space(options: Any, *fitting: str) -> SharedSpace | None:
+    """Open ``--space``, a file or a directory; an OptionError for options of a fit beside it."""
+    from ..pipeline.output import SPACE
+    from ..shared_space import SharedSpace
+
+    if options.space is None:
+        return None
+    if given := [name for name in fitting if getattr(options, name) is not None]:
+        option = given[0].removeprefix("space_").replace("_", "-")
+        raise OptionError(
+            f"--{option}: is an option of a fit, and --space is fitted; leave one of them out"
+        )
+    path = storage_path(options.space)
+    return SharedSpace.load(path / SPACE if path.is_dir() else path)
 
 
 def shows_progress(options: opts.Common) -> bool:

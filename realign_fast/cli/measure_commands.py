@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..interface.option_values import OptionError
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import open_corpus, shows_progress
+from .corpus_commands import open_corpus, open_space, shows_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,10 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
     from ..metrics.estimate import plain
     from ..shared_space import SharedSpace
 
+    given = open_space(options, "fit", "splits")
     rows = _paired_rows(options)
-    given = SharedSpace.load(options.space) if options.space else None
-    splits, count = 1 if given else options.splits, len(rows["text"])
+    method = options.fit or "auto"
+    splits, count = 1 if given else options.splits or 10, len(rows["text"])
     roles = [options.queries] if options.queries else list(_OTHER)
     if given and given.layout == "single" and not options.queries:
         roles = [given.query_role]
@@ -50,7 +51,7 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
             raw = {name: side[order[half:]] for name, side in rows.items()}
             number = torch.arange(count - half)
             for role in roles:
-                space = given or SharedSpace.fit(**fitted, query_role=role, method=options.fit)
+                space = given or SharedSpace.fit(**fitted, query_role=role, method=method)
                 placed = {name: space.documents(name, side) for name, side in raw.items()}
                 searches = {"encoder": (raw[role], raw)}
                 searches["space"] = space.query(raw[role], role), placed
@@ -186,7 +187,8 @@ def _fit(
     from ..shared_space import SharedSpace
 
     if name == options.space:
-        space = SharedSpace.load(name)
+        space = open_space(options)
+        assert space is not None
     elif name == "center":
         space = SharedSpace.fit(text=text, image=image, method="center")
     elif name == options.aligner:

@@ -153,6 +153,7 @@ _size = partial(_run, metavar="SIZE", parser=byte_count)
 _rate = partial(_size, show_default="measured on the first shards")
 _ROWS = "a directory of shards, or a clip-retrieval root"
 _SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
+SpaceMethod = Literal["auto", "calibrate", "center-calibrate", "center"]
 BatchBytes = Annotated[int, _run(
     "process rows of this many bytes at a time; memory use is a few times as much", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
@@ -307,18 +308,19 @@ class UnifyOptions(Passes, Resuming, EngineOptions):
     space: Annotated[str | None, _file("use this space and fit none: space.safetensors, or its "
         "directory", parser=_text(storage_path))] = None
     out: Out
-    query_role: Annotated[values.Modality, _method(
-        "modality of the queries", "--query-role", "--role")] = "text"
-    layout: Annotated[Literal["single", "blocks"], _method("an index for queries of one modality "
-        "(single), or with as many columns for each modality, for queries of both (blocks)"
-        )] = "single"
-    space_method: Annotated[Literal["auto", "calibrate", "center-calibrate", "center"], _method(
-        "scale documents by the moments of their modality (calibrate), centre documents and "
-        "queries too (center-calibrate) or alone (center), or see what fits the rows (auto)",
-        "--method")] = "auto"
+    query_role: Annotated[values.Modality | None, _method("modality of the queries",
+        "--query-role", "--role", show_default="text, or that of --space")] = None
+    layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "
+        "modality (single), or with as many columns for each modality, for queries of both "
+        "(blocks)", show_default="single")] = None
+    space_method: Annotated[SpaceMethod | None, _method("scale documents by the moments of their "
+        "modality (calibrate), centre documents and queries (center-calibrate), centre them and "
+        "scale nothing (center), or see what fits the rows (auto)", "--method",
+        show_default="auto")] = None
     fit_rows: Annotated[int | None, _method("fit on N rows of each side, spread evenly; 'all' fits "
         "on every row, with checkpoints", parser=rows_or_all, show_default="50,000")] = None
-    seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
+    seed: Annotated[int | None, _method("seed that chooses the rows of --fit-rows",
+        show_default="0")] = None
 
 
 class StatsOptions(Passes, MethodOptions, EngineOptions):
@@ -484,9 +486,10 @@ class SearchOptions(PairOptions):
         "has the same id, in a column or in metadata/ (id)")] = "row"
     queries: Annotated[values.Modality | None, _run("side of the queries",
         show_default="each in turn")] = None
-    fit: Annotated[Literal["auto", "calibrate", "center-calibrate", "center"], _method(
-        "method of the space that is fitted on half of the pairs, without --space")] = "auto"
-    splits: Annotated[int, _run("splits into halves, without --space", min=2)] = 10
+    fit: Annotated[SpaceMethod | None, _method("method of the space that is fitted on half of the "
+        "pairs, without --space", "--fit", "--method", show_default="auto")] = None
+    splits: Annotated[int | None, _run("splits into halves, without --space", min=2,
+        show_default="10")] = None
 
 
 class SubstitutionOptions(PairOptions):

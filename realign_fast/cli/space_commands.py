@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import Modality, OptionError
-from ..storage.paths import storage_path
 from . import options as opts
 from .align_commands import engine_from, settings_from
 from .app import Result, command
-from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch
+from .corpus_commands import metadata_note, open_corpus, open_space, plan_result, say_scratch
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
@@ -55,23 +54,23 @@ def unify(options: opts.UnifyOptions) -> Result:
 
 def _sides(options: opts.UnifyOptions) -> SpaceSides:
     """Open the corpora and the space; an OptionError for sides that are missing."""
-    from ..pipeline.output import SPACE
     from ..pipeline.unify_run import SpaceSides
-    from ..shared_space import SharedSpace
 
     paths = {side: path for side in _SIDES if (path := getattr(options, side)) is not None}
     if options.space is None and len(paths) < len(_SIDES):
         raise OptionError("unify: a space is fitted on --text and --image; give both, or --space")
     if not paths and options.queries is None:
         raise OptionError("unify: expected rows for the space; give --text, --image or --queries")
-    space, role = options.space and storage_path(options.space), options.query_role
+    of_queries = ("query_role",) * (options.queries is None)
+    space = open_space(options, "layout", "space_method", "fit_rows", "seed", *of_queries)
+    role: Any = options.query_role or (space.query_role if space else "text")
     return SpaceSides(
         {side: open_corpus(options, path, side) for side, path in paths.items()},
         open_corpus(options, options.queries, role) if options.queries is not None else None,
         role,
-        options.layout,
-        options.space_method,
-        SharedSpace.load(space / SPACE if space.is_dir() else space) if space else None,
+        options.layout or "single",
+        options.space_method or "auto",
+        space,
     )
 
 
@@ -83,7 +82,7 @@ def _report_text(report: dict[str, Any], out: str, notes: list[str]) -> str:
         share = f", of which {side['common_share'][role]:.0%} of the variance all queries share"
         lines.append(
             f"{name:16} {side['count']:>12,} rows  scores of {role} queries deviate by "
-            f"{side['scale'][role]:.6f} +- {side['scale_error'][role]:.1%}" + share * (name != role)
+            f"{side['scale'][role]:.6g} +- {side['scale_error'][role]:.1%}" + share * (name != role)
         )
     method = f"method {space['method']}, layout {space['layout']}"
     peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"

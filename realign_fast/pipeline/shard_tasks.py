@@ -154,7 +154,10 @@ class ShardTask:
                 has_bad_row = self._update(moments, shard, batch, through)
                 if row_map is not None and writer is not None:
                     result = buffers.next(len(rows))
-                    row_map(rows, out=result)
+                    try:
+                        row_map(rows, out=result)
+                    except ValueError as error:
+                        raise ValueError(f"{shard.path}: {error}") from error
                     if has_bad_row and self.settings.bad_rows == "skip":
                         result[~good_rows(rows)] = 0
                     writes.append(disk.submit(write, buffers.send(len(rows)), writer))

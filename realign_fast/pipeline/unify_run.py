@@ -105,10 +105,12 @@ def unify(
         space.save(directory / SPACE)
         for row_map, result in zip(maps, results, strict=True):
             moments = run.write(result, row_map, directory)
-            side = space.sides.get(result.pass_name.removeprefix("apply "))
-            if side and moments.count:  # not of queries
-                place, mean = str(result.corpus.path), moments.mean
-                warn_if_far(place, mean, moments.count, side.centre, side.count)
+            name = result.pass_name.removeprefix("apply ")
+            fitted = space.query_mean(name.removesuffix(_QUERIES))
+            if name in space.sides:
+                fitted = space.sides[name].centre, space.sides[name].count
+            if moments.count:
+                warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted)
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"

@@ -174,7 +174,7 @@ def _row_faults(
         total += rows[finite].sum(dim=0)
     for name, actual in found.items():
         if actual != entry[name]:
-            yield f"{name} is {actual}, expected {entry[name]}"
+            yield f"{name.replace('nan', 'nonfinite')} is {actual}, expected {entry[name]}"
     if off_rows:
         kind = "unit rows" if norm == 1 else f"of norm {norm:.6g}"
         yield f"{off_rows} rows are not {kind}, {first_off}"

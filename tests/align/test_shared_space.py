@@ -191,6 +191,28 @@ def test_the_maps_of_a_space_write_into_rows_and_feed_moments(demo, method, layo
         torch.testing.assert_close(moments.mean, block.mean(dim=0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1e-7, 1e-8])
+def test_the_scale_of_a_narrow_side_is_right_or_refused(coco, spread):
+    """Its rows may be so close that a float16 row of another side divided by it has no number."""
+    text, image = coco
+    noise = torch.randn(400, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    narrow = unit(text[:1] + spread * noise)
+    if spread == 1e-8:
+        with pytest.raises(ValueError, match=r"SharedSpace, text: .* got 400 without spread"):
+            SharedSpace.fit(text=narrow, image=image, method="calibrate")
+        return
+    space = SharedSpace.fit(text=narrow, image=image, method="calibrate", layout="blocks")
+    expected = (image @ (narrow - narrow.mean(0)).T).square().mean().sqrt()
+    figures = space.record["modalities"]["text"]
+    assert figures["scale"]["image"] == pytest.approx(float(expected), rel=1e-6)
+    assert 0 <= figures["scale_error"]["text"] < 1
+    if spread == 1e-7:
+        space = SharedSpace.fit(text=narrow, image=image, query_role="image", method="calibrate")
+        with pytest.raises(ValueError, match=r"500 of 500 rows pass 65504, .* torch.float16 holds"):
+            space.text(image.half())
+        assert space.text(image.float()).isfinite().all()
+
+
 def test_a_scale_of_zero_is_refused():
     flat = torch.eye(4)[:2].repeat(3, 1)  # spread in two columns that no query has
     queries = torch.eye(4)[2:].repeat(3, 1)
@@ -287,7 +309,12 @@ ROWS = torch.eye(4)
         (dict(text=ROWS, image=ROWS, query_role="audio"), "query_role='audio' is none of text"),
         (dict(text=ROWS, image=ROWS, method="zscore"), "method='zscore' is none of auto"),
         (dict(text=ROWS, image=ROWS, layout="wide"), "layout='wide' is none of single, blocks"),
-        (dict(text=ROWS, image=ROWS[:1]), "the 1 image rows have no spread"),
+        (dict(text=ROWS, image=ROWS[:1]), "image: rows expected to differ .*, got 1 without"),
+        (dict(text=ROWS, image=ROWS[:1].repeat(9, 1)), "image: rows expected to differ"),
+        (
+            dict(text=ROWS[:1].double() + 1e-17 * torch.arange(9.0)[:, None] * ROWS[1], image=ROWS),
+            "text: rows expected to differ by more than rounding, got 9 without spread",
+        ),
         (dict(text=ROWS, image=ROWS, queries={"audio": ROWS}), r"queries of \['audio'\] have no"),
         (dict(text=Moments().update(ROWS), image=ROWS), "expected covariance=True"),
         (

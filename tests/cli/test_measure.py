@@ -44,6 +44,11 @@ def test_search_in_a_space_of_a_file_has_the_figures_of_the_library(rows, tmp_pa
     assert cells["mixed_recall_at_10_error"] == expected.recall[10].standard_error
     assert found["image_queries"]["encoder"]["recall_at_1"] < 0.3
     assert found["text_queries"]["encoder"]["share_of_text"] > 0.9
+    assert run(capsys, *words[:-1], str(tmp_path)) == (status, found), "a directory"
+    for option, value in (("--method", "center"), ("--splits", "2")):
+        status, error = run(capsys, *words, option, value)
+        name = option.replace("method", "fit")
+        assert status == 2 and f"{name}: is an option of a fit" in error["error"]["message"]
     SharedSpace.fit(**rows).save(tmp_path / "space.safetensors")
     assert "image_queries" not in run(capsys, *words)[1], "a space of texts' queries"
 

@@ -132,6 +132,8 @@ def test_more_documents_and_queries_go_into_a_fitted_space(sides, tmp_path, caps
     assert rows_of(tmp_path / "more" / "img_emb").equal(space.image(rows_of(new)))
     with pytest.warns(UserWarning, match="text: the mean of the rows lies"):
         unify({"image": Corpus(sides[0])}, tmp_path / "far", QUIET, space=space)
+    with pytest.warns(UserWarning, match="image: the mean of the rows lies"):
+        unify({}, tmp_path / "asked", QUIET, queries=Corpus(sides[1]), space=space)
 
 
 @pytest.mark.parametrize("bad_rows", ["skip", "keep"])
@@ -161,6 +163,16 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 50)
     for status, message, words in (
         (2, "give both, or --space", ["--text", text, "--out", out]),
+        *(
+            (2, f"{option}: is an option of a fit, and --space is", [*both, "--space", out, *given])
+            for option, *given in (
+                ("--layout", "--layout", "single"),
+                ("--method", "--method", "auto"),
+                ("--query-role", "--role", "text"),
+                ("--fit-rows", "--fit-rows", 50),
+                ("--seed", "--seed", 0),
+            )
+        ),
         (2, "is in both sides", ["--text", text, "--image", text / "emb_0.npy", "--out", out]),
         (2, "extend: a space is fitted on", [*both, "--mode", "extend"]),
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
