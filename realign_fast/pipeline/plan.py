@@ -32,6 +32,7 @@ from .unify_run import SpaceSides, map_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
 MEASURED_BYTES = 1 << 29  # of each side at least, which the rates are measured on
+END_SHARE = 0.3  # of the time in which a process loads torch, to unload it (0.25 to 0.35 measured)
 
 
 @dataclass
@@ -179,11 +180,12 @@ def measured_seconds(
 
     The run takes two shards a worker of each side, or as many as hold ``MEASURED_BYTES``, so that
     shards overlap as they will; it writes into ``OUT.plan``, which is removed. The start is what
-    this command has taken until now. The pages of corpora that memory cannot keep from one pass to
-    the next are dropped first, and the later passes of ``align`` then read at the rate of the
-    first. ``run`` returns the summaries of its passes; by default it is that of ``align``.
+    this command has taken until now, and the end of its process. The pages of corpora that memory
+    cannot keep from one pass to the next are dropped first, and the later passes of ``align`` then
+    read at the rate of the first. ``run`` returns the summaries of its passes; by default it is
+    that of ``align``.
     """
-    start = _age_of_command()
+    start = _age_of_command() * (1 + END_SHARE)
     scratch = output_path(f"{str(out).rstrip('/')}.plan")
     settings = settings or Settings()
     quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
