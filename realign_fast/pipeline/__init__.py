@@ -2,6 +2,6 @@
 
 from .align_run import AlignRun, align
 from .settings import Settings
-from .unify_run import unify
+from .unify_run import SpaceSides, unify
 
-__all__ = ["AlignRun", "Settings", "align", "unify"]
+__all__ = ["AlignRun", "Settings", "SpaceSides", "align", "unify"]

@@ -23,7 +23,7 @@ from realign_fast import (
     whiten,
 )
 from realign_fast.frame import Decomposition, FixedFrame, gamma_history, phantom_drift
-from realign_fast.pipeline import AlignRun, Settings, align
+from realign_fast.pipeline import AlignRun, Settings, SpaceSides, align, unify
 
 
 def use_the_core(text: Tensor, image: Tensor) -> Tensor:
@@ -151,7 +151,8 @@ def use_corpora_and_runs() -> dict[str, Any]:
     run = AlignRun(settings)
     aligner: ReAlign = run.fit(text, Corpus("image"))
     print(aligner.record)
-    return align("text", "image", "out", settings)
+    sides = SpaceSides({"text": Corpus("text"), "image": Corpus("image")}, layout="blocks")
+    return align("text", "image", "out", settings) | unify(sides, "index", settings)
 
 
 def use_embed() -> dict[str, Any]:
