@@ -115,7 +115,12 @@ def save_header(path, text=b"[]"):
             None,
             "^realign-fast: error: s3://: names no bucket; expected s3://bucket/folder$",
         ),
-        ("\udcff.npy", None, r"/\\xff.npy: No such file.*exists and that this user may use it$"),
+        pytest.param(
+            "\udcff.npy",
+            None,
+            r"/\\xff.npy: No such file.*exists and that this user may use it$",
+            id="bytes",
+        ),
     ],
 )
 def test_advice_of_an_error_helps(tmp_path, capfd, name, save, words):
