@@ -168,17 +168,24 @@ class ReAlign(nn.Module, HubObject):
                 0.25, and its seed.
 
         Raises:
-            ValueError: a bad row under ``bad_rows="error"``, corpora that two encoders embedded,
-                or what :meth:`from_moments` refuses.
+            ValueError: a bad row under ``bad_rows="error"``, the same rows twice, corpora that two
+                encoders embedded, or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
         source, target = opened(source), opened(target)
         encoder = encoder_of(source, target)
         measure_side = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows)
         covariance = method in NEED_COVARIANCE
+        y = measure_side(source, "source", covariance=covariance)
+        x = measure_side(target, "target", covariance=covariance)
+        if y.count == x.count and y.mean.equal(x.mean) and y.trace == x.trace:
+            raise ValueError(
+                f"ReAlign: the {y.count} source rows are the target rows; give the rows of two "
+                "modalities"
+            )
         aligner = cls.from_moments(
-            measure_side(source, "source", covariance=covariance),
-            measure_side(target, "target", covariance=covariance),
+            y,
+            x,
             method=method,
             shrinkage=shrinkage,
             floor=floor,

@@ -27,6 +27,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -208,8 +209,9 @@ class SharedSpace(HubObject):
             bad_rows: ``"error"``, ``"skip"`` or ``"keep"`` (:meth:`Moments.update`).
 
         Raises:
-            ValueError: fewer than two modalities, columns that differ, corpora of two encoders, an
-                unknown role or option, or a centring method where only moments are given.
+            ValueError: fewer than two modalities, the same rows twice, columns that differ, corpora
+                of two encoders, an unknown role or option, or a centring method where only moments
+                are given.
         """
         query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
@@ -237,6 +239,13 @@ class SharedSpace(HubObject):
             measure_rows, [*modalities], [*query_rows], query_role, layout=layout, method=method
         )
         space.encoder = encoder
+        for (name, side), (other, documents) in combinations(space.sides.items(), 2):
+            is_same = side.count == documents.count and side.centre.equal(documents.centre)
+            if is_same and side.covariance.equal(documents.covariance):
+                raise ValueError(
+                    f"SharedSpace: the {side.count} {name} rows are the {other} rows; give the "
+                    "rows of two modalities"
+                )
         return space
 
     @classmethod

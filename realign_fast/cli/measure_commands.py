@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from ..metrics import MixedGallery
 
 _SIDES = "--text TEXT --image IMAGE"
+_FEWEST = 22  # pairs to search among, captions to read
 _OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
 
 
@@ -35,7 +39,7 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
     from ..shared_space import SharedSpace
 
     given = open_space(options, "fit", "splits")
-    rows = _paired_rows(options)
+    rows, repeated = _paired_rows(options)
     method = options.fit or "auto"
     splits, count = 1 if given else options.splits or 10, len(rows["text"])
     roles = [options.queries] if options.queries else list(_OTHER)
@@ -60,7 +64,10 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
                     found[role, way].append(mixed_gallery(queries, documents, relevant, own=own))
                 bar.update()
     facts: dict[str, Any] = {"pairs": count, "searched": count - half, "splits": splits}
+    facts["repeated"] = repeated
     lines = [f"{count - half:,} of {count:,} pairs searched, splits: {splits}"]
+    if repeated:
+        lines.append(f"left out: {repeated:,} pairs with a row of an earlier pair")
     for role in roles:
         ways = ("encoder", "space")
         columns = {way: over_splits(found[role, way]).figures(_OTHER[role]) for way in ways}
@@ -82,8 +89,21 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     places = [_spread(side.num_rows, options.sample) for side in sides]
     columns = ("caption", "text", "txt")
     captions = [_values(*side, columns) for side in zip(sides, places, strict=True)]
-    text, image = (rows.float() for rows in _rows(sides, places))
+    rows = _rows(sides, places)
     labels = [hashed_ngrams(side, options.buckets) for side in captions]
+    has_word = [side.any(dim=1) for side in labels]
+    wordless = [int((~mask).sum()) for mask in has_word]
+    for side, mask in zip(sides, has_word, strict=True):
+        if (count := int(mask.sum())) < _FEWEST:
+            raise ValueError(
+                f"{side.path}: {count} of {len(mask)} captions have a word of 3 letters, expected "
+                f"{_FEWEST} or more; give captions in {', '.join(columns)}"
+            )
+    captions = [[*compress(*side)] for side in zip(captions, has_word, strict=True)]
+    labels, (text, image) = (
+        [side[mask] for side, mask in zip(values, has_word, strict=True)]
+        for values in (labels, [side.float() for side in rows])
+    )
     place = {caption: number for number, caption in enumerate(captions[1])}
     partners = torch.tensor([place.get(caption, -1) for caption in captions[0]])
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
@@ -104,13 +124,15 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     tested_count = round(len(image) * options.test)
     figures = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
     facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
+    facts |= {"without_words": dict(zip(_OTHER, wordless, strict=True))}
     facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
     facts["interval"] = {
         name: [*plain({"low": low, "high": high}).values()]
         for name, (low, high) in found.interval.items()
     }
     title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
-    lines = [title, "", *_table("readers trained on", figures)]
+    left_out = f"left out without a word: {wordless[0]:,} texts, {wordless[1]:,} images"
+    lines = [title, *[left_out] * any(wordless), "", *_table("readers trained on", figures)]
     return Result(facts, "\n".join(lines), answer=True)
 
 
@@ -136,8 +158,9 @@ def _rows(sides: Sequence[Corpus], places: Sequence[Sequence[int]]) -> list[Tens
     taken = [side.take(numbers) for side, numbers in zip(sides, places, strict=True)]
     for side, numbers, rows in zip(sides, places, taken, strict=True):
         if len(bad := (~good_rows(rows)).nonzero()):
-            row = numbers[int(bad[0])]
-            raise ValueError(f"{side.path}: row {row} is zero or not finite; leave it out")
+            shard = bisect_right(side.starts, row := numbers[int(bad[0])]) - 1
+            place = f"{side.shards[shard].path}: row {row - side.starts[shard]}"
+            raise ValueError(f"{place} is zero or not finite; leave it out of the file")
     if torch.equal(*taken):
         raise ValueError(f"{sides[0].path}: holds the rows of {sides[1].path}; give two modalities")
     return [unit(rows.double()) for rows in taken]
@@ -157,8 +180,21 @@ def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> li
     return [value for number, value in enumerate(values) if number in chosen]
 
 
-def _paired_rows(options: opts.SearchOptions) -> dict[str, Tensor]:
-    """Return the rows of a sample of pairs by modality."""
+def _is_first(rows: Tensor) -> Tensor:
+    """Return a mask [N] of the rows [N, D] that equal none before them."""
+    import torch
+
+    number, group = torch.arange(len(rows)), torch.unique(rows, dim=0, return_inverse=True)[1]
+    first = number.new_full(number.shape, len(rows)).scatter_reduce(0, group, number, "amin")
+    return first[group] == number
+
+
+def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
+    """Return the rows of a sample of pairs by modality, and how many pairs were left out.
+
+    Those are pairs with a row of an earlier one, such as other captions of the same image: a search
+    for one of them would count the others as wrong.
+    """
     from ..revision.id_index import ID_COLUMNS
 
     sides = _open_sides(options)
@@ -167,15 +203,42 @@ def _paired_rows(options: opts.SearchOptions) -> dict[str, Tensor]:
     if options.pairs == "id":
         ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
         place = {sample_id: number for number, sample_id in enumerate(ids[1])}
+        place.pop("", None)
         pairs = [(n, place[sample_id]) for n, sample_id in enumerate(ids[0]) if sample_id in place]
         count = len(pairs)
-    if count < 22 or (not pairs and counts[0] != counts[1]):
+    paths = f"{sides[0].path}, {sides[1].path}"
+    if pairs is None and counts[0] != counts[1]:
         raise OptionError(
-            f"{sides[0].path}, {sides[1].path}: {counts[0]} and {counts[1]} rows with {count} "
-            "pairs; expected 22 pairs or more, rows in one order or with common ids (--pairs id)"
+            f"{paths}: {counts[0]} and {counts[1]} rows, expected pairs in one order; give "
+            "--pairs id where both sides have ids"
         )
+    if pairs is None and sides[0].path != sides[1].path:
+        _warn_of_other_ids(sides)
     chosen = [pairs[n] if pairs else (n, n) for n in _spread(count, options.sample)]
-    return dict(zip(_OTHER, _rows(sides, list(zip(*chosen, strict=True))), strict=True))
+    if count >= _FEWEST:
+        rows = _rows(sides, list(zip(*chosen, strict=True)))
+        is_first = _is_first(rows[0]) & _is_first(rows[1])
+        if (count := int(is_first.sum())) >= _FEWEST:
+            kept = {name: side[is_first] for name, side in zip(_OTHER, rows, strict=True)}
+            return kept, len(chosen) - count
+    raise OptionError(
+        f"{paths}: {count} pairs of different rows, expected {_FEWEST} or more; give more pairs"
+    )
+
+
+def _warn_of_other_ids(sides: Sequence[Corpus]) -> None:
+    """Warn if both sides have ids and the first rows with two ids are taken as a pair."""
+    from ..revision.id_index import ID_COLUMNS
+
+    with suppress(ValueError):  # a side without ids
+        ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
+        row = next((n for n, (a, b) in enumerate(zip(*ids, strict=True)) if a != b), None)
+        if row is not None:
+            warnings.warn(
+                f"{sides[0].path}, {sides[1].path}: row {row} is taken as a pair and has the ids "
+                f"{ids[0][row]!r} and {ids[1][row]!r}; give --pairs id if ids tell the pairs",
+                stacklevel=2,
+            )
 
 
 def _fit(

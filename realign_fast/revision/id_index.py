@@ -140,12 +140,12 @@ def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
     """Yield the values of one of the other columns, in the form that the format gives them."""
     for part in shard.other_columns():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
-            yield from (str(entry[_column(shard.path, entry, columns)]) for entry in part)
+            yield from (_text(entry[_column(shard.path, entry, columns)]) for entry in part)
         elif isinstance(part, dict):  # arrays of a safetensors file
             yield from map(str, part[_column(shard.path, part, columns)].tolist())
         else:  # a record batch
             column = _column(shard.path, part.schema.names, columns)
-            yield from map(str, part.column(column).to_pylist())
+            yield from map(_text, part.column(column).to_pylist())
 
 
 def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
         file = pyarrow().parquet.ParquetFile(raw)
         column = _column(path, file.schema_arrow.names, columns)
         for batch in file.iter_batches(columns=[column]):
-            yield from map(str, batch.column(0).to_pylist())
+            yield from map(_text, batch.column(0).to_pylist())
 
 
 def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
@@ -164,10 +164,14 @@ def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[st
                 value = entry[_column(path, entry, columns)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from error
-            yield str(value)
+            yield _text(value)
 
 
 _METADATA_READERS = {".parquet": _parquet_values, ".jsonl": _json_lines_values}
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _column(path: StoragePath, names: Collection[str], columns: Sequence[str]) -> str:

@@ -217,7 +217,7 @@ def test_a_scale_of_zero_is_refused():
     flat = torch.eye(4)[:2].repeat(3, 1)  # spread in two columns that no query has
     queries = torch.eye(4)[2:].repeat(3, 1)
     with pytest.warns(UserWarning, match="standard error of nan"):
-        space = SharedSpace.fit(text=flat, image=flat, queries=queries, method="calibrate")
+        space = SharedSpace.fit(text=flat, image=flat[1:], queries=queries, method="calibrate")
     with pytest.raises(ValueError, match=r"standard deviation 0\.0, so no scale exists"):
         space.image(flat)
 
@@ -322,6 +322,7 @@ ROWS = torch.eye(4)
             "reads the rows of text a second time, and moments hold none",
         ),
         (dict(text=ROWS, image=torch.zeros(3, 4)), "row 0"),
+        (dict(text=ROWS, audio=ROWS + 1, image=ROWS.numpy()), "4 text rows are the image rows"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(options, message):

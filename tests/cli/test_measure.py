@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -66,6 +68,23 @@ def test_pairs_of_the_same_id_are_those_of_the_same_row(capsys):
     assert f"{figures['space']['mixed_ndcg']:.4f} ± " in printed
 
 
+def test_captions_of_one_image_are_searched_once(rows, tmp_path, capsys):
+    """Five texts of each image, whose pairs are those of ids or of rows."""
+    ids = [f"a-{row // 5}" for row in range(200)]
+    image = rows["image"][:200].view(40, 5, -1)[:, :1].expand(40, 5, -1).reshape(200, -1)
+    for side, table_rows, names in (("text", rows["text"][:200], ids), ("image", image, ids[::-1])):
+        columns = {"id": names, "embedding": table_rows.float().numpy().tolist()}
+        pq.write_table(pa.table(columns), tmp_path / f"{side}.parquet")
+    tables = ["--text", str(tmp_path / "text.parquet"), "--image", str(tmp_path / "image.parquet")]
+    assert main(["evaluate-search", *tables, "--splits", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "row 0 is taken as a pair and has the ids 'a-0' and 'a-39'" in printed.err
+    by_row = json.loads(printed.out)
+    by_id = run(capsys, "evaluate-search", *tables, "--splits", "2", "--pairs", "id")[1]
+    assert (by_row["pairs"], by_row["repeated"]) == (40, 160)
+    assert (by_id["pairs"], by_id["repeated"]) == (40, 160)
+
+
 def test_sides_that_do_not_fit_are_refused(tmp_path, capsys):
     rows = np.random.default_rng(0).standard_normal((400, 128)).astype("f4")
     folders = {name: tmp_path / name for name in ("few", "bad", "wide", "copy")}
@@ -77,8 +96,13 @@ def test_sides_that_do_not_fit_are_refused(tmp_path, capsys):
     rows[7, 3] = np.nan
     np.save(folders["bad"] / "rows.npy", rows)
     for command, name, code, words in (
-        ("evaluate-search", "few", 2, "30 and 400 rows with 30 pairs"),
-        ("evaluate-search", "bad", 3, "bad: row 7 is zero or not finite"),
+        (
+            "evaluate-search",
+            "few",
+            2,
+            "30 and 400 rows, expected pairs in one order",
+        ),
+        ("evaluate-search", "bad", 3, "bad/rows.npy: row 7 is zero or not finite"),
         ("evaluate-search", "wide", 3, "rows have 9 columns"),
         ("evaluate-search", "copy", 3, "copy: holds the rows of"),
         ("substitution", "few", 3, "few: has no metadata/ and no other columns; give a root"),
@@ -102,5 +126,16 @@ def test_maps_are_measured_by_readers_of_captions(rows, tmp_path, capsys):
     assert losses["center"] == pytest.approx(losses[space], rel=0.05), "fitted on 320 rows, on 400"
     assert max(losses[aligner], losses["target"]) < losses["source"]
     assert found["interval"]["center"][0] < shares["center"]
+    for side, empty in (("text", [None] * 60), ("image", [""] * 100)):
+        captions = [f"word{row % 7} no" for row in range(400)]
+        captions[: len(empty)] = empty
+        table = pa.table({"caption": captions, "embedding": rows[side].float().numpy().tolist()})
+        pq.write_table(table, tmp_path / f"{side}.parquet")
+    tables = ["--text", str(tmp_path / "text.parquet"), "--image", str(tmp_path / "image.parquet")]
+    status, found = run(capsys, "substitution", *tables, "--seeds", "2", "--steps", "5")
+    assert status == 0 and (found["texts"], found["images"]) == (340, 300), found
+    assert found["without_words"] == {"text": 60, "image": 100}
+    status, found = run(capsys, "substitution", *tables, "--sample", "20")
+    assert "text.parquet: 17 of 20 captions have a word" in found["error"]["message"]
     status, found = run(capsys, *words, "--test", "0")
     assert status == 3 and "`test` takes 0 of 400 target rows" in found["error"]["message"]
