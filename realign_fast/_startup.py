@@ -6,6 +6,7 @@ the processes of other programs are left alone.
 - Threads of OpenMP that wait for work spin by default and take cores from the threads that read
   and write files, which makes a run about a quarter slower.
 - The import of torch takes seconds. Ctrl-C ends the program with one line then too.
+- A stream that the shell closed (``>&-``) becomes ``/dev/null``, before a file takes its number.
 """
 
 import os
@@ -29,7 +30,16 @@ def _stop(*_: Any) -> None:
     os._exit(130)
 
 
+def _open_closed_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 if is_own_command():
+    _open_closed_streams()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _stop)  # until cli.main takes over

@@ -327,17 +327,26 @@ def test_a_log_sees_a_line_now_and_then(capsys):
     assert 15 < len(lines) < 35 and "100%" in lines[-1]
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(corpora):
-    command = f"{sys.executable} -W ignore -m realign_fast info | head -n 1"
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ("info | head -n 1", "realign_fast"),
+        ("inspect text 0<&- >&-", ""),  # a closed stream is as /dev/null
+        (" ".join([*ALIGN, "2>&-"]), "source moments"),
+    ],
+)
+def test_a_stream_that_takes_no_more_is_no_error(corpora, arguments, printed):
+    command = f"{sys.executable} -m realign_fast {arguments}"
     root = str(Path(main.__file__).parents[2])
+    environment = {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | environment,
     )
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("realign_fast")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(printed)
 
 
 def test_info_tells_which_kernel_answers_and_why(capsys):
