@@ -39,16 +39,22 @@ def expect_tensor(name: str, rows: object, argument: str = "rows", floating: boo
     """
     kind, advice = type(rows).__name__, "give the rows themselves"
     if isinstance(rows, Tensor):
-        is_dense = rows.layout == torch.strided
+        is_dense = rows.layout == torch.strided and not rows.is_nested
         if is_dense and (rows.is_floating_point() or not floating):
             return
-        kind = f"{rows.dtype if is_dense else rows.layout}"
+        kind = f"{rows.dtype if is_dense else 'nested' if rows.is_nested else rows.layout}"
         advice = "convert with rows.to_dense().float()"
+        if rows.is_nested:
+            advice = "convert with torch.cat(rows.unbind()).float()"
+        elif rows.is_complex():  # both parts are kept
+            advice = "convert with torch.view_as_real(rows.to_dense()).flatten(-2).float()"
     elif hasattr(rows, "to_numpy"):  # a table of pandas or polars
-        advice = "use torch.tensor(rows.to_numpy()) of its numeric columns"
+        advice = "use torch.tensor(rows.to_numpy()) of its embedding columns"
     elif isinstance(rows, np.ndarray):
         kind, filled = f"ndarray of {rows.dtype}", "filled(numpy.nan)." * np.ma.isMA(rows)
         advice = f"use torch.from_numpy(rows.{filled}astype('float32'))"  # of any strides
+        if rows.dtype.kind == "c":
+            advice = "use torch.view_as_real(torch.from_numpy(rows)).flatten(-2).float()"
     elif isinstance(rows, (list, tuple)):
         advice = "use torch.tensor(rows)"
     numbers = " of floating-point numbers" if floating else ""

@@ -98,6 +98,8 @@ class Moments:
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
         expect_tensor("Moments", rows, where)
+        if rows.is_meta:
+            raise TypeError(f"Moments: {where} is on the device meta; give a tensor with numbers")
         if rows.dim() == 0 or rows.shape[-1] == 0:
             shape = list(rows.shape)
             raise ValueError(f"Moments: expected {where} [..., D], got shape {shape}")

@@ -38,10 +38,10 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
             yield RowBatch(str(rows.shards[batch.shard].path), batch.first, batch.rows)
         return
     if isinstance(rows, (Tensor, np.ndarray)):
-        if rows.ndim != 2:
-            raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
         if isinstance(rows, Tensor):
             expect_tensor(name, rows)
+        if rows.ndim != 2:
+            raise ValueError(f"{name}: expected rows [N, D], got shape {list(rows.shape)}")
         matrix: Any = rows
         rows = (matrix[first : first + batch_rows] for first in range(0, len(rows), batch_rows))
     elif not isinstance(rows, Iterable) or isinstance(rows, (bytes, Mapping)):
@@ -85,7 +85,12 @@ def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
                 f"{name}: column {column!r} of the table holds {dtype}, expected floating-point "
                 "numbers; select the columns of the embedding, convert them if need be"
             )
-    values: np.ndarray[Any, Any] = table.to_numpy()
+    try:
+        values: np.ndarray[Any, Any] = table.to_numpy()
+    except (ValueError, NotImplementedError) as error:  # lists in an array of pyarrow
+        advice = "give its numbers, such as rows.flatten().to_numpy().reshape(len(rows), -1)"
+        kind = type(table).__name__
+        raise TypeError(f"{name}: expected rows [N, D], got {kind} ({error}); {advice}") from error
     if columns and values.dtype == object:  # nullable dtypes of pandas; a missing value is NaN
         values = table.to_numpy(np.float64, na_value=np.nan)
     return values

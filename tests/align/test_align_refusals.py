@@ -99,7 +99,7 @@ def test_a_table_stands_for_its_numbers(table):
         lambda rows: metrics.matched_cosine(rows, TEXT),
         lambda rows: metrics.gap_report(IMAGE, rows),
     ):
-        advice = r"expected rows as a tensor of .* got \w+; use torch.tensor\(rows.to_numpy\(\)\)"
+        advice = r"expected rows as a tensor of .* got \w+; .*\(\)\) of its embedding columns"
         with pytest.raises(TypeError, match=advice):
             use(table(TEXT.numpy()))
     for use in (metrics.spectrum_of, lambda rows: metrics.centroid_gap(rows, moments)):
@@ -137,7 +137,9 @@ ALIGNER = ReAlign.fit(TEXT, IMAGE)
     [
         (COUNTS.long(), "torch.int64; convert with rows"),
         (TEXT > 0, "torch.bool"),
-        (TEXT.to(torch.complex64), "torch.complex64"),
+        (TEXT.to(torch.complex64), "torch.complex64; convert with torch.view_as_real"),
+        (TEXT.to(torch.complex64).numpy(), "ndarray of complex64; use torch.view_as_real"),
+        (torch.nested.nested_tensor([TEXT]), "nested; convert with torch.cat"),
         (TEXT.to_sparse(), "torch.sparse_coo"),
         (TEXT.to_sparse_csr(), "torch.sparse_csr"),
         (COUNTS.long().numpy(), "ndarray of int64; use"),
@@ -212,6 +214,11 @@ def test_tables_with_ids_missing_values_or_nullable_numbers():
         (lambda: metrics.centroid_gap(Moments(), Moments()), "the source has no rows"),
         (lambda: Moments(covariance="no"), "options as True or False, got 'no'"),
         (lambda: Moments().update(TEXT, through=0), "expected through as .* got int"),
+        (lambda: Moments().update(TEXT.to("meta")), "rows is on the device meta"),
+        (
+            lambda: ReAlign.fit(pytest.importorskip("pyarrow").array([[1.0, 2.0]]), TEXT),
+            "got ListArray .* give its numbers",
+        ),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 3, block=0), "block is 0, expected a whole"),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 2.5), "k is 2.5, expected a whole"),
         (lambda: metrics.pairwise_cosines(TEXT[:, :0]), r"rows \[N, D\], got shape \[100, 0\]"),
