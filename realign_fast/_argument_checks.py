@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,7 +73,9 @@ def tensor_of(name: str, rows: object) -> Tensor:
             raise ValueError(
                 f"{name}: the masked array has masked entries, expected none; leave those rows out"
             )
-        rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
+        with warnings.catch_warnings():  # of arrays that are read-only, as rows are not written to
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
     expect_tensor(name, rows)
     assert isinstance(rows, Tensor)
     return rows

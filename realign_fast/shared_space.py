@@ -48,6 +48,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
 _CENTRE_FROM = 0.3  # share of the score's variance that every query of a role has in common
+_VERSION = 1  # of the files
 _UNSURE = 0.1  # relative standard error of a scale that is warned about
 
 
@@ -348,6 +349,7 @@ class SharedSpace(HubObject):
 
     def scale(self, modality: str) -> float:
         """Return the number that documents of a modality are divided by in the index."""
+        self._side(modality)
         return 1.0 if self.layout == "blocks" else self._scales[modality, self.query_role]
 
     def text(self, rows: Array) -> Array:
@@ -506,14 +508,20 @@ class SharedSpace(HubObject):
             for field, value in vars(side).items()
         }
         choices = [self.method, self.layout, self.query_role, self.encoder, *self.sides]
-        write_tensors(path, tensors, {"shared_space": json.dumps(choices)})
+        stored = {"version": _VERSION, "choices": choices}
+        write_tensors(path, tensors, {"shared_space": json.dumps(stored)})
 
     @classmethod
     def load(cls, path: AnyPath) -> SharedSpace:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no space."""
         expected = "a space written by SharedSpace.save"
         with tensors_of(path, expected, "fit it again") as (tensors, metadata):
-            method, layout, query_role, encoder, *names = json.loads(metadata["shared_space"])
+            stored = json.loads(metadata["shared_space"])
+            if isinstance(stored, list):  # before files had a version
+                stored = {"version": _VERSION, "choices": stored}
+            if stored["version"] != _VERSION:
+                raise TypeError(f"version {stored['version']} of another release")
+            method, layout, query_role, encoder, *names = stored["choices"]
             sides = {}
             for name in names:
                 values: dict[str, Any] = {
@@ -521,6 +529,7 @@ class SharedSpace(HubObject):
                 }
                 values |= {field: int(values[field]) for field in ("count", "query_count")}
                 sides[name] = Side(**values)
+                _check_side(name, sides[name], len(values["centre"]))
             _check_options(sides, query_role, layout, method)
             space = cls(sides, method, layout, query_role)
             space.encoder = encoder
@@ -586,6 +595,19 @@ def _check_options(modalities: Collection[str], query_role: str, layout: str, me
     ):
         if value not in known:
             raise ValueError(f"SharedSpace: {option}={value!r} is none of {', '.join(known)}")
+
+
+def _check_side(name: str, side: Side, columns: int) -> None:
+    """Raise a TypeError for statistics of a file that no rows have."""
+    for field, value in vars(side).items():
+        if isinstance(value, Tensor):
+            expected = [columns] * (1 + (field in ("covariance", "second_moment")))
+            if list(value.shape) != expected or not bool(value.isfinite().all()):
+                raise TypeError(
+                    f"{name}.{field} {list(value.shape)}, expected finite numbers {expected}"
+                )
+    if float(side.covariance.diagonal().min()) < 0:
+        raise TypeError(f"{name}.covariance with a negative variance")
 
 
 def _check_moments(sides: Mapping[str, Moments]) -> None:

@@ -167,7 +167,7 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
     if isinstance(error, OSError) and error.strerror:  # without "[Errno]"
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, KeyboardInterrupt):
-        message = message or "what was written is whole"
+        message = message or "files that it wrote, if any, are whole"
     if isinstance(error, _UsageError):
         message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
         context = getattr(error, "ctx", None)

@@ -29,7 +29,7 @@ class Estimate(float):
         return cls(float(values.mean()), spread / math.sqrt(len(values)))
 
     def __repr__(self) -> str:
-        return f"{float(self)!r} ± {self.standard_error:.2g}"
+        return f"{float(self):.6g} ± {self.standard_error:.2g}"
 
 
 def plain(figures: Mapping[str, float | None]) -> dict[str, float | int | None]:

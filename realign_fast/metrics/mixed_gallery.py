@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_tensor
+from .._argument_checks import expect_counts, expect_tensor, tensor_of
 from .cosines import check_rows
 from .estimate import Estimate
 from .neighbours import TIE, search_blocks
@@ -46,8 +47,8 @@ class MixedGallery(NamedTuple):
 
 
 def mixed_gallery(
-    queries: Tensor,
-    galleries: Mapping[str, Tensor],
+    queries: Tensor | np.ndarray[Any, Any],
+    galleries: Mapping[str, Tensor | np.ndarray[Any, Any]],
     relevant: Mapping[str, Tensor],
     *,
     own: Mapping[str, Tensor] | None = None,
@@ -66,7 +67,7 @@ def mixed_gallery(
     ``std / sqrt(N)``, for means. :func:`over_splits` has those over splits.
 
     Args:
-        queries: [N, D], as they search the index; rows are not normalised.
+        queries: [N, D] tensor or array, as they search the index; rows are not normalised.
         galleries: [M, D] rows of the index by modality.
         relevant: by modality, [N] int64 numbers of the gallery rows that answer the queries, -1
             where there is none.
@@ -81,28 +82,30 @@ def mixed_gallery(
     """
     own = own or {}
     expect_counts("mixed_gallery", block=block)
-    _check(queries, galleries, relevant, own, ks)
+    queries = tensor_of("mixed_gallery, queries", queries)
+    documents = {name: tensor_of(f"mixed_gallery, {name}", galleries[name]) for name in galleries}
+    _check(queries, documents, relevant, own, ks)
     nobody = torch.full((len(queries),), -1, device=queries.device)
-    own = {name: own.get(name, nobody) for name in galleries}
+    own = {name: own.get(name, nobody) for name in documents}
     parts = []
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
         answers, left_out = (
             {n: rows[part] for n, rows in side.items()} for side in (relevant, own)
         )
-        parts.append(_search(queries[part].double(), galleries, answers, left_out, ks[-1], block))
+        parts.append(_search(queries[part].double(), documents, answers, left_out, ks[-1], block))
     nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
     ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
-    sizes = {name: len(rows) - (own[name] >= 0).long() for name, rows in galleries.items()}
+    sizes = {name: len(rows) - (own[name] >= 0).long() for name, rows in documents.items()}
     pure, within, between = {}, {}, {}
     for column, (name, answered) in enumerate(zip(relevant, has_answer.T, strict=True)):
-        same = above[:, list(galleries).index(name), column]
+        same = above[:, list(documents).index(name), column]
         others = above[:, :, column].sum(dim=1) - same, sum(sizes.values()) - sizes[name]
         pure[name] = ((1 + same) * answered)[:, None]
         within[name] = Estimate.of_mean((same / (sizes[name] - 1))[answered])
         between[name] = Estimate.of_mean((others[0] / others[1])[answered])
-    bounds = torch.tensor([len(rows) for rows in galleries.values()]).cumsum(0)
+    bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
     modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
     return MixedGallery(
         {k: _recall(ranks, k) for k in ks},
@@ -111,7 +114,7 @@ def mixed_gallery(
         {name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in pure.items()},
         {
             name: Estimate.of_mean((modality == number).double().mean(dim=1))
-            for number, name in enumerate(galleries)
+            for number, name in enumerate(documents)
         },
         within,
         between,

@@ -30,9 +30,9 @@ from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .manifest import saved_moments, write_manifest
+from .manifest import read_manifest, saved_moments, write_manifest
 from .output import ALIGNER, REPORT, Written, check_output
-from .passes import PassRunner
+from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
 
@@ -134,6 +134,12 @@ class AlignRun(PassRunner):
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
+        earlier = read_manifest(out)["passes"].get(result.pass_name)
+        if earlier and task.checkpoints and earlier["facts"] != task.checkpoints.facts:
+            LOGGER.warning(
+                f"{written[1]}: holds {len(earlier['shards'])} shards of other options or of "
+                "another map; they are written anew, and are of two maps until this run ends"
+            )
         moments = self.run_pass(task, Moments(), [])
         if self.part[1] == 1:
             result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import realign_fast
 from realign_fast import Moments, ReAlign, SharedSpace, metrics
@@ -235,6 +237,12 @@ def test_dtypes_and_arrays_are_kept(demo, dtype):
     if dtype != torch.bfloat16:
         array = space.image(image.numpy())
         assert isinstance(array, np.ndarray) and np.array_equal(array, stored.numpy())
+        given = dict(relevant={"image": torch.arange(400)})
+        expected = metrics.mixed_gallery(stored, {"image": stored}, **given)
+        assert str(metrics.mixed_gallery(array, {"image": array}, **given)) == str(expected)
+        read_only = image.numpy().copy()
+        read_only.flags.writeable = False
+        assert np.array_equal(space.image(read_only), array)
     assert space.image(image[:0]).shape == (0, 128)
     assert space.image(torch.full((1, 128), torch.nan, dtype=dtype)).isnan().all()
 
@@ -298,6 +306,35 @@ def test_a_file_that_is_no_space_is_named(tmp_path, content):
         SharedSpace.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t, m: t["text.covariance"].fill_(torch.nan),
+            r"covariance \[128, 128\], expected",
+        ),
+        (lambda t, m: t["image.covariance"].neg_(), "image.covariance with a negative variance"),
+        (
+            lambda t, m: t.update({"text.mean": t["text.mean"][:5].clone()}),
+            r"text.mean \[5\], expected",
+        ),
+        (lambda t, m: m.update(version=9), "version 9 of another release"),
+    ],
+)
+def test_a_damaged_space_is_named_and_one_of_no_version_read(demo, tmp_path, change, message):
+    path, space = tmp_path / "space.safetensors", SharedSpace.fit(text=demo[0], image=demo[1])
+    space.save(path)
+    with safe_open(path, "pt") as file:
+        stored = json.loads(file.metadata()["shared_space"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, path, {"shared_space": json.dumps(stored["choices"])})
+    assert SharedSpace.load(path).record == space.record
+    change(tensors, stored)
+    save_file(tensors, path, {"shared_space": json.dumps(stored)})
+    with pytest.raises(ValueError, match=r"space\.safetensors: expected a space .*" + message):
+        SharedSpace.load(path)
+
+
 ROWS = torch.eye(4)
 
 
@@ -336,6 +373,8 @@ def test_rows_of_another_shape_or_modality_are_refused(demo):
         space.text(torch.ones(3, 64))
     with pytest.raises(ValueError, match=r"'audio' is none of its modalities \['text', 'image'\]"):
         space.documents("audio", demo[0])
+    with pytest.raises(ValueError, match="'audio' is none of its modalities"):
+        space.scale("audio")
 
 
 def test_the_example_prints_its_table(monkeypatch, capsys, tmp_path):

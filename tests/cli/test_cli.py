@@ -269,7 +269,7 @@ def test_interrupted_from_a_shell_it_stops_and_leaves_no_half(corpora, sent):
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + sent
-    assert error == "realign-fast: stopped; what was written is whole\n"
+    assert error == "realign-fast: stopped; files that it wrote, if any, are whole\n"
     assert set(os.listdir("out")) - KEPT == {"aligner.safetensors"}
 
 

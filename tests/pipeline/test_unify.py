@@ -89,7 +89,7 @@ def test_every_format_keeps_itself(documents, tmp_path, to, layout):
 
 
 def test_any_workers_leave_the_same_bytes_and_a_second_run_reads_nothing(
-    documents, tmp_path, reads
+    documents, tmp_path, reads, caplog
 ):
     unify(documents, tmp_path / "one", QUIET, layout="blocks", method="center-calibrate")
     workers = Settings(progress=False, workers=2)
@@ -98,7 +98,9 @@ def test_any_workers_leave_the_same_bytes_and_a_second_run_reads_nothing(
     reads.clear()
     again = unify(documents, tmp_path / "two", QUIET, layout="blocks", method="center-calibrate")
     assert reads == [] and all(done["rows"] == 0 for done in again["passes"])
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert tree(tmp_path / "two") == tree(tmp_path / "one") and not caplog.records
+    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")
+    assert "text_emb: holds 3 shards of other options or of another map" in caplog.text
 
 
 def test_a_sample_is_enough_and_its_plan_is_what_runs(sides, tmp_path, capsys):
