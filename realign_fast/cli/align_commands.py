@@ -37,7 +37,7 @@ def align(options: opts.FitOptions) -> Result:
 def fit(options: opts.FitOptions) -> Result:
     """Fit a map and write the aligner with its records, but no shards."""
     from ..pipeline.align_run import AlignRun, cached_source
-    from ..pipeline.output import ALIGNER, check_place
+    from ..pipeline.output import ALIGNER, Written, check_kept, check_place
 
     if options.dry_run:
         return _plan(options, writes=False)
@@ -48,6 +48,7 @@ def fit(options: opts.FitOptions) -> Result:
     source_rows, target = _sides(options)
     source = cached_source(source_rows, run.settings, run.engine)
     check_place(out, source, target)
+    check_kept(out, [Written(source, source.subfolder)], run.settings.mode)
     with run.output_directory(out):
         aligner = run.fit(source, target, residual=True)
         aligner.save(out / ALIGNER)

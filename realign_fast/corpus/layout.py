@@ -158,7 +158,8 @@ def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
     shards = {shard.path for shard in corpus.shards}
     folders = {path.parent.resolve() for path in shards}
     folders |= {path.resolve().parent for path in shards}  # of the files that links lead to
-    is_below = corpus.path not in shards and out.is_within(corpus.path)
+    is_below = any(place.is_within(corpus.path) for place in (out, out / subfolder))
+    is_below &= corpus.path not in shards
     if is_below or folders & {out.resolve(), (out / subfolder).resolve()}:
         problem = f"is or lies in {corpus.path}, which holds rows that are read"
         raise OptionError(f"{out}: {problem}; give another --out")

@@ -15,7 +15,7 @@ from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
-from .output import ALIGNER, Written, check_output, check_place
+from .output import ALIGNER, Written, check_kept, check_output, check_place
 from .passes import Pass
 from .settings import Settings
 
@@ -39,6 +39,9 @@ def stats(
         check_aligner(aligner, corpus)
     directory = output_path(out)
     check_place(directory, corpus)
+    pass_names = (f"{side} moments",) if side == "target" else (f"{side} moments", "apply")
+    kept = [Written(corpus, corpus.subfolder, pass_name) for pass_name in pass_names]
+    check_kept(directory, kept, run.settings.mode)
     with run.output_directory(directory):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", corpus, aligner)
     return run.passes[0]

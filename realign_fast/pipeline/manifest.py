@@ -20,8 +20,9 @@ from .checkpoints import Checkpoints, Entry, digest, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
 _ROLES = ("text", "image", "text queries", "image queries")
+ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
 PASS_ORDER = (
-    *("source moments", "target moments", "source drift", "source residual", "apply"),
+    *ALIGN_PASSES,
     *(f"{role} {kind}" for kind in ("moments", "centred") for role in _ROLES),
     *(f"apply {role}" for role in _ROLES),
 )

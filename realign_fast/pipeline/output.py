@@ -21,7 +21,7 @@ from ..interface.option_values import Mode, OptionError
 from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path
 from .checkpoints import STATS
-from .manifest import MANIFEST, check_source, read_manifest
+from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
 from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
@@ -63,8 +63,7 @@ def check_output(
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
     replaced = _check_shards(out, results, settings.mode)
-    for result in results:
-        check_source(out, result.corpus, settings.mode, result.pass_name)
+    check_kept(out, results, settings.mode)
     if out.is_remote:
         check_scratch(out, results, settings.workers)
         return
@@ -81,11 +80,31 @@ def check_output(
         )
 
 
+def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:
+    """Refuse to replace what a run on another source, or of the other family, left in ``out``.
+
+    Every command that writes records into ``out`` asks this first, also one that writes no shards.
+
+    Raises:
+        OptionError: ``out`` holds such a result, and ``mode`` does not replace it.
+    """
+    finished = read_manifest(out)["passes"] if mode != "overwrite" else {}
+    for result in results:
+        is_alignment = result.pass_name in ALIGN_PASSES
+        if any((name in ALIGN_PASSES) != is_alignment for name in finished):
+            raise OptionError(
+                f"{out}: holds the result of another command (align or unify); give another "
+                "--out, or replace that result with --mode overwrite"
+            )
+        check_source(out, result.corpus, mode, result.pass_name)
+
+
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
     """Refuse an output directory that cannot be written to, or that holds rows which are read.
 
     Raises:
-        ValueError: ``out`` holds one of ``corpora``, or two of these have a file in common.
+        ValueError: ``out`` holds one of ``corpora``, a link in it leads to one, its ``_stats/`` is
+            a link to elsewhere, or two of ``corpora`` have a file in common.
         OSError: nothing can be written to ``out`` or its ``subfolders``.
     """
     for subfolder in subfolders if not out.is_remote else ():
@@ -106,6 +125,13 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)
+    folder = None if out.is_remote else local_path(out / STATS)
+    for path in (folder, *folder.glob("*")) if folder else ():
+        if path.is_symlink() and not path.is_within(out):
+            raise OptionError(
+                f"{path}: is a link to {os.readlink(path)}, and the lock and the statistics would "
+                "be written there; remove it, or give another --out"
+            )
     files: dict[object, int] = {}
     for side, corpus in enumerate(corpora):
         for shard in corpus.shards:
@@ -201,19 +227,11 @@ def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[st
     """Return the folders of ``out`` whose shards these results replace.
 
     Others are those of passes that the run leaves as they are: other sides of the same space.
-
-    Raises:
-        OptionError: the result of another command is there.
     """
     names, kept = {result.pass_name for result in results}, set()
     for name, record in read_manifest(out)["passes"].items() if mode != "overwrite" else ():
         if "folder" in record["facts"] and name not in names:
             kept.add(record["facts"]["folder"])
-            if "apply" in {name, *names}:
-                raise OptionError(
-                    f"{out}: holds the result of another command (align or unify); give another "
-                    "--out, or replace that result with --mode overwrite"
-                )
     return {"", *FOLDERS.values()} - kept
 
 

@@ -24,7 +24,7 @@ from ..storage import read_ahead
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
-from .output import ALIGNER, SPACE, Written, check_output, check_place, format_bytes
+from .output import ALIGNER, SPACE, Written, check_kept, check_output, check_place, format_bytes
 from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
@@ -100,6 +100,7 @@ def plan_align(
         check_output(output_path(out), [result], settings, [target])
     else:
         check_place(output_path(out), source, target)
+        check_kept(output_path(out), [result], settings.mode)
     run.count, _ = rows_to_fit(settings, source, target)
     aligner: ReAlign | None = None
     y, x = run.measure("source moments", source), run.measure("target moments", target)

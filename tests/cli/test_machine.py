@@ -198,6 +198,18 @@ def aligned(stack):
     assert main.main([*ALIGN, "--quiet"]) == 0
 
 
+def other_aligned(stack):
+    """The result of other rows, whose shards have the same names."""
+    aligned(stack)
+    os.mkdir("other")
+    for path in Path("text").iterdir():
+        np.save(Path("other") / path.name, -np.load(path))
+
+
+def unified(stack):
+    assert main.main(["unify", *SIDES, "--out", "out", "--quiet"]) == 0
+
+
 def fault(stack):
     """A shard of a result that is gone."""
     aligned(stack)
@@ -236,7 +248,12 @@ def nothing(stack):
     """Leave the corpora as they are."""
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 TEXT, RAY = "--text text --image image --out out", "--engine ray --ray-address 127.0.0.1:9"
+OTHER = TEXT.replace("text text", "text other")
 TRAIN = "--data list.json --rows text --ids row --out out"
 LOOK = "--model nowhere --rows text"
 # Everything that can go wrong with a command, as a scheduler sees it.
@@ -249,6 +266,11 @@ FAILURES = [
         "inspect text --modality text", "convert text o --to npy --modality image",
         "stats --out out", f"align {TEXT} --cpus-per-task 2", f"merge {TEXT} --threads 0",
         f"pretrain --language-model m {TRAIN} --modality text", "align --config text/emb_0.npy"]),
+    (ExitCode.USAGE, other_aligned, [f"fit {OTHER}", f"fit {OTHER} --dry-run", f"merge {OTHER}",
+        "stats --text other --out out", "stats --text other --out out --shard 1/2"]),
+    (ExitCode.USAGE, aligned, ["stats --image text --out out", f"unify {TEXT}"]),
+    (ExitCode.USAGE, unified, [f"fit {TEXT}", f"fit {TEXT} --dry-run", f"align {TEXT}",
+        "stats --text text --out out"]),
     (ExitCode.DATA, zero_row, [f"align {TEXT}", f"fit {TEXT}",
         "stats --text text --out out"]),
     (ExitCode.DATA, garbage, [f"align {TEXT}", f"merge {TEXT}", f"plan {TEXT}",
@@ -294,7 +316,9 @@ def test_each_failure_of_each_command_has_its_status(capsys, code, prepare, comm
     with contextlib.ExitStack() as stack:
         prepare(stack)
         capsys.readouterr()
+        before = files_of("out")
         status = ended(command.split())
+    assert code is not ExitCode.USAGE or files_of("out") == before
     printed = capsys.readouterr()
     assert status == code, printed.err
     assert "Traceback" not in printed.err and (code in (1, 4) or "error: " in printed.err)

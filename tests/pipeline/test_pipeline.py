@@ -401,7 +401,17 @@ def test_an_output_that_is_an_input_is_refused(corpora, tmp_path):
     refused(tmp_path / "links", tmp_path / "links", target, "holds rows that are read")
     refused(source, tmp_path / "links", target, "holds rows that are read")
     assert before == {path: path.read_bytes() for path in before}
-    assert names(target) == ["emb_0.npy"]
+    assert os.listdir(target) == ["emb_0.npy"] and len(os.listdir(source)) == len(SHARDS)
+
+
+def test_checkpoints_are_not_written_through_a_link(corpora, tmp_path):
+    source, target, *_ = corpora
+    for number, (name, place) in enumerate((("", source), ("", target), ("apply", tmp_path))):
+        link = tmp_path / f"out-{number}" / "_stats" / name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(place)
+        refused(tmp_path / f"out-{number}", source, target, "_stats.* is a link to .*; remove it")
+    assert os.listdir(target) == ["emb_0.npy"] and len(os.listdir(source)) == len(SHARDS)
 
 
 def test_an_output_inside_a_source_is_refused(corpora, tmp_path):

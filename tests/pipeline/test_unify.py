@@ -162,6 +162,10 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
     both = ["--text", text, "--image", image, "--out", out]
     queries = write(tmp_path / "queries", 1, (9,))
     np.save(tmp_path / "wide.npy", np.ones((5, D + 1), "f4"))
+    linked = tmp_path / "linked"
+    for folder in (linked, text / "below"):
+        folder.mkdir()
+    (linked / "text_emb").symlink_to(text / "below")
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 50)
     for status, message, words in (
         (2, "give both, or --space", ["--text", text, "--out", out]),
@@ -180,6 +184,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
         (3, "expected a space", [*both, "--space", tmp_path / "bad.safetensors"]),
         (2, "is or lies in", ["--text", text, "--image", image, "--out", text / "out"]),
+        (2, "is or lies in", [*both[:4], "--out", linked]),
         (2, "is or lies in", [*both[:4], "--queries", queries, "--out", queries / "out"]),
     ):
         assert run("unify", *words) == status, words
