@@ -81,9 +81,13 @@ class HubObject:
     save: Any
     load: Any
 
+    def _expect_fitted(self) -> None:
+        """Raise a ValueError if there is nothing to save; a space is fitted when it is made."""
+
     def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors``, ``config.json`` and the model card ``README.md``."""
         folder, kind = output_path(directory), type(self).__name__
+        self._expect_fitted()
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / _FILES[0])
         config = {"library_name": "realign_fast", "model_type": kind.lower(), **self.record}
