@@ -174,11 +174,20 @@ def _aligner(path: str | None) -> ReAlign | None:
     return ReAlign.from_pretrained(path) if path else None
 
 
-def _open_model(options: opts.TrainedModel) -> tuple[ReVisionModel, Template]:
+def _open_model(
+    options: opts.LookOptions | opts.EvaluateOptions,
+) -> tuple[ReVisionModel, Template]:
+    """Load a trained model; a ValueError if the rows are of another encoder than its own."""
     import torch
 
+    from ..corpus.corpus import common_encoder
     from ..revision.generation import open_model
+    from ..revision.model import read_config
 
+    trained_on = read_config(Path(options.model)).encoder
+    if options.rows:
+        rows = _corpus(options, options.rows)
+        common_encoder((rows.path, rows.encoder), (options.model, trained_on))
     dtype = getattr(torch, options.dtype)
     return open_model(options.model, options.language_model, dtype, options.device)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from ..storage.paths import AnyPath, StoragePath, storage_path
+from ..storage.tensor_file import tensors_of
 from . import layout
 from .format_registry import read_shards, shard_paths
 from .formats import arrow
@@ -129,14 +131,19 @@ class Corpus:
 
     @property
     def encoder(self) -> str | None:
-        """Name and hash of the encoder, as `embed.json` of the rows records them, or None."""
+        """Name and hash of the encoder, as `embed` or `align` records them beside rows, or None."""
         folder = self.shards[0].path.parent
         root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((root / "embed.json").read_bytes())
             return f"{PurePath(record['model']).name} {record['made']['model']['weights']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        with suppress(OSError, ValueError):
+            with tensors_of(root / "aligner.safetensors", "an aligner", "align again") as (
+                _,
+                facts,
+            ):
+                return facts.get("encoder")
+        return None
 
     def __len__(self) -> int:
         return self.num_rows

@@ -67,6 +67,7 @@ class ReVisionConfig:
     visual_tokens: int = VISUAL_TOKENS  # K, the tokens of one image
     normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
     template: TemplateName = "plain"  # the template of the last training
+    encoder: str | None = None  # of the rows that it was trained on, where they say it
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..align import ReAlign
-from ..corpus.corpus import Corpus
+from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import ProjectorName, TemplateName
 from ..storage.paths import write_whole
 from .model import (
@@ -134,6 +134,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         arguments.eval_strategy = "no"
     model = _build_model(config, saved, arguments)
     model.revision_config.template = template.name
+    model.revision_config.encoder = saved.encoder if saved else config.rows.encoder
 
     from .trainer import ReVisionTrainer  # a subclass of Trainer, which transformers holds
 
@@ -236,6 +237,7 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
         expected = f"the model was trained on {saved.row_dimension}; embed with its encoder"
         columns = f"rows have {config.rows.dimension} columns"
         raise ValueError(f"{config.rows.path}: {columns}, {expected}")
+    saved.encoder = common_encoder((config.rows.path, config.rows.encoder), (start, saved.encoder))
     return saved
 
 

@@ -23,6 +23,7 @@ from support.small_models import picture, require, write_open_clip, write_pictur
 from realign_fast import Corpus, ReAlign, SharedSpace
 from realign_fast.cli import main
 from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
+from realign_fast.pipeline import align
 from realign_fast.storage.lock import locked
 
 
@@ -123,6 +124,9 @@ def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
         space = SharedSpace.fit(text=text, image=image)
     space.save(tmp_path / "space.safetensors")
     assert SharedSpace.load(tmp_path / "space.safetensors").encoder == back.encoder
+
+    align(Corpus(ours, "text"), Corpus(ours, "image"), tmp_path / "aligned")
+    assert Corpus(tmp_path / "aligned", "text").encoder == name
 
     both = rf"/theirs.* of the encoder .* 0123abcd, .* {weights}; embed both with one encoder"
     for fit in (ReAlign.fit, lambda a, b: SharedSpace.fit(text=a, image=b)):

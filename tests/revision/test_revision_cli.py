@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 from support.processes import run_apart
-from support.revision_parts import CAPTIONS, pretrain_command, words
+from support.revision_parts import CAPTIONS, QUIET, pretrain_command, words
 
 from realign_fast.cli import revision_commands
 from realign_fast.cli.main import main
@@ -89,6 +90,29 @@ def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert main(words("chat", "--model", trained, "--rows", world / "corpus", "--row", 3)) == 2
     assert "nothing to read questions from" in capsys.readouterr().err
+
+
+def test_rows_of_another_encoder_are_refused(trained, world, tmp_path, capsys):
+    for name in ("ours", "theirs"):
+        shutil.copytree(world / "corpus", tmp_path / name)
+        record = {"model": f"models/{name}", "made": {"model": {"weights": name}}}
+        (tmp_path / name / "embed.json").write_text(json.dumps(record))
+    short = ["--set", "max_steps=1", "--held-out", 0]
+    where = ["--data", world / "list.jsonl", "--rows", tmp_path / "ours", "--out", tmp_path / "one"]
+    assert main(words("finetune", "--model", trained, *where, *QUIET, *short)) == 0
+    assert json.loads((tmp_path / "one" / "revision.json").read_text())["encoder"] == "ours ours"
+    capsys.readouterr()
+    other = ["--model", tmp_path / "one", "--rows", tmp_path / "theirs"]
+    data = ["--data", world / "list.jsonl"]
+    for command in (
+        ["caption", *other, "--row", 1],
+        ["chat", *other, "--row", 1, "--ask", "what ?"],
+        ["evaluate", *other, *data],
+        ["finetune", *other, *data, "--out", tmp_path / "two", *QUIET],
+    ):
+        assert main(words(*command)) == 3
+        assert "theirs theirs, those of" in capsys.readouterr().err
+    assert main(words("caption", *other[:3], world / "corpus", "--row", 1)) == 0  # unknown: passes
 
 
 def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path, capsys):
