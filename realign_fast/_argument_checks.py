@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages take: a device's name, rows and counts."""
+"""Checks of arguments that several packages take: rows and counts."""
 
 from __future__ import annotations
 
@@ -7,31 +7,6 @@ import warnings
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def check_device(name: str | None) -> torch.device:
-    """Return the device that ``name`` ("cpu", "cuda" or "cuda:N") stands for.
-
-    ``None`` chooses CUDA where torch finds a GPU, and the CPU elsewhere.
-
-    Raises:
-        ValueError: the name is none of these, or torch finds no such GPU.
-    """
-    if name is None:
-        return torch.device("cuda" if _gpu_count() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= (count := _gpu_count()):
-        build = "" if torch.version.cuda else " (this torch is built without CUDA)"
-        raise ValueError(
-            f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices"
-            f"{build}; give cpu or one of those"
-        )
-    return device
 
 
 def expect_tensor(name: str, rows: object, argument: str = "rows", floating: bool = True) -> None:
@@ -86,7 +61,3 @@ def expect_counts(name: str, **counts: int) -> None:
     for option, count in counts.items():
         if not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"{name}: {option} is {count!r}, expected a whole number from 1")
-
-
-def _gpu_count() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

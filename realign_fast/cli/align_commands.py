@@ -183,7 +183,7 @@ def settings_from(options: opts.Passes) -> Settings:
     Raises:
         OptionError: options that exclude each other, or a device that this machine lacks.
     """
-    from .._argument_checks import check_device
+    from ..interface.devices import check_device
     from ..pipeline.settings import Settings
 
     if getattr(options, "engine", "local") == "local":  # the nodes of Ray check it themselves

@@ -20,6 +20,7 @@ from typer import Argument, BadParameter, Context, Option
 
 from ..interface import option_values as values
 from ..storage.paths import local_path, output_path, storage_path
+from ..storage.url import Url
 
 PANELS = ("Input", "Output", "Method", "Model", "Training", "Run", "Engine", "Messages")
 
@@ -127,24 +128,50 @@ def _kept(path: str) -> None:
 def read_options(context: Context, path: Path | None) -> Path | None:
     """Let the options in a file stand for those that are not given."""
     if path is not None:
+        advice = "give the report that align, apply, fit, embed or a training wrote"
         try:
             run = json.loads(path.read_bytes())["run"]
-            command_name, options = run["command"], dict(run["options"])
+            command_name, options = run["command"], {**run["options"]}
+            directory = str(run.get("directory", ""))
         except OSError as error:
-            advice = "give the report of a run"
-            raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from error
-        except (ValueError, KeyError, TypeError):
-            advice = "give the report that align, apply, fit, embed or a training wrote"
+            reason = f"{error.strerror}; give the report of a run"
+            raise OSError(error.errno, f"{path}: {reason}") from error
+        except ValueError:
+            raise BadParameter(f"{path}: is no JSON, or was cut off; {advice}") from None
+        except (KeyError, TypeError, AttributeError):
             raise BadParameter(f"{path}: holds no options of a run; {advice}") from None
         if command_name != context.info_name:
             raise BadParameter(f"{path}: holds options of {command_name}")
-        context.default_map = {key: value for key, value in options.items() if value is not None}
+        known: dict[str | None, Any] = {info.name: info for info in context.command.params}
+        context.default_map = {
+            name: _stored_value(f"{path}: option {name!r}", known.get(name), value, directory)
+            for name, value in options.items()
+            if value is not None
+        }
     return path
+
+
+def _stored_value(name: str, option: Any, value: Any, directory: str) -> Any:
+    """Return the value that a report holds for an option; paths are relative to ``directory``."""
+    if option is None:
+        raise BadParameter(f"{name} is none of this command; remove it from the file")
+    entries = value if option.multiple and isinstance(value, list) else [value]
+    kinds = {bool} if option.is_flag else {str, int, float}
+    if not kinds.issuperset(map(type, entries)):
+        expected = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise BadParameter(f"{name} is {value!r}, expected {expected}")
+    metavars = str(option.metavar).split("|")
+    if {"DIR", "FILE", "SOURCE", "MODEL"}.isdisjoint(metavars) or directory == os.getcwd():
+        return value
+    path = os.path.join(directory, value)
+    is_certain = metavars[0] in ("DIR", "FILE", "SOURCE") and value != "row"  # no name of a model
+    is_local = not isinstance(storage_path(value), Url)
+    return path if is_local and (is_certain or os.path.exists(path)) else value
 
 
 # Below, an option is on as few lines as it takes: its type, its help, its settings, its default.
 # fmt: off
-_directory = partial(_input, metavar="DIR")
+_directory = partial(_input, metavar="DIR", parser=_text(str))
 _file = partial(_input, metavar="FILE")
 _source = partial(_input, metavar="SOURCE")
 _usual = partial(_input, metavar="NAME", show_default="the usual names are tried")
@@ -155,7 +182,8 @@ _ROWS = "a directory of shards, or a clip-retrieval root"
 _SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
 SpaceMethod = Literal["auto", "calibrate", "center-calibrate", "center"]
 BatchBytes = Annotated[int, _run(
-    "process rows of this many bytes at a time; memory use is a few times as much", min=1)]
+    "process rows of this many bytes at a time; memory use is a few times as much, and the last "
+    "bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
@@ -337,8 +365,8 @@ class StatsOptions(Passes, MethodOptions, EngineOptions):
 class CorpusOptions(Reading):
     """One corpus."""
 
-    source: Annotated[str, Argument(rich_help_panel="Input", metavar="SOURCE", help=
-        "a shard, a directory of shards, a saved dataset, or the URL of one")]
+    source: Annotated[str, Argument(rich_help_panel="Input", metavar="SOURCE", parser=_text(str),
+        help="a shard, a directory of shards, a saved dataset, or the URL of one")]
     modality: Annotated[values.Modality | None, _input("side of a clip-retrieval root")] = None
 
 

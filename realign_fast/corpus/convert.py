@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..interface.option_values import OptionError
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
 from . import layout
@@ -55,8 +56,8 @@ def convert(
             must be given where the format lacks that type, since none is chosen without request.
     Raises:
         OSError: a file cannot be read or written, or another process works on `out`.
-        ValueError: `out` has other shards, a number lies beyond the range of `dtype`, or the format
-            cannot hold the corpus.
+        OptionError: `out` has other shards, such as those of a conversion that ended.
+        ValueError: a number lies beyond the range of `dtype`, or the format cannot hold the corpus.
     """
     if to not in FORMATS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(FORMATS)}")
@@ -114,7 +115,7 @@ def _begin(corpus: Corpus, out: StoragePath, settings: list[Any]) -> set[str]:
         return {path.name for path in present}
     if present:
         origin = "another conversion that did not end" if mark.is_file() else "there already"
-        raise ValueError(f"{present[0]}: is {origin}; give an empty directory for the result")
+        raise OptionError(f"{present[0]}: is {origin}; give an empty directory for the result")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(mark, identity.encode())
     return set()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._argument_checks import check_device
+from ..interface.devices import check_device
 from ..interface.option_values import DEFAULT_QUESTION
 from .conversation_files import IMAGE_MARK, Sample
 from .model import ReVisionModel, position_limit, transformers

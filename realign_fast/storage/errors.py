@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from ..interface.option_values import OptionError
+
 Participle = Literal["read", "written", "removed"]
 
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
@@ -124,7 +126,7 @@ def explained_error(
         fault = f"its bucket or folder is not there ({reason})" if written else "is not there"
         return FileNotFoundError(errno.ENOENT, f"{url}: {fault}; check its name")
     if "Protocol not known" in reason:
-        return ValueError(f"{url}: {reason}; expected one that fsspec knows")
+        return OptionError(f"{url}: {reason}; expected one that fsspec knows")
     if "range requests" in reason:
         fault = "its server sends whole files, not the ranges asked for"
         return OSError(errno.EOPNOTSUPP, f"{url}: {fault}; read simplecache::{url}")

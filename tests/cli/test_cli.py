@@ -193,7 +193,9 @@ def test_a_faulty_file_is_one_error_that_names_it(corpora, capsys, fault, words)
             3,
             ["text/emb_0.npy", "fit it again"],
         ),
-        (["align", "--source", "", *ALIGN[3:]], 3, ["empty path"]),
+        (["align", "--source", "foo://x", *ALIGN[3:]], 2, ["foo://x", "Protocol not known"]),
+        ([*ALIGN, "--device", "cuda:99"], 2, ["--device", "cuda:99"]),
+        (["convert", "root/img_emb", "text", "--to", "npy"], 2, ["text/emb_0.npy", "is there"]),
     ],
 )
 def test_a_wrong_argument_is_one_error_that_names_it(corpora, capsys, arguments, status, words):
@@ -234,6 +236,8 @@ def test_an_error_from_a_shell_has_its_status_and_no_trace(corpora):
         [*ALIGN, "--threads", "0"],
         [*ALIGN, "--threads", "999999"],
         [*ALIGN[:-1], ""],
+        ["align", "--source", "", *ALIGN[3:]],
+        ["inspect", ""],
         [*ALIGN, "--bad-rows", "drop"],
     ],
 )

@@ -367,7 +367,7 @@ def test_events_are_lines_of_json(capsys):
     assert json.loads(captured.out)["command"] == "align"
 
 
-def test_a_run_is_repeated_from_its_report(capsys):
+def test_a_run_is_repeated_from_its_report(capsys, monkeypatch):
     assert main.main([*ALIGN, "--method", "mean-shift", "--batch-bytes", "640", "--quiet"]) == 0
     first = json.loads(Path("out/report.json").read_text())
     assert first["run"]["options"]["method"] == "mean-shift"
@@ -375,9 +375,22 @@ def test_a_run_is_repeated_from_its_report(capsys):
     second = json.loads(Path("two/report.json").read_text())
     assert second["fitted"] == first["fitted"] and second["run"]["options"]["out"] == "two"
     assert Path("two/emb_3.npy").read_bytes() == Path("out/emb_3.npy").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        main.main(["fit", "--config", "out/report.json"])
-    assert stop.value.code == 2 and "holds options of align" in capsys.readouterr().err
+    os.mkdir("elsewhere")  # relative paths of the report are those of the directory it was run in
+    monkeypatch.chdir("elsewhere")
+    assert main.main(["align", "--config", "../out/report.json", "--out", "o", "--quiet"]) == 0
+    assert Path("o/emb_3.npy").read_bytes() == Path("../out/emb_3.npy").read_bytes()
+    text = Path("../out/report.json").read_text()
+    for command, content, words in (
+        ("fit", text, "holds options of align"),
+        ("align", text[:-9], "is no JSON, or was cut off"),
+        ("align", "{}", "holds no options of a run"),
+        ("align", text.replace('"workers": 1', '"workers": true'), "'workers' is True, expected"),
+        ("align", text.replace('"source": "text"', '"source": ["T"]'), "'source' is ['T'], exp"),
+        ("align", text.replace('"workers": 1', '"worker": 1'), "'worker' is none of this command"),
+    ):
+        Path("report.json").write_text(content)
+        assert ended([command, "--config", "report.json", "--out", "o"]) == ExitCode.USAGE
+        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_old_spelling_works_and_warns(caplog):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from realign_fast import Corpus, Moments
-from realign_fast._argument_checks import check_device
 from realign_fast.corpus import Batch
+from realign_fast.interface.devices import check_device
 from realign_fast.pipeline import shard_tasks
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.device_streams import (

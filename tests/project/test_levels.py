@@ -15,11 +15,10 @@ from realign_fast.ops import functions
 PACKAGE = Path(__file__).parents[2] / "realign_fast"
 # A package, or a module of the root, by the level it is on: an import goes to a lower level.
 LEVELS = (
-    ("_libraries", "_extras", "_argument_checks"),
+    ("_libraries", "_extras", "_argument_checks", "interface"),
     (
         "ops",
         "storage",
-        "interface",
         "_startup",
         "_one_thread",
         "_io",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..._argument_checks import check_device
+from ...interface.devices import check_device
 from ...interface.option_values import Precision
 from ..decode import pillow
 

@@ -1,0 +1,36 @@
+"""The device that a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from .option_values import OptionError
+
+
+def check_device(name: str | None) -> torch.device:
+    """Return the device that ``name`` ("cpu", "cuda" or "cuda:N") stands for.
+
+    ``None`` chooses CUDA where torch finds a GPU, and the CPU elsewhere.
+
+    Raises:
+        OptionError: the name is none of these, or torch finds no such GPU.
+    """
+    if name is None:
+        return torch.device("cuda" if _gpu_count() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= (count := _gpu_count()):
+        build = "" if torch.version.cuda else " (this torch is built without CUDA)"
+        raise OptionError(
+            f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices"
+            f"{build}; give cpu or one of those"
+        )
+    return device
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
