@@ -167,13 +167,6 @@ def test_the_page_runs_with_scikit_learn(names):
     close(names["hits"], space.query(sides["queries"]) @ placed.T)
 
 
-def test_the_page_runs_with_numpy(names):
-    names["space"].save("space.safetensors")
-    exec(page_code("numpy"), names)
-    for name, side in (("text", names["text_rows"]), ("image", names["image_rows"])):
-        close(names["place"](side, name), names["space"].documents(name, side))
-
-
 @pytest.mark.parametrize("store", ["lancedb", "qdrant_client"])
 def test_the_example_of_a_store_finds_more_images(store, capsys):
     pytest.importorskip(store, reason=f"{store} is not installed (extra `test` has it)")
