@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..interface.option_values import OptionError
+from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import StoragePath, output_path, storage_path
 from . import options as opts
-from .app import ExitCode, Result, command
+from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def stats(options: opts.StatsOptions) -> Result:
     """Compute and keep the statistics of one side for merge, as one job of an array."""
     from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
+    from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF, Side, stats
 
     if (options.source is None) == (options.target is None):
@@ -101,6 +102,9 @@ def stats(options: opts.StatsOptions) -> Result:
     if half and half.is_dir():
         raise OptionError(f"{half}: is a directory; name {half / HALF} itself")
     if half and not half.exists():
+        if half.name == HALF and (half.parent / STATS).is_dir():
+            advice = "run merge --after statistics, which says what is missing, and then this again"
+            raise UnfinishedShards(f"{half}: is not written yet; {advice}")
         raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
     run = AlignRun(
         settings_from(options), opts.shard_part(options.shard), engine=engine_from(options)
@@ -109,19 +113,16 @@ def stats(options: opts.StatsOptions) -> Result:
     return Result(done.summary(), "")
 
 
-@command("Job arrays", _SIDES)
-def merge(options: opts.MergeOptions) -> Result:
+@command("Job arrays", f"{_SIDES} --after statistics", f"{_SIDES} --after drift", _SIDES)
+def merge(options: opts.MergeOptions, after: opts.After = "apply") -> Result:
     """Fit a map from kept statistics, without reading rows, and say what is next."""
     from ..pipeline.job_array import merge
 
     source, target = _sides(options)
-    next_step, report, partly = merge(source, target, options.out, settings_from(options))
+    next_step, report = merge(source, target, options.out, settings_from(options), after)
     result = _reported(report, options.out, next_step) if report else Result({}, next_step)
-    return result._replace(
-        facts={"complete": report is not None, "next": next_step, **result.facts},
-        status=ExitCode.INCOMPLETE if partly else ExitCode.DONE,
-        answer=True,
-    )
+    facts = {"complete": report is not None, "next": next_step, **result.facts}
+    return result._replace(facts=facts, answer=True)
 
 
 @command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
@@ -217,7 +218,8 @@ def _check_merged(aligner: StoragePath) -> None:
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
         if (half := out / HALF).exists():
             advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"
-        raise FileNotFoundError(f"{out}: has statistics and no {ALIGNER}; {advice}")
+            advice += " --after drift"
+        raise UnfinishedShards(f"{out}: has statistics and no {ALIGNER}; {advice}")
 
 
 def _reported(report: dict[str, Any], out: str, *notes: str) -> Result:

@@ -181,7 +181,7 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
     if as_json:
         fields = {"exit_code": int(code), "kind": kind, "message": message}
         try:
-            write(_document(name, {"error": fields}))
+            write(_document(name, {**getattr(error, "facts", {}), "error": fields}))
         except OSError as full:
             LOGGER.error(full.strerror)
     LOGGER.error(message, extra={"event": {"event": "error", "kind": kind}})

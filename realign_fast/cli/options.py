@@ -194,6 +194,8 @@ LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
 Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--source", "--text")]
 Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one job of an array",
     metavar="I/N", parser=_text(shard_part))]
+After = Annotated[values.Step, _run("step of the job array that has ended: the status is 0 once "
+    "each of its shards is finished and the file for the next step is written, 4 before")]
 ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads, such as 2G")]
 WriteRate = Annotated[int | None, _rate("bytes a second that a machine writes")]
 Machines = Annotated[int, _run("machines that share the shards, at these rates each", min=1)]

@@ -8,6 +8,7 @@ FormatName = Literal[
     "npy", "npz", "pt", "safetensors", "parquet", "arrow", "arrow-stream", "hf", "pickle", "tar"
 ]
 Mode = Literal["incremental", "overwrite", "extend"]
+Step = Literal["statistics", "drift", "apply"]  # of a job array, in their order
 Method = Literal[
     "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
 ]
@@ -34,12 +35,12 @@ class OptionError(ValueError):
 
 
 class UnfinishedShards(ValueError):
-    """Some shards of a pass are not finished, and the run reads no rows.
+    """Some shards of a pass or of a job array are not finished, and the run reads no rows.
 
     Attributes:
-        finished: the number of shards of the pass that are finished.
+        facts: fields of the JSON document of the command, beside the error.
     """
 
-    def __init__(self, message: str, finished: int = 0) -> None:
+    def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)
-        self.finished = finished
+        self.facts = facts

@@ -8,11 +8,11 @@ same bytes as a run of one process. The order is: stats of both sides, merge, st
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..interface.option_values import OptionError, UnfinishedShards
+from ..interface.option_values import OptionError, Step, UnfinishedShards
 from ..storage.paths import AnyPath, output_path
 from .align_run import AlignRun, check_aligner, check_columns
 from .output import ALIGNER, Written, check_kept, check_output, check_place
@@ -48,37 +48,49 @@ def stats(
 
 
 def merge(
-    source: Corpus, target: Corpus, out: AnyPath, settings: Settings | None = None
-) -> tuple[str, dict[str, Any] | None, bool]:
-    """Go as far as the checkpoints in ``out`` allow.
+    source: Corpus,
+    target: Corpus,
+    out: AnyPath,
+    settings: Settings | None = None,
+    after: Step = "apply",
+) -> tuple[str, dict[str, Any] | None]:
+    """Go as far as the checkpoints in ``out`` allow, and make sure that a step is finished.
+
+    ``after`` is the step of the array that has ended. After ``"statistics"`` the map without its
+    last step is written, also where the drift is known already: the jobs of the drift read it.
 
     Returns:
-        A sentence on what is done and what is next, the report once every shard is aligned, and
-        whether a step of the array is finished in part.
+        A sentence on what is done and what is next, and the report once every shard is aligned.
 
     Raises:
-        UnfinishedShards: moments of a shard are missing.
+        UnfinishedShards: a shard of ``after``, or of a step before it, is not finished; the message
+            says what is next.
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
     check_output(directory, [Written(source, source.subfolder)], run.settings, [target])
     check_columns(source, target)
     half_path, path = directory / HALF, directory / ALIGNER
+    finished_steps, written, next_step = 0, "", "stats --shard i/n of both sides"
     with run.output_directory(directory):
-        *_, aligner = run.half_fit(source, target)
         try:
-            drift = run.measure("source drift", source, aligner).moments
-        except UnfinishedShards as error:
+            *_, aligner = run.half_fit(source, target)
             aligner.save(half_path)
-            next_step = f"stats --aligner {half_path} --shard i/n ({error})"
-            return f"wrote {half_path}; next: {next_step}", None, error.finished > 0
-        aligner.record_drift(drift)
-        half_path.unlink(missing_ok=True)
-        try:
+            finished_steps, written = 1, f"wrote {half_path}; "
+            next_step = f"stats --aligner {half_path} --shard i/n"
+            if after == "statistics":
+                return f"{written}next: {next_step}", None
+            aligner.record_drift(run.measure("source drift", source, aligner).moments)
+            finished_steps, written = 2, f"wrote {path}; "
+            next_step = f"apply --aligner {path} --shard i/n"
+            half_path.unlink(missing_ok=True)
             aligned = run.apply(aligner, source, directory)
         except UnfinishedShards as error:
-            next_step = f"apply --aligner {path} --shard i/n ({error})"
-            return f"wrote {path}; next: {next_step}", None, error.finished > 0
+            next_step = f"{written}next: {next_step} ({error})"
+            if finished_steps <= get_args(Step).index(after):
+                facts = {"complete": False, "next": next_step}
+                raise UnfinishedShards(next_step, **facts) from error
+            return next_step, None
         aligner.record_residual(aligned)
         aligner.save(path)
         report = run.finish(directory, aligner, source, target, aligned)
-    return f"wrote {path}; every shard is aligned", report, False
+    return f"{written}every shard is aligned", report

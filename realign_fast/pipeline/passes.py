@@ -183,8 +183,7 @@ class PassRunner:
         if unfinished:
             raise UnfinishedShards(
                 f"{name}: {len(unfinished)} of {len(shards)} shards are not finished with these "
-                f"options, first {unfinished[0]}; run their part of the job array with them",
-                finished=len(shards) - len(unfinished),
+                f"options, first {unfinished[0]}; run their part of the job array with them"
             )
         if task.checkpoints and self.part[1] == 1:
             self.manifest_passes[name] = {"facts": task.checkpoints.facts, "shards": entries}

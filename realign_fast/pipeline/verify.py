@@ -19,11 +19,13 @@ import torch
 from ..align import ReAlign
 from ..corpus import Corpus, format_of
 from ..corpus.format_registry import read_shards
+from ..interface.option_values import UnfinishedShards
 from ..moments import Moments
 from ..shared_space import RoleMap, SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
+from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, storage_path
-from .checkpoints import checksum, digest, map_hash
+from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
 from .output import ALIGNER, REPORT, SPACE
 from .unify_run import map_of
@@ -44,10 +46,20 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     """Return how much was checked and a line for each fault; none if ``out`` is as it was written.
 
     Raises:
-        FileNotFoundError: ``out`` has no manifest.
+        FileNotFoundError: ``out`` has no manifest, and no run has begun there.
+        UnfinishedShards: a run or a job array has begun there, and has written no manifest yet.
+        ValueError: the manifest is damaged, so that nothing says what to expect.
+        OSError: a run is working on ``out``.
     """
     out = storage_path(out)
+    if not ((out / MANIFEST).is_file() and (out / REPORT).is_file()):
+        check_not_locked(out / STATS)
     if not (out / MANIFEST).is_file():
+        if (out / STATS).is_dir():
+            raise UnfinishedShards(
+                f"{out}: has statistics and no {MANIFEST}: its run or job array has not ended; run "
+                "the same command again (it resumes), or the missing jobs and merge, then verify"
+            )
         raise FileNotFoundError(
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
             "(it resumes), then verify"

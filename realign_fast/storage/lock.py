@@ -54,6 +54,20 @@ def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
         yield
 
 
+def check_not_locked(folder: AnyPath) -> None:
+    """Raise an OSError (EBUSY) if a process holds ``folder`` or a part of it; write nothing."""
+    folder = storage_path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.name.startswith("lock"):
+            continue
+        if isinstance(path, Url):
+            if (holder := _read(path)) is not None and not _is_dead(holder):
+                raise OSError(errno.EBUSY, _busy_message(path, holder))
+        elif path.is_file() and os.access(path, os.R_OK):
+            with open(path) as file:
+                _acquire_local(file.fileno(), path, alone=False)
+
+
 def _refuse_links_of_others(folder: LocalPath) -> None:
     """Refuse links to folders, in ``folder`` and beside it, that other users made.
 

@@ -130,9 +130,9 @@ def test_json_of_every_step_of_a_job_array(capsys):
     for command in (
         ["stats", "--text", "text", "--out", "parts"],
         ["stats", "--image", "image", "--out", "parts"],
-        ["merge", *SIDES, "--out", "parts"],
+        ["merge", *SIDES, "--out", "parts", "--after", "statistics"],
         ["stats", "--text", "text", "--out", "parts", "--aligner", "parts/half.safetensors"],
-        ["merge", *SIDES, "--out", "parts"],
+        ["merge", *SIDES, "--out", "parts", "--after", "drift"],
         ["apply", "--text", "text", "--aligner", "parts", "--out", "parts", "--shard", "1/2"],
     ):
         assert run(*command) == 0
@@ -280,9 +280,11 @@ FAILURES = [
         "embed --images text --model m --out o", f"pretrain --language-model m {TRAIN}",
         f"finetune --model m {TRAIN}", f"caption {LOOK}", f"chat {LOOK} --row 1",
         "evaluate --model m --data list.json --rows text"]),
-    (ExitCode.INCOMPLETE, part, [f"merge {TEXT}"]),
+    (ExitCode.INCOMPLETE, part, [f"merge {TEXT}", "verify out",
+        "apply --aligner out --text text --out out --shard 1/2",
+        "stats --text text --out out --aligner out/half.safetensors"]),
     (ExitCode.LOCKED, lock, [f"align {TEXT}", f"fit {TEXT}", f"merge {TEXT}", f"unify {TEXT}",
-        "stats --image image --out out"]),
+        "verify out", "stats --image image --out out"]),
     (ExitCode.LOCKED, locked_and_fitted, ["apply --aligner fitted --text text --out out"]),
     (ExitCode.PLACE, nothing, ["align --text no --image image --out o",
         "align --text text --image no --out o", "fit --text no --image image --out o",

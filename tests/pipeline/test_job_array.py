@@ -48,15 +48,22 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
     for side in ("text", "image"):
         for job in jobs:
             run("stats", f"--{side}", side, *options, "--shard", job)
-    run(*command)
+    assert main.main([*command, "--after", "drift"]) == 4
+    capsys.readouterr()
+    assert main.main([*command, "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["complete"] is False  # although no drift has begun
+    run(*command, "--after", "statistics")
     assert "next: stats --aligner out/half.safetensors" in capsys.readouterr().out
     drift = ["stats", "--text", "text", *options, "--aligner", "out/half.safetensors"]
     for job in jobs:
         run(*drift, "--shard", job)
-    run(*command)
+    run(*command, "--after", "drift")
+    assert main.main(command) == 4  # the last step has not begun
     assert "next: apply --aligner out/aligner.safetensors" in capsys.readouterr().out
     for job in jobs:
         run("apply", "--text", "text", "--aligner", "out", "--out", "out", "--shard", job)
+    run(*command, "--after", "statistics")
+    run(*drift)  # a step that is submitted again finds its map
     run(*command)
     assert "every shard is aligned" in capsys.readouterr().out
     run("align", "--text", "text", "--image", "image", "--out", "one", "--method", method)
@@ -68,7 +75,15 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
 def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
     run("stats", "--image", "image", "--out", "out")
     run("stats", "--text", "text", "--out", "out", "--shard", "1/2")
-    assert main.main(["merge", "--text", "text", "--image", "image", "--out", "out"]) == 4
+    merge = ["merge", "--text", "text", "--image", "image", "--out", "out"]
+    for options in ([], ["--after", "statistics"]):
+        assert main.main([*merge, *options, "--json"]) == 4
+        found = json.loads(capsys.readouterr().out)
+        assert not found["complete"] and found["next"].startswith("next: stats --shard i/n")
+        assert found["error"]["message"] == found["next"] and found["error"]["exit_code"] == 4
+    stats = ["stats", "--text", "text", "--out", "out", "--aligner", "out/half.safetensors"]
+    assert main.main(stats) == 4 and "run merge --after statistics" in capsys.readouterr().err
+    assert main.main(merge) == 4
     error = capsys.readouterr().err
     assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
 
@@ -79,11 +94,11 @@ def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
     for side in ("text", "image"):
         run("stats", f"--{side}", side, "--out", "out")
     apply = ["apply", *sides[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
-    assert main.main(apply) == 6
+    assert main.main(apply) == 4
     message = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
     assert message in capsys.readouterr().err
-    run("merge", *sides, "--out", "out")
-    assert main.main(apply) == 6
+    run("merge", *sides, "--out", "out", "--after", "statistics")
+    assert main.main(apply) == 4
     assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
 
 

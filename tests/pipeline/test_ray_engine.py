@@ -172,14 +172,14 @@ def test_ray_and_a_job_array_write_the_same_bytes(corpora, engine):
     def run(*arguments):
         assert main.main([*arguments, "--out", "parts", "--quiet"]) == 0
 
-    for _ in range(2):
+    for step in ("statistics", "drift"):
         parts = [("--shard", f"{part}/2") for part in (2, 1)]
         half = ["--aligner", "parts/half.safetensors"] if Path("parts").exists() else []
         for part in parts:
             run("stats", "--text", "text", *half, *part)
             if not half:
                 run("stats", "--image", "image", *part)
-        run("merge", "--text", "text", "--image", "image")
+        run("merge", "--text", "text", "--image", "image", "--after", step)
     for part in parts:
         run("apply", "--text", "text", "--aligner", "parts", *part)
     run("merge", "--text", "text", "--image", "image")
