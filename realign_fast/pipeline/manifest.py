@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from ..corpus import Corpus
@@ -32,6 +33,7 @@ _SHARD: dict[str, Any] = dict.fromkeys(("path", "dtype", "stats", "blake2b"), st
 _SHARD |= dict.fromkeys(("rows", "dimension"), int)
 _WRITTEN_FACTS: dict[str, Any] = {"folder": str, "map": str}
 _WRITTEN: dict[str, Any] = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
+_PATHS_IN_OUT = "stats", "folder", "name"  # are opened, so that none may lead out of the output
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
@@ -102,7 +104,11 @@ def _first_fault(manifest: Any) -> str:
         for part, values, types in parts:
             for key, allowed in types.items():
                 known = isinstance(values, dict) and key in values
-                if not known or not isinstance(values[key], allowed):
+                is_ours = known and isinstance(values[key], allowed)
+                if is_ours and key in _PATHS_IN_OUT:
+                    place = PurePosixPath(values[key])
+                    is_ours = not place.is_absolute() and ".." not in place.parts
+                if not is_ours:
                     value = repr(values[key])[:60] if known else "nothing"
                     return f"{value} as {key} of {part} of {name}"
     return ""

@@ -18,7 +18,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.engines.local import engine_of, worker_number
 from realign_fast.pipeline.settings import Settings
 from realign_fast.storage.errors import memory_explained
-from realign_fast.storage.lock import locked
+from realign_fast.storage.lock import check_not_locked, locked
 
 D, SHARDS = 16, (40, 1, 0, 70, 33)
 ROOT = Path(main.__file__).resolve().parents[2]
@@ -133,9 +133,12 @@ def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):
         with pytest.raises(OSError, match=f"process {os.getpid()} on .* is working on it"):
             with locked(tmp_path, "1-of-2"):
                 pass
+        with pytest.raises(OSError, match=f"process {os.getpid()} on .* is working on it"):
+            check_not_locked(tmp_path)
         with pytest.raises(OSError, match="or its job array"):
             with locked(tmp_path):
                 pass
+    check_not_locked(tmp_path)
     with locked(tmp_path):
         with pytest.raises(OSError, match="is working on it"):
             with locked(tmp_path, "1-of-2"):
