@@ -94,7 +94,8 @@ def stats(options: opts.StatsOptions) -> Result:
     from ..pipeline.job_array import HALF, Side, stats
 
     if (options.source is None) == (options.target is None):
-        raise OptionError("stats: expected --source or --target, got both or neither; give one")
+        given = "both" if options.source is not None else "neither"
+        raise OptionError(f"stats: expected --text or --image, got {given}; give one")
     side: Side = "target" if options.source is None else "source"
     path = options.source or options.target or ""
     rows = open_corpus(options, path, "text" if side == "source" else "image")
@@ -127,7 +128,7 @@ def merge(options: opts.MergeOptions, after: opts.After = "apply") -> Result:
 
 @command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
 def plan(
-    options: opts.FitOptions,
+    options: opts.PlanOptions,
     read_rate: opts.ReadRate = None,
     write_rate: opts.WriteRate = None,
     machines: opts.Machines = 1,

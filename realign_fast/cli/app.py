@@ -75,6 +75,12 @@ def escaped(text: str, mark: str = "\\x") -> str:
     return re.sub("[\udc80-\udcff]", lambda byte: f"{mark}{ord(byte[0]) - 0xDC00:02x}", text)
 
 
+def unwritable_output(reason: str | None) -> str:
+    """Return the message of an error of standard output."""
+    advice = "make room where it goes, and run the same command again"
+    return f"standard output: cannot be written ({reason}); {advice}"
+
+
 def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a text, and what was printed before it, at once; on stdout if no stream is given.
 
@@ -93,6 +99,4 @@ def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is buffered
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            advice = "make room where it goes, and run the same command again"
-            message = f"standard output: cannot be written ({error.strerror}); {advice}"
-            raise OSError(error.errno, message) from error
+            raise OSError(error.errno, unwritable_output(error.strerror)) from error

@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from inspect import Signature
 from itertools import product
@@ -23,7 +24,7 @@ import typer
 
 from .. import __version__
 from ..interface.option_values import OptionError, UnfinishedShards
-from ..storage.errors import memory_explained
+from ..storage.errors import explained, memory_explained
 from . import (  # noqa: F401
     align_commands,
     corpus_commands,
@@ -32,7 +33,7 @@ from . import (  # noqa: F401
     space_commands,
 )
 from . import options as opts
-from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, write
+from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, unwritable_output, write
 
 SCHEMA_VERSION = 1  # of every JSON document that is printed; a field that is added keeps it
 
@@ -78,8 +79,9 @@ def _invoke(words: list[str]) -> int:
     if "_REALIGN_FAST_COMPLETE" in os.environ:
         _application(None).main(words, "realign-fast")
     application = _application("".join(words[:1]))
+    output = explained(unwritable_output) if "--help" in words else nullcontext()
     try:
-        with application.make_context("realign-fast", _words(words)) as context:
+        with output, application.make_context("realign-fast", _words(words)) as context:
             return int(application.invoke(context))
     except typer.Exit as done:
         write()

@@ -191,7 +191,7 @@ Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", me
     parser=_text(_kept))]
 LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
     parser=_text(local_path))]
-Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--source", "--text")]
+Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--text", "--source")]
 Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one job of an array",
     metavar="I/N", parser=_text(shard_part))]
 After = Annotated[values.Step, _run("step of the job array that has ended: the status is 0 once "
@@ -222,7 +222,7 @@ class Common(Options):
     log_json: Annotated[bool, _messages("write messages as lines of JSON to stderr")] = False
     progress_interval: Annotated[float, _messages("time between progress messages of --log-json",
         metavar="SECONDS", min=0)] = 30.0
-    threads: Annotated[int | None, _run("number of CPU threads", min=1,
+    threads: Annotated[int | None, _run("number of CPU threads, at most four for each CPU", min=1,
         max=4 * (os.cpu_count() or 1), show_default="as many as torch chooses")] = None
 
 
@@ -299,7 +299,7 @@ class MergeOptions(Passes, MethodOptions):
     """Options of ``merge``, and of every command that fits a map from a source to a target."""
 
     source: Source
-    target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--target", "--image")]
+    target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--image", "--target")]
     out: Out
     target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
         show_default="that of --column")] = None
@@ -316,6 +316,12 @@ class FitOptions(MergeOptions, Resuming, EngineOptions):
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
     memory: Annotated[int, _size("keep a source up to this size in memory between passes, such as "
         "4G (G is 2^30 bytes)")] = 0
+
+
+class PlanOptions(FitOptions):
+    """Options of ``plan``, which is a dry run."""
+
+    dry_run: bool = True
 
 
 class ApplyOptions(Passes, Resuming, EngineOptions):
@@ -356,8 +362,8 @@ class UnifyOptions(Passes, Resuming, EngineOptions):
 class StatsOptions(Passes, MethodOptions, EngineOptions):
     """Options of ``stats``, which takes one side."""
 
-    source: Annotated[str | None, _directory("measure the source", "--source", "--text")] = None
-    target: Annotated[str | None, _directory("measure the target", "--target", "--image")] = None
+    source: Annotated[str | None, _directory("measure the source", "--text", "--source")] = None
+    target: Annotated[str | None, _directory("measure the target", "--image", "--target")] = None
     out: Out
     shard: Shard = "1/1"
     aligner: Annotated[str | None, _file("half.safetensors that merge wrote: measure the drift of "

@@ -105,7 +105,7 @@ class HubObject:
         """
         path: StoragePath = storage_path(name_or_path)
         if path.is_dir():
-            path = path / next((name for name in _FILES if (path / name).exists()), _FILES[0])
+            path = next((path / name for name in _FILES if (path / name).exists()), path)
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
             user = (
                 f"Loading {str(name_or_path)!r}, which is no local path, from the Hugging Face hub"
@@ -113,8 +113,9 @@ class HubObject:
             hub = import_extra("huggingface_hub", "hub", user)
             path = local_path(hub.hf_hub_download(str(name_or_path), _FILES[0], **hub_options))
         if not path.is_file():
+            fault = f"holds none of {', '.join(_FILES)}" if path.is_dir() else "no such file"
             raise FileNotFoundError(
-                f"{path}: no such file; expected a file written by save, save_pretrained or "
+                f"{path}: {fault}; expected a file written by save, save_pretrained or "
                 "realign-fast, or a hub repository `owner/name`"
             )
         loaded: _Object = cls.load(path)

@@ -193,6 +193,12 @@ def test_a_faulty_file_is_one_error_that_names_it(corpora, capsys, fault, words)
             3,
             ["text/emb_0.npy", "fit it again"],
         ),
+        (["stats", *ALIGN[1:]], 2, ["--text or --image, got both"]),
+        (
+            ["apply", "--aligner", "text", "--source", "text", "--out", "out"],
+            6,
+            ["text: holds none"],
+        ),
         (["align", "--source", "foo://x", *ALIGN[3:]], 2, ["foo://x", "Protocol not known"]),
         ([*ALIGN, "--device", "cuda:99"], 2, ["--device", "cuda:99"]),
         (["convert", "root/img_emb", "text", "--to", "npy"], 2, ["text/emb_0.npy", "is there"]),

@@ -324,6 +324,8 @@ def test_each_failure_of_each_command_has_its_status(capsys, code, prepare, comm
     printed = capsys.readouterr()
     assert status == code, printed.err
     assert "Traceback" not in printed.err and (code in (1, 4) or "error: " in printed.err)
+    if prepare is full_stdout:
+        assert "standard output: cannot be written" in printed.err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
