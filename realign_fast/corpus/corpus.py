@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from ..storage.paths import AnyPath, StoragePath, storage_path
-from ..storage.tensor_file import tensors_of
 from . import layout
 from .format_registry import read_shards, shard_paths
 from .formats import arrow
@@ -138,6 +137,10 @@ class Corpus:
             record = json.loads((root / "embed.json").read_bytes())
             return f"{PurePath(record['model']).name} {record['made']['model']['weights']}"
         with suppress(OSError, ValueError):
+            from ..storage.tensor_file import (
+                tensors_of,
+            )  # with safetensors, which info does not need
+
             with tensors_of(root / "aligner.safetensors", "an aligner", "align again") as (
                 _,
                 facts,

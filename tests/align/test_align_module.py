@@ -143,7 +143,7 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
     (tmp_path / "notes.txt").write_text("no aligner")
     with pytest.raises(ValueError, match=r"notes\.txt: expected an aligner written by"):
         ReAlign.load(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError, match="holds none of model.safetensors, aligner"):
+    with pytest.raises(FileNotFoundError, match="holds none of model"):
         ReAlign.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file; expected a file written"):
         ReAlign.from_pretrained(tmp_path / "missing.safetensors")
