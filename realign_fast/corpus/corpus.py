@@ -137,14 +137,10 @@ class Corpus:
             record = json.loads((root / "embed.json").read_bytes())
             return f"{PurePath(record['model']).name} {record['made']['model']['weights']}"
         with suppress(OSError, ValueError):
-            from ..storage.tensor_file import (
-                tensors_of,
-            )  # with safetensors, which info does not need
+            from ..storage.tensor_file import tensors_of  # loads safetensors
 
-            with tensors_of(root / "aligner.safetensors", "an aligner", "align again") as (
-                _,
-                facts,
-            ):
+            aligner = root / "aligner.safetensors"
+            with tensors_of(aligner, "an aligner", "align again") as (_, facts):
                 return facts.get("encoder")
         return None
 
