@@ -13,7 +13,7 @@ import math
 import warnings
 from collections import Counter
 from contextlib import suppress
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,12 @@ class Moments:
         self.with_covariance = covariance
         self.total = self.energy_total = self.counts = None
         self.scatter = Scatter(normalize, accurate) if covariance else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle; the scatter of one of version 0.1.0 has no options of its own."""
+        self.__dict__.update(state)
+        if self.scatter is not None:
+            self.scatter.normalize, self.scatter.accurate = self.normalize, self.accurate
 
     def update(
         self,
