@@ -136,8 +136,12 @@ def test_what_does_not_fit_is_refused(search, change, message):
         metrics.mixed_gallery(**arguments)
 
 
-def test_rows_that_are_no_tensors_are_refused(search):
+def test_arrays_are_taken_and_lists_are_refused(search):
     queries, galleries, relevant, _ = search
     arrays = {name: rows.numpy() for name, rows in galleries.items()}
-    with pytest.raises(TypeError, match=r"mixed_gallery, text: expected rows as .*, got ndarray"):
-        metrics.mixed_gallery(queries, arrays, relevant)
+    found = metrics.mixed_gallery(queries.numpy(), arrays, relevant)
+    expected = metrics.mixed_gallery(queries, galleries, relevant)
+    assert found.recall == expected.recall and found.ndcg == expected.ndcg
+    lists = {name: rows.tolist() for name, rows in galleries.items()}
+    with pytest.raises(TypeError, match=r"mixed_gallery, text: expected rows as .*, got list"):
+        metrics.mixed_gallery(queries, lists, relevant)
