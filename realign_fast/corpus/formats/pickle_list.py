@@ -47,7 +47,7 @@ class PickledShard(StreamedShard):
 
     @property
     def places(self) -> Any:
-        """Where the rows lie in the file, as `_io.PickledRows`; None if entries must be built."""
+        """Places of the rows in the file, as `_io.PickledRows`; None if entries must be built."""
         return _places(self.path, self.stamp, self.names)
 
     @property
