@@ -111,7 +111,7 @@ class RoleMap:
         """The map into the first block, not rounded, for :meth:`Moments.update`."""
         return lambda rows: self._block(rows, min(self.scales), out_dtype=working_dtype(rows))
 
-    def map(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Return rows [N, D] as rows of the index, [N, ``columns``] of their dtype, or in ``out``.
 
         Each row is read once a block, with the arithmetic, the errors and the bad rows of
@@ -140,8 +140,6 @@ class RoleMap:
             else:
                 self._block(rows, first, out=part)
         return wide
-
-    __call__ = map
 
     def to(self, device: torch.device | str) -> RoleMap:
         """Return the same map with its centre on ``device``."""

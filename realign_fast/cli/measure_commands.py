@@ -38,30 +38,32 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
     from ..metrics.estimate import plain
     from ..shared_space import SharedSpace
 
-    given = open_space(options, "fit", "splits")
+    fitted_space = open_space(options, "fit", "splits")
     rows, repeated = _paired_rows(options)
     method = options.fit or "auto"
-    splits, count = 1 if given else options.splits or 10, len(rows["text"])
+    splits, count = 1 if fitted_space else options.splits or 10, len(rows["text"])
     roles = [options.queries] if options.queries else list(_OTHER)
-    if given and given.layout == "single" and not options.queries:
-        roles = [given.query_role]
-    found: dict[tuple[str, str], list[MixedGallery]] = defaultdict(list)
+    if fitted_space and fitted_space.layout == "single" and not options.queries:
+        roles = [fitted_space.query_role]
+    galleries: dict[tuple[str, str], list[MixedGallery]] = defaultdict(list)
     bar = Progress(splits * len(roles), "search", unit="search", shown=shows_progress(options))
     with bar:
         for split in range(splits):
             order = torch.randperm(count, generator=torch.Generator().manual_seed(split))
-            half = 0 if given else count // 2
+            half = 0 if fitted_space else count // 2
             fitted: dict[str, Any] = {name: side[order[:half]] for name, side in rows.items()}
             raw = {name: side[order[half:]] for name, side in rows.items()}
             number = torch.arange(count - half)
             for role in roles:
-                space = given or SharedSpace.fit(**fitted, query_role=role, method=method)
+                space = fitted_space or SharedSpace.fit(**fitted, query_role=role, method=method)
                 placed = {name: space.documents(name, side) for name, side in raw.items()}
                 searches = {"encoder": (raw[role], raw)}
                 searches["space"] = space.query(raw[role], role), placed
                 for way, (queries, documents) in searches.items():
                     relevant, own = {_OTHER[role]: number}, {role: number}
-                    found[role, way].append(mixed_gallery(queries, documents, relevant, own=own))
+                    galleries[role, way].append(
+                        mixed_gallery(queries, documents, relevant, own=own)
+                    )
                 bar.update()
     facts: dict[str, Any] = {"pairs": count, "searched": count - half, "splits": splits}
     facts["repeated"] = repeated
@@ -70,7 +72,7 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
         lines.append(f"left out: {repeated:,} pairs with a row of an earlier pair")
     for role in roles:
         ways = ("encoder", "space")
-        columns = {way: over_splits(found[role, way]).figures(_OTHER[role]) for way in ways}
+        columns = {way: over_splits(galleries[role, way]).figures(_OTHER[role]) for way in ways}
         facts[f"{role}_queries"] = {way: plain(column) for way, column in columns.items()}
         lines += ["", *_table(f"{role} queries", columns)]
     return Result(facts, "\n".join(lines), answer=True)
@@ -110,7 +112,7 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     names = names or ["realign", "optimal-transport", "center"]
     total = options.seeds * (2 + len(names))
     with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
-        found = substitution(
+        result = substitution(
             text,
             image,
             *labels,
@@ -122,13 +124,17 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
             on_reader=bar.update,
         )
     tested_count = round(len(image) * options.test)
-    figures = {"loss": found.loss, "accuracy": found.accuracy, "share_closed": found.share_closed}
+    figures = {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "share_closed": result.share_closed,
+    }
     facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
     facts |= {"without_words": dict(zip(_OTHER, wordless, strict=True))}
     facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
     facts["interval"] = {
         name: [*plain({"low": low, "high": high}).values()]
-        for name, (low, high) in found.interval.items()
+        for name, (low, high) in result.interval.items()
     }
     title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
     left_out = f"left out without a word: {wordless[0]:,} texts, {wordless[1]:,} images"
@@ -212,33 +218,35 @@ def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
             f"{paths}: {counts[0]} and {counts[1]} rows, expected pairs in one order; give "
             "--pairs id where both sides have ids"
         )
+    sampled = _spread(count, options.sample)
     if pairs is None and sides[0].path != sides[1].path:
-        _warn_of_other_ids(sides)
-    chosen = [pairs[n] if pairs else (n, n) for n in _spread(count, options.sample)]
+        _warn_of_other_ids(sides, sampled)
+    chosen = [pairs[n] if pairs else (n, n) for n in sampled]
     if count >= _FEWEST:
         rows = _rows(sides, list(zip(*chosen, strict=True)))
         is_first = _is_first(rows[0]) & _is_first(rows[1])
         if (count := int(is_first.sum())) >= _FEWEST:
-            kept = {name: side[is_first] for name, side in zip(_OTHER, rows, strict=True)}
-            return kept, len(chosen) - count
+            pairs_of_rows = {name: side[is_first] for name, side in zip(_OTHER, rows, strict=True)}
+            return pairs_of_rows, len(chosen) - count
     raise OptionError(
         f"{paths}: {count} pairs of different rows, expected {_FEWEST} or more; give more pairs"
     )
 
 
-def _warn_of_other_ids(sides: Sequence[Corpus]) -> None:
-    """Warn if both sides have ids and the first rows with two ids are taken as a pair."""
+def _warn_of_other_ids(sides: Sequence[Corpus], places: Sequence[int]) -> None:
+    """Warn if both sides have ids and rows with two ids are taken as a pair, of those sampled."""
     from ..revision.id_index import ID_COLUMNS
 
     with suppress(ValueError):  # a side without ids
-        ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
-        row = next((n for n, (a, b) in enumerate(zip(*ids, strict=True)) if a != b), None)
-        if row is not None:
-            warnings.warn(
-                f"{sides[0].path}, {sides[1].path}: row {row} is taken as a pair and has the ids "
-                f"{ids[0][row]!r} and {ids[1][row]!r}; give --pairs id if ids tell the pairs",
-                stacklevel=2,
-            )
+        ids = [_values(side, places, ID_COLUMNS) for side in sides]
+        for row, first, second in zip(places, *ids, strict=True):
+            if first != second:
+                warnings.warn(
+                    f"{sides[0].path}, {sides[1].path}: row {row} is taken as a pair and has the "
+                    f"ids {first!r} and {second!r}; give --pairs id if ids tell the pairs",
+                    stacklevel=2,
+                )
+                break
 
 
 def _fit(

@@ -105,11 +105,8 @@ def unify(
         space.save(directory / SPACE)
         for row_map, result in zip(maps, results, strict=True):
             moments = run.write(result, row_map, directory)
-            name = result.pass_name.removeprefix("apply ")
-            fitted = space.query_mean(name.removesuffix(_QUERIES))
-            if name in space.sides:
-                fitted = space.sides[name].centre, space.sides[name].count
             if moments.count:
+                fitted = _fitted_mean(space, result.pass_name)
                 warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted)
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
@@ -132,6 +129,14 @@ def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
     return space.document_map(role)
 
 
+def _fitted_mean(space: SharedSpace, pass_name: str) -> tuple[Tensor, int]:
+    """Return the mean [D] and the number of the rows that a pass's rows are drawn like."""
+    role = pass_name.removeprefix("apply ")
+    if role.endswith(_QUERIES):
+        return space.query_mean(role.removesuffix(_QUERIES))
+    return space.sides[role].centre, space.sides[role].count
+
+
 def sample_of(settings: Settings, corpus: Corpus) -> int | None:
     """Return how many rows of a corpus are measured; None is every row, with checkpoints."""
     count = settings.fit_rows
@@ -140,17 +145,17 @@ def sample_of(settings: Settings, corpus: Corpus) -> int | None:
 
 def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
     """Fit a space in passes of ``run``."""
-    first, *others = sides.corpora.values()
-    for corpus in others:
+    first, *later_corpora = sides.corpora.values()
+    for corpus in later_corpora:
         check_columns(corpus, first)
     measured: list[tuple[Corpus, Moments]] = []  # documents
 
     def measure(name: str, centre: Tensor | None) -> Moments:
         """Measure a corpus, or a sample of it if it is larger."""
-        corpus, kind = sides.corpora[name], "moments" if centre is None else "centred"
+        corpus, statistics = sides.corpora[name], "moments" if centre is None else "centred"
         row_map = None if centre is None else RoleMap(centre, True, {0: 1.0}, len(centre))
         run.count = sample_of(run.settings, corpus)
-        moments = run.measure(f"{name} {kind}", corpus, row_map, covariance=True).moments
+        moments = run.measure(f"{name} {statistics}", corpus, row_map, covariance=True).moments
         if centre is None and name in sides.documents:
             for earlier in measured:
                 check_different(earlier, (corpus, moments))

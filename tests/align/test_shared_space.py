@@ -242,7 +242,13 @@ def test_dtypes_and_arrays_are_kept(demo, dtype):
         assert str(metrics.mixed_gallery(array, {"image": array}, **given)) == str(expected)
         read_only = image.numpy().copy()
         read_only.flags.writeable = False
-        assert np.array_equal(space.image(read_only), array)
+        torch.set_warn_always(True)  # else torch warns once in a process, maybe in another test
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="The given NumPy array is not writable")
+                assert np.array_equal(space.image(read_only), array)
+        finally:
+            torch.set_warn_always(False)
     assert space.image(image[:0]).shape == (0, 128)
     assert space.image(torch.full((1, 128), torch.nan, dtype=dtype)).isnan().all()
 
