@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..corpus import Corpus
-from ..interface.option_values import Mode, OptionError
+from ..interface.option_values import OptionError
 from ..moments import Moments
 from ..storage.paths import StoragePath, write_json
 from .checkpoints import Checkpoints, Entry, digest, identity
@@ -127,11 +127,8 @@ def write_manifest(
     write_json(out / MANIFEST, facts | {"passes": ordered})
 
 
-def check_source(out: StoragePath, source: Corpus, mode: Mode, pass_name: str) -> None:
-    """Refuse to write over the finished shards of another source, whose names are the same."""
-    if mode != "incremental":
-        return
-    finished = read_manifest(out)["passes"].get(pass_name, {"shards": []})["shards"]
+def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) -> None:
+    """Refuse to write over ``finished`` shards of another source, whose names are the same."""
     if not finished:
         return
     paths = {entry["path"] for entry in finished}

@@ -96,7 +96,8 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
                 f"{out}: holds the result of another command (align or unify); give another "
                 "--out, or replace that result with --mode overwrite"
             )
-        check_source(out, result.corpus, mode, result.pass_name)
+        if mode == "incremental" and result.pass_name in finished:
+            check_source(out, result.corpus, finished[result.pass_name]["shards"])
 
 
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
