@@ -4,10 +4,10 @@ python benchmarks/runs/compatibility.py              # every check whose client 
 python benchmarks/runs/compatibility.py polars       # the checks of some clients
 
 A check is a function with `@check("client", "what is run")`, where the client is the name of its
-distribution. It takes a `Workspace`, which makes the small corpora and outputs that checks share, and
-returns the result as a short text; an exception is a failure, which the table and the exit status
-show. Checks whose client is not installed, or that were not asked for, keep the line of their last
-run.
+distribution. It takes a `Workspace`, which makes the small corpora and outputs that checks share,
+and returns the result as a short text; an exception is a failure, which the table and the exit
+status show. Checks whose client is not installed, or that were not asked for, keep the line of
+their last run.
 """
 
 from __future__ import annotations
