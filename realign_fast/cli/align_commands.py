@@ -12,6 +12,7 @@ from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
 
 if TYPE_CHECKING:
+    from ..align import ReAlign
     from ..corpus.corpus import Corpus
     from ..pipeline.engines.local import Engine
     from ..pipeline.settings import Settings
@@ -41,10 +42,8 @@ def fit(options: opts.FitOptions) -> Result:
 
     if options.dry_run:
         return _plan(options, writes=False)
-    run, out = (
-        AlignRun(settings_from(options), engine=engine_from(options)),
-        output_path(options.out),
-    )
+    out, engine = output_path(options.out), engine_from(options)
+    run = AlignRun(settings_from(options), engine=engine)
     source_rows, target = _sides(options)
     source = cached_source(source_rows, run.settings, run.engine)
     check_place(out, source, target)
@@ -61,13 +60,11 @@ def fit(options: opts.FitOptions) -> Result:
 )
 def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
-    from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
     from ..pipeline.output import Written, check_output
     from ..pipeline.plan import measured_seconds, plan_apply
 
-    _check_merged(storage_path(options.aligner))
-    aligner = ReAlign.from_pretrained(storage_path(options.aligner))
+    aligner = _open_merged(storage_path(options.aligner))
     source, out = open_corpus(options, options.source, "text"), output_path(options.out)
     settings, part = settings_from(options), opts.shard_part(options.shard)
     if options.dry_run:
@@ -93,11 +90,12 @@ def stats(options: opts.StatsOptions) -> Result:
     from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF, Side, stats
 
-    if (options.source is None) == (options.target is None):
-        given = "both" if options.source is not None else "neither"
-        raise OptionError(f"stats: expected --text or --image, got {given}; give one")
-    side: Side = "target" if options.source is None else "source"
-    path = options.source or options.target or ""
+    paths: dict[Side, str | None] = {"source": options.source, "target": options.target}
+    sides = [(side, path) for side, path in paths.items() if path is not None]
+    if len(sides) != 1:
+        found = "both" if sides else "neither"
+        raise OptionError(f"stats: expected --text or --image, got {found}; give one")
+    side, path = sides[0]
     rows = open_corpus(options, path, "text" if side == "source" else "image")
     half = storage_path(options.aligner) if options.aligner else None
     if half and half.is_dir():
@@ -163,10 +161,10 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
         OptionError: options that exclude each other.
     """
     values = {name: getattr(options, name) for name in _RAY_OPTIONS}
-    given = {name: value for name, value in values.items() if value not in (None, False)}
+    of_ray = {name: value for name, value in values.items() if value not in (None, False)}
     if options.engine != "ray":
-        if given:
-            option = next(iter(given)).replace("_", "-")
+        for name in of_ray:
+            option = name.replace("_", "-")
             raise OptionError(f"--{option}: is an option of --engine ray; add that")
         return None
     if options.workers > 1:
@@ -176,7 +174,7 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
         )
     from ..pipeline.engines.ray_driver import RayTasks
 
-    return RayTasks(**{name.removeprefix("ray_"): value for name, value in given.items()})
+    return RayTasks(**{name.removeprefix("ray_"): value for name, value in of_ray.items()})
 
 
 def settings_from(options: opts.Passes) -> Settings:
@@ -192,10 +190,9 @@ def settings_from(options: opts.Passes) -> Settings:
         check_device(options.device)
     if getattr(options, "resume", False) and getattr(options, "mode", "") != "incremental":
         raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
-    known = {field.name for field in fields(Settings)}
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    values = {name: value for name, value in given.items() if name in known}
-    return Settings(progress=shows_progress(options), **values)
+    values = {name: getattr(options, name, None) for name in (f.name for f in fields(Settings))}
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return Settings(**chosen | {"progress": shows_progress(options)})
 
 
 def _sides(options: opts.MergeOptions) -> tuple[Corpus, Corpus]:
@@ -203,24 +200,27 @@ def _sides(options: opts.MergeOptions) -> tuple[Corpus, Corpus]:
     return source, open_corpus(options, options.target, "image", "target_column")
 
 
-def _check_merged(aligner: StoragePath) -> None:
-    """Refuse the map of a job array without its last step, or its output before it is merged."""
+def _open_merged(path: StoragePath) -> ReAlign:
+    """Open an aligner, but not that of a job array before its last step or before it is merged."""
+    from ..align import ReAlign
     from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF
     from ..pipeline.output import ALIGNER, SPACE
 
-    if aligner.name == HALF:
-        raise OptionError(
-            f"{aligner}: is a map without its last step, for stats --aligner; run merge and give "
-            "its result"
-        )
-    out = aligner.parent if aligner.name == ALIGNER else aligner
+    out = path.parent if path.name == ALIGNER else path
     if (out / STATS).is_dir() and not any((out / name).exists() for name in (ALIGNER, SPACE)):
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
         if (half := out / HALF).exists():
             advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"
             advice += " --after drift"
         raise UnfinishedShards(f"{out}: has statistics and no {ALIGNER}; {advice}")
+    aligner = ReAlign.from_pretrained(path)  # first: an error if the file is damaged
+    if path.name == HALF:
+        raise OptionError(
+            f"{path}: is a map without its last step, for stats --aligner; run merge and give "
+            "its result"
+        )
+    return aligner
 
 
 def _reported(report: dict[str, Any], out: str, *notes: str) -> Result:

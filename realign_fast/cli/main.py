@@ -40,6 +40,11 @@ SCHEMA_VERSION = 1  # of every JSON document that is printed; a field that is ad
 _UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that Typer brings
 _OLD_SPELLINGS = {"--side": "--modality", "--batch": "--batch-size"}  # for one release more
 _GROUPS = ("Align", "Job arrays", "Rows", "Results", "ReVision")  # of commands, in help
+_WORDING = (  # of pydantic, which checks the values of options, and ours
+    (": Value error, ", ": "),
+    ("Input should be a valid", "expected a valid"),
+    ("Input should be", "expected a number"),
+)
 _SEVERAL = {"caption": ("--row", "--id", "--image")}  # options that take several values
 
 
@@ -55,15 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    words = sys.argv[1:] if arguments is None else arguments
-    name = "".join(word for word in words[:1] if not word.startswith("-"))
-    as_json = "--json" in words
-    LOGGER.handlers = [Messages("--log-json" in words, as_json)]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = "".join(word for word in arguments[:1] if not word.startswith("-"))
+    as_json = "--json" in arguments
+    LOGGER.handlers = [Messages("--log-json" in arguments, as_json)]
     show_warning = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)
     try:
         with memory_explained():
-            return _invoke(words)
+            return _invoke(arguments)
     except (Exception, KeyboardInterrupt) as error:
         code = _report_error(error, name, as_json)
         if isinstance(error, _UsageError):
@@ -75,17 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
         LOGGER.setLevel(logging.NOTSET)
 
 
-def _invoke(words: list[str]) -> int:
+def _invoke(arguments: list[str]) -> int:
     if "_REALIGN_FAST_COMPLETE" in os.environ:
-        _application(None).main(words, "realign-fast")
-    application = _application("".join(words[:1]))
-    output = explained(unwritable_output) if "--help" in words else nullcontext()
+        _application(None).main(arguments, "realign-fast")
+    application = _application("".join(arguments[:1]))
+    output = explained(unwritable_output) if "--help" in arguments else nullcontext()
     try:
-        with output, application.make_context("realign-fast", _words(words)) as context:
+        with (
+            output,
+            application.make_context("realign-fast", _respelled(arguments)) as context,
+        ):
             return int(application.invoke(context))
-    except typer.Exit as done:
+    except (typer.Exit, SystemExit) as done:  # of rich with status 1: head has read enough of help
         write()
-        raise SystemExit(done.exit_code) from None
+        raise SystemExit(getattr(done, "exit_code", ExitCode.DONE)) from None
 
 
 @cache
@@ -102,22 +110,17 @@ def _application(chosen: str | None) -> Any:
     return typer.main.get_command(app)
 
 
-def _with_signature(function: Callable[..., Result | None]) -> Callable[..., ExitCode]:
+def _with_signature(function: Callable[..., Result | None]) -> Any:
     """Return a function for Typer, which reads the options from its signature."""
-    hints = get_type_hints(function)
-
-    def run(**values: Any) -> ExitCode:
-        own = {name: values[name] for name in hints.keys() & values.keys()}
-        return _execute(function, hints["options"](**values), own)
-
-    run.__signature__ = Signature(opts.parameters(function))  # type: ignore[attr-defined]
+    run: Any = lambda **values: _execute(function, **values)  # noqa: E731
+    run.__signature__ = Signature(opts.parameters(function))
     return run
 
 
-def _execute(
-    function: Callable[..., Result | None], options: opts.Common, own: dict[str, Any]
-) -> ExitCode:
-    """Run a command, print its result and return the exit status."""
+def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
+    """Run a command with the values of its options, print its result, return the exit status."""
+    hints = get_type_hints(function)
+    options: opts.Common = hints["options"](**values)
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
     level = "INFO" if options.log_json else "WARNING"
     logging.getLogger("realign_fast.progress").setLevel(level)
@@ -130,6 +133,7 @@ def _execute(
         import torch
 
         torch.set_num_threads(options.threads)
+    own = {name: values[name] for name in hints.keys() & values.keys()}
     result = function(options, **own) or Result({}, "")
     if isinstance(options, opts.Configured) and result.has_report:
         _write_options(function.__name__, options)
@@ -143,19 +147,19 @@ def _execute(
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit status that an error stands for."""
-    full = dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM), ExitCode.SPACE)
-    known = {errno.EBUSY: ExitCode.LOCKED, **full}
-    kinds: list[tuple[Any, ExitCode]] = [
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM)
+    of_numbers = {errno.EBUSY: ExitCode.LOCKED, **dict.fromkeys(full, ExitCode.SPACE)}
+    codes: list[tuple[Any, ExitCode]] = [
         (Terminated, ExitCode.TERMINATED),
         (KeyboardInterrupt, ExitCode.INTERRUPTED),
         ((OptionError, _UsageError), ExitCode.USAGE),
         (UnfinishedShards, ExitCode.INCOMPLETE),
         (ImportError, ExitCode.PACKAGE),
         ((ConnectionError, ChildProcessError), ExitCode.ENGINE),
-        (OSError, known.get(getattr(error, "errno", None) or 0, ExitCode.PLACE)),
+        (OSError, of_numbers.get(getattr(error, "errno", None) or 0, ExitCode.PLACE)),
         ((ValueError, TypeError), ExitCode.DATA),
     ]
-    return next((code for kind, code in kinds if isinstance(error, kind)), ExitCode.UNEXPECTED)
+    return next((code for known, code in codes if isinstance(error, known)), ExitCode.UNEXPECTED)
 
 
 def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
@@ -171,7 +175,11 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
     if isinstance(error, KeyboardInterrupt):
         message = message or "files that it wrote, if any, are whole"
     if isinstance(error, _UsageError):
-        message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
+        message = " ".join(error.format_message().split())
+        if cause := getattr(error.__cause__, "errors", None):  # of pydantic
+            message += f", got {cause()[0]['input']!r}" * ("Input should be" in message)
+        for wording in _WORDING:
+            message = message.replace(*wording)
         context = getattr(error, "ctx", None)
         usage = context.get_usage() if context else "usage: realign-fast COMMAND"
         LOGGER.error(f"{usage[0].lower()}{usage[1:]}", extra={"event": {"event": "usage"}})
@@ -179,14 +187,14 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
         trace = "".join(traceback.format_exception(error)).rstrip()
         LOGGER.error(trace, extra={"event": {"event": "trace"}})
         message = f"{type(error).__name__}: {message}; this is a fault of realign-fast: report it"
-    kind = code.name.lower()
+    error_kind = code.name.lower()
     if as_json:
-        fields = {"exit_code": int(code), "kind": kind, "message": message}
+        fields = {"exit_code": int(code), "kind": error_kind, "message": message}
         try:
             write(_document(name, {**getattr(error, "facts", {}), "error": fields}))
         except OSError as full:
             LOGGER.error(full.strerror)
-    LOGGER.error(message, extra={"event": {"event": "error", "kind": kind}})
+    LOGGER.error(message, extra={"event": {"event": "error", "kind": error_kind}})
     return code
 
 
@@ -214,10 +222,10 @@ class Messages(logging.Handler):
             facts = {"time": record.created, "level": record.levelname.lower(), "message": text}
             text = _json(facts | event)
         elif event.get("event") not in ("pass", "usage", "trace"):
-            kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             if event.get("kind") in ("interrupted", "terminated"):
-                kind = "stopped; "
-            text = f"realign-fast: {kind}{text}"
+                label = "stopped; "
+            text = f"realign-fast: {label}{text}"
         on_stdout = event.get("event") == "pass" and not self.on_stderr
         write(text, sys.stdout if on_stdout else sys.stderr)
 
@@ -241,9 +249,9 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def _words(arguments: list[str]) -> list[str]:
+def _respelled(arguments: list[str]) -> list[str]:
     """Return the arguments with present spellings, and with one value after each option."""
-    words: list[str] = []
+    spelled: list[str] = []
     several, option = _SEVERAL.get((arguments or [""])[0], ()), ""
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -252,15 +260,15 @@ def _words(arguments: list[str]) -> list[str]:
             word = new + equals + value
         if word.startswith("--"):
             option = ""
-        elif option and words[-1] != option:
-            words.append(option)  # --id a b means --id a --id b
-        words.append(word)
+        elif option and spelled[-1] != option:
+            spelled.append(option)  # --id a b means --id a --id b
+        spelled.append(word)
         option = word if word in several else option
-    return words
+    return spelled
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         write(f"realign-fast {__version__}")
         raise typer.Exit
 

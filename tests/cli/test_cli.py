@@ -240,7 +240,6 @@ def test_an_error_from_a_shell_has_its_status_and_no_trace(corpora):
         [],
         ["align"],
         [*ALIGN, "--threads", "0"],
-        [*ALIGN, "--threads", "999999"],
         [*ALIGN[:-1], ""],
         ["align", "--source", "", *ALIGN[3:]],
         ["inspect", ""],
@@ -252,6 +251,13 @@ def test_a_wrong_option_prints_the_usage(arguments, capsys):
         main.main(arguments)
     assert stop.value.code == 2
     assert "usage: realign-fast" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_says_what_was_expected_and_found(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main([*ALIGN, "--threads", "999999"])
+    error = f"'--threads': expected a number less than or equal to {4 * os.cpu_count()}, got"
+    assert stop.value.code == 2 and f"{error} '999999'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -340,13 +346,13 @@ def test_a_log_sees_a_line_now_and_then(capsys):
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
-        ("info | head -n 1", "realign_fast"),
+        ("align --help | head -n 1 && realign info | head -n 1", " "),
         ("inspect text 0<&- >&-", ""),  # a closed stream is as /dev/null
         (" ".join([*ALIGN, "2>&-"]), "source moments"),
     ],
 )
 def test_a_stream_that_takes_no_more_is_no_error(corpora, arguments, printed):
-    command = f"{sys.executable} -m realign_fast {arguments}"
+    command = f'realign() {{ {sys.executable} -m realign_fast "$@"; }}; realign {arguments}'
     root = str(Path(main.__file__).parents[2])
     environment = {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(

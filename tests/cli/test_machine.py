@@ -398,12 +398,12 @@ def test_a_run_is_repeated_from_its_report(capsys, monkeypatch):
 
 
 def test_an_old_spelling_works_and_warns(caplog):
-    words = main._words(["pretrain", "--side", "text", "--batch=8", "--batch-size", "4"])
+    words = main._respelled(["pretrain", "--side", "text", "--batch=8", "--batch-size", "4"])
     assert words == ["pretrain", "--modality", "text", "--batch-size=8", "--batch-size", "4"]
     assert caplog.text.count("goes with the next release") == 2
     several = ["caption", "--id", "a", "b", "--ask", "x", "--row", "1", "2"]
     expected = ["--id", "a", "--id", "b", "--ask", "x", "--row", "1", "--row", "2"]
-    assert main._words(several)[1:] == expected
+    assert main._respelled(several)[1:] == expected
 
 
 @pytest.mark.parametrize("finished", [False, True])

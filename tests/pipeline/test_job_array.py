@@ -115,6 +115,9 @@ def test_a_map_without_its_last_step_is_not_applied(corpora, capsys):
     for aligner in ("half.safetensors", "./half.safetensors"):
         assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 2
         assert "without its last step" in capsys.readouterr().err
+    os.truncate("half.safetensors", 40)
+    assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 3
+    assert "half.safetensors: expected an aligner" in capsys.readouterr().err
     assert main.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 2
     assert "is a directory; name" in capsys.readouterr().err
 
