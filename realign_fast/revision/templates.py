@@ -7,9 +7,14 @@ It is `IMAGE_TOKEN`, or the own token of a model with its own seam (`llava.attac
 EOS that ends it. `Chat` (stage 2) runs the chat template of the tokenizer, with the loss on the
 answers alone. A template is a program, so the place of an answer is found by running it: the text
 with the answer begins with the text before it plus the generation prompt, and what follows is the
-answer with its end-of-turn token. An answer that the template writes in another way once turns
-follow it is found by marks around it. The text is tokenized as a whole, as at inference, and a
-token is labelled if it lies inside an answer.
+answer, up to the first added token after it, which ends the turn. An answer that the template
+writes in another way once turns follow it is found by marks around it.
+
+The text is tokenized as a whole, as at inference, and labels come from the characters that a token
+stands for. Spaces at the end of a generation prompt ("ASSISTANT: ") belong to the answer, since
+most tokenizers join them to its first word; the prompt at inference ends before them. A token that
+reaches over an end of an answer is labelled if its text without white space lies inside. A token
+that also holds other text of the prompt is not, because at inference that text is given.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from .model import IMAGE_TOKEN
 
 IGNORED_LABEL = -100
 _BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
+_WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without white space around it
 Span = tuple[int, int]  # the first character, and that after the last
 Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
 
@@ -104,6 +110,9 @@ class Chat:
         if not tokenizer.is_fast:
             reason = "cannot say which characters a token stands for; use its fast tokenizer"
             raise ValueError(f"{tokenizer.name_or_path}: {reason}")
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        marks = sorted(filter(str.strip, added), key=len, reverse=True)  # the longest match
+        self._added = re.compile("|".join(map(re.escape, marks)) or "(?!)")
         # Any of them ends a generated text: EOS, and the special token after an answer.
         labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
@@ -159,7 +168,7 @@ class Chat:
         """Return the ids after which the last answer is generated."""
         turns = _turns(sample)
         (before,) = self.render([turns[: _last_answer(turns)]], generate=True)
-        return self._tokenize(before, []).ids
+        return self._tokenize(before.rstrip(" "), []).ids
 
     def reference(self, sample: Sample) -> str:
         """Return the text that should be generated: the last answer."""
@@ -180,7 +189,7 @@ class Chat:
         before = self.render(prefixes, generate=True) if prefixes else []
         try:
             spans = [
-                self._answer_span(turns, number, text, start, end.rstrip())
+                self._answer_span(turns, number, text, start, end)
                 for number, start, end in zip(numbers, before, [*after, text], strict=False)
             ]
         except ValueError:  # a template may write the date, which changed between two renderings
@@ -201,8 +210,9 @@ class Chat:
         `before` is the text up to that turn with the generation prompt, `after` that with the turn.
         """
         if after.startswith(before):
+            after = before + self._until_turn_end(after[len(before) :], turns[number][1].strip())
             if text.startswith(after):
-                return len(before), len(after)
+                return len(before.rstrip(" ")), len(after)
             at_the_end = self._find(turns[: number + 1], number, after)
             span = self._find(turns, number, text)
             if at_the_end and span:
@@ -213,6 +223,13 @@ class Chat:
             f"{turns[number][1][:40]!r} in another way at the end of its text; give one that only "
             "appends (--chat-template FILE)"
         )
+
+    def _until_turn_end(self, text: str, answer: str) -> str:
+        """Return `text` up to the first added token after `answer`, or all of it without one."""
+        masked = self._added.sub(lambda token: "\0" * len(token[0]), text)  # whose name may hold it
+        content = max(masked.rfind(answer), 0) or text.rfind(answer)
+        end_of_turn = self._added.search(text, max(content, 0) + len(answer))
+        return text[: end_of_turn.end()] if end_of_turn else text.rstrip()
 
     def _find(self, turns: Sequence[Turn], number: int, text: str) -> Span | None:
         """Return where in `text`, made from `turns`, one of them lies, or None if it is cut.
@@ -239,7 +256,10 @@ class Chat:
                 )
                 ids, labels = tokens["input_ids"], []
                 for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True):
-                    first, after = offset + start, offset + max(end, start + 1)
+                    end = max(end, start + 1)  # trimmed spaces stand before the next character
+                    word = _WORD.search(piece, start, end)  # None for white space
+                    first, after = word.span() if word else (start, end)
+                    first, after = offset + first, offset + after
                     in_answer = any(low <= first and after <= high for low, high in answers)
                     labels.append(token if in_answer else IGNORED_LABEL)
             encoded.ids.extend(ids)

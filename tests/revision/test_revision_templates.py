@@ -1,6 +1,8 @@
 """Conversations as tokens: every label is checked, on the templates that models really have."""
 
+import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from realign_fast.revision.templates import Chat, Plain
 
 K = 2
 IMAGE = "<image>"
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+SPECIAL += ["<h>", "</h>", "<eot>", "<inst>", "</inst>"]
 VICUNA = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
@@ -163,12 +167,132 @@ def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
     assert pieces[0][1].startswith("monday" if ticks_after > 3 else "tuesday")
 
 
+def trained_tokenizer(kind):
+    """A tokenizer of one of the kinds of published models, trained on the words of the tests."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?[]/<>|_#\n")
+    options = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 400}
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first")
+    if kind == "byte-level BPE":  # Llama 3's pattern, in which a digit takes no space
+        pattern = r"[^\r\n\w]?[A-Za-z]+|\d{1,3}| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        made, options["initial_alphabet"] = (
+            Tokenizer(models.BPE()),
+            pre_tokenizers.ByteLevel.alphabet(),
+        )
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        made.decoder, trainer = decoders.ByteLevel(), trainers.BpeTrainer
+    elif kind == "SentencePiece BPE":  # Llama 2, Mistral, Vicuna
+        made, options["initial_alphabet"] = (
+            Tokenizer(models.BPE(unk_token="<unk>")),
+            [*alphabet, "▁"],
+        )
+        made.pre_tokenizer, made.decoder = metaspace, decoders.Metaspace()
+        trainer = trainers.BpeTrainer
+    elif kind == "unigram":
+        made, options["unk_token"] = Tokenizer(models.Unigram()), "<unk>"
+        options["initial_alphabet"] = alphabet
+        made.pre_tokenizer, made.decoder = metaspace, decoders.Metaspace()
+        trainer = trainers.UnigramTrainer
+    else:
+        made, options["initial_alphabet"] = Tokenizer(models.WordPiece(unk_token="<unk>")), alphabet
+        made.normalizer = normalizers.BertNormalizer(lowercase=False)
+        made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer
+    text = (
+        "a red dog the small cat sits 7 USER : ASSISTANT what is this ? and think system user model"
+    )
+    made.train_from_iterator([text, f" {text}"] * 9, trainer(**options))
+    if kind == "SentencePiece BPE":  # merges end at words in training alone
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def each(user, answer, prompt, before="", closing="", system="{{ m.content }}"):
+    """A template that writes turn by turn."""
+    roles = f"{{% if m.role == 'user' %}}{user}{{% elif m.role == 'system' %}}{system}{{% else %}}"
+    loop = f"{{% for m in messages %}}{roles}{answer}{{% endif %}}{{% endfor %}}"
+    last = f"{{% if add_generation_prompt %}}{prompt}{{% else %}}{closing}{{% endif %}}"
+    return before + loop + last
+
+
+def headed(start, end, model="assistant", before="", closing=""):
+    """A template whose turns have a head, as those of most models."""
+    user, answer = (start.replace("ROLE", role) for role in ("user", model))
+    user, text = user + "{{ m.content }}" + end, "{{ m.content | trim }}"
+    return each(user, answer + text + end, answer, before, closing, user)
+
+
+USER, ANSWER = "USER: {{ m.content }}", "ASSISTANT: {{ m.content }}"
+EOS = "{{ eos_token }}"
+PUBLISHED = {  # the structure of the templates, and what ends an answer
+    "llama 2": (LLAMA2, "</s>"),
+    "llama 3": (headed("<h>ROLE</h>\n\n", "<eot>", before="<s>"), "<eot>"),
+    "qwen 2.5, smollm 2": (headed("<|im_start|>ROLE\n", "<|im_end|>\n"), "<|im_end|>"),
+    "qwen 3": (QWEN3, "<|im_end|>"),
+    "mistral 1": (
+        each("[INST] {{ m.content }} [/INST]", "{{ m.content }}" + EOS, "", "<s>"),
+        "</s>",
+    ),
+    "mistral 3": (each("<inst>{{ m.content }}</inst>", " {{ m.content }}" + EOS, ""), "</s>"),
+    "gemma": (headed("<h>ROLE\n", "<eot>\n", "model", "<s>"), "<eot>"),
+    "phi 3": (headed("<h>ROLE</h>\n", "<eot>\n", closing=EOS), "<eot>"),
+    "vicuna": (each(USER + " ", ANSWER + EOS, "ASSISTANT:"), "</s>"),
+    "vicuna, prompt with a space": (each(USER + " ", ANSWER + EOS, "ASSISTANT: "), "</s>"),
+    "plain roles": (each(USER + "\n", ANSWER + "\n", "ASSISTANT: "), ""),
+}
+KINDS = ("byte-level BPE", "SentencePiece BPE", "unigram", "WordPiece")
+TOKENIZERS = functools.cache(trained_tokenizer)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_word_of_an_answer_is_labelled_in_published_templates(kind, name):
+    tokenizer, (template, end) = TOKENIZERS(kind), PUBLISHED[name]
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer, K)
+    turns = [TURNS[1], ("assistant", "7 red dogs ."), TURNS[3], ("assistant", "the cat sits")]
+    encoded = chat.encode(SAMPLE._replace(turns=turns))
+    labelled = "".join(
+        tokenizer.decode(token) if label != -100 else "¦"
+        for token, label in zip(encoded.ids, encoded.labels, strict=True)
+        if token != IMAGE_TOKEN
+    )
+    thought = "<think></think>" * (name == "qwen 3")
+    pieces = [piece for piece in re.sub(r"\s|##", "", labelled).split("¦") if piece]
+    assert pieces == [f"7reddogs.{end}", f"{thought}thecatsits{end}"]
+    first = next(place for place, label in enumerate(encoded.labels) if label != -100)
+    assert chat.prompt(SAMPLE._replace(turns=turns[:2])) == encoded.ids[:first]
+    assert set(chat.end_ids) == {2, *tokenizer.convert_tokens_to_ids([end] * bool(end))}
+
+
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, VICUNA, LLAMA3])
 def test_the_prompt_at_inference_is_what_stood_before_the_answer(template):
     chat = Chat(word_tokenizer(template), K)
     encoded = chat.encode(SAMPLE._replace(turns=TURNS[1:]))
     first = next(place for place, label in enumerate(encoded.labels) if label != -100)
     assert chat.prompt(SAMPLE._replace(turns=TURNS[1:3])) == encoded.ids[:first]
+
+
+def test_a_token_over_the_end_of_an_answer_has_a_label_if_all_else_in_it_is_white_space():
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["</s>", "?", "U", "hi", "A", ":", ":(", "x", "y", ".\n", "\n", ":\n\n"]
+    made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]+\s*|\s+"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="?")
+    tokenizer.chat_template = each("U:{{ m.content }}\n", "A:{{ m.content }}\n", "A:")
+    answers = ["x.", "(y", "\n\nx"]  # two straddle with white space, one with a colon
+    turns = [turn for text in answers for turn in (("user", "hi"), ("assistant", text))]
+    encoded = Chat(tokenizer, K).encode(Sample("x", [], None, turns))
+    labelled = [pieces[label] if label != -100 else "|" for label in encoded.labels]
+    expected = [*"||||||", "x", ".\n", *"||||||", "y", *"||||||", "|", "x", "|"]
+    assert labelled == expected
 
 
 def test_smollm2_with_its_own_tokenizer(smollm2):
@@ -183,6 +307,13 @@ def test_smollm2_with_its_own_tokenizer(smollm2):
         (True, "the small cat sits<|im_end|>"),
         (False, "\n"),
     ]  # fmt: skip
+    smollm2.chat_template = PUBLISHED["vicuna, prompt with a space"][0]
+    encoded = Chat(smollm2, K).encode(SAMPLE._replace(turns=TURNS[1:]))
+    end = smollm2.eos_token
+    assert [text for labelled, text in shown(smollm2, encoded) if labelled] == [
+        f" a red dog{end}",
+        f" the small cat sits{end}",
+    ]
 
 
 @pytest.fixture(scope="module")
