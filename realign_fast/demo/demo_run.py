@@ -1,4 +1,4 @@
-"""The demo: align the built-in embeddings, measure the result and draw it.
+"""The demo: three questions about the modality gap, answered on the built-in embeddings.
 
 The data (README.md in this folder) consist of image rows, text rows, and held-out pairs that
 neither the encoder nor the map has seen.
@@ -6,95 +6,212 @@ neither the encoder nor the map has seen.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import Modality
-from ..moments import Moments
+from ..interface.progress import Progress
+from ..metrics.estimate import Estimate, plain
+from ..ops.reference import unit
 from ..pipeline.align_run import AlignRun, align
 from ..pipeline.settings import Settings
-from ..report.pictures import draw_alignment
+from ..report.pictures import draw_demo
+from ..shared_space import SharedSpace
 from ..storage.paths import write_json
 
 DATA = Path(__file__).resolve().parent / "data"
 HELD_OUT = DATA / "heldout"
-_EXPLANATION = """\
-{texts:,} texts were aligned to {images:,} images; {pairs} pairs are held out. New rows drawn like
-the fitted ones would keep a gap of {floor:.4f} (statistical floor). The held-out pairs keep more:
-the encoder was trained on the fitted pictures and places pictures it never saw a bit elsewhere."""
+_SPLITS, _SEEDS, _WORD_LABELS = 10, 3, 256
+_READER = metrics.Reader(steps=400, batch=64)
+_NORMAL, _STUDENT = 1.96, 2.26  # 97.5% quantiles, the latter of 9 degrees of freedom
+_TABLE = """\
+1. Is the gap closed?                         before      after
+   distance of the centroids, fitted rows    {fitted[before]:7.4f}    {fitted[after]:7.4f}
+   the same, {pairs} held-out pairs              {held_out[before]:7.4f}    {held_out[after]:7.4f}   \
+{held_out_share:.0%} closed [{held_out_low:.0%}, {held_out_high:.0%}]
+   Sampling alone would leave {floor:.4f} between the fitted clouds. Held-out pictures keep more,
+   because this small encoder places pictures that it never saw a bit elsewhere.
+
+2. Does one index of texts and images work?   before      after
+   text finds its image among the first 10    {search[before]:6.1%}     {search[after]:6.1%}   \
+± {search_error:.1%}
+   The index holds {gallery} images and as many texts. Among the images alone it is {pure:.1%}.
+
+3. Can texts stand for images?                before      after
+   share of the distance to real images       {nothing:6.0%}     {reader_share:6.0%}   \
+[{reader_low:.0%}, {reader_high:.0%}]
+   Small readers learn to name words from texts, and are tested on held-out images. Their loss is
+   {loss[source]:.4f} with texts as they are, {loss[centred]:.4f} with both sides centred, and \
+{loss[target]:.4f} if they learn
+   from real images. Readers that are trained for longer close less of it."""
+_NEXT = """\
+Next, with your own rows:
+  realign-fast align --text TEXT --image IMAGE --out OUT     move the texts onto the images
+  realign-fast unify --text TEXT --image IMAGE --out INDEX   write rows for one search index
+  realign-fast substitution --text TEXT --image IMAGE        measure what texts are worth"""
 
 
 def run(out: Path, progress: bool = True) -> dict[str, Any]:
-    """Align the built-in corpus into ``out``, print a table of figures and draw the clouds.
+    """Align the built-in corpus into ``out``, answer three questions about it and draw them.
 
     Returns:
         The contents of ``demo.json``: the numbers of texts, images and held-out pairs, and the
-        figures of rows before and after, by column and name.
+        figures of ``gap``, ``search`` and ``substitution``. A standard error is at ``NAME_error``,
+        a 95% interval at ``interval``.
     """
     settings = Settings(progress=progress, mode="overwrite")  # the rates need every pass to run
     report = align(DATA, DATA, out, settings)
     aligner = ReAlign.load(out / "aligner.safetensors")
     AlignRun(settings).apply(aligner, Corpus(HELD_OUT, "text"), out / "heldout")
 
-    image, text = _rows(DATA, "image"), (_rows(DATA, "text"), _rows(out, "text"))
-    held_out_image = _rows(HELD_OUT, "image")
-    held_out_text = _rows(HELD_OUT, "text"), _rows(out / "heldout", "text")
-    counts = {
+    fitted, held_out = _both(DATA), _both(HELD_OUT)
+    aligned = {"fitted": _rows(out, "text"), "held_out": _rows(out / "heldout", "text")}
+    steps = _SPLITS + len(_WAYS_TO_READ) * _SEEDS
+    with Progress(steps, "measure", unit="step", shown=progress) as bar:
+        gap = _measure_gap(fitted, held_out, aligned)
+        search = _measure_search(held_out, bar.update)
+        substitution = _measure_substitution(fitted, held_out, bar.update)
+    summary: dict[str, Any] = {
         "texts": int(aligner.source_count),
         "images": int(aligner.target_count),
-        "held_out_pairs": len(held_out_image),
+        "held_out_pairs": len(held_out["image"]),
+        "gap": {**gap, "statistical_floor": aligner.statistical_floor},
+        "search": search,
+        "substitution": substitution,
     }
-    figures = {
-        "fitted before": _figures(text[0], image),
-        "fitted after": _figures(text[1], image),
-        "held-out before": _figures(held_out_text[0], held_out_image, paired=True),
-        "held-out after": _figures(held_out_text[1], held_out_image, paired=True),
-    }
-    texts, images, pairs = counts.values()
-    trace = float(aligner.target_trace)
-    sampling_gap = metrics.sampling_gap(trace, images, texts, pairs, pairs)
-    figures["held-out after"]["gap from sampling alone"] = sampling_gap
-    summary = {**counts, "figures": figures}
     write_json(out / "demo.json", summary)
-    print(_table(figures))
-    floor = aligner.statistical_floor
-    print(_EXPLANATION.format(texts=texts, images=images, pairs=pairs, floor=floor))
-    for done in report["passes"]:
-        rate, gigabytes = done["rows_per_second"] / 1e6, done["gb_per_second"]
-        print(f"  {done['name']:16} {rate:7.2f} M rows/s  {gigabytes:6.2f} GB/s")
-    title = f"ReAlign on {texts:,} texts and {images:,} images; {pairs} pairs held out"
-    draw_alignment(out / "demo.png", image, text, held_out_image, held_out_text, title)
-    print(f"wrote {out}: aligned rows, aligner.safetensors, report.json, demo.json, demo.png")
+    draw_demo(out / "demo.png", fitted, aligned["fitted"], summary)
+    print(_table(summary))
+    rates = (f"{done['name']} {done['rows_per_second'] / 1e6:.2f}" for done in report["passes"])
+    print(f"\nMillion rows per second: {', '.join(rates)}.")
+    print(f"Wrote {out}: the aligned rows, report.json, demo.json and the picture demo.png.\n")
+    print(_NEXT)
     return summary
+
+
+_WAYS_TO_READ = ("source", "centred", "target")
+Rows = dict[str, Tensor]  # by modality, [N, D] float64 of unit length
 
 
 def _rows(path: Path, modality: Modality) -> Tensor:
     corpus = Corpus(path, modality)
-    return corpus.take(range(corpus.num_rows))
+    return unit(corpus.take(range(corpus.num_rows)).double())
 
 
-def _figures(text: Tensor, image: Tensor, paired: bool = False) -> dict[str, float]:
-    text_moments, image_moments = Moments().update(text), Moments().update(image)
-    figures = {
-        "centroid gap": metrics.centroid_gap(text_moments, image_moments),
-        "trace text / image": text_moments.trace / image_moments.trace,
-    }
-    if paired:
-        figures["cosine of matched pairs"] = float(metrics.matched_cosine(text, image).mean())
-        for k in (1, 10):
-            name = f"text-to-image R@{k} of {len(text)}"
-            figures[name] = metrics.recall_at_k(text, image, k)
+def _both(path: Path) -> Rows:
+    return {"text": _rows(path, "text"), "image": _rows(path, "image")}
+
+
+def _measure_gap(fitted: Rows, held_out: Rows, aligned: Rows) -> dict[str, Any]:
+    """Return the distances of the centroids before and after, and the closed share with its 95%.
+
+    The standard error of a distance |m| is that of the mean of (t - x) m / |m| over the pairs.
+    """
+    figures: dict[str, Any] = {}
+    for name, before in (("fitted", fitted), ("held_out", held_out)):
+        gaps = {}
+        for stage, text in (("before", before["text"]), ("after", aligned[name])):
+            mean = text.mean(dim=0) - before["image"].mean(dim=0)
+            gaps[stage] = Estimate(float(mean.norm()))
+            if name == "held_out":
+                gaps[stage] = Estimate.of_mean((text - before["image"]) @ unit(mean))
+        figures[name] = plain(gaps)
+        figures[name]["share_closed"] = 1 - gaps["after"] / gaps["before"]
+        if name == "held_out":
+            error = _NORMAL * gaps["after"].standard_error
+            figures[name]["interval"] = [
+                1 - (gaps["after"] + side * error) / gaps["before"] for side in (1, -1)
+            ]
     return figures
 
 
-def _table(columns: dict[str, dict[str, float]]) -> str:
-    lines = {"": "".join(f"{head:>17}" for head in columns)}
-    for name in dict.fromkeys(name for figures in columns.values() for name in figures):
-        cells = (figures.get(name) for figures in columns.values())
-        lines[name] = "".join(" " * 17 if cell is None else f"{cell:17.4f}" for cell in cells)
-    return "\n".join(f"{name:28}{line}" for name, line in lines.items())
+def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, Any]:
+    """Return R@10 of the image of a text, in the index of both modalities and among images.
+
+    A space is fitted on one half of the pairs, without their pairing; the other half is searched.
+    """
+    results: dict[str, list[metrics.MixedGallery]] = {"before": [], "after": []}
+    for split in range(_SPLITS):
+        order = torch.randperm(len(pairs["text"]), generator=torch.Generator().manual_seed(split))
+        halves = order.chunk(2)
+        documents, searched = ({name: pairs[name][half] for name in pairs} for half in halves)
+        space = SharedSpace.fit(text=documents["text"], image=documents["image"])
+        number = torch.arange(len(halves[1]))
+        moved = {name: space.documents(name, rows) for name, rows in searched.items()}
+        for stage, rows in (("before", searched), ("after", moved)):
+            found = metrics.mixed_gallery(
+                searched["text"], rows, {"image": number}, own={"text": number}
+            )
+            results[stage].append(found)
+        on_split()
+    before, after = (metrics.over_splits(splits) for splits in results.values())
+    figures: dict[str, Any] = plain(
+        {
+            "before": before.recall[10],
+            "after": after.recall[10],
+            "images_alone": before.pure_recall["image"][10],
+        }
+    )
+    return {**figures, "gallery": len(halves[1]), "splits": _SPLITS}
+
+
+def _measure_substitution(
+    fitted: Rows, held_out: Rows, on_reader: Callable[[], object]
+) -> dict[str, Any]:
+    """Return the losses of readers on held-out images, and the share of the distance closed."""
+    space = SharedSpace.fit(text=fitted["text"], image=fitted["image"], method="center")
+    images = torch.cat([fitted["image"], held_out["image"]])
+    captions = [*_captions(DATA, 3, 5), *_captions(HELD_OUT, 0, 1)]
+    result = metrics.substitution(
+        fitted["text"].float(),
+        images.float(),
+        metrics.hashed_ngrams([*_captions(DATA, 0, 3)], _WORD_LABELS),
+        metrics.hashed_ngrams(captions, _WORD_LABELS),
+        aligned={"centred": space.text(fitted["text"].float())},
+        target_map=space.image,
+        test=torch.arange(len(fitted["image"]), len(images)),
+        seeds=range(_SEEDS),
+        reader=_READER,
+        on_reader=on_reader,
+    )
+    figures: dict[str, Any] = {"loss": plain(result.loss), "seeds": _SEEDS}
+    figures |= plain({"share_closed": result.share_closed["centred"]})
+    return figures | {"interval": [*result.interval["centred"]]}
+
+
+def _captions(root: Path, first: int, last: int) -> Iterator[str]:
+    for number in range(first, last):
+        with (root / "metadata" / f"metadata_{number}.jsonl").open(encoding="utf-8") as lines:
+            yield from (json.loads(line)["caption"] for line in lines)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    gap, search, substitution = (summary[name] for name in ("gap", "search", "substitution"))
+    held_out_low, held_out_high = gap["held_out"]["interval"]
+    reader_low, reader_high = substitution["interval"]
+    return _TABLE.format(
+        pairs=summary["held_out_pairs"],
+        fitted=gap["fitted"],
+        held_out=gap["held_out"],
+        held_out_share=gap["held_out"]["share_closed"],
+        held_out_low=held_out_low,
+        held_out_high=held_out_high,
+        floor=gap["statistical_floor"],
+        search=search,
+        search_error=_STUDENT * search["after_error"],
+        gallery=search["gallery"],
+        pure=search["images_alone"],
+        nothing=0.0,
+        reader_share=substitution["share_closed"],
+        reader_low=reader_low,
+        reader_high=reader_high,
+        loss=substitution["loss"],
+    )
