@@ -76,7 +76,8 @@ def test_the_table_is_printed(run):
     assert any(" ".join(words) in " ".join(line.split()) for line in printed.splitlines())
     for text in ("59% closed [55%, 62%]", "Sampling alone", "realign-fast unify", "apply 0"):
         assert text in printed
-    assert len(max(printed.splitlines(), key=len)) <= 100
+    table = printed.split("Wrote")[0]
+    assert len(max(table.splitlines(), key=len)) <= 100
 
 
 def test_the_command_answers_in_json(tmp_path, capsys, monkeypatch):
