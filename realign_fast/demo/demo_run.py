@@ -35,7 +35,7 @@ _NORMAL, _STUDENT = 1.96, 2.26  # 97.5% quantiles, the latter of 9 degrees of fr
 _TABLE = """\
 1. Is the gap closed?                         before      after
    distance of the centroids, fitted rows    {fitted[before]:7.4f}    {fitted[after]:7.4f}
-   the same, {pairs} held-out pairs              {held_out[before]:7.4f}    {held_out[after]:7.4f}   {closed}
+   the same, {pairs} held-out pairs{held_out[before]:21.4f}{held_out[after]:11.4f}   {closed}
    Sampling alone would leave {floor:.4f} between the fitted clouds. Held-out pictures keep more,
    because this small encoder places pictures that it never saw a bit elsewhere.
 
