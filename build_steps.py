@@ -55,9 +55,18 @@ def object_path(source: str) -> str:
 def run_steps(steps: Steps) -> None:
     """Run the steps whose inputs have changed in parallel; without ninja, run all in order.
 
-    The environment variable MAX_JOBS limits the number of parallel steps.
+    A second build in the same folder waits for the first one and then finds its objects. The
+    environment variable MAX_JOBS limits the number of parallel steps.
     """
+    import fcntl  # (setup.py imports this file on Windows too)
+
     Path("build/objects").mkdir(parents=True, exist_ok=True)
+    with open("build/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run_steps(steps)
+
+
+def _run_steps(steps: Steps) -> None:
     ninja = build_backend.find_ninja()
     if not ninja:
         for _, command in steps.values():

@@ -20,7 +20,7 @@ from setuptools.command.build_py import build_py
 
 import build_backend
 import build_cuda
-from build_steps import STABLE, library_steps, run_steps
+from build_steps import STABLE, Steps, library_steps, run_steps
 
 
 def source_files(*patterns: str) -> list[str]:
@@ -43,7 +43,7 @@ if compiler:
 
 
 class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no type information)
-    """Build each library with the commands of build_steps.py or build_cuda.py."""
+    """Build the libraries with the commands of build_steps.py and build_cuda.py."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the file name of a library; libraries on the stable ABI name no Python version."""
@@ -51,8 +51,8 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no typ
             return fullname.replace(".", "/") + ".abi3.so"
         return str(super().get_ext_filename(fullname))
 
-    def build_extension(self, extension: Extension) -> None:
-        """Build one library."""
+    def build_extensions(self) -> None:
+        """Build all libraries at once, so that the long steps of one run beside those of others."""
         torch = build_backend.find_torch()
         if torch is None:
             raise RuntimeError(
@@ -60,13 +60,16 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no typ
                 "environment has none; run `pip install torch` first, or install without "
                 "--no-build-isolation"
             )
-        output = os.path.relpath(self.get_ext_fullpath(extension.name))
-        if extension.name.endswith("_C_cuda"):
+        steps: Steps = {}
+        for extension in self.extensions:
             sources = extension.sources
-            run_steps(build_cuda.steps(nvcc, cuda_version, torch, STABLE, sources, output))
-        else:
-            stable = extension.name.endswith("_C")
-            run_steps(library_steps(compiler, torch, stable, extension.sources, output))
+            output = os.path.relpath(self.get_ext_fullpath(extension.name))
+            if extension.name.endswith("_C_cuda"):
+                steps |= build_cuda.steps(nvcc, cuda_version, torch, STABLE, sources, output)
+            else:
+                stable = extension.name.endswith("_C")
+                steps |= library_steps(compiler, torch, stable, sources, output)
+        run_steps(steps)
 
 
 class BuildPython(build_py):  # type: ignore[misc]  # (setuptools has no type information)
@@ -99,10 +102,10 @@ if not compiler:
 # A source distribution holds all sources, whether or not this machine can compile them.
 is_sdist = "sdist" in sys.argv
 extensions = []
+if nvcc or is_sdist:  # first, because its steps take longest
+    extensions.append(Extension("realign_fast._C_cuda", CUDA_SOURCES))
 if compiler or is_sdist:
     extensions.append(Extension("realign_fast._C", SOURCES, depends=DEPENDS))
-if nvcc or is_sdist:
-    extensions.append(Extension("realign_fast._C_cuda", CUDA_SOURCES))
 if not no_reader_reason or is_sdist:
     extensions.append(Extension("realign_fast._io", IO_SOURCES))
 setup(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.programs import Program
 
 import realign_fast
 from realign_fast import Moments, ReAlign
@@ -114,13 +115,12 @@ def outcome(tmp_path_factory):
     A scenario that failed or hung fails the test that asks for it, with what the ranks said.
     """
     folder = tmp_path_factory.mktemp("ranks")
-    path = str(Path(realign_fast.__file__).parents[1])
+    path = f"{Path(realign_fast.__file__).parents[1]}:{Path(__file__).parents[1]}"
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
+        Program(
+            [__file__, str(rank), folder],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]

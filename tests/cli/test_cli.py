@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import programs
 
 from realign_fast import Corpus, ReAlign, ops
 from realign_fast.cli import main
@@ -47,13 +48,8 @@ ALIGN = ["align", "--source", "text", "--target", "image", "--out", "out"]
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "realign_fast", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])}
+    return programs.run("-W", "ignore", "-m", "realign_fast", *arguments, env=environment)
 
 
 def shards(folder):
@@ -272,10 +268,9 @@ def test_interrupted_from_a_shell_it_stops_and_leaves_no_half(corpora, sent):
         f"sys.exit(main.main({[*ALIGN, '--batch-bytes', '64']!r}))\n"
     )
     root = str(Path(main.__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", slow],
+    process = programs.Program(
+        ["-W", "ignore", "-c", slow],
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, "PYTHONPATH": root},
     )
     partial, deadline = "out/.emb_0.npy.partial", time.monotonic() + 60

@@ -14,6 +14,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from support import programs
 
 import realign_fast
 from realign_fast.cli import main
@@ -450,10 +451,10 @@ def test_a_job_that_is_terminated_is_resumed_from_a_shell():
     os.unlink("text/emb_3.npy")
     for index in range(2):
         np.save(f"image/emb_{index}.npy", rows[:90])
-    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", *ALIGN, "--json"]
+    command = ["-W", "ignore", "-m", "realign_fast", *ALIGN, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, "--batch-bytes", "65536"], env=environment, stdout=subprocess.PIPE, text=True
+    process = programs.Program(
+        [*command, "--batch-bytes", "65536"], env=environment, stdout=subprocess.PIPE
     )
     while not list(Path("out").glob("_stats/source-moments/[!.]*")):
         assert process.poll() is None

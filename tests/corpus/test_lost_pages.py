@@ -6,13 +6,12 @@ import pickle
 import re
 import signal
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import programs
 
 pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
@@ -65,8 +64,7 @@ def save_tensors(path, rows, padding=0):
 
 def run(arguments, folder):
     environment = os.environ | {"PYTHONPATH": f"{folder}:{os.getcwd()}"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return programs.run(*arguments, env=environment, timeout=300)
 
 
 def test_every_format_reports_a_file_that_is_cut_off(tmp_path, rows):

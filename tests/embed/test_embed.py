@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from PIL import Image
+from support import programs
 from support.kill_embed import tree
 from support.small_models import picture, require, write_open_clip, write_pictures
 
@@ -310,8 +310,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes():
     script = Path(__file__).parents[1] / "support" / "kill_embed.py"
     path = os.pathsep.join(map(str, script.parents[1:3]))  # tests/ and the repository
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--kills", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = programs.run(script, "--kills", "3", env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kills"] == 3
 

@@ -3,7 +3,6 @@
 import json
 import os
 import string
-import subprocess
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
+from support import programs
 from support.small_models import (
     TOWER,
     picture,
@@ -343,5 +343,5 @@ def test_a_missing_package_names_the_extra(package, extra, tmp_path, monkeypatch
 def test_importing_embed_loads_nothing_heavy():
     heavy = ["open_clip", "transformers", "PIL", "torchvision", "pyarrow"]
     code = "import sys, realign_fast.cli.main; print([m for m in sys.argv[1:] if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
+    ran = programs.run("-c", code, *heavy)
     assert ran.stdout.strip() == "[]", ran.stderr

@@ -1,13 +1,12 @@
 """The estimators keep scikit-learn's rules; batches of StreamingCovariance are all rows."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import programs
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn (extra `sklearn`) is not here")
 
@@ -200,8 +199,7 @@ def test_it_refuses_what_scikit_learn_refuses():
 
 
 def run(code):
-    command = [sys.executable, "-c", code]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    ran = programs.run("-c", code, cwd=ROOT)
     return ran.stdout.strip() + ran.stderr.strip()
 
 

@@ -4,6 +4,8 @@ Rows lie in a buffer of NaN and results go into a buffer of NaN, so that an entr
 left out, or written beside it shows.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -238,8 +240,9 @@ def test_a_row_has_the_same_bytes_in_any_company(kernel, dtype, out_dtype):
     """
     rows, row_map = random_rows(258, 65, dtype), random_map(65)
     together = kernel.align(rows, *row_map, dtype=out_dtype)
-    one_by_one = [kernel.align(row[None], *row_map, dtype=out_dtype) for row in rows]
-    assert torch.equal(together, torch.cat(one_by_one))
+    alone = range(0, len(rows), 32 if "TRITON_INTERPRET" in os.environ else 1)  # (50 ms a call)
+    one_by_one = [kernel.align(rows[i, None], *row_map, dtype=out_dtype) for i in alone]
+    assert torch.equal(together[:: alone.step], torch.cat(one_by_one))
     assert torch.equal(together[1:], kernel.align(rows[1:], *row_map, dtype=out_dtype))
 
 

@@ -3,11 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support import programs
 
 import realign_fast
 from realign_fast.ops import OPS
@@ -72,9 +72,7 @@ main(["info"])
 """
     )
     environment = os.environ | {"PYTHONPATH": str(folder)} | environment
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment
-    )
+    ran = programs.run("-c", code, cwd=folder, env=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout, ran.stderr
 
@@ -152,9 +150,11 @@ def test_the_capability_is_known_before_cuda_starts(installed, visible, answer):
         pytest.skip("no C compiler to build a stand-in for libnvidia-ml with")
     (installed / "nvml.c").write_text(NVML)
     command = [compiler, "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
+    command += ["-Wl,-soname,libnvidia-ml.so.1"]  # under which a library that is loaded is found
     subprocess.run(command, cwd=installed, check=True)
     chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    prelude = "import torch\ntorch.version.cuda = '13.0'\ntorch.cuda.device_count = lambda: 2\n"
-    printed, _ = run(installed, prelude, LD_LIBRARY_PATH=str(installed), **chosen)
+    prelude = f"import ctypes\nctypes.CDLL('{installed}/libnvidia-ml.so.1')\nimport torch\n"
+    prelude += "torch.version.cuda = '13.0'\ntorch.cuda.device_count = lambda: 2\n"
+    printed, _ = run(installed, prelude, **chosen)
     (line,) = (line for line in printed.splitlines() if line.startswith("cuda kernels"))
     assert answer in line

@@ -4,12 +4,11 @@ import ctypes
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import programs
 from support.op_checks import require_compiled
 
 import realign_fast
@@ -61,13 +60,8 @@ def test_a_library_that_does_not_load_is_replaced_and_named(damage, tmp_path):
     for name, original in originals.items():
         (copied / name).write_bytes(damage((PACKAGE / original).read_bytes()))
     (copied / "_build_info.json").write_text('{"reason": ')  # the same disk was full
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = programs.run("-c", PROGRAM, cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     printed = ran.stdout.splitlines()
     reason = f" does not load: {DAMAGES[damage]}"

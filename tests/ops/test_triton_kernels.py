@@ -8,13 +8,12 @@ own. On a machine with a GPU they run on it with all others, as the kernel "trit
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from support import programs
 
 from realign_fast.ops import OPS, backend_of
 
@@ -30,10 +29,7 @@ def run(*arguments):
     """Run a Python process that finds the package and the tests; return its output."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=600
-    )
+    return programs.run(*arguments, cwd=TESTS.parent, env=environment, timeout=600)
 
 
 @needs_triton

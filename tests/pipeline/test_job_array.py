@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import programs
 from support.far import web
 from support.kill_and_resume import tree
 
@@ -185,11 +185,10 @@ def test_workers_from_a_shell_stop_with_143_and_leave_no_half(corpora):
         aligning = Path("out/.emb_1.npy.partial").exists
         held, released = state.hold("GET", "emb_1.npy", aligning)
         options = ["--text", sides[0], "--image", sides[1], "--out", "out", "--workers", "2"]
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", *options],
+        process = programs.Program(
+            ["-W", "ignore", "-m", "realign_fast", "align", *options],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         assert held.wait(120) and process.poll() is None
@@ -258,9 +257,8 @@ def test_workers_go_with_a_parent_that_is_killed(tmp_path):
     )
     script = tmp_path / "parent.py"
     script.write_text(code)
-    parent = subprocess.Popen(
-        [sys.executable, "-W", "ignore", script], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = programs.Program(["-W", "ignore", script], env=environment)
     deadline = time.monotonic() + 60
 
     def workers():

@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import programs
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
@@ -368,8 +367,7 @@ def test_a_killed_run_leaves_only_whole_shards_and_a_rerun_gives_the_same_bytes(
         "pipeline.align(*sys.argv[1:], pipeline.Settings(batch_bytes=1 << 16, progress=False))\n"
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-W", "ignore", "-c", slow, str(source), str(target), str(out)]
-    process = subprocess.Popen(command)
+    process = programs.Program(["-W", "ignore", "-c", slow, source, target, out])
     try:
         while not (out / "emb_0.npy").exists() and process.poll() is None:
             time.sleep(0.01)
@@ -520,11 +518,12 @@ def peak_memory(root, rows):
         np.lib.format.write_array_header_1_0(file, header)
         for _ in range(rows // len(block)):
             file.write(block.data)
-    command = [sys.executable, "-W", "ignore", "-m", "realign_fast", "align", "--quiet"]
+    command = ["-W", "ignore", "-m", "realign_fast", "align", "--quiet"]
     out = root / f"{rows}-out"
     np.save(root / "target.npy", block + 0.5)
     paths = ["--source", folder, "--target", root / "target.npy", "--out", out]
-    subprocess.run([*command, *map(str, paths)], check=True, stdout=subprocess.DEVNULL)
+    ran = programs.run(*command, *paths)
+    assert ran.returncode == 0, ran.stderr
     report = json.loads((out / "report.json").read_text())
     for path in (folder / "emb_0.npy", out / "emb_0.npy"):
         path.unlink()

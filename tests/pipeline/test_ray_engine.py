@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import programs
 from support.far import web
 from support.kill_and_resume import tree
+from support.programs import Program
 
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus
@@ -235,8 +237,7 @@ def test_a_node_without_the_package_says_so(tmp_path):
     (tmp_path / "task").write_bytes(cloudpickle.dumps(ray_driver._task_function()))
     code = "import pickle, sys; sys.modules['realign_fast'] = None\n"
     code += "task = pickle.load(open(sys.argv[1], 'rb')); print(pickle.loads(task([], 0))[1])"
-    command = [sys.executable, "-c", code, tmp_path / "task"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = programs.run("-c", code, tmp_path / "task")
     assert "install the realign_fast of the driver there" in done.stdout, done.stderr
 
 
@@ -342,10 +343,10 @@ def test_a_client_outside_the_cluster_sends_the_package(corpora, cluster):
     """``ray://``: the same bytes, by the kernels that came along; the cluster goes on."""
     align("text", "image", "one", QUIET)
     _, outside, folder = cluster
-    command = [sys.executable, "-m", "realign_fast", "align", "--text", "text", "--image"]
-    command += ["image", "--out", "out", "--engine", "ray", "--ray-address", outside, "--ray-ship"]
+    command = ["-m", "realign_fast", "align", "--text", "text", "--image", "image"]
+    command += ["--out", "out", "--engine", "ray", "--ray-address", outside, "--ray-ship"]
     command += ["--cpus-per-task", "2", "--quiet"]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    done = programs.run(*command, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert tree("out") == tree("one")
     sent = folder.glob(
@@ -381,10 +382,10 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
         sides = [f"{address}/text", f"{address}/image"]
         aligning = Path("out/.emb_1.npy.partial").exists
         held, released = state.hold("GET", "emb_1.npy", aligning)
-        command = [sys.executable, "-m", "realign_fast", "align", "--text", sides[0], "--image"]
-        command += [sides[1], "--out", "out", "--engine", "ray", "--threads", "1", "--quiet"]
-        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
+        command = ["-m", "realign_fast", "align", "--text", sides[0], "--image", sides[1]]
+        command += ["--out", "out", "--engine", "ray", "--threads", "1", "--quiet"]
+        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        process = Program(command, env=ENVIRONMENT, start_new_session=True, **options)
         try:
             assert held.wait(120) and process.poll() is None
             below = descendants(process.pid)

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import programs
 from support.kill_and_resume import tree
 
 from realign_fast import Corpus, ReAlign
@@ -83,21 +83,10 @@ def test_a_second_run_reads_nothing_and_leaves_the_same_bytes(corpora, tmp_path,
 
 @pytest.mark.parametrize(("kills", "command"), [(25, []), (8, ["--unify"])])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(kills, command):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            ROOT / "tests" / "support" / "kill_and_resume.py",
-            "--kills",
-            str(kills),
-            *command,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    script = ROOT / "tests" / "support" / "kill_and_resume.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = ["-W", "ignore", script, "--kills", str(kills), *command]
+    done = programs.run(*arguments, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["kills"] == kills and result["rows_not_read_again"] > 0
@@ -262,13 +251,13 @@ def test_two_processes_do_not_share_an_output(corpora, tmp_path, capsys):
         "import sys, time, pathlib\nfrom realign_fast.storage.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", hold, str(out / "_stats")],
+    process = programs.Program(
+        ["-W", "ignore", "-c", hold, out / "_stats"],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
-        assert process.stdout.readline() == b"1\n"
+        assert process.stdout.readline() == "1\n"
         command = ["align", "--text", str(text), "--image", str(image), "--out", str(out)]
         assert main.main(command) == 5
         error = capsys.readouterr().err

@@ -6,12 +6,11 @@ import csv
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from harness import ci, plots, records, scaling, table, timing
+from support import programs
 from support.benchmark_parts import F32, few_rounds, make_case, sleeping  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +146,7 @@ def test_plots_are_drawn(tmp_path):
     ],
 )
 def test_options_are_looked_at_before_anything_is_measured(given, words):
-    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "-k", "nothing", *given]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    ran = programs.run("-m", "pytest", ROOT / "benchmarks", "-k", "nothing", *given, cwd=ROOT)
     said = " ".join((ran.stdout + ran.stderr).split())
     assert words in said and "Traceback (most" not in said
     assert ran.returncode == (0 if given == ["--help"] else 4)

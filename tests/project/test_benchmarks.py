@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from harness import inputs, memory, records, table, timing
 from peers import covariance, four_pass_numpy, packages, row_ops
+from support import programs
 from support.benchmark_parts import F32, few_rounds, make_case, sleeping  # noqa: F401
 
 BENCHMARKS = Path(timing.__file__).parents[1]
@@ -190,14 +189,7 @@ def test_pytest_fails_prints_and_writes(tmp_path):
     # pytest-benchmark measures nothing in a worker of pytest-xdist, and so takes this run for one.
     own = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     environment = own | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    ran = subprocess.run(
-        [sys.executable, *words, "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = programs.run(*words, "-p", "no:cacheprovider", cwd=tmp_path, env=environment)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     lines = [line for line in ran.stdout.splitlines() if line.lstrip().startswith("wrong_op")]
     refused = [line for line in lines if "NO SPEED" in line]
@@ -208,7 +200,5 @@ def test_pytest_fails_prints_and_writes(tmp_path):
     assert wrong["candidates"] == [] and "off float64" in wrong["failed"]
     assert len(right["candidates"][0]["all_seconds"]) == 2
     words = [*words[:3], "--compare", "found.json", "-k", "right"]
-    again = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    again = programs.run(*words, cwd=tmp_path, env=environment)
     assert "ratios are where they were" in again.stdout and again.returncode == 0

@@ -1,14 +1,13 @@
 """gpu_check.py where there is no GPU: how it runs tests and keeps results, and its dry run."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import gpu_check
 import pytest
 import torch
+from support import programs
 
 SCRIPT = Path(gpu_check.__file__)
 TESTS = """
@@ -86,9 +85,7 @@ def test_unspent_time_goes_to_the_parts_that_follow():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_names_the_parts_the_time_and_the_size(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, SCRIPT, "--limit", "500"], capture_output=True, text=True, cwd=tmp_path
-    )
+    ran = programs.run(SCRIPT, "--limit", "500", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     skipped = [line.split()[1] for line in ran.stdout.splitlines() if "skipped:" in line]
     assert skipped == ["library", "cuda", "triton", "rates", "benchmarks"]

@@ -1,13 +1,12 @@
 """Packages are on levels and import downwards only; a heavy package is imported in one place."""
 
 import ast
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import programs
 
 from realign_fast.cli.main import main
 from realign_fast.ops import functions
@@ -177,11 +176,8 @@ def test_the_root_of_the_package_is_small():
 def test_importing_the_package_loads_no_heavy_package():
     code = "import sys, realign_fast; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = set(HEAVY) - {"triton"}  # torch imports it by itself, with its first custom op
-    command = [sys.executable, "-c", code, *heavy]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60, check=True
-    )
-    assert ran.stdout.strip() == "[]"
+    ran = programs.run("-c", code, *heavy, cwd=PACKAGE.parent)
+    assert ran.stdout.strip() == "[]", ran.stderr
 
 
 def test_align_reaches_its_kernels_through_at_most_seven_files(tmp_path, monkeypatch):

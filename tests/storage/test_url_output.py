@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from support import programs
 from support.far import proxy
 from support.kill_and_resume import tree
 
@@ -177,8 +177,9 @@ def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
     for folder in corpora:
         bucket.put(str(folder), f"rows/{folder.name}", recursive=True)
     inputs = ["--text", "s3://rows/text", "--image", "s3://rows/image", "--out", S3, "--quiet"]
-    command = [sys.executable, "-m", "realign_fast", "align", *inputs, "--engine", "ray"]
-    subprocess.run(command, env=environment(), check=True, timeout=300)
+    command = ["-m", "realign_fast", "align", *inputs, "--engine", "ray"]
+    ran = programs.run(*command, env=environment(), timeout=300)
+    assert ran.returncode == 0, ran.stderr
     align("s3://rows/text", "s3://rows/image", tmp_path / "near", QUIET)
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
 
@@ -293,9 +294,9 @@ def started(corpora, tmp_path, address, *options):
     """A run on an S3 server whose scratch files are in a directory of their own."""
     (tmp_path / "scratch").mkdir()
     inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3, "--quiet"]
-    command = [sys.executable, "-m", "realign_fast", "align", *inputs, *options]
+    command = ["-m", "realign_fast", "align", *inputs, *options]
     place = {"TMPDIR": str(tmp_path / "scratch"), "AWS_ENDPOINT_URL": address}
-    return subprocess.Popen(command, env=environment() | place, stderr=subprocess.PIPE, text=True)
+    return programs.Program(command, env=environment() | place, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize(
@@ -460,9 +461,7 @@ def test_a_full_scratch_disk_says_which(corpora, bucket):
         f"writer = ShardWriter('{S3}/a.npy', 100, {D}, torch.float32);\n"
         f"with writer: writer.write(torch.ones(100, {D}))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
-    )
+    ran = programs.run("-c", code, env=environment())
     assert f"{S3}/a.npy: File too large in its scratch file in /tmp" in ran.stderr
     assert keys(bucket) == []
 

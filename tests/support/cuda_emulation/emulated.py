@@ -24,7 +24,7 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 HEADERS = [*(ROOT / "csrc/common").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
 HEADERS += [*Path(__file__).parent.glob("*.h")]
 FLAGS = (
-    "-x c++ -std=c++20 -O2 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall "
+    "-x c++ -std=c++20 -O1 -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall "
     "-Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -DREALIGN_EMULATION "
     "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
 ).split()
