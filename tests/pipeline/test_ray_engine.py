@@ -62,8 +62,10 @@ def listens(port):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(s3_server):
     """``(address from inside, address from outside, folder)`` of a node with two CPUs."""
+    environment = ENVIRONMENT | {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "of-a-test"}
+    environment |= {"AWS_SECRET_ACCESS_KEY": "of-a-test"}
     port, client, *further_ports = free_ports(4)
     folder = tempfile.mkdtemp(prefix="realign-ray-")  # a short path: sockets are in it
     fixed = ("dashboard-port", "dashboard-agent-listen-port")
@@ -74,7 +76,7 @@ def cluster():
     command += [f"--temp-dir={folder}", f"--port={port}", f"--ray-client-server-port={client}"]
     with tempfile.TemporaryFile() as log:
         head = subprocess.Popen(
-            command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
             until(lambda: head.poll() is not None or (listens(port) and listens(client)), command)
@@ -168,6 +170,15 @@ def test_ray_writes_a_space_as_one_process_does(corpora, engine):
     unify(sides, "one", QUIET)
     unify(sides, "out", QUIET, engine)
     assert tree("out") == tree("one")
+
+
+def test_ray_reads_and_writes_urls(corpora, engine, bucket):
+    for side in ("text", "image"):
+        bucket.put(side, f"rows/{side}", recursive=True)
+    align("s3://rows/text", "s3://rows/image", "s3://rows/out", QUIET, engine)
+    align("s3://rows/text", "s3://rows/image", "near", QUIET)
+    bucket.get("rows/out", "copy", recursive=True)
+    assert tree("copy") == tree("near")
 
 
 def test_ray_and_a_job_array_write_the_same_bytes(corpora, engine):

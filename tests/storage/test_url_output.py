@@ -127,11 +127,18 @@ def test_every_format_is_converted_and_aligned_to_a_bucket(form, tmp_path, corpo
     remote = [Corpus(f"s3://rows/{form}/{folder.name}", **how) for folder in corpora]
     assert local[0].format == remote[0].format
     align(*local, tmp_path / "near", QUIET)
+    align(*remote, S3, QUIET)  # from a bucket to a bucket
+    for path in near[0]:
+        assert bucket.cat(f"rows/out/{path.name}") == (tmp_path / "near" / path.name).read_bytes()
+
+
+def test_another_format_than_npy_is_aligned_to_a_bucket(tmp_path, corpora, bucket):
+    local = [tmp_path / "parquet" / corpus.name for corpus in corpora]
+    for corpus, folder in zip(corpora, local, strict=True):
+        convert(Corpus(corpus), folder, "parquet")
+    align(*local, tmp_path / "near", QUIET)
     align(*local, S3, QUIET)
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
-    align(*remote, "s3://rows/all", QUIET)  # from a bucket to a bucket
-    (name, *_) = [path.name for path in near[0]]
-    assert bucket.cat(f"rows/all/{name}") == (tmp_path / "near" / name).read_bytes()
 
 
 def test_other_columns_go_beside_the_shards(tmp_path, bucket):
@@ -172,7 +179,9 @@ def test_workers_write_the_same_bytes(tmp_path, corpora, bucket):
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
 
 
-def test_ray_reads_and_writes_urls(tmp_path, corpora, bucket):
+@pytest.mark.slow
+def test_a_ray_that_the_command_starts_reads_and_writes_urls(tmp_path, corpora, bucket):
+    """On a cluster that runs already: tests/pipeline/test_ray_engine.py."""
     pytest.importorskip("ray")
     for folder in corpora:
         bucket.put(str(folder), f"rows/{folder.name}", recursive=True)
