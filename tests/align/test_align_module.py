@@ -168,7 +168,9 @@ def test_gradient_is_that_of_the_formula_in_plain_torch(fitted):
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_a_model_that_holds_one_compiles_to_one_graph_and_trains(fitted, dtype):
     """inductor, the compiler people use; the op stays one call inside."""
     model = Model(copy.deepcopy(fitted)).to(dtype)

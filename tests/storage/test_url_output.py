@@ -470,8 +470,9 @@ def test_a_full_scratch_disk_says_which(corpora, bucket):
         f"writer = ShardWriter('{S3}/a.npy', 100, {D}, torch.float32);\n"
         f"with writer: writer.write(torch.ones(100, {D}))"
     )
-    ran = programs.run("-c", code, env=environment())
-    assert f"{S3}/a.npy: File too large in its scratch file in /tmp" in ran.stderr
+    writer = programs.Program(["-c", code], env=environment(), stderr=subprocess.PIPE)
+    error = writer.communicate(60)[1]
+    assert f"{S3}/a.npy: File too large in its scratch file in /tmp" in error
     assert keys(bucket) == []
 
 
