@@ -245,7 +245,7 @@ class Moments:
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments with their sums on ``device``."""
-        moved = Moments(**self._flags())
+        moved = type(self)(**self._flags())
         moved._restore({name: tensor.to(device) for name, tensor in self._state().items()})
         return moved
 

@@ -107,6 +107,11 @@ class RoleMap:
         return len(self.centre)
 
     @property
+    def length(self) -> float:
+        """The length of every row of the index, or 0 if lengths differ."""
+        return math.hypot(*(1 / scale for scale in self.scales.values())) * self.normalized
+
+    @property
     def row_map(self) -> Callable[[Tensor], Tensor]:
         """The map into the first block, not rounded, for :meth:`Moments.update`."""
         return lambda rows: self._block(rows, min(self.scales), out_dtype=working_dtype(rows))

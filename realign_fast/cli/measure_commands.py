@@ -175,7 +175,7 @@ def _rows(sides: Sequence[Corpus], places: Sequence[Sequence[int]]) -> list[Tens
 def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> list[str]:
     """Return values of rows in the first of the columns beside them, or in `metadata/`."""
     from ..corpus.layout import metadata_of
-    from ..revision.id_index import shard_values
+    from ..corpus.row_values import shard_values
 
     if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
         raise ValueError(
@@ -201,7 +201,7 @@ def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
     Those are pairs with a row of an earlier one, such as other captions of the same image: a search
     for one of them would count the others as wrong.
     """
-    from ..revision.id_index import ID_COLUMNS
+    from ..corpus.row_values import ID_COLUMNS
 
     sides = _open_sides(options)
     counts = [side.num_rows for side in sides]
@@ -235,7 +235,7 @@ def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
 
 def _warn_of_other_ids(sides: Sequence[Corpus], places: Sequence[int]) -> None:
     """Warn if both sides have ids and rows with two ids are taken as a pair, of those sampled."""
-    from ..revision.id_index import ID_COLUMNS
+    from ..corpus.row_values import ID_COLUMNS
 
     with suppress(ValueError):  # a side without ids
         ids = [_values(side, places, ID_COLUMNS) for side in sides]

@@ -339,13 +339,18 @@ class UnifyOptions(Passes, Resuming, EngineOptions):
 
     text: Annotated[str | None, _directory(_SIDE.format("of texts", "text"))] = None
     image: Annotated[str | None, _directory(_SIDE.format("of images", "img"))] = None
+    corpus: Annotated[str | None, _directory("one table of all modalities in place of --text and "
+        "--image: a file or directory in a format with columns", metavar="TABLE")] = None
+    split_by: Annotated[str | None, _input("column of --corpus that names the modality of each "
+        "row", metavar="NAME", show_default="modality")] = None
     queries: Annotated[str | None, _directory("rows like those that will be searched for; with "
         "--space they are written as they search", show_default="such documents")] = None
     space: Annotated[str | None, _file("use this space and fit none: space.safetensors, or its "
         "directory", parser=_text(storage_path))] = None
     out: Out
-    query_role: Annotated[values.Modality | None, _method("modality of the queries",
-        "--query-role", "--role", show_default="text, or that of --space")] = None
+    shard: Shard = "1/1"
+    query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
+        metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "
         "modality (single), or with as many columns for each modality, for queries of both "
         "(blocks)", show_default="single")] = None

@@ -24,7 +24,6 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
-from ..shared_space import RoleMap
 from ..storage.paths import AnyPath, StoragePath, output_path, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
@@ -35,6 +34,7 @@ from .output import ALIGNER, REPORT, Written, check_output
 from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
+from .table_rows import AnyMap, moments_for
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
 
@@ -52,7 +52,7 @@ class AlignRun(PassRunner):
         self,
         name: str,
         corpus: Corpus,
-        row_map: ReAlign | RoleMap | None = None,
+        row_map: AnyMap | None = None,
         covariance: bool | None = None,
     ) -> Sample:
         """Measure a corpus, or a sample of it, or its rows sent through a map.
@@ -64,7 +64,7 @@ class AlignRun(PassRunner):
         if self.count is not None:
             return self.run_sample(name, corpus, self.count, covariance, row_map)
         task = self.task(name, corpus, row_map, covariance=covariance)
-        total, entries = Moments(covariance, accurate=covariance), []
+        total, entries = moments_for(corpus, covariance), []
         if self.settings.mode == "extend" and task.checkpoints and row_map is None:
             for moments, entry in saved_moments(task.checkpoints, task.identities):
                 total.merge(moments)
@@ -130,7 +130,7 @@ class AlignRun(PassRunner):
                 warn_if_far(str(source.path), moments.mean, moments.count, mean, count)
             return moments
 
-    def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
+    def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
@@ -140,7 +140,7 @@ class AlignRun(PassRunner):
                 f"{written[1]}: holds {len(earlier['shards'])} shards of other options or of "
                 "another map; they are written anew, and are of two maps until this run ends"
             )
-        moments = self.run_pass(task, Moments(), [])
+        moments = self.run_pass(task, moments_for(result.corpus), [])
         if self.part[1] == 1:
             result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
         return moments
@@ -240,7 +240,7 @@ def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None 
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
-def check_aligner(aligner: ReAlign | RoleMap, corpus: Corpus) -> None:
+def check_aligner(aligner: AnyMap, corpus: Corpus) -> None:
     """Raise ValueError for an aligner that was fitted on rows of another dimension."""
     if aligner.dimension != corpus.dimension:
         raise ValueError(

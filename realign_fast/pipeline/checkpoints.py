@@ -30,9 +30,9 @@ from .. import ops
 from ..align import ReAlign
 from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
-from ..shared_space import RoleMap
 from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
+from .table_rows import AnyMap, TableMap, TableMoments
 
 Entry = dict[str, Any]  # the manifest's record of one shard in one pass
 STATS = "_stats"
@@ -87,12 +87,15 @@ def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     return f"realign_fast {version}, sum_rows on {kernel}"
 
 
-def map_hash(row_map: ReAlign | RoleMap | None) -> str | None:
+def map_hash(row_map: AnyMap | None) -> str | None:
     """Hash the state of a fitted map, except the residual gap, which is measured afterwards."""
     if row_map is None:
         return None
     total = hashlib.blake2b(digest_size=16)
     state = row_map.state_dict() if isinstance(row_map, ReAlign) else vars(row_map)
+    if isinstance(row_map, TableMap):
+        parts = row_map.maps.items()
+        state = {f"{m}.{name}": value for m, part in parts for name, value in vars(part).items()}
     for name, value in sorted(state.items()):
         if not isinstance(value, torch.Tensor):
             total.update(f"{name} {value!r}".encode())
@@ -148,15 +151,16 @@ class Checkpoints:
 
         A shard with a ``result`` is finished if that file is still as it was written.
         """
+        kind = TableMoments if "split_by" in self.facts else Moments
         if result is None:
-            return _load(self._moments_path(shard, shard_identity))
+            return _load(self._moments_path(shard, shard_identity), kind)
         path = self._path(shard, "json")
         with _absent_if_damaged(path):
             record = json.loads(path.read_bytes())
             entry: Entry = record["entry"]
             same = record["key"] == self.key(shard_identity)
             if same and record["written"] == list(result.stamp()):
-                stored = _load(self._path(shard, "safetensors"))
+                stored = _load(self._path(shard, "safetensors"), kind)
                 if stored and stored[1]["blake2b"] == entry["blake2b"]:
                     return stored[0], entry
         return None
@@ -213,9 +217,9 @@ def _save(path: StoragePath, moments: Moments) -> Entry:
     return _entry(path, path)
 
 
-def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
+def _load(path: StoragePath, kind: type[Moments]) -> tuple[Moments, Entry] | None:
     with _absent_if_damaged(path), path.local_copy() as local:
-        return Moments.load(local), _entry(path, local)
+        return kind.load(local), _entry(path, local)
     return None
 
 

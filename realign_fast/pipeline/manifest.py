@@ -20,7 +20,7 @@ from ..storage.paths import StoragePath, write_json
 from .checkpoints import Checkpoints, Entry, digest, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
-_ROLES = ("text", "image", "text queries", "image queries")
+_ROLES = ("text", "image", "table", "text queries", "image queries")
 ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
 PASS_ORDER = (
     *ALIGN_PASSES,
@@ -122,7 +122,8 @@ def write_manifest(
     ``aligner_hash`` is the hash of the map in ``out`` (:func:`.checkpoints.map_hash`).
     """
     passes = read_manifest(out)["passes"] | passes
-    ordered = {name: passes[name] for name in PASS_ORDER if name in passes}
+    names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
+    ordered = {name: passes[name] for name in names if name in passes}
     facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
     write_json(out / MANIFEST, facts | {"passes": ordered})
 

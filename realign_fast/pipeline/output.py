@@ -90,14 +90,22 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
     """
     finished = read_manifest(out)["passes"] if mode != "overwrite" else {}
     for result in results:
-        is_alignment = result.pass_name in ALIGN_PASSES
-        if any((name in ALIGN_PASSES) != is_alignment for name in finished):
+        kinds = {_kind_of(name) for name in (*finished, result.pass_name)}
+        if len(kinds) > 1 and kinds not in ({"sides", "queries"}, {"table", "queries"}):
             raise OptionError(
-                f"{out}: holds the result of another command (align or unify); give another "
-                "--out, or replace that result with --mode overwrite"
+                f"{out}: holds the result of another command (align, unify, or unify --corpus); "
+                "give another --out, or replace that result with --mode overwrite"
             )
         if mode == "incremental" and result.pass_name in finished:
             check_source(out, result.corpus, finished[result.pass_name]["shards"])
+
+
+def _kind_of(pass_name: str) -> str:
+    """Return which results of an output a pass belongs to."""
+    if pass_name in ALIGN_PASSES:
+        return "alignment"
+    words = pass_name.split()
+    return next((kind for kind in ("table", "queries") if kind in words), "sides")
 
 
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..interface.progress import Progress
 from ..moments import Moments
-from ..shared_space import RoleMap
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path
@@ -24,6 +23,7 @@ from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
 from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
+from .table_rows import AnyMap
 
 LOGGER = logging.getLogger("realign_fast.passes")  # a message when a pass ends
 
@@ -124,7 +124,7 @@ class PassRunner:
         self,
         name: str,
         corpus: Corpus,
-        row_map: ReAlign | RoleMap | None = None,
+        row_map: AnyMap | None = None,
         *,
         covariance: bool = False,
         result: tuple[str, StoragePath] | None = None,
@@ -142,6 +142,7 @@ class PassRunner:
             "covariance": covariance,
             "map": map_hash(row_map),
             **({"folder": result[0]} if result else {}),
+            **({"split_by": corpus.split_by} if isinstance(corpus, SplitCorpus) else {}),
             "code": code_version(self.settings.device),
         }
         if corpus not in self._identities:

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._startup import is_own_command
 from ..align import ReAlign
 from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
+from ..corpus.split_corpus import SplitCorpus
 from ..moments import Moments
-from ..shared_space import RoleMap, SharedSpace
+from ..shared_space import SharedSpace
 from ..storage import read_ahead
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner
@@ -28,6 +31,7 @@ from .output import ALIGNER, SPACE, Written, check_kept, check_output, check_pla
 from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
+from .table_rows import AnyMap, moments_for
 from .unify_run import SpaceSides, map_of, sample_of, space_settings
 
 UPLOAD_BYTES = 16 << 20  # of a request that uploads a part of a shard
@@ -56,15 +60,16 @@ class PlanRun(AlignRun):
         self.add(task.name, task.corpus, unfinished, writes)
         return total
 
-    def write(self, result: Written, row_map: ReAlign | RoleMap, out: StoragePath) -> Moments:
+    def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
         """Count the shards that are not written, as :meth:`run_pass` does."""
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
-        return self.run_pass(task, Moments(), [])
+        return self.run_pass(task, moments_for(result.corpus), [])
 
     def run_sample(self, name: str, corpus: Corpus, count: int, *_: Any) -> Sample:
         """Count a pass over a sample, which has no checkpoints."""
-        self.is_known, rows = False, min(count, corpus.num_rows)
+        sides = corpus.side_rows.values() if isinstance(corpus, SplitCorpus) else [corpus.num_rows]
+        self.is_known, rows = False, sum(min(count, number) for number in sides)
         size = rows * corpus.shards[0].row_bytes
         step = {"name": name, "rows": rows, "bytes_read": size, "bytes_written": 0}
         requests = None if corpus.path.is_remote else 0
@@ -133,10 +138,12 @@ def plan_apply(
     return run.steps
 
 
-def plan_unify(sides: SpaceSides, out: AnyPath, settings: Settings) -> list[dict[str, Any]]:
+def plan_unify(
+    sides: SpaceSides, out: AnyPath, settings: Settings, part: tuple[int, int] = (0, 1)
+) -> list[dict[str, Any]]:
     """Return the passes of ``unify``, without those of an automatic choice to centre."""
     place, settings, space = output_path(out), space_settings(settings), sides.space
-    run, results = _plan_run(out, settings), sides.results(place, settings)
+    run, results = _plan_run(out, settings, part), sides.results(place, settings)
     for name, corpus in sides.corpora.items() if space is None else ():
         run.count = sample_of(settings, corpus)
         run.measure(f"{name} moments", corpus, covariance=True)
@@ -149,7 +156,8 @@ def plan_unify(sides: SpaceSides, out: AnyPath, settings: Settings) -> list[dict
             run.write(result, map_of(space, result.pass_name), place)
         else:
             width = result.row_bytes // result.corpus.shards[0].row_bytes
-            run.add(result.pass_name, result.corpus, range(len(result.corpus.shards)), width)
+            shards = range(part[0], len(result.corpus.shards), part[1])
+            run.add(result.pass_name, result.corpus, shards, width)
     return run.steps
 
 
@@ -276,10 +284,12 @@ def format_plan(report: dict[str, Any]) -> str:
 
 
 def _beginning(corpus: Corpus, workers: int) -> Corpus:
-    """Return a corpus of the first shards alone."""
+    """Return a corpus of the first shards alone, and of a table the first of each modality."""
     enough = corpus.starts.searchsorted(MEASURED_BYTES // corpus.shards[0].row_bytes)
-    part, shards = copy.copy(corpus), max(2 * workers, int(enough))
-    part.shards, part.starts = corpus.shards[:shards], corpus.starts[: shards + 1]
+    part, shards = copy.copy(corpus), range(len(corpus.shards))[: max(2 * workers, int(enough))]
+    first_shards = corpus.first_shards if isinstance(corpus, SplitCorpus) else ()
+    part.shards = tuple(corpus.shards[index] for index in sorted({*shards, *first_shards}))
+    part.starts = np.cumsum([0, *(shard.num_rows for shard in part.shards)])
     part.num_rows = int(part.starts[-1])
     part.nbytes = part.num_rows * part.shards[0].row_bytes
     return part

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..align import ReAlign
 from ..corpus.corpus import Corpus, sample_ids
+from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
 from ..moments import Moments, good_rows
-from ..shared_space import RoleMap
 from .passes import PassRunner
 from .settings import Settings
+from .table_rows import TableMoments, moments_for
 
 _BLOCKS = 20  # blocks of the delete-one jackknife
 
@@ -86,30 +86,38 @@ def measure_sample(
     corpus: Corpus,
     count: int,
     covariance: bool,
-    row_map: ReAlign | RoleMap | None,
+    row_map: Any,
 ) -> Sample:
     """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
-    They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
-    is one batch, whatever the count.
+    They are sent through ``row_map``. Of a table, ``count`` rows of each modality are taken. The
+    rows are the same for the same ``settings.seed``; memory is one batch, whatever the count.
     """
-    through = None if row_map is None else row_map.row_map
-    settings, ids = run.settings, sample_ids(corpus.num_rows, count, run.settings.seed)
+    settings, codes = run.settings, None
+    if isinstance(corpus, SplitCorpus):
+        ids, codes = corpus.sample(count, settings.seed)
+    else:
+        ids = sample_ids(corpus.num_rows, count, settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
-    total, blocks = Moments(covariance, accurate=covariance), []
+    total, blocks = moments_for(corpus, covariance), []
     num_blocks = min(_BLOCKS, max(1, len(ids) // 2))
     with run.timed_pass(name, corpus, len(ids), total) as advance:
         for block in range(num_blocks):
-            moments, block_ids = Moments(covariance, accurate=covariance), ids[block::num_blocks]
+            moments, block_ids = moments_for(corpus, covariance), ids[block::num_blocks]
             for first in range(0, len(block_ids), size):
                 batch_ids = block_ids[first : first + size]
                 rows = corpus.take(batch_ids)
                 if settings.bad_rows == "error":
                     _check_rows(corpus, batch_ids, rows)
-                moments.update(rows, through=through, bad_rows=settings.bad_rows)
+                if isinstance(moments, TableMoments) and codes is not None:
+                    batch_codes = codes[block::num_blocks][first : first + size]
+                    moments.update_sides(rows, batch_codes, row_map, bad_rows=settings.bad_rows)
+                else:
+                    through = None if row_map is None else row_map.row_map
+                    moments.update(rows, through=through, bad_rows=settings.bad_rows)
                 advance(len(rows))
             total.merge(moments)
-            if n := moments.count:
+            if (n := moments.count) and codes is None:
                 blocks.append((n, moments.mean * n, moments.energy * n))
     return Sample(total, corpus.num_rows, blocks)
 

@@ -16,19 +16,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..align import ReAlign
 from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
-from ..moments import Moments, RowMap, good_rows
-from ..shared_space import RoleMap
+from ..corpus.split_corpus import SplitCorpus
+from ..moments import Moments, good_rows
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
+from .table_rows import AnyMap, IndexMap, TableMap, TableMoments, moments_for, zero_results
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class ShardTask:
     checkpoints: Checkpoints | None
     settings: Settings
     reading: bool
-    row_map: ReAlign | RoleMap | None
+    row_map: AnyMap | None
     covariance: bool
     folder: StoragePath | None = None
     advance: Callable[[int], None] = _ignore_progress
@@ -113,7 +112,9 @@ class ShardTask:
     @property
     def columns(self) -> int:
         """The number of columns of the result."""
-        return self.row_map.columns if isinstance(self.row_map, RoleMap) else self.corpus.dimension
+        if isinstance(self.row_map, IndexMap):
+            return self.row_map.columns
+        return self.corpus.dimension
 
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
@@ -126,16 +127,15 @@ class ShardTask:
 
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
-        moments, total = Moments(self.covariance, accurate=self.covariance), 0
+        moments, total = moments_for(self.corpus, self.covariance), 0
+        codes = self.corpus.codes(index) if isinstance(self.corpus, SplitCorpus) else None
         streams = streams_for(self.settings.device)
         size = self.settings.batch_bytes // shard.row_bytes
         size = max(1, min(size, shard.num_rows))
         row_map = self.row_map
         if row_map is not None and streams is not None:
             row_map = copy.deepcopy(row_map).to(streams.device)
-        through = None
-        if row_map is not None and (writer is None or isinstance(row_map, ReAlign)):
-            through = row_map.row_map
+        through = row_map if writer is None or isinstance(row_map, ReAlign) else None
         buffers = ResultBuffers(streams, size if writer else 0, self.columns, self.corpus.dtype)
         writes: deque[Future[None]] = deque()
 
@@ -151,11 +151,17 @@ class ShardTask:
                 rows = batch.rows
                 if len(writes) == buffers.slots:
                     writes.popleft().result()
-                has_bad_row = self._update(moments, shard, batch, through)
+                batch_codes: Any = None  # of a table
+                if codes is not None:
+                    batch_codes = codes[batch.first : batch.first + len(rows)].to(rows.device)
+                has_bad_row = self._update(moments, shard, batch, through, batch_codes)
                 if row_map is not None and writer is not None:
                     result = buffers.next(len(rows))
                     try:
-                        row_map(rows, out=result)
+                        if isinstance(row_map, TableMap):
+                            row_map(rows, batch_codes, result)
+                        else:
+                            row_map(rows, out=result)
                     except ValueError as error:
                         raise ValueError(f"{shard.path}: {error}") from error
                     if has_bad_row and self.settings.bad_rows == "skip":
@@ -166,12 +172,24 @@ class ShardTask:
                 writes.popleft().result()
             return moments.to("cpu"), total
 
-    def _update(self, moments: Moments, shard: Shard, batch: Batch, through: RowMap | None) -> bool:
+    def _update(
+        self,
+        moments: Moments,
+        shard: Shard,
+        batch: Batch,
+        row_map: Any,
+        codes: Any,
+    ) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
         place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
+        place["bad_rows"] = bad_rows
         try:
-            moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
+            if isinstance(moments, TableMoments):
+                moments.update_sides(batch.rows, codes, row_map, **place)
+            else:
+                through = None if row_map is None else row_map.row_map
+                moments.update(batch.rows, through=through, **place)
         except ValueError:
             check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
             raise
@@ -182,9 +200,7 @@ class ShardTask:
         zero, nonfinite = moments.zero_rows, moments.nonfinite_rows
         if self.settings.bad_rows == "skip":
             return {"zero_rows": zero + nonfinite, "nan_rows": 0}
-        no_row = torch.zeros(1, self.corpus.dimension)
-        stays_zero = zero and self.row_map is not None and not bool(self.row_map(no_row).any())
-        return {"zero_rows": zero * stays_zero, "nan_rows": nonfinite}
+        return {"zero_rows": zero_results(moments, self.row_map), "nan_rows": nonfinite}
 
 
 def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[ShardResult]:

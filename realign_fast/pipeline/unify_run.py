@@ -2,7 +2,13 @@
 
 The passes are those of ``align``: the moments of each side, their moments about the means if the
 method centres, and one pass a side that writes. Each side keeps its format, its number type and the
-names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries.
+names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries. A
+table whose rows are of several modalities is one side: each pass reads it once, and its result is
+one table again.
+
+The jobs of an array run the same command with a part each. A job does its part of each pass, and
+goes on to the next pass once the checkpoints of all parts of this one are there. A run without a
+part ends the array.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..corpus.corpus import Corpus, common_encoder
-from ..interface.option_values import OptionError
+from ..corpus.split_corpus import SplitCorpus
+from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path
@@ -24,8 +31,10 @@ from .engines.local import Engine
 from .inspection import shape_of
 from .output import FOLDERS, REPORT, SPACE, Written, check_output, check_place
 from .settings import Settings
+from .table_rows import IndexMap, TableMap, TableMoments
 
-SPACE_ROWS = 50_000  # rows of each side that a space is fitted on by default
+SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
+TABLE = "table"  # the name of a side that holds several modalities
 _QUERIES = " queries"  # after the name of their role
 
 
@@ -34,7 +43,8 @@ class SpaceSides:
     """The corpora of a space, and how it is fitted.
 
     Args:
-        documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``.
+        documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``; or a
+            :class:`SplitCorpus` of any modalities as ``"table"``, alone.
         queries: rows like those that will be searched for: the space is fitted on them, or with
             ``space`` they are written as they search the index.
         query_role, layout, method: as in :meth:`SharedSpace.fit`.
@@ -54,15 +64,21 @@ class SpaceSides:
         queries = {} if self.queries is None else {self.query_role + _QUERIES: self.queries}
         return {**self.documents, **queries}
 
+    @property
+    def modalities(self) -> list[str]:
+        """The names of the modalities of the documents."""
+        table = self.documents.get(TABLE)
+        return table.modalities if isinstance(table, SplitCorpus) else [*self.documents]
+
     def results(self, out: StoragePath, settings: Settings) -> list[Written]:
         """Return the corpora that are written; refuse an output that cannot hold them."""
         written = self.documents if self.space is None else self.corpora
-        blocks = len(self.space.sides) if self.space else len(self.documents)
+        blocks = len(self.space.sides if self.space else self.modalities)
         wide = (self.space or self).layout == "blocks"
         results = [
             Written(
                 corpus,
-                FOLDERS.get(role, FOLDERS["queries"]),
+                corpus.subfolder if role == TABLE else FOLDERS.get(role, FOLDERS["queries"]),
                 f"apply {role}",
                 corpus.dimension * blocks if wide else None,
             )
@@ -75,28 +91,37 @@ class SpaceSides:
 
 
 def unify(
-    sides: SpaceSides, out: AnyPath, settings: Settings, engine: Engine | None = None
+    sides: SpaceSides,
+    out: AnyPath,
+    settings: Settings,
+    engine: Engine | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Write corpora as documents of one index into ``out``, with its space; return the report.
 
     Args:
         sides: the corpora, and the space or how it is fitted: on ``settings.fit_rows`` rows of each
-            corpus, by default ``SPACE_ROWS``, 0 is every row.
+            modality, by default ``SPACE_ROWS``, 0 is every row.
         out: a directory or a URL.
         settings: the options of the run.
         engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
+        part: ``(i, n)`` is job i (from 0) of an array of n. It returns what it did and the command
+            that is ``next``.
 
     Raises:
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
-    run, directory = AlignRun(space_settings(settings), engine=engine), output_path(out)
+    run, directory = AlignRun(space_settings(settings), part, engine=engine), output_path(out)
     results, space = sides.results(directory, run.settings), sides.space
     known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]
     encoder = common_encoder(("the space", space.encoder if space else None), *known)
     with run.output_directory(directory):
         if space is None:
-            space = fit_space(run, sides)
+            try:
+                space = fit_space(run, sides)
+            except UnfinishedShards as error:
+                return _job_report(run, f"the same jobs once more, with the same options ({error})")
             space.encoder = encoder
         maps = [map_of(space, result.pass_name) for result in results]
         for row_map, result in zip(maps, results, strict=True):
@@ -105,9 +130,10 @@ def unify(
         space.save(directory / SPACE)
         for row_map, result in zip(maps, results, strict=True):
             moments = run.write(result, row_map, directory)
-            if moments.count:
-                fitted = _fitted_mean(space, result.pass_name)
-                warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted)
+            if part[1] == 1:
+                _warn_if_far(space, result, moments)
+        if part[1] > 1:
+            return _job_report(run, "the same command without --shard, after all jobs")
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"
@@ -121,52 +147,106 @@ def space_settings(settings: Settings) -> Settings:
     return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
-def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
+def map_of(space: SharedSpace, pass_name: str) -> IndexMap:
     """Return the map of a pass that writes: of documents, or of the queries of a role."""
     role = pass_name.removeprefix("apply ")
     if role.endswith(_QUERIES):
         return space.query_map(role.removesuffix(_QUERIES))
+    if role == TABLE:
+        return TableMap({name: space.document_map(name) for name in space.sides})
     return space.document_map(role)
 
 
-def _fitted_mean(space: SharedSpace, pass_name: str) -> tuple[Tensor, int]:
-    """Return the mean [D] and the number of the rows that a pass's rows are drawn like."""
-    role = pass_name.removeprefix("apply ")
+def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
+    """Warn of rows that were written and lie far from those that the space was fitted on."""
+    role, place = result.pass_name.removeprefix("apply "), str(result.corpus.path)
+    checked = {role: moments}
+    if isinstance(moments, TableMoments):
+        checked, place = moments.sides, f"{place}, {{}} rows"
+    for name, own in checked.items():
+        if own.count:
+            warn_if_far(place.format(name), own.mean, own.count, *_fitted_mean(space, name))
+
+
+def _fitted_mean(space: SharedSpace, role: str) -> tuple[Tensor, int]:
+    """Return the mean [D] and the number of the rows that the rows of a role are drawn like."""
     if role.endswith(_QUERIES):
         return space.query_mean(role.removesuffix(_QUERIES))
     return space.sides[role].centre, space.sides[role].count
 
 
+def _job_report(run: AlignRun, next_step: str) -> dict[str, Any]:
+    """Return what a job of an array did, and what is next."""
+    passes = [finished.summary() for finished in run.passes]
+    return {"complete": False, "next": next_step, "passes": passes}
+
+
 def sample_of(settings: Settings, corpus: Corpus) -> int | None:
-    """Return how many rows of a corpus are measured; None is every row, with checkpoints."""
-    count = settings.fit_rows
-    return count if count and count < corpus.num_rows else None
+    """Return how many rows of each modality are measured; None is all rows, with checkpoints."""
+    count, rows = settings.fit_rows, [corpus.num_rows]
+    if isinstance(corpus, SplitCorpus):
+        rows = [*corpus.side_rows.values()]
+    return count if count and any(count < number for number in rows) else None
 
 
 def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
-    """Fit a space in passes of ``run``."""
+    """Fit a space in passes of ``run``.
+
+    Raises:
+        UnfinishedShards: ``run`` is a job of an array, and other jobs have not finished a pass.
+    """
     first, *later_corpora = sides.corpora.values()
     for corpus in later_corpora:
         check_columns(corpus, first)
-    measured: list[tuple[Corpus, Moments]] = []  # documents
+    known: dict[str, dict[str, Moments]] = {}  # by statistics, which are measured all at once
 
     def measure(name: str, centre: Tensor | None) -> Moments:
-        """Measure a corpus, or a sample of it if it is larger."""
-        corpus, statistics = sides.corpora[name], "moments" if centre is None else "centred"
-        row_map = None if centre is None else RoleMap(centre, True, {0: 1.0}, len(centre))
-        run.count = sample_of(run.settings, corpus)
-        moments = run.measure(f"{name} {statistics}", corpus, row_map, covariance=True).moments
-        if centre is None and name in sides.documents:
-            for earlier in measured:
-                check_different(earlier, (corpus, moments))
-            measured.append((corpus, moments))
-        return moments
+        """Return the moments of rows, or those about their means."""
+        statistics = "moments" if centre is None else "centred"
+        if statistics not in known:
+            known[statistics] = _measure_all(run, sides, statistics, known.get("moments", {}))
+        return known[statistics][name]
 
     return SharedSpace.from_passes(
         measure,
-        [*sides.documents],
+        sides.modalities,
         [] if sides.queries is None else [sides.query_role],
         sides.query_role,
         layout=sides.layout,
         method=sides.method,
     )
+
+
+def _measure_all(
+    run: AlignRun, sides: SpaceSides, statistics: str, centres: Mapping[str, Moments]
+) -> dict[str, Moments]:
+    """Measure each corpus, or a sample of it if it is larger; return the moments by modality.
+
+    The rows are centred at the means of ``centres``, if there are any.
+    """
+    centring = {
+        name: RoleMap(own.mean, True, {0: 1.0}, own.dimension) for name, own in centres.items()
+    }
+    measured: dict[str, Moments] = {}
+    every_part = AlignRun(run.settings, reading=False)  # of a job array: their checkpoints
+    every_part.out = run.out
+    for reader in (run, every_part)[: run.part[1]]:
+        for name, corpus in sides.corpora.items():
+            count = sample_of(run.settings, corpus)
+            if count and reader is not run:
+                continue  # each job measures the same sample
+            run.count = count
+            row_map: IndexMap | None = centring.get(name)
+            if centring and isinstance(corpus, SplitCorpus):
+                row_map = TableMap({modality: centring[modality] for modality in sides.modalities})
+            moments = reader.measure(f"{name} {statistics}", corpus, row_map, True).moments
+            own = {name: moments}
+            if isinstance(moments, TableMoments):
+                own = {modality: moments.side(modality) for modality in sides.modalities}
+            measured |= own
+    if not centres and TABLE not in sides.documents:
+        pairs = [(corpus, measured[name]) for name, corpus in sides.documents.items()]
+        for number, pair in enumerate(pairs):
+            for earlier in pairs[:number]:
+                check_different(earlier, pair)
+    return measured

@@ -21,13 +21,14 @@ from ..corpus import Corpus, format_of
 from ..corpus.format_registry import read_shards
 from ..interface.option_values import UnfinishedShards
 from ..moments import Moments
-from ..shared_space import RoleMap, SharedSpace
+from ..shared_space import SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, storage_path
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
 from .output import ALIGNER, REPORT, SPACE
+from .table_rows import IndexMap, TableMap
 from .unify_run import map_of
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
@@ -101,13 +102,13 @@ def _statistics_faults(out: StoragePath, entries: list[dict[str, Any]]) -> Itera
 
 def _maps_of(
     out: StoragePath, made_by: str, applied: dict[str, str], faults: list[str]
-) -> dict[str, RoleMap]:
+) -> dict[str, IndexMap]:
     """Return the maps of a space by pass, none for an aligner; add what is wrong with the map.
 
     ``made_by`` is the hash in the manifest, ``applied`` are those that the rows went through.
     """
     is_space = not set(applied) <= {"apply"}
-    path, maps = out / (SPACE if is_space else ALIGNER), dict[str, RoleMap]()
+    path, maps = out / (SPACE if is_space else ALIGNER), dict[str, IndexMap]()
     if not path.is_file():
         faults.append(f"{path}: missing")
         return maps
@@ -135,13 +136,14 @@ def _shard_faults(
     entry: dict[str, Any],
     facts: dict[str, Any],
     stats: StoragePath,
-    row_map: RoleMap | None,
+    row_map: IndexMap | None,
 ) -> Iterator[str]:
     """Compare a shard with its entry; ``row_map`` is None for the result of an aligner."""
     options = {"column": facts["column"], "allow_pickle": facts["allow_pickle"]}
-    columns, norm = entry["dimension"], 1.0
+    columns, norms = entry["dimension"], [1.0]
     if row_map is not None:
-        norm = math.hypot(*(1 / scale for scale in row_map.scales.values())) * row_map.normalized
+        maps = row_map.maps.values() if isinstance(row_map, TableMap) else [row_map]
+        norms = [part.length for part in maps]
         if row_map.columns != columns:
             columns, options["column"] = row_map.columns, None
     try:
@@ -155,7 +157,7 @@ def _shard_faults(
         if actual != (expected := f"[{entry['rows']}, {columns}] {entry['dtype']}"):
             yield f"is {actual}, expected {expected}"
             return
-        yield from _row_faults(corpus, entry, norm, None if row_map else stats)
+        yield from _row_faults(corpus, entry, norms, None if row_map else stats)
     except (OSError, ValueError, TypeError) as error:
         if lacks_memory(error):
             raise  # which says nothing of the shard
@@ -164,19 +166,21 @@ def _shard_faults(
 
 
 def _row_faults(
-    corpus: Corpus, entry: dict[str, Any], norm: float, stats: StoragePath | None
+    corpus: Corpus, entry: dict[str, Any], lengths: list[float], stats: StoragePath | None
 ) -> Iterator[str]:
-    """Compare the rows of a shard with its entry; ``norm`` is theirs, or 0 if it is any."""
+    """Compare the rows of a shard with its entry; each has one of ``lengths``, any if that is 0."""
     found, off_rows, first_off = {"checksum": 0, "zero_rows": 0, "nan_rows": 0}, 0, ""
     total = torch.zeros(corpus.dimension, dtype=torch.float64)
     tolerance = _SUBNORMAL.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
     tolerance += _NORM_TOLERANCE[corpus.dtype]
+    expected, is_known = torch.tensor(lengths, dtype=torch.float64), all(lengths)
     for batch in corpus.batches():
         found["checksum"] = checksum(batch.rows, found["checksum"])
         rows = batch.rows.double()
         norms = rows.norm(dim=1)
         zero, finite = norms == 0, torch.isfinite(norms)
-        off = ~zero & finite & ((norms / (norm or 1) - 1).abs() > tolerance) & bool(norm)
+        far = ((norms[:, None] / expected - 1).abs() > tolerance).all(dim=1)
+        off = ~zero & finite & far & is_known
         found["zero_rows"] += int(zero.sum())
         found["nan_rows"] += int((~finite).sum())
         off_rows += int(off.sum())
@@ -188,7 +192,8 @@ def _row_faults(
         if actual != entry[name]:
             yield f"{name.replace('nan', 'nonfinite')} is {actual}, expected {entry[name]}"
     if off_rows:
-        kind = "unit rows" if norm == 1 else f"of norm {norm:.6g}"
+        known = " or ".join(f"{length:.6g}" for length in lengths)
+        kind = "unit rows" if lengths == [1.0] else f"of norm {known}"
         yield f"{off_rows} rows are not {kind}, {first_off}"
     if stats and (num_finite := corpus.num_rows - found["nan_rows"]):
         yield from _mean_faults(total / num_finite, num_finite, stats, tolerance + 1e-6)

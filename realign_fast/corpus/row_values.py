@@ -1,0 +1,131 @@
+"""Values beside the rows of a corpus, such as ids, captions and names of modalities.
+
+They are read from the shards themselves (columns of parquet, Arrow and datasets, keys of pickled
+lists, tensors of safetensors, members of tar samples and fields of their json), or from the
+`metadata/` of a clip-retrieval root, whose files are row-aligned with the shards (`layout.paired`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+
+from ..storage.paths import StoragePath, explained, storage_path
+from .corpus import Corpus
+from .formats.arrow_columns import decoded, pyarrow
+from .layout import METADATA, metadata_files, paired
+from .shard import Shard
+
+ID_COLUMNS = ("id", "key", "__key__")
+# A root or its metadata/, "row" for the numbers of the rows, or None for the corpus itself.
+ValueSource = str | os.PathLike[str] | None
+
+
+def shard_values(
+    corpus: Corpus, ids: ValueSource, columns: Sequence[str]
+) -> Iterator[Iterator[str]]:
+    """Yield, for each shard, the values of its rows in the first of the columns that is there.
+
+    ValueError if there is no such column, or it has not one value for each row.
+    """
+    files = value_files(corpus, ids)
+    pairs = paired([shard.path for shard in corpus.shards], files)
+    for shard in corpus.shards:
+        if files and shard.path not in pairs:
+            folder = f"{ids or corpus.path}/{METADATA}"
+            raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
+        source = pairs.get(shard.path, shard.path)
+        read = _METADATA_READERS[source.suffix] if files else None
+        yield _counted(shard, source, read(source, columns)) if read else values_of(shard, columns)
+
+
+def values_of(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the value of each row in the first of the columns that a shard has; null is "".
+
+    ValueError as in `shard_values`.
+    """
+    return _counted(shard, shard.path, _values_in(shard, columns))
+
+
+def _counted(shard: Shard, source: StoragePath, values: Iterator[str]) -> Iterator[str]:
+    """Yield the values; a ValueError at their end if they are not as many as the rows."""
+    entries = 0
+    for value in values:
+        entries += 1
+        yield value
+    if entries != shard.num_rows:
+        numbers = f"has {entries} entries, {shard.path} has {shard.num_rows} rows"
+        raise ValueError(f"{source}: {numbers}; they must be row-aligned")
+
+
+def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
+    """Return the files in the folder `metadata/` that hold the values; none if the shards do."""
+    if ids == "row":
+        return []
+    root = corpus.path if ids is None else storage_path(ids)
+    folder = root if root.name == METADATA else root / METADATA
+    files = metadata_files(folder) if folder.is_dir() else []
+    if ids is not None and not files:
+        raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
+    for shard in corpus.shards:
+        if not files and not shard.has_other_columns:
+            advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
+            raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
+    return [path for path in files if path.is_file()]
+
+
+def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the values of one of the other columns, in the form that the format gives them."""
+    if shard.format == "parquet":  # which reads one column alone
+        yield from _parquet_values(shard.path, columns)
+        return
+    row = 0
+    for part in shard.other_columns():
+        if isinstance(part, list):  # entries of a pickled list, samples of a tar
+            for entry in part:
+                if "json" in entry and not {*columns} & {*entry}:  # of a sample of WebDataset
+                    with suppress(ValueError, TypeError):
+                        entry = {**json.loads(entry["json"]), **entry}
+                yield _text(entry[_column(f"{shard.path}: row {row}", entry, columns)])
+                row += 1
+        elif isinstance(part, dict):  # arrays of a safetensors file
+            yield from map(str, part[_column(shard.path, part, columns)].tolist())
+        else:  # a record batch
+            column = _column(shard.path, part.schema.names, columns)
+            yield from map(_text, part.column(column).to_pylist())
+
+
+def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
+    with explained(path), path.open("rb") as raw, decoded(path):
+        file = pyarrow().parquet.ParquetFile(raw)
+        column = _column(path, file.schema_arrow.names, columns)
+        for batch in file.iter_batches(columns=[column]):
+            yield from map(_text, batch.column(0).to_pylist())
+
+
+def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
+    with explained(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                value = entry[_column(path, entry, columns)]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
+            yield _text(value)
+
+
+_METADATA_READERS = {".parquet": _parquet_values, ".jsonl": _json_lines_values}
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _column(place: object, names: Collection[str], columns: Sequence[str]) -> str:
+    column = next((name for name in columns if name in names), None)
+    if column is None:
+        present = ", ".join(map(repr, names)) or "nothing"
+        raise ValueError(f"{place}: no column {' or '.join(columns)}, but {present}")
+    return column

@@ -1,0 +1,117 @@
+"""A table whose rows are of several modalities, which a column beside them names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .corpus import Corpus, sample_ids
+from .layout import SUBFOLDERS
+from .row_values import values_of
+
+_MOST_MODALITIES = 32  # a column with more values names something else
+
+
+class SplitSample(NamedTuple):
+    """Rows of a table and the numbers of their modalities."""
+
+    ids: np.ndarray  # [n] int64, ascending
+    codes: torch.Tensor  # [n] uint8
+
+
+class SplitCorpus(Corpus):
+    """A `Corpus` whose rows name their modality in a column of their file.
+
+    Opening it reads this column once, and each pass reads it again: the names of one shard are held
+    at a time, as one byte a row.
+
+    Args:
+        corpus: the table, in a format with columns.
+        split_by: name of the column of modalities.
+        modalities: the names that may occur; None takes those of the table, text and image first
+            and the others in alphabetical order.
+    Raises:
+        ValueError: there is no such column, a row has no or an unknown modality, or the column has
+            more than 32 values.
+    """
+
+    def __init__(
+        self, corpus: Corpus, split_by: str, modalities: Sequence[str] | None = None
+    ) -> None:
+        vars(self).update(vars(corpus))  # opened already: no header is read again
+        self.split_by = split_by
+        self._counts = {}
+        for index, shard in enumerate(self.shards):
+            if not shard.has_other_columns and shard.num_rows:
+                advice = f"give a table with the column {split_by!r}"
+                raise ValueError(f"{shard.path}: has no column beside the rows; {advice}")
+            counts = Counter(self._names(index))
+            self._check_names(index, counts, modalities)
+            self._counts[shard.path] = counts
+        found = {name for counts in self._counts.values() for name in counts}
+        if modalities is None and len(found) > _MOST_MODALITIES:
+            raise ValueError(
+                f"{self.path}: column {split_by!r} has {len(found)} values, such as "
+                f"{min(found)!r:.40}, expected the names of up to {_MOST_MODALITIES} modalities; "
+                "choose another column"
+            )
+        known = [*SUBFOLDERS, *sorted(found - {*SUBFOLDERS})]
+        self.modalities = [*(modalities or (name for name in known if name in found))]
+        self._codes = -1, torch.empty(0, dtype=torch.uint8)
+
+    def _names(self, index: int) -> Iterator[str]:
+        return values_of(self.shards[index], (self.split_by,))
+
+    def _check_names(self, index: int, counts: Counter[str], known: Sequence[str] | None) -> None:
+        """Raise a ValueError for the first row of a shard whose modality is null or unknown."""
+        wrong = {name for name in counts if not name or (known and name not in known)}
+        if wrong:
+            row, name = next(pair for pair in enumerate(self._names(index)) if pair[1] in wrong)
+            expected = f"one of {', '.join(known)}" if known else "the name of a modality"
+            raise ValueError(
+                f"{self.shards[index].path}: row {row} has {self.split_by} {name or None!r:.40}, "
+                f"expected {expected}; mend the column, or leave such rows out of the table"
+            )
+
+    @property
+    def side_rows(self) -> dict[str, int]:
+        """The number of rows of each modality."""
+        counts = [self._counts[shard.path] for shard in self.shards]
+        return {name: sum(shard[name] for shard in counts) for name in self.modalities}
+
+    @property
+    def first_shards(self) -> set[int]:
+        """The numbers of the first shards that hold a row of each modality."""
+        counts = [self._counts[shard.path] for shard in self.shards]
+        places = ([i for i, shard in enumerate(counts) if shard[m]] for m in self.modalities)
+        return {shards[0] for shards in places if shards}
+
+    def codes(self, index: int) -> torch.Tensor:
+        """Return the number in `modalities` of each row of shard `index`, [rows] uint8."""
+        if self._codes[0] != index:
+            code_of = {name: code for code, name in enumerate(self.modalities)}
+            try:
+                codes = np.fromiter(map(code_of.__getitem__, self._names(index)), np.uint8)
+            except KeyError as error:
+                raise self.shards[index].changed_error() from error
+            self._codes = index, torch.from_numpy(codes)
+        return self._codes[1]
+
+    def sample(self, count: int, seed: int) -> SplitSample:
+        """Draw up to `count` rows of each modality, spread evenly over the rows of each."""
+        drawn = [sample_ids(rows, count, seed) for rows in self.side_rows.values()]
+        ids, codes, before = [], [], [0] * len(drawn)
+        for index in range(len(self.shards)):
+            shard_codes = self.codes(index).numpy()
+            for code, numbers in enumerate(drawn):
+                rows = np.flatnonzero(shard_codes == code)
+                low, high = np.searchsorted(numbers, [before[code], before[code] + len(rows)])
+                ids.append(self.starts[index] + rows[numbers[low:high] - before[code]])
+                codes.append(np.full(high - low, code, np.uint8))
+                before[code] += len(rows)
+        order = np.argsort(all_ids := np.concatenate(ids))
+        return SplitSample(all_ids[order], torch.from_numpy(np.concatenate(codes)[order]))
