@@ -39,6 +39,17 @@ def compiled_kernel(request):
     return kernel_or_skip(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """``os.fsync`` looks at its descriptor and returns: its wait took a tenth of all time.
+
+    It matters where a machine stops, which no test does. Programs that tests start do sync.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
 @pytest.fixture
 def set_threads():
     """``torch.set_num_threads``, put back after the test."""

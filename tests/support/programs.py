@@ -6,6 +6,7 @@ ends as an interpreter does. Only torch is imported before it begins. The start 
 is tested in new interpreters (tests/cli/test_startup.py).
 """
 
+import atexit
 import functools
 import json
 import os
@@ -117,7 +118,7 @@ def _interpreter():
     command = [sys.executable, __file__, address]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-    _interpreter.process = process  # (its standard input ends with this process)
+    atexit.register(process.communicate)  # its standard input ends
     assert process.stdout.readline() == b"ready\n"
     return address
 
