@@ -62,16 +62,16 @@ def changes(shard: Shard, expected: Entry) -> str:
     """Say how a shard differs from its identity when the run began; empty if it does not."""
     current = identity(shard)
     pairs = ((name, current[name], value) for name, value in expected.items())
-    found = [f"its {name} is {now!r}, not {value!r}" for name, now, value in pairs if now != value]
-    return "; ".join(found) and f"{'; '.join(found)} as when the run began"
+    texts = [f"its {name} is {now!r}, not {value!r}" for name, now, value in pairs if now != value]
+    return "; ".join(texts) + " as when the run began" * bool(texts)
 
 
 def check_unchanged(shard: Shard, expected: Entry) -> None:
     """Raise ValueError for a shard whose identity is not what it was when the run began."""
-    if found := changes(shard, expected):
+    if difference := changes(shard, expected):
         raise ValueError(
-            f"{shard.path}: changed during the run: {found}; let its writer finish and run again: "
-            "what is finished is kept, this shard is read anew"
+            f"{shard.path}: changed during the run: {difference}; let its writer finish and run "
+            "again: what is finished is kept, this shard is read anew"
         )
 
 
@@ -81,9 +81,9 @@ def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     The instruction set is left out: it changes last bits alone, and the jobs of an array may run on
     several types of CPU.
     """
-    device_type = torch.device(device).type
-    on_cpu = device_type == "cpu"
-    kernel = ops.backend_of("sum_rows", "cpu").kernel if on_cpu else device_type
+    kernel = torch.device(device).type
+    if kernel == "cpu":
+        kernel = ops.backend_of("sum_rows", "cpu").kernel
     return f"realign_fast {version}, sum_rows on {kernel}"
 
 
@@ -193,11 +193,10 @@ class Checkpoints:
         """Remove moments of these shards under other keys: of other rows, maps or settings."""
         current = {self._moments_path(*pair).name for pair in zip(shards, entries, strict=True)}
         names = {_name(shard) for shard in shards}
-        paths: list[StoragePath] = list(self.folder.iterdir())
-        for path in paths:
-            ours = path.suffix == ".safetensors" and path.name.rsplit(".", 2)[0] in names
-            if ours and path.name not in current:
-                path.unlink(missing_ok=True)
+        for name, _ in [*self.folder.listed()]:
+            is_ours = name.endswith(".safetensors") and name.rsplit(".", 2)[0] in names
+            if is_ours and name not in current:
+                (self.folder / name).unlink(missing_ok=True)
 
     def _moments_path(self, shard: Shard, shard_identity: Entry) -> StoragePath:
         return self._path(shard, f"{self.key(shard_identity)}.safetensors")

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from ..corpus.split_corpus import SplitCorpus
 from ..moments import Moments
 from ..shared_space import SharedSpace
 from ..storage import read_ahead
+from ..storage.lock import start_time
 from ..storage.paths import AnyPath, StoragePath, output_path
 from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
@@ -165,8 +165,8 @@ def plan_copy(name: str, corpus: Corpus, out: AnyPath, suffix: str) -> list[dict
     """Return the one pass of ``convert``; shards that are in ``out`` already are finished."""
     run, place = _plan_run(out, Settings()), output_path(out)
     paths = [place / f"{shard.path.stem}{suffix}" for shard in corpus.shards]
-    left = [number for number, path in enumerate(paths) if not path.exists()]
-    run.add(name, corpus, left, writes=1)
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    run.add(name, corpus, missing, writes=1)
     return run.steps
 
 
@@ -215,19 +215,16 @@ def measured_seconds(
     if not is_kept and "source drift" in seconds:
         slower = max(0.0, seconds["source moments"] - seconds["source drift"])
         seconds |= {name: seconds[name] + slower for name in ("source drift", "apply")}
-    kinds = {"source residual": "source drift"}
-    names = [kinds.get(step["name"], step["name"]) for step in steps]
-    rows = [step["rows"] for step in steps]
-    return [start, *(count * seconds[name] for count, name in zip(rows, names, strict=True))]
+    if "source drift" in seconds:
+        seconds["source residual"] = seconds["source drift"]
+    return [start, *(step["rows"] * seconds[step["name"]] for step in steps)]
 
 
 def _age_of_command() -> float:
     """Return the seconds since the start of this process, or 0 if it is another program's."""
-    status = Path("/proc/self/stat")
-    if not is_own_command() or not status.exists():
+    if not is_own_command() or (ticks := start_time(os.getpid())) is None:
         return 0.0
-    ticks = int(status.read_text().rpartition(")")[2].split()[19])  # see man proc_pid_stat
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def _drop_pages(corpus: Corpus) -> None:
@@ -256,12 +253,12 @@ def plan_report(
         step | {"seconds": duration / machines}
         for step, duration in zip(steps, durations, strict=True)
     ]
-    names = ("rows", "bytes_read", "bytes_written", "requests", "finished_before")
-    known = {name: [step[name] for step in passes] for name in names}
-    totals = {name: None if None in values else sum(values) for name, values in known.items()}
-    total = sum(step["seconds"] for step in passes) + start
-    report = {"passes": passes, **totals, "start_seconds": start, "seconds": total}
-    return report | {"hours": total / 3600}
+    report: dict[str, Any] = {"passes": passes, "start_seconds": start}
+    for name in ("rows", "bytes_read", "bytes_written", "requests", "finished_before", "seconds"):
+        values = [step[name] for step in passes]
+        report[name] = None if None in values else sum(values)
+    report["seconds"] += start
+    return report | {"hours": report["seconds"] / 3600}
 
 
 def rated_seconds(steps: Sequence[dict[str, Any]], read: float, write: float) -> list[float]:

@@ -39,13 +39,13 @@ def redacted(text: str) -> str:
 
 
 def _redact_query(url: re.Match[str]) -> str:
-    def redact(parameter: re.Match[str]) -> str:
+    def _redact(parameter: re.Match[str]) -> str:
         name, value = parameter[1] or "", parameter[2]
         signs = re.fullmatch(_SIGNING, name.removesuffix("="), re.IGNORECASE)
         shown = "" if signs else hashlib.blake2b(value.encode(), digest_size=4).hexdigest()
         return f"{name}***{shown}"
 
-    return re.sub("(?<=[?&])([^=&]*=)?((?:(?!::)[^&])+)", redact, url[0])
+    return re.sub("(?<=[?&])([^=&]*=)?((?:(?!::)[^&])+)", _redact, url[0])
 
 
 @contextmanager
@@ -72,8 +72,8 @@ def memory_explained() -> Iterator[None]:
         if not lacks_memory(error) or isinstance(error, NoMemoryError):
             raise
         reason = getattr(error, "strerror", None) or error
-        found = " ".join(str(reason).split()) or "MemoryError"
-        message = f"memory ran out ({found}); what is finished is kept: run the same command again "
+        cause = " ".join(str(reason).split()) or "MemoryError"
+        message = f"memory ran out ({cause}); what is finished is kept: run the same command again "
         message += "with fewer workers, smaller batches, or a higher limit (ulimit -v)"
         raise NoMemoryError(errno.ENOMEM, message) from error
 
@@ -82,12 +82,13 @@ def lacks_memory(error: Exception) -> bool:
     """Return whether an error says that the system gave no memory, for data, code or a thread."""
     if isinstance(error, OSError) and error.errno:
         return error.errno == errno.ENOMEM
-    words = "alloc|out of memory|can't start new thread"
-    if isinstance(error, ImportError | OSError):  # of a library, from the loader of the system
-        words = "cannot allocate memory|failed to map segment from shared object(?!: Op)"
-    is_known = isinstance(error, RuntimeError | ImportError | OSError)
-    said = is_known and re.search(words, str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or bool(said)
+    pattern = ""
+    if isinstance(error, RuntimeError):
+        pattern = "alloc|out of memory|can't start new thread"
+    elif isinstance(error, ImportError | OSError):  # of a library, from the loader of the system
+        pattern = "cannot allocate memory|failed to map segment from shared object(?!: Op)"
+    has_words = bool(pattern) and bool(re.search(pattern, str(error), re.IGNORECASE))
+    return isinstance(error, MemoryError) or has_words
 
 
 def may_be_temporary(error: Exception) -> bool:

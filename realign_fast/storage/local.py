@@ -8,11 +8,10 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path, PosixPath
-from typing import IO
 
-from .atomic import pending_file
+from . import atomic
 from .errors import explained
 
 
@@ -90,9 +89,7 @@ class LocalPath(PosixPath):
         with open(self, "rb") as file:
             yield Path(f"/dev/fd/{file.fileno()}")
 
-    def pending_file(self, buffering: int = -1) -> AbstractContextManager[IO[bytes]]:
-        """Open a file that appears under this name when its ``with`` block ends."""
-        return pending_file(self, buffering)
+    pending_file = atomic.pending_file  # a method, as every function in a class is
 
     def write_whole(self, data: bytes) -> None:
         """Write a file that appears whole or not at all; an error names it."""

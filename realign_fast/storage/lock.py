@@ -97,11 +97,11 @@ def _held(path: LocalPath, alone: bool) -> Iterator[None]:
         with explained(path.explanation):
             _acquire_local(descriptor, path, alone)
         owner = f"process {os.getpid()} on {socket.gethostname()}"
-        others = "" if alone else " (or its job array)"
+        array = "" if alone else " (or its job array)"
         with suppress(OSError):  # the disk is full; the lock holds without the name of its owner
             if os.fstat(descriptor).st_nlink == 1:  # a file with another name is not ours alone
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{owner}{others}".encode(), 0)
+                os.pwrite(descriptor, f"{owner}{array}".encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -214,11 +214,11 @@ def _process() -> Holder:
     with suppress(OSError):  # not on Linux
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    began = _start_time(pid)
+    began = start_time(pid)
     return {"host": socket.gethostname(), "machine": machine, "pid": pid, "began": began}
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Return when a living process began, in ticks; None for a dead one, and where no /proc is."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -231,7 +231,7 @@ def _is_dead(holder: Holder) -> bool:
     """Return whether this process can see that a holder is dead."""
     own, pid = _process(), holder.get("pid")
     is_here = all(holder.get(name) == own[name] for name in ("host", "machine"))
-    return is_here and isinstance(pid, int) and _start_time(pid) != holder.get("began")
+    return is_here and isinstance(pid, int) and start_time(pid) != holder.get("began")
 
 
 @contextmanager

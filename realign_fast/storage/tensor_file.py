@@ -13,15 +13,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .._extras import import_extra
-from .paths import (
-    AnyPath,
-    StoragePath,
-    local_path,
-    output_path,
-    storage_path,
-    write_json,
-    write_whole,
-)
+from . import paths
+from .paths import AnyPath
 
 _FILES = ("model.safetensors", "aligner.safetensors", "space.safetensors")  # by whoever wrote it
 _Object = TypeVar("_Object", bound="HubObject")
@@ -48,7 +41,7 @@ Fitted on rows of one encoder, for rows of the same:
 def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors of any device and one pair of metadata (the order of several is not fixed)."""
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors_bytes(on_cpu, metadata))
+    paths.write_whole(path, safetensors_bytes(on_cpu, metadata))
 
 
 @contextmanager
@@ -60,7 +53,7 @@ def tensors_of(
     What is missing or does not fit, in the file or in the block, is a ValueError with the path,
     what was ``expected`` and an ``advice``.
     """
-    path = storage_path(path)  # whose text has no secrets
+    path = paths.storage_path(path)  # whose text has no secrets
     try:
         with path.local_copy() as local, safe_open(local, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -86,14 +79,14 @@ class HubObject:
 
     def save_pretrained(self, directory: AnyPath) -> None:
         """Write ``model.safetensors``, ``config.json`` and the model card ``README.md``."""
-        folder, kind = output_path(directory), type(self).__name__
+        folder, class_name = paths.output_path(directory), type(self).__name__
         self._expect_fitted()
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / _FILES[0])
-        config = {"library_name": "realign_fast", "model_type": kind.lower(), **self.record}
-        write_json(folder / "config.json", config)
-        card = _CARD.format(kind=kind, record=json.dumps(self.record, indent=1))
-        write_whole(folder / "README.md", card.encode())
+        config = {"library_name": "realign_fast", "model_type": class_name.lower(), **self.record}
+        paths.write_json(folder / "config.json", config)
+        card = _CARD.format(kind=class_name, record=json.dumps(self.record, indent=1))
+        paths.write_whole(folder / "README.md", card.encode())
 
     @classmethod
     def from_pretrained(cls: type[_Object], name_or_path: AnyPath, **hub_options: Any) -> _Object:
@@ -103,15 +96,13 @@ class HubObject:
         ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
         ``model.safetensors``, or the file of the command line.
         """
-        path: StoragePath = storage_path(name_or_path)
+        name, path = str(name_or_path), paths.storage_path(name_or_path)
         if path.is_dir():
-            path = next((path / name for name in _FILES if (path / name).exists()), path)
-        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
-            user = (
-                f"Loading {str(name_or_path)!r}, which is no local path, from the Hugging Face hub"
-            )
+            path = next((path / file for file in _FILES if (path / file).exists()), path)
+        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
             hub = import_extra("huggingface_hub", "hub", user)
-            path = local_path(hub.hf_hub_download(str(name_or_path), _FILES[0], **hub_options))
+            path = paths.local_path(hub.hf_hub_download(name, _FILES[0], **hub_options))
         if not path.is_file():
             fault = f"holds none of {', '.join(_FILES)}" if path.is_dir() else "no such file"
             raise FileNotFoundError(

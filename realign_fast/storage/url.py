@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote, unquote
@@ -50,16 +50,15 @@ class Url:
         self._text, self._shown = text, redacted(text)
         self._has_secrets = self._shown != text  # which errors must not carry along
         # The first link of a chain that has a path is where names are; what follows encloses it.
-        parts = re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)
-        if not parts:
+        if not (parts := re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)):
             raise ValueError(f"{self}: expected a URL, as protocol://place")
         self._prefix, path, self._suffix = parts.groups()
         if self._prefix in _IN_BUCKETS and not path.strip("/") and not self._suffix:
             raise ValueError(f"{self}: names no bucket; expected {self._prefix}bucket/folder")
         self.is_web = self._prefix.endswith(("http://", "https://"))
-        self._path: str
-        self._path, mark, query = path.partition("?") if self.is_web else (path, "", "")
-        self._suffix = mark + query + self._suffix
+        query = path.index("?") if self.is_web and "?" in path else len(path)
+        self._path: str = path[:query]
+        self._suffix = path[query:] + self._suffix
         self.in_chain = "::" in text  # one file system lies in another
         self._connection: tuple[int, Any, str] | None = None  # process, file system, path in it
         self._size: int | None = None
@@ -140,13 +139,13 @@ class Url:
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Yield the name of each entry of a directory, and whether it is a directory."""
 
-        def list_entries(fs: Any, path: str) -> list[tuple[str, str]]:
+        def _list_entries(fs: Any, path: str) -> list[tuple[str, str]]:
             fs.invalidate_cache()  # of an earlier listing
             entries = fs.ls(path, detail=True)
             own = path.rstrip("/")  # some stores have an object in the name of the folder itself
             return [(o["name"], o["type"]) for o in entries if o["name"].rstrip("/") != own]
 
-        for path, entry_type in self._ask(list_entries):
+        for path, entry_type in self._ask(_list_entries):
             name = path.rstrip("/").rpartition("/")[2]
             if name and not (self.is_web and name.startswith("?")):
                 yield unquote(name) if self.is_web else name, entry_type == "directory"
@@ -245,21 +244,11 @@ class Url:
         with tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering) as file:
             yield file
             file.seek(0)  # also flushes
-            self.upload(f"/dev/fd/{file.fileno()}")
+            self._write(partial(_upload, f"/dev/fd/{file.fileno()}"))
 
     def write_whole(self, data: bytes) -> None:
         """Write a small file that appears whole or not at all; what was there is replaced."""
         self._write(lambda fs, path: fs.pipe_file(path, data))
-
-    def upload(self, path: str) -> None:
-        """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
-
-        def put_file(fs: Any, target: str) -> None:
-            known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
-            options = {name: value for name, value in _UPLOAD.items() if name in known}
-            fs.put_file(path, target, **options)
-
-        self._write(put_file)
 
     def create(self, data: bytes) -> bool:
         """Write a small file if none is there, and return whether it was written.
@@ -267,7 +256,7 @@ class Url:
         Of two processes one succeeds; a store that cannot promise that replaces what is there.
         """
 
-        def create_file(fs: Any, path: str) -> bool:
+        def _create_file(fs: Any, path: str) -> bool:
             try:
                 if not hasattr(fs, "_pipe_file") and type(fs).pipe_file.__module__ == "fsspec.spec":
                     with fs.open(path, "xb") as file:  # its "create" would look and then write
@@ -283,14 +272,14 @@ class Url:
             return True
 
         self.parent.mkdir()
-        return bool(self._ask(create_file, "written"))
+        return bool(self._ask(_create_file, "written"))
 
     def connect(self) -> None:
         """Make its file system before threads use it: some file systems belong to one thread."""
         self._ask(lambda fs, path: None)
 
     def _write(self, send: Callable[[Any, str], Any]) -> None:
-        def send_whole(fs: Any, path: str) -> None:
+        def _send_whole(fs: Any, path: str) -> None:
             if _keeps_objects(fs):
                 send(fs, path)
                 return  # nothing is seen of an upload before its end
@@ -302,7 +291,7 @@ class Url:
                 fs.rm_file(path)
             fs.mv(partial, path)
 
-        self._ask(send_whole, "written")
+        self._ask(_send_whole, "written")
 
     def _range(self, fs: Any, path: str, count: int, offset: int) -> bytes:
         if self.is_web and not self.in_chain:  # cat_file would take in all that a server sends
@@ -328,11 +317,7 @@ class Url:
         return "directory" if listing else str(info["type"])
 
     def _info(self) -> dict[str, Any]:
-        def current_info(fs: Any, path: str) -> Any:
-            fs.invalidate_cache()  # which would tell how an object was
-            return fs.info(path)
-
-        return dict(self._ask(current_info))
+        return dict(self._ask(_current_info))
 
     def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
         """Return ``request(file system, path)``, tried again where that may help.
@@ -357,12 +342,23 @@ class Url:
         return self._connection[1:]
 
 
+def _upload(path: str, fs: Any, target: str) -> None:
+    """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
+    known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
+    fs.put_file(path, target, **{name: _UPLOAD[name] for name in _UPLOAD.keys() & known.keys()})
+
+
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
 def _fetched(url: Url, stamp: tuple[int, int | str]) -> IO[bytes]:
     file = tempfile.TemporaryFile(prefix="realign-fast-")
     file.writelines(pieces(url.pread, 0, stamp[0]))
     file.flush()
     return file
+
+
+def _current_info(fs: Any, path: str) -> Any:
+    fs.invalidate_cache()  # which would tell how an object was
+    return fs.info(path)
 
 
 def _keeps_objects(fs: Any) -> bool:

@@ -198,10 +198,9 @@ class RayTasks:
         now = time.monotonic()
         if now - self._polled > _POLL_SECONDS:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            self._slots = sum(
-                min(int(node.get(name, 0) / amount) for name, amount in self._needs.items())
-                for node in nodes
-            )
+            needs = self._needs.items()
+            slots = [[int(node.get(name, 0) / need) for name, need in needs] for node in nodes]
+            self._slots = sum(map(min, slots))
             self._polled = now
             if self._slots:
                 self._lacking_since = math.inf
@@ -364,16 +363,16 @@ def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
     location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
-        found = changes(task.corpus.shards[shard], task.identities[shard])
+        difference = changes(task.corpus.shards[shard], task.identities[shard])
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         if path.is_remote:
             raise OSError(f"on {_node()}: {error.strerror or error}") from error
         raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
-    if found:
+    if difference:
         raise ValueError(
-            f"{location}: on {_node()} {found}; let its writer finish and run again, or, if nobody "
-            f"writes to it: {advice}"
+            f"{location}: on {_node()} {difference}; let its writer finish and run again, or, if "
+            f"nobody writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
     while job.witness and not os.path.exists(job.witness):
