@@ -107,7 +107,6 @@ class ShardFiles:
         return [[path.name, state.st_size, state.st_mtime_ns] for path, state in states]
 
     def _write_metadata(self) -> None:
-        """Write the id, caption and source of each row."""
         path, fields = self.metadata_path, METADATA_COLUMNS.items()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":
@@ -188,9 +187,9 @@ def remove_stale(out: Path, planned: Sequence[ShardFiles]) -> None:
     for name in FOLDERS:
         for partial in (out / name).glob(".*.partial"):
             partial.unlink()
-    kept = {path for files in planned for path in files.paths}
+    planned_paths = {path for files in planned for path in files.paths}
     for number in {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}:
-        for path in {*ShardFiles(out, number, get_args(Side)).paths} - kept:
+        for path in {*ShardFiles(out, number, get_args(Side)).paths} - planned_paths:
             path.unlink(missing_ok=True)
 
 

@@ -20,17 +20,8 @@ from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import write_json
-from .embed_output import (
-    RECORDS,
-    REPORT,
-    RUN,
-    ShardFiles,
-    Side,
-    check_out,
-    join_failures,
-    metadata_format,
-    remove_stale,
-)
+from . import embed_output
+from .embed_output import RECORDS, ShardFiles, Side
 from .encoders.base import Encoder
 from .loader import PreparedBatch, PreparedBatches, prepared_batches
 from .sources.base import Content, Item, Source, identity
@@ -89,21 +80,21 @@ def embed(
         ValueError, TypeError, OSError: what is wrong with a source, the model or `out`.
     """
     settings, out, begun = settings or EmbedSettings(), Path(out), time.monotonic()
-    given = [source for source in (texts, images, pairs) if source is not None]
-    if not given or (pairs and len(given) > 1):
+    sources = [source for source in (texts, images, pairs) if source is not None]
+    if not sources or (pairs and len(sources) > 1):
         raise ValueError("embed: give images or texts or both, or pairs alone")
-    for source in given:
+    for source in sources:
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
-    plan = _plan(out, given, settings.shard_rows)
+    plan = _plan(out, sources, settings.shard_rows)
     run = _EmbedRun(encoder, out, settings, plan)
     with locked(out / RECORDS):
-        run.recorded = check_out(out, run.facts, settings.mode == "overwrite")
-        (out / REPORT).unlink(missing_ok=True)
-        remove_stale(out, [shard.files for shard in plan])
+        run.recorded = embed_output.check_out(out, run.facts, settings.mode == "overwrite")
+        (out / embed_output.REPORT).unlink(missing_ok=True)
+        embed_output.remove_stale(out, [shard.files for shard in plan])
         report = run.write_shards()
-        failures = join_failures(out, len(plan))
+        failures = embed_output.join_failures(out, len(plan))
         report |= {
             "failures": failures,
             "seconds": time.monotonic() - begun,
@@ -113,10 +104,10 @@ def embed(
             "shards": len(plan),
         }
         if not run.recorded:
-            write_json(out / RECORDS / RUN, run.facts)
+            write_json(out / RECORDS / embed_output.RUN, run.facts)
         if not sum(report["rows"].values()):
             raise ValueError(f"{out}: all {failures} items failed; see failures.jsonl there")
-        write_json(out / REPORT, report | {"made": run.facts})
+        write_json(out / embed_output.REPORT, report | {"made": run.facts})
     return report
 
 
@@ -124,11 +115,10 @@ def _plan(out: Path, sources: Sequence[Source], shard_rows: int) -> list[Planned
     """Return the shards to write; a shard's number is its index."""
     plan: list[PlannedShard] = []
     for source in sources:
-        sides = SIDES[source.content]
         for start in range(0, source.total, shard_rows):
             stop = min(start + shard_rows, source.total)
-            files = ShardFiles(out, len(plan), sides)
-            plan.append(PlannedShard(files, source, sides, start, stop))
+            files = ShardFiles(out, len(plan), SIDES[source.content])
+            plan.append(PlannedShard(files, source, SIDES[source.content], start, stop))
     return plan
 
 
@@ -152,7 +142,7 @@ class _EmbedRun:
             "batch_size": self.batch_size,
             "dtype": settings.dtype,
             "shard_rows": settings.shard_rows,
-            "metadata": metadata_format(),
+            "metadata": embed_output.metadata_format(),
             "sources": {s.source.content: os.path.realpath(s.source.path) for s in plan},
             "device": encoder.device.type,
             "code": f"realign_fast {__version__}, {CODE}",
@@ -270,8 +260,8 @@ def _copy_to_cpu(rows: torch.Tensor) -> RowTransfer:
     copy.copy_(rows, non_blocking=True)
     event = torch.cuda.current_stream(rows.device).record_event()
 
-    def wait_for_rows() -> torch.Tensor:
+    def _wait_for_rows() -> torch.Tensor:
         event.synchronize()
         return copy
 
-    return wait_for_rows
+    return _wait_for_rows

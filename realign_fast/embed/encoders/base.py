@@ -104,7 +104,6 @@ class Encoder:
         return facts | {"settings": self.settings}
 
     def _measured_dimension(self) -> int:
-        """Return D as both towers give it."""
         image = self.embed_images([pillow().Image.new("RGB", (3, 3))]).shape[1]
         text = self.embed_texts(["a"]).shape[1]
         if image != text:

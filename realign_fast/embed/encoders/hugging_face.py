@@ -39,6 +39,10 @@ class TransformersEncoder(Encoder):
         pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
+    def _record_processor(self, context: int) -> None:
+        self.settings = plain({"preprocess": self._processor.to_dict(), "context": context})
+        self.settings["library"] = f"transformers {transformers().__version__}"
+
     def _record_tokenizer(self, folder: Path) -> None:
         """Record the tokenizer, whose files lie in `folder`, among what rows depend on."""
         digest = hashlib.blake2b(digest_size=16)
@@ -63,8 +67,8 @@ class HuggingFaceEncoder(TransformersEncoder):
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
         with explained(folder):
-            kind = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
-        if kind == "siglip2":
+            model_type = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
+        if model_type == "siglip2":
             advice = "use one of fixed resolution, whose model_type is siglip"
             raise ValueError(f"{folder}: NaFlex models of SigLIP 2 are not supported; {advice}")
         with explained(folder):
@@ -74,12 +78,11 @@ class HuggingFaceEncoder(TransformersEncoder):
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             expected = "expected a model with get_image_features and get_text_features, as CLIP has"
             raise ValueError(f"{folder}: holds a {type(model).__name__}, {expected}")
-        self._sigmoid = kind == "siglip"
+        self._sigmoid = model_type == "siglip"
         self._lower_case = wants_lower_case(self._tokenizer, Path(folder), self._sigmoid)
         text = model.config.text_config
         self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
-        self.settings = plain({"preprocess": self._processor.to_dict(), "context": self._context})
-        self.settings["library"] = f"transformers {library.__version__}"
+        self._record_processor(self._context)
         if self._lower_case:
             self.settings["lower_case"] = True
         if self._sigmoid:  # which pools the last token, as it was trained
@@ -126,11 +129,11 @@ def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
 def config_of(model: Any) -> dict[str, Any]:
     """Return the config of a model, without what its rows do not depend on."""
 
-    def relevant(values: dict[str, Any]) -> dict[str, Any]:
+    def _relevant(values: dict[str, Any]) -> dict[str, Any]:
         names = (name for name in values if name[0] != "_" and name not in NO_ARCHITECTURE)
-        return {n: relevant(v) if isinstance(v := values[n], dict) else v for n in names}
+        return {n: _relevant(v) if isinstance(v := values[n], dict) else v for n in names}
 
-    return relevant(plain(model.config.to_dict()))
+    return _relevant(plain(model.config.to_dict()))
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:

@@ -21,16 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...interface.option_values import Precision
-from .base import StrPath, Tokens, plain, weights_hash
-from .hugging_face import (
-    LOCAL,
-    TransformersEncoder,
-    config_of,
-    explained,
-    load_model,
-    load_processor,
-    transformers,
-)
+from . import hugging_face
+from .base import StrPath, Tokens, weights_hash
+from .hugging_face import TransformersEncoder, transformers
 
 CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
@@ -66,7 +59,7 @@ class Llm2ClipEncoder(TransformersEncoder):
     ) -> None:
         super().__init__(device, precision)
         self.name, self._folder, library = os.fspath(folder), Path(folder), transformers()
-        with explained(folder):
+        with hugging_face.explained(folder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
@@ -83,12 +76,11 @@ class Llm2ClipEncoder(TransformersEncoder):
             usual = library.CLIPImageProcessor(  # what is published has none of its own
                 size={"shortest_edge": side}, crop_size={"height": side, "width": side}
             )
-            self._processor = load_processor(self._folder, usual)
-        self.settings = plain({"preprocess": self._processor.to_dict(), "context": CONTEXT})
-        self.settings["library"] = f"transformers {library.__version__}"
+            self._processor = hugging_face.load_processor(self._folder, usual)
+        self._record_processor(CONTEXT)
         towers = nn.ModuleDict({"tower": tower, "adapter": adapter})
         self.model = self._frozen(towers.to(self.dtype))
-        self.architecture = {"config": config_of(tower)}
+        self.architecture = {"config": hugging_face.config_of(tower)}
         self.dimension = config.projection_dim
         text_folder = Path(text_model or self._folder / "text_model")
         self._language = self._load_language(text_folder) if text_folder.is_dir() else None
@@ -97,9 +89,9 @@ class Llm2ClipEncoder(TransformersEncoder):
 
     def _load_language(self, folder: Path) -> nn.Module:
         library = transformers()
-        with explained(folder):
-            model = load_model(folder, self.dtype, attn_implementation="sdpa")
-            self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        with hugging_face.explained(folder):
+            model = hugging_face.load_model(folder, self.dtype, attn_implementation="sdpa")
+            self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **hugging_face.LOCAL)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -107,7 +99,7 @@ class Llm2ClipEncoder(TransformersEncoder):
         chat = all(mark in vocabulary for mark in ("<|start_header_id|>", END))
         self._head, self._end = (HEAD, END) if chat else ("", "")
         self.settings["language_model"] = weights_hash(model)
-        self.architecture["language_model"] = config_of(model)
+        self.architecture["language_model"] = hugging_face.config_of(model)
         self._record_tokenizer(folder)
         width, expected = model.config.hidden_size, self.model["adapter"].width
         if width != expected:

@@ -47,7 +47,7 @@ def open_source(
     raise ValueError(f"{path}: as {kind} expected {expected}, got {actual}")
 
 
-def _files(folder: Path, kind: Content) -> list[Path]:
+def _files(folder: Path, content: Content) -> list[Path]:
     """Return the tars or tables of a folder, all of one suffix; none for a folder of images.
 
     A parquet file beside a tar or a folder of images of its name is img2dataset's index of it.
@@ -55,7 +55,7 @@ def _files(folder: Path, kind: Content) -> list[Path]:
     known = (".tar", *TABLE_SUFFIXES)
     visible = [p for p in sorted(folder.iterdir(), key=natural_order) if not p.name.startswith(".")]
     indexed = {p.stem for p in visible if p.suffix.lower() == ".tar"}
-    indexed |= {p.name for p in visible if kind != "texts" and p.is_dir()}
+    indexed |= {p.name for p in visible if content != "texts" and p.is_dir()}
     visible = [p for p in visible if p.suffix.lower() != ".parquet" or p.stem not in indexed]
     files = {suffix: [p for p in visible if p.suffix.lower() == suffix] for suffix in known}
     images = any(path.suffix[1:].lower() in SUFFIXES for path in visible if path.is_file())

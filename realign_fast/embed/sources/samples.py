@@ -61,16 +61,17 @@ class Folder(Source):
 
     def count(self, file: Path) -> int:
         """Return the number of images below the folder `file`; sets `ignored`."""
-        others: Counter[str] = Counter()
+        suffixes: Counter[str] = Counter()  # of the files that are no images
         images = 0
         for path in _files(os.fspath(file)):
-            is_image = self._stem(path) is not None
-            images += is_image
-            others[os.path.splitext(path)[1][1:].lower()] += not is_image
+            if self._stem(path) is None:
+                suffixes[os.path.splitext(path)[1][1:].lower()] += 1
+            else:
+                images += 1
         if self.content == "pairs":
             for ending in ("txt", "json", self.columns.caption or "txt"):
-                del others[ending.rpartition(".")[2].lower()]
-        self.ignored = {suffix: others[suffix] for suffix in sorted(others) if others[suffix]}
+                del suffixes[ending.rpartition(".")[2].lower()]
+        self.ignored = dict(sorted(suffixes.items()))
         return images
 
     def walk(self, file: Path) -> Iterator[Item]:
@@ -157,8 +158,8 @@ class Tars(Source):
                     failure = None  # the image may still be good
                 if self.reads_images and image is None:
                     failure = f"has no image member, only {', '.join(members)}"
-                found = {"id": name, "caption": caption, "image": image}
-                unseen -= {role for role, value in found.items() if value is not None}
+                values = {"id": name, "caption": caption, "image": image}
+                unseen -= {role for role, value in values.items() if value is not None}
                 at = image and (image.offset_data, image.size)
                 yield Item(name or key, str(file), at, caption, failure)
         for role in sorted(unseen if endings else ()):

@@ -186,8 +186,8 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}: its header names a column twice; rename one")
         for record in records:
             if len(record) != len(header):
-                found = f"line {reader.line_num} has {len(record)} fields, the header {len(header)}"
-                raise ValueError(f"{path}: {found}; quote fields that contain the separator")
+                fault = f"line {reader.line_num} has {len(record)} fields, the header {len(header)}"
+                raise ValueError(f"{path}: {fault}; quote fields that contain the separator")
             yield dict(zip(header, record, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; write the csv again") from error
@@ -228,9 +228,9 @@ def _dataset_rows(path: Path, content: Content) -> Iterator[dict[str, Any]]:
         dataset = json.loads(path.read_bytes())
     entries = dataset.get(content) if isinstance(dataset, dict) else None
     if not isinstance(entries, list):
-        found = sorted(dataset) if isinstance(dataset, dict) else "no JSON object"
+        actual = sorted(dataset) if isinstance(dataset, dict) else "no JSON object"
         expected = f'expected {{"images": [...], "texts": [...]}} with {content!r}'
-        raise ValueError(f"{path}: {expected}, got {found}; write it as the paper does")
+        raise ValueError(f"{path}: {expected}, got {actual}; write it as the paper does")
     name = content.removesuffix("s")
     for number, entry in enumerate(entries):
         value = entry.get(name) if isinstance(entry, dict) else None
