@@ -102,16 +102,16 @@ def _cosine_sums(a: Tensor, b: Tensor, block: int) -> Tensor:
     p and q are cosines less the mean cosine of the first block, so that the sums do not cancel.
     """
 
-    def units(first: int) -> list[Tensor]:
+    def _units(first: int) -> list[Tensor]:
         return [unit(rows[first : first + block].double()) for rows in (a, b)]
 
     sums = torch.zeros(5, len(a), dtype=torch.float64, device=a.device)
-    shifts = [rows.mean(dim=0).square().sum() for rows in units(0)]
+    shifts = [rows.mean(dim=0).square().sum() for rows in _units(0)]
     starts = range(0, len(a), block)
     for first in starts:
-        first_units = units(first)
+        first_units = _units(first)
         for second in starts[first // block :]:
-            second_units = units(second)
+            second_units = _units(second)
             p, q = (u @ v.T - m for u, v, m in zip(first_units, second_units, shifts, strict=True))
             if first == second:
                 p.fill_diagonal_(0)

@@ -104,7 +104,6 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
 
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
-    """Return the figures of one source and one target."""
     y, x = source.moments, target.moments
     figures: Numbers = {"source_rows": y.count, "target_rows": x.count}
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
@@ -116,7 +115,6 @@ def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSe
 
 
 def _spectra(source: spectrum.Spectrum, target: spectrum.Spectrum, subspace: int) -> Numbers:
-    """Return the figures of eigenvalues and eigenvectors."""
     columns = len(target.values)
     leading = max(1, min(subspace, columns // 2))
     figures: Numbers = {
@@ -142,19 +140,17 @@ def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
 
 
 def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
-    """Return the figures of unpaired samples of rows."""
     drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
     figures: Numbers = {"cosine_divergence": cosines.cosine_divergence(source, target, **drawn)}
-    for side, rows, others in (("source", source, target), ("target", target, source)):
+    for side, rows, opposite in (("source", source, target), ("target", target, source)):
         figures[f"{side}_mixing"] = neighbours.knn_mixing(
-            rows, others, settings.mixing_k, block=settings.block, backend=settings.backend
+            rows, opposite, settings.mixing_k, block=settings.block, backend=settings.backend
         )
-        figures[f"{side}_mixing_chance"] = len(others) / (len(source) + len(target) - 1)
+        figures[f"{side}_mixing_chance"] = len(opposite) / (len(source) + len(target) - 1)
     return figures
 
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
-    """Return the figures of matched rows."""
     block, rows = settings.block, min(len(source), settings.gallery_rows)
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
@@ -166,16 +162,15 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     spread = numbers * len(source) // rows
     galleries = {"source": unit(source[spread].double()), "target": unit(target[spread].double())}
     ks = [k for k in settings.recall_at if k < 2 * rows]
-    for side, other in (("source", "target"), ("target", "source")):
-        found = mixed_gallery.mixed_gallery(
-            galleries[side], galleries, {other: numbers}, own={side: numbers}, ks=ks, block=block
+    for side, answers in (("source", "target"), ("target", "source")):
+        retrieval = mixed_gallery.mixed_gallery(
+            galleries[side], galleries, {answers: numbers}, own={side: numbers}, ks=ks, block=block
         )
-        figures |= {f"{side}_{name}": value for name, value in found.figures(other).items()}
+        figures |= {f"{side}_{name}": value for name, value in retrieval.figures(answers).items()}
     return figures
 
 
 def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
-    """Return the figures of what the alignment preserved among the source rows."""
     k, block, backend = settings.overlap_k, settings.block, settings.backend
     overlap = neighbours.knn_overlap(source, aligned, k, block=block, backend=backend)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,13 +98,14 @@ def mixed_gallery(
     has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
     ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
     sizes = {name: len(rows) - (own[name] >= 0).long() for name, rows in documents.items()}
+    union = sum(sizes.values())
     pure, within, between = {}, {}, {}
     for column, (name, answered) in enumerate(zip(relevant, has_answer.T, strict=True)):
         same = above[:, list(documents).index(name), column]
-        others = above[:, :, column].sum(dim=1) - same, sum(sizes.values()) - sizes[name]
+        elsewhere = above[:, :, column].sum(dim=1) - same
         pure[name] = ((1 + same) * answered)[:, None]
         within[name] = Estimate.of_mean((same / (sizes[name] - 1))[answered])
-        between[name] = Estimate.of_mean((others[0] / others[1])[answered])
+        between[name] = Estimate.of_mean((elsewhere / (union - sizes[name]))[answered])
     bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
     modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
     return MixedGallery(
@@ -130,12 +131,12 @@ def over_splits(results: Sequence[MixedGallery]) -> MixedGallery:
     if len(results) == 1:
         return results[0]
 
-    def mean(figures: Sequence[Any]) -> Any:
+    def _mean(figures: Sequence[Any]) -> Any:
         if not isinstance(figures[0], dict):
             return Estimate.of_mean(torch.tensor(figures))
-        return {name: mean([figure[name] for figure in figures]) for name in figures[0]}
+        return {name: _mean([figure[name] for figure in figures]) for name in figures[0]}
 
-    return MixedGallery(*map(mean, zip(*results, strict=True)))
+    return MixedGallery(*map(_mean, zip(*results, strict=True)))
 
 
 def gini(counts: Tensor) -> float:
@@ -153,9 +154,9 @@ def _hub_gini(nearest: Tensor, count: int) -> Estimate:
     """Return the Gini coefficient of how often each of ``count`` rows is in ``nearest`` [N, k]."""
     generator, size = torch.Generator().manual_seed(0), (len(nearest),)
     draws = (torch.randint(len(nearest), size, generator=generator) for _ in range(_DRAWS))
-    samples = chain([nearest], (nearest[drawn.to(nearest.device)] for drawn in draws))
-    value, *others = (gini(torch.bincount(rows.flatten(), minlength=count)) for rows in samples)
-    return Estimate(value, float(torch.tensor(others).double().std()))
+    samples = chain([nearest], (nearest[queries.to(nearest.device)] for queries in draws))
+    value, *drawn = (gini(torch.bincount(rows.flatten(), minlength=count)) for rows in samples)
+    return Estimate(value, float(torch.tensor(drawn).double().std()))
 
 
 def _search(
@@ -172,15 +173,15 @@ def _search(
     if not bool(torch.isfinite(limits).all()):
         raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
     limits += TIE * (1 + limits.abs())
-    found = [
-        search_blocks(queries, gallery, k, own[name], Tensor.double, limits, block)
-        for name, gallery in galleries.items()
-    ]
-    offsets = accumulate(map(len, galleries.values()), initial=0)
-    numbers = [places + offset for (_, places, _), offset in zip(found, offsets, strict=False)]
-    order = torch.cat([scores for scores, *_ in found], dim=1).topk(k, dim=1).indices
-    above = torch.stack([higher for *_, higher in found], dim=1)
-    return torch.cat(numbers, dim=1).gather(1, order), above
+    scores, numbers, above, offset = [], [], [], 0
+    for name, gallery in galleries.items():
+        best = search_blocks(queries, gallery, k, own[name], Tensor.double, limits, block)
+        scores.append(best[0])
+        numbers.append(best[1] + offset)
+        above.append(best[2])
+        offset += len(gallery)
+    order = torch.cat(scores, dim=1).topk(k, dim=1).indices
+    return torch.cat(numbers, dim=1).gather(1, order), torch.stack(above, dim=1)
 
 
 def _recall(ranks: Tensor, k: int) -> Estimate:
@@ -205,7 +206,6 @@ def _check(
     own: Mapping[str, Tensor],
     ks: Sequence[int],
 ) -> None:
-    """Raise a ValueError if :func:`mixed_gallery` cannot search with these arguments."""
     for name, rows in {"queries": queries, **galleries}.items():
         check_rows(f"mixed_gallery, {name}", rows, min_rows=1)
         if rows.shape[1] != queries.shape[1]:

@@ -48,9 +48,23 @@ def nearest_rows(
 
     Of rows with equal cosines (up to rounding) any may be taken.
     """
-    _check_search(queries, gallery, k, own, block, backend)
-    faiss = _faiss(backend, queries)
-    if faiss is not None:
+    if backend not in (known := get_args(SearchBackend)):
+        raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
+    for rows in (queries, gallery):
+        check_rows("nearest_rows", rows, min_rows=0)
+    expect_counts("nearest_rows", k=k, block=block)
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "
+            f"{list(gallery.shape)}; embed both with one encoder"
+        )
+    candidates = len(gallery) - (own is not None)
+    if not 1 <= k <= candidates:
+        raise ValueError(
+            f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
+            "have as neighbours; give more rows or a smaller k"
+        )
+    if (faiss := _faiss(backend, queries)) is not None:
         return _faiss_nearest(faiss, queries, gallery, k, own, block)
     dtype = working_dtype(queries)
     blocks = []
@@ -58,8 +72,8 @@ def nearest_rows(
         part = unit(queries[first : first + block].double()).to(dtype)
         numbers = torch.arange(first, first + len(part), device=part.device)
         skipped = None if own is None else numbers + own
-        found = search_blocks(part, gallery, k, skipped, _unit_rows(dtype), block=block)
-        blocks.append(found[:2])
+        nearest = search_blocks(part, gallery, k, skipped, _unit_rows(dtype), block=block)
+        blocks.append(nearest[:2])
     return Neighbours(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
 
@@ -128,33 +142,6 @@ def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> 
     expect_counts("recall_at_k", k=k)
     share = float((match_ranks(queries, gallery, block) <= k).double().mean())
     return Estimate(share, (share * (1 - share) / len(queries)) ** 0.5)
-
-
-def _check_search(
-    queries: Tensor,
-    gallery: Tensor,
-    k: int,
-    own: int | None,
-    block: int,
-    backend: SearchBackend,
-) -> None:
-    """Raise an error if :func:`nearest_rows` cannot search with these arguments."""
-    if backend not in (known := get_args(SearchBackend)):
-        raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
-    for rows in (queries, gallery):
-        check_rows("nearest_rows", rows, min_rows=0)
-    expect_counts("nearest_rows", k=k, block=block)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "
-            f"{list(gallery.shape)}; embed both with one encoder"
-        )
-    candidates = len(gallery) - (own is not None)
-    if not 1 <= k <= candidates:
-        raise ValueError(
-            f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
-            "have as neighbours; give more rows or a smaller k"
-        )
 
 
 def search_blocks(

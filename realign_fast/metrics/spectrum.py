@@ -94,8 +94,7 @@ def power_law_exponent(values: Tensor, first: int = 1, last: int | None = None) 
             f"power_law_exponent: ranks {first}..{last} hold {len(fitted)} eigenvalues above "
             f"{_FLOOR:.0e} of the largest, expected 3 or more; widen first..last"
         )
-    ranks = torch.arange(first, first + len(fitted), device=values.device)
-    x = ranks.double().log()
+    x = torch.arange(first, first + len(fitted), device=values.device).double().log()
     x, y = x - x.mean(), fitted.log() - fitted.log().mean()
     slope = (x @ y) / (x @ x)
     residual = (y - slope * x).square().sum() / (len(x) - 2)
@@ -142,7 +141,6 @@ def subspace_overlap(a: Tensor, b: Tensor, count: int) -> float:
 
 
 def _shares(name: str, values: Tensor) -> Tensor:
-    """Return eigenvalues divided by their sum."""
     _check_eigenvalues(name, values)
     return values.double() / values.double().sum()
 

@@ -131,7 +131,7 @@ def substitution(
         is_tested = _draw_test(test, len(target_rows), seed)
         tested, trained = (mask.nonzero()[:, 0] for mask in (is_tested, ~is_tested))
         free = (~is_tested[partners] | (partners < 0)).nonzero()[:, 0]
-        for name, found in runs.items():
+        for name, figures in runs.items():
             rows, moves = (target_rows if name == "target" else source_rows), maps.get(name)
             if isinstance(fit := named.get(name), Tensor):
                 rows = fit
@@ -142,8 +142,8 @@ def substitution(
                 raise ValueError(f"substitution: {name} rows have other columns than target rows")
             side = (target_labels, trained) if name == "target" else (source_labels, free)
             network = _train(rows, *side, outputs, seed, reader)
-            found.append(_test(network, target_rows, target_labels, tested, moves))
-            if not found[-1][0] < math.inf:
+            figures.append(_test(network, target_rows, target_labels, tested, moves))
+            if not figures[-1][0] < math.inf:
                 raise ValueError(
                     f"substitution: the reader of {name} rows has a loss that is not finite; give "
                     "unit rows, or a Reader of a smaller rate"
@@ -151,8 +151,8 @@ def substitution(
             if on_reader:
                 on_reader()
     overlap = 0.0 if isinstance(test, Tensor) else len(tested) / len(trained)
-    figures = {name: torch.tensor(run, dtype=torch.float64).T for name, run in runs.items()}
-    return _summary(figures, overlap)
+    tables = {name: torch.tensor(run, dtype=torch.float64).T for name, run in runs.items()}
+    return _summary(tables, overlap)
 
 
 def hashed_ngrams(
@@ -166,10 +166,10 @@ def hashed_ngrams(
     """
     labels = torch.zeros(len(captions), buckets, dtype=torch.bool)
     for row, caption in enumerate(captions):
-        words = [word for word in re.findall(r"\w+", caption.lower()) if len(word) >= letters]
+        tokens = [word for word in re.findall(r"\w+", caption.lower()) if len(word) >= letters]
         for length in range(1, longest + 1):
-            for first in range(len(words) - length + 1):
-                ngram = " ".join(words[first : first + length])
+            for first in range(len(tokens) - length + 1):
+                ngram = " ".join(tokens[first : first + length])
                 labels[row, crc32(ngram.encode("utf-8", "surrogatepass")) % buckets] = True
     return labels
 
@@ -177,22 +177,22 @@ def hashed_ngrams(
 def _summary(figures: dict[str, Tensor], overlap: float) -> Substitution:
     """Return means of losses and accuracies [2, runs] by name, of splits with this overlap."""
 
-    def mean(values: Tensor) -> Estimate:
+    def _mean(values: Tensor) -> Estimate:
         of_runs = Estimate.of_mean(values)
         return Estimate(of_runs, of_runs.standard_error * (1 + len(values) * overlap) ** 0.5)
 
     losses = {name: values[0] for name, values in figures.items()}
     distances = losses["source"] - losses["target"]
-    whole = float(distances.mean()) if distances.mean() > 0 else math.nan
+    distance = float(distances.mean()) if distances.mean() > 0 else math.nan
     width = _STUDENT[min(len(distances), 11) - 2] if len(distances) > 1 else math.nan
     shares, intervals = {}, {}
     for name, values in losses.items():
         closed = losses["source"] - values
-        share = float(closed.mean()) / whole
-        error = mean((closed - share * distances) / whole).standard_error
+        share = float(closed.mean()) / distance
+        error = _mean((closed - share * distances) / distance).standard_error
         shares[name] = Estimate(share, error)
         intervals[name] = (share - width * error, share + width * error)
-    means = [{name: mean(values[i]) for name, values in figures.items()} for i in (0, 1)]
+    means = [{name: _mean(values[i]) for name, values in figures.items()} for i in (0, 1)]
     return Substitution(means[0], means[1], shares, intervals, figures)
 
 
@@ -272,13 +272,12 @@ def _loss(outputs: Tensor, labels: Tensor) -> Tensor:
 def _check(
     name: str, rows: Tensor, labels: Tensor, target_rows: Tensor, target_labels: Tensor
 ) -> None:
-    """Raise an error if :func:`substitution` cannot use these rows and labels."""
-    for side, given in ((name, rows), ("target", target_rows)):
-        check_rows(f"substitution, {side} rows", given)
+    for side, side_rows in ((name, rows), ("target", target_rows)):
+        check_rows(f"substitution, {side} rows", side_rows)
     for side_labels in (labels, target_labels):
         expect_tensor("substitution", side_labels, "labels", floating=False)
-    kinds = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
-    is_known = (labels.dtype, labels.dim()) in kinds and len(labels) == len(rows)
+    known = {(torch.int64, 1), (torch.bool, 2), (torch.float32, 2), (torch.float64, 2)}
+    is_known = (labels.dtype, labels.dim()) in known and len(labels) == len(rows)
     is_known &= bool(torch.isfinite(labels).all()) and (labels.dim() > 1 or int(labels.min()) >= 0)
     is_alike = (labels.dtype, labels.shape[1:]) == (target_labels.dtype, target_labels.shape[1:])
     if not is_known or not is_alike:
