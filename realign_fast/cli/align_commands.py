@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError, UnfinishedShards
@@ -93,8 +92,8 @@ def stats(options: opts.StatsOptions) -> Result:
     paths: dict[Side, str | None] = {"source": options.source, "target": options.target}
     sides = [(side, path) for side, path in paths.items() if path is not None]
     if len(sides) != 1:
-        found = "both" if sides else "neither"
-        raise OptionError(f"stats: expected --text or --image, got {found}; give one")
+        actual = "both" if sides else "neither"
+        raise OptionError(f"stats: expected --text or --image, got {actual}; give one")
     side, path = sides[0]
     rows = open_corpus(options, path, "text" if side == "source" else "image")
     half = storage_path(options.aligner) if options.aligner else None
@@ -190,9 +189,7 @@ def settings_from(options: opts.Passes) -> Settings:
         check_device(options.device)
     if getattr(options, "resume", False) and getattr(options, "mode", "") != "incremental":
         raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
-    values = {name: getattr(options, name, None) for name in (f.name for f in fields(Settings))}
-    chosen = {name: value for name, value in values.items() if value is not None}
-    return Settings(**chosen | {"progress": shows_progress(options)})
+    return Settings(progress=shows_progress(options), **options.fields_of(Settings))
 
 
 def _sides(options: opts.MergeOptions) -> tuple[Corpus, Corpus]:

@@ -63,11 +63,11 @@ def command(group: str, *examples: str) -> Callable[[CommandFunction], CommandFu
     command its shared options; annotated further arguments are options of its own.
     """
 
-    def register(function: CommandFunction) -> CommandFunction:
+    def _register(function: CommandFunction) -> CommandFunction:
         COMMANDS.append(Command(function, group, examples))
         return function
 
-    return register
+    return _register
 
 
 def escaped(text: str, mark: str = "\\x") -> str:

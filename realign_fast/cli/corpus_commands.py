@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +47,8 @@ def open_space(options: Any, *fitting: str) -> SharedSpace | None:
 
     if options.space is None:
         return None
-    if given := [name for name in fitting if getattr(options, name) is not None]:
-        option = given[0].removeprefix("space_").replace("_", "-")
+    for name in (name for name in fitting if getattr(options, name) is not None):
+        option = name.removeprefix("space_").replace("_", "-")
         raise OptionError(
             f"--{option}: is an option of a fit, and --space is fitted; leave one of them out"
         )
@@ -155,8 +154,8 @@ def inspect(
 )
 def embed(options: opts.EmbedOptions) -> Result:
     """Embed images and texts with a CLIP-like model into rows that align and fit read."""
-    given = {content: getattr(options, content) for content in ("images", "texts", "pairs")}
-    paths = {content: path for content, path in given.items() if path is not None}
+    choices = {content: getattr(options, content) for content in ("images", "texts", "pairs")}
+    paths = {content: path for content, path in choices.items() if path is not None}
     if not paths or ("pairs" in paths and len(paths) > 1):
         raise OptionError("embed: give --images, --texts or both, or --pairs alone")
     from ..embed import Columns, EmbedSettings, embed, load_encoder, open_source
@@ -182,9 +181,7 @@ def embed(options: opts.EmbedOptions) -> Result:
         device=options.device,
         precision=options.precision,
     )
-    names = [field.name for field in fields(EmbedSettings) if hasattr(options, field.name)]
-    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
-    settings = EmbedSettings(progress=shows_progress(options), **chosen)
+    settings = EmbedSettings(progress=shows_progress(options), **options.fields_of(EmbedSettings))
     report = embed(encoder, Path(options.out), settings=settings, **sources)
     lines = []
     for source in sources.values():

@@ -8,11 +8,13 @@ torch, so that help and completion are quick.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from inspect import Parameter, signature
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -40,23 +42,28 @@ class Options:
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
+    def fields_of(self, settings: type) -> dict[str, Any]:
+        """Return the options that are fields of a dataclass and have a value, by name."""
+        options = ((field.name, getattr(self, field.name, None)) for field in fields(settings))
+        return {name: value for name, value in options if value is not None}
+
 
 def parameters(function: Callable[..., Any]) -> list[Parameter]:
     """Return the options of a command as parameters for Typer, panel by panel."""
     own = get_type_hints(function, include_extras=True)
     defaults = {name: value.default for name, value in signature(function).parameters.items()}
-    found: dict[str, list[Parameter]] = {panel: [] for panel in PANELS}
+    panels: dict[str, list[Parameter]] = {panel: [] for panel in PANELS}
     for name, hint in (get_type_hints(own["options"], include_extras=True) | own).items():
         if get_origin(hint) is Annotated:
-            kind, info = get_args(hint)
-            if kind is bool and not info.param_decls:  # no --no-NAME
+            option_type, info = get_args(hint)
+            if option_type is bool and not info.param_decls:  # no --no-NAME
                 info.param_decls = (f"--{name.replace('_', '-')}",)
-            if kind in (int, int | None) and not info.metavar:
+            if option_type in (int, int | None) and not info.metavar:
                 info.metavar = "N"
             default = defaults.get(name, getattr(own["options"], name, Parameter.empty))
             parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-            found[info.rich_help_panel].append(parameter)
-    return [parameter for panel in PANELS for parameter in found[panel]]
+            panels[info.rich_help_panel].append(parameter)
+    return list(chain.from_iterable(panels.values()))
 
 
 # Checks of values: each takes the text of an option, and Typer prints the ValueError of one that
@@ -88,31 +95,30 @@ def shard_part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
-def _number(expected: str, holds: Callable[[float], bool], *words: str) -> Callable[..., Any]:
-    """Return a check of numbers for which ``holds`` is true, and of words in their place."""
+def _number(expected: str, holds: Callable[[float], bool], *names: str) -> Callable[..., Any]:
+    """Return a check of numbers for which ``holds`` is true, and of names in their place."""
 
-    def check(value: object) -> float | str:
-        try:
-            number = float(text := str(value))
-        except ValueError:
-            number = math.nan
-        if text not in words and not holds(number):
-            raise ValueError(f"expected {expected}, got {text!r}")
-        return text if text in words else number
+    def _check(value: object) -> float | str:
+        if (text := str(value)) in names:
+            return text
+        with suppress(ValueError):
+            if holds(number := float(text)):
+                return number
+        raise ValueError(f"expected {expected}, got {text!r}")
 
-    return check
+    return _check
 
 
 def _text(check: Callable[[str], object]) -> Callable[[object], str]:
     """Return a check that keeps the text of the option, which can be written to a file."""
 
-    def keep(value: object) -> str:
+    def _keep(value: object) -> str:
         if not value:
             raise ValueError("expected a path, got an empty name")
         check(str(value))
         return str(value)
 
-    return keep
+    return _keep
 
 
 def _kept(path: str) -> None:
@@ -156,9 +162,9 @@ def _stored_value(name: str, option: Any, value: Any, directory: str) -> Any:
     if option is None:
         raise BadParameter(f"{name} is none of this command; remove it from the file")
     entries = value if option.multiple and isinstance(value, list) else [value]
-    kinds = {bool} if option.is_flag else {str, int, float}
-    if not kinds.issuperset(map(type, entries)):
-        expected = " or ".join(sorted(kind.__name__ for kind in kinds))
+    types = {bool} if option.is_flag else {str, int, float}
+    if not types.issuperset(map(type, entries)):
+        expected = " or ".join(sorted(known.__name__ for known in types))
         raise BadParameter(f"{name} is {value!r}, expected {expected}")
     metavars = str(option.metavar).split("|")
     if {"DIR", "FILE", "SOURCE", "MODEL"}.isdisjoint(metavars) or directory == os.getcwd():
