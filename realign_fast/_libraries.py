@@ -53,8 +53,9 @@ def _why_unfit(library: Path) -> str:
         loaded = 0
         if len(table) == size * count:
             for entry in range(0, len(table), size):
-                kind, start, length = struct.unpack_from("<I4xQ16xQ", table, entry)
-                loaded = max(loaded, start + length if kind == 1 else 0)  # 1: PT_LOAD
+                segment_type, start, length = struct.unpack_from("<I4xQ16xQ", table, entry)
+                if segment_type == 1:  # PT_LOAD
+                    loaded = max(loaded, start + length)
         actual = file.seek(0, 2)
     if not loaded or actual < loaded:
         return f"the file is truncated: it has {actual} bytes, expected at least {loaded or offset}"

@@ -129,10 +129,9 @@ class ContiguousShard(Shard):
         start, size = self.offset, self.row_bytes
         ranges = [(start + first * size, start + end * size) for first, end in runs]
         with self.opened() as file:
-            for (begin, end), data in zip(
-                ranges, read_ahead.spans(file.pread, ranges), strict=True
-            ):
-                if len(data) != end - begin:
+            spans = read_ahead.spans(file.pread, ranges)
+            for (first_byte, end_byte), data in zip(ranges, spans, strict=True):
+                if len(data) != end_byte - first_byte:
                     raise self.changed_error()
                 yield np.frombuffer(data, np.uint8).reshape(-1, size)
 

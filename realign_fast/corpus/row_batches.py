@@ -89,8 +89,8 @@ def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = table.to_numpy()
     except (ValueError, NotImplementedError) as error:  # lists in an array of pyarrow
         advice = "give its numbers, such as rows.flatten().to_numpy().reshape(len(rows), -1)"
-        kind = type(table).__name__
-        raise TypeError(f"{name}: expected rows [N, D], got {kind} ({error}); {advice}") from error
+        fault = f"expected rows [N, D], got {type(table).__name__} ({error})"
+        raise TypeError(f"{name}: {fault}; {advice}") from error
     if columns and values.dtype == object:  # nullable dtypes of pandas; a missing value is NaN
         values = table.to_numpy(np.float64, na_value=np.nan)
     return values

@@ -65,10 +65,10 @@ class SharedSpaceModule(_LIBRARY.base.modules.Module):  # type: ignore[misc]
         self.space.save(Path(output_path) / _FILE)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **where: Any) -> SharedSpaceModule:
+    def load(cls, model_name_or_path: str, **loading: Any) -> SharedSpaceModule:
         """Read the space from the module's folder on a disk or a hub."""
         known = {"subfolder", "token", "cache_folder", "revision", "local_files_only"}
-        options = {name: where[name] for name in known & set(where)}
+        options = {name: loading[name] for name in known & set(loading)}
         path = cls.load_file_path(model_name_or_path, _FILE, **options)
         if path is None:
             raise FileNotFoundError(f"{model_name_or_path}: found no {_FILE} of its last module")

@@ -44,8 +44,8 @@ def check_no_overlap(op: str, out: Tensor, rows: Tensor) -> None:
         )
 
 
-def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
-    return any(span[0] < end and first < span[1] for first, end in others)
+def _overlaps(span: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
+    return any(span[0] < end and first < span[1] for first, end in spans)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

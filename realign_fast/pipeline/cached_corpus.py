@@ -24,11 +24,11 @@ class CachedCorpus(Corpus):
     def batches(self, shard: Any = None, **options: Any) -> Iterator[Batch]:
         """Return the batches of :meth:`Corpus.batches`; a whole cached shard comes from memory."""
         size: int = options.get("batch_rows") or 0
-        whole = isinstance(shard, int) and size and not options.get("start")
-        if whole and shard in self._rows:
+        is_whole = isinstance(shard, int) and size and not options.get("start")
+        if is_whole and shard in self._rows:
             return self._cached(shard, size)
         batches = super().batches(shard, **options)
-        return self._caching(shard, batches) if whole else batches
+        return self._caching(shard, batches) if is_whole else batches
 
     def _cached(self, index: int, size: int) -> Iterator[Batch]:
         for first in range(0, self.shards[index].num_rows, size):

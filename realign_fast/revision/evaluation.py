@@ -195,7 +195,7 @@ def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: in
         group = np.random.default_rng(seed).permutation(group)
         exchanged[group] = np.roll(group, 1)
     images = [sample.images for sample in scorer.samples]  # several samples may have the same
-    differs = np.array([images[other] != images[index] for index, other in enumerate(exchanged)])
+    differs = np.array([images[n] != own for n, own in zip(exchanged, images, strict=True)])
     if not differs.any():
         return None
     wrong_sums, _ = scorer.sums(list(enumerate(scorer.references)), exchanged.tolist())
@@ -230,9 +230,9 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
     random, texts = np.random.default_rng(seed), sorted(set(references))
     if choices < 2 or len(texts) < choices:
         expected = {1: "0", 2: "2, or 0"}.get(len(texts), f"2 to {len(texts)}, or 0")
-        found = f"{len(texts)} different texts for a choice of {choices}"
+        counts = f"{len(texts)} different texts for a choice of {choices}"
         advice = "set it (--choices), or take more samples"
-        raise ValueError(f"evaluate: {found}, expected {expected} for no choice; {advice}")
+        raise ValueError(f"evaluate: {counts}, expected {expected} for no choice; {advice}")
     drawn = ([texts[i] for i in random.permutation(len(texts))[:choices]] for _ in references)
     pairs = zip(references, drawn, strict=True)
     return [[text for text in own if text != right][: choices - 1] for right, own in pairs]

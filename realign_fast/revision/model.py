@@ -233,9 +233,9 @@ class ReVisionModel(nn.Module):
         """
         chosen = set(parts)
         if not chosen or chosen - set(TRAINABLE_PARTS) or {"lora", "language_model"} <= chosen:
-            given, names = ", ".join(sorted(chosen)) or "nothing", ", ".join(TRAINABLE_PARTS)
+            actual, names = ", ".join(sorted(chosen)) or "nothing", ", ".join(TRAINABLE_PARTS)
             expected = f"expected some of {names}, one of the last two at most"
-            raise ValueError(f"train: got {given}, {expected}")
+            raise ValueError(f"train: got {actual}, {expected}")
         if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         for name, parameter in self.named_parameters():
@@ -391,8 +391,8 @@ def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, 
         if name not in defaults:
             nearest = ", ".join(difflib.get_close_matches(name, defaults, 3))
             raise ValueError(f"{name}: no {description}; nearest: {nearest or 'none'}")
-        for kind, expected in ((bool, "true or false"), (int | float, "a number")):
-            if isinstance(defaults[name], kind) and not isinstance(value, kind):
+        for types, expected in ((bool, "true or false"), (int | float, "a number")):
+            if isinstance(defaults[name], types) and not isinstance(value, types):
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
     try:
         return dataclass(**settings)

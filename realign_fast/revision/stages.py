@@ -168,8 +168,8 @@ def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
     preset = PRESETS[stage]
     parts = config.train or preset["train"]
     if config.lora and "lora" not in parts:
-        given = f"got {', '.join(config.lora)} for an adapter that is not trained"
-        raise ValueError(f"lora: {given}, but {', '.join(parts)}; give --train projector,lora")
+        fault = f"got {', '.join(config.lora)} for an adapter that is not trained"
+        raise ValueError(f"lora: {fault}, but {', '.join(parts)}; give --train projector,lora")
     values = {name: getattr(config, name) or value for name, value in preset.items()}
     return replace(config, **values | {"trainer": preset["trainer"] | config.trainer})
 
@@ -207,8 +207,8 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
     }
-    kind = transformers().TrainingArguments
-    arguments = build_dataclass(kind, "setting of Trainer", settings | config.trainer)
+    arguments_class = transformers().TrainingArguments
+    arguments = build_dataclass(arguments_class, "setting of Trainer", settings | config.trainer)
     if arguments.n_gpu > 1:  # DataParallel would split image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
@@ -231,8 +231,8 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
     for name in MODEL_FIELDS:
         requested, value = getattr(config, name), getattr(saved, name)
         if requested not in (None, value):
-            given = f"got {name} {requested}, and the model was made with {value}"
-            raise ValueError(f"{start}: {given}; leave it out, or pretrain another one")
+            fault = f"got {name} {requested}, and the model was made with {value}"
+            raise ValueError(f"{start}: {fault}; leave it out, or pretrain another one")
     if saved.row_dimension != config.rows.dimension:
         expected = f"the model was trained on {saved.row_dimension}; embed with its encoder"
         columns = f"rows have {config.rows.dimension} columns"

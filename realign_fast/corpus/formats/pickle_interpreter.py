@@ -165,7 +165,7 @@ def _make(make: Callable[[Iterable[Any]], object], count: int | None = None) -> 
 def _fill(
     container: type, add: Callable[[Any, list[Any]], object], count: int | None = None
 ) -> Operation:
-    def operation(machine: Machine, _: None) -> None:
+    def _fill_top(machine: Machine, _: None) -> None:
         values, target = machine.pop(count), machine.stack[-1]
         if type(target) is not container:
             raise ValueError(f"expected a {container.__name__} to fill, got another value")
@@ -173,7 +173,7 @@ def _fill(
         add(target, values)
         machine.spend(getsizeof(target) - size)
 
-    return operation
+    return _fill_top
 
 
 def _set_items(target: dict[Any, Any], values: list[Any]) -> None:

@@ -127,8 +127,8 @@ def lengths_of_rows(
     A row is usual if M can hold the squares, and if no sum ``y + c`` is shorter than half of c: a
     shorter one has lost digits to cancellation.
     """
-    one = tl.full(alive.shape, 1, tl.float64)
-    norm, half, last, usual, lives = one, one, one, alive, alive
+    ones = tl.full(alive.shape, 1, tl.float64)
+    norm, half, last, usual, lives = ones, ones, ones, alive, alive
     limit: tl.constexpr = 1e30 if M == tl.float32 else 1e280
     for stage in tl.static_range(KINDS):
         squares = tl.zeros(alive.shape, tl.float64)
@@ -198,9 +198,9 @@ def write_images(
     )
     written = mask if EXACT else usual
     if LENGTH == 0:
-        one = tl.full(mask.shape, 1, tl.float64)
+        ones = tl.full(mask.shape, 1, tl.float64)
         peak, norm, half, _ = lengths
-        lengths = peak, norm, one if KINDS == 2 else half, one
+        lengths = peak, norm, ones if KINDS == 2 else half, ones
     for start in range(0, COLUMNS, BLOCK):
         y = image_block(
             image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, DTYPE
@@ -300,7 +300,7 @@ def sum_rows_kernel(
     own = tl.program_id(1) * BLOCK
     there = own + tl.arange(0, BLOCK)
     row_map = scale, shift, recentre
-    one = tl.full([ROWS], 1, tl.float64)
+    ones = tl.full([ROWS], 1, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     energy = tl.zeros([ROWS], tl.float64)
@@ -318,12 +318,12 @@ def sum_rows_kernel(
         if WEIGHTED:
             root = tl.sqrt(tl.load(weights + number, alive, other=0))
         lengths, usual, _ = lengths_of_rows(
-            row, row, alive, one, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
+            row, row, alive, ones, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
         )
-        square = one
+        square = ones
         if not NORMALIZE:
             square = lengths[1] * lengths[1]
-            lengths = one, one, one, one
+            lengths = ones, ones, ones, ones
         y = image_block(row, own, alive, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, False, M)
         if TERMS > 0:
             y = (y - c.to(M)) * root.to(M)[:, None] * power.to(M)
@@ -340,10 +340,10 @@ def sum_rows_kernel(
             lengths, _, lives = lengths_of_rows(
                 row, row, some, peak, row_map, COLUMNS, BLOCK, 0, KINDS, True, tl.float64
             )
-            square = one
+            square = ones
             if not NORMALIZE:
                 square = peak * lengths[1] * peak * lengths[1]
-                lengths = one, one, one, one
+                lengths = ones, ones, ones, ones
             exact = image_block(
                 row, own, some, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, True, tl.float64
             )
@@ -432,11 +432,11 @@ def ending(
     shift: Tensor, recentre: Tensor | None, length: float | None
 ) -> tuple[tuple[Tensor, ...], dict[str, int]]:
     """Return b, h and the length as the kernels take them, and the constants KINDS and LENGTH."""
-    kind, result_length = 0 if length is None else 1, shift
+    length_mode, result_length = 0 if length is None else 1, shift
     if length not in (None, 1):
-        kind, result_length = 2, torch.full((), length, dtype=shift.dtype, device=shift.device)
+        length_mode, result_length = 2, shift.new_full((), length)
     vectors = shift, shift if recentre is None else recentre, result_length
-    return vectors, {"KINDS": 2 if recentre is None else 3, "LENGTH": kind}
+    return vectors, {"KINDS": 2 if recentre is None else 3, "LENGTH": length_mode}
 
 
 def launch_map(
@@ -482,18 +482,18 @@ def launch_sums(
     terms = 0 if packed is None else len(packed)
     sums = torch.empty(2 if terms else 1, programs, width, dtype=torch.float64, device=rows.device)
     numbers = sums.new_empty(programs, 4)
-    given = [*vectors, *[None] * (6 - len(vectors)), packed]
+    tensors = [*vectors, *[None] * (6 - len(vectors)), packed]
     launch(
         sum_rows_kernel,
         (programs, triton.cdiv(width, shape["BLOCK"])),
         aligned(rows),
         m,
-        *(sums, numbers, *(sums if vector is None else vector for vector in given)),
+        *(sums, numbers, *(sums if vector is None else vector for vector in tensors)),
         padded_rows,
         program_rows,
         WIDTH=width,
         KINDS=kinds,
-        WEIGHTED=given[4] is not None,
+        WEIGHTED=tensors[4] is not None,
         NORMALIZE=normalize,
         TERMS=terms,
         **shape,
