@@ -18,36 +18,26 @@ from ..decode import SUFFIXES
 from .base import NEEDED, Item, Source, read_at
 
 MAX_CAPTION_BYTES = 1 << 20
+ReadMember = Callable[[str], bytes | None]  # of an ending such as "txt"; None: no such member
 CAPTION_NAMES = ("txt", "caption", "text")  # endings of members, or keys of the json member
 
 
-class Sample:
-    """The texts of a sample: its members, and the values in its `json` member.
+def _text(read: ReadMember, names: Iterable[str], types: Any = str) -> str | None:
+    """Return the first text by one of `names`, each an ending or a key of the `json` member.
 
-    Args:
-        read: returns the bytes of the member with an ending such as `txt`, or None.
+    ValueError or OSError if it cannot be read.
     """
-
-    def __init__(self, read: Callable[[str], bytes | None]) -> None:
-        self._read = read
-        self._values: Any = None  # of the `json` member, once it is read
-
-    def text(self, names: Iterable[str], types: Any = str) -> str | None:
-        """Return the first text by one of `names`, each an ending or a key of the `json` member.
-
-        ValueError or OSError if it cannot be read.
-        """
-        for name in names:
-            if (data := self._read(name.lower())) is not None:
-                return data.decode("utf-8-sig").strip()
-            try:
-                self._values = self._values or json.loads(self._read("json") or b"{}")
-            except RecursionError as error:
-                raise ValueError("nested too deeply") from error
-            values = self._values if isinstance(self._values, dict) else {}
-            if isinstance(value := values.get(name), types):
-                return str(value)
-        return None
+    values: Any = None
+    for name in names:
+        if (data := read(name.lower())) is not None:
+            return data.decode("utf-8-sig").strip()
+        try:
+            values = values or json.loads(read("json") or b"{}")
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if isinstance(values, dict) and isinstance(value := values.get(name), types):
+            return str(value)
+    return None
 
 
 class Folder(Source):
@@ -81,13 +71,13 @@ class Folder(Source):
             if (stem := self._stem(path)) is None:
                 continue
             name, caption, failure = os.path.relpath(stem, file).replace(os.sep, "/"), None, None
-            sample = Sample(partial(_file_content, stem))
+            read = partial(_file_content, stem)
             missing = f"no caption: {os.path.basename(stem)}.{names[0]}"
             try:
                 if self.columns.id:
-                    name = sample.text((self.columns.id,), str | int) or name
+                    name = _text(read, (self.columns.id,), str | int) or name
                 if self.content == "pairs":
-                    caption = sample.text(names)
+                    caption = _text(read, names)
                     failure = f"{missing}: {os.strerror(ENOENT)}" if caption is None else None
             except (OSError, ValueError) as error:
                 failure = f"{missing}: {getattr(error, 'strerror', error)}"
@@ -146,12 +136,12 @@ class Tars(Source):
             for key, members in samples(file, tar):
                 endings.update(members if len(endings) < 20 else ())
                 image = next((info for end, info in members.items() if end in image_endings), None)
-                sample = Sample(partial(_member_content, data.fileno(), members))
+                read = partial(_member_content, data.fileno(), members)
                 name, caption, failure = None, None, None
                 try:
-                    name = sample.text(filter(None, [chosen["id"]]), str | int)
+                    name = _text(read, filter(None, [chosen["id"]]), str | int)
                     captions = [chosen["caption"]] if chosen["caption"] else CAPTION_NAMES
-                    caption = sample.text(captions)
+                    caption = _text(read, captions)
                 except ValueError as error:
                     failure = f"its caption cannot be read: {error}"
                 if self.content == "images":

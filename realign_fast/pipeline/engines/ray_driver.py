@@ -27,7 +27,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 _loaded: tuple[Any, Job, Task] | None = None  # the job of this worker process, and its reference
 
 
-class RayTasks:
+class RayTasks(AbstractContextManager["RayTasks"]):
     """An engine of Ray tasks: ``align(text, image, out, engine=RayTasks("auto"))``.
 
     The first call connects to Ray; :meth:`close`, the end of a ``with`` block or of this object
@@ -148,9 +148,6 @@ class RayTasks:
         if self._disconnect:
             self._disconnect()
             self._disconnect = None
-
-    def __enter__(self) -> RayTasks:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
