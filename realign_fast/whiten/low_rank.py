@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from .._one_thread import one_thread
-from .eigen import (
-    EPSILON,
-    checked_covariance,
-    floor_of,
-    floored_eigen,
-    power_of,
-    symmetric,
-    warn_floored,
-)
+from . import eigen
 
 _BLOCKS = 32  # of rank/8 columns: the Krylov space has 4 directions for each requested one
 _MIN_BLOCK_COLUMNS = 4  # for few directions of a flat spectrum
@@ -47,19 +39,19 @@ class LowRank(NamedTuple):
         Where the spectrum falls as ``i^-1/2`` or faster the eigenvalues are exact to 1e-6; in a
         bulk of noise the last come out low by up to a tenth, which ``rest`` makes up for.
         """
-        checked, floor = checked_covariance(covariance), floor_of(covariance, floor)
+        checked, floor = eigen.checked_covariance(covariance), eigen.floor_of(covariance, floor)
         columns = len(checked)
         if not 1 <= rank <= columns:
             raise ValueError(f"whiten: rank={rank}, expected 1 to D = {columns}")
         if columns <= _EIGH_COLUMNS or rank > columns / 8:
-            values, vectors, *_ = floored_eigen(covariance, 0.0)
+            values, vectors, *_ = eigen.floored_eigen(covariance, 0.0)
             values, vectors = values[:rank], vectors[:, :rank]
         else:
             values, vectors = _leading_pairs(checked, rank, seed)
         tail = float(checked.trace() - values.sum()) / (columns - rank) if rank < columns else 0.0
         cut = floor * float(values[0])
         floored = int((values <= cut).sum()) + (columns - rank) * (tail <= cut)
-        warn_floored(floored, columns, floor)
+        eigen.warn_floored(floored, columns, floor)
         return cls(values.where(values > cut, 0.0), vectors, tail if tail > cut else 0.0)
 
     def root(self, rows: Tensor) -> Tensor:
@@ -83,7 +75,7 @@ class LowRank(NamedTuple):
         dtype = torch.promote_types(rows.dtype, torch.float32)
         vectors = self.vectors.to(dtype)
         tail = self.rest**exponent if self.rest > 0 else 0.0
-        inside = power_of(self.values, exponent) - tail
+        inside = eigen.power_of(self.values, exponent) - tail
         wide = rows.to(dtype)
         mapped = torch.addmm(wide, (wide @ vectors) * inside.to(dtype), vectors.T, beta=tail)
         return mapped.to(rows.dtype)
@@ -100,10 +92,10 @@ def _leading_pairs(covariance: Tensor, rank: int, seed: int) -> tuple[Tensor, Te
     for _ in range(_BLOCKS):
         # A little noise, from which the space grows on where it closes early (equal eigenvalues).
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(new.device)
-        new = new + EPSILON * scale * noise
+        new = new + eigen.EPSILON * scale * noise
         for _ in range(2):  # one projection leaves rounding where the columns nearly vanish
             new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
         basis = torch.cat([basis, new], dim=1)
         products.append(new := (new.T @ covariance).T)  # the order in which GEMM is fastest
-    values, rotation = torch.linalg.eigh(symmetric(basis.T @ torch.cat(products, dim=1)))
+    values, rotation = torch.linalg.eigh(eigen.symmetric(basis.T @ torch.cat(products, dim=1)))
     return values[-rank:].flip(0), basis @ rotation[:, -rank:].flip(1)
