@@ -19,6 +19,7 @@ from support.op_checks import GOLDEN, KERNELS, kernel_or_skip
 
 from realign_fast import Corpus
 from realign_fast.corpus import io_extension
+from realign_fast.pipeline.engines.local import engine_of
 
 
 @pytest.fixture(params=KERNELS)
@@ -56,6 +57,12 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Three worker processes, which take seconds to start."""
+    return engine_of(3)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from support.kill_and_resume import tree
 
 from realign_fast.cli import main
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.engines.local import engine_of, worker_number
+from realign_fast.pipeline.engines.local import worker_number
 from realign_fast.pipeline.settings import Settings
 from realign_fast.storage.errors import memory_explained
 from realign_fast.storage.lock import check_not_locked, locked
@@ -148,17 +148,10 @@ def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):
                 pass
 
 
-@pytest.fixture(scope="module")
-def engine():
-    """Two worker processes, which take seconds to start."""
-    return engine_of(2)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(corpora, workers, engine):
+def test_any_number_of_workers_writes_the_same_bytes(corpora, engine):
     align("text", "image", "one", Settings(progress=False))
-    shared = engine if workers == 2 else None
-    report = align("text", "image", "many", Settings(progress=False, workers=workers), shared)
+    settings = Settings(progress=False, workers=engine.workers)
+    report = align("text", "image", "many", settings, engine)
     assert tree("many") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
     first = report["passes"][0]
@@ -219,11 +212,13 @@ def test_results_come_in_the_order_of_the_shards(engine):
     for count in (8, 0, 5):
         results = list(engine(Slow(), range(count)))
         assert [int(tensor[0]) for tensor, _ in results] == list(range(count))
-        assert all(threads == max(1, torch.get_num_threads() // 2) for _, threads in results)
+        assert all(
+            threads == max(1, torch.get_num_threads() // engine.workers) for _, threads in results
+        )
 
 
 def test_workers_of_an_engine_have_numbers(engine):
-    assert set(engine(_number, range(8))) <= {0, 1} and worker_number() == 0
+    assert set(engine(_number, range(8))) <= {0, 1, 2} and worker_number() == 0
 
 
 def _number(_):

@@ -81,7 +81,7 @@ def test_a_second_run_reads_nothing_and_leaves_the_same_bytes(corpora, tmp_path,
     assert finished(first)["apply"] == (111, 0) and finished(second)["apply"] == (0, 111)
 
 
-@pytest.mark.parametrize(("kills", "command"), [(25, []), (8, ["--unify"])])
+@pytest.mark.parametrize(("kills", "command"), [(15, []), (8, ["--unify"])])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(kills, command):
     script = ROOT / "tests" / "support" / "kill_and_resume.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -43,8 +43,8 @@ def documents(sides):
     return {"text": Corpus(sides[0]), "image": Corpus(sides[1])}
 
 
-def unify(documents, out, settings, **choices):
-    return unify_run.unify(unify_run.SpaceSides(documents, **choices), out, settings)
+def unify(documents, out, settings, engine=None, **choices):
+    return unify_run.unify(unify_run.SpaceSides(documents, **choices), out, settings, engine)
 
 
 def rows_of(folder, **options):
@@ -96,14 +96,15 @@ def test_every_format_keeps_itself(documents, tmp_path, to, layout):
 
 
 def test_any_workers_leave_the_same_bytes_and_a_second_run_reads_nothing(
-    documents, tmp_path, reads, caplog
+    documents, tmp_path, reads, caplog, engine
 ):
-    unify(documents, tmp_path / "one", QUIET, layout="blocks", method="center-calibrate")
-    workers = Settings(progress=False, workers=2)
-    unify(documents, tmp_path / "two", workers, layout="blocks", method="center-calibrate")
+    choices = {"layout": "blocks", "method": "center-calibrate"}
+    unify(documents, tmp_path / "one", QUIET, **choices)
+    workers = Settings(progress=False, workers=engine.workers)
+    unify(documents, tmp_path / "two", workers, engine, **choices)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     reads.clear()
-    again = unify(documents, tmp_path / "two", QUIET, layout="blocks", method="center-calibrate")
+    again = unify(documents, tmp_path / "two", QUIET, **choices)
     assert reads == [] and all(done["rows"] == 0 for done in again["passes"])
     assert tree(tmp_path / "two") == tree(tmp_path / "one") and not caplog.records
     unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")

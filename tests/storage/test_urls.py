@@ -95,11 +95,11 @@ def test_a_fit_on_a_sample_takes_the_rows_of_the_local_one(tmp_path, corpora, se
     assert shards(tmp_path / "near") == shards(tmp_path / "far")
 
 
-def test_worker_processes_read_urls(tmp_path, corpora, served):
+def test_worker_processes_read_urls(tmp_path, corpora, served, engine):
     align(*corpora, tmp_path / "near", QUIET)
     address = served[0]
-    settings = Settings(progress=False, workers=2)
-    align(f"{address}/text", f"{address}/image", tmp_path / "far", settings)
+    settings = Settings(progress=False, workers=engine.workers)
+    align(f"{address}/text", f"{address}/image", tmp_path / "far", settings, engine)
     assert shards(tmp_path / "near") == shards(tmp_path / "far")
 
 
