@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")  # rows go out as the kind that came in
 
 
 def expect_tensor(name: str, rows: object, argument: str = "rows", floating: bool = True) -> None:
@@ -38,7 +41,7 @@ def expect_tensor(name: str, rows: object, argument: str = "rows", floating: boo
     raise TypeError(f"{name}: expected {argument} as a tensor{numbers}, got {kind}; {advice}")
 
 
-def tensor_of(name: str, rows: object) -> Tensor:
+def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
     """Return the rows of a tensor or an array of any byte order and strides as a tensor.
 
     What :func:`expect_tensor` refuses is a TypeError, a masked entry a ValueError.
@@ -51,7 +54,7 @@ def tensor_of(name: str, rows: object) -> Tensor:
         with warnings.catch_warnings():  # of arrays that are read-only, as rows are not written to
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             rows = torch.from_numpy(np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")))
-    expect_tensor(name, rows)
+    expect_tensor(name, rows, argument)
     assert isinstance(rows, Tensor)
     return rows
 

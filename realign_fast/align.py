@@ -9,18 +9,21 @@ three times: moments, drift, residual gap.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from ._argument_checks import expect_counts, expect_tensor
+from ._argument_checks import Array, expect_counts, expect_tensor, tensor_of
 from ._one_thread import one_thread
 from .corpus.row_batches import Rows, encoder_of, opened
-from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, linear_part
+from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath
@@ -29,10 +32,12 @@ from .storage.tensor_file import HubObject, tensors_of, write_tensors
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
 _DEFAULT_NOISE = 0.25
+_NUMBERS: MutableMapping[Tensor, tuple[int, int]] = (
+    WeakIdKeyDictionary()
+)  # in buffers of other devices, and the version that was read
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
 _SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap", "noise")
 _COUNTS = ("source_count", "target_count")
-_CHOICES = ("method_number", "seed")
 _SIDES = [(f"source_{figure}", f"target_{figure}") for figure in ("mean", "trace", "count")]
 _OPPOSITE = dict(_SIDES) | {target: source for source, target in _SIDES}  # for the inverse
 
@@ -40,8 +45,15 @@ _OPPOSITE = dict(_SIDES) | {target: source for source, target in _SIDES}  # for 
 class ReAlign(nn.Module, HubObject):
     """The fitted, frozen map ``unit(unit(A u + b) + h)`` for rows of one encoder; ``A = s I``.
 
-    Create it with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Buffers are kept in
-    float64 whatever dtype the model around it is cast to; they travel in ``state_dict``.
+    Create it with :meth:`fit`, :meth:`from_moments` or :meth:`from_pretrained`. Its buffers alone
+    decide the map, whatever way they arrive (``load_state_dict``, a broadcast, another loader).
+    They stay float64 whatever dtype the model around is cast to or loaded in.
+
+    Args:
+        dimension: the number of columns D.
+        method: the method of the fitted buffers that this map will receive, which decides the
+            shape of A: a loader that compares shapes, or a broadcast, needs the right one. Until
+            they arrive rows are refused.
     """
 
     __call__: Callable[..., Tensor]  # for type checkers: nn.Module's returns Any
@@ -62,20 +74,23 @@ class ReAlign(nn.Module, HubObject):
     seed: Tensor  # [] int64, of C3's noise
     encoder: str | None = None  # of both sides, where corpora said it; kept by save
 
-    def __init__(self, dimension: int) -> None:
-        """An unfitted map, to load a ``state_dict`` into; as it stands it maps every row to NaN."""
+    def __init__(self, dimension: int, method: Method = "realign") -> None:
         expect_counts("ReAlign", dimension=dimension)
         super().__init__()
+        self._method: Method = expect_method(method)  # that was read from the buffers last
         for name in _VECTORS:
             self.register_buffer(name, torch.zeros(dimension, dtype=torch.float64))
         for name in _SCALARS:
             self.register_buffer(name, torch.tensor(math.nan, dtype=torch.float64))
-        self._method: Method = METHODS[0]
-        self.register_buffer("linear", torch.tensor(math.nan, dtype=torch.float64))
-        for name in _COUNTS + _CHOICES:
+        axes = 1 if method == "diagonal" else 2 if method in NEED_COVARIANCE else 0
+        linear = torch.full([dimension] * axes, math.nan, dtype=torch.float64)
+        self.register_buffer("linear", linear)
+        for name in (*_COUNTS, "method_number", "seed"):
             self.register_buffer(name, torch.tensor(0))
+        self.method_number.fill_(METHODS.index(method))
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors could not be trained with
     def from_moments(
         cls,
         source: Moments,
@@ -100,13 +115,13 @@ class ReAlign(nn.Module, HubObject):
         Moments that do not fit, and options of another method, are a ValueError.
         """
         _check_moments(source, target, needs_spread=method not in ("mean-shift", "noise"))
-        aligner = cls(source.dimension)
+        aligner = cls(source.dimension, method)
         aligner.linear = linear_part(
             method, source, target, shrinkage=shrinkage, floor=floor, energy=energy
         )
         aligner._record_sides(source, target)
         aligner.shift.copy_(aligner.target_mean - _times(aligner.linear, aligner.source_mean))
-        aligner._record_method(method, noise, seed)
+        aligner._record_noise(noise, seed)
         if drift is not None:
             aligner.record_drift(drift)
         return aligner
@@ -121,18 +136,16 @@ class ReAlign(nn.Module, HubObject):
         self.target_count.fill_(target.count)
         self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
 
-    def _record_method(self, method: Method, noise: float | None, seed: int) -> None:
-        """Set the method, and the noise of C3."""
-        self._method = method
-        self.method_number.fill_(METHODS.index(method))
-        if method == "noise":
+    def _record_noise(self, noise: float | None, seed: int) -> None:
+        """Set the energy and the seed of C3's noise."""
+        if self._method == "noise":
             noise = _DEFAULT_NOISE if noise is None else noise
             if not noise >= 0:
                 raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
             self.noise.fill_(noise)
             self.seed.fill_(seed)
         elif noise is not None:
-            raise ValueError(f"ReAlign: method={method!r} adds no noise; leave noise out")
+            raise ValueError(f"ReAlign: method={self._method!r} adds no noise; leave noise out")
 
     @classmethod
     def fit(
@@ -221,15 +234,29 @@ class ReAlign(nn.Module, HubObject):
     @property
     def method(self) -> Method:
         """The method it was fitted by, one of ``methods.METHODS``."""
-        return self._method  # (reading the buffer would wait for a GPU)
+        self._is_fitted()
+        return self._method
+
+    def _is_fitted(self) -> bool:
+        """Read the method from the buffers; return whether they are those of a fitted map.
+
+        The method that was read last stays where a buffer has no number: on the device meta, while
+        torch exports, and inside of ``torch.func.vmap``.
+        """
+        number, count = _number_in(self.method_number), _number_in(self.target_count)
+        if number is None or count is None:
+            return True
+        if is_known := 0 <= number < len(METHODS):  # else memory that nothing was written to
+            self._method = METHODS[number]
+        return is_known and count > 0
 
     @property
     def row_map(self) -> RowMap:
         """The map for :meth:`Moments.update`: ``(linear, shift, recentre)`` or a function."""
         if self.method != "noise":
             return self.linear, self.shift, self.recentre
-        sigma = math.sqrt(float(self.noise * self.target_trace) / self.dimension)
-        shift, recentre, seed = self.shift, self.recentre, int(self.seed)
+        sigma = (self.noise * self.target_trace / self.dimension).sqrt()
+        shift, recentre, seed = self.shift, self.recentre, self.seed
         return lambda rows: noisy_rows(rows, shift, recentre, sigma, seed)
 
     @one_thread
@@ -244,8 +271,8 @@ class ReAlign(nn.Module, HubObject):
         singular = not a.all() if a.dim() < 2 else not float(torch.linalg.cond(a)) <= 1e12
         if self.method == "noise" or singular:
             raise ValueError(f"ReAlign: the {self.method} map has no inverse; fit the other way")
-        back = ReAlign(self.dimension).to(a.device)
-        back._method, back.encoder = self._method, self.encoder
+        back = ReAlign(self.dimension, self.method).to(a.device)
+        back.encoder = self.encoder
         for name, buffer in self.named_buffers():
             setattr(back, _OPPOSITE.get(name, name), buffer.clone())
         back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
@@ -285,18 +312,23 @@ class ReAlign(nn.Module, HubObject):
         return record | {name: None if math.isnan(x) else x for name, x in figures.items()}
 
     def forward(
-        self, rows: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Align rows [..., D] on the module's device; the result has their shape and dtype.
+        self, rows: Array, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Array:
+        """Align rows [..., D] on the module's device; the result has their kind, shape and dtype.
 
         It is differentiable in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
 
         ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
-        tensor to write the result into. Other columns than those fitted on are a ValueError.
-        Without ``out``, rows far from the source fitted on are warned about once: the first call
-        of 32 rows or more is tested, and the second, fourth, eighth and so on.
+        tensor to write the result into. Other columns than those fitted on, and a map that is not
+        fitted, are a ValueError. The noise of C3 cannot be exported to ONNX, a
+        NotImplementedError. Without ``out``, rows far from the source fitted on are warned about
+        once: the first call of 32 rows or more is tested, and the second, fourth, eighth and so on.
         """
+        if isinstance(rows, np.ndarray):
+            array: Array = self(tensor_of("ReAlign", rows), out_dtype=out_dtype, out=out).numpy()
+            return array
         expect_tensor("ReAlign", rows)
+        self._expect_fitted()
         if rows.shape[-1:] != self.shift.shape:
             raise ValueError(
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
@@ -306,6 +338,10 @@ class ReAlign(nn.Module, HubObject):
         if out is None:
             warn_of_far_rows(self, "ReAlign", flat, self.source_mean, self.source_count)
         if callable(row_map):
+            if torch.onnx.is_in_onnx_export():
+                raise NotImplementedError(
+                    "ReAlign: ONNX has no 64-bit hashing for the noise map; export another method"
+                )
             noisy = row_map(flat).to(out_dtype or rows.dtype).reshape(rows.shape)
             return noisy if out is None else out.copy_(noisy)
         if out is not None:
@@ -319,7 +355,10 @@ class ReAlign(nn.Module, HubObject):
         if (saved := state_dict.get(f"{prefix}linear")) is not None:
             self.linear = saved.new_empty(saved.shape, device=self.linear.device)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._method = METHODS[int(self.method_number)]
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point():  # assigned buffers may be of any dtype
+                setattr(self, name, buffer.double())
+        self._is_fitted()  # (compiled code is guarded by the method that was read last)
 
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -328,6 +367,7 @@ class ReAlign(nn.Module, HubObject):
         write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: AnyPath) -> ReAlign:
         """Read a file that :meth:`save` wrote; a ValueError names a file that is no aligner."""
         expected = "an aligner written by ReAlign.save"
@@ -338,14 +378,18 @@ class ReAlign(nn.Module, HubObject):
         return aligner
 
     def _expect_fitted(self) -> None:
-        if not int(self.target_count):
+        if not self._is_fitted():
             raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows: dimension, method, and the number of rows fitted on."""
-        fitted = f"{int(self.source_count)} source and {int(self.target_count)} target rows"
-        state = f"fitted on {fitted}" if int(self.target_count) else "not fitted"
-        return f"dimension={self.dimension}, method={self.method}, {state}"
+        state = "not fitted"
+        if self.target_count.is_meta:
+            state = "without numbers, on the device meta"
+        elif self._is_fitted():
+            sides = int(self.source_count), int(self.target_count)
+            state = "fitted on {} source and {} target rows".format(*sides)
+        return f"dimension={self.dimension}, method={self._method}, {state}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReAlign:
         """Follow the model to its device but stay in float64: a cast would cost the accuracy."""
@@ -355,6 +399,11 @@ class ReAlign(nn.Module, HubObject):
             if moved.dtype != exact[name].dtype:
                 self._buffers[name] = exact[name].to(moved.device)
         return self
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, in seconds.
+ReAlign._is_fitted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+torch.serialization.add_safe_globals([ReAlign])  # for torch.load(weights_only=True)
 
 
 def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None:
@@ -368,6 +417,25 @@ def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None
                 f"ReAlign: the {moments.count} {name} rows all point one way (trace "
                 f"{moments.trace:.1e}), so no scale exists; fit on more rows"
             )
+
+
+def _number_in(buffer: Tensor) -> int | None:
+    """Return the whole number in a buffer [], or None where torch traces or transforms it.
+
+    A read waits for a GPU, so that there one is made for each version that autograd counts.
+    """
+    if buffer.is_meta or isinstance(buffer, FakeTensor):
+        return None
+    version = None if buffer.is_cpu or buffer.is_inference() else buffer._version
+    if version is None or buffer not in _NUMBERS or _NUMBERS[buffer][0] != version:
+        try:
+            number = int(buffer)
+        except RuntimeError:  # of vmap
+            return None
+        if version is None:
+            return number
+        _NUMBERS[buffer] = version, number
+    return _NUMBERS[buffer][1]
 
 
 def _times(a: Tensor, v: Tensor) -> Tensor:

@@ -24,6 +24,13 @@ METHODS: tuple[Method, ...] = get_args(Method)
 NEED_COVARIANCE = METHODS[2:6]
 
 
+def expect_method(method: Method) -> Method:
+    """Return the method; a ValueError if there is none of this name."""
+    if method not in METHODS:
+        raise ValueError(f"ReAlign: method={method!r} is none of {', '.join(METHODS)}")
+    return method
+
+
 def linear_part(
     method: Method,
     source: Moments,
@@ -38,9 +45,7 @@ def linear_part(
     ``ReAlign.fit`` describes the options. A ValueError names an unknown method, and moments
     without the covariances that the method needs.
     """
-    if method not in METHODS:
-        raise ValueError(f"ReAlign: method={method!r} is none of {', '.join(METHODS)}")
-    if method not in NEED_COVARIANCE:
+    if expect_method(method) not in NEED_COVARIANCE:
         if shrinkage is not None or floor is not None:
             raise ValueError(
                 f"ReAlign: shrinkage and floor are of covariances, and method={method!r} has "

@@ -12,15 +12,17 @@ import hashlib
 import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from ._argument_checks import expect_tensor
+from ._argument_checks import tensor_of
 from .corpus.row_batches import Rows, batches
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
@@ -73,9 +75,10 @@ class Moments:
         if self.scatter is not None:
             self.scatter.normalize, self.scatter.accurate = self.normalize, self.accurate
 
+    @torch.inference_mode(False)  # whose tensors nothing could be added to afterwards
     def update(
         self,
-        rows: Tensor,
+        rows: Tensor | np.ndarray[Any, Any],
         *,
         fweights: Tensor | None = None,
         aweights: Tensor | None = None,
@@ -84,7 +87,7 @@ class Moments:
         where: str = "rows",
         first_row: int = 0,
     ) -> Moments:
-        """Add rows [..., D] of any floating dtype; each is read once.
+        """Add rows [..., D], a tensor or an array of any floating dtype; each is read once.
 
         Args:
             rows: the rows; one that holds a NaN or an infinity is never summed.
@@ -103,7 +106,7 @@ class Moments:
         """
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
-        expect_tensor("Moments", rows, where)
+        rows = tensor_of("Moments", rows, where)
         if rows.is_meta:
             raise TypeError(f"Moments: {where} is on the device meta; give a tensor with numbers")
         if rows.dim() == 0 or rows.shape[-1] == 0:
@@ -181,6 +184,7 @@ class Moments:
             raise ValueError("Moments: no rows yet; call update first")
         return ops.RowSums(self.total, self.energy_total, self.counts)
 
+    @torch.inference_mode(False)
     def merge(self, other: Moments) -> Moments:
         """Add the sums of ``other``, which is not changed; its columns and flags are the same."""
         if not isinstance(other, Moments):
@@ -360,6 +364,27 @@ class Moments:
                 raise KeyError("number of rows from 0")
         return moments
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the sums by name, and the three flags, for a checkpoint of a loop."""
+        flags = torch.tensor([*self._flags().values()])
+        return {"flags": flags} | {name: tensor.clone() for name, tensor in self._state().items()}
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the sums of :meth:`state_dict` in place of one's own; other flags are a ValueError.
+
+        They go to the device of the sums so far, if there are any.
+        """
+        flags, own = state["flags"].tolist(), self._flags()
+        if flags != [*own.values()]:
+            raise ValueError(
+                f"Moments: cannot load sums with {dict(zip(own, flags, strict=False))} into "
+                f"{self!r}; make it with the same flags"
+            )
+        device = state["flags"].device if self.total is None else self.total.device
+        sums = {name: tensor for name, tensor in state.items() if name != "flags"}
+        self._restore({name: tensor.to(device, copy=True) for name, tensor in sums.items()})
+
     def __repr__(self) -> str:
         columns = "?" if self.total is None else len(self.total)
         flags = ", ".join(f"{name}={value}" for name, value in self._flags().items())
@@ -406,6 +431,9 @@ class Moments:
         if self.scatter is not None and not float(self.scatter.weights[0]):
             raise ValueError("Moments: the sum of the weights is 0; give some rows a weight")
         return count
+
+
+torch.serialization.add_safe_globals([Moments, Scatter])  # for torch.load(weights_only=True)
 
 
 def _no_rows(columns: int, device: torch.device) -> ops.RowSums:
@@ -466,7 +494,7 @@ def warn_of_far_rows(
     The calls number 1, 2, 4, 8, ... with 32 rows or more are tested, on 256 of their rows, evenly
     spread: beside mapping this costs nothing. :func:`warn_if_far` is the test.
     """
-    if len(rows) < _FEWEST_TESTED or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(rows) < _FEWEST_TESTED:
         return
     calls: Counter[str] = vars(owner).setdefault("_tested_calls", Counter())
     calls[name] += 1

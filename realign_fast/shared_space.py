@@ -28,13 +28,13 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._argument_checks import tensor_of
+from ._argument_checks import Array, tensor_of
 from .corpus.row_batches import Rows, encoder_of, opened
 from .moments import BadRows, Moments, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
@@ -45,7 +45,6 @@ SpaceMethod = Literal["calibrate", "center-calibrate", "center"]
 Layout = Literal["single", "blocks"]
 SPACE_METHODS: tuple[SpaceMethod, ...] = get_args(SpaceMethod)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
 _CENTRE_FROM = 0.3  # share of the score's variance that every query of a role has in common
 _VERSION = 1  # of the files
@@ -582,6 +581,9 @@ class SharedSpace(HubObject):
                     f"{side.count} documents and {queries.query_count} queries; fit on more rows",
                     stacklevel=4,
                 )
+
+
+torch.serialization.add_safe_globals([SharedSpace, Side])  # for torch.load(weights_only=True)
 
 
 def _check_options(modalities: Collection[str], query_role: str, layout: str, method: str) -> None:

@@ -49,13 +49,14 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
     Attributes:
         location_: mean [D] float64, or zeros if ``assume_centered``.
         covariance_: [D, D] float64.
-        precision_: [D, D] float64; computed on first access, not at every batch.
+        precision_: [D, D] float64; computed on first access after ``covariance_`` was set, not at
+            every batch. It can be set to another estimate, as in scikit-learn.
         moments_: the :class:`Moments` they are computed from, to save or merge.
         n_samples_seen_, n_features_in_: the numbers of rows and columns so far.
     """
 
     accurate = True  # of estimators that version 0.1.0 pickled
-    _precision: np.ndarray[Any, Any] | None
+    _known_precision: tuple[Any, Any] = None, None  # the covariance_ it belongs to, and it
     _parameter_constraints = EmpiricalCovariance._parameter_constraints | {"accurate": ["boolean"]}
 
     def __init__(
@@ -85,10 +86,15 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         """The pseudo-inverse of the covariance [D, D], or None without ``store_precision``."""
         if not self.store_precision:
             return None
-        covariance = self.covariance_  # an AttributeError before the first fit
-        if self._precision is None:
-            self._precision = pinvh(covariance, check_finite=False)
-        return self._precision
+        covariance, precision = self._known_precision
+        if precision is None or covariance is not self.covariance_:  # (not there before a fit)
+            self.precision_ = pinvh(self.covariance_, check_finite=False)
+        known: np.ndarray[Any, Any] = self._known_precision[1]
+        return known
+
+    @precision_.setter
+    def precision_(self, precision: np.ndarray[Any, Any] | None) -> None:
+        self._known_precision = getattr(self, "covariance_", None), precision
 
     def _add(self, rows: ArrayLike, reset: bool) -> None:
         rows = validate_data(self, rows, reset=reset, **_READABLE)
@@ -101,7 +107,6 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
             mean = torch.zeros_like(mean)
         self.location_, self.covariance_ = mean.numpy(), covariance.numpy()
         self.n_samples_seen_ = self.moments_.count
-        self._precision = None
 
 
 class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]

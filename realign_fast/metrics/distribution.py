@@ -77,14 +77,25 @@ def covariance_distance(source: Moments, target: Moments) -> float:
     return float((s_x - source.covariance.to(s_x.device)).norm() / s_x.norm())
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments, *, correction: float = 1) -> float:
     """Return the Frechet distance of two moments with covariances, squared as in FID.
 
     ``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a^{1/2} S_b S_a^{1/2})^{1/2}``, the squared
     2-Wasserstein distance of Gaussians (arXiv 1706.08500), through
     :func:`realign_fast.whiten.bures_distance`, which keeps its digits where they are close.
+
+    Covariances are divided by ``n - correction`` (:meth:`Moments.cov`): n - 1 by default, as FID
+    does; 0 gives the distance of the rows themselves. Moments of one row, which leave nothing to
+    divide by, are a ValueError.
     """
     expect_one_encoder("frechet_distance", a, b)
     device = a.mean.device
     squared_gap = float((a.mean - b.mean.to(device)).square().sum())
-    return squared_gap + bures_distance(a.rounded_covariance, b.rounded_covariance.to(device)) ** 2
+    covariances = []
+    for moments in (a, b):
+        rounded = (
+            moments.rounded_covariance
+        )  # in the dtype of its precision, 0 where it is rounding
+        covariance = moments.cov(correction) * rounded.any()
+        covariances.append(covariance.to(device, rounded.dtype))
+    return squared_gap + bures_distance(*covariances) ** 2

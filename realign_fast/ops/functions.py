@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._argument_checks import expect_tensor
+from . import reference
 from .dispatch import cpu_variant
 from .memory import apart, plain, share_memory
 
@@ -57,11 +58,12 @@ def align_rows(
             is not finite.
         TypeError: a dtype is not floating point, or ``out_dtype`` contradicts ``out``.
         RuntimeError: ``out=`` with rows that need a gradient.
-        NotImplementedError: rows with a forward-mode tangent (``torch.func.jvp``).
+
+    Inside the transforms of ``torch.func``, and of rows with a forward-mode tangent, plain torch in
+    float64 answers (``ops/reference.py``) in place of the kernel.
     """
     rows = _checked_rows("align_rows", rows)
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
-    _check_no_tangent(rows)
     if length is not None and not math.isfinite(length):
         raise ValueError(f"align_rows: expected a finite length or None, got {length}")
     op = "map_rows" if row_map[0].dim() else "align_rows"
@@ -71,16 +73,16 @@ def align_rows(
         getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *apart(row_map, own), length)
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
-    kernel = getattr(torch.ops.realign_fast, op)
+    kernel = reference.map_rows if is_transformed(rows) else getattr(torch.ops.realign_fast, op)
     aligned: Tensor = kernel(rows, *row_map, out_dtype or rows.dtype, length)
     return aligned
 
 
-def _check_no_tangent(rows: Tensor) -> None:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
-        raise NotImplementedError(
-            "align_rows: has no forward-mode derivative; use reverse mode (backward)"
-        )
+def is_transformed(rows: Tensor) -> bool:
+    """Return whether ``torch.func`` or forward-mode differentiation wraps the rows."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None
 
 
 def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -101,7 +103,8 @@ def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None
         raise TypeError(
             f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; omit out_dtype"
         )
-    if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
+    needs_gradient = torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad)
+    if needs_gradient or is_transformed(rows):
         raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
 
 
@@ -318,4 +321,6 @@ def _map_arguments(
 
 def _double_beside(rows: Tensor, tensor: Tensor) -> Tensor:
     """Return the tensor as contiguous float64 on the device of the rows, without its gradient."""
+    if not torch.compiler.is_compiling() and rows.requires_grad and tensor.is_inference():
+        tensor = tensor.clone()  # autograd saves no tensor of inference mode
     return plain(tensor.detach()).to(rows.device, torch.float64).contiguous()

@@ -20,12 +20,12 @@ def unit(rows: Tensor) -> Tensor:
 def _unit_and_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the direction and two factors of the norm, whose product may overflow.
 
-    Factors that are zero are replaced by 1.
+    For a zero row the factors are 1 and infinity, so that its derivatives are 0 as well.
     """
     peak = rows.abs().amax(dim=-1, keepdim=True).detach()
     peak = torch.where(peak > 0, peak, 1)
     norm = torch.linalg.vector_norm(rows / peak, dim=-1, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1)
+    norm = torch.where(norm > 0, norm, torch.inf)
     return rows / peak / norm, peak, norm
 
 
@@ -115,7 +115,7 @@ def align_rows_backward(
 def _unit_backward(grad: Tensor, v: Tensor) -> Tensor:
     direction, peak, norm = _unit_and_norm(v)
     tangent = grad - direction * (direction * grad).sum(dim=-1, keepdim=True)
-    return torch.where((v != 0).any(dim=-1, keepdim=True), tangent / peak / norm, 0)
+    return tangent / peak / norm
 
 
 def sum_rows(

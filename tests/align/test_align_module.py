@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
-from support.op_checks import DTYPES, random_rows
+from support.op_checks import random_rows
 from test_align import NUMBERS, VECTORS, same, text_and_image
 from torch import nn
 from torch.autograd import gradcheck
 
-from realign_fast import ReAlign, align_rows
+from realign_fast import Moments, ReAlign, SharedSpace, align_rows
+from realign_fast.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +77,89 @@ def test_the_callers_dtype_or_out(fitted):
         fitted(rows[:, :5])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_unfitted_module_shows_in_every_row(dtype):
+def test_an_unfitted_module_refuses_rows():
     """A state_dict that was never loaded must not pass for an alignment."""
-    assert ReAlign(12)(random_rows(6, 12, dtype)).isnan().all()
-    assert "not fitted" in repr(ReAlign(12))
+    rows = random_rows(6, 12, torch.float32)
+    for module in (ReAlign(12), ReAlign(12, "noise"), ReAlign(12, method="coral")):
+        compiled = torch.compile(module, backend="eager")
+        for use in (module, compiled, lambda _, m=module: m.inverse(), module.save):
+            with pytest.raises(ValueError, match="ReAlign: not fitted yet; use"):
+                use(rows)
+        assert "not fitted" in repr(module)
+    empty = ReAlign(12).to_empty(device="cpu")
+    empty.method_number.fill_(1 << 40)  # as memory that nothing was written to
+    assert "not fitted" in repr(empty)
+    with pytest.raises(ValueError, match="not fitted yet"):
+        empty(rows)
     for dimension in (0, -3):
         with pytest.raises(ValueError, match=f"dimension is {dimension}, expected"):
             ReAlign(dimension)
+    with pytest.raises(ValueError, match="method='zca' is none of realign, mean-shift"):
+        ReAlign(12, "zca")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_buffers_have_the_shapes_of_the_fitted_ones(method):
+    """Loaders that compare shapes, or assign tensors without a call of ours, find room."""
+    aligner = ReAlign.fit(*text_and_image(), method=method, residual=False)
+    with torch.device("meta"):
+        empty = ReAlign(12, method)
+    shapes = {name: (buffer.shape, buffer.dtype) for name, buffer in aligner.named_buffers()}
+    assert shapes == {n: (b.shape, b.dtype) for n, b in empty.half().named_buffers()}
+    assert f"method={method}, without numbers, on the device meta" in repr(empty)
+    assert empty(torch.empty(3, 12, device="meta")).shape == (3, 12)
+    state = {name: tensor.half() for name, tensor in aligner.state_dict().items()}
+    empty.load_state_dict(aligner.state_dict(), assign=True)
+    assert same(empty, aligner)
+    assert torch.equal(empty(rows := random_rows(4, 12)), aligner(rows))
+    other = ReAlign(12).to_empty(device="cpu")  # of another method
+    other.load_state_dict(aligner.state_dict())
+    assert same(other, aligner) and torch.equal(other(rows), aligner(rows))
+    with torch.device("meta"):
+        empty = ReAlign(12, method)
+    empty.load_state_dict(state, assign=True)  # float64 again, of the half that was stored
+    assert empty.shift.dtype == torch.float64
+    assert empty.shift.equal(aligner.shift.half().double()) and empty.method == method
+
+
+def test_what_it_is_follows_buffers_that_are_written_to_in_place():
+    """As DDP, FSDP and training loops do; nothing calls a method of the module."""
+    sides, rows = text_and_image(), random_rows(6, 12)
+    fitted = {m: ReAlign.fit(*sides, method=m, residual=False) for m in ("realign", "noise")}
+    receiver = ReAlign(12)
+    for aligner in (*fitted.values(), fitted["realign"]):
+        for name, buffer in receiver.named_buffers():
+            buffer.data.copy_(getattr(aligner, name))
+        assert torch.equal(receiver(rows), aligner(rows))
+        assert receiver.method == aligner.method and repr(receiver) == repr(aligner)
+        compiled = torch.compile(receiver, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(rows), aligner(rows))
+        torch.compiler.reset()
+
+
+def test_a_fit_in_inference_mode_can_be_trained_with_and_goes_on():
+    text, image = text_and_image()
+    with torch.inference_mode():
+        aligner = ReAlign.fit(text, image)
+        moments = Moments(covariance=True).update(text[:200])
+    aligner(text.requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        aligner.to(torch.float32)
+        stored = copy.deepcopy(aligner)
+    stored(text).sum().backward()
+    aligner.load_state_dict(ReAlign.fit(text, image, residual=False).state_dict())
+    moments.update(text[200:]).merge(Moments(covariance=True).update(text))
+    assert moments.count == 800
+
+
+def test_whole_modules_load_as_weights_only(fitted, tmp_path):
+    objects = [fitted, Moments(covariance=True).update(text_and_image()[0])]
+    objects += [SharedSpace.fit(text=text_and_image()[0], image=text_and_image()[1])]
+    fitted(random_rows(40, 12))
+    torch.save(objects, tmp_path / "all.pt")
+    aligner, moments, space = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert same(aligner, fitted) and moments.mean.equal(objects[1].mean)
+    assert space.record == objects[2].record
 
 
 def by_pickle(aligner, folder):

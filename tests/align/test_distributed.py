@@ -3,6 +3,7 @@
 Each scenario is a function of the rank. Two processes run them; what they return comes back here.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.programs import Program
+from torch.nn.parallel import DistributedDataParallel
 
 import realign_fast
 from realign_fast import Moments, ReAlign
@@ -98,6 +100,41 @@ def too_many_rows(rank):
     return raised(moments)
 
 
+def _under_ddp(aligner):
+    """A copy of the module that DistributedDataParallel has sent the buffers of rank 0 to."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), copy.deepcopy(aligner))
+    return DistributedDataParallel(model).module[1]
+
+
+def buffers_by_broadcast(rank):
+    """Rank 0 fits; the other one has an empty module, and gets the buffers in one of five ways."""
+    rows, results = batch(0, 0, columns=4), []
+    for method in ("noise", "optimal-transport"):
+        aligner = ReAlign(4, method)
+        if rank == 0:
+            generator = torch.Generator().manual_seed(1)
+            sides = (torch.randn(50, 4, generator=generator) + mean for mean in (0.5, -0.5))
+            aligner = ReAlign.fit(*sides, method=method, residual=False)
+        results.append(_under_ddp(aligner)(rows))
+        other = ReAlign(4, "realign" if method == "noise" else "coral")  # of the same shapes
+        for receiver in (other, copy.deepcopy(other).to_empty(device="cpu")):
+            receiver = copy.deepcopy(aligner if rank == 0 else receiver)
+            for buffer in receiver.buffers():
+                dist.broadcast(buffer.data, 0)
+            results.append(receiver(rows))
+        state = [aligner.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(state)
+        receiver = ReAlign(4)
+        receiver.load_state_dict(state[0])
+        results.append(receiver(rows))
+        with torch.device("meta"):
+            receiver = ReAlign(4)
+        receiver.load_state_dict(state[0], assign=True)
+        results.append(receiver(rows))
+        assert f"method={method}, fitted on 50" in repr(receiver)
+    return results
+
+
 SCENARIOS = (
     train,
     one_rank_without_rows,
@@ -105,6 +142,7 @@ SCENARIOS = (
     different_columns,
     different_flags,
     too_many_rows,
+    buffers_by_broadcast,
 )
 
 
@@ -187,6 +225,14 @@ def test_counts_past_63_bits_raise_on_both_ranks(outcome):
     for rank, (message, alive) in enumerate(outcome(too_many_rows)):
         assert f"{2**63} rows cannot be counted" in message, f"rank {rank}: {message}"
         assert alive == 2.0
+
+
+def test_ranks_that_receive_the_buffers_apply_the_same_map(outcome):
+    first, second = outcome(buffers_by_broadcast)
+    assert len(first) == 10
+    for number, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(ours, first[number // 5 * 5]), f"rank 0, way {number}"
+        assert torch.equal(theirs, ours), f"rank 1, way {number}"
 
 
 def main(rank, folder):

@@ -280,8 +280,14 @@ def test_a_scale_is_reported_where_there_is_one(sides):
     )
 
 
-def test_the_noise_steps_out_of_a_compiled_model(sides):
+def test_the_noise_is_one_op_of_a_compiled_graph_and_trains(sides):
     aligner = ReAlign.fit(*sides, method="noise", residual=False)
-    compiled = torch.compile(nn.Sequential(aligner, nn.Identity()), backend="eager")
+    compiled = torch.compile(aligner, fullgraph=True, backend="aot_eager")
     for count in (9, 5):
-        assert torch.equal(compiled(sides[0][:count]), aligner(sides[0][:count]))
+        rows = sides[0][:count].clone().requires_grad_()
+        assert torch.equal(compiled(rows), aligner(rows))
+        weights = torch.linspace(-1, 1, rows.numel()).reshape(rows.shape).to(rows)
+        (found,) = torch.autograd.grad(compiled(rows), rows, weights)
+        (expected,) = torch.autograd.grad(aligner(rows), rows, weights)
+        torch.testing.assert_close(found, expected)
+        assert bool(expected.any())

@@ -44,10 +44,18 @@ def test_distances_against_two_pass_formulas():
     assert metrics.trace_ratio(a, b) == pytest.approx(float(y.trace / x.trace))
     apart = np.linalg.norm(x.covariance - y.covariance) / np.linalg.norm(x.covariance)
     assert metrics.covariance_distance(a, b) == pytest.approx(apart)
-    middle = root(root(x.covariance) @ y.covariance @ root(x.covariance))
-    frechet = ((x.mean - y.mean) ** 2).sum() + x.trace + y.trace - 2 * np.trace(middle)
-    assert metrics.frechet_distance(a, b) == pytest.approx(float(frechet), rel=1e-10)
-    assert metrics.frechet_distance(b, a) == pytest.approx(float(frechet), rel=1e-10)
+    for correction, options in ((1, {}), (0, {"correction": 0})):  # numpy.cov and FID divide by n-1
+        s_x, s_y = (
+            np.cov(oracle.unit(exact(rows)).astype(float).T, ddof=correction)
+            for rows in (target, source)
+        )
+        middle = root(root(s_x) @ s_y @ root(s_x))
+        frechet = ((x.mean - y.mean) ** 2).sum() + np.trace(s_x + s_y - 2 * middle)
+        expected = pytest.approx(float(frechet), rel=1e-10)
+        assert metrics.frechet_distance(a, b, **options) == expected
+        assert metrics.frechet_distance(b, a, **options) == expected
+    with pytest.raises(ValueError, match="1 rows leave nothing to divide by with correction=1"):
+        metrics.frechet_distance(measured(source[:1]), b)
 
 
 def test_frechet_of_commuting_covariances_is_a_distance_of_standard_deviations():
@@ -56,7 +64,7 @@ def test_frechet_of_commuting_covariances_is_a_distance_of_standard_deviations()
     points = torch.cat([torch.eye(3), -torch.eye(3)]).double()
     a = measured(points * small, normalize=False)
     b = measured(points * small * torch.tensor([1, 1, 3]), normalize=False)
-    assert metrics.frechet_distance(a, b) == pytest.approx((2e-7) ** 2 / 3, rel=1e-6)
+    assert metrics.frechet_distance(a, b) == pytest.approx((2e-7) ** 2 / 2.5, rel=1e-6)
     c = measured(points * small + 2, normalize=False)
     assert metrics.frechet_distance(a, c) == pytest.approx(12, rel=1e-12)
 

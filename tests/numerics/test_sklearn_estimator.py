@@ -116,6 +116,19 @@ def test_the_precision_follows_the_batches():
         _ = StreamingCovariance().precision_
 
 
+def test_another_estimate_can_be_set():
+    """As in scikit-learn, whose subclasses do it by _set_covariance."""
+    estimator = StreamingCovariance().fit(rows_of())
+    estimator.precision_ = 3 * np.eye(6)
+    close(pickle.loads(pickle.dumps(estimator)).get_precision(), 3 * np.eye(6))
+    estimator.covariance_ = 2 * np.eye(6)
+    close(estimator.precision_, np.eye(6) / 2)
+    estimator._set_covariance(4 * np.eye(6))
+    close(estimator.precision_, np.eye(6) / 4)
+    close(estimator.mahalanobis(estimator.location_[None] + 1), 6 / 4)
+    close(estimator.fit(rows_of(seed=2)).precision_ @ estimator.covariance_, np.eye(6))
+
+
 def test_it_pickles_and_goes_on():
     rows = rows_of()
     copy = pickle.loads(pickle.dumps(StreamingCovariance().partial_fit(rows[:100])))
