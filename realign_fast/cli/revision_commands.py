@@ -194,9 +194,9 @@ def _open_model(
 
 def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor]:
     """Return the names and the rows `[n, D]` of the images that the options choose."""
-    given = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
-    if len(given) > 1:
-        raise OptionError(f"{given[1]}: not allowed with {given[0]}; give one of them")
+    choices = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
+    if len(choices) > 1:
+        raise OptionError(f"{choices[1]}: not allowed with {choices[0]}; give one of them")
     if options.image:
         return _embed_pictures(options, options.image)
     corpus = _corpus(options, options.rows)

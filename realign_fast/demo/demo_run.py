@@ -145,10 +145,8 @@ def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, An
         number = torch.arange(len(halves[1]))
         moved = {name: space.documents(name, rows) for name, rows in searched.items()}
         for stage, rows in (("before", searched), ("after", moved)):
-            found = metrics.mixed_gallery(
-                searched["text"], rows, {"image": number}, own={"text": number}
-            )
-            results[stage].append(found)
+            answers, own = {"image": number}, {"text": number}
+            results[stage].append(metrics.mixed_gallery(searched["text"], rows, answers, own=own))
         on_split()
     before, after = (metrics.over_splits(splits) for splits in results.values())
     figures: dict[str, Any] = plain(

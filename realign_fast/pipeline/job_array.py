@@ -40,8 +40,8 @@ def stats(
     directory = output_path(out)
     check_place(directory, corpus)
     pass_names = (f"{side} moments",) if side == "target" else (f"{side} moments", "apply")
-    kept = [Written(corpus, corpus.subfolder, pass_name) for pass_name in pass_names]
-    check_kept(directory, kept, run.settings.mode)
+    results = [Written(corpus, corpus.subfolder, pass_name) for pass_name in pass_names]
+    check_kept(directory, results, run.settings.mode)
     with run.output_directory(directory):
         run.measure(f"{side} {'moments' if aligner is None else 'drift'}", corpus, aligner)
     return run.passes[0]

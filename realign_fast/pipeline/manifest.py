@@ -24,7 +24,7 @@ _ROLES = ("text", "image", "table", "text queries", "image queries")
 ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
 PASS_ORDER = (
     *ALIGN_PASSES,
-    *(f"{role} {kind}" for kind in ("moments", "centred") for role in _ROLES),
+    *(f"{role} {statistics}" for statistics in ("moments", "centred") for role in _ROLES),
     *(f"apply {role}" for role in _ROLES),
 )
 # Types of the values of a manifest that are used: in facts, in shards, and in those of results.

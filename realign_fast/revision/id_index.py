@@ -44,12 +44,12 @@ def open_index(corpus: Corpus, ids: IdSource, cache: Path) -> Iterator[RowOf]:
         build_index(corpus, ids, path)
     with closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as database:
 
-        def row_of(sample_id: str) -> int | None:
+        def _row_of(sample_id: str) -> int | None:
             query = "SELECT row FROM ids WHERE id = ?"
             match = database.execute(query, (sample_id,)).fetchone()
             return match[0] if match else None
 
-        yield row_of
+        yield _row_of
 
 
 def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
@@ -69,8 +69,8 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
         except sqlite3.IntegrityError as error:
             query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
             sample_id, first, last = database.execute(query).fetchone()
-            found = f"rows {first} and {last} have the same id {sample_id!r}"
-            raise ValueError(f"{corpus.path}: {found}; give every row its own") from error
+            fault = f"rows {first} and {last} have the same id {sample_id!r}"
+            raise ValueError(f"{corpus.path}: {fault}; give every row its own") from error
         database.commit()
 
 

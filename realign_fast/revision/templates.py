@@ -180,7 +180,7 @@ class Chat:
         turns = _turns(sample)
         return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
-    def _render_spans(self, turns: Sequence[Turn], again: bool = True) -> tuple[str, list[Span]]:
+    def _render_spans(self, turns: Sequence[Turn], retry: bool = True) -> tuple[str, list[Span]]:
         """Return the text of a conversation, and where its answers and their end tokens lie."""
         numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
         until = [turns[: number + 1] for number in numbers if number + 1 < len(turns)]
@@ -193,8 +193,8 @@ class Chat:
                 for number, start, end in zip(numbers, before, [*after, text], strict=False)
             ]
         except ValueError:  # a template may write the date, which changed between two renderings
-            if again:
-                return self._render_spans(turns, again=False)
+            if retry:
+                return self._render_spans(turns, retry=False)
             raise
         if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
             reason = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"
@@ -298,7 +298,7 @@ def _certain_mark(tokenizer: Any, token: int) -> str | None:
     added = tokenizer.added_tokens_decoder
     mark = added[token]
     depends = mark.lstrip or mark.rstrip or mark.single_word or mark.normalized
-    overlaps = any(mark.content[0] in other.content[1:] for other in added.values())
+    overlaps = any(mark.content[0] in known.content[1:] for known in added.values())
     return None if depends or overlaps else str(mark.content)
 
 

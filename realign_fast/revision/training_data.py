@@ -85,8 +85,8 @@ def prepare(
         limit, tokens = "max_length (--max-length)", len(template.image_ids)
         if max_length == template.positions:
             limit = "the language model's positions"
-        found = f"an image alone takes {tokens} tokens of the {max_length} of {limit}"
-        raise ValueError(f"{source}: {found}; train with fewer visual tokens")
+        fault = f"an image alone takes {tokens} tokens of the {max_length} of {limit}"
+        raise ValueError(f"{source}: {fault}; train with fewer visual tokens")
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
@@ -158,8 +158,8 @@ def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> 
         if report[fault]
     )
     shares = f"({skipped / total:.1%}, at most {max_skipped:.1%} may be)"
-    found = f"{skipped:,} of {total:,} samples cannot be used {shares}: {reasons}"
-    raise ValueError(f"{source}: {found}. Correct the list, or allow more (--max-skipped)")
+    fault = f"{skipped:,} of {total:,} samples cannot be used {shares}: {reasons}"
+    raise ValueError(f"{source}: {fault}. Correct the list, or allow more (--max-skipped)")
 
 
 def _with_random_access(corpus: Corpus, cache: Path) -> Corpus:
@@ -232,11 +232,11 @@ class Conversations(data.Dataset[Item]):
         if not 0 < held_out <= (half := len(self) // 2):
             expected = f"1 to {half}, half of the samples, or 0" if half else "0, of one sample,"
             raise ValueError(f"held out: got {held_out}, expected {expected} for none")
-        others, held = copy.copy(self), copy.copy(self)
+        training, testing = copy.copy(self), copy.copy(self)
         step = len(self) // held_out
-        held._indices = range(0, held_out * step, step)
-        others._indices = _Others(len(self), held._indices)
-        return others, held
+        testing._indices = range(0, held_out * step, step)
+        training._indices = _Others(len(self), testing._indices)
+        return training, testing
 
 
 class _Others(Sequence[int]):

@@ -110,9 +110,9 @@ class TensorShard(ContiguousShard):
         if isinstance(dtype, np.dtype) and len(tensor.shape) in (1, 2):
             if tensor.shape[0] == self.num_rows:
                 return dtype
-        found = f"tensor {name!r} is {tensor.dtype} {tensor.shape}"
+        actual = f"tensor {name!r} is {tensor.dtype} {tensor.shape}"
         problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
-        raise ValueError(f"{self.path}: {found}, {problem}")
+        raise ValueError(f"{self.path}: {actual}, {problem}")
 
 
 def recognizes(head: bytes) -> bool:

@@ -127,8 +127,8 @@ def lengths_of_rows(
     A row is usual if M can hold the squares, and if no sum ``y + c`` is shorter than half of c: a
     shorter one has lost digits to cancellation.
     """
-    ones = tl.full(alive.shape, 1, tl.float64)
-    norm, half, last, usual, lives = ones, ones, ones, alive, alive
+    unit_length = tl.full(alive.shape, 1, tl.float64)
+    norm, half, last, usual, lives = unit_length, unit_length, unit_length, alive, alive
     limit: tl.constexpr = 1e30 if M == tl.float32 else 1e280
     for stage in tl.static_range(KINDS):
         squares = tl.zeros(alive.shape, tl.float64)
@@ -198,9 +198,9 @@ def write_images(
     )
     written = mask if EXACT else usual
     if LENGTH == 0:
-        ones = tl.full(mask.shape, 1, tl.float64)
+        unit_length = tl.full(mask.shape, 1, tl.float64)
         peak, norm, half, _ = lengths
-        lengths = peak, norm, ones if KINDS == 2 else half, ones
+        lengths = peak, norm, unit_length if KINDS == 2 else half, unit_length
     for start in range(0, COLUMNS, BLOCK):
         y = image_block(
             image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, DTYPE
@@ -300,7 +300,7 @@ def sum_rows_kernel(
     own = tl.program_id(1) * BLOCK
     there = own + tl.arange(0, BLOCK)
     row_map = scale, shift, recentre
-    ones = tl.full([ROWS], 1, tl.float64)
+    unit_length = tl.full([ROWS], 1, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     energy = tl.zeros([ROWS], tl.float64)
@@ -318,12 +318,12 @@ def sum_rows_kernel(
         if WEIGHTED:
             root = tl.sqrt(tl.load(weights + number, alive, other=0))
         lengths, usual, _ = lengths_of_rows(
-            row, row, alive, ones, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
+            row, row, alive, unit_length, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
         )
-        square = ones
+        square = unit_length
         if not NORMALIZE:
             square = lengths[1] * lengths[1]
-            lengths = ones, ones, ones, ones
+            lengths = unit_length, unit_length, unit_length, unit_length
         y = image_block(row, own, alive, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, False, M)
         if TERMS > 0:
             y = (y - c.to(M)) * root.to(M)[:, None] * power.to(M)
@@ -340,10 +340,10 @@ def sum_rows_kernel(
             lengths, _, lives = lengths_of_rows(
                 row, row, some, peak, row_map, COLUMNS, BLOCK, 0, KINDS, True, tl.float64
             )
-            square = ones
+            square = unit_length
             if not NORMALIZE:
                 square = peak * lengths[1] * peak * lengths[1]
-                lengths = ones, ones, ones, ones
+                lengths = unit_length, unit_length, unit_length, unit_length
             exact = image_block(
                 row, own, some, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, True, tl.float64
             )
