@@ -1,11 +1,14 @@
 """align_rows against memcpy of the same bytes, torch.compile, eager torch, numpy and CuPy.
 
 The kinds "calibrate" and "center-calibrate" are the maps of a SharedSpace, ``(u - mu) / s`` and
-``unit(u - mu) / s``, through the object that it maps rows with.
+``unit(u - mu) / s``, through the object that it maps rows with. The kind "new memory" allocates the
+result in every call. Its ceiling copies into a new array of numpy, which asks for huge pages as the
+op does, and its variant writes to a new tensor of torch, which does not.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from harness import ceilings, inputs, table, timing
 from peers import row_ops
@@ -23,7 +26,9 @@ def bench_align_rows(line, measure):
     rows = inputs.random_rows(dtype, columns, count, device)
     row_map, length = inputs.random_map(columns, device), 1.0
     ours = lambda rows: align_rows(rows, *row_map, out=outs())  # noqa: E731
-    if kind:
+    if kind == "new memory":
+        ours = lambda rows: align_rows(rows, *row_map)  # noqa: E731
+    elif kind:
         normalized, spread = kind == "center-calibrate", 0.04  # s of CLIP's scores
         length, factor = (1 / spread, 1.0) if normalized else (None, 1 / spread)
         centre = ops.sum_rows(rows).total / count
@@ -42,12 +47,22 @@ def bench_align_rows(line, measure):
         feed=feed,
     )
     case.add("align_rows", ours, "ours")
-    case.add("copy", ceilings.copy(rows), "ceiling")
+    if kind == "new memory":
+        case.add("clone on huge pages", _clone_on_huge_pages, "ceiling")
+        into_small = lambda rows: align_rows(rows, *row_map, out=torch.empty_like(rows))  # noqa: E731
+        case.add("align_rows without huge pages", into_small, "variant")
+        case.add("clone", torch.clone, "ceiling")
+    else:
+        case.add("copy", ceilings.copy(rows), "ceiling")
     if device == "cpu" and not kind and ops.cpu_instruction_set() == "avx512":
         case.add("align_rows on AVX2", lambda rows: _on_avx2(rows, row_map, outs()), "variant")
     if line.peers:
         case.add_peers(*row_ops.of_align_rows(row_map, outs, dtype, device, line.exact, length))
     measure(case)
+
+
+def _clone_on_huge_pages(rows: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.empty(rows.shape, np.float16)).copy_(rows)
 
 
 def _on_avx2(rows, row_map, out) -> torch.Tensor:

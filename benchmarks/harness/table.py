@@ -56,6 +56,7 @@ def _lines() -> list[Line]:
             found.append(Line(op, "cpu", BF16, 768, 65_536, kind))
             found += [Line(op, "cpu", F32, dimension, 32_768, kind) for dimension in (768, 1280)]
             found.append(Line(op, "cpu", F16, 768, 4096, kind, "warm"))
+    found.append(Line("align_rows", "cpu", F16, 1280, 65_536, "new memory"))
     for kind in SPACE_KINDS:
         found += [Line("align_rows", "cpu", dtype, 768, 32_768, kind) for dtype in (F16, F32)]
     for dtype in (F32, F16):

@@ -83,6 +83,6 @@ void align_rows_(Tensor out, Tensor rows, Tensor scale, Tensor shift,
 
 STABLE_TORCH_LIBRARY_IMPL(realign_fast, CPU, library) {
   using namespace realign_fast;
-  library.impl("align_rows", TORCH_BOX(&map_to_new_tensor<align_rows_>));
+  library.impl("align_rows", TORCH_BOX(&map_to_huge_pages<align_rows_>));
   library.impl("align_rows_", TORCH_BOX(&align_rows_));
 }

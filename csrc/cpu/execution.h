@@ -10,12 +10,14 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/row_map.h"
 
 namespace realign_fast {
 
-// Allocates on 64-byte cache lines: a register that straddles two lines costs two accesses.
+// Allocates on 64-byte cache lines, because a register that straddles two lines costs two accesses,
+// and large buffers on huge pages.
 template <class M>
 struct LineAllocator {
   using value_type = M;
@@ -23,9 +25,14 @@ struct LineAllocator {
   template <class Other>
   LineAllocator(const LineAllocator<Other>&) {}
   M* allocate(size_t count) {
-    return static_cast<M*>(::operator new(count * sizeof(M), std::align_val_t(64)));
+    void* memory = ::operator new(count * sizeof(M), alignment(count));
+    request_huge_pages(memory, count * sizeof(M));
+    return static_cast<M*>(memory);
   }
-  void deallocate(M* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  void deallocate(M* p, size_t count) { ::operator delete(p, alignment(count)); }
+  static std::align_val_t alignment(size_t count) {
+    return std::align_val_t(count * sizeof(M) < kHugeBufferBytes ? 64 : kHugePage);
+  }
   friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
 };
 template <class M>
@@ -56,6 +63,16 @@ void for_each_chunk(int64_t chunks, int64_t scratch_size, const Body& body) {
       first = next;
     }
   });
+}
+
+// map_to_new_tensor (common/dispatch.h) on the CPU, where a large result lies on huge pages.
+template <MapInPlace* map_in_place>
+Tensor map_to_huge_pages(Tensor rows, Tensor linear, Tensor shift, std::optional<Tensor> recentre,
+                         ScalarType dtype, std::optional<double> length, int64_t variant) {
+  Tensor out = torch::stable::new_empty(rows, rows.sizes(), dtype);
+  request_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  map_in_place(out, rows, linear, shift, recentre, length, variant);
+  return out;
 }
 
 // Returns the requested instruction set (0: the best one), checked against those of this CPU.

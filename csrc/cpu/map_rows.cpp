@@ -124,6 +124,6 @@ void map_rows_(Tensor out, Tensor rows, Tensor matrix, Tensor shift, std::option
 
 STABLE_TORCH_LIBRARY_IMPL(realign_fast, CPU, library) {
   using namespace realign_fast;
-  library.impl("map_rows", TORCH_BOX(&map_to_new_tensor<map_rows_>));
+  library.impl("map_rows", TORCH_BOX(&map_to_huge_pages<map_rows_>));
   library.impl("map_rows_", TORCH_BOX(&map_rows_));
 }

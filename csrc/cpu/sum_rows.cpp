@@ -70,7 +70,7 @@ void sum_typed(const Tensor& rows, const RowMap* map, bool normalize, Isa isa, R
                            recentre.data(),
                            normalize};
   const int64_t chunk_rows = rows_of_a_chunk(count), chunks = divide_up(count, chunk_rows);
-  std::vector<double> totals(chunks * columns);
+  AlignedVector<double> totals(chunks * columns);
   std::vector<ChunkSums> sums(chunks);
   for_each_chunk(chunks, columns, [&](int64_t chunk, double* scratch) {
     AlignedVector<M> block_total = padded<M>(nullptr, columns);

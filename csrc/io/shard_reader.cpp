@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "common/huge_pages.h"
 #include "io/errors.h"
 
 #ifndef MADV_POPULATE_READ
@@ -26,7 +27,7 @@ namespace {
 constexpr int64_t kPage =
     4096;  // a page, to which O_DIRECT requires offsets and sizes to be aligned
 constexpr int64_t kHuge =
-    2 << 20;  // the alignment at which cached files can be mapped by huge pages
+    kHugePage;  // the alignment at which cached files can be mapped by huge pages
 
 int64_t round_down(int64_t bytes, int64_t multiple) { return bytes - bytes % multiple; }
 int64_t round_up(int64_t bytes, int64_t multiple) {
@@ -55,6 +56,7 @@ struct Mapping {
 std::byte* allocate(int64_t bytes) {
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kHuge, round_up(bytes, kHuge)));
   if (memory == nullptr) throw std::bad_alloc();
+  request_huge_pages(memory, static_cast<size_t>(bytes));
   return memory;
 }
 
