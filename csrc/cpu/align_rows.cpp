@@ -4,6 +4,24 @@
 
 namespace realign_fast {
 
+// Whether the entries of a result are computed in float and only those in float64 whose rounding
+// float leaves open (see align_rows.inl). Norms and coefficients are of float64.
+template <class T, class O>
+constexpr bool kNarrow = std::is_same_v<O, BFloat16> && !std::is_same_v<T, double>;
+
+// b, h and |b| + |h| as float, zero beyond D up to a whole register.
+struct NarrowMap {
+  AlignedVector<float> shift, recentre, size;
+
+  NarrowMap() = default;
+  explicit NarrowMap(const RowMap& map)
+      : shift(padded<float>(map.shift, map.columns)),
+        recentre(padded<float>(map.recentre, map.columns)),
+        size(shift.size()) {
+    for (size_t j = 0; j < size.size(); ++j) size[j] = std::fabs(shift[j]) + std::fabs(recentre[j]);
+  }
+};
+
 // T is the element type of the rows, O that of the result, and M that of the arithmetic.
 template <class T, class O, class M>
 struct AlignTask {
@@ -13,7 +31,8 @@ struct AlignTask {
   const T* rows;  // [N, D]
   O* out;         // [N, D]
   int64_t row_stride, out_stride;
-  bool stream;  // write past the caches
+  bool stream;         // write past the caches
+  NarrowMap narrow{};  // used where kNarrow
 };
 
 template <class T, class O, class M>
@@ -57,6 +76,7 @@ void align_typed(const Tensor& out, const Tensor& rows, const RowMap& map, Isa i
                           rows.stride(0),
                           out.stride(0),
                           false};
+  if constexpr (kNarrow<T, O>) task.narrow = NarrowMap(map);
   task.stream = may_stream(task.out, task.out_stride, count, columns);
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
   const int64_t chunk_rows = (kChunkBytes / row_bytes + 4) / 4 * 4;

@@ -88,6 +88,32 @@ inline void stream(double* p, Vec<double> a) { _mm512_stream_pd(p, a.v); }
 inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
+// For bfloat16 results of float arithmetic (see align_rows.inl): whether a lane of y lies within
+// four units of its last place and `margin` of a tie, the middle between two bfloat16 numbers, or
+// is not finite; and the rounding of two registers without such lanes, for which ties need no rule.
+inline bool near_tie(Vec<float> y, Vec<float> margin) {
+  const __m512i bits = _mm512_castps_si512(y.v);
+  const __m512i lower = _mm512_max_epu16(bits, _mm512_set1_epi32(0x7ffc));
+  const __m512i tie = _mm512_min_epu16(lower, _mm512_set1_epi32(-0x10000 + 0x8004));
+  const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(y.v, _mm512_castsi512_ps(tie)));
+  return _mm512_cmp_ps_mask(distance, margin.v, _CMP_NGT_UQ) != 0;
+}
+inline __m512i round_pair(Vec<float> low, Vec<float> high) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(low.v), half);
+  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high.v), half);
+  const __m512i odd_words =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(a, odd_words, b);
+}
+inline void store_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
+  _mm512_storeu_si512(p, round_pair(low, high));
+}
+inline void stream_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
+  _mm512_stream_si512((__m512i*)p, round_pair(low, high));
+}
+
 #elif defined(REALIGN_AVX2)
 template <>
 struct Vec<float> {
@@ -175,6 +201,28 @@ inline void stream(double* p, Vec<double> a) { _mm256_stream_pd(p, a.v); }
 inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
+inline bool near_tie(Vec<float> y, Vec<float> margin) {
+  const __m256i bits = _mm256_castps_si256(y.v);
+  const __m256i lower = _mm256_max_epu16(bits, _mm256_set1_epi32(0x7ffc));
+  const __m256i tie = _mm256_min_epu16(lower, _mm256_set1_epi32(-0x10000 + 0x8004));
+  const __m256 difference = _mm256_sub_ps(y.v, _mm256_castsi256_ps(tie));
+  const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), difference);
+  return _mm256_movemask_ps(_mm256_cmp_ps(distance, margin.v, _CMP_NGT_UQ)) != 0;
+}
+inline __m256i round_pair(Vec<float> low, Vec<float> high) {
+  const __m256i half = _mm256_set1_epi32(0x8000);
+  const __m256i a = _mm256_add_epi32(_mm256_castps_si256(low.v), half);
+  const __m256i b = _mm256_add_epi32(_mm256_castps_si256(high.v), half);
+  const __m256i mixed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+  return _mm256_permute4x64_epi64(mixed, 0xd8);
+}
+inline void store_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
+  _mm256_storeu_si256((__m256i*)p, round_pair(low, high));
+}
+inline void stream_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
+  _mm256_stream_si256((__m256i*)p, round_pair(low, high));
+}
+
 #else
 template <class M>
 struct Vec {
@@ -213,6 +261,24 @@ inline void stream(O* p, Vec<M> a) {
 }
 inline void stream_fence() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline bool near_tie(Vec<float> y, Vec<float> margin) {
+  int near = 0;
+  for (int i = 0; i < Vec<float>::width; ++i) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, y.v[i]), low = bits & 0xffffu;
+    const uint32_t tie = low < 0x7ffcu ? 0x7ffcu : low > 0x8004u ? 0x8004u : low;
+    const float distance = y.v[i] - __builtin_bit_cast(float, (bits & 0xffff0000u) | tie);
+    near |= !(__builtin_fabsf(distance) > margin.v[i]);
+  }
+  return near;
+}
+inline void store_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
+  constexpr int W = Vec<float>::width;
+  for (int i = 0; i < W; ++i) {
+    p[i].x = (__builtin_bit_cast(uint32_t, low.v[i]) + 0x8000u) >> 16;
+    p[W + i].x = (__builtin_bit_cast(uint32_t, high.v[i]) + 0x8000u) >> 16;
+  }
+}
+inline void stream_pair(BFloat16* p, Vec<float> low, Vec<float> high) { store_pair(p, low, high); }
 #endif
 
 // Loads the last columns of a row, fewer than a register holds; the rest of the register is zero.

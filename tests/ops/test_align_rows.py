@@ -100,6 +100,27 @@ def test_one_ulp_for_each_of_a_million_entries(kernel, dtype):
     assert_accurate(kernel.align(rows, *row_map), truth(rows, *row_map))
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+def test_bfloat16_results_are_rounded_float64_values_to_the_bit(kernel, dtype):
+    """Also where entries are near a tie, cancel, underflow or leave the range of float32."""
+    if kernel.name not in ("baseline", "avx2", "avx512"):
+        pytest.skip("the other kernels compute in float64 or promise an ulp")
+    scale, shift, recentre = random_map(197)
+    rows = random_rows(400, 197, seed=4)
+    rows[100:200] = -shift * (1 + rows[100:200, :1]) + 1e-3 * rows[100:200]
+    rows[200:] *= torch.logspace(-44, 37, 200, dtype=torch.float64)[:, None]
+    rows, faint = rows.to(dtype), shift * torch.logspace(-45, 0, 197, dtype=torch.float64)
+    for row_map, length in (
+        ((scale, shift, recentre), 1.0),
+        ((scale, shift), -3e-20),
+        ((1e-6 * scale, faint, recentre), None),
+    ):
+        exact_rows = kernel.align(rows, *row_map, dtype=torch.float64, length=length)
+        expected = exact_rows.float().bfloat16()
+        result = kernel.align(rows, *row_map, dtype=torch.bfloat16, length=length)
+        assert torch.equal(result.nan_to_num(9), expected.nan_to_num(9))
+
+
 @pytest.mark.parametrize("count", (0, 1, 2, 3, 4, 5))
 def test_few_rows_and_none(kernel, count):
     rows, row_map = random_rows(count, 19, torch.float32), random_map(19)
