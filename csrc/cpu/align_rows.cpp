@@ -79,7 +79,10 @@ void align_typed(const Tensor& out, const Tensor& rows, const RowMap& map, Isa i
   if constexpr (kNarrow<T, O>) task.narrow = NarrowMap(map);
   task.stream = may_stream(task.out, task.out_stride, count, columns);
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
-  const int64_t chunk_rows = (kChunkBytes / row_bytes + 4) / 4 * 4;
+  // Waking another thread takes as long as the rows of a chunk.
+  const bool few = count * row_bytes <= 2 * kChunkBytes;
+  const int64_t chunk_rows =
+      few ? std::max<int64_t>(count, 1) : (kChunkBytes / row_bytes + 4) / 4 * 4;
   for_each_chunk(divide_up(count, chunk_rows), columns, [&](int64_t chunk, double* scratch) {
     const int64_t first = chunk * chunk_rows;
     REALIGN_CALL(isa, align, task, first, std::min(count, first + chunk_rows), scratch);

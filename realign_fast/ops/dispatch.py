@@ -111,6 +111,7 @@ def _load_cuda() -> str:
 
 _library = _define_ops()
 _why_not_compiled = _load_compiled()
+HAS_CPU_KERNELS = not _why_not_compiled
 _why_not_cuda = _load_cuda()
 _triton_ops, _why_not_triton = triton_ops.register_kernels(_library, OPS)
 _best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())

@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 
 from .._argument_checks import expect_tensor
 from . import reference
-from .dispatch import cpu_variant
+from .dispatch import HAS_CPU_KERNELS, cpu_variant
 from .memory import apart, plain, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OPS = torch.ops.realign_fast
+_MAP_OPS: tuple[Callable[..., Tensor], ...] = (_OPS.align_rows.default, _OPS.map_rows.default)
 _BLOCK_ROWS = 1 << 13  # rows that sum_mapped_rows maps at a time
 
 
@@ -62,20 +64,45 @@ def align_rows(
     Inside the transforms of ``torch.func``, and of rows with a forward-mode tangent, plain torch in
     float64 answers (``ops/reference.py``) in place of the kernel.
     """
+    if out is None and _may_call_kernel(rows, scale, shift, length):
+        kernel = _MAP_OPS[scale.dim() > 0]  # type: ignore[union-attr]
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return kernel(rows, scale, shift, recentre, out_dtype or rows.dtype, length)
+        except RuntimeError:  # the kernel refused an argument, which is converted or named below
+            pass
     rows = _checked_rows("align_rows", rows)
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
     if length is not None and not math.isfinite(length):
         raise ValueError(f"align_rows: expected a finite length or None, got {length}")
-    op = "map_rows" if row_map[0].dim() else "align_rows"
     if out is not None:
         _check_out(rows, out, out_dtype)
-        own = out.resolve_neg()
-        getattr(torch.ops.realign_fast, f"{op}_")(own, rows, *apart(row_map, own), length)
+        own, op = out.resolve_neg(), _OPS.map_rows_ if row_map[0].dim() else _OPS.align_rows_
+        op(own, rows, *apart(row_map, own), length)
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
-    kernel = reference.map_rows if is_transformed(rows) else getattr(torch.ops.realign_fast, op)
-    aligned: Tensor = kernel(rows, *row_map, out_dtype or rows.dtype, length)
-    return aligned
+    kernel = reference.map_rows if is_transformed(rows) else _MAP_OPS[row_map[0].dim() > 0]
+    return kernel(rows, *row_map, out_dtype or rows.dtype, length)
+
+
+def _may_call_kernel(
+    rows: Tensor, scale: Tensor | float, shift: Tensor, length: float | None
+) -> bool:
+    """Return whether the checks of the compiled CPU kernel and torch's dispatcher are enough.
+
+    Autograd's layer is left out then, and the checks of this module, which take as long as the
+    map of a hundred rows, are not repeated. The kernel refuses what it cannot read as it lies.
+    """
+    return (
+        HAS_CPU_KERNELS
+        and not torch.compiler.is_compiling()
+        and type(rows) is type(scale) is type(shift) is Tensor
+        and rows.is_cpu
+        and shift.dtype == torch.float64
+        and not (rows.requires_grad and torch.is_grad_enabled())
+        and not is_transformed(rows)
+        and (length is None or math.isfinite(length))
+    )
 
 
 def is_transformed(rows: Tensor) -> bool:
@@ -159,8 +186,7 @@ def sum_rows(
                 rows.detach(), lambda block: align_rows(block, *row_map, out_dtype=dtype)
             )
     variant = cpu_variant("sum_rows") if rows.is_cpu else 0
-    op = torch.ops.realign_fast.sum_rows
-    return RowSums(*op(rows.detach(), scale, shift, recentre, normalize, variant))
+    return RowSums(*_OPS.sum_rows(rows.detach(), scale, shift, recentre, normalize, variant))
 
 
 def sum_mapped_rows(rows: Tensor, mapping: Callable[[Tensor], Tensor]) -> RowSums:
@@ -230,8 +256,8 @@ def add_scatter_(
     weights = None if weights is None else _checked_weights(rows, weights)
     sums = [tensor.resolve_neg() for tensor in (scatter, total)]
     inputs = apart((rows.detach(), _double_beside(rows, centre), weights), *sums)
-    op, variant = torch.ops.realign_fast.add_scatter_, int(fast and rows.is_cuda)
-    counts: Tensor = op(*sums, *inputs, normalize, accurate, variant)
+    variant = int(fast and rows.is_cuda)
+    counts: Tensor = _OPS.add_scatter_(*sums, *inputs, normalize, accurate, variant)
     for tensor, result in zip((scatter, total), sums, strict=True):
         if result is not tensor:
             tensor.copy_(result)

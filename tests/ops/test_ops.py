@@ -49,6 +49,28 @@ def test_the_compiled_kernel_is_the_one_that_runs(name):
         assert of_the_reference not in ran, "the reference answered"
 
 
+def test_a_call_without_a_gradient_runs_the_kernel_and_nothing_else():
+    """Layers of torch and checks in Python would take longer than the map of a small batch."""
+    require_compiled()
+    rows = random_rows(1, 7, torch.float32)
+    for linear in (DOUBLE_MAP[0], torch.eye(7, dtype=torch.float64)):
+        ran = aten_calls(lambda linear=linear: align_rows(rows, linear, *DOUBLE_MAP[1:]))
+        assert {name for name in ran if "::" in name} <= {
+            "realign_fast::align_rows",
+            "realign_fast::map_rows",
+            "aten::new_empty",
+            "aten::empty",
+        }
+    # What the kernel refuses is converted, and what a gradient needs is recorded.
+    columns_apart, narrow = rows.repeat_interleave(2, dim=1)[:, ::2], DOUBLE_MAP[1].float()
+    expected = align_rows(rows, DOUBLE_MAP[0], narrow)
+    assert torch.equal(align_rows(columns_apart, DOUBLE_MAP[0], narrow.double()), expected)
+    learning = rows.clone().requires_grad_()
+    assert align_rows(learning, *DOUBLE_MAP).requires_grad
+    with torch.no_grad():
+        assert not align_rows(learning, *DOUBLE_MAP).requires_grad
+
+
 def test_the_profile_above_would_show_the_reference():
     rows = random_rows(6, 7)
     ran = aten_calls(lambda: reference.align_rows(rows, *DOUBLE_MAP, torch.float64))
