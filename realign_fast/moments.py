@@ -294,7 +294,7 @@ class Moments:
 
     @property
     def trace(self) -> float:
-        """The trace T of the covariance (divided by n), E|u|^2 - |mu|^2; it needs no second pass.
+        """The trace T of the covariance (divided by n), ``E|u|^2 - |mu|^2``, without a second pass.
 
         Rows of 16 and 32 bits are summed in float32 by the block, so T has an absolute error of
         about 3e-8, up to 3e-7 where they are clustered and 2e-6 where many are equal. Use

@@ -1,0 +1,67 @@
+"""Sphinx's settings: the pages of this folder, the API from docstrings, the commands from the code.
+
+Build the site with ``sphinx-build -W docs OUT``. Sphinx was chosen over MkDocs because the
+docstrings use its cross references, and MyST because the pages are Markdown that GitHub shows too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import realign_fast
+from realign_fast.cli.app import COMMANDS
+from realign_fast.cli.main import _GROUPS, _application
+
+project, author = "realign_fast", "The realign_fast authors"
+version = release = realign_fast.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"realign_fast {version}"
+myst_heading_anchors = 3
+suppress_warnings = ["myst.xref_missing"]  # a page may link to a heading of a file outside
+add_module_names = False
+autodoc_typehints = "none"  # docstrings give shapes and dtypes; signatures name the arguments
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "inherited-members": False}
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # properties have entries of their own
+
+
+def write_command_line(app: Sphinx) -> None:
+    """Write command_line.md, the reference of every command, from the options of the code."""
+    application = _application(None)
+    lines = ["# Command-line reference", ""]
+    lines += ["This page is generated from the commands; `realign-fast COMMAND --help` prints it."]
+    for group in _GROUPS:
+        lines += ["", f"## {group}"]
+        for entry in COMMANDS:
+            if entry.group == group:
+                name = entry.function.__name__.replace("_", "-")
+                lines += ["", f"### {name}", "", entry.function.__doc__ or "", "", "```sh"]
+                lines += [f"realign-fast {name} {example}".rstrip() for example in entry.examples]
+                lines += ["```", "", "| option | default | meaning |", "|---|---|---|"]
+                lines += [_option(option) for option in application.commands[name].params]
+    path = Path(app.srcdir) / "command_line.md"
+    text = "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _option(option: Any) -> str:
+    """Return a row of a table: the names of an option, its default, its help."""
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    default = "" if option.default is None or option.required else f"`{option.default}`"
+    if getattr(option, "show_default", None) and isinstance(option.show_default, str):
+        default = option.show_default
+    if option.required:
+        default = "required"
+    return f"| {names} | {default} | {(option.help or '').replace('|', '/')} |".replace("\n", " ")
+
+
+def setup(app: Sphinx) -> None:
+    """Write the generated page before Sphinx looks for pages."""
+    app.connect("builder-inited", write_command_line)
