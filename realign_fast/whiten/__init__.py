@@ -13,12 +13,22 @@ from .eigen import default_floor
 from .low_rank import LowRank
 from .matrix_roots import Whitening, inverse_root, symmetric_root, whitening
 from .shrinkage import Shrinkage, shrink, shrinkage
-from .transport import blockwise, bures_distance, coral, optimal_transport
+from .transport import (
+    AffineMap,
+    affine_transport,
+    blockwise,
+    bures_distance,
+    coral,
+    optimal_transport,
+    squared_bures_distance,
+)
 
 __all__ = [
+    "AffineMap",
     "LowRank",
     "Shrinkage",
     "Whitening",
+    "affine_transport",
     "blockwise",
     "bures_distance",
     "coral",
@@ -27,6 +37,7 @@ __all__ = [
     "optimal_transport",
     "shrink",
     "shrinkage",
+    "squared_bures_distance",
     "symmetric_root",
     "whitening",
 ]

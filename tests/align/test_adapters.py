@@ -12,11 +12,12 @@ import torch
 from support import small_models
 
 import realign_fast
-from realign_fast import SharedSpace
+from realign_fast import ReAlign, SharedSpace
 from realign_fast.shared_space import LAYOUTS, SPACE_METHODS
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(realign_fast.__file__).parent / "demo" / "data" / "heldout"
+SHARDS = [DATA / f"{side}_emb" / f"{side}_emb_0.npy" for side in ("text", "img")]
 PAGE = (ROOT / "docs" / "shared_space.md").read_text()
 
 
@@ -31,7 +32,7 @@ def page_code(word):
 @pytest.fixture(scope="module")
 def rows():
     """Rows of the demo corpus, float32 [400, 128] each, and queries [50, 128] among the texts."""
-    text, image = (np.load(DATA / f"{side}_emb" / f"{side}_emb_0.npy") for side in ("text", "img"))
+    text, image = (np.load(file) for file in SHARDS)
     sides = {"text_rows": text.astype(np.float32), "image_rows": image.astype(np.float32)}
     return sides | {"query_rows": sides["text_rows"][:50]}
 
@@ -165,6 +166,44 @@ def test_the_page_runs_with_scikit_learn(names):
     space = SharedSpace.fit(**sides, method="calibrate")
     placed = np.concatenate([space.text(sides["text"]), space.image(sides["image"])])
     close(names["hits"], space.query(sides["queries"]) @ placed.T)
+
+
+def test_transformers_and_accelerate_load_an_aligner_inside_of_a_model(tmp_path):
+    """They compare shapes with an empty model and put tensors into it, in no call of ours."""
+    accelerate = pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.aligner, self.head = ReAlign(8, config.method), torch.nn.Linear(8, 3)
+            self.post_init()
+
+        def forward(self, rows):
+            return self.head(self.aligner(rows).to(self.head.weight.dtype))
+
+    text, image = (torch.from_numpy(np.load(file)).float()[:, :8] for file in SHARDS)
+    for method in ("coral", "noise"):
+        config, folder = transformers.PretrainedConfig(method=method), tmp_path / method
+        model = Model(config)
+        model.aligner = ReAlign.fit(text, image, method=method, residual=False)
+        model.save_pretrained(folder)
+        for dtype in (torch.float32, torch.bfloat16):
+            loaded = Model.from_pretrained(folder, config=config, dtype=dtype)
+            assert loaded.head.weight.dtype == dtype
+            assert torch.equal(loaded.aligner(text), model.aligner(text))
+            assert {b.dtype for b in loaded.aligner.buffers()} == {torch.float64, torch.int64}
+        for device in ("cpu", "disk"):
+            with accelerate.init_empty_weights(include_buffers=device == "cpu"):
+                empty = Model(config)
+            places = {"aligner": device, "head": "cpu"}
+            options = {"offload_folder": folder / "off", "offload_buffers": True}
+            placed = accelerate.load_checkpoint_and_dispatch(
+                empty, str(folder / "model.safetensors"), device_map=places, **options
+            )
+            assert torch.equal(placed(text), model(text)), device
 
 
 @pytest.mark.parametrize("store", ["lancedb", "qdrant_client"])

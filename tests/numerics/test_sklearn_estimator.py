@@ -12,9 +12,15 @@ sklearn = pytest.importorskip("sklearn", reason="scikit-learn (extra `sklearn`) 
 
 import sklearn.covariance.tests.test_covariance as their_tests  # noqa: E402
 from sklearn.covariance import EmpiricalCovariance  # noqa: E402
+from sklearn.decomposition import PCA  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
-from realign_fast.integrations.sklearn import SharedSpaceTransformer, StreamingCovariance  # noqa: E402
+from realign_fast.integrations.sklearn import (  # noqa: E402
+    SharedSpaceTransformer,
+    StreamingCovariance,
+    TransportTransformer,
+    WhiteningTransformer,
+)
 
 ROOT = Path(__file__).parents[2]
 THEIR_TESTS = [
@@ -55,13 +61,44 @@ def test_their_tests_were_found():
     [
         StreamingCovariance(),
         StreamingCovariance(store_precision=False),
+        WhiteningTransformer(),
+        TransportTransformer(),
         SharedSpaceTransformer(),
         SharedSpaceTransformer(method="center-calibrate", role="query"),
     ]
 )
-@pytest.mark.filterwarnings("ignore:SharedSpace. the scale of")
+@pytest.mark.filterwarnings("ignore:SharedSpace. the scale of", "ignore:whiten. 1 of")
 def test_it_keeps_to_the_rules_of_scikit_learn(estimator, check):
     check(estimator)
+
+
+@pytest.mark.parametrize("kind", ("zca", "pca", "cholesky"))
+def test_whitened_rows_have_mean_0_and_covariance_1_and_return(kind):
+    rows = rows_of()
+    whitener = WhiteningTransformer(kind=kind)
+    white = whitener.fit_transform(rows)
+    close(white.mean(0), np.zeros(6))
+    close(np.cov(white.T, bias=True), np.eye(6))
+    close(whitener.inverse_transform(white), rows)
+    assert whitener.transform(rows.astype(np.float32)).dtype == np.float32
+    if kind == "pca":  # whose axes have a sign of their own
+        close(
+            np.abs(white), np.abs(PCA(whiten=True).fit(rows).transform(rows)) / (299 / 300) ** 0.5
+        )
+
+
+def test_transported_rows_have_the_targets_mean_and_covariance_and_return():
+    rows, target = rows_of(), 2 * rows_of(200, seed=1) - 1
+    transport = TransportTransformer(target).fit(rows)
+    moved = transport.transform(rows)
+    close(moved.mean(0), target.mean(0))
+    close(np.cov(moved.T, bias=True), np.cov(target.T, bias=True))
+    close(transport.inverse_transform(moved), rows)
+    close(transport.matrix_, transport.matrix_.T)
+    white = WhiteningTransformer().fit_transform(rows)
+    close(TransportTransformer().fit_transform(rows), white)
+    with pytest.raises(ValueError, match=r"the source has 6 columns, the target 5"):
+        TransportTransformer(target[:, :5]).fit(rows)
 
 
 @pytest.mark.parametrize("assume_centered", (False, True))

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support.op_checks import random_rows
 
 from realign_fast.whiten import (
     LowRank,
@@ -16,6 +17,7 @@ from realign_fast.whiten import (
     optimal_transport,
     shrink,
     shrinkage,
+    squared_bures_distance,
     symmetric_root,
     whitening,
 )
@@ -160,6 +162,56 @@ def test_bures_is_a_metric():
     assert bures_distance(4 * a, 4 * b) == pytest.approx(2 * bures_distance(a, b))
     singular = rank_deficient(12, 4)
     assert bures_distance(singular, 0 * singular) == pytest.approx(2), "sqrt of the trace"
+
+
+def random_covariances(count, columns, seed=0):
+    factors = random_rows(count * columns, columns, seed=seed).reshape(count, columns, columns)
+    return factors @ factors.mT + 0.1 * identity(columns)
+
+
+def test_the_squared_bures_distance_in_batches_and_its_gradient():
+    a, b = random_covariances(3, 4), random_covariances(3, 4, seed=1)
+    a[1], b[2] = 2 * identity(4), identity(4)  # repeated eigenvalues
+    squared = squared_bures_distance(a, b)
+    for each, s_a, s_b in zip(squared, a, b, strict=True):
+        middle = symmetric_root(symmetric_root(s_a) @ s_b @ symmetric_root(s_a))
+        close(each, (s_a + s_b - 2 * middle).trace(), 1e-12)
+        assert float(each) == pytest.approx(bures_distance(s_a, s_b) ** 2, rel=1e-14)
+    across = squared_bures_distance(a[:, None], b)
+    assert across.shape == (3, 3) and torch.equal(across.diagonal(), squared)
+    assert squared_bures_distance(a[0], b).shape == (3,)
+    assert squared_bures_distance(a[:0], b[:0]).shape == (0,)
+    assert float(squared_bures_distance(a[0].float(), b[0])) == pytest.approx(
+        float(squared[0]), rel=1e-5
+    )
+
+    def of_halves(x, y):  # gradcheck moves one entry, and a covariance is symmetric
+        return squared_bures_distance((x + x.mT) / 2, (y + y.mT) / 2)
+
+    halves = [side[1:, :3, :3].detach().requires_grad_() for side in (a, b)]
+    assert torch.autograd.gradcheck(of_halves, halves)
+    a.requires_grad_()
+    (at_itself,) = torch.autograd.grad(squared_bures_distance(a, a.detach()).sum(), a)
+    assert float(at_itself.abs().max()) < 1e-12
+
+
+def test_the_gradient_of_a_bures_distance_needs_full_rank():
+    singular, full = torch.diag(torch.tensor([2.0, 1.0, 0.0])).double(), identity(3)
+    expected = pytest.approx(
+        float((torch.tensor([2.0, 1.0, 0.0]).double().sqrt() - 1).square().sum())
+    )
+    assert float(squared_bures_distance(singular, full)) == expected
+    singular.requires_grad_()
+    with pytest.raises(ValueError, match=r"1 of 3 eigenvalues of a covariance are 0, .* ridge"):
+        squared_bures_distance(singular, full)
+    squared_bures_distance(singular.detach(), full.requires_grad_()).backward()
+    close(full.grad.diagonal(), 1 - singular.detach().diagonal().sqrt())
+    with torch.no_grad():
+        assert float(squared_bures_distance(singular, full)) == expected
+    with pytest.raises(ValueError, match=r"first is \[3\], expected \[D, D\]"):
+        squared_bures_distance(torch.ones(3), full)
+    with pytest.raises(ValueError, match="the first has 3 columns, the second 1"):
+        squared_bures_distance(full, identity(1))
 
 
 def test_bures_of_commuting_covariances_is_that_of_their_roots():

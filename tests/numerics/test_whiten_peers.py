@@ -6,6 +6,7 @@ import torch
 
 from realign_fast import Moments
 from realign_fast.whiten import (
+    affine_transport,
     bures_distance,
     inverse_root,
     optimal_transport,
@@ -74,8 +75,13 @@ def close(ours, theirs, error=1e-8):
 def test_transport_map_and_distance_are_those_of_pot(ot, source, target, covariances):
     means = source.mean(dim=0), target.mean(dim=0)
     arguments = [tensor.numpy() for tensor in (*means, *covariances)]
-    theirs, _ = ot.gaussian.bures_wasserstein_mapping(*arguments)
+    theirs, offset = ot.gaussian.bures_wasserstein_mapping(*arguments)
     close(optimal_transport(*covariances), theirs)
+    ours = affine_transport(means, covariances)
+    assert torch.equal(ours.matrix, optimal_transport(*covariances))
+    close(ours.offset, offset.reshape(-1))
+    with pytest.raises(ValueError, match=r"the target mean is \[\], expected \["):
+        affine_transport((means[0], means[1][0]), covariances)
     squared = float((means[0] - means[1]).square().sum()) + bures_distance(*covariances) ** 2
     close(squared**0.5, ot.gaussian.bures_wasserstein_distance(*arguments))
 
