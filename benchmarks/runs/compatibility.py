@@ -17,6 +17,7 @@ import datetime
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from realign_fast import Corpus
+from realign_fast import Corpus, ReAlign
 from realign_fast.corpus.convert import convert
+from realign_fast.methods import Method
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 
@@ -111,6 +113,125 @@ def numpy_load(workspace: Workspace) -> str:
     """Read aligned `.npy` shards."""
     out = workspace.aligned("npy")
     return expect_rows(np.concatenate([np.load(path) for path in sorted(out.glob("*.npy"))]), out)
+
+
+class Aligned(torch.nn.Module):
+    """A model around a map of method `coral`, whose buffers are matrices."""
+
+    def __init__(self, aligner: ReAlign) -> None:
+        super().__init__()
+        self.aligner, self.head = aligner, torch.nn.Linear(DIMENSION, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the head's numbers of the aligned rows."""
+        return self.head(self.aligner(rows))
+
+
+def fitted(workspace: Workspace, method: Method = "coral") -> tuple[ReAlign, torch.Tensor]:
+    """Return a map that was fitted on the root, and its source rows."""
+    rows = {
+        side: torch.cat([batch.rows for batch in Corpus(workspace.root, side).batches()])
+        for side in ("text", "image")
+    }
+    with warnings.catch_warnings():  # of few rows
+        warnings.simplefilter("ignore")
+        return ReAlign.fit(rows["text"], rows["image"], method=method), rows["text"]
+
+
+def expect_same(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Return a sentence on rows that are equal to the last bit; raise if they are not."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    return f"{len(found)} rows, the same bytes"
+
+
+@check("torch", "`DistributedDataParallel` of a model with an aligner, one gloo process")
+def torch_ddp(workspace: Workspace) -> str:
+    """Wrap a model; two ranks are in tests/align/test_distributed.py."""
+    aligner, rows = fitted(workspace)
+    model = Aligned(aligner)
+    store = f"file://{workspace.folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel(rows).sum().backward()
+        return expect_same(parallel(rows), model(rows))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@check("torch", "`torch.func`: `jacrev`, `jacfwd` and `vmap(grad)` of an aligner")
+def torch_func(workspace: Workspace) -> str:
+    """Compare forward with reverse mode."""
+    aligner, rows = fitted(workspace)
+    jacobian = torch.func.jacrev(aligner)(rows)
+    torch.testing.assert_close(torch.func.jacfwd(aligner)(rows), jacobian)
+    gradient = torch.func.vmap(torch.func.grad(lambda row: aligner(row).sum()))(rows)
+    torch.testing.assert_close(gradient, torch.einsum("ndne->ne", jacobian))
+    return f"the same derivatives of {len(rows)} rows"
+
+
+@check("accelerate", "`init_empty_weights` and `load_checkpoint_and_dispatch` of an aligner")
+def accelerate_dispatch(workspace: Workspace) -> str:
+    """Load a model with an aligner from a file into an empty one."""
+    import accelerate
+    from safetensors.torch import save_file
+
+    aligner, rows = fitted(workspace)
+    model, path = Aligned(aligner), str(workspace.folder / "model.safetensors")
+    save_file(model.state_dict(), path)
+    with accelerate.init_empty_weights(include_buffers=True):
+        empty = Aligned(ReAlign(DIMENSION, "coral"))
+    loaded = accelerate.load_checkpoint_and_dispatch(empty, path, device_map={"": "cpu"})
+    return expect_same(loaded(rows), model(rows))
+
+
+@check("transformers", "`from_pretrained(dtype=torch.bfloat16)` of a model with an aligner")
+def transformers_load(workspace: Workspace) -> str:
+    """Load a `PreTrainedModel` that holds an aligner."""
+    import transformers
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.aligned = Aligned(ReAlign(DIMENSION, "coral"))
+            self.post_init()
+
+    config = transformers.PretrainedConfig()
+    model = Model(config)
+    model.aligned.aligner, rows = fitted(workspace)
+    model.save_pretrained(workspace.folder / "model")
+    loaded = Model.from_pretrained(workspace.folder / "model", config=config, dtype=torch.bfloat16)
+    return expect_same(loaded.aligned.aligner(rows), model.aligned.aligner(rows))
+
+
+@check("onnxscript", "`torch.onnx.export(dynamo=True)` of an aligner, run by onnx's reference")
+def onnx_export(workspace: Workspace) -> str:
+    """Export a map and run it."""
+    from onnx.reference import ReferenceEvaluator
+
+    (aligner, rows), path = fitted(workspace), str(workspace.folder / "map.onnx")
+    torch.onnx.export(aligner, (rows,), path, dynamo=True, verbose=False)
+    session = ReferenceEvaluator(path)
+    (found,) = session.run(None, {session.input_names[0]: rows.numpy()})
+    return f"{len(rows)} rows, at most {np.abs(found - aligner(rows).numpy()).max():.0e} apart"
+
+
+@check("scikit-learn", "`check_estimator` of the estimators in `integrations.sklearn`")
+def sklearn_rules(workspace: Workspace) -> str:
+    """Run scikit-learn's own checks."""
+    from sklearn.utils.estimator_checks import check_estimator
+
+    from realign_fast.integrations import sklearn
+
+    estimators = sklearn.StreamingCovariance(), sklearn.SharedSpaceTransformer()
+    estimators += sklearn.WhiteningTransformer(), sklearn.TransportTransformer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = [check_estimator(estimator, on_skip=None) for estimator in estimators]
+    statuses = [result["status"] for checks in results for result in checks]
+    return f"{statuses.count('passed')} checks of {len(estimators)} estimators pass"
 
 
 def known_lines(page: str) -> dict[tuple[str, str], str]:
