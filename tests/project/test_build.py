@@ -1,5 +1,6 @@
 """The build: what setup.py, CMakeLists.txt and the build backend agree on, and what they built."""
 
+import fcntl
 import json
 import re
 import runpy
@@ -7,6 +8,7 @@ import shutil
 import site
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,30 @@ def test_a_wheel_claims_a_platform_only_for_a_library(run_setup, monkeypatch, ba
     assert extensions("") == []
     monkeypatch.setattr(backend, "why_no_python_headers", lambda: "no Python.h")
     assert extensions("c++") == ["realign_fast._C"]
+
+
+def test_a_second_build_of_a_folder_waits_for_the_first(backend, monkeypatch, tmp_path):
+    """pip builds an editable package and a wheel at once in .ci/run, and compiles once."""
+    import build_steps
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend, "find_ninja", lambda: "")
+    Path("build").mkdir()
+    steps = {"made": ([], "touch made")}
+    second = threading.Thread(target=build_steps.run_steps, args=(steps,))
+    with open("build/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second.start()
+        second.join(0.1)
+        assert second.is_alive() and not Path("made").exists()
+    second.join(30)
+    assert Path("made").exists()
+
+
+def test_the_extra_test_brings_no_second_ninja():
+    """The log of another version of ninja is refused, and everything is compiled anew."""
+    extras = re.search(r"^test = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)[1]
+    assert "pytest-xdist" in extras and "ninja" not in extras
 
 
 # What was built.
