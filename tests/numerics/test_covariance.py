@@ -275,10 +275,12 @@ def test_weights_that_no_float_can_carry_are_refused():
     assert float(as_list.scatter.weights[0]) == 15
 
 
-def test_arrays_are_named():
+def test_arrays_are_rows_and_lists_are_named():
+    rows = random_rows(3, 4)
+    assert Moments().update(rows.numpy()).mean.equal(Moments().update(rows).mean)
     with pytest.raises(
-        TypeError, match=r"expected rows as a tensor of floating-point numbers, got ndarray"
+        TypeError, match=r"expected rows as a tensor of floating-point numbers, got list"
     ):
-        Moments().update(np.ones((3, 4)))
+        Moments().update(rows.tolist())
     with pytest.raises(ValueError, match=r"got shape \[3, 0\]"):
         Moments().update(torch.zeros(3, 0))
