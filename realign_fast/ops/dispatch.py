@@ -25,10 +25,10 @@ from .cuda_capability import visible_capabilities, why_unfit
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
 # On a CPU the index of an instruction set is the op's argument `variant`.
 INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
-# Ops for which an older instruction set is faster. sum_rows was measured on 2026-11-24 with two
-# threads of a Zen 4 and D = 768-1280: for 16-bit rows AVX2 is 2-6% faster than AVX-512 in three
-# runs and equally fast in two.
-_FASTEST_INSTRUCTION_SET = {"sum_rows": "avx2"}
+# The instruction set of ops whose bytes are stored and summed across machines. Registers of another
+# width add in another order, and every x86 machine since AVX2 has the sums of AVX2. For rows in the
+# cache AVX-512 is 3% slower to 17% faster (docs/performance.md); reading limits both.
+_INSTRUCTION_SET_OF = {"sum_rows": "avx2"}
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _MAP = "Tensor linear, Tensor shift, Tensor? recentre"
 _LENGTH = "float? length=1.0, int variant=0"
@@ -48,17 +48,11 @@ SCHEMAS = (
 )
 
 
-def _define_ops() -> torch.library.Library:
-    library = torch.library.Library("realign_fast", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    for name in OPS:
-        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-    return library
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(f"realign_fast{reason}", RuntimeWarning, stacklevel=3)
+_library = torch.library.Library("realign_fast", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+for _name in OPS:
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 def _load_kernels(library: Path, key: str) -> str:
@@ -83,7 +77,7 @@ def _load_compiled() -> str:
             "start Python outside it to import the installed package"
         )
     if reason:
-        _warn(f" runs on plain torch: {reason}")
+        warnings.warn(f"realign_fast runs on plain torch: {reason}", RuntimeWarning, stacklevel=2)
     return str(reason)
 
 
@@ -105,11 +99,10 @@ def _load_cuda() -> str:
     else:
         reason = _load_kernels(binary, "CUDA")
     if reason:
-        _warn(f": {reason}")
+        warnings.warn(f"realign_fast: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
-_library = _define_ops()
 _why_not_compiled = _load_compiled()
 HAS_CPU_KERNELS = not _why_not_compiled
 _why_not_cuda = _load_cuda()
@@ -171,15 +164,14 @@ def why_no_cuda() -> str:
 def cpu_instruction_set(op: str = "") -> str:
     """Return the name of the best instruction set of this CPU that kernels are compiled for.
 
-    With ``op`` it is the instruction set that this op runs on, which may be an older one that was
-    measured to be faster. It is "none" if no kernels are compiled.
+    With ``op`` it is the instruction set that this op runs on: an older one where its bytes must be
+    those of other machines. It is "none" if no kernels are compiled.
     """
     if _why_not_compiled:
         return "none"
-    fastest = INSTRUCTION_SETS.index(_FASTEST_INSTRUCTION_SET.get(op, INSTRUCTION_SETS[-1]))
-    return INSTRUCTION_SETS[min(_best_instruction_set, fastest)]
+    newest = INSTRUCTION_SETS.index(_INSTRUCTION_SET_OF.get(op, INSTRUCTION_SETS[-1]))
+    return INSTRUCTION_SETS[min(_best_instruction_set, newest)]
 
 
-def cpu_variant(op: str) -> int:
-    """Return the kernel variant that ``op`` runs on this CPU: an index of INSTRUCTION_SETS."""
-    return 0 if _why_not_compiled else INSTRUCTION_SETS.index(cpu_instruction_set(op))
+_sum_rows_set = cpu_instruction_set("sum_rows")
+SUM_ROWS_VARIANT = INSTRUCTION_SETS.index(_sum_rows_set) if HAS_CPU_KERNELS else 0

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .._argument_checks import expect_tensor
 from . import reference
-from .dispatch import HAS_CPU_KERNELS, cpu_variant
+from .dispatch import HAS_CPU_KERNELS, SUM_ROWS_VARIANT
 from .memory import apart, plain, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,10 +88,9 @@ def align_rows(
 def _may_call_kernel(
     rows: Tensor, scale: Tensor | float, shift: Tensor, length: float | None
 ) -> bool:
-    """Return whether the checks of the compiled CPU kernel and torch's dispatcher are enough.
+    """Return whether the compiled CPU kernel's checks are enough, with no layer of torch before it.
 
-    Autograd's layer is left out then, and the checks of this module, which take as long as the
-    map of a hundred rows, are not repeated. The kernel refuses what it cannot read as it lies.
+    The checks of this module take as long as the map of a hundred rows.
     """
     return (
         HAS_CPU_KERNELS
@@ -107,9 +106,10 @@ def _may_call_kernel(
 
 def is_transformed(rows: Tensor) -> bool:
     """Return whether ``torch.func`` or forward-mode differentiation wraps the rows."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None
+    has_tangent = (
+        forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None
+    )
+    return has_tangent or torch._C._are_functorch_transforms_active()
 
 
 def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -185,7 +185,7 @@ def sum_rows(
             return sum_mapped_rows(
                 rows.detach(), lambda block: align_rows(block, *row_map, out_dtype=dtype)
             )
-    variant = cpu_variant("sum_rows") if rows.is_cpu else 0
+    variant = SUM_ROWS_VARIANT if rows.is_cpu else 0
     return RowSums(*_OPS.sum_rows(rows.detach(), scale, shift, recentre, normalize, variant))
 
 

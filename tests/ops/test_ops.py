@@ -89,6 +89,12 @@ def test_the_public_functions_use_the_instruction_set_that_backend_of_names():
     assert torch.equal(align_rows(rows, *chosen_map), expected)
 
 
+def test_sums_have_the_bytes_of_avx2_where_a_newer_instruction_set_is_present():
+    require_compiled()
+    expected = "avx2" if cpu_instruction_set() == "avx512" else cpu_instruction_set()
+    assert cpu_instruction_set("sum_rows") == expected
+
+
 def test_the_variant_chooses_the_instruction_set():
     """Wider registers add in another order, so the last bits tell the instruction sets apart."""
     require_compiled()
