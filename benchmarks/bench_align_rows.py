@@ -3,7 +3,8 @@
 The kinds "calibrate" and "center-calibrate" are the maps of a SharedSpace, ``(u - mu) / s`` and
 ``unit(u - mu) / s``, through the object that it maps rows with. The kind "new memory" allocates the
 result in every call. Its ceiling copies into a new array of numpy, which asks for huge pages as the
-op does, and its variant writes to a new tensor of torch, which does not.
+op does, and its variant writes to a new tensor of torch, which does not. The kind "small batch" is
+held against ``torch.nn.functional.normalize`` of the same rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def bench_align_rows(line, measure):
     rows = inputs.random_rows(dtype, columns, count, device)
     row_map, length = inputs.random_map(columns, device), 1.0
     ours = lambda rows: align_rows(rows, *row_map, out=outs())  # noqa: E731
-    if kind == "new memory":
+    if kind in ("new memory", "small batch"):
         ours = lambda rows: align_rows(rows, *row_map)  # noqa: E731
     elif kind:
         normalized, spread = kind == "center-calibrate", 0.04  # s of CLIP's scores
@@ -52,6 +53,8 @@ def bench_align_rows(line, measure):
         into_small = lambda rows: align_rows(rows, *row_map, out=torch.empty_like(rows))  # noqa: E731
         case.add("align_rows without huge pages", into_small, "variant")
         case.add("clone", torch.clone, "ceiling")
+    elif kind == "small batch":
+        case.add("normalize", torch.nn.functional.normalize, "ceiling")
     else:
         case.add("copy", ceilings.copy(rows), "ceiling")
     if device == "cpu" and not kind and ops.cpu_instruction_set() == "avx512":

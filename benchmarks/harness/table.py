@@ -57,6 +57,8 @@ def _lines() -> list[Line]:
             found += [Line(op, "cpu", F32, dimension, 32_768, kind) for dimension in (768, 1280)]
             found.append(Line(op, "cpu", F16, 768, 4096, kind, "warm"))
     found.append(Line("align_rows", "cpu", F16, 1280, 65_536, "new memory"))
+    for count in (1, 256, 2048):
+        found.append(Line("align_rows", "cpu", F32, 768, count, "small batch", "warm"))
     for kind in SPACE_KINDS:
         found += [Line("align_rows", "cpu", dtype, 768, 32_768, kind) for dtype in (F16, F32)]
     for dtype in (F32, F16):
