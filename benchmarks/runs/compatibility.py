@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -232,6 +233,28 @@ def sklearn_rules(workspace: Workspace) -> str:
         results = [check_estimator(estimator, on_skip=None) for estimator in estimators]
     statuses = [result["status"] for checks in results for result in checks]
     return f"{statuses.count('passed')} checks of {len(estimators)} estimators pass"
+
+
+def run_page(trainer: str) -> str:
+    """Run the block of docs/training_codebases.md that holds a name, on tiny models."""
+    test = PAGE.parents[1] / "tests" / "revision" / "test_training_codebases.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-k", trainer, str(test)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or "1 passed" not in done.stdout:
+        raise RuntimeError(done.stdout[-300:])
+    return "the projector learns"
+
+
+@check("transformers", "`Trainer` on samples and `Collator` (training_codebases.md)")
+def transformers_trainer(workspace: Workspace) -> str:
+    """Train a projector for two steps."""
+    return run_page("Trainer")
+
+
+@check("pytorch-lightning", "`Trainer` on samples and `Collator` (training_codebases.md)")
+def lightning_trainer(workspace: Workspace) -> str:
+    """Train a projector for two steps."""
+    return run_page("lightning")
 
 
 def known_lines(page: str) -> dict[tuple[str, str], str]:

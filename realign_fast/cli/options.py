@@ -462,6 +462,15 @@ class TrainingOptions(Configured, DataOptions):
         show_default="plain for pretrain, chat for finetune")] = None
     chat_template: Annotated[str | None, _model("Jinja template of a conversation",
         metavar="FILE", show_default="the tokenizer's")] = None
+    recipe: Annotated[values.RecipeName | None, _training("rules for samples: ours, those of the "
+        "paper's code, or LLaVA's with its learning rates (1e-3, finetune 2e-5)",
+        show_default="default, or the trained model's")] = None
+    target: Annotated[values.Target | None, _training("text of a plain sample that has both",
+        show_default="caption, in other recipes answer")] = None
+    image_position: Annotated[values.ImagePosition | None, _training("place of images in a turn",
+        show_default="in-place, in other recipes front")] = None
+    end: Annotated[values.EndName | None, _training("end of a plain sample",
+        show_default="eos, in other recipes newline")] = None
     train: Annotated[str | None, _training("what trains, of projector, language_model, lora",
         metavar="A,B", show_default="projector, with finetune language_model too")] = None
     lora: Annotated[list[str] | None, _training("field of PEFT's LoraConfig, such as r=64",
@@ -478,7 +487,8 @@ class TrainingOptions(Configured, DataOptions):
     generations: Annotated[int, _training("held-out samples answered each time", min=0)] = 3
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
     set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "
-        "learning_rate=1e-3 or bf16=false", "--set", metavar="NAME=VALUE")] = None
+        "bf16=false", "--set", metavar="NAME=VALUE", show_default="learning_rate=5e-4, finetune "
+        "1e-5, num_train_epochs=1, warmup_steps=0.03, bf16=true")] = None
 
 
 class TrainedModel(Common):

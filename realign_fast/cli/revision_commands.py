@@ -16,7 +16,7 @@ from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
 from ..storage.atomic import replaced
 from ..storage.paths import write_whole
 from . import options as opts
-from .app import Result, command, write
+from .app import LOGGER, Result, command, write
 from .corpus_commands import open_corpus
 
 if TYPE_CHECKING:
@@ -255,6 +255,7 @@ def _row_batches(options: opts.LookOptions) -> Iterable[tuple[Sequence[Any], tor
     if options.row or options.id or options.image:
         return [_chosen_rows(options)]
     corpus = _corpus(options, options.rows)
+    LOGGER.warning("caption: no --row, --id or --image, so all %d rows", corpus.num_rows)
     batches = corpus.batches(batch_rows=_CAPTION_ROWS)
     firsts = ((int(corpus.starts[batch.shard]) + batch.first, batch.rows) for batch in batches)
     return ((range(first, first + len(rows)), rows) for first, rows in firsts)

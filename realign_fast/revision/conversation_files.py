@@ -7,7 +7,8 @@ An entry has the fields of the paper's lists (arXiv 2602.07026, section 5), whic
 
 `role` and `content` are accepted in place of `from` and `value`. The image of an entry is the
 embedding row with its `id`; `"images": [id, ...]` names other rows, or several. In a conversation
-every image has its place, marked `<image>`.
+every image has its place, marked `<image>`. Answers before the first question are skipped, as in
+LLaVA, if others follow it.
 
 A file is scanned once for the byte span of every entry; afterwards an entry is one read of its
 span, so that no process holds the list. Parquet has no such spans: it is first rewritten as JSON
@@ -38,6 +39,7 @@ class Sample(NamedTuple):
     images: list[str]  # ids of embedding rows, in order of appearance
     caption: str | None
     turns: list[Turn]
+    skipped_turns: int = 0  # answers before the first question
 
 
 def entry_texts(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -104,7 +106,8 @@ def read_sample(text: bytes, place: str) -> Sample:
         raise ValueError(f"{place}: is a {type(entry).__name__}, expected an object with an id")
     sample_id = "" if entry.get("id") is None else str(entry["id"])
     entry_turns = entry.get("conversations") or entry.get("messages") or []
-    turns = [_parse_turn(turn, place) for turn in entry_turns]
+    all_turns = [_parse_turn(turn, place) for turn in entry_turns]
+    turns = _without_leading_answers(all_turns)
     caption = entry.get("caption")
     if not turns and not isinstance(caption, str):
         fields = ", ".join(map(repr, entry)) or "nothing"
@@ -115,7 +118,15 @@ def read_sample(text: bytes, place: str) -> Sample:
         images = [sample_id] * bool(has_image)
     if not isinstance(images, list):
         raise ValueError(f"{place}: images is {images!r}, expected a list of ids")
-    return Sample(sample_id, [str(image) for image in images], caption, turns)
+    skipped = len(all_turns) - len(turns)
+    return Sample(sample_id, [str(image) for image in images], caption, turns, skipped)
+
+
+def _without_leading_answers(turns: list[Turn]) -> list[Turn]:
+    roles = [role for role, _ in turns]
+    first = roles.index("user") if "user" in roles else 0
+    leading = first if "assistant" in roles[first:] else 0
+    return [turn for turn in turns[:leading] if turn[0] != "assistant"] + turns[leading:]
 
 
 def _parse_turn(turn: Any, place: str) -> Turn:

@@ -5,20 +5,29 @@ with the `input_ids` and passes them on as ready-made features, for which transf
 argument `mm_encoder_outputs` (LLaVA from transformers 5.18). The vision tower is never run. Input
 ids hold the model's own image token K times for every row: make them with a template that has the
 same `image_token=` (`Plain`, `Chat`).
+
+`save_mm_projector` and `load_mm_projector` exchange the weights of a projector with LLaVA's own
+training code.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from ..storage.atomic import replaced
 from .model import Projector, ReVisionConfig, transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LLAVA_NAME = "mm_projector."  # before the name of a weight, after a prefix that varies
 NAME = "realign_projector"  # the submodule, whose weights are saved with the model's
 
 
@@ -50,6 +59,37 @@ def attach(
     model.add_module(NAME, projector or Projector(config))
     model.register_forward_pre_hook(_replace_rows, with_kwargs=True)
     return model
+
+
+def save_mm_projector(projector: Projector, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a projector as LLaVA's `mm_projector.bin`, a state dict of torch.
+
+    LLaVA does not scale rows to unit length: give it unit rows, as aligned ones are.
+    ValueError for the projector `prefix`, which LLaVA does not have.
+    """
+    if projector.config.projector == "prefix":
+        raise ValueError("save_mm_projector: got a projector prefix, expected linear or mlp")
+    weights = {
+        f"model.{_LLAVA_NAME}{name.removeprefix('layers.')}": weight.cpu()
+        for name, weight in projector.state_dict().items()
+    }
+    with replaced(Path(path)) as partial:
+        torch.save(weights, partial)
+
+
+def load_mm_projector(projector: Projector, path: str | os.PathLike[str]) -> None:
+    """Load LLaVA's `mm_projector.bin` of any float dtype into a projector of the same shape.
+
+    No code in the file is run. ValueError if it is no state dict with tensors of this shape, a
+    `linear` projector (one layer) or an `mlp` (LLaVA's mlp2x_gelu).
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        names = {name: name.rpartition(_LLAVA_NAME)[2] for name in weights if _LLAVA_NAME in name}
+        projector.load_state_dict({f"layers.{own}": weights[name] for name, own in names.items()})
+    except (pickle.UnpicklingError, RuntimeError, AttributeError, TypeError) as error:
+        expected = f"expected the mm_projector of LLaVA for {projector.config}"
+        raise ValueError(f"{path}: {expected}: {' '.join(str(error).split())[:300]}") from error
 
 
 def visual_inputs(model: nn.Module, image_rows: Tensor) -> dict[str, Any]:

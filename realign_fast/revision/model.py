@@ -30,7 +30,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
-from ..interface.option_values import VISUAL_TOKENS, ProjectorName, TemplateName
+from ..interface.option_values import RECIPES, VISUAL_TOKENS, ProjectorName, Recipe, TemplateName
 from ..storage.paths import write_json, write_whole
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class ReVisionConfig:
     normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
     template: TemplateName = "plain"  # the template of the last training
     encoder: str | None = None  # of the rows that it was trained on, where they say it
+    recipe: Recipe = RECIPES["default"]  # the rules of the last training for samples
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
@@ -343,8 +344,9 @@ def read_config(directory: Path) -> ReVisionConfig:
                 hint = "a plain language model: start with pretrain --language-model"
             raise FileNotFoundError(f"{directory}: lacks {name}, is no ReVision model; {hint}")
     try:
-        values = json.loads((directory / CONFIG).read_text())
+        values = dict(json.loads((directory / CONFIG).read_text()))
         known = {field.name for field in fields(ReVisionConfig)}
+        values["recipe"] = Recipe(**values.get("recipe", {}))
         return ReVisionConfig(**{name: values[name] for name in values if name in known})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG}: not as ReVision writes it: {error}") from error

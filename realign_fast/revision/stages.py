@@ -21,7 +21,8 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
-from ..interface.option_values import ProjectorName, TemplateName
+from ..interface import option_values as values
+from ..interface.option_values import RECIPES, Recipe
 from ..storage.paths import write_whole
 from .model import (
     CONFIG,
@@ -63,6 +64,7 @@ _TRAINER_SETTINGS = {  # of both stages
 }
 MODEL_FIELDS = ("projector", "visual_tokens", "normalize")  # of a new model; others have their own
 _RATES = [_TRAINER_SETTINGS | {"learning_rate": rate} for rate in (5e-4, 1e-5)]
+_LLAVA_RATES: dict[Stage, float] = {"pretrain": 1e-3, "finetune": 2e-5}  # of LLaVA-1.5
 # The paper's settings, fields of TrainingConfig; its batch of stage 2 is not known, 128 is LLaVA's.
 PRESETS: dict[Stage, dict[str, Any]] = {
     "pretrain": {"template": "plain", "train": ("projector",), "batch": 256, "trainer": _RATES[0]},
@@ -80,7 +82,8 @@ class TrainingConfig:
     """The data, the model and the settings of one training.
 
     Where a field may be None, None takes the preset of the stage (`PRESETS`), and for `projector`,
-    `visual_tokens` and `normalize` the default of `ReVisionConfig`; a trained model keeps its own.
+    `visual_tokens`, `normalize` and `recipe` the default of `ReVisionConfig`; a trained model keeps
+    its own.
     """
 
     conversations: str  # a file as conversation_files.py describes it
@@ -89,11 +92,15 @@ class TrainingConfig:
     start: str  # a language model, or a directory that pretrain wrote
     ids: str | None = None  # where the ids of the rows are (id_index.py)
     aligner: ReAlign | None = None  # maps raw text rows in every batch
-    projector: ProjectorName | None = None
+    projector: values.ProjectorName | None = None
     visual_tokens: int | None = None  # of an image
     normalize: bool | None = None  # rows to unit length
-    template: TemplateName | None = None
+    template: values.TemplateName | None = None
     chat_template: str | None = None  # a Jinja text, where the tokenizer has none
+    recipe: values.RecipeName | None = None  # rules for samples, and the learning rate of "llava"
+    target: values.Target | None = None  # this and the next two replace a rule of the recipe
+    image_position: values.ImagePosition | None = None
+    end: values.EndName | None = None
     train: tuple[TrainablePart, ...] | None = None
     lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
     batch: int | None = None  # samples a step, over all devices
@@ -123,17 +130,22 @@ def finetune(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
-    config = _with_preset(stage, config)
-    _check_inputs(config)
-    arguments = _training_arguments(config)
+    if (config.test is None) != (config.test_rows is None):
+        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
+    check_inputs(config.conversations, config.rows, config.ids)
+    if config.test is not None and config.test_rows is not None:
+        check_inputs(config.test, config.test_rows)
     saved = _saved_config(config)
-    template = _template(config, saved)
+    recipe = _recipe(config, saved, PRESETS[stage]["template"])
+    config = _with_preset(stage, config, recipe)
+    arguments = _training_arguments(config)
+    template = _template(config, saved, recipe)
     with arguments.main_process_first(local=False):
         samples, held_out = _prepare_data(config, template)
     if held_out is None:
         arguments.eval_strategy = "no"
     model = _build_model(config, saved, arguments)
-    model.revision_config.template = template.name
+    model.revision_config.template, model.revision_config.recipe = template.name, recipe
     model.revision_config.encoder = saved.encoder if saved else config.rows.encoder
 
     from .trainer import ReVisionTrainer  # a subclass of Trainer, which transformers holds
@@ -163,24 +175,40 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     return summary
 
 
-def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
-    """Return the configuration with the preset of the stage where it says nothing."""
+def _recipe(config: TrainingConfig, saved: ReVisionConfig | None, template: str) -> Recipe:
+    """Return the rules for samples: those that are asked for, else those of the saved model.
+
+    ValueError if a chat template is given rules of plain samples, or a training that is resumed has
+    other rules.
+    """
+    rules = {name: getattr(config, name) for name in ("target", "end", "image_position")}
+    rules = {name: value for name, value in rules.items() if value}
+    if (config.template or template) == "chat" and (wrong := rules.keys() - {"image_position"}):
+        fault = f"got {rules[min(wrong)]}, but a chat template writes answers and their ends"
+        raise ValueError(f"{min(wrong)}: {fault}; leave it out, or give --template plain")
+    recipe = RECIPES[config.recipe or "default"]
+    if saved and config.recipe in (None, saved.recipe.name):
+        recipe = saved.recipe
+    recipe = replace(recipe, **rules)
+    checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
+    if checkpoint and (Path(checkpoint) / CONFIG).is_file():
+        trained = read_config(Path(checkpoint)).recipe
+        if trained != recipe:
+            advice = "resume with the same rules, or train in another directory"
+            raise ValueError(f"{checkpoint}: was trained with {trained}; got {recipe}; {advice}")
+    return recipe
+
+
+def _with_preset(stage: Stage, config: TrainingConfig, recipe: Recipe) -> TrainingConfig:
+    """Return the configuration with the presets of stage and recipe where it says nothing."""
     preset = PRESETS[stage]
+    rate = {"learning_rate": _LLAVA_RATES[stage]} if recipe.name == "llava" else {}
     parts = config.train or preset["train"]
     if config.lora and "lora" not in parts:
         fault = f"got {', '.join(config.lora)} for an adapter that is not trained"
         raise ValueError(f"lora: {fault}, but {', '.join(parts)}; give --train projector,lora")
-    values = {name: getattr(config, name) or value for name, value in preset.items()}
-    return replace(config, **values | {"trainer": preset["trainer"] | config.trainer})
-
-
-def _check_inputs(config: TrainingConfig) -> None:
-    """Check the local inputs, before the hub is asked for a model."""
-    if (config.test is None) != (config.test_rows is None):
-        raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
-    check_inputs(config.conversations, config.rows, config.ids)
-    if config.test is not None and config.test_rows is not None:
-        check_inputs(config.test, config.test_rows)
+    chosen = {name: getattr(config, name) or value for name, value in preset.items()}
+    return replace(config, **chosen | {"trainer": preset["trainer"] | rate | config.trainer})
 
 
 def _training_arguments(config: TrainingConfig) -> TrainingArguments:
@@ -209,6 +237,10 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     }
     arguments_class = transformers().TrainingArguments
     arguments = build_dataclass(arguments_class, "setting of Trainer", settings | config.trainer)
+    known = transformers().integrations.get_available_reporting_integrations()
+    if missing := set(arguments.report_to) - set(known):
+        advice = f"install it, or choose from {', '.join(['none', *known])}"
+        raise ImportError(f"report_to: {min(missing)} is not installed; {advice}")
     if arguments.n_gpu > 1:  # DataParallel would split image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
@@ -241,13 +273,13 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
     return saved
 
 
-def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
+def _template(config: TrainingConfig, saved: ReVisionConfig | None, recipe: Recipe) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
     tokenizer = transformers().AutoTokenizer.from_pretrained(config.start)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template  # saved with the trained model
     visual_tokens = config.visual_tokens or (saved or ReVisionConfig).visual_tokens
-    template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens)
+    template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens, recipe=recipe)
     source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
     if saved:
         source = str(trained) if trained.is_dir() else saved.language_model
@@ -295,7 +327,8 @@ def _build_model(
 
 def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
     """Print the number of samples and of trainable parameters."""
-    skipped = [f"{report[fault]:,} {text}" for fault, text in FAULTS.items() if report[fault]]
+    texts = FAULTS | {"skipped_turns": "answers before a first question skipped"}
+    skipped = [f"{report[name]:,} {text}" for name, text in texts.items() if report.get(name)]
     reasons = f" ({', '.join(skipped)})" if skipped else ""
     print(f"{report['used']:,} of {report['samples']:,} samples{reasons}")
     trained, total = Counter[str](), Counter[str]()  # parameters by part

@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from ..interface.option_values import DEFAULT_QUESTION, TemplateName
+from ..interface.option_values import DEFAULT_QUESTION, RECIPES, Recipe, TemplateName
 from .conversation_files import IMAGE_MARK, Sample, Turn
 from .model import IMAGE_TOKEN
 
@@ -42,24 +42,48 @@ class Encoded(NamedTuple):
     labels: list[int]  # the ids, or `IGNORED_LABEL`
 
 
-class Plain:
-    """Encodes captions as `[BOS][visual tokens]caption[EOS]`."""
+class _Encoder:
+    """The parts that `Plain` and `Chat` share."""
+
+    positions: int | None = None  # the longest input of the language model, if it has a limit
+    stop = ""  # a text that ends a generated one, beside `end_ids`
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        visual_tokens: int,
+        image_token: int = IMAGE_TOKEN,
+        recipe: Recipe = RECIPES["default"],
+    ) -> None:
+        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
+
+        ValueError if the tokenizer has no EOS; for `Chat` also if it has no chat template or is
+        slow, or the template does more to a text than append to it.
+        """
+        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
+        self.recipe, self.pad_id = recipe, tokenizer.pad_token_id or 0
+        self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Derive what the kind of template needs from the tokenizer."""
+
+
+class Plain(_Encoder):
+    """Encodes captions as `[BOS][visual tokens]caption[EOS]`, or with the end of the recipe."""
 
     name: TemplateName = "plain"
-    positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
-        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`."""
-        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
-        self.bos_ids, self.pad_id = _special_ids(tokenizer, "bos"), tokenizer.pad_token_id or 0
-        self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
+    def _set_up(self) -> None:
+        self.bos_ids = _special_ids(self.tokenizer, "bos")
+        self.stop = "\n" if self.recipe.end == "newline" else ""
 
     def reference(self, sample: Sample) -> str:
-        """Return the text that should be generated: the caption, else the last answer."""
-        if sample.caption is not None:
-            return sample.caption.strip()
-        answers = [text for role, text in sample.turns if role == "assistant"]
-        return answers[-1].strip() if answers else ""
+        """Return the text that should be generated: the caption or the last answer."""
+        answers = [text for role, text in sample.turns if role == "assistant"][-1:]
+        captions = [] if sample.caption is None else [sample.caption]
+        texts = answers + captions if self.recipe.target == "answer" else captions + answers
+        return texts[0].strip() if texts else ""
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens."""
@@ -68,7 +92,8 @@ class Plain:
         caption = self.reference(sample)
         if not caption:
             return "empty_captions"
-        most_tokens = len(self.prompt(sample)) + _most_tokens(caption) + len(self.end_ids)
+        most_tokens = len(self.prompt(sample)) + _most_tokens(caption + self.stop)
+        most_tokens += len(self.end_ids)
         if max_length is None or most_tokens <= max_length:
             return None
         return "over_long" if len(self.encode(sample).ids) > max_length else None
@@ -76,8 +101,9 @@ class Plain:
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
         prompt = self.prompt(sample)
-        caption = self.tokenizer(self.reference(sample), add_special_tokens=False)["input_ids"]
-        caption = caption + self.end_ids
+        text = self.reference(sample) + self.stop
+        caption = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        caption = caption + self.end_ids * (self.recipe.end == "eos")
         return Encoded(prompt + caption, [IGNORED_LABEL] * len(prompt) + caption)
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -86,38 +112,30 @@ class Plain:
 
     def with_answer(self, sample: Sample, text: str) -> Sample:
         """Return the sample with another caption."""
-        return sample._replace(caption=text)
+        return sample._replace(caption=text, turns=[])
 
 
-class Chat:
+class Chat(_Encoder):
     """Encodes conversations with the chat template of a tokenizer."""
 
     name: TemplateName = "chat"
-    positions: int | None = None  # the longest input of the language model, if it has a limit
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, image_token: int = IMAGE_TOKEN) -> None:
-        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
-
-        ValueError if the tokenizer has no chat template or no EOS or is slow, or the template does
-        more to a text than append to it.
-        """
-        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
+    def _set_up(self) -> None:
+        tokenizer = self.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             advice = "give one (--chat-template FILE), or train on captions (--template plain)"
             raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")
         self.template = tokenizer.get_chat_template()  # the default of several
-        self.pad_id: int = tokenizer.pad_token_id or 0
         if not tokenizer.is_fast:
             reason = "cannot say which characters a token stands for; use its fast tokenizer"
             raise ValueError(f"{tokenizer.name_or_path}: {reason}")
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         marks = sorted(filter(str.strip, added), key=len, reverse=True)  # the longest match
         self._added = re.compile("|".join(map(re.escape, marks)) or "(?!)")
-        # Any of them ends a generated text: EOS, and the special token after an answer.
         labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
         end_of_turn = set(last) & set(tokenizer.added_tokens_decoder)
-        self.end_ids = sorted({*_special_ids(tokenizer, "eos"), *end_of_turn})
+        self.end_ids = sorted({*self.end_ids, *end_of_turn})
         self._end_mark = _certain_mark(tokenizer, *end_of_turn) if end_of_turn else None
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
@@ -125,7 +143,7 @@ class Chat:
 
         ValueError if the template refuses the turns, or hides where an answer is.
         """
-        turns = _turns(sample)
+        turns = _turns(sample, self.recipe)
         answers = [text for role, text in turns if role == "assistant"]
         if not answers or not all(text.strip() for text in answers):
             return "empty_captions"
@@ -162,22 +180,22 @@ class Chat:
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample; ValueError as in `fault`."""
-        return self._tokenize(*self._render_spans(_turns(sample)))
+        return self._tokenize(*self._render_spans(_turns(sample, self.recipe)))
 
     def prompt(self, sample: Sample) -> list[int]:
         """Return the ids after which the last answer is generated."""
-        turns = _turns(sample)
+        turns = _turns(sample, self.recipe)
         (before,) = self.render([turns[: _last_answer(turns)]], generate=True)
         return self._tokenize(before.rstrip(" "), []).ids
 
     def reference(self, sample: Sample) -> str:
         """Return the text that should be generated: the last answer."""
-        turns = _turns(sample)
+        turns = _turns(sample, self.recipe)
         return turns[_last_answer(turns)][1].strip()
 
     def with_answer(self, sample: Sample, text: str) -> Sample:
         """Return the sample up to its last answer, with another text for it."""
-        turns = _turns(sample)
+        turns = _turns(sample, self.recipe)
         return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
     def _render_spans(self, turns: Sequence[Turn], retry: bool = True) -> tuple[str, list[Span]]:
@@ -272,12 +290,20 @@ Template = Plain | Chat
 TEMPLATES: dict[TemplateName, type[Plain] | type[Chat]] = {"plain": Plain, "chat": Chat}
 
 
-def _turns(sample: Sample) -> list[Turn]:
+def _turns(sample: Sample, recipe: Recipe) -> list[Turn]:
     """Return the turns of a sample; a caption alone answers a question about its images."""
+    if sample.turns and recipe.image_position == "front":
+        return [(role, _images_first(text)) for role, text in sample.turns]
     if sample.turns:
         return sample.turns
     question = "\n".join([IMAGE_MARK] * len(sample.images) + [DEFAULT_QUESTION])
     return [("user", question), ("assistant", (sample.caption or "").strip())]
+
+
+def _images_first(text: str) -> str:
+    """Return a text with its image marks, a line each, in front of its words."""
+    other_lines = [text.replace(IMAGE_MARK, "").strip()]
+    return "\n".join([IMAGE_MARK] * text.count(IMAGE_MARK) + other_lines).strip()
 
 
 def _last_answer(turns: Sequence[Turn]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
@@ -31,11 +34,24 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         parameters over devices.
         """
         self.template, self.generations = template, generations
+        self._batch_ends: list[float] = []  # of the first two, in seconds
         super().__init__(*inputs, processing_class=template.tokenizer, **options)
 
     @property
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """Train on one batch of this device; print the expected time after the second."""
+        loss: Tensor = super().training_step(*arguments, **options)
+        if len(ends := self._batch_ends) < 2:
+            loss.item()  # waits for the device
+            ends.append(time.monotonic())
+            if len(ends) == 2 and self.is_world_process_zero():
+                steps = self.state.max_steps - self.state.global_step
+                seconds = steps * self.args.gradient_accumulation_steps * (ends[1] - ends[0])
+                print(f"{steps:,} steps will take about {timedelta(seconds=round(seconds))}")
+        return loss
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Return the metrics of Trainer; answer samples in one process alone."""

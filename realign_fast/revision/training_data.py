@@ -32,6 +32,7 @@ from torch.utils import data
 from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
 from ..corpus.contiguous_shard import ContiguousShard
+from ..interface.option_values import Recipe
 from ..storage.atomic import replaced
 from ..storage.paths import explained, storage_path, write_json
 from .conversation_files import Sample, entry_texts, parquet_to_json_lines, read_sample
@@ -91,6 +92,7 @@ def prepare(
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
     settings += [tokenizer.name_or_path, len(tokenizer), str(ids)]
+    settings += [str(template.recipe)] * (template.recipe != Recipe())  # as in 0.1.0
     folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
     if not (folder / _REPORT).is_file():
         with open_index(rows, ids, cache) as row_of, replaced(folder) as partial:
@@ -118,7 +120,7 @@ def _join(
     source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
 ) -> dict[str, Any]:
     """Write the arrays of the list `source` to `folder`; return the report."""
-    path, total, used, images = source, 0, 0, 0
+    path, total, used, images, skipped_turns = source, 0, 0, 0, 0
     if source.suffix.lower() == ".parquet":
         parquet_to_json_lines(source, path := folder / _LIST_COPY)
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
@@ -141,8 +143,10 @@ def _join(
             array("q", [start, start + len(text), images, len(rows)]).tofile(samples_file)
             array("q", rows).tofile(rows_file)
             used, images = used + 1, images + len(rows)
+            skipped_turns += sample.skipped_turns
         array("q", [-1]).tofile(rows_file)  # an empty file cannot be mapped
     report: dict[str, Any] = {"samples": total, "used": used, "images": images}
+    report["skipped_turns"] = skipped_turns
     return report | {fault: counts[fault] for fault in FAULTS} | {"examples": examples}
 
 

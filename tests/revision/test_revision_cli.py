@@ -43,7 +43,7 @@ def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
     assert [one["row"] for one in lines] == list(range(48))
     right = [one["caption"] == CAPTIONS[one["row"] % 4] for one in lines]
     assert sum(right) == 48
-    capsys.readouterr()
+    assert "no --row, --id or --image, so all 48 rows" in capsys.readouterr().err
     assert main(words(*base, "--id", "x6", "x1")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["row"], one["caption"]) for one in lines] == [("x6", CAPTIONS[2]),
@@ -176,6 +176,7 @@ NO_MODEL = ["--language-model", "nowhere/at/all"]  # which is looked for after l
     ("more", "status", "said"),
     [
         (["--set", "learning_rat=1"], 3, "nearest: learning_rate"),
+        (["--set", "report_to=tensorboard"], 9, "report_to: tensorboard is not installed; inst"),
         (["--rows", "nowhere"], 6, "nowhere"),
         ([*NO_MODEL, "--data", "nowhere.json"], 6, "nowhere.json: no such file; expected a list"),
         ([*NO_MODEL, "--ids", "nowhere"], 3, "has no metadata/"),

@@ -187,6 +187,25 @@ def test_what_cannot_be_used_is_counted_and_over_a_share_an_error(root, tokenize
     assert longest <= 60 < len(chat.encode(sample_of(entries[6])).ids)
 
 
+@pytest.mark.parametrize("template", [Plain, Chat])
+def test_answers_before_the_first_question_are_skipped_and_counted(
+    template, root, tokenizer, tmp_path
+):
+    system, leading = {"from": "system", "value": "be short"}, {"from": "gpt", "value": "hello"}
+    first, second, third = (list_entry(name, None, "<image> ?") for name in ("x1", "x2", "x3"))
+    for entry in (first, second, third):
+        entry["conversations"][1]["value"] = "a red dog"
+    first["conversations"].insert(0, leading)
+    second["conversations"][:0] = [system, leading, leading]
+    path = write_list(tmp_path / "list.jsonl", [first, second, third])
+    dataset = ready(path, root[0], template(tokenizer, K), tmp_path / "cache")
+    assert (dataset.report["used"], dataset.report["skipped_turns"]) == (3, 3)
+    ids = [item["input_ids"] for item in dataset.__getitems__([0, 1, 2])]
+    assert ids[0] == ids[2]
+    assert "hello" not in tokenizer.decode([token for token in ids[1] if token >= 0])
+    assert dataset.sample(1).turns[0] == ("system", "be short")
+
+
 def test_a_conversation_that_cannot_be_labelled_is_named_before_training(root, tmp_path):
     """The second answers are cut, or there is a system turn that the template refuses."""
     cut = CHATML.replace("message['content']", "message['content'][:9 + 99 * loop.last]")

@@ -12,10 +12,19 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
-from support.revision_parts import IDS, list_entry, word_tokenizer, write_corpus, write_lines
+from support.revision_parts import (
+    CAPTIONS,
+    IDS,
+    list_entry,
+    word_tokenizer,
+    write_corpus,
+    write_lines,
+)
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
+from realign_fast.interface.option_values import RECIPES
+from realign_fast.revision import stages
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
 from realign_fast.revision.model import ReVisionConfig, ReVisionModel, position_limit
@@ -234,6 +243,36 @@ def test_mistakes_are_named(world, tmp_path):
     assert not (tmp_path / "y" / "training.json").exists()
 
 
+def test_a_recipe_is_trained_stored_inherited_and_kept_when_resumed(world, tmp_path):
+    entries = [list_entry(IDS[n], CAPTIONS[n % 4]) | {"caption": "one tree"} for n in range(48)]
+    path, out = write_lines(tmp_path / "list.jsonl", entries), tmp_path / "out"
+    rates = {"learning_rate": 0.01, "num_train_epochs": 6.0, "save_steps": 36}
+    config = run_of(
+        world, out, recipe="paper", trainer=rates, train=("projector", "language_model")
+    )
+    config = dataclasses.replace(config, conversations=str(path))
+    assert pretrain(config)["model"]["recipe"] == dataclasses.asdict(RECIPES["paper"])
+    model, template = open_model(out, device="cpu")  # which ends a text with the newline
+    captions = list(caption_rows(model, template, [config.rows.take([0, 1, 2, 3])]))
+    assert captions == CAPTIONS and template.recipe == RECIPES["paper"]
+    changed = dataclasses.replace(config, resume=True, end="eos")
+    message = (
+        r"checkpoint-36: was trained with recipe paper \(target answer, image position front, "
+    )
+    with pytest.raises(ValueError, match=message + r"end newline\); got recipe paper .*, end eos"):
+        pretrain(changed)
+    with pytest.raises(ValueError, match=r"got recipe default .*resume with the same rules"):
+        pretrain(dataclasses.replace(config, resume=True, recipe=None))
+    with pytest.raises(ValueError, match="target: got answer, but a chat template writes answers"):
+        finetune(run_of(world, tmp_path / "two", start=out, target="answer"))
+    second = run_of(world, tmp_path / "two", start=out, trainer=SHORT | {"max_steps": 1})
+    assert finetune(second)["model"]["recipe"]["name"] == "paper"
+    bare = dataclasses.replace(config, trainer={}, train=None)
+    for stage, rate in (("pretrain", 1e-3), ("finetune", 2e-5)):  # of LLaVA-1.5
+        chosen = stages._with_preset(stage, bare, RECIPES["llava"])
+        assert chosen.trainer["learning_rate"] == rate
+
+
 def test_a_fresh_adapter_begins_from_the_seed(world, tmp_path):
     options = {"start": "gpt2", "train": ("lora",), "template": "chat"}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -253,7 +292,9 @@ def test_a_fresh_adapter_begins_from_the_seed(world, tmp_path):
 def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
     steps = {"max_steps": 6, "save_steps": 3, "save_total_limit": 9}
     whole = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
-    assert "holds no checkpoint to resume from" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "holds no checkpoint to resume from" in printed
+    assert "6 steps will take about 0:00:" in printed
     shutil.rmtree(tmp_path / "checkpoint-6")
     again = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)

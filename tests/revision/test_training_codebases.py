@@ -1,0 +1,87 @@
+"""The code of docs/training_codebases.md runs, with the real packages where they are installed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "training_codebases.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """A function that runs the first block and one with a text; it returns their names."""
+    monkeypatch.chdir(tmp_path)
+    links = {"LANGUAGE_MODEL": "llama", "captions.jsonl": "list.jsonl", "aligned": "corpus"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(world / target)
+    names: dict = {"__name__": "page"}
+
+    def run_block(containing):
+        for code in (BLOCKS[0], next(block for block in BLOCKS if containing in block)):
+            names["before"] = [weight.clone() for weight in weights(names)]
+            exec(compile(code, PAGE.name, "exec"), names)
+        return names
+
+    return run_block
+
+
+def weights(names):
+    return names["model"].projector.parameters() if "model" in names else []
+
+
+def trained(names):
+    pairs = zip(weights(names), names["before"], strict=True)
+    return all(not torch.equal(after, before) for after, before in pairs)
+
+
+@pytest.mark.parametrize(
+    ("containing", "packages"),
+    [
+        ("import Trainer", ["accelerate"]),
+        ("for batch in", []),
+        ("pytorch_lightning", ["pytorch_lightning"]),
+    ],
+)
+def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path):
+    for package in packages:
+        pytest.importorskip(package)
+    assert trained(run(containing))
+    assert (tmp_path / "out" / "revision.json").is_file() == ("import Trainer" in containing)
+
+
+def test_requests_of_vllm(run):
+    names = run("prompt_embeds")
+    model, rows = names["model"], names["samples"].rows.take([0]).float()
+    images = names["of_llava"]["multi_modal_data"]["image"]
+    assert images.shape == (1, 2, 64) and images.is_contiguous()
+    assert torch.equal(images, model.projector(rows))
+    bos = model.language_model.get_input_embeddings()(torch.tensor([1]))
+    assert torch.equal(names["of_language_model"]["prompt_embeds"], torch.cat([bos, images[0]]))
+
+
+def test_weights_of_llava_go_out_and_come_back(run):
+    names = run("mm_projector")
+    weights = torch.load("mm_projector.bin", weights_only=True)
+    ours = dict(names["model"].projector.named_parameters())
+    assert set(weights) == {
+        f"model.mm_projector.{layer}" for layer in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    load = names["load_mm_projector"]
+    doubled = {f"base_model.{name}": 2 * weight.bfloat16() for name, weight in weights.items()}
+    torch.save(doubled | {"lm_head.weight": torch.ones(3)}, "non_lora_trainables.bin")
+    load(names["model"].projector, "non_lora_trainables.bin")
+    expected = 2 * weights["model.mm_projector.2.weight"].bfloat16().float()
+    assert torch.equal(ours["layers.2.weight"], expected)
+    torch.save({"model.mm_projector.weight": torch.ones(64, 16)}, "linear.bin")
+    torch.save({"model.mm_projector.0.weight": Path()}, "code.bin")
+    for name in ("linear.bin", "code.bin"):
+        with pytest.raises(ValueError, match=f"{name}: expected the mm_projector of LLaVA"):
+            load(names["model"].projector, name)
+    names["model"].projector.config.projector = "prefix"
+    with pytest.raises(ValueError, match="got a projector prefix, expected linear or mlp"):
+        names["save_mm_projector"](names["model"].projector, "other.bin")
