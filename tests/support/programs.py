@@ -118,9 +118,18 @@ def _interpreter():
     command = [sys.executable, __file__, address]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-    atexit.register(process.communicate)  # its standard input ends
+    atexit.register(_end, process)
     assert process.stdout.readline() == b"ready\n"
     return address
+
+
+def _end(process):
+    """Close the standard input of the interpreter, which ends it."""
+    process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def serve(address):
