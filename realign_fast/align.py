@@ -320,9 +320,9 @@ class ReAlign(nn.Module, HubObject):
 
         ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
         tensor to write the result into. Other columns than those fitted on, and a map that is not
-        fitted, are a ValueError. The noise of C3 cannot be exported to ONNX, a
-        NotImplementedError. Without ``out``, rows far from the source fitted on are warned about
-        once: the first call of 32 rows or more is tested, and the second, fourth, eighth and so on.
+        fitted, are a ValueError. ONNX has no form of the noise map's op, ``seeded_noise``. Without
+        ``out``, rows far from the source fitted on are warned about once: the first call of 32 rows
+        or more is tested, and the second, fourth, eighth and so on.
         """
         if isinstance(rows, np.ndarray):
             array: Array = self(tensor_of("ReAlign", rows), out_dtype=out_dtype, out=out).numpy()
@@ -338,10 +338,6 @@ class ReAlign(nn.Module, HubObject):
         if out is None:
             warn_of_far_rows(self, "ReAlign", flat, self.source_mean, self.source_count)
         if callable(row_map):
-            if torch.onnx.is_in_onnx_export():
-                raise NotImplementedError(
-                    "ReAlign: ONNX has no 64-bit hashing for the noise map; export another method"
-                )
             noisy = row_map(flat).to(out_dtype or rows.dtype).reshape(rows.shape)
             return noisy if out is None else out.copy_(noisy)
         if out is not None:
