@@ -39,7 +39,7 @@ case $step in
     run stats --image "$image" --out "$out" --shard "$part"
     ;;
   drift)
-    run stats --text "$text" --out "$out" --aligner "$out/half.safetensors" --shard "$part"
+    run stats --text "$text" --out "$out" --aligner "$out" --shard "$part"
     ;;
   apply)
     run apply --text "$text" --aligner "$out" --out "$out" --shard "$part"

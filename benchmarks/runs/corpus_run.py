@@ -83,7 +83,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     after = disk(text[: options.samples], options.corpus)
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "__realign__/report.json").read_text())
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} threads",

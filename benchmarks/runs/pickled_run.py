@@ -108,7 +108,9 @@ def main() -> None:
     for kind in ("seconds", "processor_seconds"):
         one, other = (statistics.median(run[kind] for run in runs[name]) for name in outs)
         report[kind] = {"numpy": one, "realign_fast": other, "ratio": one / other}
-    report["passes"] = json.loads((outs["realign_fast"] / "report.json").read_text())["passes"]
+    report["passes"] = json.loads((outs["realign_fast"] / "__realign__/report.json").read_text())[
+        "passes"
+    ]
     text = json.dumps(report, indent=1)
     print(text)
     if options.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError, UnfinishedShards
-from ..storage.paths import StoragePath, output_path, storage_path
+from ..storage.paths import StoragePath, output_of, output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
@@ -49,7 +49,7 @@ def fit(options: opts.FitOptions) -> Result:
     check_kept(out, [Written(source, source.subfolder)], run.settings.mode)
     with run.output_directory(out):
         aligner = run.fit(source, target, residual=True)
-        aligner.save(out / ALIGNER)
+        aligner.save(records_of(out) / ALIGNER)
         report = run.finish(out, aligner, source, target)
     return _reported(report, options.out)
 
@@ -98,7 +98,7 @@ def stats(options: opts.StatsOptions) -> Result:
     rows = open_corpus(options, path, "text" if side == "source" else "image")
     half = storage_path(options.aligner) if options.aligner else None
     if half and half.is_dir():
-        raise OptionError(f"{half}: is a directory; name {half / HALF} itself")
+        half = records_of(half) / HALF
     if half and not half.exists():
         if half.name == HALF and (half.parent / STATS).is_dir():
             advice = "run merge --after statistics, which says what is missing, and then this again"
@@ -204,13 +204,14 @@ def _open_merged(path: StoragePath) -> ReAlign:
     from ..pipeline.job_array import HALF
     from ..pipeline.output import ALIGNER, SPACE
 
-    out = path.parent if path.name == ALIGNER else path
-    if (out / STATS).is_dir() and not any((out / name).exists() for name in (ALIGNER, SPACE)):
+    records = path.parent if path.name == ALIGNER else records_of(path)
+    has_map = any((records / name).exists() for name in (ALIGNER, SPACE))
+    if (records / STATS).is_dir() and not has_map:
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
-        if (half := out / HALF).exists():
+        if (half := records / HALF).exists():
             advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"
             advice += " --after drift"
-        raise UnfinishedShards(f"{out}: has statistics and no {ALIGNER}; {advice}")
+        raise UnfinishedShards(f"{output_of(records)}: has statistics and no {ALIGNER}; {advice}")
     aligner = ReAlign.from_pretrained(path)  # first: an error if the file is damaged
     if path.name == HALF:
         raise OptionError(

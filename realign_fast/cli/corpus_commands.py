@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
-from ..storage.paths import output_path, storage_path
+from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import LOGGER, ExitCode, Result, command
 
@@ -42,7 +42,6 @@ def open_corpus(
 
 def open_space(options: Any, *fitting: str) -> SharedSpace | None:
     """Open ``--space``, a file or a directory; an OptionError for options of a fit beside it."""
-    from ..pipeline.output import SPACE
     from ..shared_space import SharedSpace
 
     if options.space is None:
@@ -52,8 +51,7 @@ def open_space(options: Any, *fitting: str) -> SharedSpace | None:
         raise OptionError(
             f"--{option}: is an option of a fit, and --space is fitted; leave one of them out"
         )
-    path = storage_path(options.space)
-    return SharedSpace.load(path / SPACE if path.is_dir() else path)
+    return SharedSpace.from_pretrained(storage_path(options.space))
 
 
 def shows_progress(options: opts.Common) -> bool:
@@ -169,7 +167,7 @@ def embed(options: opts.EmbedOptions) -> Result:
     if options.dry_run:
         items = {content: source.total for content, source in sources.items()}
         shards = sum(-(-total // options.shard_rows) for total in items.values())
-        finished = len(list((Path(options.out) / RECORDS).glob("[0-9]*.json")))
+        finished = len(list((records_of(Path(options.out)) / RECORDS).glob("[0-9]*.json")))
         text = ", ".join(f"{count:,} {content}" for content, count in items.items())
         text += f" in {shards:,} shards, of which {finished:,} are there"
         facts = {"items": items, "shards": shards, "finished_shards": finished}
@@ -198,6 +196,6 @@ def embed(options: opts.EmbedOptions) -> Result:
     if report["unturned"]:
         lines.append(f"{report['unturned']:,} images have damaged EXIF data and were not turned")
     if report["failures"]:
-        failures = Path(options.out) / FAILURES
+        failures = records_of(Path(options.out)) / FAILURES
         lines.append(f"{report['failures']:,} items failed and are no rows: {failures}")
     return Result({"out": options.out, **report}, "\n".join(lines), has_report=True)

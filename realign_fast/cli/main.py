@@ -232,11 +232,13 @@ class Messages(logging.Handler):
 
 def _write_options(name: str, options: opts.Configured) -> None:
     """Add the options of a run to the report beside its result, where ``--config`` finds them."""
-    from ..storage.paths import output_path, write_json
+    from ..storage.paths import output_path, records_of, write_json
 
     left_out = {*get_type_hints(opts.Configured), "dry_run"}
     values = {key: value for key, value in vars(options).items() if key not in left_out}
-    path = output_path(getattr(options, "out", "")) / options.report
+    out = output_path(getattr(options, "out", ""))
+    places = [folder / options.report for folder in (out, records_of(out))]
+    path = next(path for path in reversed(places) if path.exists())
     run = {"command": name, "directory": os.getcwd(), "options": values}
     write_json(path, json.loads(path.read_bytes()) | {"run": run})
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 from typer import Argument, BadParameter, Context, Option
 
 from ..interface import option_values as values
-from ..storage.paths import local_path, output_path, storage_path
+from ..storage.paths import local_path, output_path, records_of, storage_path
 from ..storage.url import Url
 
 PANELS = ("Input", "Output", "Method", "Model", "Training", "Run", "Engine", "Messages")
@@ -134,6 +134,11 @@ def _kept(path: str) -> None:
 def read_options(context: Context, path: Path | None) -> Path | None:
     """Let the options in a file stand for those that are not given."""
     if path is not None:
+        if path.is_dir():  # the output of the run, or the folder of a trained model
+            names = "report.json", "embed.json", "training.json"
+            folders = local_path(records_of(storage_path(path))), path
+            files = [folder / name for folder in folders for name in names]
+            path = next((file for file in files if file.is_file()), path)
         advice = "give the report that align, apply, fit, embed or a training wrote"
         try:
             run = json.loads(path.read_bytes())["run"]

@@ -20,7 +20,7 @@ import torch
 
 from ..interface.option_values import OptionError
 from ..storage.lock import locked
-from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
+from ..storage.paths import RECORDS, AnyPath, StoragePath, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
 from .format_registry import FORMATS, UNFINISHED, shard_paths
@@ -92,14 +92,14 @@ def _alone(out: StoragePath) -> Iterator[None]:
     """Hold `out` against other processes; neither the lock nor an empty `out` is left after it."""
     is_new = not out.exists()
     try:
-        with locked(out / "_stats"):
+        with locked(stats := out / RECORDS / "_stats"):
             try:
                 yield
             finally:
                 if not out.is_remote:
-                    (out / "_stats" / "lock").unlink(missing_ok=True)
+                    (stats / "lock").unlink(missing_ok=True)
     finally:
-        for folder in (out / "_stats", *([out] if is_new else [])):
+        for folder in (stats, stats.parent, *([out] if is_new else [])):
             with suppress(OSError):  # another process has its lock there, or there are files
                 folder.rmdir()
 

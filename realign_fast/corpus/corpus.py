@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..storage.paths import AnyPath, StoragePath, storage_path
+from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from . import layout
 from .format_registry import read_shards, shard_paths
 from .formats import arrow
@@ -133,6 +133,7 @@ class Corpus:
         """Name and hash of the encoder, as `embed` or `align` records them beside rows, or None."""
         folder = self.shards[0].path.parent
         root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
+        root = records_of(root)
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((root / "embed.json").read_bytes())
             return f"{PurePath(record['model']).name} {record['made']['model']['weights']}"

@@ -12,6 +12,7 @@ import an optional package of the format.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conv
 # Written by this package beside shards.
 NOT_SHARDS = {"aligner.safetensors", "half.safetensors", "space.safetensors"}
 ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
+LEFT_BY_DATASETS = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # beside shards, by its `map`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 HEAD_BYTES = 512  # of a file, by which its format is recognized
 
@@ -67,6 +69,11 @@ def format_of(name: str) -> str | None:
     return SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
+def is_output_shard(name: str) -> bool:
+    """Return whether a file of an output is a shard, and none that other programs left there."""
+    return format_of(name) is not None and not LEFT_BY_DATASETS.fullmatch(name)
+
+
 def compression_of(name: str) -> str | None:
     """Return the compression of a shard that is compressed as a whole, such as `rows.tar.gz`."""
     name = name.lower().replace(".tgz", ".tar.gz")
@@ -80,6 +87,7 @@ def shard_paths(folder: StoragePath) -> list[StoragePath]:
         if (folder / arrow.DATASET_STATE).is_file():
             return arrow.data_files(folder)
         paths = [path for path in folder.iterdir() if format_of(path.name)]
+    paths = [path for path in paths if not LEFT_BY_DATASETS.fullmatch(path.name)] or paths
     paths = [path for path in paths if format_of(path.name) not in ONLY_ALONE] or paths
     paths.sort(key=lambda path: natural_order(path.name))
     first_of_format = {format_of(path.name): path for path in reversed(paths)}

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
 METADATA_SUFFIXES = (".jsonl", ".parquet")
-OUR_FOLDERS = {METADATA, "_stats"}  # their files look like shards and are none
 EXAMINED_FILES = 1000  # of a folder that may hold shards
 LISTED_NAMES = 5  # in one message
 
@@ -167,7 +166,7 @@ def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
 
 def _may_hold_shards(folder: StoragePath, name: str) -> bool:
     """Return whether a folder may hold shards; a remote one, of perhaps millions, is not listed."""
-    if name in OUR_FOLDERS or name.startswith((".", "_")):
+    if name == METADATA or name.startswith((".", "_")):  # whose files are no shards
         return False
     if folder.is_remote:
         return True

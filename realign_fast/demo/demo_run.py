@@ -67,7 +67,7 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
     """
     settings = Settings(progress=progress, mode="overwrite")  # the rates need every pass to run
     report = align(DATA, DATA, out, settings)
-    aligner = ReAlign.load(out / "aligner.safetensors")
+    aligner = ReAlign.from_pretrained(out)
     AlignRun(settings).apply(aligner, Corpus(HELD_OUT, "text"), out / "heldout")
 
     fitted, held_out = _both(DATA), _both(HELD_OUT)
@@ -90,7 +90,7 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
     print(_table(summary))
     rates = (f"{done['name']} {done['rows_per_second'] / 1e6:.2f}" for done in report["passes"])
     print(f"\nMillion rows per second: {', '.join(rates)}.")
-    print(f"Wrote {out}: the aligned rows, report.json, demo.json and the picture demo.png.\n")
+    print(f"Wrote {out}: the aligned rows, demo.json and the picture demo.png.\n")
     print(_NEXT)
     return summary
 

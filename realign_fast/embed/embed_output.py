@@ -3,9 +3,12 @@
 OUT/img_emb/img_emb_0.npy          rows [n, D], as clip-retrieval writes them
 OUT/text_emb/text_emb_0.npy
 OUT/metadata/metadata_0.parquet    id, caption and source of each row (jsonl without pyarrow)
-OUT/failures.jsonl                 the items without a row, with the reason
-OUT/_embed/run.json                what all rows depend on
-OUT/_embed/0.json, 0.failures      shard 0 is complete; its failures
+OUT/__realign__/failures.jsonl     the items without a row, with the reason
+OUT/__realign__/embed.json         the report
+.../_embed/run.json                what all rows depend on
+.../_embed/0.json, 0.failures      shard 0 is complete; its failures
+
+Version 0.1.0 wrote the last four into OUT itself; such an output is continued as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from ..corpus import ShardWriter, format_of
 from ..corpus.formats.arrow_columns import pyarrow, write_table
 from ..corpus.layout import SUBFOLDERS
-from ..storage.paths import write_json, write_whole
+from ..storage.paths import records_of, write_json, write_whole
 from .sources.base import Item
 
 Side = Literal["text", "image"]
@@ -55,8 +58,9 @@ class ShardFiles:
         folders = [SUBFOLDERS[side] for side in sides]
         self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
         self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format()}"
-        self.failures_path = out / RECORDS / f"{number}.failures"
-        self.record = out / RECORDS / f"{number}.json"  # says that the shard is complete
+        records = records_of(out) / RECORDS
+        self.failures_path = records / f"{number}.failures"
+        self.record = records / f"{number}.json"  # says that the shard is complete
         self.data_paths = [*self.rows_paths, self.metadata_path]
         self.paths = [*self.data_paths, self.record, self.failures_path]
 
@@ -148,7 +152,8 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
     them were recorded: early runs of version 0.1.0 left the architecture out.
     ValueError if `out` holds other files, or rows that depend on other facts.
     """
-    run = out / RECORDS / RUN
+    records = records_of(out) / RECORDS
+    run = records / RUN
     folders = [out, *(out / name for name in SUBFOLDERS.values())]
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
     if not run.exists() and (shards := [path for path in files if format_of(path.name)]):
@@ -156,7 +161,7 @@ def check_out(out: Path, facts: dict[str, Any], overwrite: bool) -> bool:
     if overwrite and run.exists():
         for name in FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
-        for path in (out / RECORDS).glob("[0-9]*.*"):
+        for path in records.glob("[0-9]*.*"):
             path.unlink()
         run.unlink()
     if not run.exists():
@@ -188,13 +193,15 @@ def remove_stale(out: Path, planned: Sequence[ShardFiles]) -> None:
         for partial in (out / name).glob(".*.partial"):
             partial.unlink()
     planned_paths = {path for files in planned for path in files.paths}
-    for number in {int(path.name.split(".")[0]) for path in (out / RECORDS).glob("[0-9]*.*")}:
+    records = (records_of(out) / RECORDS).glob("[0-9]*.*")
+    for number in {int(path.name.split(".")[0]) for path in records}:
         for path in {*ShardFiles(out, number, get_args(Side)).paths} - planned_paths:
             path.unlink(missing_ok=True)
 
 
 def join_failures(out: Path, count: int) -> int:
     """Write `failures.jsonl` of all shards and return the number of failures."""
-    lines = b"".join((out / RECORDS / f"{i}.failures").read_bytes() for i in range(count))
-    write_whole(out / FAILURES, lines)
+    records = records_of(out)
+    lines = b"".join((records / RECORDS / f"{i}.failures").read_bytes() for i in range(count))
+    write_whole(records / FAILURES, lines)
     return lines.count(b"\n")

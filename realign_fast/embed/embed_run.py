@@ -19,7 +19,7 @@ from ..interface.option_values import SHARD_ROWS, EmbedMode, RowDtype
 from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
-from ..storage.paths import write_json
+from ..storage.paths import records_of, write_json
 from . import embed_output
 from .embed_output import RECORDS, ShardFiles, Side
 from .encoders.base import Encoder
@@ -70,7 +70,7 @@ def embed(
     pairs: Source | None = None,
     settings: EmbedSettings | None = None,
 ) -> dict[str, Any]:
-    """Embed sources into the clip-retrieval root `out` and return the report in `embed.json`.
+    """Embed sources into the clip-retrieval root `out` and return the report, `embed.json`.
 
     `texts` and `images` are two sides without pairs: their shards have different numbers. `pairs`
     holds both sides: row i of `text_emb/text_emb_N` and row i of `img_emb/img_emb_N` belong to the
@@ -89,9 +89,10 @@ def embed(
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
     plan = _plan(out, sources, settings.shard_rows)
     run = _EmbedRun(encoder, out, settings, plan)
-    with locked(out / RECORDS):
+    records = records_of(out)
+    with locked(records / RECORDS):
         run.recorded = embed_output.check_out(out, run.facts, settings.mode == "overwrite")
-        (out / embed_output.REPORT).unlink(missing_ok=True)
+        (records / embed_output.REPORT).unlink(missing_ok=True)
         embed_output.remove_stale(out, [shard.files for shard in plan])
         report = run.write_shards()
         failures = embed_output.join_failures(out, len(plan))
@@ -104,10 +105,10 @@ def embed(
             "shards": len(plan),
         }
         if not run.recorded:
-            write_json(out / RECORDS / embed_output.RUN, run.facts)
+            write_json(records / RECORDS / embed_output.RUN, run.facts)
         if not sum(report["rows"].values()):
-            raise ValueError(f"{out}: all {failures} items failed; see failures.jsonl there")
-        write_json(out / embed_output.REPORT, report | {"made": run.facts})
+            raise ValueError(f"{out}: all {failures} items failed; see {records / embed_output.FAILURES}")
+        write_json(records / embed_output.REPORT, report | {"made": run.facts})
     return report
 
 
@@ -129,7 +130,7 @@ class _EmbedRun:
         self, encoder: Encoder, out: Path, settings: EmbedSettings, plan: list[PlannedShard]
     ) -> None:
         self.encoder, self.settings, self.plan = encoder, settings, plan
-        self.lock = out / RECORDS / "lock"
+        self.lock = records_of(out) / RECORDS / "lock"
         self.recorded = True  # whether the output records everything that its rows depend on
         on_gpu, cores = encoder.device.type == "cuda", os.cpu_count() or 1
         self.batch_size = settings.batch_size or (256 if on_gpu else 32)

@@ -24,7 +24,7 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
-from ..storage.paths import AnyPath, StoragePath, output_path, write_json
+from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
 from .cached_corpus import CachedCorpus
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
@@ -121,9 +121,9 @@ class AlignRun(PassRunner):
             check_output(directory, [result], self.settings)
         check_aligner(aligner, source)
         with self.output_directory(directory):
-            (directory / REPORT).unlink(missing_ok=True)
+            (records_of(directory) / REPORT).unlink(missing_ok=True)
             if self.part[1] == 1:
-                aligner.save(directory / ALIGNER)
+                aligner.save(records_of(directory) / ALIGNER)
             moments = self.write(result, aligner, directory)
             if self.part[1] == 1 and moments.count:
                 mean, count = aligner.target_mean, int(aligner.target_count)
@@ -134,7 +134,7 @@ class AlignRun(PassRunner):
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
-        earlier = read_manifest(out)["passes"].get(result.pass_name)
+        earlier = read_manifest(records_of(out))["passes"].get(result.pass_name)
         if earlier and task.checkpoints and earlier["facts"] != task.checkpoints.facts:
             LOGGER.warning(
                 f"{written[1]}: holds {len(earlier['shards'])} shards of other options or of "
@@ -177,7 +177,7 @@ class AlignRun(PassRunner):
         """
         settings = {name: getattr(self.settings, name) for name in options}
         code = code_version(self.settings.device)
-        write_manifest(out, code, settings, self.manifest_passes, made_by)
+        write_manifest(records_of(out), code, settings, self.manifest_passes, made_by)
         peak_unit = 1 if sys.platform == "darwin" else 1024
         report = facts | {
             "bad_rows": self.settings.bad_rows,
@@ -189,7 +189,7 @@ class AlignRun(PassRunner):
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
-        write_json(out / REPORT, report)
+        write_json(records_of(out) / REPORT, report)
         return report
 
 
@@ -223,7 +223,7 @@ def align(
         aligner = run.fit(source_corpus, target_corpus)
         aligned = run.apply(aligner, source_corpus, directory)
         aligner.record_residual(aligned)
-        aligner.save(directory / ALIGNER)
+        aligner.save(records_of(directory) / ALIGNER)
         return run.finish(directory, aligner, source_corpus, target_corpus, aligned)
 
 

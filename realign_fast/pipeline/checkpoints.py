@@ -1,4 +1,4 @@
-"""Checkpoints of finished shards: the directory ``_stats/`` of an output.
+"""Checkpoints of finished shards: the directory ``_stats/`` in the records of an output.
 
 Each pass leaves a small file for each shard that it finished. The file is found by a key: a hash of
 the identity of the source file (path, shape, dtype, size, modification time) and of everything else
@@ -125,19 +125,19 @@ def digest(path: StoragePath | Path) -> str:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one pass in the output directory ``out``.
+    """The checkpoints of one pass in the records of an output (:func:`.paths.records_of`).
 
     ``facts`` are what the numbers of the pass depend on, beside the identity of a shard.
     """
 
-    out: StoragePath
+    records: StoragePath
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> StoragePath:
         """The directory of this pass in ``_stats/``."""
         name: str = self.facts["pass"].replace(" ", "-")
-        return self.out / STATS / name
+        return self.records / STATS / name
 
     def key(self, shard_identity: Entry) -> str:
         """Return the key of a shard in this pass: 16 hexadecimal digits."""

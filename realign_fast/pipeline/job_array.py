@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, Step, UnfinishedShards
-from ..storage.paths import AnyPath, output_path
+from ..storage.paths import AnyPath, output_path, records_of
 from .align_run import AlignRun, check_aligner, check_columns
 from .output import ALIGNER, Written, check_kept, check_output, check_place
 from .passes import Pass
@@ -69,7 +69,7 @@ def merge(
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
     check_output(directory, [Written(source, source.subfolder)], run.settings, [target])
     check_columns(source, target)
-    half_path, path = directory / HALF, directory / ALIGNER
+    half_path, path = (records_of(directory) / name for name in (HALF, ALIGNER))
     finished_steps, written, next_step = 0, "", "stats --shard i/n of both sides"
     with run.output_directory(directory):
         try:

@@ -37,13 +37,13 @@ _PATHS_IN_OUT = "stats", "folder", "name"  # are opened, so that none may lead o
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
-def read_manifest(out: StoragePath) -> dict[str, Any]:
-    """Return the manifest of an output directory, one without passes if there is none yet.
+def read_manifest(records: StoragePath) -> dict[str, Any]:
+    """Return the manifest in the records of an output, one without passes if there is none yet.
 
     Raises:
         ValueError: the file is not a manifest that this version writes.
     """
-    path = out / MANIFEST
+    path = records / MANIFEST
     if not path.exists():
         return {"format": FORMAT, "passes": {}}
     try:
@@ -60,26 +60,26 @@ def read_manifest(out: StoragePath) -> dict[str, Any]:
     return result
 
 
-def check_arithmetic(out: StoragePath, code: str) -> None:
+def check_arithmetic(records: StoragePath, code: str) -> None:
     """Refuse to continue an output of a version whose results differ from those of this one.
 
     ``code`` is what :func:`.checkpoints.code_version` returns: its version is that of the
     arithmetic, which changes only if a byte of a result does.
 
     Raises:
-        OptionError: the manifest of ``out`` names another version.
+        OptionError: the manifest names another version.
     """
     try:
         made_by, own = (
             str(version).partition(",")[0]
-            for version in (json.loads((out / MANIFEST).read_bytes())["code"], code)
+            for version in (json.loads((records / MANIFEST).read_bytes())["code"], code)
         )
     except (OSError, ValueError, KeyError, TypeError):
         return  # there is none, or it is written anew
     if made_by != own:
         raise OptionError(
-            f"{out}: made by {made_by}, whose sums differ from those of {own}, so that nothing of "
-            "it can be continued; write it anew with --mode overwrite, or give another --out"
+            f"{records}: made by {made_by}, whose sums differ from those of {own}, so that nothing "
+            "of it can be continued; write it anew with --mode overwrite, or give another --out"
         )
 
 
@@ -115,17 +115,17 @@ def _first_fault(manifest: Any) -> str:
 
 
 def write_manifest(
-    out: StoragePath, code: str, settings: Entry, passes: Passes, aligner_hash: str | None
+    records: StoragePath, code: str, settings: Entry, passes: Passes, aligner_hash: str | None
 ) -> None:
     """Write the manifest, with the passes of earlier runs that this run did not repeat.
 
-    ``aligner_hash`` is the hash of the map in ``out`` (:func:`.checkpoints.map_hash`).
+    ``aligner_hash`` is the hash of the map beside it (:func:`.checkpoints.map_hash`).
     """
-    passes = read_manifest(out)["passes"] | passes
+    passes = read_manifest(records)["passes"] | passes
     names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
     ordered = {name: passes[name] for name in names if name in passes}
     facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
-    write_json(out / MANIFEST, facts | {"passes": ordered})
+    write_json(records / MANIFEST, facts | {"passes": ordered})
 
 
 def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) -> None:
@@ -156,8 +156,8 @@ def saved_moments(
             written; or a shard seems to be present under another name, so that its rows would
             count twice.
     """
-    out, facts, name = checkpoints.out, checkpoints.facts, checkpoints.facts["pass"]
-    earlier = read_manifest(out)["passes"].get(name, {"facts": facts, "shards": []})
+    records, facts, name = checkpoints.records, checkpoints.facts, checkpoints.facts["pass"]
+    earlier = read_manifest(records)["passes"].get(name, {"facts": facts, "shards": []})
     paths = {entry["path"] for entry in present}
     absent = [entry for entry in earlier["shards"] if entry["path"] not in paths]
     _refuse_renamed(absent, present)
@@ -168,12 +168,12 @@ def saved_moments(
             if value != facts.get(key)
         )
         raise ValueError(
-            f"{out / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {changes}; "
+            f"{records / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {changes}; "
             "give the options of the earlier run, or read everything with --mode overwrite"
         )
     saved = []
     for entry in absent:
-        path = out / entry["stats"]
+        path = records / entry["stats"]
         if not path.exists() or digest(path) != entry["blake2b"]:
             raise ValueError(
                 f"{path}: is not what the manifest says of {entry['path']}; bring it back, or "

@@ -1,9 +1,11 @@
 """The files of an output directory, and which directories may become one.
 
-A run removes an earlier ``report.json``, then writes ``_stats/`` (:mod:`.checkpoints`),
+Shards lie in the directory or its side folders. Everything else lies in ``__realign__/``, which
+pyarrow, pandas, Spark and datasets skip, so that they read the directory as a dataset. A run
+removes an earlier ``report.json`` there, then writes ``_stats/`` (:mod:`.checkpoints`),
 ``aligner.safetensors``, the shards (each appears complete or not at all), ``manifest.json`` and,
 last, ``report.json``: a directory without a report is of a run that did not end. At a URL it is the
-same.
+same. Version 0.1.0 wrote these files beside the shards, and its outputs stay as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..corpus import Corpus, format_of
+from ..corpus import Corpus
+from ..corpus.format_registry import is_output_shard
 from ..corpus.layout import SUBFOLDERS, check_apart
 from ..interface.option_values import Mode, OptionError
 from ..storage.local import LocalPath
-from ..storage.paths import StoragePath, local_path
+from ..storage.paths import StoragePath, local_path, records_of
 from .checkpoints import STATS
 from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
 from .settings import Settings
@@ -88,7 +91,7 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
     Raises:
         OptionError: ``out`` holds such a result, and ``mode`` does not replace it.
     """
-    finished = read_manifest(out)["passes"] if mode != "overwrite" else {}
+    finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
     for result in results:
         kinds = {_kind_of(name) for name in (*finished, result.pass_name)}
         if len(kinds) > 1 and kinds not in ({"sides", "queries"}, {"table", "queries"}):
@@ -112,15 +115,16 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
     """Refuse an output directory that cannot be written to, or that holds rows which are read.
 
     Raises:
-        ValueError: ``out`` holds one of ``corpora``, a link in it leads to one, its ``_stats/`` is
+        ValueError: ``out`` holds one of ``corpora``, a link in it leads to one, its records are
             a link to elsewhere, or two of ``corpora`` have a file in common.
         OSError: nothing can be written to ``out`` or its ``subfolders``.
     """
+    records = records_of(out)
     for subfolder in subfolders if not out.is_remote else ():
-        existing, stats = _existing(local_path(out / subfolder)), local_path(out / STATS)
-        fault = ""
-        if stats.exists() and not stats.is_dir():
-            existing, fault = stats, "expected the directory of checkpoints, got a file"
+        existing, fault = _existing(local_path(out / subfolder)), ""
+        folders = [local_path(path) for path in (records, records / STATS)]
+        if in_place := [path for path in folders if path.exists() and not path.is_dir()]:
+            existing, fault = in_place[0], "expected the directory of checkpoints, got a file"
         elif not existing.exists():
             fault = f"is a link to {os.readlink(existing)}, which leads to nothing"
         elif not existing.is_dir():
@@ -134,8 +138,8 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)
-    folder = None if out.is_remote else local_path(out / STATS)
-    for path in (folder, *folder.glob("*")) if folder else ():
+    folder = None if out.is_remote else local_path(records / STATS)
+    for path in (folder.parent, folder, *folder.glob("*")) if folder else ():
         if path.is_symlink() and not path.is_within(out):
             raise OptionError(
                 f"{path}: is a link to {os.readlink(path)}, and the lock and the statistics would "
@@ -216,13 +220,13 @@ def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> s
             f"{min(map(str, unknown))}: is no shard that {results[0].corpus.path} becomes, and "
             f"the two would mix; {advice}"
         )
-    first = min(map(str, present), default="")
-    if present and not any((out / name).exists() for name in (ALIGNER, SPACE, REPORT, STATS)):
+    first, records = min(map(str, present), default=""), records_of(out)
+    if present and not any((records / name).exists() for name in (ALIGNER, SPACE, REPORT, STATS)):
         raise OptionError(
             f"{first}: would be replaced, but {out} has no {ALIGNER} that says a run "
             "of ours wrote it; give an empty --out"
         )
-    resumable = mode == "overwrite" or any((out / name).exists() for name in (STATS, MANIFEST))
+    resumable = mode == "overwrite" or any((records / name).exists() for name in (STATS, MANIFEST))
     if present and not resumable:
         raise OptionError(
             f"{first}: is of a run without {MANIFEST} (realign-fast before it could "
@@ -238,7 +242,8 @@ def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[st
     Others are those of passes that the run leaves as they are: other sides of the same space.
     """
     names, kept = {result.pass_name for result in results}, set()
-    for name, record in read_manifest(out)["passes"].items() if mode != "overwrite" else ():
+    finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
+    for name, record in finished.items():
         if "folder" in record["facts"] and name not in names:
             kept.add(record["facts"]["folder"])
     return {"", *FOLDERS.values()} - kept
@@ -246,4 +251,4 @@ def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[st
 
 def _shards_in(folder: StoragePath) -> list[StoragePath]:
     paths: Iterable[StoragePath] = folder.iterdir() if folder.is_dir() else []
-    return [path for path in paths if format_of(path.name)]
+    return [path for path in paths if is_output_shard(path.name)]

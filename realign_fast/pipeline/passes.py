@@ -17,7 +17,7 @@ from ..interface.progress import Progress
 from ..moments import Moments
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
-from ..storage.paths import AnyPath, StoragePath, output_path
+from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
@@ -80,7 +80,8 @@ class PassRunner:
     passes: list[Pass] = field(default_factory=list, init=False)
     manifest_passes: Passes = field(default_factory=dict, init=False)
     extended: dict[str, int] = field(default_factory=dict, init=False)  # rows of absent shards
-    out: StoragePath | None = field(default=None, init=False)  # None: no checkpoints are kept
+    out: StoragePath | None = field(default=None, init=False)
+    records: StoragePath | None = field(default=None, init=False)  # None: no checkpoints are kept
     _identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict, init=False)
 
     @contextmanager
@@ -95,7 +96,7 @@ class PassRunner:
         if self.out == out:
             yield
             return
-        index, parts = self.part
+        (index, parts), records = self.part, records_of(out)
         has_workers = self.settings.workers > 1 or self.engine not in (None, map)
         if has_workers and str(out).startswith("memory:"):
             raise OptionError(
@@ -105,20 +106,21 @@ class PassRunner:
         if self.settings.mode == "overwrite" and parts > 1:
             raise OptionError(
                 f"{out}: a part of a job array cannot overwrite what others share; remove "
-                f"{out / STATS} before the jobs start, or give another --out"
+                f"{records / STATS} before the jobs start, or give another --out"
             )
-        with locked(out / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
+        with locked(records / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
             if self.settings.mode != "overwrite":
-                check_arithmetic(out, code_version(self.settings.device))
+                check_arithmetic(records, code_version(self.settings.device))
             else:
-                (out / MANIFEST).unlink(missing_ok=True)
-                for name in [name for name, is_folder in (out / STATS).listed() if is_folder]:
-                    (out / STATS / name).remove_tree()
-            self.out = out
+                (records / MANIFEST).unlink(missing_ok=True)
+                stats = records / STATS
+                for name in [name for name, is_folder in stats.listed() if is_folder]:
+                    (stats / name).remove_tree()
+            self.out, self.records = out, records
             try:
                 yield
             finally:
-                self.out = None
+                self.out = self.records = None
 
     def task(
         self,
@@ -147,7 +149,7 @@ class PassRunner:
         }
         if corpus not in self._identities:
             self._identities[corpus] = identities(corpus.shards)
-        checkpoints = Checkpoints(self.out, key_facts) if self.out else None
+        checkpoints = Checkpoints(self.records, key_facts) if self.records else None
         shared = name, corpus, self._identities[corpus], checkpoints, self.settings, self.reading
         return ShardTask(*shared, row_map, covariance, result[1] if result else None)
 

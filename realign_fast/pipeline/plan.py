@@ -24,7 +24,7 @@ from ..moments import Moments
 from ..shared_space import SharedSpace
 from ..storage import read_ahead
 from ..storage.lock import start_time
-from ..storage.paths import AnyPath, StoragePath, output_path
+from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import AlignRun, check_aligner
 from .checkpoints import Entry
 from .output import ALIGNER, SPACE, Written, check_kept, check_output, check_place, format_bytes
@@ -118,8 +118,8 @@ def plan_align(
         run.add("source drift", source, range(len(source.shards)))
     if not writes and not run.count:
         run.add("source residual", source, range(len(source.shards)))
-    if run.count and run.out is not None and (run.out / ALIGNER).exists():
-        aligner, run.is_known = ReAlign.load(run.out / ALIGNER), True
+    if run.count and run.records is not None and (run.records / ALIGNER).exists():
+        aligner, run.is_known = ReAlign.load(run.records / ALIGNER), True
     if writes and aligner is not None and run.is_known:
         run.write(result, aligner, output_path(out))
     elif writes:
@@ -149,8 +149,8 @@ def plan_unify(
         run.measure(f"{name} moments", corpus, covariance=True)
         if sides.method not in ("auto", "calibrate"):
             run.steps.append({**run.steps[-1], "name": f"{name} centred"})
-    if space is None and run.out and (place / SPACE).is_file():
-        space = SharedSpace.load(place / SPACE)
+    if space is None and run.records and (run.records / SPACE).is_file():
+        space = SharedSpace.load(run.records / SPACE)
     for result in results:
         if space is not None:
             run.write(result, map_of(space, result.pass_name), place)
@@ -173,7 +173,7 @@ def plan_copy(name: str, corpus: Corpus, out: AnyPath, suffix: str) -> list[dict
 def _plan_run(out: AnyPath, settings: Settings, part: tuple[int, int] = (0, 1)) -> PlanRun:
     place = output_path(out)
     run = PlanRun(settings, part, reading=False, uploads=place.is_remote)
-    run.out = None if settings.mode == "overwrite" else place  # without it nothing is finished
+    run.records = None if settings.mode == "overwrite" else records_of(place)
     return run
 
 

@@ -24,7 +24,7 @@ from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
-from ..storage.paths import AnyPath, StoragePath, output_path
+from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import AlignRun, check_aligner, check_columns, check_different
 from .checkpoints import digest
 from .engines.local import Engine
@@ -126,8 +126,9 @@ def unify(
         maps = [map_of(space, result.pass_name) for result in results]
         for row_map, result in zip(maps, results, strict=True):
             check_aligner(row_map, result.corpus)
-        (directory / REPORT).unlink(missing_ok=True)
-        space.save(directory / SPACE)
+        records = records_of(directory)
+        (records / REPORT).unlink(missing_ok=True)
+        space.save(records / SPACE)
         for row_map, result in zip(maps, results, strict=True):
             moments = run.write(result, row_map, directory)
             if part[1] == 1:
@@ -137,7 +138,7 @@ def unify(
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"
-        return run.write_report(directory, options, digest(directory / SPACE), report)
+        return run.write_report(directory, options, digest(records / SPACE), report)
 
 
 def space_settings(settings: Settings) -> Settings:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from ..align import ReAlign
-from ..corpus import Corpus, format_of
-from ..corpus.format_registry import read_shards
+from ..corpus import Corpus
+from ..corpus.format_registry import is_output_shard, read_shards
 from ..interface.option_values import UnfinishedShards
 from ..moments import Moments
 from ..shared_space import SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.lock import check_not_locked
-from ..storage.paths import AnyPath, StoragePath, storage_path
+from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
 from .output import ALIGNER, REPORT, SPACE
@@ -53,10 +53,11 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
         OSError: a run is working on ``out``.
     """
     out = storage_path(out)
-    if not ((out / MANIFEST).is_file() and (out / REPORT).is_file()):
-        check_not_locked(out / STATS)
-    if not (out / MANIFEST).is_file():
-        if (out / STATS).is_dir():
+    records = records_of(out)
+    if not ((records / MANIFEST).is_file() and (records / REPORT).is_file()):
+        check_not_locked(records / STATS)
+    if not (records / MANIFEST).is_file():
+        if (records / STATS).is_dir():
             raise UnfinishedShards(
                 f"{out}: has statistics and no {MANIFEST}: its run or job array has not ended; run "
                 "the same command again (it resumes), or the missing jobs and merge, then verify"
@@ -65,18 +66,18 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
             "(it resumes), then verify"
         )
-    manifest, faults, rows = read_manifest(out), [], []
-    if not (out / REPORT).exists():
-        faults.append(f"{out / REPORT}: missing: the last run did not end; run it again")
+    manifest, faults, rows = read_manifest(records), [], []
+    if not (records / REPORT).exists():
+        faults.append(f"{records / REPORT}: missing: the last run did not end; run it again")
     for record in manifest["passes"].values():
-        faults += _statistics_faults(out, record["shards"])
+        faults += _statistics_faults(records, record["shards"])
     written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
-    maps = _maps_of(out, manifest["aligner"], applied, faults)
+    maps = _maps_of(records, manifest["aligner"], applied, faults)
     for name, record in written.items():
         folder = out / record["facts"]["folder"]
         for entry in record["shards"]:
-            path, stats = folder / entry["name"], out / entry["stats"]
+            path, stats = folder / entry["name"], records / entry["stats"]
             found = _shard_faults(path, entry, record["facts"], stats, maps.get(name))
             faults += [f"{path}: {fault}" for fault in found]
             rows.append(entry["rows"])
@@ -87,13 +88,13 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
 
 def _unknown_shards(folder: StoragePath, known: set[str]) -> Iterator[str]:
     for name, _ in sorted(folder.listed()) if folder.is_dir() else ():
-        if format_of(name) and name not in known:
+        if is_output_shard(name) and name not in known:
             yield f"{folder / name}: is a shard that the manifest does not know; move it away"
 
 
-def _statistics_faults(out: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:
+def _statistics_faults(records: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:
     for entry in entries:
-        path = out / entry["stats"]
+        path = records / entry["stats"]
         if not path.is_file():
             yield f"{path}: missing"
         elif (actual := digest(path)) != entry["blake2b"]:
@@ -101,14 +102,14 @@ def _statistics_faults(out: StoragePath, entries: list[dict[str, Any]]) -> Itera
 
 
 def _maps_of(
-    out: StoragePath, made_by: str, applied: dict[str, str], faults: list[str]
+    records: StoragePath, made_by: str, applied: dict[str, str], faults: list[str]
 ) -> dict[str, IndexMap]:
     """Return the maps of a space by pass, none for an aligner; add what is wrong with the map.
 
     ``made_by`` is the hash in the manifest, ``applied`` are those that the rows went through.
     """
     is_space = not set(applied) <= {"apply"}
-    path, maps = out / (SPACE if is_space else ALIGNER), dict[str, IndexMap]()
+    path, maps = records / (SPACE if is_space else ALIGNER), dict[str, IndexMap]()
     if not path.is_file():
         faults.append(f"{path}: missing")
         return maps

@@ -26,7 +26,7 @@ from typing import Any
 
 from .errors import explained
 from .local import LocalPath
-from .paths import AnyPath, storage_path
+from .paths import AnyPath, output_of, storage_path
 from .url import Url
 
 Holder = dict[str, Any]  # the process that a lock at a URL names
@@ -69,11 +69,12 @@ def check_not_locked(folder: AnyPath) -> None:
 
 
 def _refuse_links_of_others(folder: LocalPath) -> None:
-    """Refuse links to folders, in ``folder`` and beside it, that other users made.
+    """Refuse links to folders, in ``folder`` and in its output, that other users made.
 
     Files that are written below such a link would take the place of files of this user.
     """
-    for directory in filter(os.path.isdir, (folder.parent, folder)):
+    directories: set[Path] = {output_of(Path(folder.parent)), folder.parent, folder}
+    for directory in filter(os.path.isdir, directories):
         with os.scandir(directory) as entries:
             for entry in entries:
                 if not entry.is_symlink() or entry.is_file():
@@ -113,7 +114,7 @@ def _acquire_local(descriptor: int, path: LocalPath, alone: bool) -> None:
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
         busy = f"{holder} is working on it; wait until it ends, or give another --out"
-        raise OSError(errno.EBUSY, f"{path.parent.parent}: {busy}") from error
+        raise OSError(errno.EBUSY, f"{output_of(path.parent.parent)}: {busy}") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -178,8 +179,8 @@ def _busy_message(path: Url, holder: Holder) -> str:
             state = f"gave no sign of life for {age / 60:.0f} min (there is one every minute)"
     since = holder.get("since", "an unknown time")
     return (
-        f"{path.parent.parent}: {process} is working on it since {since} and {state}; wait until "
-        f"it ends, or give another --out; if it was killed, delete {path} and run again"
+        f"{output_of(path.parent.parent)}: {process} is working on it since {since} and {state}; "
+        f"wait until it ends, or give another --out; if it was killed, delete {path} and run again"
     )
 
 

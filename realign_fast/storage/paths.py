@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from . import errors
@@ -25,11 +26,14 @@ AnyPath: TypeAlias = str | os.PathLike[str] | Url
 Stamp: TypeAlias = tuple[int, int | str]  # size in bytes; modification time (ns) or remote version
 
 CONCURRENT_REQUESTS = 16
+RECORDS = "__realign__"  # readers of datasets skip names that begin with two underscores
+_RECORDS_OF_0_1 = "_stats", "_embed", "aligner.safetensors", "space.safetensors"
 _URL = re.compile("(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://")
 _LOCAL_URL = re.compile("(?:file|local)://(/[^:]*)")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Place = TypeVar("Place", StoragePath, Path)
 
 
 def storage_path(path: AnyPath) -> StoragePath:
@@ -57,6 +61,21 @@ def local_path(path: AnyPath) -> LocalPath:
     if isinstance(result, Url):
         raise ValueError(f"{result}: is a URL, this is written to a directory; give one")
     return result
+
+
+def records_of(out: Place) -> Place:
+    """Return the folder of an output that holds everything but its rows and their metadata.
+
+    It is ``__realign__`` in ``out``, or ``out`` itself where version 0.1.0 began the output.
+    """
+    records = out / RECORDS
+    is_old = not records.is_dir() and any((out / name).exists() for name in _RECORDS_OF_0_1)
+    return out if is_old else records
+
+
+def output_of(records: Place) -> Place:
+    """Return the output whose :func:`records_of` are in a folder."""
+    return records.parent if records.name == RECORDS else records
 
 
 def write_whole(path: AnyPath, data: bytes) -> None:

@@ -94,11 +94,12 @@ class HubObject:
 
         A repository is ``owner/name`` and needs the ``hub`` extra; ``hub_options`` are arguments of
         ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
-        ``model.safetensors``, or the file of the command line.
+        ``model.safetensors``, or is the output of a command.
         """
         name, path = str(name_or_path), paths.storage_path(name_or_path)
         if path.is_dir():
-            path = next((path / file for file in _FILES if (path / file).exists()), path)
+            places = [folder / file for folder in (path, paths.records_of(path)) for file in _FILES]
+            path = next((place for place in places if place.exists()), path)
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
             user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
             hub = import_extra("huggingface_hub", "hub", user)

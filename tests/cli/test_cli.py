@@ -21,7 +21,11 @@ from realign_fast.corpus import ShardWriter
 from realign_fast.interface.progress import Progress
 
 D = 16
-KEPT = {"_stats", "manifest.json"}  # what a run keeps to resume
+KEPT = {"__realign__", "_stats", "manifest.json"}  # what a run keeps to resume
+
+
+def files_in(out):
+    return {*os.listdir(out), *os.listdir(f"{out}/__realign__")} - KEPT
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +68,7 @@ def test_align_from_a_shell(corpora):
     starts = ["source moments", "target moments", "source drift", "apply", "centroid gap", "peak"]
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     assert "M rows/s" in lines[0] and "GB/s" in lines[0]
-    report = json.loads((corpora / "out" / "report.json").read_text())
+    report = json.loads((corpora / "out" / "__realign__/report.json").read_text())
     assert f"{report['result']['centroid_gap']:.6f}" in lines[4]
     first = shards(corpora / "out")
     assert main.main([*ALIGN[:-1], "again", "--threads", "1"]) == 0
@@ -80,17 +84,17 @@ def test_text_and_image_are_synonyms(corpora):
 def test_fit_then_apply_is_align(corpora, capsys):
     assert main.main([*ALIGN, "--quiet"]) == 0
     assert main.main(["fit", "--text", "text", "--image", "image", "--out", "parts"]) == 0
-    assert set(os.listdir("parts")) - KEPT == {"aligner.safetensors", "report.json"}
-    fitted = ReAlign.load("parts/aligner.safetensors")
-    assert fitted.record == ReAlign.load("out/aligner.safetensors").record
-    assert json.loads(open("parts/report.json").read())["fitted"] == fitted.record
+    assert files_in("parts") == {"aligner.safetensors", "report.json"}
+    fitted = ReAlign.load("parts/__realign__/aligner.safetensors")
+    assert fitted.record == ReAlign.load("out/__realign__/aligner.safetensors").record
+    assert json.loads(open("parts/__realign__/report.json").read())["fitted"] == fitted.record
     apply = ["apply", "--aligner", "parts", "--source", "text"]  # a file or its directory
     capsys.readouterr()
     assert main.main([*apply, "--out", "parts"]) == 0
     assert "centroid gap of the rows fitted on" in capsys.readouterr().out
     assert shards(corpora / "parts") == shards(corpora / "out")
-    report = json.loads(open("parts/report.json").read())
-    assert report["result"] == json.loads(open("out/report.json").read())["result"]
+    report = json.loads(open("parts/__realign__/report.json").read())
+    assert report["result"] == json.loads(open("out/__realign__/report.json").read())["result"]
     assert [one["name"] for one in report["passes"]] == ["apply"]
 
 
@@ -107,13 +111,13 @@ def test_bad_rows_are_counted_in_the_summary(corpora, capsys):
 def test_apply_on_rows_that_are_all_bad_does_not_crash(corpora, capsys):
     assert main.main(["fit", *ALIGN[1:]]) == 0
     np.save("zeros.npy", np.zeros((4, D), "f2"))
-    apply = ["apply", "--aligner", "out/aligner.safetensors", "--source", "zeros.npy"]
+    apply = ["apply", "--aligner", "out/__realign__/aligner.safetensors", "--source", "zeros.npy"]
     capsys.readouterr()
     assert main.main([*apply, "--out", "empty", "--bad-rows", "skip"]) == 0
     printed = capsys.readouterr().out
     assert "of these now n/a" in printed and "4 zero and 0 non-finite rows" in printed
     assert not np.load("empty/zeros.npy").any()
-    report = json.loads(open("empty/report.json").read())
+    report = json.loads(open("empty/__realign__/report.json").read())
     assert report["result"] == {"centroid_gap": None, "trace": None}
 
 
@@ -220,7 +224,7 @@ def test_an_aligner_that_cannot_be_written_is_one_error(corpora, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert error.startswith("realign-fast: error: out") and "room" in error
-    assert error.count("\n") == 1 and os.listdir("out") == ["_stats"]
+    assert error.count("\n") == 1 and os.listdir("out/__realign__") == ["_stats"]
 
 
 def test_an_error_from_a_shell_has_its_status_and_no_trace(corpora):
@@ -281,7 +285,7 @@ def test_interrupted_from_a_shell_it_stops_and_leaves_no_half(corpora, sent):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + sent
     assert error == "realign-fast: stopped; files that it wrote, if any, are whole\n"
-    assert set(os.listdir("out")) - KEPT == {"aligner.safetensors"}
+    assert files_in("out") == {"aligner.safetensors"}
 
 
 def test_interrupted_in_the_second_shard_the_first_stays(corpora, monkeypatch, capsys):
@@ -295,7 +299,7 @@ def test_interrupted_in_the_second_shard_the_first_stays(corpora, monkeypatch, c
     monkeypatch.setattr(ShardWriter, "write", interrupted)
     assert main.main(ALIGN) == 130
     assert "whole" in capsys.readouterr().err
-    assert set(os.listdir("out")) - KEPT == {"aligner.safetensors", "emb_0.npy"}
+    assert files_in("out") == {"aligner.safetensors", "emb_0.npy"}
 
 
 class Terminal:

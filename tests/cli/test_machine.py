@@ -132,7 +132,15 @@ def test_json_of_every_step_of_a_job_array(capsys):
         ["stats", "--text", "text", "--out", "parts"],
         ["stats", "--image", "image", "--out", "parts"],
         ["merge", *SIDES, "--out", "parts", "--after", "statistics"],
-        ["stats", "--text", "text", "--out", "parts", "--aligner", "parts/half.safetensors"],
+        [
+            "stats",
+            "--text",
+            "text",
+            "--out",
+            "parts",
+            "--aligner",
+            "parts/__realign__/half.safetensors",
+        ],
         ["merge", *SIDES, "--out", "parts", "--after", "drift"],
         ["apply", "--text", "text", "--aligner", "parts", "--out", "parts", "--shard", "1/2"],
     ):
@@ -174,15 +182,15 @@ def zero_row(stack):
 
 def garbage(stack):
     """Files that are not what their names say."""
-    for name in ("text/emb_0.npy", "list.json", "out/manifest.json"):
-        Path(name).parent.mkdir(exist_ok=True)
+    for name in ("text/emb_0.npy", "list.json", "out/__realign__/manifest.json"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("garbage")
 
 
 def lock(stack):
     """Another process works on the output."""
     os.mkdir("out")
-    stack.enter_context(locked(Path("out/_stats")))
+    stack.enter_context(locked(Path("out/__realign__/_stats")))
 
 
 def fitted(stack):
@@ -283,7 +291,7 @@ FAILURES = [
         "evaluate --model m --data list.json --rows text"]),
     (ExitCode.INCOMPLETE, part, [f"merge {TEXT}", "verify out",
         "apply --aligner out --text text --out out --shard 1/2",
-        "stats --text text --out out --aligner out/half.safetensors"]),
+        "stats --text text --out out --aligner out/__realign__/half.safetensors"]),
     (ExitCode.LOCKED, lock, [f"align {TEXT}", f"fit {TEXT}", f"merge {TEXT}", f"unify {TEXT}",
         "verify out", "stats --image image --out out"]),
     (ExitCode.LOCKED, locked_and_fitted, ["apply --aligner fitted --text text --out out"]),
@@ -374,17 +382,23 @@ def test_events_are_lines_of_json(capsys):
 
 def test_a_run_is_repeated_from_its_report(capsys, monkeypatch):
     assert main.main([*ALIGN, "--method", "mean-shift", "--batch-bytes", "640", "--quiet"]) == 0
-    first = json.loads(Path("out/report.json").read_text())
+    first = json.loads(Path("out/__realign__/report.json").read_text())
     assert first["run"]["options"]["method"] == "mean-shift"
-    assert main.main(["align", "--config", "out/report.json", "--out", "two", "--quiet"]) == 0
-    second = json.loads(Path("two/report.json").read_text())
+    assert (
+        main.main(["align", "--config", "out/__realign__/report.json", "--out", "two", "--quiet"])
+        == 0
+    )
+    second = json.loads(Path("two/__realign__/report.json").read_text())
     assert second["fitted"] == first["fitted"] and second["run"]["options"]["out"] == "two"
     assert Path("two/emb_3.npy").read_bytes() == Path("out/emb_3.npy").read_bytes()
     os.mkdir("elsewhere")  # relative paths of the report are those of the directory it was run in
     monkeypatch.chdir("elsewhere")
-    assert main.main(["align", "--config", "../out/report.json", "--out", "o", "--quiet"]) == 0
+    assert (
+        main.main(["align", "--config", "../out/__realign__/report.json", "--out", "o", "--quiet"])
+        == 0
+    )
     assert Path("o/emb_3.npy").read_bytes() == Path("../out/emb_3.npy").read_bytes()
-    text = Path("../out/report.json").read_text()
+    text = Path("../out/__realign__/report.json").read_text()
     for command, content, words in (
         ("fit", text, "holds options of align"),
         ("align", text[:-9], "is no JSON, or was cut off"),
@@ -456,14 +470,14 @@ def test_a_job_that_is_terminated_is_resumed_from_a_shell():
     process = programs.Program(
         [*command, "--batch-bytes", "65536"], env=environment, stdout=subprocess.PIPE
     )
-    while not list(Path("out").glob("_stats/source-moments/[!.]*")):
+    while not list(Path("out").glob("__realign__/_stats/source-moments/[!.]*")):
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     error = json.loads(process.communicate(timeout=60)[0])["error"]
     assert (process.returncode, error["kind"]) == (143, "terminated")
     assert main.main([*ALIGN, "--batch-bytes", "65536", "--quiet"]) == 0
-    report = json.loads(Path("out/report.json").read_text())
+    report = json.loads(Path("out/__realign__/report.json").read_text())
     assert report["passes"][0]["finished_before"] >= 400_000
 
 

@@ -44,7 +44,7 @@ def test_a_format_is_aligned_resumed_and_verified_as_npy_is(corpora, name, capsy
     assert main.main(["verify", "out"]) == 0, capsys.readouterr().out
     assert main.main(command) == 0
     assert "90 rows were finished before" in capsys.readouterr().out
-    passes = json.loads(open("out/report.json").read())["passes"]
+    passes = json.loads(open("out/__realign__/report.json").read())["passes"]
     assert all(one["rows"] == 0 for one in passes if one["name"].startswith(("source", "apply")))
 
 
@@ -62,7 +62,9 @@ def test_another_column_is_another_corpus(corpora, capsys):
     gaps = []
     for column in ("a", "b"):
         assert main.main([*fit, "--column", column, "--out", "out"]) == 0
-        gaps.append(json.loads(open("out/report.json").read())["fitted"]["centroid_gap"])
+        gaps.append(
+            json.loads(open("out/__realign__/report.json").read())["fitted"]["centroid_gap"]
+        )
     assert gaps[0] != gaps[1]
 
 

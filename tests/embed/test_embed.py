@@ -68,7 +68,8 @@ def metadata(out, number):
 
 
 def failures(out):
-    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    lines = (out / "__realign__/failures.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_pairs_lie_in_the_same_row_and_failures_are_listed(encoder, pictures, tmp_path):
@@ -113,8 +114,8 @@ def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
     name = f"{Path(encoder.name).name} {weights}"
     assert Corpus(ours, "text").encoder == Corpus(text).encoder == name
     shutil.copytree(ours, theirs)
-    record = (theirs / "embed.json").read_text()
-    (theirs / "embed.json").write_text(record.replace(weights, "0123abcd"))
+    record = (theirs / "__realign__/embed.json").read_text()
+    (theirs / "__realign__/embed.json").write_text(record.replace(weights, "0123abcd"))
     aligner = ReAlign.fit(text, image)
     aligner.save(tmp_path / "aligner.safetensors")
     back = ReAlign.load(tmp_path / "aligner.safetensors")
@@ -137,7 +138,7 @@ def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
     for arguments in (["align", *sides], ["fit", *sides], ["apply", *aligned], ["merge", *sides]):
         assert main.main([*map(str, arguments)]) == 3
         assert re.search(both, capsys.readouterr().err)
-    (theirs / "embed.json").unlink()  # an unknown encoder passes
+    (theirs / "__realign__/embed.json").unlink()  # an unknown encoder passes
     assert ReAlign.fit(theirs / "text_emb", image).encoder == back.encoder
 
 
@@ -218,7 +219,9 @@ def test_a_shard_of_failures_alone_has_no_files(encoder, pictures, tmp_path):
 def test_nothing_but_failures_is_an_error(encoder, pictures, tmp_path):
     for path in pictures.glob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"all 30 items failed; see failures\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"all 30 items failed; see .*out/__realign__/failures\.jsonl"
+    ):
         run(encoder, tmp_path / "out", images=pictures)
     assert len(failures(tmp_path / "out")) == 30
 
@@ -247,7 +250,7 @@ def test_an_output_of_something_else_is_refused(encoder, pictures, tmp_path):
 
 def test_one_process_at_a_time(encoder, pictures, tmp_path):
     out = tmp_path / "out"
-    with locked(out / "_embed"), pytest.raises(OSError, match="is working on it"):
+    with locked(out / "__realign__/_embed"), pytest.raises(OSError, match="is working on it"):
         run(encoder, out, images=pictures)
 
 

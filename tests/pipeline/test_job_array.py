@@ -53,13 +53,13 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
     assert main.main([*command, "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["complete"] is False  # although no drift has begun
     run(*command, "--after", "statistics")
-    assert "next: stats --aligner out/half.safetensors" in capsys.readouterr().out
-    drift = ["stats", "--text", "text", *options, "--aligner", "out/half.safetensors"]
+    assert "next: stats --aligner out/__realign__/half.safetensors" in capsys.readouterr().out
+    drift = ["stats", "--text", "text", *options, "--aligner", "out/__realign__/half.safetensors"]
     for job in jobs:
         run(*drift, "--shard", job)
     run(*command, "--after", "drift")
     assert main.main(command) == 4  # the last step has not begun
-    assert "next: apply --aligner out/aligner.safetensors" in capsys.readouterr().out
+    assert "next: apply --aligner out/__realign__/aligner.safetensors" in capsys.readouterr().out
     for job in jobs:
         run("apply", "--text", "text", "--aligner", "out", "--out", "out", "--shard", job)
     run(*command, "--after", "statistics")
@@ -68,7 +68,10 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
     assert "every shard is aligned" in capsys.readouterr().out
     run("align", "--text", "text", "--image", "image", "--out", "one", "--method", method)
     merged, expected = tree("out"), tree("one")
-    assert merged == expected and "apply" in json.loads(expected["manifest.json"])["passes"]
+    assert (
+        merged == expected
+        and "apply" in json.loads(expected["__realign__/manifest.json"])["passes"]
+    )
     assert main.main(["verify", "out"]) == 0
 
 
@@ -81,14 +84,22 @@ def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
         found = json.loads(capsys.readouterr().out)
         assert not found["complete"] and found["next"].startswith("next: stats --shard i/n")
         assert found["error"]["message"] == found["next"] and found["error"]["exit_code"] == 4
-    stats = ["stats", "--text", "text", "--out", "out", "--aligner", "out/half.safetensors"]
+    stats = [
+        "stats",
+        "--text",
+        "text",
+        "--out",
+        "out",
+        "--aligner",
+        "out/__realign__/half.safetensors",
+    ]
     assert main.main(stats) == 4 and "run merge --after statistics" in capsys.readouterr().err
     assert main.main(merge) == 4
     error = capsys.readouterr().err
     assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
 
 
-@pytest.mark.parametrize("aligner", ["out", "out/aligner.safetensors"])
+@pytest.mark.parametrize("aligner", ["out", "out/__realign__/aligner.safetensors"])
 def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
     sides = ["--text", "text", "--image", "image"]
     for side in ("text", "image"):
@@ -99,7 +110,10 @@ def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
     assert message in capsys.readouterr().err
     run("merge", *sides, "--out", "out", "--after", "statistics")
     assert main.main(apply) == 4
-    assert "run stats --aligner out/half.safetensors --shard i/n, then" in capsys.readouterr().err
+    assert (
+        "run stats --aligner out/__realign__/half.safetensors --shard i/n, then"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
@@ -111,20 +125,20 @@ def test_a_part_that_does_not_exist_prints_the_usage(capsys, shard):
 
 def test_a_map_without_its_last_step_is_not_applied(corpora, capsys):
     run("align", "--text", "text", "--image", "image", "--out", "one")
-    Path("one/aligner.safetensors").rename("half.safetensors")
+    Path("one/__realign__/aligner.safetensors").rename("half.safetensors")
     for aligner in ("half.safetensors", "./half.safetensors"):
         assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 2
         assert "without its last step" in capsys.readouterr().err
     os.truncate("half.safetensors", 40)
     assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 3
     assert "half.safetensors: expected an aligner" in capsys.readouterr().err
-    assert main.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 2
-    assert "is a directory; name" in capsys.readouterr().err
+    assert main.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 4
+    assert "half.safetensors: is not written yet" in capsys.readouterr().err
 
 
 def test_an_aligner_is_for_the_source_alone(corpora, capsys):
     run("align", "--text", "text", "--image", "image", "--out", "one")
-    arguments = ["--out", "out", "--aligner", "one/aligner.safetensors"]
+    arguments = ["--out", "out", "--aligner", "one/__realign__/aligner.safetensors"]
     assert main.main(["stats", "--image", "image", *arguments]) == 2
     assert "leave --aligner out" in capsys.readouterr().err
 
@@ -189,7 +203,10 @@ def test_workers_from_a_shell_stop_with_143_and_leave_no_half(corpora):
         _, error = process.communicate(timeout=60)
         released.set()
         assert (process.returncode, error.count("\n")) == (143, 1), error
-        assert not list(Path("out").glob(".*.partial")) and not Path("out/report.json").exists()
+        assert (
+            not list(Path("out").glob(".*.partial"))
+            and not Path("out/__realign__/report.json").exists()
+        )
         align(*sides, "out", Settings(progress=False))
         align(*sides, "one", Settings(progress=False))
     assert tree("out") == tree("one")

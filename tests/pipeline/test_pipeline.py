@@ -78,13 +78,15 @@ def corpora(tmp_path):
 
 def names(folder):
     """The names of the files of an output, without those for resuming (test_resume.py)."""
-    return sorted({path.name for path in folder.iterdir()} - {"_stats", "manifest.json"})
+    records = folder / "__realign__"
+    files = {path.name for place in (folder, records) for path in place.iterdir()}
+    return sorted(files - {"__realign__", "_stats", "manifest.json"})
 
 
 def contents(folder):
     """Bytes by name of what a run must reproduce: every shard and every tensor of the aligner."""
     shards = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
-    tensors = load_file(folder / "aligner.safetensors")
+    tensors = load_file(folder / "__realign__/aligner.safetensors")
     return shards | {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
@@ -155,7 +157,7 @@ def as_corpus(side):
 def test_the_report_is_what_the_files_say(corpora, tmp_path):
     source, target, text, image = corpora
     returned = align(source, target, tmp_path / "out", QUIET)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "__realign__/report.json").read_text())
     assert report == returned
     assert set(report) == {"source", "target", "result", "bad_rows", "fitted", "passes"} | {
         "peak_memory_bytes",
@@ -191,7 +193,7 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
         moved = done["bytes_read"] + done["bytes_written"]
         assert done["gb_per_second"] == pytest.approx(moved / done["seconds"] / 1e9)
         assert done["rows_per_second"] == pytest.approx(done["rows"] / done["seconds"])
-    loaded = ReAlign.load(tmp_path / "out" / "aligner.safetensors")
+    loaded = ReAlign.load(tmp_path / "out" / "__realign__/aligner.safetensors")
     assert loaded.record == report["fitted"]
 
 
@@ -339,7 +341,7 @@ def test_apply_brings_the_aligner_it_used(corpora, tmp_path):
     align(source, target, tmp_path / "out", QUIET)
     reverse = AlignRun(QUIET).fit(Corpus(target), Corpus(source))
     AlignRun(QUIET).apply(reverse, Corpus(source), tmp_path / "out")
-    assert ReAlign.load(tmp_path / "out" / "aligner.safetensors").scale == reverse.scale
+    assert ReAlign.load(tmp_path / "out" / "__realign__/aligner.safetensors").scale == reverse.scale
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -405,7 +407,7 @@ def test_an_output_that_is_an_input_is_refused(corpora, tmp_path):
 def test_checkpoints_are_not_written_through_a_link(corpora, tmp_path):
     source, target, *_ = corpora
     for number, (name, place) in enumerate((("", source), ("", target), ("apply", tmp_path))):
-        link = tmp_path / f"out-{number}" / "_stats" / name
+        link = tmp_path / f"out-{number}" / "__realign__/_stats" / name
         link.parent.mkdir(parents=True)
         link.symlink_to(place)
         refused(tmp_path / f"out-{number}", source, target, "_stats.* is a link to .*; remove it")
@@ -473,8 +475,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp
     for out in (tmp_path / "loop", tmp_path / "loop" / "out"):
         refused(out, source, target, r"loop: is a link to loop, which leads to nothing", OSError)
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "_stats").write_text("")
-    refused(tmp_path / "old", source, target, "_stats: expected the directory of check", OSError)
+    for place in ("old/_stats", "old/__realign__"):
+        (tmp_path / place).write_text("")
+        refused(tmp_path / "old", source, target, f"{place}: expected the directory of", OSError)
+        (tmp_path / place).unlink()
     monkeypatch.setattr(os, "access", lambda *a: False)  # root may write anywhere
     refused(tmp_path / "out", source, target, "expected a directory to write into", OSError)
 
@@ -524,7 +528,7 @@ def peak_memory(root, rows):
     paths = ["--source", folder, "--target", root / "target.npy", "--out", out]
     ran = programs.run(*command, *paths)
     assert ran.returncode == 0, ran.stderr
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "__realign__/report.json").read_text())
     for path in (folder / "emb_0.npy", out / "emb_0.npy"):
         path.unlink()
     return report["peak_memory_bytes"]

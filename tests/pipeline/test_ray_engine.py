@@ -161,7 +161,7 @@ def test_ray_writes_the_bytes_of_one_process(corpora, engine, method):
     report = align("text", "image", "out", settings, engine)
     assert tree("out") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
-    assert not list(Path("out", "_stats").glob("lock-ray*"))
+    assert not list(Path("out", "__realign__/_stats").glob("lock-ray*"))
 
 
 def test_ray_writes_a_space_as_one_process_does(corpora, engine):
@@ -187,7 +187,7 @@ def test_ray_and_a_job_array_write_the_same_bytes(corpora, engine):
 
     for step in ("statistics", "drift"):
         parts = [("--shard", f"{part}/2") for part in (2, 1)]
-        half = ["--aligner", "parts/half.safetensors"] if Path("parts").exists() else []
+        half = ["--aligner", "parts/__realign__/half.safetensors"] if Path("parts").exists() else []
         for part in parts:
             run("stats", "--text", "text", *half, *part)
             if not half:
@@ -324,12 +324,14 @@ def test_a_worker_killed_in_the_middle_costs_a_retry_and_no_byte(corpora, engine
     write("text", (40, 100_000, 70))  # a thousand batches and more in the middle one
     settings, killed = Settings(progress=False, batch_bytes=2048), []
     align("text", "image", "one", settings)
-    stats, aligned = Path("out", "_stats", stage), Path("out", "emb_1.npy")
+    stats, aligned = Path("out", "__realign__/_stats", stage), Path("out", "emb_1.npy")
 
     def unfinished():
         partial = Path("out", ".emb_1.npy.partial").exists()
         in_stage = (
-            partial if stage == "apply" else not Path("out", "_stats/target-moments").exists()
+            partial
+            if stage == "apply"
+            else not Path("out", "__realign__/_stats/target-moments").exists()
         )
         return in_stage and not aligned.exists() and not list(stats.glob("emb_1.npy.*"))
 
@@ -407,7 +409,7 @@ def test_ctrl_c_leaves_no_process_and_what_is_finished(corpora):
             assert len(below) > 4  # gcs_server, raylet, agents, workers
             until(lambda: not any(map(alive, below)), "they are gone", 90)
             assert not list(Path("out").glob(".*.partial"))
-            assert not Path("out", "report.json").exists()
+            assert not Path("out", "__realign__/report.json").exists()
         finally:
             released.set()
             with contextlib.suppress(ProcessLookupError):

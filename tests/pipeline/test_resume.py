@@ -55,10 +55,14 @@ def finished(report):
 
 def test_what_an_output_holds(corpora, tmp_path):
     align(*corpora, tmp_path / "out", QUIET)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names, records = (
+        sorted(path.name for path in (tmp_path / folder).iterdir())
+        for folder in ("out", "out/__realign__")
+    )
     shards = [f"emb_{index}.npy" for index in range(4)]
-    assert names == ["_stats", "aligner.safetensors", *shards, "manifest.json", "report.json"]
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert names == ["__realign__", *shards]
+    assert records == ["_stats", "aligner.safetensors", "manifest.json", "report.json"]
+    manifest = json.loads((tmp_path / "out" / "__realign__/manifest.json").read_text())
     passes = ["source moments", "target moments", "source drift", "apply"]
     assert list(manifest["passes"]) == passes
     entry = manifest["passes"]["apply"]["shards"][3]
@@ -158,12 +162,14 @@ def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["deleted", "bytes", "truncated"])
-@pytest.mark.parametrize("target", ["emb_3.npy", "_stats/apply/emb_3.npy.json", "moments"])
+@pytest.mark.parametrize(
+    "target", ["emb_3.npy", "__realign__/_stats/apply/emb_3.npy.json", "moments"]
+)
 def test_a_lost_or_damaged_file_is_made_again(corpora, tmp_path, target, damage):
     out = tmp_path / "out"
     align(*corpora, out, QUIET)
     before = tree(out)
-    moments = (out / "_stats/source-moments").glob("emb_3*")
+    moments = (out / "__realign__/_stats/source-moments").glob("emb_3*")
     path = next(moments) if target == "moments" else out / target
     time.sleep(0.01)  # a coarse clock would not see the change
     spoil(path, damage)
@@ -252,7 +258,7 @@ def test_two_processes_do_not_share_an_output(corpora, tmp_path, capsys):
         "with locked(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)\n"
     )
     process = programs.Program(
-        ["-W", "ignore", "-c", hold, out / "_stats"],
+        ["-W", "ignore", "-c", hold, out / "__realign__/_stats"],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -273,8 +279,8 @@ def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, 
     out = tmp_path / "out"
     align(*corpora, out, QUIET)
     before = tree(out)
-    (out / "manifest.json").unlink()
-    os.rename(out / "_stats", tmp_path / "elsewhere")
+    (out / "__realign__/manifest.json").unlink()
+    os.rename(out / "__realign__/_stats", tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"without manifest\.json .* --mode overwrite"):
         align(*corpora, out, QUIET)
     align(*corpora, out, quiet(mode="overwrite"))
@@ -295,7 +301,7 @@ def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
     reads.clear()
     assert main.main([*arguments, str(new), "--mode", "extend"]) == 0
     assert reads == ["new/emb_3.npy"] * 3  # moments, drift, residual
-    fitted = ReAlign.load(tmp_path / "out" / "aligner.safetensors")
+    fitted = ReAlign.load(tmp_path / "out" / "__realign__/aligner.safetensors")
     for name in ("shift", "scale", "source_mean", "source_count"):
         assert getattr(fitted, name).equal(getattr(everything, name)), name
     assert int(fitted.source_count) == 111

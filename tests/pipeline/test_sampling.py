@@ -78,7 +78,9 @@ def test_the_text_is_read_once_and_written_once(corpora, reads):
     assert 0 < report["result"]["centroid_gap"] < 5 * report["sample"]["residual_gap_error"]
     first = tree("out")
     align("text", "image", "again", quiet(fit_rows=300, seed=3, batch_bytes=777))
-    shifts = [ReAlign.load(f"{out}/aligner.safetensors").shift for out in ("again", "out")]
+    shifts = [
+        ReAlign.load(f"{out}/__realign__/aligner.safetensors").shift for out in ("again", "out")
+    ]
     torch.testing.assert_close(*shifts, atol=1e-7, rtol=0)  # the same rows, summed otherwise
     align("text", "image", "out", quiet(fit_rows=300, seed=3))
     assert tree("out") == first  # and resumed
@@ -150,7 +152,7 @@ def test_memory_from_the_command_line(corpora, capsys, reads):
     command = ["align", "--text", "text", "--image", "image", "--out", "out", "--quiet"]
     assert main.main([*command, "--memory", "0.5G"]) == 0
     assert reads.count("text/emb_0.npy") == 1
-    assert json.loads(open("out/report.json").read())["passes"][2]["bytes_read"] == 0
+    assert json.loads(open("out/__realign__/report.json").read())["passes"][2]["bytes_read"] == 0
     assert main.main([*command, "--memory", "1M", "--workers", "2"]) == 2
     assert "give --memory or --workers" in capsys.readouterr().err
     for size in ("G", "4X", "-1", "1GB"):

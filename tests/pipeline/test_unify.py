@@ -61,7 +61,7 @@ def run(*words):
 def test_documents_and_queries_are_those_of_the_space(sides, documents, tmp_path, method, layout):
     out, choices = tmp_path / "out", {"method": method, "layout": layout}
     report = unify(documents, out, QUIET, **choices)
-    space = SharedSpace.load(out / "space.safetensors")
+    space = SharedSpace.load(out / "__realign__/space.safetensors")
     expected = SharedSpace.fit(text=documents["text"], image=documents["image"], **choices)
     assert report["space"]["method"] == method == space.method
     for name, folder in (("text", "text_emb"), ("image", "img_emb")):
@@ -138,7 +138,7 @@ def test_more_documents_and_queries_go_into_a_fitted_space(sides, tmp_path, caps
     assert run(*more[:3], "--out", tmp_path / "z", "--text", new, "--queries", new) == 0
     assert run("verify", tmp_path / "more") == 0
     assert "2 faults" not in capsys.readouterr().out
-    space = SharedSpace.load(out / "space.safetensors")
+    space = SharedSpace.load(out / "__realign__/space.safetensors")
     assert rows_of(tmp_path / "more" / "img_emb").equal(space.image(rows_of(new)))
     with pytest.warns(UserWarning, match="text: the mean of the rows lies"):
         unify({"image": Corpus(sides[0])}, tmp_path / "far", QUIET, space=space)
@@ -155,7 +155,7 @@ def test_bad_rows_keep_their_places(sides, tmp_path, bad_rows, layout):
     documents = {"text": Corpus(sides[0]), "image": Corpus(sides[1])}
     settings = Settings(progress=False, bad_rows=bad_rows)
     unify(documents, tmp_path / "out", settings, layout=layout)
-    space = SharedSpace.load(tmp_path / "out" / "space.safetensors")
+    space = SharedSpace.load(tmp_path / "out" / "__realign__/space.safetensors")
     unify({}, tmp_path / "found", settings, queries=documents["text"], space=space)
     assert verify(tmp_path / "out")[1] == verify(tmp_path / "found")[1] == []
     written = np.load(tmp_path / "out" / "text_emb" / "emb_0.npy")
@@ -209,7 +209,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
 def test_verify_knows_the_rows_of_an_index(documents, tmp_path, capsys):
     out = tmp_path / "out"
     unify(documents, out, QUIET, method="center-calibrate")
-    shard, space = out / "text_emb" / "emb_0.npy", out / "space.safetensors"
+    shard, space = out / "text_emb" / "emb_0.npy", out / "__realign__/space.safetensors"
     rows, saved = np.load(shard), space.read_bytes()
     np.save(shard, rows * np.float32(1.5))
     np.save(out / "img_emb" / "emb_9.npy", rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import ReAlign
+from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
 from realign_fast.moments import Moments
 from realign_fast.pipeline.align_run import align
@@ -36,7 +36,12 @@ def make(folder, dtype="f2", bad_rows="error"):
 @pytest.mark.parametrize("bad_rows", ["error", "skip", "keep"])
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 def test_what_was_written_has_no_fault(tmp_path, dtype, bad_rows):
-    checked, faults = verify(make(tmp_path, dtype, bad_rows))
+    out = make(tmp_path, dtype, bad_rows)
+    (out / ".cache").mkdir()
+    for name in ("cache-0123456789abcdef.arrow", ".cache/x.npy", ".DS_Store", "_SUCCESS"):
+        (out / name).write_bytes(b"left by another program")
+    checked, faults = verify(out)
+    assert len(Corpus(out).shards) == 2
     assert faults == [] and checked == {"shards": 2, "rows": 101, "statistics": 8}
 
 
@@ -56,13 +61,13 @@ def one_bit(rows):
 
 
 def other_aligner(out):
-    aligner = ReAlign.load(out / "aligner.safetensors")
+    aligner = ReAlign.load(out / "__realign__/aligner.safetensors")
     aligner.recentre += 1
-    aligner.save(out / "aligner.safetensors")
+    aligner.save(out / "__realign__/aligner.safetensors")
 
 
 def other_moments(out):
-    path = next((out / "_stats" / "source-drift").iterdir())
+    path = next((out / "__realign__/_stats" / "source-drift").iterdir())
     Moments().update(torch.ones(2, D)).save(path)
 
 
@@ -89,14 +94,17 @@ FAULTS = {
     ),
     "cut off": (lambda out: os.truncate(out / "emb_1.npy", 999), ["emb_1.npy: truncated"]),
     "no shard": (unlink("emb_1.npy"), ["emb_1.npy: No such file"]),
-    "no aligner": (unlink("aligner.safetensors"), ["aligner.safetensors: missing"]),
+    "no aligner": (unlink("__realign__/aligner.safetensors"), ["aligner.safetensors: missing"]),
     "another aligner": (other_aligner, ["the manifest says", "the rows went through"]),
     "other statistics": (other_moments, ["source-drift/emb_", "has blake2b"]),
     "another shard": (
         lambda out: np.save(out / "emb_9.npy", np.zeros((3, D))),
         ["emb_9.npy: is a shard that the manifest does not know"],
     ),
-    "no report": (unlink("report.json"), ["report.json: missing: the last run did not end"]),
+    "no report": (
+        unlink("__realign__/report.json"),
+        ["report.json: missing: the last run did not end"],
+    ),
 }
 
 
@@ -161,7 +169,7 @@ def test_no_manifest_is_an_error(tmp_path, capsys):
 def test_a_manifest_of_another_format_is_an_error(tmp_path, capsys):
     out = make(tmp_path)
     for text in (json.dumps({"format": 99, "passes": {}}), "{", "[]"):
-        (out / "manifest.json").write_text(text)
+        (out / "__realign__/manifest.json").write_text(text)
         assert main.main(["verify", str(out)]) == 3
         assert "expected a manifest of format 1" in capsys.readouterr().err
 
@@ -201,7 +209,7 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
 )
 def test_a_manifest_of_other_types_is_one_error(tmp_path, capsys, change, message):
     out = make(tmp_path)
-    path = out / "manifest.json"
+    path = out / "__realign__/manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert main.main(["verify", str(out)]) == 3
     (line,) = capsys.readouterr().err.splitlines()

@@ -119,7 +119,7 @@ def test_results_have_every_byte_of_the_arithmetic_version(tmp_path):
     for name in ("emb_0.npy", "emb_1.npy", "emb_2.npy"):
         assert (tmp_path / "out" / name).read_bytes() == (STORED / "out" / name).read_bytes()
     stored = json.loads((STORED / "out" / "report.json").read_text())
-    fitted = json.loads((tmp_path / "out" / "report.json").read_text())["fitted"]
+    fitted = json.loads((tmp_path / "out" / "__realign__/report.json").read_text())["fitted"]
     gap = stored["fitted"]["centroid_gap"]
     assert fitted["centroid_gap"] == pytest.approx(gap, rel=1e-14)  # any instruction set
 

@@ -86,7 +86,7 @@ def test_a_link_that_comes_while_a_file_is_written_is_not_followed(tmp_path, vic
 @pytest.mark.parametrize("target", ["victim", "created"])
 @pytest.mark.parametrize("name", ["lock", "lock-1-of-2"])
 def test_a_lock_is_never_a_link(name, target, tmp_path, victim):
-    folder = tmp_path / "out/_stats"
+    folder = tmp_path / "out/__realign__/_stats"
     folder.mkdir(parents=True)
     (folder / name).symlink_to(tmp_path / target)
     with pytest.raises(OSError, match=rf"/{name}: is a link to {tmp_path}/{target}.* remove it"):
@@ -110,7 +110,9 @@ def of_another_user(link, monkeypatch):
         os.chown(link, 12345, 12345, follow_symlinks=False)
 
 
-@pytest.mark.parametrize("name", ["_stats", "text_emb", "_stats/source-moments"])
+@pytest.mark.parametrize(
+    "name", ["__realign__/_stats", "text_emb", "__realign__/_stats/source-moments"]
+)
 def test_a_folder_that_is_a_link_of_another_user_is_refused(name, tmp_path, victim, monkeypatch):
     link = tmp_path / "out" / name
     link.parent.mkdir(parents=True)
@@ -118,10 +120,10 @@ def test_a_folder_that_is_a_link_of_another_user_is_refused(name, tmp_path, vict
     with monkeypatch.context() as patch:
         of_another_user(link, patch)
         with pytest.raises(OSError, match=rf"{name}: is a link to .*folder that user .*remove it"):
-            with locked(tmp_path / "out/_stats"):
+            with locked(tmp_path / "out/__realign__/_stats"):
                 pass
     link.unlink()
-    with locked(tmp_path / "out/_stats"):
+    with locked(tmp_path / "out/__realign__/_stats"):
         pass
 
 

@@ -216,7 +216,7 @@ def test_a_plan_counts_the_requests_of_the_run(corpora, bucket, monkeypatch, cap
     assert main.main(["align", *inputs, "--quiet"]) == 0
     assert len(requests) == planned["requests"] - uploads
     names = ("rows", "bytes_read", "bytes_written")
-    report = json.loads(bucket.cat("rows/out/report.json"))
+    report = json.loads(bucket.cat("rows/out/__realign__/report.json"))
     for name in names:
         assert sum(done[name] for done in report["passes"]) == planned[name]
 
@@ -255,9 +255,9 @@ def test_a_job_array_shares_a_bucket(tmp_path, corpora, bucket, capsys):
     assert main.main(["verify", S3]) == 4
     assert "has statistics and no aligner.safetensors; merge has to" in capsys.readouterr().err
     run("merge", *inputs, "--after", "statistics")
-    assert f"next: stats --aligner {S3}/half.safetensors" in capsys.readouterr().out
+    assert f"next: stats --aligner {S3}/__realign__/half.safetensors" in capsys.readouterr().out
     for job in ("1/2", "2/2"):
-        run("stats", *inputs[:2], "--aligner", f"{S3}/half.safetensors", "--shard", job)
+        run("stats", *inputs[:2], "--aligner", f"{S3}/__realign__/half.safetensors", "--shard", job)
     run("merge", *inputs, "--after", "drift")
     for job in ("1/2", "2/2"):
         run("apply", *inputs[:2], "--aligner", S3, "--shard", job)
@@ -317,7 +317,9 @@ def test_killed_in_the_middle_it_goes_on_by_itself(
 ):
     """It is killed while it uploads statistics, or a shard."""
     with proxy(s3_server) as (address, state):
-        seen = "aligner.safetensors" if held_name == "emb_1.npy" else "_stats/lock"
+        seen = "__realign__/" + (
+            "aligner.safetensors" if held_name == "emb_1.npy" else "_stats/lock"
+        )
         held, released = state.hold("PUT", held_name, lambda: seen in keys(bucket))
         process = started(corpora, tmp_path, address, *options)
         assert held.wait(120) and process.poll() is None
@@ -326,12 +328,13 @@ def test_killed_in_the_middle_it_goes_on_by_itself(
         process.stderr.close()
         released.set()
     left = keys(bucket)
-    assert "_stats/lock" in left and not {"manifest.json", "report.json"} & set(left)
+    assert "__realign__/_stats/lock" in left
+    assert not {"__realign__/manifest.json", "__realign__/report.json"} & set(left)
     report = align(*corpora, S3, QUIET)
     assert sum(before for _, before in finished(report).values()) > 0
     align(*corpora, tmp_path / "near", QUIET)
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
-    assert "_stats/lock" not in keys(bucket)
+    assert "__realign__/_stats/lock" not in keys(bucket)
     names = [path.name for path in (tmp_path / "scratch").iterdir()]
     assert not [name for name in names if not name.startswith("realign-fast-task-")]
 
@@ -341,11 +344,11 @@ def test_a_run_that_is_stopped_leaves_no_lock(tmp_path, corpora, bucket, s3_serv
         held, released = state.hold("PUT", "emb_1.npy", lambda: True)
         process = started(corpora, tmp_path, address)
         assert held.wait(120)
-        assert "_stats/lock" in keys(bucket)
+        assert "__realign__/_stats/lock" in keys(bucket)
         process.terminate()
         released.set()
         assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 143
-    assert "_stats/lock" not in keys(bucket)
+    assert "__realign__/_stats/lock" not in keys(bucket)
 
 
 @pytest.fixture
@@ -481,39 +484,43 @@ def folder(text):
 
 
 def test_two_runs_on_one_output(out, monkeypatch):
-    with locked(folder(out) / "_stats"):
-        message = (
-            rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {out}/_stats"
-        )
-        with pytest.raises(OSError, match=message), locked(folder(out) / "_stats"):
+    with locked(folder(out) / "__realign__/_stats"):
+        lock = f"{out}/__realign__/_stats"
+        message = rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {lock}"
+        with pytest.raises(OSError, match=message), locked(folder(out) / "__realign__/_stats"):
             pass
         with pytest.raises(OSError, match="is working on it"):
-            with locked(folder(out) / "_stats", "1-of-2"):
+            with locked(folder(out) / "__realign__/_stats", "1-of-2"):
                 pass
-    with locked(folder(out) / "_stats", "1-of-2"), locked(folder(out) / "_stats", "2-of-2"):
+    with (
+        locked(folder(out) / "__realign__/_stats", "1-of-2"),
+        locked(folder(out) / "__realign__/_stats", "2-of-2"),
+    ):
         with pytest.raises(OSError, match=r"_stats/lock-2-of-2 and run again"):
-            with locked(folder(out) / "_stats", "2-of-2"):
+            with locked(folder(out) / "__realign__/_stats", "2-of-2"):
                 pass
         with pytest.raises(OSError, match=r"_stats/lock-1-of-2 and run again"):
-            with locked(folder(out) / "_stats"):
+            with locked(folder(out) / "__realign__/_stats"):
                 pass
-    with locked(folder(out) / "_stats"):
+    with locked(folder(out) / "__realign__/_stats"):
         pass
     for name in ("lock", "lock-1-of-2", "lock-2-of-2"):
-        assert not (folder(out) / "_stats" / name).exists()
+        assert not (folder(out) / "__realign__/_stats" / name).exists()
 
 
 def leave_lock(place, **differences):
     """Leave a lock as another process would, with what differs from this one."""
     holder = lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
-    (folder(place) / "_stats/lock").write_whole(json.dumps(holder | differences).encode())
+    (folder(place) / "__realign__/_stats/lock").write_whole(
+        json.dumps(holder | differences).encode()
+    )
 
 
 @pytest.mark.parametrize("differences", [{"pid": 1 << 22}, {"began": "1"}])
 def test_a_lock_of_a_dead_process_of_this_machine_is_taken(differences, bucket):
     leave_lock(S3, **differences)
-    with locked(folder(S3) / "_stats"):
-        holder = json.loads(bucket.cat("rows/out/_stats/lock"))
+    with locked(folder(S3) / "__realign__/_stats"):
+        holder = json.loads(bucket.cat("rows/out/__realign__/_stats/lock"))
         assert holder["pid"] == os.getpid()
     assert keys(bucket) == []
 
@@ -523,16 +530,15 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken(differences, bucket):
 )
 def test_a_lock_that_nobody_can_prove_dead_is_named(differences, bucket):
     leave_lock(S3, **differences)
-    message = (
-        rf"gave no sign of life for 120 min .*if it was killed, delete {S3}/_stats/lock and run"
-    )
-    with pytest.raises(OSError, match=message), locked(folder(S3) / "_stats"):
+    lock = f"{S3}/__realign__/_stats/lock"
+    message = rf"gave no sign of life for 120 min .*if it was killed, delete {lock} and run"
+    with pytest.raises(OSError, match=message), locked(folder(S3) / "__realign__/_stats"):
         pass
-    assert keys(bucket) == ["_stats/lock"]
-    bucket.pipe("rows/out/_stats/lock", b"\0nonsense")
+    assert keys(bucket) == ["__realign__/_stats/lock"]
+    bucket.pipe("rows/out/__realign__/_stats/lock", b"\0nonsense")
     with (
         pytest.raises(OSError, match=r"process \? on \? is .*does not say when"),
-        locked(folder(S3) / "_stats"),
+        locked(folder(S3) / "__realign__/_stats"),
     ):
         pass
 
@@ -541,20 +547,22 @@ def test_a_lock_shows_that_its_holder_lives(bucket, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
 
     def alive():
-        return json.loads(bucket.cat("rows/out/_stats/lock"))["alive"]
+        return json.loads(bucket.cat("rows/out/__realign__/_stats/lock"))["alive"]
 
-    with locked(folder(S3) / "_stats"):
+    with locked(folder(S3) / "__realign__/_stats"):
         begin, deadline = alive(), time.monotonic() + 30
         while alive() == begin:
             assert time.monotonic() < deadline
-        bucket.pipe("rows/out/_stats/lock", b'{"token": "of another"}')
+        bucket.pipe("rows/out/__realign__/_stats/lock", b'{"token": "of another"}')
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             while not caught:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
     assert "was deleted or taken over" in str(caught[0].message)
-    assert bucket.cat("rows/out/_stats/lock") == b'{"token": "of another"}'  # not ours to remove
+    assert (
+        bucket.cat("rows/out/__realign__/_stats/lock") == b'{"token": "of another"}'
+    )  # not ours to remove
 
 
 def test_a_store_that_cannot_create_says_so(tmp_path, corpora, monkeypatch):

@@ -279,7 +279,9 @@ def test_a_copied_output_is_verified_and_applied_by_url(tmp_path, corpora, bucke
     bucket.put(str(tmp_path / "out"), "rows/out", recursive=True)
     assert verify(storage_path("s3://rows/out"))[1] == []
     aligner = ReAlign.from_pretrained("s3://rows/out")
-    assert torch.equal(aligner.shift, ReAlign.load(tmp_path / "out/aligner.safetensors").shift)
+    assert torch.equal(
+        aligner.shift, ReAlign.load(tmp_path / "out/__realign__/aligner.safetensors").shift
+    )
     bucket.pipe("rows/out/emb_0.npy", bucket.cat("rows/out/emb_0.npy")[:-2] + b"\0\0")
     (fault,) = [line for line in verify(storage_path("s3://rows/out"))[1] if "checksum" in line]
     assert fault.startswith("s3://rows/out/emb_0.npy: checksum is")
@@ -295,7 +297,7 @@ def test_secrets_of_urls_are_written_nowhere_and_a_new_signature_is_the_same_sou
     align(shard("text", 1), shard("image", 1), tmp_path / "out", QUIET)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) == 10 and not [path for path in files if b"SECRET" in path.read_bytes()]
-    assert "/text/emb_0.npy?part=***" in (tmp_path / "out/manifest.json").read_text()
+    assert "/text/emb_0.npy?part=***" in (tmp_path / "out/__realign__/manifest.json").read_text()
     report = align(shard("text", 2), shard("image", 2), tmp_path / "out", QUIET)
     assert [done["rows"] for done in report["passes"]] == [0] * 4
     assert verify(tmp_path / "out")[1] == []

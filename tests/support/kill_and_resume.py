@@ -125,7 +125,7 @@ def main():
         kills += round_of_kills(run, longest, options.kills - kills, chance)
         rounds += 1
         check_equal(tree(out), clean, rounds)
-        passes = json.loads((out / "report.json").read_text())["passes"]
+        passes = json.loads((out / "__realign__/report.json").read_text())["passes"]
         resumed += sum(one["finished_before"] for one in passes)
         shutil.rmtree(out)
     shutil.rmtree(work)

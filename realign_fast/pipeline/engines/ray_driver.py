@@ -270,10 +270,10 @@ def _witness(task: Task) -> Iterator[str | None]:
     A URL needs no witness: it means the same on every node.
     """
     checkpoints = getattr(task, "checkpoints", None)
-    if checkpoints is None or checkpoints.out.is_remote:
+    if checkpoints is None or checkpoints.records.is_remote:
         yield None
         return
-    path = checkpoints.out / STATS / f"lock-ray-{uuid.uuid4().hex}"
+    path = checkpoints.records / STATS / f"lock-ray-{uuid.uuid4().hex}"
     path.touch()
     try:
         yield os.path.abspath(path)
