@@ -31,8 +31,9 @@ import torch
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus.convert import convert
 from realign_fast.methods import Method
-from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.unify_run import SpaceSides, unify
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- checks -->\n", "<!-- end of the checks -->\n"
@@ -87,26 +88,41 @@ class Workspace:
         """Return the texts of the root as `convert` writes them in a format."""
         return self.made("converted", form)
 
+    def outputs(self, form: str) -> list[Path]:
+        """Return the outputs of `align`, `apply`, `unify` and `convert` with shards of a format."""
+        return [self.made(kind, form) for kind in ("aligned", "applied", "unified", "converted")]
+
     def _made(self, kind: str, form: str) -> Path:
-        out = self.folder / f"{kind}-{form}"
-        if kind == "converted":
-            convert(Corpus(self.root, "text"), out, form)
+        out, settings = self.folder / f"{kind}-{form}", Settings(progress=False)
+        if kind in ("text", "image", "converted"):
+            side: Any = "text" if kind == "converted" else kind
+            convert(Corpus(self.root, side), out, form)
+            return out
+        text, image = (
+            Corpus(self.made(side, form), allow_pickle=True) for side in ("text", "image")
+        )
+        if kind == "aligned":
+            align(text, image, out, settings)
+        elif kind == "applied":
+            run, aligner = AlignRun(settings), ReAlign.from_pretrained(self.aligned(form))
+            with run.output_directory(out):
+                run.finish(out, aligner, text, aligned=run.apply(aligner, text, out))
         else:
-            sides = [self.folder / f"{side}-{form}" for side in ("text", "image")]
-            for side, path in zip(("text", "image"), sides, strict=True):
-                convert(Corpus(self.root, side), path, form)
-            align(
-                *(Corpus(path, allow_pickle=True) for path in sides), out, Settings(progress=False)
-            )
+            unify(SpaceSides({"text": text, "image": image}), out, settings)
         return out
 
 
 def expect_rows(found: Iterable[Any], out: Path) -> str:
     """Return a sentence on the rows `[N, D]` that a client read; raise if `out` has others."""
-    expected = torch.cat([batch.rows for batch in Corpus(out, allow_pickle=True).batches()]).numpy()
+    sides: Any = ["text", "image"] if (out / "text_emb").is_dir() else [None]
+    corpora = [Corpus(out, side, allow_pickle=True) for side in sides]
+    rows_of_sides = [torch.cat([batch.rows for batch in corpus.batches()]) for corpus in corpora]
+    expected = torch.cat(rows_of_sides).numpy()
     rows = np.stack([np.asarray(row, expected.dtype) for row in found])
+    if len(sides) > 1:  # readers walk the folders in an order of their own
+        rows, expected = (side[np.lexsort(side.T)] for side in (rows, expected))
     np.testing.assert_array_equal(rows, expected)
-    return f"{len(rows)} rows, the same bytes"
+    return f"{len(rows)} rows, equal"
 
 
 @check("numpy", "`np.load` of an aligned `.npy` shard")
@@ -114,6 +130,118 @@ def numpy_load(workspace: Workspace) -> str:
     """Read aligned `.npy` shards."""
     out = workspace.aligned("npy")
     return expect_rows(np.concatenate([np.load(path) for path in sorted(out.glob("*.npy"))]), out)
+
+
+@check("pyarrow", "`pyarrow.dataset.dataset(OUT)` after align, apply, unify and convert, parquet")
+def arrow_dataset(workspace: Workspace) -> str:
+    """Read outputs with parquet shards as datasets of pyarrow."""
+    from pyarrow import dataset
+
+    for out in workspace.outputs("parquet"):
+        text = expect_rows(dataset.dataset(out).to_table()["embedding"].to_pylist(), out)
+    return text
+
+
+@check("pyarrow", "`pyarrow.dataset.dataset(OUT, format='arrow')` of Arrow files")
+def arrow_dataset_of_files(workspace: Workspace) -> str:
+    """Read outputs with Arrow files as datasets of pyarrow."""
+    from pyarrow import dataset
+
+    out = workspace.aligned("arrow")
+    return expect_rows(
+        dataset.dataset(out, format="arrow").to_table()["embedding"].to_pylist(), out
+    )
+
+
+@check("pandas", "`pandas.read_parquet(OUT)` after align, apply, unify and convert")
+def pandas_frame(workspace: Workspace) -> str:
+    """Read outputs with parquet shards as frames."""
+    import pandas
+
+    for out in workspace.outputs("parquet"):
+        text = expect_rows(pandas.read_parquet(out)["embedding"], out)
+    return text
+
+
+@check("polars", "`polars.read_parquet(OUT / '*.parquet')`")
+def polars_frame(workspace: Workspace) -> str:
+    """Read an output with parquet shards as a frame of polars."""
+    import polars
+
+    out = workspace.aligned("parquet")
+    return expect_rows(polars.read_parquet(out / "*.parquet")["embedding"].to_numpy(), out)
+
+
+@check("polars", "`polars.read_parquet(OUT)`, which skips no names")
+def polars_folder(workspace: Workspace) -> str:
+    """Read the folder of a conversion, and meet the error of polars in that of a run."""
+    import polars
+
+    converted = workspace.converted("parquet")
+    text = expect_rows(polars.read_parquet(converted)["embedding"].to_numpy(), converted)
+    try:
+        polars.read_parquet(workspace.aligned("parquet"))
+    except polars.exceptions.InvalidOperationError:
+        return f"after convert {text}; after a run refused: give `OUT/*.parquet`"
+    return text
+
+
+def load_dataset(out: Path, **options: Any) -> Any:
+    """Return the rows of `datasets.load_dataset(OUT)`, with a cache in the same folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    cache_folder = str(out.parent / "cache")
+    return datasets.load_dataset(str(out), split="train", cache_dir=cache_folder, **options)
+
+
+@check("datasets", "`datasets.load_dataset(OUT)` after align, apply, unify and convert, parquet")
+def datasets_parquet(workspace: Workspace) -> str:
+    """Load outputs with parquet shards."""
+    for out in workspace.outputs("parquet"):
+        text = expect_rows(load_dataset(out)["embedding"], out)
+    return text
+
+
+@check("datasets", "`datasets.load_dataset(OUT)` of Arrow files, of Arrow streams and of tars")
+def datasets_arrow_and_tar(workspace: Workspace) -> str:
+    """Load outputs with Arrow and WebDataset shards."""
+    for form, column in ("arrow", "embedding"), ("arrow-stream", "embedding"), ("tar", None):
+        out, name = workspace.aligned(form), column or "embedding.npy"
+        text = expect_rows([np.reshape(row, -1) for row in load_dataset(out)[name]], out)
+    return text
+
+
+@check("datasets", "`datasets.load_from_disk(OUT)` of a saved dataset")
+def datasets_saved(workspace: Workspace) -> str:
+    """Load the output of `align` on a saved dataset."""
+    import datasets
+
+    out = workspace.aligned("hf")
+    return expect_rows(datasets.load_from_disk(out)["embedding"], out)
+
+
+@check("embedding-reader", "`EmbeddingReader(OUT)`, npy and parquet")
+def embedding_reader(workspace: Workspace) -> str:
+    """Read outputs as autofaiss and clip-retrieval do."""
+    from embedding_reader import EmbeddingReader
+
+    for form in ("npy", "parquet"):
+        out = workspace.aligned(form)
+        reader = EmbeddingReader(str(out), file_format=form)
+        text = expect_rows([row for rows, _ in reader(4, show_progress=False) for row in rows], out)
+    return text
+
+
+@check("webdataset", "`webdataset.WebDataset(tars of OUT)`, decoded")
+def webdataset_samples(workspace: Workspace) -> str:
+    """Read aligned tars."""
+    import webdataset
+
+    out = workspace.aligned("tar")
+    shards = [str(path) for path in sorted(out.glob("*.tar"))]
+    samples = webdataset.WebDataset(shards, shardshuffle=False).decode()
+    return expect_rows([sample["embedding.npy"].reshape(-1) for sample in samples], out)
 
 
 class Aligned(torch.nn.Module):

@@ -338,7 +338,7 @@ class PlanOptions(FitOptions):
 class ApplyOptions(Passes, Resuming, EngineOptions):
     """Options of ``apply``."""
 
-    aligner: Annotated[str, _file("aligner.safetensors of an earlier fit, or its directory",
+    aligner: Annotated[str, _file("output of an earlier fit, or its aligner.safetensors",
         parser=_text(storage_path))]
     source: Source
     out: Out
@@ -356,8 +356,8 @@ class UnifyOptions(Passes, Resuming, EngineOptions):
         "row", metavar="NAME", show_default="modality")] = None
     queries: Annotated[str | None, _directory("rows like those that will be searched for; with "
         "--space they are written as they search", show_default="such documents")] = None
-    space: Annotated[str | None, _file("use this space and fit none: space.safetensors, or its "
-        "directory", parser=_text(storage_path))] = None
+    space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "
+        "space.safetensors", parser=_text(storage_path))] = None
     out: Out
     shard: Shard = "1/1"
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
@@ -382,8 +382,8 @@ class StatsOptions(Passes, MethodOptions, EngineOptions):
     target: Annotated[str | None, _directory("measure the target", "--image", "--target")] = None
     out: Out
     shard: Shard = "1/1"
-    aligner: Annotated[str | None, _file("half.safetensors that merge wrote: measure the drift of "
-        "the source under this map", parser=_text(storage_path))] = None
+    aligner: Annotated[str | None, _file("output of merge, or its half.safetensors: measure the "
+        "drift of the source under this map", parser=_text(storage_path))] = None
 
 
 class CorpusOptions(Reading):
