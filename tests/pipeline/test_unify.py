@@ -282,7 +282,7 @@ def test_a_table_of_several_modalities_stays_one_table(tmp_path, to, layout, met
     passes = ["table moments", *["table centred"] * (method != "calibrate"), "apply table"]
     assert [done["name"] for done in report["passes"]] == passes
     assert verify(out) == ({"shards": 3, "rows": 161, "statistics": 3 * len(passes)}, [])
-    space = SharedSpace.load(out / "space.safetensors")
+    space = SharedSpace.load(out / "__realign__/space.safetensors")
     rows, labels = table.take(range(161)), modalities_of(table)
     expected = SharedSpace.fit(**{name: rows[labels == name] for name in names}, **choices)
     written = Corpus(out, allow_pickle=to == "pickle")
