@@ -230,7 +230,7 @@ def _measure_all(
     }
     measured: dict[str, Moments] = {}
     every_part = AlignRun(run.settings, reading=False)  # of a job array: their checkpoints
-    every_part.out = run.out
+    every_part.out, every_part.records = run.out, run.records
     for reader in (run, every_part)[: run.part[1]]:
         for name, corpus in sides.corpora.items():
             count = sample_of(run.settings, corpus)

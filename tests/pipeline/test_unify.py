@@ -317,7 +317,7 @@ def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, caps
         assert report["complete"] is False and report["next"].startswith("the same command without")
         assert run("verify", jobs) == 4, "no run without a part has ended it"
         assert run(*options, "--out", jobs) == 0 and tree(jobs) == tree(one)
-    space = SharedSpace.load(one / "space.safetensors")
+    space = SharedSpace.from_pretrained(one)
     assert {name: side.count for name, side in space.sides.items()} == dict.fromkeys(
         space.sides, 40
     )
