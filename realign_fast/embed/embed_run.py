@@ -107,7 +107,9 @@ def embed(
         if not run.recorded:
             write_json(records / RECORDS / embed_output.RUN, run.facts)
         if not sum(report["rows"].values()):
-            raise ValueError(f"{out}: all {failures} items failed; see {records / embed_output.FAILURES}")
+            raise ValueError(
+                f"{out}: all {failures} items failed; see {records / embed_output.FAILURES}"
+            )
         write_json(records / embed_output.REPORT, report | {"made": run.facts})
     return report
 
