@@ -8,7 +8,6 @@ partial results arrive changes at most the last bits.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections import Counter
@@ -28,7 +27,7 @@ from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .ops.reference import unit
 from .storage.paths import AnyPath
-from .storage.tensor_file import tensors_of, write_tensors
+from .storage.tensor_file import tensor_digest, tensors_of, write_tensors
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
@@ -349,14 +348,14 @@ class Moments:
         """Write a safetensors file; it appears whole or not at all."""
         flags = [name for name, is_set in self._flags().items() if is_set]
         state = self._state()
-        write_tensors(path, state, {"moments": " ".join([*flags, _checksum(state)])})
+        write_tensors(path, state, {"moments": " ".join([*flags, tensor_digest(state)])})
 
     @classmethod
     def load(cls, path: AnyPath) -> Moments:
         """Read a file that :meth:`save` wrote; a ValueError names another or a damaged file."""
         with tensors_of(path, "moments written by Moments.save", "measure again") as (state, texts):
             flags = texts["moments"].split()
-            if flags[-1:] != [_checksum(state)]:
+            if flags[-1:] != [tensor_digest(state)]:
                 raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
             moments._restore(state)
@@ -539,12 +538,3 @@ def _describe_bad_row(rows: Tensor, name: str, first_row: int) -> str:
         f"{name}: row {first_row + index} {fault}, expected a finite row with a direction; "
         "mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave such rows out"
     )
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Return the BLAKE2b checksum of names and numbers that a file of moments carries."""
-    total = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return f"blake2b={total.hexdigest()}"

@@ -39,7 +39,7 @@ from .corpus.row_batches import Rows, encoder_of, opened
 from .moments import BadRows, Moments, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath
-from .storage.tensor_file import HubObject, tensors_of, write_tensors
+from .storage.tensor_file import HubObject, tensor_digest, tensors_of, write_tensors
 
 SpaceMethod = Literal["calibrate", "center-calibrate", "center"]
 Layout = Literal["single", "blocks"]
@@ -216,39 +216,24 @@ class SharedSpace(HubObject):
                 of two encoders, an unknown role or option, or a centring method where only moments
                 are given.
         """
-        query_rows = dict(queries) if isinstance(queries, Mapping) else {}
         if queries is not None and not isinstance(queries, Mapping):
-            query_rows = {query_role: queries}
-        sides = modalities | {_queries_of(role): rows for role, rows in query_rows.items()}
+            queries = {query_role: queries}
+        roles = [*(queries or {})]
+        sides = modalities | {_queries_of(role): rows for role, rows in (queries or {}).items()}
         rows = {name: opened(side) for name, side in sides.items()}
         encoder = encoder_of(*rows.values())
-
-        def measure_rows(name: str, centre: Tensor | None) -> Moments:
-            """Return the moments of rows, or those of ``unit(u - centre)``."""
-            side, through = rows[name], None if centre is None else centring_map(centre)
-            if not isinstance(side, Moments):
-                options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
-                return measure(side, name, covariance=True, through=through, **options)
-            if through:
-                raise ValueError(
-                    f"SharedSpace: centring reads the rows of {name} a second time, and moments "
-                    "hold none; give rows, or method='calibrate', or use from_passes"
-                )
-            return side
-
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows
         space = cls.from_passes(
-            measure_rows, [*modalities], [*query_rows], query_role, layout=layout, method=method
+            lambda name, centre: _measured(rows[name], name, centre, batch_rows, bad_rows),
+            [*modalities],
+            roles,
+            query_role,
+            layout=layout,
+            method=method,
         )
         space.encoder = encoder
-        for (name, side), (other, documents) in combinations(space.sides.items(), 2):
-            is_same = side.count == documents.count and side.centre.equal(documents.centre)
-            if is_same and side.covariance.equal(documents.covariance):
-                raise ValueError(
-                    f"SharedSpace: the {side.count} {name} rows are the {other} rows; give the "
-                    "rows of two modalities"
-                )
+        _check_different(space.sides)
         return space
 
     @classmethod
@@ -272,12 +257,7 @@ class SharedSpace(HubObject):
             query_roles: those modalities of which queries are measured as well.
             query_role, layout, method: as in :meth:`fit`, which also says the errors.
         """
-        _check_options(modalities, query_role, layout, method)
-        if unknown := set(query_roles) - set(modalities):
-            raise ValueError(
-                f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
-                f"{sorted(modalities)}"
-            )
+        _check_options(modalities, query_role, layout, method, query_roles)
         names = [*modalities, *map(_queries_of, query_roles)]
         moments = {name: measure_rows(name, None) for name in names}
         _check_moments(moments)
@@ -307,36 +287,27 @@ class SharedSpace(HubObject):
     @property
     def radius(self) -> float:
         """A bound on the length of a document in the index, for :meth:`for_cosine`."""
-        lengths = [
-            1.0 + (float(side.centre.norm()) if self.method == "calibrate" else 0.0)
-            for side in self.sides.values()
-        ]
-        scales = [self.scale(name) for name in self.sides]
-        return max(length / scale for length, scale in zip(lengths, scales, strict=True))
+        keeps_length = self.method == "calibrate"
+        return max(
+            (1 + keeps_length * float(side.centre.norm())) / self.scale(name)
+            for name, side in self.sides.items()
+        )
 
     @property
     def record(self) -> dict[str, Any]:
         """Plain numbers of the fit, ready for json."""
-        return {
-            "method": self.method,
-            "layout": self.layout,
-            "query_role": self.query_role,
-            "dimension": self.dimension,
-            "columns": self.columns,
-            "encoder": self.encoder,
-            "modalities": {
-                name: {
-                    "count": side.count,
-                    "query_count": side.query_count,
-                    "scale": {role: self._scales[name, role] for role in self.sides},
-                    "scale_error": {
-                        role: side.scale_error(self.sides[role]) for role in self.sides
-                    },
-                    "common_share": {role: self.common_share(role, name) for role in self.sides},
-                }
-                for name, side in self.sides.items()
-            },
+        facts = "method", "layout", "query_role", "dimension", "columns", "encoder"
+        modalities = {
+            name: {
+                "count": side.count,
+                "query_count": side.query_count,
+                "scale": {role: self._scales[name, role] for role in self.sides},
+                "scale_error": {role: side.scale_error(q) for role, q in self.sides.items()},
+                "common_share": {role: self.common_share(role, name) for role in self.sides},
+            }
+            for name, side in self.sides.items()
         }
+        return {fact: getattr(self, fact) for fact in facts} | {"modalities": modalities}
 
     def common_share(self, role: str, modality: str) -> float:
         """Return the share of the scores' variance that all queries of a role have in common.
@@ -378,9 +349,8 @@ class SharedSpace(HubObject):
 
     def document_map(self, modality: str) -> RoleMap:
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
-        side, first = self._side(modality), 0
-        if self.layout == "blocks":
-            first = list(self.sides).index(modality) * self.dimension
+        side, is_wide = self._side(modality), self.layout == "blocks"
+        first = [*self.sides].index(modality) * self.dimension * is_wide
         scales = {first: self.scale(modality)}
         return RoleMap(side.centre, self.method != "calibrate", scales, self.columns)
 
@@ -510,7 +480,7 @@ class SharedSpace(HubObject):
             for field, value in vars(side).items()
         }
         choices = [self.method, self.layout, self.query_role, self.encoder, *self.sides]
-        stored = {"version": _VERSION, "choices": choices}
+        stored = {"version": _VERSION, "choices": choices, "digest": tensor_digest(tensors)}
         write_tensors(path, tensors, {"shared_space": json.dumps(stored)})
 
     @classmethod
@@ -527,12 +497,16 @@ class SharedSpace(HubObject):
             sides = {}
             for name in names:
                 values: dict[str, Any] = {
-                    field: tensors[f"{name}.{field}"] for field in Side.__annotations__
+                    # (cloned: how memory is aligned changes the last bits of sums)
+                    field: tensors[f"{name}.{field}"].clone()
+                    for field in Side.__annotations__
                 }
                 values |= {field: int(values[field]) for field in ("count", "query_count")}
                 sides[name] = Side(**values)
                 _check_side(name, sides[name], len(values["centre"]))
             _check_options(sides, query_role, layout, method)
+            if stored.get("digest") not in (None, tensor_digest(tensors)):
+                raise TypeError("numbers that changed since it was written")
             space = cls(sides, method, layout, query_role)
             space.encoder = encoder
             return space
@@ -586,7 +560,13 @@ class SharedSpace(HubObject):
 torch.serialization.add_safe_globals([SharedSpace, Side])  # for torch.load(weights_only=True)
 
 
-def _check_options(modalities: Collection[str], query_role: str, layout: str, method: str) -> None:
+def _check_options(
+    modalities: Collection[str],
+    query_role: str,
+    layout: str,
+    method: str,
+    query_roles: Collection[str] = (),
+) -> None:
     """Raise a ValueError for names that :meth:`SharedSpace.fit` does not know."""
     if len(modalities) < 2:
         raise ValueError(
@@ -600,6 +580,11 @@ def _check_options(modalities: Collection[str], query_role: str, layout: str, me
     ):
         if value not in known:
             raise ValueError(f"SharedSpace: {option}={value!r} is none of {', '.join(known)}")
+    if unknown := {*query_roles} - {*modalities}:
+        raise ValueError(
+            f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
+            f"{sorted(modalities)}"
+        )
 
 
 def _check_side(name: str, side: Side, columns: int) -> None:
@@ -613,6 +598,33 @@ def _check_side(name: str, side: Side, columns: int) -> None:
                 )
     if float(side.covariance.diagonal().min()) < 0:
         raise TypeError(f"{name}.covariance with a negative variance")
+
+
+def _measured(
+    rows: Any, name: str, centre: Tensor | None, batch_rows: int, bad_rows: BadRows
+) -> Moments:
+    """Return the moments of rows, or those of ``unit(u - centre)``."""
+    through = None if centre is None else centring_map(centre)
+    if not isinstance(rows, Moments):
+        options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
+        return measure(rows, name, covariance=True, through=through, **options)
+    if through:
+        raise ValueError(
+            f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
+            "give rows, or method='calibrate', or use from_passes"
+        )
+    return rows
+
+
+def _check_different(sides: Mapping[str, Side]) -> None:
+    """Raise a ValueError if two modalities have the same rows."""
+    for (name, side), (other, documents) in combinations(sides.items(), 2):
+        is_same = side.count == documents.count and side.centre.equal(documents.centre)
+        if is_same and side.covariance.equal(documents.covariance):
+            raise ValueError(
+                f"SharedSpace: the {side.count} {name} rows are the {other} rows; give the rows of "
+                "two modalities"
+            )
 
 
 def _check_moments(sides: Mapping[str, Moments]) -> None:

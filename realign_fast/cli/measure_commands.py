@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, compress
+from hashlib import blake2b
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError
@@ -21,58 +21,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..corpus.corpus import Corpus
-    from ..metrics import MixedGallery
+    from ..metrics import Captioned, Substitution
 
 _SIDES = "--text TEXT --image IMAGE"
 _FEWEST = 22  # pairs to search among, captions to read
+_IDS_A_PAIR = 100  # ids that are held for each pair that is searched for
 _OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
 
 
 @command("Results", _SIDES, f"{_SIDES} --space space.safetensors --json", f"{_SIDES} --pairs id")
 def evaluate_search(options: opts.SearchOptions) -> Result:
     """Measure the search for pairs in one index of both sides, by the encoder and in a space."""
-    import torch
-
     from ..interface.progress import Progress
-    from ..metrics import mixed_gallery, over_splits
+    from ..metrics import search_pairs
     from ..metrics.estimate import plain
     from ..shared_space import SharedSpace
 
-    fitted_space = open_space(options, "fit", "splits")
+    fitted = open_space(options, "fit", "splits")
     rows, repeated = _paired_rows(options)
-    method = options.fit or "auto"
-    splits, count = 1 if fitted_space else options.splits or 10, len(rows["text"])
+    splits, count = 1 if fitted else options.splits or 10, len(rows["text"])
     roles = [options.queries] if options.queries else list(_OTHER)
-    if fitted_space and fitted_space.layout == "single" and not options.queries:
-        roles = [fitted_space.query_role]
-    galleries: dict[tuple[str, str], list[MixedGallery]] = defaultdict(list)
-    bar = Progress(splits * len(roles), "search", unit="search", shown=shows_progress(options))
-    with bar:
-        for split in range(splits):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(split))
-            half = 0 if fitted_space else count // 2
-            fitted: dict[str, Any] = {name: side[order[:half]] for name, side in rows.items()}
-            raw = {name: side[order[half:]] for name, side in rows.items()}
-            number = torch.arange(count - half)
-            for role in roles:
-                space = fitted_space or SharedSpace.fit(**fitted, query_role=role, method=method)
-                placed = {name: space.documents(name, side) for name, side in raw.items()}
-                searches = {"encoder": (raw[role], raw)}
-                searches["space"] = space.query(raw[role], role), placed
-                for way, (queries, documents) in searches.items():
-                    relevant, own = {_OTHER[role]: number}, {role: number}
-                    galleries[role, way].append(
-                        mixed_gallery(queries, documents, relevant, own=own)
-                    )
-                bar.update()
-    facts: dict[str, Any] = {"pairs": count, "searched": count - half, "splits": splits}
+    if fitted and fitted.layout == "single" and not options.queries:
+        roles = [fitted.query_role]
+
+    def fit(side_rows: dict[str, Any], role: str) -> SharedSpace:
+        """Return the space of a split."""
+        method = options.fit or "auto"
+        return fitted or SharedSpace.fit(**side_rows, query_role=role, method=method)
+
+    total, shown = splits * len(roles), shows_progress(options)
+    with Progress(total, "search", unit="search", shown=shown) as bar:
+        share: dict[str, Any] = {"fitted_share": 0.0 if fitted else 0.5}
+        galleries = search_pairs(
+            rows, fit, roles=roles, splits=splits, on_search=bar.update, **share
+        )
+    searched = count if fitted else count - count // 2
+    facts: dict[str, Any] = {"pairs": count, "searched": searched, "splits": splits}
     facts["repeated"] = repeated
-    lines = [f"{count - half:,} of {count:,} pairs searched, splits: {splits}"]
+    lines = [f"{searched:,} of {count:,} pairs searched, splits: {splits}"]
     if repeated:
         lines.append(f"left out: {repeated:,} pairs with a row of an earlier pair")
-    for role in roles:
-        ways = ("encoder", "space")
-        columns = {way: over_splits(galleries[role, way]).figures(_OTHER[role]) for way in ways}
+    for role, ways in galleries.items():
+        columns = {way: figures.figures(_OTHER[role]) for way, figures in ways.items()}
         facts[f"{role}_queries"] = {way: plain(column) for way, column in columns.items()}
         lines += ["", *_table(f"{role} queries", columns)]
     return Result(facts, "\n".join(lines), answer=True)
@@ -81,64 +71,69 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
 @command("Results", _SIDES, f"{_SIDES} --method realign --method center --json")
 def substitution(options: opts.SubstitutionOptions) -> Result:
     """Measure what texts are worth in place of images to small readers of words of captions."""
-    import torch
-
     from ..interface.progress import Progress
-    from ..metrics import Reader, hashed_ngrams, substitution
-    from ..metrics.estimate import plain
+    from ..metrics import Reader, substitution
 
-    sides = _open_sides(options)
-    places = [_spread(side.num_rows, options.sample) for side in sides]
-    columns = ("caption", "text", "txt")
-    captions = [_values(*side, columns) for side in zip(sides, places, strict=True)]
-    rows = _rows(sides, places)
-    labels = [hashed_ngrams(side, options.buckets) for side in captions]
-    has_word = [side.any(dim=1) for side in labels]
-    wordless = [int((~mask).sum()) for mask in has_word]
-    for side, mask in zip(sides, has_word, strict=True):
-        if (count := int(mask.sum())) < _FEWEST:
-            raise ValueError(
-                f"{side.path}: {count} of {len(mask)} captions have a word of 3 letters, expected "
-                f"{_FEWEST} or more; give captions in {', '.join(columns)}"
-            )
-    captions = [[*compress(*side)] for side in zip(captions, has_word, strict=True)]
-    labels, (text, image) = (
-        [side[mask] for side, mask in zip(values, has_word, strict=True)]
-        for values in (labels, [side.float() for side in rows])
-    )
-    place = {caption: number for number, caption in enumerate(captions[1])}
-    partners = torch.tensor([place.get(caption, -1) for caption in captions[0]])
+    captioned = _captioned_rows(options)
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
     names = names or ["realign", "optimal-transport", "center"]
     total = options.seeds * (2 + len(names))
     with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
         result = substitution(
-            text,
-            image,
-            *labels,
+            *captioned.rows,
+            *captioned.labels,
             aligned={name: partial(_fit, name, options) for name in names},
-            partners=partners,
+            partners=captioned.partners,
             test=options.test,
             seeds=range(options.seeds),
             reader=Reader(steps=options.steps),
             on_reader=bar.update,
         )
-    tested_count = round(len(image) * options.test)
-    figures = {
-        "loss": result.loss,
-        "accuracy": result.accuracy,
-        "share_closed": result.share_closed,
-    }
-    facts: dict[str, Any] = {"texts": len(text), "images": len(image), "tested": tested_count}
-    facts |= {"without_words": dict(zip(_OTHER, wordless, strict=True))}
+    return _substitution_result(options, captioned, result)
+
+
+def _captioned_rows(options: opts.SubstitutionOptions) -> Captioned:
+    """Return rows of both sides with labels; a ValueError for a side with too few captions."""
+    from ..metrics import label_by_captions
+
+    sides, columns = _open_sides(options), ("caption", "text", "txt")
+    places = [_spread(side.num_rows, options.sample) for side in sides]
+    captions = [_values(*side, columns) for side in zip(sides, places, strict=True)]
+    captioned = label_by_captions(_rows(sides, places), captions, options.buckets)
+    for side, rows, count in zip(sides, captioned.rows, map(len, captions), strict=True):
+        if len(rows) < _FEWEST:
+            raise ValueError(
+                f"{side.path}: {len(rows)} of {count} captions have a word of 3 letters, expected "
+                f"{_FEWEST} or more; give captions in {', '.join(columns)}"
+            )
+    return captioned
+
+
+def _substitution_result(
+    options: opts.SubstitutionOptions, captioned: Captioned, result: Substitution
+) -> Result:
+    """Return the figures of readers as facts and as a table."""
+    from ..metrics.estimate import plain
+
+    texts, images = map(len, captioned.rows)
+    tested_count = round(images * options.test)
+    columns = ("loss", "accuracy", "share_closed")
+    figures = {name: getattr(result, name) for name in columns}
+    facts: dict[str, Any] = {"texts": texts, "images": images, "tested": tested_count}
+    facts |= {"without_words": dict(zip(_OTHER, captioned.wordless, strict=True))}
     facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
     facts["interval"] = {
         name: [*plain({"low": low, "high": high}).values()]
         for name, (low, high) in result.interval.items()
     }
-    title = f"{tested_count:,} of {len(image):,} images tested, seeds and splits: {options.seeds}"
-    left_out = f"left out without a word: {wordless[0]:,} texts, {wordless[1]:,} images"
-    lines = [title, *[left_out] * any(wordless), "", *_table("readers trained on", figures)]
+    title = f"{tested_count:,} of {images:,} images tested, seeds and splits: {options.seeds}"
+    left_out = "left out without a word: {:,} texts, {:,} images".format(*captioned.wordless)
+    lines = [
+        title,
+        *[left_out] * any(captioned.wordless),
+        "",
+        *_table("readers trained on", figures),
+    ]
     return Result(facts, "\n".join(lines), answer=True)
 
 
@@ -173,6 +168,12 @@ def _rows(sides: Sequence[Corpus], places: Sequence[Sequence[int]]) -> list[Tens
 
 
 def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> list[str]:
+    """Return the values of some rows; see :func:`_all_values`."""
+    chosen = set(places)
+    return [value for row, value in enumerate(_all_values(corpus, columns)) if row in chosen]
+
+
+def _all_values(corpus: Corpus, columns: Sequence[str]) -> Iterator[str]:
     """Return values of rows in the first of the columns beside them, or in `metadata/`."""
     from ..corpus.layout import metadata_of
     from ..corpus.row_values import shard_values
@@ -182,8 +183,7 @@ def _values(corpus: Corpus, places: Sequence[int], columns: Sequence[str]) -> li
             f"{corpus.path}: has no metadata/ and no other columns; give a root or files that have "
             f"{' or '.join(columns)} for each row"
         )
-    chosen, values = set(places), chain.from_iterable(shard_values(corpus, None, columns))
-    return [value for number, value in enumerate(values) if number in chosen]
+    return chain.from_iterable(shard_values(corpus, None, columns))
 
 
 def _is_first(rows: Tensor) -> Tensor:
@@ -201,16 +201,13 @@ def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
     Those are pairs with a row of an earlier one, such as other captions of the same image: a search
     for one of them would count the others as wrong.
     """
-    from ..corpus.row_values import ID_COLUMNS
-
     sides = _open_sides(options)
     counts = [side.num_rows for side in sides]
     pairs, count = None, min(counts)
     if options.pairs == "id":
-        ids = [_values(side, range(side.num_rows), ID_COLUMNS) for side in sides]
-        place = {sample_id: number for number, sample_id in enumerate(ids[1])}
-        place.pop("", None)
-        pairs = [(n, place[sample_id]) for n, sample_id in enumerate(ids[0]) if sample_id in place]
+        first, second = _sampled_ids(sides, _IDS_A_PAIR * options.sample)
+        place = {number: row for row, number in second}
+        pairs = [(row, place[number]) for row, number in first if number in place]
         count = len(pairs)
     paths = f"{sides[0].path}, {sides[1].path}"
     if pairs is None and counts[0] != counts[1]:
@@ -231,6 +228,29 @@ def _paired_rows(options: opts.SearchOptions) -> tuple[dict[str, Tensor], int]:
     raise OptionError(
         f"{paths}: {count} pairs of different rows, expected {_FEWEST} or more; give more pairs"
     )
+
+
+def _sampled_ids(sides: Sequence[Corpus], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield (row, hash of its id) of each side, for a sample of about ``most`` ids of the smaller.
+
+    Ids are drawn by their hash of 8 bytes, so that the same ones are drawn on both sides. Memory is
+    bounded by ``most``, and by how many rows have an id in common; other ids are read and let go.
+    """
+    smaller = min(sides, key=lambda side: side.num_rows)
+    limit = (most << 64) // max(smaller.num_rows, most)
+    drawn = {number for _, number in _hashed_ids(smaller) if number < limit}
+    for side in sides:
+        yield [entry for entry in _hashed_ids(side) if entry[1] in drawn]
+
+
+def _hashed_ids(corpus: Corpus) -> Iterator[tuple[int, int]]:
+    """Yield the row and the hash of each id; rows without one are left out."""
+    from ..corpus.row_values import ID_COLUMNS
+
+    for row, value in enumerate(_all_values(corpus, ID_COLUMNS)):
+        if value:
+            name = value.encode("utf-8", "surrogatepass")
+            yield row, int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
 
 
 def _warn_of_other_ids(sides: Sequence[Corpus], places: Sequence[int]) -> None:

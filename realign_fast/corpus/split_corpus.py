@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +13,6 @@ from .layout import SUBFOLDERS
 from .row_values import values_of
 
 _MOST_MODALITIES = 32  # a column with more values names something else
-
-
-class SplitSample(NamedTuple):
-    """Rows of a table and the numbers of their modalities."""
-
-    ids: np.ndarray  # [n] int64, ascending
-    codes: torch.Tensor  # [n] uint8
 
 
 class SplitCorpus(Corpus):
@@ -52,15 +44,15 @@ class SplitCorpus(Corpus):
             counts = Counter(self._names(index))
             self._check_names(index, counts, modalities)
             self._counts[shard.path] = counts
-        found = {name for counts in self._counts.values() for name in counts}
-        if modalities is None and len(found) > _MOST_MODALITIES:
+        present = {name for counts in self._counts.values() for name in counts}
+        if modalities is None and len(present) > _MOST_MODALITIES:
             raise ValueError(
-                f"{self.path}: column {split_by!r} has {len(found)} values, such as "
-                f"{min(found)!r:.40}, expected the names of up to {_MOST_MODALITIES} modalities; "
+                f"{self.path}: column {split_by!r} has {len(present)} values, such as "
+                f"{min(present)!r:.40}, expected the names of up to {_MOST_MODALITIES} modalities; "
                 "choose another column"
             )
-        known = [*SUBFOLDERS, *sorted(found - {*SUBFOLDERS})]
-        self.modalities = [*(modalities or (name for name in known if name in found))]
+        known = [*SUBFOLDERS, *sorted(present - {*SUBFOLDERS})]
+        self.modalities = [*(modalities or (name for name in known if name in present))]
         self._codes = -1, torch.empty(0, dtype=torch.uint8)
 
     def _names(self, index: int) -> Iterator[str]:
@@ -101,8 +93,12 @@ class SplitCorpus(Corpus):
             self._codes = index, torch.from_numpy(codes)
         return self._codes[1]
 
-    def sample(self, count: int, seed: int) -> SplitSample:
-        """Draw up to `count` rows of each modality, spread evenly over the rows of each."""
+    def sample(self, count: int, seed: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Draw up to `count` rows of each modality, spread evenly over the rows of each.
+
+        Returns:
+            [n] int64 numbers of the rows, ascending, and [n] uint8 codes of their modalities.
+        """
         drawn = [sample_ids(rows, count, seed) for rows in self.side_rows.values()]
         ids, codes, before = [], [], [0] * len(drawn)
         for index in range(len(self.shards)):
@@ -114,4 +110,4 @@ class SplitCorpus(Corpus):
                 codes.append(np.full(high - low, code, np.uint8))
                 before[code] += len(rows)
         order = np.argsort(all_ids := np.concatenate(ids))
-        return SplitSample(all_ids[order], torch.from_numpy(np.concatenate(codes)[order]))
+        return all_ids[order], torch.from_numpy(np.concatenate(codes)[order])

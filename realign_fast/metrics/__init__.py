@@ -21,7 +21,7 @@ from .distribution import (
 )
 from .estimate import Estimate
 from .gap_report import GapSettings, gap_report
-from .mixed_gallery import MixedGallery, gini, mixed_gallery, over_splits
+from .mixed_gallery import MixedGallery, gini, mixed_gallery, over_splits, search_pairs
 from .neighbours import (
     Neighbours,
     SearchBackend,
@@ -43,9 +43,17 @@ from .spectrum import (
     spectrum_of,
     subspace_overlap,
 )
-from .substitution import Reader, Substitution, hashed_ngrams, substitution
+from .substitution import (
+    Captioned,
+    Reader,
+    Substitution,
+    hashed_ngrams,
+    label_by_captions,
+    substitution,
+)
 
 __all__ = [
+    "Captioned",
     "Estimate",
     "GapSettings",
     "MixedGallery",
@@ -66,6 +74,7 @@ __all__ = [
     "hashed_ngrams",
     "knn_mixing",
     "knn_overlap",
+    "label_by_captions",
     "log_spectrum_correlation",
     "match_ranks",
     "matched_cosine",
@@ -80,6 +89,7 @@ __all__ = [
     "recall_at_k",
     "residual_anisotropy",
     "sampling_gap",
+    "search_pairs",
     "spectrum_of",
     "subspace_overlap",
     "substitution",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -80,46 +80,61 @@ def mixed_gallery(
         ValueError: shapes that do not fit, rows that are not finite, unknown modalities, a query
             without a relevant row, or k beyond the gallery.
     """
-    own = own or {}
     expect_counts("mixed_gallery", block=block)
     queries = tensor_of("mixed_gallery, queries", queries)
     documents = {name: tensor_of(f"mixed_gallery, {name}", galleries[name]) for name in galleries}
-    _check(queries, documents, relevant, own, ks)
+    _check(queries, documents, relevant, own or {}, ks)
     nobody = torch.full((len(queries),), -1, device=queries.device)
-    own = {name: own.get(name, nobody) for name in documents}
+    left_out = {name: (own or {}).get(name, nobody) for name in documents}
     parts = []
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
-        answers, left_out = (
-            {n: rows[part] for n, rows in side.items()} for side in (relevant, own)
+        answers, own_rows = (
+            {name: side[name][part] for name in side} for side in (relevant, left_out)
         )
-        parts.append(_search(queries[part].double(), documents, answers, left_out, ks[-1], block))
+        parts.append(_search(queries[part].double(), documents, answers, own_rows, ks[-1], block))
     nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    sizes = {name: len(rows) - (left_out[name] >= 0).long() for name, rows in documents.items()}
+    bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
+    modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
+    shares = {
+        name: Estimate.of_mean((modality == number).double().mean(dim=1))
+        for number, name in enumerate(documents)
+    }
+    return _figures(above, sizes, relevant, ks, shares, _hub_gini(nearest, int(bounds[-1])))
+
+
+def _figures(
+    above: Tensor,
+    sizes: Mapping[str, Tensor],
+    relevant: Mapping[str, Tensor],
+    ks: Sequence[int],
+    shares: dict[str, Estimate],
+    hub_gini: Estimate,
+) -> MixedGallery:
+    """Return all figures, from the rows above the relevant ones [N, G, R].
+
+    ``sizes`` has the numbers of gallery rows that each query is compared with, by modality [N].
+    """
     has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
     ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
-    sizes = {name: len(rows) - (own[name] >= 0).long() for name, rows in documents.items()}
     union = sum(sizes.values())
     pure, within, between = {}, {}, {}
     for column, (name, answered) in enumerate(zip(relevant, has_answer.T, strict=True)):
-        same = above[:, list(documents).index(name), column]
+        same = above[:, list(sizes).index(name), column]
         elsewhere = above[:, :, column].sum(dim=1) - same
         pure[name] = ((1 + same) * answered)[:, None]
         within[name] = Estimate.of_mean((same / (sizes[name] - 1))[answered])
         between[name] = Estimate.of_mean((elsewhere / (union - sizes[name]))[answered])
-    bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
-    modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
     return MixedGallery(
         {k: _recall(ranks, k) for k in ks},
         _ndcg(ranks, ks[-1]),
         {name: {k: _recall(own_ranks, k) for k in ks} for name, own_ranks in pure.items()},
         {name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in pure.items()},
-        {
-            name: Estimate.of_mean((modality == number).double().mean(dim=1))
-            for number, name in enumerate(documents)
-        },
+        shares,
         within,
         between,
-        _hub_gini(nearest, int(bounds[-1])),
+        hub_gini,
     )
 
 
@@ -137,6 +152,55 @@ def over_splits(results: Sequence[MixedGallery]) -> MixedGallery:
         return {name: _mean([figure[name] for figure in figures]) for name in figures[0]}
 
     return MixedGallery(*map(_mean, zip(*results, strict=True)))
+
+
+def search_pairs(
+    pairs: Mapping[str, Tensor],
+    fit: Callable[[dict[str, Tensor], str], Any],
+    *,
+    roles: Sequence[str],
+    splits: int = 10,
+    fitted_share: float = 0.5,
+    on_search: Callable[[], object] | None = None,
+) -> dict[str, dict[str, MixedGallery]]:
+    """Search for the other row of pairs among the rows of both sides, over random splits.
+
+    Args:
+        pairs: [N, D] rows of two modalities by name; row i of both is one pair.
+        fit: takes rows to fit on and the role of the queries, and returns a
+            :class:`realign_fast.SharedSpace`.
+        roles: the modalities of the queries.
+        splits: number of splits, with the seeds 0, 1, ...
+        fitted_share: share of the pairs that each split fits on; it searches for the others.
+        on_search: called after each of ``splits * len(roles)`` searches.
+
+    Returns:
+        By role, the figures of the rows as they are (``"encoder"``) and of those in the space
+        (``"space"``).
+    """
+    count = len(next(iter(pairs.values())))
+    half = int(count * fitted_share)
+    number = torch.arange(count - half)
+    galleries: dict[str, dict[str, list[MixedGallery]]] = {
+        role: {"encoder": [], "space": []} for role in roles
+    }
+    for split in range(splits):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(split))
+        fitted = {name: side[order[:half]] for name, side in pairs.items()}
+        raw = {name: side[order[half:]] for name, side in pairs.items()}
+        for role, ways in galleries.items():
+            space, target = fit(fitted, role), next(name for name in pairs if name != role)
+            placed = {name: space.documents(name, side) for name, side in raw.items()}
+            searches = (raw[role], raw), (space.query(raw[role], role), placed)
+            for results, (queries, documents) in zip(ways.values(), searches, strict=True):
+                relevant, own = {target: number}, {role: number}
+                results.append(mixed_gallery(queries, documents, relevant, own=own))
+            if on_search:
+                on_search()
+    return {
+        role: {way: over_splits(results) for way, results in ways.items()}
+        for role, ways in galleries.items()
+    }
 
 
 def gini(counts: Tensor) -> float:

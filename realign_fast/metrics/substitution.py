@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 from zlib import crc32
 
@@ -172,6 +173,34 @@ def hashed_ngrams(
                 ngram = " ".join(tokens[first : first + length])
                 labels[row, crc32(ngram.encode("utf-8", "surrogatepass")) % buckets] = True
     return labels
+
+
+class Captioned(NamedTuple):
+    """Arguments of :func:`substitution` for rows that captions describe, without wordless rows."""
+
+    rows: list[Tensor]  # [n, D] float32 of the source and of the target
+    labels: list[Tensor]  # [n, buckets] bool
+    partners: Tensor  # [n of the source] int64: the target row of the same caption, or -1
+    wordless: list[int]  # rows of each side that were left out
+
+
+def label_by_captions(
+    rows: Sequence[Tensor], captions: Sequence[Sequence[str]], buckets: int = 512
+) -> Captioned:
+    """Label the rows of a source and a target by the words of their captions.
+
+    Rows without a word of 3 letters have no label (:func:`hashed_ngrams`) and are left out.
+    """
+    labels = [hashed_ngrams(side, buckets) for side in captions]
+    masks = [side.any(dim=1) for side in labels]
+    captioned = [[*compress(*side)] for side in zip(captions, masks, strict=True)]
+    place = {caption: number for number, caption in enumerate(captioned[1])}
+    return Captioned(
+        [side[mask].float() for side, mask in zip(rows, masks, strict=True)],
+        [side[mask] for side, mask in zip(labels, masks, strict=True)],
+        torch.tensor([place.get(caption, -1) for caption in captioned[0]]),
+        [int((~mask).sum()) for mask in masks],
+    )
 
 
 def _summary(figures: dict[str, Tensor], overlap: float) -> Substitution:

@@ -135,9 +135,14 @@ class AlignRun(PassRunner):
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
         earlier = read_manifest(records_of(out))["passes"].get(result.pass_name)
-        if earlier and task.checkpoints and earlier["facts"] != task.checkpoints.facts:
+        replaced = 0
+        if task.checkpoints and earlier is None:  # a run that was killed before its manifest
+            replaced = task.checkpoints.other_results(result.corpus.shards, task.identities)
+        elif task.checkpoints and earlier["facts"] != task.checkpoints.facts:
+            replaced = len(earlier["shards"])
+        if replaced:
             LOGGER.warning(
-                f"{written[1]}: holds {len(earlier['shards'])} shards of other options or of "
+                f"{written[1]}: holds {replaced} shards of other options or of "
                 "another map; they are written anew, and are of two maps until this run ends"
             )
         moments = self.run_pass(task, moments_for(result.corpus), [])

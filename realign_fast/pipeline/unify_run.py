@@ -73,14 +73,17 @@ class SpaceSides:
     def results(self, out: StoragePath, settings: Settings) -> list[Written]:
         """Return the corpora that are written; refuse an output that cannot hold them."""
         written = self.documents if self.space is None else self.corpora
-        blocks = len(self.space.sides if self.space else self.modalities)
+        modalities = [*(self.space.sides if self.space else self.modalities)]
+        if self.query_role not in modalities:
+            known = ", ".join(modalities)
+            raise OptionError(f"query-role: {self.query_role!r} is none of {known}; give one")
         wide = (self.space or self).layout == "blocks"
         results = [
             Written(
                 corpus,
                 corpus.subfolder if role == TABLE else FOLDERS.get(role, FOLDERS["queries"]),
                 f"apply {role}",
-                corpus.dimension * blocks if wide else None,
+                corpus.dimension * len(modalities) if wide else None,
             )
             for role, corpus in written.items()
         ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -42,6 +45,15 @@ def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str,
     """Write tensors of any device and one pair of metadata (the order of several is not fixed)."""
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     paths.write_whole(path, safetensors_bytes(on_cpu, metadata))
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the BLAKE2b digest of names and numbers, which a file keeps in its metadata."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"blake2b={total.hexdigest()}"
 
 
 @contextmanager
@@ -87,6 +99,41 @@ class HubObject:
         paths.write_json(folder / "config.json", config)
         card = _CARD.format(kind=class_name, record=json.dumps(self.record, indent=1))
         paths.write_whole(folder / "README.md", card.encode())
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload of realign_fast",
+        **hub_options: Any,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub; return its address.
+
+        Args:
+            repository: ``owner/name``, which is made if it is not there, ``private`` or not.
+            commit_message: first line of the commit.
+            hub_options: arguments of ``huggingface_hub.HfApi``, such as ``token``.
+
+        Raises:
+            ConnectionError: the hub was not reached, or refused; the message says why.
+        """
+        name = type(self).__name__
+        hub = import_extra("huggingface_hub", "hub", f"{name}.push_to_hub")
+        api = hub.HfApi(library_name="realign_fast", **hub_options)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                api.create_repo(repository, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=repository, folder_path=folder, commit_message=commit_message
+                )
+            except Exception as error:  # those of the client that the hub's library uses
+                raise ConnectionError(
+                    f"{name}.push_to_hub: {repository} was not uploaded ({error}); log in with "
+                    "`hf auth login` or give token=, or upload the folder of save_pretrained later"
+                ) from error
+        return str(commit.commit_url)
 
     @classmethod
     def from_pretrained(cls: type[_Object], name_or_path: AnyPath, **hub_options: Any) -> _Object:

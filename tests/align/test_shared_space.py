@@ -1,12 +1,16 @@
 """SharedSpace: one index for several modalities, and what its formulas promise."""
 
+import base64
 import functools
 import json
 import runpy
 import subprocess
 import sys
+import threading
 import warnings
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from realign_fast import Moments, ReAlign, SharedSpace, metrics
 from realign_fast.shared_space import SPACE_METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "shared_space.md"
+HUB_FILES = {"README.md", "config.json", "model.safetensors"}
 DEMO = Path(realign_fast.__file__).parent / "demo" / "data" / "heldout"
 
 
@@ -274,6 +279,58 @@ def test_three_modalities_from_moments_and_back_from_a_file(demo, tmp_path):
     torch.testing.assert_close(rows_too.image(image), space.image(image))
 
 
+class Hub(BaseHTTPRequestHandler):
+    """The answers of the Hugging Face hub to an upload, and the files of the commit."""
+
+    files: ClassVar[dict] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {"url": "http://hub/me/map", "commitUrl": "http://hub/me/map/commit/1"}
+        answer |= {"commitOid": "1", "name": "me/map"}
+        if "preupload" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            answer = {"files": [{"path": name, **modes} for name in names]}
+        elif "commit" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.files[line["value"]["path"]] = content
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        """Print nothing."""
+
+
+def test_fitted_maps_go_to_the_hub(demo, tmp_path, monkeypatch):
+    """By the hub's own library, to a server that takes the commit."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        for fitted in (
+            SharedSpace.fit(text=demo[0], image=demo[1]),
+            ReAlign.fit(demo[0], demo[1]),
+        ):
+            Hub.files.clear()
+            address = fitted.push_to_hub("me/map", endpoint=endpoint, token="hf_x", private=True)
+            fitted.save_pretrained(tmp_path)
+            expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            assert Hub.files == expected and set(expected) == HUB_FILES
+            assert address == "http://hub/me/map/commit/1"
+        server.shutdown()
+    with pytest.raises(ConnectionError, match=r"ReAlign\.push_to_hub: me/map was not uploaded \("):
+        fitted.push_to_hub("me/map", endpoint=endpoint, token="hf_x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="log in with `hf auth login` or give token="):
+        fitted.push_to_hub("me/map")
+
+
 def test_the_page_applies_fitted_files_without_torch(demo, tmp_path):
     text, image = demo
     for name, rows in (("text", text), ("image", image)):
@@ -325,6 +382,7 @@ def test_a_file_that_is_no_space_is_named(tmp_path, content):
             r"text.mean \[5\], expected",
         ),
         (lambda t, m: m.update(version=9), "version 9 of another release"),
+        (lambda t, m: t["image.centre"][3].add_(1e-9), "numbers that changed since it was written"),
     ],
 )
 def test_a_damaged_space_is_named_and_one_of_no_version_read(demo, tmp_path, change, message):
