@@ -286,7 +286,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = {"url": "http://hub/me/map", "commitUrl": "http://hub/me/map/commit/1"}
+        answer = {
+            "url": "https://huggingface.co/me/map",
+            "commitUrl": "https://huggingface.co/me/map/commit/1",
+        }
         answer |= {"commitOid": "1", "name": "me/map"}
         if "preupload" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
@@ -322,7 +325,7 @@ def test_fitted_maps_go_to_the_hub(demo, tmp_path, monkeypatch):
             fitted.save_pretrained(tmp_path)
             expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
             assert Hub.files == expected and set(expected) == HUB_FILES
-            assert address == "http://hub/me/map/commit/1"
+            assert address == "https://huggingface.co/me/map/commit/1"
         server.shutdown()
     with pytest.raises(ConnectionError, match=r"ReAlign\.push_to_hub: me/map was not uploaded \("):
         fitted.push_to_hub("me/map", endpoint=endpoint, token="hf_x")
