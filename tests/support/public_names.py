@@ -47,6 +47,12 @@ def use_the_shared_space(text: Tensor, image: Tensor) -> Tensor:
     relevant = {"image": torch.arange(len(text))}
     found: metrics.MixedGallery = metrics.mixed_gallery(space.query(text), gallery, relevant)
     found = metrics.over_splits([found, found])
+
+    def fit(rows: dict[str, Tensor], role: str) -> SharedSpace:
+        return SharedSpace.fit(text=rows["text"], image=rows["image"], query_role=role)
+
+    pairs = metrics.search_pairs({"text": text, "image": image}, fit, roles=["text"], splits=2)
+    found = pairs["text"]["space"]
     return space.score(text, image, "image") * found.recall[10] * metrics.gini(text[0])
 
 
@@ -125,7 +131,9 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         mean,
     ]
     report = metrics.gap_report(text, image, settings=settings, paired=True)
-    labels: Tensor = metrics.hashed_ngrams(["a caption"] * len(text))
+    captions = ["a caption"] * len(text)
+    captioned: metrics.Captioned = metrics.label_by_captions([text, text], [captions] * 2)
+    labels: Tensor = metrics.hashed_ngrams(captions)[: len(captioned.partners)]
     read: metrics.Substitution = metrics.substitution(
         text, image, labels, labels, aligned={"moved": text}, reader=metrics.Reader(hidden=0)
     )
