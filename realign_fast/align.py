@@ -185,7 +185,7 @@ class ReAlign(nn.Module, HubObject):
                 encoders embedded, or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
-        source, target = opened(source), opened(target)
+        source, target = opened(source, "source"), opened(target, "target")
         encoder = encoder_of(source, target)
         measure_side = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows)
         covariance = method in NEED_COVARIANCE

@@ -220,7 +220,7 @@ class SharedSpace(HubObject):
             queries = {query_role: queries}
         roles = [*(queries or {})]
         sides = modalities | {_queries_of(role): rows for role, rows in (queries or {}).items()}
-        rows = {name: opened(side) for name, side in sides.items()}
+        rows = {name: opened(side, name) for name, side in sides.items()}
         encoder = encoder_of(*rows.values())
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows

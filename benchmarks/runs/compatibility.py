@@ -385,6 +385,72 @@ def lightning_trainer(workspace: Workspace) -> str:
     return run_page("lightning")
 
 
+def expect_corpus(data: Any, workspace: Workspace) -> str:
+    """Return a sentence on the corpus of `data`; raise if its rows are not those of the texts."""
+    expected = np.asarray(Corpus(workspace.root, "text"))
+    np.testing.assert_array_equal(np.asarray(Corpus(data)), expected)
+    return f"{len(expected)} rows, the same bytes"
+
+
+@check("pyarrow", "`Corpus(table)`")
+def corpus_of_table(workspace: Workspace) -> str:
+    """Read a `pyarrow.Table`."""
+    from pyarrow import parquet
+
+    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
+    return expect_corpus(parquet.read_table(paths), workspace)
+
+
+@check("pandas", "`Corpus(pandas.read_parquet(shard))`, a frame with a column of vectors")
+def corpus_of_pandas(workspace: Workspace) -> str:
+    """Read a frame of pandas."""
+    import pandas
+
+    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
+    frames = [pandas.read_parquet(path) for path in paths]
+    return expect_corpus(pandas.concat(frames, ignore_index=True), workspace)
+
+
+@check("polars", "`Corpus(polars.read_parquet(shards))`")
+def corpus_of_polars(workspace: Workspace) -> str:
+    """Read a frame of polars."""
+    import polars
+
+    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
+    return expect_corpus(polars.read_parquet(paths), workspace)
+
+
+@check("duckdb", "`Corpus(duckdb.sql('SELECT ... FROM shards'))`")
+def corpus_of_duckdb(workspace: Workspace) -> str:
+    """Read the result of a query."""
+    import duckdb
+
+    shards = workspace.converted("parquet") / "*.parquet"
+    return expect_corpus(duckdb.sql(f"SELECT * FROM '{shards}' ORDER BY filename"), workspace)
+
+
+@check("datasets", "`Corpus(Dataset)` and `Corpus(IterableDataset)`")
+def corpus_of_dataset(workspace: Workspace) -> str:
+    """Read both datasets of the datasets library."""
+    import datasets
+
+    dataset = datasets.load_from_disk(str(workspace.converted("hf")))
+    expect_corpus(dataset.to_iterable_dataset(2), workspace)
+    return expect_corpus(dataset, workspace)
+
+
+@check("torch", "`DataLoader(corpus.to_torch(batch_rows=4), num_workers=2)`")
+def loader_of_corpus(workspace: Workspace) -> str:
+    """Read a corpus through the worker processes of a DataLoader."""
+    from torch.utils.data import DataLoader
+
+    corpus = Corpus(workspace.root, "text")
+    loader = DataLoader(corpus.to_torch(batch_rows=4), batch_size=None, num_workers=2)
+    rows = torch.cat(list(loader)).numpy()
+    np.testing.assert_array_equal(np.sort(rows, axis=0), np.sort(np.asarray(corpus), axis=0))
+    return f"{len(rows)} rows, each once"
+
+
 def known_lines(page: str) -> dict[tuple[str, str], str]:
     """Return the lines of the table in `page` by client and action."""
     lines = page.partition(BEGIN)[2].partition(END)[0].splitlines(keepends=True)[2:]

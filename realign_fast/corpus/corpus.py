@@ -2,7 +2,8 @@
 
 A shard is a file of rows `[N, D]` in one of the formats of `format_registry.py`. A corpus is a
 shard, a directory of them, a Hugging Face dataset on disk, or one side of a clip-retrieval root
-(`layout.py`), at a local path or at any URL of fsspec. Memory is bounded by the batch and by
+(`layout.py`), at a local path or at any URL of fsspec; several of those, by a list or a glob; or a
+table or dataset in memory (`formats/memory.py`). Memory is bounded by the batch and by
 `contiguous_shard.BLOCK_BYTES` (for URLs: by the requests in flight), never by the corpus. The
 exceptions are pickled lists: 4 bytes a row, or a whole file for unusual ones.
 
@@ -15,20 +16,26 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
+from ..storage.paths import AnyPath, StoragePath, map_concurrently, records_of
 from . import layout
 from .format_registry import read_shards, shard_paths
-from .formats import arrow
+from .formats import arrow, memory
+from .row_values import shard_values
 from .shard import Shard
+from .torch_dataset import CorpusDataset
+
+MAX_ARRAY_BYTES = 16 << 30  # of `numpy.asarray(corpus)`
 
 
 class Batch(NamedTuple):
@@ -40,6 +47,7 @@ class Batch(NamedTuple):
     shard: int  # index in Corpus.shards
     first: int  # number of the first row within the shard
     rows: torch.Tensor  # [n, D]
+    ids: list[str] | None = None  # of the rows, with `batches(with_ids=True)`
 
 
 def common_encoder(*sides: tuple[object, str | None]) -> str | None:
@@ -64,40 +72,67 @@ class Corpus:
     from a shard goes to `OUT / corpus.subfolder / shard.path.name`.
 
     Args:
-        path: a shard, a directory of shards or a clip-retrieval root; a local path or a URL.
+        path: a shard, a directory of shards or a clip-retrieval root; a local path or a URL. Also
+            a list of them, a glob (`parts/*/text_emb`, `s3://bucket/*.parquet`; matches that are
+            no shards are left out), and a table: of pyarrow, pandas, polars or any library with
+            Arrow's stream interface, or a dataset of the datasets library.
         modality: the side of a clip-retrieval root that has both, `text_emb/` or `img_emb/`;
             other directories and files need none.
         column: name of the rows in formats with columns; None is `embedding`.
         allow_pickle: read pickled lists, with an interpreter that runs no code of the file.
     Raises:
         OSError: the path or one of its files cannot be read.
-        TypeError: the rows are numbers of a type that is not read.
+        TypeError: the rows are numbers of a type that is not read, or in an array or tensor.
         ValueError: a file is damaged, or the files do not form one corpus.
     """
 
     def __init__(
         self,
-        path: AnyPath,
+        path: AnyPath | Sequence[AnyPath] | Any,  # a table or dataset
         modality: layout.Modality | None = None,
         *,
         column: str | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        if not str(path):
-            raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-        self.path, self.column, self.allow_pickle = storage_path(path), column, allow_pickle
-        self.subfolder = layout.subfolder_of(self.path, modality)  # "text_emb", "img_emb" or ""
-        self.layout = "clip-retrieval" if self.subfolder else "flat"
+        self.column, self.allow_pickle = column, allow_pickle
+        self._parts: tuple[Corpus, ...] = ()
+        self.subfolder = ""  # or "text_emb", "img_emb"
+        if memory.is_table(path):
+            shard = memory.read_table(path, column)
+            self.path: StoragePath = shard.path
+            self._take((shard,))
+            return
+        self.path, paths = layout.expanded(path)
+        if paths != [self.path]:
+
+            def opened(part: StoragePath) -> Corpus:
+                return Corpus(part, modality, column=column, allow_pickle=allow_pickle)
+
+            self._parts = tuple(map_concurrently(opened, paths, lambda part: part))
+            subfolders = {part.subfolder for part in self._parts}
+            if len(subfolders) > 1:
+                names = " and ".join(sorted(name or "no folder of a side" for name in subfolders))
+                raise ValueError(f"{self.path}: its parts have {names}; give parts of one kind")
+            (self.subfolder,) = subfolders
+            self._take(tuple(chain.from_iterable(part.shards for part in self._parts)))
+            return
+        self.subfolder = layout.subfolder_of(self.path, modality)
         folder = self.path / self.subfolder
         paths = [folder]
         if layout.is_folder(folder):
             paths = shard_paths(folder)
             layout.check_folder(folder, paths)
-        shards = read_shards(paths, column, allow_pickle)
+        self._take(read_shards(paths, column, allow_pickle))
+        if self.subfolder:
+            layout.check_pairs(self)
+
+    def _take(self, shards: tuple[Shard, ...]) -> None:
+        """Set what follows from the shards; a ValueError if they do not form one corpus."""
+        self.layout = "clip-retrieval" if self.subfolder else "flat"
         first = next((shard for shard in shards if shard.dimension), None)
         if first is None:
             problem = "has no row that is a vector, so nothing says its dimension"
-            raise ValueError(f"{paths[0]}: {problem}; leave it out or write it")
+            raise ValueError(f"{shards[0].path}: {problem}; leave it out or write it")
         # Lists without a row, such as an empty part that Spark wrote, do not say their dimension.
         self.shards = tuple(
             shard if shard.dimension else replace(shard, dimension=first.dimension)
@@ -108,13 +143,19 @@ class Corpus:
                 actual = f"rows are [*, {shard.dimension}] {shard.dtype}"
                 expected = f"[*, {first.dimension}] {first.dtype} as in {first.path}"
                 raise ValueError(f"{shard.path}: {actual}, expected {expected}; move one away")
-        if self.subfolder:
-            layout.check_pairs(self)
+        self._index = {shard.path: index for index, shard in enumerate(self.shards)}
+        if len(self._index) < len(shards):
+            twin = next(s.path for i, s in enumerate(shards) if self._index[s.path] != i)
+            raise ValueError(f"{twin}: is there twice; name it once")
         self.starts = np.cumsum([0, *(shard.num_rows for shard in self.shards)], dtype=np.int64)
         self.num_rows, self.dimension = int(self.starts[-1]), first.dimension
         self.dtype: torch.dtype = first.torch_dtype
         self.nbytes = self.num_rows * first.row_bytes
-        self._index = {shard.path: index for index, shard in enumerate(self.shards)}
+
+    @property
+    def parts(self) -> tuple[Corpus, ...]:
+        """The corpora that a list or a glob names; this one itself for any other path."""
+        return self._parts or (self,)
 
     @property
     def rows(self) -> int:
@@ -125,12 +166,16 @@ class Corpus:
     @property
     def format(self) -> str:
         """A key of `format_registry.FORMATS`, "arrow-stream", or "hf" for a saved dataset."""
-        is_dataset = (self.path / self.subfolder / arrow.DATASET_STATE).is_file()
+        is_dataset = (self.parts[0].path / self.subfolder / arrow.DATASET_STATE).is_file()
         return "hf" if is_dataset else self.shards[0].format
 
     @property
     def encoder(self) -> str | None:
         """Name and hash of the encoder, as `embed` or `align` records them beside rows, or None."""
+        if self._parts:
+            return common_encoder(*((part.path, part.encoder) for part in self._parts))
+        if isinstance(self.path, memory.MemoryPath):
+            return None
         folder = self.shards[0].path.parent
         root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
         root = records_of(root)
@@ -148,6 +193,86 @@ class Corpus:
     def __len__(self) -> int:
         return self.num_rows
 
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        """Return the row `corpus[i]`, `[D]`, or those of a slice or of row numbers, `[n, D]`.
+
+        Negative numbers count from the end. Rows are read as by `take`; a slice without a step
+        is read in one piece.
+
+        Raises:
+            IndexError: the corpus has no such row.
+            TypeError: other than whole numbers, or a mask that has not one value for each row.
+        """
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.num_rows)
+            return self.take(range(start, stop, step)) if step != 1 else self._slice(start, stop)
+        numbers = np.asarray(rows)
+        if numbers.dtype == bool and numbers.shape == (self.num_rows,):
+            numbers = np.flatnonzero(numbers)
+        is_integral = numbers.dtype.kind in "iu" or not numbers.size
+        if not is_integral or numbers.ndim > 1 or isinstance(rows, tuple):
+            actual = f"{type(rows).__name__} {list(numbers.shape)} of {numbers.dtype}"
+            raise TypeError(
+                f"{self.path}: expected a row number, a slice, a list of row numbers or a mask "
+                f"[{self.num_rows}], got {actual}"
+            )
+        taken = self.take(np.where(numbers < 0, numbers + self.num_rows, numbers).reshape(-1))
+        return taken if numbers.ndim else taken[0]
+
+    def _slice(self, start: int, stop: int) -> torch.Tensor:
+        """Return the rows `start..stop` of the corpus."""
+        rows = torch.empty(max(0, stop - start), self.dimension, dtype=self.dtype)
+        for batch in self.batches(None, start=start) if len(rows) else ():
+            first = int(self.starts[batch.shard]) + batch.first - start
+            part = rows[first : first + len(batch.rows)]
+            part.copy_(batch.rows[: len(part)])
+            if first + len(batch.rows) >= len(rows):
+                break
+        return rows
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (row for batch in self.batches(None) for row in batch.rows)
+
+    def __getitems__(self, rows: list[int]) -> list[torch.Tensor]:
+        """Return several rows at once, as torch's DataLoader asks for those of a batch."""
+        return list(self[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return all rows for `numpy.asarray`, `[N, D]`; bfloat16, which numpy lacks, as float32.
+
+        Raises:
+            ValueError: they are more than `MAX_ARRAY_BYTES`, or `copy` is False.
+        """
+        if copy is False:
+            raise ValueError(f"{self.path}: rows of files are always copied; leave copy=False out")
+        if self.nbytes > MAX_ARRAY_BYTES:
+            raise ValueError(
+                f"{self.path}: {self.nbytes} bytes in one array, expected {MAX_ARRAY_BYTES} at "
+                "most; iterate over corpus.batches(), or take corpus[a:b]"
+            )
+        rows = self._slice(0, self.num_rows)
+        rows = rows.float() if rows.dtype == torch.bfloat16 else rows
+        return np.asarray(rows.numpy(), dtype)
+
+    def ids(self) -> Iterator[str]:
+        """Iterate over the ids of all rows, as text; `row_values.py` says where they are.
+
+        Raises:
+            ValueError: there are none, or not one for each row.
+        """
+        return chain.from_iterable(shard_values(self))
+
+    def to_torch(
+        self,
+        batch_rows: int | None = None,
+        *,
+        with_ids: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> CorpusDataset:
+        """Return the rows as a `torch.utils.data.IterableDataset`; see `CorpusDataset`."""
+        return CorpusDataset(self, batch_rows, with_ids, rank, world_size)
+
     def batches(
         self,
         shard: Shard | int | None = None,
@@ -156,6 +281,7 @@ class Corpus:
         batch_bytes: int = 4 << 20,
         start: int = 0,
         ring: Any = None,
+        with_ids: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over batches of rows.
 
@@ -170,9 +296,10 @@ class Corpus:
             batch_bytes: size of a batch in bytes.
             start: number of the first row, within `shard` if one is given, else in the corpus.
             ring: buffers (`_io.Ring`) for the rows of files that hold them in one piece.
+            with_ids: also read the ids of the rows, as text (`row_values.py` says where they are).
         Raises:
             IndexError: there is no such shard.
-            ValueError: `batch_rows` or `start` is out of range.
+            ValueError: `batch_rows` or `start` is out of range, or there are no ids.
         """
         if batch_rows is None:
             batch_rows = max(1, batch_bytes // self.shards[0].row_bytes)
@@ -185,12 +312,28 @@ class Corpus:
             expected = f"expected 1 or more and 0..{start - skips[chosen.stop]}"
             actual = f"batch_rows {batch_rows} and start {start}"
             raise ValueError(f"{self.path}: got {actual}, {expected}")
-        return (
+        first_rows = {number: max(0, int(skips[number])) for number in chosen}
+        numbers = [n for n in chosen if first_rows[n] < self.shards[n].num_rows]
+        batches = (
             Batch(number, first, rows)
-            for number in chosen
-            if (skip := max(0, int(skips[number]))) < self.shards[number].num_rows
-            for first, rows in self.shards[number].read(skip, batch_rows, ring)
+            for number in numbers
+            for first, rows in self.shards[number].read(first_rows[number], batch_rows, ring)
         )
+        return self._with_ids(batches, numbers) if with_ids else batches
+
+    def _with_ids(self, batches: Iterator[Batch], shards: list[int]) -> Iterator[Batch]:
+        """Yield batches of the shards of these numbers with the ids of their rows."""
+        values_of_shards = shard_values(self, shards=[self.shards[number] for number in shards])
+        ids: Iterator[str] = iter(())
+        shard, row = -1, 0
+        for batch in batches:
+            if batch.shard != shard:
+                ids, shard, row = next(values_of_shards), batch.shard, 0
+            end = batch.first + len(batch.rows)
+            yield batch._replace(ids=list(islice(ids, batch.first - row, end - row)))
+            row = end
+            if end == self.shards[shard].num_rows:
+                deque(ids, maxlen=0)  # an error if there are more or fewer than rows
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the rows `ids` of the corpus, `[len(ids), D]`, in their order.
@@ -199,8 +342,12 @@ class Corpus:
 
         Raises:
             IndexError: an id is not a row of the corpus.
+            TypeError: they are not whole numbers.
         """
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"{self.path}: expected whole numbers of rows, got {ids.dtype}")
+        ids = ids.astype(np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_rows:
             actual, expected = f"{ids.min()}..{ids.max()}", f"0..{self.num_rows - 1}"
             raise IndexError(f"{self.path}: got rows {actual}, expected {expected}")
@@ -221,7 +368,7 @@ class Corpus:
         """
         if self.format == "hf":
             paths = [folder / shard.path.name for shard in self.shards]
-            source = self.path / self.subfolder
+            source = self.parts[0].path / self.subfolder
             arrow.write_state(folder, paths, source if keeps_columns else None)
 
 

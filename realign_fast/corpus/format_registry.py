@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
+from .foreign_formats import advice_for
 from .formats import archives, arrow, npy, parquet, pickle_list, safetensors, webdataset
 from .shard import Shard
 from .shard_writer import FormatWriter
@@ -113,7 +114,12 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
     It is a TypeError if the rows are numbers of a type that is not read, and a ValueError if the
     file is damaged, compressed, a pickle without `allow_pickle`, or of another format.
     """
-    name = format_of(path.name) or _format_of_content(path) or "npy"
+    name = format_of(path.name)
+    if not name:
+        name = _format_of_content(head := _head(path))
+        if not name and (advice := advice_for(path.name, head)):
+            raise ValueError(f"{path}: {advice}")
+        name = name or "npy"
     if compression := compression_of(path.name):
         problem = f"is compressed ({compression}), so a row cannot be read without all before it"
         raise ValueError(f"{path}: {problem}; decompress it")
@@ -123,18 +129,23 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
     try:
         return FORMATS[name].read(path, column)
     except ValueError as error:
-        content = _format_of_content(path)
+        content = _format_of_content(head := _head(path))
+        if advice := advice_for("", head):
+            raise ValueError(f"{path}: {advice}") from error
         if content in (None, name):
             raise
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error
 
 
-def _format_of_content(path: StoragePath) -> str | None:
+def _head(path: StoragePath) -> bytes:
     try:
         with path.opened() as file:
-            head = file.pread(HEAD_BYTES, 0)
+            return file.pread(HEAD_BYTES, 0)
     except OSError:  # the reader of the format says what is wrong
-        return None
+        return b""
+
+
+def _format_of_content(head: bytes) -> str | None:
     if head.startswith(b"PK\3\4"):
         return "pt" if b"/data.pkl" in head else "npz"
     if head[257:262] == b"ustar":

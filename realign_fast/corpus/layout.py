@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
-from ..storage.paths import StoragePath, natural_order
+from ..storage.paths import StoragePath, natural_order, storage_path
+from .foreign_formats import advice_for
 from .format_registry import (
     ONLY_ALONE,
     UNFINISHED,
@@ -25,6 +27,7 @@ from .format_registry import (
     shard_paths,
 )
 from .formats import arrow
+from .formats.memory import MemoryPath
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -36,6 +39,38 @@ EXAMINED_FILES = 1000  # of a folder that may hold shards
 LISTED_NAMES = 5  # in one message
 
 Paths: TypeAlias = Sequence[StoragePath]
+
+
+def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
+    """Return the name of a corpus for errors, and the paths that a path, glob or list names.
+
+    A glob names the folders and shards that it matches, in natural order. An array is a TypeError.
+    """
+    if isinstance(path, list | tuple):
+        if not path:
+            raise ValueError("Corpus: got an empty list; name directories or shards")
+        paths = list(chain.from_iterable(expanded(item)[1] for item in path))
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        return storage_path(f"{paths[0]}{more}"), paths
+    if isinstance(path, Mapping) or hasattr(path, "shape"):
+        type_name, advice = type(path).__name__, "give the rows of an array to ReAlign.fit itself"
+        if isinstance(path, Mapping):
+            advice = f"give one of its values ({', '.join(map(repr, path)) or 'it has none'})"
+        raise TypeError(
+            f"Corpus: expected a path, a table or a dataset, got a {type_name}; {advice}"
+        )
+    if not str(path):
+        raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
+    place = storage_path(path)
+    if not place.is_glob or place.exists():
+        return place, [place]
+    named: Iterable[StoragePath] = place.matches()
+    matches = sorted(named, key=lambda match: natural_order(str(match)))
+    matches = [match for match in matches if not match.name.startswith("_")]
+    paths = [match for match in matches if format_of(match.name) or is_folder(match)] or matches
+    if not paths:
+        raise FileNotFoundError(f"{path}: matches no file or folder; check the pattern")
+    return place, paths
 
 
 def is_folder(path: StoragePath) -> bool:
@@ -136,6 +171,10 @@ def check_folder(folder: StoragePath, shards: Paths) -> None:
         raise FileNotFoundError(
             f"{folder}: has only compressed files ({_some(packed)}); decompress them"
         )
+    for name in ("", *sorted(names)):  # of itself (Lance, Zarr), and of the files
+        conversion = advice_for(name or folder.name)
+        if conversion and not name.endswith(".json"):
+            raise FileNotFoundError(f"{folder / name}: {conversion}")
     raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
 
 
@@ -153,7 +192,20 @@ def metadata_of(corpus: Corpus) -> StoragePath | None:
 
 
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
-    """Refuse a result in `out / subfolder` that would lie beside or below the rows of `corpus`."""
+    """Refuse a result in `out / subfolder` that would lie beside or below the rows of `corpus`.
+
+    So are rows in memory, and those of a list or glob of which two shards would become one.
+    """
+    if isinstance(corpus.path, MemoryPath):
+        corpus.path.identity()  # an error
+    names = Counter(shard.path.name for shard in corpus.shards)
+    if twins := [name for name, count in names.items() if count > 1]:
+        advice = "rename them, or run once for each of their folders"
+        raise OptionError(f"{corpus.path}: two shards would become {twins[0]}; {advice}")
+    if corpus.parts != (corpus,):
+        for part in corpus.parts:
+            check_apart(out, part, subfolder)
+        return
     shards = {shard.path for shard in corpus.shards}
     folders = {path.parent.resolve() for path in shards}
     folders |= {path.resolve().parent for path in shards}  # of the files that links lead to

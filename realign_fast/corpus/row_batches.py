@@ -9,10 +9,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_tensor, tensor_of
+from .._argument_checks import expect_counts, expect_tensor
+from .._argument_checks import tensor_of as array_tensor
 from .corpus import Corpus, common_encoder
+from .formats.arrow_columns import DEFAULT
+from .formats.memory import is_table
 
-Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Tensor]
+# Also tables and datasets (`Corpus`), which have no type in common.
+Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Any]
 
 
 class RowBatch(NamedTuple):
@@ -31,8 +35,7 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     once, is a TypeError.
     """
     expect_counts(name, batch_rows=batch_rows)
-    rows = _table_values(rows, name) if hasattr(rows, "to_numpy") else rows
-    rows = opened(rows)
+    rows = opened(rows, name)
     if isinstance(rows, Corpus):
         for batch in rows.batches():
             yield RowBatch(str(rows.shards[batch.shard].path), batch.first, batch.rows)
@@ -53,7 +56,7 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     for item in rows:
         if isinstance(item, (list, tuple)) and len(item) == 1:  # of a TensorDataset
             (item,) = item
-        batch_of_rows = tensor_of(name, item)
+        batch_of_rows = array_tensor(name, item)
         if batch_of_rows.dim() < 2:
             shape = list(batch_of_rows.shape)
             raise ValueError(f"{name}: expected batches of rows [n, D], got shape {shape}")
@@ -61,9 +64,31 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
         first_row += len(item)
 
 
-def opened(rows: Any) -> Any:
-    """Return the corpus at a path, any other object as it is."""
-    return Corpus(rows) if isinstance(rows, (str, os.PathLike)) else rows
+def opened(rows: Any, name: str = "rows") -> Any:
+    """Return the corpus at a path or of a table with vectors; any other object as it is.
+
+    A table without a column `embedding`, whose columns are the numbers, is an array.
+    """
+    parts = rows if isinstance(rows, (list, tuple)) and rows else [rows]
+    if all(isinstance(part, (str, os.PathLike)) for part in parts):
+        return Corpus(rows)
+    if not hasattr(rows, "to_numpy"):
+        return Corpus(rows) if is_table(rows) else rows
+    dtype = str(getattr(rows, "dtype", getattr(rows, "type", ""))).lower()  # of a column alone
+    has_vectors = dtype.startswith(("object", "list", "array", "fixed_size", "large_list"))
+    if is_table(rows) and (has_vectors or DEFAULT in getattr(rows, "columns", ())):
+        return Corpus(rows)
+    return _table_values(rows, name)
+
+
+def tensor_of(name: str, rows: object) -> Tensor:
+    """Return the rows of a tensor, an array, a table or a dataset as one tensor [N, D].
+
+    A corpus is read whole. Errors are those of `_argument_checks.tensor_of` and of `Corpus`.
+    """
+    if is_table(rows):
+        rows = opened(rows, name)
+    return rows[:] if isinstance(rows, Corpus) else array_tensor(name, rows)
 
 
 def encoder_of(*sides: object) -> str | None:

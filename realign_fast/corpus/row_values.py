@@ -1,8 +1,9 @@
 """Values beside the rows of a corpus, such as ids, captions and names of modalities.
 
-They are read from the shards themselves (columns of parquet, Arrow and datasets, keys of pickled
-lists, tensors of safetensors, members of tar samples and fields of their json), or from the
-`metadata/` of a clip-retrieval root, whose files are row-aligned with the shards (`layout.paired`).
+They are read from the shards themselves (columns of tables, keys of pickled lists, entries of
+safetensors, npz and pt, members of tar samples and fields of their json), or from the `metadata/`
+of a clip-retrieval root, whose files are row-aligned with the shards (`layout.paired`). Only the
+column that is asked for is read, where the format allows.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from ..storage.paths import StoragePath, explained, storage_path
-from .corpus import Corpus
 from .formats.arrow_columns import decoded, pyarrow
 from .layout import METADATA, metadata_files, paired
 from .shard import Shard
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 ID_COLUMNS = ("id", "key", "__key__")
 # A root or its metadata/, "row" for the numbers of the rows, or None for the corpus itself.
@@ -24,20 +28,31 @@ ValueSource = str | os.PathLike[str] | None
 
 
 def shard_values(
-    corpus: Corpus, ids: ValueSource, columns: Sequence[str]
+    corpus: Corpus,
+    ids: ValueSource = None,
+    columns: Sequence[str] = ID_COLUMNS,
+    shards: Sequence[Shard] | None = None,
 ) -> Iterator[Iterator[str]]:
     """Yield, for each shard, the values of its rows in the first of the columns that is there.
 
     ValueError if there is no such column, or it has not one value for each row.
     """
-    files = value_files(corpus, ids)
-    pairs = paired([shard.path for shard in corpus.shards], files)
-    for shard in corpus.shards:
-        if files and shard.path not in pairs:
+    described: dict[StoragePath, StoragePath | None] = {}  # the file of the values, by shard
+    for part in corpus.parts if ids is None else (corpus,):
+        if files := value_files(part, ids):
+            paths = [shard.path for shard in part.shards]
+            pairs = paired(paths, files)
+            described |= {path: pairs.get(path) for path in paths}
+    for shard in corpus.shards if shards is None else shards:
+        source = described.get(shard.path, shard.path)
+        if source is None:
             folder = f"{ids or corpus.path}/{METADATA}"
             raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
-        source = pairs.get(shard.path, shard.path)
-        read = _METADATA_READERS[source.suffix] if files else None
+        read = _METADATA_READERS[source.suffix] if source != shard.path else None
+        if not read and shard.num_rows and not shard.has_other_columns:
+            advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
+            folder = f"{corpus.path}/{METADATA}"
+            raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
         yield _counted(shard, source, read(source, columns)) if read else values_of(shard, columns)
 
 
@@ -69,20 +84,13 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
     files = metadata_files(folder) if folder.is_dir() else []
     if ids is not None and not files:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
-    for shard in corpus.shards:
-        if not files and not shard.has_other_columns:
-            advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
-            raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
     return [path for path in files if path.is_file()]
 
 
 def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
     """Yield the values of one of the other columns, in the form that the format gives them."""
-    if shard.format == "parquet":  # which reads one column alone
-        yield from _parquet_values(shard.path, columns)
-        return
     row = 0
-    for part in shard.other_columns():
+    for part in shard.other_columns(columns) if shard.num_rows else ():
         if isinstance(part, list):  # entries of a pickled list, samples of a tar
             for entry in part:
                 if "json" in entry and not {*columns} & {*entry}:  # of a sample of WebDataset

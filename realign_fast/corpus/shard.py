@@ -8,7 +8,7 @@ only; an error names the file and is a `TypeError` (number type), an `OSError` o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -94,8 +94,11 @@ class Shard(ABC):
         shape = self.num_rows, self.dimension, self.torch_dtype
         return self.writer_class(path, *shape, source=self)
 
-    def other_columns(self) -> Iterator[ColumnChunk]:
-        """Yield the columns other than the rows, in order and many rows at a time."""
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[ColumnChunk]:
+        """Yield the columns other than the rows, in order and many rows at a time.
+
+        A format may leave out the columns that are not `selected` by `only`.
+        """
         return iter(())
 
     def rebatched(
@@ -198,6 +201,12 @@ class StreamedShard(Shard):
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
     return _io.Ring(2, size)  # one is looked at while the next is filled
+
+
+def selected(names: Iterable[str], only: Collection[str]) -> list[str]:
+    """Return the names that are among `only`; all of them if none is."""
+    names = list(names)
+    return [name for name in names if name in only] or names
 
 
 def check_vector(place: str, array: np.ndarray) -> None:

@@ -1,10 +1,7 @@
 """An index on disk from the ids of a corpus to its rows, so that no process holds the ids.
 
-Ids are read from the shards themselves (column `id` of parquet, Arrow and datasets, key `id` of
-pickled lists, tensor `id` of safetensors, the key of a tar sample), or from the `metadata/` of a
-clip-retrieval root, whose files are row-aligned with the shards (`layout.paired`). An aligned
-copy of a corpus has no metadata of its own: name the root of its source with `ids=`. With
-`ids="row"`, the number of a row is its id.
+`corpus/row_values.py` says where ids are read. An aligned copy of a corpus has no metadata of its
+own: name the root of its source with `ids=`. With `ids="row"`, the number of a row is its id.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +72,9 @@ def build_index(corpus: Corpus, ids: IdSource, path: Path) -> None:
 
 
 def id_inputs(corpus: Corpus, ids: IdSource) -> list[StoragePath]:
-    """Return the shards of `corpus` and the metadata files that its ids are read from.
-
-    ValueError if there are no ids.
-    """
-    return [*(shard.path for shard in corpus.shards), *value_files(corpus, ids)]
+    """Return the shards of `corpus` and the metadata files that its ids are read from."""
+    files = [value_files(part, ids) for part in (corpus.parts if ids is None else (corpus,))]
+    return [*(shard.path for shard in corpus.shards), *chain.from_iterable(files)]
 
 
 def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:

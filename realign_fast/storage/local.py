@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import shutil
@@ -61,6 +62,15 @@ class LocalPath(PosixPath):
     def is_within(self, folder: object) -> bool:
         """Return whether this path is ``folder`` or lies in it, links followed."""
         return isinstance(folder, Path) and self.resolve().is_relative_to(folder.resolve())
+
+    @property
+    def is_glob(self) -> bool:
+        """Return whether the path is a pattern of names (`*`, `?`, `[...]`, `**`)."""
+        return glob.has_magic(str(self))
+
+    def matches(self) -> Iterator[LocalPath]:
+        """Yield what the path matches as a pattern; hidden names only where it says so."""
+        return map(type(self), glob.iglob(str(self), recursive=True))
 
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Yield the name of each entry of a directory, and whether it is a directory."""

@@ -136,6 +136,20 @@ class Url:
         """Yield the entries of a directory. A web server has to send a page of links."""
         return (self / name for name, _ in self.listed())
 
+    @property
+    def is_glob(self) -> bool:
+        """Return whether the path is a pattern of names (`*`, `**`)."""
+        return "*" in self._path and not self.in_chain
+
+    def matches(self) -> Iterator[Url]:
+        """Yield what the path matches as a pattern."""
+
+        def match_names(fs: Any, path: str) -> list[str]:
+            fs.invalidate_cache()
+            return [fs.unstrip_protocol(name) for name in fs.glob(path)]
+
+        return (Url(name + self._suffix) for name in self._ask(match_names))
+
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Yield the name of each entry of a directory, and whether it is a directory."""
 

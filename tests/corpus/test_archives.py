@@ -10,6 +10,7 @@ import torch
 
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
+from realign_fast.corpus.contiguous_shard import ContiguousShard
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 
@@ -190,3 +191,30 @@ def test_shards_with_the_longest_names_are_aligned_and_resumed(tmp_path):
     report = align(*run)
     assert [entry["rows"] for entry in report["passes"]] == [0] * len(report["passes"])
     assert results == {n: (tmp_path / "out" / n).stat().st_mtime_ns for n in names}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_without_compression_are_read_in_place(tmp_path, save):
+    arrays = {"names": np.array(["a"] * 9), "rows": ROWS, "id": np.arange(9), "more": ROWS[:, 0]}
+    save(tmp_path / "x.npz", **arrays)
+    corpus = Corpus(tmp_path)
+    assert isinstance(corpus.shards[0], ContiguousShard) == (save is np.savez)
+    assert np.array_equal(corpus, ROWS) and np.array_equal(corpus[[8, 0]], ROWS[[8, 0]])
+    assert list(corpus.ids()) == [str(number) for number in range(9)]
+    with corpus.shards[0].writer(tmp_path / "y.npz") as writer:
+        writer.write(-TENSOR)
+    with np.load(tmp_path / "y.npz") as result:
+        assert list(result) == list(arrays) and np.array_equal(result["rows"], -ROWS)
+        assert all(np.array_equal(result[name], arrays[name]) for name in ("names", "id", "more"))
+    save(tmp_path / "x.npz", rows=ROWS, more=ROWS[:, 0])
+    with pytest.raises(ValueError, match=r"x\.npz: changed while it was read"):
+        list(corpus.batches())
+
+
+def test_an_array_of_a_truncated_file_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", rows=ROWS)
+    whole = (tmp_path / "x.npz").read_bytes()
+    for size in (0, 30, 200, len(whole) - 1):
+        (tmp_path / "x.npz").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"x\.npz: cannot be read"):
+            Corpus(tmp_path / "x.npz")

@@ -365,7 +365,7 @@ def test_rows_without_a_modality_are_named(sides, tmp_path, capsys):
         (3, "row 7 has modality 'video', expected one of text, image", "video", space),
         (
             3,
-            "no column caption, but 'id', 'embedding', 'modal",
+            "no column caption, but 'id', 'modal",
             "text",
             ["--split-by", "caption"],
         ),

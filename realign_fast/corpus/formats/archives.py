@@ -2,15 +2,19 @@
 
 The rows are the entry `embedding`, or the only entry `[N, D]` of floating-point numbers. Nothing in
 the files is run: numpy loads no pickles, and `torch.load` with `weights_only` knows tensors and
-plain data alone. A `.pt` file is mapped; an `.npz` file is in memory while it is read, and so is a
-result while it is written. A result keeps the other entries.
+plain data alone. A `.pt` file is mapped, and so are the rows of an `.npz` file without compression.
+Other `.npz` files are in memory while they are read, and all results while they are written. A
+result keeps the other entries.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import pickle
-from collections.abc import Iterator
+import struct
+import zipfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -18,12 +22,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...storage.paths import Stamp, StoragePath, explained
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, as_numpy
+from ...storage.paths import OpenedFile, Stamp, StoragePath, explained
+from ..contiguous_shard import ContiguousShard
+from ..shard import FLOATS, MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, as_numpy, selected
 from ..shard_writer import FormatWriter
+from .npy import HEADER_BYTES, read_array_header
 
 DEFAULT = "embedding"
 LEGACY_START = b"\x80\x02\x8a\x0a"  # of files of torch.save before 1.6, which are no zip files
+_LOCAL_LENGTHS = 26  # bytes of the head of a zip member before the lengths of its name and extras
 DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -60,9 +67,52 @@ class TorchWriter(NpzWriter):
         torch.save(self._rows if alone else entries, file)
 
 
+class ArchiveShard(Shard):
+    """One of the named entries of a file."""
+
+    column: str  # the name of the rows
+    entries: Any  # all entries by name; None may stand for the rows
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
+        """Yield the other entries that have a value for each row, as a dictionary for each row."""
+        names = [name for name in self.entries if name != self.column]
+        others = {name: self.entries[name] for name in selected(names, only)}
+        for name, entry in others.items():
+            if isinstance(entry, torch.Tensor | np.ndarray):
+                others[name] = entry.tolist()
+        lists = {name: entry for name, entry in others.items() if isinstance(entry, list)}
+        columns = {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
+        if columns:
+            values = zip(*columns.values(), strict=True)
+            yield [dict(zip(columns, row, strict=True)) for row in values]
+
+
 @dataclass(frozen=True)
-class NpzShard(Shard):
-    """One array of an `.npz` file."""
+class StoredShard(ArchiveShard, ContiguousShard):
+    """One array of an `.npz` file whose bytes lie there without compression."""
+
+    column: str
+
+    format = "npz"
+    writer_class = NpzWriter
+
+    def parse(self, file: OpenedFile) -> StoredShard:
+        """Return the shard that the file holds now."""
+        if shard := _stored_shard(self.path, self.column):
+            return shard
+        raise self.changed_error()
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """The other arrays."""
+        with explained(self.path), self.path.open("rb") as file:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: None if name == self.column else arrays[name] for name in arrays}
+
+
+@dataclass(frozen=True)
+class NpzShard(ArchiveShard):
+    """One array of an `.npz` file that is loaded whole: a compressed or unusual one."""
 
     column: str  # the name of the rows; empty where a `.pt` file holds a tensor alone
     stamp: Stamp  # of the file when it was opened
@@ -91,18 +141,6 @@ class NpzShard(Shard):
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
         return _kept_entries(self.path, self.stamp, self.format)
-
-    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the other entries that have a value for each row, as a dictionary for each row."""
-        others = {name: entry for name, entry in self.entries.items() if name != self.column}
-        for name, entry in others.items():
-            if isinstance(entry, torch.Tensor | np.ndarray):
-                others[name] = entry.tolist()
-        lists = {name: entry for name, entry in others.items() if isinstance(entry, list)}
-        columns = {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
-        if columns:
-            values = zip(*columns.values(), strict=True)
-            yield [dict(zip(columns, row, strict=True)) for row in values]
 
 
 @dataclass(frozen=True)
@@ -133,7 +171,42 @@ def _read_shard(
     return shard_class(path, len(rows), rows.shape[1], DTYPES[rows.dtype], name, stamp)
 
 
-read_npz, read_torch = partial(_read_shard, NpzShard), partial(_read_shard, TorchShard)
+read_torch = partial(_read_shard, TorchShard)
+
+
+def read_npz(path: StoragePath, column: str | None = None) -> ArchiveShard:
+    """Open the array `column` of a file; by default `embedding`, or the only one of rows."""
+    return _stored_shard(path, column) or _read_shard(NpzShard, path, column)
+
+
+def _stored_shard(path: StoragePath, column: str | None) -> StoredShard | None:
+    """Return the shard of rows that can be read in place, or None."""
+    candidates: dict[str, StoredShard | None] = {}
+    with explained(path), path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for member in archive.infolist():
+                    head = io.BytesIO(archive.open(member).read(HEADER_BYTES))
+                    shape, in_columns, dtype = read_array_header(head)
+                    if dtype.hasobject:
+                        return None
+                    name = member.filename.removesuffix(".npy")
+                    if dtype not in FLOATS or len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
+                        continue
+                    file.seek(member.header_offset + _LOCAL_LENGTHS)
+                    lengths = struct.unpack("<HH", file.read(4))
+                    offset = member.header_offset + _LOCAL_LENGTHS + 4 + sum(lengths) + head.tell()
+                    data_bytes = shape[0] * shape[1] * dtype.itemsize
+                    is_whole = member.file_size == head.tell() + data_bytes
+                    is_plain = member.compress_type == zipfile.ZIP_STORED and not in_columns
+                    shard = StoredShard(path, *shape, dtype, offset, size, name)
+                    is_inside = is_whole and offset + data_bytes <= size
+                    candidates[name] = shard if is_plain and is_inside else None
+        except Exception:  # hostile files raise many kinds; `_read_shard` says what is wrong
+            return None
+    only = next(iter(candidates)) if len(candidates) == 1 else DEFAULT
+    return candidates.get(column or only)
 
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file

@@ -77,7 +77,7 @@ class ArrowShard(tables.TableShard):
         batch_first, unreleased = 0, 0  # row, bytes
         with _opened_data(self.path) as data:
             for batch in _record_batches(data, self.column):
-                array, end = batch.column(self.column), batch_first + len(batch)
+                array, end = tables.column_of(batch, self.column), batch_first + len(batch)
                 for row in range(max(first, batch_first), end, batch_rows):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
@@ -94,11 +94,12 @@ class ArrowShard(tables.TableShard):
         with _opened_data(self.path) as data:
             return _open_reader(data).schema
 
-    def other_columns(self) -> Iterator[Any]:
-        """Yield the columns other than the rows, as the record batches of the file."""
+    def record_batches(self, names: list[str]) -> Iterator[Any]:
+        """Yield columns as the record batches of the file."""
         with _opened_data(self.path) as data:
             for batch in _record_batches(data):
-                yield tables.validated(batch.drop_columns([self.column]))
+                columns = enumerate(batch.schema.names)  # two columns may have one name
+                yield batch.select([place for place, name in columns if name in names])
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
             num_rows = sum(_rows_of_batches(path, file, _is_stream(reader)))
 
         def arrays(name: str) -> Iterator[Any]:
-            return (batch.column(name) for batch in _record_batches(data, name))
+            return (tables.column_of(batch, name) for batch in _record_batches(data, name))
 
         name, dtype, dimension = tables.vectors_of(path, reader.schema, column, arrays)
     shard_class = StreamShard if _is_stream(reader) else ArrowShard
@@ -157,7 +158,8 @@ def _open_reader(data: Data, column: str | None = None) -> Any:
     reader = open_data(data)
     if column is None or _is_stream(reader):
         return reader
-    options = pa.ipc.IpcReadOptions(included_fields=[reader.schema.get_field_index(column)])
+    index = reader.schema.get_field_index(tables.root_of(reader.schema, column))
+    options = pa.ipc.IpcReadOptions(included_fields=[index])
     data.seek(0)
     return open_data(data, options=options)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +58,20 @@ def read_header(path: AnyPath) -> NpyShard:
         return _parse(file, path)
 
 
+def read_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, Fortran order and number type; hostile text makes numpy raise many errors."""
+    major, _ = np.lib.format.read_magic(file)
+    # Version 3 is version 2 with other field names, and types with fields are refused.
+    first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]]
+    header = {1: first, 2: second, 3: second}[major](file)
+    return header
+
+
 def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
     head = io.BytesIO(file.pread(HEADER_BYTES, 0))
     try:
-        major, _ = np.lib.format.read_magic(head)
-        # Version 3 is version 2 with other field names, and types with fields are refused.
-        first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = {1: first, 2: second, 3: second}[major](head)
+        shape, fortran_order, dtype = read_array_header(head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
         raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
     if dtype not in FLOATS:

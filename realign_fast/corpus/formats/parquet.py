@@ -89,7 +89,7 @@ class ParquetShard(tables.TableShard):
         """Yield the rows of a row group through pyarrow, from `first` on; `row` is its first."""
         end = row + file.metadata.row_group(group).num_rows
         for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=[group]):
-            rows = tables.rows_of(batch.column(0), self)
+            rows = tables.rows_of(tables.column_of(batch, self.column), self)
             yield rows[max(0, first - row) :]
             row += len(rows)
         if row != end:
@@ -130,11 +130,10 @@ class ParquetShard(tables.TableShard):
         with _opened(self.path) as (file, _):
             return file.schema_arrow
 
-    def other_columns(self) -> Iterator[Any]:
-        """Yield the columns other than the rows as record batches of `COLUMN_ROWS` rows."""
+    def record_batches(self, names: list[str]) -> Iterator[Any]:
+        """Yield columns as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, _):
-            names = [name for name in file.schema_arrow.names if name != self.column]
-            yield from map(tables.validated, file.iter_batches(COLUMN_ROWS, columns=names))
+            yield from file.iter_batches(COLUMN_ROWS, columns=names)
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
@@ -143,7 +142,8 @@ def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     with _opened(path) as (file, _):
 
         def arrays(name: str) -> Iterator[Any]:
-            return (batch.column(0) for batch in file.iter_batches(16, columns=[name]))
+            batches = file.iter_batches(16, columns=[name])
+            return (tables.column_of(batch, name) for batch in batches)
 
         name, dtype, dimension = tables.vectors_of(path, file.schema_arrow, column, arrays)
         return ParquetShard(path, file.metadata.num_rows, dimension, dtype, name, stamp)

@@ -12,7 +12,7 @@ all columns but the rows are built by `pickle_interpreter.py`: then memory holds
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +96,7 @@ class PickledShard(StreamedShard):
             if not self.path.is_remote and self.path.stamp() != self.stamp:
                 raise self.changed_error()
 
-    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
         """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
         if (places := self.places) and not places.has_others:
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,7 +18,7 @@ import numpy as np
 from ...storage.paths import OpenedFile, StoragePath, explained
 from ...storage.read_ahead import pieces
 from ..contiguous_shard import ContiguousShard
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Dtype, check_size
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Dtype, check_size, selected
 from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -88,11 +88,12 @@ class TensorShard(ContiguousShard):
         """Return the shard that the header of `file` describes now."""
         return _parse(file, self.path, self.name)
 
-    def other_columns(self) -> Iterator[dict[str, np.ndarray]]:
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, np.ndarray]]:
         """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
-            columns = {name: tensor for name, tensor in header.items() if name != self.name}
+            names = [name for name in header if name != self.name]
+            columns = {name: header[name] for name in selected(names, only)}
             dtypes = {name: self._column_dtype(name, columns[name]) for name in columns}
             for first in range(0, self.num_rows if columns else 0, COLUMN_ROWS):
                 count, chunk = min(COLUMN_ROWS, self.num_rows - first), {}

@@ -11,7 +11,7 @@ import copy
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import MAX_COLUMNS, StreamedShard, check_vector
+from ..shard import MAX_COLUMNS, StreamedShard, check_vector, selected
 from ..shard_writer import FormatWriter
 from .npy import HEADER_BYTES
 
@@ -124,19 +124,21 @@ class TarShard(StreamedShard):
             is_row = member.isreg() and _split_name(member.name)[1] == self.column
             yield member, _row(self.path, tar, member) if is_row else None
 
-    def other_columns(self) -> Iterator[list[dict[str, Any]]]:
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
         """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
         with opened_tar(self.path) as tar:
-            entries = (self._entry(tar, key, parts) for key, parts in samples(self.path, tar))
+            entries = (self._entry(tar, key, parts, only) for key, parts in samples(self.path, tar))
             while chunk := list(islice(entries, CHUNK_SAMPLES)):
                 yield chunk
 
-    def _entry(self, tar: tarfile.TarFile, key: str, members: Members) -> dict[str, Any]:
+    def _entry(
+        self, tar: tarfile.TarFile, key: str, members: Members, only: Collection[str]
+    ) -> dict[str, Any]:
         entry: dict[str, Any] = {KEY: key}
-        for ending, member in members.items():
-            if ending == self.column:
+        for ending in selected([KEY, *members], only):
+            if ending in (self.column, KEY):
                 continue
-            data = _content_of(tar, member)
+            data = _content_of(tar, member := members[ending])
             try:
                 entry[ending] = data.decode() if ending in TEXT_ENDINGS else data
             except UnicodeDecodeError as error:
