@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from ._argument_checks import Array, expect_counts, expect_tensor, tensor_of
+from ._argument_checks import Array, expect_counts, expect_tensor
 from ._one_thread import one_thread
-from .corpus.row_batches import Rows, encoder_of, opened
+from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
@@ -316,7 +316,8 @@ class ReAlign(nn.Module, HubObject):
     ) -> Array:
         """Align rows [..., D] on the module's device; the result has their kind, shape and dtype.
 
-        It is differentiable in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
+        Rows of a table, a dataset or a :class:`Corpus` become a tensor. The map is differentiable
+        in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
 
         ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
         tensor to write the result into. Other columns than those fitted on, and a map that is not
@@ -324,9 +325,10 @@ class ReAlign(nn.Module, HubObject):
         ``out``, rows far from the source fitted on are warned about once: the first call of 32 rows
         or more is tested, and the second, fourth, eighth and so on.
         """
-        if isinstance(rows, np.ndarray):
-            array: Array = self(tensor_of("ReAlign", rows), out_dtype=out_dtype, out=out).numpy()
-            return array
+        if not isinstance(rows, Tensor):
+            aligned: Any = self(tensor_of("ReAlign", rows), out_dtype=out_dtype, out=out)
+            result: Array = aligned.numpy() if isinstance(rows, np.ndarray) else aligned
+            return result
         expect_tensor("ReAlign", rows)
         self._expect_fitted()
         if rows.shape[-1:] != self.shift.shape:

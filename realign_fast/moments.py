@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from ._argument_checks import tensor_of
-from .corpus.row_batches import Rows, batches
+from .corpus.row_batches import Rows, batches, tensor_of
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .ops.reference import unit
@@ -86,7 +85,7 @@ class Moments:
         where: str = "rows",
         first_row: int = 0,
     ) -> Moments:
-        """Add rows [..., D], a tensor or an array of any floating dtype; each is read once.
+        """Add rows [..., D], a tensor or array of any floating dtype, a table or a dataset, once.
 
         Args:
             rows: the rows; one that holds a NaN or an infinity is never summed.

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._argument_checks import Array, tensor_of
-from .corpus.row_batches import Rows, encoder_of, opened
+from ._argument_checks import Array
+from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .moments import BadRows, Moments, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath

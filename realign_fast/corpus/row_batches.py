@@ -81,14 +81,14 @@ def opened(rows: Any, name: str = "rows") -> Any:
     return _table_values(rows, name)
 
 
-def tensor_of(name: str, rows: object) -> Tensor:
+def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
     """Return the rows of a tensor, an array, a table or a dataset as one tensor [N, D].
 
     A corpus is read whole. Errors are those of `_argument_checks.tensor_of` and of `Corpus`.
     """
-    if is_table(rows):
+    if is_table(rows) or hasattr(rows, "to_numpy"):
         rows = opened(rows, name)
-    return rows[:] if isinstance(rows, Corpus) else array_tensor(name, rows)
+    return rows[:] if isinstance(rows, Corpus) else array_tensor(name, rows, argument)
 
 
 def encoder_of(*sides: object) -> str | None:
@@ -108,7 +108,7 @@ def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
         if not str(dtype).lower().startswith(("float", "double")):
             raise TypeError(
                 f"{name}: column {column!r} of the table holds {dtype}, expected floating-point "
-                "numbers; select the columns of the embedding, convert them if need be"
+                f"numbers; select those of the embedding, or name a column of vectors {DEFAULT!r}"
             )
     try:
         values: np.ndarray[Any, Any] = table.to_numpy()

@@ -84,11 +84,10 @@ def test_a_table_stands_for_its_numbers(table):
     for values in (np.ones((3, 8), np.int32), np.array([["a", "b"]] * 3)):
         with pytest.raises(TypeError, match=r"source: (column .* holds|.* got ndarray of) "):
             ReAlign.fit(table(values), IMAGE)
+    assert torch.equal(expected(table(TEXT.numpy())), expected(TEXT))
+    assert torch.equal(Moments().update(table(TEXT.numpy())).mean, Moments().update(TEXT).mean)
     moments = Moments().update(IMAGE)
     for use in (
-        moments.update,
-        expected,
-        metrics.principal_axes,
         lambda rows: metrics.knn_mixing(rows, IMAGE),
         lambda rows: metrics.mean_cosine(rows, TEXT),
         lambda rows: metrics.matched_cosine(rows, TEXT),

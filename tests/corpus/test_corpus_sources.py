@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import ReAlign, SharedSpace
+from realign_fast import Moments, ReAlign, SharedSpace
 from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
@@ -95,10 +95,14 @@ def test_maps_take_tables_and_datasets(rows):
     expected = ReAlign.fit(torch.from_numpy(ROWS), target)
     aligner = ReAlign.fit(rows(pandas), target)
     torch.testing.assert_close(aligner.shift, expected.shift)
+    aligned = torch.as_tensor(aligner(rows(pandas)))
+    torch.testing.assert_close(aligned, expected(torch.from_numpy(ROWS)))
+    torch.testing.assert_close(Moments().update(rows(pandas)).mean, expected.source_mean)
     options = {"query_role": "image", "method": "calibrate"}
     with pytest.warns(UserWarning, match="standard error"):
         space = SharedSpace.fit(text=rows(pandas), image=target, **options)
-    torch.testing.assert_close(space.sides["text"].centre, expected.source_mean)
+    documents = torch.as_tensor(space.documents("text", rows(pandas)))
+    torch.testing.assert_close(documents, space.documents("text", torch.from_numpy(ROWS)))
 
 
 def test_rows_that_are_null_or_of_another_length_are_nan():
