@@ -126,7 +126,6 @@ def convert(
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:
         paths = convert(corpus, out, to, bar.update, batch_bytes, torch_dtype)
     lines = [f"wrote {corpus.num_rows:,} rows in {len(paths)} shards to {out}"]
-    lines += filter(None, [metadata_note(corpus)])
     if (metadata := output_path(out) / "metadata").is_dir():
         lines.append(f"wrote their other columns to {metadata}, row by row")
     facts = {"out": out, "rows": corpus.num_rows, "shards": [str(path) for path in paths]}

@@ -3,16 +3,19 @@
 Other columns go along: as columns of a table, as keys of a pickled entry, as members of a tar
 (bytes, `txt`, `json` and `cls`; all others in one json member). Formats without room for them (npy,
 safetensors) get `metadata/SHARD.parquet` beside their shards, row by row, as clip-retrieval keeps
-them. The rows are the last column, `embedding` (`embed` in pickles), a fixed-size list.
+them. Shards of a clip-retrieval root that have no other columns take along those in `metadata/`.
+The rows are the last column, `embedding` (`embed` in pickles), a fixed-size list.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ import torch
 
 from ..interface.option_values import OptionError
 from ..storage.lock import locked
-from ..storage.paths import RECORDS, AnyPath, StoragePath, output_path, write_whole
+from ..storage.paths import RECORDS, AnyPath, StoragePath, explained, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
 from .format_registry import FORMATS, UNFINISHED, shard_paths
@@ -30,6 +33,7 @@ from .shard import ColumnChunk, Shard
 from .shard_writer import FormatWriter
 
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
+METADATA_ROWS = 1024  # of `metadata/` at a time
 # Keys of the schema of a table that describe its own columns, and not those of the result.
 COLUMN_METADATA = {b"pandas", b"huggingface", b"ARROW:schema"}
 
@@ -65,14 +69,21 @@ def convert(
     paths = [out / name for name in _shard_names(corpus, to)]
     if corpus.path.is_dir():  # one file may become another beside it
         layout.check_apart(out, corpus)
+    described, ids = _described(corpus), _UniqueIds()
     with _alone(out):
         finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
         try:
             for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
+                source: Shard | _DescribedShard = described.get(shard.path, shard)
+                entries = None
+                if FORMATS[to].writer.accepts_entries:
+                    entries = ids.entries(source, to, int(corpus.starts[index]))
                 if path.name in finished:
+                    if to == "pickle" and len(corpus.shards) > 1:
+                        deque(entries or (), maxlen=0)  # whose ids are taken
                     advance(shard.num_rows)
                     continue
-                with table_writer(shard, path, to, dtype, shard.dimension) as writer:
+                with table_writer(source, path, to, dtype, shard.dimension, entries) as writer:
                     for batch in corpus.batches(index, batch_bytes=batch_bytes):
                         writer.write(_rounded(batch, shard, dtype))
                         advance(len(batch.rows))
@@ -152,12 +163,89 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
+@dataclass(frozen=True)
+class _DescribedShard:
+    """The file of `metadata/` that describes a shard, in the place of its other columns."""
+
+    path: StoragePath
+    num_rows: int
+    has_other_columns = True
+
+    def other_columns(self) -> Iterator[ColumnChunk]:
+        """Yield the columns of the file, many rows at a time; a ValueError if they do not fit."""
+        count = 0
+        with explained(self.path), self.path.open("rb") as file, tables.decoded(self.path, file):
+            if self.path.suffix == ".parquet":
+                chunks = tables.pyarrow().parquet.ParquetFile(file).iter_batches(METADATA_ROWS)
+            else:
+                entries = map(json.loads, file)
+                chunks = iter(lambda: list(islice(entries, METADATA_ROWS)), [])
+            for chunk in chain(chunks, [[]]):  # all is counted before the last rows are taken
+                count += len(chunk)
+                if count > self.num_rows or (not len(chunk) and count < self.num_rows):
+                    counts = f"has {count} entries or more, its shard has {self.num_rows} rows"
+                    advice = "they must be row-aligned; or convert the folder of the rows alone"
+                    raise ValueError(f"{self.path}: {counts}: {advice}")
+                if len(chunk):
+                    yield chunk
+
+
+def _described(corpus: Corpus) -> dict[StoragePath, _DescribedShard]:
+    """Return the metadata of shards of a clip-retrieval root that have no columns of their own."""
+    folder = corpus.path / layout.METADATA
+    if not corpus.subfolder or not folder.is_dir():
+        return {}
+    plain = {shard.path: shard for shard in corpus.shards if not shard.has_other_columns}
+    pairs = layout.paired([shard.path for shard in corpus.shards], layout.metadata_files(folder))
+    files = ((path, pairs[path]) for path in plain if path in pairs)
+    return {path: _DescribedShard(file, plain[path].num_rows) for path, file in files}
+
+
+class _UniqueIds:
+    """The entries of formats that need an id a row: none of the ids of a conversion repeats."""
+
+    def __init__(self) -> None:
+        self._taken: set[Any] = set()
+
+    def entries(
+        self, shard: Shard | _DescribedShard, to: str, first: int
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the other columns of a shard whose first row has the number `first` in the corpus.
+
+        Entries of pickles get an `id`: their own, a `key` or `__key__`, or the number of the row;
+        one that an earlier row has is written behind the name of the shard, and of the row if need
+        be. Samples of tars without a key get the number of the row.
+        """
+        entries = _entries_of(shard) if shard.has_other_columns else repeat({}, shard.num_rows)
+        for row, entry in enumerate(entries, first):
+            if to == "tar":
+                yield {"__key__": f"{row:09}"} | entry
+                continue
+            values = (entry.get(name) for name in ("id", "key", "__key__"))
+            value = next((value for value in values if value is not None), row)
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
+            names = value, f"{shard.path.stem}/{value}", f"{shard.path.stem}/{value}/{row}"
+            unique = next(name for name in names if name not in self._taken or name is names[-1])
+            self._taken.add(unique)
+            yield {"id": unique} | {name: other for name, other in entry.items() if name != "id"}
+
+
 def table_writer(
-    shard: Shard, path: StoragePath, to: str, dtype: torch.dtype, columns: int
+    shard: Shard | _DescribedShard,
+    path: StoragePath,
+    to: str,
+    dtype: torch.dtype,
+    columns: int,
+    entries: Iterator[dict[str, Any]] | None = None,
 ) -> FormatWriter:
-    """Return a writer of rows [num_rows, columns], which has the other columns of a shard."""
+    """Return a writer of rows [num_rows, columns], which has the other columns of a shard.
+
+    `entries` take their place in formats that have an entry for each row.
+    """
     writer = FORMATS[to].writer
     shape = shard.num_rows, columns, dtype
+    if entries is not None:
+        return writer(path, *shape, other_columns=entries)
     if not shard.has_other_columns:
         return writer(path, *shape)
     if writer.accepts_entries:
@@ -170,14 +258,14 @@ def table_writer(
     name = tables.DEFAULT
     if name in schema.names:
         raise ValueError(f"{shard.path}: has a column {name!r}, the name of the rows; rename it")
-    entries = (schema.metadata or {}).items()
-    texts = {key: text for key, text in entries if key not in COLUMN_METADATA}
+    metadata_texts = (schema.metadata or {}).items()
+    texts = {key: text for key, text in metadata_texts if key not in COLUMN_METADATA}
     table_schema = tables.plain_schema(columns, dtype, schema).with_metadata(texts)
     other_columns = partial(_record_batches_of, shard, schema)
     return writer(path, *shape, tables.TableColumns(table_schema, name, other_columns))
 
 
-def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:
+def _entries_of(shard: Shard | _DescribedShard) -> Iterator[dict[str, Any]]:
     """Yield the other columns of a shard as a dictionary for each row."""
     for chunk in shard.other_columns():
         if isinstance(chunk, dict):
@@ -187,7 +275,7 @@ def _entries_of(shard: Shard) -> Iterator[dict[str, Any]]:
             yield from chunk if isinstance(chunk, list) else chunk.to_pylist()
 
 
-def _schema_of(shard: Shard) -> Any:
+def _schema_of(shard: Shard | _DescribedShard) -> Any:
     """Return the `pyarrow.Schema` of the other columns; entries are read to the end for it.
 
     Raises:
@@ -204,7 +292,7 @@ def _schema_of(shard: Shard) -> Any:
         raise ValueError(f"{shard.path}: its entries do not agree ({error}); use pickle") from error
 
 
-def _record_batches_of(shard: Shard, schema: Any) -> Iterator[Any]:
+def _record_batches_of(shard: Shard | _DescribedShard, schema: Any) -> Iterator[Any]:
     """Yield the other columns of a shard as record batches of `schema`, that of `_schema_of`."""
     return (_record_batch(chunk, shard.path, schema) for chunk in shard.other_columns())
 

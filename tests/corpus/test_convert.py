@@ -103,12 +103,15 @@ def test_rows_and_columns_go_from_every_format_into_every_other(tmp_path, form, 
     assert [shard.num_rows for shard in result.shards] == [11, 1, 6]
     assert everything(result).dtype == dtype
     np.testing.assert_array_equal(everything(result), np.concatenate(parts))
+    taken = []
     for path, rows in zip(paths, parts, strict=True):
         want = others_of(len(rows)) if form not in ("npy", "safetensors") else {}
         if form == "safetensors":
             want = {"n": list(range(len(rows)))}
-        elif form == "npy" and to == "pickle":
-            want = {"id": list(range(len(rows)))}
+        if to == "pickle":
+            numbers = range(len(taken), len(taken) + len(rows))
+            ids = [f"{path.stem}/{i}" if i in taken else i for i in want.get("id", numbers)]
+            want, taken = want | {"id": ids}, taken + ids
         assert beside(tmp_path / "out", path.name, to) == want
 
 
@@ -321,3 +324,60 @@ def test_what_was_refused_leaves_no_empty_directory(tmp_path):
     with pytest.raises(ValueError, match="beyond"):
         convert(Corpus(tmp_path / "source"), tmp_path / "out", "npy", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def write_root(folder, counts, write):
+    """A clip-retrieval root of texts, with a file of metadata for each shard."""
+    for number, count in enumerate(counts):
+        (folder / "text_emb").mkdir(parents=True, exist_ok=True)
+        (folder / "metadata").mkdir(exist_ok=True)
+        np.save(folder / "text_emb" / f"text_emb_{number}.npy", random_rows(count, seed=number))
+        write(folder / "metadata" / f"metadata_{number}", number, count)
+    return folder
+
+
+def write_lines(path, number, count):
+    lines = (json.dumps({"id": f"{number}-{i}", "caption": "é"}) for i in range(count))
+    path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_parquet(path, number, count):
+    table = {"id": [f"{number}-{i}" for i in range(count)], "caption": ["é"] * count}
+    pq.write_table(pa.table(table), path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_the_metadata_of_a_root_go_along(tmp_path, write):
+    root = write_root(tmp_path / "root", (3, 2), write)
+    ids = [f"0-{i}" for i in range(3)] + ["1-0", "1-1"]
+    for form in ("pickle", "parquet", "tar", "safetensors"):
+        convert(Corpus(root, "text"), tmp_path / form, form)
+        found = [
+            beside(tmp_path / form, path.name, form)
+            for path in sorted((tmp_path / form).glob(f"text*{suffix(form)}"))
+        ]
+        assert [value for shard in found for value in shard["id"]] == ids
+        assert {value for shard in found for value in shard["caption"]} == {"é"}
+    write(root / "metadata" / "metadata_1", 1, 4)
+    with pytest.raises(ValueError, match=r"metadata_1\.\w+: has 4 entries or more, .* 2 rows"):
+        convert(Corpus(root, "text"), tmp_path / "more", "parquet")
+
+
+def test_no_id_of_a_pickle_repeats(tmp_path):
+    for number in range(2):
+        save(tmp_path / "npy" / f"emb_{number}.npy", random_rows(2), "npy")
+    convert(Corpus(tmp_path / "npy"), tmp_path / "numbered", "pickle")
+    convert(Corpus(tmp_path / "npy"), tmp_path / "tar", "tar")
+    for number in range(2):
+        with tarfile.open(tmp_path / "tar" / f"emb_{number}.tar") as tar:
+            assert tar.getnames() == [f"{2 * number + i:09}.embedding.npy" for i in range(2)]
+    for number in range(2):  # as img2dataset counts in each of its tars
+        with tarfile.open(tmp_path / "tar" / f"emb_{number}.tar", "w") as tar:
+            for i, row in enumerate(random_rows(2)):
+                np.save(tmp_path / "row.npy", row)
+                tar.add(tmp_path / "row.npy", f"{i}.embedding.npy")
+    convert(Corpus(tmp_path / "tar"), tmp_path / "keys", "pickle")
+    ids = {"numbered": [[0, 1], [2, 3]], "keys": [["0", "1"], ["emb_1/0", "emb_1/1"]]}
+    for folder, expected in ids.items():
+        names = "emb_0.pkl", "emb_1.pkl"
+        assert [beside(tmp_path / folder, name, "pickle")["id"] for name in names] == expected
