@@ -74,6 +74,7 @@ class Moments:
             self.scatter.normalize, self.scatter.accurate = self.normalize, self.accurate
 
     @torch.inference_mode(False)  # whose tensors nothing could be added to afterwards
+    @torch.no_grad()
     def update(
         self,
         rows: Tensor | np.ndarray[Any, Any],

@@ -149,6 +149,10 @@ def test_a_fit_in_inference_mode_can_be_trained_with_and_goes_on():
         stored = copy.deepcopy(aligner)
     stored(text).sum().backward()
     aligner.load_state_dict(ReAlign.fit(text, image, residual=False).state_dict())
+    graphs = []
+    through = lambda rows: graphs.append(torch.is_grad_enabled()) or rows  # noqa: E731
+    Moments().update(text, through=through)
+    assert not any(graphs), "no graph of a model is kept"
     moments.update(text[200:]).merge(Moments(covariance=True).update(text))
     assert moments.count == 800
 
