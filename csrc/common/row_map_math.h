@@ -96,6 +96,27 @@ REALIGN_HOST_DEVICE inline FinishCoefficients finish_coefficients(const MapNumbe
   return {given || map.recentred ? gamma * inverse : 1, gamma, cancelled};
 }
 
+// The coefficients of a row whose vector v = s u + b is known in float64: the result is
+// beta v + gamma h, and it has cancelled where float64 would lose more than a third of its digits.
+struct WideCoefficients {
+  double beta, gamma;
+  bool cancelled;
+};
+
+constexpr double kCancelledWide = 1e-10;
+
+// vv = v.v and vh = v.h (0 without h).
+REALIGN_HOST_DEVICE inline WideCoefficients wide_coefficients(const MapNumbers& map, double vv,
+                                                              double vh) {
+  const double inverse = inverse_root(vv);
+  const double qq = map.recentred ? 1 + 2 * inverse * vh + map.hh : 1;
+  const bool given = map.length.given;
+  const double gamma = given ? map.length.value * inverse_root(qq) : 1;
+  const bool cancelled = !(vv > kCancelledWide * (map.scale * map.scale + map.bb)) ||
+                         !(qq > kCancelled * (1 + map.hh));
+  return {given || map.recentred ? gamma * inverse : 1, gamma, cancelled};
+}
+
 // Whether the arithmetic type M can compute with a squared norm: false if it is too large or too
 // small, and for zero, infinity and NaN.
 template <class M>

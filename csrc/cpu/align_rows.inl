@@ -69,6 +69,58 @@ inline void write_narrow(const AlignTask<T, O, M>& task, const NarrowCoefficient
   }
 }
 
+// Aligns a row whose expansion cancels, as that of every row in a narrow cone about -b does: s u +
+// b is formed entry by entry in float64, and its length is measured rather than expanded. Returns
+// false if a vector is so short that the row must be computed step by step.
+template <class T, class O, class M>
+bool align_row_widely(const AlignTask<T, O, M>& task, int64_t i, double* shifted) {
+  constexpr int64_t W = Vec<double>::width;
+  const int64_t columns = task.map.columns;
+  const MapNumbers& map = task.map.numbers;
+  const T* row = task.rows + i * task.row_stride;
+  O* out = task.out + i * task.out_stride;
+  double xx[3][1];
+  dot_rows<1, 1, T, double>(row, task.row_stride, columns, nullptr, nullptr, xx);
+  if (!in_range<double>(xx[0][0])) return false;
+  const Vec<double> scale = broadcast(map.scale * inverse_root(xx[0][0]));
+  Vec<double> squares = broadcast(0.0), products = broadcast(0.0), x, b, h = broadcast(0.0);
+  const auto add_entries = [&](int64_t j) __attribute__((always_inline)) {
+    const Vec<double> v = fma(scale, x, b);
+    squares = fma(v, v, squares);
+    products = fma(v, h, products);
+    return v;
+  };
+  int64_t j = 0;
+  for (; j + W <= columns; j += W) {
+    load(row + j, x);
+    load(task.map.shift + j, b);
+    if (map.recentred) load(task.map.recentre + j, h);
+    store(shifted + j, add_entries(j));
+  }
+  if (j < columns) {
+    load_partial(row + j, columns - j, x);
+    load_partial(task.map.shift + j, columns - j, b);
+    if (map.recentred) load_partial(task.map.recentre + j, columns - j, h);
+    store_partial(shifted + j, columns - j, add_entries(j));
+  }
+  const WideCoefficients c = wide_coefficients(map, reduce(squares), reduce(products));
+  if (c.cancelled) return false;
+  const Vec<double> beta = broadcast(c.beta), gamma = broadcast(c.gamma), zeros = broadcast(0.0);
+  h = zeros;
+  for (j = 0; j + W <= columns; j += W) {
+    load(shifted + j, x);
+    if (map.recentred) load(task.map.recentre + j, h);
+    const Vec<double> y = fma(beta, x, fma(gamma, h, zeros));
+    task.stream ? stream(out + j, y) : store(out + j, y);
+  }
+  if (j < columns) {
+    load_partial(shifted + j, columns - j, x);
+    if (map.recentred) load_partial(task.map.recentre + j, columns - j, h);
+    store_partial(out + j, columns - j, fma(beta, x, fma(gamma, h, zeros)));
+  }
+  return true;
+}
+
 // Aligns R rows at once: they share the loads of b and h, and there are enough independent
 // multiply-adds to fill the pipeline.
 template <int R, class T, class O, class M>
@@ -81,10 +133,13 @@ void align_some_rows(const AlignTask<T, O, M>& task, int64_t first, double* scra
   dot_rows<R, 3>(rows, task.row_stride, columns, task.shift, task.recentre, dots);
   const Coefficients<R> c = coefficients_of_rows(task.map, dots);
   if (c.cancelled || !all_in_range<M>(dots[0])) {
-    if constexpr (R > 1) {
-      for (int r = 0; r < R; ++r) align_some_rows<1>(task, first + r, scratch);
-    } else {
-      align_row_exactly(task, first, scratch);
+    for (int r = 0; r < R; ++r) {
+      const auto row = row_coefficients(task.map.numbers, dots[0][r], dots[1][r], dots[2][r]);
+      if (!row.cancelled && in_range<M>(dots[0][r])) {
+        align_some_rows<1>(task, first + r, scratch);
+      } else if (!align_row_widely(task, first + r, scratch)) {
+        align_row_exactly(task, first + r, scratch);
+      }
     }
     return;
   }
