@@ -135,7 +135,9 @@ class Corpus:
             raise ValueError(f"{shards[0].path}: {problem}; leave it out or write it")
         # Lists without a row, such as an empty part that Spark wrote, do not say their dimension.
         self.shards = tuple(
-            shard if shard.dimension else replace(shard, dimension=first.dimension)
+            shard
+            if shard.dimension
+            else replace(shard, dimension=first.dimension, dtype=first.dtype)
             for shard in shards
         )
         for shard in self.shards:

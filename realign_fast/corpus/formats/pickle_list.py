@@ -6,7 +6,8 @@ and remembers where each row lies (4 bytes a row). A pass copies the rows out of
 aligned file is the same bytes with other numbers in their places. Unusual files (rows of several
 types, bytes that two values share, text as bytes of protocol 2), files that are not plain data, and
 all columns but the rows are built by `pickle_interpreter.py`: then memory holds one file, at most
-`MAX_BYTES` of it, and its result. A row is an array `[D]` or `[1, D]`, or a list of floats.
+`MAX_BYTES` of it, and its result. A row is an array `[D]` or `[1, D]`, or a list of numbers; the
+widest of their types is that of all. An entry without a row, or with None, is a row of NaN.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class PickledShard(StreamedShard):
                 part = self.built_entries[first : first + count]
                 for number, entry in enumerate(part):
                     row = _vector(self.path, first + number, entry, self.column)
+                    if row is None:
+                        batch[number] = np.nan
+                        continue
+                    row = row.astype(self.dtype, copy=False)  # the widest of the file
                     batch[number] = self.checked(f"{self.path}: row {first + number}", row)
             first += count
             yield batch
@@ -131,8 +136,10 @@ class PickleWriter(FormatWriter):
             number = len(self._entries)
             if self._source:
                 entry, column = self._source.built_entries[number], self._source.column
-                is_list = type(entry[column]) is list
-                new_row = row.tolist() if is_list else row.reshape(entry[column].shape)
+                old_row = entry.get(column)
+                new_row: Any = row.tolist() if type(old_row) is list else row
+                if isinstance(old_row, np.ndarray):
+                    new_row = row.reshape(old_row.shape)
             else:
                 entry = next(self._other_columns) if self._other_columns else {"id": number}
                 column, new_row = DEFAULTS[0], row
@@ -171,12 +178,20 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         return PickledShard(path, len(places), places.columns, dtype, name, stamp, names)
     with _building:
         entries = _entries(path, stamp)
-        if not entries:
-            raise ValueError(f"{path}: an empty list has no dimension; leave the file out")
-        keys = entries[0] if type(entries[0]) is dict else {}
+        if not entries:  # beside others it takes their dimension
+            return PickledShard(path, 0, 0, np.dtype("<f4"), names[0], stamp, names)
+        keys = dict.fromkeys(key for entry in entries if type(entry) is dict for key in entry)
         name = next((name for name in names if name in keys), names[0])
-        row = _vector(path, 0, entries[0], name)
-        return PickledShard(path, len(entries), row.size, row.dtype, name, stamp, names)
+        if name not in keys:
+            _vector(path, 0, entries[0], name)  # says so if the entries are no dicts
+            problem = f"row 0 has no key {name!r}; choose one as the column, of: "
+            raise ValueError(f"{path}: {problem}{', '.join(map(repr, keys))}")
+        rows = (_vector(path, number, entry, name) for number, entry in enumerate(entries))
+        known = {(row.size, row.dtype): None for row in rows if row is not None}
+        if not known:
+            raise ValueError(f"{path}: no entry has a row under {name!r}; leave the file out")
+        dtype = np.result_type(*(dtype for _, dtype in known))
+        return PickledShard(path, len(entries), next(iter(known))[0], dtype, name, stamp, names)
 
 
 def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
@@ -212,18 +227,21 @@ def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
     return value
 
 
-def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarray:
-    """Return the row `[D]` of an entry."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int | np.floating | np.integer) and type(value) is not bool
+
+
+def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarray | None:
+    """Return the row `[D]` of an entry; None if it has none, or None in its place."""
     place = f"{path}: row {number}"
     if type(entry) is not dict:
         raise ValueError(f"{place} is a {type(entry).__name__}; {ADVICE}")
-    if column not in entry:
-        keys = ", ".join(map(repr, entry))
-        raise ValueError(f"{place} has no key {column!r}; choose one as the column, of: {keys}")
-    row = entry[column]
-    if type(row) is list and all(type(number) in (float, int) for number in row):
+    if (row := entry.get(column)) is None:
+        return None
+    if type(row) is list and all(map(_is_number, row)):
         try:
-            row = np.array(row, np.float64)
+            are_floats = all(isinstance(value, np.floating) for value in row)
+            row = np.array(row, None if are_floats else np.float64)
         except OverflowError as error:
             raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
     if not isinstance(row, np.ndarray):
