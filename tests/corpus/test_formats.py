@@ -556,7 +556,7 @@ def test_damaged_files_never_escape(tmp_path, form, data):
         damaged[data.draw(places)] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
     try:
-        everything(Corpus(path))
+        list(Corpus(path).batches())  # none, if the damage is a shape of no rows
     except (ValueError, TypeError, OSError) as error:
         assert str(path) in str(error)
 
