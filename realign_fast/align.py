@@ -119,22 +119,17 @@ class ReAlign(nn.Module, HubObject):
         aligner.linear = linear_part(
             method, source, target, shrinkage=shrinkage, floor=floor, energy=energy
         )
-        aligner._record_sides(source, target)
+        for name, moments in (("source", source), ("target", target)):
+            getattr(aligner, f"{name}_mean").copy_(moments.mean.cpu())
+            getattr(aligner, f"{name}_trace").fill_(moments.trace)
+            getattr(aligner, f"{name}_count").fill_(moments.count)
+        if source.trace:
+            aligner.scale.fill_(math.sqrt(target.trace / source.trace))
         aligner.shift.copy_(aligner.target_mean - _times(aligner.linear, aligner.source_mean))
         aligner._record_noise(noise, seed)
         if drift is not None:
             aligner.record_drift(drift)
         return aligner
-
-    def _record_sides(self, source: Moments, target: Moments) -> None:
-        """Set what the two sides were from their moments."""
-        self.source_mean.copy_(source.mean.cpu())
-        self.target_mean.copy_(target.mean.cpu())
-        self.source_trace.fill_(source.trace)
-        self.target_trace.fill_(target.trace)
-        self.source_count.fill_(source.count)
-        self.target_count.fill_(target.count)
-        self.scale.fill_(math.sqrt(target.trace / source.trace) if source.trace else math.nan)
 
     def _record_noise(self, noise: float | None, seed: int) -> None:
         """Set the energy and the seed of C3's noise."""

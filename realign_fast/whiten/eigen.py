@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -132,8 +133,8 @@ def floor_of(covariance: Tensor, floor: float | None) -> float:
     """Return the floor, the default one for None; a ValueError if it is outside [0, 1)."""
     if floor is None:
         return default_floor(covariance)
-    if not 0 <= floor < 1:
-        raise ValueError(f"whiten: floor={floor}, expected a share of the largest eigenvalue")
+    if not (isinstance(floor, Real) and 0 <= floor < 1):
+        raise ValueError(f"whiten: floor={floor!r}, expected a share of the largest eigenvalue")
     return floor
 
 

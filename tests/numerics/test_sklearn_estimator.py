@@ -97,6 +97,9 @@ def test_transported_rows_have_the_targets_mean_and_covariance_and_return():
     close(transport.matrix_, transport.matrix_.T)
     white = WhiteningTransformer().fit_transform(rows)
     close(TransportTransformer().fit_transform(rows), white)
+    for floor in ("x", 1.0):
+        with pytest.raises(ValueError, match=f"floor={floor!r}, expected a share of the largest"):
+            TransportTransformer(floor=floor).fit(rows)
     with pytest.raises(ValueError, match=r"the source has 6 columns, the target 5"):
         TransportTransformer(target[:, :5]).fit(rows)
 
