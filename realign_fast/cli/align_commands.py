@@ -8,7 +8,14 @@ from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import StoragePath, output_of, output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import metadata_note, open_corpus, plan_result, say_scratch, shows_progress
+from .corpus_commands import (
+    check_metadata,
+    metadata_note,
+    open_corpus,
+    plan_result,
+    say_scratch,
+    shows_progress,
+)
 
 if TYPE_CHECKING:
     from ..align import ReAlign
@@ -21,16 +28,17 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
-def align(options: opts.FitOptions) -> Result:
+def align(options: opts.FitOptions, with_metadata: opts.WithMetadata = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
     from ..pipeline.align_run import align
 
     if options.dry_run:
         return _plan(options)
     source, target = _sides(options)
+    check_metadata(with_metadata, source)
     say_scratch(options.out, source, options.workers)
     report = align(source, target, options.out, settings_from(options), engine_from(options))
-    return _reported(report, options.out, metadata_note(source))
+    return _reported(report, options.out, metadata_note(source, options.out, with_metadata))
 
 
 @command("Align", _SIDES)
@@ -57,7 +65,7 @@ def fit(options: opts.FitOptions) -> Result:
 @command(
     "Align", "--aligner OUT --text MORE --out OUT2", "--aligner A --text T --out O --shard 3/8"
 )
-def apply(options: opts.ApplyOptions) -> Result:
+def apply(options: opts.ApplyOptions, with_metadata: opts.WithMetadata = False) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..pipeline.align_run import AlignRun
     from ..pipeline.output import Written, check_output
@@ -69,6 +77,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     if options.dry_run:
         steps = plan_apply(aligner, source, out, settings, part)
         return plan_result(steps, measured_seconds(steps, source, source, out, settings))
+    check_metadata(with_metadata, source)
     run = AlignRun(settings, part, engine=engine_from(options))
     say_scratch(options.out, source, options.workers)
     if part[1] > 1:
@@ -78,7 +87,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
         report = run.finish(out, aligner, source, aligned=aligned)
-    return _reported(report, options.out, metadata_note(source))
+    return _reported(report, options.out, metadata_note(source, options.out, with_metadata))
 
 
 @command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")

@@ -197,6 +197,8 @@ BatchBytes = Annotated[int, _run(
     "bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
+WithMetadata = Annotated[bool, _output("copy metadata/ of the clip-retrieval root too, so that "
+    "clip-retrieval index takes the result")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
 Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
     parser=_text(_kept))]

@@ -9,7 +9,14 @@ from ..interface.option_values import Modality, OptionError
 from . import options as opts
 from .align_commands import engine_from, settings_from
 from .app import Result, command
-from .corpus_commands import metadata_note, open_corpus, open_space, plan_result, say_scratch
+from .corpus_commands import (
+    check_metadata,
+    metadata_note,
+    open_corpus,
+    open_space,
+    plan_result,
+    say_scratch,
+)
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
@@ -26,7 +33,7 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
     "--corpus TABLE --split-by modality --out OUT",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
-def unify(options: opts.UnifyOptions) -> Result:
+def unify(options: opts.UnifyOptions, with_metadata: opts.WithMetadata = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.plan import measured_seconds, plan_unify
     from ..pipeline.unify_run import unify
@@ -47,12 +54,14 @@ def unify(options: opts.UnifyOptions) -> Result:
         steps = plan_unify(sides, options.out, settings, part)
         rates_of = corpora[0], corpora[-1], options.out, settings, run
         return plan_result(steps, measured_seconds(steps, *rates_of))
+    check_metadata(with_metadata, *sides.documents.values())
     for corpus in sides.documents.values():
         say_scratch(options.out, corpus, options.workers)
     report = unify(sides, options.out, settings, engine_from(options), part)
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)
-    notes = [metadata_note(corpus) for corpus in sides.documents.values()]
+    documents = sides.documents.values()
+    notes = [metadata_note(corpus, options.out, with_metadata) for corpus in documents]
     return Result(report, _report_text(report, options.out, notes), has_report=True)
 
 

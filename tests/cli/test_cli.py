@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,3 +375,21 @@ def test_info_tells_which_kernel_answers_and_why(capsys):
     names = ("realign_fast", "python", "torch", "numpy", "cpu", "gpu")
     for word in (*names, ops.cpu_instruction_set()):
         assert word in printed
+
+
+def test_metadata_are_copied_on_request(corpora, capsys):
+    """The folders that clip-retrieval index reads: text_emb/, img_emb/ and metadata/."""
+    for folder in ("text_emb", "img_emb"):
+        shutil.copytree("text", f"root/{folder}")
+    for path in Path("root/img_emb").iterdir():
+        np.save(path, np.load(path)[:, ::-1])
+    os.mkdir("root/metadata")
+    Path("root/metadata/metadata_0.jsonl").write_text("{}\n")
+    sides = ["--text", "root", "--image", "root", "--with-metadata"]
+    for out, command in (("aligned", "align"), ("unified", "unify")):
+        for _ in range(2):  # the second run resumes beside the copy
+            assert main.main([command, *sides, "--out", out, "--quiet"]) == 0
+        assert Path(out, "metadata/metadata_0.jsonl").read_text() == "{}\n"
+        assert main.main(["verify", out]) == 0
+    flat = ["align", "--text", "text", "--image", "image", "--out", "o", "--with-metadata"]
+    assert main.main(flat) == 2 and "no clip-retrieval root" in capsys.readouterr().err
