@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import parquet
 
 from realign_fast import Corpus, ReAlign
+from realign_fast.cli.main import main as realign_fast_main
 from realign_fast.corpus.convert import convert
 from realign_fast.methods import Method
 from realign_fast.pipeline.align_run import AlignRun, align
@@ -231,6 +235,35 @@ def embedding_reader(workspace: Workspace) -> str:
         reader = EmbeddingReader(str(out), file_format=form)
         text = expect_rows([row for rows, _ in reader(4, show_progress=False) for row in rows], out)
     return text
+
+
+@check("embedding-reader", "`EmbeddingReader` of `unify --with-metadata`, npy with its parquet")
+def embedding_reader_metadata(workspace: Workspace) -> str:
+    """Read both sides of an output and its metadata, the folders of `clip-retrieval index`."""
+    from embedding_reader import EmbeddingReader
+
+    root, out = workspace.folder / "described", workspace.folder / "indexed"
+    shutil.copytree(workspace.root, root)
+    (root / "metadata").mkdir()
+    for number, count in enumerate(SHARD_ROWS):
+        ids = {"id": [f"{number}-{row}" for row in range(count)]}
+        parquet.write_table(pyarrow.table(ids), root / "metadata" / f"metadata_{number}.parquet")
+    command = ["unify", "--text", str(root), "--image", str(root), "--with-metadata", "--quiet"]
+    if status := realign_fast_main([*command, "--out", str(out)]):
+        raise RuntimeError(f"unify ended with {status}")
+    expected = [
+        f"{number}-{row}" for number, count in enumerate(SHARD_ROWS) for row in range(count)
+    ]
+    for side in ("text_emb", "img_emb"):
+        reader = EmbeddingReader(
+            str(out / side), "parquet_npy", "embedding", ["id"], str(out / "metadata")
+        )
+        batches = [*reader(4, show_progress=False)]
+        rows = [row for batch, _ in batches for row in batch]
+        text = expect_rows(rows, out / side)
+        if [value for _, frame in batches for value in frame["id"]] != expected:
+            raise ValueError("other ids")
+    return f"both sides, {text}, with their ids"
 
 
 @check("webdataset", "`webdataset.WebDataset(tars of OUT)`, decoded")
