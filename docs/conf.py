@@ -26,7 +26,15 @@ suppress_warnings = ["myst.xref_missing"]  # a page may link to a heading of a f
 add_module_names = False
 autodoc_typehints = "none"  # docstrings give shapes and dtypes; signatures name the arguments
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "inherited-members": False}
+# scikit-learn writes these methods, with references to its own site.
+_SKLEARN = (
+    "set_fit_request, set_partial_fit_request, set_score_request, set_inverse_transform_request"
+)
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": False,
+    "exclude-members": f"{_SKLEARN}, set_transform_request",
+}
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # properties have entries of their own
 

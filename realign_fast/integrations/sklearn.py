@@ -119,7 +119,8 @@ class WhiteningTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         floor: share of the largest eigenvalue up to which a direction is left out; None: rounding.
 
     Attributes:
-        matrix_, offset_: A [D, D] and b [D] of the map ``A x + b``, float64.
+        matrix_: A [D, D] float64, of the map ``A x + b``.
+        offset_: b [D] float64.
     """
 
     _parameter_constraints = {  # noqa: RUF012  # as scikit-learn declares it

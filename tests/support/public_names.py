@@ -83,8 +83,10 @@ def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:
     whitener: whiten.Whitening = whiten.whitening(whiten.shrink(source, share), "pca")
     leading: whiten.LowRank = whiten.LowRank.of(source, 8, floor=whiten.default_floor(source))
     distance: float = whiten.bures_distance(source, target)
+    affine: whiten.AffineMap = whiten.affine_transport((source[0], target[0]), (source, target))
     return [
         whitener.matrix * distance,
+        affine.matrix * whiten.squared_bures_distance(source, target) + affine.offset,
         leading.coral(rows, leading),
         whiten.symmetric_root(source) @ whiten.inverse_root(source),
         whiten.coral(source, target),
