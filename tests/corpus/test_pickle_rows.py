@@ -302,6 +302,7 @@ def unusual():
     yield "a set of protocol 3", pickle.dumps([{"embed": rows[0], "set": {1}}], protocol=3)
     yield "integers", [{"embed": [1, 2.5]}]
     yield "an entry twice", entries[:1] * 2
+    yield "a tensor", [{"embed": rows[0]}, {"embed": torch.from_numpy(rows[1])}]
     yield "large", [{"embed": row, "x": np.longdouble(1)} for row in rows]
     yield "two lengths", [{"embed": rows[0]}, {"embed": rows[1][:2]}]
     yield "two kinds", [{"embed": rows[0].astype("f8")}, {"embed": rows[1].tolist()}]

@@ -1,10 +1,11 @@
 """An interpreter that reads plain data from a pickle and can do nothing else.
 
-It has the opcodes by which protocols 2 to 5 build lists, dicts, tuples, sets, numbers, text, bytes
-and numpy arrays. The few `GLOBALS` that it knows stay names, never objects: `call` makes what numpy
-would make, after it has checked what the file says. It does not recurse, allocates nothing by a
-number that the file states, executes at most `MAX_STEPS` opcodes, and makes objects of at most
-`MEMORY_PER_BYTE` bytes for each byte of the file. Everything wrong with a file is one `ValueError`.
+It has the opcodes by which protocols 2 to 5 build lists, dicts, tuples, sets, numbers, text, bytes,
+numpy arrays and torch tensors, which become arrays. The few `GLOBALS` that it knows stay names,
+never objects: `call` makes what numpy would make, after it has checked what the file says. It does
+not recurse, allocates nothing by a number that the file states, executes at most `MAX_STEPS`
+opcodes, and makes objects of at most `MEMORY_PER_BYTE` bytes for each byte of the file. Everything
+wrong with a file is one `ValueError`.
 For the opcodes see `pickletools` in Python's standard library, which splits the file into them.
 """
 
@@ -14,11 +15,13 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable
+from itertools import islice, takewhile
 from pickletools import genops
 from sys import getsizeof
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 MAX_STEPS = 1 << 27
 MAX_MARKS = 1 << 16  # that wait for their values: each is the nesting of one container
@@ -33,6 +36,13 @@ for _core in ("numpy.core", "numpy._core"):
 GLOBALS |= {("_codecs", "encode")}  # with this and the next ones protocol 2 writes bytes
 for _name in ("bytes", "set", "frozenset"):
     GLOBALS |= {("builtins", _name), ("__builtin__", _name)}
+GLOBALS |= {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
+GLOBALS |= {("torch.storage", "_load_from_bytes"), ("collections", "OrderedDict")}
+STORAGE_OPCODES = set(
+    "PROTO LONG1 BININT BININT1 BININT2 BINUNICODE NEWTRUE NEWFALSE NONE EMPTY_DICT EMPTY_LIST"
+    " MARK BINPUT SETITEMS APPEND TUPLE GLOBAL BINPERSID STOP".split()
+)  # that `torch.save` writes for a storage; none of them calls anything
+STORAGE_TYPES = {f"torch {name}Storage" for name in ("Half", "Float", "Double", "BFloat16")}
 
 
 class Name(str):
@@ -79,7 +89,8 @@ class Machine:
         if type(module) is not str or type(name) is not str:
             raise ValueError("names a global by other values than text")
         if (module, name) not in GLOBALS:
-            raise ValueError(f"names {module!r:.60}, {name!r:.60}: only numpy arrays are built")
+            problem = "only numpy arrays and torch tensors are built"
+            raise ValueError(f"names {module!r:.60}, {name!r:.60}: {problem}")
         self.stack.append(Name(name))
 
     def put(self, index: int) -> None:
@@ -118,6 +129,70 @@ def check_array(data: Any, dtype: Any, shape: Any) -> None:
         raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
 
 
+def check_storage_file(stream: io.BytesIO, num_bytes: int) -> None:
+    """Raise an error unless `torch.save` wrote a stream for one storage of floats.
+
+    Before the numbers stand five pickles: magic number, version, sizes of types, the storage and
+    its key. `torch.load` allocates what they state, and more than these opcodes are no storage.
+    """
+    try:  # a hundred steps are more than `torch.save` writes
+        steps = list(islice((step for _ in range(5) for step in genops(stream)), 100))
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"a tensor has no storage of torch.save ({error!s:.100})") from error
+    names = [opcode.name for opcode, _, _ in steps]
+    if unknown := set(names) - STORAGE_OPCODES:
+        raise ValueError(f"the storage of a tensor has the opcode {min(unknown)}")
+    size = max(number or 0 for opcode, number, _ in steps if opcode.name.startswith("BININT"))
+    if size > max(num_bytes, 1001):  # the latter is the version of the format
+        raise ValueError(f"the storage of a tensor states {size} numbers in {num_bytes} bytes")
+    once = [names.count(name) for name in ("LONG1", "GLOBAL", "BINPERSID", "APPEND")]
+    if names.count("STOP") != 5 or once != [1, 1, 1, 1]:
+        raise ValueError("a tensor is not made of one storage")
+    if (storage_type := steps[names.index("GLOBAL")][1]) not in STORAGE_TYPES:
+        expected = "expected float16, float32, float64 or bfloat16"
+        raise ValueError(f"the storage of a tensor is a {storage_type!r:.60}, {expected}")
+
+
+def storage_values(data: bytes) -> np.ndarray:
+    """Return the numbers `[N]` of a storage that `torch.save` wrote; those of bfloat16 as float32.
+
+    Everything wrong with the file in `data` is a `ValueError`.
+    """
+    stream = io.BytesIO(data)
+    check_storage_file(stream, len(data))
+    stream.seek(0)
+    try:
+        storage = torch.load(stream, weights_only=True, map_location="cpu")
+        values = torch.empty(0, dtype=storage.dtype).set_(storage)
+    except Exception as error:  # of many kinds; their text advises to load without `weights_only`
+        problem = f"torch.load refuses the storage of a tensor ({type(error).__name__})"
+        raise ValueError(problem) from error
+    stored_bytes = values.view(torch.uint8).numpy().tobytes()
+    if not data.endswith(len(values).to_bytes(8, "little") + stored_bytes):
+        raise ValueError("the storage of a tensor is not filled by the bytes at its end")
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy().copy()
+
+
+def tensor_values(values: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    """Return a tensor's numbers, which must lie in its storage `values`.
+
+    They are copied: the file could replace the memory of `values` under a view.
+    """
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or not values.flags.c_contiguous:
+        raise ValueError("a tensor is not made of a storage")
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+        raise ValueError("a tensor is not described by sizes and strides")
+    if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)):
+        raise ValueError("a tensor has more than 8 dimensions, or sizes that are no numbers")
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) > len(values) or (0 not in shape and last >= len(values)):
+        problem = f"offset {offset}, size {shape} and stride {strides}"
+        raise ValueError(f"a tensor of {problem} is beyond its storage of {len(values)} numbers")
+    steps = tuple(stride * values.itemsize for stride in strides)
+    start = 0 if 0 in shape else offset
+    return np.lib.stride_tricks.as_strided(values[start:], shape, steps).copy()
+
+
 def call(name: Any, values: Any) -> Any:
     """Return what a global of `GLOBALS` makes of its arguments."""
     if type(name) is not Name or type(values) is not tuple:
@@ -139,7 +214,16 @@ def call(name: Any, values: Any) -> Any:
         return b""
     if name in ("set", "frozenset") and len(values) == 1 and type(values[0]) is list:
         return (set if name == "set" else frozenset)(map(plain_key, values[0]))
-    raise ValueError(f"calls {name} with arguments that numpy does not give it")
+    if name == "OrderedDict" and values == ():
+        return Name("no hooks")  # of a tensor; it cannot be filled
+    if name == "_load_from_bytes" and len(values) == 1 and type(values[0]) is bytes:
+        return storage_values(values[0])
+    if name.startswith("_rebuild") and type(values[-1]) is Name and values[-1] == "no hooks":
+        if name == "_rebuild_tensor_v2" and len(values) == 6:
+            return tensor_values(*values[:4])
+        if name == "_rebuild_parameter" and len(values) == 3 and isinstance(values[0], np.ndarray):
+            return values[0]
+    raise ValueError(f"calls {name} with arguments that numpy and torch do not give it")
 
 
 def plain_key(key: Any) -> Any:
@@ -203,6 +287,18 @@ def _build(machine: Machine, _: None) -> None:
     machine.push_new(target)
 
 
+def _reduce(machine: Machine, _: None) -> None:
+    name, values = machine.pop(2)
+    try:
+        result = call(name, values)
+    except ValueError as error:
+        entries = list(takewhile(lambda value: type(value) is dict, machine.stack[1:]))
+        if not entries or type(machine.stack[0]) is not list:
+            raise
+        raise ValueError(f"row {len(machine.stack[0]) + len(entries) - 1}: {error}") from error
+    machine.push_new(result)
+
+
 def _protocol(_: Machine, version: int) -> None:
     if not 2 <= version <= 5:
         raise ValueError("expected protocol 2 to 5")
@@ -234,7 +330,7 @@ OPERATIONS: dict[str, Operation] = {
     "MEMOIZE": lambda machine, _: machine.put(len(machine.memo) + len(machine.distant_memo)),
     "STACK_GLOBAL": lambda machine, _: machine.push_name(*machine.pop(2)),
     "GLOBAL": lambda machine, names: machine.push_name(*names.split(" ", 1)),
-    "REDUCE": lambda machine, _: machine.push_new(call(*machine.pop(2))),
+    "REDUCE": _reduce,
     "BUILD": _build,
     "STOP": _stop,
 }

@@ -6,8 +6,10 @@ and remembers where each row lies (4 bytes a row). A pass copies the rows out of
 aligned file is the same bytes with other numbers in their places. Unusual files (rows of several
 types, bytes that two values share, text as bytes of protocol 2), files that are not plain data, and
 all columns but the rows are built by `pickle_interpreter.py`: then memory holds one file, at most
-`MAX_BYTES` of it, and its result. A row is an array `[D]` or `[1, D]`, or a list of numbers; the
-widest of their types is that of all. An entry without a row, or with None, is a row of NaN.
+`MAX_BYTES` of it, and its result. A row is an array or tensor `[D]` or `[1, D]`, or a list of
+numbers; the widest of their types is that of all. Tensors are unusual: they are read as arrays,
+bfloat16 as float32, and their results are arrays. An entry without a row, or with None, is a row of
+NaN.
 """
 
 from __future__ import annotations
@@ -245,7 +247,7 @@ def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarr
         except OverflowError as error:
             raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
     if not isinstance(row, np.ndarray):
-        expected = "expected an array of float16, float32 or float64, or a list of floats"
+        expected = "expected an array or tensor of float16, float32 or float64, or a list of floats"
         raise TypeError(f"{place}: {column!r} is {type(row).__name__}, {expected}")
     check_vector(f"{place}: {column!r}", row)
     return row.reshape(-1)
