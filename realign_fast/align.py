@@ -335,7 +335,8 @@ class ReAlign(nn.Module, HubObject):
         if out is None:
             warn_of_far_rows(self, "ReAlign", flat, self.source_mean, self.source_count)
         if callable(row_map):
-            noisy = row_map(flat).to(out_dtype or rows.dtype).reshape(rows.shape)
+            result_dtype = out_dtype or (rows if out is None else out).dtype
+            noisy = row_map(flat).to(result_dtype).reshape(rows.shape)
             return noisy if out is None else out.copy_(noisy)
         if out is not None:
             return ops.align_rows(rows, *row_map, out_dtype=out_dtype, out=out)

@@ -128,8 +128,8 @@ class RoleMap:
             if count := int(mapped.isinf().any(dim=1).sum()):
                 raise ValueError(
                     f"SharedSpace: {count} of {len(rows)} rows pass {largest:.5g}, the most that "
-                    f"{mapped.dtype} holds, once divided by the scale {scale:.3g}; convert the "
-                    "rows to float32 first (realign-fast convert --dtype float32)"
+                    f"{mapped.dtype} holds, once divided by the scale {scale:.3g}; write them "
+                    "as float32 (out of float32, or unify --dtype float32)"
                 )
         return mapped
 

@@ -28,7 +28,7 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
-def align(options: opts.FitOptions, with_metadata: opts.WithMetadata = False) -> Result:
+def align(options: opts.AlignOptions, with_metadata: opts.WithMetadata = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
     from ..pipeline.align_run import align
 
@@ -36,8 +36,8 @@ def align(options: opts.FitOptions, with_metadata: opts.WithMetadata = False) ->
         return _plan(options)
     source, target = _sides(options)
     check_metadata(with_metadata, source)
-    say_scratch(options.out, source, options.workers)
-    report = align(source, target, options.out, settings_from(options), engine_from(options))
+    say_scratch(options.out, source, settings := settings_from(options))
+    report = align(source, target, options.out, settings, engine_from(options))
     return _reported(report, options.out, metadata_note(source, options.out, with_metadata))
 
 
@@ -79,7 +79,7 @@ def apply(options: opts.ApplyOptions, with_metadata: opts.WithMetadata = False) 
         return plan_result(steps, measured_seconds(steps, source, source, out, settings))
     check_metadata(with_metadata, source)
     run = AlignRun(settings, part, engine=engine_from(options))
-    say_scratch(options.out, source, options.workers)
+    say_scratch(options.out, source, settings)
     if part[1] > 1:
         run.apply(aligner, source, out)
         return Result(run.passes[0].summary(), "")
@@ -121,7 +121,7 @@ def stats(options: opts.StatsOptions) -> Result:
 
 
 @command("Job arrays", f"{_SIDES} --after statistics", f"{_SIDES} --after drift", _SIDES)
-def merge(options: opts.MergeOptions, after: opts.After = "apply") -> Result:
+def merge(options: opts.JoinOptions, after: opts.After = "apply") -> Result:
     """Fit a map from kept statistics, without reading rows, and say what is next."""
     from ..pipeline.job_array import merge
 

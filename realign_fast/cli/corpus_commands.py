@@ -13,6 +13,7 @@ from .app import LOGGER, ExitCode, Result, command
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
+    from ..pipeline.settings import Settings
     from ..shared_space import SharedSpace
 
 
@@ -59,11 +60,11 @@ def shows_progress(options: opts.Common) -> bool:
     return not options.quiet and not options.log_json
 
 
-def say_scratch(out: str, source: Corpus, workers: int = 1) -> None:
+def say_scratch(out: str, source: Corpus, settings: Settings) -> None:
     """Say which directory of this machine holds shards before their upload."""
     from ..pipeline.output import Written, check_scratch
 
-    if message := check_scratch(output_path(out), [Written(source, "")], workers):
+    if message := check_scratch(output_path(out), [Written(source, "")], settings):
         LOGGER.info(message, extra={"event": {"event": "scratch"}})
 
 
@@ -129,14 +130,16 @@ def convert(
     from ..corpus.convert import convert
     from ..corpus.format_registry import FORMATS
     from ..interface.progress import Progress
+    from ..pipeline.settings import Settings
 
     corpus = open_corpus(options, options.source, options.modality)
+    settings = Settings(dtype=dtype)
     if dry_run:
         from ..pipeline.plan import measured_seconds, plan_copy
 
-        steps = plan_copy("apply", corpus, out, FORMATS[to].writer.suffixes[0])
+        steps = plan_copy("apply", corpus, out, FORMATS[to].writer.suffixes[0], settings)
         return plan_result(steps, measured_seconds(steps, corpus, corpus, out))
-    say_scratch(out, corpus)
+    say_scratch(out, corpus, settings)
     torch_dtype = getattr(torch, dtype) if dtype else None
     shown = shows_progress(options)
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:

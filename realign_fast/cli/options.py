@@ -308,6 +308,12 @@ class MethodOptions(Options):
             "oas", "ledoit-wolf"))] = None
 
 
+class Writing(Options):
+    """The form of the written rows."""
+
+    dtype: Dtype = None
+
+
 class MergeOptions(Passes, MethodOptions):
     """Options of ``merge``, and of every command that fits a map from a source to a target."""
 
@@ -331,13 +337,21 @@ class FitOptions(MergeOptions, Resuming, EngineOptions):
         "4G (G is 2^30 bytes)")] = 0
 
 
-class PlanOptions(FitOptions):
+class JoinOptions(MergeOptions, Writing):
+    """Options of ``merge``."""
+
+
+class AlignOptions(FitOptions, Writing):
+    """Options of ``align``."""
+
+
+class PlanOptions(AlignOptions):
     """Options of ``plan``, which is a dry run."""
 
     dry_run: bool = True
 
 
-class ApplyOptions(Passes, Resuming, EngineOptions):
+class ApplyOptions(Passes, Writing, Resuming, EngineOptions):
     """Options of ``apply``."""
 
     aligner: Annotated[str, _file("output of an earlier fit, or its aligner.safetensors",
@@ -347,7 +361,7 @@ class ApplyOptions(Passes, Resuming, EngineOptions):
     shard: Shard = "1/1"
 
 
-class UnifyOptions(Passes, Resuming, EngineOptions):
+class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
     """Options of ``unify``."""
 
     text: Annotated[str | None, _directory(_SIDE.format("of texts", "text"))] = None

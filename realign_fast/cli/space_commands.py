@@ -56,7 +56,7 @@ def unify(options: opts.UnifyOptions, with_metadata: opts.WithMetadata = False) 
         return plan_result(steps, measured_seconds(steps, *rates_of))
     check_metadata(with_metadata, *sides.documents.values())
     for corpus in sides.documents.values():
-        say_scratch(options.out, corpus, options.workers)
+        say_scratch(options.out, corpus, settings)
     report = unify(sides, options.out, settings, engine_from(options), part)
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)

@@ -106,10 +106,10 @@ class AlignRun(PassRunner):
         return aligner
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
-        """Write ``source`` aligned, in its own dtype, with its aligner; return the moments.
+        """Write ``source`` aligned, with its aligner; return the moments.
 
         Shards go to ``out / source.subfolder`` under their own names; each appears complete or not
-        at all. The moments are those of the result before it is rounded to the corpus's dtype.
+        at all. The moments are those of the result before it is rounded to its dtype.
 
         Raises:
             ValueError: the corpus has another dimension than the aligner, or ``out`` is refused
@@ -147,7 +147,8 @@ class AlignRun(PassRunner):
             )
         moments = self.run_pass(task, moments_for(result.corpus), [])
         if self.part[1] == 1:
-            result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
+            has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
+            result.corpus.finish(out / result.folder, keeps_columns=has_columns)
         return moments
 
     def finish(

@@ -194,6 +194,16 @@ class Checkpoints:
                 count += json.loads(path.read_bytes())["key"] != self.key(entry)
         return count
 
+    def first_result(self) -> Entry | None:
+        """Return the entry of one result of an earlier run with any options, None without one."""
+        names = sorted(name for name, _ in self.folder.listed()) if self.folder.is_dir() else []
+        for name in names:
+            with _absent_if_damaged(self.folder / name):
+                if name.endswith(".json"):
+                    entry: Entry = json.loads((self.folder / name).read_bytes())["entry"]
+                    return entry
+        return None
+
     def forget(self, shard: Shard) -> None:
         """Remove the record of a result, before another one takes its place."""
         self._path(shard, "json").unlink(missing_ok=True)

@@ -81,7 +81,8 @@ def merge(
                 return f"{written}next: {next_step}", None
             aligner.record_drift(run.measure("source drift", source, aligner).moments)
             finished_steps, written = 2, f"wrote {path}; "
-            next_step = f"apply --aligner {path} --shard i/n"
+            dtype = f" --dtype {run.settings.dtype}" if run.settings.dtype else ""
+            next_step = f"apply --aligner {path}{dtype} --shard i/n"
             half_path.unlink(missing_ok=True)
             aligned = run.apply(aligner, source, directory)
         except UnfinishedShards as error:

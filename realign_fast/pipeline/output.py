@@ -15,15 +15,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+import torch
 
 from ..corpus import Corpus
-from ..corpus.format_registry import is_output_shard
+from ..corpus.format_registry import FORMATS, is_output_shard
 from ..corpus.layout import SUBFOLDERS, check_apart
-from ..interface.option_values import Mode, OptionError
+from ..interface.option_values import Dtype, Mode, OptionError
 from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path, records_of
-from .checkpoints import STATS
+from .checkpoints import STATS, Checkpoints
 from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
 from .settings import Settings
 
@@ -39,11 +41,10 @@ class Written(NamedTuple):
     pass_name: str = "apply"
     columns: int | None = None  # of the result, if they are not those of the corpus
 
-    @property
-    def row_bytes(self) -> int:
-        """Size of a row of the result in bytes."""
-        row_bytes, dimension = self.corpus.shards[0].row_bytes, self.corpus.dimension
-        return row_bytes // dimension * (self.columns or dimension)
+    def row_bytes(self, settings: Settings) -> int:
+        """Return the size of a row of the result in bytes."""
+        itemsize = settings.result_dtype(self.corpus).itemsize
+        return itemsize * (self.columns or self.corpus.dimension)
 
 
 def check_output(
@@ -57,9 +58,11 @@ def check_output(
     ``others`` are corpora that are read as well.
 
     Raises:
-        ValueError: ``out`` holds a corpus that is read, or shards of another source.
+        ValueError: ``out`` holds a corpus that is read, or shards of another source or number
+            type; a format lacks the number type of the result.
         OSError: ``out`` cannot be written to, or has no room for the result.
     """
+    _check_dtype(out, results, settings)
     folders = [result.folder for result in results]
     for result in results:  # queries may be documents as well
         check_place(out, result.corpus, subfolders=folders)
@@ -68,19 +71,42 @@ def check_output(
     replaced = _check_shards(out, results, settings.mode)
     check_kept(out, results, settings.mode)
     if out.is_remote:
-        check_scratch(out, results, settings.workers)
+        check_scratch(out, results, settings)
         return
     folder = local_path(out / results[0].folder)
     room = shutil.disk_usage(_existing(folder)).free + sum(
         local_path(path).lstat().st_size for path in replaced
     )
-    needed = sum(result.corpus.num_rows * result.row_bytes for result in results)
+    needed = sum(result.corpus.num_rows * result.row_bytes(settings) for result in results)
     if needed > room:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: the result takes {format_bytes(needed)}, there are "
             f"{format_bytes(room)}; make room or give another --out",
         )
+
+
+def _check_dtype(out: StoragePath, results: Sequence[Written], settings: Settings) -> None:
+    """Refuse a number type that a format lacks, or that is not that of the results in ``out``."""
+    if settings.dtype not in (None, *(names := get_args(Dtype))):
+        raise OptionError(f"dtype: got {settings.dtype!r}, expected one of {', '.join(names)}")
+    for corpus, _, pass_name, _ in results:
+        dtype, file_format = settings.converted_to(corpus), corpus.shards[0].format
+        if dtype and getattr(torch, dtype) not in FORMATS[file_format].writer.dtypes:
+            raise OptionError(
+                f"{corpus.path}: {file_format} has no {dtype}; give another --dtype, or convert "
+                "the rows to safetensors first"
+            )
+        entry = None
+        if settings.mode != "overwrite":
+            entry = Checkpoints(records_of(out), {"pass": pass_name}).first_result()
+        if entry is not None and (earlier := entry.get("written_dtype")) != dtype:
+            kept = "the number type of the source"
+            raise OptionError(
+                f"{out}: holds rows of {earlier or kept}, and this run writes {dtype or kept}; "
+                "give the --dtype of the earlier run or another --out, or write everything anew "
+                "with --mode overwrite"
+            )
 
 
 def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:
@@ -171,7 +197,7 @@ def _existing(folder: LocalPath) -> LocalPath:
     return next(path for path in folders if os.path.lexists(path))
 
 
-def check_scratch(out: StoragePath, results: Sequence[Written], workers: int = 1) -> str:
+def check_scratch(out: StoragePath, results: Sequence[Written], settings: Settings) -> str:
     """Return a sentence on the local directory where shards wait for their upload to a URL.
 
     The result is empty if ``out`` is not a URL.
@@ -184,8 +210,8 @@ def check_scratch(out: StoragePath, results: Sequence[Written], workers: int = 1
     need, scratch = 0, tempfile.gettempdir()
     for result in results:
         shards = result.corpus.shards
-        largest = max(shard.num_rows for shard in shards) * result.row_bytes
-        need = max(need, min(workers, len(shards)) * largest)
+        largest = max(shard.num_rows for shard in shards) * result.row_bytes(settings)
+        need = max(need, min(settings.workers, len(shards)) * largest)
     if need > (room := shutil.disk_usage(scratch).free):
         raise OSError(
             errno.ENOSPC,

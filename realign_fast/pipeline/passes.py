@@ -135,6 +135,7 @@ class PassRunner:
 
         ``result`` is the name of a folder of the output, and its path.
         """
+        dtype = self.settings.converted_to(corpus)
         key_facts = {
             "pass": name,
             "bad_rows": self.settings.bad_rows,
@@ -144,6 +145,7 @@ class PassRunner:
             "covariance": covariance,
             "map": map_hash(row_map),
             **({"folder": result[0]} if result else {}),
+            **({"dtype": dtype} if result and dtype else {}),
             **({"split_by": corpus.split_by} if isinstance(corpus, SplitCorpus) else {}),
             "code": code_version(self.settings.device),
         }
@@ -165,10 +167,10 @@ class PassRunner:
         corpus, name = task.corpus, task.name
         unfinished = []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
-        rows, writes = sum(corpus.shards[i].num_rows for i in shards), task.folder is not None
+        rows = sum(corpus.shards[i].num_rows for i in shards)
         self.engine = self.engine or engine_of(self.settings.workers)
         batchwise = self.engine is map  # another process reports its progress shard by shard
-        with self.timed_pass(name, corpus, rows, total, writes) as advance:
+        with self.timed_pass(name, corpus, rows, total, task.written_row_bytes) as advance:
             if batchwise:
                 task = replace(task, advance=advance)
             overlaps = batchwise and task.folder is not None and not task.folder.is_remote
@@ -195,7 +197,7 @@ class PassRunner:
 
     @contextmanager
     def timed_pass(
-        self, name: str, corpus: Corpus, rows: int, moments: Moments, writes: bool = False
+        self, name: str, corpus: Corpus, rows: int, moments: Moments, written_row_bytes: int = 0
     ) -> Iterator[Callable[..., None]]:
         """Time a pass over ``rows`` rows, show its progress, and append it to ``passes``.
 
@@ -223,7 +225,7 @@ class PassRunner:
         done.start_seconds = min(done.start_seconds, done.seconds)
         cached = getattr(corpus, "rows_from_memory", 0) - cached_before
         done.bytes_read = (done.rows - cached) * row_bytes
-        done.bytes_written = done.rows * row_bytes * writes
+        done.bytes_written = done.rows * written_row_bytes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
         LOGGER.info(done.describe(), extra={"event": {"event": "pass", **done.summary()}})

@@ -56,8 +56,7 @@ class PlanRun(AlignRun):
             else:
                 total.merge(moments)
         self.is_known &= not unfinished
-        writes = task.columns // task.corpus.dimension if task.folder is not None else 0
-        self.add(task.name, task.corpus, unfinished, writes)
+        self.add(task.name, task.corpus, unfinished, task.written_row_bytes)
         return total
 
     def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
@@ -76,8 +75,8 @@ class PlanRun(AlignRun):
         self.steps.append(step | {"requests": requests, "finished_before": 0})
         return Sample(Moments(), corpus.num_rows)
 
-    def add(self, name: str, corpus: Corpus, shards: Sequence[int], writes: int = 0) -> None:
-        """Add a pass over some shards of a corpus; it writes ``writes`` times their bytes."""
+    def add(self, name: str, corpus: Corpus, shards: Sequence[int], row_bytes: int = 0) -> None:
+        """Add a pass over some shards of a corpus; it writes ``row_bytes`` for each row."""
         rows = [corpus.shards[index].num_rows for index in shards]
         sizes = [corpus.shards[index].row_bytes * corpus.shards[index].num_rows for index in shards]
         read = bool(self.steps) and corpus.nbytes <= self.settings.memory  # kept since the first
@@ -87,10 +86,10 @@ class PlanRun(AlignRun):
             ranged = all(isinstance(corpus.shards[index], ContiguousShard) for index in shards)
             rows_each = max(1, read_ahead.PIECE_BYTES // corpus.shards[0].row_bytes)
             requests = sum(-(-count // rows_each) for count in rows) if ranged else None
-        if writes and self.uploads and requests is not None:
-            requests += sum(-(-writes * size // UPLOAD_BYTES) for size in sizes)
+        if self.uploads and requests is not None:
+            requests += sum(-(-row_bytes * count // UPLOAD_BYTES) for count in rows)
         step = {"name": name, "rows": sum(rows), "bytes_read": read_bytes}
-        step |= {"bytes_written": sum(sizes) * writes, "requests": requests}
+        step |= {"bytes_written": sum(rows) * row_bytes, "requests": requests}
         every = range(self.part[0], len(corpus.shards), self.part[1])
         before = sum(corpus.shards[index].num_rows for index in every) - sum(rows)
         self.steps.append(step | {"finished_before": before})
@@ -123,7 +122,7 @@ def plan_align(
     if writes and aligner is not None and run.is_known:
         run.write(result, aligner, output_path(out))
     elif writes:
-        run.add("apply", source, range(len(source.shards)), writes=1)
+        run.add("apply", source, range(len(source.shards)), result.row_bytes(settings))
     return run.steps
 
 
@@ -155,18 +154,19 @@ def plan_unify(
         if space is not None:
             run.write(result, map_of(space, result.pass_name), place)
         else:
-            width = result.row_bytes // result.corpus.shards[0].row_bytes
             shards = range(part[0], len(result.corpus.shards), part[1])
-            run.add(result.pass_name, result.corpus, shards, width)
+            run.add(result.pass_name, result.corpus, shards, result.row_bytes(settings))
     return run.steps
 
 
-def plan_copy(name: str, corpus: Corpus, out: AnyPath, suffix: str) -> list[dict[str, Any]]:
+def plan_copy(
+    name: str, corpus: Corpus, out: AnyPath, suffix: str, settings: Settings
+) -> list[dict[str, Any]]:
     """Return the one pass of ``convert``; shards that are in ``out`` already are finished."""
-    run, place = _plan_run(out, Settings()), output_path(out)
+    run, place = _plan_run(out, settings), output_path(out)
     paths = [place / f"{shard.path.stem}{suffix}" for shard in corpus.shards]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    run.add(name, corpus, missing, writes=1)
+    run.add(name, corpus, missing, Written(corpus, "").row_bytes(settings))
     return run.steps
 
 

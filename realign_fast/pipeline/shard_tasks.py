@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from ..align import ReAlign
@@ -103,6 +104,8 @@ class ShardTask:
             facts = {}
             if result:
                 facts = {"name": result.name, "checksum": total, **self._expected_rows(moments)}
+                if dtype := self.settings.converted_to(self.corpus):
+                    facts["written_dtype"] = dtype
             save = checkpoints.save if checkpoints else lambda *_: {}
             entry = save(shard, shard_identity, moments, result, facts)
             return ShardResult(index, moments, shard.num_rows, entry, began)
@@ -116,11 +119,26 @@ class ShardTask:
             return self.row_map.columns
         return self.corpus.dimension
 
+    @property
+    def written_row_bytes(self) -> int:
+        """The bytes of a row of the result, 0 if none is written."""
+        if self.folder is None:
+            return 0
+        return self.columns * self.settings.result_dtype(self.corpus).itemsize
+
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
-        if self.columns == shard.dimension:
+        dtype, keeps_columns = (
+            self.settings.converted_to(self.corpus),
+            self.columns == shard.dimension,
+        )
+        if keeps_columns and not dtype:
             return shard.writer(path)
-        return table_writer(shard, path, shard.format, self.corpus.dtype, self.columns)
+        entries: Iterator[dict[str, Any]] | None = None
+        if keeps_columns and shard.format == "pickle" and not shard.has_other_columns:
+            entries = repeat({}, shard.num_rows)  # none gets an id
+        result_dtype = self.settings.result_dtype(self.corpus)
+        return table_writer(shard, path, shard.format, result_dtype, self.columns, entries)
 
     def _read(self, index: int, shard: Shard, writer: FormatWriter | None) -> tuple[Moments, int]:
         """Return moments, and the checksum of what was written while later batches were computed.
@@ -136,7 +154,8 @@ class ShardTask:
         if row_map is not None and streams is not None:
             row_map = copy.deepcopy(row_map).to(streams.device)
         through = row_map if writer is None or isinstance(row_map, ReAlign) else None
-        buffers = ResultBuffers(streams, size if writer else 0, self.columns, self.corpus.dtype)
+        dtype = self.settings.result_dtype(self.corpus)
+        buffers = ResultBuffers(streams, size if writer else 0, self.columns, dtype)
         writes: deque[Future[None]] = deque()
 
         def write(sent: Sent, writer: FormatWriter) -> None:

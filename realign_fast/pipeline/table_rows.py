@@ -43,7 +43,7 @@ class TableMap:
             if bool(own.all()):  # a whole batch of one modality is not copied
                 row_map(rows, out=out)
             elif bool(own.any()):
-                out[own] = row_map(rows[own])
+                out[own] = row_map(rows[own], out.new_empty(int(own.sum()), self.columns))
 
 
 IndexMap = RoleMap | TableMap  # to rows of the index of a space

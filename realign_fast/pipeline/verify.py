@@ -142,6 +142,9 @@ def _shard_faults(
     """Compare a shard with its entry; ``row_map`` is None for the result of an aligner."""
     options = {"column": facts["column"], "allow_pickle": facts["allow_pickle"]}
     columns, norms = entry["dimension"], [1.0]
+    dtype = entry.get("written_dtype", entry["dtype"])
+    if dtype != entry["dtype"]:
+        options["column"] = None  # the default one of its format
     if row_map is not None:
         maps = row_map.maps.values() if isinstance(row_map, TableMap) else [row_map]
         norms = [part.length for part in maps]
@@ -155,7 +158,7 @@ def _shard_faults(
             return
         corpus = Corpus(path, **options)
         actual = f"[{corpus.num_rows}, {corpus.dimension}] {corpus.shards[0].dtype}"
-        if actual != (expected := f"[{entry['rows']}, {columns}] {entry['dtype']}"):
+        if actual != (expected := f"[{entry['rows']}, {columns}] {dtype}"):
             yield f"is {actual}, expected {expected}"
             return
         yield from _row_faults(corpus, entry, norms, None if row_map else stats)
@@ -173,7 +176,8 @@ def _row_faults(
     found, off_rows, first_off = {"checksum": 0, "zero_rows": 0, "nan_rows": 0}, 0, ""
     total = torch.zeros(corpus.dimension, dtype=torch.float64)
     tolerance = _SUBNORMAL.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
-    tolerance += _NORM_TOLERANCE[corpus.dtype]
+    computed_in = torch.float64 if entry["dtype"] == "float64" else torch.float32
+    tolerance += max(_NORM_TOLERANCE[corpus.dtype], _NORM_TOLERANCE[computed_in])
     expected, is_known = torch.tensor(lengths, dtype=torch.float64), all(lengths)
     for batch in corpus.batches():
         found["checksum"] = checksum(batch.rows, found["checksum"])

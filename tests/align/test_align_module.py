@@ -137,6 +137,8 @@ def test_what_it_is_follows_buffers_that_are_written_to_in_place():
         compiled = torch.compile(receiver, backend="eager", fullgraph=True)
         assert torch.equal(compiled(rows), aligner(rows))
         torch.compiler.reset()
+        wide = aligner(rows.half(), out=torch.empty(6, 12))  # rounded once, to the type of `out`
+        assert torch.equal(wide, aligner(rows.half(), out_dtype=torch.float32))
 
 
 def test_a_fit_in_inference_mode_can_be_trained_with_and_goes_on():

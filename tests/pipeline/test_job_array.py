@@ -13,6 +13,7 @@ from support import programs
 from support.far import web
 from support.kill_and_resume import tree
 
+from realign_fast import Corpus
 from realign_fast.cli import main
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.engines.local import worker_number
@@ -43,7 +44,8 @@ def run(*arguments):
 @pytest.mark.parametrize(("parts", "method"), [(1, "realign"), (3, "realign"), (2, "coral")])
 def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method):
     options = ["--out", "out", "--method", method]
-    command = ["merge", "--text", "text", "--image", "image", *options]
+    dtype = ["--dtype", "float32"] if parts == 2 else []
+    command = ["merge", "--text", "text", "--image", "image", *options, *dtype]
     jobs = [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
     for side in ("text", "image"):
         for job in jobs:
@@ -59,14 +61,17 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
         run(*drift, "--shard", job)
     run(*command, "--after", "drift")
     assert main.main(command) == 4  # the last step has not begun
-    assert "next: apply --aligner out/__realign__/aligner.safetensors" in capsys.readouterr().out
+    next_step = " ".join(["next: apply --aligner out/__realign__/aligner.safetensors", *dtype])
+    assert f"{next_step} --shard i/n" in capsys.readouterr().out
     for job in jobs:
-        run("apply", "--text", "text", "--aligner", "out", "--out", "out", "--shard", job)
+        run("apply", "--text", "text", "--aligner", "out", "--out", "out", *dtype, "--shard", job)
     run(*command, "--after", "statistics")
     run(*drift)  # a step that is submitted again finds its map
     run(*command)
     assert "every shard is aligned" in capsys.readouterr().out
-    run("align", "--text", "text", "--image", "image", "--out", "one", "--method", method)
+    sides = "--text", "text", "--image", "image"
+    run("align", *sides, "--out", "one", "--method", method, *dtype)
+    assert Corpus("out").dtype == (torch.float32 if dtype else torch.float16)
     merged, expected = tree("out"), tree("one")
     assert (
         merged == expected

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from support import programs
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
+from realign_fast.corpus.convert import convert
 from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.plan import plan_align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import ShardTask
+from realign_fast.pipeline.verify import verify
 
 QUIET = Settings(progress=False)
 D = 24
@@ -583,3 +586,49 @@ def test_a_sync_that_fails_is_the_error_and_other_shards_are_whole(corpora, tmp_
     AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     for name in (first, *later):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("file_format", ["npy", "parquet", "safetensors", "pickle", "hf"])
+def test_rows_are_written_in_the_type_that_is_asked_for(tmp_path, file_format):
+    rows, target = rows_of(sum(SHARDS), 1, "f2"), rows_of(400, 2, "f2")
+    image = write_corpus(tmp_path / "image", target, [400])
+    text, out = Corpus(write_corpus(tmp_path / "npy", rows)), tmp_path / "out"
+    if file_format != "npy":
+        convert(text, tmp_path / "text", file_format)
+        text = Corpus(tmp_path / "text", allow_pickle=True)
+    wide = replace(QUIET, dtype="float32")
+    (planned,) = plan_align(text, Corpus(image), out, wide)[3:]
+    done = align(text, image, out, wide)["passes"][3]
+    assert done["bytes_written"] == planned["bytes_written"] == rows.size * 4
+    aligned, aligner = Corpus(out, allow_pickle=True), ReAlign.from_pretrained(out)
+    expected = aligner(torch.from_numpy(rows), out_dtype=torch.float32)
+    assert aligned.dtype == torch.float32 and aligned.format == text.format
+    assert aligned.take(range(len(rows))).numpy().tobytes() == expected.numpy().tobytes()
+    if file_format == "pickle":
+        assert [*aligned.ids()] == [*text.ids()]
+    assert verify(out) == ({"shards": 4, "rows": len(rows), "statistics": 13}, [])
+    assert align(text, image, out, wide)["passes"][3]["finished_before"] == len(rows)
+    for other in (QUIET, replace(QUIET, dtype="float64")):
+        with pytest.raises(ValueError, match="holds rows of float32, and this run writes"):
+            align(text, image, out, other)
+    assert Corpus(out, allow_pickle=True).dtype == torch.float32
+
+
+def test_a_type_is_refused_early_where_the_format_lacks_it_or_the_output_has_another(corpora):
+    text, image, *_ = corpora
+    out = text.parent / "out"
+    with pytest.raises(ValueError, match="text: npy has no bfloat16; give another --dtype"):
+        align(text, image, out, replace(QUIET, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="got 'float8', expected one of float16, bfloat16"):
+        align(text, image, out, replace(QUIET, dtype="float8"))
+    assert not out.exists()
+    align(text, image, out, QUIET)
+    before = contents(out)
+    align(text, image, out, replace(QUIET, dtype="float32"))  # that of the source
+    with pytest.raises(
+        ValueError, match="the number type of the source, and this run writes float"
+    ):
+        align(text, image, out, replace(QUIET, dtype="float16"))
+    assert contents(out) == before
+    align(text, image, out, replace(QUIET, dtype="float64", mode="overwrite", workers=1))
+    assert Corpus(out).dtype == torch.float64 and verify(out)[1] == []

@@ -20,6 +20,7 @@ from realign_fast.pipeline import Settings, unify_run
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)
+WIDE = Settings(progress=False, dtype="float64")
 
 
 def write(folder, seed, sizes, dtype="f4"):
@@ -99,25 +100,29 @@ def test_any_workers_leave_the_same_bytes_and_a_second_run_reads_nothing(
     documents, tmp_path, reads, caplog, engine
 ):
     choices = {"layout": "blocks", "method": "center-calibrate"}
-    unify(documents, tmp_path / "one", QUIET, **choices)
-    workers = Settings(progress=False, workers=engine.workers)
+    unify(documents, tmp_path / "one", WIDE, **choices)
+    workers = Settings(progress=False, workers=engine.workers, dtype="float64")
     unify(documents, tmp_path / "two", workers, engine, **choices)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    space = SharedSpace.from_pretrained(tmp_path / "two")
+    expected = torch.empty(241, 2 * D, dtype=torch.float64)
+    space.document_map("text")(rows_of(documents["text"].path), expected)
+    assert rows_of(tmp_path / "two/text_emb").equal(expected)
     reads.clear()
-    again = unify(documents, tmp_path / "two", QUIET, **choices)
+    again = unify(documents, tmp_path / "two", WIDE, **choices)
     assert reads == [] and all(done["rows"] == 0 for done in again["passes"])
     assert tree(tmp_path / "two") == tree(tmp_path / "one") and not caplog.records
-    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")
+    unify(documents, tmp_path / "two", WIDE, layout="blocks", method="calibrate")
     warned = "text_emb: holds 3 shards of other options or of another map"
     assert warned in caplog.text
     caplog.clear()
     (
         tmp_path / "two/__realign__/manifest.json"
     ).unlink()  # as a run leaves it that is killed before that
-    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")
+    unify(documents, tmp_path / "two", WIDE, layout="blocks", method="calibrate")
     assert not caplog.records
     (tmp_path / "two/__realign__/manifest.json").unlink()
-    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="center")
+    unify(documents, tmp_path / "two", WIDE, layout="blocks", method="center")
     assert warned in caplog.text
 
 
@@ -306,6 +311,14 @@ def test_a_table_of_several_modalities_stays_one_table(tmp_path, to, layout, met
     sides = unify_run.SpaceSides({"table": table}, **choices)
     unify_run.unify(sides, tmp_path / "sent", QUIET, sent_map)
     assert tree(tmp_path / "sent") == tree(out)
+    if to == "parquet":  # each row is rounded once to another type
+        unify_run.unify(sides, tmp_path / "wide", WIDE)
+        wide = rows_of(tmp_path / "wide")
+        assert wide.dtype == torch.float64 and verify(tmp_path / "wide")[1] == []
+        for name in names:
+            own = torch.empty(int((labels == name).sum()), wide.shape[1], dtype=torch.float64)
+            space.document_map(name)(rows[labels == name], own)
+            assert wide[labels == name].equal(own)
 
 
 def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, capsys):
