@@ -62,7 +62,6 @@ def check_output(
             type; a format lacks the number type of the result.
         OSError: ``out`` cannot be written to, or has no room for the result.
     """
-    _check_dtype(out, results, settings)
     folders = [result.folder for result in results]
     for result in results:  # queries may be documents as well
         check_place(out, result.corpus, subfolders=folders)
@@ -70,6 +69,7 @@ def check_output(
     check_place(out, *sides, *others, subfolders=folders)
     replaced = _check_shards(out, results, settings.mode)
     check_kept(out, results, settings.mode)
+    _check_dtype(out, results, settings)
     if out.is_remote:
         check_scratch(out, results, settings)
         return
@@ -97,13 +97,12 @@ def _check_dtype(out: StoragePath, results: Sequence[Written], settings: Setting
                 f"{corpus.path}: {file_format} has no {dtype}; give another --dtype, or convert "
                 "the rows to safetensors first"
             )
-        entry = None
-        if settings.mode != "overwrite":
-            entry = Checkpoints(records_of(out), {"pass": pass_name}).first_result()
-        if entry is not None and (earlier := entry.get("written_dtype")) != dtype:
-            kept = "the number type of the source"
+        entry = Checkpoints(records_of(out), {"pass": pass_name}).first_result()
+        earlier = entry.get("written_dtype") if entry else dtype
+        if settings.mode != "overwrite" and earlier != dtype:
+            default = "the number type of the source"
             raise OptionError(
-                f"{out}: holds rows of {earlier or kept}, and this run writes {dtype or kept}; "
+                f"{out}: holds rows of {earlier or default}, this run writes {dtype or default}; "
                 "give the --dtype of the earlier run or another --out, or write everything anew "
                 "with --mode overwrite"
             )

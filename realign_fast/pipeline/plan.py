@@ -78,13 +78,13 @@ class PlanRun(AlignRun):
     def add(self, name: str, corpus: Corpus, shards: Sequence[int], row_bytes: int = 0) -> None:
         """Add a pass over some shards of a corpus; it writes ``row_bytes`` for each row."""
         rows = [corpus.shards[index].num_rows for index in shards]
-        sizes = [corpus.shards[index].row_bytes * corpus.shards[index].num_rows for index in shards]
+        source_row_bytes = corpus.shards[0].row_bytes
         read = bool(self.steps) and corpus.nbytes <= self.settings.memory  # kept since the first
-        read_bytes = 0 if read and name != "target moments" else sum(sizes)
+        read_bytes = 0 if read and name != "target moments" else sum(rows) * source_row_bytes
         requests: int | None = 0
         if corpus.path.is_remote and read_bytes:
             ranged = all(isinstance(corpus.shards[index], ContiguousShard) for index in shards)
-            rows_each = max(1, read_ahead.PIECE_BYTES // corpus.shards[0].row_bytes)
+            rows_each = max(1, read_ahead.PIECE_BYTES // source_row_bytes)
             requests = sum(-(-count // rows_each) for count in rows) if ranged else None
         if self.uploads and requests is not None:
             requests += sum(-(-row_bytes * count // UPLOAD_BYTES) for count in rows)

@@ -122,23 +122,20 @@ class ShardTask:
     @property
     def written_row_bytes(self) -> int:
         """The bytes of a row of the result, 0 if none is written."""
-        if self.folder is None:
-            return 0
-        return self.columns * self.settings.result_dtype(self.corpus).itemsize
+        row_bytes = self.columns * self.settings.result_dtype(self.corpus).itemsize
+        return row_bytes * (self.folder is not None)
 
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
-        dtype, keeps_columns = (
-            self.settings.converted_to(self.corpus),
+        dtype, keeps_width = (
+            self.settings.result_dtype(self.corpus),
             self.columns == shard.dimension,
         )
-        if keeps_columns and not dtype:
+        if keeps_width and dtype == self.corpus.dtype:
             return shard.writer(path)
-        entries: Iterator[dict[str, Any]] | None = None
-        if keeps_columns and shard.format == "pickle" and not shard.has_other_columns:
-            entries = repeat({}, shard.num_rows)  # none gets an id
-        result_dtype = self.settings.result_dtype(self.corpus)
-        return table_writer(shard, path, shard.format, result_dtype, self.columns, entries)
+        is_bare = keeps_width and shard.format == "pickle" and not shard.has_other_columns
+        entries: Any = repeat({}, shard.num_rows) if is_bare else None  # none gets an id
+        return table_writer(shard, path, shard.format, dtype, self.columns, entries)
 
     def _read(self, index: int, shard: Shard, writer: FormatWriter | None) -> tuple[Moments, int]:
         """Return moments, and the checksum of what was written while later batches were computed.
