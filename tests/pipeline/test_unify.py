@@ -356,13 +356,14 @@ def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, caps
 
 def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, capsys):
     command = ["unify", "--text", sides[0], "--image", sides[1], "--queries", sides[0]]
+    command += ["--dtype", "float16"]
     jobs, one = tmp_path / "jobs", tmp_path / "one"
     for job in ("1/2", "2/2", "1/2"):
         assert run(*command, "--out", jobs, "--shard", job) == 0
     assert "next: the same command without --shard" in capsys.readouterr().out
     for out in (jobs, one):
         assert run(*command, "--out", out) == 0
-    assert tree(jobs) == tree(one)
+    assert tree(jobs) == tree(one) and rows_of(one / "img_emb").dtype == torch.float16
 
 
 def test_rows_without_a_modality_are_named(sides, tmp_path, capsys):
