@@ -168,6 +168,9 @@ def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(corpora, engine):
+    os.chdir(ROOT)
+    assert [*engine(os.path.realpath, ["."])] == [str(ROOT)]
+    os.chdir(corpora)  # paths are those of the process that calls, wherever the workers started
     align("text", "image", "one", Settings(progress=False))
     settings = Settings(progress=False, workers=engine.workers)
     report = align("text", "image", "many", settings, engine)

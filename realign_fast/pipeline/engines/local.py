@@ -61,7 +61,7 @@ class Processes:
         with tempfile.NamedTemporaryFile(prefix="realign-fast-task-") as file:
             # Plain pickle: multiprocessing's own would hand tensors over in shared memory.
             with explained(file.name):
-                file.write(pickle.dumps(task))
+                file.write(pickle.dumps((os.getcwd(), task)))  # paths may be relative to it
                 file.flush()
             try:
                 results = (self._started().submit(_call, file.name, shard) for shard in shards)
@@ -115,7 +115,9 @@ def _call(path: str, shard: int) -> bytes:
     global _loaded
     if _loaded is None or _loaded[0] != path:
         with open(path, "rb") as file:
-            _loaded = path, pickle.load(file)
+            directory, task = pickle.load(file)
+        os.chdir(directory)
+        _loaded = path, task
     _state["busy"] = True
     try:
         if _state["stopping"]:
