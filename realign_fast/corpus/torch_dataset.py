@@ -29,7 +29,7 @@ class CorpusDataset(IterableDataset[Any]):
         rank, world_size: of this process; by default those of `torch.distributed`, or of the
             variables RANK and WORLD_SIZE that torchrun sets.
     Raises:
-        ValueError: `rank` is none of `world_size`, or one is given alone.
+        ValueError: `rank` is none of `world_size`, or one is given or set alone.
     """
 
     def __init__(
@@ -71,4 +71,14 @@ class CorpusDataset(IterableDataset[Any]):
 def _rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if found["RANK"] is None and found["WORLD_SIZE"] in (None, "1"):
+        if found["WORLD_SIZE"] or "LOCAL_RANK" not in os.environ:
+            return 0, 1
+    if not all((text or "").isdecimal() for text in found.values()):
+        raise ValueError(
+            f"to_torch: the environment has RANK {found['RANK']!r} and WORLD_SIZE "
+            f"{found['WORLD_SIZE']!r}, expected a whole number in both, as torchrun sets them, or "
+            "none of RANK, WORLD_SIZE and LOCAL_RANK; or give rank and world_size"
+        )
+    return int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1)

@@ -258,6 +258,31 @@ def test_the_rank_is_that_of_the_process_group_or_of_torchrun(npy, monkeypatch, 
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "local_rank"),
+    [
+        (None, "4", None),
+        (None, "4", "0"),
+        (None, None, "1"),
+        ("1", None, None),
+        ("", "4", None),
+        ("x", "4", None),
+        ("0", "", None),
+        ("-1", "4", None),
+    ],
+)
+def test_half_an_environment_of_a_job_is_refused(npy, monkeypatch, rank, world_size, local_rank):
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank}
+    for name, value in values.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    words = f"^to_torch: the environment has RANK {rank!r} and WORLD_SIZE {world_size!r}, expected"
+    with pytest.raises(ValueError, match=words):
+        Corpus(npy).to_torch()
+    assert len(list(Corpus(npy).to_torch(rank=0, world_size=1))) == 23
+
+
 def test_a_rank_that_is_none_is_refused(npy):
     corpus = Corpus(npy)
     for options in ({"rank": 2, "world_size": 2}, {"rank": 0}, {"batch_rows": 0}):
