@@ -27,7 +27,7 @@ Stamp: TypeAlias = tuple[int, int | str]  # size in bytes; modification time (ns
 
 CONCURRENT_REQUESTS = 16
 RECORDS = "__realign__"  # readers of datasets skip names that begin with two underscores
-_RECORDS_OF_0_1 = "_stats", "_embed", "aligner.safetensors", "space.safetensors"
+_RECORDS_OF_0_1 = "_stats", "_embed", "embed.json", "aligner.safetensors", "space.safetensors"
 _URL = re.compile("(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://")
 _LOCAL_URL = re.compile("(?:file|local)://(/[^:]*)")
 
