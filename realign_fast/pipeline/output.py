@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -266,12 +266,18 @@ def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[st
 
     Others are those of passes that the run leaves as they are: other sides of the same space.
     """
-    names, kept = {result.pass_name for result in results}, set()
+    kept = kept_passes(out, results, mode).values()
+    return {"", *FOLDERS.values()} - {facts["folder"] for facts in kept}
+
+
+def kept_passes(
+    out: StoragePath, results: Sequence[Written], mode: Mode
+) -> dict[str, dict[str, Any]]:
+    """Return the facts of the finished passes whose shards in ``out`` these results leave there."""
+    names = {result.pass_name for result in results}
     finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
-    for name, record in finished.items():
-        if "folder" in record["facts"] and name not in names:
-            kept.add(record["facts"]["folder"])
-    return {"", *FOLDERS.values()} - kept
+    facts = {name: record["facts"] for name, record in finished.items() if name not in names}
+    return {name: own for name, own in facts.items() if "folder" in own}
 
 
 def _shards_in(folder: StoragePath) -> list[StoragePath]:

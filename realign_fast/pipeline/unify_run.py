@@ -13,7 +13,7 @@ part ends the array.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,10 +26,10 @@ from ..moments import Moments, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import AlignRun, check_aligner, check_columns, check_different
-from .checkpoints import digest
+from .checkpoints import digest, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .output import FOLDERS, REPORT, SPACE, Written, check_output, check_place
+from .output import FOLDERS, REPORT, SPACE, Written, check_output, check_place, kept_passes
 from .settings import Settings
 from .table_rows import IndexMap, TableMap, TableMoments
 
@@ -88,6 +88,8 @@ class SpaceSides:
             for role, corpus in written.items()
         ]
         check_output(out, results, settings)
+        if self.space is not None:
+            check_kept_sides(out, results, self.space, settings)
         if self.queries is not None:
             check_place(out, self.queries)
         return results
@@ -126,6 +128,7 @@ def unify(
             except UnfinishedShards as error:
                 return _job_report(run, f"the same jobs once more, with the same options ({error})")
             space.encoder = encoder
+            check_kept_sides(directory, results, space, run.settings)
         maps = [map_of(space, result.pass_name) for result in results]
         for row_map, result in zip(maps, results, strict=True):
             check_aligner(row_map, result.corpus)
@@ -159,6 +162,23 @@ def map_of(space: SharedSpace, pass_name: str) -> IndexMap:
     if role == TABLE:
         return TableMap({name: space.document_map(name) for name in space.sides})
     return space.document_map(role)
+
+
+def check_kept_sides(
+    out: StoragePath, results: Sequence[Written], space: SharedSpace, settings: Settings
+) -> None:
+    """Raise an OptionError if sides that stay in ``out`` were written through another space."""
+    for name, facts in kept_passes(out, results, settings.mode).items():
+        try:
+            row_map = map_of(space, name)
+        except ValueError:  # a modality that this space lacks
+            row_map = None
+        if facts["map"] != map_hash(row_map):
+            raise OptionError(
+                f"{out / facts['folder']}: holds rows of another space, which this run would leave "
+                f"beside those of its own; give --space {out} to add to that space, or another "
+                "--out"
+            )
 
 
 def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
