@@ -20,7 +20,7 @@ from ..corpus.row_values import ID_COLUMNS, ValueSource, shard_values, value_fil
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath
 
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 
 IdSource = ValueSource
 RowOf = Callable[[str], int | None]

@@ -190,10 +190,33 @@ def test_columns_become_members(tmp_path):
         f"00000000{i}.{e}" for i in "01" for e in ("embedding.npy", "json", "txt")
     ]
     assert json.loads(names["000000000.json"]) == {"id": "é", "n": 1}
-    assert json.loads(names["000000001.json"]) == {"n": 2} and names["000000001.txt"] == b"b"
+    assert (
+        json.loads(names["000000001.json"]) == {"id": None, "n": 2}
+        and names["000000001.txt"] == b"b"
+    )
     pq.write_table(pa.table(table | {"json": ["1", "2"]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="row 0 has columns id, n, txt, json, not all of which"):
         convert(Corpus(tmp_path / "x.parquet"), tmp_path / "new", "tar")
+
+
+@pytest.mark.parametrize("ids", [["b", "é", None], [7, 5, 6]])
+def test_ids_in_the_json_go_through_every_conversion(tmp_path, ids):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    expected = ["" if value is None else str(value) for value in ids]
+    for name, more in (("alone", {}), ("more", {"n": [1, 2, 3]})):
+        place = tmp_path / f"{name}.parquet"
+        table = pa.table({"id": ids, **more, "embedding": list(random_rows(3))})
+        pq.write_table(table, place)
+        for step, form in enumerate(("tar", "parquet", "tar")):
+            before, place = place, tmp_path / f"{name}-{step}"
+            (shard,) = convert(Corpus(before), place, form)
+            assert list(Corpus(place).ids()) == expected
+            if form == "parquet":
+                names = ["id", "__key__", "json", "embedding"]
+                assert pq.read_table(shard).column_names == names
+        convert(Corpus(place), tmp_path / f"{name}-pickle", "pickle")
+        pickled = Corpus(tmp_path / f"{name}-pickle", allow_pickle=True)
+        assert list(pickled.ids()) == [text or "000000002" for text in expected]
 
 
 def test_text_that_is_no_utf8_says_so(tmp_path):

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -26,6 +26,7 @@ from .npy import HEADER_BYTES
 
 DEFAULT = "embedding.npy"
 KEY = "__key__"  # webdataset's name for the key of a sample
+ID = "id"  # a field of the json of a sample; null is kept, so that the key does not take its place
 TEXT_ENDINGS = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
 CHUNK_SAMPLES = 256  # of other columns at a time
 
@@ -71,7 +72,9 @@ class TarWriter(FormatWriter):
         """Write the members of a row: those of the other columns, then the row itself."""
         columns = dict(next(self._other_columns)) if self._other_columns else {}
         key = columns.pop(KEY, f"{number:09}")
-        in_json = {name: value for name, value in columns.items() if value is not None}
+        if "json" in columns and columns.get(ID) == (_id_in(columns["json"]) or None):
+            columns.pop(ID, None)  # which `TarShard.other_columns` took out of the json
+        in_json = {name: val for name, val in columns.items() if val is not None or name == ID}
         members: dict[str, str | bytes] = {
             name: in_json.pop(name)
             for name, value in columns.items()
@@ -125,7 +128,10 @@ class TarShard(StreamedShard):
             yield member, _row(self.path, tar, member) if is_row else None
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time."""
+        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time.
+
+        An `id` in the json of a sample is a column as well, as text.
+        """
         with opened_tar(self.path) as tar:
             entries = (self._entry(tar, key, parts, only) for key, parts in samples(self.path, tar))
             while chunk := list(islice(entries, CHUNK_SAMPLES)):
@@ -135,7 +141,7 @@ class TarShard(StreamedShard):
         self, tar: tarfile.TarFile, key: str, members: Members, only: Collection[str]
     ) -> dict[str, Any]:
         entry: dict[str, Any] = {KEY: key}
-        for ending in selected([KEY, *members], only):
+        for ending in selected([KEY, *members], {*only, "json"} if only else ()):
             if ending in (self.column, KEY):
                 continue
             data = _content_of(tar, member := members[ending])
@@ -143,7 +149,8 @@ class TarShard(StreamedShard):
                 entry[ending] = data.decode() if ending in TEXT_ENDINGS else data
             except UnicodeDecodeError as error:
                 raise ValueError(f"{self.path}: {member.name} is no UTF-8 ({error})") from error
-        return entry
+        sample_id = _id_in(entry.get("json"))
+        return entry if sample_id is None else {ID: sample_id or None} | entry
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
@@ -187,6 +194,15 @@ def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np
         raise ValueError(f"{place} is not a .npy file ({error}); use numpy.save") from error
     check_vector(place, array)
     return array
+
+
+def _id_in(json_text: str | None) -> str | None:
+    """Return the `id` in the json of a sample as text, "" for null; None if there is none."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        sample_id = json.loads(json_text or "")[ID]
+        if sample_id is None or isinstance(sample_id, str | int):
+            return "" if sample_id is None else str(sample_id)
+    return None
 
 
 def _npy(row: np.ndarray) -> bytes:
