@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..storage.paths import StoragePath, explained, storage_path
 from .formats.arrow_columns import decoded, pyarrow
 from .layout import METADATA, metadata_files, paired
@@ -53,7 +55,8 @@ def shard_values(
             advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
             folder = f"{corpus.path}/{METADATA}"
             raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
-        yield _counted(shard, source, read(source, columns)) if read else values_of(shard, columns)
+        found = read(source, columns) if read else _values_in(shard, columns)
+        yield _texts(shard, source, found, "id" in columns)
 
 
 def values_of(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
@@ -61,15 +64,31 @@ def values_of(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
 
     ValueError as in `shard_values`.
     """
-    return _counted(shard, shard.path, _values_in(shard, columns))
+    return _texts(shard, shard.path, _values_in(shard, columns), "id" in columns)
 
 
-def _counted(shard: Shard, source: StoragePath, values: Iterator[str]) -> Iterator[str]:
-    """Yield the values; a ValueError at their end if they are not as many as the rows."""
+def _texts(
+    shard: Shard, source: StoragePath, values: Iterator[object], are_ids: bool
+) -> Iterator[str]:
+    """Yield the values as text; a ValueError at their end if they are not as many as the rows.
+
+    Bytes must be UTF-8, and ids must not be lists or the like.
+    """
     entries = 0
     for value in values:
+        if isinstance(value, bytes | list | tuple | dict | np.ndarray):
+            place = f"{source}: row {entries}"
+            if isinstance(value, bytes):
+                try:
+                    value = value.decode()
+                except UnicodeDecodeError as error:
+                    found = f"has {value!r:.60}, no UTF-8 ({error})"
+                    raise ValueError(f"{place} {found}; write it as text") from error
+            elif are_ids:
+                found = f"has the id {value!r:.60} of {type(value).__name__}"
+                raise ValueError(f"{place} {found}, expected a text or a number; write such ids")
         entries += 1
-        yield value
+        yield "" if value is None else str(value)
     if entries != shard.num_rows:
         numbers = f"has {entries} entries, {shard.path} has {shard.num_rows} rows"
         raise ValueError(f"{source}: {numbers}; they must be row-aligned")
@@ -87,7 +106,7 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
     return [path for path in files if path.is_file()]
 
 
-def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
+def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[object]:
     """Yield the values of one of the other columns, in the form that the format gives them."""
     row = 0
     for part in shard.other_columns(columns) if shard.num_rows else ():
@@ -96,24 +115,24 @@ def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
                 if "json" in entry and not {*columns} & {*entry}:  # of a sample of WebDataset
                     with suppress(ValueError, TypeError):
                         entry = {**json.loads(entry["json"]), **entry}
-                yield _text(entry[_column(f"{shard.path}: row {row}", entry, columns)])
+                yield entry[_column(f"{shard.path}: row {row}", entry, columns)]
                 row += 1
         elif isinstance(part, dict):  # arrays of a safetensors file
-            yield from map(str, part[_column(shard.path, part, columns)].tolist())
+            yield from part[_column(shard.path, part, columns)].tolist()
         else:  # a record batch
             column = _column(shard.path, part.schema.names, columns)
-            yield from map(_text, part.column(column).to_pylist())
+            yield from part.column(column).to_pylist()
 
 
-def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
+def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[object]:
     with explained(path), path.open("rb") as raw, decoded(path):
         file = pyarrow().parquet.ParquetFile(raw)
         column = _column(path, file.schema_arrow.names, columns)
         for batch in file.iter_batches(columns=[column]):
-            yield from map(_text, batch.column(0).to_pylist())
+            yield from batch.column(0).to_pylist()
 
 
-def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[str]:
+def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[object]:
     with explained(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -121,14 +140,10 @@ def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[st
                 value = entry[_column(path, entry, columns)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from error
-            yield _text(value)
+            yield value
 
 
 _METADATA_READERS = {".parquet": _parquet_values, ".jsonl": _json_lines_values}
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def _column(place: object, names: Collection[str], columns: Sequence[str]) -> str:

@@ -99,6 +99,33 @@ def test_ids_of_a_root_come_from_its_metadata(tmp_path):
         list(corpus.batches(3, with_ids=True))
 
 
+@pytest.mark.parametrize("form", ["parquet", "npz", "memory", "metadata"])
+def test_ids_of_bytes_are_utf8_and_lists_are_no_ids(tmp_path, form):
+    def ids_of(ids):
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(ROWS[: len(ids)].reshape(-1)), 3)
+        shard, of_ids = pa.table({"id": ids, "embedding": rows}), tmp_path / "metadata/x.parquet"
+        if form == "memory":
+            return list(Corpus(shard).ids())
+        if form == "npz":
+            np.savez(tmp_path / "x.npz", embedding=ROWS[: len(ids)], id=np.array(ids))
+        elif form == "metadata":
+            for path in (tmp_path / "text_emb", of_ids.parent):
+                path.mkdir(exist_ok=True)
+            np.save(tmp_path / "text_emb/x.npy", ROWS[: len(ids)])
+            pq.write_table(shard.select(["id"]), of_ids)
+        else:
+            pq.write_table(shard, tmp_path / "x.parquet")
+        return list(Corpus(tmp_path).ids())
+
+    place = {"npz": "x.npz", "memory": "Table", "metadata": "metadata/x.parquet"}
+    place = place.get(form, "x.parquet")
+    assert ids_of([b"a", "é".encode()]) == ["a", "é"]
+    with pytest.raises(ValueError, match=rf"{place}: row 1 has b'\\xff', no UTF-8 .*; write it"):
+        ids_of([b"a", b"\xff"])
+    with pytest.raises(ValueError, match=rf"{place}: row 0 has the id \[1, 2\] of list, expected"):
+        ids_of([[1, 2], [3, 4]])
+
+
 def test_only_the_column_of_ids_is_read(tmp_path, monkeypatch):
     wide = table(0, 23).append_column("image", pa.array([b"png"] * 23))
     pq.write_table(wide, tmp_path / "x.parquet")
