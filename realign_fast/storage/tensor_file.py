@@ -63,17 +63,33 @@ def tensors_of(
     """Give the tensors and the metadata of a file to a block that makes an object of them.
 
     What is missing or does not fit, in the file or in the block, is a ValueError with the path,
-    what was ``expected`` and an ``advice``.
+    what was ``expected`` and an ``advice``. A directory stands for the file of an object in it.
     """
     path = paths.storage_path(path)  # whose text has no secrets
+    if not path.is_remote and path.is_dir():  # (asking of a URL is a request)
+        path = _file_at(path)
     try:
         with path.local_copy() as local, safe_open(local, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
         yield tensors, metadata
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         fault = f"no {error} in it" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: expected {expected}, got {fault}; {advice}") from error
+
+
+def _file_at(path: paths.StoragePath) -> paths.StoragePath:
+    """Return the path of a file, in a directory that of its object; an error if there is none."""
+    folders = (path, paths.records_of(path)) if path.is_dir() else ()
+    places = [folder / file for folder in folders for file in _FILES]
+    path = next((place for place in places if place.exists()), path)
+    if not path.is_file():
+        fault = f"holds none of {', '.join(_FILES)}" if folders else "no such file"
+        raise FileNotFoundError(
+            f"{path}: {fault}; expected a file written by save, save_pretrained or "
+            "realign-fast, or a hub repository `owner/name`"
+        )
+    return path
 
 
 class HubObject:
@@ -144,18 +160,9 @@ class HubObject:
         ``model.safetensors``, or is the output of a command.
         """
         name, path = str(name_or_path), paths.storage_path(name_or_path)
-        if path.is_dir():
-            places = [folder / file for folder in (path, paths.records_of(path)) for file in _FILES]
-            path = next((place for place in places if place.exists()), path)
-        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
             user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
             hub = import_extra("huggingface_hub", "hub", user)
             path = paths.local_path(hub.hf_hub_download(name, _FILES[0], **hub_options))
-        if not path.is_file():
-            fault = f"holds none of {', '.join(_FILES)}" if path.is_dir() else "no such file"
-            raise FileNotFoundError(
-                f"{path}: {fault}; expected a file written by save, save_pretrained or "
-                "realign-fast, or a hub repository `owner/name`"
-            )
-        loaded: _Object = cls.load(path)
+        loaded: _Object = cls.load(_file_at(path))
         return loaded
