@@ -465,7 +465,15 @@ def measure(
     moments = Moments(covariance, accurate=covariance)
     for origin, first_row, batch in batches(rows, name, batch_rows):
         moments.update(batch, through=through, bad_rows=bad_rows, where=origin, first_row=first_row)
+    place = getattr(rows, "path", "")
+    expect_rows(f"{place}: the {name} side" if place else f"the {name} side", moments)
     return moments
+
+
+def expect_rows(name: str, moments: Moments) -> None:
+    """Raise a ValueError that begins with ``name`` if no rows were added to the moments."""
+    if moments.total is None:
+        raise ValueError(f"{name} has no rows; give rows of every side")
 
 
 def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
@@ -476,8 +484,7 @@ def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
                 f"{name}: expected Moments, got {type(moments).__name__}; measure rows with "
                 "Moments(covariance=True).update(rows)"
             )
-        if moments.total is None:
-            raise ValueError(f"{name}: the {side} has no rows; measure rows of both sides")
+        expect_rows(f"{name}: the {side}", moments)
     if source.dimension != target.dimension:
         raise ValueError(
             f"{name}: the source has {source.dimension} columns, the target {target.dimension}; "

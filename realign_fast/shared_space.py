@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ._argument_checks import Array
 from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
-from .moments import BadRows, Moments, measure, warn_of_far_rows
+from .moments import BadRows, Moments, expect_rows, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath
 from .storage.tensor_file import HubObject, tensor_digest, tensors_of, write_tensors
@@ -485,7 +485,7 @@ class SharedSpace(HubObject):
 
     @classmethod
     def load(cls, path: AnyPath) -> SharedSpace:
-        """Read a file that :meth:`save` wrote; a ValueError names a file that is no space."""
+        """Read a file of :meth:`save`, or one in a directory; a ValueError names a bad file."""
         expected = "a space written by SharedSpace.save"
         with tensors_of(path, expected, "fit it again") as (tensors, metadata):
             stored = json.loads(metadata["shared_space"])
@@ -631,6 +631,7 @@ def _check_moments(sides: Mapping[str, Moments]) -> None:
     """Raise a ValueError for moments that no space can be computed from."""
     widths = {}
     for name, moments in sides.items():
+        expect_rows(f"SharedSpace: the {name} side", moments)
         if not moments.with_covariance or not moments.normalize:
             raise ValueError(
                 f"SharedSpace: the {name} moments are {moments!r}, expected covariance=True and "

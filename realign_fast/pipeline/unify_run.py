@@ -22,7 +22,7 @@ from torch import Tensor
 from ..corpus.corpus import Corpus, common_encoder
 from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
-from ..moments import Moments, warn_if_far
+from ..moments import Moments, expect_rows, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import AlignRun, check_aligner, check_columns, check_different
@@ -268,6 +268,9 @@ def _measure_all(
             if isinstance(moments, TableMoments):
                 own = {modality: moments.side(modality) for modality in sides.modalities}
             measured |= own
+    for name, moments in measured.items():
+        corpus = sides.corpora[name if name in sides.corpora else TABLE]
+        expect_rows(f"{corpus.path}: the {name} side", moments)
     if not centres and TABLE not in sides.documents:
         pairs = [(corpus, measured[name]) for name, corpus in sides.documents.items()]
         for number, pair in enumerate(pairs):

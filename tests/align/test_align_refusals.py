@@ -26,7 +26,9 @@ def test_what_holds_no_rows_is_named():
         ReAlign.fit(list(TEXT), IMAGE)
     with pytest.raises(TypeError, match=r"target: expected rows .* got NoneType"):
         ReAlign.fit(TEXT, None)
-    with pytest.raises(ValueError, match="the target has no rows"):
+    with pytest.raises(ValueError, match="the source side has no rows"):
+        ReAlign.fit(torch.ones(0, 4), torch.eye(4))
+    with pytest.raises(ValueError, match="the target side has no rows"):
         ReAlign.fit(TEXT, IMAGE[:0])
     with pytest.raises(TypeError, match="expected Moments to merge, got NoneType"):
         Moments().merge(None)

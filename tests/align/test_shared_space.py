@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import realign_fast
 from realign_fast import Moments, ReAlign, SharedSpace, metrics
+from realign_fast.frame import FixedFrame
 from realign_fast.shared_space import SPACE_METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "shared_space.md"
@@ -270,6 +271,10 @@ def test_three_modalities_from_moments_and_back_from_a_file(demo, tmp_path):
     assert json.loads((tmp_path / "hub" / "config.json").read_bytes())["columns"] == 3 * 128
     for folder in (tmp_path, tmp_path / "hub"):
         assert SharedSpace.from_pretrained(folder).record == space.record
+        assert SharedSpace.load(folder).record == space.record
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: holds none of model\.safetensors"):
+        SharedSpace.load(tmp_path / "empty")
     back = SharedSpace.load(tmp_path / "space.safetensors")
     assert back.record == space.record and back.columns == 3 * 128
     for name, rows in sides.items():
@@ -372,6 +377,31 @@ def test_a_file_that_is_no_space_is_named(tmp_path, content):
         SharedSpace.load(path)
 
 
+@pytest.mark.parametrize("kind", [SharedSpace, ReAlign, FixedFrame, Moments])
+def test_a_changed_byte_of_a_header_is_one_error_that_names_the_file(tmp_path, kind):
+    rows = torch.eye(4, 6).repeat(100, 1)
+    text, image = (Moments(True).update(side) for side in (rows, rows.flip(1) + 1))
+    fitted = text
+    if kind is SharedSpace:
+        fitted = SharedSpace.fit(text=text, image=image)
+    elif kind is not Moments:
+        fitted = (ReAlign.from_moments if kind is ReAlign else kind.fit)(text, image)
+    path = tmp_path / "fitted.safetensors"
+    fitted.save(path)
+    content = path.read_bytes()
+    refused = 0
+    for place in range(8, 8 + int.from_bytes(content[:8], "little"), 11):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        try:
+            kind.load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: expected ") and type(error) is ValueError
+            refused += 1
+    assert refused > 10
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -413,6 +443,8 @@ ROWS = torch.eye(4)
         (dict(text=ROWS, image=ROWS, query_role="audio"), "query_role='audio' is none of text"),
         (dict(text=ROWS, image=ROWS, method="zscore"), "method='zscore' is none of auto"),
         (dict(text=ROWS, image=ROWS, layout="wide"), "layout='wide' is none of single, blocks"),
+        (dict(text=ROWS, image=ROWS[:0]), "the image side has no rows"),
+        (dict(text=Moments(True), image=ROWS), "SharedSpace: the text side has no rows"),
         (dict(text=ROWS, image=ROWS[:1]), "image: rows expected to differ .*, got 1 without"),
         (dict(text=ROWS, image=ROWS[:1].repeat(9, 1)), "image: rows expected to differ"),
         (

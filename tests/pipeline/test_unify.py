@@ -200,7 +200,7 @@ def test_bad_rows_keep_their_places(sides, tmp_path, bad_rows, layout):
 def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
     text, image, out = *sides, tmp_path / "out"
     both = ["--text", text, "--image", image, "--out", out]
-    queries = write(tmp_path / "queries", 1, (9,))
+    queries, empty = write(tmp_path / "queries", 1, (9,)), write(tmp_path / "empty", 1, (0,))
     np.save(tmp_path / "wide.npy", np.ones((5, D + 1), "f4"))
     linked = tmp_path / "linked"
     for folder in (linked, text / "below"):
@@ -219,6 +219,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
                 ("--seed", "--seed", 0),
             )
         ),
+        (3, f"{empty}: the image side has no rows", [*both[:2], *both[4:], "--image", empty]),
         (2, "is in both sides", ["--text", text, "--image", text / "emb_0.npy", "--out", out]),
         (2, "extend: a space is fitted on", [*both, "--mode", "extend"]),
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
