@@ -2,15 +2,15 @@
 
 Checked of every aligned shard: that it exists, its shape and dtype, the checksum of its rows, how
 many rows are zero or NaN, that the others are unit rows, and that its mean is the one recorded when
-it was made. Checked besides: that no unknown shard lies among them, the hash of every statistics
-file, and that the aligner is the map that the rows went through. The source is not read. The output
-may be at a URL.
+it was made. Checked besides: that no unknown shard lies among them or in a folder below, the
+hash of every statistics file, and that the aligner is the map that the rows went through. The
+source is not read. The output may be at a URL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from ..align import ReAlign
 from ..corpus import Corpus
 from ..corpus.format_registry import is_output_shard, read_shards
+from ..corpus.layout import METADATA
 from ..interface.option_values import UnfinishedShards
 from ..moments import Moments
 from ..shared_space import SharedSpace
@@ -27,7 +28,7 @@ from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
-from .output import ALIGNER, REPORT, SPACE
+from .output import ALIGNER, FOLDERS, REPORT, SPACE
 from .table_rows import IndexMap, TableMap
 from .unify_run import map_of
 
@@ -74,6 +75,7 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
     maps = _maps_of(records, manifest["aligner"], applied, faults)
+    known: dict[StoragePath, set[str]] = {out: set()}  # the names of shards by folder
     for name, record in written.items():
         folder = out / record["facts"]["folder"]
         for entry in record["shards"]:
@@ -81,15 +83,33 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             found = _shard_faults(path, entry, record["facts"], stats, maps.get(name))
             faults += [f"{path}: {fault}" for fault in found]
             rows.append(entry["rows"])
-        faults += _unknown_shards(folder, {entry["name"] for entry in record["shards"]})
+        known.setdefault(folder, set()).update(entry["name"] for entry in record["shards"])
+    for folder, names in known.items():
+        faults += _unknown_shards(folder, names, {METADATA, *FOLDERS.values()}, set())
     files = sum(len(record["shards"]) for record in manifest["passes"].values())
     return {"shards": len(rows), "rows": sum(rows), "statistics": files}, faults
 
 
-def _unknown_shards(folder: StoragePath, known: set[str]) -> Iterator[str]:
-    for name, _ in sorted(folder.listed()) if folder.is_dir() else ():
+def _unknown_shards(
+    folder: StoragePath,
+    known: Collection[str],
+    passed_over: Collection[str],
+    seen: set[StoragePath],
+) -> Iterator[str]:
+    """Yield a fault for each shard in a folder, unless it is known, and in the folders below it.
+
+    Below are left out folders that readers of datasets skip (of names in `_` or `.`), those that
+    are ``passed_over`` and those that were ``seen``, to which links may lead.
+    """
+    seen.add(folder.resolve())
+    for name, is_folder in sorted(folder.listed()) if folder.is_dir() else ():
+        path = folder / name
         if is_output_shard(name) and name not in known:
-            yield f"{folder / name}: is a shard that the manifest does not know; move it away"
+            yield f"{path}: is a shard that the manifest does not know; move it away"
+        elif is_folder and not name.startswith(("_", ".")) and name not in passed_over:
+            if not (folder.is_remote and folder.is_web) and path.resolve() not in seen:
+                with suppress(PermissionError):  # no reader of this user finds rows there
+                    yield from _unknown_shards(path, (), (), seen)
 
 
 def _statistics_faults(records: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:

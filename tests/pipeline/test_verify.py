@@ -40,8 +40,12 @@ def test_what_was_written_has_no_fault(tmp_path, dtype, bad_rows):
     (out / ".cache").mkdir()
     for name in ("cache-0123456789abcdef.arrow", ".cache/x.npy", ".DS_Store", "_SUCCESS"):
         (out / name).write_bytes(b"left by another program")
-    checked, faults = verify(out)
     assert len(Corpus(out).shards) == 2
+    for name in ("metadata/x.parquet", "img_emb/x.npy", "_temporary/x.npy", "plots/x.png"):
+        (out / name).parent.mkdir()
+        (out / name).write_bytes(b"of another purpose")
+    (out / "loop").symlink_to(out)
+    checked, faults = verify(out)
     assert faults == [] and checked == {"shards": 2, "rows": 101, "statistics": 8}
 
 
@@ -69,6 +73,12 @@ def other_aligner(out):
 def other_moments(out):
     path = next((out / "__realign__/_stats" / "source-drift").iterdir())
     Moments().update(torch.ones(2, D)).save(path)
+
+
+def save_below(folder):
+    folder.mkdir(parents=True)
+    np.save(folder / "x.npy", np.zeros((3, D)))
+    (folder / "loop").symlink_to(folder.parent)
 
 
 def unlink(name):
@@ -100,6 +110,10 @@ FAULTS = {
     "another shard": (
         lambda out: np.save(out / "emb_9.npy", np.zeros((3, D))),
         ["emb_9.npy: is a shard that the manifest does not know"],
+    ),
+    "another shard below": (
+        lambda out: save_below(out / "sub/metadata"),
+        ["sub/metadata/x.npy: is a shard that the manifest does not know"],
     ),
     "no report": (
         unlink("__realign__/report.json"),
