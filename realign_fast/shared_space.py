@@ -119,8 +119,9 @@ class RoleMap:
         """Return rows [N, D] as rows of the index, [N, ``columns``] of their dtype, or in ``out``.
 
         Each row is read once a block, with the arithmetic, the errors and the bad rows of
-        :func:`realign_fast.align_rows`. Finite rows that the dtype cannot hold after the division
-        by the scale are a ValueError.
+        :func:`realign_fast.align_rows`: a zero row becomes ``-centre / scale`` (of length
+        ``1 / scale`` if ``normalized``), so leave such documents out. Finite rows that the
+        dtype cannot hold after the division by the scale are a ValueError.
         """
         mapped = self._map(rows, out)
         scale, largest = min(self.scales.values()), torch.finfo(mapped.dtype).max
@@ -336,8 +337,9 @@ class SharedSpace(HubObject):
     def documents(self, modality: str, rows: Array) -> Array:
         """Return documents [N, D] of a modality as rows of the index, [N, ``columns``].
 
-        The kind, the device and the dtype of ``rows`` are kept. A zero row counts as ``u = 0``; a
-        row with a NaN or an infinity becomes NaN. Rows far from those fitted on are warned about
+        The kind, the device and the dtype of ``rows`` are kept. A zero row counts as ``u = 0``
+        and becomes ``-centre / scale``, which may rank first; a row with a NaN or an infinity
+        becomes NaN. Leave such rows out of an index. Rows far from those fitted on are warned about
         once, as :meth:`realign_fast.ReAlign.forward` does.
 
         Raises:

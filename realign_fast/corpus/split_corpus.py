@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -50,6 +51,14 @@ class SplitCorpus(Corpus):
                 f"{self.path}: column {split_by!r} has {len(present)} values, such as "
                 f"{min(present)!r:.40}, expected the names of up to {_MOST_MODALITIES} modalities; "
                 "choose another column"
+            )
+        alike = Counter(name.strip().casefold() for name in present)
+        if near := sorted(name for name in present if alike[name.strip().casefold()] > 1):
+            warnings.warn(
+                f"{self.path}: column {split_by!r} has {', '.join(map(repr, near))}, which differ "
+                "by case or surrounding blanks alone and are modalities of their own; mend the "
+                "column if they are one",
+                stacklevel=2,
             )
         known = [*SUBFOLDERS, *sorted(present - {*SUBFOLDERS})]
         self.modalities = [*(modalities or (name for name in known if name in present))]

@@ -409,6 +409,10 @@ def test_rows_without_a_modality_are_named(sides, tmp_path, capsys):
         assert run("unify", "--corpus", table, *words, *out) == status, message
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line and not out[1].exists()
+    near = pa.array([" text", "Image", "text", *labels[3:]])
+    pq.write_table(sound.set_column(2, "modality", near), path)
+    with pytest.warns(UserWarning, match="modality' has ' text', 'Image', 'image', 'text', which"):
+        assert len(SplitCorpus(Corpus(table), "modality").modalities) == 4
     for status, message, words in (
         (3, "emb_0.npy: has no column beside the rows", ["--corpus", sides[0]]),
         (2, "--split-by: names a column of --corpus", ["--split-by", "modality", *space]),
