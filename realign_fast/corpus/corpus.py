@@ -82,7 +82,7 @@ class Corpus:
         allow_pickle: read pickled lists, with an interpreter that runs no code of the file.
     Raises:
         OSError: the path or one of its files cannot be read.
-        TypeError: the rows are numbers of a type that is not read, or in an array or tensor.
+        TypeError: `path` is no path, table or dataset, or its numbers are of a type not read.
         ValueError: a file is damaged, or the files do not form one corpus.
     """
 
@@ -192,6 +192,10 @@ class Corpus:
                 return facts.get("encoder")
         return None
 
+    def __repr__(self) -> str:
+        rows = f"{self.num_rows} rows [{self.dimension}] {self.shards[0].dtype}"
+        return f"<{type(self).__name__} {str(self.path)!r}: {rows}>"
+
     def __len__(self) -> int:
         return self.num_rows
 
@@ -218,6 +222,11 @@ class Corpus:
                 f"{self.path}: expected a row number, a slice, a list of row numbers or a mask "
                 f"[{self.num_rows}], got {actual}"
             )
+        absent = numbers[(numbers < -self.num_rows) | (numbers >= self.num_rows)]
+        if absent.size:
+            expected = f"expected {-self.num_rows}..{self.num_rows - 1}"
+            raise IndexError(f"{self.path}: got row {absent[0]}, {expected}")
+        numbers = numbers.astype(np.int64)
         taken = self.take(np.where(numbers < 0, numbers + self.num_rows, numbers).reshape(-1))
         return taken if numbers.ndim else taken[0]
 

@@ -7,6 +7,7 @@ parts); one that `metadata/` lacks is a warning, since it is never read here.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -44,7 +45,8 @@ Paths: TypeAlias = Sequence[StoragePath]
 def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
     """Return the name of a corpus for errors, and the paths that a path, glob or list names.
 
-    A glob names the folders and shards that it matches, in natural order. An array is a TypeError.
+    A glob names the folders and shards that it matches, in natural order. It is a TypeError if
+    `path` is none: neither a text nor a path of pathlib, this package or the like.
     """
     if isinstance(path, list | tuple):
         if not path:
@@ -52,7 +54,7 @@ def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
         paths = list(chain.from_iterable(expanded(item)[1] for item in path))
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         return storage_path(f"{paths[0]}{more}"), paths
-    if isinstance(path, Mapping) or hasattr(path, "shape"):
+    if not isinstance(path, str | os.PathLike) and not hasattr(path, "parent"):
         type_name, advice = type(path).__name__, "give the rows of an array to ReAlign.fit itself"
         if isinstance(path, Mapping):
             advice = f"give one of its values ({', '.join(map(repr, path)) or 'it has none'})"

@@ -210,6 +210,20 @@ def test_what_numbers_no_row_is_refused(npy, rows, error):
         Corpus(npy)[rows]
 
 
+@pytest.mark.parametrize("rows", [-24, [0, -24], 23, np.array([22, 23])], ids=str)
+def test_the_error_of_a_row_has_the_given_number(npy, rows):
+    number = np.asarray(rows).reshape(-1)[-1]
+    with pytest.raises(IndexError, match=rf": got row {number}, expected -23\.\.22$"):
+        Corpus(npy)[rows]
+
+
+def test_a_corpus_says_what_it_is(npy):
+    assert repr(Corpus(npy)) == f"<Corpus '{npy}': 23 rows [3] float32>"
+    for value, name in ((None, "NoneType"), (5, "int"), ((row for row in ROWS), "generator")):
+        with pytest.raises(TypeError, match=f"^Corpus: expected a path, .* got a {name}; give"):
+            Corpus(value)
+
+
 def test_take_refuses_numbers_that_are_not_whole(npy):
     with pytest.raises(TypeError, match=r"expected whole numbers of rows, got float64"):
         Corpus(npy).take([1.5])
