@@ -7,6 +7,7 @@ only; an error names the file and is a `TypeError` (number type), an `OSError` o
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -201,6 +202,11 @@ class StreamedShard(Shard):
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
     return _io.Ring(2, size)  # one is looked at while the next is filled
+
+
+def absolute(path: StoragePath) -> str:
+    """Return the path for the key of a cache, which must not follow the working directory."""
+    return os.path.abspath(str(path))
 
 
 def selected(names: Iterable[str], only: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import re
 
 import numpy as np
@@ -59,6 +60,26 @@ def test_the_tensor_of_rows_is_found_whatever_its_type(tmp_path, value, column, 
     rows = next(v for k, v in value.items() if k != "x") if isinstance(value, dict) else value
     read = everything(tmp_path, column=column)
     assert read.dtype == rows.dtype and torch.equal(read, rows.detach())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pkl"])
+def test_a_file_of_the_same_name_in_another_directory_is_another_file(
+    tmp_path, monkeypatch, suffix
+):
+    for number, name in enumerate(("first", "second")):
+        rows = np.full((3, 4), number, np.float32)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if suffix == "pt":
+            torch.save(torch.from_numpy(rows), "x.pt")
+        else:
+            with open("x.pkl", "wb") as file:
+                pickle.dump(
+                    [{"id": str(n), "embed": list(row)} for n, row in enumerate(rows)], file
+                )
+        os.utime(f"x.{suffix}", (1, 1))
+        corpus = Corpus(f"x.{suffix}", allow_pickle=True)
+        assert np.array_equal(np.asarray(corpus), rows)
 
 
 class Bomb:

@@ -24,7 +24,7 @@ import torch
 
 from ...storage.paths import OpenedFile, Stamp, StoragePath, explained
 from ..contiguous_shard import ContiguousShard
-from ..shard import FLOATS, MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, as_numpy, selected
+from ..shard import FLOATS, MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, absolute, as_numpy, selected
 from ..shard_writer import FormatWriter
 from .npy import HEADER_BYTES, read_array_header
 
@@ -140,7 +140,7 @@ class NpzShard(ArchiveShard):
         """All entries; a tensor that is alone has the name ""."""
         if self.path.stamp() != self.stamp:
             raise self.changed_error()
-        return _kept_entries(self.path, self.stamp, self.format)
+        return _kept_entries(self.path, self.stamp, self.format, absolute(self.path))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _read_shard(
 ) -> NpzShard:
     """Open the entry `column` of a file; by default `embedding`, or the only one of rows."""
     stamp = path.stamp()
-    entries = _kept_entries(path, stamp, shard_class.format)
+    entries = _kept_entries(path, stamp, shard_class.format, absolute(path))
     candidates = [name for name, entry in entries.items() if _is_rows(entry)]
     name = column or (candidates[0] if len(candidates) == 1 else DEFAULT)
     if name not in candidates:
@@ -210,7 +210,7 @@ def _stored_shard(path: StoragePath, column: str | None) -> StoredShard | None:
 
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
-def _kept_entries(path: StoragePath, stamp: Stamp, form: str) -> dict[str, Any]:
+def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dict[str, Any]:
     try:
         with explained(path), path.local_copy() as local:
             if form == "npz":

@@ -27,7 +27,7 @@ import numpy as np
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import StreamedShard, check_vector
+from ..shard import StreamedShard, absolute, check_vector
 from ..shard_writer import FormatWriter
 from . import pickle_interpreter
 
@@ -56,7 +56,7 @@ class PickledShard(StreamedShard):
     @property
     def built_entries(self) -> list[Any]:
         """The list that the file holds, built as plain data."""
-        return _entries(self.path, self.stamp)
+        return _entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from the file or built; see `StreamedShard.pieces`."""
@@ -179,7 +179,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         name, dtype = names[places.name], np.dtype(f"<f{places.value_bytes}")
         return PickledShard(path, len(places), places.columns, dtype, name, stamp, names)
     with _building:
-        entries = _entries(path, stamp)
+        entries = _entries(path, stamp, absolute(path))
         if not entries:  # beside others it takes their dimension
             return PickledShard(path, 0, 0, np.dtype("<f4"), names[0], stamp, names)
         keys = dict.fromkeys(key for entry in entries if type(entry) is dict for key in entry)
@@ -200,11 +200,13 @@ def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
     """Return where the rows lie in a file, under the first of `names` that row 0 has, or None."""
     if not _io or stamp[0] > MAX_BYTES:
         return None
-    return _located(path, stamp, names, pickle_interpreter.MAX_STEPS)
+    return _located(path, stamp, names, pickle_interpreter.MAX_STEPS, absolute(path))
 
 
 @lru_cache(maxsize=REMEMBERED_FILES)
-def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps: int) -> Any:
+def _located(
+    path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps: int, place: str
+) -> Any:
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
     with explained(path), path.descriptor(stamp) as descriptor:
         try:
@@ -214,7 +216,7 @@ def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps:
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
-def _entries(path: StoragePath, stamp: Stamp) -> list[Any]:
+def _entries(path: StoragePath, stamp: Stamp, place: str) -> list[Any]:
     if stamp[0] > MAX_BYTES:
         problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
         raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; split it")
