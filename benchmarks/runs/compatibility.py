@@ -92,6 +92,11 @@ class Workspace:
         """Return the texts of the root as `convert` writes them in a format."""
         return self.made("converted", form)
 
+    @property
+    def parquet_shards(self) -> list[Path]:
+        """The shards of the texts as parquet, in their order."""
+        return sorted(self.converted("parquet").glob("*.parquet"))
+
     def outputs(self, form: str) -> list[Path]:
         """Return the outputs of `align`, `apply`, `unify` and `convert` with shards of a format."""
         return [self.made(kind, form) for kind in ("aligned", "applied", "unified", "converted")]
@@ -430,8 +435,7 @@ def corpus_of_table(workspace: Workspace) -> str:
     """Read a `pyarrow.Table`."""
     from pyarrow import parquet
 
-    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
-    return expect_corpus(parquet.read_table(paths), workspace)
+    return expect_corpus(parquet.read_table(workspace.parquet_shards), workspace)
 
 
 @check("pandas", "`Corpus(pandas.read_parquet(shard))`, a frame with a column of vectors")
@@ -439,8 +443,7 @@ def corpus_of_pandas(workspace: Workspace) -> str:
     """Read a frame of pandas."""
     import pandas
 
-    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
-    frames = [pandas.read_parquet(path) for path in paths]
+    frames = [pandas.read_parquet(path) for path in workspace.parquet_shards]
     return expect_corpus(pandas.concat(frames, ignore_index=True), workspace)
 
 
@@ -449,8 +452,7 @@ def corpus_of_polars(workspace: Workspace) -> str:
     """Read a frame of polars."""
     import polars
 
-    paths = sorted(workspace.converted("parquet").glob("*.parquet"))
-    return expect_corpus(polars.read_parquet(paths), workspace)
+    return expect_corpus(polars.read_parquet(workspace.parquet_shards), workspace)
 
 
 @check("duckdb", "`Corpus(duckdb.sql('SELECT ... FROM shards'))`")

@@ -6,8 +6,8 @@ neither the encoder nor the map has seen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
+from ..corpus.row_values import shard_values
 from ..interface.option_values import Modality
 from ..interface.progress import Progress
 from ..metrics.estimate import Estimate, plain
@@ -136,27 +137,23 @@ def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, An
 
     A space is fitted on one half of the pairs, without their pairing; the other half is searched.
     """
-    results: dict[str, list[metrics.MixedGallery]] = {"before": [], "after": []}
-    for split in range(_SPLITS):
-        order = torch.randperm(len(pairs["text"]), generator=torch.Generator().manual_seed(split))
-        halves = order.chunk(2)
-        documents, searched = ({name: pairs[name][half] for name in pairs} for half in halves)
-        space = SharedSpace.fit(text=documents["text"], image=documents["image"])
-        number = torch.arange(len(halves[1]))
-        moved = {name: space.documents(name, rows) for name, rows in searched.items()}
-        for stage, rows in (("before", searched), ("after", moved)):
-            answers, own = {"image": number}, {"text": number}
-            results[stage].append(metrics.mixed_gallery(searched["text"], rows, answers, own=own))
-        on_split()
-    before, after = (metrics.over_splits(splits) for splits in results.values())
+
+    def fit(rows: Rows, role: str) -> SharedSpace:
+        return SharedSpace.fit(text=rows["text"], image=rows["image"])
+
+    galleries = metrics.search_pairs(
+        pairs, fit, roles=["text"], splits=_SPLITS, on_search=on_split
+    )["text"]
+    encoder, space = galleries["encoder"], galleries["space"]
     figures: dict[str, Any] = plain(
         {
-            "before": before.recall[10],
-            "after": after.recall[10],
-            "images_alone": before.pure_recall["image"][10],
+            "before": encoder.recall[10],
+            "after": space.recall[10],
+            "images_alone": encoder.pure_recall["image"][10],
         }
     )
-    return {**figures, "gallery": len(halves[1]), "splits": _SPLITS}
+    gallery = len(pairs["text"]) - len(pairs["text"]) // 2
+    return {**figures, "gallery": gallery, "splits": _SPLITS}
 
 
 def _measure_substitution(
@@ -165,11 +162,11 @@ def _measure_substitution(
     """Return the losses of readers on held-out images, and the share of the distance closed."""
     space = SharedSpace.fit(text=fitted["text"], image=fitted["image"], method="center")
     images = torch.cat([fitted["image"], held_out["image"]])
-    captions = [*_captions(DATA, 3, 5), *_captions(HELD_OUT, 0, 1)]
+    captions = [*_captions(DATA, "image"), *_captions(HELD_OUT, "image")]
     result = metrics.substitution(
         fitted["text"].float(),
         images.float(),
-        metrics.hashed_ngrams([*_captions(DATA, 0, 3)], _WORD_LABELS),
+        metrics.hashed_ngrams([*_captions(DATA, "text")], _WORD_LABELS),
         metrics.hashed_ngrams(captions, _WORD_LABELS),
         aligned={"centred": space.text(fitted["text"].float())},
         target_map=space.image,
@@ -183,10 +180,8 @@ def _measure_substitution(
     return figures | {"interval": [*result.interval["centred"]]}
 
 
-def _captions(root: Path, first: int, last: int) -> Iterator[str]:
-    for number in range(first, last):
-        with (root / "metadata" / f"metadata_{number}.jsonl").open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["caption"] for line in lines)
+def _captions(path: Path, modality: Modality) -> Iterator[str]:
+    return chain.from_iterable(shard_values(Corpus(path, modality), columns=("caption",)))
 
 
 def _table(summary: dict[str, Any]) -> str:
