@@ -1,4 +1,8 @@
-"""Results of 4 MiB and more lie on huge pages where the system grants them, in ordinary storage."""
+"""Results of 4 MiB and more ask for huge pages, in ordinary storage.
+
+The tests read the request (`hg` in the mapping's flags), not the pages: Linux grants a huge page
+only while it finds 2 MiB of free memory in one piece, which no program can count on.
+"""
 
 import copy
 import mmap
@@ -18,18 +22,25 @@ MAP = random_map(COLUMNS)
 
 
 def mapping_of(address):
-    """Return the kilobytes of each field of the mapping at an address, or {} if there is none."""
+    """Return the kilobytes of each field of the mapping at an address and its flags, or {}."""
     fields, inside = {}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if borders := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(borders[1], 16) <= address < int(borders[2], 16)
         elif inside and line.endswith(" kB"):
             fields[line.split(":")[0]] = int(line.split()[1])
+        elif inside and line.startswith("VmFlags:"):
+            fields["flags"] = line.split()[1:]
     return fields
 
 
+def asks_for_huge_pages(address):
+    """Return whether the mapping at an address has been advised to use huge pages."""
+    return "hg" in mapping_of(address)["flags"]
+
+
 def require_huge_pages():
-    """Skip where the system does not grant huge pages to a buffer that asks for them."""
+    """Skip where the system knows no request for huge pages or does not show it."""
     require_compiled()
     if not Path("/proc/self/smaps").exists() or not hasattr(mmap, "MADV_HUGEPAGE"):
         pytest.skip("this system has no transparent huge pages")
@@ -38,12 +49,11 @@ def require_huge_pages():
             probe.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             pytest.skip("the system refuses huge pages")
-        probe[:] = bytes(8 * MIB)
         view = torch.frombuffer(probe, dtype=torch.uint8)
-        granted = mapping_of(view.data_ptr() + 4 * MIB).get("AnonHugePages", 0)
+        shown = asks_for_huge_pages(view.data_ptr() + 4 * MIB)
         del view
-    if not granted:
-        pytest.skip("the system grants no huge pages now")
+    if not shown:
+        pytest.skip("the system does not show a request for huge pages")
 
 
 def result(mebibytes, linear=MAP[0]):
@@ -53,16 +63,16 @@ def result(mebibytes, linear=MAP[0]):
 
 
 @pytest.mark.parametrize("linear", (MAP[0], MAP[1]), ids=("align_rows", "map_rows"))
-def test_a_large_result_lies_on_huge_pages(linear):
+def test_a_large_result_asks_for_huge_pages(linear):
     require_huge_pages()
     # An allocation of more than 32 MiB is never a reused part of the heap.
     rows, out = result(34, linear)
     middle = 17 * MIB
-    assert mapping_of(rows.data_ptr() + middle).get("AnonHugePages") == 0
-    assert mapping_of(out.data_ptr() + middle)["AnonHugePages"] >= 28 * 1024
+    assert not asks_for_huge_pages(rows.data_ptr() + middle)
+    assert asks_for_huge_pages(out.data_ptr() + middle)
 
 
-def test_the_blocks_of_the_reader_lie_on_huge_pages(tmp_path):
+def test_the_blocks_of_the_reader_ask_for_huge_pages(tmp_path):
     require_huge_pages()
     io = pytest.importorskip("realign_fast._io")
     ring, path = io.Ring(1, 34 * MIB), tmp_path / "rows"
@@ -70,7 +80,7 @@ def test_the_blocks_of_the_reader_lie_on_huge_pages(tmp_path):
     with path.open("rb") as file:
         reader = io.ShardReader(file.fileno(), 0, 4 * MIB, 4 * MIB, ring=ring, direct=False)
         assert len(bytes(next(iter(reader)))) == 4 * MIB
-    assert mapping_of(ring.addresses[0])["AnonHugePages"] >= 4 * 1024
+    assert asks_for_huge_pages(ring.addresses[0] + 2 * MIB)
 
 
 def test_the_storage_of_a_large_result_is_an_ordinary_one():
