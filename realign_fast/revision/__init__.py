@@ -9,7 +9,7 @@ of transformers; it works with any causal language model and any CLIP-like encod
     from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
 - `model.py` turns embedding rows into visual tokens in the input of a language model, and
-  `llava.py` does the same for LLaVA-type models of transformers.
+  `llava.py` does the same in models of transformers as they are.
 - `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
   `templates.py` encodes conversations as tokens and labels, and `training_data.py` joins all of
   them to batches.

@@ -1,10 +1,14 @@
-"""Embedding rows in place of pictures for a LLaVA-type model of transformers.
+"""Embedding rows in place of pictures for a model of transformers, and weights of LLaVA.
 
-`attach(llava, config)` gives the model a projector. Its `forward` then takes `image_rows` `[M, D]`
-with the `input_ids` and passes them on as ready-made features, for which transformers has the
-argument `mm_encoder_outputs` (LLaVA from transformers 5.18). The vision tower is never run. Input
-ids hold the model's own image token K times for every row: make them with a template that has the
-same `image_token=` (`Plain`, `Chat`).
+`attach(model, config)` gives a causal language model, or a LLaVA-type model, a projector. Its
+`forward` then takes `image_rows` `[M, D]` with the `input_ids`, so that codes which train a model
+of transformers alone, such as TRL, train the projector.
+
+- In a language model the visual tokens replace `IMAGE_TOKEN` in the input embeddings.
+- A LLaVA gets them as ready-made features, for which transformers has the argument
+  `mm_encoder_outputs` (LLaVA from transformers 5.18); the vision tower is never run. Input ids hold
+  the model's own image token K times for every row: make them with a template that has the same
+  `image_token=` (`Plain`, `Chat`).
 
 `save_mm_projector` and `load_mm_projector` exchange the weights of a projector with LLaVA's own
 training code.
@@ -22,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.atomic import replaced
-from .model import Projector, ReVisionConfig, transformers
+from .model import ATTACHED, Projector, ReVisionConfig, splice, transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FEATURES = "mm_encoder_outputs"
+Options = dict[str, Any]  # the keyword arguments of a call
+Call = tuple[tuple[Any, ...], Options]
 _LLAVA_NAME = "mm_projector."  # before the name of a weight, after a prefix that varies
-NAME = "realign_projector"  # the submodule, whose weights are saved with the model's
 
 
 def attach(
@@ -36,19 +42,26 @@ def attach(
 ) -> PreTrainedModel:
     """Give `model` a projector and the argument `image_rows`; return the same model.
 
-    For `generate`, pass `**visual_inputs(model, image_rows)` instead. `save_pretrained` of the
-    model writes the weights of the projector, but `from_pretrained` does not know them: attach
-    first, then use `load_state_dict`.
-    Without `projector`, a new one is made. ValueError if the model does not take ready-made
-    features, has a projector already, or embeds in another size than `config.hidden_size`.
+    Without `projector`, a new one is made. That of a `ReVisionModel` is shared with it, and trains
+    in both. To generate with a LLaVA, pass `**visual_inputs(model, image_rows)` instead of
+    `image_rows`. `save_pretrained` of the model writes the weights of the projector, but
+    `from_pretrained` does not know them: attach first, then use `load_state_dict`.
+    ValueError if the model takes neither input embeddings
+    nor ready-made features, has a projector already, or embeds in another size than
+    `config.hidden_size`.
     """
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    arguments = inspect.signature(model.forward).parameters
+    if FEATURES in arguments:
+        replace_rows = _pass_features
+    elif "inputs_embeds" in arguments and "pixel_values" not in arguments:
+        replace_rows = _pass_embeddings
+    else:
         raise ValueError(
             f"attach: {type(model).__name__} of transformers {transformers().__version__} has no "
-            "seam for ready-made features; expected one whose forward takes mm_encoder_outputs "
-            "(LLaVA from 5.18)"
+            "seam for ready-made features; expected a causal language model, or one whose forward "
+            "takes mm_encoder_outputs (LLaVA from 5.18)"
         )
-    if hasattr(model, NAME):
+    if hasattr(model, ATTACHED):
         raise ValueError("attach: the model has a projector already; attach only once")
     width = model.get_input_embeddings().embedding_dim
     if width != config.hidden_size:
@@ -56,8 +69,8 @@ def attach(
             f"attach: the model embeds in {width}, the config says {config.hidden_size}; set "
             "hidden_size to the model's"
         )
-    model.add_module(NAME, projector or Projector(config))
-    model.register_forward_pre_hook(_replace_rows, with_kwargs=True)
+    model.add_module(ATTACHED, projector or Projector(config))
+    model.register_forward_pre_hook(replace_rows, with_kwargs=True)
     return model
 
 
@@ -97,16 +110,22 @@ def visual_inputs(model: nn.Module, image_rows: Tensor) -> dict[str, Any]:
 
     `image_rows` is `[M, D]`, the images of the batch in order.
     """
-    tokens = getattr(model, NAME)(image_rows)  # [M, K, H]
+    tokens = getattr(model, ATTACHED)(image_rows)  # [M, K, H]
     output = transformers().modeling_outputs.BaseModelOutputWithPooling
-    return {"mm_encoder_outputs": {"image": output(pooler_output=list(tokens))}}
+    return {FEATURES: {"image": output(pooler_output=list(tokens))}}
 
 
-def _replace_rows(
-    model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the argument `image_rows` of a forward pass by the visual tokens of the rows."""
+def _pass_features(model: nn.Module, arguments: tuple[Any, ...], options: Options) -> Call:
+    """Replace `image_rows` in a call of a LLaVA by the visual tokens of the rows."""
     rows = options.pop("image_rows", None)
     if rows is not None and len(rows):
         options = options | visual_inputs(model, rows)
+    return arguments, options
+
+
+def _pass_embeddings(model: nn.Module, arguments: tuple[Any, ...], options: Options) -> Call:
+    """Replace ids and `image_rows` in a call of a language model by their input embeddings."""
+    if (rows := options.pop("image_rows", None)) is not None:
+        ids = options.pop("input_ids")
+        options["inputs_embeds"] = splice(getattr(model, ATTACHED), model, ids, rows)
     return arguments, options

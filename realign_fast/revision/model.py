@@ -42,6 +42,7 @@ TrainablePart = Literal["projector", "language_model", "lora"]
 TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
 CONFIG, WEIGHTS = "revision.json", "projector.safetensors"
 ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
+ATTACHED = "realign_projector"  # the submodule that `attach` gives a model of transformers
 _LANGUAGE_MODEL = "AutoModelForCausalLM"
 # Attributes that Trainer and accelerate ask a model for: those of its language model.
 _OF_BASE = {"config", "loss_type", "_no_split_modules"}
@@ -172,24 +173,10 @@ class ReVisionModel(nn.Module):
     def splice(self, input_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Return the input embeddings `[B, T, H]` of ids `[B, T]`, with visual tokens in place.
 
-        `image_rows` `[M, D]` are the images of the batch in order of appearance. Without any, the
-        projector still gets gradients (of zero), so that every process of a distributed training
-        takes part in their exchange.
+        `image_rows` `[M, D]` are the images of the batch in order of appearance.
         ValueError if the ids hold another number of image tokens than the rows need.
         """
-        is_image = input_ids == IMAGE_TOKEN
-        if image_rows is None:
-            image_rows = torch.zeros(0, self.revision_config.row_dimension, device=input_ids.device)
-        visual = self.projector(image_rows.to(input_ids.device))
-        present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
-        if present != needed:
-            raise ValueError(
-                f"ReVisionModel: the input ids hold {present} image tokens, {len(image_rows)} "
-                f"image rows need {needed}; put <image> into the text once for every row"
-            )
-        embed = self.language_model.get_input_embeddings()
-        text: Tensor = embed(input_ids.masked_fill(is_image, 0))
-        return text.masked_scatter(is_image[..., None], visual.to(text.dtype))
+        return splice(self.projector, self.language_model, input_ids, image_rows)
 
     def forward(
         self,
@@ -262,7 +249,8 @@ class ReVisionModel(nn.Module):
         parts: dict[str, dict[str, Tensor]] = {"projector": {}, "language_model": {}}
         for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
             part, _, own_name = name.partition(".")
-            parts[part][own_name] = tensor
+            if ATTACHED not in own_name:  # the same projector, which `attach` put there too
+                parts[part][own_name] = tensor
         projector, weights = parts["projector"], parts["language_model"]
         projector = {name: weight.cpu().contiguous() for name, weight in projector.items()}
         write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
@@ -323,8 +311,32 @@ class ReVisionModel(nn.Module):
             self.language_model = _peft().PeftModel.from_pretrained(self.language_model, adapter)
 
 
+def splice(
+    projector: Projector, language_model: Any, input_ids: Tensor, image_rows: Tensor | None
+) -> Tensor:
+    """Return what `ReVisionModel.splice` returns, with the embeddings of `language_model`.
+
+    Without rows, the projector still gets gradients (of zero), so that every process of a
+    distributed training takes part in their exchange.
+    """
+    is_image = input_ids == IMAGE_TOKEN
+    if image_rows is None:
+        image_rows = torch.zeros(0, projector.config.row_dimension)
+    visual = projector(image_rows.to(input_ids.device))
+    present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
+    if present != needed:
+        raise ValueError(
+            f"ReVisionModel: the input ids hold {present} image tokens, {len(image_rows)} "
+            f"image rows need {needed}; put <image> into the text once for every row"
+        )
+    text: Tensor = language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+    return text.masked_scatter(is_image[..., None], visual.to(text.dtype))
+
+
 def part_of(parameter: str) -> str:
     """Return the trainable part that a parameter of this name belongs to."""
+    if ATTACHED in parameter:
+        return "projector"
     return "lora" if "lora_" in parameter else parameter.partition(".")[0]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from support.revision_parts import tiny_llama
@@ -68,9 +69,34 @@ def test_the_projector_gets_gradients_and_is_saved_with_the_model(pair, tmp_path
     assert any("realign_projector" in name for name in llava.state_dict())
 
 
+def test_a_language_model_takes_rows_and_shares_the_projector(pair, tmp_path):
+    ours, rows, labels = pair[0], torch.randn(2, D), ids(-100)
+    model = ReVisionModel(CONFIG, tiny_llama()).eval()
+    model.projector.load_state_dict(ours.projector.state_dict())
+    attached = attach(model.language_model, CONFIG, model.projector)
+    want = ours(ids(IMAGE_TOKEN), labels=labels, image_rows=rows)
+    got = attached(input_ids=ids(IMAGE_TOKEN), labels=labels, image_rows=rows)
+    assert torch.equal(want.loss, got.loss) and torch.equal(want.logits, got.logits)
+    assert torch.equal(model(ids(IMAGE_TOKEN), image_rows=rows).logits, want.logits)
+    got.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
+    text = torch.tensor([[1, 5, 6]])
+    assert torch.equal(attached(input_ids=text).logits, ours(text).logits)
+    with pytest.raises(ValueError, match="hold 6 image tokens, 1 image rows need 3"):
+        attached(input_ids=ids(IMAGE_TOKEN), image_rows=rows[:1])
+    model.train_only(["projector"])
+    trained = {name for name, value in attached.named_parameters() if value.requires_grad}
+    assert trained == {name for name in attached.state_dict() if "realign_projector" in name}
+    model.train_only(["projector", "language_model"])
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "language_model" / "model.safetensors")
+    assert not any("realign_projector" in name for name in weights)
+
+
 def test_what_cannot_be_attached_is_refused(pair):
+    vision = tiny_llava(tiny_llama()).model.vision_tower  # takes pixels alone
     with pytest.raises(ValueError, match="no seam for ready-made features"):
-        attach(tiny_llama(), CONFIG)
+        attach(vision, CONFIG)
     with pytest.raises(ValueError, match="only once"):
         attach(pair[1], CONFIG)
     with pytest.raises(ValueError, match="embeds in 64, the config says 48"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
@@ -45,13 +46,34 @@ def trained(names):
         ("import Trainer", ["accelerate"]),
         ("for batch in", []),
         ("pytorch_lightning", ["pytorch_lightning"]),
+        ("import SFTConfig", ["datasets", "trl"]),
     ],
 )
 def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path):
     for package in packages:
         pytest.importorskip(package)
-    assert trained(run(containing))
-    assert (tmp_path / "out" / "revision.json").is_file() == ("import Trainer" in containing)
+    names = run(containing)
+    assert trained(names)
+    saves = any("save_pretrained" in block for block in BLOCKS if containing in block)
+    assert (tmp_path / "out" / "revision.json").is_file() == saves
+    if "trainer" in names:  # of TRL, whose loss is its own
+        assert_the_loss_is_the_models(names)
+
+
+def assert_the_loss_is_the_models(names):
+    batch, model = names["collator"](names["samples"].__getitems__([0, 1, 2])), names["model"]
+    with torch.no_grad():
+        expected = model(**batch).loss
+        loss = names["trainer"].compute_loss(names["language_model"], dict(batch))
+        other = batch | {"image_rows": -batch["image_rows"]}
+        other_loss = names["trainer"].compute_loss(names["language_model"], other)
+    torch.testing.assert_close(loss, expected)
+    assert abs(other_loss - expected) > 1e-4
+    names["trainer"].save_model("of_trl")
+    model.save_pretrained("ours")
+    saved = load_file("of_trl/model.safetensors")
+    for name, weight in load_file("ours/projector.safetensors").items():
+        assert torch.equal(saved[f"realign_projector.{name}"], weight)
 
 
 def test_requests_of_vllm(run):
