@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._argument_checks import expect_tensor
+from .._one_thread import at_once, product
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -30,7 +32,7 @@ class FlooredEigen(NamedTuple):
 
     def power(self, exponent: float) -> Tensor:
         """Return ``S^exponent`` [D, D], symmetric to the last bit."""
-        return symmetric(self.factor(exponent) @ self.vectors.T)
+        return symmetric(product(self.factor(exponent), self.vectors.T))
 
 
 def floored_eigen(
@@ -91,8 +93,9 @@ def floored_eigen_pair(
             f"whiten: the {names[0]} has {len(source)} columns, the {names[1]} {len(target)}; "
             "embed both with one encoder"
         )
-    y = floored_eigen(source, floor, names[0], basis)
-    return y, floored_eigen(target, 0.0, names[1], basis)
+    floored = [(source, floor, names[0], basis), (target, 0.0, names[1], basis)]
+    y, x = at_once([partial(floored_eigen, *given) for given in floored], source)
+    return y, x
 
 
 def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:

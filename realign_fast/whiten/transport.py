@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._argument_checks import expect_tensor
-from .._one_thread import one_thread
+from .._one_thread import one_thread, product
 from .eigen import (
     checked_covariance,
     floor_of,
@@ -26,7 +26,7 @@ def coral(source: Tensor, target: Tensor, *, floor: float | None = None) -> Tens
     """Return ``A = S_x^1/2 S_y^-1/2`` [D, D], so that ``A S_y A' = S_x`` (source y, target x)."""
     y, x = floored_eigen_pair(source, target, floor)
     warn_floored(y.floored, len(source), y.floor)
-    return x.power(0.5) @ y.power(-0.5)
+    return product(x.power(0.5), y.power(-0.5))
 
 
 @one_thread
@@ -39,9 +39,9 @@ def optimal_transport(source: Tensor, target: Tensor, *, floor: float | None = N
     """
     y, x = floored_eigen_pair(source, target, floor)
     warn_floored(y.floored, len(source), y.floor)
-    _, singular, right = torch.linalg.svd(x.factor(0.5).T @ y.factor(0.5))
-    root = (y.factor(-0.5) @ right.T) * singular.sqrt()
-    return symmetric(root @ root.T)
+    _, singular, right = torch.linalg.svd(product(x.factor(0.5).T, y.factor(0.5)))
+    root = product(y.factor(-0.5), right.T) * singular.sqrt()
+    return symmetric(product(root, root.T))
 
 
 class AffineMap(NamedTuple):
@@ -78,8 +78,8 @@ def bures_distance(a: Tensor, b: Tensor) -> float:
     ``|F_a - F_b Q|_F`` over orthogonal Q, ``S = F F'``, which does not cancel where a is near b.
     """
     f_a, f_b = (eigen.factor(0.5) for eigen in floored_eigen_pair(a, b, 0.0, ("first", "second")))
-    left_vectors, _, right_vectors = torch.linalg.svd(f_b.T @ f_a)
-    return float((f_a - f_b @ (left_vectors @ right_vectors)).norm())
+    left_vectors, _, right_vectors = torch.linalg.svd(product(f_b.T, f_a))
+    return float((f_a - product(f_b, product(left_vectors, right_vectors))).norm())
 
 
 def squared_bures_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Roots, whitening, colouring, transport and shrinkage: their theorems, in float64."""
 
 import math
+import threading
 import warnings
 
 import pytest
 import torch
 from support.op_checks import random_rows
 
+from realign_fast._one_thread import at_once, one_thread, product
 from realign_fast.whiten import (
     LowRank,
     blockwise,
@@ -615,7 +617,7 @@ ALGEBRA = {
 @pytest.mark.parametrize("algebra", ALGEBRA.values(), ids=ALGEBRA)
 def test_bytes_do_not_depend_on_threads(algebra, set_threads):
     covariance, found = conditioned(300), []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 4):
         set_threads(threads)
         results = algebra(covariance)
         found.append(results if isinstance(results, tuple) else (results,))
@@ -623,3 +625,41 @@ def test_bytes_do_not_depend_on_threads(algebra, set_threads):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_product_in_panels_is_the_product():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(600, 520, dtype=torch.float64, generator=generator) for _ in range(2))
+    close(product(a, b.T), a @ b.T, 1e-12)
+    close(product(a.T, b), a.T @ b, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("threads", "rows", "is_met"),
+    [(2, 256, True), (4, 256, True), (1, 256, False), (2, 255, False)],
+)
+def test_independent_calls_run_at_once_on_the_threads_of_the_caller(
+    threads, rows, is_met, set_threads
+):
+    meeting = threading.Barrier(2)
+
+    def meets():
+        """Return whether another call is in progress, and the threads that torch would use."""
+        try:
+            meeting.wait(timeout=10 if is_met else 0.05)
+        except threading.BrokenBarrierError:
+            meeting.reset()
+            return False, torch.get_num_threads()
+        return True, torch.get_num_threads()
+
+    set_threads(threads)
+    for algebra in (one_thread(at_once), one_thread(one_thread(at_once))):
+        assert algebra([meets, meets], torch.ones(rows, 1)) == [(is_met, 1)] * 2
+        assert torch.get_num_threads() == threads
+
+
+def test_an_error_on_either_side_is_that_of_the_side():
+    fine, broken = conditioned(256), -identity(256)
+    for pair, name in (((broken, fine), "source"), ((fine, broken), "target")):
+        with pytest.raises(ValueError, match=f"the {name} has the eigenvalue -1"):
+            coral(*pair)
