@@ -49,8 +49,15 @@ def at_once(calls: Sequence[Callable[[], Result]], beside: Tensor) -> list[Resul
     threads = min(getattr(_caller, "threads", None) or 1, len(calls))
     if threads == 1 or not beside.is_cpu or len(beside) < _PANEL_ROWS:
         return [call() for call in calls]
+    inference = torch.is_inference_mode_enabled()  # which every thread has of its own
+
+    def run(call: Callable[[], Result]) -> Result:
+        """Run a call in the caller's mode, whose tensors no other mode may write to."""
+        with torch.inference_mode(inference):
+            return call()
+
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(lambda call: call(), calls))
+        return list(pool.map(run, calls))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
