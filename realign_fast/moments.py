@@ -355,7 +355,7 @@ class Moments:
         """Read a file that :meth:`save` wrote; a ValueError names another or a damaged file."""
         with tensors_of(path, "moments written by Moments.save", "measure again") as (state, texts):
             flags = texts["moments"].split()
-            if flags[-1:] != [tensor_digest(state)]:
+            if flags[-1:] != [tensor_digest(state)] or not {*flags[:-1]} <= {*cls()._flags()}:
                 raise KeyError("the hash of its numbers")
             moments = cls(**{name: name in flags for name in cls()._flags()})
             moments._restore(state)

@@ -141,8 +141,7 @@ class Checkpoints:
 
     def key(self, shard_identity: Entry) -> str:
         """Return the key of a shard in this pass: 16 hexadecimal digits."""
-        text = json.dumps([self.facts, shard_identity], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return _digest([self.facts, shard_identity])
 
     def load(
         self, shard: Shard, shard_identity: Entry, result: StoragePath | None = None
@@ -159,10 +158,12 @@ class Checkpoints:
             record = json.loads(path.read_bytes())
             entry: Entry = record["entry"]
             same = record["key"] == self.key(shard_identity)
+            # Version 0.1.0 wrote no digest.
+            same = same and record.get("digest", _digest(entry)) == _digest(entry)
             if same and record["written"] == list(result.stamp()):
                 stored = _load(self._path(shard, "safetensors"), kind)
                 if stored and stored[1]["blake2b"] == entry["blake2b"]:
-                    return stored[0], entry
+                    return stored[0], entry | stored[1]
         return None
 
     def save(
@@ -182,6 +183,7 @@ class Checkpoints:
         entry = _save(self._path(shard, "safetensors"), moments) | (facts or {})
         written = list(result.stamp())
         record = {"key": self.key(shard_identity), "written": written, "entry": entry}
+        record["digest"] = _digest(entry)
         write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
@@ -227,6 +229,12 @@ class Checkpoints:
 def _name(shard: Shard) -> str:
     """Return the name of a shard in `_stats/`, where endings of 38 bytes follow it."""
     return short_name(shard.path.name, MAX_NAME_BYTES - 38)
+
+
+def _digest(values: Any) -> str:
+    """BLAKE2b digest of plain values, 16 hexadecimal digits."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _save(path: StoragePath, moments: Moments) -> Entry:
