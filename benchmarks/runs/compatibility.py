@@ -242,32 +242,36 @@ def embedding_reader(workspace: Workspace) -> str:
     return text
 
 
-@check("embedding-reader", "`EmbeddingReader` of `unify --with-metadata`, npy with its parquet")
+@check(
+    "embedding-reader", "`EmbeddingReader` of `align --with-metadata` and `unify`, npy and parquet"
+)
 def embedding_reader_metadata(workspace: Workspace) -> str:
     """Read both sides of an output and its metadata, the folders of `clip-retrieval index`."""
     from embedding_reader import EmbeddingReader
 
-    root, out = workspace.folder / "described", workspace.folder / "indexed"
+    root = workspace.folder / "described"
     shutil.copytree(workspace.root, root)
     (root / "metadata").mkdir()
     for number, count in enumerate(SHARD_ROWS):
         ids = {"id": [f"{number}-{row}" for row in range(count)]}
         parquet.write_table(pyarrow.table(ids), root / "metadata" / f"metadata_{number}.parquet")
-    command = ["unify", "--text", str(root), "--image", str(root), "--with-metadata", "--quiet"]
-    if status := realign_fast_main([*command, "--out", str(out)]):
-        raise RuntimeError(f"unify ended with {status}")
     expected = [
         f"{number}-{row}" for number, count in enumerate(SHARD_ROWS) for row in range(count)
     ]
-    for side in ("text_emb", "img_emb"):
-        reader = EmbeddingReader(
-            str(out / side), "parquet_npy", "embedding", ["id"], str(out / "metadata")
-        )
-        batches = [*reader(4, show_progress=False)]
-        rows = [row for batch, _ in batches for row in batch]
-        text = expect_rows(rows, out / side)
-        if [value for _, frame in batches for value in frame["id"]] != expected:
-            raise ValueError("other ids")
+    options = "--text", str(root), "--image", str(root), "--with-metadata", "--quiet"
+    for command in ("align", "unify"):
+        out = workspace.folder / f"indexed-{command}"
+        if status := realign_fast_main([command, *options, "--out", str(out)]):
+            raise RuntimeError(f"{command} ended with {status}")
+        for side in ("text_emb", "img_emb"):
+            reader = EmbeddingReader(
+                str(out / side), "parquet_npy", "embedding", ["id"], str(out / "metadata")
+            )
+            batches = [*reader(4, show_progress=False)]
+            rows = [row for batch, _ in batches for row in batch]
+            text = expect_rows(rows, out / side)
+            if [value for _, frame in batches for value in frame["id"]] != expected:
+                raise ValueError("other ids")
     return f"both sides, {text}, with their ids"
 
 

@@ -9,7 +9,6 @@ from ..storage.paths import StoragePath, output_of, output_path, records_of, sto
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import (
-    check_metadata,
     metadata_note,
     open_corpus,
     plan_result,
@@ -28,17 +27,16 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
-def align(options: opts.AlignOptions, with_metadata: opts.WithMetadata = False) -> Result:
+def align(options: opts.AlignOptions) -> Result:
     """Fit a map and write the source rows aligned by it."""
     from ..pipeline.align_run import align
 
     if options.dry_run:
         return _plan(options)
     source, target = _sides(options)
-    check_metadata(with_metadata, source)
     say_scratch(options.out, source, settings := settings_from(options))
     report = align(source, target, options.out, settings, engine_from(options))
-    return _reported(report, options.out, metadata_note(source, options.out, with_metadata))
+    return _reported(report, options.out, metadata_note(source, report))
 
 
 @command("Align", _SIDES)
@@ -65,7 +63,7 @@ def fit(options: opts.FitOptions) -> Result:
 @command(
     "Align", "--aligner OUT --text MORE --out OUT2", "--aligner A --text T --out O --shard 3/8"
 )
-def apply(options: opts.ApplyOptions, with_metadata: opts.WithMetadata = False) -> Result:
+def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..pipeline.align_run import AlignRun
     from ..pipeline.output import Written, check_output
@@ -77,17 +75,17 @@ def apply(options: opts.ApplyOptions, with_metadata: opts.WithMetadata = False) 
     if options.dry_run:
         steps = plan_apply(aligner, source, out, settings, part)
         return plan_result(steps, measured_seconds(steps, source, source, out, settings))
-    check_metadata(with_metadata, source)
     run = AlignRun(settings, part, engine=engine_from(options))
     say_scratch(options.out, source, settings)
     if part[1] > 1:
         run.apply(aligner, source, out)
-        return Result(run.passes[0].summary(), "")
+        later = "its files go along with the step that ends the array: merge --with-metadata"
+        return Result(run.passes[0].summary(), later * settings.with_metadata)
     check_output(out, [Written(source, source.subfolder)], settings)
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
         report = run.finish(out, aligner, source, aligned=aligned)
-    return _reported(report, options.out, metadata_note(source, options.out, with_metadata))
+    return _reported(report, options.out, metadata_note(source, report))
 
 
 @command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")
@@ -127,7 +125,8 @@ def merge(options: opts.JoinOptions, after: opts.After = "apply") -> Result:
 
     source, target = _sides(options)
     next_step, report = merge(source, target, options.out, settings_from(options), after)
-    result = _reported(report, options.out, next_step) if report else Result({}, next_step)
+    notes = next_step, metadata_note(source, report) if report else ""
+    result = _reported(report, options.out, *notes) if report else Result({}, next_step)
     facts = {"complete": report is not None, "next": next_step, **result.facts}
     return result._replace(facts=facts, answer=True)
 

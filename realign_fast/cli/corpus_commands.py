@@ -68,27 +68,13 @@ def say_scratch(out: str, source: Corpus, settings: Settings) -> None:
         LOGGER.info(message, extra={"event": {"event": "scratch"}})
 
 
-def check_metadata(asked: bool, *corpora: Corpus) -> None:
-    """Raise an OptionError where ``--with-metadata`` is given and no corpus has a ``metadata/``."""
+def metadata_note(corpus: Corpus, report: dict[str, Any]) -> str:
+    """Return how many files went along with the rows, or that ``metadata/`` stays where it is."""
     from ..corpus.layout import metadata_of
 
-    if asked and not any(map(metadata_of, corpora)):
-        raise OptionError(
-            f"--with-metadata: {corpora[0].path} is no clip-retrieval root with a metadata/ on "
-            "this machine; give the root, or leave the option out"
-        )
-
-
-def metadata_note(corpus: Corpus, out: str, copies: bool) -> str:
-    """Copy ``metadata/`` if asked, else say that it stays: it may be larger than the rows."""
-    from ..corpus.layout import METADATA, metadata_files, metadata_of
-
+    if files := report["carried_files"]:
+        return f"{files} other files of the root went along"
     folder = metadata_of(corpus)
-    if folder and copies:
-        (target := output_path(out) / METADATA).mkdir(parents=True, exist_ok=True)
-        for path in metadata_files(folder):
-            (target / path.name).write_whole(path.read_bytes())
-        return f"copied {folder} to {target}"
     return f"{folder} stays where it is; it describes the result too, row by row" if folder else ""
 
 

@@ -197,8 +197,6 @@ BatchBytes = Annotated[int, _run(
     "bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
-WithMetadata = Annotated[bool, _output("copy metadata/ of the clip-retrieval root too, so that "
-    "clip-retrieval index takes the result")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
 Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
     parser=_text(_kept))]
@@ -309,9 +307,12 @@ class MethodOptions(Options):
 
 
 class Writing(Options):
-    """The form of the written rows."""
+    """The form of the written rows, and the files that go along with them."""
 
     dtype: Dtype = None
+    with_metadata: Annotated[bool, _output("bring metadata/ of the clip-retrieval root along, and "
+        "where one side of it is aligned the other side as it is, so that clip-retrieval index "
+        "finds both")] = False
 
 
 class MergeOptions(Passes, MethodOptions):

@@ -10,7 +10,6 @@ from . import options as opts
 from .align_commands import engine_from, settings_from
 from .app import Result, command
 from .corpus_commands import (
-    check_metadata,
     metadata_note,
     open_corpus,
     open_space,
@@ -33,7 +32,7 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
     "--corpus TABLE --split-by modality --out OUT",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
-def unify(options: opts.UnifyOptions, with_metadata: opts.WithMetadata = False) -> Result:
+def unify(options: opts.UnifyOptions) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.plan import measured_seconds, plan_unify
     from ..pipeline.unify_run import unify
@@ -54,14 +53,12 @@ def unify(options: opts.UnifyOptions, with_metadata: opts.WithMetadata = False) 
         steps = plan_unify(sides, options.out, settings, part)
         rates_of = corpora[0], corpora[-1], options.out, settings, run
         return plan_result(steps, measured_seconds(steps, *rates_of))
-    check_metadata(with_metadata, *sides.documents.values())
     for corpus in sides.documents.values():
         say_scratch(options.out, corpus, settings)
     report = unify(sides, options.out, settings, engine_from(options), part)
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)
-    documents = sides.documents.values()
-    notes = [metadata_note(corpus, options.out, with_metadata) for corpus in documents]
+    notes = [metadata_note(corpus, report) for corpus in sides.documents.values()]
     return Result(report, _report_text(report, options.out, notes), has_report=True)
 
 

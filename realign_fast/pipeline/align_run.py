@@ -26,6 +26,7 @@ from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
 from .cached_corpus import CachedCorpus
+from .carried_files import carry
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
@@ -134,7 +135,8 @@ class AlignRun(PassRunner):
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         written = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=written)
-        earlier = read_manifest(records_of(out))["passes"].get(result.pass_name)
+        manifest = read_manifest(records_of(out))
+        earlier = manifest["passes"].get(result.pass_name)
         replaced = 0
         if task.checkpoints and earlier is None:  # a run that was killed before its manifest
             replaced = task.checkpoints.other_results(result.corpus.shards, task.identities)
@@ -149,6 +151,8 @@ class AlignRun(PassRunner):
         if self.part[1] == 1:
             has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
             result.corpus.finish(out / result.folder, keeps_columns=has_columns)
+            if self.settings.with_metadata:
+                self.carried |= carry(out, result.carried_files, manifest["files"])
         return moments
 
     def finish(
@@ -183,12 +187,14 @@ class AlignRun(PassRunner):
         """
         settings = {name: getattr(self.settings, name) for name in options}
         code = code_version(self.settings.device)
-        write_manifest(records_of(out), code, settings, self.manifest_passes, made_by)
+        passes = self.manifest_passes
+        write_manifest(records_of(out), code, settings, passes, made_by, self.carried)
         peak_unit = 1 if sys.platform == "darwin" else 1024
         report = facts | {
             "bad_rows": self.settings.bad_rows,
             "passes": [finished.summary() for finished in self.passes],
             "extended": self.extended,
+            "carried_files": len(self.carried),
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
             "kernels": {op: " ".join(ops.backend_of(op, self.settings.device)) for op in ops.OPS},

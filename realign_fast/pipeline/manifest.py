@@ -2,14 +2,16 @@
 
 ``passes`` holds for each pass the ``facts`` that its numbers depend on and one entry for each
 shard: the identity of the source file, the file of its statistics and its hash and, for an aligned
-shard, the checksum of its rows and how many of them are zero or NaN. A manifest has no dates, so
-equal runs write equal bytes.
+shard, the checksum of its rows and how many of them are zero or NaN. ``files`` are those that went
+along with the rows (:mod:`.carried_files`), by name. A manifest has no dates, so equal runs write
+equal bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,6 +35,7 @@ _SHARD: dict[str, Any] = dict.fromkeys(("path", "dtype", "stats", "blake2b"), st
 _SHARD |= dict.fromkeys(("rows", "dimension"), int)
 _WRITTEN_FACTS: dict[str, Any] = {"folder": str, "map": str}
 _WRITTEN: dict[str, Any] = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
+_FILE: dict[str, Any] = {"name": str, "path": str, "blake2b": str}
 _PATHS_IN_OUT = "stats", "folder", "name"  # are opened, so that none may lead out of the output
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
@@ -45,7 +48,7 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
     """
     path = records / MANIFEST
     if not path.exists():
-        return {"format": FORMAT, "passes": {}}
+        return {"format": FORMAT, "passes": {}, "files": {}}
     try:
         manifest = json.loads(path.read_bytes())
         fault = _first_fault(manifest)
@@ -56,8 +59,16 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
             f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
             "--mode overwrite, or give another --out"
         )
-    result: dict[str, Any] = manifest
+    result: dict[str, Any] = {"files": {}} | manifest
     return result
+
+
+def files_before(records: StoragePath) -> dict[str, Entry]:
+    """Return the files that went along with the rows of an earlier run; none of a damaged one."""
+    with suppress(ValueError):
+        files: dict[str, Entry] = read_manifest(records)["files"]
+        return files
+    return {}
 
 
 def check_arithmetic(records: StoragePath, code: str) -> None:
@@ -92,6 +103,12 @@ def _first_fault(manifest: Any) -> str:
     passes = manifest.get("passes")
     if not isinstance(passes, dict) or not isinstance(manifest.get("aligner"), str):
         return "passes that are no object, or an aligner that is no hash"
+    parts: list[tuple[str, Any, dict[str, Any]]] = []
+    if not isinstance(files := manifest.get("files", {}), dict):
+        return "files that are no object"
+    for name, entry in files.items():
+        named = entry | {"name": name} if isinstance(entry, dict) else entry
+        parts.append((f"file {name}", named, _FILE))
     for name, record in passes.items():
         if not isinstance(record, dict) or not isinstance(record.get("facts"), dict):
             return f"{name} without facts"
@@ -99,33 +116,41 @@ def _first_fault(manifest: Any) -> str:
             return f"{name} without a list of shards"
         writes = name.startswith("apply")
         written_facts, written = (_WRITTEN_FACTS, _WRITTEN) if writes else ({}, {})
-        parts = [("facts", record["facts"], _FACTS | written_facts)]
-        parts += [(f"shard {index}", entry, _SHARD | written) for index, entry in enumerate(shards)]
-        for part, values, types in parts:
-            for key, allowed in types.items():
-                known = isinstance(values, dict) and key in values
-                is_ours = known and isinstance(values[key], allowed)
-                if is_ours and key in _PATHS_IN_OUT:
-                    place = PurePosixPath(values[key])
-                    is_ours = not place.is_absolute() and ".." not in place.parts
-                if not is_ours:
-                    value = repr(values[key])[:60] if known else "nothing"
-                    return f"{value} as {key} of {part} of {name}"
+        parts.append((f"facts of {name}", record["facts"], _FACTS | written_facts))
+        types = _SHARD | written
+        parts += [(f"shard {index} of {name}", entry, types) for index, entry in enumerate(shards)]
+    for part, values, types in parts:
+        for key, allowed in types.items():
+            known = isinstance(values, dict) and key in values
+            is_ours = known and isinstance(values[key], allowed)
+            if is_ours and key in _PATHS_IN_OUT:
+                place = PurePosixPath(values[key])
+                is_ours = not place.is_absolute() and ".." not in place.parts
+            if not is_ours:
+                value = repr(values[key])[:60] if known else "nothing"
+                return f"{value} as {key} of {part}"
     return ""
 
 
 def write_manifest(
-    records: StoragePath, code: str, settings: Entry, passes: Passes, aligner_hash: str | None
+    records: StoragePath,
+    code: str,
+    settings: Entry,
+    passes: Passes,
+    aligner_hash: str | None,
+    files: dict[str, Entry],
 ) -> None:
-    """Write the manifest, with the passes of earlier runs that this run did not repeat.
+    """Write the manifest, with the passes and files of earlier runs that this run did not repeat.
 
     ``aligner_hash`` is the hash of the map beside it (:func:`.checkpoints.map_hash`).
     """
-    passes = read_manifest(records)["passes"] | passes
+    earlier = read_manifest(records)
+    passes, files = earlier["passes"] | passes, earlier["files"] | files
     names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
     ordered = {name: passes[name] for name in names if name in passes}
     facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
-    write_json(records / MANIFEST, facts | {"passes": ordered})
+    facts |= {"passes": ordered} | ({"files": dict(sorted(files.items()))} if files else {})
+    write_json(records / MANIFEST, facts)
 
 
 def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) -> None:

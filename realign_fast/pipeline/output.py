@@ -14,19 +14,20 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
 
 from ..corpus import Corpus
 from ..corpus.format_registry import FORMATS, is_output_shard
-from ..corpus.layout import SUBFOLDERS, check_apart
+from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of
 from ..interface.option_values import Dtype, Mode, OptionError
 from ..storage.local import LocalPath
 from ..storage.paths import StoragePath, local_path, records_of
+from .carried_files import check_carried, is_same
 from .checkpoints import STATS, Checkpoints
-from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
+from .manifest import ALIGN_PASSES, MANIFEST, check_source, files_before, read_manifest
 from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
@@ -45,6 +46,22 @@ class Written(NamedTuple):
         """Return the size of a row of the result in bytes."""
         itemsize = settings.result_dtype(self.corpus).itemsize
         return itemsize * (self.columns or self.corpus.dimension)
+
+    @property
+    def carried_files(self) -> dict[str, LocalPath]:
+        """The files of a clip-retrieval root that go along with its rows, by name in the output."""
+        if self.pass_name.endswith("queries"):
+            return {}
+        metadata = metadata_of(corpus := self.corpus)
+        paths = metadata_files(metadata) if metadata else []
+        if self.pass_name == "apply" and corpus.subfolder and not corpus.path.is_remote:
+            (other_side,) = {*SUBFOLDERS.values()} - {corpus.subfolder}
+            folder = corpus.path / other_side
+            listed = folder.listed() if folder.is_dir() else ()
+            paths += [
+                folder / name for name, is_folder in listed if not (is_folder or name[0] in "._")
+            ]
+        return {f"{path.parent.name}/{path.name}": local_path(path) for path in paths}
 
 
 def check_output(
@@ -67,8 +84,11 @@ def check_output(
         check_place(out, result.corpus, subfolders=folders)
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
-    replaced = _check_shards(out, results, settings.mode)
+    carried = files_to_carry(results, settings)
+    earlier = files_before(records_of(out))
+    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier})
     check_kept(out, results, settings.mode)
+    copied = check_carried(out, carried, earlier)
     _check_dtype(out, results, settings)
     if out.is_remote:
         check_scratch(out, results, settings)
@@ -78,12 +98,38 @@ def check_output(
         local_path(path).lstat().st_size for path in replaced
     )
     needed = sum(result.corpus.num_rows * result.row_bytes(settings) for result in results)
+    statuses = [path.stat() for path in copied]
+    device = _existing(folder).stat().st_dev
+    needed += sum(status.st_size for status in statuses if status.st_dev != device)
     if needed > room:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: the result takes {format_bytes(needed)}, there are "
             f"{format_bytes(room)}; make room or give another --out",
         )
+
+
+def files_to_carry(results: Sequence[Written], settings: Settings) -> dict[str, LocalPath]:
+    """Return the files that go along with some results, by name in the output.
+
+    Raises:
+        OptionError: files are asked for, and there are none, or two that differ have one name.
+    """
+    files: dict[str, LocalPath] = {}
+    for result in results if settings.with_metadata else ():
+        for name, path in result.carried_files.items():
+            other = files.setdefault(name, path)
+            if not is_same(other, path):
+                raise OptionError(
+                    f"with-metadata: {other} and {path} would both become {name}; rename one of "
+                    "them, or leave the option out"
+                )
+    if settings.with_metadata and not files:
+        raise OptionError(
+            f"with-metadata: {results[0].corpus.path} is no clip-retrieval root with a metadata/ "
+            "on this machine; give the root, or leave the option out"
+        )
+    return files
 
 
 def _check_dtype(out: StoragePath, results: Sequence[Written], settings: Settings) -> None:
@@ -229,14 +275,20 @@ def format_bytes(count: int) -> str:
     return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
 
 
-def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[StoragePath]:
-    """Return the shards in ``out``; refuse others than those of earlier runs on these sources."""
+def _check_shards(
+    out: StoragePath, results: Sequence[Written], mode: Mode, carried: Collection[str]
+) -> set[StoragePath]:
+    """Return the shards in ``out``; refuse others than those of earlier runs on these sources.
+
+    ``carried`` are the names of files that are no result.
+    """
     expected = {
         out / result.folder / shard.path.name
         for result in results
         for shard in result.corpus.shards
     }
     present = {path for name in _folders(out, results, mode) for path in _shards_in(out / name)}
+    present -= {out / name for name in carried}
     if unknown := present - expected:
         advice = "give an empty --out, or that of an earlier run on the same source"
         if mode == "extend":

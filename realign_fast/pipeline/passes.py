@@ -20,7 +20,7 @@ from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
-from .manifest import MANIFEST, Passes, check_arithmetic
+from .manifest import MANIFEST, Passes, check_arithmetic, files_before
 from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
 from .table_rows import AnyMap
@@ -79,6 +79,7 @@ class PassRunner:
     engine: Engine | None = None
     passes: list[Pass] = field(default_factory=list, init=False)
     manifest_passes: Passes = field(default_factory=dict, init=False)
+    carried: dict[str, Entry] = field(default_factory=dict, init=False)  # files of the manifest
     extended: dict[str, int] = field(default_factory=dict, init=False)  # rows of absent shards
     out: StoragePath | None = field(default=None, init=False)
     records: StoragePath | None = field(default=None, init=False)  # None: no checkpoints are kept
@@ -112,6 +113,7 @@ class PassRunner:
             if self.settings.mode != "overwrite":
                 check_arithmetic(records, code_version(self.settings.device))
             else:
+                self.carried = files_before(records)
                 (records / MANIFEST).unlink(missing_ok=True)
                 stats = records / STATS
                 for name in [name for name, is_folder in stats.listed() if is_folder]:

@@ -198,6 +198,7 @@ def measured_seconds(
     scratch = output_path(f"{str(out).rstrip('/')}.plan")
     settings = settings or Settings()
     quick = replace(settings, progress=False, mode="overwrite", fit_rows=0, memory=0)
+    quick = replace(quick, with_metadata=False)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     is_kept = source.nbytes + target.nbytes < memory / 2
     try:

@@ -36,6 +36,8 @@ class Settings:
             another type of device may differ in their last bits.
         dtype: number type of the written rows, to which each is rounded once; None is that of the
             source.
+        with_metadata: bring ``metadata/`` of a clip-retrieval root into the output too, and where
+            one side of it is aligned also the other one, as it is (:mod:`.carried_files`).
     """
 
     bad_rows: BadRows = "error"
@@ -50,6 +52,7 @@ class Settings:
     memory: int = 0
     device: str = "cpu"
     dtype: Dtype | None = None
+    with_metadata: bool = False
 
     def result_dtype(self, corpus: Corpus) -> torch.dtype:
         """Return the number type in which the result of a corpus is written."""

@@ -3,14 +3,14 @@
 Checked of every aligned shard: that it exists, its shape and dtype, the checksum of its rows, how
 many rows are zero or NaN, that the others are unit rows, and that its mean is the one recorded when
 it was made. Checked besides: that no unknown shard lies among them or in a folder below, the
-hash of every statistics file, and that the aligner is the map that the rows went through. The
-source is not read. The output may be at a URL.
+hash of every statistics file and of every file that went along with the rows, and that the aligner
+is the map that the rows went through. The source is not read. The output may be at a URL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..shared_space import SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
+from .carried_files import file_digest
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
 from .output import ALIGNER, FOLDERS, REPORT, SPACE
@@ -71,7 +72,10 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     if not (records / REPORT).exists():
         faults.append(f"{records / REPORT}: missing: the last run did not end; run it again")
     for record in manifest["passes"].values():
-        faults += _statistics_faults(records, record["shards"])
+        for entry in record["shards"]:
+            faults += _content_faults(records / entry["stats"], entry, digest)
+    for name, entry in manifest["files"].items():
+        faults += _content_faults(out / name, entry, file_digest)
     written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
     maps = _maps_of(records, manifest["aligner"], applied, faults)
@@ -84,10 +88,14 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             faults += [f"{path}: {fault}" for fault in found]
             rows.append(entry["rows"])
         known.setdefault(folder, set()).update(entry["name"] for entry in record["shards"])
+    for name in manifest["files"]:
+        if (folder := (out / name).parent).name in FOLDERS.values():
+            known.setdefault(folder, set()).add((out / name).name)
     for folder, names in known.items():
         faults += _unknown_shards(folder, names, {METADATA, *FOLDERS.values()}, set())
     files = sum(len(record["shards"]) for record in manifest["passes"].values())
-    return {"shards": len(rows), "rows": sum(rows), "statistics": files}, faults
+    checked = {"shards": len(rows), "rows": sum(rows), "statistics": files}
+    return checked | ({"files": len(manifest["files"])} if manifest["files"] else {}), faults
 
 
 def _unknown_shards(
@@ -112,13 +120,13 @@ def _unknown_shards(
                     yield from _unknown_shards(path, (), (), seen)
 
 
-def _statistics_faults(records: StoragePath, entries: list[dict[str, Any]]) -> Iterator[str]:
-    for entry in entries:
-        path = records / entry["stats"]
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif (actual := digest(path)) != entry["blake2b"]:
-            yield f"{path}: has blake2b {actual}, the manifest says {entry['blake2b']}"
+def _content_faults(
+    path: StoragePath, entry: dict[str, Any], digest_of: Callable[[StoragePath], str]
+) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: missing"
+    elif (actual := digest_of(path)) != entry["blake2b"]:
+        yield f"{path}: has blake2b {actual}, the manifest says {entry['blake2b']}"
 
 
 def _maps_of(
@@ -228,7 +236,7 @@ def _mean_faults(
     mean: torch.Tensor, count: int, stats: StoragePath, allowed: float
 ) -> Iterator[str]:
     """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
-    with suppress(OSError, ValueError):  # _statistics_faults reports a damaged file
+    with suppress(OSError, ValueError):  # _content_faults reports a damaged file
         recorded = Moments.load(stats)
         # Zeros in the place of skipped rows take no part in the recorded mean.
         expected = recorded.mean * recorded.count / count if recorded.count else mean

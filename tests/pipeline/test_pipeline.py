@@ -170,6 +170,7 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
         "device",
         "fitted_on",
         "sample",
+        "carried_files",
         "extended",
     }
     assert report["fitted_on"] == "every row" and report["sample"] is None

@@ -1,0 +1,188 @@
+"""``--with-metadata``: ``metadata/`` and the other side of a root go along with aligned rows."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.kill_and_resume import child, tree
+
+from realign_fast import Corpus
+from realign_fast.cli import main
+from realign_fast.pipeline import carried_files
+from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.verify import verify
+
+SETTINGS = Settings(progress=False, with_metadata=True)
+CARRIED = ["img_emb/img_emb_0.npy", "img_emb/img_emb_1.npy"]
+CARRIED += ["metadata/metadata_0.parquet", "metadata/metadata_1.parquet"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    generator = np.random.default_rng(0)
+    for folder in ("text_emb", "img_emb", "metadata"):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+    for number, count in enumerate((30, 20)):
+        for shift, side in enumerate(("text", "img")):
+            rows = (generator.standard_normal((count, 16)) + shift).astype("f2")
+            np.save(tmp_path / f"root/{side}_emb/{side}_emb_{number}.npy", rows)
+        ids = pa.table({"id": [f"{number}-{row}" for row in range(count)]})
+        pq.write_table(ids, tmp_path / f"root/metadata/metadata_{number}.parquet")
+    return tmp_path / "root"
+
+
+def run(command, root, out, *options):
+    paths = "--text", str(root), "--image", str(root), "--out", str(out)
+    return main.main([command, *paths, "--with-metadata", "--quiet", *options])
+
+
+def test_a_result_has_the_folders_of_an_index_of_both_sides(root, tmp_path):
+    """As ``clip-retrieval index`` pairs them: the files of each folder in the order of names."""
+    out = tmp_path / "out"
+    align(root, root, out, SETTINGS)
+    tables = [pq.read_table(path) for path in sorted((out / "metadata").iterdir())]
+    for side, rows_of in (("text", out), ("img", root)):
+        paths = sorted((out / f"{side}_emb").iterdir())
+        assert [len(np.load(path)) for path in paths] == [table.num_rows for table in tables]
+        expected = Corpus(rows_of, "text" if side == "text" else "image").take(range(50)).numpy()
+        assert np.array_equal(np.concatenate([np.load(path) for path in paths]), expected)
+    ids = [f"{n}-{row}" for n, count in enumerate((30, 20)) for row in range(count)]
+    assert pa.concat_tables(tables)["id"].to_pylist() == ids
+    manifest = json.loads((out / "__realign__/manifest.json").read_text())
+    assert list(manifest["files"]) == CARRIED
+    assert all((out / name).samefile(root / name) for name in CARRIED)
+    assert verify(out) == ({"shards": 2, "rows": 50, "statistics": 8, "files": 4}, [])
+
+
+def test_a_second_run_keeps_them_and_a_changed_source_replaces_its_own(
+    root, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    align(root, root, out, SETTINGS)
+    before = tree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(carried_files, "file_digest", None)  # nothing is read or written again
+        patch.setattr(carried_files, "_place", None)
+        align(root, root, out, SETTINGS)
+    assert tree(out) == before
+    for mode in ("incremental", "overwrite", "incremental"):  # without the option they stay
+        align(root, root, out, Settings(progress=False, mode=mode))
+        assert tree(out) == before
+    (root / CARRIED[0]).unlink()
+    np.save(root / CARRIED[0], np.load(out / CARRIED[0])[::-1])
+    os.utime(root / CARRIED[0], ns=(10**18, 10**18))
+    align(root, root, out, SETTINGS)
+    assert (out / CARRIED[0]).samefile(root / CARRIED[0]) and verify(out)[1] == []
+    shutil.copy(root / CARRIED[0], tmp_path / "copy")
+    os.replace(tmp_path / "copy", out / CARRIED[1])
+    (out / CARRIED[2]).unlink()
+    np.save(out / "img_emb/img_emb_2.npy", np.zeros((3, 16), "f2"))
+    assert main.main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    messages = [
+        "_1.npy: has blake2b",
+        "_0.parquet: missing",
+        "_2.npy: is a shard that the manifest",
+    ]
+    assert [message in line for line, message in zip(lines, messages, strict=False)] == [True] * 3
+    assert len(lines) == 4 and "4 files checked, 3 faults" in lines[3]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_killed_run_is_continued(root, tmp_path, cut):
+    out, place, calls = tmp_path / "out", carried_files._place, []
+
+    def kill_at(source, target):
+        calls.append(target)
+        if len(calls) == cut:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return place(source, target)
+
+    def killed():
+        carried_files._place = kill_at
+        align(root, root, out, SETTINGS)
+
+    _, status = os.waitpid(child(killed), 0)
+    assert os.WIFSIGNALED(status) and not (out / "__realign__/manifest.json").exists()
+    assert sum((out / name).exists() for name in CARRIED) == cut - 1
+    align(root, root, out, SETTINGS)
+    align(root, root, tmp_path / "clean", SETTINGS)
+    assert tree(out) == tree(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "memory://"])
+def test_other_file_systems_and_buckets_get_copies(root, tmp_path, place):
+    if place == "memory://":
+        import fsspec
+
+        out, read = "memory://bucket/carried", fsspec.filesystem("memory").cat_file
+    else:
+        folder = Path(tempfile.mkdtemp(dir=place))
+        assert folder.stat().st_dev != root.stat().st_dev, "choose another file system"
+        out, read = str(folder / "out"), lambda path: Path(path).read_bytes()
+    try:
+        for _ in range(2):
+            align(root, root, out, SETTINGS)
+            assert [read(f"{out}/{name}") for name in CARRIED] == [
+                (root / name).read_bytes() for name in CARRIED
+            ]
+            assert verify(out)[1] == []
+        assert (root / CARRIED[0]).stat().st_nlink == 1
+    finally:
+        if place != "memory://":
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("mode", ["incremental", "overwrite"])
+def test_nothing_of_others_is_replaced(root, tmp_path, capsys, mode):
+    """Neither rows of unify, whose run ended or was killed, nor a file of the user."""
+    options = "--mode", mode
+    assert run("unify", root, tmp_path / "space") == 0
+    shutil.copytree(tmp_path / "space", tmp_path / "killed")
+    (tmp_path / "killed/__realign__/manifest.json").unlink()
+    (tmp_path / "mine/metadata").mkdir(parents=True)
+    (tmp_path / "mine" / CARRIED[3]).write_bytes(b"mine")
+    for name, message in (
+        ("space", "" if mode == "overwrite" else "holds the result of another command"),
+        ("killed", "img_emb_0.npy: is not "),
+        ("mine", "metadata_1.parquet: is not "),
+    ):
+        before = tree(tmp_path / name)
+        assert run("align", root, tmp_path / name, *options) == 2
+        assert message in capsys.readouterr().err
+        assert tree(tmp_path / name) == before
+
+
+def test_metadata_of_two_roots_do_not_become_one(root, tmp_path, capsys):
+    shutil.copytree(root, tmp_path / "other")
+    pq.write_table(pa.table({"id": ["x"] * 30}), tmp_path / "other/metadata/metadata_0.parquet")
+    paths = "--text", str(root), "--image", str(tmp_path / "other"), "--out", str(tmp_path / "out")
+    assert main.main(["unify", *paths, "--with-metadata"]) == 2
+    assert "would both become metadata/metadata_0.parquet" in capsys.readouterr().err
+
+
+def test_a_job_array_brings_them_along_at_its_end(root, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run("align", root, whole) == 0
+    for side in ("--text", "--image"):
+        assert main.main(["stats", side, str(root), "--out", str(out), "--quiet"]) == 0
+    sides = "--text", str(root), "--image", str(root), "--out", str(out), "--quiet"
+    assert main.main(["merge", *sides, "--after", "statistics"]) == 0
+    drift = "--aligner", str(out), "--text", str(root), "--out", str(out), "--quiet"
+    assert main.main(["stats", *drift]) == 0
+    assert main.main(["merge", *sides, "--after", "drift"]) == 0
+    capsys.readouterr()
+    assert main.main(["apply", *drift[:-1], "--shard", "1/2", "--with-metadata"]) == 0
+    assert "merge --with-metadata" in capsys.readouterr().out
+    assert main.main(["apply", *drift, "--shard", "2/2"]) == 0
+    assert not (out / "img_emb").exists()
+    assert main.main(["merge", *sides, "--with-metadata"]) == 0
+    assert tree(out) == tree(whole)
