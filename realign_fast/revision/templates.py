@@ -5,10 +5,10 @@ It is `IMAGE_TOKEN`, or the own token of a model with its own seam (`llava.attac
 
 `Plain` (stage 1) encodes `[BOS][visual tokens]caption[EOS]`, with the loss on the caption and the
 EOS that ends it. `Chat` (stage 2) runs the chat template of the tokenizer, with the loss on the
-answers alone. A template is a program, so the place of an answer is found by running it: the text
-with the answer begins with the text before it plus the generation prompt, and what follows is the
-answer, up to the first added token after it, which ends the turn. An answer that the template
-writes in another way once turns follow it is found by marks around it.
+answers alone. A template is a program, so the place of an answer is found by running it. An answer
+begins after the turns before it with the generation prompt, and ends at a mark that is put after
+it, with what closes a turn up to the first added token. Where the template writes a prompt in
+another way once turns follow, a mark before the answer tells its beginning.
 
 The text is tokenized as a whole, as at inference, and labels come from the characters that a token
 stands for. Spaces at the end of a generation prompt ("ASSISTANT: ") belong to the answer, since
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from ..interface.option_values import DEFAULT_QUESTION, RECIPES, Recipe, TemplateName
@@ -29,7 +30,7 @@ from .conversation_files import IMAGE_MARK, Sample, Turn
 from .model import IMAGE_TOKEN
 
 IGNORED_LABEL = -100
-_BEGIN, _END = "\ue000", "\ue001"  # around an answer that is searched for; no text holds them
+_MARK = "\ue000"  # stands at an answer whose place is looked for; no text holds it
 _WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without white space around it
 Span = tuple[int, int]  # the first character, and that after the last
 Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
@@ -119,6 +120,7 @@ class Chat(_Encoder):
     """Encodes conversations with the chat template of a tokenizer."""
 
     name: TemplateName = "chat"
+    _closing = ""  # what follows an answer, up to the first added token, which ends the turn
 
     def _set_up(self) -> None:
         tokenizer = self.tokenizer
@@ -131,12 +133,16 @@ class Chat(_Encoder):
             raise ValueError(f"{tokenizer.name_or_path}: {reason}")
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         marks = sorted(filter(str.strip, added), key=len, reverse=True)  # the longest match
-        self._added = re.compile("|".join(map(re.escape, marks)) or "(?!)")
-        labels = self.encode(Sample("", [], None, [("user", "x"), ("assistant", "x")])).labels
+        added_tokens = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        sample = Sample("", [], None, [("user", "x"), ("assistant", "x")])
+        text, ((_, end),) = self._render_spans(sample.turns)
+        end_of_turn = added_tokens.search(text, end)
+        self._closing = text[end : end_of_turn.end()] if end_of_turn else text[end:].rstrip()
+        labels = self.encode(sample).labels
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
-        end_of_turn = set(last) & set(tokenizer.added_tokens_decoder)
-        self.end_ids = sorted({*self.end_ids, *end_of_turn})
-        self._end_mark = _certain_mark(tokenizer, *end_of_turn) if end_of_turn else None
+        end_tokens = set(last) & set(tokenizer.added_tokens_decoder)
+        self.end_ids = sorted({*self.end_ids, *end_tokens})
+        self._end_mark = _certain_mark(tokenizer, *end_tokens) if end_tokens else None
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
@@ -198,70 +204,49 @@ class Chat(_Encoder):
         turns = _turns(sample, self.recipe)
         return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
-    def _render_spans(self, turns: Sequence[Turn], retry: bool = True) -> tuple[str, list[Span]]:
+    def _render_spans(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
         """Return the text of a conversation, and where its answers and their end tokens lie."""
-        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
-        until = [turns[: number + 1] for number in numbers if number + 1 < len(turns)]
-        text, *after = self.render([turns, *until])
-        prefixes = [turns[:number] for number in numbers]
-        before = self.render(prefixes, generate=True) if prefixes else []
         try:
-            spans = [
-                self._answer_span(turns, number, text, start, end)
-                for number, start, end in zip(numbers, before, [*after, text], strict=False)
-            ]
+            return self._spans_once(turns)
         except ValueError:  # a template may write the date, which changed between two renderings
-            if retry:
-                return self._render_spans(turns, retry=False)
-            raise
+            return self._spans_once(turns)
+
+    def _spans_once(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+        (text,) = self.render([turns])
+        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        ends = self._places(turns, text, "{answer}{mark}")
+        prompts = [turns[:number] for number in numbers]
+        before = self.render(prompts, generate=True) if prompts else []
+        starts = list(map(len, before))
+        if not all(map(text.startswith, before)):  # a template may change them as turns follow
+            marked = zip(before, self._places(turns, text, "{mark}{answer}"), strict=True)
+            starts = [len(b) if text.startswith(b) else place for b, place in marked]
+        ends = [end + len(self._closing) * text.startswith(self._closing, end) for end in ends]
+        starts = [len(text[:start].rstrip(" ")) for start in starts]
         if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
             reason = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"
             advice = "give a template that writes every turn once (--chat-template FILE)"
             raise ValueError(f"{self.tokenizer.name_or_path}: {reason}; {advice}")
-        return text, spans
+        return text, list(zip(starts, ends, strict=True))
 
-    def _answer_span(
-        self, turns: Sequence[Turn], number: int, text: str, before: str, after: str
-    ) -> Span:
-        """Return where in `text` turn `number` and the token that ends it lie.
-
-        `before` is the text up to that turn with the generation prompt, `after` that with the turn.
-        """
-        if after.startswith(before):
-            after = before + self._until_turn_end(after[len(before) :], turns[number][1].strip())
-            if text.startswith(after):
-                return len(before.rstrip(" ")), len(after)
-            at_the_end = self._find(turns[: number + 1], number, after)
-            span = self._find(turns, number, text)
-            if at_the_end and span:
-                closing = after[at_the_end[1] :]
-                return span[0], span[1] + len(closing) * text.startswith(closing, span[1])
-        raise ValueError(
-            f"{self.tokenizer.name_or_path}: the chat template renders answer "
-            f"{turns[number][1][:40]!r} in another way at the end of its text; give one that only "
-            "appends (--chat-template FILE)"
-        )
-
-    def _until_turn_end(self, text: str, answer: str) -> str:
-        """Return `text` up to the first added token after `answer`, or all of it without one."""
-        masked = self._added.sub(lambda token: "\0" * len(token[0]), text)  # whose name may hold it
-        content = max(masked.rfind(answer), 0) or text.rfind(answer)
-        end_of_turn = self._added.search(text, max(content, 0) + len(answer))
-        return text[: end_of_turn.end()] if end_of_turn else text.rstrip()
-
-    def _find(self, turns: Sequence[Turn], number: int, text: str) -> Span | None:
-        """Return where in `text`, made from `turns`, one of them lies, or None if it is cut.
-
-        Spaces before it belong to it, because they are part of its first token.
-        """
-        role, content = turns[number]
-        answer = content.strip()  # a template may strip it, which marks would keep it from
-        marked = content.replace(answer, f"{_BEGIN}{answer}{_END}", 1)
-        (rendered,) = self.render([[*turns[:number], (role, marked), *turns[number + 1 :]]])
-        parts = re.split(f"{_BEGIN}|{_END}", rendered)
-        if len(parts) != 3 or parts[1] != answer or not "".join(parts).startswith(text):
-            return None
-        return len(parts[0].rstrip(" ")), len(parts[0] + answer)
+    def _places(self, turns: Sequence[Turn], text: str, form: str) -> list[int]:
+        """Return the places in `text`, made from `turns`, of a mark that `form` puts to answers."""
+        marked, answers = [], []
+        for role, content in turns:
+            if role == "assistant":  # a template may strip it, which marks would keep it from
+                answers.append(answer := content.strip())
+                content = content.replace(answer, form.format(answer=answer, mark=_MARK), 1)
+            marked.append((role, content))
+        (rendered,) = self.render([marked])
+        *pieces, _ = parts = rendered.split(_MARK)
+        if len(pieces) != len(answers) or "".join(parts) != text:
+            changed = next((a for a in answers if a not in text), "".join(answers[:1]))
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: the chat template renders answer {changed[:40]!r} "
+                "in another way at the end of its text; give one that only appends "
+                "(--chat-template FILE)"
+            )
+        return list(accumulate(map(len, pieces)))
 
     def _tokenize(self, text: str, answers: Sequence[Span]) -> Encoded:
         """Tokenize the pieces of a text between its image marks; label the spans of `answers`."""
