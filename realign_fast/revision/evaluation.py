@@ -21,15 +21,14 @@ from ..align import ReAlign
 from .conversation_files import Sample
 from .generation import respond
 from .model import ReVisionModel
-from .templates import IGNORED_LABEL, Encoded, Template
+from .templates import IGNORED_LABEL, Template
 from .text_scores import cider, exact_match, interval
 from .training_data import Collator, Conversations, Item, spread
 
-Pair = tuple[int, str]  # the index of a sample, and a text
+Query = tuple[int, str, int]  # a sample, a text for it, and the sample whose images are shown
 Figure = dict[str, float]  # `value`, `low` and `high`
 Vector = NDArray[np.float64]
-Scores = tuple[Vector, Vector]  # of texts: the log-likelihood, in nats, and the number of tokens
-_MEAN_ROW = -1  # in place of a sample's number: the mean of all rows as the image
+_MEAN_ROW = -1  # in place of the latter: the mean of all rows as the image
 _EXAMPLES = 5  # generated texts that are reported
 
 
@@ -73,15 +72,19 @@ def evaluate(
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
     references = scorer.references
     wrong_texts = _draw_wrong_texts(references, choices, seed) if choices else []
-    sums, tokens = scorer.sums(list(enumerate(references)))
+    own = [(number, text, number) for number, text in enumerate(references)]
+    sums, tokens = scorer.sums(own)
     figures: dict[str, Any] = {"samples": len(tokens), "tokens": int(tokens.sum())}
     figures["loss"] = interval(-sums / tokens, tokens)
-    if gain := _gain(scorer, sums, tokens, seed):
-        figures["gain"] = gain
+    exchanged, differs = _exchanged(scorer, seed)
+    if differs.any():
+        other = [(number, text, exchanged[number]) for number, text, _ in own]
+        gains = (sums - scorer.sums(other)[0]) / tokens
+        figures["gain"] = interval(gains[differs], tokens[differs])
     if choices:
         figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)
-    if choices and gain:
-        figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
+        if differs.any():
+            figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
     return figures | (_generation_figures(scorer, max_new_tokens) if generate else {})
 
 
@@ -116,58 +119,50 @@ class LikelihoodScorer:
         self._known: dict[Hashable, tuple[float, float]] = {}
         self._mean_row = torch.cat(list(self.rows)).mean(0)
 
-    def sums(self, pairs: Sequence[Pair], images: Sequence[int] | None = None) -> Scores:
-        """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each.
-
-        `images` are the samples whose images are shown, or `_MEAN_ROW`; by default every text is
-        scored with the images of its own sample.
-        """
-        images = [sample for sample, _ in pairs] if images is None else images
-        keys: list[Hashable] = []
-        new: dict[Hashable, Item] = {}
-        for (sample, text), image in zip(pairs, images, strict=True):
-            ids, labels = self._encode(self.samples[sample], text)
-            rows = self.rows[image if image != _MEAN_ROW else sample]
-            if image == _MEAN_ROW:
-                rows = self._mean_row.expand_as(rows)
-            keys.append((tuple(ids), image))
-            if keys[-1] not in self._known:
-                new[keys[-1]] = {"input_ids": ids, "labels": labels, "image_rows": rows}
-        scores = self._log_likelihoods(list(new.values()))
-        self._known |= dict(zip(new, zip(*scores, strict=True), strict=True))
+    def sums(self, queries: Sequence[Query]) -> tuple[Vector, Vector]:
+        """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each."""
+        items = [self._item(*query) for query in queries]
+        keys = [(tuple(item["input_ids"]), item["image"]) for item in items]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        self._known |= zip(new, self._scores(list(new.values())), strict=True)
         sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
         return sums, tokens
 
-    def likelihoods(self, pairs: Sequence[Pair]) -> Vector:
-        """Return the mean log-likelihood of the tokens of each text, `[n]`."""
-        sums, tokens = self.sums(pairs)
+    def likelihoods(self, sample_numbers: Sequence[int], texts: Sequence[str]) -> Vector:
+        """Return the mean log-likelihood of the tokens of a text for each sample, `[n]`."""
+        sums, tokens = self.sums(list(zip(sample_numbers, texts, sample_numbers, strict=True)))
         return sums / tokens
 
-    def gains(self, pairs: Sequence[Pair]) -> Vector:
+    def gains(self, sample_numbers: Sequence[int], texts: Sequence[str]) -> Vector:
         """Return `likelihoods` minus those with the mean row: what the images add to each text."""
-        sums, tokens = self.sums(pairs, [_MEAN_ROW] * len(pairs))
-        return self.likelihoods(pairs) - sums / tokens
+        mean_row = [_MEAN_ROW] * len(texts)
+        sums, tokens = self.sums(list(zip(sample_numbers, texts, mean_row, strict=True)))
+        return self.likelihoods(sample_numbers, texts) - sums / tokens
 
-    def _encode(self, sample: Sample, text: str) -> Encoded:
+    def _item(self, number: int, text: str, image: int) -> Item:
         """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
-        ids, labels = self.template.encode(self.template.with_answer(sample, text))
-        if self.template.positions and len(ids) > self.template.positions:
+        template, sample = self.template, self.samples[number]
+        ids, labels = template.encode(template.with_answer(sample, text))
+        if template.positions and len(ids) > template.positions:
             raise ValueError(
                 f"evaluate: {text[:40]!r} as the answer of sample {sample.id!r} makes {len(ids)} "
-                f"tokens, expected at most {self.template.positions}, which is what the language "
-                "model takes; leave out long samples (--max-length) or the choice (--choices 0)"
+                f"tokens, expected at most {template.positions}, which is what the language model "
+                "takes; leave out long samples (--max-length) or the choice (--choices 0)"
             )
-        prompt = len(self.template.prompt(sample))
-        return Encoded(ids, [IGNORED_LABEL] * prompt + labels[prompt:])
+        prompt = len(template.prompt(sample))
+        labels = [IGNORED_LABEL] * prompt + labels[prompt:]
+        rows = self.rows[number if image == _MEAN_ROW else image]
+        rows = self._mean_row.expand_as(rows) if image == _MEAN_ROW else rows
+        return {"input_ids": ids, "labels": labels, "image_rows": rows, "image": image}
 
     @torch.no_grad()
-    def _log_likelihoods(self, items: Sequence[Item]) -> Scores:
+    def _scores(self, items: Sequence[Item]) -> list[list[float]]:
         """Return the log-likelihood and the number of the labelled tokens of each item.
 
         Items of similar length run together, so that there is little padding.
         """
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
-        sums, tokens = np.zeros(len(items)), np.zeros(len(items))
+        scores = np.zeros((len(items), 2))
         for start in range(0, len(order), self.batch):
             indices = order[start : start + self.batch]
             inputs = Collator(0)([items[index] for index in indices])
@@ -177,17 +172,15 @@ class LikelihoodScorer:
             logits = self.model(**inputs).logits[:, :-1][labelled].float()
             losses = torch.zeros(labels.shape, device=labels.device)
             losses[labelled] = cross_entropy(logits, labels[labelled], reduction="none")
-            sums[indices] = -losses.sum(1).cpu().numpy()
-            tokens[indices] = labelled.sum(1).cpu().numpy()
-        return sums, tokens
+            scores[indices] = torch.stack([-losses.sum(1), labelled.sum(1)], 1).cpu()
+        return scores.tolist()
 
 
-def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: int) -> Figure | None:
-    """Return the loss with the images of another sample minus that with a sample's own.
+def _exchanged(scorer: LikelihoodScorer, seed: int) -> tuple[list[int], NDArray[np.bool_]]:
+    """Return for each sample another of as many images, and whether its images are different.
 
-    Samples are exchanged with those of as many images; None if no two of them have different
-    images. It estimates the pointwise mutual information of images and text under the model, a
-    token.
+    The loss with those minus the loss with a sample's own estimates the pointwise mutual
+    information of images and text under the model, a token.
     """
     image_counts, exchanged = [len(rows) for rows in scorer.rows], np.arange(len(scorer.rows))
     for count in sorted(set(image_counts) - {0}):
@@ -195,15 +188,12 @@ def _gain(scorer: LikelihoodScorer, right_sums: Vector, tokens: Vector, seed: in
         group = np.random.default_rng(seed).permutation(group)
         exchanged[group] = np.roll(group, 1)
     images = [sample.images for sample in scorer.samples]  # several samples may have the same
-    differs = np.array([images[n] != own for n, own in zip(exchanged, images, strict=True)])
-    if not differs.any():
-        return None
-    wrong_sums, _ = scorer.sums(list(enumerate(scorer.references)), exchanged.tolist())
-    return interval(((right_sums - wrong_sums) / tokens)[differs], tokens[differs])
+    differs = [images[n] != own for n, own in zip(exchanged, images, strict=True)]
+    return exchanged.tolist(), np.array(differs)
 
 
 def _choice(
-    score: Callable[[Sequence[Pair]], Vector],
+    score: Callable[[Sequence[int], Sequence[str]], Vector],
     references: Sequence[str],
     wrong_texts: Sequence[Sequence[str]],
 ) -> Figure:
@@ -212,13 +202,13 @@ def _choice(
     One higher wrong text decides a sample. So each sample is compared with one wrong text after
     the other, first with those that score highest with their own images, until it is decided.
     """
-    right = score(list(enumerate(references)))
+    right = score(range(len(references)), references)
     own_scores = dict(zip(references, right, strict=True))
     ordered = [sorted(texts, key=own_scores.__getitem__, reverse=True) for texts in wrong_texts]
     beaten, ties = np.zeros(len(references), bool), np.zeros(len(references), int)
     for texts in zip(*ordered, strict=True):
         undecided = np.flatnonzero(~beaten)
-        scores = score([(sample, texts[sample]) for sample in undecided.tolist()])
+        scores = score(undecided.tolist(), [texts[sample] for sample in undecided])
         beaten[undecided] = scores > right[undecided]
         ties[undecided] += scores == right[undecided]
     choices = len(ordered[0]) + 1
