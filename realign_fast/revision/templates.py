@@ -120,7 +120,7 @@ class Chat(_Encoder):
     """Encodes conversations with the chat template of a tokenizer."""
 
     name: TemplateName = "chat"
-    _closing = ""  # what follows an answer, up to the first added token, which ends the turn
+    _closing = re.compile("")  # what follows an answer, up to the added token that ends the turn
 
     def _set_up(self) -> None:
         tokenizer = self.tokenizer
@@ -137,7 +137,9 @@ class Chat(_Encoder):
         sample = Sample("", [], None, [("user", "x"), ("assistant", "x")])
         text, ((_, end),) = self._render_spans(sample.turns)
         end_of_turn = added_tokens.search(text, end)
-        self._closing = text[end : end_of_turn.end()] if end_of_turn else text[end:].rstrip()
+        closing = text[end : end_of_turn.end()] if end_of_turn else text[end:].rstrip()
+        if closing:
+            self._closing = re.compile(r"\s*" + re.escape(closing))
         labels = self.encode(sample).labels
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
         end_tokens = set(last) & set(tokenizer.added_tokens_decoder)
@@ -221,7 +223,7 @@ class Chat(_Encoder):
         if not all(map(text.startswith, before)):  # a template may change them as turns follow
             marked = zip(before, self._places(turns, text, "{mark}{answer}"), strict=True)
             starts = [len(b) if text.startswith(b) else place for b, place in marked]
-        ends = [end + len(self._closing) * text.startswith(self._closing, end) for end in ends]
+        ends = [match.end() if (match := self._closing.match(text, end)) else end for end in ends]
         starts = [len(text[:start].rstrip(" ")) for start in starts]
         if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
             reason = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"

@@ -94,6 +94,14 @@ def test_the_loss_is_on_the_answers_and_what_ends_them(template, pieces):
     assert shown(tokenizer, Chat(tokenizer, K).encode(SAMPLE)) == pieces
 
 
+def test_white_space_after_an_answer_does_not_hide_its_end():
+    tokenizer = word_tokenizer()
+    turns = [*TURNS[1:4], ("assistant", "the small cat sits \n")]
+    encoded = Chat(tokenizer, K).encode(SAMPLE._replace(turns=turns))
+    labelled = [text for is_labelled, text in shown(tokenizer, encoded) if is_labelled]
+    assert labelled == ["a red dog<|im_end|>", "the small cat sits \n<|im_end|>"]
+
+
 def test_llama_2():
     tokenizer = word_tokenizer(LLAMA2)
     encoded = Chat(tokenizer, K).encode(SAMPLE._replace(turns=TURNS[1:]))
