@@ -1,7 +1,13 @@
-"""``python -m realign_fast``: the command line without its script."""
+"""``python -m realign_fast`` and the script ``realign-fast``: the command line as a process."""
 
-import sys
-
+from . import _startup
 from .cli.main import main
 
-sys.exit(main())
+
+def run() -> None:
+    """Run the command of this process and end the process."""
+    _startup.end(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -22,7 +22,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .. import __version__
+from .. import __version__, _startup
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import explained, memory_explained
 from . import (  # noqa: F401
@@ -119,6 +119,9 @@ def _with_signature(function: Callable[..., Result | None]) -> Any:
 
 def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     """Run a command with the values of its options, print its result, return the exit status."""
+    from .. import ops  # noqa: F401  # torch and the kernels
+
+    _startup.collect_garbage_again()
     hints = get_type_hints(function)
     options: opts.Common = hints["options"](**values)
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
