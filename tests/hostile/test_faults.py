@@ -1,0 +1,39 @@
+"""Calls of the system that fail on an output: a short form of ``hostile.faults``."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def attack(*arguments):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-m", "hostile.faults", *arguments],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.startswith("{"), done.stderr
+    line, _, faults = done.stdout.partition("\n")
+    return json.loads(line), faults
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a compiler"
+)
+@pytest.mark.parametrize(
+    "command, sites",
+    [("align", "4"), pytest.param("unify", "60", marks=pytest.mark.slow)],
+)
+def test_failed_calls_leave_whole_shards_and_a_run_that_continues(command, sites):
+    result, faults = attack("--command", command, "--sites", sites)
+    assert not result["faults"], faults
+    assert result["sites"] > 150 and result["tried"] == 4 * int(sites)
