@@ -229,6 +229,29 @@ def test_hugging_face_refusals(tmp_path):
     assert str(folder) in refused(folder)
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_name_of_the_hugging_face_hub(weights, tmp_path, monkeypatch):
+    """By the hub's own library, from the cache that a download leaves."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--small--clip"
+    folder = write_hugging_face(repository / "snapshots" / "0123abcd", "clip")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    expected = load_encoder(folder, device="cpu")
+    if weights.endswith(".bin"):
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / weights)
+        (folder / "model.safetensors").unlink()
+    encoder = load_encoder("small/clip", device="cpu")
+    assert encoder.name == "small/clip"
+    assert encoder.facts() == expected.facts()
+    assert torch.equal(encoder.embed_texts(TEXTS), expected.embed_texts(TEXTS))
+    assert "no such directory, and the Hugging Face hub does not" in refused("small/other")
+
+
 def test_a_language_model_of_another_width_is_refused(tmp_path):
     require("transformers")
     one, other = (write_llm2clip(tmp_path / str(width), width) for width in (48, 64))

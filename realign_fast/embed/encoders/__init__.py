@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
+from ..._extras import import_extra
 from ...interface.option_values import Precision
 from .base import Encoder, StrPath
 from .hugging_face import HuggingFaceEncoder
@@ -25,8 +28,8 @@ def load_encoder(
 
     Args:
         model: a directory in the layout of Hugging Face (CLIP, SigLIP, LLM2CLIP) or of open_clip
-            (with `open_clip_config.json`), a JSON config of open_clip, or the name of a model
-            that open_clip knows.
+            (with `open_clip_config.json`), a JSON config of open_clip, the name of a model that
+            open_clip knows, or `owner/name` of the Hugging Face hub.
         pretrained: the weights of a JSON config or a name: a tag of open_clip, or a checkpoint.
         text_model: the directory of LLM2CLIP's language model.
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is a GPU.
@@ -35,6 +38,13 @@ def load_encoder(
     Raises:
         ValueError, OSError, ImportError: says in one sentence what is wrong and what to do.
     """
+    name = os.fspath(model)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name):
+        folder = _downloaded(name)
+        options = {"text_model": text_model, "device": device, "precision": precision}
+        encoder = load_encoder(folder, pretrained, **options)
+        encoder.name = name
+        return encoder
     folder = Path(model)
     hugging_face = (folder / "config.json").is_file()
     hugging_face = hugging_face and not (folder / "open_clip_config.json").is_file()
@@ -47,3 +57,19 @@ def load_encoder(
     if hugging_face:
         return HuggingFaceEncoder(folder, device=device, precision=precision)
     return OpenClipEncoder(model, pretrained, device=device, precision=precision)
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder of a model of the Hugging Face hub, which is downloaded once."""
+    hub = import_extra("huggingface_hub", "hub", f"Loading {name!r}, which is no local path,")
+    try:
+        for weights in ("*.safetensors", "*.bin"):  # pickles only where there is nothing else
+            patterns = ["*.json", "*.txt", "*.model", weights]
+            folder = Path(hub.snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fault = f"no such directory, and the Hugging Face hub does not give it ({reason})"
+        raise FileNotFoundError(f"{name}: {fault}; correct the name, or download it") from error
+    return folder
