@@ -495,6 +495,8 @@ class SharedSpace(HubObject):
                 stored = {"version": _VERSION, "choices": stored}
             if stored["version"] != _VERSION:
                 raise TypeError(f"version {stored['version']} of another release")
+            if unknown := stored.keys() - {"version", "choices", "digest"}:
+                raise TypeError(f"the unknown entry {min(unknown)!r}")
             method, layout, query_role, encoder, *names = stored["choices"]
             sides = {}
             for name in names:
@@ -507,7 +509,7 @@ class SharedSpace(HubObject):
                 sides[name] = Side(**values)
                 _check_side(name, sides[name], len(values["centre"]))
             _check_options(sides, query_role, layout, method)
-            if stored.get("digest") not in (None, tensor_digest(tensors)):
+            if "digest" in stored and stored["digest"] != tensor_digest(tensors):
                 raise TypeError("numbers that changed since it was written")
             space = cls(sides, method, layout, query_role)
             space.encoder = encoder

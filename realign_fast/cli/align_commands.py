@@ -210,10 +210,12 @@ def _open_merged(path: StoragePath) -> ReAlign:
     from ..align import ReAlign
     from ..pipeline.checkpoints import STATS
     from ..pipeline.job_array import HALF
-    from ..pipeline.output import ALIGNER, SPACE
+    from ..pipeline.output import ALIGNER, SPACE, kinds_in
 
-    records = path.parent if path.name == ALIGNER else records_of(path)
-    has_map = any((records / name).exists() for name in (ALIGNER, SPACE))
+    records = path.parent if path.name in (ALIGNER, SPACE) else records_of(path)
+    has_map = (records / ALIGNER).exists()
+    if not has_map and ((records / SPACE).exists() or kinds_in(records) - {"alignment"}):
+        raise OptionError(f"{path}: is of unify, a space and no aligner; give it to unify --space")
     if (records / STATS).is_dir() and not has_map:
         advice = "merge has to fit the map first: run it with the same --source, --target and --out"
         if (half := records / HALF).exists():

@@ -120,7 +120,7 @@ class AlignRun(PassRunner):
         result = Written(source, source.subfolder)
         if self.out != directory:  # else whoever opened it has checked it
             check_output(directory, [result], self.settings)
-        check_aligner(aligner, source)
+        check_map(aligner, source)
         with self.output_directory(directory):
             (records_of(directory) / REPORT).unlink(missing_ok=True)
             if self.part[1] == 1:
@@ -252,15 +252,16 @@ def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None 
     return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
 
 
-def check_aligner(aligner: AnyMap, corpus: Corpus) -> None:
-    """Raise ValueError for an aligner that was fitted on rows of another dimension."""
-    if aligner.dimension != corpus.dimension:
+def check_map(row_map: AnyMap, corpus: Corpus) -> None:
+    """Raise ValueError for a map that was fitted on rows of another dimension or encoder."""
+    name = "the aligner" if isinstance(row_map, ReAlign) else "the space"
+    if row_map.dimension != corpus.dimension:
         raise ValueError(
-            f"{corpus.path}: rows have {corpus.dimension} columns, the aligner "
-            f"{aligner.dimension}; align the output of the encoder it was fitted on"
+            f"{corpus.path}: rows have {corpus.dimension} columns, {name} {row_map.dimension}; "
+            "give rows of the encoder that it was fitted on"
         )
-    if isinstance(aligner, ReAlign):
-        common_encoder((corpus.path, corpus.encoder), ("the aligner", aligner.encoder))
+    if isinstance(row_map, ReAlign):
+        common_encoder((corpus.path, corpus.encoder), (name, row_map.encoder))
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:

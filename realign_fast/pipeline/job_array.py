@@ -14,10 +14,11 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, Step, UnfinishedShards
 from ..storage.paths import AnyPath, output_path, records_of
-from .align_run import AlignRun, check_aligner, check_columns
-from .output import ALIGNER, Written, check_kept, check_output, check_place
+from .align_run import AlignRun, check_columns, check_map
+from .output import ALIGNER, Written, check_kept, check_output, check_place, kinds_in
 from .passes import Pass
 from .settings import Settings
+from .unify_run import LAST_STEP
 
 HALF = "half.safetensors"
 Side = Literal["source", "target"]
@@ -36,7 +37,7 @@ def stats(
     if aligner is not None and side != "source":
         raise OptionError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
     if aligner is not None:
-        check_aligner(aligner, corpus)
+        check_map(aligner, corpus)
     directory = output_path(out)
     check_place(directory, corpus)
     pass_names = (f"{side} moments",) if side == "target" else (f"{side} moments", "apply")
@@ -67,6 +68,11 @@ def merge(
             says what is next.
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
+    if kinds_in(records_of(directory)) - {"alignment"}:
+        raise OptionError(
+            f"{directory}: is of unify, whose job arrays end without merge: run unify --shard i/n "
+            f"with the same options until a round says that it was the last, then {LAST_STEP}"
+        )
     check_output(directory, [Written(source, source.subfolder)], run.settings, [target])
     check_columns(source, target)
     half_path, path = (records_of(directory) / name for name in (HALF, ALIGNER))

@@ -86,8 +86,8 @@ def check_output(
     check_place(out, *sides, *others, subfolders=folders)
     carried = files_to_carry(results, settings)
     earlier = files_before(records_of(out))
-    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier})
     check_kept(out, results, settings.mode)
+    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier})
     copied = check_carried(out, carried, earlier)
     _check_dtype(out, results, settings)
     if out.is_remote:
@@ -162,9 +162,11 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
     Raises:
         OptionError: ``out`` holds such a result, and ``mode`` does not replace it.
     """
-    finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
+    if mode == "overwrite":
+        return
+    kinds, finished = kinds_in(records_of(out)), read_manifest(records_of(out))["passes"]
     for result in results:
-        kinds = {_kind_of(name) for name in (*finished, result.pass_name)}
+        kinds.add(_kind_of(result.pass_name))
         if len(kinds) > 1 and kinds not in ({"sides", "queries"}, {"table", "queries"}):
             raise OptionError(
                 f"{out}: holds the result of another command (align, unify, or unify --corpus); "
@@ -172,6 +174,14 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
             )
         if mode == "incremental" and result.pass_name in finished:
             check_source(out, result.corpus, finished[result.pass_name]["shards"])
+
+
+def kinds_in(records: StoragePath) -> set[str]:
+    """Return which results runs have left in an output, finished or not (:func:`_kind_of`)."""
+    stats, passes = records / STATS, [*read_manifest(records)["passes"]]
+    if stats.is_dir():
+        passes += [name.replace("-", " ") for name, is_folder in stats.listed() if is_folder]
+    return {_kind_of(name) for name in passes}
 
 
 def _kind_of(pass_name: str) -> str:
@@ -300,8 +310,8 @@ def _check_shards(
     first, records = min(map(str, present), default=""), records_of(out)
     if present and not any((records / name).exists() for name in (ALIGNER, SPACE, REPORT, STATS)):
         raise OptionError(
-            f"{first}: would be replaced, but {out} has no {ALIGNER} that says a run "
-            "of ours wrote it; give an empty --out"
+            f"{first}: would be replaced, but {out} has no {ALIGNER} or {SPACE} that says a run of "
+            "ours wrote it; give an empty --out"
         )
     resumable = mode == "overwrite" or any((records / name).exists() for name in (STATS, MANIFEST))
     if present and not resumable:

@@ -25,7 +25,7 @@ from ..shared_space import SharedSpace
 from ..storage import read_ahead
 from ..storage.lock import start_time
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, check_aligner
+from .align_run import AlignRun, check_map
 from .checkpoints import Entry
 from .output import ALIGNER, SPACE, Written, check_kept, check_output, check_place, format_bytes
 from .passes import LOGGER
@@ -132,7 +132,7 @@ def plan_apply(
     """Return the one pass of ``apply``."""
     run, result = _plan_run(out, settings, part), Written(source, source.subfolder)
     check_output(output_path(out), [result], settings)
-    check_aligner(aligner, source)
+    check_map(aligner, source)
     run.write(result, aligner, output_path(out))
     return run.steps
 

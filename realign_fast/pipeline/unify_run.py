@@ -25,7 +25,7 @@ from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, expect_rows, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, check_aligner, check_columns, check_different
+from .align_run import AlignRun, check_columns, check_different, check_map
 from .checkpoints import digest, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
@@ -35,6 +35,10 @@ from .table_rows import IndexMap, TableMap, TableMoments
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
 TABLE = "table"  # the name of a side that holds several modalities
+ANOTHER_ROUND = (
+    "this was not the last round: once all jobs have ended, run them with the same options again"
+)
+LAST_STEP = "the same command without --shard, once all jobs of this round have ended"
 _QUERIES = " queries"  # after the name of their role
 
 
@@ -126,12 +130,13 @@ def unify(
             try:
                 space = fit_space(run, sides)
             except UnfinishedShards as error:
-                return _job_report(run, f"the same jobs once more, with the same options ({error})")
+                unfinished = str(error).partition(";")[0]
+                return _job_report(run, f"{ANOTHER_ROUND} ({unfinished})")
             space.encoder = encoder
             check_kept_sides(directory, results, space, run.settings)
         maps = [map_of(space, result.pass_name) for result in results]
         for row_map, result in zip(maps, results, strict=True):
-            check_aligner(row_map, result.corpus)
+            check_map(row_map, result.corpus)
         records = records_of(directory)
         (records / REPORT).unlink(missing_ok=True)
         space.save(records / SPACE)
@@ -140,7 +145,7 @@ def unify(
             if part[1] == 1:
                 _warn_if_far(space, result, moments)
         if part[1] > 1:
-            return _job_report(run, "the same command without --shard, after all jobs")
+            return _job_report(run, LAST_STEP)
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"

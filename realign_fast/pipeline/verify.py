@@ -3,8 +3,8 @@
 Checked of every aligned shard: that it exists, its shape and dtype, the checksum of its rows, how
 many rows are zero or NaN, that the others are unit rows, and that its mean is the one recorded when
 it was made. Checked besides: that no unknown shard lies among them or in a folder below, the
-hash of every statistics file and of every file that went along with the rows, and that the aligner
-is the map that the rows went through. The source is not read. The output may be at a URL.
+hash of every statistics file and of every file that went along with the rows, and that the map
+is the one that the rows went through. The source is not read. The output may be at a URL.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from .carried_files import file_digest
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
-from .output import ALIGNER, FOLDERS, REPORT, SPACE
+from .output import ALIGNER, FOLDERS, REPORT, SPACE, kinds_in
 from .table_rows import IndexMap, TableMap
-from .unify_run import map_of
+from .unify_run import LAST_STEP, map_of
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
 # The rows before rounding are unit to float32 or, of float64 rows, to float64.
@@ -60,9 +60,10 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
         check_not_locked(records / STATS)
     if not (records / MANIFEST).is_file():
         if (records / STATS).is_dir():
+            ending = LAST_STEP if kinds_in(records) - {"alignment"} else "merge"
             raise UnfinishedShards(
                 f"{out}: has statistics and no {MANIFEST}: its run or job array has not ended; run "
-                "the same command again (it resumes), or the missing jobs and merge, then verify"
+                f"the same command again (it resumes), or the missing jobs and {ending}"
             )
         raise FileNotFoundError(
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
@@ -155,7 +156,7 @@ def _maps_of(
     for name, expected in applied.items():
         present = map_hash(maps[name]) if is_space else actual
         if expected != present:
-            advice = "apply it, or fit elsewhere"
+            advice = "unify all sides again" if is_space else "apply it, or fit elsewhere"
             faults.append(f"{path}: is map {present}, the rows went through {expected}; {advice}")
     return maps
 

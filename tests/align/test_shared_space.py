@@ -415,6 +415,8 @@ def test_a_changed_byte_of_a_header_is_one_error_that_names_the_file(tmp_path, k
             r"text.mean \[5\], expected",
         ),
         (lambda t, m: m.update(version=9), "version 9 of another release"),
+        (lambda t, m: m.update(digesu=m.pop("digest")), "the unknown entry 'digesu'"),
+        (lambda t, m: m.update(digest=None), "numbers that changed since it was written"),
         (lambda t, m: t["image.centre"][3].add_(1e-9), "numbers that changed since it was written"),
     ],
 )

@@ -151,8 +151,8 @@ def test_nothing_of_others_is_replaced(root, tmp_path, capsys, mode):
     (tmp_path / "mine/metadata").mkdir(parents=True)
     (tmp_path / "mine" / CARRIED[3]).write_bytes(b"mine")
     for name, message in (
-        ("space", "" if mode == "overwrite" else "holds the result of another command"),
-        ("killed", "img_emb_0.npy: is not "),
+        ("space", "img_emb_0.npy: is not " if mode == "overwrite" else "holds the result of an"),
+        ("killed", "img_emb_0.npy: is not " if mode == "overwrite" else "holds the result of an"),
         ("mine", "metadata_1.parquet: is not "),
     ):
         before = tree(tmp_path / name)

@@ -252,10 +252,22 @@ def test_verify_knows_the_rows_of_an_index(documents, tmp_path, capsys):
     for fault in ("checksum is", "150 rows are not of norm", "emb_9.npy: is a shard that the man"):
         assert fault in lines
     assert lines.count("the rows went through") == 2 and "the manifest says" in lines
+    assert "aligner" not in lines and lines.count("unify all sides again") == 2
     np.save(shard, rows)
     (out / "img_emb" / "emb_9.npy").unlink()
     space.write_bytes(saved)
     assert run("verify", out) == 0
+
+
+def test_other_options_over_a_result_are_a_warning_as_those_of_align(
+    sides, documents, tmp_path, capsys
+):
+    unify(documents, tmp_path / "out", QUIET)
+    paths = ["--text", *sides[:1], "--image", *sides[1:], "--out", tmp_path / "out"]
+    assert main.main(["unify", *map(str, paths), "--layout", "blocks"]) == 0
+    messages = capsys.readouterr().err
+    for folder, count in (("text_emb", 3), ("img_emb", 2)):
+        assert f"{folder}: holds {count} shards of other options or of another map" in messages
 
 
 def write_table(folder, names, sizes=(90, 1, 70), seed=5, **others):
@@ -351,10 +363,15 @@ def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, caps
         report = json.loads(capsys.readouterr().out)
         planned, done = ([s["rows"] for s in p["passes"]] for p in (plan, report))
         assert planned == done == [161 if rounds == 3 else 120] * 2 + [161]
+        finished = 0
         for _ in range(rounds):
             for job in ("3/3", "1/3", "2/3"):
                 assert run(*options, "--out", jobs, "--shard", job, "--json") == 0
                 report = json.loads(capsys.readouterr().out)
+                rounds_left = "this was not the last round: once all jobs have ended, run them with"
+                is_early = rounds == 3 and finished < 4  # of nine jobs
+                assert report["next"].startswith(rounds_left) == is_early, (finished, report)
+                finished += 1
         assert report["complete"] is False and report["next"].startswith("the same command without")
         assert run("verify", jobs) == 4, "no run without a part has ended it"
         assert run(*options, "--out", jobs) == 0 and tree(jobs) == tree(one)
@@ -379,6 +396,14 @@ def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, ca
     for job in ("1/2", "2/2", "1/2"):
         assert run(*command, "--out", jobs, "--shard", job) == 0
     assert "next: the same command without --shard" in capsys.readouterr().out
+    align = ["--text", sides[0], "--image", sides[1]]
+    for words, status, message in (
+        (["merge", *align, "--out", jobs], 2, "run unify --shard i/n with the same options until"),
+        (["align", *align, "--out", jobs], 2, "holds the result of another command"),
+        (["apply", "--aligner", jobs, *align[:2], "--out", one], 2, "give it to unify --space"),
+        (["verify", jobs], 4, "or the missing jobs and the same command without --shard"),
+    ):
+        assert run(*words) == status and message in capsys.readouterr().err
     for out in (jobs, one):
         assert run(*command, "--out", out) == 0
     assert tree(jobs) == tree(one) and rows_of(one / "img_emb").dtype == torch.float16
