@@ -241,14 +241,21 @@ class ReAlign(nn.Module, HubObject):
         number, count = _number_in(self.method_number), _number_in(self.target_count)
         if number is None or count is None:
             return True
-        if is_known := 0 <= number < len(METHODS):  # else memory that nothing was written to
+        if not 0 <= number < len(METHODS):  # memory that nothing was written to
+            return False
+        if self._method != METHODS[number]:  # (a module takes long to set an attribute)
             self._method = METHODS[number]
-        return is_known and count > 0
+        return count > 0
 
     @property
     def row_map(self) -> RowMap:
         """The map for :meth:`Moments.update`: ``(linear, shift, recentre)`` or a function."""
-        if self.method != "noise":
+        self._is_fitted()
+        return self._row_map()
+
+    def _row_map(self) -> RowMap:
+        """Return :attr:`row_map` of the method that was read last."""
+        if self._method != "noise":
             return self.linear, self.shift, self.recentre
         sigma = (self.noise * self.target_trace / self.dimension).sqrt()
         shift, recentre, seed = self.shift, self.recentre, self.seed
@@ -331,16 +338,19 @@ class ReAlign(nn.Module, HubObject):
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
                 f"{self.dimension} columns; align the encoder's own output"
             )
-        row_map, flat = self.row_map, rows.reshape(-1, rows.shape[-1])
+        row_map = self._row_map()
+        flat = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
         if out is None:
-            warn_of_far_rows(self, "ReAlign", flat, self.source_mean, self.source_count)
-        if callable(row_map):
-            result_dtype = out_dtype or (rows if out is None else out).dtype
-            noisy = row_map(flat).to(result_dtype).reshape(rows.shape)
-            return noisy if out is None else out.copy_(noisy)
-        if out is not None:
+            warn_of_far_rows(self, "ReAlign", flat, lambda: (self.source_mean, self.source_count))
+        elif not callable(row_map):
             return ops.align_rows(rows, *row_map, out_dtype=out_dtype, out=out)
-        return ops.align_rows(flat, *row_map, out_dtype=out_dtype).reshape(rows.shape)
+        if callable(row_map):
+            aligned = row_map(flat).to(out_dtype or (rows if out is None else out).dtype)
+        else:
+            aligned = ops.align_rows(flat, *row_map, out_dtype=out_dtype)
+        if flat is not rows:
+            aligned = aligned.reshape(rows.shape)
+        return aligned if out is None else out.copy_(aligned)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -420,16 +430,15 @@ def _number_in(buffer: Tensor) -> int | None:
     """
     if buffer.is_meta or isinstance(buffer, FakeTensor):
         return None
-    version = None if buffer.is_cpu or buffer.is_inference() else buffer._version
-    if version is None or buffer not in _NUMBERS or _NUMBERS[buffer][0] != version:
-        try:
-            number = int(buffer)
-        except RuntimeError:  # of vmap
-            return None
-        if version is None:
-            return number
-        _NUMBERS[buffer] = version, number
-    return _NUMBERS[buffer][1]
+    try:
+        if buffer.is_cpu or buffer.is_inference():
+            return int(buffer)
+        version, number = _NUMBERS.get(buffer, (-1, 0))
+        if version != buffer._version:
+            version, number = _NUMBERS[buffer] = buffer._version, int(buffer)
+        return number
+    except RuntimeError:  # of vmap
+        return None
 
 
 def _times(a: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -493,14 +493,15 @@ def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
 
 
 def warn_of_far_rows(
-    owner: object, name: str, rows: Tensor, mean: Tensor, count: Tensor | int
+    owner: object, name: str, rows: Tensor, fitted: Callable[[], tuple[Tensor, Tensor | int]]
 ) -> None:
-    """Warn, once for an ``owner``, of rows [N, D] that lie far from the n rows it was fitted on.
+    """Warn, once for an ``owner``, of rows [N, D] that lie far from the rows it was fitted on.
 
-    The calls number 1, 2, 4, 8, ... with 32 rows or more are tested, on 256 of their rows, evenly
-    spread: beside mapping this costs nothing. :func:`warn_if_far` is the test.
+    ``fitted`` returns the mean of those and their number. The calls number 1, 2, 4, 8, ... with 32
+    rows or more are tested, on 256 of their rows, evenly spread: beside mapping this costs nothing.
+    :func:`warn_if_far` is the test.
     """
-    if torch.compiler.is_compiling() or len(rows) < _FEWEST_TESTED:
+    if torch.compiler.is_compiling() or rows.shape[0] < _FEWEST_TESTED:
         return
     calls: Counter[str] = vars(owner).setdefault("_tested_calls", Counter())
     calls[name] += 1
@@ -509,6 +510,7 @@ def warn_of_far_rows(
         return
     with suppress(RuntimeError):  # of meta tensors and inside of vmap no value can be read
         sample = unit(rows.detach()[:: -(-len(rows) // _MOST_TESTED)].double())
+        mean, count = fitted()
         calls["warned"] = warn_if_far(name, sample.nanmean(dim=0), len(sample), mean, int(count))
 
 

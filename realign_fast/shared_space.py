@@ -27,6 +27,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._argument_checks import Array
+from ._argument_checks import Array, expect_tensor
 from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .moments import BadRows, Moments, expect_rows, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
@@ -103,7 +104,7 @@ class RoleMap:
     @property
     def dimension(self) -> int:
         """The number of columns D of the encoder's rows."""
-        return len(self.centre)
+        return self.centre.shape[0]
 
     @property
     def length(self) -> float:
@@ -151,14 +152,22 @@ class RoleMap:
         return replace(self, centre=self.centre.to(device))
 
     def _block(self, rows: Tensor, first: int, **options: Any) -> Tensor:
-        scale = self.scales[first]
-        if not scale > 0:
-            raise ValueError(
-                f"SharedSpace: scores of these documents have the standard deviation {scale}, so "
-                "no scale exists; fit on more documents and queries"
-            )
-        factor, length = (1.0, 1 / scale) if self.normalized else (1 / scale, None)
-        return align_rows(rows, factor, self.centre * -factor, length=length, **options)
+        factor, shift, length = self._row_maps[first]
+        return align_rows(rows, factor, shift, length=length, **options)
+
+    @cached_property
+    def _row_maps(self) -> dict[int, tuple[float, Tensor, float | None]]:
+        """The arguments of ``align_rows``, factor, shift and length, by a block's first column."""
+        row_maps = {}
+        for first, scale in self.scales.items():
+            if not scale > 0:
+                raise ValueError(
+                    f"SharedSpace: scores of these documents have the standard deviation {scale}, "
+                    "so no scale exists; fit on more documents and queries"
+                )
+            factor, length = (1.0, 1 / scale) if self.normalized else (1 / scale, None)
+            row_maps[first] = factor, self.centre * -factor, length
+        return row_maps
 
 
 class SharedSpace(HubObject):
@@ -177,6 +186,7 @@ class SharedSpace(HubObject):
         self.method: SpaceMethod = method
         self.layout: Layout = layout
         self.query_role = query_role
+        self._maps: dict[tuple[str, str], RoleMap] = {}  # by "documents" or "queries", and name
         self._scales = {  # by modality and role
             (name, role): 1.0 if method == "center" else side.scale(queries)
             for name, side in self.sides.items()
@@ -278,7 +288,7 @@ class SharedSpace(HubObject):
     @property
     def dimension(self) -> int:
         """The number of columns D of the encoder's rows."""
-        return len(next(iter(self.sides.values())).centre)
+        return next(iter(self.sides.values())).centre.shape[0]
 
     @property
     def columns(self) -> int:
@@ -345,16 +355,20 @@ class SharedSpace(HubObject):
         Raises:
             ValueError: an unknown modality, or other columns than those fitted on.
         """
-        side = self._side(modality)
-        fitted = f"SharedSpace, {modality}", side.centre, side.count
-        return self._mapped(rows, self.document_map(modality), fitted=fitted)
+        side, row_map = self._side(modality), self.document_map(modality)
+        return self._mapped(rows, row_map, modality, lambda: (side.centre, side.count))
 
     def document_map(self, modality: str) -> RoleMap:
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
         side, is_wide = self._side(modality), self.layout == "blocks"
-        first = [*self.sides].index(modality) * self.dimension * is_wide
-        scales = {first: self.scale(modality)}
-        return RoleMap(side.centre, self.method != "calibrate", scales, self.columns)
+        if (key := ("documents", modality)) not in self._maps:
+            first = [*self.sides].index(modality) * self.dimension * is_wide
+            scales = {first: self.scale(modality)}
+            self._maps[key] = self._map(side.centre, scales)
+        return self._maps[key]
+
+    def _map(self, centre: Tensor, scales: Mapping[int, float]) -> RoleMap:
+        return RoleMap(centre, self.method != "calibrate", scales, self.columns)
 
     def query(self, rows: Array, role: str | None = None) -> Array:
         """Return queries [N, D] as they search the index, [N, ``columns``].
@@ -368,9 +382,8 @@ class SharedSpace(HubObject):
                 for.
         """
         role = role or self.query_role
-        mean, count = self.query_mean(role)
-        fitted = f"SharedSpace, {role} queries", mean, count
-        return self._mapped(rows, self.query_map(role), fitted=fitted)
+        row_map, name = self.query_map(role), _queries_of(role)
+        return self._mapped(rows, row_map, name, lambda: self.query_mean(role))
 
     def query_mean(self, role: str) -> tuple[Tensor, int]:
         """Return the mean [D] of the unit queries of a role, and their number."""
@@ -387,13 +400,15 @@ class SharedSpace(HubObject):
                 f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
-        scales = {0: 1.0}
-        if self.layout == "blocks":
-            scales = {
-                block * self.dimension: self._scales[name, role]
-                for block, name in enumerate(self.sides)
-            }
-        return RoleMap(side.query_centre, self.method != "calibrate", scales, self.columns)
+        if (key := ("queries", role)) not in self._maps:
+            scales = {0: 1.0}
+            if self.layout == "blocks":
+                scales = {
+                    block * self.dimension: self._scales[name, role]
+                    for block, name in enumerate(self.sides)
+                }
+            self._maps[key] = self._map(side.query_centre, scales)
+        return self._maps[key]
 
     def fuse(
         self,
@@ -453,7 +468,8 @@ class SharedSpace(HubObject):
             rest = norms * 0 if queries else (self.radius**2 - norms.square()).clamp(min=0).sqrt()
             return torch.cat([block, rest.to(block.dtype)], dim=1)
 
-        return self._mapped(rows, extended, columns=self.columns)
+        wide = extended(self._checked(rows, self.columns))
+        return wide.numpy() if isinstance(rows, np.ndarray) else wide
 
     def to_faiss(self, index: Any, *, modality: str | None = None, role: str | None = None) -> Any:
         """Return an ``IndexPreTransform`` of the encoder's rows [N, D], float32, before ``index``.
@@ -526,7 +542,9 @@ class SharedSpace(HubObject):
 
     def _checked(self, rows: Array, columns: int | None = None) -> Tensor:
         """Return rows as a tensor; a ValueError for rows of another shape."""
-        tensor, columns = tensor_of("SharedSpace", rows), columns or self.dimension
+        columns = columns or self.dimension
+        tensor = rows if isinstance(rows, Tensor) else tensor_of("SharedSpace", rows)
+        expect_tensor("SharedSpace", tensor)
         if tensor.dim() != 2 or tensor.shape[1] != columns:
             raise ValueError(
                 f"SharedSpace: expected rows [N, {columns}] of the encoder that it was fitted on, "
@@ -538,13 +556,12 @@ class SharedSpace(HubObject):
         self,
         rows: Array,
         row_map: Callable[[Tensor], Tensor],
-        columns: int | None = None,
-        fitted: tuple[str, Tensor, int] | None = None,
+        name: str,
+        fitted: Callable[[], tuple[Tensor, int]],
     ) -> Array:
         """Return the mapped rows; those far from the rows ``fitted`` on are warned about, once."""
-        tensor = self._checked(rows, columns)
-        if fitted:
-            warn_of_far_rows(self, fitted[0], tensor, *fitted[1:])
+        tensor = self._checked(rows)
+        warn_of_far_rows(self, f"SharedSpace, {name}", tensor, fitted)
         mapped = row_map(tensor)
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
@@ -561,7 +578,9 @@ class SharedSpace(HubObject):
                 )
 
 
-torch.serialization.add_safe_globals([SharedSpace, Side])  # for torch.load(weights_only=True)
+torch.serialization.add_safe_globals(
+    [SharedSpace, Side, RoleMap]
+)  # for torch.load(weights_only=True)
 
 
 def _check_options(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .memory import apart, plain, share_memory
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OPS = torch.ops.realign_fast
 _MAP_OPS: tuple[Callable[..., Tensor], ...] = (_OPS.align_rows.default, _OPS.map_rows.default)
+_WRITING_OPS: tuple[Callable[..., None], ...] = _OPS.align_rows_.default, _OPS.map_rows_.default
+_ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _BLOCK_ROWS = 1 << 13  # rows that sum_mapped_rows maps at a time
 
 
@@ -64,11 +66,15 @@ def align_rows(
     Inside the transforms of ``torch.func``, and of rows with a forward-mode tangent, plain torch in
     float64 answers (``ops/reference.py``) in place of the kernel.
     """
-    if out is None and _may_call_kernel(rows, scale, shift, length):
-        kernel = _MAP_OPS[scale.dim() > 0]  # type: ignore[union-attr]
+    if _may_call_kernel(rows, scale, shift, length) and _may_write(out, out_dtype):
+        linear = scale if isinstance(scale, Tensor) else torch.scalar_tensor(scale, **_ON_CPU)
         try:
+            if out is not None:
+                _WRITING_OPS[linear.dim() > 0](out, rows, linear, shift, recentre, length)
+                return out
             with torch._C._AutoDispatchBelowAutograd():
-                return kernel(rows, scale, shift, recentre, out_dtype or rows.dtype, length)
+                kernel = _MAP_OPS[linear.dim() > 0]
+                return kernel(rows, linear, shift, recentre, out_dtype or rows.dtype, length)
         except RuntimeError:  # the kernel refused an argument, which is converted or named below
             pass
     rows = _checked_rows("align_rows", rows)
@@ -77,8 +83,8 @@ def align_rows(
         raise ValueError(f"align_rows: expected a finite length or None, got {length}")
     if out is not None:
         _check_out(rows, out, out_dtype)
-        own, op = out.resolve_neg(), _OPS.map_rows_ if row_map[0].dim() else _OPS.align_rows_
-        op(own, rows, *apart(row_map, own), length)
+        own = out.resolve_neg()
+        _WRITING_OPS[row_map[0].dim() > 0](own, rows, *apart(row_map, own), length)
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
     kernel = reference.map_rows if is_transformed(rows) else _MAP_OPS[row_map[0].dim() > 0]
@@ -95,12 +101,23 @@ def _may_call_kernel(
     return (
         HAS_CPU_KERNELS
         and not torch.compiler.is_compiling()
-        and type(rows) is type(scale) is type(shift) is Tensor
+        and type(rows) is type(shift) is Tensor
+        and type(scale) in (Tensor, float)
         and rows.is_cpu
         and shift.dtype == torch.float64
         and not (rows.requires_grad and torch.is_grad_enabled())
         and not is_transformed(rows)
         and (length is None or math.isfinite(length))
+    )
+
+
+def _may_write(out: Tensor | None, out_dtype: torch.dtype | None) -> bool:
+    """Return whether the compiled kernel's checks of ``out`` are enough."""
+    return out is None or (
+        type(out) is Tensor
+        and out_dtype is None
+        and not out.is_neg()
+        and not (out.requires_grad and torch.is_grad_enabled())
     )
 
 

@@ -30,6 +30,7 @@ from .. import ops
 from ..align import ReAlign
 from ..corpus.shard import Shard, as_numpy
 from ..moments import Moments
+from ..shared_space import RoleMap
 from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
 from .table_rows import AnyMap, TableMap, TableMoments
@@ -92,10 +93,12 @@ def map_hash(row_map: AnyMap | None) -> str | None:
     if row_map is None:
         return None
     total = hashlib.blake2b(digest_size=16)
-    state = row_map.state_dict() if isinstance(row_map, ReAlign) else vars(row_map)
+    state = row_map.state_dict() if isinstance(row_map, ReAlign) else _fields_of(row_map)
     if isinstance(row_map, TableMap):
         parts = row_map.maps.items()
-        state = {f"{m}.{name}": value for m, part in parts for name, value in vars(part).items()}
+        state = {
+            f"{m}.{name}": value for m, part in parts for name, value in _fields_of(part).items()
+        }
     for name, value in sorted(state.items()):
         if not isinstance(value, torch.Tensor):
             total.update(f"{name} {value!r}".encode())
@@ -104,6 +107,11 @@ def map_hash(row_map: AnyMap | None) -> str | None:
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             total.update(data)
     return total.hexdigest()
+
+
+def _fields_of(row_map: RoleMap | TableMap) -> dict[str, Any]:
+    """Return the fields of a map, without what it has computed from them."""
+    return {name: getattr(row_map, name) for name in row_map.__dataclass_fields__}
 
 
 def checksum(rows: torch.Tensor, previous: int = 0) -> int:
