@@ -116,7 +116,7 @@ class LikelihoodScorer:
 
     def __post_init__(self) -> None:
         self.references = [self.template.reference(sample) for sample in self.samples]
-        self._known: dict[Hashable, tuple[float, float]] = {}
+        self._known: dict[Hashable, Vector] = {}
         self._mean_row = torch.cat(list(self.rows)).mean(0)
 
     def sums(self, queries: Sequence[Query]) -> tuple[Vector, Vector]:
@@ -156,7 +156,7 @@ class LikelihoodScorer:
         return {"input_ids": ids, "labels": labels, "image_rows": rows, "image": image}
 
     @torch.no_grad()
-    def _scores(self, items: Sequence[Item]) -> list[list[float]]:
+    def _scores(self, items: Sequence[Item]) -> Vector:
         """Return the log-likelihood and the number of the labelled tokens of each item.
 
         Items of similar length run together, so that there is little padding.
@@ -173,7 +173,7 @@ class LikelihoodScorer:
             losses = torch.zeros(labels.shape, device=labels.device)
             losses[labelled] = cross_entropy(logits, labels[labelled], reduction="none")
             scores[indices] = torch.stack([-losses.sum(1), labelled.sum(1)], 1).cpu()
-        return scores.tolist()
+        return scores
 
 
 def _exchanged(scorer: LikelihoodScorer, seed: int) -> tuple[list[int], NDArray[np.bool_]]:

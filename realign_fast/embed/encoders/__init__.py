@@ -40,9 +40,9 @@ def load_encoder(
     """
     name = os.fspath(model)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name):
-        folder = _downloaded(name)
-        options = {"text_model": text_model, "device": device, "precision": precision}
-        encoder = load_encoder(folder, pretrained, **options)
+        encoder = load_encoder(
+            _downloaded(name), pretrained, text_model=text_model, device=device, precision=precision
+        )
         encoder.name = name
         return encoder
     folder = Path(model)
