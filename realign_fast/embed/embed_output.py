@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,25 +35,10 @@ METADATA_COLUMNS = {"id": "id", "caption": "caption", "source": "path"}  # and t
 METADATA_ROWS = 1 << 14  # rows of a record batch
 
 
-class OpenEndedWriter(ShardWriter):
-    """A `ShardWriter` for at most `num_rows` rows; the header gets their number at the end."""
-
-    def _finish(self) -> None:
-        self._file.seek(0)
-        self._begin()  # numpy leaves room for a longer number, so the header keeps its length
-
-    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
-        if error is None:
-            self.num_rows = self.written
-        super().__exit__(error, *details)
-
-
 class ShardFiles:
     """The files of shard `number`: the rows of each side, their metadata, and the records."""
 
     def __init__(self, out: Path, number: int, sides: Sequence[Side]) -> None:
-        self.num_rows, self.unturned, self.failures = 0, 0, list[dict[str, str]]()
-        self._items: list[Item] = []
         folders = [SUBFOLDERS[side] for side in sides]
         self.rows_paths = [out / folder / f"{folder}_{number}.npy" for folder in folders]
         self.metadata_path = out / METADATA / f"{METADATA}_{number}.{metadata_format()}"
@@ -64,36 +48,32 @@ class ShardFiles:
         self.data_paths = [*self.rows_paths, self.metadata_path]
         self.paths = [*self.data_paths, self.record, self.failures_path]
 
-    @contextmanager
-    def writing(self, most_rows: int, dimension: int, dtype: torch.dtype) -> Iterator[None]:
-        """Write at most `most_rows` rows within the context; an exception leaves no file."""
+    def write(
+        self,
+        key: str,
+        items: Sequence[Item],
+        parts: Sequence[Sequence[torch.Tensor]],
+        failures: Sequence[tuple[Item, str]],
+        unturned: int,
+    ) -> dict[str, Any]:
+        """Write the items that have rows, and return the record, the last file of the shard.
+
+        `parts` are the batches of rows `[n, D]` of each side; a failure is an item and the reason.
+        """
         self.record.unlink(missing_ok=True)
-        with ExitStack() as stack:
-            writers = (OpenEndedWriter(p, most_rows, dimension, dtype) for p in self.rows_paths)
-            self._writers = [stack.enter_context(writer) for writer in writers]
-            yield
-        if self.num_rows:
-            self._write_metadata()
+        if items:
+            for path, side_parts in zip(self.rows_paths, parts, strict=True):
+                dimension, dtype = side_parts[0].shape[1], side_parts[0].dtype
+                with ShardWriter(path, len(items), dimension, dtype) as writer:
+                    for rows in side_parts:
+                        writer.write(rows)
+            self._write_metadata(items)
         else:  # a shard without rows is no shard of a corpus
             for path in self.data_paths:
                 path.unlink(missing_ok=True)
-        write_whole(self.failures_path, _json_lines(self.failures))
-
-    def write(self, items: Sequence[Item], side_rows: Sequence[torch.Tensor]) -> None:
-        """Append items and their rows `[n, D]` of each side."""
-        for writer, rows in zip(self._writers, side_rows, strict=True):
-            writer.write(rows)
-        self.num_rows += len(items)
-        self._items.extend(items)
-
-    def fail(self, item: Item, reason: str) -> None:
-        """Record that `item` has no row."""
-        self.failures.append({"id": item.id, "source": item.path, "reason": reason})
-
-    def finish(self, key: str) -> dict[str, Any]:
-        """Write and return the record that the shard is complete: the last file of it."""
-        record: dict[str, Any] = {"key": key, "rows": self.num_rows}
-        record |= {"failures": len(self.failures), "unturned": self.unturned}
+        lines = ({"id": i.id, "source": i.path, "reason": reason} for i, reason in failures)
+        write_whole(self.failures_path, _json_lines(lines))
+        record = {"key": key, "rows": len(items), "failures": len(failures), "unturned": unturned}
         write_json(self.record, record | {"files": self._stamps()})
         return record
 
@@ -110,16 +90,16 @@ class ShardFiles:
         states = [(path, path.stat()) for path in self.data_paths if path.exists()]
         return [[path.name, state.st_size, state.st_mtime_ns] for path, state in states]
 
-    def _write_metadata(self) -> None:
+    def _write_metadata(self, items: Sequence[Item]) -> None:
         path, fields = self.metadata_path, METADATA_COLUMNS.items()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":
-            rows = ({name: getattr(item, k) for name, k in fields} for item in self._items)
+            rows = ({name: getattr(item, field) for name, field in fields} for item in items)
             write_whole(path, _json_lines(rows))
             return
         pa = pyarrow()
         columns = {
-            name: pa.array([_utf8(getattr(item, field)) for item in self._items], pa.string())
+            name: pa.array([_utf8(getattr(item, field)) for item in items], pa.string())
             for name, field in fields
         }
         table = pa.table(columns)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ SIDES: dict[Content, tuple[Side, ...]] = {
 # Differences of a number in a unit row between machines: rounding of the model and to float16.
 TOLERANCE = {"fp32": 6e-4, "bf16": 5e-3}
 CODE = 1  # rises with each version of this code that gives other bytes
-RowTransfer = Callable[[], torch.Tensor]  # waits for rows on their way to the CPU, returns them
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class EmbedSettings:
 
     batch_size: int | None = None  # items that the model takes at once; None: 256 on CUDA, else 32
     workers: int | None = None  # decoding processes; None: as the machine suggests; 0: none
-    # Items of a shard. A killed run repeats at most one, whose ids and captions memory holds.
+    # Items of a shard. A killed run repeats at most one, which memory holds until it is written.
     shard_rows: int = SHARD_ROWS
     dtype: RowDtype = "float16"  # of the rows on disk
     mode: EmbedMode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
@@ -160,20 +159,15 @@ class _EmbedRun:
             for shard in self.plan:
                 items = shard.source.items(shard.start, shard.stop)
                 key = self._key(shard, items)
-                if (record := shard.files.finished(key)) is not None:
+                if (record := shard.files.finished(key)) is None:
+                    record = self._write_shard(shard, items, key, bar)
+                else:
                     if record["rows"] and not self.recorded:
                         self._verify(shard, items)
                     finished_before += len(items)
                     if progress:
                         bar.initial += len(items)  # the rate counts what this run does
                     bar.update(len(items))
-                else:
-                    self._write_shard(shard, items, bar)
-                    if self._key(shard, items) != key:
-                        reason = "changed while it was embedded"
-                        advice = "let its writer finish and run again"
-                        raise ValueError(f"{shard.source.path}: {reason}; {advice}")
-                    record = shard.files.finish(key)
                 for side in shard.sides:
                     rows[side] += record["rows"]
                 unturned += record.get("unturned", 0)
@@ -203,32 +197,53 @@ class _EmbedRun:
         batches = (dataset.batch(number) for number in range(len(dataset)))
         first = next(batch for batch in batches if batch.positions)
         side_rows = self._rows(first, shard.sides)
-        for path, wait_for_rows in zip(shard.files.rows_paths, side_rows, strict=True):
-            rows = wait_for_rows().float()
+        self._wait()
+        for path, rows in zip(shard.files.rows_paths, side_rows, strict=True):
             stored = torch.from_numpy(np.load(path, mmap_mode="r")[: len(rows)].astype("float32"))
-            if (error := (rows - stored).abs().max()) > TOLERANCE[self.encoder.precision]:
+            if (error := (rows.float() - stored).abs().max()) > TOLERANCE[self.encoder.precision]:
                 raise ValueError(
                     f"{path}: holds other rows than the model gives now (by up to {error:.2g}): "
                     "its architecture has changed, which was not recorded then; give the model of "
                     "that run, another --out, or --mode overwrite to embed everything anew"
                 )
 
-    def _write_shard(self, shard: PlannedShard, items: Sequence[Item], bar: Progress) -> None:
-        """Write one shard. Rows of a batch come back while the device works on the next one."""
-        files, dataset = shard.files, self._batches(shard, items)
-        with files.writing(len(items), self.encoder.dimension, self.dtype):
-            pending: tuple[list[Item], list[RowTransfer]] = [], []
-            for batch in prepared_batches(dataset, self.workers, self.lock):
-                files.unturned += batch.unturned
-                for position, reason in batch.failures:
-                    files.fail(items[position], reason)
-                transfers = self._rows(batch, shard.sides)
-                _write_rows(files, *pending)
-                pending = [items[position] for position in batch.positions], transfers
-                bar.update(len(batch.positions) + len(batch.failures))
-            _write_rows(files, *pending)
+    def _write_shard(
+        self, shard: PlannedShard, items: Sequence[Item], key: str, bar: Progress
+    ) -> dict[str, Any]:
+        """Embed and write one shard; return its record."""
+        kept, failures, unturned = list[Item](), list[tuple[Item, str]](), 0
+        parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
+        for batch in prepared_batches(self._batches(shard, items), self.workers, self.lock):
+            unturned += batch.unturned
+            failures += [(items[position], reason) for position, reason in batch.failures]
+            if batch.positions:
+                kept += [items[position] for position in batch.positions]
+                for side_parts, rows in zip(parts, self._rows(batch, shard.sides), strict=True):
+                    side_parts.append(rows)
+                if len(parts[0]) == 1:  # a broken model shows at once
+                    self._check_finite(kept, parts)
+            bar.update(len(batch.positions) + len(batch.failures))
+        self._check_finite(kept, parts)
+        if self._key(shard, items) != key:
+            advice = "changed while it was embedded; let its writer finish and run again"
+            raise ValueError(f"{shard.source.path}: {advice}")
+        return shard.files.write(key, kept, parts, failures, unturned)
 
-    def _rows(self, batch: PreparedBatch, sides: Sequence[Side]) -> list[RowTransfer]:
+    def _wait(self) -> None:
+        """Wait for rows that are on their way to the CPU."""
+        if self.encoder.device.type == "cuda":
+            torch.cuda.synchronize(self.encoder.device)
+
+    def _check_finite(self, items: Sequence[Item], parts: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._wait()
+        for side_parts in parts if items else ():
+            finite = torch.cat([torch.isfinite(rows).all(dim=1) for rows in side_parts])
+            if not finite.all():
+                item = items[int((~finite).nonzero()[0, 0])]
+                reason = f"the model gives no finite row for {item.id!r}"
+                raise ValueError(f"{item.path}: {reason}; try --precision fp32")
+
+    def _rows(self, batch: PreparedBatch, sides: Sequence[Side]) -> list[torch.Tensor]:
         """Run the model on a batch and start to copy its rows of each side to the CPU."""
         features = []
         try:
@@ -237,34 +252,7 @@ class _EmbedRun:
                     features.append(self.encoder.text_rows(batch.tokens))
                 elif side == "image" and batch.pixels is not None:
                     features.append(self.encoder.image_rows(batch.pixels))
-            return [_copy_to_cpu(rows.to(self.dtype)) for rows in features]
+            return [rows.to(self.dtype).to("cpu", non_blocking=True) for rows in features]
         except torch.OutOfMemoryError as error:
             reason = f"{self.encoder.device}: out of memory ({error})"
             raise OSError(None, f"{reason}; give a smaller --batch-size") from error
-
-
-def _write_rows(files: ShardFiles, items: list[Item], transfers: list[RowTransfer]) -> None:
-    """Write the rows of a batch, which may have none; ValueError if a row is not finite."""
-    side_rows = [wait_for_rows() for wait_for_rows in transfers]
-    for rows in side_rows:
-        if not (finite := torch.isfinite(rows).all(dim=1)).all():
-            item = items[int((~finite).nonzero()[0, 0])]
-            reason = f"the model gives no finite row for {item.id!r}"
-            raise ValueError(f"{item.path}: {reason}; try --precision fp32")
-    if items:
-        files.write(items, side_rows)
-
-
-def _copy_to_cpu(rows: torch.Tensor) -> RowTransfer:
-    """Start to copy rows; the function that is returned waits for them and for nothing after."""
-    if rows.device.type != "cuda":
-        return lambda: rows
-    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    copy.copy_(rows, non_blocking=True)
-    event = torch.cuda.current_stream(rows.device).record_event()
-
-    def _wait_for_rows() -> torch.Tensor:
-        event.synchronize()
-        return copy
-
-    return _wait_for_rows
