@@ -183,15 +183,20 @@ def test_importing_the_package_loads_no_heavy_package():
 def test_align_reaches_its_kernels_through_at_most_seven_files(tmp_path, monkeypatch):
     """Files of the package on the stack when rows are checked, right before an op is called."""
     stacks = {}
-    checked_rows = functions._checked_rows
 
-    def recorded(op, rows):
-        files = (Path(frame.filename) for frame in traceback.extract_stack())
-        inside = [file.relative_to(PACKAGE) for file in files if file.is_relative_to(PACKAGE)]
-        stacks.setdefault(op, set()).update(map(str, inside))
-        return checked_rows(op, rows)
+    def recorded(check, op):
+        """Return a check of rows that records the stack of its calls."""
 
-    monkeypatch.setattr(functions, "_checked_rows", recorded)
+        def record(*args):
+            files = (Path(frame.filename) for frame in traceback.extract_stack())
+            inside = [file.relative_to(PACKAGE) for file in files if file.is_relative_to(PACKAGE)]
+            stacks.setdefault(op or args[0], set()).update(map(str, inside))
+            return check(*args)
+
+        return record
+
+    for name, op in (("_checked_rows", None), ("_may_call_kernel", "align_rows")):
+        monkeypatch.setattr(functions, name, recorded(getattr(functions, name), op))
     np.save(tmp_path / "text.npy", np.eye(3, dtype=np.float32) + 1)
     np.save(tmp_path / "image.npy", np.eye(3, dtype=np.float32))
     sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
