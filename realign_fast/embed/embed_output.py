@@ -25,7 +25,7 @@ from ..corpus import ShardWriter, format_of
 from ..corpus.formats.arrow_columns import pyarrow, write_table
 from ..corpus.layout import SUBFOLDERS
 from ..storage.paths import records_of, write_json, write_whole
-from .sources.base import Item
+from .sources import Item
 
 Side = Literal["text", "image"]
 RECORDS, RUN, FAILURES, REPORT = "_embed", "run.json", "failures.jsonl", "embed.json"

@@ -24,7 +24,7 @@ from . import embed_output
 from .embed_output import RECORDS, ShardFiles, Side
 from .encoders.base import Encoder
 from .loader import PreparedBatch, PreparedBatches, prepared_batches
-from .sources.base import Content, Item, Source, identity
+from .sources import Content, Item, Source, identity
 
 SIDES: dict[Content, tuple[Side, ...]] = {
     "texts": ("text",),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from .decode import UNTURNED, Unreadable, decode
 from .embed_output import Side
 from .encoders.base import Encoder, Tokens
-from .sources.base import Item, Source
+from .sources import Item, Source
 
 PREFETCH = 2  # batches that each process prepares ahead
 

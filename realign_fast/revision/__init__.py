@@ -8,14 +8,6 @@ of transformers; it works with any causal language model and any CLIP-like encod
 
     from realign_fast.revision import Collator, ReVisionModel, finetune, prepare, pretrain
 
-- `model.py` turns embedding rows into visual tokens in the input of a language model, and
-  `llava.py` does the same in models of transformers as they are.
-- `conversation_files.py` reads lists of conversations, `id_index.py` finds the row that an id has,
-  `templates.py` encodes conversations as tokens and labels, and `training_data.py` joins all of
-  them to batches.
-- `stages.py` holds the settings of both stages and runs them with `trainer.py`.
-- `generation.py` writes captions and answers; `evaluation.py` and `text_scores.py` measure them.
-
 transformers, accelerate and peft are installed with the extra `train` and imported on first use.
 """
 

@@ -193,7 +193,7 @@ class Conversations(data.Dataset[Item]):
         self.path = copied if (copied := folder / _LIST_COPY).is_file() else source
         self._samples = _map(folder / _SAMPLES).reshape(-1, _SAMPLE_NUMBERS)
         self._row_numbers = _map(folder / _ROWS)  # of all images
-        self._indices: Sequence[int] = range(len(self._samples))  # of the samples of a part
+        self._indices: Any = range(len(self._samples))  # of the samples of a part
 
     def aligned(self, aligner: ReAlign | None) -> Conversations:
         """Return the dataset with rows that `aligner` maps as they are read."""
@@ -239,23 +239,8 @@ class Conversations(data.Dataset[Item]):
         training, testing = copy.copy(self), copy.copy(self)
         step = len(self) // held_out
         testing._indices = range(0, held_out * step, step)
-        training._indices = _Others(len(self), testing._indices)
+        training._indices = np.delete(np.arange(len(self)), testing._indices)
         return training, testing
-
-
-class _Others(Sequence[int]):
-    """The indices of a list that are not in `left_out`; each is computed, none is stored."""
-
-    def __init__(self, length: int, left_out: range) -> None:
-        self.length, self.left_out = length, left_out
-
-    def __len__(self) -> int:
-        return self.length - len(self.left_out)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return index + min(index // (self.left_out.step - 1) + 1, len(self.left_out))
 
 
 def spread(count: int, length: int) -> list[int]:

@@ -16,7 +16,7 @@ from support.small_models import (
 )
 
 from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
-from realign_fast.embed.sources.base import identity
+from realign_fast.embed.sources import identity
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from support.small_models import picture, write_pictures
 
 from realign_fast.embed import Columns, open_source
 from realign_fast.embed.decode import Unreadable, decode
-from realign_fast.embed.sources.base import Item, identity
+from realign_fast.embed.sources import Item, identity
 
 
 def png(seed):
