@@ -1,19 +1,27 @@
 """The offline pipeline, files to aligned files, against the four-pass method in numpy float64.
 
 `align` reads the text three times and the images once and writes the text; the ceiling moves the
-same bytes with dd and cp and syncs them. The truth is what the numpy script wrote.
+same bytes with dd and cp and syncs them. The truth is what the numpy script wrote. Pickles are the
+lists of dictionaries of the paper's code, in one file a side, which the script loads with Python's
+own pickle.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import ceilings, inputs, table, timing
 from peers import four_pass_numpy
+from runs import pickled_run
 
 from realign_fast.corpus import Corpus, ShardWriter
 from realign_fast.pipeline.align_run import align
@@ -33,22 +41,33 @@ def write_side(folder: Path, rows, shards: int) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """Write a corpus of four text shards and one image shard."""
-    root = tmp_path_factory.mktemp("pipeline")
-    (count,) = {one.rows for one in table.TABLE if one.op == "align"}
-    (columns,) = {one.dimension for one in table.TABLE if one.op == "align"}
-    (dtype,) = {one.dtype for one in table.TABLE if one.op == "align"}
-    rows = inputs.random_rows(dtype, columns, count)
-    write_side(root / "text", rows.roll(1, 1), 4)
-    write_side(root / "image", rows[: int(IMAGES * count)].roll(5, 1), 1)
-    four_pass_numpy.align(root / "text", root / "image", root / "truth")
-    return root
+def corpus(tmp_path_factory) -> Callable[[table.Line], Path]:
+    """Return a function that writes both sides of a line, and the truth, once."""
+
+    @cache
+    def made(line: table.Line) -> Path:
+        root = tmp_path_factory.mktemp("pipeline")
+        if line.kind == "pickle":  # lists of dictionaries, one file a side
+            pickled_run.make(root, 1, line.rows)
+        else:
+            rows = inputs.random_rows(line.dtype, line.dimension, line.rows)
+            write_side(root / "text", rows.roll(1, 1), min(4, -(-line.rows // 10_000)))
+            write_side(root / "image", rows[: int(IMAGES * line.rows)].roll(5, 1), 1)
+        four_pass_numpy.align(root / "text", root / "image", root / "truth")
+        return root
+
+    return lambda line: made(line._replace(cache=""))
+
+
+def sides(root: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of texts and of images."""
+    return tuple(four_pass_numpy.shards(root / side) for side in ("text", "image"))
 
 
 @table.of("align")
 def bench_align(line, corpus, tmp_path, measure):
-    text, image = (sorted((corpus / side).iterdir()) for side in ("text", "image"))
+    root = corpus(line)
+    text, image = sides(root)
     size, images = (sum(path.stat().st_size for path in paths) for paths in (text, image))
     out = tmp_path / "out"
 
@@ -59,11 +78,12 @@ def bench_align(line, corpus, tmp_path, measure):
         os.sync()
 
     def ours(_: object) -> Path:
-        align(Corpus(corpus / "text"), Corpus(corpus / "image"), out, Settings(progress=False))
+        corpora = (Corpus(root / side, allow_pickle=True) for side in ("text", "image"))
+        align(*corpora, out, Settings(progress=False))
         return out
 
     def theirs(_: object) -> Path:
-        four_pass_numpy.align(corpus / "text", corpus / "image", out)
+        four_pass_numpy.align(root / "text", root / "image", out)
         for path in four_pass_numpy.shards(out):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -78,7 +98,7 @@ def bench_align(line, corpus, tmp_path, measure):
         bytes=4 * size + images,
         flops=(4 + 8 + 12) * line.rows * line.dimension,
         limit="bytes",
-        error_of=lambda made: error_of(made, corpus / "truth"),
+        error_of=lambda made: error_of(made, root / "truth"),
         tolerance=2**-10,  # an ulp of the largest entry: both round to float16
         prepare=prepare,
     )
@@ -89,12 +109,38 @@ def bench_align(line, corpus, tmp_path, measure):
     shutil.rmtree(out)
 
 
+@table.of("start")
+def bench_start(line, corpus, tmp_path, measure):
+    """The command line on a tiny corpus, from its start to its end, against `import torch`."""
+    root, out = corpus(line), tmp_path / "out"
+    words = ["--text", root / "text", "--image", root / "image", "--out", out]
+
+    def process(*command: object) -> Path:
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        return out
+
+    case = timing.Case(
+        **line.facts(),
+        bytes=sum(path.stat().st_size for path in chain(*sides(root))),
+        flops=0,
+        limit="bytes",
+        error_of=lambda made: error_of(made, root / "truth"),
+        tolerance=1e-6,
+        prepare=lambda: shutil.rmtree(out, ignore_errors=True),
+    )
+    case.add("align", lambda _: process("-m", "realign_fast", "align", *words), "ours")
+    case.add("import torch", lambda _: process("-c", "import torch"), "ceiling")
+    name = f"four passes float64 (numpy {np.__version__})"
+    case.add(name, lambda _: process(four_pass_numpy.__file__, *words))
+    measure(case)
+
+
 def error_of(made: Path, truth: Path) -> float:
     """Return the largest difference of two outputs, relative to the row's largest entry."""
     worst = 0.0
     for path in four_pass_numpy.shards(truth):
-        expected = np.load(path).astype(np.float64)
-        got = np.load(made / path.name).astype(np.float64)
+        files = path, made / path.name
+        expected, got = (four_pass_numpy.load(file).astype(np.float64) for file in files)
         difference = np.abs(got - expected) / np.abs(expected).max(axis=1, keepdims=True)
         worst = max(worst, float(difference.max()))
     return worst

@@ -30,12 +30,15 @@ LEAST = 3  # rounds of a point, unless a call takes a second
 
 def seconds(call: Callable[[], object]) -> list[float]:
     """Return the times of the calls of a case after a warm-up, fewer calls if they are slow."""
-    clock = timing.clock_of("cpu")
-    first = clock(lambda _: call(), None)
+
+    def clock() -> float:
+        return timing.clock_of("cpu")(lambda _: call(), None)[0]
+
+    first = clock()
     rounds = max(min(LEAST, timing.ROUNDS), min(timing.ROUNDS, int(timing.SECONDS / 4 / first)))
     if first > timing.SECONDS / 2:
         rounds = 1
-    return [clock(lambda _: call(), None) for _ in range(rounds)]
+    return [clock() for _ in range(rounds)]
 
 
 def parts(rows: Tensor, count: int) -> Callable[[], Tensor]:

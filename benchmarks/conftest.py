@@ -1,7 +1,7 @@
 """Options and fixtures of the benchmarks, and the output at the end of a run.
 
 pytest benchmarks/                                     # everything, the table, no file
-pytest benchmarks/ --results benchmarks/results/cpu.json   # and a json and a csv
+pytest benchmarks/ --results mine.json                 # and a json and a csv, which are new files
 pytest benchmarks/ --compare benchmarks/results/cpu.json   # ratios that changed beyond noise
 pytest benchmarks/ --ci                                # CI's subset, against results/ci.json
 """
@@ -35,6 +35,7 @@ class CaseRecord:
 def pytest_addoption(parser):
     group = parser.getgroup("realign_fast")
     group.addoption("--results", type=Path, help="write everything to this json, and a csv")
+    group.addoption("--overwrite", action="store_true", help="--results may replace its files")
     group.addoption("--compare", type=Path, help="flag ratios that changed since this json")
     group.addoption("--rounds", type=int, help=f"of every case (default: {timing.ROUNDS})")
     group.addoption("--threads", type=int, help="default: every processor this may run on")
@@ -64,6 +65,9 @@ def _check_paths(config: pytest.Config) -> None:
         if path := config.getoption("--results"):
             if path.suffix != ".json" or path.is_dir():
                 raise ValueError(f"{path}: expected the name of a .json file")
+            if not config.getoption("--overwrite"):
+                for old in filter(Path.exists, (path, path.with_suffix(".csv"))):
+                    raise ValueError(f"{old}: is there already; give another name or --overwrite")
             path.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise pytest.UsageError(f"--compare, --results: {error}") from error

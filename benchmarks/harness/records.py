@@ -142,15 +142,35 @@ def write(path: Path, found: list[dict[str, object]]) -> None:
                 writer.writerow(line)
 
 
+FIELDS = {"name": str, "role": str, "ratios": list, "all_seconds": list}  # of a candidate
+
+
 def load(path: Path) -> dict[str, object]:
-    """Load a file that :func:`write` wrote."""
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict) or "results" not in found:
+    """Load a file that :func:`write` wrote.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+        machine, results = found["machine"], found["results"]
+        whole = isinstance(machine, dict) and all(map(_is_record, results))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise ValueError(
-            f"{path}: expected the json of `pytest benchmarks/ --results FILE`, got "
-            f"{', '.join(found) if isinstance(found, dict) else type(found).__name__}"
+            f"{path}: is damaged, or no json of `pytest benchmarks/ --results FILE`; measure again"
         )
     return found
+
+
+def _is_record(one: dict[str, object]) -> bool:
+    """Return whether a result is a series or the like, or a case with the times of candidates."""
+    return one["record"] != "case" or all(
+        isinstance(candidate[name], kind) and candidate[name]
+        for candidate in one["candidates"]
+        for name, kind in FIELDS.items()
+    )
 
 
 class Change(NamedTuple):

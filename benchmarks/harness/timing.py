@@ -2,13 +2,15 @@
 
 A machine's speed drifts and its neighbours come and go, so nothing is compared across runs: ours,
 the ceiling and the peers of one case run one after the other in every round, and what is claimed
-is the median over rounds of their ratio. Every candidate is held against float64 first; where ours
-is wrong, nothing is timed and no speed is printed. Rows are random, in buffers that together are
-larger than the caches and are used in turn ("cold"), or in one that fits ("warm").
+is the median over rounds of their ratio. Every result is held against float64, that of the first
+call and of each timed one; where ours is wrong, no speed is printed. Rows are random, in buffers
+that together are larger than the caches and are used in turn ("cold"), or in one that fits
+("warm").
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -35,7 +37,7 @@ class Candidate:
     name: str
     call: Callable[[object], object] | None  # takes what the case feeds; None once it was timed
     role: str  # "ours", "variant" (ours, another way), "ceiling" or "peer"
-    error: float | None = None  # against float64; None of a ceiling, which computes something else
+    error: float | None = None  # the largest against float64; None of a ceiling, which has another
     tolerance: float | None = None  # of a variant that may be off by more than ours
     rounds: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -58,7 +60,6 @@ class Case:
     cache: str = "cold"
     device: str = "cpu"
     feed: Callable[[], object] = lambda: None  # the next input, its buffer not in a cache
-    sample: object = None  # what errors are measured on, where it is not what is timed
     prepare: Callable[[], object] = lambda: None  # before each turn, not timed
     candidates: dict[str, Candidate] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # peers that are not here, and why
@@ -103,34 +104,37 @@ class Case:
         for name, one in sorted(self.candidates.items(), key=lambda item: item[1].role != "ours"):
             try:
                 self._check(one)
-            except ParityError as error:
-                self.failed = str(error)
-                raise
             except Exception as error:
                 if one.role in ("ours", "variant"):
-                    self.failed = f"{type(error).__name__}: {error}"
+                    self.failed = self.failed or f"{type(error).__name__}: {error}"
                     raise
                 self.missing.append(f"{name} ({type(error).__name__}: {str(error)[:120]})")
                 del self.candidates[name]
 
     def _check(self, one: Candidate) -> None:
         self.prepare()
-        if one.role != "ceiling":
-            one.error = float(
-                self.error_of(one.call(self.feed() if self.sample is None else self.sample))
-            )
+        self._judge(one, one.call(self.feed()))
+        self.prepare()
+        taken, result = clock_of(self.device)(one.call, self.feed())
+        self._judge(one, result)
+        one.rounds = max(min(ROUNDS, SLOWEST), min(ROUNDS, int(SECONDS / max(taken, 1e-9))))
+
+    def _judge(self, one: Candidate, result: object) -> None:
+        """Keep the largest error of a candidate; a ParityError if one of ours is off by more."""
+        if one.role == "ceiling":
+            return
+        error = float(self.error_of(result))
+        if one.error is None or not error <= one.error:  # nan stays
+            one.error = error
         allowed = self.tolerance if one.tolerance is None else one.tolerance
-        if one.role in ("ours", "variant") and not one.error <= allowed:
-            raise ParityError(
-                f"{self.name}: {one.name} is off float64 by {one.error:.1e}, allowed are "
+        if one.role in ("ours", "variant") and not error <= allowed:
+            self.failed = (
+                f"{self.name}: {one.name} is off float64 by {error:.1e}, allowed are "
                 f"{allowed:.1e}: no speed is printed for wrong results"
             )
-        clock = clock_of(self.device)
-        if one.role == "ceiling" or self.sample is not None:
-            one.call(self.feed())
-        self.prepare()
-        taken = clock(one.call, self.feed())
-        one.rounds = max(min(ROUNDS, SLOWEST), min(ROUNDS, int(SECONDS / max(taken, 1e-9))))
+            raise ParityError(self.failed)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            result.fill_(math.nan)  # a buffer that is written again holds no right result already
 
     def run(self, benchmark=None) -> Case:
         """Check and then time the candidates in turns; ``benchmark`` is pytest-benchmark's fixture.
@@ -149,7 +153,11 @@ class Case:
 
         def time_one(one: Candidate) -> None:
             self.prepare()
-            one.seconds.append(clock(one.call, self.feed()))
+            if self.cache == "warm":  # the check of the last result took the rows' place
+                one.call(self.feed())
+            taken, result = clock(one.call, self.feed())
+            one.seconds.append(taken)
+            self._judge(one, result)
 
         def the_others() -> None:
             turn = next(turns)
@@ -170,7 +178,6 @@ class Case:
         for one in self.candidates.values():
             one.call = None
         self.feed = self.prepare = self.error_of = lambda *_: None
-        self.sample = None
 
     def seconds(self, name: str) -> float:
         """Median over the rounds."""
@@ -196,24 +203,27 @@ def case_name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def clock_of(device: str) -> Callable[[Callable, object], float]:
-    """Return the function that times ``call(argument)`` on a device, in seconds."""
+Timed = tuple[float, object]  # seconds and the result
+
+
+def clock_of(device: str) -> Callable[[Callable, object], Timed]:
+    """Return the function that times ``call(argument)`` on a device."""
     return _cuda_clock if device == "cuda" else _cpu_clock
 
 
-def _cpu_clock(call: Callable[[object], object], argument: object) -> float:
+def _cpu_clock(call: Callable[[object], object], argument: object) -> Timed:
     begin = time.perf_counter()
-    call(argument)
-    return time.perf_counter() - begin
+    result = call(argument)
+    return time.perf_counter() - begin, result
 
 
-def _cuda_clock(call: Callable[[object], object], argument: object) -> float:
+def _cuda_clock(call: Callable[[object], object], argument: object) -> Timed:
     """Time a call with CUDA events after overwriting the L2 cache."""
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    call(argument)
+    result = call(argument)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3, result

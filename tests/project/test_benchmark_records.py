@@ -109,9 +109,13 @@ def test_json_and_csv_hold_the_same(tmp_path):
         assert float(line["seconds"]) == one["seconds"]
         assert float(line["ours_is"]) == one["ours_is"]
         assert line["date"] == read["machine"]["date"]
-    (tmp_path / "y.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"y\.json: expected the json of"):
-        records.load(tmp_path / "y.json")
+    whole = (tmp_path / "a" / "x.json").read_text()
+    for damaged in ("[]", "", whole[:-9], whole.replace('"ratios"', '"ratio"'), "\xff"):
+        (tmp_path / "y.json").write_text(damaged, "latin-1")
+        with pytest.raises(
+            ValueError, match=r"y\.json: is damaged, or no json of .*; measure again"
+        ):
+            records.load(tmp_path / "y.json")
 
 
 def test_slopes():
@@ -143,6 +147,8 @@ def test_plots_are_drawn(tmp_path):
         (["--compare", "nothere.json"], "nothere.json"),
         (["--results", "x.csv"], "expected the name of a .json file"),
         (["--results", "."], "expected the name of a .json file"),
+        (["--results", ci.COMMITTED], "is there already; give another name or --overwrite"),
+        (["--compare", __file__], "test_benchmark_records.py: is damaged, or no json of"),
     ],
 )
 def test_options_are_looked_at_before_anything_is_measured(given, words):

@@ -30,6 +30,25 @@ def test_a_wrong_result_has_no_speed(wrong):
     assert not any(one.seconds for one in case.candidates.values())
 
 
+def test_every_result_is_checked_and_not_only_the_first():
+    results = iter([1.0, 1.01, 1.02, 1.05, 1.2])  # two of the check, then three rounds
+    case = make_case(ours=lambda _: next(results))
+    with pytest.raises(timing.ParityError, match=r"op is off float64 by 2\.0e-01"):
+        case.run()
+    assert "NO SPEED" in records.case_lines(case)[0]
+    assert case.candidates["op"].error == pytest.approx(0.2)
+
+
+def test_a_buffer_that_is_not_written_again_is_found():
+    buffer, calls = torch.empty(1), iter(range(9))
+
+    def lazy(_: object) -> torch.Tensor:
+        return buffer.fill_(1.0) if next(calls) < 3 else buffer
+
+    with pytest.raises(timing.ParityError, match="off float64 by nan"):
+        make_case(ours=lazy).run()
+
+
 def test_a_wrong_variant_of_ours_has_no_speed_either():
     case = make_case()
     case.add("ours, another way", lambda _: 1.2, "variant")
