@@ -2,6 +2,8 @@
 
 Build the site with ``sphinx-build -W docs OUT``. Sphinx was chosen over MkDocs because the
 docstrings use its cross references, and MyST because the pages are Markdown that GitHub shows too.
+MyST-NB runs the notebook whenever the site is built, so that its outputs are always those of the
+code; an error in it ends the build.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from realign_fast.cli.main import _GROUPS, _application
 
 project, author = "realign_fast", "The realign_fast authors"
 version = release = realign_fast.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+nb_execution_mode, nb_execution_in_temp, nb_execution_timeout = "force", True, 300
+nb_execution_raise_on_error = True
 html_theme = "furo"
 html_title = f"realign_fast {version}"
 myst_heading_anchors = 3

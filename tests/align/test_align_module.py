@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,17 +157,6 @@ def test_a_fit_in_inference_mode_can_be_trained_with_and_goes_on():
     assert not any(graphs), "no graph of a model is kept"
     moments.update(text[200:]).merge(Moments(covariance=True).update(text))
     assert moments.count == 800
-
-
-def test_the_code_of_the_page_trains_and_loads():
-    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
-    section = page.split("## In your training code")[1]
-    text, image = text_and_image(dtype=torch.float32)
-    names = {"text_rows": text, "image_rows": image}
-    exec(section.split("```python")[1].split("```")[0], names)
-    assert torch.equal(names["empty"](text), names["model"](text))
-    assert names["model"][1].weight.grad.any() and names["rows"].grad.isfinite().all()
-    assert names["checkpoint"]["moments"]["counts"][0] == len(text)
 
 
 def test_whole_modules_load_as_weights_only(fitted, tmp_path):

@@ -1,18 +1,27 @@
-"""The site builds without a warning, and its page of the commands is the committed one."""
+"""The site: it builds without a warning, its code runs, its links lead somewhere."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from support.pages import PAGES, README, ROOT, blocks, run_page
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from realign_fast import Corpus, ReAlign
+from realign_fast.cli.main import main
+from realign_fast.demo import DATA
+
+DOCS = ROOT / "docs"
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    for package in ("sphinx", "myst_parser", "furo"):
+    for package in ("sphinx", "myst_nb", "furo", "matplotlib"):
         pytest.importorskip(package)
     committed = (DOCS / "command_line.md").read_text()
     options = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
@@ -22,9 +31,101 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text=True,
         check=False,
     )
-    assert (run.returncode, run.stderr) == (0, "")
+    assert run.returncode == 0, run.stderr
     pages = {path.stem for path in DOCS.glob("*.md")}
     assert pages <= {path.stem for path in (tmp_path / "site").glob("*.html")}
     api = (tmp_path / "site" / "api" / "package.html").read_text()
     assert 'id="realign_fast.ReAlign.fit"' in api
+    notebook = (tmp_path / "site" / "notebook.html").read_text()
+    assert re.search(r"texts that find their image: \d+% before, \d+% in the space", notebook)
+    assert notebook.count("data:image/png") + notebook.count("_images/") >= 2
     assert (DOCS / "command_line.md").read_text() == committed, "commit the page that was written"
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """The names and files that the pages' code starts from, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text, image = (
+        torch.from_numpy(np.asarray(Corpus(DATA / "heldout", side))).float()
+        for side in ("text", "image")
+    )
+    for folder in ("embeddings", "part_1", "part_2", "parts"):
+        Path(folder).mkdir()
+        np.save(f"{folder}/{folder}.npy", text.numpy())
+    lines = (DATA / "heldout" / "metadata" / "metadata_0.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["caption"] for line in lines]
+    rows = {"text_rows": text, "image_rows": image, "query_rows": text[:50]}
+    return rows | {"text_captions": captions, "image_captions": captions}
+
+
+RUN = [page for page in PAGES[1:] if any(block.is_run for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, names, capsys):
+    run_page(page, names)
+    if page.stem == "pytorch":
+        fitted = ReAlign.fit(names["text_rows"], names["image_rows"])
+        torch.testing.assert_close(names["without_drift"].recentre, fitted.recentre)
+        text = names["text_rows"]
+        assert torch.equal(names["empty"](text), names["model"](text))
+        assert names["model"][1].weight.grad.any() and names["rows"].grad.isfinite().all()
+        assert names["checkpoint"]["moments"]["counts"][0] == len(text)
+    if page.stem == "start":
+        assert "0.392881 -> 0.000462" in capsys.readouterr().out, "the page quotes these figures"
+        assert names["scores"].argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_blocks_that_are_not_run_say_why():
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "python" and not block.is_run:
+                test = re.match(r"(tests/\S+) runs this", block.comment)
+                assert not test or page.name in (ROOT / test[1]).read_text(), block.comment
+            known = block.language in ("python", "sh", "json") or block.language.startswith("{")
+            assert known, f"{page.name}: {block.code[:60]}"
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in slugs(target), f"{page.name} links to {link}#{anchor}"
+
+
+LINES = [
+    line.split("#")[0].split()
+    for page in PAGES
+    if page.stem not in ("command_line", "changelog")
+    for block in blocks(page)
+    if block.language == "sh"
+    for line in re.findall(r"realign-fast \w.*", block.code.replace("\\\n", " "))
+]
+COMMANDS = {
+    words[1]: {word for line in LINES if line[1] == words[1] for word in line} for words in LINES
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_knows_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {word for word in COMMANDS[command] if word.startswith("--")} <= known
+
+
+def test_the_pages_show_every_command():
+    documented = set(re.findall(r"^### ([\w-]+)", (DOCS / "command_line.md").read_text(), re.M))
+    assert documented == set(COMMANDS)
+    assert README in PAGES
