@@ -15,6 +15,7 @@ from .corpus_commands import (
     say_scratch,
     shows_progress,
 )
+from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
     from ..align import ReAlign
@@ -27,16 +28,18 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
-def align(options: opts.AlignOptions) -> Result:
+def align(options: opts.AlignOptions, report_too: opts.WithReport = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
     from ..pipeline.align_run import align
 
+    check_report(report_too)
     if options.dry_run:
         return _plan(options)
     source, target = _sides(options)
     say_scratch(options.out, source, settings := settings_from(options))
     report = align(source, target, options.out, settings, engine_from(options))
-    return _reported(report, options.out, metadata_note(source, report))
+    result = _reported(report, options.out, metadata_note(source, report))
+    return with_report(result, options.out, options, report_too)
 
 
 @command("Align", _SIDES)

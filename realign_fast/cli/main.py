@@ -318,14 +318,20 @@ def info(options: opts.Common) -> Result:
     return Result(facts, "\n".join(lines), answer=True)
 
 
-@command("Align", "", "--out DIR --quiet")
-def demo(options: opts.Common, out: opts.LocalOut = "realign_fast_demo") -> Result:
-    """Align the built-in embeddings and draw the result."""
+@command("Align", "", "--report", "--out DIR --quiet")
+def demo(
+    options: opts.Common,
+    out: opts.LocalOut = "realign_fast_demo",
+    report_too: opts.WithReport = False,
+) -> Result:
+    """Align the built-in embeddings and answer three questions about the result."""
     import contextlib
 
     from .. import demo
 
+    measure_commands.check_report(report_too)
     logging.getLogger("realign_fast.passes").setLevel("WARNING")  # its table has the rates
     with contextlib.redirect_stdout(io.StringIO()) as text:
         facts = demo.run(Path(out), progress=not options.quiet)
-    return Result({"out": out, **facts}, text.getvalue().rstrip(), answer=True)
+    result = Result({"out": out, **facts}, text.getvalue().rstrip(), answer=True)
+    return measure_commands.with_report(result, out, options, report_too)

@@ -16,6 +16,7 @@ from .corpus_commands import (
     plan_result,
     say_scratch,
 )
+from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
@@ -32,11 +33,12 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
     "--corpus TABLE --split-by modality --out OUT",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
-def unify(options: opts.UnifyOptions) -> Result:
+def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.plan import measured_seconds, plan_unify
     from ..pipeline.unify_run import unify
 
+    check_report(report_too)
     sides, settings = _sides(options), settings_from(options)
     part = opts.shard_part(options.shard)
     corpora = [*sides.corpora.values()]
@@ -59,7 +61,8 @@ def unify(options: opts.UnifyOptions) -> Result:
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)
     notes = [metadata_note(corpus, report) for corpus in sides.documents.values()]
-    return Result(report, _report_text(report, options.out, notes), has_report=True)
+    result = Result(report, _report_text(report, options.out, notes), has_report=True)
+    return with_report(result, options.out, options, report_too)
 
 
 def _sides(options: opts.UnifyOptions) -> SpaceSides:

@@ -20,11 +20,11 @@ from ..corpus.corpus import Corpus
 from ..corpus.row_values import shard_values
 from ..interface.option_values import Modality
 from ..interface.progress import Progress
-from ..metrics.estimate import Estimate, plain
+from ..metrics.estimate import plain
+from ..moments import Moments
 from ..ops.reference import unit
 from ..pipeline.align_run import AlignRun, align
 from ..pipeline.settings import Settings
-from ..report.pictures import draw_demo
 from ..shared_space import SharedSpace
 from ..storage.paths import write_json
 
@@ -59,7 +59,7 @@ Next, with your own rows:
 
 
 def run(out: Path, progress: bool = True) -> dict[str, Any]:
-    """Align the built-in corpus into ``out``, answer three questions about it and draw them.
+    """Align the built-in corpus into ``out`` and answer three questions about it.
 
     Returns:
         The contents of ``demo.json``: the numbers of texts, images and held-out pairs, and the
@@ -72,10 +72,12 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
     AlignRun(settings).apply(aligner, Corpus(HELD_OUT, "text"), out / "heldout")
 
     fitted, held_out = _both(DATA), _both(HELD_OUT)
-    aligned = {"fitted": _rows(out, "text"), "held_out": _rows(out / "heldout", "text")}
     steps = _SPLITS + len(_WAYS_TO_READ) * _SEEDS
     with Progress(steps, "measure", unit="step", shown=progress) as bar:
-        gap = _measure_gap(fitted, held_out, aligned)
+        gap = {
+            "fitted": _measure_gap(fitted, _rows(out, "text")),
+            "held_out": _measure_gap(held_out, _rows(out / "heldout", "text")),
+        }
         search = _measure_search(held_out, bar.update)
         substitution = _measure_substitution(fitted, held_out, bar.update)
     summary: dict[str, Any] = {
@@ -87,11 +89,10 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
         "substitution": substitution,
     }
     write_json(out / "demo.json", summary)
-    draw_demo(out / "demo.png", fitted, aligned["fitted"], summary)
     print(_table(summary))
     rates = (f"{done['name']} {done['rows_per_second'] / 1e6:.2f}" for done in report["passes"])
     print(f"\nMillion rows per second: {', '.join(rates)}.")
-    print(f"Wrote {out}: the aligned rows, demo.json and the picture demo.png.\n")
+    print(f"Wrote {out}: the aligned rows and demo.json; --report draws them.\n")
     print(_NEXT)
     return summary
 
@@ -109,27 +110,17 @@ def _both(path: Path) -> Rows:
     return {"text": _rows(path, "text"), "image": _rows(path, "image")}
 
 
-def _measure_gap(fitted: Rows, held_out: Rows, aligned: Rows) -> dict[str, Any]:
-    """Return the distances of the centroids before and after, and the closed share with its 95%.
-
-    The standard error of a distance |m| is that of the mean of (t - x) m / |m| over the pairs.
-    """
-    figures: dict[str, Any] = {}
-    for name, before in (("fitted", fitted), ("held_out", held_out)):
-        gaps = {}
-        for stage, text in (("before", before["text"]), ("after", aligned[name])):
-            mean = text.mean(dim=0) - before["image"].mean(dim=0)
-            gaps[stage] = Estimate(float(mean.norm()))
-            if name == "held_out":
-                gaps[stage] = Estimate.of_mean((text - before["image"]) @ unit(mean))
-        figures[name] = plain(gaps)
-        figures[name]["share_closed"] = 1 - gaps["after"] / gaps["before"]
-        if name == "held_out":
-            error = _NORMAL * gaps["after"].standard_error
-            figures[name]["interval"] = [
-                1 - (gaps["after"] + side * error) / gaps["before"] for side in (1, -1)
-            ]
-    return figures
+def _measure_gap(before: Rows, aligned_text: Tensor) -> dict[str, Any]:
+    """Return the distances of the centroids before and after, and the closed share with its 95%."""
+    image = Moments(covariance=True).update(before["image"])
+    before_gap, after_gap = (
+        metrics.centroid_gap(Moments(covariance=True).update(text), image)
+        for text in (before["text"], aligned_text)
+    )
+    error = _NORMAL * after_gap.standard_error
+    shares = [1 - (after_gap + side * error) / before_gap for side in (0, 1, -1)]
+    figures: dict[str, Any] = plain({"before": before_gap, "after": after_gap})
+    return figures | {"share_closed": shares[0], "interval": shares[1:]}
 
 
 def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, Any]:
@@ -141,19 +132,13 @@ def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, An
     def fit(rows: Rows, role: str) -> SharedSpace:
         return SharedSpace.fit(text=rows["text"], image=rows["image"])
 
-    galleries = metrics.search_pairs(
-        pairs, fit, roles=["text"], splits=_SPLITS, on_search=on_split
-    )["text"]
-    encoder, space = galleries["encoder"], galleries["space"]
-    figures: dict[str, Any] = plain(
-        {
-            "before": encoder.recall[10],
-            "after": space.recall[10],
-            "images_alone": encoder.pure_recall["image"][10],
-        }
+    search = metrics.search_pairs(pairs, fit, roles=["text"], splits=_SPLITS, on_search=on_split)
+    encoder, space = search["text"].values()
+    alone = encoder.pure_recall["image"][10]
+    figures = plain(
+        {"before": encoder.recall[10], "after": space.recall[10], "images_alone": alone}
     )
-    gallery = len(pairs["text"]) - len(pairs["text"]) // 2
-    return {**figures, "gallery": gallery, "splits": _SPLITS}
+    return {**figures, "gallery": -(-len(pairs["text"]) // 2), "splits": _SPLITS}
 
 
 def _measure_substitution(

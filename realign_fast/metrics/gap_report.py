@@ -39,6 +39,7 @@ def gap_report(
     target_rows: Tensor,
     aligned_rows: Tensor | None = None,
     *,
+    aligned_target_rows: Tensor | None = None,
     source_moments: Moments | None = None,
     target_moments: Moments | None = None,
     aligned_moments: Moments | None = None,
@@ -54,6 +55,7 @@ def gap_report(
     Args:
         source_rows, target_rows: samples [N, D] of the source (text) and [M, D] of the target.
         aligned_rows: the same source rows aligned; None leaves ``after_`` and ``kept_`` out.
+        aligned_target_rows: the target rows after the map, where it moves them too.
         source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
             the whole corpora; those of the samples by default.
         paired: row i of the source belongs to row i of the target; adds matched cosine, residual
@@ -74,6 +76,8 @@ def gap_report(
     stages = {"before": _compare(source, target, paired, settings)}
     if aligned_rows is not None:
         aligned = _measure("aligned", aligned_rows, aligned_moments)
+        if aligned_target_rows is not None:
+            target = _measure("aligned target", aligned_target_rows, None)
         stages["after"] = _compare(aligned, target, paired, settings)
         stages["kept"] = _preserved(source_rows, aligned_rows, settings)
     report: Numbers = {}
@@ -105,30 +109,30 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
     y, x = source.moments, target.moments
-    figures: Numbers = {"source_rows": y.count, "target_rows": x.count}
+    columns = len(target.spectrum.values)
+    leading = max(1, min(settings.subspace, columns // 2))
+    values, vectors = zip(source.spectrum, target.spectrum, strict=True)
+    drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
+    figures: Numbers = {
+        "source_rows": y.count,
+        "target_rows": x.count,
+        "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
+        "log_spectrum_correlation": _or_nan(spectrum.log_spectrum_correlation, *values),
+        "subspace": leading,
+        "subspace_overlap": spectrum.subspace_overlap(*vectors, leading),
+        "subspace_overlap_chance": leading / columns,
+        "cosine_divergence": cosines.cosine_divergence(source.rows, target.rows, **drawn),
+    }
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
         figures[name] = getattr(distribution, name)(y, x)
-    figures["sampling_gap"] = distribution.sampling_gap(x.trace, y.count, x.count)
-    figures |= _spectra(source.spectrum, target.spectrum, settings.subspace)
-    figures |= _samples(source.rows, target.rows, settings)
-    return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
-
-
-def _spectra(source: spectrum.Spectrum, target: spectrum.Spectrum, subspace: int) -> Numbers:
-    columns = len(target.values)
-    leading = max(1, min(subspace, columns // 2))
-    figures: Numbers = {
-        "log_spectrum_correlation": _or_nan(
-            spectrum.log_spectrum_correlation, source.values, target.values
-        ),
-        "subspace": leading,
-        "subspace_overlap": spectrum.subspace_overlap(source.vectors, target.vectors, leading),
-        "subspace_overlap_chance": leading / columns,
-    }
-    for side, values in (("source", source.values), ("target", target.values)):
+    for side, own, other in (("source", source, target), ("target", target, source)):
         for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
-            figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), values)
-    return figures
+            figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), own.spectrum.values)
+        figures[f"{side}_mixing"] = neighbours.knn_mixing(
+            own.rows, other.rows, settings.mixing_k, block=settings.block, backend=settings.backend
+        )
+        figures[f"{side}_mixing_chance"] = len(other.rows) / (len(own.rows) + len(other.rows) - 1)
+    return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
 
 
 def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
@@ -137,17 +141,6 @@ def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
         return figure(*spectra)
     except ValueError:
         return math.nan
-
-
-def _samples(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
-    drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
-    figures: Numbers = {"cosine_divergence": cosines.cosine_divergence(source, target, **drawn)}
-    for side, rows, opposite in (("source", source, target), ("target", target, source)):
-        figures[f"{side}_mixing"] = neighbours.knn_mixing(
-            rows, opposite, settings.mixing_k, block=settings.block, backend=settings.backend
-        )
-        figures[f"{side}_mixing_chance"] = len(opposite) / (len(source) + len(target) - 1)
-    return figures
 
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:

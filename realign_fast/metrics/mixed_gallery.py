@@ -87,12 +87,23 @@ def mixed_gallery(
     nobody = torch.full((len(queries),), -1, device=queries.device)
     left_out = {name: (own or {}).get(name, nobody) for name in documents}
     parts = []
-    for start in range(0, len(queries), block):
-        part = slice(start, start + block)
-        answers, own_rows = (
-            {name: side[name][part] for name in side} for side in (relevant, left_out)
-        )
-        parts.append(_search(queries[part].double(), documents, answers, own_rows, ks[-1], block))
+    for numbers in torch.split(torch.arange(len(queries), device=queries.device), block):
+        part, answers = queries[numbers].double(), {}
+        for name, rows in relevant.items():
+            answers[name] = documents[name][rows[numbers].clamp(min=0)].double()
+        limits = torch.stack([(part * rows).sum(dim=1) for rows in answers.values()], dim=1)
+        if not bool(torch.isfinite(limits).all()):
+            raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
+        limits += TIE * (1 + limits.abs())
+        found, offset = [], 0
+        for name, gallery in documents.items():
+            own_rows = left_out[name][numbers]
+            best = search_blocks(part, gallery, ks[-1], own_rows, Tensor.double, limits, block)
+            found.append((best[0], best[1] + offset, best[2]))
+            offset += len(gallery)
+        scores, places, counts = zip(*found, strict=True)
+        order = torch.cat(scores, dim=1).topk(ks[-1], dim=1).indices
+        parts.append((torch.cat(places, dim=1).gather(1, order), torch.stack(counts, dim=1)))
     nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     sizes = {name: len(rows) - (left_out[name] >= 0).long() for name, rows in documents.items()}
     bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
@@ -221,31 +232,6 @@ def _hub_gini(nearest: Tensor, count: int) -> Estimate:
     samples = chain([nearest], (nearest[queries.to(nearest.device)] for queries in draws))
     value, *drawn = (gini(torch.bincount(rows.flatten(), minlength=count)) for rows in samples)
     return Estimate(value, float(torch.tensor(drawn).double().std()))
-
-
-def _search(
-    queries: Tensor,
-    galleries: Mapping[str, Tensor],
-    relevant: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    k: int,
-    block: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the first k rows of the union [n, k] and rows above the relevant ones [n, G, R]."""
-    answers = [galleries[name][rows.clamp(min=0)] for name, rows in relevant.items()]
-    limits = torch.stack([(queries * rows.double()).sum(dim=1) for rows in answers], dim=1)
-    if not bool(torch.isfinite(limits).all()):
-        raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
-    limits += TIE * (1 + limits.abs())
-    scores, numbers, above, offset = [], [], [], 0
-    for name, gallery in galleries.items():
-        best = search_blocks(queries, gallery, k, own[name], Tensor.double, limits, block)
-        scores.append(best[0])
-        numbers.append(best[1] + offset)
-        above.append(best[2])
-        offset += len(gallery)
-    order = torch.cat(scores, dim=1).topk(k, dim=1).indices
-    return torch.cat(numbers, dim=1).gather(1, order), torch.stack(above, dim=1)
 
 
 def _recall(ranks: Tensor, k: int) -> Estimate:

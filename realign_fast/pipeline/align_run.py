@@ -31,7 +31,7 @@ from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
 from .manifest import read_manifest, saved_moments, write_manifest
-from .output import ALIGNER, REPORT, Written, check_output
+from .output import ALIGNER, REPORT, Written, check_output, remove_reports
 from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
@@ -122,7 +122,7 @@ class AlignRun(PassRunner):
             check_output(directory, [result], self.settings)
         check_map(aligner, source)
         with self.output_directory(directory):
-            (records_of(directory) / REPORT).unlink(missing_ok=True)
+            remove_reports(records_of(directory))
             if self.part[1] == 1:
                 aligner.save(records_of(directory) / ALIGNER)
             moments = self.write(result, aligner, directory)

@@ -31,6 +31,7 @@ from .manifest import ALIGN_PASSES, MANIFEST, check_source, files_before, read_m
 from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
+PAGE, FIGURES = "gap_report.html", "gap_report.json"  # what `report` writes of a run
 FOLDERS = SUBFOLDERS | {"queries": "query_emb"}  # of the results of unify
 
 
@@ -62,6 +63,12 @@ class Written(NamedTuple):
                 folder / name for name, is_folder in listed if not (is_folder or name[0] in "._")
             ]
         return {f"{path.parent.name}/{path.name}": local_path(path) for path in paths}
+
+
+def remove_reports(records: StoragePath) -> None:
+    """Remove what an earlier run, and ``report`` of it, wrote; this run has not ended."""
+    for name in (REPORT, PAGE, FIGURES):
+        (records / name).unlink(missing_ok=True)
 
 
 def check_output(

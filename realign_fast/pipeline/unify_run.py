@@ -29,7 +29,15 @@ from .align_run import AlignRun, check_columns, check_different, check_map
 from .checkpoints import digest, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .output import FOLDERS, REPORT, SPACE, Written, check_output, check_place, kept_passes
+from .output import (
+    FOLDERS,
+    SPACE,
+    Written,
+    check_output,
+    check_place,
+    kept_passes,
+    remove_reports,
+)
 from .settings import Settings
 from .table_rows import IndexMap, TableMap, TableMoments
 
@@ -138,7 +146,7 @@ def unify(
         for row_map, result in zip(maps, results, strict=True):
             check_map(row_map, result.corpus)
         records = records_of(directory)
-        (records / REPORT).unlink(missing_ok=True)
+        remove_reports(records)
         space.save(records / SPACE)
         for row_map, result in zip(maps, results, strict=True):
             moments = run.write(result, row_map, directory)

@@ -1,1 +1,6 @@
-"""Pictures of an alignment, and the place for reports of a run."""
+"""Reports of an output: what a map changed and whether to trust it, as a page and as JSON."""
+
+from .facts import facts_of
+from .page import render, write_report
+
+__all__ = ["facts_of", "render", "write_report"]

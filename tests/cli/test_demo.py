@@ -59,14 +59,6 @@ def test_the_figures_are_those_of_the_written_rows(run):
         assert record["gap"]["fitted"][stage] == pytest.approx(gap, abs=1e-6)
 
 
-def test_the_picture_is_a_picture(run):
-    from matplotlib import image
-
-    pixels = image.imread(run[0] / "demo.png")
-    assert pixels.shape[0] > 500
-    assert pixels[..., :3].std() > 0.05
-
-
 def test_the_table_is_printed(run):
     printed = run[2]
     lines = {line.strip().rsplit("  ", 1)[0] for line in printed.splitlines()}
@@ -74,7 +66,7 @@ def test_the_table_is_printed(run):
     search = run[1]["search"]
     words = [f"{search[stage]:.1%}" for stage in ("before", "after")]
     assert any(" ".join(words) in " ".join(line.split()) for line in printed.splitlines())
-    for text in ("59% closed [55%, 62%]", "Sampling alone", "realign-fast unify", "apply 0"):
+    for text in ("59% closed [54%, 63%]", "Sampling alone", "realign-fast unify", "apply 0"):
         assert text in printed
     table = printed.split("Wrote")[0]
     assert len(max(table.splitlines(), key=len)) <= 100

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from realign_fast import Corpus, ReAlign, SharedSpace, metrics
-from realign_fast.cli import measure_commands
 from realign_fast.cli.main import main
 from realign_fast.demo import DATA
+from realign_fast.pipeline import paired_rows
 
 HELD_OUT = str(DATA / "heldout")
 SIDES = ["--text", HELD_OUT, "--image", HELD_OUT]
@@ -65,7 +65,7 @@ def test_pairs_of_the_same_id_are_those_of_the_same_row(capsys):
     figures = by_row["text_queries"]
     assert figures["space"]["mixed_ndcg"] > figures["encoder"]["mixed_ndcg"]
     sides = [Corpus(HELD_OUT, side) for side in ("text", "image")]
-    every, few = ([*measure_commands._sampled_ids(sides, most)] for most in (400, 100))
+    every, few = ([*paired_rows.sampled_ids(sides, most)] for most in (400, 100))
     assert [len(side) for side in every] == [400, 400]
     assert few[0] == few[1] and set(few[0]) <= set(every[0]) and 60 < len(few[0]) < 140
     main([*words])

@@ -1,0 +1,313 @@
+"""The figures of a report: plain numbers that its page draws, the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from .._one_thread import one_thread
+from ..align import ReAlign
+from ..frame import FixedFrame
+from ..moments import Moments, warn_if_far
+from ..ops.reference import unit
+from ..pipeline.manifest import MANIFEST
+from ..pipeline.output import ALIGNER, REPORT, SPACE
+from ..pipeline.paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
+from ..shared_space import SharedSpace
+from ..storage.paths import AnyPath, records_of
+from .stored_rows import Output, Side
+from .trust import sentence_of, verdict_of
+
+_BINS = 60  # of a density
+_PLACES = 512  # points of a side that are drawn
+_ROWS_BETWEEN = 256  # of each side, whose cosines with those of the other are drawn
+_MOST_IDS = 20_000_000  # rows whose ids are read to find pairs
+_WORST_SHARDS = 40  # with bad rows, that are named
+_RUN = "versions", "kernels", "fitted_on", "fit_rows", "device", "threads"  # of report.json
+Facts = dict[str, Any]
+
+
+@one_thread
+def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
+    """Measure an output on ``sample`` rows of each side and return plain numbers, ready for json.
+
+    What cannot be measured is None, and ``missing`` says why, by the name of its panel.
+
+    Raises:
+        OSError, ValueError: ``out`` holds no map, or its records are damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rows far from those fitted on are a finding here
+        output = Output.read(out, sample, seed)
+        missing: dict[str, str] = {}
+        facts: Facts = {
+            "output": str(output.path),
+            "fitted": output.fitted.record,
+            "sides": {
+                side.name: {
+                    "rows": side.rows,
+                    "sampled": len(side.numbers),
+                    "missing": side.missing,
+                    "changed": side.changed,
+                    "far": _is_far(output, side),
+                }
+                for side in output.sides
+            },
+            "passes": output.report.get("passes"),
+            "settings": output.manifest.get("settings", {}),
+            "run": {name: output.report.get(name) for name in _RUN},
+            "files": _files(output),
+            "bad_rows": _bad_rows(output),
+        }
+        facts |= _of_rows(output, missing)
+        facts |= _of_pairs(output, sample, missing)
+        with suppress(OSError, ValueError):
+            facts["demo"] = json.loads((output.path / "demo.json").read_bytes())
+    facts["missing"] = missing
+    facts["trust"], facts["sentence"] = verdict_of(facts), sentence_of(facts)
+    return _plain(facts)
+
+
+def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
+    """Return the figures of samples of the sides, which need no pairs."""
+    facts: Facts = dict.fromkeys(("scatter", "position", "cosines", "spectra", "figures"))
+    complete: dict[str, dict[str, Tensor]] = {}
+    reason = "; ".join(filter(None, (side.missing for side in output.sides)))
+    for stage in ("before", "after"):
+        sampled = {side.name: getattr(side, stage) for side in output.sides}
+        rows = {name: side for name, side in sampled.items() if side is not None and len(side) > 3}
+        if len(rows) > 1:
+            complete[stage] = rows
+        else:
+            missing[stage] = reason or f"expected 4 or more rows of two modalities, got {[*rows]}"
+    if complete:
+        facts["scatter"] = _scatter(complete, output.sides)
+        facts["position"] = _positions(complete)
+        drawn = {stage: _cosines(rows) for stage, rows in complete.items()}
+        facts["cosines"] = _densities(drawn)
+        facts["spectra"] = {stage: _spectra(rows) for stage, rows in complete.items()}
+    if len(complete) == 2:
+        (y, x), (moved_y, moved_x) = ([*rows.values()][:2] for rows in complete.values())
+        facts["figures"] = metrics.gap_report(
+            y.float(),
+            x.float(),
+            moved_y.float(),
+            aligned_target_rows=moved_x.float(),
+            settings=metrics.GapSettings(backend="torch"),
+        )
+    facts["gap"] = _gaps(output, facts["figures"], missing)
+    return facts
+
+
+def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Facts:
+    """Return centroid gaps before and after with their floors, of fitted and held-out rows.
+
+    Held out is every second sampled row: a map like that of the output is fitted on the others.
+    """
+    record, gaps = output.fitted.record, Facts()
+    if isinstance(output.fitted, ReAlign):
+        after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
+        floor = record["statistical_floor"]
+        gaps["fitted"] = {"before": record["centroid_gap"], "after": after, "floor": floor}
+    elif figures:
+        names = {"before": "before_centroid_gap", "after": "after_centroid_gap"}
+        names["floor"] = "after_sampling_gap"
+        gaps["fitted"] = {stage: figures[name] for stage, name in names.items()}
+    rows = {side.name: side.before for side in output.sides[:2] if side.before is not None}
+    if len(rows) == 2:
+        try:
+            half = output.refitted({name: side[::2] for name, side in rows.items()})
+        except ValueError as error:  # too few rows for the method
+            missing["held_out"] = str(error)
+            return gaps
+        held = {name: side[1::2] for name, side in rows.items()}
+        before = [Moments().update(side) for side in held.values()]
+        after = [Moments().update(half.documents(name, side)) for name, side in held.items()]
+        counts = [len(side) for side in (*rows.values(), *rows.values())]
+        gaps["held_out"] = {
+            "before": metrics.centroid_gap(*before),
+            "after": metrics.centroid_gap(*after),
+            "floor": metrics.sampling_gap(after[1].trace, *(count // 2 for count in counts)),
+        }
+    return gaps
+
+
+def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
+    """Return recall among the rows of both sides and the frame's parts, where pairs are known."""
+    try:
+        pairs, how = _pairs(output, sample)
+    except (OSError, ValueError) as error:
+        missing["pairs"] = str(error)
+        return {"recall": None, "frame": None}
+    space, roles = output.space, [*pairs]
+    if isinstance(space, SharedSpace) and space.layout == "single" and space.method != "center":
+        roles = [role for role in roles if role == space.query_role]
+    galleries = metrics.search_pairs(
+        pairs, lambda *_: space, roles=roles, splits=1, fitted_share=0.0
+    )
+    found = {}
+    for role, ways in galleries.items():
+        (alone,) = ways["encoder"].pure_recall.values()
+        before, after = (ways[way].recall[10] for way in ("encoder", "space"))
+        found[role] = {"before": before, "after": after, "alone": alone[10]}
+        found[role]["error"] = after.standard_error
+    frame = FixedFrame.fit(*(Moments(covariance=True).update(side) for side in pairs.values()))
+    moved = [output.moved(name, side) for name, side in pairs.items()]
+    stages = {"before": [*pairs.values()], "after": moved}
+    return {
+        "recall": {"pairs": len(moved[0]), "how": how, "of": found},
+        "frame": {name: frame.decompose(rows).summary() for name, rows in stages.items()},
+    }
+
+
+def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
+    """Return the rows of pairs of two sides and how these are known; a ValueError without any."""
+    sides = output.sides[:2]
+    corpora = [side.source for side in sides if side.source]
+    if len(corpora) < 2 or corpora[0] is corpora[1]:
+        found = "; ".join(filter(None, (side.missing for side in sides)))
+        raise ValueError(found or "pairs are looked for in two corpora, and these rows are in one")
+    if sum(corpus.num_rows for corpus in corpora) > _MOST_IDS:
+        raise ValueError(f"ids of more than {_MOST_IDS:,} rows are not read; see evaluate-search")
+    pairs: list[tuple[int, int]] | None = []
+    with suppress(ValueError, OSError):  # sides without ids
+        pairs = pairs_of_ids(corpora, sample)
+    how = "their ids"
+    if not pairs and corpora[0].subfolder and corpora[0].path == corpora[1].path:
+        pairs, how = None, "their places in one clip-retrieval root"
+    elif pairs is not None and len(pairs) < FEWEST:
+        raise ValueError(
+            f"the ids of both sides have {len(pairs)} in common, expected {FEWEST} or more; a "
+            "column id, or metadata/ beside the rows, tells which rows belong together"
+        )
+    rows, _ = paired_rows(corpora, pairs, sample, skip_bad=True)
+    return {side.name: part for side, part in zip(sides, rows, strict=True)}, how
+
+
+def _scatter(stages: Mapping[str, Mapping[str, Tensor]], sides: Sequence[Side]) -> Facts:
+    """Return places of some rows on the two leading axes of both sides before the map."""
+    mean, axes = metrics.principal_axes(torch.cat([*next(iter(stages.values())).values()]))
+    drawn = {side.name: spread(len(side.numbers), _PLACES) for side in sides}
+    return {
+        "places": {
+            stage: {name: ((side[drawn[name]] - mean) @ axes).T for name, side in rows.items()}
+            for stage, rows in stages.items()
+        },
+        "labels": {side.name: side.labels(drawn[side.name]) for side in sides if side.numbers.size},
+    }
+
+
+def _positions(stages: Mapping[str, Mapping[str, Tensor]]) -> Facts:
+    """Return densities of the rows along the line between the first two centroids."""
+    first = [*next(iter(stages.values())).values()]
+    line = unit(first[1].mean(dim=0) - first[0].mean(dim=0))
+    values = {}
+    for stage, rows in stages.items():
+        centre = sum(side.mean(dim=0) for side in rows.values()) / len(rows)
+        values[stage] = {name: (side - centre) @ line for name, side in rows.items()}
+    return _densities(values)
+
+
+def _cosines(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return cosines of pairs of rows within each side, and between the first two."""
+    values = {
+        f"{name} alone": metrics.pairwise_cosines(side, 1 << 16) for name, side in rows.items()
+    }
+    (name, first), (other, second) = [*rows.items()][:2]
+    some = [side[spread(len(side), _ROWS_BETWEEN)] for side in (first, second)]
+    values[f"{name} and {other}"] = (some[0] @ some[1].T).flatten()
+    return values
+
+
+def _densities(stages: Mapping[str, Mapping[str, Tensor]]) -> Facts:
+    """Return the densities of values at the same places, by stage and name."""
+    values = torch.cat([side for rows in stages.values() for side in rows.values()])
+    low, high = float(values.min()), float(values.max())
+    width = (high - low) / _BINS or 1.0
+    return {
+        "places": low + width * (torch.arange(_BINS) + 0.5),
+        **{
+            stage: {
+                name: torch.histc(side, _BINS, low, high) / (len(side) * width)
+                for name, side in rows.items()
+            }
+            for stage, rows in stages.items()
+        },
+    }
+
+
+def _spectra(rows: Mapping[str, Tensor]) -> Facts:
+    spectra: Facts = {}
+    for name, side in rows.items():
+        moments = Moments(covariance=True, accurate=True).update(side)
+        values = metrics.spectrum_of(moments).values
+        positive = values[values > 1e-10 * values.max()]
+        if not len(positive):  # rows that are all alike
+            continue
+        spectra[name] = {
+            "shares": positive / positive.sum(),
+            "effective_rank": metrics.effective_rank(values),
+            "rank": len(positive),
+            "columns": len(values),
+        }
+    return spectra
+
+
+def _is_far(output: Output, side: Side) -> bool:
+    """Return whether the rows of a side lie far from those that the map was fitted on."""
+    if side.before is None or not len(side.before):
+        return False
+    if isinstance(fitted := output.fitted, ReAlign):
+        name = "source" if side.name == "text" else "target"
+        mean, count = getattr(fitted, f"{name}_mean"), getattr(fitted, f"{name}_count")
+    else:
+        mean, count = fitted.sides[side.name].centre, fitted.sides[side.name].count
+    return warn_if_far("", side.before.mean(dim=0), len(side.before), mean, int(count))
+
+
+def _bad_rows(output: Output) -> Facts:
+    """Return the shards of the result that hold most bad rows, and sums over all."""
+    shards = [
+        {"shard": entry["name"], "zero": entry["zero_rows"], "non-finite": entry["nan_rows"]}
+        for name, record in output.manifest["passes"].items()
+        if name.startswith("apply")
+        for entry in record["shards"]
+    ]
+    counts = [shard["zero"] + shard["non-finite"] for shard in shards]
+    order = sorted(range(len(shards)), key=lambda number: -counts[number])
+    worst = [shards[number] for number in order[:_WORST_SHARDS] if counts[number]]
+    rows = sum(side.rows for side in output.sides if side.result)
+    numbers = {"shards": len(shards), "bad_shards": sum(map(bool, counts)), "rows": rows}
+    return numbers | {"bad": sum(counts), "worst": worst}
+
+
+def _files(output: Output) -> Facts:
+    """Return what the output holds, in words."""
+    files = {
+        side.name: f"{side.rows:,} rows, of which {len(side.numbers):,} were read for this page"
+        for side in output.sides
+    }
+    paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST, REPORT)}
+    for side in output.sides:
+        paths |= {shard.path for shard in side.result.shards} if side.result else set()
+    if not output.path.is_remote:  # a question about a file there is a request
+        total = sum(path.stamp()[0] for path in paths if path.exists())
+        files["shards, map and records"] = f"{total:,} bytes"
+    return files
+
+
+def _plain(facts: Facts) -> Facts:
+    """Return json values: numbers of six digits, lists for tensors, None for what is not finite."""
+    plain: Facts = json.loads(
+        json.dumps(facts, default=Tensor.tolist),
+        parse_float=lambda digits: float(f"{float(digits):.6g}"),
+        parse_constant=lambda _: None,
+    )
+    return plain

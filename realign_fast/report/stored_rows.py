@@ -1,0 +1,220 @@
+"""Rows of an output before and after its map, read again with what the run recorded of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..align import ReAlign
+from ..corpus.corpus import Corpus, sample_ids
+from ..corpus.layout import SUBFOLDERS
+from ..corpus.row_values import ID_COLUMNS, shard_values
+from ..corpus.split_corpus import SplitCorpus
+from ..moments import good_rows
+from ..ops.reference import unit
+from ..pipeline.checkpoints import identity
+from ..pipeline.manifest import read_manifest
+from ..pipeline.output import ALIGNER, REPORT, SPACE
+from ..shared_space import SharedSpace
+from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
+
+_NAMED_ROWS = 1_000_000  # rows of the shards whose ids and captions are read
+_VALUES = ID_COLUMNS, ("caption", "text", "txt")
+
+
+@dataclass
+class Side:
+    """A sample of the rows of one modality before and after the map."""
+
+    name: str
+    rows: int  # of the corpus
+    before: Tensor | None = None  # [n, D] float64, unit rows of the encoder
+    after: Tensor | None = None  # [n, D] float64, directions of the rows in the output
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of these rows
+    source: Corpus | None = None
+    result: Corpus | None = None
+    missing: str = ""  # why there are no rows before, or after
+    changed: str = ""  # how the source differs from what the run read
+
+    def labels(self, places: Sequence[int]) -> list[list[str]]:
+        """Return file and row, id and caption of some of the rows; empty where there is none."""
+        corpus = self.source or self.result
+        assert corpus is not None
+        rows = self.numbers[places]
+        shards = np.searchsorted(corpus.starts, rows, side="right") - 1
+        rows = rows - corpus.starts[shards]
+        labels = [
+            [f"{corpus.shards[shard].path.name}, row {row}", "", ""]
+            for shard, row in zip(shards, rows, strict=True)
+        ]
+        sizes = np.diff(corpus.starts)[(used := np.unique(shards))]
+        used = used[np.cumsum(sizes) <= _NAMED_ROWS]
+        place = {pair: n for n, pair in enumerate(zip(shards.tolist(), rows.tolist(), strict=True))}
+        for column, names in enumerate(_VALUES, 1):
+            with suppress(ValueError, OSError):  # files without such a column
+                values = shard_values(corpus, None, names, [corpus.shards[s] for s in used])
+                for shard, texts in zip(used.tolist(), values, strict=True):
+                    for row, text in enumerate(texts):
+                        if (shard, row) in place:
+                            labels[place[shard, row]][column] = text
+        return labels
+
+
+class Alignment(NamedTuple):
+    """An aligner in the form of a space, whose texts are moved and whose images stay."""
+
+    aligner: ReAlign
+
+    def documents(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a modality after the map."""
+        return self.aligner(rows) if name == "text" else rows
+
+    def query(self, rows: Tensor, role: str) -> Tensor:
+        """Return queries, which are mapped as the rows of their modality."""
+        return self.documents(role, rows)
+
+
+@dataclass
+class Output:
+    """What a directory of ``align``, ``fit``, ``apply`` or ``unify`` holds."""
+
+    path: StoragePath
+    manifest: dict[str, Any]
+    report: dict[str, Any]  # empty if the run did not end
+    fitted: ReAlign | SharedSpace
+    sides: list[Side]  # that of the source or of the queries first
+
+    @classmethod
+    def read(cls, out: AnyPath, sample: int, seed: int) -> Output:
+        """Read the records of an output and ``sample`` rows of each side, spread evenly.
+
+        Raises:
+            OSError, ValueError: ``out`` has no map, or its records are damaged.
+        """
+        path = storage_path(out)
+        records, report = records_of(path), {}
+        is_space = (records / SPACE).exists() and not (records / ALIGNER).exists()
+        fitted = (SharedSpace if is_space else ReAlign).from_pretrained(path)
+        with suppress(FileNotFoundError):
+            report = json.loads((records / REPORT).read_bytes())
+        self = cls(path, read_manifest(records), report, fitted, [])
+        passes, first = self.manifest["passes"], "text"
+        names = {"text": "apply" if "apply" in passes else "source moments"}
+        names["image"], shapes = "target moments", {"text": "source", "image": "target"}
+        if isinstance(fitted, SharedSpace):
+            roles = [name.removeprefix("apply ") for name in passes if name.startswith("apply ")]
+            names = {role: f"apply {role}" for role in roles if not role.endswith("queries")}
+            first, shapes = fitted.query_role, {}
+        for role, name in names.items():
+            shape = report.get(shapes.get(role, role))
+            self.sides += self._read_pass(role, passes.get(name), shape, sample, seed)
+        self.sides.sort(key=lambda side: side.name != first)
+        return self
+
+    def _read_pass(
+        self, role: str, record: Any, shape: dict[str, Any] | None, sample: int, seed: int
+    ) -> list[Side]:
+        """Return the side whose rows a pass read, or those of a table.
+
+        Args:
+            record: the pass in the manifest; None if the run measured a sample.
+            shape: where the corpus was and how many rows it had, from the report.
+        """
+        entries = record["shards"] if record else []
+        facts = record["facts"] if record else {}
+        options = {name: facts.get(name) for name in ("column", "allow_pickle")}
+        shape = shape or {"path": "", "rows": 0}
+        total = sum(entry["rows"] for entry in entries) or shape["rows"]
+        side = Side(role, total)
+        paths = [entry["path"] for entry in entries] or [shape["path"]]
+        try:
+            source = _opened(paths, role, options)
+            if source.num_rows != total:
+                raise ValueError(f"{source.path}: has {source.num_rows} rows, the run read {total}")
+            side.source = source
+            for shard, entry in zip(source.shards, entries, strict=bool(entries)):
+                if not entry.items() >= identity(shard).items():
+                    side.changed = side.changed or str(shard.path)
+        except (OSError, ValueError) as error:
+            side.missing = f"{role} rows before: {error}"
+        if "folder" in facts:
+            names = [self.path / facts["folder"] / entry["name"] for entry in entries]
+            for column in (facts["column"], None):  # rows of another width have the usual one
+                with suppress(OSError, ValueError):
+                    side.result = side.result or _opened(names, role, options | {"column": column})
+            if side.result is None or side.result.num_rows != total:
+                side.result, side.missing = None, f"{role} rows after: not all shards are there"
+        corpus = side.source or side.result
+        if corpus is None:
+            return [side]
+        if "split_by" not in facts:
+            return [self._filled(side, sample_ids(total, sample, seed))]
+        table = SplitCorpus(corpus, facts["split_by"])
+        ids, codes = table.sample(sample, seed)
+        return [
+            self._filled(replace(side, name=name, rows=rows), ids[codes.numpy() == code])
+            for code, (name, rows) in enumerate(table.side_rows.items())
+        ]
+
+    def _filled(self, side: Side, ids: np.ndarray) -> Side:
+        """Return a side with these rows, without those that are zero or not finite."""
+        raw = side.source.take(ids).double() if side.source else None
+        stored = side.result.take(ids).double() if side.result else None
+        keep = torch.ones(len(ids), dtype=torch.bool)
+        for rows in (raw, stored):
+            if rows is not None:
+                keep &= good_rows(rows)
+        side.numbers = ids[keep.numpy()]
+        if raw is not None:
+            side.before = unit(raw[keep])
+            side.after = self.moved(side.name, side.before)
+        if stored is not None:
+            side.after = self._directions(side.name, stored[keep])
+        return side
+
+    @property
+    def space(self) -> SharedSpace | Alignment:
+        """The map of the output as a space."""
+        return Alignment(self.fitted) if isinstance(self.fitted, ReAlign) else self.fitted
+
+    def refitted(self, rows: dict[str, Any]) -> SharedSpace | Alignment:
+        """Return a map like that of the output, of other rows by modality; the source is first."""
+        if isinstance(self.fitted, SharedSpace):
+            return SharedSpace.fit(**rows, method=self.fitted.method, query_role=next(iter(rows)))
+        shrinkage = self.manifest.get("settings", {}).get("shrinkage")
+        method = self.fitted.method
+        return Alignment(ReAlign.fit(*rows.values(), method=method, shrinkage=shrinkage))
+
+    def moved(self, name: str, rows: Tensor) -> Tensor:
+        """Return directions of rows of a modality after the map."""
+        return self._directions(name, self.space.documents(name, rows))
+
+    def _directions(self, name: str, rows: Tensor) -> Tensor:
+        """Return directions of documents, in a space in the columns that belong to their side."""
+        if isinstance(self.fitted, SharedSpace):
+            (first,) = self.fitted.document_map(name).scales
+            rows = rows[:, first : first + self.fitted.dimension]
+        return unit(rows)
+
+
+def _opened(paths: Sequence[AnyPath], role: str, options: dict[str, Any]) -> Corpus:
+    """Open shards in their order: as a root or a folder, with its metadata, or one by one."""
+    if not str(paths[0]):
+        raise ValueError("the run did not record where they are")
+    side: Any = role if role in SUBFOLDERS else None
+    folder = storage_path(paths[0]).parent
+    root = folder.parent if folder.name in SUBFOLDERS.values() else folder
+    names = [PurePosixPath(str(path)).name for path in paths]
+    with suppress(OSError, ValueError):
+        corpus = Corpus(root, side, **options)
+        if [shard.path.name for shard in corpus.shards] == names:
+            return corpus
+    return Corpus(paths if len(paths) > 1 else paths[0], side, **options)

@@ -1,0 +1,152 @@
+"""Whether the result of a run should be trusted: rules over the figures of a report.
+
+A rule yields what it found, in words. A ``fault`` says that the result should not be used, a
+``doubt`` that it needs a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..methods import NEED_COVARIANCE
+
+Facts = dict[str, Any]
+FLOOR_SHARE = 0.1  # of the gap: more may be left by the sampling of the means alone
+SCALE_ERROR = 0.1  # by which the scores of one modality are stretched
+FAR_FROM_FLOOR = 2.0  # means of like rows lie at the floor; twice as far apart is no chance
+ROWS_A_COLUMN = 10  # eigenvalues of a covariance of n rows are off by about sqrt(D / n)
+BAD_SHARE = 0.01  # of all rows
+KEPT = 0.5  # share of the neighbours of a row that stay
+
+
+def unfinished_run(facts: Facts) -> Iterator[str]:
+    """Find a run without a report."""
+    if facts["passes"] is None:
+        yield "The run wrote no report.json. Run the same command again."
+
+
+def another_encoder_or_domain(facts: Facts) -> Iterator[str]:
+    """Find rows whose mean is far from that of the rows fitted on."""
+    for name in (name for name, side in facts["sides"].items() if side["far"]):
+        yield (
+            f"The {name} rows lie far from those that the map was fitted on: they are of another "
+            "encoder, modality or domain. Fit a map on rows like these."
+        )
+
+
+def too_few_rows(facts: Facts) -> Iterator[str]:
+    """Find means and scales that are badly known."""
+    floor, gap = (facts["fitted"].get(name) for name in ("statistical_floor", "centroid_gap"))
+    if floor and gap and floor > FLOOR_SHARE * gap:
+        yield (
+            f"On new rows sampling alone leaves a gap of {floor:.3g}, {floor / gap:.0%} of that "
+            f"before (expected {FLOOR_SHARE:.0%} at most). Fit on more rows."
+        )
+    sides = facts["fitted"].get("modalities", {}).values()
+    error = max((error for side in sides for error in side["scale_error"].values()), default=0.0)
+    if error > SCALE_ERROR:
+        yield (
+            f"A scale of the space is off by about {error:.0%} (expected {SCALE_ERROR:.0%} at "
+            "most), so that one modality may rank before the other. Fit on more rows."
+        )
+
+
+def far_from_the_floor(facts: Facts) -> Iterator[str]:
+    """Find a gap that is left and that sampling does not explain."""
+    for name, gap in facts["gap"].items():
+        if gap["after"] and gap["floor"] and gap["after"] > FAR_FROM_FLOOR * gap["floor"]:
+            yield (
+                f"On {name.replace('_', '-')} rows a gap of {gap['after']:.3g} is left, "
+                f"{gap['after'] / gap['floor']:.1f} times what sampling explains (expected "
+                f"{FAR_FROM_FLOOR:g} times at most): they are not drawn like those of the fit."
+            )
+
+
+def rank_deficient_covariance(facts: Facts) -> Iterator[str]:
+    """Find a method with covariances whose rows do not determine them."""
+    record = facts["fitted"]
+    if record["method"] in NEED_COVARIANCE:
+        rows, columns = min(record["source_count"], record["target_count"]), record["dimension"]
+        ranks = [s["rank"] for s in (facts["spectra"] or {}).get("before", {}).values()]
+        sampled = min(side["sampled"] for side in facts["sides"].values())
+        if rows < ROWS_A_COLUMN * columns or min(ranks, default=columns) < min(
+            columns, sampled - 1
+        ):
+            yield (
+                f"The method {record['method']} uses covariances of {columns} columns. It was "
+                f"fitted on {rows:,} rows (expected {ROWS_A_COLUMN} for each column), which span "
+                f"{min(ranks, default=columns)} columns. Fit with --shrinkage oas."
+            )
+
+
+def torn_neighbours(facts: Facts) -> Iterator[str]:
+    """Find rows that lose their nearest rows."""
+    kept = (facts["figures"] or {}).get("kept_knn_overlap")
+    if kept is not None and kept < KEPT:
+        yield (
+            f"A row keeps {kept:.0%} of its nearest neighbours (expected {KEPT:.0%} or more): the "
+            "map changes what is alike. Try --method realign, or --shrinkage oas."
+        )
+
+
+def worse_search(facts: Facts) -> Iterator[str]:
+    """Find pairs that are found less often than before, by two standard errors."""
+    for role, recall in (facts["recall"] or {"of": {}})["of"].items():
+        if recall["after"] < recall["before"] - 2 * recall["error"]:
+            yield (
+                f"{role} queries find their pair among all rows in {recall['after']:.0%} of the "
+                f"searches, before the map in {recall['before']:.0%}."
+            )
+
+
+def bad_rows(facts: Facts) -> Iterator[str]:
+    """Find rows that are zero or not finite."""
+    bad, rows = facts["bad_rows"]["bad"], facts["bad_rows"]["rows"]
+    if bad > BAD_SHARE * rows:
+        yield f"{bad:,} of {rows:,} rows are zero or not finite (expected {BAD_SHARE:.0%} at most)."
+
+
+def changed_source(facts: Facts) -> Iterator[str]:
+    """Find files that are not those the run read, or cannot be read."""
+    for side in facts["sides"].values():
+        if side["changed"]:
+            yield f"{side['changed']} has changed since the run, or is a copy. Run again."
+        if side["missing"]:
+            yield f"Panels and rules that need these rows are missing: {side['missing']}"
+
+
+FAULTS = (unfinished_run, another_encoder_or_domain)
+DOUBTS = (
+    *(too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
+    *(worse_search, bad_rows, changed_source),
+)
+
+
+def verdict_of(facts: Facts) -> Facts:
+    """Return the verdict in words, its level and the findings behind it."""
+    findings = [
+        {"level": level, "rule": rule.__name__.replace("_", " "), "text": text}
+        for level, rules in (("fault", FAULTS), ("doubt", DOUBTS))
+        for rule in rules
+        for text in rule(facts)
+    ]
+    level, words = "good", "Nothing speaks against this result."
+    if findings:  # faults come first
+        level, words = findings[0]["level"], "Look at this before you rely on the result."
+    if level == "fault":
+        words = "Do not use this result yet."
+    rules = len(FAULTS + DOUBTS)
+    return {"level": level, "verdict": words, "rules": rules, "findings": findings}
+
+
+def sentence_of(facts: Facts) -> str:
+    """Return the gap in one sentence."""
+    names, gap = " and ".join([*facts["sides"]][:2]), facts["gap"].get("fitted")
+    if not gap or gap["after"] is None:
+        return f"The gap between {names} was not measured: rows are missing."
+    return (
+        f"The gap between {names} fell from {gap['before']:.3f} to {gap['after']:.4f} "
+        f"({1 - gap['after'] / gap['before']:.1%} is closed); sampling alone leaves "
+        f"{gap['floor']:.3f}."
+    )

@@ -1,0 +1,269 @@
+"""Reports of real outputs: their figures, their rules, and their page in a browser."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support import browser
+
+from realign_fast import Corpus, Moments, ReAlign, SharedSpace, metrics
+from realign_fast.cli.main import main
+from realign_fast.demo import DATA
+from realign_fast.frame import FixedFrame
+from realign_fast.report import facts_of, render, trust, write_report
+
+HELD_OUT = str(DATA / "heldout")
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "{{7*7}} {% raw %}",
+    "nul \x00 bell \x07 escape \x1b[31m",
+    "\u202eright to left \u05e9\u05dc\u05d5\u05dd",
+    "<b>bold</b> <a href='javascript:alert(1)'>link</a> &lt; &amp;",
+    "long " * 400,
+)
+
+
+def run(*words):
+    assert main([*words, "--quiet"]) == 0
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "aligned"
+    run("align", "--text", HELD_OUT, "--image", HELD_OUT, "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def facts(aligned):
+    return facts_of(aligned)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All rows of both sides, unit."""
+    return [
+        torch.nn.functional.normalize(Corpus(HELD_OUT, side).take(range(400)).double())
+        for side in ("text", "image")
+    ]
+
+
+def test_figures_are_those_of_the_rows(aligned, facts, rows):
+    text, image = rows
+    moved = Corpus(aligned, "text").take(range(400)).double()
+    gap = facts["gap"]["fitted"]
+    assert gap["before"] == pytest.approx(float((text.mean(0) - image.mean(0)).norm()), rel=1e-4)
+    assert gap["after"] == pytest.approx(float((moved.mean(0) - image.mean(0)).norm()), abs=1e-4)
+    assert facts["figures"]["after_centroid_gap"] == pytest.approx(gap["after"], abs=1e-4)
+    fitted = ReAlign.fit(text[::2], image[::2])
+    left = float((fitted(text[1::2]).mean(0) - image[1::2].mean(0)).norm())
+    assert facts["gap"]["held_out"]["after"] == pytest.approx(left, rel=1e-5)
+    number = torch.arange(400)
+    found = metrics.mixed_gallery(
+        moved, {"text": moved, "image": image}, {"image": number}, own={"text": number}
+    )
+    recall = facts["recall"]["of"]["text"]
+    assert recall["after"] == pytest.approx(float(found.recall[10]), abs=0.006), "rounded rows"
+    assert recall["before"] < recall["after"] < recall["alone"]
+    moments = [Moments(covariance=True).update(side) for side in rows]
+    parts = FixedFrame.fit(*moments).decompose(rows).summary()
+    assert facts["frame"]["before"]["gamma_norm"] == pytest.approx(parts["gamma_norm"], rel=1e-5)
+    assert facts["frame"]["after"]["beta_norm"] < 0.2 * parts["beta_norm"]
+    spectrum = metrics.spectrum_of(moments[1])
+    rank = facts["spectra"]["before"]["image"]["effective_rank"]
+    assert rank == pytest.approx(metrics.effective_rank(spectrum.values), rel=1e-5)
+    labels = facts["scatter"]["labels"]["text"]
+    ids = [*Corpus(HELD_OUT, "text").ids()]
+    assert labels[7][:2] == ["text_emb_0.npy, row 7", ids[7]] and labels[7][2]
+
+
+def test_bytes_are_the_same_each_time(aligned, tmp_path):
+    pages = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        path, _ = write_report(aligned, tmp_path / f"{threads}.html", sample=100)
+        pages.append(((tmp_path / f"{threads}.json").read_bytes(), path.stat().st_size))
+    assert pages[0] == pages[1]
+    sampled = json.loads(pages[0][0])["sides"]["text"]["sampled"]
+    assert sampled == 100, "memory is bounded by the sample"
+
+
+def test_the_command_writes_both_files_where_no_reader_looks(aligned, capsys):
+    assert main(["report", str(aligned), "--sample", "100", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    page = aligned / "__realign__/gap_report.html"
+    assert printed["report"] == str(page) and "<h1>The gap between text" in page.read_text()
+    twin = json.loads(page.with_suffix(".json").read_text())
+    assert twin["sentence"] == printed["sentence"] and twin["trust"] == printed["trust"]
+    assert main(["verify", str(aligned)]) == 0
+    assert Corpus(aligned, "text").num_rows == 400
+    assert main(["report", str(DATA)]) == 6, "no output"
+
+
+@pytest.mark.parametrize("layout", ["single", "blocks"])
+def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
+    run("unify", *sides, "--layout", layout, "--report")
+    facts = json.loads((tmp_path / "__realign__/gap_report.json").read_text())
+    space = SharedSpace.from_pretrained(tmp_path)
+    named = zip(space.sides, rows, strict=True)
+    stored = {name: space.documents(name, side) for name, side in named}
+    number = torch.arange(400)
+    found = metrics.mixed_gallery(
+        space.query(rows[0], "text"), stored, {"image": number}, own={"text": number}
+    )
+    recall = facts["recall"]["of"]
+    assert recall["text"]["after"] == pytest.approx(float(found.recall[10]), rel=1e-5)
+    assert [*recall] == (["text"] if layout == "single" else ["text", "image"])
+    assert facts["gap"]["fitted"]["after"] < 0.2 * facts["gap"]["fitted"]["before"]
+    assert facts["gap"]["held_out"]["after"] < 2 * facts["gap"]["held_out"]["floor"]
+    run("unify", *sides, "--layout", layout)
+    assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
+
+
+def test_a_table_of_several_modalities(tmp_path, rows):
+    names = ["text"] * 300 + ["image"] * 300 + ["<b>{{x}}"] * 60
+    table_rows = torch.cat([rows[0][:300], rows[1][:300], rows[1][300:360]]).float()
+    table_rows[3] = float("nan")
+    columns = {"modality": names, "embedding": table_rows.numpy().tolist()}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    table = ["--corpus", str(tmp_path / "table.parquet"), "--out", str(tmp_path / "out")]
+    run("unify", *table, "--bad-rows", "skip", "--report")
+    facts = json.loads((tmp_path / "out/__realign__/gap_report.json").read_text())
+    assert [*facts["sides"]] == ["text", "image", "<b>{{x}}"]
+    assert facts["sides"]["text"]["sampled"] == 299 and facts["bad_rows"]["bad"] == 1
+    assert "are in one" in facts["missing"]["pairs"]
+    assert "<b>{{x}}" not in render(facts)
+
+
+def test_a_source_that_is_gone_or_changed_is_said(tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(HELD_OUT, root)
+    run("align", "--text", str(root), "--image", str(root), "--out", str(out))
+    changed = root / "text_emb/text_emb_0.npy"
+    np.save(changed, np.load(changed)[::-1])
+    found = [finding["rule"] for finding in facts_of(out, 50)["trust"]["findings"]]
+    assert "changed source" in found
+    (root / "text_emb").rename(tmp_path / "elsewhere")
+    facts = facts_of(out, 50)
+    assert facts["gap"]["fitted"]["before"] > 0.3 and "held_out" not in facts["gap"]
+    assert [*facts["scatter"]["places"]] == ["after"]
+    assert facts["recall"] is None and facts["frame"] is None
+    assert all("No such file" in facts["missing"][place] for place in ("before", "pairs"))
+    assert render(facts).count("Not measured: text rows before: ") >= 4
+    assert "rows are missing" in facts["trust"]["findings"][-1]["text"]
+    shutil.rmtree(root)
+    assert facts_of(out, 50)["scatter"] is None and render(facts_of(out, 50))
+
+
+def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT]
+    run("fit", *sides, "--out", str(tmp_path / "fit"), "--method", "coral")
+    facts = facts_of(tmp_path / "fit")
+    assert facts["figures"]["kept_knn_overlap"] < 0.5
+    found = {finding["rule"] for finding in facts["trust"]["findings"]}
+    assert {"rank deficient covariance", "torn neighbours"} <= found
+    run("align", *sides, "--out", str(tmp_path / "sampled"), "--fit-rows", "200")
+    assert facts_of(tmp_path / "sampled", 50)["sides"]["image"]["rows"] == 400, "no checkpoints"
+    images = ["--text", f"{HELD_OUT}/img_emb", "--out", str(tmp_path / "applied")]
+    run("apply", "--aligner", str(tmp_path / "fit"), *images)
+    trust_facts = facts_of(tmp_path / "applied", 200)["trust"]
+    assert trust_facts["level"] == "fault"
+    assert trust_facts["findings"][0]["rule"] == "another encoder or domain"
+
+
+CHANGES = {
+    "unfinished run": (("passes",), None, "fault"),
+    "another encoder or domain": (("sides", "text", "far"), True, "fault"),
+    "too few rows": (("fitted", "statistical_floor"), 0.15, "doubt"),
+    "too few rows ": (("fitted", "modalities"), {"a": {"scale_error": {"a": 0.2}}}, "doubt"),
+    "far from the floor": (("gap", "held_out", "after"), 0.3, "doubt"),
+    "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
+    "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
+    "torn neighbours": (("figures", "kept_knn_overlap"), 0.4, "doubt"),
+    "worse search": (("recall", "of", "text", "after"), 0.0, "doubt"),
+    "bad rows": (("bad_rows", "bad"), 5, "doubt"),
+    "changed source ": (("sides", "image", "missing"), "gone", "doubt"),
+}
+
+
+@pytest.mark.parametrize("rule", CHANGES)
+def test_each_rule_finds_what_it_is_for(facts, rule):
+    clean = copy.deepcopy(facts)
+    clean["fitted"]["statistical_floor"] = 0.01
+    assert trust.verdict_of(clean)["level"] == "good"
+    place, value, level = CHANGES[rule]
+    entry = clean
+    for name in place[:-1]:
+        entry = entry[name]
+    entry[place[-1]] = value
+    (finding,) = trust.verdict_of(clean)["findings"]
+    assert (finding["rule"], finding["level"]) == (rule.strip(), level)
+    assert {rule.strip().replace(" ", "_") for rule in CHANGES} == {
+        known.__name__ for known in trust.FAULTS + trust.DOUBTS
+    }
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory):
+    """A page with every panel of a run, bad rows and captions that no page should run."""
+    folder = tmp_path_factory.mktemp("hostile")
+    draw = np.random.default_rng(0)
+    shared = draw.standard_normal((200, 16))
+    for side, offset in (("text", 1.0), ("image", -1.0)):
+        side_rows = shared + offset + draw.standard_normal((200, 16)) / 2
+        side_rows[150:153] = 0
+        captions = [f"{number} {HOSTILE[number % len(HOSTILE)]}" for number in range(200)]
+        columns = {"id": list(map(str, range(200))), "caption": captions}
+        columns["embedding"] = side_rows.astype("f4").tolist()
+        pq.write_table(pa.table(columns), folder / f"{side}.parquet")
+    sides = ["--text", str(folder / "text.parquet"), "--image", str(folder / "image.parquet")]
+    run("align", *sides, "--out", str(folder / "out"), "--bad-rows", "skip")
+    return write_report(folder / "out", folder / "page.html")[0]
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium: apt install chromium")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(hostile_page, width, dark):
+    expression = """{
+      problems, inner: innerWidth, scroll: document.documentElement.scrollWidth,
+      plots: document.querySelectorAll(".figure").length,
+      drawn: [...document.querySelectorAll(".figure")].filter(
+        place => place.querySelector(".cartesianlayer path, .cartesianlayer .point")).length,
+      faults: [...document.querySelectorAll(".figure")].flatMap(
+        place => (Plotly.validate(place.data, place.layout) || []).map(fault => fault.msg)),
+      ground: getComputedStyle(document.body).backgroundColor,
+      ink: getComputedStyle(document.querySelector(".figure .xtick text")).fill,
+      names: document.querySelector("#neighbours .figure").data[0].x,
+      images: document.querySelectorAll("img").length,
+      hovered: [...Array(6).keys()].map(number => {
+        const place = document.querySelector("#scatter_before .figure");
+        Plotly.Fx.hover(place, [{curveNumber: 0, pointNumber: number}]);
+        const text = place.querySelector(".hoverlayer").textContent;
+        Plotly.Fx.unhover(place);
+        return text;
+      }),
+      links: document.querySelectorAll(".hoverlayer a").length,
+    }"""
+    found = browser.look(hostile_page, expression, width, dark=dark)
+    assert found["problems"] == []
+    assert found["inner"] == width and found["scroll"] <= width
+    assert found["plots"] == found["drawn"] == 11 and found["faults"] == []
+    bright = [sum(map(int, found[name][4:-1].split(","))) for name in ("ground", "ink")]
+    assert (bright[0] < 150 < 600 < bright[1]) if dark else (bright[1] < 150 < 600 < bright[0])
+    assert found["names"] == ["\u2068text\u2069", "\u2068image\u2069"], "as the figures are"
+    assert found["images"] == found["links"] == 0
+    hovered = [text.replace("\u2068", "").replace("\u2069", "") for text in found["hovered"]]
+    assert "0 </script><img src=x onerror=alert(1)>" in hovered[0]
+    assert "1 {{7*7}} {% raw %}" in hovered[1]
+    assert "\ufffd bell \ufffd" in hovered[2] and hovered[3].startswith("text.parquet, row 3")
+    assert "\u202e" not in hovered[3] and "<b>bold</b>" in hovered[4] and "&lt; &amp;" in hovered[4]
+    assert len(hovered[5]) < 400
