@@ -26,15 +26,15 @@ from realign_fast.pipeline.engines.local import engine_of
 def kernel(request):
     """Every implementation in turn."""
     sizes = request.node.callspec.params
-    if request.param == "emulated cuda" and (
+    if request.param == "ptx" and (
         sizes.get("count", 0) > 100_000
         or (sizes.get("kind") == "matrix" and sizes.get("columns", 0) > 1000)
     ):
-        pytest.skip("too large to emulate")
+        pytest.skip("too large for the machine that runs PTX")
     return kernel_or_skip(request.param)
 
 
-@pytest.fixture(params=[name for name in KERNELS[1:] if name != "emulated cuda"])
+@pytest.fixture(params=[name for name in KERNELS[1:] if name != "ptx"])
 def compiled_kernel(request):
     """Every kernel on its own device: for what only kernels promise, or at their scale."""
     return kernel_or_skip(request.param)

@@ -56,8 +56,9 @@ void centre_exactly(const ScatterTask<T>& task, int64_t i, double factor, double
 namespace realign_fast {
 namespace {
 
-// Packs the block's rows into `packed` on all threads. Returns false if M is float, rows are taken
-// as they are, and one has a norm that M cannot square: the block then needs float64.
+// Packs the block's rows into `packed` on all threads. Returns false if M is float and the block
+// needs float64: rows are taken as they are and one has a norm that M cannot square, or M cannot
+// hold a weight.
 template <class T, class M>
 bool pack_block(const ScatterTask<T>& task, Isa isa, int64_t first, int64_t rows,
                 PackedBlock<M>& packed, RowCounts& counts) {

@@ -48,6 +48,8 @@ void pack_one_row(const ScatterTask<T>& task, int64_t first, int64_t k, double s
   const T* row = task.rows + i * task.row_stride;
   const double factor = task.weights ? __builtin_sqrt(task.weights[i]) : 1;
   packed.root_weights[k] = static_cast<M>(factor);
+  // float32 holds the roots of few of the weights that float64 holds.
+  fits = fits && (sizeof(M) == 8 || factor == 0 || in_range<M>(factor * factor));
   if (in_range<M>(squared_norm)) {
     ++counts.rows;
     const double scale = task.normalize ? 1 / __builtin_sqrt(squared_norm) : 1;

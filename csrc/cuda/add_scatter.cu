@@ -46,37 +46,43 @@ __global__ void __launch_bounds__(256)
     atomicMax(peak, static_cast<unsigned long long>(__double_as_longlong(most)));
 }
 
-// Computes the largest |x - c| of each column of rows that are not normalised, with one more read.
+// Computes the largest sqrt(w) |x - c| of each column of rows that are not normalised, with one
+// more read.
 template <class T>
 __global__ void __launch_bounds__(256)
     row_peaks(const T* rows, int64_t row_stride, int64_t count, int64_t columns,
-              const double* centre, unsigned long long* peaks) {
+              const double* centre, const double* weights, unsigned long long* peaks) {
   const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (j >= columns) return;
   double most = 0;
   for (int64_t i = blockIdx.y; i < count; i += gridDim.y) {
     const double distance = fabs(static_cast<double>(rows[i * row_stride + j]) - centre[j]);
-    if (isfinite(distance)) most = fmax(most, distance);
+    if (isfinite(distance)) most = fmax(most, weights ? distance * sqrt(weights[i]) : distance);
   }
   atomicMax(peaks + j, static_cast<unsigned long long>(__double_as_longlong(most)));
 }
 
 // scale [stride] = the power of two that scales a column to the range of float16; 1 without `half`.
+// The scale of the weights' roots (pack_rows.cuh) follows them. `bounded` says that the peaks hold
+// for weights of 1.
 __global__ void __launch_bounds__(256)
     column_scales(const unsigned long long* peaks, const unsigned long long* weight_peak,
-                  bool weighted, int64_t stride, bool half, double* scale) {
+                  bool bounded, int64_t stride, bool half, double* scale) {
   const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (j >= stride) return;
+  const double root = sqrt(__longlong_as_double(static_cast<long long>(*weight_peak)));
+  const double root_scale = root > 0 ? ldexp(1.0, -ilogb(root)) : 1;
   double peak = __longlong_as_double(static_cast<long long>(peaks[j]));
-  if (weighted) peak *= sqrt(__longlong_as_double(static_cast<long long>(*weight_peak)));
+  if (root > 0) peak *= (bounded ? root : 1) * root_scale;
   scale[j] = half && peak > 0 ? half_scale(peak) : 1.0;
+  if (j == 0) scale[stride] = root_scale;
 }
 
-// scatter += the slices of each tile, partial [slices, tiles, side, side], divided by the scales.
+// scatter += the slices of each tile, partial [slices, tiles, side, side], without the scales.
 template <class S>
 __global__ void __launch_bounds__(256)
     add_partials(const S* partial, int slices, int tiles, int side, const double* scale,
-                 ScatterOutput out) {
+                 const double* root_scale, ScatterOutput out) {
   const TilePlace tile = upper_tile(static_cast<int>(blockIdx.x), tiles);
   const int entry = static_cast<int>(blockIdx.y) * 256 + static_cast<int>(threadIdx.x);
   const int64_t i = int64_t(tile.row) * side + entry / side;
@@ -87,14 +93,14 @@ __global__ void __launch_bounds__(256)
   for (int slice = 0; slice < slices; ++slice)
     sum += static_cast<double>(
         partial[(int64_t(slice) * gridDim.x + blockIdx.x) * side * side + entry]);
-  out.scatter[i * out.columns + j] += sum / scale[i] / scale[j];
+  out.scatter[i * out.columns + j] += sum / scale[i] / scale[j] / *root_scale / *root_scale;
 }
 
 // total += the blocks' sums, and the diagonal += the squares that the product omits.
 template <int E>
 __global__ void __launch_bounds__(128)
     add_totals(const double* sums, int64_t blocks, int64_t padded, int size, const double* scale,
-               ScatterOutput out) {
+               const double* root_scale, ScatterOutput out) {
   const int64_t j = int64_t(blockIdx.x) * 128 + threadIdx.x;
   if (j >= out.columns) return;
   const int64_t place = sum_place<E>(j, size);
@@ -104,8 +110,8 @@ __global__ void __launch_bounds__(128)
     total += sums[block * 2 * padded + place];
     squares += sums[block * 2 * padded + padded + place];
   }
-  out.total[j] += total / scale[j];
-  out.scatter[j * out.columns + j] += squares / scale[j] / scale[j];
+  out.total[j] += total / scale[j] / *root_scale / *root_scale;
+  out.scatter[j * out.columns + j] += squares / scale[j] / scale[j] / *root_scale / *root_scale;
 }
 
 struct ScatterCall {
@@ -117,25 +123,26 @@ struct ScatterCall {
   unsigned long long* counts;
 };
 
-template <class T>
-const double* compute_scales(CallResources& resources, const ScatterCall& call, int64_t stride,
-                             bool half) {
+// Returns the scales of the columns [stride] and, after them, that of the weights' roots.
+template <class T, bool half>
+const double* compute_scales(CallResources& resources, const ScatterCall& call, int64_t stride) {
   const int64_t count = call.rows.size(0), columns = call.rows.size(1);
   auto* peaks = resources.allocate<unsigned long long>(stride + 1);
   auto* weight_peak = peaks + stride;
-  auto* scale = resources.allocate<double>(stride);
+  auto* scale = resources.allocate<double>(stride + 1);
   const auto across = static_cast<unsigned>(divide_up(stride, 256));
   launch(first_peaks, across, 256, 0, resources.stream(), call.centre, columns, stride,
          call.normalize, peaks, weight_peak);
   if (half && call.weights)
     launch(weight_peaks, persistent_blocks(divide_up(count, 256), 8), 256, Team<256>::kSharedBytes,
            resources.stream(), call.weights, count, weight_peak);
-  if (half && !call.normalize)
-    launch(row_peaks<T>, dim3(across, persistent_blocks(divide_up(count, 64), 16)), 256, 0,
-           resources.stream(), static_cast<const T*>(call.rows.const_data_ptr()),
-           call.rows.stride(0), count, columns, call.centre, peaks);
-  launch(column_scales, across, 256, 0, resources.stream(), peaks, weight_peak,
-         call.weights != nullptr, stride, half, scale);
+  if constexpr (half)
+    if (!call.normalize)
+      launch(row_peaks<T>, dim3(across, persistent_blocks(divide_up(count, 64), 16)), 256, 0,
+             resources.stream(), static_cast<const T*>(call.rows.const_data_ptr()),
+             call.rows.stride(0), count, columns, call.centre, call.weights, peaks);
+  launch(column_scales, across, 256, 0, resources.stream(), peaks, weight_peak, call.normalize,
+         stride, half, scale);
   return scale;
 }
 
@@ -148,7 +155,7 @@ void add_scatter_typed(const ScatterCall& call) {
   const int64_t count = call.rows.size(0), columns = call.rows.size(1);
   const int64_t stride = round_up(columns, side);
   const int tiles = static_cast<int>(stride / side);
-  const double* scale = compute_scales<T>(resources, call, stride, std::is_same_v<V, Half>);
+  const double* scale = compute_scales<T, std::is_same_v<V, Half>>(resources, call, stride);
   const Packing<T, V> packing(resources, call.rows, call.centre, scale, stride);
   const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(V)) * kTerms;
   const int64_t max_slices = std::min(divide_up(count, kSliceRows), kMaxSlices);
@@ -160,6 +167,7 @@ void add_scatter_typed(const ScatterCall& call) {
   PackTask<T, V> task = packing.task;
   task.high = resources.allocate<V>(packed_rows * stride);
   task.low = kTerms == 2 ? resources.allocate<V>(packed_rows * stride) : nullptr;
+  task.root_scale = scale + stride;
   task.normalize = call.normalize;
   task.counts = call.counts;
   task.sums = resources.allocate<double>(Packing<T, V>::blocks(packed_rows) * 2 * task.padded);
@@ -178,10 +186,10 @@ void add_scatter_typed(const ScatterCall& call) {
         add_partials<S>,
         dim3(static_cast<unsigned>(upper_tiles(tiles)), static_cast<unsigned>(side * side / 256)),
         256, 0, resources.stream(), partial, static_cast<int>(chunk_slices), tiles,
-        static_cast<int>(side), scale, call.out);
+        static_cast<int>(side), scale, task.root_scale, call.out);
     launch(add_totals<kEntries<T>>, static_cast<unsigned>(divide_up(columns, 128)), 128, 0,
            resources.stream(), task.sums, Packing<T, V>::blocks(task.padded_count), task.padded,
-           team_size<T>(columns), scale, call.out);
+           team_size<T>(columns), scale, task.root_scale, call.out);
   }
 }
 

@@ -1,16 +1,11 @@
 // How a CUDA kernel runs: its launch, its stream, and the memory that it works in.
 //
-// No CUDA header of torch is included: torch's stable ABI provides the stream and the memory. Under
-// REALIGN_EMULATION the same sources are compiled by g++ for the CPU, where the tests run them
-// thread by thread (cuda_emulation.h).
+// No CUDA header of torch is included: torch's stable ABI provides the stream and the memory. The
+// tests link these objects with a CUDA runtime of their own, which runs the PTX on a CPU
+// (tests/support/ptx_machine).
 #pragma once
 
-#ifdef REALIGN_EMULATION
-#include "cuda_emulation.h"
-#else
 #include <cuda_runtime.h>
-#endif
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -21,23 +16,7 @@
 
 namespace realign_fast {
 
-#ifdef REALIGN_EMULATION
-
 // Returns the shared memory of the block, as many bytes as the launch asked for.
-inline unsigned char* shared_memory() { return emulation::machine.shared.data(); }
-
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t,
-            Args... args) {
-  if (grid.x == 0 || grid.y == 0) return;
-  emulation::run_grid(grid, threads, shared, [=] { kernel(static_cast<Params>(args)...); });
-}
-
-inline int multiprocessors() { return emulation::multiprocessors; }
-inline void make_opaque(uint4&) {}
-
-#else
-
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
@@ -73,17 +52,11 @@ inline int multiprocessors() {
   return count;
 }
 
-#endif
-
 // The resources of one call: it makes the device of a tensor current, and holds that device's
 // current stream and the memory that torch lends until the call is over. Memory is reused in the
 // order of the stream, so this also works under graph capture.
 class CallResources {
  public:
-#ifdef REALIGN_EMULATION
-  explicit CallResources(const Tensor& rows) : rows_(rows) {}
-  cudaStream_t stream() const { return nullptr; }
-#else
   explicit CallResources(const Tensor& rows) : rows_(rows), guard_(rows.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -91,7 +64,6 @@ class CallResources {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
-#endif
 
   // Returns uninitialised memory for `count` values, aligned to 16 bytes.
   template <class V>
@@ -103,10 +75,8 @@ class CallResources {
 
  private:
   Tensor rows_;
-#ifndef REALIGN_EMULATION
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-#endif
   std::vector<Tensor> memory_;
 };
 
@@ -119,8 +89,4 @@ inline unsigned persistent_blocks(int64_t work, int blocks_per_multiprocessor) {
 }  // namespace realign_fast
 
 // Registers the kernels of a file with the dispatcher.
-#ifdef REALIGN_EMULATION
-#define REALIGN_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(realign_emulated, CPU, library)
-#else
 #define REALIGN_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(realign_fast, CUDA, library)
-#endif

@@ -112,7 +112,6 @@ __device__ void map_exactly(Team<kFinishThreads>& team, int64_t i, const FinishT
     if (task.map.recentre) value = exact.recentred_unit(value + task.map.recentre[j]);
     store_entry(task.out, i, j, value * task.map.length.value);
   }
-  __syncthreads();  // before the block's next row uses the memory
 }
 
 template <class T, class M>
@@ -190,16 +189,18 @@ void map_typed(const MapCall& call) {
 
   Operand<V> right{nullptr, nullptr, stride};
   double* scale = nullptr;
-  if (!diagonal) {
-    scale = resources.allocate<double>(stride);
-    V* high = resources.allocate<V>(stride * stride);
-    V* low = kTerms == 2 ? resources.allocate<V>(stride * stride) : nullptr;
-    launch(matrix_scales, static_cast<unsigned>(stride), 128, Team<128>::kSharedBytes,
-           resources.stream(), matrix, columns, half, scale);
-    const auto squares = static_cast<unsigned>(stride / 32);
-    launch(pack_matrix<V>, dim3(squares, squares), 256, sizeof(double) * 32 * 33,
-           resources.stream(), matrix, columns, stride, scale, high, low);
-    right = {high, low, stride};
+  if constexpr (kTerms > 0) {
+    if (!diagonal) {
+      scale = resources.allocate<double>(stride);
+      V* high = resources.allocate<V>(stride * stride);
+      V* low = kTerms == 2 ? resources.allocate<V>(stride * stride) : nullptr;
+      launch(matrix_scales, static_cast<unsigned>(stride), 128, Team<128>::kSharedBytes,
+             resources.stream(), matrix, columns, half, scale);
+      const auto squares = static_cast<unsigned>(stride / 32);
+      launch(pack_matrix<V>, dim3(squares, squares), 256, sizeof(double) * 32 * 33,
+             resources.stream(), matrix, columns, stride, scale, high, low);
+      right = {high, low, stride};
+    }
   }
 
   const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(V) * kTerms + sizeof(M));

@@ -1,13 +1,14 @@
 // Packs rows into the operands of a matrix product: normalised, shifted, weighted, scaled and
 // split, with one read of each row. Row i becomes
 //
-//   v = sqrt(w_i) (u_i - c) scale,   high = round(v),   low = round(v - high)
+//   v = root_i (u_i - c) scale,   high = round(v),   low = round(v - high)
 //
 // as float16 (scale_j is a power of two that puts column j at the upper end of float16's range, see
-// half_scale), or v itself as float32 or float64. Non-finite rows and rows beyond N become zeros.
-// Packing also computes what a caller needs beside the product: the sums over rows of
-// sqrt(w) (high + low) and of low^2, from the same numbers that are multiplied, and the counts of
-// rows.
+// half_scale), or v itself as float32 or float64. root_i is sqrt(w_i) times the power of two that
+// brings the largest root to [1, 2), because float32 holds the roots of few of the weights that
+// float64 holds. Non-finite rows and rows beyond N become zeros. Packing also computes what a
+// caller needs beside the product: the sums over rows of root (high + low) and of low^2, from the
+// same numbers that are multiplied, and the counts of rows.
 #pragma once
 
 #include "cuda/row_map.cuh"
@@ -19,10 +20,11 @@ constexpr int kPackRows = 64;  // rows of a block
 template <class T, class V>
 struct PackTask {
   using M = std::conditional_t<std::is_same_v<V, double>, double, float>;
-  const T* rows;          // [count, D]
-  const double* weights;  // [count] or null
-  const double* centre;   // c [D]
-  const double* scale;    // [stride]
+  const T* rows;             // [count, D]
+  const double* weights;     // [count] or null
+  const double* root_scale;  // []; read if there are weights
+  const double* centre;      // c [D]
+  const double* scale;       // [stride]
   const M* ordered_centre;
   const M* ordered_scale;
   int64_t count, padded_count, columns, row_stride;
@@ -55,13 +57,19 @@ __device__ __forceinline__ void split(M v, V& high, V& low) {
   low = static_cast<V>(v - static_cast<M>(high));
 }
 
+// Returns the scaled root of a row's weight.
+template <class T, class V>
+__device__ __forceinline__ double weight_root(const PackTask<T, V>& task, int64_t i) {
+  return task.weights ? sqrt(task.weights[i]) * *task.root_scale : 1;
+}
+
 // Packs one row step by step in float64 and adds its sums to `sums` [2, padded].
 template <class T, class V, int SIZE>
 __device__ void pack_exactly(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
                              double* sums) {
   const T* row = task.rows + i * task.row_stride;
   const ExactRow exact = exact_row(team, row, task.columns, DeviceMap{});
-  const double factor = task.weights ? sqrt(task.weights[i]) : 1;
+  const double factor = weight_root(task, i);
   V* high_row = task.high + i * task.stride;
 #pragma unroll 1
   for (int64_t j = team.thread; j < task.stride; j += SIZE) {
@@ -119,7 +127,7 @@ __device__ bool pack_regular(Team<SIZE>& team, int64_t i, const PackTask<T, V>& 
   team.sum(parts, xx);
   if (!in_range<M>(xx[0])) return false;
   const M a = static_cast<M>(task.normalize ? rsqrt(xx[0]) : 1.0);
-  const M factor = static_cast<M>(task.weights ? sqrt(task.weights[i]) : 1.0);
+  const M factor = static_cast<M>(weight_root(task, i));
   row.forget_widened();
   row.for_each_pack([&](int p, int64_t column, const Pack<T>& pack) {
     M c[E], scale[E], high_m[E], low_m[E];

@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     if (step % Tile::kPromote == Tile::kPromote - 1) tile.promote();
   }
   tile.promote();
-  copy_async_wait<0>();
   if constexpr (kLeftInner) {
     tile.write(
         task.out + int64_t(place.row) * kSide * task.out_stride + int64_t(place.column) * kSide,

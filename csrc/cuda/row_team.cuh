@@ -145,11 +145,13 @@ struct Team {
   static constexpr int kThreads = SIZE == 32 ? 128 : SIZE;  // of a block
   static constexpr int kTeams = kThreads / SIZE;            // in a block
   static constexpr int kMaxSums = 4;
-  static constexpr size_t kSharedBytes = SIZE == 32 ? 0 : sizeof(double) * kMaxSums * (SIZE / 32);
+  static constexpr int kSlots = SIZE == 32 ? 0 : kMaxSums * (SIZE / 32);
+  static constexpr size_t kSharedBytes = sizeof(double) * 2 * kSlots;
 
   int thread;     // index in the team
   int team;       // index in the block
-  double* slots;  // [SIZE / 32, kMaxSums], shared by the team's warps
+  double* slots;  // [2, SIZE / 32, kMaxSums], shared by the team's warps
+  int half = 0;   // of the slots that the next sum uses
 
   __device__ explicit Team(void* shared)
       : thread(static_cast<int>(threadIdx.x) % SIZE),
@@ -192,15 +194,16 @@ struct Team {
   template <int K, class Combine>
   __device__ void across_warps(double (&values)[K], const Combine& combine) {
     if constexpr (SIZE > 32) {
+      double* own = slots + half * kSlots;
       if (thread % 32 == 0)
-        for (int k = 0; k < K; ++k) slots[thread / 32 * kMaxSums + k] = values[k];
+        for (int k = 0; k < K; ++k) own[thread / 32 * kMaxSums + k] = values[k];
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        values[k] = slots[k];
-        for (int w = 1; w < SIZE / 32; ++w) values[k] = combine(values[k], slots[w * kMaxSums + k]);
+        values[k] = own[k];
+        for (int w = 1; w < SIZE / 32; ++w) values[k] = combine(values[k], own[w * kMaxSums + k]);
       }
-      __syncthreads();  // the slots may be written again
+      half ^= 1;  // so the next sum need not wait until every thread has read this one
     }
   }
 };

@@ -170,8 +170,8 @@ __global__ void __launch_bounds__(128, 3) sum_kernel(SumTask<T, M> task) {
     __syncthreads();
     const int64_t first = chunk * task.chunk_rows;
     const int64_t end = first + task.chunk_rows < task.count ? first + task.chunk_rows : task.count;
-    sum_chunk<T, M, SIZE, PACKS>(team, first, end, task, sums, team_scalars);
-    __syncthreads();
+    sum_chunk<T, M, SIZE, PACKS>(team, first, end, task, sums,
+                                 team_scalars);  // ends with a barrier
     if (SIZE == 32)
       for (int64_t j = thread; j < task.padded; j += Members::kThreads) out[j] = sums[j];
     if (thread < kScalars) {

@@ -11,10 +11,6 @@
 
 #include "cuda/device.cuh"
 
-#ifdef REALIGN_EMULATION
-#include "tensor_core_emulation.h"
-#else
-
 namespace realign_fast {
 
 // c += A B with float16 operands and float32 sums, which the hardware truncates.
@@ -67,5 +63,3 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 }  // namespace realign_fast
-
-#endif

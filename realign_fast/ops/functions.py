@@ -240,7 +240,7 @@ def add_scatter_(
 
     A covariance is accumulated from these sums. With ``c`` near the mean the products do not
     cancel, so float32 products under float64 sums are enough: the relative error is about 1e-8
-    (2e-7 by emulation on CUDA, whose tensor cores truncate sums), and up to 6e-6 where hundreds of
+    (2e-7 as simulated on CUDA, whose tensor cores truncate sums), and up to 6e-6 where hundreds of
     rows are equal and far from ``c``.
 
     Args:

@@ -96,6 +96,37 @@ def test_norms_that_float32_cannot_square(kernel, dtype, normalize, size):
     assert_adds(kernel, rows, centre, None, normalize)
 
 
+# Squares of the roots 1e40 and 1e-50 leave the range of float32, and so do the roots themselves.
+@pytest.mark.parametrize("size", (1e-300, 1e-100, 1e-60, 1e30, 1e80, 1e300))
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_any_size(kernel, dtype, normalize, size):
+    rows, centre = random_rows(150, 20, dtype), centre_of(20)
+    weights = torch.rand(150, generator=torch.Generator().manual_seed(6)).double() * size
+    weights[:5] *= 1e-200  # (underflows to zero beside the smallest sizes)
+    scatter, total = torch.zeros(20, 20).double(), torch.zeros(20).double()
+    kernel.add_scatter(scatter, total, rows, centre, weights, normalize, False)
+    expected, sums, magnitudes, _ = truth(rows, centre, weights, normalize)
+    share = 1e-14 if kernel.name == "reference" or dtype == torch.float64 else FLOAT32_SHARE
+    assert np.abs(exact(scatter) - expected).max() <= share * np.abs(expected).max()
+    assert np.abs(exact(total) - sums).max() <= share * magnitudes.max()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_weights_that_undo_the_size_of_rows(kernel, dtype):
+    """Each row counts alike, although neither its entries nor its weight do."""
+    size = torch.logspace(-9, 9, 200, dtype=torch.float64)[:, None]
+    rows = (random_rows(200, 20) * size).to(dtype)
+    assert_adds(kernel, rows, torch.zeros(20).double(), size[:, 0] ** -2, normalize=False)
+
+
+@pytest.mark.parametrize("normalize", (True, False))
+def test_a_column_too_small_for_float32_is_added_as_far_as_float32_holds_it(kernel, normalize):
+    rows = random_rows(100, 20, torch.float32)
+    rows[:, 3] *= 1e-42
+    assert_adds(kernel, rows, torch.zeros(20).double(), None, normalize)
+
+
 def test_strided_rows(kernel):
     wide = random_rows(600, 90, torch.float32)
     assert_adds(kernel, wide[::3, 10:70], centre_of(60))
@@ -109,7 +140,7 @@ def test_a_far_mean_costs_no_digits(compiled_kernel):
     compiled_kernel.add_scatter(scatter, total, rows, centre, None, False, False)
     expected = np.triu(truth(rows, centre, None, False)[0])
     error = np.linalg.norm(scatter.numpy() - expected.astype(float))
-    # Tensor cores cut sums off (see test_cuda.py): 2.4e-7 by emulation where a rounded sum takes
+    # Tensor cores cut sums off (see test_cuda.py): 2.4e-7 as simulated where a rounded sum takes
     # over every 64 rows, as in csrc/cuda, and by arithmetic 4e-6 every 1024, as in Triton.
     allowed = {"cuda": 5e-7, "triton": 5e-6}.get(compiled_kernel.name, 2e-7)
     assert error <= allowed * np.linalg.norm(expected.astype(float))

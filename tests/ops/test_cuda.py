@@ -181,9 +181,9 @@ def test_fast_is_less_accurate_and_that_is_all():
     add_scatter_(*split, rows, shift)
     add_scatter_(*fast, rows, shift, fast=True)
     size = exact[0].norm()
-    # Tensor cores cut sums off where they should round. With that in every step of 16 rows, as the
-    # emulation has it, these very rows are off by 2.2e-7. 5e-7 is what a device would give that
-    # cuts off one bit more, and far below the 2e-5 of one term.
+    # Tensor cores cut sums off where they should round. On the machine for PTX, which does that in
+    # every step of 16 rows, these very rows are off by 2.2e-7. 5e-7 is what a device would give
+    # that cuts off one bit more, and far below the 2e-5 of one term.
     assert float((split[0] - exact[0]).norm() / size) < 5e-7
     assert float((fast[0] - exact[0]).norm() / size) < 5e-5
 

@@ -18,11 +18,11 @@ from realign_fast.ops import (
     reference,
     triton_ops,
 )
-from support.cuda_emulation import emulated
+from support import ptx_machine
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "coco_clip_vitb32_500.npy"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "emulated cuda")
+KERNELS = ("reference", "baseline", "avx2", "avx512", "cuda", "ptx")
 if os.environ.get("TRITON_INTERPRET") or (torch.cuda.is_available() and find_spec("triton")):
     KERNELS += ("triton",)  # (without a GPU test_triton_kernels.py runs them in the interpreter)
 
@@ -43,10 +43,9 @@ class Kernel:
         self.name = name
         on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        if name == "emulated cuda":
-            emulated.configure()
+        if name == "ptx":
             self.options = {}
-            self.functions = torch.ops.realign_emulated
+            self.functions = ptx_machine.load()
         elif name in INSTRUCTION_SETS:
             self.options = {"variant": INSTRUCTION_SETS.index(name)}
             self.functions = torch.ops.realign_fast
@@ -97,10 +96,8 @@ def kernel_or_skip(name):
         require_compiled()
         if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(cpu_instruction_set()):
             pytest.skip(f"this CPU has no {name}; its best is {cpu_instruction_set()}")
-    if name == "emulated cuda" and not any(
-        shutil.which(name) for name in ("c++", "g++", "clang++")
-    ):
-        pytest.skip("no C++ compiler to emulate CUDA with")
+    if name == "ptx" and ptx_machine.why_not():
+        pytest.skip(f"no machine for PTX: {ptx_machine.why_not()}")
     return Kernel(name)
 
 

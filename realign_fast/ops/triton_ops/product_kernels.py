@@ -238,8 +238,8 @@ def _power_above(values: Tensor) -> Tensor:
 
 
 def _column_scale(largest: Tensor) -> Tensor:
-    """Return the powers of two that scale columns to the upper end of float16, [WIDTH] float64."""
-    return 2.0**15 / _power_above(largest)
+    """Return the powers of two, held by float32, that scale columns to the end of float16."""
+    return (2.0**15 / _power_above(largest)).clamp(2.0**-120, 2.0**120)
 
 
 def add_scatter_(
@@ -258,13 +258,14 @@ def add_scatter_(
     side = 64 if wide or columns <= 64 else 128
     width = triton.cdiv(columns, side) * side
     m, dtype = (torch.float64,) * 2 if wide else (torch.float32, torch.float16)
-    c = torch.zeros(width, dtype=torch.float64, device=rows.device)
-    c[:columns] = centre
+    c = torch.nn.functional.pad(centre, (0, width - columns))
     counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
-    scale = torch.ones_like(c)
-    if not wide and normalize and count:
-        largest = 1 + c.abs()
-        scale = _column_scale(largest if weights is None else largest * weights.amax().sqrt())
+    scale, unit = torch.ones_like(c), c.new_ones(())
+    if weights is not None and not wide and count:
+        unit = _power_above(weights.amax().sqrt())
+        weights = weights / unit / unit  # float32 holds the roots of few float64 weights
+    if not wide and normalize:
+        scale = _column_scale(1 + c.abs())
     pairs = torch.triu_indices(width // side, width // side, device=rows.device)
     chunk_rows = max(_CHUNK_ENTRIES // width // _PROMOTE, 1) * _PROMOTE
     source = aligned(rows)
@@ -280,11 +281,11 @@ def add_scatter_(
         packed = torch.empty(1 if wide else 2, packed_rows, width, dtype=dtype, device=rows.device)
         vectors = None, None, None, c, w, scale
         sums, numbers = launch_sums(chunk, m, _PACK_ROWS, vectors, packed, normalize=normalize)
-        added = sums / torch.stack([scale, scale * scale])
+        added = sums / torch.stack([scale, scale * scale]) * (unit * unit)
         total += added[0, :columns]
         counts += numbers[1:].long()
         with on_device_of(rows):
-            _add_product(scatter, packed, pairs, 1 / scale, side)
+            _add_product(scatter, packed, pairs, unit / scale, side)
         scatter.diagonal().add_(added[1, :columns])
     return counts
 
@@ -312,7 +313,6 @@ def _add_product(
         SUM=TRITON_DTYPE[sum_dtype],
         **product_tile(side, sum_dtype, 32 if side == 128 else 64),
     )
-    rows = 16
-    add_parts_kernel[(tiles, side // rows)](
-        scatter, parts, pairs, unscale, splits, COLUMNS=len(scatter), TILE=side, ROWS=rows
+    add_parts_kernel[(tiles, side // 16)](
+        scatter, parts, pairs, unscale, splits, COLUMNS=len(scatter), TILE=side, ROWS=16
     )
