@@ -62,4 +62,5 @@ def __dir__() -> list[str]:
 
 _old_names.install()
 if not _startup.is_own_command():  # the command line imports torch only where a command needs it
-    from . import ops  # noqa: F401  # registers torch.ops.realign_fast
+    with _startup.without_collection():
+        from . import ops  # noqa: F401  # registers torch.ops.realign_fast

@@ -1,11 +1,11 @@
 """``python -m realign_fast`` and the script ``realign-fast``: the command line as a process."""
 
-from . import _startup
-from .cli.main import main
-
 
 def run() -> None:
     """Run the command of this process and end the process."""
+    from . import _startup
+    from .cli.main import main  # here: worker processes import this module and run no command
+
     _startup.end(main())
 
 

@@ -17,6 +17,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,16 +57,22 @@ def _end_at_once() -> None:
         os._exit(_ended[0])
 
 
-def collect_garbage_again() -> None:
-    """Collect garbage among objects that are made from now on."""
-    if is_own_command():
-        gc.freeze()
-        gc.enable()
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Collect no garbage in the block, which imports torch, and none of what it made later."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_own_command():
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 _ended: list[int] = []  # the exit status of a command that is over
 if is_own_command():
-    gc.disable()  # until torch is imported
     if not atexit._ncallbacks():  # this one is the last; others of before must not be left out
         atexit.register(_end_at_once)
     _open_closed_streams()

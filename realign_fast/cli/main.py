@@ -119,9 +119,8 @@ def _with_signature(function: Callable[..., Result | None]) -> Any:
 
 def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     """Run a command with the values of its options, print its result, return the exit status."""
-    from .. import ops  # noqa: F401  # torch and the kernels
-
-    _startup.collect_garbage_again()
+    with _startup.without_collection():
+        from .. import ops  # noqa: F401  # torch and the kernels
     hints = get_type_hints(function)
     options: opts.Common = hints["options"](**values)
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
