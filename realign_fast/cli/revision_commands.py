@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
@@ -75,10 +74,8 @@ def chat(options: opts.LookOptions, ask: opts.AskOnce = None) -> None:
         raise OptionError(f"chat: is about one image, got {len(names)}; use caption")
     model, template = _open_model(options)
     if template.name != "chat":
-        raise ValueError(
-            f"{options.model}: was last trained on captions, not conversations; finetune it, or "
-            "use caption"
-        )
+        fault = "was last trained on captions, not conversations"
+        raise ValueError(f"{options.model}: {fault}; finetune it, or use caption")
     turns: list[Turn] = []
     for question in [ask] if ask else _read_questions():
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
@@ -119,8 +116,7 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
     from ..corpus.corpus import Corpus
     from ..revision import TrainingConfig, stages
 
-    names = [field.name for field in fields(TrainingConfig) if hasattr(options, field.name)]
-    chosen = {name: getattr(options, name) for name in names} | {
+    chosen = options.fields_of(TrainingConfig) | {
         "conversations": options.data,
         "rows": _corpus(options, options.rows, side),
         "aligner": _aligner(options.aligner),
@@ -134,12 +130,11 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
     }
     config = TrainingConfig(**chosen)
     try:
-        summary = {"pretrain": stages.pretrain, "finetune": stages.finetune}[stage](config)
+        summary = getattr(stages, stage)(config)
     except KeyboardInterrupt as error:
         checkpoint = stages.last_checkpoint(Path(config.out))
-        error.args = (
-            f"--resume goes on from {checkpoint}" if checkpoint else "there was no checkpoint yet",
-        )
+        goes_on = f"--resume goes on from {checkpoint}" if checkpoint else "no checkpoint yet"
+        error.args = (goes_on,)
         raise
     losses = summary["held_out_losses"]
     held_out = f", held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
@@ -216,9 +211,8 @@ def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list
         rows = list(map(row_of, ids))
     for sample_id, row in zip(ids, rows, strict=True):
         if row is None:
-            raise ValueError(
-                f"{corpus.path}: no row has the id {sample_id!r}; look into its metadata/"
-            )
+            advice = "look into its metadata/"
+            raise ValueError(f"{corpus.path}: no row has the id {sample_id!r}; {advice}")
     return [row for row in rows if row is not None]
 
 
@@ -226,9 +220,8 @@ def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[s
     from ..embed.decode import Unreadable, decode
 
     if not options.encoder or options.rows:
-        raise OptionError(
-            "--image needs --encoder, the one that the model's rows came from, and no --rows"
-        )
+        expected = "--encoder, the one that the model's rows came from, and no --rows"
+        raise OptionError(f"--image needs {expected}")
     import torch
 
     pictures = []
@@ -236,9 +229,8 @@ def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[s
         try:
             pictures.append(decode(Path(path).read_bytes()))
         except Unreadable as error:
-            raise ValueError(
-                f"{path}: cannot be read as a picture ({error}); leave it out"
-            ) from error
+            fault = f"cannot be read as a picture ({error})"
+            raise ValueError(f"{path}: {fault}; leave it out") from error
     return paths, torch.as_tensor(open_encoder(options.encoder).embed_images(pictures))
 
 

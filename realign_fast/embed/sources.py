@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from errno import ENOENT
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, dropwhile, islice, repeat
 from pathlib import Path
 from tarfile import TarInfo
 from typing import Any, Literal, NamedTuple
@@ -439,17 +439,17 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a csv file (tsv: with tabs) whose first record names the columns."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
-    records = filter(None, reader)  # a blank line is an empty record
+    lines = dropwhile(str.isspace, (line for _, line in _lines(path)))
+    reader = csv.DictReader(lines, delimiter=delimiter)
     try:
-        header = next(records, [])
+        header = reader.fieldnames or []
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: its header names a column twice; rename one")
-        for record in records:
-            if len(record) != len(header):
-                fault = f"line {reader.line_num} has {len(record)} fields, the header {len(header)}"
+        for record in reader:
+            if None in record or None in record.values():
+                fault = f"line {reader.line_num} has not as many fields as the header"
                 raise ValueError(f"{path}: {fault}; quote fields that contain the separator")
-            yield dict(zip(header, record, strict=True))
+            yield record
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; write the csv again") from error
 

@@ -39,6 +39,19 @@ class TransformersEncoder(Encoder):
         pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
+    def _load(self, folder: StrPath, **options: Any) -> Any:
+        """Load the tokenizer and the model of a directory, and return the model.
+
+        ValueError if its weights lack some of the model's, which would be random.
+        """
+        library = transformers()
+        self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        options |= {"dtype": self.dtype, "output_loading_info": True}
+        model, info = library.AutoModel.from_pretrained(folder, **options, **LOCAL)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+        return model
+
     def _record_processor(self, context: int) -> None:
         self.settings = plain({"preprocess": self._processor.to_dict(), "context": context})
         self.settings["library"] = f"transformers {transformers().__version__}"
@@ -65,16 +78,15 @@ class HuggingFaceEncoder(TransformersEncoder):
         self, folder: StrPath, *, device: str | None = None, precision: Precision | None = None
     ) -> None:
         super().__init__(device, precision)
-        self.name, library = os.fspath(folder), transformers()
+        self.name = os.fspath(folder)
         with explained(folder):
-            model_type = library.AutoConfig.from_pretrained(folder, **LOCAL).model_type
+            model_type = transformers().AutoConfig.from_pretrained(folder, **LOCAL).model_type
         if model_type == "siglip2":
             advice = "use one of fixed resolution, whose model_type is siglip"
             raise ValueError(f"{folder}: NaFlex models of SigLIP 2 are not supported; {advice}")
         with explained(folder):
-            model = load_model(folder, self.dtype)
+            model = self._load(folder)
             self._processor = load_processor(Path(folder))
-            self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             expected = "expected a model with get_image_features and get_text_features, as CLIP has"
             raise ValueError(f"{folder}: holds a {type(model).__name__}, {expected}")
@@ -111,19 +123,6 @@ class HuggingFaceEncoder(TransformersEncoder):
 
     def _text_features(self, tokens: Tokens) -> Any:
         return self.model.get_text_features(**tokens).pooler_output
-
-
-def load_model(folder: StrPath, dtype: torch.dtype, **options: Any) -> Any:
-    """Load the model of a directory.
-
-    ValueError if its weights lack some of the model's, which would be random.
-    """
-    model, info = transformers().AutoModel.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **options, **LOCAL
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
-    return model
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -171,8 +170,7 @@ def load_processor(folder: Path, usual: Any = None) -> Any:
 @contextmanager
 def explained(folder: StrPath) -> Iterator[None]:
     """Load from a directory without progress bars; an error is one line that names it."""
-    log, content = transformers().logging, "with model, processor and tokenizer"
-    expected = f"expected a directory as save_pretrained writes it, {content}"
+    log, expected = transformers().logging, "expected a directory as save_pretrained writes it"
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:

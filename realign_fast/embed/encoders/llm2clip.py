@@ -88,10 +88,8 @@ class Llm2ClipEncoder(TransformersEncoder):
             raise ValueError(f"{text_folder}: is no directory; name that of the language model")
 
     def _load_language(self, folder: Path) -> nn.Module:
-        library = transformers()
         with hugging_face.explained(folder):
-            model = hugging_face.load_model(folder, self.dtype, attn_implementation="sdpa")
-            self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **hugging_face.LOCAL)
+            model = self._load(folder, attn_implementation="sdpa")
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
