@@ -231,6 +231,16 @@ class Conversations(data.Dataset[Item]):
             items.append({"input_ids": ids, "labels": labels, "image_rows": rows, "id": sample.id})
         return items
 
+    def to_datasets(self) -> Any:
+        """Return a `Dataset` of the datasets library, as TRL wants it; samples stay on disk."""
+        from datasets import Dataset
+
+        def _read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            items = self.__getitems__(batch["index"])
+            return {name: [item[name] for item in items] for name in items[0]}
+
+        return Dataset.from_dict({"index": range(len(self))}).with_transform(_read)
+
     def split(self, held_out: int) -> tuple[Conversations, Conversations]:
         """Return all other samples, and `held_out` samples that are spread evenly over the list."""
         if not 0 < held_out <= (half := len(self) // 2):

@@ -68,6 +68,9 @@ def assert_the_loss_is_the_models(names):
         other = batch | {"image_rows": -batch["image_rows"]}
         other_loss = names["trainer"].compute_loss(names["language_model"], other)
     torch.testing.assert_close(loss, expected)
+    dataset = names["samples"].to_datasets()
+    assert len(dataset) == len(names["samples"]) and dataset[2]["id"] == names["samples"][2]["id"]
+    assert torch.equal(dataset[2]["image_rows"], names["samples"][2]["image_rows"])
     assert abs(other_loss - expected) > 1e-4
     names["trainer"].save_model("of_trl")
     model.save_pretrained("ours")
