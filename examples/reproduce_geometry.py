@@ -53,6 +53,21 @@ SHOWN = (
     "pairs_recall_at_1",
 )
 
+# Names of the maps and the curves in the pictures, and colours of Okabe and Ito.
+LABELS = {
+    "none": "texts",
+    "C3": "texts, C3",
+    "ReAlign": "texts, ReAlign",
+    "blockwise": "texts, block-wise",
+    "coral": "texts, CORAL",
+}
+GAPS = {
+    "held_out_gap": "held-out rows",
+    "floor_with_held_out_rows": "statistical floor",
+    "fitted_gap": "fitted rows",
+}
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#000000", "#009E73", "#CC79A7")
+
 
 class Data(NamedTuple):
     """Unpaired rows to fit on, and pairs to judge on; all are float64 unit rows."""
@@ -236,28 +251,31 @@ def _list(values: list[float]) -> str:
 
 def draw(out: Path, data: Data, maps: dict[str, Map], curve: list[dict[str, float]]) -> None:
     """Draw spectra and cosine densities of every method, and the gap against the fitting rows."""
-    figure, (spectra, densities, gaps) = pyplot.subplots(1, 3, figsize=(17, 5))
-    clouds = {name: map_rows(data.text) for name, map_rows in maps.items()}
-    for name, rows in ({"image": data.image} | clouds).items():
-        style = {"label": name, "lw": 2.5 if name == "image" else 1.2}
+    pyplot.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (spectra, densities, gaps) = pyplot.subplots(1, 3, figsize=(18, 5.6))
+    clouds = {LABELS[name]: map_rows(data.text) for name, map_rows in maps.items()}
+    for colour, (name, rows) in zip(
+        COLOURS, ({"images": data.image} | clouds).items(), strict=True
+    ):
+        style = {"label": name, "lw": 4 if name == "images" else 2, "color": colour}
         values = metrics.spectrum_of(Moments(covariance=True).update(rows)).values
         spectra.loglog(range(1, len(values) + 1), values.clamp(min=1e-9), **style)
         cosines = metrics.pairwise_cosines(rows, 1 << 16)
-        density, edges = np.histogram(cosines, 80, (-0.5, 1), density=True)
+        density, edges = np.histogram(cosines, 40, (-0.5, 1), density=True)
         densities.plot((edges[1:] + edges[:-1]) / 2, density, **style)
-    spectra.set(title="spectrum of the covariance", xlabel="rank", ylabel="eigenvalue")
-    densities.set(title="cosines of pairs within one side", xlabel="cosine", ylabel="density")
-    for name in ("held_out_gap", "fitted_gap", "floor", "floor_with_held_out_rows"):
-        dashes = "--" if "floor" in name else "o-"
-        gaps.loglog(
-            [point["rows"] for point in curve], [point[name] for point in curve], dashes, label=name
-        )
-    gaps.set(title="centroid gap after ReAlign", xlabel="fitting rows of each side")
-    for panel in (spectra, densities, gaps):
-        panel.legend()
-    figure.suptitle(f"{data.name}: {len(data.text)} texts, {len(data.image)} images")
+    spectra.set(title="Spectrum of the covariance", xlabel="rank", ylabel="eigenvalue")
+    densities.set(title="Cosines of pairs within one side", xlabel="cosine", ylabel="density")
+    counts = [point["rows"] for point in curve]
+    for colour, style, (key, label) in zip(
+        COLOURS[:3], ("o-", "--", "s-"), GAPS.items(), strict=True
+    ):
+        gaps.loglog(counts, [point[key] for point in curve], style, color=colour, label=label, lw=2)
+    gaps.set(title="Centroid gap after ReAlign", xlabel="fitting rows of each side")
+    gaps.legend(frameon=False)
+    densities.legend(frameon=False, fontsize=12)
+    figure.suptitle(f"{data.name}: {len(data.text):,} texts, {len(data.image):,} images")
     figure.tight_layout()
-    figure.savefig(out / f"geometry_{data.name}.png", dpi=110)
+    figure.savefig(out / f"geometry_{data.name}.png", dpi=80)
     pyplot.close(figure)
 
 

@@ -51,15 +51,30 @@ TABLES = (  # heading=key
     "dim.V=dimension_v_share pull.beta=pull_on_beta pull.gamma=pull_on_gamma accuracy=accuracy",
 )
 PANELS = {  # title -> keys
-    "gap and its parts (residuals: root mean square)": "gap beta_norm gamma_norm delta_norm "
-    "zeta_norm",
-    "shares of E|D|^2, trained pairs": "",
-    "cosine of gamma to that of the checkpoint": "gamma_cosine_to_previous gamma_cosine_to_last",
-    "share in V": "gradient_v_share spread_v_share dimension_v_share",
-    "U_t outside the frozen U: sine of the largest angle, mean sin^2": "leak leak_mean "
-    "dimension_v_share",
-    "relative rate at which the gradient shortens the bias": "pull_on_beta pull_on_gamma",
+    "The gap and its parts": "gap beta_norm gamma_norm delta_norm zeta_norm",
+    "Shares of the squared difference": "",
+    "Direction of gamma": "gamma_cosine_to_previous gamma_cosine_to_last",
+    "Share in V": "gradient_v_share spread_v_share dimension_v_share",
+    "Leak of the frame: U at a step outside U": "leak leak_mean dimension_v_share",
+    "How fast the gradient shortens the bias": "pull_on_beta pull_on_gamma",
 }
+LABELS = {
+    "gap": "gap",
+    "beta_norm": "beta (bias in U)",
+    "gamma_norm": "gamma (bias in V)",
+    "delta_norm": "delta (residual in U)",
+    "zeta_norm": "zeta (residual in V)",
+    "gamma_cosine_to_previous": "cosine to the previous checkpoint",
+    "gamma_cosine_to_last": "cosine to the last checkpoint",
+    "gradient_v_share": "of the gradient",
+    "spread_v_share": "of the variance",
+    "dimension_v_share": "of the columns",
+    "leak": "sine of the largest angle",
+    "leak_mean": "mean squared sine",
+    "pull_on_beta": "beta",
+    "pull_on_gamma": "gamma",
+}
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of Okabe and Ito
 
 
 class Checkpoint(NamedTuple):
@@ -338,30 +353,30 @@ def draw(path: Path, results: dict[str, list[Report]], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 3, figsize=(15, 8), sharex=True)
+    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = pyplot.subplots(2, 3, figsize=(18, 10), sharex=True, layout="constrained")
     steps = [report["step"] for report in results["trained"]]
     for panel, (name, keys) in zip(panels.flat, PANELS.items(), strict=True):
-        for n, key in enumerate(keys.split()):
-            label = key.removesuffix("_norm").replace("_v_share", " in V").replace("_", " ")
-            style = {"color": "gray", "ls": "--"} if "dimension" in key else {"color": f"C{n}"}
+        for colour, key in zip(COLOURS, keys.split(), strict=False):
+            is_constant = "dimension" in key
+            style = {"color": "gray", "ls": "--"} if is_constant else {"color": colour, "lw": 2}
             lines = {
                 probe: [report[key] for report in reports] for probe, reports in results.items()
             }
-            panel.plot(steps, lines["trained"], marker=".", label=label, **style)
-            if "dimension" not in key:
+            panel.plot(steps, lines["trained"], marker="o", label=LABELS[key], **style)
+            if not is_constant:
                 panel.plot(steps, lines["heldout"], ":", **style)
         if not keys:
             parts = ("beta", "gamma", "delta", "zeta")
             shares = [[report[f"{part}_share"] for report in results["trained"]] for part in parts]
-            panel.stackplot(steps, shares, labels=parts, alpha=0.8)
-        panel.set_title(name, fontsize=10)
+            panel.stackplot(steps, shares, labels=parts, colors=COLOURS[1:], alpha=0.8)
+        panel.set_title(name, loc="left", fontsize=14, fontweight="bold")
         panel.set_xscale("symlog", linthresh=10)
         panel.set_xlim(0, steps[-1])
-        panel.legend(fontsize=8)
-    figure.supxlabel("training steps (dotted: held-out pairs)", fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+        panel.legend(fontsize=12, frameon=not keys)
+    figure.supxlabel("training steps (dotted: held-out pairs)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=65)
     pyplot.close(figure)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/harness/plots.py benchmarks/results/cpu.json docs/performance.png
 
-Speed against peers; the roofline, from the ceilings of the same run; error against speed; and time
-against size. Only what the json holds is drawn, and machine and date stand at its foot.
+Speed against the fastest peer; the share of the ceiling that ran in the same rounds; time against
+size; and error against time for a covariance. Only what the json holds is drawn, and machine and
+date stand at its foot.
 """
 
 from __future__ import annotations
@@ -18,80 +19,88 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-OPS = ("sum_rows", "align_rows", "add_scatter_", "map_rows", "covariance", "whitening", "transport")
-OPS += ("read", "apply", "align", "training_step", "embed")
-_PALETTE = plt.get_cmap("tab20").colors
-COLOURS = dict(zip(OPS, _PALETTE[::2] + _PALETTE[1::2], strict=False))
-ROOFS = {"sum_rows": "read", "align_rows": "copy", "add_scatter_": "product", "map_rows": "product"}
+# Colours that colour-blind readers tell apart (Okabe and Ito); markers tell them apart as well.
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#6b6b6b"
+MARKS = {
+    "sum_rows": ("#0072B2", "o"),
+    "align_rows": ("#D55E00", "s"),
+    "add_scatter_": ("#009E73", "^"),
+    "map_rows": ("#CC79A7", "D"),
+    "whitening": ("#000000", "v"),
+    "align": ("#E69F00", "P"),
+}
+STYLE = {
+    "font.size": 13,
+    "axes.titlesize": 16,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def name_of(case: dict) -> str:
+    """Return the name of a case: op, kind, number type, and whether its files were cached."""
+    words = " ".join(filter(None, (case["op"], case["kind"], case["dtype"])))
+    return words + (", cached" if case["cache"] == "cached" else "")
 
 
 def speed(axes: Axes, cases: list[dict]) -> None:
-    """Draw a bar for each peer: the speed of ours relative to it, at D = 768."""
+    """Draw a bar for each case at D = 768: the speed of ours relative to its fastest peer."""
     bars = []
-    for case in (one for one in cases if one["dimension"] == 768):
-        words = case["op"], case["kind"], case["dtype"]
-        label = " ".join(filter(None, words)) + (", cached" if case["cache"] == "cached" else "")
-        for one in case["candidates"]:
-            if one["role"] == "peer":
-                name = one["name"].split(" (")[0]
-                bars.append((one["ours_is"], f"{label}: {name}", COLOURS[case["op"]]))
+    for case in cases:
+        peers = [one for one in case["candidates"] if one["role"] == "peer"]
+        if case["dimension"] == 768 and peers and case["cache"] != "warm":
+            fastest = min(peers, key=lambda one: one["ours_is"])
+            bars.append((fastest["ours_is"], name_of(case), fastest["name"].split(" (")[0]))
     bars.sort(key=lambda bar: bar[0])
     places = range(len(bars))
-    axes.barh(places, [bar[0] - 1 for bar in bars], left=1, color=[bar[2] for bar in bars])
-    axes.set_yticks(places, [bar[1] for bar in bars], fontsize=5)
-    axes.set_ylim(-1, len(bars))
+    colours = [BLUE if bar[0] >= 1 else VERMILION for bar in bars]
+    axes.barh(places, [bar[0] - 1 for bar in bars], left=1, color=colours)
+    for place, (ratio, _, peer) in enumerate(bars):
+        axes.text(max(ratio, 1) * 1.05, place, peer, va="center", fontsize=12)
+    axes.set_yticks(places, [bar[1] for bar in bars])
+    axes.set_ylim(-0.7, len(bars) - 0.3)
     axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as the peer (left of 1: the peer is faster)")
-    axes.set_title("Speed against peers")
+    axes.set_xlim(0.8 * min([1, *(bar[0] for bar in bars)]), 60)
+    ticks = (0.5, 1, 2, 5, 10)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as the peer (vermilion: the peer is faster)")
+    axes.set_title("Speed against the fastest peer")
 
 
-def roofline(axes: Axes, cases: list[dict]) -> None:
-    """Draw arithmetic rate over flops per byte, our ops under the measured ceilings."""
-    points, bandwidth, peak = [], 0.0, 0.0
+def share_of_ceiling(axes: Axes, cases: list[dict]) -> None:
+    """Draw the speed of each op relative to the ceiling of the same rounds, a mark for each D."""
+    shares: dict[str, list[float]] = {}
     for case in cases:
-        if case["op"] not in ROOFS or case["cache"] != "cold" or not case["candidates"]:
-            continue
-        intensity = case["flops"] / case["bytes"]
-        for one in case["candidates"]:
-            if one["role"] == "ours":
-                points.append((intensity, one["gf_s"], case["op"]))
-            elif one["role"] == "ceiling" and ROOFS[case["op"]] == "product":
-                peak = max(peak, one["gf_s"])
-            elif one["role"] == "ceiling":
-                bandwidth = max(bandwidth, one["gb_s"])
-    for op in ROOFS:
-        mine = [(x, y) for x, y, name in points if name == op]
-        if mine:
-            axes.scatter(*zip(*mine, strict=True), label=op, color=COLOURS[op], s=18)
-    if bandwidth and peak and points:
-        low, high = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
-        ridge = peak / bandwidth
-        xs = [low, ridge, high]
-        label = f"{bandwidth:.0f} GB/s read or copied, {peak:.0f} GF/s multiplied"
-        axes.plot(xs, [min(peak, x * bandwidth) for x in xs], color="black", label=label)
-    axes.set(xscale="log", yscale="log", title="Roofline, from this run's fastest ceilings")
-    axes.set(xlabel="multiplications and additions a byte", ylabel="GF/s")
-    axes.legend(fontsize=6)
+        ceilings = [one for one in case["candidates"] if one["role"] == "ceiling"]
+        if case["op"] in MARKS and case["cache"] == "cold" and ceilings and case["kind"] != "npy":
+            shares.setdefault(name_of(case), []).append(ceilings[0]["ours_is"])
+    for place, (name, values) in enumerate(reversed(shares.items())):
+        colour, mark = MARKS[name.split()[0]]
+        axes.plot(values, [place] * len(values), mark, color=colour, markersize=9, alpha=0.8)
+    axes.set_yticks(range(len(shares)), list(reversed(shares)))
+    axes.axvline(1, color="black", linewidth=1.5)
+    axes.set(xlabel="share of the ceiling (a mark for each D)", xlim=(0, None))
+    axes.set_title("How close to the limit")
 
 
-def error_and_speed(axes: Axes, cases: list[dict]) -> None:
-    """Draw error against speed of the candidates, ours filled: right is faster, down more exact."""
-    seen = set()
-    for case in cases:
-        for one in case["candidates"]:
-            if one["error"] is None or case["op"] not in OPS[:7] or case["cache"] != "cold":
-                continue
-            ours = one["role"] in ("ours", "variant")
-            colour = COLOURS[case["op"]]
-            label = case["op"] if ours and case["op"] not in seen else None
-            seen |= {case["op"]} if ours else set()
-            face = colour if ours else "none"
-            error = max(one["error"], 1e-17)
-            axes.scatter(one["rows_s"], error, s=20, color=face, edgecolors=[colour], label=label)
-    axes.set(xscale="log", yscale="log", title="Error against speed (filled: ours)")
-    axes.set(xlabel="rows/s", ylabel="error against float64")
-    axes.legend(fontsize=6)
+def time_and_error(axes: Axes, cases: list[dict]) -> None:
+    """Draw error against time of every way to compute a covariance, each with its name."""
+    case = next((one for one in cases if one["op"] == "covariance"), None)
+    shown = [one for one in case["candidates"] if one["error"] is not None] if case else []
+    shown.sort(key=lambda one: one["error"])
+    for place, one in enumerate(shown):
+        ours = one["role"] in ("ours", "variant")
+        axes.plot(one["error"], place, "o", color=BLUE if ours else GREY, markersize=9)
+        label = f"  {one['ours_is']:.1f} x"
+        axes.text(one["error"], place, label, va="center", fontweight="bold" if ours else None)
+    axes.set_yticks(range(len(shown)), [one["name"].split(" (")[0] for one in shown])
+    axes.set(xscale="log", xlabel="relative error (and time, if Moments takes 1)")
+    axes.margins(x=0.15)
+    axes.set_title("Error and time of a covariance")
 
 
 def scaling(axes: Axes, series: list[dict]) -> None:
@@ -101,30 +110,34 @@ def scaling(axes: Axes, series: list[dict]) -> None:
             continue
         xs = [x / one["sizes"][0] for x in one["sizes"]]
         ys = [y / one["values"][0] for y in one["values"]]
-        style = "-o" if one["against"] == "N" else "--s"
-        label = f"{one['op']} against {one['against']}: slope {one['slope']:.2f}"
-        axes.plot(xs, ys, style, color=COLOURS[one["op"]], label=label, markersize=3, linewidth=1)
-    axes.set(xscale="log", yscale="log", title="Time as the size grows")
-    axes.set(xlabel="size, of the smallest", ylabel="time, of the smallest")
-    axes.legend(fontsize=6)
+        colour, mark = MARKS[one["op"]]
+        line = "-" if one["against"] == "N" else "--"
+        label = f"{one['op']} against {one['against']}: {one['slope']:.2f}"
+        axes.plot(xs, ys, mark + line, color=colour, label=label, markersize=6, linewidth=1.5)
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="size, relative to the smallest", ylabel="time, relative to the smallest")
+    axes.set_ylim(None, axes.get_ylim()[1] ** 2.2)  # room for the legend
+    axes.legend(fontsize=12, frameon=False, title="slope on these axes", loc="upper left")
+    axes.set_title("Time as the size grows")
 
 
 def page(found: dict, out: Path) -> None:
     """Draw the four plots of a run's json."""
     results = found["results"]
     cases = [one for one in results if one["record"] == "case"]
-    figure, axes = plt.subplots(2, 2, figsize=(13, 12), layout="constrained")
-    speed(axes[0, 0], cases)
-    roofline(axes[0, 1], cases)
-    error_and_speed(axes[1, 1], cases)
-    scaling(axes[1, 0], [one for one in results if one["record"] == "series"])
-    machine = found["machine"]
-    facts = ("processor", "isa", "threads", "gpu", "torch", "realign_fast", "date")
-    words = ", ".join(f"{name} {machine[name]}" for name in facts if name in machine)
-    figure.supxlabel(words, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(16, 15), layout="constrained")
+        speed(axes[0, 0], cases)
+        share_of_ceiling(axes[0, 1], cases)
+        scaling(axes[1, 0], [one for one in results if one["record"] == "series"])
+        time_and_error(axes[1, 1], cases)
+        machine = found["machine"]
+        facts = ("processor", "isa", "threads", "gpu", "torch", "realign_fast", "date")
+        words = ", ".join(f"{name} {machine[name]}" for name in facts if name in machine)
+        figure.supxlabel(words, fontsize=11)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=90)
+        plt.close(figure)
 
 
 def main() -> None:
