@@ -25,26 +25,11 @@ if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from .shared_space import SharedSpace as SharedSpace
 
 __version__ = "0.1.0"
-_MODULES = {
-    "Corpus": "corpus",
-    "Moments": "moments",
-    "ReAlign": "align",
-    "SharedSpace": "shared_space",
-}
+_MODULES = {"Corpus": "corpus", "Moments": "moments", "ReAlign": "align"}
+_MODULES |= {"SharedSpace": "shared_space"}
 _MODULES |= dict.fromkeys(("add_scatter_", "align_rows", "backend_of", "sum_rows"), "ops")
 _SUBMODULES = {*_MODULES.values(), "covariance_sums", "frame", "methods", "metrics", "whiten"}
-__all__ = [
-    "Corpus",
-    "Moments",
-    "ReAlign",
-    "SharedSpace",
-    "add_scatter_",
-    "align_rows",
-    "backend_of",
-    "metrics",
-    "sum_rows",
-    "whiten",
-]
+__all__ = [*_MODULES, "metrics", "whiten"]
 
 
 def __getattr__(name: str) -> Any:

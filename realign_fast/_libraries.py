@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-_ADVICE = "install realign_fast again"
 
 
 def build_info() -> dict[str, Any]:
@@ -32,7 +31,7 @@ def why_not_loaded(library: Path, load: Callable[[str], object]) -> str:
     except (ImportError, OSError, SystemError) as error:
         message = str(error.__cause__ or error)  # torch hides it in the cause
         reason = message.partition("\n")[0].removeprefix(f"{library}: ")
-    return f"{library.name} does not load: {reason}; {_ADVICE}"
+    return f"{library.name} does not load: {reason}; install realign_fast again"
 
 
 def _why_unfit(library: Path) -> str:
