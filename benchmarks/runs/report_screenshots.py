@@ -51,7 +51,7 @@ def main() -> None:
                 name = f"report_{width}_{'dark' if dark else 'light'}.png"
                 shoot(page, options.folder / name, width, height, dark)
         if options.docs:
-            shoot(page, ROOT / "docs" / "report.png", 1280, 1040)
+            shoot(page, ROOT / "docs" / "report.png", 1280, 1130)
             few = page.with_name("answers.html")
             few.write_text(page.read_text().replace("</head>", _ONLY % _ANSWERS, 1))
             shoot(few, ROOT / "docs" / "demo.png", 1400, 456)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..corpus.corpus import Corpus
-    from ..metrics import Captioned, Substitution
+    from ..metrics import Captioned
 
 _SIDES = "--text TEXT --image IMAGE"
 _OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
@@ -109,6 +109,7 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     """Measure what texts are worth in place of images to small readers of words of captions."""
     from ..interface.progress import Progress
     from ..metrics import Reader, substitution
+    from ..metrics.estimate import plain
 
     captioned = _captioned_rows(options)
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
@@ -125,7 +126,22 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
             reader=Reader(steps=options.steps),
             on_reader=bar.update,
         )
-    return _substitution_result(options, captioned, result)
+    texts, images = map(len, captioned.rows)
+    tested, wordless = round(images * options.test), captioned.wordless
+    figures = {name: getattr(result, name) for name in ("loss", "accuracy", "share_closed")}
+    facts: dict[str, Any] = {"texts": texts, "images": images, "tested": tested}
+    facts |= {"without_words": dict(zip(_OTHER, wordless, strict=True)), "seeds": options.seeds}
+    facts |= {name: plain(column) for name, column in figures.items()}
+    facts["interval"] = {
+        name: [*plain({"low": low, "high": high}).values()]
+        for name, (low, high) in result.interval.items()
+    }
+    lines = [f"{tested:,} of {images:,} images tested, seeds and splits: {options.seeds}"]
+    if any(wordless):
+        lines.append("left out without a word: {:,} texts, {:,} images".format(*wordless))
+    return Result(
+        facts, "\n".join([*lines, "", *_table("readers trained on", figures)]), answer=True
+    )
 
 
 def _captioned_rows(options: opts.SubstitutionOptions) -> Captioned:
@@ -144,34 +160,6 @@ def _captioned_rows(options: opts.SubstitutionOptions) -> Captioned:
                 f"{FEWEST} or more; give captions in {', '.join(columns)}"
             )
     return captioned
-
-
-def _substitution_result(
-    options: opts.SubstitutionOptions, captioned: Captioned, result: Substitution
-) -> Result:
-    """Return the figures of readers as facts and as a table."""
-    from ..metrics.estimate import plain
-
-    texts, images = map(len, captioned.rows)
-    tested_count = round(images * options.test)
-    columns = ("loss", "accuracy", "share_closed")
-    figures = {name: getattr(result, name) for name in columns}
-    facts: dict[str, Any] = {"texts": texts, "images": images, "tested": tested_count}
-    facts |= {"without_words": dict(zip(_OTHER, captioned.wordless, strict=True))}
-    facts |= {"seeds": options.seeds} | {name: plain(column) for name, column in figures.items()}
-    facts["interval"] = {
-        name: [*plain({"low": low, "high": high}).values()]
-        for name, (low, high) in result.interval.items()
-    }
-    title = f"{tested_count:,} of {images:,} images tested, seeds and splits: {options.seeds}"
-    left_out = "left out without a word: {:,} texts, {:,} images".format(*captioned.wordless)
-    lines = [
-        title,
-        *[left_out] * any(captioned.wordless),
-        "",
-        *_table("readers trained on", figures),
-    ]
-    return Result(facts, "\n".join(lines), answer=True)
 
 
 def _open_sides(options: opts.PairOptions) -> list[Corpus]:

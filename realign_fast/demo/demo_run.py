@@ -36,14 +36,17 @@ _NORMAL, _STUDENT = 1.96, 2.26  # 97.5% quantiles, the latter of 9 degrees of fr
 _TABLE = """\
 1. Is the gap closed?                         before      after
    distance of the centroids, fitted rows    {fitted[before]:7.4f}    {fitted[after]:7.4f}
-   the same, {pairs} held-out pairs{held_out[before]:21.4f}{held_out[after]:11.4f}   {closed}
-   Sampling alone would leave {floor:.4f} between the fitted clouds. Held-out pictures keep more,
+   the same, {held_out_pairs} held-out pairs{held_out[before]:21.4f}{held_out[after]:11.4f}\
+   {closed}
+   Sampling alone would leave {statistical_floor:.4f} between the fitted clouds. Held-out \
+pictures keep more,
    because this small encoder places pictures that it never saw a bit elsewhere.
 
 2. Does one index of texts and images work?   before      after
    text finds its image among the first 10    {search[before]:6.1%}     {search[after]:6.1%}   \
 ± {search_error:.1%}
-   The index holds {gallery} images and as many texts. Among the images alone it is {pure:.1%}.
+   The index holds {search[gallery]} images and as many texts. Among the images alone it is \
+{search[images_alone]:.1%}.
 
 3. Can texts stand for images?                before      after
    share of the distance to real images           0%        {reader}
@@ -170,19 +173,13 @@ def _captions(path: Path, modality: Modality) -> Iterator[str]:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    gap, search, substitution = (summary[name] for name in ("gap", "search", "substitution"))
     return _TABLE.format(
-        pairs=summary["held_out_pairs"],
-        fitted=gap["fitted"],
-        held_out=gap["held_out"],
-        closed=_share(gap["held_out"], " closed"),
-        floor=gap["statistical_floor"],
-        search=search,
-        search_error=_STUDENT * search["after_error"],
-        gallery=search["gallery"],
-        pure=search["images_alone"],
-        reader=_share(substitution, "   "),
-        loss=substitution["loss"],
+        **summary,
+        **summary["gap"],
+        loss=summary["substitution"]["loss"],
+        closed=_share(summary["gap"]["held_out"], " closed"),
+        search_error=_STUDENT * summary["search"]["after_error"],
+        reader=_share(summary["substitution"], "   "),
     )
 
 

@@ -152,7 +152,7 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     galleries = metrics.search_pairs(
         pairs, lambda *_: space, roles=roles, splits=1, fitted_share=0.0
     )
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for role, ways in galleries.items():
         (alone,) = ways["encoder"].pure_recall.values()
         before, after = (ways[way].recall[10] for way in ("encoder", "space"))

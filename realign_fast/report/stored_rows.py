@@ -57,14 +57,12 @@ class Side:
         ]
         sizes = np.diff(corpus.starts)[(used := np.unique(shards))]
         used = used[np.cumsum(sizes) <= _NAMED_ROWS]
-        place = {pair: n for n, pair in enumerate(zip(shards.tolist(), rows.tolist(), strict=True))}
         for column, names in enumerate(_VALUES, 1):
             with suppress(ValueError, OSError):  # files without such a column
                 values = shard_values(corpus, None, names, [corpus.shards[s] for s in used])
-                for shard, texts in zip(used.tolist(), values, strict=True):
-                    for row, text in enumerate(texts):
-                        if (shard, row) in place:
-                            labels[place[shard, row]][column] = text
+                for shard, texts in zip(used, map(list, values), strict=True):
+                    for place in np.flatnonzero(shards == shard):
+                        labels[place][column] = texts[rows[place]]
         return labels
 
 

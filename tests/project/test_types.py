@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "support" / "public_names.py"
 MODULES = ("realign_fast", *(f"realign_fast.{name}" for name in (
-    "corpus", "embed", "metrics", "ops", "pipeline", "revision", "whiten",
+    "corpus", "embed", "metrics", "ops", "pipeline", "report", "revision", "whiten",
 )))  # fmt: skip
 
 

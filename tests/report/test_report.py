@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -177,6 +178,14 @@ def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
     trust_facts = facts_of(tmp_path / "applied", 200)["trust"]
     assert trust_facts["level"] == "fault"
     assert trust_facts["findings"][0]["rule"] == "another encoder or domain"
+
+
+def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path / "out")]
+    assert main(["align", *sides, "--report"]) == 9
+    assert "pip install 'realign_fast[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 CHANGES = {

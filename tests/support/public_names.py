@@ -19,6 +19,7 @@ from realign_fast import (
     embed,
     metrics,
     ops,
+    report,
     revision,
     whiten,
 )
@@ -62,6 +63,11 @@ def errors_that_the_types_reveal(text: Tensor, image: Tensor) -> None:
     whiten.coral("source", "target")  # type: ignore[arg-type]
     whiten.whitening(text, floor="0.1")  # type: ignore[arg-type]
     FixedFrame.load("frame").decompose(text, image)  # type: ignore[arg-type, call-arg]
+
+
+def use_a_report(out: Path) -> str:
+    path, facts = report.write_report(out, sample=100)
+    return f"{path}{report.render(report.facts_of(out))}{facts['sentence']}"
 
 
 def use_the_ops(rows: Tensor) -> str:
@@ -132,7 +138,7 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         nearest.indices,
         mean,
     ]
-    report = metrics.gap_report(text, image, settings=settings, paired=True)
+    gap = metrics.gap_report(text, image, settings=settings, paired=True)
     captions = ["a caption"] * len(text)
     captioned: metrics.Captioned = metrics.label_by_captions([text, text], [captions] * 2)
     labels: Tensor = metrics.hashed_ngrams(captions)[: len(captioned.partners)]
@@ -140,7 +146,7 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         text, image, labels, labels, aligned={"moved": text}, reader=metrics.Reader(hidden=0)
     )
     numbers += [read.share_closed["moved"], read.loss["source"].standard_error]
-    return report | {"sum": sum(numbers) + float(rows[0].sum())}
+    return gap | {"sum": sum(numbers) + float(rows[0].sum())}
 
 
 def use_corpora_and_runs() -> dict[str, Any]:
