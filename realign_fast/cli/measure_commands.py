@@ -36,22 +36,24 @@ def report(
 
     path, facts = write_report(out, to, sample, seed)
     lines = [facts["sentence"], facts["trust"]["verdict"]]
-    lines += [f"  {found['rule']}: {found['text']}" for found in facts["trust"]["findings"]]
-    kept = {name: facts[name] for name in ("sentence", "trust")}
-    return Result({"report": str(path), **kept}, "\n".join([*lines, f"wrote {path}"]), answer=True)
+    lines += [f"  {finding['rule']}: {finding['text']}" for finding in facts["trust"]["findings"]]
+    summary = {name: facts[name] for name in ("sentence", "trust")}
+    return Result(
+        {"report": str(path), **summary}, "\n".join([*lines, f"wrote {path}"]), answer=True
+    )
 
 
-def check_report(asked: bool) -> None:
+def check_report(is_asked: bool) -> None:
     """Raise an ImportError before a run whose report lacks a package."""
-    if asked:
+    if is_asked:
         from ..report.page import packages
 
         packages()
 
 
-def with_report(result: Result, out: str, options: opts.Common, asked: bool) -> Result:
+def with_report(result: Result, out: str, options: opts.Common, is_asked: bool) -> Result:
     """Return the result of a run, with the report on its output if that is asked for."""
-    if not asked:
+    if not is_asked:
         return result
     page = report(options, out)
     facts = {**result.facts, "page": page.facts}

@@ -133,6 +133,7 @@ def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, An
     """
 
     def fit(rows: Rows, role: str) -> SharedSpace:
+        """Return the space of a split."""
         return SharedSpace.fit(text=rows["text"], image=rows["image"])
 
     search = metrics.search_pairs(pairs, fit, roles=["text"], splits=_SPLITS, on_search=on_split)

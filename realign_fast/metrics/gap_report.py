@@ -125,13 +125,19 @@ def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSe
     }
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
         figures[name] = getattr(distribution, name)(y, x)
-    for side, own, other in (("source", source, target), ("target", target, source)):
+    for side, own, opposite in (("source", source, target), ("target", target, source)):
         for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
             figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), own.spectrum.values)
         figures[f"{side}_mixing"] = neighbours.knn_mixing(
-            own.rows, other.rows, settings.mixing_k, block=settings.block, backend=settings.backend
+            own.rows,
+            opposite.rows,
+            settings.mixing_k,
+            block=settings.block,
+            backend=settings.backend,
         )
-        figures[f"{side}_mixing_chance"] = len(other.rows) / (len(own.rows) + len(other.rows) - 1)
+        figures[f"{side}_mixing_chance"] = len(opposite.rows) / (
+            len(own.rows) + len(opposite.rows) - 1
+        )
     return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
 
 

@@ -95,13 +95,13 @@ def mixed_gallery(
         if not bool(torch.isfinite(limits).all()):
             raise ValueError("mixed_gallery: a score overflows float64; scale the rows down")
         limits += TIE * (1 + limits.abs())
-        found, offset = [], 0
+        blocks, offset = [], 0
         for name, gallery in documents.items():
             own_rows = left_out[name][numbers]
             best = search_blocks(part, gallery, ks[-1], own_rows, Tensor.double, limits, block)
-            found.append((best[0], best[1] + offset, best[2]))
+            blocks.append((best[0], best[1] + offset, best[2]))
             offset += len(gallery)
-        scores, places, counts = zip(*found, strict=True)
+        scores, places, counts = zip(*blocks, strict=True)
         order = torch.cat(scores, dim=1).topk(ks[-1], dim=1).indices
         parts.append((torch.cat(places, dim=1).gather(1, order), torch.stack(counts, dim=1)))
     nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -127,9 +127,9 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
         except ValueError as error:  # too few rows for the method
             missing["held_out"] = str(error)
             return gaps
-        held = {name: side[1::2] for name, side in rows.items()}
-        before = [Moments().update(side) for side in held.values()]
-        after = [Moments().update(half.documents(name, side)) for name, side in held.items()]
+        held_out = {name: side[1::2] for name, side in rows.items()}
+        before = [Moments().update(side) for side in held_out.values()]
+        after = [Moments().update(half.documents(name, side)) for name, side in held_out.items()]
         counts = [len(side) for side in (*rows.values(), *rows.values())]
         gaps["held_out"] = {
             "before": metrics.centroid_gap(*before),
@@ -142,7 +142,7 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
 def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     """Return recall among the rows of both sides and the frame's parts, where pairs are known."""
     try:
-        pairs, how = _pairs(output, sample)
+        pairs, basis = _pairs(output, sample)
     except (OSError, ValueError) as error:
         missing["pairs"] = str(error)
         return {"recall": None, "frame": None}
@@ -152,17 +152,17 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     galleries = metrics.search_pairs(
         pairs, lambda *_: space, roles=roles, splits=1, fitted_share=0.0
     )
-    found: dict[str, dict[str, float]] = {}
+    recall: dict[str, dict[str, float]] = {}
     for role, ways in galleries.items():
         (alone,) = ways["encoder"].pure_recall.values()
         before, after = (ways[way].recall[10] for way in ("encoder", "space"))
-        found[role] = {"before": before, "after": after, "alone": alone[10]}
-        found[role]["error"] = after.standard_error
+        recall[role] = {"before": before, "after": after, "alone": alone[10]}
+        recall[role]["error"] = after.standard_error
     frame = FixedFrame.fit(*(Moments(covariance=True).update(side) for side in pairs.values()))
     moved = [output.moved(name, side) for name, side in pairs.items()]
     stages = {"before": [*pairs.values()], "after": moved}
     return {
-        "recall": {"pairs": len(moved[0]), "how": how, "of": found},
+        "recall": {"pairs": len(moved[0]), "how": basis, "of": recall},
         "frame": {name: frame.decompose(rows).summary() for name, rows in stages.items()},
     }
 
@@ -172,23 +172,25 @@ def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
     sides = output.sides[:2]
     corpora = [side.source for side in sides if side.source]
     if len(corpora) < 2 or corpora[0] is corpora[1]:
-        found = "; ".join(filter(None, (side.missing for side in sides)))
-        raise ValueError(found or "pairs are looked for in two corpora, and these rows are in one")
+        reasons = "; ".join(filter(None, (side.missing for side in sides)))
+        raise ValueError(
+            reasons or "pairs are looked for in two corpora, and these rows are in one"
+        )
     if sum(corpus.num_rows for corpus in corpora) > _MOST_IDS:
         raise ValueError(f"ids of more than {_MOST_IDS:,} rows are not read; see evaluate-search")
     pairs: list[tuple[int, int]] | None = []
     with suppress(ValueError, OSError):  # sides without ids
         pairs = pairs_of_ids(corpora, sample)
-    how = "their ids"
+    basis = "their ids"
     if not pairs and corpora[0].subfolder and corpora[0].path == corpora[1].path:
-        pairs, how = None, "their places in one clip-retrieval root"
+        pairs, basis = None, "their places in one clip-retrieval root"
     elif pairs is not None and len(pairs) < FEWEST:
         raise ValueError(
             f"the ids of both sides have {len(pairs)} in common, expected {FEWEST} or more; a "
             "column id, or metadata/ beside the rows, tells which rows belong together"
         )
     rows, _ = paired_rows(corpora, pairs, sample, skip_bad=True)
-    return {side.name: part for side, part in zip(sides, rows, strict=True)}, how
+    return {side.name: part for side, part in zip(sides, rows, strict=True)}, basis
 
 
 def _scatter(stages: Mapping[str, Mapping[str, Tensor]], sides: Sequence[Side]) -> Facts:
@@ -220,9 +222,9 @@ def _cosines(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {
         f"{name} alone": metrics.pairwise_cosines(side, 1 << 16) for name, side in rows.items()
     }
-    (name, first), (other, second) = [*rows.items()][:2]
+    (name, first), (second_name, second) = [*rows.items()][:2]
     some = [side[spread(len(side), _ROWS_BETWEEN)] for side in (first, second)]
-    values[f"{name} and {other}"] = (some[0] @ some[1].T).flatten()
+    values[f"{name} and {second_name}"] = (some[0] @ some[1].T).flatten()
     return values
 
 

@@ -82,7 +82,7 @@ class Alignment(NamedTuple):
 
 @dataclass
 class Output:
-    """What a directory of ``align``, ``fit``, ``apply`` or ``unify`` holds."""
+    """The records of ``align``, ``fit``, ``apply`` or ``unify``, and samples of its rows."""
 
     path: StoragePath
     manifest: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Whether the result of a run should be trusted: rules over the figures of a report.
+"""Rules over the figures of a report that say whether to trust the result of a run.
 
 A rule yields what it found, in words. A ``fault`` says that the result should not be used, a
 ``doubt`` that it needs a look.
@@ -82,10 +82,10 @@ def rank_deficient_covariance(facts: Facts) -> Iterator[str]:
 
 def torn_neighbours(facts: Facts) -> Iterator[str]:
     """Find rows that lose their nearest rows."""
-    kept = (facts["figures"] or {}).get("kept_knn_overlap")
-    if kept is not None and kept < KEPT:
+    share = (facts["figures"] or {}).get("kept_knn_overlap")
+    if share is not None and share < KEPT:
         yield (
-            f"A row keeps {kept:.0%} of its nearest neighbours (expected {KEPT:.0%} or more): the "
+            f"A row keeps {share:.0%} of its nearest neighbours (expected {KEPT:.0%} or more): the "
             "map changes what is alike. Try --method realign, or --shrinkage oas."
         )
 
@@ -131,13 +131,13 @@ def verdict_of(facts: Facts) -> Facts:
         for rule in rules
         for text in rule(facts)
     ]
-    level, words = "good", "Nothing speaks against this result."
+    level, verdict = "good", "Nothing speaks against this result."
     if findings:  # faults come first
-        level, words = findings[0]["level"], "Look at this before you rely on the result."
+        level, verdict = findings[0]["level"], "Look at this before you rely on the result."
     if level == "fault":
-        words = "Do not use this result yet."
+        verdict = "Do not use this result yet."
     rules = len(FAULTS + DOUBTS)
-    return {"level": level, "verdict": words, "rules": rules, "findings": findings}
+    return {"level": level, "verdict": verdict, "rules": rules, "findings": findings}
 
 
 def sentence_of(facts: Facts) -> str:
