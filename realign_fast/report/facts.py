@@ -144,7 +144,7 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     try:
         pairs, basis = _pairs(output, sample)
     except (OSError, ValueError) as error:
-        missing["pairs"] = str(error)
+        missing["pairs"] = str(getattr(error, "strerror", None) or error)
         return {"recall": None, "frame": None}
     space, roles = output.space, [*pairs]
     if isinstance(space, SharedSpace) and space.layout == "single" and space.method != "center":

@@ -142,7 +142,7 @@ class Output:
                 if not entry.items() >= identity(shard).items():
                     side.changed = side.changed or str(shard.path)
         except (OSError, ValueError) as error:
-            side.missing = f"{role} rows before: {error}"
+            side.missing = f"{role} rows before: {getattr(error, 'strerror', None) or error}"
         if "folder" in facts:
             names = [self.path / facts["folder"] / entry["name"] for entry in entries]
             for column in (facts["column"], None):  # rows of another width have the usual one
