@@ -13,9 +13,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -23,17 +21,17 @@ import torch
 
 from ..interface.option_values import OptionError
 from ..storage.lock import locked
-from ..storage.paths import RECORDS, AnyPath, StoragePath, explained, output_path, write_whole
+from ..storage.paths import RECORDS, AnyPath, StoragePath, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
 from .format_registry import FORMATS, UNFINISHED, shard_paths
 from .formats import arrow
 from .formats import arrow_columns as tables
+from .row_values import ID_COLUMNS, MetadataFile, metadata_of_shards
 from .shard import ColumnChunk, Shard
 from .shard_writer import FormatWriter
 
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
-METADATA_ROWS = 1024  # of `metadata/` at a time
 # Keys of the schema of a table that describe its own columns, and not those of the result.
 COLUMN_METADATA = {b"pandas", b"huggingface", b"ARROW:schema"}
 
@@ -65,19 +63,23 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f"convert: got format {to!r}, expected one of {', '.join(FORMATS)}")
-    out, dtype = output_path(out), _result_dtype(corpus, to, dtype)
+    out, dtype = output_path(out), corpus.dtype if dtype is None else dtype
+    if dtype == torch.bfloat16 and dtype not in FORMATS[to].writer.dtypes:
+        advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
+        raise ValueError(f"{corpus.path}: {to} has no bfloat16; {advice}; or use safetensors")
     paths = [out / name for name in _shard_names(corpus, to)]
     if corpus.path.is_dir():  # one file may become another beside it
         layout.check_apart(out, corpus)
-    described, ids = _described(corpus), _UniqueIds()
+    described, taken = _described(corpus), set[Any]()
     with _alone(out):
         finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
         try:
             for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
-                source: Shard | _DescribedShard = described.get(shard.path, shard)
+                source: Shard | MetadataFile = described.get(shard.path, shard)
                 entries = None
                 if FORMATS[to].writer.accepts_entries:
-                    entries = ids.entries(source, to, int(corpus.starts[index]))
+                    first = int(corpus.starts[index])
+                    entries = _entries_with_ids(source, to, first, taken)
                 if path.name in finished:
                     if to == "pickle" and len(corpus.shards) > 1:
                         deque(entries or (), maxlen=0)  # whose ids are taken
@@ -144,14 +146,6 @@ def _shard_names(corpus: Corpus, to: str) -> list[str]:
     return names
 
 
-def _result_dtype(corpus: Corpus, to: str, dtype: torch.dtype | None) -> torch.dtype:
-    dtype = corpus.dtype if dtype is None else dtype
-    if dtype == torch.bfloat16 and dtype not in FORMATS[to].writer.dtypes:
-        advice = "give dtype (--dtype) float32, which loses nothing, or float16, which rounds"
-        raise ValueError(f"{corpus.path}: {to} has no bfloat16; {advice}; or use safetensors")
-    return dtype
-
-
 def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
     """Return the rows of a batch as `dtype`; a number beyond its range is an error."""
     rows = batch.rows.to(dtype)
@@ -163,75 +157,42 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-@dataclass(frozen=True)
-class _DescribedShard:
-    """The file of `metadata/` that describes a shard, in the place of its other columns."""
-
-    path: StoragePath
-    num_rows: int
-    has_other_columns = True
-
-    def other_columns(self) -> Iterator[ColumnChunk]:
-        """Yield the columns of the file, many rows at a time; a ValueError if they do not fit."""
-        count = 0
-        with explained(self.path), self.path.open("rb") as file, tables.decoded(self.path, file):
-            if self.path.suffix == ".parquet":
-                chunks = tables.pyarrow().parquet.ParquetFile(file).iter_batches(METADATA_ROWS)
-            else:
-                entries = map(json.loads, file)
-                chunks = iter(lambda: list(islice(entries, METADATA_ROWS)), [])
-            for chunk in chain(chunks, [[]]):  # all is counted before the last rows are taken
-                count += len(chunk)
-                if count > self.num_rows or (not len(chunk) and count < self.num_rows):
-                    counts = f"has {count} entries or more, its shard has {self.num_rows} rows"
-                    advice = "they must be row-aligned; or convert the folder of the rows alone"
-                    raise ValueError(f"{self.path}: {counts}: {advice}")
-                if len(chunk):
-                    yield chunk
-
-
-def _described(corpus: Corpus) -> dict[StoragePath, _DescribedShard]:
+def _described(corpus: Corpus) -> dict[StoragePath, MetadataFile]:
     """Return the metadata of shards of a clip-retrieval root that have no columns of their own."""
     folder = corpus.path / layout.METADATA
     if not corpus.subfolder or not folder.is_dir():
         return {}
-    plain = {shard.path: shard for shard in corpus.shards if not shard.has_other_columns}
-    pairs = layout.paired([shard.path for shard in corpus.shards], layout.metadata_files(folder))
-    files = ((path, pairs[path]) for path in plain if path in pairs)
-    return {path: _DescribedShard(file, plain[path].num_rows) for path, file in files}
+    files = metadata_of_shards(corpus.shards, layout.metadata_files(folder))
+    return {
+        s.path: files[s.path] for s in corpus.shards if not s.has_other_columns and s.path in files
+    }
 
 
-class _UniqueIds:
-    """The entries of formats that need an id a row: none of the ids of a conversion repeats."""
+def _entries_with_ids(
+    shard: Shard | MetadataFile, to: str, first: int, taken: set[Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the other columns of a shard whose first row has the number `first` in the corpus.
 
-    def __init__(self) -> None:
-        self._taken: set[Any] = set()
-
-    def entries(
-        self, shard: Shard | _DescribedShard, to: str, first: int
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the other columns of a shard whose first row has the number `first` in the corpus.
-
-        Entries of pickles get an `id`: their own, a `key` or `__key__`, or the number of the row;
-        one that an earlier row has is written behind the name of the shard, and of the row if need
-        be. Samples of tars without a key get the number of the row.
-        """
-        entries = _entries_of(shard) if shard.has_other_columns else repeat({}, shard.num_rows)
-        for row, entry in enumerate(entries, first):
-            if to == "tar":
-                yield {"__key__": f"{row:09}"} | entry
-                continue
-            values = (entry.get(name) for name in ("id", "key", "__key__"))
-            value = next((value for value in values if value is not None), row)
-            value = value.decode(errors="replace") if isinstance(value, bytes) else value
-            names = value, f"{shard.path.stem}/{value}", f"{shard.path.stem}/{value}/{row}"
-            unique = next(name for name in names if name not in self._taken or name is names[-1])
-            self._taken.add(unique)
-            yield {"id": unique} | {name: other for name, other in entry.items() if name != "id"}
+    Entries of pickles get an `id` that is not among those `taken`: their own, a `key` or `__key__`,
+    or the number of the row; one that an earlier row has is written behind the name of the shard,
+    and of the row if need be. Samples of tars without a key get the number of the row.
+    """
+    entries = _entries_of(shard) if shard.has_other_columns else repeat({}, shard.num_rows)
+    for row, entry in enumerate(entries, first):
+        if to == "tar":
+            yield {"__key__": f"{row:09}"} | entry
+            continue
+        values = (entry.get(name) for name in ID_COLUMNS)
+        value = next((value for value in values if value is not None), row)
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        names = value, f"{shard.path.stem}/{value}", f"{shard.path.stem}/{value}/{row}"
+        unique = next(name for name in names if name not in taken or name is names[-1])
+        taken.add(unique)
+        yield {"id": unique} | {name: other for name, other in entry.items() if name != "id"}
 
 
 def table_writer(
-    shard: Shard | _DescribedShard,
+    shard: Shard | MetadataFile,
     path: StoragePath,
     to: str,
     dtype: torch.dtype,
@@ -251,9 +212,13 @@ def table_writer(
     if writer.accepts_entries:
         return writer(path, *shape, other_columns=_entries_of(shard))
     schema = _schema_of(shard)
+
+    def record_batches() -> Iterator[Any]:
+        return (_record_batch(chunk, shard.path, schema) for chunk in shard.other_columns())
+
     if not issubclass(writer, tables.TableWriter):
         metadata = path.parent / layout.METADATA / f"{path.stem}.parquet"
-        tables.write_table(metadata, schema, _record_batches_of(shard, schema))
+        tables.write_table(metadata, schema, record_batches())
         return writer(path, *shape)
     name = tables.DEFAULT
     if name in schema.names:
@@ -261,11 +226,10 @@ def table_writer(
     metadata_texts = (schema.metadata or {}).items()
     texts = {key: text for key, text in metadata_texts if key not in COLUMN_METADATA}
     table_schema = tables.plain_schema(columns, dtype, schema).with_metadata(texts)
-    other_columns = partial(_record_batches_of, shard, schema)
-    return writer(path, *shape, tables.TableColumns(table_schema, name, other_columns))
+    return writer(path, *shape, tables.TableColumns(table_schema, name, record_batches))
 
 
-def _entries_of(shard: Shard | _DescribedShard) -> Iterator[dict[str, Any]]:
+def _entries_of(shard: Shard | MetadataFile) -> Iterator[dict[str, Any]]:
     """Yield the other columns of a shard as a dictionary for each row."""
     for chunk in shard.other_columns():
         if isinstance(chunk, dict):
@@ -275,26 +239,21 @@ def _entries_of(shard: Shard | _DescribedShard) -> Iterator[dict[str, Any]]:
             yield from chunk if isinstance(chunk, list) else chunk.to_pylist()
 
 
-def _schema_of(shard: Shard | _DescribedShard) -> Any:
+def _schema_of(shard: Shard | MetadataFile) -> Any:
     """Return the `pyarrow.Schema` of the other columns; entries are read to the end for it.
 
     Raises:
         ValueError: entries do not agree on the type of a column, or it is none of Arrow's.
     """
-    pa, schemas = tables.pyarrow(), []
-    for chunk in shard.other_columns():
-        schemas.append(_record_batch(chunk, shard.path).schema)
-        if not isinstance(chunk, list):
-            break  # all chunks are alike
+    pa = tables.pyarrow()
+    chunks = shard.other_columns()
+    first = next(chunks, [])
+    same = chunks if isinstance(first, list) else ()  # chunks of arrays are alike
+    schemas = [_record_batch(chunk, shard.path).schema for chunk in chain([first], same)]
     try:
-        return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
+        return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"{shard.path}: its entries do not agree ({error}); use pickle") from error
-
-
-def _record_batches_of(shard: Shard | _DescribedShard, schema: Any) -> Iterator[Any]:
-    """Yield the other columns of a shard as record batches of `schema`, that of `_schema_of`."""
-    return (_record_batch(chunk, shard.path, schema) for chunk in shard.other_columns())
 
 
 def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> Any:

@@ -3,8 +3,8 @@
 A shard is a file of rows `[N, D]` in one of the formats of `format_registry.py`. A corpus is a
 shard, a directory of them, a Hugging Face dataset on disk, or one side of a clip-retrieval root
 (`layout.py`), at a local path or at any URL of fsspec; several of those, by a list or a glob; or a
-table or dataset in memory (`formats/memory.py`). Memory is bounded by the batch and by
-`contiguous_shard.BLOCK_BYTES` (for URLs: by the requests in flight), never by the corpus. The
+table or dataset in memory (`formats/arrow.py`). Memory is bounded by the batch and by
+`shard.BLOCK_BYTES` (for URLs: by the requests in flight), never by the corpus. The
 exceptions are pickled lists: 4 bytes a row, or a whole file for unusual ones.
 
 >>> corpus = Corpus("embeddings/", modality="text")
@@ -29,10 +29,10 @@ import torch
 
 from ..storage.paths import AnyPath, StoragePath, map_concurrently, records_of
 from . import layout
-from .format_registry import read_shards, shard_paths
-from .formats import arrow, memory
+from .format_registry import read_shards
+from .formats import arrow
 from .row_values import shard_values
-from .shard import Shard
+from .shard import Batches, Shard
 from .torch_dataset import CorpusDataset
 
 MAX_ARRAY_BYTES = 16 << 30  # of `numpy.asarray(corpus)`
@@ -97,34 +97,30 @@ class Corpus:
         self.column, self.allow_pickle = column, allow_pickle
         self._parts: tuple[Corpus, ...] = ()
         self.subfolder = ""  # or "text_emb", "img_emb"
-        if memory.is_table(path):
-            shard = memory.read_table(path, column)
+        if arrow.is_table(path):
+            shard = arrow.read_table(path, column)
             self.path: StoragePath = shard.path
             self._take((shard,))
             return
         self.path, paths = layout.expanded(path)
-        if paths != [self.path]:
-
-            def opened(part: StoragePath) -> Corpus:
-                return Corpus(part, modality, column=column, allow_pickle=allow_pickle)
-
-            self._parts = tuple(map_concurrently(opened, paths, lambda part: part))
-            subfolders = {part.subfolder for part in self._parts}
-            if len(subfolders) > 1:
-                names = " and ".join(sorted(name or "no folder of a side" for name in subfolders))
-                raise ValueError(f"{self.path}: its parts have {names}; give parts of one kind")
-            (self.subfolder,) = subfolders
-            self._take(tuple(chain.from_iterable(part.shards for part in self._parts)))
+        if paths == [self.path]:
+            self.subfolder = layout.subfolder_of(self.path, modality)
+            paths = layout.shards_of(self.path / self.subfolder)
+            self._take(read_shards(paths, column, allow_pickle))
+            if self.subfolder:
+                layout.check_pairs(self)
             return
-        self.subfolder = layout.subfolder_of(self.path, modality)
-        folder = self.path / self.subfolder
-        paths = [folder]
-        if layout.is_folder(folder):
-            paths = shard_paths(folder)
-            layout.check_folder(folder, paths)
-        self._take(read_shards(paths, column, allow_pickle))
-        if self.subfolder:
-            layout.check_pairs(self)
+
+        def opened(part: StoragePath) -> Corpus:
+            return Corpus(part, modality, column=column, allow_pickle=allow_pickle)
+
+        self._parts = tuple(map_concurrently(opened, paths, lambda part: part))
+        subfolders = sorted({part.subfolder or "no folder of a side" for part in self._parts})
+        if len(subfolders) > 1:
+            names = " and ".join(subfolders)
+            raise ValueError(f"{self.path}: its parts have {names}; give parts of one kind")
+        self.subfolder = self._parts[0].subfolder
+        self._take(tuple(chain.from_iterable(part.shards for part in self._parts)))
 
     def _take(self, shards: tuple[Shard, ...]) -> None:
         """Set what follows from the shards; a ValueError if they do not form one corpus."""
@@ -176,7 +172,7 @@ class Corpus:
         """Name and hash of the encoder, as `embed` or `align` records them beside rows, or None."""
         if self._parts:
             return common_encoder(*((part.path, part.encoder) for part in self._parts))
-        if isinstance(self.path, memory.MemoryPath):
+        if isinstance(self.path, arrow.MemoryPath):
             return None
         folder = self.shards[0].path.parent
         root = folder.parent if folder.name in layout.SUBFOLDERS.values() else folder
@@ -222,13 +218,16 @@ class Corpus:
                 f"{self.path}: expected a row number, a slice, a list of row numbers or a mask "
                 f"[{self.num_rows}], got {actual}"
             )
-        absent = numbers[(numbers < -self.num_rows) | (numbers >= self.num_rows)]
-        if absent.size:
-            expected = f"expected {-self.num_rows}..{self.num_rows - 1}"
-            raise IndexError(f"{self.path}: got row {absent[0]}, {expected}")
+        self._check_rows(numbers, -self.num_rows)
         numbers = numbers.astype(np.int64)
         taken = self.take(np.where(numbers < 0, numbers + self.num_rows, numbers).reshape(-1))
         return taken if numbers.ndim else taken[0]
+
+    def _check_rows(self, numbers: np.ndarray, lowest: int = 0) -> None:
+        absent = numbers[(numbers < lowest) | (numbers >= self.num_rows)]
+        if absent.size:
+            expected = f"expected {lowest}..{self.num_rows - 1}"
+            raise IndexError(f"{self.path}: got row {absent[0]}, {expected}")
 
     def _slice(self, start: int, stop: int) -> torch.Tensor:
         """Return the rows `start..stop` of the corpus."""
@@ -325,26 +324,22 @@ class Corpus:
             raise ValueError(f"{self.path}: got {actual}, {expected}")
         first_rows = {number: max(0, int(skips[number])) for number in chosen}
         numbers = [n for n in chosen if first_rows[n] < self.shards[n].num_rows]
-        batches = (
-            Batch(number, first, rows)
+        batches = {
+            number: self.shards[number].read(first_rows[number], batch_rows, ring)
             for number in numbers
-            for first, rows in self.shards[number].read(first_rows[number], batch_rows, ring)
-        )
-        return self._with_ids(batches, numbers) if with_ids else batches
+        }
+        if with_ids:
+            return self._with_ids(batches, first_rows)
+        return (Batch(number, *batch) for number in numbers for batch in batches[number])
 
-    def _with_ids(self, batches: Iterator[Batch], shards: list[int]) -> Iterator[Batch]:
-        """Yield batches of the shards of these numbers with the ids of their rows."""
-        values_of_shards = shard_values(self, shards=[self.shards[number] for number in shards])
-        ids: Iterator[str] = iter(())
-        shard, row = -1, 0
-        for batch in batches:
-            if batch.shard != shard:
-                ids, shard, row = next(values_of_shards), batch.shard, 0
-            end = batch.first + len(batch.rows)
-            yield batch._replace(ids=list(islice(ids, batch.first - row, end - row)))
-            row = end
-            if end == self.shards[shard].num_rows:
-                deque(ids, maxlen=0)  # an error if there are more or fewer than rows
+    def _with_ids(self, batches: dict[int, Batches], first_rows: dict[int, int]) -> Iterator[Batch]:
+        """Yield the batches of shards, by their numbers, with the ids of their rows."""
+        values = shard_values(self, shards=[self.shards[number] for number in batches])
+        for (number, batches_of_shard), ids in zip(batches.items(), values, strict=False):
+            deque(islice(ids, first_rows[number]), maxlen=0)
+            for first, rows in batches_of_shard:
+                yield Batch(number, first, rows, list(islice(ids, len(rows))))
+            deque(ids, maxlen=0)  # an error if there are more or fewer than rows
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the rows `ids` of the corpus, `[len(ids), D]`, in their order.
@@ -358,17 +353,15 @@ class Corpus:
         ids = np.asarray(ids)
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"{self.path}: expected whole numbers of rows, got {ids.dtype}")
+        self._check_rows(ids)
         ids = ids.astype(np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_rows:
-            actual, expected = f"{ids.min()}..{ids.max()}", f"0..{self.num_rows - 1}"
-            raise IndexError(f"{self.path}: got rows {actual}, expected {expected}")
         taken = torch.empty(len(ids), self.dimension, dtype=self.dtype)
         target = taken.view(torch.uint8).numpy()  # bytes, as numpy has no bfloat16
         order = np.argsort(ids, kind="stable")
         ends = np.searchsorted(ids[order], self.starts)  # [shards + 1], places in `order`
         for index in np.flatnonzero(np.diff(ends)):
             places = order[ends[index] : ends[index + 1]]
-            self.shards[index].take(ids[places] - self.starts[index], target, places)
+            target[places] = self.shards[index].take(ids[places] - self.starts[index])
         return taken
 
     def finish(self, folder: StoragePath, *, keeps_columns: bool = True) -> None:

@@ -18,7 +18,6 @@ from functools import partial
 from typing import NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
-from .foreign_formats import advice_for
 from .formats import archives, arrow, npy, parquet, pickle_list, safetensors, webdataset
 from .shard import Shard
 from .shard_writer import FormatWriter
@@ -30,6 +29,33 @@ ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no ot
 LEFT_BY_DATASETS = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # beside shards, by its `map`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 HEAD_BYTES = 512  # of a file, by which its format is recognized
+
+# Formats that are not read, by suffixes: their name, and the rows of `file` as an array or a table.
+FOREIGN_FORMATS = {
+    ".h5 .hdf5": ("HDF5", "h5py.File(file)[name][:]"),
+    ".lance": ("Lance", "lance.dataset(file).to_table()"),
+    ".zarr": ("Zarr", "zarr.open(file)[:]"),
+    ".csv .tsv": ("a table of text", "pandas.read_csv(file)[columns].to_numpy()"),
+    ".jsonl .ndjson .json": ("JSON", "pyarrow.json.read_json(file)"),
+    ".mat": ("MATLAB", "scipy.io.loadmat(file)[name]"),
+    ".sqlite .sqlite3 .db": ("SQLite", "numpy.stack([numpy.frombuffer(b, '<f4') for b, in rows])"),
+    ".orc": ("ORC", "pyarrow.orc.read_table(file)"),
+    ".faiss .index": (
+        "an index of faiss",
+        "(i := faiss.read_index(file)).reconstruct_n(0, i.ntotal)",
+    ),
+    ".fbin": (
+        "float32 behind two counts",
+        "numpy.fromfile(file, '<f4', offset=8).reshape(numpy.fromfile(file, '<i4', 2))",
+    ),
+    ".fvecs": (
+        "float32, each row behind its length",
+        "numpy.fromfile(file, '<f4').reshape(-1, 1 + numpy.fromfile(file, '<i4', 1)[0])[:, 1:]",
+    ),
+    ".bin .dat .raw": ("bare numbers", "numpy.fromfile(file, '<f4').reshape(-1, columns)"),
+}
+FOREIGN_STARTS = {b"\x89HDF\r\n": ".h5", b"SQLite format 3": ".db", b"MATLAB 5.0": ".mat"}
+FOREIGN_STARTS |= {b"ORC": ".orc"}
 
 
 class Format(NamedTuple):
@@ -114,15 +140,14 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
     It is a TypeError if the rows are numbers of a type that is not read, and a ValueError if the
     file is damaged, compressed, a pickle without `allow_pickle`, or of another format.
     """
-    name = format_of(path.name)
-    if not name:
-        name = _format_of_content(head := _head(path))
-        if not name and (advice := advice_for(path.name, head)):
-            raise ValueError(f"{path}: {advice}")
-        name = name or "npy"
     if compression := compression_of(path.name):
         problem = f"is compressed ({compression}), so a row cannot be read without all before it"
         raise ValueError(f"{path}: {problem}; decompress it")
+    name = format_of(path.name) or _format_of_content(head := _head(path))
+    if not name:
+        problem = "neither its suffix nor its content is that of a format that is read"
+        advice = f"{problem}; expected one of {', '.join(SUFFIXES)}"
+        raise ValueError(f"{path}: {advice_for(path.name, head) or advice}")
     if name == "pickle" and not allow_pickle:
         advice = "give allow_pickle=True or --allow-pickle (nothing in it is run)"
         raise ValueError(f"{path}: a pickle is read only when asked to: {advice}")
@@ -138,11 +163,8 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
 
 
 def _head(path: StoragePath) -> bytes:
-    try:
-        with path.opened() as file:
-            return file.pread(HEAD_BYTES, 0)
-    except OSError:  # the reader of the format says what is wrong
-        return b""
+    with explained(path), path.opened() as file:
+        return file.pread(HEAD_BYTES, 0)
 
 
 def _format_of_content(head: bytes) -> str | None:
@@ -152,3 +174,16 @@ def _format_of_content(head: bytes) -> str | None:
         return "tar"
     by_start = (name for start, name in STARTS.items() if head.startswith(start))
     return next(by_start, "safetensors" if safetensors.recognizes(head) else None)
+
+
+def advice_for(name: str, head: bytes = b"") -> str | None:
+    """Return what the file is and how to convert it, by its first bytes or its name, or None."""
+    by_start = (suffix for start, suffix in FOREIGN_STARTS.items() if head.startswith(start))
+    suffix = next(by_start, os.path.splitext(name.lower())[1])
+    for suffixes, (format_name, rows) in FOREIGN_FORMATS.items():
+        if suffix in suffixes.split():
+            is_table = rows.startswith(("pyarrow.", "lance."))
+            write = "pyarrow.parquet.write_table({}, 'rows.parquet')"
+            write = write if is_table else "numpy.save('rows.npy', {})"
+            return f"is {format_name}, which is not read; convert it: {write.format(rows)}"
+    return None

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, natural_order, storage_path
-from .foreign_formats import advice_for
 from .format_registry import (
     ONLY_ALONE,
     UNFINISHED,
+    advice_for,
     compression_of,
     format_of,
     read_shards,
     shard_paths,
 )
 from .formats import arrow
-from .formats.memory import MemoryPath
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -56,6 +55,10 @@ def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
         return storage_path(f"{paths[0]}{more}"), paths
     if not isinstance(path, str | os.PathLike) and not hasattr(path, "parent"):
         type_name, advice = type(path).__name__, "give the rows of an array to ReAlign.fit itself"
+        if (shape := getattr(path, "shape", None)) is not None:
+            type_name += f" of shape {list(shape)}"
+            if len(shape) != 2:
+                advice = "rows are [N, D]: reshape them and give them to ReAlign.fit, or name paths"
         if isinstance(path, Mapping):
             advice = f"give one of its values ({', '.join(map(repr, path)) or 'it has none'})"
         raise TypeError(
@@ -148,10 +151,16 @@ def check_pairs(corpus: Corpus) -> None:
         warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
 
 
-def check_folder(folder: StoragePath, shards: Paths) -> None:
-    """Refuse a folder that holds no corpus; warn of shards in its folders, which are not read."""
-    if shards and folder.is_remote and folder.is_web:
-        return  # no server has our folders, and the check would fetch a page of links
+def shards_of(folder: StoragePath) -> list[StoragePath]:
+    """Return the shards in a folder, or the path itself where it is a shard.
+
+    A folder that holds no corpus is an error; shards in its folders, which are not read, a warning.
+    """
+    if not is_folder(folder):
+        return [folder]
+    shards = shard_paths(folder)
+    if shards and folder.is_web:
+        return shards  # no server has our folders, and the check would fetch a page of links
     names = dict(folder.listed())
     if UNFINISHED in names:
         raise ValueError(f"{folder}: is a conversion that did not end; run the same again")
@@ -161,7 +170,7 @@ def check_folder(folder: StoragePath, shards: Paths) -> None:
         problem = f"shards in its folders ({_some(nested)}) are not read, only those beside them"
         warnings.warn(f"{folder}: {problem}; open such a folder itself", stacklevel=4)
     if shards:
-        return
+        return shards
     if arrow.DATASET_SPLITS in names:
         splits = arrow.splits_of(folder)
         advice = f"give one of them, such as {folder / splits[0]}"
@@ -198,7 +207,7 @@ def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
 
     So are rows in memory, and those of a list or glob of which two shards would become one.
     """
-    if isinstance(corpus.path, MemoryPath):
+    if isinstance(corpus.path, arrow.MemoryPath):
         corpus.path.identity()  # an error
     names = Counter(shard.path.name for shard in corpus.shards)
     if twins := [name for name, count in names.items() if count > 1]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .._argument_checks import expect_counts, expect_tensor
 from .._argument_checks import tensor_of as array_tensor
 from .corpus import Corpus, common_encoder
+from .formats.arrow import is_table
 from .formats.arrow_columns import DEFAULT
-from .formats.memory import is_table
 
 # Also tables and datasets (`Corpus`), which have no type in common.
 Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Any]
@@ -81,6 +81,23 @@ def opened(rows: Any, name: str = "rows") -> Any:
     return _table_values(rows, name)
 
 
+def opened_sides(**sides: Any) -> dict[str, Any]:
+    """Return each side as `opened` does; frames with the same columns get the order of the first.
+
+    Columns are matched by name, so that the order in which a frame was built does not matter.
+    """
+    first: list[Any] | None = None
+    for name, side in sides.items():
+        columns = (
+            list(side.columns) if hasattr(side, "to_numpy") and hasattr(side, "columns") else None
+        )
+        if first is None:
+            first = columns
+        elif columns and columns != first and sorted(map(str, columns)) == sorted(map(str, first)):
+            sides[name] = side[first]
+    return {name: opened(side, name) for name, side in sides.items()}
+
+
 def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
     """Return the rows of a tensor, an array, a table or a dataset as one tensor [N, D].
 
@@ -116,6 +133,11 @@ def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
         advice = "give its numbers, such as rows.flatten().to_numpy().reshape(len(rows), -1)"
         fault = f"expected rows [N, D], got {type(table).__name__} ({error})"
         raise TypeError(f"{name}: {fault}; {advice}") from error
+    if values.ndim == 1:
+        raise TypeError(
+            f"{name}: expected rows [N, D], got one column of {len(values)} numbers in a "
+            f"{type(table).__name__}; give a frame of all columns, or a column of vectors"
+        )
     if columns and values.dtype == object:  # nullable dtypes of pandas; a missing value is NaN
         values = table.to_numpy(np.float64, na_value=np.nan)
     return values

@@ -12,21 +12,75 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..storage.paths import StoragePath, explained, storage_path
 from .formats.arrow_columns import decoded, pyarrow
 from .layout import METADATA, metadata_files, paired
-from .shard import Shard
+from .shard import ColumnChunk, Shard, selected
 
 if TYPE_CHECKING:
     from .corpus import Corpus
 
 ID_COLUMNS = ("id", "key", "__key__")
+METADATA_ROWS = 1024  # of a file of `metadata/` at a time
 # A root or its metadata/, "row" for the numbers of the rows, or None for the corpus itself.
 ValueSource = str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class MetadataFile:
+    """A file of `metadata/`, in the place of the other columns of the shard that it describes."""
+
+    path: StoragePath
+    num_rows: int  # of the shard
+    has_other_columns = True
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[ColumnChunk]:
+        """Yield the columns, many rows at a time; a ValueError if they are not row-aligned."""
+        count = 0
+        with explained(self.path), self.path.open("rb") as file:
+            read = self._batches if self.path.suffix == ".parquet" else self._entries
+            for chunk in chain(read(file, only), [[]]):  # counted before the last rows are taken
+                count += len(chunk)
+                if count > self.num_rows or (not len(chunk) and count < self.num_rows):
+                    found = f"more than {self.num_rows}" if count > self.num_rows else count
+                    counts = f"has {found} entries, its shard has {self.num_rows} rows"
+                    advice = "they must be row-aligned; or convert the folder of the rows alone"
+                    raise ValueError(f"{self.path}: {counts}: {advice}")
+                if len(chunk):
+                    yield chunk
+
+    def _batches(self, file: Any, only: Collection[str]) -> Iterator[Any]:
+        with decoded(self.path, file):
+            table = pyarrow().parquet.ParquetFile(file)
+            names = selected(table.schema_arrow.names, only)
+            yield from table.iter_batches(METADATA_ROWS, columns=names)
+
+    def _entries(self, file: Any, _: Collection[str]) -> Iterator[list[dict[str, Any]]]:
+        entries = []
+        for number, line in enumerate(file, 1):
+            try:
+                entries.append({**json.loads(line)})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path}: line {number}: {error}") from error
+            if len(entries) == METADATA_ROWS:
+                yield entries
+                entries = []
+        yield entries
+
+
+def metadata_of_shards(
+    shards: Sequence[Shard], files: Sequence[StoragePath]
+) -> dict[StoragePath, MetadataFile]:
+    """Return the files among `files` that describe shards, by the paths of the shards."""
+    pairs = paired([shard.path for shard in shards], files)
+    counts = {shard.path: shard.num_rows for shard in shards}
+    return {path: MetadataFile(file, counts[path]) for path, file in pairs.items()}
 
 
 def shard_values(
@@ -39,59 +93,40 @@ def shard_values(
 
     ValueError if there is no such column, or it has not one value for each row.
     """
-    described: dict[StoragePath, StoragePath | None] = {}  # the file of the values, by shard
+    described: dict[StoragePath, MetadataFile | None] = {}
     for part in corpus.parts if ids is None else (corpus,):
         if files := value_files(part, ids):
-            paths = [shard.path for shard in part.shards]
-            pairs = paired(paths, files)
-            described |= {path: pairs.get(path) for path in paths}
+            described |= dict.fromkeys(shard.path for shard in part.shards)
+            described |= metadata_of_shards(part.shards, files)
     for shard in corpus.shards if shards is None else shards:
-        source = described.get(shard.path, shard.path)
+        source = described.get(shard.path, shard)
         if source is None:
             folder = f"{ids or corpus.path}/{METADATA}"
             raise ValueError(f"{folder}: has no .parquet or .jsonl named as {shard.path.name}")
-        read = _METADATA_READERS[source.suffix] if source != shard.path else None
-        if not read and shard.num_rows and not shard.has_other_columns:
+        if source is shard and shard.num_rows and not shard.has_other_columns:
             advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
             folder = f"{corpus.path}/{METADATA}"
             raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
-        found = read(source, columns) if read else _values_in(shard, columns)
-        yield _texts(shard, source, found, "id" in columns)
+        yield values_of(source, columns)
 
 
-def values_of(shard: Shard, columns: Sequence[str]) -> Iterator[str]:
-    """Yield the value of each row in the first of the columns that a shard has; null is "".
+def values_of(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the value of each row, as text, in the first of the columns that there is.
 
-    ValueError as in `shard_values`.
+    Bytes must be UTF-8. Null is "", but ids must be texts or numbers.
     """
-    return _texts(shard, shard.path, _values_in(shard, columns), "id" in columns)
-
-
-def _texts(
-    shard: Shard, source: StoragePath, values: Iterator[object], are_ids: bool
-) -> Iterator[str]:
-    """Yield the values as text; a ValueError at their end if they are not as many as the rows.
-
-    Bytes must be UTF-8, and ids must not be lists or the like.
-    """
-    entries = 0
-    for value in values:
-        if isinstance(value, bytes | list | tuple | dict | np.ndarray):
-            place = f"{source}: row {entries}"
-            if isinstance(value, bytes):
-                try:
-                    value = value.decode()
-                except UnicodeDecodeError as error:
-                    found = f"has {value!r:.60}, no UTF-8 ({error})"
-                    raise ValueError(f"{place} {found}; write it as text") from error
-            elif are_ids:
-                found = f"has the id {value!r:.60} of {type(value).__name__}"
-                raise ValueError(f"{place} {found}, expected a text or a number; write such ids")
-        entries += 1
+    for row, value in enumerate(_values_in(source, columns)):
+        place = f"{source.path}: row {row}"
+        if isinstance(value, bytes):
+            try:
+                value = value.decode()
+            except UnicodeDecodeError as error:
+                found = f"has {value!r:.60}, no UTF-8 ({error})"
+                raise ValueError(f"{place} {found}; write it as text") from error
+        if "id" in columns and isinstance(value, list | tuple | dict | np.ndarray | None):
+            found = f"has the id {value!r:.60} of {type(value).__name__}"
+            raise ValueError(f"{place} {found}, expected a text or a number; write such ids")
         yield "" if value is None else str(value)
-    if entries != shard.num_rows:
-        numbers = f"has {entries} entries, {shard.path} has {shard.num_rows} rows"
-        raise ValueError(f"{source}: {numbers}; they must be row-aligned")
 
 
 def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
@@ -106,44 +141,22 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
     return [path for path in files if path.is_file()]
 
 
-def _values_in(shard: Shard, columns: Sequence[str]) -> Iterator[object]:
+def _values_in(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator[object]:
     """Yield the values of one of the other columns, in the form that the format gives them."""
     row = 0
-    for part in shard.other_columns(columns) if shard.num_rows else ():
-        if isinstance(part, list):  # entries of a pickled list, samples of a tar
-            for entry in part:
+    for chunk in source.other_columns(columns) if source.num_rows else ():
+        if isinstance(chunk, list):  # entries of a pickled list or of json lines, samples of a tar
+            for entry in chunk:
                 if "json" in entry and not {*columns} & {*entry}:  # of a sample of WebDataset
                     with suppress(ValueError, TypeError):
                         entry = {**json.loads(entry["json"]), **entry}
-                yield entry[_column(f"{shard.path}: row {row}", entry, columns)]
+                yield entry[_column(f"{source.path}: row {row}", entry, columns)]
                 row += 1
-        elif isinstance(part, dict):  # arrays of a safetensors file
-            yield from part[_column(shard.path, part, columns)].tolist()
+        elif isinstance(chunk, dict):  # arrays of a safetensors file
+            yield from chunk[_column(source.path, chunk, columns)].tolist()
         else:  # a record batch
-            column = _column(shard.path, part.schema.names, columns)
-            yield from part.column(column).to_pylist()
-
-
-def _parquet_values(path: StoragePath, columns: Sequence[str]) -> Iterator[object]:
-    with explained(path), path.open("rb") as raw, decoded(path):
-        file = pyarrow().parquet.ParquetFile(raw)
-        column = _column(path, file.schema_arrow.names, columns)
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-
-
-def _json_lines_values(path: StoragePath, columns: Sequence[str]) -> Iterator[object]:
-    with explained(path), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                value = entry[_column(path, entry, columns)]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number}: {error}") from error
-            yield value
-
-
-_METADATA_READERS = {".parquet": _parquet_values, ".jsonl": _json_lines_values}
+            column = _column(source.path, chunk.schema.names, columns)
+            yield from chunk.column(column).to_pylist()
 
 
 def _column(place: object, names: Collection[str], columns: Sequence[str]) -> str:

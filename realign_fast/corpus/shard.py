@@ -1,15 +1,20 @@
 """A shard: one file of embedding rows, whatever its format, and the number types of its rows.
 
-Most formats derive from one of two classes. A `ContiguousShard` (npy, safetensors) holds its rows
-in one piece of the file. The rows of a `StreamedShard` are decoded. Opening a shard reads headers
-only; an error names the file and is a `TypeError` (number type), an `OSError` or a `ValueError`.
+Opening a shard reads headers only; an error names the file and is a `TypeError` (number type), an
+`OSError` or a `ValueError`. Most formats decode the rows in `pieces`. Where they lie in one piece
+of the file (npy, safetensors), the native reader (`csrc/io`) maps windows of it and brings their
+pages in on threads of its own, so rows are never copied, unless they are not aligned to their
+number type. Ranges are read where the file is remote or nothing is compiled; batches are the same
+either way. A file that becomes shorter is an error; in a mapped window this takes
+`io_extension.survive_lost_pages`.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -17,13 +22,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 
-from ..storage.paths import AnyPath, Stamp, StoragePath
-from .io_extension import io as _io
+from ..storage import read_ahead
+from ..storage.paths import AnyPath, OpenedFile, Stamp, StoragePath, explained
+from . import io_extension
 
 if TYPE_CHECKING:
     from .shard_writer import FormatWriter
 
 MAX_COLUMNS = 1 << 24
+BLOCK_BYTES = 16 << 20  # more only where one batch is larger
+BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
+THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
+RING_THREADS = 4  # they copy out of the page cache, or have several large reads in flight
+GAP_BYTES = 32 << 10  # between wanted rows: fewer bytes cost less to fetch than another request
 
 
 @dataclass(frozen=True)
@@ -52,16 +63,14 @@ ColumnChunk: TypeAlias = "list[dict[str, Any]] | dict[str, np.ndarray] | Any"
 class Shard(ABC):
     """One file of rows `[num_rows, dimension]`."""
 
+    format: ClassVar[str]  # a key of `format_registry.FORMATS`
     writer_class: ClassVar[type[FormatWriter]]
     path: StoragePath
     num_rows: int
     dimension: int
-    dtype: Dtype
-
-    @property
-    @abstractmethod
-    def format(self) -> str:
-        """A key of `format_registry.FORMATS`, or "arrow-stream"."""
+    dtype: Any  # a `Dtype`
+    column: str  # name of the rows: a column, a key, the ending of a member's name; "" without
+    stamp: Stamp  # of the file when it was opened
 
     @property
     def has_other_columns(self) -> bool:
@@ -71,7 +80,7 @@ class Shard(ABC):
     @property
     def row_bytes(self) -> int:
         """Size of a row in bytes."""
-        return self.dimension * self.dtype.itemsize
+        return self.dimension * int(self.dtype.itemsize)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,16 +88,65 @@ class Shard(ABC):
         return TORCH_DTYPES[self.dtype]
 
     @abstractmethod
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield all rows from `first` on, `[n, D]` at a time or as their bytes `[n, row_bytes]`.
+
+        `batch_rows` is a good size. A writable piece is given away: a batch may be a view of it.
+        """
+
     def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
         """Yield `(row number, rows [n, D])` from row `first` on.
 
         Batches end at multiples of `batch_rows`. Rows of a local contiguous shard lie in the
-        buffers of `ring`, if one is given.
+        buffers of `ring`, if one is given. Whatever is wrong with a file that no longer has its
+        `stamp` is that it has changed.
         """
+        self.check_unchanged()
+        try:
+            yield from self._batches_of(self.pieces(first, batch_rows), first, batch_rows)
+        except (OSError, ValueError) as error:
+            if self.path.exists() and self.path.stamp() != self.stamp:
+                raise self.changed_error() from error
+            raise
+        if self.path.is_remote:
+            self.check_unchanged()
 
-    @abstractmethod
-    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Read the rows at the sorted numbers `ids` into the bytes `target[places]`, one a row."""
+    def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
+        """Cut pieces into batches; a batch is a view of a writable piece that holds all of it."""
+        row, filled, batch = first, 0, np.empty(0)
+        for piece in pieces:
+            while len(piece):
+                count = min(batch_rows - row % batch_rows, self.num_rows - row)
+                if not count:
+                    raise self.changed_error()
+                if not filled and piece.flags.writeable and len(piece) >= count:
+                    yield row, torch.from_numpy(piece[:count]).view(self.torch_dtype)
+                    piece, row = piece[count:], row + count
+                    continue
+                if not filled:
+                    batch = np.empty((count, piece.shape[1]), piece.dtype)
+                part = piece[: count - filled]
+                batch[filled : filled + len(part)] = part
+                piece, filled = piece[len(part) :], filled + len(part)
+                if filled == count:
+                    yield row, torch.from_numpy(batch).view(self.torch_dtype)
+                    row, filled, batch = row + count, 0, np.empty(0)
+        if row != self.num_rows:
+            raise self.changed_error()
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes `[len(ids), row_bytes]` of the rows at sorted `ids`.
+
+        All rows between the first and the last are decoded.
+        """
+        taken = np.empty((len(ids), self.row_bytes), np.uint8)
+        for first, rows in self.read(int(ids[0]), max(1, (1 << 20) // self.row_bytes)):
+            low, high = np.searchsorted(ids, [first, first + len(rows)])
+            taken[low:high] = rows.view(torch.uint8).numpy()[ids[low:high] - first]
+            if high == len(ids):
+                break
+        self.check_unchanged()  # `read` was left before its end, where it looks
+        return taken
 
     def writer(self, path: AnyPath) -> FormatWriter:
         """Return a writer for other rows of the same shape, which keeps all else of this file."""
@@ -102,43 +160,30 @@ class Shard(ABC):
         """
         return iter(())
 
-    def rebatched(
-        self, pieces: Iterator[np.ndarray], first: int, batch_rows: int, stamp: Stamp
-    ) -> Batches:
-        """Cut pieces `[n, any]`, which are all rows from `first` on, into the batches of `read`.
+    def filled(
+        self, first: int, end: int, batch_rows: int, fill: Callable[[int, np.ndarray], object]
+    ) -> Iterator[np.ndarray]:
+        """Yield the rows `first..end` in batches, each of which `fill(its first row, batch)` fills.
 
-        A batch is a view of a writable piece where that holds all of it. Whatever is wrong with a
-        file that no longer has the `stamp` is that it has changed.
+        Memory of a batch is used again once the batch is released.
         """
-        try:
-            yield from self._batches_of(pieces, first, batch_rows)
-        except (OSError, ValueError) as error:
-            if self.path.exists() and self.path.stamp() != stamp:
-                raise self.changed_error() from error
-            raise
-        if self.path.is_remote and self.path.stamp() != stamp:
-            raise self.changed_error()
+        while first < end:
+            count = min(batch_rows - first % batch_rows, end - first)
+            rows = self._batch_memory(count, min(batch_rows, self.num_rows))
+            fill(first, rows)
+            first += count
+            yield rows
+            del rows  # or its memory would be kept from the next batch
 
-    def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
-        row, filled, batch = first, 0, np.empty(0)
-        for piece in pieces:
-            while len(piece):
-                count = min(batch_rows - row % batch_rows, self.num_rows - row)
-                if not count:
-                    raise self.changed_error()
-                if not filled and piece.flags.writeable and len(piece) >= count:
-                    yield row, torch.from_numpy(piece[:count])
-                    piece, row = piece[count:], row + count
-                    continue
-                if not filled:
-                    batch = np.empty((count, piece.shape[1]), piece.dtype)
-                part = piece[: count - filled]
-                batch[filled : filled + len(part)] = part
-                piece, filled = piece[len(part) :], filled + len(part)
-                if filled == count:
-                    yield row, torch.from_numpy(batch)
-                    row, filled, batch = row + count, 0, np.empty(0)
-        if row != self.num_rows:
+    def _batch_memory(self, count: int, most_rows: int) -> np.ndarray:
+        if not io_extension.io:
+            return np.empty((count, self.dimension), self.dtype)
+        memory = _ring(most_rows * self.row_bytes).take()
+        return np.frombuffer(memory, self.dtype, count * self.dimension).reshape(count, -1)
+
+    def check_unchanged(self) -> None:
+        """Raise an error unless the file has the stamp that it had when it was opened."""
+        if self.path.stamp() != self.stamp:
             raise self.changed_error()
 
     def changed_error(self) -> ValueError:
@@ -147,61 +192,110 @@ class Shard(ABC):
 
 
 @dataclass(frozen=True)
-class StreamedShard(Shard):
-    """A shard of a format that is read from its start on; a subclass decodes it in `pieces`."""
+class ContiguousShard(Shard):
+    """A shard whose rows lie in one piece of the file, as numbers in C order."""
 
-    dtype: np.dtype[Any]
-    column: str  # name of the rows: a column, a key, the ending of a member's name
-    stamp: Stamp  # of the file when it was opened
+    offset: int  # bytes before the first row
 
-    @abstractmethod
-    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield all rows from `first` on, `[n, D]` at a time; `batch_rows` is a good size.
-
-        A writable piece is given away: a batch may be a view of it.
-        """
+    @contextmanager
+    def opened(self) -> Iterator[OpenedFile]:
+        """Open the file; an error if it has changed."""
+        with self.path.opened() as file:
+            if file.stamp() != self.stamp:
+                raise self.changed_error()
+            yield file
 
     def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
-        """Yield `(row number, rows [n, D])` from row `first` on; see `Shard.read`."""
-        if self.path.stamp() != self.stamp:
-            raise self.changed_error()
-        yield from self.rebatched(self.pieces(first, batch_rows), first, batch_rows, self.stamp)
+        """Yield views of the mapped file, or of ranges that were read; see `Shard.read`.
 
-    def checked(self, place: str, row: np.ndarray) -> np.ndarray:
-        """Return a row `[D]` that is like the first one."""
-        if (row.size, row.dtype) != (self.dimension, self.dtype):
-            expected = f"{self.dimension} of {self.dtype} as in the first row"
-            raise ValueError(f"{place} holds {row.size} of {row.dtype}, expected {expected}")
-        return row.reshape(-1)
+        With a `ring` (`_io.Ring`, of buffers for blocks) the rows lie in its buffers.
+        """
+        if self.path.is_remote or not io_extension.io:
+            return super().read(first, batch_rows)
+        return self._read_blocks(first, batch_rows, ring)
 
-    def empty_rows(self, count: int, batch_rows: int) -> np.ndarray:
-        """Return memory for rows `[count, D]` of a batch, used again once a batch is released."""
-        if not _io:
-            return np.empty((count, self.dimension), self.dtype)
-        memory = _ring(min(batch_rows, self.num_rows) * self.row_bytes).take()
-        return np.frombuffer(memory, self.dtype, count * self.dimension).reshape(count, -1)
-
-    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Read the rows at sorted `ids` into the bytes `target[places]`."""
-        target[places] = self.take_rows(ids).view(np.uint8)
-
-    def take_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Read the rows `[len(ids), D]` at sorted `ids`; all between first and last are decoded."""
-        taken = np.empty((len(ids), self.dimension), self.dtype)
-        batch_rows = max(1, (1 << 20) // self.row_bytes)
-        for first, rows in self.read(int(ids[0]), batch_rows):
-            low, high = np.searchsorted(ids, [first, first + len(rows)])
-            taken[low:high] = rows.numpy()[ids[low:high] - first]
-            if high == len(ids):
-                break
-        if self.path.stamp() != self.stamp:  # `read` was left before its end, where it looks
-            raise self.changed_error()
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at sorted `ids`; near ones at a URL share a request."""
+        taken = np.empty((len(ids), self.row_bytes), np.uint8)
+        if not self.path.is_remote:
+            with self.opened() as file:
+                for row, target in zip(ids.tolist(), taken, strict=True):
+                    offset = self.offset + row * self.row_bytes
+                    if os.preadv(file.fileno(), [target.data], offset) != self.row_bytes:
+                        raise self.changed_error()
+            return taken
+        most = max(1, read_ahead.PIECE_BYTES // self.row_bytes)
+        is_apart = (np.diff(ids) > 1 + GAP_BYTES // self.row_bytes) | (np.diff(ids // most) > 0)
+        parts = np.split(np.arange(len(ids)), np.flatnonzero(is_apart) + 1)
+        runs = [(int(ids[part[0]]), int(ids[part[-1]]) + 1) for part in parts]
+        for part, (first, _), rows in zip(parts, runs, self._ranges(runs), strict=True):
+            taken[part] = rows[ids[part] - first]
         return taken
+
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield the bytes of ranges that are read ahead; see `Shard.pieces`."""
+        step = max(1, read_ahead.PIECE_BYTES // self.row_bytes)
+        starts = range(first, self.num_rows, step)
+        return self._ranges([(row, min(row + step, self.num_rows)) for row in starts])
+
+    def _read_blocks(self, first: int, batch_rows: int, ring: Any) -> Batches:
+        step = block_rows(self.row_bytes, batch_rows)
+        block_first = first - first % batch_rows
+        with self.opened() as file, explained(self.path):
+            for start, block in self._blocks(file, block_first, step, ring):
+                for row in range(start, min(start + step, self.num_rows), batch_rows):
+                    self._check(file, block)
+                    low, high = max(row, first), min(row + batch_rows, self.num_rows)
+                    skip = (low - start) * self.row_bytes
+                    count = (high - low) * self.dimension
+                    rows = torch.frombuffer(block, dtype=self.torch_dtype, count=count, offset=skip)
+                    yield low, rows.view(-1, self.dimension)
+                    del rows  # or it would keep the block in memory
+                self._check(file, block)
+                del block
+
+    def _check(self, file: OpenedFile, block: Any) -> None:
+        """Raise an error if the file has another size, or had while the block was computed on."""
+        if block.lost or file.size != self.stamp[0]:
+            for row in range(self.num_rows if block.lost else 0):  # has the disk failed?
+                file.pread(self.row_bytes, self.offset + row * self.row_bytes)
+            raise self.changed_error()
+
+    def _blocks(
+        self, file: OpenedFile, first: int, step: int, ring: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the first row of each block, and memory that begins with it."""
+        limits = self.offset + first * self.row_bytes, self.stamp[0]
+        options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
+        is_aligned = self.offset % self.dtype.itemsize == 0
+        if ring is None and not is_aligned:
+            ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, step * self.row_bytes)
+        if ring is not None:  # a direct read would keep the place of the rows within a page
+            direct = is_aligned and not _is_cached(file.fileno(), self.stamp[0] - 1)
+            options |= {"ring": ring, "threads": RING_THREADS, "direct": direct}
+        block_bytes = step * self.row_bytes
+        reader = io_extension.io.ShardReader(file.fileno(), *limits, block_bytes, **options)
+        for row in range(first, self.num_rows, step):
+            try:
+                yield row, next(reader)
+            except EOFError as error:
+                raise self.changed_error() from error
+
+    def _ranges(self, runs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """Yield the bytes `[n, row_bytes]` of each run of rows `first..end`."""
+        start, size = self.offset, self.row_bytes
+        ranges = [(start + first * size, start + end * size) for first, end in runs]
+        with self.opened() as file:
+            spans = read_ahead.spans(file.pread, ranges)
+            for (first_byte, end_byte), data in zip(ranges, spans, strict=True):
+                if len(data) != end_byte - first_byte:
+                    raise self.changed_error()
+                yield np.frombuffer(data, np.uint8).reshape(-1, size)
 
 
 @lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
 def _ring(size: int) -> Any:
-    return _io.Ring(2, size)  # one is looked at while the next is filled
+    return io_extension.io.Ring(2, size)  # one is looked at while the next is filled
 
 
 def absolute(path: StoragePath) -> str:
@@ -235,3 +329,16 @@ def as_numpy(rows: torch.Tensor) -> np.ndarray:
     """Return rows as a numpy view; bfloat16, which numpy lacks, as uint16 of the same bits."""
     rows = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
     return rows.numpy()
+
+
+def block_rows(row_bytes: int, batch_rows: int) -> int:
+    """Return the number of rows of a block: whole batches of `batch_rows` rows."""
+    return max(1, BLOCK_BYTES // (batch_rows * row_bytes)) * batch_rows
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """Return whether the byte at `offset` of a file can be read without its disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except (OSError, AttributeError):  # the latter where the system cannot say
+        return False

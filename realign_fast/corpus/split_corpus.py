@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..storage.paths import StoragePath
 from .corpus import Corpus, sample_ids
 from .layout import SUBFOLDERS
 from .row_values import values_of
@@ -37,14 +38,23 @@ class SplitCorpus(Corpus):
     ) -> None:
         vars(self).update(vars(corpus))  # opened already: no header is read again
         self.split_by = split_by
-        self._counts = {}
+        self._counts: dict[StoragePath, Counter[str]] = {}
+        expected = f"one of {', '.join(modalities)}" if modalities else "the name of a modality"
         for index, shard in enumerate(self.shards):
+            if split_by == shard.column:
+                problem = f"column {split_by!r} holds the rows, expected names of modalities"
+                raise ValueError(f"{shard.path}: {problem}; split by another column")
             if not shard.has_other_columns and shard.num_rows:
                 advice = f"give a table with the column {split_by!r}"
                 raise ValueError(f"{shard.path}: has no column beside the rows; {advice}")
-            counts = Counter(self._names(index))
-            self._check_names(index, counts, modalities)
-            self._counts[shard.path] = counts
+            counts = self._counts[shard.path] = Counter[str]()
+            for row, name in enumerate(self._names(index)):
+                if not name or (modalities and name not in modalities):
+                    raise ValueError(
+                        f"{shard.path}: row {row} has {split_by} {name or None!r:.40}, expected "
+                        f"{expected}; mend the column, or leave such rows out of the table"
+                    )
+                counts[name] += 1
         present = {name for counts in self._counts.values() for name in counts}
         if modalities is None and len(present) > _MOST_MODALITIES:
             raise ValueError(
@@ -66,17 +76,6 @@ class SplitCorpus(Corpus):
 
     def _names(self, index: int) -> Iterator[str]:
         return values_of(self.shards[index], (self.split_by,))
-
-    def _check_names(self, index: int, counts: Counter[str], known: Sequence[str] | None) -> None:
-        """Raise a ValueError for the first row of a shard whose modality is null or unknown."""
-        wrong = {name for name in counts if not name or (known and name not in known)}
-        if wrong:
-            row, name = next(pair for pair in enumerate(self._names(index)) if pair[1] in wrong)
-            expected = f"one of {', '.join(known)}" if known else "the name of a modality"
-            raise ValueError(
-                f"{self.shards[index].path}: row {row} has {self.split_by} {name or None!r:.40}, "
-                f"expected {expected}; mend the column, or leave such rows out of the table"
-            )
 
     @property
     def side_rows(self) -> dict[str, int]:

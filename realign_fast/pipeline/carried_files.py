@@ -15,8 +15,7 @@ from typing import IO, Any
 
 from ..interface.option_values import OptionError
 from ..storage.atomic import replaced
-from ..storage.local import LocalPath
-from ..storage.paths import StoragePath, explained, map_concurrently
+from ..storage.paths import LocalPath, StoragePath, explained, map_concurrently
 from .checkpoints import Entry
 
 _PIECE_BYTES = 1 << 20

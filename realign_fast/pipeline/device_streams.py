@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..corpus.contiguous_shard import BLOCKS_AHEAD, block_rows
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.io_extension import io
+from ..corpus.shard import BLOCKS_AHEAD, block_rows
 from ..interface.devices import check_device
 from ..storage.read_ahead import started_ahead
 from .engines.local import worker_number

@@ -23,8 +23,7 @@ from ..corpus import Corpus
 from ..corpus.format_registry import FORMATS, is_output_shard
 from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of
 from ..interface.option_values import Dtype, Mode, OptionError
-from ..storage.local import LocalPath
-from ..storage.paths import StoragePath, local_path, records_of
+from ..storage.paths import LocalPath, StoragePath, local_path, records_of
 from .carried_files import check_carried, is_same
 from .checkpoints import STATS, Checkpoints
 from .manifest import ALIGN_PASSES, MANIFEST, check_source, files_before, read_manifest

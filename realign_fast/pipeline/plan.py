@@ -17,8 +17,8 @@ import numpy as np
 
 from .._startup import is_own_command
 from ..align import ReAlign
-from ..corpus.contiguous_shard import ContiguousShard
 from ..corpus.corpus import Corpus
+from ..corpus.shard import ContiguousShard
 from ..corpus.split_corpus import SplitCorpus
 from ..moments import Moments
 from ..shared_space import SharedSpace

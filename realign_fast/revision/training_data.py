@@ -31,7 +31,7 @@ from torch.utils import data
 
 from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
-from ..corpus.contiguous_shard import ContiguousShard
+from ..corpus.shard import ContiguousShard
 from ..interface.option_values import Recipe
 from ..storage.atomic import replaced
 from ..storage.paths import explained, storage_path, write_json

@@ -19,14 +19,14 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from .errors import explained
-from .local import LocalPath
-from .paths import AnyPath, output_of, storage_path
+from .paths import AnyPath, LocalPath, StoragePath, output_of, storage_path
 from .url import Url
 
 Holder = dict[str, Any]  # the process that a lock at a URL names
@@ -40,32 +40,39 @@ def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
     It is an OSError if another process holds it, which the message names, or links are in the way.
+    Each process takes its own lock and then looks for those of others, so of two at least one sees
+    the other.
     """
     folder = storage_path(folder)
-    if isinstance(folder, Url):
-        with _locked_object(folder, part):
-            yield
-        return
-    _refuse_links_of_others(folder)
-    with ExitStack() as stack:
-        stack.enter_context(_held(folder / "lock", alone=not part))
-        if part:
-            stack.enter_context(_held(folder / f"lock-{part}", alone=True))
+    own = folder / (f"lock-{part}" if part else "lock")
+    if isinstance(folder, LocalPath):
+        _refuse_links_of_others(folder)
+    with _held_object(own) if isinstance(own, Url) else _held_file(own):
+        for path in _locks(folder):
+            if path != own and (not part or path.name == "lock"):
+                _expect_free(path)
         yield
 
 
 def check_not_locked(folder: AnyPath) -> None:
     """Raise an OSError (EBUSY) if a process holds ``folder`` or a part of it; write nothing."""
-    folder = storage_path(folder)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith("lock"):
-            continue
-        if isinstance(path, Url):
-            if (holder := _read(path)) is not None and not _is_dead(holder):
-                raise OSError(errno.EBUSY, _busy_message(path, holder))
-        elif path.is_file() and os.access(path, os.R_OK):
-            with open(path) as file:
-                _acquire_local(file.fileno(), path, alone=False)
+    for path in _locks(storage_path(folder)):
+        _expect_free(path)
+
+
+def _locks(folder: StoragePath) -> list[StoragePath]:
+    entries: Iterable[StoragePath] = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if path.name.startswith("lock"))
+
+
+def _expect_free(path: StoragePath) -> None:
+    """Raise an OSError (EBUSY) if a process holds the lock ``path``."""
+    if isinstance(path, Url):
+        if (holder := _read(path)) is not None and not _is_dead(holder):
+            raise OSError(errno.EBUSY, _busy_message(path, holder))
+    elif path.is_file() and os.access(path, os.R_OK):
+        with open(path) as file:
+            _acquire_file(file.fileno(), path, fcntl.LOCK_SH)
 
 
 def _refuse_links_of_others(folder: LocalPath) -> None:
@@ -86,31 +93,29 @@ def _refuse_links_of_others(folder: LocalPath) -> None:
 
 
 @contextmanager
-def _held(path: LocalPath, alone: bool) -> Iterator[None]:
+def _held_file(path: LocalPath) -> Iterator[None]:
     if path.is_symlink():
         fault = f"is a link to {os.readlink(path)}, and a lock is never written through a link"
         raise OSError(errno.ELOOP, f"{path}: {fault}; remove it")
-    with explained(path.explanation):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o666)
-    try:
+    with ExitStack() as stack:
         with explained(path.explanation):
-            _acquire_local(descriptor, path, alone)
-        owner = f"process {os.getpid()} on {socket.gethostname()}"
-        array = "" if alone else " (or its job array)"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path, flags, 0o666)
+            stack.callback(os.close, descriptor)
+            _acquire_file(descriptor, path, fcntl.LOCK_EX)
         with suppress(OSError):  # the disk is full; the lock holds without the name of its owner
             if os.fstat(descriptor).st_nlink == 1:  # a file with another name is not ours alone
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{owner}{array}".encode(), 0)
+                os.pwrite(
+                    descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
+                )
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _acquire_local(descriptor: int, path: LocalPath, alone: bool) -> None:
+def _acquire_file(descriptor: int, path: LocalPath, kind: int) -> None:
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
         busy = f"{holder} is working on it; wait until it ends, or give another --out"
@@ -122,13 +127,7 @@ def _acquire_local(descriptor: int, path: LocalPath, alone: bool) -> None:
 
 
 @contextmanager
-def _locked_object(folder: Url, part: str = "") -> Iterator[None]:
-    """Hold ``folder`` at a URL, or one part of it.
-
-    Each process creates its object first and then looks for those of others, so of two at least
-    one sees the other.
-    """
-    path = folder / (f"lock-{part}" if part else "lock")
+def _held_object(path: Url) -> Iterator[None]:
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     own = {**_process(), "token": uuid.uuid4().hex, "since": since, "alive": time.time()}
     stop = threading.Event()
@@ -136,9 +135,6 @@ def _locked_object(folder: Url, part: str = "") -> Iterator[None]:
     try:
         _create(path, own)
         heartbeat.start()
-        locks = {entry.name for entry in folder.iterdir() if entry.name.startswith("lock")}
-        for name in sorted(locks & {"lock"} if part else locks - {"lock"}):
-            _remove_if_dead(folder / name)
         yield
     finally:
         stop.set()
@@ -150,7 +146,10 @@ def _locked_object(folder: Url, part: str = "") -> Iterator[None]:
 
 
 def _create(path: Url, own: Holder) -> None:
-    _remove_if_dead(path)
+    with _alone_on_this_machine():  # else a second process would remove the lock of the first
+        if path.exists():
+            _expect_free(path)
+            path.unlink(missing_ok=True)  # of a dead process
     data = json.dumps(own).encode()
     if not path.create(data) and not _is_own(path, own):  # its answer may be lost
         raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
@@ -159,24 +158,12 @@ def _create(path: Url, own: Holder) -> None:
         warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=4)
 
 
-def _remove_if_dead(path: Url) -> None:
-    """Remove the lock of a dead process; raise OSError if its holder may live."""
-    with _alone_on_this_machine():  # else a second process would remove the lock of the first
-        if (holder := _read(path)) is None:
-            return
-        if not _is_dead(holder):
-            raise OSError(errno.EBUSY, _busy_message(path, holder))
-        path.unlink(missing_ok=True)
-
-
 def _busy_message(path: Url, holder: Holder) -> str:
-    process = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    state = "does not say when it last was"
+    state = "does not say when it last was alive"
     if isinstance(alive := holder.get("alive"), float):
-        age = max(0, time.time() - alive)
-        state = f"gave a sign of life {age:.0f} s ago"
-        if age >= 3 * HEARTBEAT_SECONDS:
-            state = f"gave no sign of life for {age / 60:.0f} min (there is one every minute)"
+        age = timedelta(seconds=max(0, round(time.time() - alive)))
+        state = f"gave its last sign of life {age} ago (there is one every minute)"
+    process = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
     since = holder.get("since", "an unknown time")
     return (
         f"{output_of(path.parent.parent)}: {process} is working on it since {since} and {state}; "
@@ -239,8 +226,7 @@ def _is_dead(holder: Holder) -> bool:
 def _alone_on_this_machine() -> Iterator[None]:
     descriptor = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with explained(LocalPath(tempfile.gettempdir()).explanation):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -170,22 +170,15 @@ class Url:
 
     @contextmanager
     def opened(self) -> Iterator[Url]:
-        """Ask for the current size, then read at offsets from the URL itself."""
-        self.stamp()
+        """Read at offsets from the URL itself, whose size is that of the last stamp."""
         yield self
 
     @contextmanager
-    def descriptor(self, stamp: tuple[int, int | str]) -> Iterator[int]:
-        """Yield a descriptor of the content in a scratch file; the last such file is kept."""
+    def local_copy(self, stamp: tuple[int, int | str] | None = None) -> Iterator[Path]:
+        """Yield a path of the content in a scratch file; the last such file is kept."""
         with explained(self.explanation):
-            file = _fetched(self, stamp)  # the name keeps it open when another takes its place
-        yield file.fileno()
-
-    @contextmanager
-    def local_copy(self) -> Iterator[Path]:
-        """Yield a path of the content, for libraries that open files themselves."""
-        with self.descriptor(self.stamp()) as descriptor:
-            yield Path(f"/dev/fd/{descriptor}")
+            file = _fetched(self, stamp or self.stamp())
+        yield Path(f"/dev/fd/{file.fileno()}")  # the name keeps the file open
 
     def read_bytes(self) -> bytes:
         """Return the whole content of a small file."""

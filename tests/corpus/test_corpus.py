@@ -22,10 +22,10 @@ from realign_fast.corpus import (
     Batch,
     Corpus,
     ShardWriter,
-    contiguous_shard,
     read_header,
     sample_rows,
 )
+from realign_fast.corpus import shard as shard_module
 from realign_fast.storage.paths import natural_order
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +108,10 @@ def test_batch_bytes_sets_the_batch_and_a_wide_row_is_still_read(tmp_path):
 def test_blocks_do_not_show(tmp_path, monkeypatch, batch_rows, native):
     """Blocks smaller than a batch, and many a file: the rows are the same, whoever reads them."""
     if not native:
-        monkeypatch.setattr(contiguous_shard.io_extension, "io", None)
-    elif not contiguous_shard.io_extension.io:
+        monkeypatch.setattr(shard_module.io_extension, "io", None)
+    elif not shard_module.io_extension.io:
         pytest.skip("the native reader was not built")
-    monkeypatch.setattr(contiguous_shard, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(shard_module, "BLOCK_BYTES", 8192)
     array = save(tmp_path / "x.npy", 333, 100, "<f4")
     for start in (0, 5, 332):
         batches = list(Corpus(tmp_path).batches(batch_rows=batch_rows, start=start))
@@ -376,7 +376,7 @@ def test_damaged_headers_never_escape(tmp_path, data):
         except (ValueError, TypeError) as error:
             assert str(tmp_path / "x.npy") in str(error)
         else:
-            assert shard.file_bytes == len(good)
+            assert shard.stamp[0] == len(good)
 
 
 def test_versions_2_and_3_and_a_foreign_offset_are_read(tmp_path):
@@ -397,8 +397,8 @@ def test_versions_2_and_3_and_a_foreign_offset_are_read(tmp_path):
 def test_rows_at_any_byte_are_read_aligned(tmp_path, monkeypatch, native, version, dtype):
     """Headers of every length: rows that are not aligned in the file are so in memory."""
     if not native:
-        monkeypatch.setattr(contiguous_shard.io_extension, "io", None)
-    monkeypatch.setattr(contiguous_shard, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(shard_module.io_extension, "io", None)
+    monkeypatch.setattr(shard_module, "BLOCK_BYTES", 4096)
     rows = np.random.default_rng(0).standard_normal((301, 7)).astype(dtype)
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': (301, 7)}}".encode()
     for padding in range(8):
@@ -640,7 +640,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
         zeros = (len(batch.rows) for batch in corpus.batches() if not batch.rows[:, 0].any())
         assert corpus.num_rows == sum(zeros)
 
-    windows = (contiguous_shard.BLOCKS_AHEAD + 3) * contiguous_shard.BLOCK_BYTES
+    windows = (shard_module.BLOCKS_AHEAD + 3) * shard_module.BLOCK_BYTES
     assert memory_growth(read_it) < windows + CODE_BYTES < size // 4
 
 

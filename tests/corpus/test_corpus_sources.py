@@ -105,12 +105,62 @@ def test_maps_take_tables_and_datasets(rows):
     torch.testing.assert_close(documents, space.documents("text", torch.from_numpy(ROWS)))
 
 
-def test_rows_that_are_null_or_of_another_length_are_nan():
+def test_rows_that_are_null_are_nan_and_those_of_another_length_are_named():
     pandas = pytest.importorskip("pandas")
-    corpus = Corpus(pandas.DataFrame({"v": [[1.0, 2.0], [1.0], None, [np.nan, 1.0]]}), column="v")
+    corpus = Corpus(pandas.DataFrame({"v": [[1.0, 2.0], [], None, [np.nan, 1.0]]}), column="v")
     np.testing.assert_array_equal(corpus[:], [[1, 2]] + [[np.nan] * 2] * 2 + [[np.nan, 1]])
-    with pytest.raises(ValueError, match="DataFrame: row 1 holds a NaN"):
+    with pytest.raises(ValueError, match="DataFrame: row 1 of column 'embedding' has 1 numbers"):
         ReAlign.fit(pandas.DataFrame({"embedding": [[1.0, 2.0], [1.0]]}), OTHERS[:, :2])
+
+
+def test_columns_of_frames_are_matched_by_name():
+    """Both sides have the same columns in another order, as two queries return them."""
+    pandas = pytest.importorskip("pandas")
+    text, image = (pandas.DataFrame(rows, columns=list("abc")) for rows in (ROWS, OTHERS))
+    expected = ReAlign.fit(text, image)
+    for other in (image[["c", "a", "b"]], image[["b", "a", "c"]]):
+        assert torch.equal(ReAlign.fit(text, other).shift, expected.shift)
+    space = SharedSpace.fit(text=text, image=image[["c", "a", "b"]])
+    by_position = SharedSpace.fit(text=ROWS, image=OTHERS)
+    np.testing.assert_array_equal(space.text(ROWS), by_position.text(ROWS))
+    renamed = image.rename(columns={"a": "x"})  # by position, as names of two models
+    assert torch.equal(ReAlign.fit(text, renamed).shift, expected.shift)
+
+
+def test_one_column_of_numbers_is_no_row():
+    pandas = pytest.importorskip("pandas")
+    for fit in (ReAlign.fit, lambda rows, others: SharedSpace.fit(text=others, image=rows)):
+        with pytest.raises(
+            TypeError, match=r"\w+: expected rows .*one column of 9 numbers in a Seri"
+        ):
+            fit(pandas.Series(ROWS[:, 0]), OTHERS)
+    with pytest.raises(TypeError, match="one column of 9 numbers in a Series; give a frame"):
+        ReAlign.fit(ROWS, OTHERS)(pandas.Series(ROWS[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (ROWS, r"a ndarray of shape \[9, 3\]; give the rows of an array to ReAlign.fit itself"),
+        (ROWS[0], r"a ndarray of shape \[3\]; rows are \[N, D\]: reshape them"),
+        (np.array("x"), r"a ndarray of shape \[\]; rows are \[N, D\]: .* or name paths"),
+        (torch.ones(3), r"a Tensor of shape \[3\]; rows are"),
+    ],
+    ids=["rows", "row", "number", "tensor"],
+)
+def test_an_array_is_no_corpus(array, words):
+    with pytest.raises(
+        TypeError, match=f"Corpus: expected a path, a table or a dataset, got {words}"
+    ):
+        Corpus(array)
+
+
+def test_the_column_of_the_rows_names_no_modalities(tmp_path, capsys):
+    pq.write_table(pa.table({"kind": ["text"] * 9, "embedding": vectors()}), tmp_path / "x.parquet")
+    command = ["unify", "--corpus", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--split-by", "embedding"]) == 3
+    words = "x.parquet: column 'embedding' holds the rows, expected names of modalities; split by"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -138,7 +188,7 @@ def test_rows_in_memory_have_no_place_in_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (ROWS, "got a ndarray; give the rows of an array to ReAlign.fit itself"),
+        (ROWS, r"got a ndarray of shape \[9, 3\]; give the rows of an array to ReAlign.fit"),
         (torch.from_numpy(ROWS), "got a Tensor"),
         ({"train": 1, "test": 2}, r"got a dict; give one of its values \('train', 'test'\)"),
     ],
@@ -315,7 +365,7 @@ def write_sqlite(path):
         ("x.jsonl", b"{}\n", r"is JSON, .*pyarrow.json.read_json\(file\)"),
         ("x.mat", b"MATLAB 5.0 MAT-file", "is MATLAB"),
         ("x.data", write_sqlite, "is SQLite"),
-        ("x.bin", bytes(40), "is numbers without a header that says their shape"),
+        ("x.bin", bytes(40), "is bare numbers, which is not read"),
         ("x.lance/data/0.lance", b"", r"is Lance, .*lance.dataset\(file\)"),
     ],
 )
@@ -343,7 +393,7 @@ def save_foreign(path):
 
 @pytest.mark.parametrize("name", ["x.fbin", "x.fvecs", "x.bin", "x.jsonl"])
 def test_the_conversion_that_is_advised_works(tmp_path, monkeypatch, name):
-
+    pytest.importorskip("pyarrow.json")
     monkeypatch.chdir(tmp_path)
     save_foreign(tmp_path / name)
     with pytest.raises(ValueError, match="convert it: ") as caught:

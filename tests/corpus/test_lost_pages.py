@@ -23,9 +23,9 @@ from realign_fast.corpus import Corpus, io_extension
 from realign_fast.corpus.formats import arrow_columns
 io_extension.survive_lost_pages()
 rows_of = arrow_columns.rows_of
-def cut_rows_of(values, shard):  # between the look at the size and the copy
+def cut_rows_of(values, shard, first):  # between the look at the size and the copy
     os.truncate(shard.path, 200)
-    return rows_of(values, shard)
+    return rows_of(values, shard, first)
 arrow_columns.rows_of = cut_rows_of
 for path in sys.argv[1:]:
     try:
@@ -39,7 +39,7 @@ for path in sys.argv[1:]:
 
 CUT = """
 import os
-from realign_fast.corpus.contiguous_shard import ContiguousShard
+from realign_fast.corpus.shard import ContiguousShard
 read = ContiguousShard._read_blocks
 def cut(shard, *arguments):
     for rows in read(shard, *arguments):

@@ -202,7 +202,7 @@ def test_columns_become_members(tmp_path):
 @pytest.mark.parametrize("ids", [["b", "é", None], [7, 5, 6]])
 def test_ids_in_the_json_go_through_every_conversion(tmp_path, ids):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    expected = ["" if value is None else str(value) for value in ids]
+    expected = [value and str(value) for value in ids]
     for name, more in (("alone", {}), ("more", {"n": [1, 2, 3]})):
         place = tmp_path / f"{name}.parquet"
         table = pa.table({"id": ids, **more, "embedding": list(random_rows(3))})
@@ -210,8 +210,13 @@ def test_ids_in_the_json_go_through_every_conversion(tmp_path, ids):
         for step, form in enumerate(("tar", "parquet", "tar")):
             before, place = place, tmp_path / f"{name}-{step}"
             (shard,) = convert(Corpus(before), place, form)
-            assert list(Corpus(place).ids()) == expected
+            if None in ids:
+                with pytest.raises(ValueError, match="row 2 has the id None of NoneType, expec"):
+                    list(Corpus(place).ids())
+            else:
+                assert list(Corpus(place).ids()) == expected
             if form == "parquet":
+                assert pq.read_table(shard)["id"].to_pylist() == expected
                 names = ["id", "__key__", "json", "embedding"]
                 assert pq.read_table(shard).column_names == names
         convert(Corpus(place), tmp_path / f"{name}-pickle", "pickle")

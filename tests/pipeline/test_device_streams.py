@@ -188,8 +188,8 @@ def test_rows_of_a_ring_are_pinned_and_the_same(corpora):
 
 
 def test_batches_read_into_a_ring_are_those_of_the_file(corpora):
-    from realign_fast.corpus.contiguous_shard import BLOCK_BYTES
     from realign_fast.corpus.io_extension import io
+    from realign_fast.corpus.shard import BLOCK_BYTES
 
     if io is None:
         pytest.skip("no native reader was built")

@@ -219,7 +219,7 @@ def test_a_shard_that_changes_or_vanishes_is_one_error(
 
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "batches", meanwhile)
-        message = "changed during the run" if event == "changes" else "No such file"
+        message = "changed while it was read" if event == "changes" else "No such file"
         with pytest.raises((ValueError, OSError), match=rf"emb_3\.npy: {message}"):
             align(text, image, out, QUIET)
     finished_shards = sorted(path.name for path in out.glob("*.npy"))

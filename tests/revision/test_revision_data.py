@@ -154,7 +154,7 @@ def test_ids_that_do_not_fit_are_refused(root, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"rows 3 and 39 have the same id 'x3'"):
         ready(path, root[0], plain, cache)
     file.write_text("".join([*lines[:-1], json.dumps({"url": "x3"}) + "\n"]))
-    with pytest.raises(ValueError, match=r"metadata_1.jsonl: line 20: .*no column id or key"):
+    with pytest.raises(ValueError, match=r"metadata_1.jsonl: row 19: no column id or key"):
         ready(path, root[0], plain, cache)
     assert not list(cache.iterdir())
 

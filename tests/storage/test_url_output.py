@@ -486,7 +486,9 @@ def folder(text):
 def test_two_runs_on_one_output(out, monkeypatch):
     with locked(folder(out) / "__realign__/_stats"):
         lock = f"{out}/__realign__/_stats"
-        message = rf"process {os.getpid()} on .* gave a sign of life .* s ago; .*delete {lock}"
+        message = (
+            rf"process {os.getpid()} on .* gave its last sign of life 0:00:\d\d ago .*delete {lock}"
+        )
         with pytest.raises(OSError, match=message), locked(folder(out) / "__realign__/_stats"):
             pass
         with pytest.raises(OSError, match="is working on it"):
@@ -531,7 +533,7 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken(differences, bucket):
 def test_a_lock_that_nobody_can_prove_dead_is_named(differences, bucket):
     leave_lock(S3, **differences)
     lock = f"{S3}/__realign__/_stats/lock"
-    message = rf"gave no sign of life for 120 min .*if it was killed, delete {lock} and run"
+    message = rf"gave its last sign of life 2:00:\d\d ago .*if it was killed, delete {lock} and run"
     with pytest.raises(OSError, match=message), locked(folder(S3) / "__realign__/_stats"):
         pass
     assert keys(bucket) == ["__realign__/_stats/lock"]

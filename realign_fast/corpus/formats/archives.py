@@ -22,9 +22,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...storage.paths import OpenedFile, Stamp, StoragePath, explained
-from ..contiguous_shard import ContiguousShard
-from ..shard import FLOATS, MAX_COLUMNS, TORCH_DTYPES, Batches, Shard, absolute, as_numpy, selected
+from ...storage.paths import Stamp, StoragePath, explained
+from ..shard import (
+    FLOATS,
+    MAX_COLUMNS,
+    TORCH_DTYPES,
+    ContiguousShard,
+    Shard,
+    absolute,
+    as_numpy,
+    selected,
+)
 from ..shard_writer import FormatWriter
 from .npy import HEADER_BYTES, read_array_header
 
@@ -70,37 +78,27 @@ class TorchWriter(NpzWriter):
 class ArchiveShard(Shard):
     """One of the named entries of a file."""
 
-    column: str  # the name of the rows
     entries: Any  # all entries by name; None may stand for the rows
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
         """Yield the other entries that have a value for each row, as a dictionary for each row."""
-        names = [name for name in self.entries if name != self.column]
-        others = {name: self.entries[name] for name in selected(names, only)}
-        for name, entry in others.items():
-            if isinstance(entry, torch.Tensor | np.ndarray):
-                others[name] = entry.tolist()
-        lists = {name: entry for name, entry in others.items() if isinstance(entry, list)}
-        columns = {name: entry for name, entry in lists.items() if len(entry) == self.num_rows}
+        entries, columns = self.entries, {}
+        for name in selected((name for name in entries if name != self.column), only):
+            values = entries[name]
+            values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+            if isinstance(values, list) and len(values) == self.num_rows:
+                columns[name] = values
         if columns:
-            values = zip(*columns.values(), strict=True)
-            yield [dict(zip(columns, row, strict=True)) for row in values]
+            rows = zip(*columns.values(), strict=True)
+            yield [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 @dataclass(frozen=True)
 class StoredShard(ArchiveShard, ContiguousShard):
     """One array of an `.npz` file whose bytes lie there without compression."""
 
-    column: str
-
     format = "npz"
     writer_class = NpzWriter
-
-    def parse(self, file: OpenedFile) -> StoredShard:
-        """Return the shard that the file holds now."""
-        if shard := _stored_shard(self.path, self.column):
-            return shard
-        raise self.changed_error()
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -114,33 +112,27 @@ class StoredShard(ArchiveShard, ContiguousShard):
 class NpzShard(ArchiveShard):
     """One array of an `.npz` file that is loaded whole: a compressed or unusual one."""
 
-    column: str  # the name of the rows; empty where a `.pt` file holds a tensor alone
-    stamp: Stamp  # of the file when it was opened
-
     format = "npz"
     writer_class = NpzWriter
-
-    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
-        """Yield copies of the rows; see `Shard.read`."""
-        rows = self.entries[self.column].detach()
-        while first < self.num_rows:
-            if not self.path.is_remote and self.path.stamp() != self.stamp:
-                raise self.changed_error()  # touching a page that is gone would be a SIGBUS
-            batch = rows[first : first - first % batch_rows + batch_rows].clone()
-            yield first, batch
-            first += len(batch)
-
-    def take(self, ids: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Read the rows at `ids` into the bytes `target[places]`."""
-        rows = self.entries[self.column].detach()[torch.from_numpy(ids)]
-        target[places] = as_numpy(rows).view(np.uint8)
 
     @property
     def entries(self) -> dict[str, Any]:
         """All entries; a tensor that is alone has the name ""."""
-        if self.path.stamp() != self.stamp:
-            raise self.changed_error()
+        self.check_unchanged()  # touching a page that is gone would be a SIGBUS
         return _kept_entries(self.path, self.stamp, self.format, absolute(self.path))
+
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield copies of the rows; see `Shard.pieces`."""
+        starts = range(first, self.num_rows, batch_rows)
+        return (self._rows(slice(row, row + batch_rows)).copy() for row in starts)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at `ids`."""
+        return self._rows(ids).view(np.uint8)
+
+    def _rows(self, selection: Any) -> np.ndarray:
+        rows: np.ndarray = as_numpy(self.entries[self.column].detach())[selection]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -182,8 +174,8 @@ def read_npz(path: StoragePath, column: str | None = None) -> ArchiveShard:
 def _stored_shard(path: StoragePath, column: str | None) -> StoredShard | None:
     """Return the shard of rows that can be read in place, or None."""
     candidates: dict[str, StoredShard | None] = {}
+    stamp = path.stamp()
     with explained(path), path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
         try:
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
@@ -200,8 +192,8 @@ def _stored_shard(path: StoragePath, column: str | None) -> StoredShard | None:
                     data_bytes = shape[0] * shape[1] * dtype.itemsize
                     is_whole = member.file_size == head.tell() + data_bytes
                     is_plain = member.compress_type == zipfile.ZIP_STORED and not in_columns
-                    shard = StoredShard(path, *shape, dtype, offset, size, name)
-                    is_inside = is_whole and offset + data_bytes <= size
+                    shard = StoredShard(path, *shape, dtype, name, stamp, offset)
+                    is_inside = is_whole and offset + data_bytes <= stamp[0]
                     candidates[name] = shard if is_plain and is_inside else None
         except Exception:  # hostile files raise many kinds; `_read_shard` says what is wrong
             return None
@@ -219,23 +211,23 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
                         name: torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
                         for name, array in arrays.items()
                     }
-            with open(local, "rb") as file:
-                if file.read(len(LEGACY_START)) == LEGACY_START:
-                    advice = "torch.save(torch.load(file, weights_only=True), file) renews it"
-                    raise ValueError(f"it has the form of before torch 1.6; {advice}")
             value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile files make the libraries raise many kinds
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek before the start
             raise
-        reason = str(error).split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds objects other than tensors and plain data, which are never loaded"
-        raise ValueError(f"{path}: cannot be read ({reason}); write it again") from error
-    if not isinstance(value, torch.Tensor | dict):
-        raise ValueError(
-            f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them"
-        )
-    return value if isinstance(value, dict) else {"": value.detach()}
+        fault = str(error).partition("\n")[0].partition(". ")[0]
+        reason, advice = f"it is truncated or damaged ({fault})", "write it again"
+        with path.opened() as file:
+            if form == "pt" and file.pread(len(LEGACY_START), 0) == LEGACY_START:
+                reason = "it has the form of before torch 1.6"
+                advice = "torch.save(torch.load(file, weights_only=True), file) renews it"
+        if isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error):
+            reason = "it holds objects other than tensors, arrays and plain data"
+            advice = "they are never loaded; write it without them"
+        raise ValueError(f"{path}: cannot be read: {reason}; {advice}") from error
+    if isinstance(value, torch.Tensor | dict):
+        return value if isinstance(value, dict) else {"": value.detach()}
+    raise ValueError(f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them")
 
 
 def _is_rows(entry: Any) -> bool:
@@ -245,7 +237,7 @@ def _is_rows(entry: Any) -> bool:
 
 
 def _describe(entry: Any) -> str:
-    if isinstance(entry, torch.Tensor | np.ndarray):
-        layout = "" if getattr(entry, "layout", torch.strided) == torch.strided else " sparse"
-        return f"{list(entry.shape)} {entry.dtype}{layout}"
-    return type(entry).__name__
+    if not isinstance(entry, torch.Tensor | np.ndarray):
+        return type(entry).__name__
+    is_sparse = isinstance(entry, torch.Tensor) and entry.is_sparse
+    return f"{list(entry.shape)} {entry.dtype}{' sparse' * is_sparse}"

@@ -1,4 +1,4 @@
-"""Arrow IPC files and streams: `.arrow`, `.feather` and the data of Hugging Face datasets.
+"""Arrow IPC files and streams, the data of Hugging Face datasets, and tables in memory.
 
 A local file is mapped. A batch of rows is copied out of the map, and the mapped pages are released
 every `RELEASE_BYTES`, so memory is bounded whatever the size of the record batches (compressed ones
@@ -8,6 +8,11 @@ Rows are counted from the heads of messages: pyarrow reads whole messages. A fil
 8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and Interprocess
 Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The head is a
 flatbuffer table with the length of the body and, for a record batch, that of its columns.
+
+A table in memory is any object with Arrow's stream interface (`__arrow_c_stream__`): of pyarrow,
+pandas, polars, DuckDB. It is turned into a `pyarrow.Table` once, without a copy where its library
+keeps Arrow's memory. A column alone (a Series) is a table of its rows. A `Dataset` of the datasets
+library is read in pieces; so is an `IterableDataset`, which is read once more to count its rows.
 
 `save_to_disk` writes streams and `state.json`, which names them in their order. The result of such
 a dataset has a fingerprint of its own: under the old one, `map` of the datasets library would find
@@ -24,12 +29,12 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...storage.paths import OpenedFile, StoragePath, explained, write_whole
+from ...storage.paths import LocalPath, OpenedFile, StoragePath, explained, write_whole
 from ..io_extension import io as _io
 from . import arrow_columns as tables
 
@@ -40,6 +45,7 @@ RECORD_BATCH = 3  # in the union MessageHeader
 MAX_HEAD = 64 << 20
 FIRST_BYTES = 1 << 12  # of a head, fetched at once: most heads are shorter
 DATASET_STATE, DATASET_INFO = "state.json", "dataset_info.json"
+PIECE_ROWS = 1024  # of a dataset or a table at a time
 DATASET_SPLITS = "dataset_dict.json"
 SHARD_HEAD_BYTES = 1 << 20  # of each shard, for the fingerprint of a dataset
 SAVE = "save the dataset with save_to_disk"
@@ -73,28 +79,22 @@ class ArrowShard(tables.TableShard):
     writer_class = ArrowWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield views of the mapped record batches; see `StreamedShard.pieces`."""
+        """Yield views of the mapped record batches; see `Shard.pieces`."""
         batch_first, unreleased = 0, 0  # row, bytes
         with _opened_data(self.path) as data:
-            for batch in _record_batches(data, self.column):
+            for batch in _record_batches(data, tables.root_of(self.schema, self.column)):
                 array, end = tables.column_of(batch, self.column), batch_first + len(batch)
                 for row in range(max(first, batch_first), end, batch_rows):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
-                    yield tables.rows_of(array[row - batch_first :][:batch_rows], self)
+                    yield tables.rows_of(array[row - batch_first :][:batch_rows], self, row)
                     unreleased += batch_rows * self.row_bytes
                     if isinstance(data, mmap.mmap) and unreleased >= RELEASE_BYTES:
                         data.madvise(mmap.MADV_DONTNEED)
                         unreleased = 0
                 batch_first = end
 
-    @property
-    def schema(self) -> Any:
-        """The `pyarrow.Schema` of the file."""
-        with _opened_data(self.path) as data:
-            return _open_reader(data).schema
-
-    def record_batches(self, names: list[str]) -> Iterator[Any]:
+    def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
         """Yield columns as the record batches of the file."""
         with _opened_data(self.path) as data:
             for batch in _record_batches(data):
@@ -118,12 +118,11 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
         with path.opened() as file:
             num_rows = sum(_rows_of_batches(path, file, _is_stream(reader)))
 
-        def arrays(name: str) -> Iterator[Any]:
-            return (tables.column_of(batch, name) for batch in _record_batches(data, name))
-
-        name, dtype, dimension = tables.vectors_of(path, reader.schema, column, arrays)
+        vectors = tables.vectors_of(
+            path, reader.schema, column, lambda name: _record_batches(data, name)
+        )
     shard_class = StreamShard if _is_stream(reader) else ArrowShard
-    return shard_class(path, num_rows, dimension, dtype, name, stamp)
+    return shard_class(path, num_rows, *vectors, stamp, reader.schema)
 
 
 @contextmanager
@@ -158,7 +157,7 @@ def _open_reader(data: Data, column: str | None = None) -> Any:
     reader = open_data(data)
     if column is None or _is_stream(reader):
         return reader
-    index = reader.schema.get_field_index(tables.root_of(reader.schema, column))
+    index = reader.schema.get_field_index(column)
     options = pa.ipc.IpcReadOptions(included_fields=[index])
     data.seek(0)
     return open_data(data, options=options)
@@ -219,6 +218,74 @@ def _field(data: bytes, table: int, number: int) -> int:
     place = 4 + 2 * number
     offset = struct.unpack_from("<H", data, table - back + place)[0] if place < size else 0
     return table + offset if offset else 0
+
+
+class MemoryPath(LocalPath):
+    """The name of a table or dataset, where a shard has the path of its file."""
+
+    def stamp(self) -> tuple[int, int]:
+        """Return a constant: nothing in memory is compared."""
+        return 0, 0
+
+    def identity(self) -> dict[str, int | str]:
+        """Raise a TypeError: no other process and no later run could find the rows."""
+        raise TypeError(f"{self}: its rows are in memory, expected files; save it as parquet first")
+
+
+@dataclass(frozen=True)
+class MemoryShard(tables.TableShard):
+    """One column of a table or dataset."""
+
+    data: Any = field(repr=False, compare=False)  # a `pyarrow.Table`, or a dataset in Arrow's form
+
+    format = "arrow"
+    writer_class = ArrowWriter
+
+    def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
+        """Yield columns from row `first` on, `PIECE_ROWS` rows at a time."""
+        return _table_batches(self.data, names, first)
+
+
+def is_table(data: object) -> bool:
+    """Return whether rows can be read from an object as from a table."""
+    return hasattr(data, "__arrow_c_stream__") or _is_dataset(data)
+
+
+def read_table(data: Any, column: str | None = None) -> MemoryShard:
+    """Open a column of rows of a table or dataset; see `vectors_of` for its choice."""
+    pa, path = tables.pyarrow(), MemoryPath(type(data).__name__)
+    try:
+        if _is_dataset(data):
+            data = data.with_format("arrow")
+            schema = next((table.schema for table in data.iter(1)), pa.schema([]))
+        else:
+            is_column = not (hasattr(data, "columns") or hasattr(data, "schema"))
+            table = {column or tables.DEFAULT: pa.chunked_array(data)} if is_column else data
+            data = pa.table(table)
+            schema = data.schema
+    except (pa.ArrowException, TypeError) as error:
+        reason = " ".join(str(error).split())
+        expected = "expected columns of one type each, and vectors of one length"
+        raise TypeError(f"{path}: cannot become an Arrow table ({reason}); {expected}") from error
+
+    vectors = tables.vectors_of(path, schema, column, lambda name: _table_batches(data, [name]))
+    has_length = hasattr(data, "__len__")
+    root = tables.root_of(schema, vectors[2])
+    num_rows = len(data) if has_length else sum(map(len, _table_batches(data, [root])))
+    return MemoryShard(path, num_rows, *vectors, path.stamp(), schema, data)
+
+
+def _is_dataset(data: object) -> bool:
+    return all(hasattr(data, name) for name in ("with_format", "select_columns", "iter"))
+
+
+def _table_batches(data: Any, names: list[str], first: int = 0) -> Iterator[Any]:
+    """Yield columns from row `first` on."""
+    if not _is_dataset(data):
+        yield from data.select(names).slice(first).to_batches(PIECE_ROWS)
+        return
+    for table in data.select_columns(names).skip(first).iter(PIECE_ROWS):
+        yield from table.combine_chunks().to_batches()
 
 
 def splits_of(folder: StoragePath) -> list[str]:

@@ -4,8 +4,8 @@ A column of rows is a list, large list or fixed-size list of half, float or doub
 Arrow, Ray or datasets with the shape `[D]` or `[1, D]`, which is stored as such lists; or a
 fixed-size binary whose number type stands in the metadata of its field (`dtype`) or in the name
 that asks for it (`embedding:float16`). It may be a field of a struct (`clip.embedding`). A row that
-is null or of another length, and a number that is null, are read as NaN. This is the one file that
-imports pyarrow.
+is null or empty, and a number that is null, are read as NaN; a row of another length is an error.
+This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 
 from ..._extras import import_extra
 from ...storage.paths import AnyPath, StoragePath, explained, output_path
-from ..shard import MAX_COLUMNS, StreamedShard, selected
+from ..shard import MAX_COLUMNS, Shard, selected
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
@@ -53,12 +54,12 @@ def decoded(path: AnyPath, file: Any = None) -> Iterator[None]:
 
 
 def vectors_of(
-    path: StoragePath, schema: Any, column: str | None, arrays: Callable[[str], Iterator[Any]]
-) -> tuple[str, np.dtype[Any], int]:
-    """Return name, number type and dimension of the column of rows of a `pyarrow.Schema`.
+    path: StoragePath, schema: Any, column: str | None, batches: Callable[[str], Iterator[Any]]
+) -> tuple[int, np.dtype[Any], str]:
+    """Return dimension, number type and name of the column of rows of a `pyarrow.Schema`.
 
-    `column` is its `name` or `name:dtype`, or None for `embedding`. `arrays(name)` yields a column;
-    the first row of lists with numbers says their dimension, which is 0 if there is none.
+    `column` is its `name` or `name:dtype`, or None for `embedding`. `batches(name)` yields a column
+    of the table; the first row of lists with numbers says their dimension, which is 0 without one.
     """
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
@@ -72,7 +73,7 @@ def vectors_of(
     if pyarrow().types.is_fixed_size_binary(storage):
         in_metadata = (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
         dtype = _dtype_of_binary(place, name, storage, stated or in_metadata)
-        return name, dtype, _checked_dimension(place, storage.byte_width // dtype.itemsize)
+        return _checked_dimension(place, storage.byte_width // dtype.itemsize), dtype, name
     numbers, depth = storage, 0
     while _is_list(numbers):
         numbers, depth = _storage(numbers.value_type), depth + 1
@@ -89,13 +90,14 @@ def vectors_of(
     if stated and dtype != stated:
         raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
     if pyarrow().types.is_fixed_size_list(storage) and depth == 1:
-        return name, dtype, _checked_dimension(place, storage.list_size)
-    for array in arrays(name):
+        return _checked_dimension(place, storage.list_size), dtype, name
+    for batch in batches(root_of(schema, name)):
+        array = column_of(batch, name)
         array.validate(full=True)  # or a damaged offset would be followed
-        lengths = _lengths_of(_lists_of(array, dtype))
+        lengths = _lengths_of(_lists_of(array, dtype)[0])
         if (lengths > 0).any():
-            return name, dtype, _checked_dimension(place, int(lengths[lengths > 0][0]))
-    return name, dtype, 0
+            return _checked_dimension(place, int(lengths[lengths > 0][0])), dtype, name
+    return 0, dtype, name
 
 
 def root_of(schema: Any, name: str) -> str:
@@ -176,38 +178,50 @@ def _checked_dimension(place: str, dimension: int) -> int:
     return dimension
 
 
-def rows_of(array: Any, shard: StreamedShard) -> np.ndarray:
-    """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole."""
+def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
+    """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole.
+
+    A ValueError names a row of another length; `first` is the number of the first one.
+    """
     array.validate(full=True)  # offsets and buffers have not been read yet, and may not fit
-    lists = _lists_of(array, shard.dtype)
+    lists, vectors = _lists_of(array, shard.dtype)
     lengths = _lengths_of(lists)
     # Numbers are copied only where some are null. Those of a list that is null are left out.
     numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
     is_whole = lengths == shard.dimension
     if is_whole.all():
         return numbers.reshape(-1, shard.dimension)
+    if (ragged := np.flatnonzero((~is_whole & (lengths > 0)) | (vectors > 1))).size:
+        row = int(ragged[0])
+        found = f"{lengths[row]} numbers" if vectors[row] == 1 else f"{vectors[row]} vectors"
+        raise ValueError(
+            f"{shard.path}: row {first + row} of column {shard.column!r} has {found}, expected "
+            f"{shard.dimension} numbers as in the first row; mend it, or make it null, a bad row"
+        )
     rows = np.full((len(lengths), shard.dimension), np.nan, shard.dtype)
     starts = _starts_of(lengths)[is_whole, None]
     rows[is_whole] = numbers[starts + np.arange(shard.dimension)]
     return rows
 
 
-def _lists_of(array: Any, dtype: np.dtype[Any]) -> Any:
-    """Return rows as lists of numbers; a matrix of other than one row becomes null."""
+def _lists_of(array: Any, dtype: np.dtype[Any]) -> tuple[Any, np.ndarray]:
+    """Return rows as lists of numbers, and the number of vectors in each; other than 1 is null."""
     pa = pyarrow()
     lists = getattr(array, "storage", array)
+    vector_counts = np.ones(len(lists), np.int64)
     if pa.types.is_fixed_size_binary(lists.type):
         width, value_type = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
         buffers, count = [None, lists.buffers()[1]], len(lists) * width
         values = pa.Array.from_buffers(value_type, count, buffers, offset=lists.offset * width)
         mask = lists.is_null() if lists.null_count else None
-        return pa.FixedSizeListArray.from_arrays(values, width, mask=mask)
+        return pa.FixedSizeListArray.from_arrays(values, width, mask=mask), vector_counts
     while _is_list(_storage(lists.type.value_type)):
         lengths, vectors = _lengths_of(lists), lists.flatten()
+        vector_counts = np.maximum(vector_counts, lengths)
         if not (lengths == 1).all():
             vectors = vectors.take(pa.array(_starts_of(lengths), mask=lengths != 1))
         lists = getattr(vectors, "storage", vectors)
-    return lists
+    return lists, vector_counts
 
 
 def _lengths_of(lists: Any) -> np.ndarray:
@@ -240,13 +254,11 @@ def array_of(rows: np.ndarray, column_type: Any) -> Any:
     return pa.ExtensionArray.from_storage(column_type, array) if is_extension else array
 
 
-class TableShard(StreamedShard):
+@dataclass(frozen=True)
+class TableShard(Shard):
     """One column of a table."""
 
-    @property
-    @abstractmethod
-    def schema(self) -> Any:
-        """The `pyarrow.Schema` of the file."""
+    schema: Any = field(repr=False, compare=False)  # the `pyarrow.Schema` of the file
 
     @property
     def has_other_columns(self) -> bool:
@@ -254,8 +266,14 @@ class TableShard(StreamedShard):
         return len(self.schema) > 1 or self.column not in self.schema.names
 
     @abstractmethod
-    def record_batches(self, names: list[str]) -> Iterator[Any]:
-        """Yield the columns of these names as record batches of any size."""
+    def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
+        """Yield the columns of these names from row `first` on, as record batches of any size."""
+
+    def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield the rows of each record batch; see `Shard.pieces`."""
+        for batch in self.record_batches([root_of(self.schema, self.column)], first):
+            yield rows_of(column_of(batch, self.column), self, first)
+            first += len(batch)
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[Any]:
         """Yield the columns other than the rows as record batches; see `Shard.other_columns`.

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...storage.paths import AnyPath, OpenedFile, StoragePath, storage_path
-from ..contiguous_shard import ContiguousShard
-from ..shard import FLOATS, MAX_COLUMNS, check_size
+from ...storage.paths import AnyPath, storage_path
+from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard, check_size
 from ..shard_writer import FormatWriter
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
@@ -46,17 +45,6 @@ class NpyShard(ContiguousShard):
     format = "npy"
     writer_class = ShardWriter
 
-    def parse(self, file: OpenedFile) -> NpyShard:
-        """Return the shard that the header of `file` describes now."""
-        return _parse(file, self.path)
-
-
-def read_header(path: AnyPath) -> NpyShard:
-    """Open the `.npy` shard at `path`; errors are those of `format_registry.read_shard`."""
-    path = storage_path(path)
-    with path.opened() as file:
-        return _parse(file, path)
-
 
 def read_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Read shape, Fortran order and number type; hostile text makes numpy raise many errors."""
@@ -68,8 +56,12 @@ def read_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype
     return header
 
 
-def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
-    head = io.BytesIO(file.pread(HEADER_BYTES, 0))
+def read_header(path: AnyPath) -> NpyShard:
+    """Open the `.npy` shard at `path`; errors are those of `format_registry.read_shard`."""
+    path = storage_path(path)
+    stamp = path.stamp()
+    with path.opened() as file:
+        head = io.BytesIO(file.pread(HEADER_BYTES, 0))
     try:
         shape, fortran_order, dtype = read_array_header(head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
@@ -83,6 +75,5 @@ def _parse(file: OpenedFile, path: StoragePath) -> NpyShard:
     if fortran_order:
         raise ValueError(f"{path}: Fortran order, expected C; save numpy.ascontiguousarray(array)")
     offset = head.tell()
-    size = offset + shape[0] * shape[1] * dtype.itemsize
-    check_size(path, file.size, size)
-    return NpyShard(path, int(shape[0]), int(shape[1]), dtype, offset, size)
+    check_size(path, stamp[0], offset + shape[0] * shape[1] * dtype.itemsize)
+    return NpyShard(path, int(shape[0]), int(shape[1]), dtype, "", stamp, offset)

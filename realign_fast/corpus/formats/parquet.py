@@ -13,22 +13,24 @@ bounded by the batch and the file's pages, never by a row group. A result has a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import StreamedShard
+from ..shard import Shard
 from . import arrow_columns as tables
 
 BUFFER_BYTES = 1 << 20
 COLUMN_ROWS = 1024  # of the other columns read at a time: they may hold images
 NUMBERS = {"FLOAT": "float32", "DOUBLE": "float64", "FIXED_LEN_BYTE_ARRAY": "float16"}
+_LEVELS = ("max_definition", "max_repetition")
 ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the levels
 
 
@@ -62,26 +64,20 @@ class ParquetShard(tables.TableShard):
     writer_class = ParquetWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows that were copied from pages or decoded; see `StreamedShard.pieces`."""
+        """Yield rows that were copied from pages or decoded; see `Shard.pieces`."""
         with _opened(self.path) as (file, descriptor):
-            column_pages, row = ColumnPages(file, descriptor, self), 0
-            for group, end in enumerate(_row_group_ends(file).tolist()):
+            pages = ColumnPages(file, descriptor, self)
+            for group, (start, end) in enumerate(pairwise(_row_group_starts(file).tolist())):
                 if first >= end:
-                    row = end
                     continue
                 with suppress(ValueError):  # pyarrow says what is wrong
-                    pages = column_pages.of(group)
-                    while first < end:
-                        count = min(batch_rows - first % batch_rows, end - first)
-                        rows = self.empty_rows(count, batch_rows)
-                        pages.read(first - row, rows)
-                        first += count
+                    for rows in self.filled(first, end, batch_rows, pages.reader(group, start)):
+                        first += len(rows)
                         yield rows
                         del rows  # or its memory would be kept from the next batch
                 if first < end:
-                    yield from self._decoded(file, group, row, first, batch_rows)
+                    yield from self._decoded(file, group, start, first, batch_rows)
                     first = end
-                row = end
 
     def _decoded(
         self, file: Any, group: int, row: int, first: int, batch_rows: int
@@ -89,48 +85,44 @@ class ParquetShard(tables.TableShard):
         """Yield the rows of a row group through pyarrow, from `first` on; `row` is its first."""
         end = row + file.metadata.row_group(group).num_rows
         for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=[group]):
-            rows = tables.rows_of(tables.column_of(batch, self.column), self)
+            rows = tables.rows_of(tables.column_of(batch, self.column), self, row)
             yield rows[max(0, first - row) :]
             row += len(rows)
         if row != end:
             problem = f"row group {group} has {row - end} rows more than its footer says"
             raise ValueError(f"{self.path}: {problem}; write it again")
 
-    def take_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Read the rows at sorted `ids`: only they are read, unless pyarrow has to decode some."""
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at `ids`: the others are read only to decode with pyarrow.
+
+        See `Shard.take`.
+        """
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with _opened(self.path) as (file, descriptor):
-            ends, column_pages = _row_group_ends(file), ColumnPages(file, descriptor, self)
-            groups = np.searchsorted(ends, ids, side="right")
+            starts, pages = _row_group_starts(file), ColumnPages(file, descriptor, self)
+            groups = np.searchsorted(starts, ids, side="right") - 1
             try:
                 for group in np.unique(groups).tolist():
-                    pages, row = column_pages.of(group), int(ends[group - 1]) if group else 0
+                    read = pages.reader(group, int(starts[group]))
                     for place in range(*np.searchsorted(groups, [group, group + 1])):
-                        pages.read(int(ids[place]) - row, taken[place])
+                        read(int(ids[place]), taken[place])
             except (ValueError, IndexError):  # the latter in a file that has changed
-                return super().take_rows(ids)
-        if self.path.stamp() != self.stamp:
-            raise self.changed_error()
-        return taken
+                return super().take(ids)
+        self.check_unchanged()
+        return taken.view(np.uint8)
 
     def why_decoded(self) -> str:
         """Return why pyarrow reads row groups of this file; empty if all are read directly."""
         with _opened(self.path) as (file, descriptor):
-            column_pages = ColumnPages(file, descriptor, self)
+            pages = ColumnPages(file, descriptor, self)
             for group in range(file.num_row_groups):
                 try:
-                    column_pages.of(group).check()
+                    pages.of(group).check()
                 except ValueError as reason:
                     return f"row group {group}: {reason}"
         return ""
 
-    @property
-    def schema(self) -> Any:
-        """The `pyarrow.Schema` of the file."""
-        with _opened(self.path) as (file, _):
-            return file.schema_arrow
-
-    def record_batches(self, names: list[str]) -> Iterator[Any]:
+    def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
         """Yield columns as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, _):
             yield from file.iter_batches(COLUMN_ROWS, columns=names)
@@ -140,19 +132,16 @@ def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     """Open a column of rows of a parquet file; see `vectors_of` for its choice."""
     stamp = path.stamp()
     with _opened(path) as (file, _):
-
-        def arrays(name: str) -> Iterator[Any]:
-            batches = file.iter_batches(16, columns=[name])
-            return (tables.column_of(batch, name) for batch in batches)
-
-        name, dtype, dimension = tables.vectors_of(path, file.schema_arrow, column, arrays)
-        return ParquetShard(path, file.metadata.num_rows, dimension, dtype, name, stamp)
+        vectors = tables.vectors_of(
+            path, file.schema_arrow, column, lambda name: file.iter_batches(16, columns=[name])
+        )
+        return ParquetShard(path, file.metadata.num_rows, *vectors, stamp, file.schema_arrow)
 
 
-def _row_group_ends(file: Any) -> np.ndarray:
-    """Return the number of the row behind each row group, int64 `[row groups]`."""
+def _row_group_starts(file: Any) -> np.ndarray:
+    """Return the number of the first row of each row group, and that of all rows, int64."""
     counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    return np.cumsum(counts, dtype=np.int64)
+    return np.cumsum([0, *counts], dtype=np.int64)
 
 
 @contextmanager
@@ -170,8 +159,13 @@ def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
 class ColumnPages:
     """The pages of the rows of an open `ParquetFile`; `descriptor` is None if it is remote."""
 
-    def __init__(self, file: Any, descriptor: int | None, shard: StreamedShard) -> None:
+    def __init__(self, file: Any, descriptor: int | None, shard: Shard) -> None:
         self._file, self._descriptor, self._shard = file, descriptor, shard
+
+    def reader(self, group: int, start: int) -> Callable[[int, np.ndarray], object]:
+        """Return the function that fills an array with rows of a group, which begins at `start`."""
+        pages = self.of(group)
+        return lambda row, rows: pages.read(row - start, rows)
 
     def of(self, group: int) -> Any:
         """Return the pages of a row group, as `_io.ParquetPages`, or raise `NotDirect`."""
@@ -192,9 +186,8 @@ class ColumnPages:
         if chunk.values != rows * row_values:
             raise NotDirect(f"it has {chunk.values} values for {rows} rows of {row_values}")
         sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
-        for name in ("max_definition", "max_repetition"):
-            sizes[name] = getattr(leaf, f"{name}_level")
-        return _io.ParquetPages(self._descriptor, start, end, **sizes)
+        levels = {name: getattr(leaf, f"{name}_level") for name in _LEVELS}
+        return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
 
     @cached_property
     def _chunks(self) -> tuple[Any, list[Any]]:
@@ -210,7 +203,7 @@ class ColumnPages:
         return schema.column(leaves[0]), chunks
 
 
-def _sizes(leaf: Any, shard: StreamedShard) -> tuple[int, int]:
+def _sizes(leaf: Any, shard: Shard) -> tuple[int, int]:
     """Return the number of values in a row, and the size of each in bytes."""
     physical_type, size = leaf.physical_type, shard.dtype.itemsize
     row_bytes = shard.dimension * size

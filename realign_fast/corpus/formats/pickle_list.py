@@ -27,11 +27,12 @@ import numpy as np
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import StreamedShard, absolute, check_vector
+from ..shard import Shard, absolute, check_vector
 from ..shard_writer import FormatWriter
 from . import pickle_interpreter
 
 MAX_BYTES = 4 << 30
+MAX_STEPS = 1 << 27  # opcodes of a file whose rows are located
 THREADS = 2 if _io else 1  # that locate rows in files; what they leave is built one at a time
 REMEMBERED_FILES = 256  # for which the places of the rows are kept
 CHUNK_ENTRIES = 1024  # of other columns at a time
@@ -41,7 +42,7 @@ _building = Lock()
 
 
 @dataclass(frozen=True)
-class PickledShard(StreamedShard):
+class PickledShard(Shard):
     """The rows under one key of a pickled list of entries."""
 
     names: tuple[str, ...]  # the column is the first of them that row 0 has
@@ -59,49 +60,47 @@ class PickledShard(StreamedShard):
         return _entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows that were copied from the file or built; see `StreamedShard.pieces`."""
-        places = self.places
-        while first < self.num_rows:
-            count = min(batch_rows - first % batch_rows, self.num_rows - first)
-            batch = self.empty_rows(count, batch_rows)
-            if places:
-                with self.unchanged_file() as descriptor:
-                    places.read(descriptor, first, batch)
-            else:
-                part = self.built_entries[first : first + count]
-                for number, entry in enumerate(part):
-                    row = _vector(self.path, first + number, entry, self.column)
-                    if row is None:
-                        batch[number] = np.nan
-                        continue
-                    row = row.astype(self.dtype, copy=False)  # the widest of the file
-                    batch[number] = self.checked(f"{self.path}: row {first + number}", row)
-            first += count
-            yield batch
-            del batch  # or its memory would be kept from the next one
+        """Yield rows that were copied from the file or built; see `Shard.pieces`."""
+        return self.filled(first, self.num_rows, batch_rows, self._fill)
 
-    def take_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Read the rows at sorted `ids`: only they are read, unless the file has to be built."""
+    def _fill(self, first: int, batch: np.ndarray) -> None:
+        if places := self.places:
+            with self.unchanged_file() as descriptor:
+                places.read(descriptor, first, batch)
+            return
+        entries = self.built_entries[first : first + len(batch)]
+        for number, entry in enumerate(entries):
+            row = _vector(self.path, first + number, entry, self.column)
+            if row is None:
+                batch[number] = np.nan
+                continue
+            if row.size != self.dimension:
+                place = f"{self.path}: row {first + number}"
+                expected = f"expected {self.dimension} numbers as in the first row"
+                raise ValueError(f"{place} holds {row.size} of {row.dtype}, {expected}")
+            batch[number] = row  # the widest type of the file
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at sorted `ids`; see `Shard.take`."""
         if (places := self.places) is None:
-            return super().take_rows(ids)
-        if self.path.stamp() != self.stamp:
-            raise self.changed_error()
+            return super().take(ids)
+        self.check_unchanged()
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with self.unchanged_file() as descriptor:
             for row, target in zip(ids.tolist(), taken, strict=True):
                 places.read(descriptor, row, target)
-        return taken
+        return taken.view(np.uint8)
 
     @contextmanager
     def unchanged_file(self) -> Iterator[int]:
         """Yield a descriptor of the file; an error if it is not the one whose rows were located."""
-        with explained(self.path), self.path.descriptor(self.stamp) as descriptor:
+        with _opened(self.path, self.stamp) as descriptor:
             try:
                 yield descriptor
             except _io.NotPlain as error:  # it is shorter than it was
                 raise self.changed_error() from error
-            if not self.path.is_remote and self.path.stamp() != self.stamp:
-                raise self.changed_error()
+            if not self.path.is_remote:
+                self.check_unchanged()
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
         """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
@@ -200,19 +199,23 @@ def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
     """Return where the rows lie in a file, under the first of `names` that row 0 has, or None."""
     if not _io or stamp[0] > MAX_BYTES:
         return None
-    return _located(path, stamp, names, pickle_interpreter.MAX_STEPS, absolute(path))
+    return _located(path, stamp, names, absolute(path))
 
 
 @lru_cache(maxsize=REMEMBERED_FILES)
-def _located(
-    path: StoragePath, stamp: Stamp, names: tuple[str, ...], max_steps: int, place: str
-) -> Any:
+def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], place: str) -> Any:
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
-    with explained(path), path.descriptor(stamp) as descriptor:
+    with _opened(path, stamp) as descriptor:
         try:
-            return _io.PickledRows(descriptor, stamp[0], keys, max_steps)
+            return _io.PickledRows(descriptor, stamp[0], keys, MAX_STEPS)
         except _io.NotPlain:
             return None
+
+
+@contextmanager
+def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
+    with explained(path), path.local_copy(stamp) as local, open(local, "rb") as file:
+        yield file.fileno()
 
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows

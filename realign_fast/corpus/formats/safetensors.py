@@ -17,8 +17,15 @@ import numpy as np
 
 from ...storage.paths import OpenedFile, StoragePath, explained
 from ...storage.read_ahead import pieces
-from ..contiguous_shard import ContiguousShard
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, BFloat16, Dtype, check_size, selected
+from ..shard import (
+    MAX_COLUMNS,
+    TORCH_DTYPES,
+    BFloat16,
+    ContiguousShard,
+    Dtype,
+    check_size,
+    selected,
+)
 from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -63,7 +70,7 @@ class TensorWriter(FormatWriter):
 
     def _finish(self) -> None:
         if source := self._source:
-            self._copy(source.offset + source.num_rows * source.row_bytes, source.file_bytes)
+            self._copy(source.offset + source.num_rows * source.row_bytes, source.stamp[0])
 
     def _copy(self, start: int, end: int) -> None:
         """Copy the bytes `start..end` of the source."""
@@ -79,20 +86,14 @@ class TensorWriter(FormatWriter):
 class TensorShard(ContiguousShard):
     """One tensor of a `.safetensors` file."""
 
-    name: str
-
     format = "safetensors"
     writer_class = TensorWriter
-
-    def parse(self, file: OpenedFile) -> TensorShard:
-        """Return the shard that the header of `file` describes now."""
-        return _parse(file, self.path, self.name)
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, np.ndarray]]:
         """Yield the other tensors as columns, `COLUMN_ROWS` rows at a time."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
-            names = [name for name in header if name != self.name]
+            names = [name for name in header if name != self.column]
             columns = {name: header[name] for name in selected(names, only)}
             dtypes = {name: self._column_dtype(name, columns[name]) for name in columns}
             for first in range(0, self.num_rows if columns else 0, COLUMN_ROWS):
@@ -107,13 +108,11 @@ class TensorShard(ContiguousShard):
 
     def _column_dtype(self, name: str, tensor: Tensor) -> np.dtype[Any]:
         """Return the number type of another tensor, which must have a value or vector a row."""
-        dtype = DTYPES.get(tensor.dtype)
-        if isinstance(dtype, np.dtype) and len(tensor.shape) in (1, 2):
-            if tensor.shape[0] == self.num_rows:
-                return dtype
-        actual = f"tensor {name!r} is {tensor.dtype} {tensor.shape}"
+        dtype, shape = DTYPES.get(tensor.dtype), tensor.shape
+        if isinstance(dtype, np.dtype) and len(shape) in (1, 2) and shape[0] == self.num_rows:
+            return dtype
         problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
-        raise ValueError(f"{self.path}: {actual}, {problem}")
+        raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, {problem}")
 
 
 def recognizes(head: bytes) -> bool:
@@ -123,17 +122,14 @@ def recognizes(head: bytes) -> bool:
 
 def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
     """Open the tensor `column` of the file; by default `embedding`, or the only tensor there is."""
+    stamp = path.stamp()
     with path.opened() as file:
-        return _parse(file, path, column)
-
-
-def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorShard:
-    header, data_offset = _header(file, path)
+        header, data_offset = _header(file, path)
     name = column or (next(iter(header)) if len(header) == 1 else DEFAULT)
     if name not in header:
         names = ", ".join(f"{key} {entry.shape}" for key, entry in header.items()) or "none"
         raise ValueError(f"{path}: has no tensor {name!r}; choose one as the column, of: {names}")
-    tensor, size = header[name], file.size
+    tensor = header[name]
     dtype, shape = DTYPES.get(tensor.dtype), tensor.shape
     if dtype not in TORCH_DTYPES:
         expected = "expected F16, BF16, F32 or F64; save it as one of them"
@@ -141,8 +137,9 @@ def _parse(file: OpenedFile, path: StoragePath, column: str | None) -> TensorSha
     if len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
         expected = "expected [rows, columns]; reshape it, or name another tensor as the column"
         raise ValueError(f"{path}: tensor {name!r} has shape {shape}, {expected}")
-    check_size(path, size, data_offset + max(entry.end for entry in header.values()))
-    return TensorShard(path, shape[0], shape[1], dtype, data_offset + tensor.start, size, name)
+    check_size(path, stamp[0], data_offset + max(entry.end for entry in header.values()))
+    offset = data_offset + tensor.start
+    return TensorShard(path, shape[0], shape[1], dtype, name, stamp, offset)
 
 
 def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:
@@ -153,8 +150,7 @@ def _header(file: OpenedFile, path: StoragePath) -> tuple[Header, int]:
     try:
         if len(text) != length or not text:
             raise ValueError("its header is cut off or longer than 100 MiB")
-        entries = json.loads(text)
-        if not isinstance(entries, dict):
+        if not isinstance(entries := json.loads(text), dict):
             raise ValueError("its header is no json object")
         entries.pop("__metadata__", None)
         header = {name: _tensor(name, entry) for name, entry in entries.items()}

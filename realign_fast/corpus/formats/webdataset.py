@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import MAX_COLUMNS, StreamedShard, check_vector, selected
+from ..shard import MAX_COLUMNS, Shard, check_vector, selected
 from ..shard_writer import FormatWriter
 from .npy import HEADER_BYTES
 
@@ -106,20 +106,22 @@ class TarWriter(FormatWriter):
 
 
 @dataclass(frozen=True)
-class TarShard(StreamedShard):
+class TarShard(Shard):
     """The `.npy` members with one ending in a tar of samples."""
 
     format = "tar"
     writer_class = TarWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows one at a time; see `StreamedShard.pieces`."""
-        number = 0
+        """Yield rows one at a time; see `Shard.pieces`."""
         with opened_tar(self.path) as tar:
-            for member, row in self.members(tar):
-                if row is None or (number := number + 1) <= first:
-                    continue
-                yield self.checked(f"{self.path}: {member.name}", row)[None]
+            rows = ((member, row) for member, row in self.members(tar) if row is not None)
+            for member, row in islice(rows, first, None):
+                if (row.size, row.dtype) != (self.dimension, self.dtype):
+                    expected = f"{self.dimension} of {self.dtype} as in the first row"
+                    found = f"holds {row.size} of {row.dtype}, expected {expected}"
+                    raise ValueError(f"{self.path}: {member.name} {found}")
+                yield row.reshape(1, -1)
 
     def members(self, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, np.ndarray | None]]:
         """Yield all members in order, with the row `[D]` or `[1, D]` of those that hold one."""
