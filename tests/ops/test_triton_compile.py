@@ -10,6 +10,7 @@ The traced launches are compiled for every pair of dtypes and every generation o
 the trace shows that no tensor on the CPU takes part: copying one would wait for the GPU.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -342,3 +343,105 @@ def test_every_pair_of_dtypes_compiles(generation, steps, launches, monkeypatch,
             pairs.add((pointers["rows"], pointers["out"]))
     assert not failed, "\n".join(failed)
     assert pairs == {(TYPE[dtype], TYPE[out_dtype]) for dtype, out_dtype in dtype_pairs}
+
+
+# ---- Every kernel, for every target: what compiles, and what leaves the registers
+
+MATRIX_TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90)}
+MATRIX_TARGETS |= {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (100, 120)}
+MATRIX_TARGETS["gfx942"] = MI300
+CACHE = Path(__file__).parents[2] / "build/triton_matrix"
+# Bytes that a thread may spill, by (target, kernel, D); 0 for all others.
+SPILLS = {}
+
+
+def spilled_by(binary, target):
+    """Return the spilled bytes of a kernel for any target; ptxas is asked once for the same PTX."""
+    if "amdgcn" in binary.asm:
+        return spilled_bytes(binary, CACHE)
+    code = CACHE / f"{hashlib.sha256(binary.asm['ptx'].encode()).hexdigest()}.ptx"
+    answer = code.with_suffix(".spills")
+    if not answer.exists():
+        code.write_text(binary.asm["ptx"])
+        suffix = "a" if target.arch >= 90 else ""
+        ptxas = nvidia.compiler.get_ptxas(target.arch).path
+        command = [ptxas, "-v", f"--gpu-name=sm_{target.arch}{suffix}", code, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        found = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+        assert found, said
+        answer.write_text(str(sum(map(int, found))))
+        code.unlink()
+    return int(answer.read_text())
+
+
+def traced_variants(launches, dtypes, columns, out_dtypes=None):
+    """Return the kernels that the ops launch for rows of these dtypes, as `variants` does."""
+    launches.clear()
+    with FakeTensorMode():
+        for dtype in dtypes:
+            call_sums(dtype, columns)
+            call_maps(dtype, dtype, columns)
+            for out_dtype in out_dtypes or ():
+                rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
+                for linear in (fake(), fake(columns), fake(columns, columns)):
+                    triton_ops.map_rows_(out, rows, linear, fake(columns), fake(columns))
+    return variants(launches)
+
+
+def spills_of(found, name, columns, monkeypatch):
+    """Compile the kernels for a target; return the names of those that spill or do not compile."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
+    if name.startswith("sm"):  # (the machine code is made by `spilled_by`)
+        monkeypatch.setattr(nvidia.compiler.CUDABackend, "make_cubin", lambda *arguments: b"")
+    wrong = []
+    for variant, (kernel, pointers, constants) in found.items():
+        try:
+            binary = compiled(kernel, MATRIX_TARGETS[name], pointers, constants)
+        except RuntimeError as error:
+            wrong.append(f"{name}, D = {columns}, {variant} does not compile: {error}")
+            continue
+        spilled = spilled_by(binary, MATRIX_TARGETS[name])
+        if spilled > SPILLS.get((name, kernel.fn.__name__, columns), 0):
+            wrong.append(f"{name}, D = {columns}, {variant} spills {spilled} bytes")
+    return wrong
+
+
+def test_the_widest_tiles_spill_nothing(launches, monkeypatch):
+    """Packing rows of 4096 columns, and rows that are mapped step by step, once did."""
+    found = traced_variants(launches, (FLOAT,), 4096)
+    packing = {n: v for n, v in found.items() if "sum_rows" in n and "'WEIGHTED': True" in n}
+    found = traced_variants(launches, (HALF,), 65)
+    exact = {n: v for n, v in found.items() if "'DIMS': 2" in n and "'KINDS': 3" in n}
+    assert len(packing) == 4 and len(exact) == 2
+    wrong = spills_of(dict(list(packing.items())[1:2]), "sm_90", 4096, monkeypatch)
+    wrong += spills_of(dict(list(exact.items())[:1]), "sm_90", 65, monkeypatch)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", (1, 65, 768, 1024, 4096, 16384))
+@pytest.mark.parametrize("name", MATRIX_TARGETS)
+def test_every_kernel_compiles_and_spills_nothing(name, columns, launches, monkeypatch):
+    """All pairs of dtypes, for each kind of map and every mode of the sums."""
+    found = traced_variants(launches, DTYPES, columns, DTYPES)
+    wrong = spills_of(found, name, columns, monkeypatch)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("columns", (64, 100))
+def test_calls_on_a_few_rows_compile_every_kernel(columns, launches):
+    """So they warm up for a graph of calls on more rows: its capture compiles nothing."""
+    compiled_for = []
+    for count in (64, 65, 100_000):
+        launches.clear()
+        with FakeTensorMode():
+            for dtype in DTYPES:
+                rows, vectors = fake(count, columns, dtype=dtype), (fake(columns), fake(columns))
+                for linear in (fake(), fake(columns), fake(columns, columns)):
+                    triton_ops.map_rows_(fake(count, columns), rows, linear, *vectors)
+                triton_ops.sum_rows(rows, fake(), *vectors, True)
+                sums = fake(columns, columns), fake(columns)
+                triton_ops.add_scatter_(*sums, rows, vectors[0], fake(count), False, False)
+        compiled_for.append(set(variants(launches)))
+    assert compiled_for[0] == compiled_for[1] == compiled_for[2]

@@ -187,11 +187,6 @@ def product_tile(side: int, dtype: torch.dtype, depth: int = 32) -> dict[str, in
     return {"TILE": side, "DEPTH": depth, "num_warps": 8 if side == 128 else 4, "num_stages": 3}
 
 
-def float32_precision() -> str:
-    """Return the input precision that keeps nearly all digits of float32 on GPUs of this vendor."""
-    return "ieee" if torch.version.hip else "tf32x3"
-
-
 def _matrix_terms(matrix: Tensor, dtype: torch.dtype, m: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the factor of the product, [] float64, and A in full tiles, [TERMS, WIDTH, WIDTH]."""
     columns = len(matrix)
@@ -226,7 +221,7 @@ def _multiply(rows: Tensor, pieces: Tensor, m: torch.dtype) -> Tensor:
         WIDTH=width,
         PROMOTE=_PROMOTE,
         TERMS=terms,
-        PRECISION=float32_precision() if pieces.dtype == torch.float32 else "ieee",
+        PRECISION="tf32x3" if pieces.dtype == torch.float32 and not torch.version.hip else "ieee",
         **shape,
     )
     return product

@@ -385,8 +385,7 @@ def tile(columns: int) -> dict[str, int]:
     """Return ROWS, BLOCK and the number of warps for rows of D columns."""
     block = min(max(triton.next_power_of_2(columns), 64), _TILE_ENTRIES)
     rows = min(_TILE_ENTRIES // block, _MOST_ROWS)
-    warps = max(rows * block // _ENTRIES_OF_A_WARP, 1)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // _ENTRIES_OF_A_WARP, 1)}
 
 
 def step_of(rows: Tensor) -> int:
@@ -478,8 +477,10 @@ def launch_sums(
     The vectors are those from `scale` to `factor`, None where they are not read.
     """
     padded_rows, width = rows.shape if packed is None else packed.shape[1:]
-    programs, shape = triton.cdiv(padded_rows, program_rows), tile(rows.shape[1])
     terms = 0 if packed is None else len(packed)
+    crowded = terms or (kinds == 3 and m == torch.float64)  # the registers, by a wider block
+    shape = tile(min(rows.shape[1], 2048) if crowded else rows.shape[1])
+    programs = triton.cdiv(padded_rows, program_rows)
     sums = torch.empty(2 if terms else 1, programs, width, dtype=torch.float64, device=rows.device)
     numbers = sums.new_empty(programs, 4)
     tensors = [*vectors, *[None] * (6 - len(vectors)), packed]

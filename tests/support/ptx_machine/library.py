@@ -157,6 +157,7 @@ def _build(folder: Path) -> tuple[Path, list[Path]]:
             module.write_text(_run(_cuobjdump(), "-ptx", path))
         part = library.with_suffix(".part")
         wraps = [f"-Wl,--wrap={function}" for function in WRAPPED]
+        wraps.append("-Wl,-z,defs")  # so a call of any other function of CUDA is an error
         link = [*compiler, "-shared", *wraps, "-Wl,--no-as-needed", "-o", part]
         link += [*objects, *own_objects, f"-L{Path(torch.__file__).parent}/lib"]
         _run(*link, "-lstdc++", "-ltorch", "-ltorch_cpu")
