@@ -211,23 +211,23 @@ class _EmbedRun:
         self, shard: PlannedShard, items: Sequence[Item], key: str, bar: Progress
     ) -> dict[str, Any]:
         """Embed and write one shard; return its record."""
-        kept, failures, unturned = list[Item](), list[tuple[Item, str]](), 0
+        row_items, failures, unturned = list[Item](), list[tuple[Item, str]](), 0
         parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
         for batch in prepared_batches(self._batches(shard, items), self.workers, self.lock):
             unturned += batch.unturned
             failures += [(items[position], reason) for position, reason in batch.failures]
             if batch.positions:
-                kept += [items[position] for position in batch.positions]
+                row_items += [items[position] for position in batch.positions]
                 for side_parts, rows in zip(parts, self._rows(batch, shard.sides), strict=True):
                     side_parts.append(rows)
                 if len(parts[0]) == 1:  # a broken model shows at once
-                    self._check_finite(kept, parts)
+                    self._check_finite(row_items, parts)
             bar.update(len(batch.positions) + len(batch.failures))
-        self._check_finite(kept, parts)
+        self._check_finite(row_items, parts)
         if self._key(shard, items) != key:
             advice = "changed while it was embedded; let its writer finish and run again"
             raise ValueError(f"{shard.source.path}: {advice}")
-        return shard.files.write(key, kept, parts, failures, unturned)
+        return shard.files.write(key, row_items, parts, failures, unturned)
 
     def _wait(self) -> None:
         """Wait for rows that are on their way to the CPU."""

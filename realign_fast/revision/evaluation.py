@@ -78,8 +78,8 @@ def evaluate(
     figures["loss"] = interval(-sums / tokens, tokens)
     exchanged, differs = _exchanged(scorer, seed)
     if differs.any():
-        other = [(number, text, exchanged[number]) for number, text, _ in own]
-        gains = (sums - scorer.sums(other)[0]) / tokens
+        queries = [(number, text, exchanged[number]) for number, text, _ in own]
+        gains = (sums - scorer.sums(queries)[0]) / tokens
         figures["gain"] = interval(gains[differs], tokens[differs])
     if choices:
         figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)

@@ -172,18 +172,17 @@ class Chat(_Encoder):
             return "empty_captions"
         return "over_long" if len(encoded.ids) > limit else None
 
-    def render(self, conversations: Sequence[Sequence[Turn]], generate: bool = False) -> list[str]:
-        """Return the texts of conversations, with the generation prompt if `generate`.
+    def render(self, turns: Sequence[Turn], generate: bool = False) -> str:
+        """Return the text of a conversation, with the generation prompt if `generate`.
 
         ValueError if the template refuses the turns.
         """
-        messages = [[{"role": role, "content": text} for role, text in c] for c in conversations]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        options = {"chat_template": self.template, "add_generation_prompt": generate}
         try:
-            options = {"chat_template": self.template, "add_generation_prompt": generate}
-            texts = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            return list(texts)
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # a template can raise anything, most often a class of jinja2
-            roles = ", ".join(role for role, _ in max(conversations, key=len))
+            roles = ", ".join(role for role, _ in turns)
             raise ValueError(f"the chat template refuses turns of {roles}: {error}") from error
 
     def encode(self, sample: Sample) -> Encoded:
@@ -193,7 +192,7 @@ class Chat(_Encoder):
     def prompt(self, sample: Sample) -> list[int]:
         """Return the ids after which the last answer is generated."""
         turns = _turns(sample, self.recipe)
-        (before,) = self.render([turns[: _last_answer(turns)]], generate=True)
+        before = self.render(turns[: _last_answer(turns)], generate=True)
         return self._tokenize(before.rstrip(" "), []).ids
 
     def reference(self, sample: Sample) -> str:
@@ -214,11 +213,10 @@ class Chat(_Encoder):
             return self._spans_once(turns)
 
     def _spans_once(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
-        (text,) = self.render([turns])
-        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        text = self.render(turns)
         ends = self._places(turns, text, "{answer}{mark}")
-        prompts = [turns[:number] for number in numbers]
-        before = self.render(prompts, generate=True) if prompts else []
+        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        before = [self.render(turns[:number], generate=True) for number in numbers]
         starts = list(map(len, before))
         if not all(map(text.startswith, before)):  # a template may change them as turns follow
             marked = zip(before, self._places(turns, text, "{mark}{answer}"), strict=True)
@@ -239,8 +237,7 @@ class Chat(_Encoder):
                 answers.append(answer := content.strip())
                 content = content.replace(answer, form.format(answer=answer, mark=_MARK), 1)
             marked.append((role, content))
-        (rendered,) = self.render([marked])
-        *pieces, _ = parts = rendered.split(_MARK)
+        *pieces, _ = parts = self.render(marked).split(_MARK)
         if len(pieces) != len(answers) or "".join(parts) != text:
             changed = next((a for a in answers if a not in text), "".join(answers[:1]))
             raise ValueError(

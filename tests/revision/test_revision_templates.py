@@ -159,11 +159,9 @@ def test_answers_that_change_once_turns_follow_are_labelled_where_they_lie(name,
 @pytest.mark.parametrize("ticks_after", range(1, 7))
 def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
     class Midnight(Chat):
-        def render(self, conversations, generate=False):
-            texts = super().render(conversations, generate)
-            days = ["monday" if self.left > number else "tuesday" for number in range(len(texts))]
-            self.left -= len(texts)
-            return [day + text for day, text in zip(days, texts, strict=True)]
+        def render(self, turns, generate=False):
+            self.left -= 1
+            return ("monday" if self.left >= 0 else "tuesday") + super().render(turns, generate)
 
         left = 99
 
