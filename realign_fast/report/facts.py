@@ -63,7 +63,7 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
             "passes": output.report.get("passes"),
             "settings": output.manifest.get("settings", {}),
             "run": {name: output.report.get(name) for name in _RUN},
-            "files": _files(output),
+            "file_bytes": _file_bytes(output),
             "bad_rows": _bad_rows(output),
         }
         facts |= _of_rows(output, missing)
@@ -129,7 +129,7 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
             return gaps
         held_out = {name: side[1::2] for name, side in rows.items()}
         before = [Moments().update(side) for side in held_out.values()]
-        after = [Moments().update(half.documents(name, side)) for name, side in held_out.items()]
+        after = [Moments().update(half.moved(name, side)) for name, side in held_out.items()]
         counts = [len(side) for side in (*rows.values(), *rows.values())]
         gaps["held_out"] = {
             "before": metrics.centroid_gap(*before),
@@ -146,11 +146,11 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     except (OSError, ValueError) as error:
         missing["pairs"] = str(getattr(error, "strerror", None) or error)
         return {"recall": None, "frame": None}
-    space, roles = output.space, [*pairs]
+    space, roles = output.fitted, [*pairs]
     if isinstance(space, SharedSpace) and space.layout == "single" and space.method != "center":
         roles = [role for role in roles if role == space.query_role]
     galleries = metrics.search_pairs(
-        pairs, lambda *_: space, roles=roles, splits=1, fitted_share=0.0
+        pairs, lambda *_: output, roles=roles, splits=1, fitted_share=0.0
     )
     recall: dict[str, dict[str, float]] = {}
     for role, ways in galleries.items():
@@ -290,19 +290,14 @@ def _bad_rows(output: Output) -> Facts:
     return numbers | {"bad": sum(counts), "worst": worst}
 
 
-def _files(output: Output) -> Facts:
-    """Return what the output holds, in words."""
-    files = {
-        side.name: f"{side.rows:,} rows, of which {len(side.numbers):,} were read for this page"
-        for side in output.sides
-    }
+def _file_bytes(output: Output) -> int | None:
+    """Return the size of the shards, the map and the records; of files at URLs, None."""
     paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST, REPORT)}
     for side in output.sides:
         paths |= {shard.path for shard in side.result.shards} if side.result else set()
-    if not output.path.is_remote:  # a question about a file there is a request
-        total = sum(path.stamp()[0] for path in paths if path.exists())
-        files["shards, map and records"] = f"{total:,} bytes"
-    return files
+    if output.path.is_remote:  # a question about a file there is a request
+        return None
+    return sum(path.stamp()[0] for path in paths if path.exists())
 
 
 def _plain(facts: Facts) -> Facts:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,20 +64,6 @@ class Side:
                     for place in np.flatnonzero(shards == shard):
                         labels[place][column] = texts[rows[place]]
         return labels
-
-
-class Alignment(NamedTuple):
-    """An aligner in the form of a space, whose texts are moved and whose images stay."""
-
-    aligner: ReAlign
-
-    def documents(self, name: str, rows: Tensor) -> Tensor:
-        """Return the rows of a modality after the map."""
-        return self.aligner(rows) if name == "text" else rows
-
-    def query(self, rows: Tensor, role: str) -> Tensor:
-        """Return queries, which are mapped as the rows of their modality."""
-        return self.documents(role, rows)
 
 
 @dataclass
@@ -178,22 +164,30 @@ class Output:
             side.after = self._directions(side.name, stored[keep])
         return side
 
-    @property
-    def space(self) -> SharedSpace | Alignment:
-        """The map of the output as a space."""
-        return Alignment(self.fitted) if isinstance(self.fitted, ReAlign) else self.fitted
-
-    def refitted(self, rows: dict[str, Any]) -> SharedSpace | Alignment:
-        """Return a map like that of the output, of other rows by modality; the source is first."""
+    def documents(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a modality after the map."""
         if isinstance(self.fitted, SharedSpace):
-            return SharedSpace.fit(**rows, method=self.fitted.method, query_role=next(iter(rows)))
+            return self.fitted.documents(name, rows)
+        return self.fitted(rows) if name == "text" else rows
+
+    def query(self, rows: Tensor, role: str) -> Tensor:
+        """Return rows as they search the output."""
+        if isinstance(self.fitted, SharedSpace):
+            return self.fitted.query(rows, role)
+        return self.documents(role, rows)
+
+    def refitted(self, rows: dict[str, Any]) -> Output:
+        """Return the output with a map that is fitted on other rows; those of the source first."""
+        if isinstance(self.fitted, SharedSpace):
+            role, method = next(iter(rows)), self.fitted.method
+            return replace(self, fitted=SharedSpace.fit(**rows, method=method, query_role=role))
         shrinkage = self.manifest.get("settings", {}).get("shrinkage")
-        method = self.fitted.method
-        return Alignment(ReAlign.fit(*rows.values(), method=method, shrinkage=shrinkage))
+        options: Any = {"method": self.fitted.method, "shrinkage": shrinkage}
+        return replace(self, fitted=ReAlign.fit(*rows.values(), **options))
 
     def moved(self, name: str, rows: Tensor) -> Tensor:
         """Return directions of rows of a modality after the map."""
-        return self._directions(name, self.space.documents(name, rows))
+        return self._directions(name, self.documents(name, rows))
 
     def _directions(self, name: str, rows: Tensor) -> Tensor:
         """Return directions of documents, in a space in the columns that belong to their side."""
