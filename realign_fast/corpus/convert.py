@@ -70,12 +70,15 @@ def convert(
     paths = [out / name for name in _shard_names(corpus, to)]
     if corpus.path.is_dir():  # one file may become another beside it
         layout.check_apart(out, corpus)
-    described, taken = _described(corpus), set[Any]()
+    described = metadata_of_shards(corpus) if corpus.subfolder else {}
+    taken: set[Any] = set()
     with _alone(out):
         finished = _begin(corpus, out, [to, str(dtype), corpus.column, batch_bytes])
         try:
             for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
-                source: Shard | MetadataFile = described.get(shard.path, shard)
+                source: Shard | MetadataFile = shard
+                if not shard.has_other_columns:
+                    source = described.get(shard.path) or shard
                 entries = None
                 if FORMATS[to].writer.accepts_entries:
                     first = int(corpus.starts[index])
@@ -155,17 +158,6 @@ def _rounded(batch: Batch, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
             row = batch.first + int(lost.nonzero()[0])
             raise ValueError(f"{shard.path}: row {row} holds a number beyond {dtype}; widen it")
     return rows
-
-
-def _described(corpus: Corpus) -> dict[StoragePath, MetadataFile]:
-    """Return the metadata of shards of a clip-retrieval root that have no columns of their own."""
-    folder = corpus.path / layout.METADATA
-    if not corpus.subfolder or not folder.is_dir():
-        return {}
-    files = metadata_of_shards(corpus.shards, layout.metadata_files(folder))
-    return {
-        s.path: files[s.path] for s in corpus.shards if not s.has_other_columns and s.path in files
-    }
 
 
 def _entries_with_ids(

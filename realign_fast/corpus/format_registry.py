@@ -4,7 +4,7 @@ The suffix of a file decides on its format. A single file that is named by hand 
 suffix; then its content decides. A folder holds shards of one format.
 
 A new format is a file in `formats/`, a line in `FORMATS` and one in `STARTS`. Its shard derives
-from `ContiguousShard` or `StreamedShard`, its writer from `FormatWriter` or `TableWriter`, and its
+from `ContiguousShard` or `Shard`, its writer from `FormatWriter` or `TableWriter`, and its
 `read_shard(path, column)` reads no more than a header where the format allows. Only this file may
 import an optional package of the format.
 """
@@ -155,8 +155,8 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
         return FORMATS[name].read(path, column)
     except ValueError as error:
         content = _format_of_content(head := _head(path))
-        if advice := advice_for("", head):
-            raise ValueError(f"{path}: {advice}") from error
+        if conversion := advice_for("", head):
+            raise ValueError(f"{path}: {conversion}") from error
         if content in (None, name):
             raise
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error

@@ -75,12 +75,17 @@ class MetadataFile:
 
 
 def metadata_of_shards(
-    shards: Sequence[Shard], files: Sequence[StoragePath]
-) -> dict[StoragePath, MetadataFile]:
-    """Return the files among `files` that describe shards, by the paths of the shards."""
-    pairs = paired([shard.path for shard in shards], files)
-    counts = {shard.path: shard.num_rows for shard in shards}
-    return {path: MetadataFile(file, counts[path]) for path, file in pairs.items()}
+    corpus: Corpus, ids: ValueSource = None
+) -> dict[StoragePath, MetadataFile | None]:
+    """Return the file that describes each shard, by its path; nothing where there are no files."""
+    described: dict[StoragePath, MetadataFile | None] = {}
+    for part in corpus.parts if ids is None else (corpus,):
+        if files := value_files(part, ids):
+            pairs = paired([shard.path for shard in part.shards], files)
+            for shard in part.shards:
+                file = pairs.get(shard.path)
+                described[shard.path] = MetadataFile(file, shard.num_rows) if file else None
+    return described
 
 
 def shard_values(
@@ -93,11 +98,7 @@ def shard_values(
 
     ValueError if there is no such column, or it has not one value for each row.
     """
-    described: dict[StoragePath, MetadataFile | None] = {}
-    for part in corpus.parts if ids is None else (corpus,):
-        if files := value_files(part, ids):
-            described |= dict.fromkeys(shard.path for shard in part.shards)
-            described |= metadata_of_shards(part.shards, files)
+    described = metadata_of_shards(corpus, ids)
     for shard in corpus.shards if shards is None else shards:
         source = described.get(shard.path, shard)
         if source is None:
