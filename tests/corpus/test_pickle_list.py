@@ -237,16 +237,16 @@ def test_hostile_tensors_are_one_error_and_nothing_runs(tmp_path):
 
     hostile_tensors = [
         (tensor_of(shell), "a tensor has no storage of torch.save"),
-        (changed(b"\x80\2M\xe9\3.", shell), "is a 'posix system', expected float16"),
+        (changed(b"\x80\2M\xe9\3.", shell), "names 'posix', 'system'"),
         (
             changed(b"ctorch\nFloatStorage", b"cposix\nsystem"),
-            "is a 'posix system', expected float",
+            "names 'posix', 'system'",
         ),
         (changed(b"K\3N", b"J\xff\xff\xff\x7fN"), "states 2147483647 and 3 numbers in 12 bytes"),
         (changed(b"K\3N", b"J\xff\xff\xff\xffN"), "states -1 and 3 numbers in 12 bytes"),
         (changed(b"K\3N", b"K\2N"), "states 2 and 3 numbers in 12 bytes"),
         (changed(b"q\1a.", b"q\1."), "a tensor has no storage of torch.save"),
-        (changed(b"Q.", b"0N."), "states -1 and 3 numbers in 12 bytes"),
+        (changed(b"Q.", b"0N."), "a tensor has no storage of torch.save"),
         (tensor_of(saved.getvalue()), "a tensor has no storage of torch.save"),
         (tensor_of(sound[:-1]), "states 3 and 3 numbers in 11 bytes"),
         (tensor_of(sound + b"more"), "states 3 and 3 numbers in 16 bytes"),
@@ -256,7 +256,7 @@ def test_hostile_tensors_are_one_error_and_nothing_runs(tmp_path):
         (tensor_of(sound, stride=(2,)), "beyond its storage of 3 numbers"),
         (tensor_of(sound, stride=(-1,)), "sizes that are no numbers"),
         (tensor_of(sound, stride=(1, 1)), "not described by sizes and strides"),
-        (torch.ones(3).int(), "is a 'torch IntStorage', expected float16"),
+        (torch.ones(3).int(), "names 'torch', 'IntStorage': only arrays and tensors of float16"),
     ]
     for tensor, problem in hostile_tensors:
         save(path, [{"id": 0, "embed": np.ones(3)}, {"id": 1, "embed": tensor}])
@@ -320,7 +320,7 @@ def hostile(touched):
     yield "fields", [{"embed": np.zeros(2, [("a", "f4"), ("b", "O")])}], "object arrays|dtype"
     yield "numpy name", Calls(np.load, (str(touched),)), "names 'numpy', 'load'"
     yield "reconstruct a class", Calls(np._core.multiarray._reconstruct, (int, (0,), b"b")), "names"
-    yield "persistent", b"\x80\x04\x8c\x01aQ.", "opcode 0x51 is not one"
+    yield "persistent", b"\x80\x04\x8c\x01aQ.", "an object that is not in the file"
     yield "instance", b"\x80\x02(c__builtin__\neval\no.", "names '__builtin__', 'eval'|opcode"
     yield "extension", b"\x80\x02\x82\x01.", "opcode 0x82"
     yield "new object", b"\x80\x02cnumpy\nndarray\n)\x81.", "opcode 0x81"
@@ -578,11 +578,9 @@ def test_no_pickle_is_loaded_by_an_unpickler_that_runs_it():
     for module in (pickle_list, pickle_interpreter):
         source = Path(module.__file__).read_text()
         assert "pickle.load" not in source and "exec(" not in source and "eval(" not in source
-    known = pickle_interpreter.StorageUnpickler.dispatch
-    assert known.keys() > pickle_interpreter.PlainUnpickler.dispatch.keys()
+    known = pickle_interpreter.PlainUnpickler.dispatch
     for name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "PERSID", "NEXT_BUFFER", "DUP"):
         assert getattr(pickle, name)[0] not in known
     for name in ("GLOBAL", "STACK_GLOBAL"):  # both ask `find_class`
         assert "self.find_class(" in inspect.getsource(known[getattr(pickle, name)[0]])
-    for unpickler in (pickle_interpreter.PlainUnpickler, pickle_interpreter.StorageUnpickler):
-        assert "getattr" not in inspect.getsource(unpickler)
+    assert "getattr" not in inspect.getsource(pickle_interpreter.PlainUnpickler)

@@ -26,11 +26,13 @@ MAX_MARKS = 1 << 16  # that wait for their values: each is the nesting of one co
 MEMORY_PER_BYTE = 32  # of the objects; lists of one number, the smallest of use, take 17
 MEMORY_BASE = 64 << 20  # bytes that the objects of any file may take
 PLAIN_TYPE = re.compile("[fiub][0-9]{1,2}|[US][1-9][0-9]{0,5}")  # never O, objects
-STORAGES = {"Half": "<f2", "Float": "<f4", "Double": "<f8", "BFloat16": "<u2"}  # of torch
+STORAGES = {"HalfStorage": "<f2", "FloatStorage": "<f4", "DoubleStorage": "<f8"}  # of torch
+STORAGES |= {"BFloat16Storage": "<u2"}
 # Opcodes that build nothing but the values that the file and the stack hold.
 PLAIN_OPCODES = (
     "PROTO NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINBYTES BINBYTES"
-    " BINBYTES8 APPEND APPENDS POP POP_MARK BINGET LONG_BINGET EMPTY_TUPLE STACK_GLOBAL GLOBAL STOP"
+    " BINBYTES8 APPEND APPENDS POP POP_MARK BINGET LONG_BINGET EMPTY_TUPLE STACK_GLOBAL GLOBAL"
+    " BINPERSID STOP"
 ).split()
 # Opcodes of a byte or a few that make an object of so many bytes, or an entry of the memo.
 COSTS = dict.fromkeys(("MEMOIZE", "BINPUT", "LONG_BINPUT"), 100)
@@ -135,16 +137,16 @@ def storage_values(data: Any) -> np.ndarray:
     Five pickles stand before their count and the numbers; the fourth describes the storage.
     """
     stream = io.BytesIO(data)
-    reader = StorageUnpickler(stream, len(data))
+    reader = PlainUnpickler(stream, len(data))
+    reader.is_storage = True
     try:
-        for _ in range(5):
-            reader.load()
-    except ValueError as error:
+        _, storage_class, _, _, stated, _ = [reader.load() for _ in range(5)][3]
+        dtype = np.dtype(STORAGES[storage_class.name])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"a tensor has no storage of torch.save ({error!s:.200})") from error
     count, body = int.from_bytes(stream.read(8), "little"), stream.read()
-    dtype = np.dtype(reader.number_type)
-    if count != reader.count or count * dtype.itemsize != len(body):
-        problem = f"states {reader.count} and {count} numbers in {len(body)} bytes"
+    if count != stated or count * dtype.itemsize != len(body):
+        problem = f"states {stated!r:.40} and {count} numbers in {len(body)} bytes"
         raise ValueError(f"the storage of a tensor {problem}")
     values = np.frombuffer(body, dtype)
     return (values.astype("<u4") << 16).view("<f4") if dtype == "<u2" else values
@@ -166,6 +168,7 @@ NAMED: dict[str, dict[str, Callable[..., Any]]] = {
         "_rebuild_parameter": lambda tensor, *_: tensor,
     },
     "torch.storage": {"_load_from_bytes": storage_values},
+    "torch": dict.fromkeys(STORAGES, lambda: _array_to_fill(None)),  # named, never called
     "collections": {"OrderedDict": lambda: None},  # the hooks of a tensor, of which it has none
 }
 
@@ -175,6 +178,8 @@ _Unpickler: Any = pickle._Unpickler
 
 class PlainUnpickler(_Unpickler):  # type: ignore[misc]
     """An unpickler that has the opcodes of plain data alone."""
+
+    is_storage = False  # whether it reads what describes a storage of torch
 
     def __init__(self, stream: io.BytesIO, num_bytes: int) -> None:
         super().__init__(stream)
@@ -201,9 +206,15 @@ class PlainUnpickler(_Unpickler):  # type: ignore[misc]
         """Return the `Global` of a name."""
         known = module.replace("numpy.core.", "numpy._core.").replace("__builtin__", "builtins")
         if name not in NAMED.get(known, ()):
-            problem = "only numpy arrays and torch tensors are built"
+            problem = "only arrays and tensors of float16, float32, float64 and bfloat16 are built"
             raise ValueError(f"names {module!r:.60}, {name!r:.60}: {problem}")
         return Global(name, NAMED[known][name])
+
+    def persistent_load(self, values: Any) -> Any:
+        """Return what describes a storage of torch, as it is; nothing else has persistent ids."""
+        if not self.is_storage:
+            raise ValueError("refers to an object that is not in the file")
+        return values
 
     def spend(self, num_bytes: int) -> None:
         """Count the memory of a new object, or by how much one has grown."""
@@ -303,26 +314,6 @@ _operations |= {
 PlainUnpickler.dispatch = _Opcodes(
     {getattr(pickle, name)[0]: operation for name, operation in _operations.items()}
 )
-
-
-class StorageUnpickler(PlainUnpickler):
-    """An unpickler of what stands before the numbers of a storage."""
-
-    dispatch = _Opcodes(PlainUnpickler.dispatch)
-    dispatch[pickle.BINPERSID[0]] = _inherited[pickle.BINPERSID[0]]
-    number_type, count = "<f4", -1  # as the file states them
-
-    def find_class(self, module: str, name: str) -> str:
-        """Return the number type of a class of storages."""
-        kind = name.removesuffix("Storage")
-        if module != "torch" or kind not in STORAGES or kind == name:
-            expected = "expected float16, float32, float64 or bfloat16"
-            raise ValueError(f"is a '{module:.60} {name:.60}', {expected}")
-        return STORAGES[kind]
-
-    def persistent_load(self, values: Any) -> None:
-        """Keep what describes the storage."""
-        _, self.number_type, _, _, self.count, _ = values
 
 
 def load(data: bytes | bytearray | memoryview) -> Any:
