@@ -2,8 +2,8 @@
 
     python docs/pictures.py            # writes docs/images/*.png, in half a minute
 
-Texts are vermilion and images are blue in every picture, two colours that colour-blind readers can
-tell apart (Okabe and Ito).
+Texts are blue and images are vermilion in every picture, as in the report of a run. Colour-blind
+readers can tell these two colours apart (Okabe and Ito).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 
 IMAGES = Path(__file__).resolve().parent / "images"
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#6b6b6b"
+TEXT, IMAGE, GREY = "#0072B2", "#D55E00", "#6b6b6b"
+BEFORE, AFTER = "#6b6b6b", "#009E73"  # in pictures that do not show modalities
 STYLE = {
     "font.size": 15,
     "axes.titlesize": 16,
@@ -53,7 +54,7 @@ def load_rows(path: Path, modality: str) -> Tensor:
 
 def draw_plane(panel: Axes, sides: dict[str, Tensor], axes: Tensor, centre: Tensor) -> None:
     """Draw some 240 rows of each side in a plane, with an ellipse of two standard deviations."""
-    for name, colour in (("text", VERMILION), ("image", BLUE)):
+    for name, colour in (("text", TEXT), ("image", IMAGE)):
         places = (sides[name] - centre) @ axes.T
         spread, mean = torch.cov(places.T), places.mean(dim=0)
         variances, directions = torch.linalg.eigh(spread)
@@ -100,20 +101,20 @@ def draw_gap(text: Tensor, image: Tensor, pairs: dict[str, Tensor]) -> None:
     label = {"fontsize": 16, "fontweight": "bold", "va": "center"}
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     plane.text(0.04, 0.0, f"gap {gap:.2f}", bbox=box, **label)
-    for place, name, colour in ((-0.45, "texts", VERMILION), (0.45, "images", BLUE)):
+    for place, name, colour in ((-0.45, "texts", TEXT), (0.45, "images", IMAGE)):
         plane.text(-0.78, place, name, color=colour, fontsize=17, fontweight="bold", va="center")
     plane.set(ylabel="between the centroids", xlabel="widest direction across", xlim=(-0.8, 0.85))
     plane.set_title("One space, two clouds")
     different = ~torch.eye(len(pairs["text"]), dtype=torch.bool)
     for kind, colour, label, place in (
         ("image", GREY, "any image", (-0.3, 2.7)),
-        ("text", VERMILION, "any other text", (-0.33, 1.9)),
+        ("text", TEXT, "any other text", (-0.33, 1.9)),
     ):
         values = (pairs["text"] @ pairs[kind].T)[different][::7]
         draw_density(cosines, values, colour, label)
         cosines.text(*place, label, color=colour, fontweight="bold", ha="center")
-    draw_density(cosines, (pairs["text"] * pairs["image"]).sum(dim=1), BLUE, "its own image")
-    cosines.text(0.5, 2.7, "its own image", color=BLUE, fontweight="bold")
+    draw_density(cosines, (pairs["text"] * pairs["image"]).sum(dim=1), IMAGE, "its own image")
+    cosines.text(0.5, 2.7, "its own image", color=IMAGE, fontweight="bold")
     cosines.set(xlabel="cosine of a text and ...", yticks=[], xlim=(-0.6, 0.95), ylim=(0, None))
     cosines.spines["left"].set_visible(False)
     cosines.set_title("To a text, every text looks close")
@@ -154,8 +155,8 @@ def draw_scores(pairs: dict[str, Tensor]) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.2))
     for panel, (title, queries, texts, images) in zip(panels, stored, strict=True):
         others = ~torch.eye(len(text), dtype=torch.bool)
-        draw_density(panel, (queries @ texts.T)[others][::7], VERMILION, "texts")
-        draw_density(panel, (queries @ images.T)[others][::7], BLUE, "images")
+        draw_density(panel, (queries @ texts.T)[others][::7], TEXT, "texts")
+        draw_density(panel, (queries @ images.T)[others][::7], IMAGE, "images")
         answers = (queries * images).sum(dim=1)
         draw_density(panel, answers, "black", "the right image", linestyle="--")
         panel.collections[-1].set_alpha(0)
@@ -185,7 +186,7 @@ def draw_search(fitted: dict[str, Tensor], pairs: dict[str, Tensor]) -> None:
     """Draw recall among images alone: aligning texts does not help a search."""
     figure, panel = pyplot.subplots(figsize=(9, 4.2))
     names, recalls = zip(*recall_by_map(fitted, pairs), strict=True)
-    colours = [GREY, *[VERMILION] * len(MAPS), BLUE]
+    colours = [BEFORE, *["#0072B2"] * len(MAPS), AFTER]
     panel.barh(names, [100 * recall for recall in recalls], color=colours)
     for place, recall in enumerate(recalls):
         panel.text(100 * recall - 1, place, f"{recall:.0%}", color="white", ha="right", va="center")
@@ -221,9 +222,9 @@ def draw_floor(text: Tensor, image: Tensor, repeats: int = 8) -> None:
         gaps["floor"].append(metrics.sampling_gap(trace, *sizes))
     figure, panel = pyplot.subplots(figsize=(9, 4.6))
     lines = (
-        ("new", "new rows", BLUE, "o-"),
+        ("new", "new rows", AFTER, "o-"),
         ("floor", "statistical floor", "black", "--"),
-        ("fitted", "the rows that it was fitted on", VERMILION, "s-"),
+        ("fitted", "the rows that it was fitted on", BEFORE, "s-"),
     )
     for key, label, colour, style in lines:
         panel.loglog(counts, gaps[key], style, color=colour, label=label, lw=2.5, markersize=8)
@@ -241,7 +242,7 @@ def draw_quantised() -> None:
     spreads = ("small (.05)", "medium (.15)", "large (.30)")
     found = {"encoder's rows": (0.854, 0.684, 0.196), "SharedSpace": (0.990, 0.982, 0.736)}
     for shift, colour, (name, recalls) in zip(
-        (-0.2, 0.2), (GREY, BLUE), found.items(), strict=True
+        (-0.2, 0.2), (BEFORE, AFTER), found.items(), strict=True
     ):
         places = [place + shift for place in range(len(spreads))]
         panel.bar(places, recalls, 0.38, color=colour, label=name)
@@ -263,7 +264,7 @@ def draw_job_array() -> None:
         jobs = 1 if step == "merge" else 4
         for job in range(jobs):
             left, bottom = 2 * place + 0.09 * job, 0.12 * job
-            colour = VERMILION if step == "merge" else BLUE
+            colour = BEFORE if step == "merge" else AFTER
             box = pyplot.Rectangle((left, bottom), 1.2, 0.8, facecolor=colour, edgecolor="white")
             panel.add_patch(box)
         label = {"ha": "center", "va": "center", "color": "white", "fontweight": "bold"}
@@ -271,8 +272,8 @@ def draw_job_array() -> None:
         if place:
             arrow = {"arrowstyle": "->", "lw": 2.5}
             panel.annotate("", (2 * place - 0.05, 0.4), (2 * place - 0.42, 0.4), arrowprops=arrow)
-    panel.text(0, -0.35, "blue: an array of jobs, each with its part of the shards", color=BLUE)
-    panel.text(6, -0.35, "vermilion: one job that reads no rows", color=VERMILION)
+    panel.text(0, -0.35, "green: an array of jobs, each with its part of the shards", color=AFTER)
+    panel.text(6, -0.35, "grey: one job that reads no rows", color=BEFORE)
     panel.set(xlim=(-0.1, 11.4), ylim=(-0.5, 1.4), aspect="auto")
     panel.axis("off")
     figure.savefig(IMAGES / "job_array.png")

@@ -5,7 +5,7 @@ python examples/reproduce_geometry.py --out geometry
 It compares no alignment, C3 (mean shift and Gaussian noise), ReAlign and whitening-colouring on the
 demo corpus and, if the file exists, on 500 COCO pairs embedded with CLIP ViT-B/32 (``--pairs``, an
 array [2, N, D] of image and text rows). It prints tables, writes ``geometry.json`` and pictures
-(with matplotlib, the ``report`` extra), and marks findings that do not hold here.
+(with matplotlib), and marks findings that do not hold here.
 """
 
 from __future__ import annotations

