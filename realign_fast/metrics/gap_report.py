@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,14 @@ def gap_report(
         if aligned_target_rows is not None:
             target = _measure("aligned target", aligned_target_rows, None)
         stages["after"] = _compare(aligned, target, paired, settings)
-        stages["kept"] = _preserved(source_rows, aligned_rows, settings)
+        k, block = settings.overlap_k, settings.block
+        searched: Any = {"block": block, "backend": settings.backend}
+        stages["kept"] = {
+            "mean_cosine": cosines.mean_cosine(source_rows, aligned_rows, block),
+            "cosine_correlation": cosines.cosine_correlation(source_rows, aligned_rows, block),
+            "knn_overlap": neighbours.knn_overlap(source_rows, aligned_rows, k, **searched),
+            "knn_overlap_chance": k / (len(source_rows) - 1),
+        }
     report: Numbers = {}
     for stage, figures in stages.items():
         report |= {f"{stage}_{name}": value for name, value in figures.items()}
@@ -167,14 +174,3 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
         )
         figures |= {f"{side}_{name}": value for name, value in retrieval.figures(answers).items()}
     return figures
-
-
-def _preserved(source: Tensor, aligned: Tensor, settings: GapSettings) -> Numbers:
-    k, block, backend = settings.overlap_k, settings.block, settings.backend
-    overlap = neighbours.knn_overlap(source, aligned, k, block=block, backend=backend)
-    return {
-        "mean_cosine": cosines.mean_cosine(source, aligned, block),
-        "cosine_correlation": cosines.cosine_correlation(source, aligned, block),
-        "knn_overlap": overlap,
-        "knn_overlap_chance": k / (len(source) - 1),
-    }
