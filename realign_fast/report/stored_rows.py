@@ -87,8 +87,13 @@ class Output:
         records, report = records_of(path), {}
         is_space = (records / SPACE).exists() and not (records / ALIGNER).exists()
         fitted = (SharedSpace if is_space else ReAlign).from_pretrained(path)
-        with suppress(FileNotFoundError):
+        try:
             report = json.loads((records / REPORT).read_bytes())
+        except FileNotFoundError:
+            pass  # the run did not end
+        except ValueError as error:
+            advice = "run the same command again"
+            raise ValueError(f"{records / REPORT}: is no JSON ({error}); {advice}") from error
         self = cls(path, read_manifest(records), report, fitted, [])
         passes, first = self.manifest["passes"], "text"
         names = {"text": "apply" if "apply" in passes else "source moments"}

@@ -162,6 +162,13 @@ def test_a_source_that_is_gone_or_changed_is_said(tmp_path):
     assert "rows are missing" in facts["trust"]["findings"][-1]["text"]
     shutil.rmtree(root)
     assert facts_of(out, 50)["scatter"] is None and render(facts_of(out, 50))
+    (out / "__realign__/report.json").unlink()
+    assert facts_of(out, 50)["trust"]["findings"][0]["rule"] == "unfinished run"
+    (out / "__realign__/report.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"report\.json: is no JSON .*; run the same command again"
+    ):
+        facts_of(out, 50)
 
 
 def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
