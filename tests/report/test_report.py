@@ -86,11 +86,12 @@ def test_figures_are_those_of_the_rows(aligned, facts, rows):
 
 
 def test_bytes_are_the_same_each_time(aligned, tmp_path):
-    pages = []
+    pages, usual = [], torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         path, _ = write_report(aligned, tmp_path / f"{threads}.html", sample=100)
         pages.append(((tmp_path / f"{threads}.json").read_bytes(), path.stat().st_size))
+    torch.set_num_threads(usual)
     assert pages[0] == pages[1]
     sampled = json.loads(pages[0][0])["sides"]["text"]["sampled"]
     assert sampled == 100, "memory is bounded by the sample"
