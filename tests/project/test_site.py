@@ -87,6 +87,22 @@ def test_blocks_that_are_not_run_say_why():
             assert known, f"{page.name}: {block.code[:60]}"
 
 
+def test_pictures_are_small():
+    assert not [path.name for path in (DOCS / "images").iterdir() if path.stat().st_size > 150_000]
+
+
+@pytest.mark.slow
+def test_the_pictures_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    pictures = pytest.importorskip("pictures")
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    pictures.main()
+    names = [
+        sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, DOCS / "images")
+    ]
+    assert names[0] == names[1]
+
+
 def slugs(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and MyST make them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
