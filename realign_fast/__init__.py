@@ -13,23 +13,20 @@ from typing import TYPE_CHECKING, Any
 from . import _old_names, _startup
 
 if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
-    from . import metrics as metrics
-    from . import whiten as whiten
-    from .align import ReAlign as ReAlign
-    from .corpus import Corpus as Corpus
-    from .moments import Moments as Moments
-    from .ops import add_scatter_ as add_scatter_
-    from .ops import align_rows as align_rows
-    from .ops import backend_of as backend_of
-    from .ops import sum_rows as sum_rows
-    from .shared_space import SharedSpace as SharedSpace
+    from . import metrics, whiten
+    from .align import ReAlign
+    from .corpus import Corpus
+    from .moments import Moments
+    from .ops import add_scatter_, align_rows, backend_of, sum_rows
+    from .shared_space import SharedSpace
 
 __version__ = "0.1.0"
 _MODULES = {"Corpus": "corpus", "Moments": "moments", "ReAlign": "align"}
 _MODULES |= {"SharedSpace": "shared_space"}
 _MODULES |= dict.fromkeys(("add_scatter_", "align_rows", "backend_of", "sum_rows"), "ops")
 _SUBMODULES = {*_MODULES.values(), "covariance_sums", "frame", "methods", "metrics", "whiten"}
-__all__ = [*_MODULES, "metrics", "whiten"]
+__all__ = ["Corpus", "Moments", "ReAlign", "SharedSpace", "metrics", "whiten"]
+__all__ += ["add_scatter_", "align_rows", "backend_of", "sum_rows"]
 
 
 def __getattr__(name: str) -> Any:
