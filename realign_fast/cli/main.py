@@ -105,16 +105,11 @@ def _application(chosen: str | None) -> Any:
         name = entry.function.__name__.replace("_", "-")
         lines = [f"realign-fast {name} {example}" for example in entry.examples]
         epilog, panel = "\n\n".join(["Examples:", *lines]), entry.group
-        run = _with_signature(entry.function) if chosen in (None, name) else lambda: None
+        run: Any = lambda function=entry.function, **values: _execute(function, **values)  # noqa: E731
+        options = opts.parameters(entry.function) if chosen in (None, name) else []
+        run.__signature__ = Signature(options)
         app.command(name, help=entry.function.__doc__, epilog=epilog, rich_help_panel=panel)(run)
     return typer.main.get_command(app)
-
-
-def _with_signature(function: Callable[..., Result | None]) -> Any:
-    """Return a function for Typer, which reads the options from its signature."""
-    run: Any = lambda **values: _execute(function, **values)  # noqa: E731
-    run.__signature__ = Signature(opts.parameters(function))
-    return run
 
 
 def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:

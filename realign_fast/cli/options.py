@@ -189,12 +189,12 @@ _usual = partial(_input, metavar="NAME", show_default="the usual names are tried
 _printed = partial(_output, metavar="FILE", show_default="printed")
 _size = partial(_run, metavar="SIZE", parser=byte_count)
 _rate = partial(_size, show_default="measured on the first shards")
+_SHARE = "a number from 0 to 1, oas or ledoit-wolf"
 _ROWS = "a directory of shards, or a clip-retrieval root"
 _SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
 SpaceMethod = Literal["auto", "calibrate", "center-calibrate", "center"]
-BatchBytes = Annotated[int, _run(
-    "process rows of this many bytes at a time; memory use is a few times as much, and the last "
-    "bits of a result depend on it", min=1)]
+BatchBytes = Annotated[int, _run("bytes of rows at a time; memory use is a few times as much, and "
+    "the last bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
@@ -261,9 +261,8 @@ class Reading(Common):
 class Passes(Configured, Reading):
     """Options of each pass over a corpus."""
 
-    bad_rows: Annotated[values.BadRows, _run("zero and non-finite rows: stop at the first (error), "
-        "leave them out and write zeros (skip), or count zero rows as data and write NaN for the "
-        "others (keep)")] = "error"
+    bad_rows: Annotated[values.BadRows, _run("zero and non-finite rows: stop (error), leave out "
+        "and write zeros (skip), count zeros as data and write NaN for the rest (keep)")] = "error"
     batch_bytes: BatchBytes = values.BATCH_BYTES
     device: Annotated[str, _run("device that computes: cpu, cuda (with --workers N each process "
         "takes the next GPU) or cuda:N", metavar="NAME")] = "cpu"
@@ -301,13 +300,11 @@ class MethodOptions(Options):
     """The choice of a map."""
 
     method: Annotated[values.Method, _method(
-        f"method that fits the map: {', '.join(get_args(values.Method))}; methods that use "
-        "covariances also fit the shape of the target, and may separate neighbours",
-        metavar="NAME")] = "realign"
-    shrinkage: Annotated[Any, _method("shrink the covariances towards a multiple of the identity: "
-        "by a number from 0 to 1, oas or ledoit-wolf", metavar="R", show_default="no shrinkage",
-        parser=_number("a number from 0 to 1, oas or ledoit-wolf", lambda number: 0 <= number <= 1,
-            "oas", "ledoit-wolf"))] = None
+        f"map to fit: {', '.join(get_args(values.Method))}; maps of covariances fit the shape of "
+        "the target too, and may separate neighbours", metavar="NAME")] = "realign"
+    shrinkage: Annotated[Any, _method("shrink the covariances towards a multiple of the identity, "
+        f"by {_SHARE}", metavar="R", show_default="no shrinkage",
+        parser=_number(_SHARE, lambda number: 0 <= number <= 1, "oas", "ledoit-wolf"))] = None
 
 
 class Writing(Options):
@@ -315,8 +312,7 @@ class Writing(Options):
 
     dtype: Dtype = None
     with_metadata: Annotated[bool, _output("bring metadata/ of the clip-retrieval root along, and "
-        "where one side of it is aligned the other side as it is, so that clip-retrieval index "
-        "finds both")] = False
+        "the side that is not aligned, so that clip-retrieval index finds both")] = False
 
 
 class MergeOptions(Passes, MethodOptions):
@@ -335,8 +331,7 @@ class FitOptions(MergeOptions, Resuming, EngineOptions):
     fit_rows: Annotated[int | None, _method(
         "fit on N rows of each side, spread evenly, and report how far off the result may be; "
         "'all' fits on every row", parser=rows_or_all, show_default=f"all, or "
-        f"{values.DEFAULT_ROWS:,} if both sides together take more than "
-        f"{values.EXACT_BYTES / 1e12:g} TB")] = None
+        f"{values.DEFAULT_ROWS:,} if both take over {values.EXACT_BYTES / 1e12:g} TB")] = None
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
     memory: Annotated[int, _size("keep a source up to this size in memory between passes, such as "
         "4G (G is 2^30 bytes)")] = 0
@@ -384,16 +379,14 @@ class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "
-        "modality (single), or with as many columns for each modality, for queries of both "
-        "(blocks)", show_default="single")] = None
+        "modality (single), or of both with columns for each (blocks)",
+        show_default="single")] = None
     space_method: Annotated[SpaceMethod | None, _method("scale documents by the moments of their "
-        "modality (calibrate), centre documents and queries (center-calibrate), centre them and "
-        "scale nothing (center), or see what fits the rows (auto)", "--method",
-        show_default="auto")] = None
+        "modality (calibrate), centre all rows too (center-calibrate), only centre them (center), "
+        "or see what fits (auto)", "--method", show_default="auto")] = None
     fit_rows: Annotated[int | None, _method("fit on N rows of each side, spread evenly; 'all' fits "
         "on every row, with checkpoints", parser=rows_or_all, show_default="50,000")] = None
-    seed: Annotated[int | None, _method("seed that chooses the rows of --fit-rows",
-        show_default="0")] = None
+    seed: Annotated[int | None, _method("seed of --fit-rows", show_default="0")] = None
 
 
 class StatsOptions(Passes, MethodOptions, EngineOptions):
@@ -479,9 +472,8 @@ class TrainingOptions(Configured, DataOptions):
     start: Annotated[str, _model("a causal language model: a name or a directory, which may be one "
         "that pretrain wrote", "--language-model", "--model", metavar="MODEL")]
     out: Annotated[str, _output("directory of checkpoints and result", metavar="DIR")]
-    projector: Annotated[values.ProjectorName | None, _model(
-        "projector of a new model: one layer, two, or two that give different tokens (prefix)",
-        show_default="mlp")] = None
+    projector: Annotated[values.ProjectorName | None, _model("projector of a new model: one layer, "
+        "two, or two that give different tokens (prefix)", show_default="mlp")] = None
     visual_tokens: Annotated[int | None, _model("tokens of an image in a new model", min=1,
         show_default=str(values.VISUAL_TOKENS))] = None
     no_normalize: Annotated[bool, _model("do not scale rows to unit length (new model)")] = False
@@ -559,8 +551,7 @@ class PairOptions(Reading):
     source: Annotated[str, _directory(_SIDE.format("of texts", "text"), "--text", "--source")]
     target: Annotated[str, _directory(_SIDE.format("of images", "img"), "--image", "--target")]
     space: Annotated[str | None, _file("measure this SharedSpace")] = None
-    sample: Annotated[int, _run("rows of a side that are read and held in memory, spread evenly",
-        min=1)] = 10_000
+    sample: Annotated[int, _run("rows of a side, spread evenly, to hold in memory", min=1)] = 10_000
 
 
 class SearchOptions(PairOptions):
@@ -583,9 +574,7 @@ class SubstitutionOptions(PairOptions):
     method: Annotated[list[str] | None, _method("measure a map of this method, or center, fitted "
         "on rows that are not tested; once for each map", metavar="NAME",
         show_default="realign, optimal-transport and center, if no file is given")] = None
-    buckets: Annotated[int, _method("labels of a row: buckets that the words of its caption are "
-        "hashed to", min=2)] = 512
+    buckets: Annotated[int, _method("labels that words of captions are hashed to", min=2)] = 512
     steps: Annotated[int, _method("training steps of a reader", min=1)] = 400
-    test: Annotated[float, _run("share of the images to test on", metavar="SHARE", min=0, max=1)
-        ] = 0.2
+    test: Annotated[float, _run("share of images to test on", metavar="SHARE", min=0, max=1)] = 0.2
     seeds: Annotated[int, _run("runs, each with weights and a split of its own", min=1)] = 5
