@@ -12,6 +12,18 @@ import torch
 from training_dynamics import processor
 
 STAGES = ("stage 1", "stage 2")
+# Of the arms in their order; colour-blind readers can tell them apart (Okabe and Ito, and grey).
+COLORS = (
+    "#999999",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#D55E00",
+    "#0072B2",
+    "#CC79A7",
+    "black",
+    "gray",
+)
 # 1: more is better, -1: less is better.
 FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1, "cider": 1}
 STEPS = ("mean shift (step 1)", "steps 1+2", "ReAlign")
@@ -128,31 +140,39 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
 
 
 def draw(path: Path, results: Results, order: list[str]) -> None:
-    """Draw the loss on held-out pictures against steps; bands reach over the seeds."""
+    """Draw the mean loss on held-out pictures against steps, and the seeds of ReAlign as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5))
+    pyplot.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = pyplot.subplots(1, 2, figsize=(16, 6), layout="constrained")
     for number, panel in enumerate(panels, 1):
         top = 0.0  # of the axis: the first steps are far above all later ones in every arm
-        for color, arm in enumerate(order):
+        for color, arm in zip(COLORS, order, strict=False):
             curves = [result[f"curve {number}"] for result in results[arm].values()]
             if not curves[0]:
                 continue
             steps = [step for step, _ in curves[0]]
             losses = [[loss for _, loss in curve] for curve in curves]
-            style = {"color": f"C{color}", "ls": "--" if "pairs" in arm else "-"}
-            panel.plot(steps, np.mean(losses, axis=0), label=arm, **style)
+            style = {"color": color, "ls": "--" if "pairs" in arm else "-"}
+            width = 4 if arm == "ReAlign" else 2
+            panel.plot(steps, np.mean(losses, axis=0), label=arm, lw=width, **style)
             low, high = np.min(losses, axis=0), np.max(losses, axis=0)
-            panel.fill_between(steps, low, high, color=f"C{color}", alpha=0.12, lw=0)
+            if arm == "ReAlign":
+                panel.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
             top = max(top, *high[len(high) // 3 :])
-        panel.set(title=f"stage {number}", xlabel="step", ylabel="loss on held-out pictures")
+        panel.set(xlabel="step", ylabel="loss on held-out pictures")
+        panel.set_title(f"Stage {number}", loc="left", fontweight="bold")
         panel.set_ylim(top=top + 0.1 if top else None)
-        panel.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    handles = {
+        label: line
+        for panel in panels
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=75)
     pyplot.close(figure)
 
 
