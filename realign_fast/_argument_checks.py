@@ -32,13 +32,20 @@ def expect_tensor(name: str, rows: object, argument: str = "rows", floating: boo
         advice = "use torch.tensor(rows.to_numpy()) of its embedding columns"
     elif isinstance(rows, np.ndarray):
         kind, filled = f"ndarray of {rows.dtype}", "filled(numpy.nan)." * np.ma.isMA(rows)
-        advice = f"use torch.from_numpy(rows.{filled}astype('float32'))"  # of any strides
+        bits = 64 if rows.dtype.kind == "f" and rows.itemsize >= 8 else 32
+        advice = f"use torch.from_numpy(rows.{filled}astype('float{bits}'))"  # of any strides
         if rows.dtype.kind == "c":
             advice = "use torch.view_as_real(torch.from_numpy(rows)).flatten(-2).float()"
     elif isinstance(rows, (list, tuple)):
         advice = "use torch.tensor(rows)"
     numbers = " of floating-point numbers" if floating else ""
     raise TypeError(f"{name}: expected {argument} as a tensor{numbers}, got {kind}; {advice}")
+
+
+def expect_numbers(name: str, tensor: Tensor, argument: str = "rows") -> None:
+    """Raise a TypeError if a tensor is on the device meta, where it holds no numbers."""
+    if tensor.is_meta:
+        raise TypeError(f"{name}: {argument} is on the device meta; give a tensor with numbers")
 
 
 def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:

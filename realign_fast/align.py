@@ -292,19 +292,22 @@ class ReAlign(nn.Module, HubObject):
     @property
     def statistical_floor(self) -> float:
         """The centroid gap to expect on rows not fitted on, ``sqrt(T_x (1/n_x + 1/n_y))``."""
+        if self.shift.is_meta:
+            self._expect_fitted()
         n_x, n_y = int(self.target_count), int(self.source_count)
         return math.sqrt(float(self.target_trace) * (1 / n_x + 1 / n_y)) if n_x * n_y else math.nan
 
     @property
     def record(self) -> dict[str, float | int | str | None]:
         """Plain numbers of the fit: counts, traces, gaps; ``None`` where not measured."""
+        floor = self.statistical_floor
         figures = {name: float(getattr(self, name)) for name in _SCALARS}
         if self.method != "realign":
             figures["scale"] = math.nan
         fitted = int(self.target_count) > 0
         gap = float((self.target_mean - self.source_mean).norm())
         figures |= {"centroid_gap": gap if fitted else math.nan}
-        figures |= {"statistical_floor": self.statistical_floor}
+        figures |= {"statistical_floor": floor}
         record: dict[str, float | int | str | None] = {
             "dimension": self.dimension,
             "method": self.method,
@@ -332,7 +335,7 @@ class ReAlign(nn.Module, HubObject):
             result: Array = aligned.numpy() if isinstance(rows, np.ndarray) else aligned
             return result
         expect_tensor("ReAlign", rows)
-        self._expect_fitted()
+        self._expect_fitted(rows)
         if rows.shape[-1:] != self.shift.shape:
             raise ValueError(
                 f"ReAlign: rows have shape {list(rows.shape)}, the aligner was fitted on "
@@ -381,9 +384,15 @@ class ReAlign(nn.Module, HubObject):
             aligner.load_state_dict(tensors)
         return aligner
 
-    def _expect_fitted(self) -> None:
+    def _expect_fitted(self, rows: Tensor | None = None) -> None:
+        """Raise a ValueError for a map that is not fitted, or without numbers where rows have."""
         if not self._is_fitted():
             raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
+        if self.shift.is_meta and (rows is None or not rows.is_meta):
+            raise ValueError(
+                "ReAlign: its buffers are on the device meta and hold no numbers; load a "
+                "state_dict with assign=True first"
+            )
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows: dimension, method, and the number of rows fitted on."""

@@ -18,9 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ._argument_checks import expect_numbers, tensor_of
 from ._one_thread import one_thread
 from .moments import Moments, expect_one_encoder, good_rows
 from .ops.reference import unit
@@ -283,7 +285,8 @@ def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
     isotropic. For symmetric noise the remainder is of fourth order. The mean [D] must not be 0,
     S is [D, D] and the result [D] float64.
     """
-    mean, s = mean.double(), covariance.double()
+    mean, s = (tensor_of("phantom_drift", given).double() for given in (mean, covariance))
+    expect_numbers("phantom_drift", s, "the covariance")
     if mean.dim() != 1 or s.shape != (len(mean), len(mean)):
         raise ValueError(
             f"phantom_drift: expected mean [D] and covariance [D, D], got {list(mean.shape)} and "
@@ -311,10 +314,16 @@ def _spectrum(covariance: Tensor) -> Tensor:
 
 def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield unit rows of pairs (source, target) in float64, a block at a time."""
-    if isinstance(pairs, Tensor):
-        raise ValueError("FixedFrame: expected (source, target) or batches of it, got one tensor")
     first_row = 0
-    for source, target in _batches_of_pairs(pairs):
+    for batch in _batches_of_pairs(pairs):
+        if len(batch) != 2 or isinstance(batch, (Tensor, np.ndarray)):
+            raise ValueError(
+                "FixedFrame: expected (source, target) of tensors [n, D] or batches of it, got a "
+                f"batch of {type(batch).__name__}; give both sides, with torch.tensor(rows)"
+            )
+        source, target = (tensor_of("FixedFrame", rows) for rows in batch)
+        expect_numbers("FixedFrame", source)
+        expect_numbers("FixedFrame", target)
         if source.shape != target.shape or source.dim() != 2 or source.shape[1] != columns:
             raise ValueError(
                 f"FixedFrame: expected matched rows [n, {columns}] twice, got "
@@ -334,5 +343,6 @@ def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _batches_of_pairs(pairs: Pairs) -> Iterable[Sequence[Tensor]]:
-    is_one_batch = isinstance(pairs, Sequence) and len(pairs) == 2 and isinstance(pairs[0], Tensor)
+    is_one_batch = isinstance(pairs, (list, tuple)) and len(pairs) == 2
+    is_one_batch = is_one_batch and isinstance(pairs[0], (Tensor, np.ndarray))
     return cast("Iterable[Sequence[Tensor]]", [pairs] if is_one_batch else pairs)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from ._argument_checks import expect_numbers
 from .corpus.row_batches import Rows, batches, tensor_of
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
@@ -106,8 +107,7 @@ class Moments:
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
         rows = tensor_of("Moments", rows, where)
-        if rows.is_meta:
-            raise TypeError(f"Moments: {where} is on the device meta; give a tensor with numbers")
+        expect_numbers("Moments", rows, where)
         if rows.dim() == 0 or rows.shape[-1] == 0:
             shape = list(rows.shape)
             raise ValueError(f"Moments: expected {where} [..., D], got shape {shape}")

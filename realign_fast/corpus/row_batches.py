@@ -59,7 +59,10 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
         batch_of_rows = array_tensor(name, item)
         if batch_of_rows.dim() < 2:
             shape = list(batch_of_rows.shape)
-            raise ValueError(f"{name}: expected batches of rows [n, D], got shape {shape}")
+            raise ValueError(
+                f"{name}: expected batches of rows [n, D], got shape {shape}; stack single rows, "
+                "for example with numpy.stack(rows)"
+            )
         yield RowBatch(name, first_row, batch_of_rows)
         first_row += len(item)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_tensor
+from .._argument_checks import expect_counts, expect_numbers, expect_tensor
 from ..ops.reference import unit
 from .estimate import Estimate
 
@@ -152,6 +152,7 @@ def check_pairs(
 def check_rows(name: str, rows: Tensor, min_rows: int = 2) -> None:
     """Raise an error if rows are no tensor [N, D], too few, or not finite; ``name`` begins it."""
     expect_tensor(name, rows)
+    expect_numbers(name, rows)
     if rows.dim() != 2 or len(rows) < min_rows or not rows.shape[1]:
         raise ValueError(
             f"{name}: expected {min_rows} or more rows [N, D], got shape {list(rows.shape)}"

@@ -29,7 +29,8 @@ class Estimate(float):
         return cls(float(values.mean()), spread / math.sqrt(len(values)))
 
     def __repr__(self) -> str:
-        return f"{float(self):.6g} ± {self.standard_error:.2g}"
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2g}"
+        return f"{float(self):.6g}{error}"
 
 
 def plain(figures: Mapping[str, float | None]) -> dict[str, float | int | None]:

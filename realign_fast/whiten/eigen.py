@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_tensor
+from .._argument_checks import expect_numbers, expect_tensor
 from .._one_thread import at_once, product
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -104,6 +104,7 @@ def checked_covariance(covariance: Tensor, name: str = "covariance") -> Tensor:
     shape = list(covariance.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"whiten: the {name} is {shape}, expected [D, D]; give Moments.covariance")
+    expect_numbers("whiten", covariance, f"the {name}")
     wide = covariance.detach().double()
     peak = max(abs(float(end)) for end in wide.aminmax())
     if not math.isfinite(peak):

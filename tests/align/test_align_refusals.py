@@ -1,12 +1,16 @@
 """What ReAlign refuses to be fitted on or called with, and what it takes all the same."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from realign_fast import Moments, ReAlign, SharedSpace, align_rows, metrics, sum_rows, whiten
+from realign_fast.frame import FixedFrame
 
 TEXT = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 1
+META = TEXT.to("meta")
 IMAGE = torch.randn(80, 8, generator=torch.Generator().manual_seed(1)) - 1
 
 
@@ -22,7 +26,9 @@ def test_rows_without_spread_have_no_scale(rows, dtype):
 def test_what_holds_no_rows_is_named():
     with pytest.raises(TypeError, match=r"source: expected rows as a tensor .* got list"):
         ReAlign.fit([[1.0, 2.0]], IMAGE)
-    with pytest.raises(ValueError, match=r"source: expected batches of rows \[n, D\], got shape"):
+    with pytest.raises(
+        ValueError, match=r"source: expected batches of rows \[n, D\], .*; stack single"
+    ):
         ReAlign.fit(list(TEXT), IMAGE)
     with pytest.raises(TypeError, match=r"target: expected rows .* got NoneType"):
         ReAlign.fit(TEXT, None)
@@ -126,6 +132,7 @@ def test_what_is_no_rows_is_one_clear_error(rows):
 COUNTS = (10 * TEXT).round()
 SPACE = SharedSpace.fit(text=TEXT, image=IMAGE)
 ALIGNER = ReAlign.fit(TEXT, IMAGE)
+FRAME = FixedFrame.fit(*(Moments(covariance=True).update(rows) for rows in (TEXT, IMAGE)))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,14 @@ def test_tables_with_ids_missing_values_or_nullable_numbers():
         (lambda: metrics.centroid_gap(Moments(), Moments()), "the source has no rows"),
         (lambda: Moments(covariance="no"), "options as True or False, got 'no'"),
         (lambda: Moments().update(TEXT, through=0), "expected through as .* got int"),
-        (lambda: Moments().update(TEXT.to("meta")), "rows is on the device meta"),
+        (lambda: Moments().update(META), "rows is on the device meta"),
+        (lambda: whiten.symmetric_root(META[:8]), "the covariance is on the device meta"),
+        (lambda: whiten.bures_distance(*[np.eye(3)] * 2), r"ndarray of float64.*astype\('float64'"),
+        (lambda: metrics.nearest_rows(META, IMAGE, 3), "rows is on the device meta"),
+        (lambda: FRAME.decompose((META, TEXT)), "rows is on the device meta"),
+        (lambda: copy.deepcopy(ALIGNER).to("meta")(TEXT), "its buffers are on the device meta"),
+        (lambda: copy.deepcopy(ALIGNER).to("meta").record, "its buffers are on the device meta"),
+        (lambda: copy.deepcopy(ALIGNER).to("meta").inverse(), "its buffers are on the device meta"),
         (
             lambda: ReAlign.fit(pytest.importorskip("pyarrow").array([[1.0, 2.0]]), TEXT),
             "got ListArray .* give its numbers",

@@ -270,7 +270,8 @@ def test_the_golden_pairs(golden):
     [
         (lambda f, y, x: f.decompose((y, x[:5])), r"got \[250, 9\] and \[5, 9\]"),
         (lambda f, y, x: f.decompose((y[:, :4], x[:, :4])), r"expected matched rows \[n, 9\]"),
-        (lambda f, y, x: f.decompose(torch.stack([y, x])), "got one tensor"),
+        (lambda f, y, x: f.decompose(torch.stack([y, x])), "got a batch of Tensor"),
+        (lambda f, y, x: f.decompose((y.tolist(), x.tolist())), "got a batch of list"),
         (lambda f, y, x: f.decompose([(y, x), (y, 0 * x)]), "row of pair 250 is zero"),
         (lambda f, y, x: f.decompose((y[:1], x[:1])), "got 1 pairs, expected 2 or more"),
         (lambda f, y, x: f.decompose(iter([])), "got 0 pairs"),

@@ -127,6 +127,7 @@ def test_an_estimate_is_a_float_with_an_error():
     again = pickle.loads(pickle.dumps(one))
     assert (again, again.standard_error) == (one, one.standard_error)
     assert repr(metrics.Estimate(0.5, 0.125)) == "0.5 ± 0.12"
+    assert repr(metrics.Estimate(0.5)) == "0.5", "an unknown error is not printed"
     assert math.isnan(metrics.Estimate.of_mean(values[:1]).standard_error)
 
 
