@@ -126,21 +126,17 @@ class ReAlign(nn.Module, HubObject):
         if source.trace:
             aligner.scale.fill_(math.sqrt(target.trace / source.trace))
         aligner.shift.copy_(aligner.target_mean - _times(aligner.linear, aligner.source_mean))
-        aligner._record_noise(noise, seed)
-        if drift is not None:
-            aligner.record_drift(drift)
-        return aligner
-
-    def _record_noise(self, noise: float | None, seed: int) -> None:
-        """Set the energy and the seed of C3's noise."""
-        if self._method == "noise":
+        if method == "noise":
             noise = _DEFAULT_NOISE if noise is None else noise
             if not noise >= 0:
                 raise ValueError(f"ReAlign: noise={noise}, expected a share of T_x from 0")
-            self.noise.fill_(noise)
-            self.seed.fill_(seed)
+            aligner.noise.fill_(noise)
+            aligner.seed.fill_(seed)
         elif noise is not None:
-            raise ValueError(f"ReAlign: method={self._method!r} adds no noise; leave noise out")
+            raise ValueError(f"ReAlign: method={method!r} adds no noise; leave noise out")
+        if drift is not None:
+            aligner.record_drift(drift)
+        return aligner
 
     @classmethod
     def fit(
@@ -304,17 +300,13 @@ class ReAlign(nn.Module, HubObject):
         figures = {name: float(getattr(self, name)) for name in _SCALARS}
         if self.method != "realign":
             figures["scale"] = math.nan
-        fitted = int(self.target_count) > 0
         gap = float((self.target_mean - self.source_mean).norm())
-        figures |= {"centroid_gap": gap if fitted else math.nan}
-        figures |= {"statistical_floor": floor}
-        record: dict[str, float | int | str | None] = {
-            "dimension": self.dimension,
-            "method": self.method,
-        }
-        record |= {name: int(getattr(self, name)) for name in _COUNTS}
-        record |= {"encoder": self.encoder} if self.encoder else {}
-        return record | {name: None if math.isnan(x) else x for name, x in figures.items()}
+        figures["centroid_gap"] = gap if int(self.target_count) > 0 else math.nan
+        figures["statistical_floor"] = floor
+        counts = {name: int(getattr(self, name)) for name in _COUNTS}
+        encoder = {"encoder": self.encoder} if self.encoder else {}
+        numbers = {name: None if math.isnan(x) else x for name, x in figures.items()}
+        return {"dimension": self.dimension, "method": self.method, **counts, **encoder, **numbers}
 
     def forward(
         self, rows: Array, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None

@@ -34,8 +34,8 @@ class RowWeights(NamedTuple):
     @classmethod
     def checked(cls, fweights: object, aweights: object, rows: Tensor) -> RowWeights:
         """Return the weights of rows [..., D] as [N] on their device; errors name the argument."""
-        given_weights = {"fweights": fweights, "aweights": aweights}
-        return cls(*(_checked_weights(name, w, rows) for name, w in given_weights.items()))
+        frequencies = _checked_weights("fweights", fweights, rows)
+        return cls(frequencies, _checked_weights("aweights", aweights, rows))
 
     def select(self, selection: slice | Tensor) -> RowWeights:
         """Return the weights of some of the rows, by a slice or a mask [N]."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -312,18 +312,19 @@ def _spectrum(covariance: Tensor) -> Tensor:
     return values.flip(0).clamp(min=0)
 
 
-def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _unit_blocks(pairs: Any, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield unit rows of pairs (source, target) in float64, a block at a time."""
-    first_row = 0
-    for batch in _batches_of_pairs(pairs):
-        if len(batch) != 2 or isinstance(batch, (Tensor, np.ndarray)):
+    first_row, arrays = 0, (Tensor, np.ndarray)
+    is_one_batch = isinstance(pairs, (list, tuple)) and len(pairs) == 2
+    for batch in [pairs] if is_one_batch and isinstance(pairs[0], arrays) else pairs:
+        if len(batch) != 2 or isinstance(batch, arrays):
             raise ValueError(
                 "FixedFrame: expected (source, target) of tensors [n, D] or batches of it, got a "
                 f"batch of {type(batch).__name__}; give both sides, with torch.tensor(rows)"
             )
         source, target = (tensor_of("FixedFrame", rows) for rows in batch)
-        expect_numbers("FixedFrame", source)
-        expect_numbers("FixedFrame", target)
+        for rows in (source, target):
+            expect_numbers("FixedFrame", rows)
         if source.shape != target.shape or source.dim() != 2 or source.shape[1] != columns:
             raise ValueError(
                 f"FixedFrame: expected matched rows [n, {columns}] twice, got "
@@ -340,9 +341,3 @@ def _unit_blocks(pairs: Pairs, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
         for y, x in zip(*blocks, strict=True):
             yield unit(y.to(x.device).double()), unit(x.double())
         first_row += len(source)
-
-
-def _batches_of_pairs(pairs: Pairs) -> Iterable[Sequence[Tensor]]:
-    is_one_batch = isinstance(pairs, (list, tuple)) and len(pairs) == 2
-    is_one_batch = is_one_batch and isinstance(pairs[0], (Tensor, np.ndarray))
-    return cast("Iterable[Sequence[Tensor]]", [pairs] if is_one_batch else pairs)

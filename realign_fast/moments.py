@@ -59,12 +59,10 @@ class Moments:
     def __init__(
         self, covariance: bool = False, normalize: bool = True, accurate: bool = False
     ) -> None:
-        for flag in (covariance, normalize, accurate):
+        self.normalize, self.accurate, self.with_covariance = normalize, accurate, covariance
+        for flag in self._flags().values():
             if not isinstance(flag, bool):
                 raise TypeError(f"Moments: expected its options as True or False, got {flag!r}")
-        self.normalize = normalize
-        self.accurate = accurate
-        self.with_covariance = covariance
         self.total = self.energy_total = self.counts = None
         self.scatter = Scatter(normalize, accurate) if covariance else None
 
@@ -130,7 +128,14 @@ class Moments:
         if not int(bad.sum()):
             return self
         if bad_rows == "error":
-            raise ValueError(_describe_bad_row(rows, where, first_row))
+            index = int((~good_rows(rows)).nonzero()[0])
+            is_zero = bool((rows[index] == 0).all())
+            fault = "is zero" if is_zero else "holds a NaN or an infinity"
+            raise ValueError(
+                f"{where}: row {first_row + index} {fault}, expected a finite row with "
+                "a direction; mend the file, or pass bad_rows='skip' "
+                "(--bad-rows skip) to leave such rows out"
+            )
         good = good_rows(rows)
         self._add_rows(rows[good], weights.select(good), through)
         self._row_sums.counts[1:] += bad.to(self._row_sums.counts.device)
@@ -159,21 +164,26 @@ class Moments:
         """Add rows [N, D] and return their counts [3]."""
         if self.scatter is not None:
             counts = self.scatter.add(rows, weights, through)
-            sums = _no_rows(rows.shape[1], rows.device)._replace(counts=counts)
-        elif callable(through):
+            self._start(rows.shape[1], rows.device).counts.add_(counts)
+            return counts
+        if callable(through):
             sums = ops.sum_mapped_rows(rows, through)
         else:
             sums = ops.sum_rows(rows, *(through or ()), normalize=self.normalize)
         self._add(sums)
         return sums.counts
 
-    def _start(self, columns: int, device: torch.device) -> None:
-        self.total, self.energy_total, self.counts = _no_rows(columns, device)
+    def _start(self, columns: int, device: torch.device) -> ops.RowSums:
+        """Return the three sums, which are zeros before the first update."""
+        if self.total is None:
+            self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+            self.energy_total = self.total.new_zeros(())
+            self.counts = self.total.new_zeros(3, dtype=torch.int64)
+        return self._row_sums
 
     def _add(self, sums: ops.RowSums) -> None:
-        if self.total is None:
-            self._start(len(sums.total), sums.total.device)
-        for own_sum, addend in zip(self._row_sums, sums, strict=True):
+        own_sums = self._start(len(sums.total), sums.total.device)
+        for own_sum, addend in zip(own_sums, sums, strict=True):
             own_sum += addend.to(own_sum.device)
 
     @property
@@ -213,7 +223,12 @@ class Moments:
                 "init_process_group first (torchrun sets its variables)"
             )
         default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        own = self._facts().to(default if self.total is None else self.total.device)
+        has_centre = self.scatter is not None and self.scatter.centre is not None
+        columns_or_0 = 0 if self.total is None else len(self.total)
+        own = torch.tensor(  # [8] int64
+            [columns_or_0, has_centre, *self._counts, *self._flags().values()],
+            device=default if self.total is None else self.total.device,
+        )
         ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, own, group)
         facts = torch.stack(ranks)  # [ranks, 8]
@@ -227,8 +242,7 @@ class Moments:
         _expect_countable([sum(counts) for counts in facts[:, 2:5].T.tolist()])
         if not bool(columns.any()):
             return self
-        if self.total is None:
-            self._start(int(columns.max()), own.device)
+        self._start(int(columns.max()), own.device)
         if self.scatter is not None and bool(facts[:, 1].any()):
             is_first = dist.get_rank(group) == int(facts[:, 1].argmax())
             zeros = torch.zeros_like(self._row_sums.total)
@@ -239,12 +253,6 @@ class Moments:
             if name != "scatter.centre":
                 dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return self
-
-    def _facts(self) -> Tensor:
-        """Return [8] int64: columns, whether there is a centre, three counts and three flags."""
-        columns = 0 if self.total is None else len(self.total)
-        has_centre = self.scatter is not None and self.scatter.centre is not None
-        return torch.tensor([columns, has_centre, *self._counts, *self._flags().values()])
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments with their sums on ``device``."""
@@ -317,32 +325,28 @@ class Moments:
         rounding are not taken for spread, and float64 otherwise. It is all zero where the spread
         is within rounding.
         """
-        scatter, covariance = self._known_scatter, self.covariance
+        covariance = self.covariance
         rounding = torch.finfo(torch.float64).eps * self.dimension * self.energy
         if float(covariance.trace()) <= rounding:
             covariance.zero_()
-        return covariance.float() if float(scatter.weights[2]) else covariance
+        in_float32 = self.scatter is not None and float(self.scatter.weights[2])
+        return covariance.float() if in_float32 else covariance
 
     def cov(self, correction: float = 1) -> Tensor:
         """Return the covariance [D, D] float64 with ``torch.cov``'s weights and correction.
 
         It is divided by ``W - correction sum(w a) / W``, ``w = f a``: ``n - 1`` without weights.
         """
-        scatter = self._known_scatter
+        if self.scatter is None:
+            raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
         self._count_or_raise()
-        freedom = scatter.freedom(correction)
+        freedom = self.scatter.freedom(correction)
         if freedom <= 0:
             raise ValueError(
                 f"Moments: {self.count} rows leave nothing to divide by with correction="
                 f"{correction}; update with more rows or lower it"
             )
-        return scatter.centred() / freedom
-
-    @property
-    def _known_scatter(self) -> Scatter:
-        if self.scatter is None:
-            raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
-        return self.scatter
+        return self.scatter.centred() / freedom
 
     def save(self, path: AnyPath) -> None:
         """Write a safetensors file; it appears whole or not at all."""
@@ -406,11 +410,9 @@ class Moments:
         for name in _SUMS:
             setattr(self, name, state[name] if state else None)
         if self.scatter is not None:
-            prefix = "scatter."
             self.scatter = Scatter(self.normalize, self.accurate)
-            self.scatter.load_state(
-                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-            )
+            parts = ((name.partition("."), tensor) for name, tensor in state.items())
+            self.scatter.load_state({field: t for (_, _, field), t in parts if field})
 
     def _expect_columns(self, columns: int, name: str) -> None:
         if self.total is not None and columns != len(self.total):
@@ -433,11 +435,6 @@ class Moments:
 
 
 torch.serialization.add_safe_globals([Moments, Scatter])  # for torch.load(weights_only=True)
-
-
-def _no_rows(columns: int, device: torch.device) -> ops.RowSums:
-    total = torch.zeros(columns, dtype=torch.float64, device=device)
-    return ops.RowSums(total, total.new_zeros(()), total.new_zeros(3, dtype=torch.int64))
 
 
 def _expect_countable(counts: list[int]) -> None:
@@ -538,12 +535,3 @@ def warn_if_far(name: str, mean: Tensor, rows: int, fitted: Tensor, count: int) 
 def good_rows(rows: Tensor) -> Tensor:
     """Return a mask [N] of the rows [N, D] that are finite and have a direction."""
     return torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
-
-
-def _describe_bad_row(rows: Tensor, name: str, first_row: int) -> str:
-    index = int((~good_rows(rows)).nonzero()[0])
-    fault = "is zero" if bool((rows[index] == 0).all()) else "holds a NaN or an infinity"
-    return (
-        f"{name}: row {first_row + index} {fault}, expected a finite row with a direction; "
-        "mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave such rows out"
-    )

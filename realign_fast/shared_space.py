@@ -187,11 +187,6 @@ class SharedSpace(HubObject):
         self.layout: Layout = layout
         self.query_role = query_role
         self._maps: dict[tuple[str, str], RoleMap] = {}  # by "documents" or "queries", and name
-        self._scales = {  # by modality and role
-            (name, role): 1.0 if method == "center" else side.scale(queries)
-            for name, side in self.sides.items()
-            for role, queries in self.sides.items()
-        }
 
     @classmethod
     def fit(
@@ -236,7 +231,7 @@ class SharedSpace(HubObject):
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows
         space = cls.from_passes(
-            lambda name, centre: _measured(rows[name], name, centre, batch_rows, bad_rows),
+            lambda name, centre: measure_side(rows[name], name, centre, batch_rows, bad_rows),
             [*modalities],
             roles,
             query_role,
@@ -244,7 +239,13 @@ class SharedSpace(HubObject):
             method=method,
         )
         space.encoder = encoder
-        _check_different(space.sides)
+        for (name, side), (other, documents) in combinations(space.sides.items(), 2):
+            is_same = side.count == documents.count and side.centre.equal(documents.centre)
+            if is_same and side.covariance.equal(documents.covariance):
+                raise ValueError(
+                    f"SharedSpace: the {side.count} {name} rows are the {other} rows; give the "
+                    "rows of two modalities"
+                )
         return space
 
     @classmethod
@@ -282,7 +283,15 @@ class SharedSpace(HubObject):
             centres = {name: moments[name].mean for name in names}
             moments = {name: measure_rows(name, centre) for name, centre in centres.items()}
             space = cls(_sides(modalities, moments, centres), method, layout, query_role)
-        space._warn_of_unsure_scales()
+        queries = space.sides[query_role]
+        for name, side in space.sides.items():
+            error = side.scale_error(queries)
+            if method != "center" and not error <= _UNSURE:
+                warnings.warn(
+                    f"SharedSpace: the scale of {name!r} has a standard error of {error:.0%}, from "
+                    f"{side.count} documents and {queries.query_count} queries; fit on more rows",
+                    stacklevel=3,
+                )
         return space
 
     @property
@@ -312,7 +321,7 @@ class SharedSpace(HubObject):
             name: {
                 "count": side.count,
                 "query_count": side.query_count,
-                "scale": {role: self._scales[name, role] for role in self.sides},
+                "scale": {role: self._scale(side, role) for role in self.sides},
                 "scale_error": {role: side.scale_error(q) for role, q in self.sides.items()},
                 "common_share": {role: self.common_share(role, name) for role in self.sides},
             }
@@ -333,8 +342,11 @@ class SharedSpace(HubObject):
 
     def scale(self, modality: str) -> float:
         """Return the number that documents of a modality are divided by in the index."""
-        self._side(modality)
-        return 1.0 if self.layout == "blocks" else self._scales[modality, self.query_role]
+        side = self._side(modality)
+        return 1.0 if self.layout == "blocks" else self._scale(side, self.query_role)
+
+    def _scale(self, side: Side, role: str) -> float:
+        return 1.0 if self.method == "center" else side.scale(self.sides[role])
 
     def text(self, rows: Array) -> Array:
         """Return documents of the modality ``text`` for the index (:meth:`documents`)."""
@@ -361,14 +373,15 @@ class SharedSpace(HubObject):
     def document_map(self, modality: str) -> RoleMap:
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
         side, is_wide = self._side(modality), self.layout == "blocks"
-        if (key := ("documents", modality)) not in self._maps:
-            first = [*self.sides].index(modality) * self.dimension * is_wide
-            scales = {first: self.scale(modality)}
-            self._maps[key] = self._map(side.centre, scales)
-        return self._maps[key]
+        first = [*self.sides].index(modality) * self.dimension * is_wide
+        return self._map("documents", modality, side.centre, {first: self.scale(modality)})
 
-    def _map(self, centre: Tensor, scales: Mapping[int, float]) -> RoleMap:
-        return RoleMap(centre, self.method != "calibrate", scales, self.columns)
+    def _map(self, kind: str, name: str, centre: Tensor, scales: dict[int, float]) -> RoleMap:
+        """Return the map of documents or queries, which is made once."""
+        if (kind, name) not in self._maps:
+            normalized = self.method != "calibrate"
+            self._maps[kind, name] = RoleMap(centre, normalized, scales, self.columns)
+        return self._maps[kind, name]
 
     def query(self, rows: Array, role: str | None = None) -> Array:
         """Return queries [N, D] as they search the index, [N, ``columns``].
@@ -400,15 +413,9 @@ class SharedSpace(HubObject):
                 f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
-        if (key := ("queries", role)) not in self._maps:
-            scales = {0: 1.0}
-            if self.layout == "blocks":
-                scales = {
-                    block * self.dimension: self._scales[name, role]
-                    for block, name in enumerate(self.sides)
-                }
-            self._maps[key] = self._map(side.query_centre, scales)
-        return self._maps[key]
+        blocks, width = self.layout == "blocks", self.dimension
+        scales = {i * width: self._scale(s, role) for i, s in enumerate(self.sides.values())}
+        return self._map("queries", role, side.query_centre, scales if blocks else {0: 1.0})
 
     def fuse(
         self,
@@ -463,12 +470,10 @@ class SharedSpace(HubObject):
         ``[q, 0]``; R is one number for the whole index.
         """
 
-        def extended(block: Tensor) -> Tensor:
-            norms = torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
-            rest = norms * 0 if queries else (self.radius**2 - norms.square()).clamp(min=0).sqrt()
-            return torch.cat([block, rest.to(block.dtype)], dim=1)
-
-        wide = extended(self._checked(rows, self.columns))
+        block = self._checked(rows, self.columns)
+        norms = torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
+        rest = norms * 0 if queries else (self.radius**2 - norms.square()).clamp(min=0).sqrt()
+        wide = torch.cat([block, rest.to(block.dtype)], dim=1)
         return wide.numpy() if isinstance(rows, np.ndarray) else wide
 
     def to_faiss(self, index: Any, *, modality: str | None = None, role: str | None = None) -> Any:
@@ -565,18 +570,6 @@ class SharedSpace(HubObject):
         mapped = row_map(tensor)
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
-    def _warn_of_unsure_scales(self) -> None:
-        """Warn of each scale whose standard error passes 10%."""
-        queries = self.sides[self.query_role]
-        for name, side in self.sides.items():
-            error = side.scale_error(queries)
-            if self.method != "center" and not error <= _UNSURE:
-                warnings.warn(
-                    f"SharedSpace: the scale of {name!r} has a standard error of {error:.0%}, from "
-                    f"{side.count} documents and {queries.query_count} queries; fit on more rows",
-                    stacklevel=4,
-                )
-
 
 torch.serialization.add_safe_globals(
     [SharedSpace, Side, RoleMap]
@@ -623,31 +616,20 @@ def _check_side(name: str, side: Side, columns: int) -> None:
         raise TypeError(f"{name}.covariance with a negative variance")
 
 
-def _measured(
+def measure_side(
     rows: Any, name: str, centre: Tensor | None, batch_rows: int, bad_rows: BadRows
 ) -> Moments:
     """Return the moments of rows, or those of ``unit(u - centre)``."""
-    through = None if centre is None else centring_map(centre)
-    if not isinstance(rows, Moments):
-        options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
-        return measure(rows, name, covariance=True, through=through, **options)
-    if through:
+    if isinstance(rows, Moments) and centre is not None:
         raise ValueError(
             f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
             "give rows, or method='calibrate', or use from_passes"
         )
-    return rows
-
-
-def _check_different(sides: Mapping[str, Side]) -> None:
-    """Raise a ValueError if two modalities have the same rows."""
-    for (name, side), (other, documents) in combinations(sides.items(), 2):
-        is_same = side.count == documents.count and side.centre.equal(documents.centre)
-        if is_same and side.covariance.equal(documents.covariance):
-            raise ValueError(
-                f"SharedSpace: the {side.count} {name} rows are the {other} rows; give the rows of "
-                "two modalities"
-            )
+    if isinstance(rows, Moments):
+        return rows
+    through = None if centre is None else centring_map(centre)
+    options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
+    return measure(rows, name, covariance=True, through=through, **options)
 
 
 def _check_moments(sides: Mapping[str, Moments]) -> None:

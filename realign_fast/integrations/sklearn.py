@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..moments import Moments, measure
-from ..shared_space import SPACE_METHODS, SharedSpace, SpaceMethod, centring_map
+from ..moments import Moments
+from ..shared_space import SPACE_METHODS, SharedSpace, SpaceMethod, measure_side
 from ..whiten import AffineMap, affine_transport, whitening
 from ..whiten.matrix_roots import WhiteningKind
 
@@ -230,14 +230,11 @@ class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
         rows = validate_data(self, X, ensure_min_samples=2, ensure_min_features=2, **_READABLE)
         queries = rows if self.queries is None else check_array(self.queries, **_READABLE)
         sides = {"document": rows, "query": queries}
-
-        def measure_rows(name: str, centre: torch.Tensor | None) -> Moments:
-            options: dict[str, Any] = {"batch_rows": 1 << 16, "bad_rows": "keep"}
-            through = None if centre is None else centring_map(centre)
-            return measure(sides[name], name, covariance=True, through=through, **options)
-
         self.space_ = SharedSpace.from_passes(
-            measure_rows, [*sides], query_role="query", method=self.method
+            lambda name, centre: measure_side(sides[name], name, centre, 1 << 16, "keep"),
+            [*sides],
+            query_role="query",
+            method=self.method,
         )
         return self
 

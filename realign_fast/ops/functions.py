@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OPS = torch.ops.realign_fast
 _MAP_OPS: tuple[Callable[..., Tensor], ...] = (_OPS.align_rows.default, _OPS.map_rows.default)
 _WRITING_OPS: tuple[Callable[..., None], ...] = _OPS.align_rows_.default, _OPS.map_rows_.default
-_ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _BLOCK_ROWS = 1 << 13  # rows that sum_mapped_rows maps at a time
 
 
@@ -66,8 +65,12 @@ def align_rows(
     Inside the transforms of ``torch.func``, and of rows with a forward-mode tangent, plain torch in
     float64 answers (``ops/reference.py``) in place of the kernel.
     """
-    if _may_call_kernel(rows, scale, shift, length) and _may_write(out, out_dtype):
-        linear = scale if isinstance(scale, Tensor) else torch.scalar_tensor(scale, **_ON_CPU)
+    if _may_call_kernel(rows, scale, shift, length, out, out_dtype):
+        linear = (
+            scale
+            if isinstance(scale, Tensor)
+            else torch.tensor(scale, dtype=torch.float64, device="cpu")
+        )
         try:
             if out is not None:
                 _WRITING_OPS[linear.dim() > 0](out, rows, linear, shift, recentre, length)
@@ -92,7 +95,12 @@ def align_rows(
 
 
 def _may_call_kernel(
-    rows: Tensor, scale: Tensor | float, shift: Tensor, length: float | None
+    rows: Tensor,
+    scale: Tensor | float,
+    shift: Tensor,
+    length: float | None,
+    out: Tensor | None,
+    out_dtype: torch.dtype | None,
 ) -> bool:
     """Return whether the compiled CPU kernel's checks are enough, with no layer of torch before it.
 
@@ -105,20 +113,16 @@ def _may_call_kernel(
         and type(scale) in (Tensor, float)
         and rows.is_cpu
         and shift.dtype == torch.float64
-        and not (rows.requires_grad and torch.is_grad_enabled())
-        and not is_transformed(rows)
         and (length is None or math.isfinite(length))
+        and (out is None or (type(out) is Tensor and out_dtype is None and not out.is_neg()))
+        and not _needs_gradient(rows, out)
+        and not is_transformed(rows)
     )
 
 
-def _may_write(out: Tensor | None, out_dtype: torch.dtype | None) -> bool:
-    """Return whether the compiled kernel's checks of ``out`` are enough."""
-    return out is None or (
-        type(out) is Tensor
-        and out_dtype is None
-        and not out.is_neg()
-        and not (out.requires_grad and torch.is_grad_enabled())
-    )
+def _needs_gradient(rows: Tensor, out: Tensor | None) -> bool:
+    needed = rows.requires_grad or (out is not None and out.requires_grad)
+    return needed and torch.is_grad_enabled()
 
 
 def is_transformed(rows: Tensor) -> bool:
@@ -147,8 +151,7 @@ def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None
         raise TypeError(
             f"align_rows: out is {out.dtype} but out_dtype says {out_dtype}; omit out_dtype"
         )
-    needs_gradient = torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad)
-    if needs_gradient or is_transformed(rows):
+    if _needs_gradient(rows, out) or is_transformed(rows):
         raise RuntimeError("align_rows: out= keeps no gradient; drop out= or use torch.no_grad()")
 
 

@@ -14,38 +14,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
-def _import_at_first_call(file: str, op: str) -> Callable[..., Any]:
+def _import_at_first_call(op: str) -> Callable[..., Any]:
     """Return a function that calls ``op`` and imports its file when it is first called."""
 
     def call_op(*arguments: Any) -> Any:
         """Call the op of this name in its own file."""
-        return getattr(importlib.import_module(f".{file}", __package__), op)(*arguments)
+        kernels = importlib.import_module(".product_kernels", __package__)
+        return getattr(kernels, op)(*arguments)
 
     return call_op
 
 
-def _into_new_tensor(map_in_place: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Return the form of a row map that allocates its result, [N, D] of ``dtype``."""
-
-    def map_to_new_tensor(rows: Tensor, *row_map_and_dtype: Any) -> Tensor:
-        """Map the rows by ``linear, shift, recentre``; ``dtype`` and other options follow."""
-        *row_map, dtype = row_map_and_dtype[:4]
-        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        map_in_place(out, rows, *row_map, *row_map_and_dtype[4:])
-        return out
-
-    return map_to_new_tensor
-
-
-add_scatter_ = _import_at_first_call("product_kernels", "add_scatter_")
-align_rows_ = _import_at_first_call("product_kernels", "align_rows_")
-align_rows = _into_new_tensor(align_rows_)
-map_rows_ = _import_at_first_call("product_kernels", "map_rows_")
-map_rows = _into_new_tensor(map_rows_)
-sum_rows = _import_at_first_call("row_kernels", "sum_rows")
+add_scatter_ = _import_at_first_call("add_scatter_")
+align_rows_ = map_rows_ = _import_at_first_call("map_rows_")
+align_rows = map_rows = _import_at_first_call("map_rows")
+sum_rows = _import_at_first_call("sum_rows")
 
 
 def register_kernels(

@@ -19,6 +19,8 @@ launch waits for the GPU, and the launches depend on shapes and dtypes alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +30,14 @@ from ..memory import check_no_overlap
 from .row_kernels import (
     TRITON_DTYPE,
     aligned,
-    ending,
     launch,
     launch_map,
     launch_sums,
     on_device_of,
+    sum_rows,
 )
+
+__all__ = ["add_scatter_", "map_rows", "map_rows_", "sum_rows"]
 
 _PROMOTE = 1024  # summed on tensor cores before the sum is added to a rounded one
 _MAP_ENTRIES = 1 << 23  # of A u that are computed at a time, so that they stay in the L2 cache
@@ -163,9 +167,9 @@ def map_rows_(
     wide = torch.float64 in (rows.dtype, out.dtype)
     wide |= linear.dim() == 0 and out.dtype == torch.bfloat16  # (as in csrc/common/dispatch.h)
     m = torch.float64 if wide else torch.float32
-    source, target, ends = aligned(rows), aligned(out), ending(shift, recentre, length)
+    source, target, row_map = aligned(rows), aligned(out), (linear, shift, recentre, length)
     if linear.dim() < 2:
-        launch_map(target, source, m, linear, ends)
+        launch_map(target, source, m, *row_map)
     else:
         in_place = target.data_ptr() == source.data_ptr()
         factor, pieces = _matrix_terms(linear, rows.dtype, m)
@@ -173,12 +177,17 @@ def map_rows_(
         for block, into in zip(source.split(count), target.split(count), strict=True):
             product = _multiply(block, pieces, m), factor
             # An unusual row is read to the end for each of its blocks.
-            launch_map(into, block.clone() if in_place else block, m, linear, ends, product)
+            launch_map(into, block.clone() if in_place else block, m, *row_map, product)
     if target is not out:
         out.copy_(target)
 
 
-align_rows_ = map_rows_
+def map_rows(rows: Tensor, *row_map_and_dtype: Any) -> Tensor:
+    """Compute ``reference.map_rows`` by :func:`map_rows_`, with its arguments in this order."""
+    linear, shift, recentre, dtype, *options = row_map_and_dtype
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    map_rows_(out, rows, linear, shift, recentre, *options)
+    return out
 
 
 def product_tile(side: int, dtype: torch.dtype, depth: int = 32) -> dict[str, int]:

@@ -427,37 +427,31 @@ def launch(
         kernel[grid](rows, len(rows), rows.stride(0), *arguments, **constants)
 
 
-def ending(
-    shift: Tensor, recentre: Tensor | None, length: float | None
-) -> tuple[tuple[Tensor, ...], dict[str, int]]:
-    """Return b, h and the length as the kernels take them, and the constants KINDS and LENGTH."""
-    length_mode, result_length = 0 if length is None else 1, shift
-    if length not in (None, 1):
-        length_mode, result_length = 2, shift.new_full((), length)
-    vectors = shift, shift if recentre is None else recentre, result_length
-    return vectors, {"KINDS": 2 if recentre is None else 3, "LENGTH": length_mode}
-
-
 def launch_map(
     target: Tensor,  # [N, D], aligned
     rows: Tensor,  # [N, D]
     m: torch.dtype,
     linear: Tensor,  # [] float64, or [D], a diagonal, or [D, D], whose product is given
-    ends: tuple[Sequence[Tensor], dict[str, int]],  # of `ending`
+    shift: Tensor,  # [D] float64
+    recentre: Tensor | None,  # [D] float64
+    length: float | None,
     product: tuple[Tensor, Tensor] | None = None,  # A x over a factor, [N, WIDTH] M; the factor []
 ) -> None:
     """Write the images of the rows into the target with one read and one write of each row."""
-    shape, (vectors, constants) = tile(rows.shape[1]), ends
+    shape, is_unit = tile(rows.shape[1]), length in (None, 1)
+    result_length = shift if is_unit else shift.new_full((), length or 0)
+    vectors = linear, shift, shift if recentre is None else recentre, result_length
     launch(
         align_rows_kernel,
         (triton.cdiv(len(rows), shape["ROWS"]),),
         rows,
         m,
-        *(target, target.stride(0), *(product or (linear, linear)), linear, *vectors),
+        *(target, target.stride(0), *(product or (linear, linear)), *vectors),
         OUT_STEP=step_of(target),
         WIDTH=product[0].shape[1] if product else 0,
         DIMS=linear.dim(),
-        **constants,
+        KINDS=2 if recentre is None else 3,
+        LENGTH=0 if length is None else 1 if is_unit else 2,
         **shape,
     )
 
