@@ -14,7 +14,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -206,27 +206,26 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
             a link to elsewhere, or two of ``corpora`` have a file in common.
         OSError: nothing can be written to ``out`` or its ``subfolders``.
     """
-    records = records_of(out)
-    for subfolder in subfolders if not out.is_remote else ():
-        existing, fault = _existing(local_path(out / subfolder)), ""
-        folders = [local_path(path) for path in (records, records / STATS)]
-        if in_place := [path for path in folders if path.exists() and not path.is_dir()]:
-            existing, fault = in_place[0], "expected the directory of checkpoints, got a file"
-        elif not existing.exists():
-            fault = f"is a link to {os.readlink(existing)}, which leads to nothing"
-        elif not existing.is_dir():
+    records, folders = records_of(out), list[LocalPath]()
+    if not out.is_remote:
+        paths = *(out / name for name in subfolders), records, records / STATS
+        folders = [local_path(path) for path in paths]
+    for place in map(_existing, folders):
+        fault = ""
+        if not place.exists():
+            fault = f"is a link to {os.readlink(place)}, which leads to nothing"
+        elif not place.is_dir():
             fault = "expected a directory to write into, got a file"
-        elif os.statvfs(existing).f_flag & os.ST_RDONLY:
+        elif os.statvfs(place).f_flag & os.ST_RDONLY:
             fault = "is on a read-only file system"
-        elif not os.access(existing, os.W_OK | os.X_OK):
+        elif not os.access(place, os.W_OK | os.X_OK):
             fault = "expected a directory to write into, this one is protected from changes"
         if fault:
-            raise OSError(f"{existing}: {fault}; give another --out")
+            raise OSError(f"{place}: {fault}; give another --out")
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)
-    folder = None if out.is_remote else local_path(records / STATS)
-    for path in (folder.parent, folder, *folder.glob("*")) if folder else ():
+    for path in (*folders[-2:], *(folders[-1].glob("*") if folders else ())):
         if path.is_symlink() and not path.is_within(out):
             raise OptionError(
                 f"{path}: is a link to {os.readlink(path)}, and the lock and the statistics would "
@@ -303,7 +302,10 @@ def _check_shards(
         for result in results
         for shard in result.corpus.shards
     }
-    present = {path for name in _folders(out, results, mode) for path in _shards_in(out / name)}
+    kept = {facts["folder"] for facts in kept_passes(out, results, mode).values()}
+    folders = [out / name for name in {"", *FOLDERS.values()} - kept]
+    paths = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
+    present = {path for path in paths if is_output_shard(path.name)}
     present -= {out / name for name in carried}
     if unknown := present - expected:
         advice = "give an empty --out, or that of an earlier run on the same source"
@@ -313,29 +315,14 @@ def _check_shards(
             f"{min(map(str, unknown))}: is no shard that {results[0].corpus.path} becomes, and "
             f"the two would mix; {advice}"
         )
-    first, records = min(map(str, present), default=""), records_of(out)
-    if present and not any((records / name).exists() for name in (ALIGNER, SPACE, REPORT, STATS)):
+    evidence = {STATS, MANIFEST, *((ALIGNER, SPACE, REPORT) if mode == "overwrite" else ())}
+    if present and not any((records_of(out) / name).exists() for name in evidence):
         raise OptionError(
-            f"{first}: would be replaced, but {out} has no {ALIGNER} or {SPACE} that says a run of "
-            "ours wrote it; give an empty --out"
-        )
-    resumable = mode == "overwrite" or any((records / name).exists() for name in (STATS, MANIFEST))
-    if present and not resumable:
-        raise OptionError(
-            f"{first}: is of a run without {MANIFEST} (realign-fast before it could "
-            "resume), so nothing says what is finished; write it anew with --mode overwrite, or "
-            "give another --out"
+            f"{min(map(str, present))}: would be replaced, but {out} has no {MANIFEST} that says "
+            "a run of ours wrote it; give an empty --out, or --mode overwrite if an early version "
+            "wrote it"
         )
     return present
-
-
-def _folders(out: StoragePath, results: Sequence[Written], mode: Mode) -> set[str]:
-    """Return the folders of ``out`` whose shards these results replace.
-
-    Others are those of passes that the run leaves as they are: other sides of the same space.
-    """
-    kept = kept_passes(out, results, mode).values()
-    return {"", *FOLDERS.values()} - {facts["folder"] for facts in kept}
 
 
 def kept_passes(
@@ -346,8 +333,3 @@ def kept_passes(
     finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
     facts = {name: record["facts"] for name, record in finished.items() if name not in names}
     return {name: own for name, own in facts.items() if "folder" in own}
-
-
-def _shards_in(folder: StoragePath) -> list[StoragePath]:
-    paths: Iterable[StoragePath] = folder.iterdir() if folder.is_dir() else []
-    return [path for path in paths if is_output_shard(path.name)]

@@ -21,7 +21,7 @@ from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
 from ..moments import Moments, good_rows
 from .passes import PassRunner
 from .settings import Settings
-from .table_rows import TableMoments, moments_for
+from .table_rows import add_rows, moments_for
 
 _BLOCKS = 20  # blocks of the delete-one jackknife
 
@@ -109,12 +109,10 @@ def measure_sample(
                 rows = corpus.take(batch_ids)
                 if settings.bad_rows == "error":
                     _check_rows(corpus, batch_ids, rows)
-                if isinstance(moments, TableMoments) and codes is not None:
+                batch_codes = None
+                if codes is not None:
                     batch_codes = codes[block::num_blocks][first : first + size]
-                    moments.update_sides(rows, batch_codes, row_map, bad_rows=settings.bad_rows)
-                else:
-                    through = None if row_map is None else row_map.row_map
-                    moments.update(rows, through=through, bad_rows=settings.bad_rows)
+                add_rows(moments, rows, batch_codes, row_map, bad_rows=settings.bad_rows)
                 advance(len(rows))
             total.merge(moments)
             if (n := moments.count) and codes is None:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..align import ReAlign
 from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
@@ -24,11 +27,12 @@ from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
 from ..corpus.split_corpus import SplitCorpus
 from ..moments import Moments, good_rows
+from ..ops import align_rows, working_dtype
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
-from .table_rows import AnyMap, IndexMap, TableMap, TableMoments, moments_for, zero_results
+from .table_rows import AnyMap, IndexMap, TableMap, add_rows, moments_for, zero_results
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,14 @@ class ShardResult:
     began: float = 0.0  # the time at which the worker began to read
 
 
-def _ignore_progress(_: int) -> None:
-    """Stand in for ``advance`` in other processes, whose progress is seen shard by shard."""
-
-
 @dataclass(frozen=True)
 class ShardTask:
     """The moments of a shard, and its rows sent through a map into ``folder`` if there is one.
 
     ``identities`` are those of the shards when the run began: a shard that has another one after it
     was read is refused. Nothing is saved without ``checkpoints``. ``reading=False`` reads no shard
-    and takes only those that are finished. ``advance`` is called with the rows of each batch.
+    and takes only those that are finished. ``advance`` is called with the rows of each batch, where
+    progress is not seen shard by shard.
 
     The moments are those of mapped rows, before they are rounded; of rows that are written into an
     index they are those of their directions.
@@ -71,7 +72,7 @@ class ShardTask:
     row_map: AnyMap | None
     covariance: bool
     folder: StoragePath | None = None
-    advance: Callable[[int], None] = _ignore_progress
+    advance: Callable[[int], None] | None = None
 
     def __call__(self, index: int) -> ShardResult:
         """Measure shard ``index``, or write its result under its name."""
@@ -147,11 +148,12 @@ class ShardTask:
         streams = streams_for(self.settings.device)
         size = self.settings.batch_bytes // shard.row_bytes
         size = max(1, min(size, shard.num_rows))
-        row_map = self.row_map
+        row_map: Any = self.row_map
         if row_map is not None and streams is not None:
             row_map = copy.deepcopy(row_map).to(streams.device)
-        through = row_map if writer is None or isinstance(row_map, ReAlign) else None
         dtype = self.settings.result_dtype(self.corpus)
+        measured_map = row_map if writer is None or isinstance(row_map, ReAlign) else None
+        maps_once = writer is not None and self._has_products(measured_map, dtype)
         buffers = ResultBuffers(streams, size if writer else 0, self.columns, dtype)
         writes: deque[Future[None]] = deque()
 
@@ -170,20 +172,24 @@ class ShardTask:
                 batch_codes: Any = None  # of a table
                 if codes is not None:
                     batch_codes = codes[batch.first : batch.first + len(rows)].to(rows.device)
-                has_bad_row = self._update(moments, shard, batch, through, batch_codes)
-                if row_map is not None and writer is not None:
-                    result = buffers.next(len(rows))
+                result = buffers.next(len(rows)) if writer is not None else None
+                mapping = measured_map
+                if result is not None and maps_once:
+                    mapping = mapped_into(row_map.row_map, result)
+                has_bad_row = self._update(moments, shard, batch, mapping, batch_codes)
+                if result is not None and writer is not None:
                     try:
                         if isinstance(row_map, TableMap):
                             row_map(rows, batch_codes, result)
-                        else:
+                        elif has_bad_row or not maps_once:
                             row_map(rows, out=result)
                     except ValueError as error:
                         raise ValueError(f"{shard.path}: {error}") from error
                     if has_bad_row and self.settings.bad_rows == "skip":
                         result[~good_rows(rows)] = 0
                     writes.append(disk.submit(write, buffers.send(len(rows)), writer))
-                self.advance(len(rows))
+                if self.advance:
+                    self.advance(len(rows))
             while writes:
                 writes.popleft().result()
             return moments.to("cpu"), total
@@ -198,18 +204,24 @@ class ShardTask:
     ) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
-        place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
-        place["bad_rows"] = bad_rows
+        place = {"where": str(shard.path), "first_row": batch.first}
         try:
-            if isinstance(moments, TableMoments):
-                moments.update_sides(batch.rows, codes, row_map, **place)
-            else:
-                through = None if row_map is None else row_map.row_map
-                moments.update(batch.rows, through=through, **place)
+            add_rows(moments, batch.rows, codes, row_map, bad_rows=bad_rows, **place)
         except ValueError:
             check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
             raise
         return moments.zero_rows + moments.nonfinite_rows > earlier
+
+    def _has_products(self, row_map: ReAlign | None, dtype: torch.dtype) -> bool:
+        """Return whether the rows that are measured can be rounded to a result of ``dtype``.
+
+        Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
+        """
+        has_more_digits = dtype == torch.float64 != self.corpus.dtype
+        if row_map is None or has_more_digits:
+            return False
+        through = row_map.row_map
+        return callable(through) or through[0].dim() > 0
 
     def _expected_rows(self, moments: Moments) -> Entry:
         """Return how many rows of the result are zero and how many are NaN."""
@@ -217,6 +229,28 @@ class ShardTask:
         if self.settings.bad_rows == "skip":
             return {"zero_rows": zero + nonfinite, "nan_rows": 0}
         return {"zero_rows": zero_results(moments, self.row_map), "nan_rows": nonfinite}
+
+
+def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a map as a function of blocks of rows, which also writes them into ``result`` in turn.
+
+    The moments of a result are those of its rows before they are rounded. Thus the products of a
+    matrix are computed once.
+    """
+    remaining = result
+
+    def mapping(block: Tensor) -> Tensor:
+        """Map a block; blocks after the end of the result are mapped alone."""
+        nonlocal remaining
+        if callable(through):
+            mapped: Tensor = through(block)
+        else:
+            mapped = align_rows(block, *through, out_dtype=working_dtype(block))
+        part, remaining = remaining[: len(block)], remaining[len(block) :]
+        part.copy_(mapped[: len(part)])
+        return mapped
+
+    return mapping
 
 
 def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[ShardResult]:

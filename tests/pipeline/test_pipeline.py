@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import programs
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
 from realign_fast.corpus.convert import convert
+from realign_fast.moments import Moments
 from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.plan import plan_align
@@ -460,7 +461,7 @@ def test_an_output_with_other_shards_is_refused(corpora, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "emb_0.npy").write_bytes(b"kept")  # a name that ours would take
-    refused(other, source, target, r"emb_0\.npy: would be replaced, but .*other has no aligner")
+    refused(other, source, target, r"emb_0\.npy: would be replaced, but .*other has no manifest")
     assert (other / "emb_0.npy").read_bytes() == b"kept"
     root = tmp_path / "root"
     root.mkdir()
@@ -481,7 +482,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp
     (tmp_path / "old").mkdir()
     for place in ("old/_stats", "old/__realign__"):
         (tmp_path / place).write_text("")
-        refused(tmp_path / "old", source, target, f"{place}: expected the directory of", OSError)
+        refused(tmp_path / "old", source, target, f"{place}: expected a directory", OSError)
         (tmp_path / place).unlink()
     monkeypatch.setattr(os, "access", lambda *a: False)  # root may write anywhere
     refused(tmp_path / "out", source, target, "expected a directory to write into", OSError)
@@ -632,3 +633,36 @@ def test_a_type_is_refused_early_where_the_format_lacks_it_or_the_output_has_ano
     assert contents(out) == before
     align(text, image, out, replace(QUIET, dtype="float64", mode="overwrite", workers=1))
     assert Corpus(out).dtype == torch.float64 and verify(out)[1] == []
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("method", ["coral", "diagonal", "noise"])
+def test_products_are_computed_once_and_give_the_same_rows_and_moments(
+    tmp_path, monkeypatch, method, dtype
+):
+    """Of four batches one has bad rows, which is mapped again; float64 has products of its own."""
+    generator = np.random.default_rng(3)
+    rows = torch.from_numpy(generator.standard_normal((64, D)) + 0.5).half()
+    rows[40], rows[41, 2] = 0, torch.nan
+    save_file({"embedding": rows}, tmp_path / "text.safetensors")
+    spread = 0.2 + np.arange(D) / D
+    sides = torch.from_numpy(generator.standard_normal((2, 300, D)) * spread + 0.2)
+    aligner = ReAlign.fit(*sides, method=method)
+    settings = Settings("keep", 16 * 2 * D, progress=False, dtype=dtype)
+    calls, forward = [], ReAlign.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ReAlign, "forward", lambda *a, **b: calls.append(len(a[1])) or forward(*a, **b)
+        )
+        source = Corpus(tmp_path / "text.safetensors")
+        moments = AlignRun(settings).apply(aligner, source, tmp_path / "out")
+    assert calls.count(16) == (4 if dtype == "float64" else 1)
+    expected = torch.empty(64, D, dtype=getattr(torch, dtype or "float16"))
+    aligner(rows, out=expected)
+    result = Corpus(tmp_path / "out").take(range(64))
+    assert result.view(torch.uint8).equal(expected.view(torch.uint8))
+    measured = Moments()
+    for batch in rows.split(16):
+        measured.update(batch, through=aligner.row_map, bad_rows="keep")
+    assert moments.mean.equal(measured.mean) and moments.trace == measured.trace
+    assert (moments.count, moments.zero_rows, moments.nonfinite_rows) == (63, 1, 1)

@@ -281,7 +281,7 @@ def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, 
     before = tree(out)
     (out / "__realign__/manifest.json").unlink()
     os.rename(out / "__realign__/_stats", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"without manifest\.json .* --mode overwrite"):
+    with pytest.raises(ValueError, match=r"has no manifest\.json .* --mode overwrite"):
         align(*corpora, out, QUIET)
     align(*corpora, out, quiet(mode="overwrite"))
     assert tree(out) == before
