@@ -8,13 +8,7 @@ from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.paths import StoragePath, output_of, output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import (
-    metadata_note,
-    open_corpus,
-    plan_result,
-    say_scratch,
-    shows_progress,
-)
+from .corpus_commands import metadata_note, open_corpus, plan_result, shows_progress
 from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
@@ -30,37 +24,15 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
 def align(options: opts.AlignOptions, report_too: opts.WithReport = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
-    from ..pipeline.align_run import align
-
     check_report(report_too)
-    if options.dry_run:
-        return _plan(options)
-    source, target = _sides(options)
-    say_scratch(options.out, source, settings := settings_from(options))
-    report = align(source, target, options.out, settings, engine_from(options))
-    result = _reported(report, options.out, metadata_note(source, report))
-    return with_report(result, options.out, options, report_too)
+    result = _align(options)
+    return with_report(result, options.out, options, report_too and not options.dry_run)
 
 
 @command("Align", _SIDES)
 def fit(options: opts.FitOptions) -> Result:
     """Fit a map and write the aligner with its records, but no shards."""
-    from ..pipeline.align_run import AlignRun, cached_source
-    from ..pipeline.output import ALIGNER, Written, check_kept, check_place
-
-    if options.dry_run:
-        return _plan(options, writes=False)
-    out, engine = output_path(options.out), engine_from(options)
-    run = AlignRun(settings_from(options), engine=engine)
-    source_rows, target = _sides(options)
-    source = cached_source(source_rows, run.settings, run.engine)
-    check_place(out, source, target)
-    check_kept(out, [Written(source, source.subfolder)], run.settings.mode)
-    with run.output_directory(out):
-        aligner = run.fit(source, target, residual=True)
-        aligner.save(records_of(out) / ALIGNER)
-        report = run.finish(out, aligner, source, target)
-    return _reported(report, options.out)
+    return _align(options, writes=False)
 
 
 @command(
@@ -79,7 +51,6 @@ def apply(options: opts.ApplyOptions) -> Result:
         steps = plan_apply(aligner, source, out, settings, part)
         return plan_result(steps, measured_seconds(steps, source, source, out, settings))
     run = AlignRun(settings, part, engine=engine_from(options))
-    say_scratch(options.out, source, settings)
     if part[1] > 1:
         run.apply(aligner, source, out)
         later = "its files go along with the step that ends the array: merge --with-metadata"
@@ -109,11 +80,9 @@ def stats(options: opts.StatsOptions) -> Result:
     half = storage_path(options.aligner) if options.aligner else None
     if half and half.is_dir():
         half = records_of(half) / HALF
-    if half and not half.exists():
-        if half.name == HALF and (half.parent / STATS).is_dir():
-            advice = "run merge --after statistics, which says what is missing, and then this again"
-            raise UnfinishedShards(f"{half}: is not written yet; {advice}")
-        raise FileNotFoundError(f"{half}: no such file; give the {HALF} that merge wrote")
+    if half and half.name == HALF and not half.exists() and (half.parent / STATS).is_dir():
+        advice = "run merge --after statistics, which says what is missing, and then this again"
+        raise UnfinishedShards(f"{half}: is not written yet; {advice}")
     run = AlignRun(
         settings_from(options), opts.shard_part(options.shard), engine=engine_from(options)
     )
@@ -146,6 +115,16 @@ def plan(
     return _plan(options, rates=rates, machines=machines)
 
 
+def _align(options: opts.FitOptions, writes: bool = True) -> Result:
+    from ..pipeline.align_run import align
+
+    if options.dry_run:
+        return _plan(options, writes)
+    sides, settings = _sides(options), settings_from(options)
+    report = align(*sides, options.out, settings, engine_from(options), writes=writes)
+    return _reported(report, options.out, metadata_note(sides[0], report) if writes else "")
+
+
 def _plan(
     options: opts.FitOptions,
     writes: bool = True,
@@ -165,11 +144,7 @@ def _plan(
 
 
 def engine_from(options: opts.EngineOptions) -> Engine | None:
-    """Return the engine of the options, or ``None`` for the processes of ``--workers``.
-
-    Raises:
-        OptionError: options that exclude each other.
-    """
+    """Return the engine of the options, or ``None`` for the processes of ``--workers``."""
     values = {name: getattr(options, name) for name in _RAY_OPTIONS}
     of_ray = {name: value for name, value in values.items() if value not in (None, False)}
     if options.engine != "ray":
@@ -188,11 +163,7 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
 
 
 def settings_from(options: opts.Passes) -> Settings:
-    """Return the settings of a run.
-
-    Raises:
-        OptionError: options that exclude each other, or a device that this machine lacks.
-    """
+    """Return the settings of a run; refuse a device that this machine lacks."""
     from ..interface.devices import check_device
     from ..pipeline.settings import Settings
 

@@ -9,13 +9,7 @@ from ..interface.option_values import Modality, OptionError
 from . import options as opts
 from .align_commands import engine_from, settings_from
 from .app import Result, command
-from .corpus_commands import (
-    metadata_note,
-    open_corpus,
-    open_space,
-    plan_result,
-    say_scratch,
-)
+from .corpus_commands import metadata_note, open_corpus, open_space, plan_result
 from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
@@ -55,8 +49,6 @@ def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Re
         steps = plan_unify(sides, options.out, settings, part)
         rates_of = corpora[0], corpora[-1], options.out, settings, run
         return plan_result(steps, measured_seconds(steps, *rates_of))
-    for corpus in sides.documents.values():
-        say_scratch(options.out, corpus, settings)
     report = unify(sides, options.out, settings, engine_from(options), part)
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)

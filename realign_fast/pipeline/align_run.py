@@ -30,8 +30,17 @@ from .carried_files import carry
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .manifest import read_manifest, saved_moments, write_manifest
-from .output import ALIGNER, REPORT, Written, check_output, remove_reports
+from .manifest import FORMAT, MANIFEST, PASS_ORDER, files_before, read_manifest, saved_moments
+from .output import (
+    ALIGNER,
+    REPORT,
+    Written,
+    check_kept,
+    check_output,
+    check_place,
+    check_scratch,
+    remove_reports,
+)
 from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
@@ -110,17 +119,14 @@ class AlignRun(PassRunner):
         """Write ``source`` aligned, with its aligner; return the moments.
 
         Shards go to ``out / source.subfolder`` under their own names; each appears complete or not
-        at all. The moments are those of the result before it is rounded to its dtype.
-
-        Raises:
-            ValueError: the corpus has another dimension than the aligner, or ``out`` is refused
-                (:func:`.output.check_output`).
+        at all. The moments are those of the result before it is rounded to its dtype. Rows of
+        another dimension, and an ``out`` that :func:`.output.check_output` refuses, are errors.
         """
         directory = output_path(out)
         result = Written(source, source.subfolder)
         if self.out != directory:  # else whoever opened it has checked it
             check_output(directory, [result], self.settings)
-        check_map(aligner, source)
+        check_columns(source, aligner)
         with self.output_directory(directory):
             remove_reports(records_of(directory))
             if self.part[1] == 1:
@@ -133,10 +139,9 @@ class AlignRun(PassRunner):
 
     def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
-        written = result.folder, out / result.folder
-        task = self.task(result.pass_name, result.corpus, row_map, result=written)
-        manifest = read_manifest(records_of(out))
-        earlier = manifest["passes"].get(result.pass_name)
+        folder = result.folder, out / result.folder
+        task = self.task(result.pass_name, result.corpus, row_map, result=folder)
+        earlier = read_manifest(records_of(out))["passes"].get(result.pass_name)
         replaced = 0
         if task.checkpoints and earlier is None:  # a run that was killed before its manifest
             replaced = task.checkpoints.other_results(result.corpus.shards, task.identities)
@@ -144,15 +149,17 @@ class AlignRun(PassRunner):
             replaced = len(earlier["shards"])
         if replaced:
             LOGGER.warning(
-                f"{written[1]}: holds {replaced} shards of other options or of "
+                f"{task.folder}: holds {replaced} shards of other options or of "
                 "another map; they are written anew, and are of two maps until this run ends"
             )
+        if self.reading and (message := check_scratch(out, [result], self.settings)):
+            LOGGER.info(message, extra={"event": {"event": "scratch"}})
         moments = self.run_pass(task, moments_for(result.corpus), [])
         if self.part[1] == 1:
             has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
             result.corpus.finish(out / result.folder, keeps_columns=has_columns)
             if self.settings.with_metadata:
-                self.carried |= carry(out, result.carried_files, manifest["files"])
+                self.carried |= carry(out, result.carried_files, files_before(records_of(out)))
         return moments
 
     def finish(
@@ -185,10 +192,20 @@ class AlignRun(PassRunner):
 
         ``options`` are the names of settings for the manifest, ``made_by`` is the hash of the map.
         """
-        settings = {name: getattr(self.settings, name) for name in options}
-        code = code_version(self.settings.device)
-        passes = self.manifest_passes
-        write_manifest(records_of(out), code, settings, passes, made_by, self.carried)
+        records = records_of(out)
+        passes = read_manifest(records)["passes"] | self.manifest_passes
+        names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
+        files = files_before(records) | self.carried
+        manifest = {
+            "format": FORMAT,
+            "code": code_version(self.settings.device),
+            "settings": {name: getattr(self.settings, name) for name in options},
+            "aligner": made_by,
+            "passes": {name: passes[name] for name in names if name in passes},
+        }
+        if files:
+            manifest["files"] = [files[name] for name in sorted(files)]
+        write_json(records / MANIFEST, manifest)
         peak_unit = 1 if sys.platform == "darwin" else 1024
         report = facts | {
             "bad_rows": self.settings.bad_rows,
@@ -201,7 +218,7 @@ class AlignRun(PassRunner):
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
-        write_json(records_of(out) / REPORT, report)
+        write_json(records / REPORT, report)
         return report
 
 
@@ -211,6 +228,8 @@ def align(
     out: AnyPath,
     settings: Settings | None = None,
     engine: Engine | None = None,
+    *,
+    writes: bool = True,
 ) -> dict[str, Any]:
     """Fit on two corpora, write the source aligned into ``out``, and return the report.
 
@@ -220,48 +239,43 @@ def align(
         out: a directory or a URL.
         settings: the options of the run.
         engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
+        writes: ``False`` writes the aligner and its records alone.
 
     Raises:
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
     run, directory = AlignRun(settings or Settings(), engine=engine), output_path(out)
-    source_corpus = cached_source(source, run.settings, engine)
-    target_corpus = target if isinstance(target, Corpus) else Corpus(target, "image")
-    result = Written(source_corpus, source_corpus.subfolder)
-    check_output(directory, [result], run.settings, [target_corpus])
-    check_columns(source_corpus, target_corpus)
-    with run.output_directory(directory):
-        aligner = run.fit(source_corpus, target_corpus)
-        aligned = run.apply(aligner, source_corpus, directory)
-        aligner.record_residual(aligned)
-        aligner.save(records_of(directory) / ALIGNER)
-        return run.finish(directory, aligner, source_corpus, target_corpus, aligned)
-
-
-def cached_source(source: CorpusLike, settings: Settings, engine: Engine | None = None) -> Corpus:
-    """Open the corpus to align, cached in memory if ``settings.memory`` holds it.
-
-    Raises:
-        ValueError: memory is asked for, and other processes would read the rows.
-    """
-    corpus = source if isinstance(source, Corpus) else Corpus(source, "text")
-    if settings.memory and (settings.workers > 1 or engine):
+    source = source if isinstance(source, Corpus) else Corpus(source, "text")
+    target = target if isinstance(target, Corpus) else Corpus(target, "image")
+    memory = run.settings.memory
+    if memory and (run.settings.workers > 1 or engine):
         option = "--engine ray" if engine else "--workers"
         raise OptionError(f"memory: rows are kept in one process; give --memory or {option}")
-    return CachedCorpus(corpus) if corpus.nbytes <= settings.memory else corpus
+    if source.nbytes <= memory:
+        source = CachedCorpus(source)
+    check_sides(directory, source, target, run.settings, writes)
+    aligned = None
+    with run.output_directory(directory):
+        aligner = run.fit(source, target, residual=not writes)
+        if writes:
+            aligned = run.apply(aligner, source, directory)
+            aligner.record_residual(aligned)
+        aligner.save(records_of(directory) / ALIGNER)
+        return run.finish(directory, aligner, source, target, aligned)
 
 
-def check_map(row_map: AnyMap, corpus: Corpus) -> None:
-    """Raise ValueError for a map that was fitted on rows of another dimension or encoder."""
-    name = "the aligner" if isinstance(row_map, ReAlign) else "the space"
-    if row_map.dimension != corpus.dimension:
-        raise ValueError(
-            f"{corpus.path}: rows have {corpus.dimension} columns, {name} {row_map.dimension}; "
-            "give rows of the encoder that it was fitted on"
-        )
-    if isinstance(row_map, ReAlign):
-        common_encoder((corpus.path, corpus.encoder), (name, row_map.encoder))
+def check_sides(
+    out: StoragePath, source: Corpus, target: Corpus, settings: Settings, writes: bool = True
+) -> None:
+    """Refuse two sides, or an output of ``align`` or (without ``writes``) of ``fit`` on them."""
+    result = Written(source, source.subfolder)
+    if writes:
+        check_output(out, [result], settings, [target])
+    else:
+        check_place(out, source, target)
+        check_kept(out, [result], settings.mode)
+    check_columns(source, target)
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
@@ -279,11 +293,14 @@ def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moment
         )
 
 
-def check_columns(source: Corpus, target: Corpus) -> None:
-    """Raise ValueError for two corpora that cannot come from one encoder."""
-    if source.dimension != target.dimension:
+def check_columns(corpus: Corpus, other: Corpus | AnyMap) -> None:
+    """Raise ValueError for rows that are not of the encoder of another corpus, or of a map."""
+    name = "the aligner" if isinstance(other, ReAlign) else "the space"
+    place = f"in {(name := str(other.path))}" if isinstance(other, Corpus) else name
+    if corpus.dimension != other.dimension:
         raise ValueError(
-            f"{source.path}: rows have {source.dimension} columns, in {target.path} "
-            f"{target.dimension}; embed both with one encoder"
+            f"{corpus.path}: rows have {corpus.dimension} columns, {place} {other.dimension}; "
+            "give rows of one encoder"
         )
-    common_encoder(*((corpus.path, corpus.encoder) for corpus in (source, target)))
+    if isinstance(other, Corpus | ReAlign):
+        common_encoder((corpus.path, corpus.encoder), (name, other.encoder))

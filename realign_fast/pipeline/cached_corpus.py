@@ -22,23 +22,18 @@ class CachedCorpus(Corpus):
         self.rows_from_memory = 0  # in all passes until now
 
     def batches(self, shard: Any = None, **options: Any) -> Iterator[Batch]:
-        """Return the batches of :meth:`Corpus.batches`; a whole cached shard comes from memory."""
+        """Yield the batches of :meth:`Corpus.batches`; a whole cached shard comes from memory."""
         size: int = options.get("batch_rows") or 0
-        is_whole = isinstance(shard, int) and size and not options.get("start")
-        if is_whole and shard in self._rows:
-            return self._cached(shard, size)
-        batches = super().batches(shard, **options)
-        return self._caching(shard, batches) if is_whole else batches
-
-    def _cached(self, index: int, size: int) -> Iterator[Batch]:
-        for first in range(0, self.shards[index].num_rows, size):
-            rows = self._rows[index][first : first + size]
-            yield Batch(index, first, rows)
-            self.rows_from_memory += len(rows)
-
-    def _caching(self, index: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-        rows = torch.empty(self.shards[index].num_rows, self.dimension, dtype=self.dtype)
-        for batch in batches:
-            rows[batch.first : batch.first + len(batch.rows)] = batch.rows
-            yield batch
-        self._rows[index] = rows
+        if not isinstance(shard, int) or not size or options.get("start"):  # no whole shard
+            yield from super().batches(shard, **options)
+        elif shard in self._rows:
+            for first in range(0, self.shards[shard].num_rows, size):
+                rows = self._rows[shard][first : first + size]
+                yield Batch(shard, first, rows)
+                self.rows_from_memory += len(rows)
+        else:
+            rows = torch.empty(self.shards[shard].num_rows, self.dimension, dtype=self.dtype)
+            for batch in super().batches(shard, **options):
+                rows[batch.first : batch.first + len(batch.rows)] = batch.rows
+                yield batch
+            self._rows[shard] = rows

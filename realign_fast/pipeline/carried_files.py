@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import IO, Any
 
 from ..interface.option_values import OptionError
 from ..storage.atomic import replaced
 from ..storage.paths import LocalPath, StoragePath, explained, map_concurrently
 from .checkpoints import Entry
-
-_PIECE_BYTES = 1 << 20
 
 
 def check_carried(
@@ -46,17 +44,16 @@ def carry(
     """Put ``files`` into ``out`` under their names, and return their entries for the manifest."""
 
     def carry_one(name: str) -> Entry:
-        source, target = files[name], out / name
+        source, target, known = files[name], out / name, earlier.get(name, {})
         entry: Entry = source.identity()
-        if target.exists() and is_same(source, target, earlier.get(name)):
-            known = earlier.get(name, {})
-            content = known["blake2b"] if entry.items() <= known.items() else file_digest(source)
-        else:
+        if not target.exists() or not is_same(source, target, known):
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = _place(source, target)
+            _place(source, target)
+        is_known = entry.items() <= known.items()
+        content = known["blake2b"] if is_known else file_digest(source)
         if source.identity() != entry:
             raise ValueError(f"{source}: changed during the run; let its writer finish, run again")
-        return entry | {"blake2b": content}
+        return {"name": name, **entry, "blake2b": content}
 
     names = sorted(files)
     entries = map_concurrently(carry_one, names, lambda name: out / name)
@@ -65,44 +62,33 @@ def carry(
 
 def file_digest(path: StoragePath) -> str:
     """BLAKE2b digest of a file of any size."""
+    total = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        total = hashlib.blake2b(digest_size=16)
-        for piece in _pieces(file):
+        while piece := file.read(1 << 20):
             total.update(piece)
     return total.hexdigest()
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    while piece := file.read(_PIECE_BYTES):
-        yield piece
-
-
 def is_same(source: LocalPath, target: StoragePath, known: Entry | None = None) -> bool:
     """Return whether a file in the output is its source; ``known`` is its entry in the manifest."""
-    stamp, written = source.stamp(), target.stamp()
-    if stamp == written:
-        return True
-    if target.is_remote and known and source.identity().items() <= known.items():
-        return stamp[0] == written[0]
-    return stamp[0] == written[0] and file_digest(source) == file_digest(target)
+    (size, _), (target_size, _) = stamps = source.stamp(), target.stamp()
+    is_known = target.is_remote and known and source.identity().items() <= known.items()
+    if stamps[0] == stamps[1] or size != target_size or is_known:
+        return size == target_size
+    return file_digest(source) == file_digest(target)
 
 
-def _place(source: LocalPath, target: StoragePath) -> str:
-    """Link or copy a file, and return its digest."""
+def _place(source: LocalPath, target: StoragePath) -> None:
+    """Link a file, or copy it with its time."""
     if isinstance(target, LocalPath):
         with (
             suppress(OSError),
             replaced(target) as link,
         ):  # of another file system, or without links
             os.link(os.path.realpath(source), link)
-            return file_digest(source)
-    total: Any = hashlib.blake2b(digest_size=16)
+            return
     with explained(target), open(source, "rb") as original, target.pending_file() as file:
-        status = os.fstat(original.fileno())
-        for piece in _pieces(original):
-            total.update(piece)
-            file.write(piece)
+        shutil.copyfileobj(original, file, 1 << 20)
         file.flush()
+        status = os.fstat(original.fileno())
         os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
-    digest: str = total.hexdigest()
-    return digest

@@ -116,11 +116,7 @@ def batches_on_device(
 
 
 def copied_batches(
-    batches: Iterator[Batch],
-    streams: DeviceStreams,
-    size: int,
-    columns: int,
-    dtype: torch.dtype,
+    batches: Iterator[Batch], streams: DeviceStreams, size: int, columns: int, dtype: torch.dtype
 ) -> Iterator[Batch]:
     """Copy batches of at most ``size`` rows to the device ahead of their use, and yield them."""
     on_device = list(torch.empty(SLOTS, size, columns, dtype=dtype, device=streams.device))
@@ -159,14 +155,11 @@ class ResultBuffers:
         self, streams: DeviceStreams | None, rows: int, columns: int, dtype: torch.dtype
     ) -> None:
         self._streams, self._number = streams, -1
-        if streams is None:
-            self.slots = 2
-            self._host = list(torch.empty(self.slots, rows, columns, dtype=dtype))
-            self._results = self._host
-            return
-        self.slots, device = SLOTS, streams.device
-        self._host = [streams.host_buffer(rows, columns, dtype) for _ in range(SLOTS)]
-        self._results = list(torch.empty(SLOTS, rows, columns, dtype=dtype, device=device))
+        self.slots, device = (2, "cpu") if streams is None else (SLOTS, streams.device)
+        self._results = list(torch.empty(self.slots, rows, columns, dtype=dtype, device=device))
+        self._host = self._results
+        if streams is not None:
+            self._host = [streams.host_buffer(rows, columns, dtype) for _ in range(SLOTS)]
 
     def next(self, count: int) -> Tensor:
         """Return the buffer [count, columns] for the next result.

@@ -32,8 +32,11 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
     """
     rows = sample_rows(corpus, sample, seed)
     moments = Moments().update(rows, bad_rows="skip")
-    usable = moments.count > 0
     norms = rows[good_rows(rows)].double().norm(dim=1)
+    of_usable: dict[str, Any] = {"norms": None, "mean_norm": None, "trace": None}
+    if moments.count:
+        of_usable["norms"] = [float(f(norms)) for f in (torch.min, torch.mean, torch.max)]
+        of_usable |= {"mean_norm": float(moments.mean.norm()), "trace": moments.trace}
     return shape_of(corpus) | {
         "format": corpus.format,
         "layout": corpus.layout,
@@ -42,11 +45,7 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
             "seed": seed,
             "zero_rows": moments.zero_rows,
             "nonfinite_rows": moments.nonfinite_rows,
-            "norms": [float(f(norms)) for f in (torch.min, torch.mean, torch.max)]
-            if usable
-            else None,
-            "mean_norm": float(moments.mean.norm()) if usable else None,
-            "trace": moments.trace if usable else None,
+            **of_usable,
         },
     }
 

@@ -14,8 +14,8 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus
 from ..interface.option_values import OptionError, Step, UnfinishedShards
 from ..storage.paths import AnyPath, output_path, records_of
-from .align_run import AlignRun, check_columns, check_map
-from .output import ALIGNER, Written, check_kept, check_output, check_place, kinds_in
+from .align_run import AlignRun, check_columns, check_sides
+from .output import ALIGNER, Written, check_kept, check_place, kinds_in
 from .passes import Pass
 from .settings import Settings
 from .unify_run import LAST_STEP
@@ -30,14 +30,11 @@ def stats(
     """Measure the part ``run.part`` of the shards of one side, with checkpoints in ``out``.
 
     With a half-fitted ``aligner`` the drift of the source is measured instead of its moments.
-
-    Raises:
-        ValueError: an aligner for the target, or for rows of another dimension.
     """
     if aligner is not None and side != "source":
         raise OptionError(f"{corpus.path}: the drift is one of source rows; leave --aligner out")
     if aligner is not None:
-        check_map(aligner, corpus)
+        check_columns(corpus, aligner)
     directory = output_path(out)
     check_place(directory, corpus)
     pass_names = (f"{side} moments",) if side == "target" else (f"{side} moments", "apply")
@@ -60,12 +57,8 @@ def merge(
     ``after`` is the step of the array that has ended. After ``"statistics"`` the map without its
     last step is written, also where the drift is known already: the jobs of the drift read it.
 
-    Returns:
-        A sentence on what is done and what is next, and the report once every shard is aligned.
-
-    Raises:
-        UnfinishedShards: a shard of ``after``, or of a step before it, is not finished; the message
-            says what is next.
+    Return a sentence on what is done and what is next, and the report once every shard is aligned.
+    A shard of ``after``, or of a step before it, that is not finished is an ``UnfinishedShards``.
     """
     run, directory = AlignRun(settings or Settings(), reading=False), output_path(out)
     if kinds_in(records_of(directory)) - {"alignment"}:
@@ -73,8 +66,7 @@ def merge(
             f"{directory}: is of unify, whose job arrays end without merge: run unify --shard i/n "
             f"with the same options until a round says that it was the last, then {LAST_STEP}"
         )
-    check_output(directory, [Written(source, source.subfolder)], run.settings, [target])
-    check_columns(source, target)
+    check_sides(directory, source, target, run.settings)
     half_path, path = (records_of(directory) / name for name in (HALF, ALIGNER))
     finished_steps, written, next_step = 0, "", "stats --shard i/n of both sides"
     with run.output_directory(directory):

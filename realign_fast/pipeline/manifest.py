@@ -3,7 +3,7 @@
 ``passes`` holds for each pass the ``facts`` that its numbers depend on and one entry for each
 shard: the identity of the source file, the file of its statistics and its hash and, for an aligned
 shard, the checksum of its rows and how many of them are zero or NaN. ``files`` are those that went
-along with the rows (:mod:`.carried_files`), by name. A manifest has no dates, so equal runs write
+along with the rows (:mod:`.carried_files`). A manifest has no dates, so equal runs write
 equal bytes.
 """
 
@@ -18,37 +18,34 @@ from typing import Any
 from ..corpus import Corpus
 from ..interface.option_values import OptionError
 from ..moments import Moments
-from ..storage.paths import StoragePath, write_json
+from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, digest, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
-_ROLES = ("text", "image", "table", "text queries", "image queries")
 ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
-PASS_ORDER = (
-    *ALIGN_PASSES,
-    *(f"{role} {statistics}" for statistics in ("moments", "centred") for role in _ROLES),
-    *(f"apply {role}" for role in _ROLES),
-)
-# Types of the values of a manifest that are used: in facts, in shards, and in those of results.
+_ROLES = ("text", "image", "table", "text queries", "image queries")
+_STEPS = "{} moments", "{} centred", "apply {}"
+PASS_ORDER = (*ALIGN_PASSES, *(step.format(role) for step in _STEPS for role in _ROLES))
+# Types of the values of a manifest that are used. A path lies in the output, as it is opened.
+_PATH = PurePosixPath
+_SHARD: dict[str, Any] = {"path": str, "dtype": str, "rows": int, "dimension": int}
+_SHARD |= {"stats": _PATH, "blake2b": str}
+_RESULT = _SHARD | {"name": _PATH, "checksum": int, "zero_rows": int, "nan_rows": int}
 _FACTS: dict[str, Any] = {"column": str | None, "allow_pickle": bool}
-_SHARD: dict[str, Any] = dict.fromkeys(("path", "dtype", "stats", "blake2b"), str)
-_SHARD |= dict.fromkeys(("rows", "dimension"), int)
-_WRITTEN_FACTS: dict[str, Any] = {"folder": str, "map": str}
-_WRITTEN: dict[str, Any] = {"name": str, "checksum": int, "zero_rows": int, "nan_rows": int}
-_FILE: dict[str, Any] = {"name": str, "path": str, "blake2b": str}
-_PATHS_IN_OUT = "stats", "folder", "name"  # are opened, so that none may lead out of the output
+_MEASURED = {"facts": _FACTS, "shards": [_SHARD]}
+_WRITTEN = {"facts": _FACTS | {"folder": _PATH, "map": str}, "shards": [_RESULT]}
+_FILES = [{"name": _PATH, "path": str, "blake2b": str}]
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
 def read_manifest(records: StoragePath) -> dict[str, Any]:
     """Return the manifest in the records of an output, one without passes if there is none yet.
 
-    Raises:
-        ValueError: the file is not a manifest that this version writes.
+    A file that this version does not write is a ValueError.
     """
     path = records / MANIFEST
     if not path.exists():
-        return {"format": FORMAT, "passes": {}, "files": {}}
+        return {"format": FORMAT, "passes": {}, "files": []}
     try:
         manifest = json.loads(path.read_bytes())
         fault = _first_fault(manifest)
@@ -59,15 +56,14 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
             f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
             "--mode overwrite, or give another --out"
         )
-    result: dict[str, Any] = {"files": {}} | manifest
+    result: dict[str, Any] = manifest
     return result
 
 
 def files_before(records: StoragePath) -> dict[str, Entry]:
-    """Return the files that went along with the rows of an earlier run; none of a damaged one."""
+    """Return the files that went along with earlier rows, by name; none of a damaged manifest."""
     with suppress(ValueError):
-        files: dict[str, Entry] = read_manifest(records)["files"]
-        return files
+        return {entry["name"]: entry for entry in read_manifest(records)["files"]}
     return {}
 
 
@@ -76,18 +72,12 @@ def check_arithmetic(records: StoragePath, code: str) -> None:
 
     ``code`` is what :func:`.checkpoints.code_version` returns: its version is that of the
     arithmetic, which changes only if a byte of a result does.
-
-    Raises:
-        OptionError: the manifest names another version.
     """
     try:
-        made_by, own = (
-            str(version).partition(",")[0]
-            for version in (json.loads((records / MANIFEST).read_bytes())["code"], code)
-        )
+        made_by = str(json.loads((records / MANIFEST).read_bytes())["code"]).partition(",")[0]
     except (OSError, ValueError, KeyError, TypeError):
         return  # there is none, or it is written anew
-    if made_by != own:
+    if made_by != (own := code.partition(",")[0]):
         raise OptionError(
             f"{records}: made by {made_by}, whose sums differ from those of {own}, so that nothing "
             "of it can be continued; write it anew with --mode overwrite, or give another --out"
@@ -100,57 +90,29 @@ def _first_fault(manifest: Any) -> str:
         return f"a {type(manifest).__name__}"
     if (version := manifest.get("format")) != FORMAT:
         return f"format {repr(version)[:60]}"
-    passes = manifest.get("passes")
-    if not isinstance(passes, dict) or not isinstance(manifest.get("aligner"), str):
-        return "passes that are no object, or an aligner that is no hash"
-    parts: list[tuple[str, Any, dict[str, Any]]] = []
-    if not isinstance(files := manifest.get("files", {}), dict):
-        return "files that are no object"
-    for name, entry in files.items():
-        named = entry | {"name": name} if isinstance(entry, dict) else entry
-        parts.append((f"file {name}", named, _FILE))
-    for name, record in passes.items():
-        if not isinstance(record, dict) or not isinstance(record.get("facts"), dict):
-            return f"{name} without facts"
-        if not isinstance(shards := record.get("shards"), list):
-            return f"{name} without a list of shards"
-        writes = name.startswith("apply")
-        written_facts, written = (_WRITTEN_FACTS, _WRITTEN) if writes else ({}, {})
-        parts.append((f"facts of {name}", record["facts"], _FACTS | written_facts))
-        types = _SHARD | written
-        parts += [(f"shard {index} of {name}", entry, types) for index, entry in enumerate(shards)]
-    for part, values, types in parts:
-        for key, allowed in types.items():
-            known = isinstance(values, dict) and key in values
-            is_ours = known and isinstance(values[key], allowed)
-            if is_ours and key in _PATHS_IN_OUT:
-                place = PurePosixPath(values[key])
-                is_ours = not place.is_absolute() and ".." not in place.parts
-            if not is_ours:
-                value = repr(values[key])[:60] if known else "nothing"
-                return f"{value} as {key} of {part}"
-    return ""
+    manifest.setdefault("files", [])
+    passes: Any = dict
+    if isinstance(names := manifest.get("passes"), dict):
+        passes = {name: _WRITTEN if name.startswith("apply") else _MEASURED for name in names}
+    expected = {"passes": passes, "aligner": str, "files": _FILES}
+    return _fault_of(manifest, expected, "the manifest")
 
 
-def write_manifest(
-    records: StoragePath,
-    code: str,
-    settings: Entry,
-    passes: Passes,
-    aligner_hash: str | None,
-    files: dict[str, Entry],
-) -> None:
-    """Write the manifest, with the passes and files of earlier runs that this run did not repeat.
-
-    ``aligner_hash`` is the hash of the map beside it (:func:`.checkpoints.map_hash`).
-    """
-    earlier = read_manifest(records)
-    passes, files = earlier["passes"] | passes, earlier["files"] | files
-    names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
-    ordered = {name: passes[name] for name in names if name in passes}
-    facts = {"format": FORMAT, "code": code, "settings": settings, "aligner": aligner_hash}
-    facts |= {"passes": ordered} | ({"files": dict(sorted(files.items()))} if files else {})
-    write_json(records / MANIFEST, facts)
+def _fault_of(value: Any, expected: Any, place: str) -> str:
+    """Describe the first value that is not of its type: a type, ``{key: type}`` or ``[type]``."""
+    kind = type(expected) if isinstance(expected, dict | list) else expected
+    is_ours = isinstance(value, str if kind is _PATH else kind)
+    if not is_ours or (kind is _PATH and (value.startswith("/") or ".." in value.split("/"))):
+        return f"{repr(value)[:60]} as {place}"
+    if isinstance(expected, list):
+        parts = [(entry, expected[0], f"{n} of {place}") for n, entry in enumerate(value)]
+    elif isinstance(expected, dict):
+        if missing := [key for key in expected if key not in value]:
+            return f"nothing as {missing[0]} of {place}"
+        parts = [(value[key], types, f"{key} of {place}") for key, types in expected.items()]
+    else:
+        return ""
+    return next(filter(None, (_fault_of(*part) for part in parts)), "")
 
 
 def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) -> None:
@@ -175,11 +137,7 @@ def saved_moments(
     """Return moments and entry of each shard of an earlier pass that is not among ``present``.
 
     ``checkpoints`` are those of the pass, ``present`` the identities of the shards of the corpus.
-
-    Raises:
-        ValueError: the moments were measured with other settings; their file is not what was
-            written; or a shard seems to be present under another name, so that its rows would
-            count twice.
+    Moments of other settings, files that changed and shards that have another name now are errors.
     """
     records, facts, name = checkpoints.records, checkpoints.facts, checkpoints.facts["pass"]
     earlier = read_manifest(records)["passes"].get(name, {"facts": facts, "shards": []})

@@ -71,19 +71,11 @@ def remove_reports(records: StoragePath) -> None:
 
 
 def check_output(
-    out: StoragePath,
-    results: Sequence[Written],
-    settings: Settings,
-    others: Sequence[Corpus] = (),
+    out: StoragePath, results: Sequence[Written], settings: Settings, others: Sequence[Corpus] = ()
 ) -> None:
     """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
     ``others`` are corpora that are read as well.
-
-    Raises:
-        ValueError: ``out`` holds a corpus that is read, or shards of another source or number
-            type; a format lacks the number type of the result.
-        OSError: ``out`` cannot be written to, or has no room for the result.
     """
     folders = [result.folder for result in results]
     for result in results:  # queries may be documents as well
@@ -118,8 +110,7 @@ def check_output(
 def files_to_carry(results: Sequence[Written], settings: Settings) -> dict[str, LocalPath]:
     """Return the files that go along with some results, by name in the output.
 
-    Raises:
-        OptionError: files are asked for, and there are none, or two that differ have one name.
+    It is an OptionError if files are asked for and there are none, or two of one name.
     """
     files: dict[str, LocalPath] = {}
     for result in results if settings.with_metadata else ():
@@ -164,9 +155,6 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
     """Refuse to replace what a run on another source, or of the other family, left in ``out``.
 
     Every command that writes records into ``out`` asks this first, also one that writes no shards.
-
-    Raises:
-        OptionError: ``out`` holds such a result, and ``mode`` does not replace it.
     """
     if mode == "overwrite":
         return
@@ -201,10 +189,7 @@ def _kind_of(pass_name: str) -> str:
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
     """Refuse an output directory that cannot be written to, or that holds rows which are read.
 
-    Raises:
-        ValueError: ``out`` holds one of ``corpora``, a link in it leads to one, its records are
-            a link to elsewhere, or two of ``corpora`` have a file in common.
-        OSError: nothing can be written to ``out`` or its ``subfolders``.
+    Refused as well are records that are a link to elsewhere, and corpora with a file in common.
     """
     records, folders = records_of(out), list[LocalPath]()
     if not out.is_remote:
@@ -225,30 +210,23 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)
-    for path in (*folders[-2:], *(folders[-1].glob("*") if folders else ())):
-        if path.is_symlink() and not path.is_within(out):
+    for link in (*folders[-2:], *(folders[-1].glob("*") if folders else ())):
+        if link.is_symlink() and not link.is_within(out):
             raise OptionError(
-                f"{path}: is a link to {os.readlink(path)}, and the lock and the statistics would "
+                f"{link}: is a link to {os.readlink(link)}, and the lock and the statistics would "
                 "be written there; remove it, or give another --out"
             )
     files: dict[object, int] = {}
     for side, corpus in enumerate(corpora):
         for shard in corpus.shards:
-            key = _file_key(shard.path), corpus.column  # a table may have a column for each side
-            other = files.setdefault(key, side)
+            path = shard.path
+            file = path if path.is_remote else os.stat(local_path(path))[1:3]  # inode and device
+            other = files.setdefault((file, corpus.column), side)  # a table may hold both sides
             if other != side:
                 raise OptionError(
-                    f"{shard.path}: is in both sides, {corpora[other].path} and {corpus.path}; "
+                    f"{path}: is in both sides, {corpora[other].path} and {corpus.path}; "
                     "give the rows of one modality for each side"
                 )
-
-
-def _file_key(path: StoragePath) -> object:
-    """Return what two paths of one file have in common: its place, or its URL."""
-    if path.is_remote:
-        return path
-    status = os.stat(local_path(path))
-    return status.st_dev, status.st_ino
 
 
 def _existing(folder: LocalPath) -> LocalPath:
@@ -260,10 +238,7 @@ def _existing(folder: LocalPath) -> LocalPath:
 def check_scratch(out: StoragePath, results: Sequence[Written], settings: Settings) -> str:
     """Return a sentence on the local directory where shards wait for their upload to a URL.
 
-    The result is empty if ``out`` is not a URL.
-
-    Raises:
-        OSError: there is no room for one shard a worker.
+    It is empty if ``out`` is none; no room for one shard a worker is an OSError.
     """
     if not out.is_remote:
         return ""

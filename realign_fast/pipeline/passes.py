@@ -87,12 +87,7 @@ class PassRunner:
 
     @contextmanager
     def output_directory(self, out: AnyPath) -> Iterator[None]:
-        """Keep checkpoints in ``out`` and lock it, so that no other process works on it.
-
-        Raises:
-            ValueError: the settings do not fit this directory.
-            OSError: another process works on it.
-        """
+        """Keep checkpoints in ``out`` and lock it, so that no other process works on it."""
         out = output_path(out)
         if self.out == out:
             yield
@@ -161,10 +156,8 @@ class PassRunner:
     def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
         """Map a task over the shards and merge the results into ``total``, in their order.
 
-        ``entries`` are those of shards that ``total`` holds already; the others are appended.
-
-        Raises:
-            UnfinishedShards: a shard is not finished, and the task reads none.
+        ``entries`` are those of shards that ``total`` holds already; the others are appended. A
+        shard that is not finished is an error (``UnfinishedShards``) if the task reads none.
         """
         corpus, name = task.corpus, task.name
         unfinished = []

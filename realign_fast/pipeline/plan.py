@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from .._startup import is_own_command
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
@@ -25,9 +23,9 @@ from ..shared_space import SharedSpace
 from ..storage import read_ahead
 from ..storage.lock import start_time
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, check_map
+from .align_run import AlignRun, check_columns, check_sides
 from .checkpoints import Entry
-from .output import ALIGNER, SPACE, Written, check_kept, check_output, check_place, format_bytes
+from .output import ALIGNER, SPACE, Written, check_output, format_bytes
 from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
@@ -61,8 +59,8 @@ class PlanRun(AlignRun):
 
     def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
         """Count the shards that are not written, as :meth:`run_pass` does."""
-        written = result.folder, out / result.folder
-        task = self.task(result.pass_name, result.corpus, row_map, result=written)
+        folder = result.folder, out / result.folder
+        task = self.task(result.pass_name, result.corpus, row_map, result=folder)
         return self.run_pass(task, moments_for(result.corpus), [])
 
     def run_sample(self, name: str, corpus: Corpus, count: int, *_: Any) -> Sample:
@@ -100,11 +98,7 @@ def plan_align(
 ) -> list[dict[str, Any]]:
     """Return the passes of ``align``, or without ``writes`` those of ``fit``."""
     run, result = _plan_run(out, settings), Written(source, source.subfolder)
-    if writes:
-        check_output(output_path(out), [result], settings, [target])
-    else:
-        check_place(output_path(out), source, target)
-        check_kept(output_path(out), [result], settings.mode)
+    check_sides(output_path(out), source, target, settings, writes)
     run.count, _ = rows_to_fit(settings, source, target)
     aligner: ReAlign | None = None
     y, x = run.measure("source moments", source), run.measure("target moments", target)
@@ -132,7 +126,7 @@ def plan_apply(
     """Return the one pass of ``apply``."""
     run, result = _plan_run(out, settings, part), Written(source, source.subfolder)
     check_output(output_path(out), [result], settings)
-    check_map(aligner, source)
+    check_columns(source, aligner)
     run.write(result, aligner, output_path(out))
     return run.steps
 
@@ -286,8 +280,5 @@ def _beginning(corpus: Corpus, workers: int) -> Corpus:
     enough = corpus.starts.searchsorted(MEASURED_BYTES // corpus.shards[0].row_bytes)
     part, shards = copy.copy(corpus), range(len(corpus.shards))[: max(2 * workers, int(enough))]
     first_shards = corpus.first_shards if isinstance(corpus, SplitCorpus) else ()
-    part.shards = tuple(corpus.shards[index] for index in sorted({*shards, *first_shards}))
-    part.starts = np.cumsum([0, *(shard.num_rows for shard in part.shards)])
-    part.num_rows = int(part.starts[-1])
-    part.nbytes = part.num_rows * part.shards[0].row_bytes
+    part._take(tuple(corpus.shards[index] for index in sorted({*shards, *first_shards})))
     return part

@@ -21,7 +21,8 @@ from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
 from ..moments import Moments, good_rows
 from .passes import PassRunner
 from .settings import Settings
-from .table_rows import add_rows, moments_for
+from .shard_tasks import add_rows
+from .table_rows import moments_for
 
 _BLOCKS = 20  # blocks of the delete-one jackknife
 
@@ -61,11 +62,7 @@ class Sample:
 
 
 def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
-    """Return how many rows of each side to fit on (None: every row), and a description of it.
-
-    Raises:
-        ValueError: a sample is asked for of a corpus that is to be extended.
-    """
+    """Return how many rows of each side to fit on (None: every row), and a description of it."""
     count, reason = settings.fit_rows, ""
     if count is None and settings.mode != "extend" and source.nbytes + target.nbytes > EXACT_BYTES:
         count, reason = DEFAULT_ROWS, f", as both sides take more than {EXACT_BYTES / 1e12:g} TB"
@@ -81,12 +78,7 @@ def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int
 
 
 def measure_sample(
-    run: PassRunner,
-    name: str,
-    corpus: Corpus,
-    count: int,
-    covariance: bool,
-    row_map: Any,
+    run: PassRunner, name: str, corpus: Corpus, count: int, covariance: bool, row_map: Any
 ) -> Sample:
     """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
@@ -109,9 +101,9 @@ def measure_sample(
                 rows = corpus.take(batch_ids)
                 if settings.bad_rows == "error":
                     _check_rows(corpus, batch_ids, rows)
-                batch_codes = None
-                if codes is not None:
-                    batch_codes = codes[block::num_blocks][first : first + size]
+                batch_codes = (
+                    None if codes is None else codes[block::num_blocks][first : first + size]
+                )
                 add_rows(moments, rows, batch_codes, row_map, bad_rows=settings.bad_rows)
                 advance(len(rows))
             total.merge(moments)

@@ -32,7 +32,7 @@ from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
-from .table_rows import AnyMap, IndexMap, TableMap, add_rows, moments_for, zero_results
+from .table_rows import AnyMap, TableMap, TableMoments, moments_for, zero_results
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ class ShardTask:
     @property
     def columns(self) -> int:
         """The number of columns of the result."""
-        if isinstance(self.row_map, IndexMap):
-            return self.row_map.columns
-        return self.corpus.dimension
+        columns: int = getattr(self.row_map, "columns", self.corpus.dimension)
+        return columns
 
     @property
     def written_row_bytes(self) -> int:
@@ -128,10 +127,8 @@ class ShardTask:
 
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
-        dtype, keeps_width = (
-            self.settings.result_dtype(self.corpus),
-            self.columns == shard.dimension,
-        )
+        dtype = self.settings.result_dtype(self.corpus)
+        keeps_width = self.columns == shard.dimension
         if keeps_width and dtype == self.corpus.dtype:
             return shard.writer(path)
         is_bare = keeps_width and shard.format == "pickle" and not shard.has_other_columns
@@ -195,12 +192,7 @@ class ShardTask:
             return moments.to("cpu"), total
 
     def _update(
-        self,
-        moments: Moments,
-        shard: Shard,
-        batch: Batch,
-        row_map: Any,
-        codes: Any,
+        self, moments: Moments, shard: Shard, batch: Batch, row_map: Any, codes: Any
     ) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
@@ -231,6 +223,16 @@ class ShardTask:
         return {"zero_rows": zero_results(moments, self.row_map), "nan_rows": nonfinite}
 
 
+def add_rows(
+    moments: Moments, rows: Tensor, codes: Tensor | None, row_map: Any, **options: Any
+) -> None:
+    """Add rows [N, D], of a table with their codes [N], sent through a map or a function."""
+    if isinstance(moments, TableMoments) and codes is not None:
+        moments.update_sides(rows, codes, row_map, **options)
+    else:
+        moments.update(rows, through=getattr(row_map, "row_map", row_map), **options)
+
+
 def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a map as a function of blocks of rows, which also writes them into ``result`` in turn.
 
@@ -242,11 +244,14 @@ def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
     def mapping(block: Tensor) -> Tensor:
         """Map a block; blocks after the end of the result are mapped alone."""
         nonlocal remaining
-        if callable(through):
-            mapped: Tensor = through(block)
-        else:
-            mapped = align_rows(block, *through, out_dtype=working_dtype(block))
         part, remaining = remaining[: len(block)], remaining[len(block) :]
+        if not callable(through):
+            dtype = working_dtype(block)
+            if dtype == part.dtype and len(part) == len(block):
+                return align_rows(block, *through, out=part)
+            mapped = align_rows(block, *through, out_dtype=dtype)
+        else:
+            mapped = through(block)
         part.copy_(mapped[: len(part)])
         return mapped
 

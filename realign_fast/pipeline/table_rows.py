@@ -116,16 +116,6 @@ def moments_for(corpus: Corpus, covariance: bool = False) -> Moments:
     return moments
 
 
-def add_rows(
-    moments: Moments, rows: Tensor, codes: Tensor | None, row_map: Any, **options: Any
-) -> None:
-    """Add rows [N, D], of a table with their codes [N], sent through a map or a function."""
-    if isinstance(moments, TableMoments) and codes is not None:
-        moments.update_sides(rows, codes, row_map, **options)
-    else:
-        moments.update(rows, through=getattr(row_map, "row_map", row_map), **options)
-
-
 def zero_results(moments: Moments, row_map: AnyMap | None) -> int:
     """Return how many of the zero rows that were measured stay zero under a map."""
     if isinstance(moments, TableMoments) and isinstance(row_map, TableMap):

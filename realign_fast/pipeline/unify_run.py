@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, expect_rows, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, check_columns, check_different, check_map
+from .align_run import AlignRun, check_columns, check_different
 from .checkpoints import digest, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
@@ -142,13 +143,13 @@ def unify(
                 return _job_report(run, f"{ANOTHER_ROUND} ({unfinished})")
             space.encoder = encoder
             check_kept_sides(directory, results, space, run.settings)
-        maps = [map_of(space, result.pass_name) for result in results]
-        for row_map, result in zip(maps, results, strict=True):
-            check_map(row_map, result.corpus)
+        maps = [(result, map_of(space, result.pass_name)) for result in results]
+        for result, row_map in maps:
+            check_columns(result.corpus, row_map)
         records = records_of(directory)
         remove_reports(records)
         space.save(records / SPACE)
-        for row_map, result in zip(maps, results, strict=True):
+        for result, row_map in maps:
             moments = run.write(result, row_map, directory)
             if part[1] == 1:
                 _warn_if_far(space, result, moments)
@@ -201,15 +202,12 @@ def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
     if isinstance(moments, TableMoments):
         checked, place = moments.sides, f"{place}, {{}} rows"
     for name, own in checked.items():
+        if name.endswith(_QUERIES):
+            fitted = space.query_mean(name.removesuffix(_QUERIES))
+        else:
+            fitted = space.sides[name].centre, space.sides[name].count
         if own.count:
-            warn_if_far(place.format(name), own.mean, own.count, *_fitted_mean(space, name))
-
-
-def _fitted_mean(space: SharedSpace, role: str) -> tuple[Tensor, int]:
-    """Return the mean [D] and the number of the rows that the rows of a role are drawn like."""
-    if role.endswith(_QUERIES):
-        return space.query_mean(role.removesuffix(_QUERIES))
-    return space.sides[role].centre, space.sides[role].count
+            warn_if_far(place.format(name), own.mean, own.count, *fitted)
 
 
 def _job_report(run: AlignRun, next_step: str) -> dict[str, Any]:
@@ -227,11 +225,7 @@ def sample_of(settings: Settings, corpus: Corpus) -> int | None:
 
 
 def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
-    """Fit a space in passes of ``run``.
-
-    Raises:
-        UnfinishedShards: ``run`` is a job of an array, and other jobs have not finished a pass.
-    """
+    """Fit a space in passes of ``run``; a job of an array may have to wait for others first."""
     first, *later_corpora = sides.corpora.values()
     for corpus in later_corpora:
         check_columns(corpus, first)
@@ -285,8 +279,7 @@ def _measure_all(
         corpus = sides.corpora[name if name in sides.corpora else TABLE]
         expect_rows(f"{corpus.path}: the {name} side", moments)
     if not centres and TABLE not in sides.documents:
-        pairs = [(corpus, measured[name]) for name, corpus in sides.documents.items()]
-        for number, pair in enumerate(pairs):
-            for earlier in pairs[:number]:
-                check_different(earlier, pair)
+        pairs = ((corpus, measured[name]) for name, corpus in sides.documents.items())
+        for one_side, other_side in combinations(pairs, 2):
+            check_different(one_side, other_side)
     return measured

@@ -75,8 +75,8 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     for record in manifest["passes"].values():
         for entry in record["shards"]:
             faults += _content_faults(records / entry["stats"], entry, digest)
-    for name, entry in manifest["files"].items():
-        faults += _content_faults(out / name, entry, file_digest)
+    for entry in manifest["files"]:
+        faults += _content_faults(out / entry["name"], entry, file_digest)
     written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
     maps = _maps_of(records, manifest["aligner"], applied, faults)
@@ -89,9 +89,10 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             faults += [f"{path}: {fault}" for fault in found]
             rows.append(entry["rows"])
         known.setdefault(folder, set()).update(entry["name"] for entry in record["shards"])
-    for name in manifest["files"]:
-        if (folder := (out / name).parent).name in FOLDERS.values():
-            known.setdefault(folder, set()).add((out / name).name)
+    for entry in manifest["files"]:
+        path = out / entry["name"]
+        if path.parent.name in FOLDERS.values():
+            known.setdefault(path.parent, set()).add(path.name)
     for folder, names in known.items():
         faults += _unknown_shards(folder, names, {METADATA, *FOLDERS.values()}, set())
     files = sum(len(record["shards"]) for record in manifest["passes"].values())
@@ -229,18 +230,13 @@ def _row_faults(
         known = " or ".join(f"{length:.6g}" for length in lengths)
         kind = "unit rows" if lengths == [1.0] else f"of norm {known}"
         yield f"{off_rows} rows are not {kind}, {first_off}"
-    if stats and (num_finite := corpus.num_rows - found["nan_rows"]):
-        yield from _mean_faults(total / num_finite, num_finite, stats, tolerance + 1e-6)
-
-
-def _mean_faults(
-    mean: torch.Tensor, count: int, stats: StoragePath, allowed: float
-) -> Iterator[str]:
-    """Compare means: rounding moves a row by half an ulp of 1 at most, and a mean no further."""
-    with suppress(OSError, ValueError):  # _content_faults reports a damaged file
-        recorded = Moments.load(stats)
-        # Zeros in the place of skipped rows take no part in the recorded mean.
-        expected = recorded.mean * recorded.count / count if recorded.count else mean
-        if not (distance := float((mean - expected).norm())) <= allowed:
-            recorded_as = f"from the one recorded, expected {allowed:.2g}"
-            yield f"the mean of its rows is {distance:.2g} {recorded_as}"
+    num_finite = corpus.num_rows - found["nan_rows"]
+    with suppress(OSError, ValueError):  # _content_faults reports damaged statistics
+        recorded = Moments.load(stats) if stats and num_finite else Moments()
+        if recorded.count:
+            # Rounding moves a row by half an ulp of 1 at most, and a mean no further. Zeros in the
+            # place of skipped rows take no part in the recorded mean.
+            distance = float((total - recorded.mean * recorded.count).norm()) / num_finite
+            if not distance <= tolerance + 1e-6:
+                allowed = f"from the one recorded, expected {tolerance + 1e-6:.2g}"
+                yield f"the mean of its rows is {distance:.2g} {allowed}"

@@ -26,7 +26,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def check_map(stored):
+def check_aligner(stored):
     fitted = ReAlign.fit(TEXT, IMAGE)
     for name in (*NUMBERS, *VECTORS, "linear", "source_count", "target_count"):
         close(getattr(stored, name), getattr(fitted, name))
@@ -55,7 +55,7 @@ def check_frame(stored):
 
 
 def test_files_load():
-    check_map(ReAlign.load(STORED / "aligner.safetensors"))
+    check_aligner(ReAlign.load(STORED / "aligner.safetensors"))
     check_moments(Moments.load(STORED / "moments.safetensors"), covariance=True)
     check_frame(FixedFrame.load(STORED / "frame.safetensors"))
     coral = ReAlign.from_pretrained(STORED / "coral.safetensors")
@@ -69,7 +69,7 @@ def test_pickles_load():
     sys.modules.pop("realign_fast.scatter", None)  # so that this import is the first, and warns
     with pytest.warns(DeprecationWarning, match="is called realign_fast.covariance_sums now"):
         objects = pickle.loads((STORED / "objects.pickle").read_bytes())
-    check_map(objects["aligner"])
+    check_aligner(objects["aligner"])
     check_moments(objects["moments"], covariance=True)
     check_moments(objects["plain"], covariance=False)
     check_frame(objects["frame"])

@@ -207,15 +207,25 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m | {"passes": []}, "passes that are no object"),
-        (lambda m: m | {"aligner": 7}, "an aligner that is no hash"),
-        (lambda m: m | {"passes": {"apply": [1]}}, "apply without facts"),
-        (lambda m: m | {"passes": {"apply": {"facts": {}, "shards": {}}}}, "without a list"),
-        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "nothing as path of shard 2 of"),
-        (lambda m: m["passes"]["apply"]["shards"][1].update(rows="9") or m, "'9' as rows of shard"),
+        (lambda m: m | {"passes": []}, "[] as passes of the manifest"),
+        (lambda m: m | {"aligner": 7}, "7 as aligner of the manifest"),
+        (lambda m: m | {"passes": {"apply": [1]}}, "[1] as apply of passes"),
+        (
+            lambda m: m | {"passes": {"apply": {"facts": {}, "shards": {}}}},
+            "nothing as column of f",
+        ),
+        (lambda m: m["passes"]["apply"]["shards"].append(3) or m, "3 as 2 of shards of apply"),
+        (
+            lambda m: m["passes"]["apply"]["shards"][1].update(rows="9") or m,
+            "'9' as rows of 1 of sh",
+        ),
         (lambda m: m["passes"]["apply"]["shards"][0].update(checksum=None) or m, "None as checks"),
         (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "nothing as stats"),
         (lambda m: [m], "a list"),
+        (
+            lambda m: m | {"files": [{"name": "../x", "path": "", "blake2b": ""}]},
+            "'../x' as name o",
+        ),
         (lambda m: m["passes"]["apply"]["facts"].update(folder="../text") or m, "'../text' as fol"),
         (lambda m: m["passes"]["apply"]["shards"][1].update(stats="/etc/x") or m, "'/etc/x' as st"),
         (lambda m: m["passes"]["apply"]["facts"].update(folder=7) or m, "7 as folder of facts of"),

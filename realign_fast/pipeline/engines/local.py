@@ -52,11 +52,7 @@ class Processes:
         self._stop: Callable[[], object] | None = None  # ends the pool; None: there is no pool
 
     def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
-        """Yield results in the order of the shards; at most 2 a worker wait in memory.
-
-        Raises:
-            OSError: a worker process died.
-        """
+        """Yield results in the order of the shards; at most 2 a worker wait in memory."""
         ended = False
         with tempfile.NamedTemporaryFile(prefix="realign-fast-task-") as file:
             # Plain pickle: multiprocessing's own would hand tensors over in shared memory.

@@ -1,15 +1,14 @@
 """Ray as an engine: one shard a Ray task, on this machine or on every node of a cluster.
 
-The task of a pass (its corpus, map and settings) goes into Ray's object store once, and each Ray
-task gets the index of a shard. It reads and writes the files of that shard itself, by the paths
-that this process uses, and returns statistics. Rows never travel, so the nodes need a shared file
-system or URLs, with the packages and the credentials that open them. A node that sees other files,
-or runs another ``realign_fast``, is refused before it reads a row.
+The task of a pass goes into Ray's object store once, and each Ray task gets the index of a shard.
+It reads and writes the files of that shard by the paths that this process uses, and returns
+statistics: rows never travel. The nodes need a shared file system or URLs, with the packages and
+the credentials that open them. A node that sees other files, or runs another ``realign_fast``, is
+refused before it reads a row.
 
-Ray repeats a task whose worker or node died. An exception of ours is not repeated and is raised as
-it is. Results come in the order of the shards, and the number of tasks behind the first one that
-still runs is bounded. Only the driver's side imports Ray. Sources: Ray Core's documentation of
-tasks, fault tolerance and Ray Client (docs.ray.io).
+Ray repeats a task whose worker or node died; an exception of ours is raised as it is. The number of
+tasks behind the first one that still runs is bounded. Sources: Ray Core's documentation of tasks,
+fault tolerance and Ray Client (docs.ray.io).
 """
 
 from __future__ import annotations
@@ -188,35 +187,31 @@ class RayTasks(AbstractContextManager["RayTasks"]):
     def _task_slots(self) -> int:
         """Return how many tasks the nodes have room for at once, whatever runs there now.
 
-        Raises:
-            ValueError: no task fits the Ray that was started here.
-            OSError: no node that a task fits on came for ``_PATIENCE_SECONDS``.
+        A task that fits no node is an error, of a cluster after ``_PATIENCE_SECONDS``.
         """
         now = time.monotonic()
-        if now - self._polled > _POLL_SECONDS:
-            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            needs = self._needs.items()
-            slots = [[int(node.get(name, 0) / need) for name, need in needs] for node in nodes]
-            self._slots = sum(map(min, slots))
-            self._polled = now
-            if self._slots:
-                self._lacking_since = math.inf
-            elif self._started:
-                raise ValueError(self._too_large())
-            elif self._lacking_since == math.inf:
-                self._lacking_since = now
-                warnings.warn(f"{self._too_large()}; waiting for one", stacklevel=4)
-        if now - self._lacking_since > _PATIENCE_SECONDS:
-            raise OSError(self._too_large())
-        return self._slots
-
-    def _too_large(self) -> str:
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
-        return (
-            f"no node of the Ray cluster has what a task asks for ({needs}); give less to "
+        if now - self._polled <= _POLL_SECONDS:
+            return self._slots
+        self._polled, needs = now, self._needs.items()
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        self._slots = sum(min(int(node.get(k, 0) / need) for k, need in needs) for node in nodes)
+        if self._slots:
+            self._lacking_since = math.inf
+            return self._slots
+        problem = (
+            "no node of the Ray cluster has what a task asks for "
+            f"({', '.join(f'{need:g} {name}' for name, need in needs)}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
             "a node"
         )
+        if self._started:
+            raise ValueError(problem)
+        if self._lacking_since == math.inf:
+            self._lacking_since = now
+            warnings.warn(f"{problem}; waiting for one", stacklevel=4)
+        if now - self._lacking_since > _PATIENCE_SECONDS:
+            raise OSError(problem)
+        return 0
 
     def _first_result(self, waiting: deque[tuple[str, Any]]) -> Any:
         """Return the result of the first task, which is removed only when it has ended."""
@@ -320,38 +315,37 @@ def program_version() -> str:
 
 
 def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
-    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled."""
+    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled.
+
+    The job is loaded once a process. This node has to run the program of the driver and to see its
+    files.
+    """
+    global _loaded
     survive_lost_pages()
     previous_folder = os.getcwd()
     answer: tuple[Any, Exception | None, str]
     try:
-        answer = _run(get, shared[0], shard), None, ""
+        if _loaded is None or _loaded[0] != shared[0]:
+            job = Job(*get(shared[0]))
+            if job.version != program_version():
+                raise ValueError(
+                    f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
+                    f"{job.version}, and their results could differ; install the same on every "
+                    "node, or send it along (--ray-ship, ship=True)"
+                )
+            _loaded = shared[0], job, pickle.loads(job.task)
+        _, job, task = _loaded
+        if os.path.isdir(job.folder):
+            os.chdir(job.folder)
+        torch.set_num_threads(job.threads)
+        if isinstance(task, ShardTask):
+            _check_shared(task, shard, job)
+        answer = task(shard), None, ""
     except Exception as error:
         answer = None, error, traceback.format_exc()
     finally:
         os.chdir(previous_folder)
     return pickle.dumps(answer)
-
-
-def _run(get: Callable[[Any], Any], reference: Any, shard: int) -> Any:
-    """Load the job once a process, check that this node agrees with the driver, do the shard."""
-    global _loaded
-    if _loaded is None or _loaded[0] != reference:
-        job = Job(*get(reference))
-        if job.version != program_version():
-            raise ValueError(
-                f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
-                f"{job.version}, and their results could differ; install the same on every node, "
-                "or send it along (--ray-ship, ship=True)"
-            )
-        _loaded = reference, job, pickle.loads(job.task)
-    _, job, task = _loaded
-    if os.path.isdir(job.folder):
-        os.chdir(job.folder)
-    torch.set_num_threads(job.threads)
-    if isinstance(task, ShardTask):
-        _check_shared(task, shard, job)
-    return task(shard)
 
 
 def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
