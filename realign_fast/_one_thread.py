@@ -43,8 +43,8 @@ def one_thread(algebra: Callable[Parameters, Result]) -> Callable[Parameters, Re
 def at_once(calls: Sequence[Callable[[], Result]], beside: Tensor) -> list[Result]:
     """Return the results of independent calls, each on one of the caller's threads.
 
-    The calls run one after another outside of :func:`one_thread`, and where the matrix ``beside``
-    which they work is small or not on the CPU.
+    They run one after another outside of :func:`one_thread`, and where ``beside``, a matrix that
+    they work on, is small or not on the CPU.
     """
     threads = min(getattr(_caller, "threads", None) or 1, len(calls))
     if threads == 1 or not beside.is_cpu or len(beside) < _PANEL_ROWS:

@@ -114,7 +114,16 @@ class ReAlign(nn.Module, HubObject):
 
         Moments that do not fit, and options of another method, are a ValueError.
         """
-        _check_moments(source, target, needs_spread=method not in ("mean-shift", "noise"))
+        expect_one_encoder("ReAlign", source, target)
+        for name, moments in (("source", source), ("target", target)):
+            if not moments.normalize:
+                raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
+            has_spread = moments.count > 1 and moments.trace >= _NO_SPREAD
+            if method not in ("mean-shift", "noise") and not has_spread:
+                raise ValueError(
+                    f"ReAlign: the {moments.count} {name} rows all point one way (trace "
+                    f"{moments.trace:.1e}), so no scale exists; fit on more rows"
+                )
         aligner = cls(source.dimension, method)
         aligner.linear = linear_part(
             method, source, target, shrinkage=shrinkage, floor=floor, energy=energy
@@ -409,19 +418,6 @@ class ReAlign(nn.Module, HubObject):
 # What torch.compiler.assume_constant_result does, which imports the compiler, in seconds.
 ReAlign._is_fitted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 torch.serialization.add_safe_globals([ReAlign])  # for torch.load(weights_only=True)
-
-
-def _check_moments(source: Moments, target: Moments, needs_spread: bool) -> None:
-    """Raise a ValueError if no map can be computed from the moments of the two sides."""
-    expect_one_encoder("ReAlign", source, target)
-    for name, moments in (("source", source), ("target", target)):
-        if not moments.normalize:
-            raise ValueError(f"ReAlign: the {name} moments need normalize=True; measure again")
-        if needs_spread and (moments.count < 2 or moments.trace < _NO_SPREAD):
-            raise ValueError(
-                f"ReAlign: the {moments.count} {name} rows all point one way (trace "
-                f"{moments.trace:.1e}), so no scale exists; fit on more rows"
-            )
 
 
 def _number_in(buffer: Tensor) -> int | None:

@@ -94,7 +94,11 @@ class Scatter:
         operands, normalize = rows, self.normalize
         accurate = self.accurate or rows.dtype == torch.float64
         if through is not None:
-            operands = map_rows(rows.double() if accurate else rows, through)
+            wide = rows.double() if accurate else rows
+            if callable(through):
+                operands = through(wide)
+            else:  # to float32, or to float64 of float64 rows
+                operands = ops.align_rows(wide, *through, out_dtype=ops.working_dtype(wide))
             normalize = False
         elif not normalize and not accurate:
             accurate = _holds_a_far_row(rows)
@@ -193,13 +197,6 @@ class Scatter:
         """Restore what :meth:`state` returned."""
         for name in _STATE if state else ():
             setattr(self, name, state[name])
-
-
-def map_rows(rows: Tensor, through: RowMap) -> Tensor:
-    """Send rows [N, D] through a row map; the result is float32, or float64 if they are."""
-    if callable(through):
-        return through(rows)
-    return ops.align_rows(rows, *through, out_dtype=ops.working_dtype(rows))
 
 
 def _checked_weights(name: str, given_weights: object, rows: Tensor) -> Tensor | None:

@@ -571,9 +571,7 @@ class SharedSpace(HubObject):
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
 
-torch.serialization.add_safe_globals(
-    [SharedSpace, Side, RoleMap]
-)  # for torch.load(weights_only=True)
+torch.serialization.add_safe_globals([SharedSpace, Side, RoleMap])  # for weights_only=True
 
 
 def _check_options(
@@ -620,13 +618,13 @@ def measure_side(
     rows: Any, name: str, centre: Tensor | None, batch_rows: int, bad_rows: BadRows
 ) -> Moments:
     """Return the moments of rows, or those of ``unit(u - centre)``."""
-    if isinstance(rows, Moments) and centre is not None:
+    if isinstance(rows, Moments):
+        if centre is None:
+            return rows
         raise ValueError(
             f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
             "give rows, or method='calibrate', or use from_passes"
         )
-    if isinstance(rows, Moments):
-        return rows
     through = None if centre is None else centring_map(centre)
     options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
     return measure(rows, name, covariance=True, through=through, **options)

@@ -271,9 +271,28 @@ def add_scatter_(
         TypeError: a dtype is not floating point, or a sum is not float64.
     """
     rows = _checked_rows("add_scatter_", rows)
-    _check_sums(scatter, total, centre, rows.shape[1])
+    columns = [rows.shape[1]]
+    sums_and_shapes = (("scatter", scatter, columns * 2), ("total", total, columns))
+    for name, tensor, expected in (*sums_and_shapes, ("centre", centre, columns)):
+        if list(tensor.shape) != expected:
+            raise ValueError(
+                f"add_scatter_: rows have {rows.shape[1]} columns, {name} has shape "
+                f"{list(tensor.shape)}, expected {expected}"
+            )
+    for name, tensor, _ in sums_and_shapes:
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
+    if share_memory(scatter, total):
+        raise ValueError("add_scatter_: scatter and total share memory; give each its own")
     _check_devices("add_scatter_", rows, scatter=scatter, total=total, weights=weights)
-    weights = None if weights is None else _checked_weights(rows, weights)
+    if weights is not None:
+        weights = _double_beside(rows, weights)
+        if weights.shape != rows.shape[:1]:
+            shape = list(weights.shape)
+            raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {shape}")
+        captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
     sums = [tensor.resolve_neg() for tensor in (scatter, total)]
     inputs = apart((rows.detach(), _double_beside(rows, centre), weights), *sums)
     variant = int(fast and rows.is_cuda)
@@ -282,34 +301,6 @@ def add_scatter_(
         if result is not tensor:
             tensor.copy_(result)
     return counts
-
-
-def _check_sums(scatter: Tensor, total: Tensor, centre: Tensor, columns: int) -> None:
-    """Check the shapes, dtypes and memory of the sums, and the shape of the centre."""
-    sums = (("scatter", scatter, [columns] * 2), ("total", total, [columns]))
-    for name, tensor, expected in (*sums, ("centre", centre, [columns])):
-        if list(tensor.shape) != expected:
-            raise ValueError(
-                f"add_scatter_: rows have {columns} columns, {name} has shape "
-                f"{list(tensor.shape)}, expected {expected}"
-            )
-    for name, tensor, _ in sums:
-        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
-            raise TypeError(f"add_scatter_: expected contiguous float64 {name}, got {tensor.dtype}")
-    if share_memory(scatter, total):
-        raise ValueError("add_scatter_: scatter and total share memory; give each its own")
-
-
-def _checked_weights(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the weights of add_scatter_ as contiguous float64 [N]."""
-    weights = _double_beside(rows, weights)
-    if weights.shape != rows.shape[:1]:
-        shape = list(weights.shape)
-        raise ValueError(f"add_scatter_: {len(rows)} rows, but weights of shape {shape}")
-    captured = weights.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and not bool((weights.isfinite() & (weights >= 0)).all()):
-        raise ValueError("add_scatter_: a weight is negative or not finite; expected w >= 0")
-    return weights
 
 
 def _checked_rows(op: str, rows: Tensor) -> Tensor:

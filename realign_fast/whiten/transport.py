@@ -125,28 +125,23 @@ def blockwise(
     couples U to V is not matched. The floor is a share of the largest eigenvalue of each block; a
     block that is rounding of the whole covariance counts as zero.
     """
-    u = _checked_frame(frame, checked_covariance(source, "source"))
+    columns = len(checked_covariance(source, "source"))
+    expect_tensor("whiten", frame, "the frame")
+    shape = list(frame.shape)
+    if len(shape) != 2 or shape[0] != columns or not 1 <= shape[1] <= columns:
+        raise ValueError(f"whiten: the frame is {shape}, expected [{columns}, q], q from 1 to D")
+    u = frame.detach().double()
+    deviation = float((u.T @ u - torch.eye(shape[1]).to(u)).abs().max())
+    if not deviation <= torch.finfo(frame.dtype).eps ** 0.5:
+        raise ValueError(
+            f"whiten: U'U of the frame is off the identity by {deviation:.3g}; give orthonormal "
+            "columns"
+        )
     v = torch.linalg.qr(u, mode="complete").Q[:, u.shape[1] :]
     result, floored = torch.zeros_like(u @ u.T), 0
     for basis in (u, v) if v.shape[1] else (u,):
         y, x = floored_eigen_pair(source, target, floor, basis=basis)
         result += basis @ (x.power(0.5) @ y.power(-0.5)) @ basis.T
         floored += y.floored
-    warn_floored(floored, len(source), floor_of(source, floor))
+    warn_floored(floored, columns, floor_of(source, floor))
     return result
-
-
-def _checked_frame(frame: Tensor, covariance: Tensor) -> Tensor:
-    """Return U [D, q] in float64; a ValueError if its columns are not orthonormal."""
-    expect_tensor("whiten", frame, "the frame")
-    shape, columns = list(frame.shape), len(covariance)
-    if len(shape) != 2 or shape[0] != columns or not 1 <= shape[1] <= columns:
-        raise ValueError(f"whiten: the frame is {shape}, expected [{columns}, q], q from 1 to D")
-    wide = frame.detach().double()
-    deviation = float((wide.T @ wide - torch.eye(shape[1]).to(wide)).abs().max())
-    if not deviation <= torch.finfo(frame.dtype).eps ** 0.5:
-        raise ValueError(
-            f"whiten: U'U of the frame is off the identity by {deviation:.3g}; give orthonormal "
-            "columns"
-        )
-    return wide
