@@ -42,9 +42,9 @@ from realign_fast.ops.triton_ops import row_kernels
 _own_tile = row_kernels.tile
 
 
-def _tile(columns):
+def _tile(columns, crowded=False):
     """16 rows, and blocks so small that 1000 columns are swept in two."""
-    own = _own_tile(columns)
+    own = _own_tile(columns, crowded)
     return own | {"ROWS": 16, "BLOCK": min(own["BLOCK"], 512)}
 
 

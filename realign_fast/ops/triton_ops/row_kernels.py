@@ -381,9 +381,12 @@ def sum_rows_kernel(
         tl.store(numbers + program * 4 + 3, tl.sum(outside, axis=0).to(tl.float64))
 
 
-def tile(columns: int) -> dict[str, int]:
-    """Return ROWS, BLOCK and the number of warps for rows of D columns."""
-    block = min(max(triton.next_power_of_2(columns), 64), _TILE_ENTRIES)
+def tile(columns: int, crowded: bool = False) -> dict[str, int]:
+    """Return ROWS, BLOCK and the number of warps for rows of D columns.
+
+    A kernel with many numbers for each entry crowds the registers: its blocks are half as wide.
+    """
+    block = min(max(triton.next_power_of_2(columns), 64), _TILE_ENTRIES // (1 + crowded))
     rows = min(_TILE_ENTRIES // block, _MOST_ROWS)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // _ENTRIES_OF_A_WARP, 1)}
 
@@ -438,7 +441,8 @@ def launch_map(
     product: tuple[Tensor, Tensor] | None = None,  # A x over a factor, [N, WIDTH] M; the factor []
 ) -> None:
     """Write the images of the rows into the target with one read and one write of each row."""
-    shape, is_unit = tile(rows.shape[1]), length in (None, 1)
+    is_unit = length in (None, 1)
+    shape = tile(rows.shape[1], linear.dim() == 1 and m == torch.float64)
     result_length = shift if is_unit else shift.new_full((), length or 0)
     vectors = linear, shift, shift if recentre is None else recentre, result_length
     launch(
@@ -472,8 +476,7 @@ def launch_sums(
     """
     padded_rows, width = rows.shape if packed is None else packed.shape[1:]
     terms = 0 if packed is None else len(packed)
-    crowded = terms or (kinds == 3 and m == torch.float64)  # the registers, by a wider block
-    shape = tile(min(rows.shape[1], 2048) if crowded else rows.shape[1])
+    shape = tile(rows.shape[1], terms > 0 or rows.dtype == torch.float64)
     programs = triton.cdiv(padded_rows, program_rows)
     sums = torch.empty(2 if terms else 1, programs, width, dtype=torch.float64, device=rows.device)
     numbers = sums.new_empty(programs, 4)
