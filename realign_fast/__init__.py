@@ -10,7 +10,7 @@ arXiv 2602.07026) from unpaired statistics, with fused kernels behind ``torch.op
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _old_names, _startup
+from . import _old_names, _startup  # noqa: F401  # old names can be imported from here on
 
 if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from . import metrics, whiten
@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from .shared_space import SharedSpace
 
 __version__ = "0.1.0"
-_MODULES = {"Corpus": "corpus", "Moments": "moments", "ReAlign": "align"}
-_MODULES |= {"SharedSpace": "shared_space"}
+_MODULES = dict(Corpus="corpus", Moments="moments", ReAlign="align", SharedSpace="shared_space")
 _MODULES |= dict.fromkeys(("add_scatter_", "align_rows", "backend_of", "sum_rows"), "ops")
 _SUBMODULES = {*_MODULES.values(), "covariance_sums", "frame", "methods", "metrics", "whiten"}
 __all__ = ["Corpus", "Moments", "ReAlign", "SharedSpace", "metrics", "whiten"]
@@ -42,7 +41,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_old_names.install()
 if not _startup.is_own_command():  # the command line imports torch only where a command needs it
     with _startup.without_collection():
         from . import ops  # noqa: F401  # registers torch.ops.realign_fast

@@ -18,7 +18,6 @@ _NEW_NAMES = {
     "ray_engine": "pipeline.engines.ray_driver",
     "scatter": "covariance_sums",
 }
-_PACKAGE = __name__.rpartition(".")[0]
 
 
 class _OldNameFinder(MetaPathFinder, Loader):
@@ -29,13 +28,13 @@ class _OldNameFinder(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         """Return a spec for the old names of modules, None for any other name."""
         package, _, name = fullname.rpartition(".")
-        known = package == _PACKAGE and name in _NEW_NAMES
+        known = package == __package__ and name in _NEW_NAMES
         return ModuleSpec(fullname, self) if known else None
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the new module in the place of the empty one that was created for the old name."""
         old_name = module.__name__
-        new_name = f"{_PACKAGE}.{_NEW_NAMES[old_name.rpartition('.')[2]]}"
+        new_name = f"{__package__}.{_NEW_NAMES[old_name.rpartition('.')[2]]}"
         warnings.warn(
             f"{old_name} is called {new_name} now; the old name goes with the next release",
             DeprecationWarning,
@@ -44,6 +43,4 @@ class _OldNameFinder(MetaPathFinder, Loader):
         sys.modules[old_name] = importlib.import_module(new_name)
 
 
-def install() -> None:
-    """Let the old names be imported."""
-    sys.meta_path.append(_OldNameFinder())
+sys.meta_path.append(_OldNameFinder())

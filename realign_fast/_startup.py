@@ -20,15 +20,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 
 def is_own_command() -> bool:
     """Return whether the process was started as ``realign-fast`` or ``python -m realign_fast``."""
-    arguments = sys.orig_argv
-    names = [Path(word).name for word in arguments[1:2]]  # the script that pip installed
-    own_script = names in (["realign-fast"], ["realign-fast.exe"])
-    return own_script or arguments[1:3] == ["-m", "realign_fast"]
+    script = Path("".join(sys.orig_argv[1:2])).name  # the one that pip installed
+    is_module = sys.orig_argv[1:3] == ["-m", "realign_fast"]
+    return is_module or script in ("realign-fast", "realign-fast.exe")
 
 
 def _stop(*_: Any) -> None:
@@ -44,17 +43,11 @@ def _open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def end(status: int) -> NoReturn:
-    """End the process with an exit status, after everything that waits for the end of Python."""
-    _ended.append(status)
-    sys.exit(status)
-
-
 def _end_at_once() -> None:
-    if _ended:
+    if exit_status:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(_ended[0])
+        os._exit(exit_status[0])
 
 
 @contextmanager
@@ -71,7 +64,7 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-_ended: list[int] = []  # the exit status of a command that is over
+exit_status: list[int] = []  # of a command that is over
 if is_own_command():
     if not atexit._ncallbacks():  # this one is the last; others of before must not be left out
         atexit.register(_end_at_once)

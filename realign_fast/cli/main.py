@@ -119,8 +119,7 @@ def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     hints = get_type_hints(function)
     options: opts.Common = hints["options"](**values)
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
-    level = "INFO" if options.log_json else "WARNING"
-    logging.getLogger("realign_fast.progress").setLevel(level)
+    logging.getLogger("realign_fast.progress").setLevel("INFO" if options.log_json else "WARNING")
     logging.getLogger("realign_fast.passes").setLevel("NOTSET")
     if options.log_json:
         from ..interface import progress
@@ -184,14 +183,13 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
         trace = "".join(traceback.format_exception(error)).rstrip()
         LOGGER.error(trace, extra={"event": {"event": "trace"}})
         message = f"{type(error).__name__}: {message}; this is a fault of realign-fast: report it"
-    error_kind = code.name.lower()
     if as_json:
-        fields = {"exit_code": int(code), "kind": error_kind, "message": message}
+        fields = {"exit_code": int(code), "kind": code.name.lower(), "message": message}
         try:
             write(_document(name, {**getattr(error, "facts", {}), "error": fields}))
         except OSError as full:
             LOGGER.error(full.strerror)
-    LOGGER.error(message, extra={"event": {"event": "error", "kind": error_kind}})
+    LOGGER.error(message, extra={"event": {"event": "error", "kind": code.name.lower()}})
     return code
 
 

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from inspect import Parameter, signature
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -63,7 +62,7 @@ def parameters(function: Callable[..., Any]) -> list[Parameter]:
             default = defaults.get(name, getattr(own["options"], name, Parameter.empty))
             parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             panels[info.rich_help_panel].append(parameter)
-    return list(chain.from_iterable(panels.values()))
+    return [option for panel in panels.values() for option in panel]
 
 
 # Checks of values: each takes the text of an option, and Typer prints the ValueError of one that
@@ -125,10 +124,8 @@ def _kept(path: str) -> None:
     """Refuse an output that would be gone when this process ends, or that takes no files."""
     output_path(path)
     if path.startswith("memory:"):
-        advice = "give a directory or the URL of a store"
-        raise ValueError(
-            f"{path}: is memory of this process, which ends with the command; {advice}"
-        )
+        reason = "is memory of this process, which ends with the command"
+        raise ValueError(f"{path}: {reason}; give a directory or the URL of a store")
 
 
 def read_options(context: Context, path: Path | None) -> Path | None:

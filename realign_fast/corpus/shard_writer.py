@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 START_BYTES = 8 << 20  # written before the disk is told to start on them
-# Bytes of one write. The page cache takes memory for a write in blocks of its size. Blocks of 2 MiB
-# that are free are given back to the host of a virtual machine, where the first touch is slow.
+# Bytes of one write: the page cache holds larger ones in blocks of 2 MiB, and a virtual machine has
+# given free blocks of that size back to its host, so that their first touch is slow.
 WRITE_BYTES = 1 << 20
 
 

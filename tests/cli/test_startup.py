@@ -106,7 +106,8 @@ class Kept:
 kept = Kept()
 atexit.register(print, "later")
 sys.stdout.write("begun ")
-_startup.end(5)
+_startup.exit_status.append(5)
+sys.exit(5)
 """
 
 
