@@ -104,12 +104,12 @@ def _held_file(path: LocalPath) -> Iterator[None]:
             descriptor = os.open(path, flags, 0o666)
             stack.callback(os.close, descriptor)
             _acquire_file(descriptor, path, fcntl.LOCK_EX)
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        array = "" if path.name == "lock" else " (or its job array)"
         with suppress(OSError):  # the disk is full; the lock holds without the name of its owner
             if os.fstat(descriptor).st_nlink == 1:  # a file with another name is not ours alone
                 os.ftruncate(descriptor, 0)
-                os.pwrite(
-                    descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
-                )
+                os.pwrite(descriptor, f"{owner}{array}".encode(), 0)
         yield
 
 
