@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -33,9 +33,15 @@ def spans(pread: Pread, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     requests = (pool.submit(pread, stop - start, start) for start, stop in ranges)
     try:
         for request in started_ahead(requests, IN_FLIGHT):
-            yield request.result()
+            yield _result_of(request)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result_of(request: Future[bytes]) -> bytes:
+    while not request.done():
+        wait([request], 1)  # no longer: only between two waits can a worker process be stopped
+    return request.result()
 
 
 def started_ahead(items: Iterable[Item], limit: int) -> Iterator[Item]:
@@ -86,7 +92,7 @@ class ReadAhead(io.RawIOBase):
             return 0
         start = self._requested_piece()
         try:
-            piece = self._pieces[start][1].result()
+            piece = _result_of(self._pieces[start][1])
         except OSError as error:
             self.error = error
             raise
