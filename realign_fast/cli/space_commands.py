@@ -94,7 +94,7 @@ def _report_text(report: dict[str, Any], out: str, notes: list[str]) -> str:
     space = report["space"]
     role, lines = space["query_role"], []
     for name, side in space["modalities"].items():
-        share = f", of which {side['common_share'][role]:.0%} of the variance all queries share"
+        share = f"; {side['common_share'][role]:.0%} of their variance is alike for all queries"
         lines.append(
             f"{name:16} {side['count']:>12,} rows  scores of {role} queries deviate by "
             f"{side['scale'][role]:.6g} +- {side['scale_error'][role]:.1%}" + share * (name != role)

@@ -85,7 +85,10 @@ class AlignRun(PassRunner):
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
-        self.count, _ = rows_to_fit(self.settings, source, target)
+        self.count, chosen = rows_to_fit(self.settings, source, target)
+        if self.count and self.settings.fit_rows is None:  # before hours of reading, not after
+            message = f"fitting on {chosen}; --fit-rows all reads every row"
+            LOGGER.warning(message, extra={"event": {"event": "sample"}})
         y, x, aligner = self.half_fit(source, target)
         drift = self.measure("source drift", source, aligner)
         aligner.record_drift(drift.moments)

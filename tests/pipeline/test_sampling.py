@@ -94,14 +94,17 @@ def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, c
     monkeypatch.setattr(sampling, "DEFAULT_ROWS", 200)
     command = ["align", "--text", "text", "--image", "image", "--out"]
     assert main.main([*command, "out"]) == 0
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert "fitting on a sample of 200 of 5,001 source rows" in warned
+    assert "--fit-rows all reads every row" in warned
     assert (
         "fitted on a sample of 200 of 5,001 source rows and 200 of 4,000 target rows, as both"
         in (printed)
     )
     assert "gap of all rows to expect" in printed
     assert main.main([*command, "exact", "--fit-rows", "all"]) == 0
-    assert "fitted on every row; " in capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert "fitted on every row; " in printed and "fitting on" not in warned
     assert tree("exact") == tree("one")
     assert main.main([*command, "out", "--fit-rows", "9", "--mode", "extend"]) == 2
     assert "not samples" in capsys.readouterr().err
