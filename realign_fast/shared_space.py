@@ -187,6 +187,11 @@ class SharedSpace(HubObject):
         self.layout: Layout = layout
         self.query_role = query_role
         self._maps: dict[tuple[str, str], RoleMap] = {}  # by "documents" or "queries", and name
+        self._scales = {  # by modality and role
+            (name, role): 1.0 if method == "center" else side.scale(queries)
+            for name, side in self.sides.items()
+            for role, queries in self.sides.items()
+        }
 
     @classmethod
     def fit(
@@ -321,7 +326,7 @@ class SharedSpace(HubObject):
             name: {
                 "count": side.count,
                 "query_count": side.query_count,
-                "scale": {role: self._scale(side, role) for role in self.sides},
+                "scale": {role: self._scales[name, role] for role in self.sides},
                 "scale_error": {role: side.scale_error(q) for role, q in self.sides.items()},
                 "common_share": {role: self.common_share(role, name) for role in self.sides},
             }
@@ -342,11 +347,8 @@ class SharedSpace(HubObject):
 
     def scale(self, modality: str) -> float:
         """Return the number that documents of a modality are divided by in the index."""
-        side = self._side(modality)
-        return 1.0 if self.layout == "blocks" else self._scale(side, self.query_role)
-
-    def _scale(self, side: Side, role: str) -> float:
-        return 1.0 if self.method == "center" else side.scale(self.sides[role])
+        self._side(modality)
+        return 1.0 if self.layout == "blocks" else self._scales[modality, self.query_role]
 
     def text(self, rows: Array) -> Array:
         """Return documents of the modality ``text`` for the index (:meth:`documents`)."""
@@ -414,7 +416,7 @@ class SharedSpace(HubObject):
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
         blocks, width = self.layout == "blocks", self.dimension
-        scales = {i * width: self._scale(s, role) for i, s in enumerate(self.sides.values())}
+        scales = {i * width: self._scales[name, role] for i, name in enumerate(self.sides)}
         return self._map("queries", role, side.query_centre, scales if blocks else {0: 1.0})
 
     def fuse(
