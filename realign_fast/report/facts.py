@@ -56,6 +56,8 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
                     "sampled": len(side.numbers),
                     "missing": side.missing,
                     "changed": side.changed,
+                    "altered": side.altered,
+                    "foreign": side.foreign,
                     "far": _is_far(output, side),
                 }
                 for side in output.sides
@@ -112,7 +114,8 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
     Held out is every second sampled row: a map like that of the output is fitted on the others.
     """
     record, gaps = output.fitted.record, Facts()
-    if isinstance(output.fitted, ReAlign):
+    foreign = any(side.foreign for side in output.sides)
+    if isinstance(output.fitted, ReAlign) and not foreign:
         after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
         floor = record["statistical_floor"]
         gaps["fitted"] = {"before": record["centroid_gap"], "after": after, "floor": floor}

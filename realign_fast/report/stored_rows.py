@@ -27,6 +27,7 @@ from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 
 _NAMED_ROWS = 1_000_000  # rows of the shards whose ids and captions are read
+_ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
 
 
@@ -43,6 +44,8 @@ class Side:
     result: Corpus | None = None
     missing: str = ""  # why there are no rows before, or after
     changed: str = ""  # how the source differs from what the run read
+    altered: str = ""  # a shard of the output that was written after the run
+    foreign: bool = False  # the rows of the output are not those that the run wrote
 
     def labels(self, places: Sequence[int]) -> list[list[str]]:
         """Return file and row, id and caption of some of the rows; empty where there is none."""
@@ -141,6 +144,9 @@ class Output:
                     side.result = side.result or _opened(names, role, options | {"column": column})
             if side.result is None or side.result.num_rows != total:
                 side.result, side.missing = None, f"{role} rows after: not all shards are there"
+            for path, entry in zip(names, entries, strict=True) if side.result else ():
+                if not self._is_as_written(path, entry):
+                    side.altered = side.altered or str(path)
         corpus = side.source or side.result
         if corpus is None:
             return [side]
@@ -152,6 +158,17 @@ class Output:
             self._filled(replace(side, name=name, rows=rows), ids[codes.numpy() == code])
             for code, (name, rows) in enumerate(table.side_rows.items())
         ]
+
+    def _is_as_written(self, path: StoragePath, entry: dict[str, Any]) -> bool:
+        """Return whether a shard has the stamp that the run recorded; a file at a URL is taken so.
+
+        The record lies beside the statistics of the shard (:mod:`.checkpoints`).
+        """
+        statistics = records_of(self.path) / entry["stats"]
+        record = statistics.parent / f"{statistics.name.removesuffix('safetensors')}json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return path.is_remote or json.loads(record.read_bytes())["written"] == [*path.stamp()]
+        return True
 
     def _filled(self, side: Side, ids: np.ndarray) -> Side:
         """Return a side with these rows, without those that are zero or not finite."""
@@ -165,9 +182,21 @@ class Output:
         if raw is not None:
             side.before = unit(raw[keep])
             side.after = self.moved(side.name, side.before)
-        if stored is not None:
-            side.after = self._directions(side.name, stored[keep])
+        if stored is not None and len(ids):
+            expected, side.after = side.after, self._directions(side.name, stored[keep])
+            side.foreign = self._is_foreign(side.after, None if side.changed else expected)
         return side
+
+    def _is_foreign(self, stored: Tensor, expected: Tensor | None) -> bool:
+        """Return whether rows of the output are not those of its map, or not near their mean."""
+        gap = (self.report.get("result") or {}).get("centroid_gap")
+        if expected is not None:
+            return bool(((stored - expected).norm(dim=1) > _ROW_ERROR).any())
+        if gap is None or not isinstance(self.fitted, ReAlign) or not len(stored):
+            return False
+        spread_of_mean = (max(1 - float(stored.mean(dim=0).square().sum()), 0) / len(stored)) ** 0.5
+        found = float((stored.mean(dim=0) - self.fitted.target_mean).norm())
+        return abs(found - gap) > 5 * spread_of_mean + 1e-3
 
     def documents(self, name: str, rows: Tensor) -> Tensor:
         """Return the rows of a modality after the map."""

@@ -26,6 +26,13 @@ def unfinished_run(facts: Facts) -> Iterator[str]:
         yield "The run wrote no report.json. Run the same command again."
 
 
+def rows_of_another_origin(facts: Facts) -> Iterator[str]:
+    """Find rows of the output that the map does not make of the source."""
+    if any(side["foreign"] for side in facts["sides"].values()):
+        out = facts["output"]
+        yield f"The rows of {out} are not those the run wrote: run realign-fast verify {out}."
+
+
 def another_encoder_or_domain(facts: Facts) -> Iterator[str]:
     """Find rows whose mean is far from that of the rows fitted on."""
     for name in (name for name, side in facts["sides"].items() if side["far"]):
@@ -107,6 +114,16 @@ def bad_rows(facts: Facts) -> Iterator[str]:
         yield f"{bad:,} of {rows:,} rows are zero or not finite (expected {BAD_SHARE:.0%} at most)."
 
 
+def changed_result(facts: Facts) -> Iterator[str]:
+    """Find shards of the output that were written after the run."""
+    for side in facts["sides"].values():
+        if side["altered"] and not side["foreign"]:
+            yield (
+                f"{side['altered']} was changed after the run, or is a copy: run realign-fast "
+                f"verify {facts['output']}."
+            )
+
+
 def changed_source(facts: Facts) -> Iterator[str]:
     """Find files that are not those the run read, or cannot be read."""
     for side in facts["sides"].values():
@@ -116,10 +133,10 @@ def changed_source(facts: Facts) -> Iterator[str]:
             yield f"Panels and rules that need these rows are missing: {side['missing']}"
 
 
-FAULTS = (unfinished_run, another_encoder_or_domain)
+FAULTS = (unfinished_run, rows_of_another_origin, another_encoder_or_domain)
 DOUBTS = (
     *(too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
-    *(worse_search, bad_rows, changed_source),
+    *(worse_search, bad_rows, changed_result, changed_source),
 )
 
 

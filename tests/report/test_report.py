@@ -196,13 +196,37 @@ def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_the_run_did_not_write_are_a_fault(tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(HELD_OUT, root)
+    run("align", "--text", str(root), "--image", str(root), "--out", str(out))
+    (shard,) = out.glob("text_emb/*.npy")
+    good = shard.read_bytes()
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(root)
+        shard.write_bytes((DATA / "heldout/text_emb/text_emb_0.npy").read_bytes())
+        facts = facts_of(out, 200)
+        assert facts["trust"]["level"] == "fault"
+        finding = facts["trust"]["findings"][0]
+        assert finding["rule"] == "rows of another origin"
+        assert finding["text"].endswith(f"not those the run wrote: run realign-fast verify {out}.")
+        if not gone:
+            assert facts["gap"]["fitted"]["after"] == facts["gap"]["fitted"]["before"] > 0.3
+        shard.write_bytes(good)
+        found = [finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]]
+        assert "changed result" in found and "rows of another origin" not in found
+
+
 CHANGES = {
     "unfinished run": (("passes",), None, "fault"),
+    "rows of another origin": (("sides", "text", "foreign"), True, "fault"),
     "another encoder or domain": (("sides", "text", "far"), True, "fault"),
     "too few rows": (("fitted", "statistical_floor"), 0.15, "doubt"),
     "too few rows ": (("fitted", "modalities"), {"a": {"scale_error": {"a": 0.2}}}, "doubt"),
     "far from the floor": (("gap", "held_out", "after"), 0.3, "doubt"),
     "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
+    "changed result": (("sides", "text", "altered"), "a.npy", "doubt"),
     "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
     "torn neighbours": (("figures", "kept_knn_overlap"), 0.4, "doubt"),
     "worse search": (("recall", "of", "text", "after"), 0.0, "doubt"),
