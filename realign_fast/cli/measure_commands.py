@@ -55,7 +55,14 @@ def with_report(result: Result, out: str, options: opts.Common, is_asked: bool) 
     """Return the result of a run, with the report on its output if that is asked for."""
     if not is_asked:
         return result
-    page = report(options, out)
+    try:
+        page = report(options, out)
+    except Exception as error:  # the run itself ended well: its lines and status stay
+        warnings.warn(
+            f"the run ended, its report failed ({error}); try: realign-fast report {out}",
+            stacklevel=2,
+        )
+        return result
     facts = {**result.facts, "page": page.facts}
     return result._replace(facts=facts, text=f"{result.text}\n{page.text}")
 

@@ -95,7 +95,7 @@ def run(out: Path, progress: bool = True) -> dict[str, Any]:
     print(_table(summary))
     rates = (f"{done['name']} {done['rows_per_second'] / 1e6:.2f}" for done in report["passes"])
     print(f"\nMillion rows per second: {', '.join(rates)}.")
-    print(f"Wrote {out}: the aligned rows and demo.json; --report draws them.\n")
+    print(f"Wrote {out}: the aligned rows and demo.json.\n")
     print(_NEXT)
     return summary
 

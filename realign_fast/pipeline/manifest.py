@@ -95,10 +95,10 @@ def _first_fault(manifest: Any) -> str:
     if isinstance(names := manifest.get("passes"), dict):
         passes = {name: _WRITTEN if name.startswith("apply") else _MEASURED for name in names}
     expected = {"passes": passes, "aligner": str, "files": _FILES}
-    return _fault_of(manifest, expected, "the manifest")
+    return fault_of(manifest, expected, "the manifest")
 
 
-def _fault_of(value: Any, expected: Any, place: str) -> str:
+def fault_of(value: Any, expected: Any, place: str) -> str:
     """Describe the first value that is not of its type: a type, ``{key: type}`` or ``[type]``."""
     kind = type(expected) if isinstance(expected, dict | list) else expected
     is_ours = isinstance(value, str if kind is _PATH else kind)
@@ -112,7 +112,7 @@ def _fault_of(value: Any, expected: Any, place: str) -> str:
         parts = [(value[key], types, f"{key} of {place}") for key, types in expected.items()]
     else:
         return ""
-    return next(filter(None, (_fault_of(*part) for part in parts)), "")
+    return next(filter(None, (fault_of(*part) for part in parts)), "")
 
 
 def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) -> None:

@@ -17,20 +17,26 @@ from ..align import ReAlign
 from ..frame import FixedFrame
 from ..moments import Moments, warn_if_far
 from ..ops.reference import unit
-from ..pipeline.manifest import MANIFEST
-from ..pipeline.output import ALIGNER, REPORT, SPACE
+from ..pipeline.manifest import MANIFEST, fault_of
+from ..pipeline.output import ALIGNER, SPACE
 from ..pipeline.paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, records_of
 from .stored_rows import Output, Side
 from .trust import sentence_of, verdict_of
 
+GENERATOR = "realign-fast report"  # begins the JSON and the page of a report
 _BINS = 60  # of a density
 _PLACES = 512  # points of a side that are drawn
 _ROWS_BETWEEN = 256  # of each side, whose cosines with those of the other are drawn
 _MOST_IDS = 20_000_000  # rows whose ids are read to find pairs
 _WORST_SHARDS = 40  # with bad rows, that are named
 _RUN = "versions", "kernels", "fitted_on", "fit_rows", "device", "threads"  # of report.json
+_DEMO = {  # what the page draws of demo.json
+    "search": dict.fromkeys(("before", "after", "after_error", "images_alone"), float)
+    | {"gallery": int},
+    "substitution": {"share_closed": float, "interval": [float]},
+}
 Facts = dict[str, Any]
 
 
@@ -48,6 +54,7 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
         output = Output.read(out, sample, seed)
         missing: dict[str, str] = {}
         facts: Facts = {
+            "generator": GENERATOR,
             "output": str(output.path),
             "fitted": output.fitted.record,
             "sides": {
@@ -71,7 +78,9 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
         facts |= _of_rows(output, missing)
         facts |= _of_pairs(output, sample, missing)
         with suppress(OSError, ValueError):
-            facts["demo"] = json.loads((output.path / "demo.json").read_bytes())
+            demo = json.loads((output.path / "demo.json").read_bytes())
+            if not fault_of(demo, _DEMO, "the demo"):
+                facts["demo"] = demo
     facts["missing"] = missing
     facts["trust"], facts["sentence"] = verdict_of(facts), sentence_of(facts)
     return _plain(facts)
@@ -102,7 +111,11 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
             x.float(),
             moved_y.float(),
             aligned_target_rows=moved_x.float(),
-            settings=metrics.GapSettings(backend="torch"),
+            settings=metrics.GapSettings(
+                backend="torch",
+                mixing_k=min(20, len(y) + len(x) - 1),
+                overlap_k=min(10, len(y) - 1),
+            ),
         )
     facts["gap"] = _gaps(output, facts["figures"], missing)
     return facts
@@ -294,8 +307,8 @@ def _bad_rows(output: Output) -> Facts:
 
 
 def _file_bytes(output: Output) -> int | None:
-    """Return the size of the shards, the map and the records; of files at URLs, None."""
-    paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST, REPORT)}
+    """Return the size of the shards, the map and the manifest; of files at URLs, None."""
+    paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST)}
     for side in output.sides:
         paths |= {shard.path for shard in side.result.shards} if side.result else set()
     if output.path.is_remote:  # a question about a file there is a request

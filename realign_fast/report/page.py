@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import import_extra
-from ..pipeline.output import PAGE
+from ..interface.option_values import OptionError
+from ..pipeline.manifest import MANIFEST
+from ..pipeline.output import PAGE, REPORT
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
-from .facts import Facts, facts_of
+from .facts import GENERATOR, Facts, facts_of
 
+_HEAD_BYTES = 4096  # of a page or its JSON, which name their generator
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -26,17 +29,47 @@ def write_report(
         seed: chooses these rows.
 
     Raises:
-        OSError, ValueError: ``out`` holds no map, or its records are damaged.
+        OSError, ValueError: ``out`` holds no map, its records are damaged, or ``to`` is a file
+            that is no report, or lies among the rows of ``out``.
         ImportError: plotly or jinja2 is not installed.
     """
     path = output_path(to) if to is not None else records_of(output_path(out)) / PAGE
-    twin = path.parent / f"{path.name.removesuffix('.html')}.json"
+    twin = path.parent / f"{path.name.rpartition('.')[0]}.json"
+    _check_place(path, twin, output_path(out), is_given=to is not None)
     packages()
     facts = facts_of(out, sample, seed)
     page = render(facts, twin.name)
     write_json(twin, facts)
     path.write_whole(page.encode("utf-8", "backslashreplace"))
     return path, facts
+
+
+def _check_place(path: StoragePath, twin: StoragePath, out: StoragePath, is_given: bool) -> None:
+    """Refuse a page and its JSON where they would replace other files or lie among rows."""
+    records = records_of(out)
+    if not path.name.endswith((".html", ".htm")):
+        raise OptionError(f"{path}: expected a file that ends in .html; give one with --to")
+    is_in_records = path.parent.is_within(records) and records.is_within(path.parent)
+    if path.is_within(out) and (not is_in_records or twin.name in (MANIFEST, REPORT)):
+        raise OptionError(
+            f"{path}: lies among the rows or records of {out}; give a file outside of it, or leave "
+            "--to out"
+        )
+    for file in (path, twin):
+        if file.is_dir():
+            raise OptionError(f"{file}: is a directory, expected a file; give another --to")
+        if is_given and file.exists() and not _is_report(file):
+            raise OptionError(
+                f"{file}: is there and is no report of realign-fast; move it away, or give "
+                "another --to"
+            )
+
+
+def _is_report(path: StoragePath) -> bool:
+    """Return whether the beginning of a file says that this module wrote it."""
+    with path.opened() as file:
+        file.stamp()
+        return GENERATOR.encode() in file.pread(_HEAD_BYTES, 0)
 
 
 def render(facts: Facts, twin: str = "") -> str:

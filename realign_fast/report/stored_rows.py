@@ -21,12 +21,20 @@ from ..corpus.split_corpus import SplitCorpus
 from ..moments import good_rows
 from ..ops.reference import unit
 from ..pipeline.checkpoints import identity
-from ..pipeline.manifest import read_manifest
+from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 
 _NAMED_ROWS = 1_000_000  # rows of the shards whose ids and captions are read
+_NUMBER, _SHAPE = float | int | None, {"path": str, "rows": int}
+_PASS = dict.fromkeys(("seconds", "rows_per_second", "gb_per_second"), _NUMBER)
+_REPORT: dict[str, Any] = {  # types of the values of a report.json that are used
+    "passes": [_PASS | {"name": str, "rows": int}],
+    "result": {"centroid_gap": _NUMBER},
+    **dict.fromkeys(("source", "target", "text", "image", "table"), _SHAPE),
+    **dict.fromkeys(("versions", "kernels"), dict),
+}
 _ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
 
@@ -90,13 +98,8 @@ class Output:
         records, report = records_of(path), {}
         is_space = (records / SPACE).exists() and not (records / ALIGNER).exists()
         fitted = (SharedSpace if is_space else ReAlign).from_pretrained(path)
-        try:
-            report = json.loads((records / REPORT).read_bytes())
-        except FileNotFoundError:
-            pass  # the run did not end
-        except ValueError as error:
-            advice = "run the same command again"
-            raise ValueError(f"{records / REPORT}: is no JSON ({error}); {advice}") from error
+        if (records / REPORT).exists():  # else the run did not end
+            report = _read_report(records / REPORT)
         self = cls(path, read_manifest(records), report, fitted, [])
         passes, first = self.manifest["passes"], "text"
         names = {"text": "apply" if "apply" in passes else "source moments"}
@@ -229,6 +232,22 @@ class Output:
             (first,) = self.fitted.document_map(name).scales
             rows = rows[:, first : first + self.fitted.dimension]
         return unit(rows)
+
+
+def _read_report(path: StoragePath) -> dict[str, Any]:
+    """Return the report of a run; a ValueError for a file that no run wrote."""
+    try:
+        report: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        fault = f"is no JSON ({error})"
+    else:
+        present = report if isinstance(report, dict) else {}
+        names = [name for name in _REPORT if present.get(name) is not None or name == "passes"]
+        fault = fault_of(report, {name: _REPORT[name] for name in names}, "the report")
+        fault = fault and f"expected the report of a run, got {fault}"
+    if fault:
+        raise ValueError(f"{path}: {fault}; run the same command again")
+    return dict(report)
 
 
 def _opened(paths: Sequence[AnyPath], role: str, options: dict[str, Any]) -> Corpus:

@@ -15,7 +15,10 @@ import torch
 from support import browser
 
 from realign_fast import Corpus, Moments, ReAlign, SharedSpace, metrics
+from realign_fast.cli import options as opts
+from realign_fast.cli.app import ExitCode, Result
 from realign_fast.cli.main import main
+from realign_fast.cli.measure_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
 from realign_fast.report import facts_of, render, trust, write_report
@@ -216,6 +219,69 @@ def test_rows_that_the_run_did_not_write_are_a_fault(tmp_path):
         shard.write_bytes(good)
         found = [finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]]
         assert "changed result" in found and "rows of another origin" not in found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("out/text_emb/page.html", "out/page.html", "out/__realign__/_stats/page.html"),
+        *("out/__realign__/report.html", "rows.npy", "page", "text.html", "twin.html"),
+        *("folder.html", "adir.html"),
+    ],
+)
+def test_a_page_replaces_no_other_file(aligned, tmp_path, capsys, name):
+    shutil.copytree(aligned, tmp_path / "out")
+    texts = {"rows.npy": "rows", "text.html": "<p>mine", "twin.json": '{"mine": 1}'}
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+    for folder in ("folder.html", "adir.json"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", str(tmp_path / "out"), "--to", str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all((tmp_path / file).read_text() == text for file, text in texts.items())
+
+
+def test_a_page_replaces_an_earlier_page(aligned, tmp_path):
+    for name in ("own/page.htm", "own/page.htm"):
+        run("report", str(aligned), "--to", str(tmp_path / name), "--sample", "50")
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {"page.htm", "page.json"}
+
+
+def test_few_rows_and_a_failing_report_keep_the_run(tmp_path):
+    draw = np.random.default_rng(0)
+    for side in ("text", "image"):
+        np.save(tmp_path / f"{side}.npy", draw.standard_normal((6, 8)).astype("f4"))
+    sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    run("align", *sides, "--out", str(tmp_path / "out"), "--report")
+    facts = facts_of(tmp_path / "out")
+    assert (
+        facts["figures"]["settings_mixing_k"] == 11 and facts["figures"]["settings_overlap_k"] == 5
+    )
+    twin = json.loads((tmp_path / "out/__realign__/gap_report.json").read_text())
+    assert twin == facts, "the same with --report and later"
+    done = Result({"rows": 6}, "lines of the run", ExitCode.DONE)
+    with pytest.warns(UserWarning, match=r"the run ended, its report failed .*report .*gone"):
+        assert with_report(done, str(tmp_path / "gone"), opts.Common(), True) is done
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "null", "{", '{"passes": "x"}', '{"passes": null}', '{"passes": [{"name": 1}]}'),
+        *('{"passes": [], "result": []}', '{"passes": [], "versions": "x"}', '{"passes": [1]}'),
+        '{"passes": [], "source": {"path": 1, "rows": 2}}',
+    ],
+)
+def test_a_damaged_report_is_named(aligned, tmp_path, capsys, text):
+    shutil.copytree(aligned, tmp_path / "out")
+    path = tmp_path / "out/__realign__/report.json"
+    path.write_text(text)
+    assert main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "a.html")]) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said
+    assert said.endswith("run the same command again\n")
 
 
 CHANGES = {
