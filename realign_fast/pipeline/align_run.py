@@ -275,6 +275,12 @@ def check_sides(
     result = Written(source, source.subfolder)
     if writes:
         check_output(out, [result], settings, [target])
+        folder = result.other_side if settings.with_metadata else None
+        if folder and folder.resolve() not in {s.path.parent.resolve() for s in target.shards}:
+            raise OptionError(
+                f"with-metadata: {folder} would go along, but the rows move to {target.path}; give "
+                f"{source.path} for both sides, or leave the option out"
+            )
     else:
         check_place(out, source, target)
         check_kept(out, [result], settings.mode)

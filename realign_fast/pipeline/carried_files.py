@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..interface.option_values import OptionError
-from ..storage.atomic import replaced
+from ..storage.atomic import remove_partial, replaced
 from ..storage.paths import LocalPath, StoragePath, explained, map_concurrently
 from .checkpoints import Entry
 
@@ -46,6 +46,8 @@ def carry(
     def carry_one(name: str) -> Entry:
         source, target, known = files[name], out / name, earlier.get(name, {})
         entry: Entry = source.identity()
+        if isinstance(target, LocalPath):  # a run that was killed after the file had its name
+            remove_partial(target)
         if not target.exists() or not is_same(source, target, known):
             target.parent.mkdir(parents=True, exist_ok=True)
             _place(source, target)

@@ -48,19 +48,24 @@ class Written(NamedTuple):
         return itemsize * (self.columns or self.corpus.dimension)
 
     @property
+    def other_side(self) -> StoragePath | None:
+        """The folder of the side of a local clip-retrieval root that is not aligned."""
+        root, name = self.corpus.path, self.corpus.subfolder
+        if self.pass_name != "apply" or not name or root.is_remote:
+            return None
+        (other,) = {*SUBFOLDERS.values()} - {name}
+        return root / other if (root / other).is_dir() else None
+
+    @property
     def carried_files(self) -> dict[str, LocalPath]:
         """The files of a clip-retrieval root that go along with its rows, by name in the output."""
         if self.pass_name.endswith("queries"):
             return {}
-        metadata = metadata_of(corpus := self.corpus)
+        metadata, folder = metadata_of(self.corpus), self.other_side
         paths = metadata_files(metadata) if metadata else []
-        if self.pass_name == "apply" and corpus.subfolder and not corpus.path.is_remote:
-            (other_side,) = {*SUBFOLDERS.values()} - {corpus.subfolder}
-            folder = corpus.path / other_side
-            listed = folder.listed() if folder.is_dir() else ()
-            paths += [
-                folder / name for name, is_folder in listed if not (is_folder or name[0] in "._")
-            ]
+        if folder:
+            listed = folder.listed()
+            paths += [folder / name for name, is_dir in listed if not (is_dir or name[0] in "._")]
         return {f"{path.parent.name}/{path.name}": local_path(path) for path in paths}
 
 

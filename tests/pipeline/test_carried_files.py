@@ -19,6 +19,7 @@ from realign_fast.pipeline import carried_files
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
+from realign_fast.storage import atomic
 
 SETTINGS = Settings(progress=False, with_metadata=True)
 CARRIED = ["img_emb/img_emb_0.npy", "img_emb/img_emb_1.npy"]
@@ -39,8 +40,8 @@ def root(tmp_path):
     return tmp_path / "root"
 
 
-def run(command, root, out, *options):
-    paths = "--text", str(root), "--image", str(root), "--out", str(out)
+def run(command, root, out, *options, image=None):
+    paths = "--text", str(root), "--image", str(image or root), "--out", str(out)
     return main.main([command, *paths, "--with-metadata", "--quiet", *options])
 
 
@@ -118,6 +119,24 @@ def test_a_killed_run_is_continued(root, tmp_path, cut):
     assert tree(out) == tree(tmp_path / "clean")
 
 
+def test_what_a_killed_run_left_beside_its_files_is_removed(root, tmp_path):
+    """Killed when a file had its name already, and its temporary folder was still there."""
+    out = tmp_path / "out"
+
+    def killed():
+        atomic._sync = lambda path: path.name == "img_emb" and os.kill(os.getpid(), signal.SIGKILL)
+        align(root, root, out, SETTINGS)
+
+    _, status = os.waitpid(child(killed), 0)
+    partial = out / "img_emb/.img_emb_0.npy.partial"
+    assert os.WIFSIGNALED(status) and partial.is_dir() and (out / CARRIED[0]).exists()
+    align(root, root, out, SETTINGS)
+    assert sorted(path.name for path in (out / "img_emb").iterdir()) == [
+        "img_emb_0.npy",
+        "img_emb_1.npy",
+    ]
+
+
 @pytest.mark.parametrize("place", ["/dev/shm", "memory://"])
 def test_other_file_systems_and_buckets_get_copies(root, tmp_path, place):
     if place == "memory://":
@@ -164,9 +183,25 @@ def test_nothing_of_others_is_replaced(root, tmp_path, capsys, mode):
 def test_metadata_of_two_roots_do_not_become_one(root, tmp_path, capsys):
     shutil.copytree(root, tmp_path / "other")
     pq.write_table(pa.table({"id": ["x"] * 30}), tmp_path / "other/metadata/metadata_0.parquet")
-    paths = "--text", str(root), "--image", str(tmp_path / "other"), "--out", str(tmp_path / "out")
-    assert main.main(["unify", *paths, "--with-metadata"]) == 2
+    assert run("unify", root, tmp_path / "out", image=tmp_path / "other") == 2
     assert "would both become metadata/metadata_0.parquet" in capsys.readouterr().err
+
+
+def test_the_other_side_is_the_one_that_the_map_was_fitted_to(root, tmp_path, capsys):
+    shutil.copytree(root, tmp_path / "other")
+    for more in ((), ("--dry-run",)):
+        assert run("align", root, tmp_path / "out", *more, image=tmp_path / "other") == 2
+        message = f"{root}/img_emb would go along, but the rows move to {tmp_path}/other"
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "link").symlink_to(root)
+    assert run("align", root, tmp_path / "out", image=tmp_path / "link/img_emb") == 0
+    shutil.rmtree(root / "img_emb")  # nothing goes along that the map was not fitted to
+    assert run("align", root, tmp_path / "text", image=tmp_path / "other") == 0
+    assert sorted(path.name for path in (tmp_path / "text").iterdir() if path.name[0] != "_") == [
+        "metadata",
+        "text_emb",
+    ]
 
 
 def test_a_job_array_brings_them_along_at_its_end(root, tmp_path, capsys):
