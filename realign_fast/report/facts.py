@@ -69,6 +69,7 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
                 }
                 for side in output.sides
             },
+            "has_manifest": (records_of(output.path) / MANIFEST).exists(),
             "passes": output.report.get("passes"),
             "settings": output.manifest.get("settings", {}),
             "run": {name: output.report.get(name) for name in _RUN},
@@ -94,17 +95,22 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
     for stage in ("before", "after"):
         sampled = {side.name: getattr(side, stage) for side in output.sides}
         rows = {name: side for name, side in sampled.items() if side is not None and len(side) > 3}
-        if len(rows) > 1:
+        if len(rows) >= max(1, min(len(output.sides), 2)):
             complete[stage] = rows
         else:
-            missing[stage] = reason or f"expected 4 or more rows of two modalities, got {[*rows]}"
+            sampled_rows = sum(len(side.numbers) for side in output.sides)
+            too_small = f"a sample of {sampled_rows} rows is too small, expected 4 of each side"
+            missing[stage] = reason or too_small
+    has_two = all(len(rows) > 1 for rows in complete.values())
+    if not has_two:
+        missing["sides"] = f"there are rows of {output.sides[0].name} alone"
     if complete:
         facts["scatter"] = _scatter(complete, output.sides)
-        facts["position"] = _positions(complete)
+        facts["position"] = _positions(complete) if has_two else None
         drawn = {stage: _cosines(rows) for stage, rows in complete.items()}
         facts["cosines"] = _densities(drawn)
         facts["spectra"] = {stage: _spectra(rows) for stage, rows in complete.items()}
-    if len(complete) == 2:
+    if len(complete) == 2 and has_two:
         (y, x), (moved_y, moved_x) = ([*rows.values()][:2] for rows in complete.values())
         facts["figures"] = metrics.gap_report(
             y.float(),
@@ -128,7 +134,21 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
     """
     record, gaps = output.fitted.record, Facts()
     foreign = any(side.foreign for side in output.sides)
-    if isinstance(output.fitted, ReAlign) and not foreign:
+    if isinstance(output.fitted, ReAlign) and len(output.sides) == 1:
+        (side,), target = output.sides, output.fitted.target_mean
+        after = (output.report.get("result") or {}).get("centroid_gap")
+        gaps["applied"] = {"before": None, "after": after, "floor": None}
+        if side.before is not None and side.after is not None and len(side.before):
+            distances = [
+                float((rows.mean(dim=0) - target).norm()) for rows in (side.before, side.after)
+            ]
+            gaps["applied"]["before"] = distances[0]
+            gaps["applied"]["after"] = distances[1] if side.foreign else after
+            trace = Moments().update(side.after).trace
+            gaps["applied"]["floor"] = metrics.sampling_gap(
+                trace, side.rows, int(output.fitted.target_count)
+            )
+    elif isinstance(output.fitted, ReAlign) and not foreign:
         after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
         floor = record["statistical_floor"]
         gaps["fitted"] = {"before": record["centroid_gap"], "after": after, "floor": floor}
@@ -238,6 +258,8 @@ def _cosines(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {
         f"{name} alone": metrics.pairwise_cosines(side, 1 << 16) for name, side in rows.items()
     }
+    if len(rows) < 2:
+        return values
     (name, first), (second_name, second) = [*rows.items()][:2]
     some = [side[spread(len(side), _ROWS_BETWEEN)] for side in (first, second)]
     values[f"{name} and {second_name}"] = (some[0] @ some[1].T).flatten()

@@ -18,9 +18,10 @@ from ..corpus.corpus import Corpus, sample_ids
 from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, shard_values
 from ..corpus.split_corpus import SplitCorpus
+from ..interface.option_values import UnfinishedShards
 from ..moments import good_rows
 from ..ops.reference import unit
-from ..pipeline.checkpoints import identity
+from ..pipeline.checkpoints import STATS, identity
 from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
 from ..shared_space import SharedSpace
@@ -53,7 +54,7 @@ class Side:
     missing: str = ""  # why there are no rows before, or after
     changed: str = ""  # how the source differs from what the run read
     altered: str = ""  # a shard of the output that was written after the run
-    foreign: bool = False  # the rows of the output are not those that the run wrote
+    foreign: bool | None = None  # the rows of the output are not those that the run wrote
 
     def labels(self, places: Sequence[int]) -> list[list[str]]:
         """Return file and row, id and caption of some of the rows; empty where there is none."""
@@ -96,7 +97,13 @@ class Output:
         """
         path = storage_path(out)
         records, report = records_of(path), {}
-        is_space = (records / SPACE).exists() and not (records / ALIGNER).exists()
+        has_map, is_space = ((records / name).exists() for name in (ALIGNER, SPACE))
+        if not has_map and not is_space and (records / STATS).is_dir():
+            raise UnfinishedShards(
+                f"{path}: has statistics and no map: its run or job array has not ended; run the "
+                "same command again (it resumes), or the missing jobs and the step after them"
+            )
+        is_space = is_space and not has_map
         fitted = (SharedSpace if is_space else ReAlign).from_pretrained(path)
         if (records / REPORT).exists():  # else the run did not end
             report = _read_report(records / REPORT)
@@ -106,8 +113,11 @@ class Output:
         names["image"], shapes = "target moments", {"text": "source", "image": "target"}
         if isinstance(fitted, SharedSpace):
             roles = [name.removeprefix("apply ") for name in passes if name.startswith("apply ")]
-            names = {role: f"apply {role}" for role in roles if not role.endswith("queries")}
+            roles = [role for role in roles if not role.endswith("queries")]
+            names = {role: f"apply {role}" for role in roles or fitted.sides}
             first, shapes = fitted.query_role, {}
+        elif report and "target" not in report:  # rows that a given map was applied to
+            del names["image"]
         for role, name in names.items():
             shape = report.get(shapes.get(role, role))
             self.sides += self._read_pass(role, passes.get(name), shape, sample, seed)
@@ -170,7 +180,8 @@ class Output:
         statistics = records_of(self.path) / entry["stats"]
         record = statistics.parent / f"{statistics.name.removesuffix('safetensors')}json"
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return path.is_remote or json.loads(record.read_bytes())["written"] == [*path.stamp()]
+            written = json.loads(record.read_bytes())["written"] if not path.is_remote else None
+            return written is None or bool(written == [*path.stamp()])
         return True
 
     def _filled(self, side: Side, ids: np.ndarray) -> Side:
@@ -190,16 +201,19 @@ class Output:
             side.foreign = self._is_foreign(side.after, None if side.changed else expected)
         return side
 
-    def _is_foreign(self, stored: Tensor, expected: Tensor | None) -> bool:
-        """Return whether rows of the output are not those of its map, or not near their mean."""
+    def _is_foreign(self, stored: Tensor, expected: Tensor | None) -> bool | None:
+        """Return whether rows of the output are not those of its map, or not near their mean.
+
+        It is None where nothing tells.
+        """
         gap = (self.report.get("result") or {}).get("centroid_gap")
         if expected is not None:
             return bool(((stored - expected).norm(dim=1) > _ROW_ERROR).any())
         if gap is None or not isinstance(self.fitted, ReAlign) or not len(stored):
-            return False
+            return None
         spread_of_mean = (max(1 - float(stored.mean(dim=0).square().sum()), 0) / len(stored)) ** 0.5
         found = float((stored.mean(dim=0) - self.fitted.target_mean).norm())
-        return abs(found - gap) > 5 * spread_of_mean + 1e-3
+        return bool(abs(found - gap) > 5 * spread_of_mean + 1e-3)
 
     def documents(self, name: str, rows: Tensor) -> Tensor:
         """Return the rows of a modality after the map."""

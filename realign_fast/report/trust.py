@@ -6,12 +6,13 @@ A rule yields what it found, in words. A ``fault`` says that the result should n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..methods import NEED_COVARIANCE
 
 Facts = dict[str, Any]
+Rule = Callable[[Facts], Iterator[str]]
 FLOOR_SHARE = 0.1  # of the gap: more may be left by the sampling of the means alone
 SCALE_ERROR = 0.1  # by which the scores of one modality are stretched
 FAR_FROM_FLOOR = 2.0  # means of like rows lie at the floor; twice as far apart is no chance
@@ -22,8 +23,9 @@ KEPT = 0.5  # share of the neighbours of a row that stay
 
 def unfinished_run(facts: Facts) -> Iterator[str]:
     """Find a run without a report."""
-    if facts["passes"] is None:
-        yield "The run wrote no report.json. Run the same command again."
+    if facts["passes"] is None or not facts["has_manifest"]:
+        name = "report.json" if facts["passes"] is None else "manifest.json"
+        yield f"The run wrote no {name}. Run the same command again."
 
 
 def rows_of_another_origin(facts: Facts) -> Iterator[str]:
@@ -42,17 +44,28 @@ def another_encoder_or_domain(facts: Facts) -> Iterator[str]:
         )
 
 
+def no_gap(facts: Facts) -> Iterator[str]:
+    """Find sides whose centroids were as near as those of like rows before the map."""
+    gap = facts["gap"].get("fitted")
+    if gap and gap["floor"] and gap["before"] <= FAR_FROM_FLOOR * gap["floor"]:
+        yield (
+            f"There is no gap beyond sampling; no map is needed: before it the gap was "
+            f"{gap['before']:.3g}, where sampling alone leaves {gap['floor']:.3g}."
+        )
+
+
 def too_few_rows(facts: Facts) -> Iterator[str]:
     """Find means and scales that are badly known."""
     floor, gap = (facts["fitted"].get(name) for name in ("statistical_floor", "centroid_gap"))
-    if floor and gap and floor > FLOOR_SHARE * gap:
+    share = round(floor / gap, 2) if floor and gap else 0.0
+    if share > FLOOR_SHARE and not any(no_gap(facts)):
         yield (
-            f"On new rows sampling alone leaves a gap of {floor:.3g}, {floor / gap:.0%} of that "
+            f"On new rows sampling alone leaves a gap of {floor:.3g}, {share:.0%} of that "
             f"before (expected {FLOOR_SHARE:.0%} at most). Fit on more rows."
         )
     sides = facts["fitted"].get("modalities", {}).values()
     error = max((error for side in sides for error in side["scale_error"].values()), default=0.0)
-    if error > SCALE_ERROR:
+    if (error := round(error, 2)) > SCALE_ERROR:
         yield (
             f"A scale of the space is off by about {error:.0%} (expected {SCALE_ERROR:.0%} at "
             "most), so that one modality may rank before the other. Fit on more rows."
@@ -62,10 +75,11 @@ def too_few_rows(facts: Facts) -> Iterator[str]:
 def far_from_the_floor(facts: Facts) -> Iterator[str]:
     """Find a gap that is left and that sampling does not explain."""
     for name, gap in facts["gap"].items():
-        if gap["after"] and gap["floor"] and gap["after"] > FAR_FROM_FLOOR * gap["floor"]:
+        times = round(gap["after"] / gap["floor"], 1) if gap["after"] and gap["floor"] else 0.0
+        if times > FAR_FROM_FLOOR:
             yield (
                 f"On {name.replace('_', '-')} rows a gap of {gap['after']:.3g} is left, "
-                f"{gap['after'] / gap['floor']:.1f} times what sampling explains (expected "
+                f"{times:.1f} times what sampling explains (expected "
                 f"{FAR_FROM_FLOOR:g} times at most): they are not drawn like those of the fit."
             )
 
@@ -90,10 +104,14 @@ def rank_deficient_covariance(facts: Facts) -> Iterator[str]:
 def torn_neighbours(facts: Facts) -> Iterator[str]:
     """Find rows that lose their nearest rows."""
     share = (facts["figures"] or {}).get("kept_knn_overlap")
-    if share is not None and share < KEPT:
+    if share is not None and (share := round(share, 2)) < KEPT:
+        advice = "Fit on more rows, of one encoder and domain"
+        if facts["fitted"]["method"] in NEED_COVARIANCE:
+            is_shrunk = facts["settings"].get("shrinkage")
+            advice = "Try --method realign" + ", or --shrinkage oas" * (not is_shrunk)
         yield (
             f"A row keeps {share:.0%} of its nearest neighbours (expected {KEPT:.0%} or more): the "
-            "map changes what is alike. Try --method realign, or --shrinkage oas."
+            f"map changes what is alike. {advice}."
         )
 
 
@@ -102,8 +120,8 @@ def worse_search(facts: Facts) -> Iterator[str]:
     for role, recall in (facts["recall"] or {"of": {}})["of"].items():
         if recall["after"] < recall["before"] - 2 * recall["error"]:
             yield (
-                f"{role} queries find their pair among all rows in {recall['after']:.0%} of the "
-                f"searches, before the map in {recall['before']:.0%}."
+                f"{role} queries find their pair among all rows in {recall['after']:.1%} of the "
+                f"searches, before the map in {recall['before']:.1%}."
             )
 
 
@@ -135,9 +153,21 @@ def changed_source(facts: Facts) -> Iterator[str]:
 
 FAULTS = (unfinished_run, rows_of_another_origin, another_encoder_or_domain)
 DOUBTS = (
-    *(too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
+    *(no_gap, too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
     *(worse_search, bad_rows, changed_result, changed_source),
 )
+NEEDS: dict[Rule, Callable[[Facts], Any]] = {  # what a rule needs to be applied
+    rows_of_another_origin: lambda facts: [
+        side for side in facts["sides"].values() if side["foreign"] is not None
+    ],
+    another_encoder_or_domain: lambda facts: [
+        side for side in facts["sides"].values() if side["sampled"]
+    ],
+    no_gap: lambda facts: facts["gap"].get("fitted"),
+    far_from_the_floor: lambda facts: facts["gap"],
+    torn_neighbours: lambda facts: facts["figures"],
+    worse_search: lambda facts: facts["recall"],
+}
 
 
 def verdict_of(facts: Facts) -> Facts:
@@ -149,21 +179,34 @@ def verdict_of(facts: Facts) -> Facts:
         for text in rule(facts)
     ]
     level, verdict = "good", "Nothing speaks against this result."
+    if not facts["figures"]:
+        level, verdict = "unknown", "Too little could be measured to judge this result."
     if findings:  # faults come first
         level, verdict = findings[0]["level"], "Look at this before you rely on the result."
     if level == "fault":
         verdict = "Do not use this result yet."
-    rules = len(FAULTS + DOUBTS)
+    rules = sum(rule not in NEEDS or bool(NEEDS[rule](facts)) for rule in FAULTS + DOUBTS)
     return {"level": level, "verdict": verdict, "rules": rules, "findings": findings}
 
 
 def sentence_of(facts: Facts) -> str:
     """Return the gap in one sentence."""
-    names, gap = " and ".join([*facts["sides"]][:2]), facts["gap"].get("fitted")
+    names, gap = [*facts["sides"]], facts["gap"].get("fitted")
+    applied = facts["gap"].get("applied")
+    if applied and applied["after"] is not None and applied["floor"]:
+        return (
+            f"The centroid of the {names[0]} rows lies {applied['after']:.4f} from that of the "
+            f"target rows fitted on, before the map {applied['before']:.3f}; sampling alone leaves "
+            f"{applied['floor']:.3f}."
+        )
+    if len(names) < 2:
+        return f"No gap was measured: there are {' and '.join(names) or 'no'} rows alone."
+    between, others = " and ".join(names[:2]), ", ".join(names[2:])
+    rest = f" The gaps of {others} were not measured." * bool(others)
     if not gap or gap["after"] is None:
-        return f"The gap between {names} was not measured: rows are missing."
+        return f"The gap between {between} was not measured: rows are missing.{rest}"
+    closed = f"({1 - gap['after'] / gap['before']:.1%} is closed)" if gap["before"] else ""
     return (
-        f"The gap between {names} fell from {gap['before']:.3f} to {gap['after']:.4f} "
-        f"({1 - gap['after'] / gap['before']:.1%} is closed); sampling alone leaves "
-        f"{gap['floor']:.3f}."
+        f"The gap between {between} fell from {gap['before']:.3f} to {gap['after']:.4f} "
+        f"{closed}; sampling alone leaves {gap['floor']:.3f}.{rest}"
     )

@@ -145,6 +145,7 @@ def test_a_table_of_several_modalities(tmp_path, rows):
     assert [*facts["sides"]] == ["text", "image", "<b>{{x}}"]
     assert facts["sides"]["text"]["sampled"] == 299 and facts["bad_rows"]["bad"] == 1
     assert "are in one" in facts["missing"]["pairs"]
+    assert facts["sentence"].endswith("The gaps of <b>{{x}} were not measured.")
     assert "<b>{{x}}" not in render(facts)
 
 
@@ -284,7 +285,68 @@ def test_a_damaged_report_is_named(aligned, tmp_path, capsys, text):
     assert said.endswith("run the same command again\n")
 
 
+def test_what_was_not_measured_is_no_good_result(aligned, tmp_path):
+    few = facts_of(aligned, sample=1)
+    assert few["missing"]["before"] == "a sample of 2 rows is too small, expected 4 of each side"
+    few["trust"] = trust.verdict_of(few | {"fitted": few["fitted"] | {"statistical_floor": 0.01}})
+    assert few["trust"]["level"] == "unknown" and not few["trust"]["findings"]
+    assert few["trust"]["verdict"] == "Too little could be measured to judge this result."
+    assert few["trust"]["rules"] == len(trust.FAULTS + trust.DOUBTS) - 2, "no neighbours, no pairs"
+    assert "Rules that could be applied: 10." in render(few)
+    shutil.copytree(aligned, tmp_path / "out")
+    (tmp_path / "out/__realign__/manifest.json").unlink()
+    finding = facts_of(tmp_path / "out", 50)["trust"]["findings"][0]
+    assert finding["rule"] == "unfinished run" and "manifest.json" in finding["text"]
+    (tmp_path / "out/__realign__/aligner.safetensors").unlink()
+    assert main(["report", str(tmp_path / "out")]) == 4, "killed during the statistics"
+
+
+def test_sides_without_a_gap_need_no_map(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((600, 16)).astype("f4")
+    for side, part in (("text", rows[:300]), ("image", rows[300:])):
+        np.save(tmp_path / f"{side}.npy", part)
+    sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    run("align", *sides, "--out", str(tmp_path / "out"))
+    findings = {f["rule"]: f["text"] for f in facts_of(tmp_path / "out")["trust"]["findings"]}
+    assert "There is no gap beyond sampling; no map is needed" in findings["no gap"]
+    assert "too few rows" not in findings
+
+
+def test_the_report_of_applied_rows(aligned, tmp_path, rows):
+    run("apply", "--aligner", str(aligned), "--text", HELD_OUT, "--out", str(tmp_path / "out"))
+    facts = facts_of(tmp_path / "out")
+    assert [*facts["sides"]] == ["text"] and [*facts["gap"]] == ["applied"]
+    assert [finding["rule"] for finding in facts["trust"]["findings"]] == ["too few rows"]
+    facts["fitted"]["statistical_floor"] = 0.01
+    assert trust.verdict_of(facts)["level"] == "unknown"
+    before = float((rows[0].mean(0) - rows[1].mean(0)).norm())
+    assert facts["gap"]["applied"]["before"] == pytest.approx(before, rel=1e-4)
+    assert facts["gap"]["applied"]["after"] < 0.01
+    assert "closed" not in facts["sentence"]
+    assert facts["sentence"].startswith("The centroid of the text rows lies 0.001")
+    assert [*facts["scatter"]["places"]] == ["before", "after"] and facts["position"] is None
+    assert [*facts["cosines"]["after"]] == ["text alone"]
+    assert "Not measured: there are rows of text alone" in render(facts)
+
+
+def test_advice_fits_the_method_and_what_is_printed(facts):
+    changed = copy.deepcopy(facts)
+    changed["fitted"]["statistical_floor"] = 0.01
+    for method, shrinkage, share, advice in (
+        ("realign", None, 0.4, "Fit on more rows, of one encoder and domain."),
+        ("coral", None, 0.4, "Try --method realign, or --shrinkage oas."),
+        ("coral", "oas", 0.494, "Try --method realign."),
+        ("coral", "oas", 0.496, ""),
+    ):
+        changed["fitted"]["method"], changed["settings"]["shrinkage"] = method, shrinkage
+        changed["figures"]["kept_knn_overlap"] = share
+        texts = [*trust.torn_neighbours(changed)]
+        assert "".join(texts).endswith(advice) and bool(texts) == bool(advice)
+        assert "50% of" not in "".join(texts)
+
+
 CHANGES = {
+    "no gap": (("gap", "fitted", "before"), 0.1, "doubt"),
     "unfinished run": (("passes",), None, "fault"),
     "rows of another origin": (("sides", "text", "foreign"), True, "fault"),
     "another encoder or domain": (("sides", "text", "far"), True, "fault"),
