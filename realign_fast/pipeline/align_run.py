@@ -14,6 +14,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from os.path import exists
 from typing import Any, TypeAlias
 
 import torch
@@ -199,6 +200,9 @@ class AlignRun(PassRunner):
         passes = read_manifest(records)["passes"] | self.manifest_passes
         names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
         files = files_before(records) | self.carried
+        for name in [*files] if self.settings.with_metadata else ():
+            if not (name in self.carried or (out / name).exists() or exists(files[name]["path"])):
+                del files[name]  # the user removed it at both places
         manifest = {
             "format": FORMAT,
             "code": code_version(self.settings.device),

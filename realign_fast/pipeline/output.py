@@ -21,12 +21,19 @@ import torch
 
 from ..corpus import Corpus
 from ..corpus.format_registry import FORMATS, is_output_shard
-from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of
+from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of, some_of
 from ..interface.option_values import Dtype, Mode, OptionError
 from ..storage.paths import LocalPath, StoragePath, local_path, records_of
 from .carried_files import check_carried, is_same
 from .checkpoints import STATS, Checkpoints
-from .manifest import ALIGN_PASSES, MANIFEST, check_source, files_before, read_manifest
+from .manifest import (
+    ALIGN_PASSES,
+    MANIFEST,
+    check_source,
+    files_before,
+    read_manifest,
+    shards_before,
+)
 from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
@@ -90,8 +97,14 @@ def check_output(
     carried = files_to_carry(results, settings)
     earlier = files_before(records_of(out))
     check_kept(out, results, settings.mode)
-    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier})
-    copied = check_carried(out, carried, earlier)
+    stale = [str(out / name) for name in _stale_files(out, results, settings.mode, earlier)]
+    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier}, stale)
+    if stale and settings.with_metadata and settings.mode != "overwrite":
+        raise OptionError(
+            f"{stale[0]}: went along with an earlier run, and {results[0].corpus.path} has it no "
+            f"more; remove {some_of(stale)}, or write everything anew with --mode overwrite"
+        )
+    sizes = copied_sizes(out, check_carried(out, carried, earlier))
     _check_dtype(out, results, settings)
     if out.is_remote:
         check_scratch(out, results, settings)
@@ -101,15 +114,33 @@ def check_output(
         local_path(path).lstat().st_size for path in replaced
     )
     needed = sum(result.corpus.num_rows * result.row_bytes(settings) for result in results)
-    statuses = [path.stat() for path in copied]
-    device = _existing(folder).stat().st_dev
-    needed += sum(status.st_size for status in statuses if status.st_dev != device)
+    needed += sum(sizes)
     if needed > room:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: the result takes {format_bytes(needed)}, there are "
             f"{format_bytes(room)}; make room or give another --out",
         )
+
+
+def copied_sizes(out: StoragePath, files: Sequence[LocalPath]) -> list[int]:
+    """Return the sizes of those of ``files`` that cannot be links in ``out``."""
+    device = None if out.is_remote else _existing(local_path(out)).stat().st_dev
+    statuses = [path.stat() for path in files]
+    return [status.st_size for status in statuses if status.st_dev != device]
+
+
+def _stale_files(
+    out: StoragePath, results: Sequence[Written], mode: Mode, earlier: Collection[str]
+) -> list[str]:
+    """Return the files in ``out`` that went along with earlier rows and that no source has now.
+
+    There are none where ``out`` keeps other results, along with which they may have gone.
+    """
+    if any(not name.endswith("queries") for name in kept_passes(out, results, mode)):
+        return []
+    names = {name for result in results for name in result.carried_files}
+    return sorted(name for name in {*earlier} - names if (out / name).exists())
 
 
 def files_to_carry(results: Sequence[Written], settings: Settings) -> dict[str, LocalPath]:
@@ -271,11 +302,16 @@ def format_bytes(count: int) -> str:
 
 
 def _check_shards(
-    out: StoragePath, results: Sequence[Written], mode: Mode, carried: Collection[str]
+    out: StoragePath,
+    results: Sequence[Written],
+    mode: Mode,
+    carried: Collection[str],
+    stale: Sequence[str],
 ) -> set[StoragePath]:
     """Return the shards in ``out``; refuse others than those of earlier runs on these sources.
 
-    ``carried`` are the names of files that are no result.
+    ``carried`` are the names of files that are no result; ``stale`` are the paths of some of them
+    that no source has now.
     """
     expected = {
         out / result.folder / shard.path.name
@@ -288,11 +324,15 @@ def _check_shards(
     present = {path for path in paths if is_output_shard(path.name)}
     present -= {out / name for name in carried}
     if unknown := present - expected:
+        former = sorted(map(str, unknown & shards_before(out)))
+        first = min(former or map(str, unknown))
         advice = "give an empty --out, or that of an earlier run on the same source"
-        if mode == "extend":
+        if former and mode != "extend":
+            advice = f"an earlier run wrote it: remove {some_of([*former, *stale])}"
+        elif mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
         raise OptionError(
-            f"{min(map(str, unknown))}: is no shard that {results[0].corpus.path} becomes, and "
+            f"{first}: is no shard that {results[0].corpus.path} becomes, and "
             f"the two would mix; {advice}"
         )
     evidence = {STATS, MANIFEST, *((ALIGNER, SPACE, REPORT) if mode == "overwrite" else ())}

@@ -204,6 +204,46 @@ def test_the_other_side_is_the_one_that_the_map_was_fitted_to(root, tmp_path, ca
     ]
 
 
+@pytest.mark.parametrize("mode", ["incremental", "overwrite"])
+def test_a_file_that_left_the_source_does_not_stay_in_the_output(root, tmp_path, capsys, mode):
+    out, options = tmp_path / "out", ("--mode", mode)
+    assert run("align", root, out) == 0
+    (root / CARRIED[3]).unlink()
+    if mode == "incremental":  # where the output may hold the last link to the file
+        before = tree(out)
+        assert run("align", root, out, *options) == 2
+        message = f"{out / CARRIED[3]}: went along with an earlier run, and {root} has it no more; "
+        assert f"{message}remove {out / CARRIED[3]}, or" in capsys.readouterr().err
+        assert tree(out) == before
+        (out / CARRIED[3]).unlink()
+    assert run("align", root, out, *options) == 0
+    assert run("align", root, tmp_path / "clean") == 0
+    assert tree(out) == tree(tmp_path / "clean") and not (out / CARRIED[3]).exists()
+
+
+@pytest.mark.parametrize("mode", ["incremental", "overwrite"])
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_a_root_that_lost_a_shard(root, tmp_path, capsys, mode, with_metadata):
+    """The message names all that is to be removed, and after that the run is that of the rest."""
+    out = tmp_path / "out"
+    assert run("align", root, out) == 0
+    for path in root.glob("*/*_1.*"):
+        path.unlink()
+    paths = "--text", str(root), "--image", str(root), "--out", str(out), "--quiet", "--mode", mode
+    assert main.main(["align", *paths, *["--with-metadata"] * with_metadata]) == 2
+    lost = [str(out / name) for name in ("text_emb/text_emb_1.npy", CARRIED[1], CARRIED[3])]
+    message = capsys.readouterr().err
+    assert f"{lost[0]}: is no shard that {root} becomes" in message
+    assert f"an earlier run wrote it: remove {', '.join(lost)}\n" in message
+    for name in lost:
+        os.unlink(name)
+    assert run("align", root, out, "--mode", mode) == 0
+    assert verify(out) == ({"shards": 1, "rows": 30, "statistics": 4, "files": 2}, [])
+    (out / lost[0]).write_bytes(b"")  # of somebody else now
+    assert run("align", root, out, "--mode", mode) == 2
+    assert "give an empty --out" in capsys.readouterr().err
+
+
 def test_a_job_array_brings_them_along_at_its_end(root, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run("align", root, whole) == 0
