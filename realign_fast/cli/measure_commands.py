@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..interface.option_values import OptionError
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import open_corpus, open_space, shows_progress
@@ -43,8 +44,12 @@ def report(
     )
 
 
-def check_report(is_asked: bool) -> None:
-    """Raise an ImportError before a run whose report lacks a package."""
+def check_report(is_asked: bool, is_job: bool = False) -> None:
+    """Raise an error before a run whose report lacks a package, or is of one job of an array."""
+    if is_asked and is_job:
+        raise OptionError(
+            "report: a job of an array writes none; give it to the last command, without --shard"
+        )
     if is_asked:
         from ..report.page import packages
 

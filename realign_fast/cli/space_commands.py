@@ -32,9 +32,9 @@ def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Re
     from ..pipeline.plan import measured_seconds, plan_unify
     from ..pipeline.unify_run import unify
 
-    check_report(report_too)
-    sides, settings = _sides(options), settings_from(options)
     part = opts.shard_part(options.shard)
+    check_report(report_too, is_job=part[1] > 1)
+    sides, settings = _sides(options), settings_from(options)
     corpora = [*sides.corpora.values()]
     if options.dry_run:
 

@@ -18,14 +18,14 @@ from ..corpus.corpus import Corpus, sample_ids
 from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, shard_values
 from ..corpus.split_corpus import SplitCorpus
-from ..interface.option_values import UnfinishedShards
+from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import good_rows
 from ..ops.reference import unit
 from ..pipeline.checkpoints import STATS, identity
 from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
 from ..shared_space import SharedSpace
-from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
+from ..storage.paths import AnyPath, StoragePath, output_of, records_of, storage_path
 
 _NAMED_ROWS = 1_000_000  # rows of the shards whose ids and captions are read
 _NUMBER, _SHAPE = float | int | None, {"path": str, "rows": int}
@@ -37,6 +37,7 @@ _REPORT: dict[str, Any] = {  # types of the values of a report.json that are use
     **dict.fromkeys(("versions", "kernels"), dict),
 }
 _ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
+_LONGEST = 300  # characters of an id or a caption that are kept
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
 
 
@@ -74,7 +75,9 @@ class Side:
                 values = shard_values(corpus, None, names, [corpus.shards[s] for s in used])
                 for shard, texts in zip(used, map(list, values), strict=True):
                     for place in np.flatnonzero(shards == shard):
-                        labels[place][column] = texts[rows[place]]
+                        text = texts[rows[place]]
+                        is_long = len(text) > _LONGEST
+                        labels[place][column] = text[: _LONGEST - 1] + "…" if is_long else text
         return labels
 
 
@@ -96,6 +99,9 @@ class Output:
             OSError, ValueError: ``out`` has no map, or its records are damaged.
         """
         path = storage_path(out)
+        folder = path.parent if path.name.endswith(".safetensors") else path
+        if path != (output := output_of(folder)):
+            raise OptionError(f"{path}: is not the whole output of a run; give {output}")
         records, report = records_of(path), {}
         has_map, is_space = ((records / name).exists() for name in (ALIGNER, SPACE))
         if not has_map and not is_space and (records / STATS).is_dir():

@@ -345,6 +345,21 @@ def test_advice_fits_the_method_and_what_is_printed(facts):
         assert "50% of" not in "".join(texts)
 
 
+def test_a_part_of_an_output_and_a_job_have_no_report(aligned, tmp_path, capsys):
+    for part in ("__realign__", "__realign__/aligner.safetensors"):
+        assert main(["report", str(aligned / part)]) == 2
+        assert capsys.readouterr().err.endswith(f"give {aligned}\n")
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path / "out")]
+    assert main(["unify", *sides, "--shard", "1/2", "--report"]) == 2
+    assert "without --shard" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    run("unify", *sides)
+    for name in ("manifest.json", "report.json"):  # as between the rounds of an array
+        (tmp_path / "out/__realign__" / name).unlink()
+    facts = facts_of(tmp_path / "out")
+    assert facts["sentence"].startswith("The gap between text and image was not measured")
+    assert facts["trust"]["findings"][0]["rule"] == "unfinished run"
+
+
 CHANGES = {
     "no gap": (("gap", "fitted", "before"), 0.1, "doubt"),
     "unfinished run": (("passes",), None, "fault"),
@@ -395,7 +410,10 @@ def hostile_page(tmp_path_factory):
         pq.write_table(pa.table(columns), folder / f"{side}.parquet")
     sides = ["--text", str(folder / "text.parquet"), "--image", str(folder / "image.parquet")]
     run("align", *sides, "--out", str(folder / "out"), "--bad-rows", "skip")
-    return write_report(folder / "out", folder / "page.html")[0]
+    path, facts = write_report(folder / "out", folder / "page.html")
+    captions = [caption for _, _, caption in facts["scatter"]["labels"]["text"]]
+    assert max(map(len, captions)) == 300 and captions[5].endswith("lo…")
+    return path
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium: apt install chromium")
