@@ -167,22 +167,20 @@ def shards_of(folder: StoragePath) -> list[StoragePath]:
     subfolders = sorted(name for name, is_folder in names.items() if is_folder)
     nested = [name for name in subfolders if _may_hold_shards(folder, name)]
     if shards and nested:
-        problem = f"shards in its folders ({some_of(nested)}) are not read, only those beside them"
+        problem = f"shards in its folders ({some(nested)}) are not read, only those beside them"
         warnings.warn(f"{folder}: {problem}; open such a folder itself", stacklevel=4)
     if shards:
         return shards
     if arrow.DATASET_SPLITS in names:
         splits = arrow.splits_of(folder)
         advice = f"give one of them, such as {folder / splits[0]}"
-        raise ValueError(f"{folder}: is a DatasetDict of the splits {some_of(splits)}; {advice}")
+        raise ValueError(f"{folder}: is a DatasetDict of the splits {some(splits)}; {advice}")
     if nested:
         advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
-        raise FileNotFoundError(
-            f"{folder}: its shards are in folders ({some_of(nested)}); {advice}"
-        )
+        raise FileNotFoundError(f"{folder}: its shards are in folders ({some(nested)}); {advice}")
     if packed := sorted(filter(compression_of, names)):
         raise FileNotFoundError(
-            f"{folder}: has only compressed files ({some_of(packed)}); decompress them"
+            f"{folder}: has only compressed files ({some(packed)}); decompress them"
         )
     for name in ("", *sorted(names)):  # of itself (Lance, Zarr), and of the files
         conversion = advice_for(name or folder.name)
@@ -242,7 +240,7 @@ def _may_hold_shards(folder: StoragePath, name: str) -> bool:
         return False
 
 
-def some_of(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Return the first names of a list for a message, and how many there are more."""
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more

@@ -21,7 +21,7 @@ import torch
 
 from ..corpus import Corpus
 from ..corpus.format_registry import FORMATS, is_output_shard
-from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of, some_of
+from ..corpus.layout import SUBFOLDERS, check_apart, metadata_files, metadata_of, some
 from ..interface.option_values import Dtype, Mode, OptionError
 from ..storage.paths import LocalPath, StoragePath, local_path, records_of
 from .carried_files import check_carried, is_same
@@ -94,25 +94,26 @@ def check_output(
         check_place(out, result.corpus, subfolders=folders)
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
-    carried = files_to_carry(results, settings)
-    earlier = files_before(records_of(out))
     check_kept(out, results, settings.mode)
-    stale = [str(out / name) for name in _stale_files(out, results, settings.mode, earlier)]
-    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier}, stale)
-    if stale and settings.with_metadata and settings.mode != "overwrite":
-        raise OptionError(
-            f"{stale[0]}: went along with an earlier run, and {results[0].corpus.path} has it no "
-            f"more; remove {some_of(stale)}, or write everything anew with --mode overwrite"
-        )
-    sizes = copied_sizes(out, check_carried(out, carried, earlier))
+    carried, earlier = files_to_carry(results, settings), files_before(records_of(out))
+    replaced = _check_shards(out, results, settings.mode, {*carried, *earlier})
+    if settings.with_metadata and settings.mode != "overwrite":
+        if stale := _stale_files(out, results, settings.mode):
+            raise OptionError(
+                f"{stale[0]}: went along with an earlier run, and {results[0].corpus.path} has it "
+                f"no more; remove {some(stale)}, or write everything anew with --mode overwrite"
+            )
+    elif settings.with_metadata:
+        replaced |= {out / name for name in earlier if (out / name).exists()}
+    sizes = copied_sizes(out, results, settings)
     _check_dtype(out, results, settings)
     if out.is_remote:
         check_scratch(out, results, settings)
         return
     folder = local_path(out / results[0].folder)
-    room = shutil.disk_usage(_existing(folder)).free + sum(
-        local_path(path).lstat().st_size for path in replaced
-    )
+    statuses = [local_path(path).lstat() for path in replaced]
+    room = shutil.disk_usage(_existing(folder)).free
+    room += sum(status.st_size for status in statuses if status.st_nlink == 1)
     needed = sum(result.corpus.num_rows * result.row_bytes(settings) for result in results)
     needed += sum(sizes)
     if needed > room:
@@ -123,16 +124,18 @@ def check_output(
         )
 
 
-def copied_sizes(out: StoragePath, files: Sequence[LocalPath]) -> list[int]:
-    """Return the sizes of those of ``files`` that cannot be links in ``out``."""
+def copied_sizes(out: StoragePath, results: Sequence[Written], settings: Settings) -> list[int]:
+    """Return the sizes of the files that go along with results and cannot be links in ``out``."""
+    files = files_to_carry(results, settings)
+    missing = check_carried(out, files, files_before(records_of(out)))
     device = None if out.is_remote else _existing(local_path(out)).stat().st_dev
-    statuses = [path.stat() for path in files]
+    statuses = [
+        path.stat() for path in (files.values() if settings.mode == "overwrite" else missing)
+    ]
     return [status.st_size for status in statuses if status.st_dev != device]
 
 
-def _stale_files(
-    out: StoragePath, results: Sequence[Written], mode: Mode, earlier: Collection[str]
-) -> list[str]:
+def _stale_files(out: StoragePath, results: Sequence[Written], mode: Mode) -> list[str]:
     """Return the files in ``out`` that went along with earlier rows and that no source has now.
 
     There are none where ``out`` keeps other results, along with which they may have gone.
@@ -140,7 +143,8 @@ def _stale_files(
     if any(not name.endswith("queries") for name in kept_passes(out, results, mode)):
         return []
     names = {name for result in results for name in result.carried_files}
-    return sorted(name for name in {*earlier} - names if (out / name).exists())
+    paths = [out / name for name in files_before(records_of(out)).keys() - names]
+    return sorted(str(path) for path in paths if path.exists())
 
 
 def files_to_carry(results: Sequence[Written], settings: Settings) -> dict[str, LocalPath]:
@@ -302,16 +306,11 @@ def format_bytes(count: int) -> str:
 
 
 def _check_shards(
-    out: StoragePath,
-    results: Sequence[Written],
-    mode: Mode,
-    carried: Collection[str],
-    stale: Sequence[str],
+    out: StoragePath, results: Sequence[Written], mode: Mode, carried: Collection[str]
 ) -> set[StoragePath]:
     """Return the shards in ``out``; refuse others than those of earlier runs on these sources.
 
-    ``carried`` are the names of files that are no result; ``stale`` are the paths of some of them
-    that no source has now.
+    ``carried`` are the names of files that are no result.
     """
     expected = {
         out / result.folder / shard.path.name
@@ -325,15 +324,15 @@ def _check_shards(
     present -= {out / name for name in carried}
     if unknown := present - expected:
         former = sorted(map(str, unknown & shards_before(out)))
-        first = min(former or map(str, unknown))
         advice = "give an empty --out, or that of an earlier run on the same source"
-        if former and mode != "extend":
-            advice = f"an earlier run wrote it: remove {some_of([*former, *stale])}"
-        elif mode == "extend":
+        if mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
+        elif former:
+            stale = _stale_files(out, results, mode)
+            advice = f"an earlier run wrote it: remove {some([*former, *stale])}"
         raise OptionError(
-            f"{first}: is no shard that {results[0].corpus.path} becomes, and "
-            f"the two would mix; {advice}"
+            f"{min(former or map(str, unknown))}: is no shard that {results[0].corpus.path} "
+            f"becomes, and the two would mix; {advice}"
         )
     evidence = {STATS, MANIFEST, *((ALIGNER, SPACE, REPORT) if mode == "overwrite" else ())}
     if present and not any((records_of(out) / name).exists() for name in evidence):

@@ -25,7 +25,7 @@ from ..storage.lock import start_time
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import AlignRun, check_columns, check_sides
 from .checkpoints import Entry
-from .output import ALIGNER, SPACE, Written, check_output, format_bytes
+from .output import ALIGNER, SPACE, Written, check_output, copied_sizes, format_bytes
 from .passes import LOGGER
 from .sampling import Sample, rows_to_fit
 from .settings import Settings
@@ -62,6 +62,16 @@ class PlanRun(AlignRun):
         folder = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=folder)
         return self.run_pass(task, moments_for(result.corpus), [])
+
+    def add_carried(self, results: Sequence[Written], out: StoragePath) -> None:
+        """Add to the last step the files that are copied along with its rows, and not linked."""
+        if self.part[1] > 1:  # the step that ends the job array brings them
+            return
+        sizes, step = copied_sizes(out, results, self.settings), self.steps[-1]
+        step["bytes_read"] += sum(sizes)
+        step["bytes_written"] += sum(sizes)
+        if self.uploads and step["requests"] is not None:
+            step["requests"] += sum(max(1, -(-size // UPLOAD_BYTES)) for size in sizes)
 
     def run_sample(self, name: str, corpus: Corpus, count: int, *_: Any) -> Sample:
         """Count a pass over a sample, which has no checkpoints."""
@@ -117,6 +127,8 @@ def plan_align(
         run.write(result, aligner, output_path(out))
     elif writes:
         run.add("apply", source, range(len(source.shards)), result.row_bytes(settings))
+    if writes:
+        run.add_carried([result], output_path(out))
     return run.steps
 
 
@@ -128,6 +140,7 @@ def plan_apply(
     check_output(output_path(out), [result], settings)
     check_columns(source, aligner)
     run.write(result, aligner, output_path(out))
+    run.add_carried([result], output_path(out))
     return run.steps
 
 
@@ -150,6 +163,7 @@ def plan_unify(
         else:
             shards = range(part[0], len(result.corpus.shards), part[1])
             run.add(result.pass_name, result.corpus, shards, result.row_bytes(settings))
+    run.add_carried(results, place)
     return run.steps
 
 

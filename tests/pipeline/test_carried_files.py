@@ -15,9 +15,11 @@ from support.kill_and_resume import child, tree
 
 from realign_fast import Corpus
 from realign_fast.cli import main
-from realign_fast.pipeline import carried_files
+from realign_fast.pipeline import carried_files, plan
 from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.plan import plan_align, plan_unify
 from realign_fast.pipeline.settings import Settings
+from realign_fast.pipeline.unify_run import SpaceSides
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import atomic
 
@@ -242,6 +244,38 @@ def test_a_root_that_lost_a_shard(root, tmp_path, capsys, mode, with_metadata):
     (out / lost[0]).write_bytes(b"")  # of somebody else now
     assert run("align", root, out, "--mode", mode) == 2
     assert "give an empty --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["align", "unify"])
+def test_a_plan_counts_the_files_that_will_be_copied(root, tmp_path, monkeypatch, command):
+    carried = CARRIED if command == "align" else CARRIED[2:]
+    total = sum((root / name).stat().st_size for name in carried)
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    corpora = Corpus(root, "text"), Corpus(root, "image")
+
+    def steps(out, **options):
+        settings = Settings(progress=False, **options)
+        if command == "align":
+            return plan_align(*corpora, out, settings)
+        sides = SpaceSides(dict(zip(("text", "image"), corpora, strict=True)))
+        return plan_unify(sides, out, settings)
+
+    def added(out, mode="incremental"):
+        last = [steps(out, mode=mode, with_metadata=more)[-1] for more in (True, False)]
+        names = "bytes_read", "bytes_written", "requests"
+        return [last[0][name] - last[1][name] for name in names]
+
+    try:
+        assert added(tmp_path / "out") == [0, 0, 0]  # they are links
+        assert added(folder / "out") == [total, total, 0]
+        monkeypatch.setattr(plan, "UPLOAD_BYTES", 600)
+        requests = sum(-(-(root / name).stat().st_size // 600) for name in carried)
+        assert added("memory://bucket/planned") == [total, total, requests]
+        assert run(command, root, folder / "out") == 0
+        assert added(folder / "out") == [0, 0, 0]
+        assert added(folder / "out", "overwrite") == [total, total, 0]
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_job_array_brings_them_along_at_its_end(root, tmp_path, capsys):
