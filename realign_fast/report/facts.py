@@ -98,9 +98,9 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
         if len(rows) >= max(1, min(len(output.sides), 2)):
             complete[stage] = rows
         else:
-            sampled_rows = sum(len(side.numbers) for side in output.sides)
-            too_small = f"a sample of {sampled_rows} rows is too small, expected 4 of each side"
-            missing[stage] = reason or too_small
+            count = sum(len(side.numbers) for side in output.sides)
+            small = f"a sample of {count} rows is too small, expected 4 of each side"
+            missing[stage] = reason or small
     has_two = all(len(rows) > 1 for rows in complete.values())
     if not has_two:
         missing["sides"] = f"there are rows of {output.sides[0].name} alone"
@@ -112,16 +112,13 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
         facts["spectra"] = {stage: _spectra(rows) for stage, rows in complete.items()}
     if len(complete) == 2 and has_two:
         (y, x), (moved_y, moved_x) = ([*rows.values()][:2] for rows in complete.values())
+        few: Any = {"mixing_k": min(20, len(y) + len(x) - 1), "overlap_k": min(10, len(y) - 1)}
         facts["figures"] = metrics.gap_report(
             y.float(),
             x.float(),
             moved_y.float(),
             aligned_target_rows=moved_x.float(),
-            settings=metrics.GapSettings(
-                backend="torch",
-                mixing_k=min(20, len(y) + len(x) - 1),
-                overlap_k=min(10, len(y) - 1),
-            ),
+            settings=metrics.GapSettings(backend="torch", **few),
         )
     facts["gap"] = _gaps(output, facts["figures"], missing)
     return facts
@@ -135,19 +132,12 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
     record, gaps = output.fitted.record, Facts()
     foreign = any(side.foreign for side in output.sides)
     if isinstance(output.fitted, ReAlign) and len(output.sides) == 1:
-        (side,), target = output.sides, output.fitted.target_mean
-        after = (output.report.get("result") or {}).get("centroid_gap")
-        gaps["applied"] = {"before": None, "after": after, "floor": None}
-        if side.before is not None and side.after is not None and len(side.before):
-            distances = [
-                float((rows.mean(dim=0) - target).norm()) for rows in (side.before, side.after)
-            ]
-            gaps["applied"]["before"] = distances[0]
-            gaps["applied"]["after"] = distances[1] if side.foreign else after
-            trace = Moments().update(side.after).trace
-            gaps["applied"]["floor"] = metrics.sampling_gap(
-                trace, side.rows, int(output.fitted.target_count)
-            )
+        (side,), target = output.sides, output.fitted
+        if side.before is not None and side.after is not None and len(side.after):
+            means = {"before": side.before.mean(dim=0), "after": side.after.mean(dim=0)}
+            gaps["applied"] = {s: float((m - target.target_mean).norm()) for s, m in means.items()}
+            trace, count = Moments().update(side.after).trace, len(side.after)
+            gaps["applied"]["floor"] = metrics.sampling_gap(trace, count, int(target.target_count))
     elif isinstance(output.fitted, ReAlign) and not foreign:
         after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
         floor = record["statistical_floor"]
@@ -300,10 +290,10 @@ def _spectra(rows: Mapping[str, Tensor]) -> Facts:
     return spectra
 
 
-def _is_far(output: Output, side: Side) -> bool:
-    """Return whether the rows of a side lie far from those that the map was fitted on."""
+def _is_far(output: Output, side: Side) -> bool | None:
+    """Return whether the rows of a side lie far from those of the fit; None without rows."""
     if side.before is None or not len(side.before):
-        return False
+        return None
     if isinstance(fitted := output.fitted, ReAlign):
         name = "source" if side.name == "text" else "target"
         mean, count = getattr(fitted, f"{name}_mean"), getattr(fitted, f"{name}_count")

@@ -56,20 +56,14 @@ def _check_place(path: StoragePath, twin: StoragePath, out: StoragePath, is_give
             "--to out"
         )
     for file in (path, twin):
-        if file.is_dir():
-            raise OptionError(f"{file}: is a directory, expected a file; give another --to")
-        if is_given and file.exists() and not _is_report(file):
-            raise OptionError(
-                f"{file}: is there and is no report of realign-fast; move it away, or give "
-                "another --to"
-            )
-
-
-def _is_report(path: StoragePath) -> bool:
-    """Return whether the beginning of a file says that this module wrote it."""
-    with path.opened() as file:
-        file.stamp()
-        return GENERATOR.encode() in file.pread(_HEAD_BYTES, 0)
+        kind = "a directory" if file.is_dir() else ""
+        if is_given and not kind and file.exists():
+            with file.opened() as beginning:
+                beginning.stamp()
+                is_ours = GENERATOR.encode() in beginning.pread(_HEAD_BYTES, 0)
+            kind = "" if is_ours else "there and no report of realign-fast"
+        if kind:
+            raise OptionError(f"{file}: is {kind}; move it away, or give another --to")
 
 
 def render(facts: Facts, twin: str = "") -> str:

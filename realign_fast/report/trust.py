@@ -157,17 +157,17 @@ DOUBTS = (
     *(worse_search, bad_rows, changed_result, changed_source),
 )
 NEEDS: dict[Rule, Callable[[Facts], Any]] = {  # what a rule needs to be applied
-    rows_of_another_origin: lambda facts: [
-        side for side in facts["sides"].values() if side["foreign"] is not None
-    ],
-    another_encoder_or_domain: lambda facts: [
-        side for side in facts["sides"].values() if side["sampled"]
-    ],
+    rows_of_another_origin: lambda facts: _known(facts, "foreign"),
+    another_encoder_or_domain: lambda facts: _known(facts, "far"),
     no_gap: lambda facts: facts["gap"].get("fitted"),
     far_from_the_floor: lambda facts: facts["gap"],
     torn_neighbours: lambda facts: facts["figures"],
     worse_search: lambda facts: facts["recall"],
 }
+
+
+def _known(facts: Facts, name: str) -> bool:
+    return any(side[name] is not None for side in facts["sides"].values())
 
 
 def verdict_of(facts: Facts) -> Facts:
@@ -192,8 +192,7 @@ def verdict_of(facts: Facts) -> Facts:
 def sentence_of(facts: Facts) -> str:
     """Return the gap in one sentence."""
     names, gap = [*facts["sides"]], facts["gap"].get("fitted")
-    applied = facts["gap"].get("applied")
-    if applied and applied["after"] is not None and applied["floor"]:
+    if applied := facts["gap"].get("applied"):
         return (
             f"The centroid of the {names[0]} rows lies {applied['after']:.4f} from that of the "
             f"target rows fitted on, before the map {applied['before']:.3f}; sampling alone leaves "

@@ -21,6 +21,7 @@ from realign_fast.cli.main import main
 from realign_fast.cli.measure_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
+from realign_fast.methods import METHODS
 from realign_fast.report import facts_of, render, trust, write_report
 
 HELD_OUT = str(DATA / "heldout")
@@ -171,7 +172,7 @@ def test_a_source_that_is_gone_or_changed_is_said(tmp_path):
     assert facts_of(out, 50)["trust"]["findings"][0]["rule"] == "unfinished run"
     (out / "__realign__/report.json").write_text("{")
     with pytest.raises(
-        ValueError, match=r"report\.json: is no JSON .*; run the same command again"
+        ValueError, match=r"report\.json: expected .* no JSON of one; run the same command again"
     ):
         facts_of(out, 50)
 
@@ -220,6 +221,13 @@ def test_rows_that_the_run_did_not_write_are_a_fault(tmp_path):
         shard.write_bytes(good)
         found = [finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]]
         assert "changed result" in found and "rows of another origin" not in found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_every_method_are_those_the_run_wrote(tmp_path, method):
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
+    run("align", *sides, "--method", method)
+    assert facts_of(tmp_path, 100)["sides"]["text"]["foreign"] is False
 
 
 @pytest.mark.parametrize(
