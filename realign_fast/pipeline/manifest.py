@@ -18,7 +18,7 @@ from typing import Any
 from ..corpus import Corpus
 from ..interface.option_values import OptionError
 from ..moments import Moments
-from ..storage.paths import StoragePath, records_of
+from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, digest, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -65,16 +65,6 @@ def files_before(records: StoragePath) -> dict[str, Entry]:
     with suppress(ValueError):
         return {entry["name"]: entry for entry in read_manifest(records)["files"]}
     return {}
-
-
-def shards_before(out: StoragePath) -> set[StoragePath]:
-    """Return the shards that earlier runs wrote into ``out``; none of a damaged manifest."""
-    paths = set[StoragePath]()
-    with suppress(ValueError):
-        for record in read_manifest(records_of(out))["passes"].values():
-            if "folder" in (facts := record["facts"]):
-                paths |= {out / facts["folder"] / shard["name"] for shard in record["shards"]}
-    return paths
 
 
 def check_arithmetic(records: StoragePath, code: str) -> None:

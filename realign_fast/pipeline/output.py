@@ -26,14 +26,7 @@ from ..interface.option_values import Dtype, Mode, OptionError
 from ..storage.paths import LocalPath, StoragePath, local_path, records_of
 from .carried_files import check_carried, is_same
 from .checkpoints import STATS, Checkpoints
-from .manifest import (
-    ALIGN_PASSES,
-    MANIFEST,
-    check_source,
-    files_before,
-    read_manifest,
-    shards_before,
-)
+from .manifest import ALIGN_PASSES, MANIFEST, check_source, files_before, read_manifest
 from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
@@ -323,16 +316,14 @@ def _check_shards(
     present = {path for path in paths if is_output_shard(path.name)}
     present -= {out / name for name in carried}
     if unknown := present - expected:
-        former = sorted(map(str, unknown & shards_before(out)))
-        advice = "give an empty --out, or that of an earlier run on the same source"
+        names = sorted(map(str, unknown))
+        lost = some([*names, *_stale_files(out, results, mode)])
+        advice = f"remove what the source has no more ({lost}), or give an empty --out"
         if mode == "extend":
             advice = f"move it away (it went through the earlier map; its {STATS} still count)"
-        elif former:
-            stale = _stale_files(out, results, mode)
-            advice = f"an earlier run wrote it: remove {some([*former, *stale])}"
         raise OptionError(
-            f"{min(former or map(str, unknown))}: is no shard that {results[0].corpus.path} "
-            f"becomes, and the two would mix; {advice}"
+            f"{names[0]}: is no shard that {results[0].corpus.path} becomes, and the two would "
+            f"mix; {advice}"
         )
     evidence = {STATS, MANIFEST, *((ALIGNER, SPACE, REPORT) if mode == "overwrite" else ())}
     if present and not any((records_of(out) / name).exists() for name in evidence):

@@ -17,7 +17,7 @@ from ..interface.progress import Progress
 from ..moments import Moments
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
-from ..storage.paths import AnyPath, StoragePath, map_concurrently, output_path, records_of
+from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic, files_before
@@ -110,10 +110,8 @@ class PassRunner:
             else:
                 self.carried = files_before(records)
                 if self.settings.with_metadata:  # the source may have some of them no more
-                    paths = [out / name for name in self.carried]
-                    map_concurrently(
-                        lambda path: path.unlink(missing_ok=True), paths, lambda path: path
-                    )
+                    for name in self.carried:
+                        (out / name).unlink(missing_ok=True)
                     self.carried = {}
                 (records / MANIFEST).unlink(missing_ok=True)
                 stats = records / STATS

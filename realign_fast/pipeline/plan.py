@@ -57,8 +57,12 @@ class PlanRun(AlignRun):
         self.add(task.name, task.corpus, unfinished, task.written_row_bytes)
         return total
 
-    def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
-        """Count the shards that are not written, as :meth:`run_pass` does."""
+    def write(self, result: Written, row_map: AnyMap | None, out: StoragePath) -> Moments:
+        """Count the shards that are not written: as :meth:`run_pass` does, all without a map."""
+        if row_map is None:
+            shards = range(self.part[0], len(result.corpus.shards), self.part[1])
+            self.add(result.pass_name, result.corpus, shards, result.row_bytes(self.settings))
+            return Moments()
         folder = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=folder)
         return self.run_pass(task, moments_for(result.corpus), [])
@@ -123,11 +127,8 @@ def plan_align(
         run.add("source residual", source, range(len(source.shards)))
     if run.count and run.records is not None and (run.records / ALIGNER).exists():
         aligner, run.is_known = ReAlign.load(run.records / ALIGNER), True
-    if writes and aligner is not None and run.is_known:
-        run.write(result, aligner, output_path(out))
-    elif writes:
-        run.add("apply", source, range(len(source.shards)), result.row_bytes(settings))
     if writes:
+        run.write(result, aligner if run.is_known else None, output_path(out))
         run.add_carried([result], output_path(out))
     return run.steps
 
@@ -158,11 +159,7 @@ def plan_unify(
     if space is None and run.records and (run.records / SPACE).is_file():
         space = SharedSpace.load(run.records / SPACE)
     for result in results:
-        if space is not None:
-            run.write(result, map_of(space, result.pass_name), place)
-        else:
-            shards = range(part[0], len(result.corpus.shards), part[1])
-            run.add(result.pass_name, result.corpus, shards, result.row_bytes(settings))
+        run.write(result, map_of(space, result.pass_name) if space else None, place)
     run.add_carried(results, place)
     return run.steps
 
