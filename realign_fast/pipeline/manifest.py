@@ -95,6 +95,7 @@ def _first_fault(manifest: Any) -> str:
     if isinstance(names := manifest.get("passes"), dict):
         passes = {name: _WRITTEN if name.startswith("apply") else _MEASURED for name in names}
     expected = {"passes": passes, "aligner": str, "files": _FILES}
+    expected |= {"settings": dict} if "settings" in manifest else {}
     return fault_of(manifest, expected, "the manifest")
 
 

@@ -291,6 +291,11 @@ def test_a_damaged_report_is_named(aligned, tmp_path, capsys, text):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(path) in said
     assert said.endswith("run the same command again\n")
+    manifest = path.with_name("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"settings": "x"}))
+    path.write_text('{"passes": []}')
+    assert main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "a.html")]) == 3
+    assert "manifest.json: expected a manifest of format 1, got 'x'" in capsys.readouterr().err
 
 
 def test_what_was_not_measured_is_no_good_result(aligned, tmp_path):
