@@ -57,9 +57,8 @@ def carry(
             raise ValueError(f"{source}: changed during the run; let its writer finish, run again")
         return {"name": name, **entry, "blake2b": content}
 
-    names = sorted(files)
-    entries = map_concurrently(carry_one, names, lambda name: out / name)
-    return dict(zip(names, entries, strict=True))
+    entries = map_concurrently(carry_one, sorted(files), lambda name: out / name)
+    return {entry["name"]: entry for entry in entries}
 
 
 def file_digest(path: StoragePath) -> str:

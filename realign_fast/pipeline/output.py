@@ -120,11 +120,11 @@ def check_output(
 def copied_sizes(out: StoragePath, results: Sequence[Written], settings: Settings) -> list[int]:
     """Return the sizes of the files that go along with results and cannot be links in ``out``."""
     files = files_to_carry(results, settings)
-    missing = check_carried(out, files, files_before(records_of(out)))
+    paths = check_carried(out, files, files_before(records_of(out)))
+    if settings.mode == "overwrite":  # which brings all of them anew
+        paths = [*files.values()]
     device = None if out.is_remote else _existing(local_path(out)).stat().st_dev
-    statuses = [
-        path.stat() for path in (files.values() if settings.mode == "overwrite" else missing)
-    ]
+    statuses = map(os.stat, paths)
     return [status.st_size for status in statuses if status.st_dev != device]
 
 

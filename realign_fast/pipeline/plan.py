@@ -69,9 +69,8 @@ class PlanRun(AlignRun):
 
     def add_carried(self, results: Sequence[Written], out: StoragePath) -> None:
         """Add to the last step the files that are copied along with its rows, and not linked."""
-        if self.part[1] > 1:  # the step that ends the job array brings them
-            return
-        sizes, step = copied_sizes(out, results, self.settings), self.steps[-1]
+        step, is_whole = self.steps[-1], self.part[1] == 1  # else the end of the array brings them
+        sizes = copied_sizes(out, results, self.settings) if is_whole else []
         step["bytes_read"] += sum(sizes)
         step["bytes_written"] += sum(sizes)
         if self.uploads and step["requests"] is not None:
