@@ -37,6 +37,7 @@ _DEMO = {  # what the page draws of demo.json
     | {"gallery": int},
     "substitution": {"share_closed": float, "interval": [float]},
 }
+_OF_SIDE = "rows", "missing", "changed", "altered", "foreign"
 Facts = dict[str, Any]
 
 
@@ -58,15 +59,8 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
             "output": str(output.path),
             "fitted": output.fitted.record,
             "sides": {
-                side.name: {
-                    "rows": side.rows,
-                    "sampled": len(side.numbers),
-                    "missing": side.missing,
-                    "changed": side.changed,
-                    "altered": side.altered,
-                    "foreign": side.foreign,
-                    "far": _is_far(output, side),
-                }
+                side.name: {name: getattr(side, name) for name in _OF_SIDE}
+                | {"sampled": len(side.numbers), "far": _is_far(output, side)}
                 for side in output.sides
             },
             "has_manifest": (records_of(output.path) / MANIFEST).exists(),
@@ -130,7 +124,6 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
     Held out is every second sampled row: a map like that of the output is fitted on the others.
     """
     record, gaps = output.fitted.record, Facts()
-    foreign = any(side.foreign for side in output.sides)
     if isinstance(output.fitted, ReAlign) and len(output.sides) == 1:
         (side,), target = output.sides, output.fitted
         if side.before is not None and side.after is not None and len(side.after):
@@ -138,7 +131,7 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
             gaps["applied"] = {s: float((m - target.target_mean).norm()) for s, m in means.items()}
             trace, count = Moments().update(side.after).trace, len(side.after)
             gaps["applied"]["floor"] = metrics.sampling_gap(trace, count, int(target.target_count))
-    elif isinstance(output.fitted, ReAlign) and not foreign:
+    elif isinstance(output.fitted, ReAlign) and not any(side.foreign for side in output.sides):
         after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
         floor = record["statistical_floor"]
         gaps["fitted"] = {"before": record["centroid_gap"], "after": after, "floor": floor}
