@@ -1,5 +1,6 @@
 """``convert`` and ``inspect``: rows and what is beside them from every format into every other."""
 
+import io
 import json
 import pickle
 import tarfile
@@ -15,6 +16,7 @@ from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.inspection import inspect
+from realign_fast.storage import atomic
 
 pa = pytest.importorskip("pyarrow")
 ipc, pq = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")
@@ -381,3 +383,25 @@ def test_no_id_of_a_pickle_repeats(tmp_path):
     for folder, expected in ids.items():
         names = "emb_0.pkl", "emb_1.pkl"
         assert [beside(tmp_path / folder, name, "pickle")["id"] for name in names] == expected
+
+
+class _TakesSevenBytes(io.FileIO):
+    """A file that takes a part of what is written, as a disk does that is nearly full."""
+
+    def write(self, data):
+        return super().write(memoryview(data).cast("B")[:7])
+
+
+@pytest.mark.parametrize("file_format", sorted({*FORMATS} - {"arrow-stream"}))
+def test_short_writes_lose_no_byte(tmp_path, monkeypatch, file_format):
+    np.save(tmp_path / "rows.npy", np.arange(60, dtype="f4").reshape(12, 5))
+    corpus = Corpus(tmp_path / "rows.npy")
+    (expected,) = convert(corpus, tmp_path / "whole", file_format)
+
+    def opened(path, mode, buffering=-1):
+        file = _TakesSevenBytes(path, mode)
+        return file if buffering == 0 else io.BufferedWriter(file)
+
+    monkeypatch.setattr(atomic, "open", opened, raising=False)
+    (written,) = convert(corpus, tmp_path / "short", file_format)
+    assert written.read_bytes() == expected.read_bytes()

@@ -50,6 +50,7 @@ def compiled(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--command", choices=sorted(COMMANDS), default="align")
+    parser.add_argument("--format", default="npy", help="of the shards, such as parquet")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sites", type=int, help="draw this many for each kind (default: all)")
     parser.add_argument("--seed", type=int, default=1)
@@ -60,28 +61,32 @@ def main() -> None:
             command = [sys.executable, "-m", "hostile.faults", *sys.argv[1:]]
             sys.exit(subprocess.run(command, env=environment).returncode)
     with tempfile.TemporaryDirectory() as folder:
-        result = attack(Path(folder), options.command, options.kinds, options.sites, options.seed)
+        drawn = options.kinds, options.sites, options.seed
+        result = attack(Path(folder), options.command, options.format, *drawn)
     faults = result.pop("faults")
     print(json.dumps(result | {"faults": len(faults)}))
     print("\n".join(faults))
     sys.exit(bool(faults))
 
 
-def _sources(folder: Path) -> tuple[str, str]:
+def _sources(folder: Path, file_format: str) -> None:
     import numpy as np
+
+    from realign_fast import Corpus
+    from realign_fast.corpus.convert import convert
 
     generator = np.random.default_rng(0)
     for side in ("text", "image"):
-        (folder / side).mkdir()
+        (folder / f"{side}-npy").mkdir()
         for number in range(2):
             rows = generator.standard_normal((40, 8)) + (side == "text")
-            np.save(folder / side / f"rows_{number}.npy", rows.astype("f4"))
-    return str(folder / "text"), str(folder / "image")
+            np.save(folder / f"{side}-npy" / f"rows_{number}.npy", rows.astype("f4"))
+        convert(Corpus(folder / f"{side}-npy"), folder / side, file_format)
 
 
 def _align(folder: Path, out: str) -> list[str]:
     text, image = str(folder / "text"), str(folder / "image")
-    return ["align", "--text", text, "--image", image, "--out", out]
+    return ["align", "--text", text, "--image", image, "--out", out, "--allow-pickle"]
 
 
 def _unify(folder: Path, out: str) -> list[str]:
@@ -92,13 +97,18 @@ COMMANDS: dict[str, Callable[[Path, str], list[str]]] = {"align": _align, "unify
 
 
 def attack(
-    folder: Path, command: str, kinds: Sequence[str], sites: int | None, seed: int
+    folder: Path,
+    command: str,
+    file_format: str,
+    kinds: Sequence[str],
+    sites: int | None,
+    seed: int,
 ) -> dict[str, object]:
     """Run a command with every fault, or with `sites` drawn ones for each kind."""
     import torch
 
     torch.set_num_threads(1)  # a fork has no threads
-    _sources(folder)
+    _sources(folder, file_format)
     out = folder / "out"
     arguments = COMMANDS[command](folder, str(out))
     status, said, calls, _ = run(arguments, out, -1, 0)
@@ -151,7 +161,9 @@ def fault_of(
 
 def is_shard(name: str) -> bool:
     """Return whether a reader of OUT would take the file for a shard."""
-    return name.endswith(".npy") and not any(part[0] in "._" for part in Path(name).parts)
+    from realign_fast.corpus.format_registry import format_of
+
+    return bool(format_of(name)) and not any(part[0] in "._" for part in Path(name).parts)
 
 
 def different(files: dict[str, bytes], clean: dict[str, bytes | None]) -> list[str]:

@@ -35,7 +35,9 @@ class ShardWriter(FormatWriter):
             "fortran_order": False,
             "shape": (int(self.num_rows), int(self.dimension)),
         }
-        np.lib.format.write_array_header_1_0(self._file, header)
+        text = io.BytesIO()  # numpy does not see that an unbuffered file took a part of it
+        np.lib.format.write_array_header_1_0(text, header)
+        self._put(text.getvalue())
 
 
 @dataclass(frozen=True)
