@@ -327,14 +327,19 @@ def targets() -> dict[str, Target]:
     return dict(_targets())
 
 
+def place(target: Target, folder: Path, data: bytes) -> None:
+    """Make a folder with the files of a target, ``data`` among them."""
+    folder.mkdir()
+    target.prepare(folder)
+    path = folder / target.file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
 def fault_of(target: Target, folder: Path, data: bytes) -> str:
     """Read hostile contents; return what is wrong with the answer, or an empty text."""
-    folder.mkdir()
     try:
-        target.prepare(folder)
-        path = folder / target.file
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        place(target, folder, data)
         try:
             target.read(folder)
         except REFUSALS as error:

@@ -13,7 +13,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 
 from hostile import fuzz_native, fuzz_readers
-from hostile.targets import fault_of, targets
+from hostile.targets import fault_of, place, targets
 
 SLOW_READERS = {"resume-manifest", "resume-aligner", "resume-statistics", "resume-result"}
 
@@ -22,13 +22,8 @@ SLOW_READERS = {"resume-manifest", "resume-aligner", "resume-statistics", "resum
 def test_sound_files_are_read_and_damaged_ones_refused_by_name(name, tmp_path):
     target = targets()[name]
     for number, seed in enumerate(target.seeds()):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        target.prepare(folder)
-        path = folder / target.file
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(seed)
-        target.read(folder)
+        place(target, tmp_path / str(number), seed)
+        target.read(tmp_path / str(number))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         count = 8 if name in SLOW_READERS else 80
@@ -61,11 +56,9 @@ def test_a_damaged_record_of_a_result_is_written_anew(tmp_path, old, new):
     target = targets()["resume-result"]
     (seed,) = target.seeds()
     folder = tmp_path / "out"
-    folder.mkdir()
-    target.prepare(folder)
     damaged = seed.decode().replace(old, new).encode()
     assert damaged != seed
-    (folder / target.file).write_bytes(damaged)
+    place(target, folder, damaged)
     target.read(folder)
     entry = json.loads((folder / target.file).read_bytes())["entry"]
     assert entry == json.loads(seed)["entry"]
