@@ -82,10 +82,8 @@ def is_same(source: LocalPath, target: StoragePath, known: Entry | None = None) 
 def _place(source: LocalPath, target: StoragePath) -> None:
     """Link a file, or copy it with its time."""
     if isinstance(target, LocalPath):
-        with (
-            suppress(OSError),
-            replaced(target) as link,
-        ):  # of another file system, or without links
+        # On another file system, or on one without links, the file is copied.
+        with suppress(OSError), replaced(target) as link:
             os.link(os.path.realpath(source), link)
             return
     with explained(target), open(source, "rb") as original, target.pending_file() as file:
