@@ -29,7 +29,6 @@ import transformers
 from realign_fast.corpus import Corpus
 from realign_fast.revision.model import IMAGE_TOKEN, ReVisionConfig, ReVisionModel
 from realign_fast.revision.templates import Plain
-from realign_fast.revision.trainer import PermutationSampler
 from realign_fast.revision.training_data import Collator, prepare
 
 D, HIDDEN, LAYERS, WORDS, CAPTION = 768, 512, 4, 2000, 12
@@ -154,10 +153,15 @@ def all_in_memory(root: Path) -> tuple[list[dict], dict[str, list[float]]]:
     return entries, rows
 
 
+def shuffled(count: int) -> list[int]:
+    """Return the numbers below `count` in the order of every reader that is compared."""
+    return np.random.default_rng(0).permutation(count).tolist()
+
+
 def straightforward_batches(root: Path, k: int, batch: int) -> Batches:
     entries, rows = all_in_memory(root)
     words = tokenizer()
-    order = list(PermutationSampler(len(entries), 0))
+    order = shuffled(len(entries))
     for begin in range(0, len(order) - batch, batch):
         ids, labels, images = [], [], []
         for place in order[begin : begin + batch]:
@@ -178,7 +182,7 @@ def our_batches(root: Path, k: int, batch: int) -> Batches:
     data = prepare(
         root / "list.jsonl", Corpus(root, "text"), Plain(tokenizer(), k), root / f"cache-{k}"
     )
-    options = {"sampler": PermutationSampler(len(data), 0), "collate_fn": Collator(0)}
+    options = {"sampler": shuffled(len(data)), "collate_fn": Collator(0)}
     yield from torch.utils.data.DataLoader(data, batch, **options)
 
 

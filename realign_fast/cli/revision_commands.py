@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
@@ -205,15 +204,15 @@ def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor
 
 
 def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list[int]:
-    from ..revision.id_index import open_index
+    from ..revision.training_data import row_finder
 
-    with TemporaryDirectory() as folder, open_index(corpus, ids_source, Path(folder)) as row_of:
-        rows = list(map(row_of, ids))
-    for sample_id, row in zip(ids, rows, strict=True):
-        if row is None:
+    rows, row_of = [], row_finder(corpus, ids_source)
+    for sample_id in ids:
+        if (row := row_of(sample_id)) is None:
             advice = "look into its metadata/"
             raise ValueError(f"{corpus.path}: no row has the id {sample_id!r}; {advice}")
-    return [row for row in rows if row is not None]
+        rows.append(row)
+    return rows
 
 
 def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:

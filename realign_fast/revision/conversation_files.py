@@ -10,15 +10,14 @@ embedding row with its `id`; `"images": [id, ...]` names other rows, or several.
 every image has its place, marked `<image>`. Answers before the first question are skipped, as in
 LLaVA, if others follow it.
 
-A file is scanned once for the byte span of every entry; afterwards an entry is one read of its
-span, so that no process holds the list. Parquet has no such spans: it is first rewritten as JSON
-lines.
+A file is read once, entry by entry.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,30 +41,28 @@ class Sample(NamedTuple):
     skipped_turns: int = 0  # answers before the first question
 
 
-def entry_texts(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the first byte and the text of every entry of JSON lines or of one JSON list."""
+def entry_texts(path: Path) -> Iterator[bytes]:
+    """Yield every entry of parquet, of JSON lines or of one JSON list as the bytes of its JSON."""
     with explained(path), open(path, "rb") as file:
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_texts(path, file)
+            return
         first = file.read(1)
         while first.isspace() or first in (b"\xef", b"\xbb", b"\xbf"):  # a byte order mark
             first = file.read(1)
-        start = file.tell() - len(first)
         if first == b"[":
-            yield from _list_texts(path, file, start + 1)
-            return
-        file.seek(start)
-        for line in file:
-            if line.strip():
-                yield start, line
-            start += len(line)
+            yield from _list_texts(path, file)
+        else:
+            yield from filter(bytes.strip, chain([first + file.readline()], file))
 
 
-def _list_texts(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the entries of a JSON list whose text begins at byte `base`.
+def _list_texts(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the entries of a JSON list whose bracket was read.
 
     The text is decoded as Latin-1, which has one character a byte; the characters that delimit
     JSON are ASCII, so positions in the text are positions in the file.
     """
-    decoder, text, position = json.JSONDecoder(), "", 0
+    decoder, text, position, base = json.JSONDecoder(), "", 0, file.tell()
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
             position += 1
@@ -80,17 +77,17 @@ def _list_texts(path: Path, file: BinaryIO, base: int) -> Iterator[tuple[int, by
                 raise ValueError(f"{path}: {reason}; write the file again") from error
             base, text, position = base + position, text[position:] + more, 0
             continue
-        yield base + position, text[position:end].encode("latin-1")
+        yield text[position:end].encode("latin-1")
         position = end
 
 
-def parquet_to_json_lines(path: Path, out: Path) -> None:
-    """Write the rows of the parquet file `path` to `out` as JSON lines, without null fields."""
-    with explained(path), open(path, "rb") as file, decoded(path), open(out, "wb") as lines:
+def _parquet_texts(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the rows of a parquet file as JSON, without null fields."""
+    with decoded(path):
         for batch in pyarrow().parquet.ParquetFile(file).iter_batches(1024):
             for row in batch.to_pylist():
                 entry = {name: value for name, value in row.items() if value is not None}
-                lines.write(json.dumps(entry, default=str).encode() + b"\n")
+                yield json.dumps(entry, default=str).encode()
 
 
 def read_sample(text: bytes, place: str) -> Sample:

@@ -90,7 +90,7 @@ class TrainingConfig:
     rows: Corpus  # aligned text rows in stage 1, image rows in stage 2
     out: str  # the directory of checkpoints and of the trained model
     start: str  # a language model, or a directory that pretrain wrote
-    ids: str | None = None  # where the ids of the rows are (id_index.py)
+    ids: str | None = None  # where the ids of the rows are (`prepare`)
     aligner: ReAlign | None = None  # maps raw text rows in every batch
     projector: values.ProjectorName | None = None
     visual_tokens: int | None = None  # of an image

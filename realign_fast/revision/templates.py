@@ -19,7 +19,6 @@ that also holds other text of the prompt is not, because at inference that text 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -90,14 +89,10 @@ class Plain(_Encoder):
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens."""
         if not sample.images or sample.images == [""]:
             return "missing_images"
-        caption = self.reference(sample)
-        if not caption:
+        if not self.reference(sample):
             return "empty_captions"
-        most_tokens = len(self.prompt(sample)) + _most_tokens(caption + self.stop)
-        most_tokens += len(self.end_ids)
-        if max_length is None or most_tokens <= max_length:
-            return None
-        return "over_long" if len(self.encode(sample).ids) > max_length else None
+        is_long = max_length is not None and len(self.encode(sample).ids) > max_length
+        return "over_long" if is_long else None
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
@@ -144,7 +139,6 @@ class Chat(_Encoder):
         last = [label for label in labels if label != IGNORED_LABEL][-1:]
         end_tokens = set(last) & set(tokenizer.added_tokens_decoder)
         self.end_ids = sorted({*self.end_ids, *end_tokens})
-        self._end_mark = _certain_mark(tokenizer, *end_tokens) if end_tokens else None
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
@@ -161,16 +155,10 @@ class Chat(_Encoder):
         marks = sum(text.count(IMAGE_MARK) for _, text in turns)
         if marks != len(sample.images) or "" in sample.images:
             return "missing_images"
-        text, spans = self._render_spans(turns)
-        limit = math.inf if max_length is None else max_length
-        # The text tells of most conversations that they have a label and are short enough.
-        if self._end_mark and any(self._end_mark in text[start:end] for start, end in spans):
-            if marks * len(self.image_ids) + _most_tokens(text) <= limit:
-                return None
-        encoded = self._tokenize(text, spans)
-        if all(label == IGNORED_LABEL for label in encoded.labels):
+        ids, labels = self.encode(sample)
+        if all(label == IGNORED_LABEL for label in labels):
             return "empty_captions"
-        return "over_long" if len(encoded.ids) > limit else None
+        return "over_long" if max_length is not None and len(ids) > max_length else None
 
     def render(self, turns: Sequence[Turn], generate: bool = False) -> str:
         """Return the text of a conversation, with the generation prompt if `generate`.
@@ -292,24 +280,6 @@ def _images_first(text: str) -> str:
 
 def _last_answer(turns: Sequence[Turn]) -> int:
     return max(number for number, (role, _) in enumerate(turns) if role == "assistant")
-
-
-def _most_tokens(text: str) -> int:
-    """Return a number of tokens that no tokenizer exceeds, at a token a byte.
-
-    Normal forms of Unicode make a text at most eleven times as long, and leave ASCII as it is; some
-    tokenizers put a space of three bytes in front.
-    """
-    return 3 + len(text.encode()) * (1 if text.isascii() else 11)
-
-
-def _certain_mark(tokenizer: Any, token: int) -> str | None:
-    """Return the text of an added token if it is that token wherever it stands, else None."""
-    added = tokenizer.added_tokens_decoder
-    mark = added[token]
-    depends = mark.lstrip or mark.rstrip or mark.single_word or mark.normalized
-    overlaps = any(mark.content[0] in known.content[1:] for known in added.values())
-    return None if depends or overlaps else str(mark.content)
 
 
 def _special_ids(tokenizer: Any, name: Literal["bos", "eos"]) -> list[int]:

@@ -1,30 +1,20 @@
-"""Trainer of transformers for ReVision: its model files, its order of samples, its answers."""
+"""Trainer of transformers for ReVision: its model files, and answers at each evaluation."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import Trainer
 
 from .generation import respond
 from .templates import Template
 from .training_data import spread
 
-_BLOCK = 4096  # indices that are permuted at a time
-_ROUNDS = 4
-
 
 class ReVisionTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that saves and loads a `ReVisionModel`, and shuffles without a list of indices."""
+    """A Trainer that saves and loads a `ReVisionModel`."""
 
     def __init__(self, *inputs: Any, template: Template, generations: int, **options: Any) -> None:
         """Take the arguments of Trainer.
@@ -34,24 +24,11 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         parameters over devices.
         """
         self.template, self.generations = template, generations
-        self._batch_ends: list[float] = []  # of the first two, in seconds
         super().__init__(*inputs, processing_class=template.tokenizer, **options)
 
     @property
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        """Train on one batch of this device; print the expected time after the second."""
-        loss: Tensor = super().training_step(*arguments, **options)
-        if len(ends := self._batch_ends) < 2:
-            loss.item()  # waits for the device
-            ends.append(time.monotonic())
-            if len(ends) == 2 and self.is_world_process_zero():
-                steps = self.state.max_steps - self.state.global_step
-                seconds = steps * self.args.gradient_accumulation_steps * (ends[1] - ends[0])
-                print(f"{steps:,} steps will take about {timedelta(seconds=round(seconds))}")
-        return loss
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Return the metrics of Trainer; answer samples in one process alone."""
@@ -86,64 +63,3 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.accelerator.unwrap_model(self.model).load_trained(resume_from_checkpoint)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PermutationSampler(len(train_dataset or self.train_dataset), seed, self)
-
-
-class PermutationSampler(Sampler[int]):
-    """Yields every index of `range(length)` once, in an order chosen by the seed and the epoch.
-
-    RandomSampler of torch makes a Python list of all indices, 40 bytes a sample in every process;
-    here each is computed. The epoch is that of `trainer` where one is given, which is right in a
-    resumed training too.
-    """
-
-    def __init__(self, length: int, seed: int, trainer: Trainer | None = None) -> None:
-        self.length, self.seed, self.trainer, self.epoch = length, seed, trainer, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        if self.trainer is not None:
-            self.set_epoch(int((self.trainer.state.epoch or 0) + 1e-6))
-        key = abs(self.seed) * 1_000_003 + self.epoch
-        for start in range(0, self.length, _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, self.length))
-            yield from permute(block, self.length, key).tolist()
-
-
-def permute(indices: NDArray[np.integer], length: int, key: int) -> NDArray[np.int64]:
-    """Map `indices` `[n]` by the permutation of `range(length)` that `key` chooses.
-
-    An index goes through a Feistel network: four rounds on numbers of `2 h` bits, a bijection
-    whatever the round function is (Luby and Rackoff, 1988). Results beyond the length go through
-    again until they fall inside it ("cycle walking"), which keeps it a bijection.
-    """
-    half_bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    round_keys = np.random.default_rng(key).integers(0, 1 << 63, _ROUNDS, dtype=np.uint64)
-    permuted = np.asarray(indices, np.uint64).copy()
-    outside = np.arange(len(permuted))
-    while len(outside):
-        high, low = permuted[outside] >> half_bits, permuted[outside] & mask
-        for round_key in round_keys:
-            high, low = low, high ^ (_mix(low + round_key) & mask)
-        permuted[outside] = (high << half_bits) | low
-        outside = outside[permuted[outside] >= length]
-    return permuted.astype(np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

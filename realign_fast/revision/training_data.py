@@ -1,10 +1,10 @@
 """Training data: conversations joined to embedding rows by id, their dataset and the collator.
 
-`prepare` reads a list once. Into a folder of the cache it writes two arrays of int64, which say
-where every usable sample lies in its file and which rows are its images. The folder is used again
-while list, rows, ids and settings are the same; it appears complete or not at all. `Conversations`
-maps the arrays and reads samples and rows where they lie, so that a process holds one batch
-however long the list or large the corpus is.
+`prepare` reads a list and the ids of the rows once; it holds the ids meanwhile. Into a folder of
+the cache it writes the usable samples as JSON lines with the numbers of their rows, and where each
+line begins. The folder is used again while list, rows, ids and settings are the same; it appears
+complete or not at all. `Conversations` reads samples and rows where they lie, so that a process
+that trains holds one batch however long the list or large the corpus is.
 
 Samples that cannot be used are counted (`FAULTS`) and reported, and are an error above a given
 share: images without a row, texts and images that differ in number, empty captions or answers,
@@ -14,29 +14,30 @@ and samples longer than the context of the model, which are left out and never t
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 
 from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
+from ..corpus.row_values import ID_COLUMNS, ValueSource, shard_values, value_files
 from ..corpus.shard import ContiguousShard
 from ..interface.option_values import Recipe
 from ..storage.atomic import replaced
-from ..storage.paths import explained, storage_path, write_json
-from .conversation_files import Sample, entry_texts, parquet_to_json_lines, read_sample
-from .id_index import IdSource, RowOf, cache_key, id_inputs, open_index
+from ..storage.paths import StoragePath, explained, storage_path, write_json
+from .conversation_files import Sample, entry_texts, read_sample
 from .templates import IGNORED_LABEL, Fault, Template
 
 FAULTS: dict[Fault, str] = {
@@ -47,9 +48,9 @@ FAULTS: dict[Fault, str] = {
     "over_long": "longer than max_length or than the language model takes",
 }
 _MAX_EXAMPLES = 3  # of each fault in the report
-_REPORT, _SAMPLES, _ROWS = "report.json", "samples.i64", "rows.i64"
-_LIST_COPY = "list.jsonl"  # in the prepared folder, where the source had to be rewritten
-_SAMPLE_NUMBERS = 4  # of a sample: its first and end byte, its first image and number of images
+_REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
+_CACHE_VERSION = 6
+RowOf = Callable[[str], int | None]
 Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `image_rows` and `id`
 
 
@@ -59,7 +60,7 @@ def prepare(
     template: Template,
     cache: str | os.PathLike[str],
     *,
-    ids: IdSource = None,
+    ids: ValueSource = None,
     max_length: int = 2048,
     max_skipped: float = 0.01,
 ) -> Conversations:
@@ -70,7 +71,8 @@ def prepare(
         rows: the corpus of aligned rows, or of raw rows for `Conversations.aligned`.
         template: how samples become tokens; its `positions` limit `max_length`.
         cache: the folder for what is prepared.
-        ids: where the ids of the rows are, if not with the corpus; see `id_index.py`.
+        ids: where the ids of the rows are, if not with the corpus (`corpus/row_values.py`): a root
+            with `metadata/`, as an aligned copy needs, or `"row"`, where row numbers are ids.
         max_length: the longest sample that is used, in tokens, visual tokens included.
         max_skipped: the share of samples, 0 to 1, that may be left out.
 
@@ -95,14 +97,45 @@ def prepare(
     settings += [str(template.recipe)] * (template.recipe != Recipe())  # as in 0.1.0
     folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
     if not (folder / _REPORT).is_file():
-        with open_index(rows, ids, cache) as row_of, replaced(folder) as partial:
+        row_of = row_finder(rows, ids)
+        with replaced(folder) as partial:
             partial.mkdir()
             write_json(partial / _REPORT, _join(source, row_of, template, max_length, partial))
     _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped)
-    return Conversations(folder, source, _with_random_access(rows, cache), template)
+    return Conversations(folder, _with_random_access(rows, cache), template)
 
 
-def check_inputs(conversations: str | os.PathLike[str], rows: Corpus, ids: IdSource = None) -> None:
+def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
+    """Return the function from an id to the number of its row, or to None where there is none.
+
+    It holds all ids. ValueError if there are none, not one for each row, or one is not unique.
+    """
+    if ids == "row":
+        return lambda text: n if text.isdecimal() and (n := int(text)) < corpus.num_rows else None
+    rows: dict[str, int] = {}
+    for row, row_id in enumerate(chain.from_iterable(shard_values(corpus, ids, ID_COLUMNS))):
+        if (first := rows.setdefault(row_id, row)) != row:
+            fault = f"rows {first} and {row} have the same id {row_id!r}"
+            raise ValueError(f"{corpus.path}: {fault}; give every row its own")
+    return rows.get
+
+
+def id_inputs(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
+    """Return the shards of `corpus` and the metadata files that its ids are read from."""
+    files = [value_files(part, ids) for part in (corpus.parts if ids is None else (corpus,))]
+    return [*(shard.path for shard in corpus.shards), *chain.from_iterable(files)]
+
+
+def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
+    """Return a hash that changes with the settings, and with the name, size or time of a file."""
+    stamps = [(str(path.resolve()), *path.stamp()) for path in paths]
+    text = json.dumps([[_CACHE_VERSION, *settings], stamps])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_inputs(
+    conversations: str | os.PathLike[str], rows: Corpus, ids: ValueSource = None
+) -> None:
     """Check, before a model is loaded, that a list, its rows and their ids are on this machine.
 
     FileNotFoundError or ValueError if they are not.
@@ -119,13 +152,11 @@ def check_inputs(conversations: str | os.PathLike[str], rows: Corpus, ids: IdSou
 def _join(
     source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
 ) -> dict[str, Any]:
-    """Write the arrays of the list `source` to `folder`; return the report."""
-    path, total, used, images, skipped_turns = source, 0, 0, 0, 0
-    if source.suffix.lower() == ".parquet":
-        parquet_to_json_lines(source, path := folder / _LIST_COPY)
+    """Write the usable samples of the list `source` to `folder`; return the report."""
+    total, used, images, skipped_turns = 0, 0, 0, 0
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
-    with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ROWS, "wb") as rows_file:
-        for start, text in entry_texts(path):
+    with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ENDS, "wb") as ends_file:
+        for text in entry_texts(source):
             place = f"{source}: entry {total}"
             sample = read_sample(text, place)
             rows = [row for image in sample.images if (row := row_of(image)) is not None]
@@ -140,11 +171,10 @@ def _join(
                 counts[fault] += 1
                 examples[fault] += [sample.id or place] * (counts[fault] <= _MAX_EXAMPLES)
                 continue
-            array("q", [start, start + len(text), images, len(rows)]).tofile(samples_file)
-            array("q", rows).tofile(rows_file)
+            samples_file.write(json.dumps([*sample, rows]).encode() + b"\n")
+            array("q", [samples_file.tell()]).tofile(ends_file)
             used, images = used + 1, images + len(rows)
             skipped_turns += sample.skipped_turns
-        array("q", [-1]).tofile(rows_file)  # an empty file cannot be mapped
     report: dict[str, Any] = {"samples": total, "used": used, "images": images}
     report["skipped_turns"] = skipped_turns
     return report | {fault: counts[fault] for fault in FAULTS} | {"examples": examples}
@@ -185,15 +215,13 @@ class Conversations(data.Dataset[Item]):
     float32, "id": str}`.
     """
 
-    def __init__(self, folder: Path, source: Path, rows: Corpus, template: Template) -> None:
-        """Map the arrays in `folder`, which were made from the list `source` and `rows`."""
+    def __init__(self, folder: Path, rows: Corpus, template: Template) -> None:
+        """Read the samples in `folder`, which were joined to `rows`."""
         self.folder, self.rows, self.template = folder, rows, template
         self.report: dict[str, Any] = json.loads((folder / _REPORT).read_text())
         self.aligner: ReAlign | None = None
-        self.path = copied if (copied := folder / _LIST_COPY).is_file() else source
-        self._samples = _map(folder / _SAMPLES).reshape(-1, _SAMPLE_NUMBERS)
-        self._row_numbers = _map(folder / _ROWS)  # of all images
-        self._indices: Any = range(len(self._samples))  # of the samples of a part
+        self._ends = np.asarray(np.memmap(folder / _ENDS, np.int64, "r"))  # a view, still mapped
+        self._indices: Any = range(len(self._ends))  # of the samples of a part
 
     def aligned(self, aligner: ReAlign | None) -> Conversations:
         """Return the dataset with rows that `aligner` maps as they are read."""
@@ -206,27 +234,35 @@ class Conversations(data.Dataset[Item]):
 
     def sample(self, index: int) -> Sample:
         """Read a sample from the list."""
-        start, end = self._samples[self._indices[index], :2].tolist()
-        with explained(self.path), open(self.path, "rb", buffering=0) as file:
-            file.seek(start)
-            return read_sample(file.read(end - start), f"{self.path}: byte {start}")
+        return self._read([index])[0][0]
 
     def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
         """Read the rows of several samples together: a list of `[images, D]`, float32."""
-        places = self._samples[[self._indices[index] for index in indices], 2:].tolist()
-        numbers = [self._row_numbers[first : first + count] for first, count in places]
-        rows = self.rows.take(np.concatenate(numbers)).float()
+        return self._rows_at([numbers for _, numbers in self._read(indices)])
+
+    def _read(self, indices: Sequence[int]) -> list[tuple[Sample, list[int]]]:
+        """Read samples and the numbers of their rows."""
+        read, path = [], self.folder / _SAMPLES
+        with explained(path), open(path, "rb", buffering=0) as file:
+            for number in (int(self._indices[index]) for index in indices):
+                start = file.seek(int(self._ends[number - 1]) if number else 0)
+                *fields, rows = json.loads(file.read(int(self._ends[number]) - start))
+                sample = Sample(*fields)
+                read.append((sample._replace(turns=[(r, t) for r, t in sample.turns]), rows))
+        return read
+
+    def _rows_at(self, numbers: Sequence[Sequence[int]]) -> list[Tensor]:
+        rows = self.rows.take(list(chain.from_iterable(numbers))).float()
         if self.aligner is not None and len(rows):
             rows = self.aligner(rows)
-        return list(torch.split(rows, [count for _, count in places]))
+        return list(torch.split(rows, [*map(len, numbers)]))
 
     def __getitem__(self, index: int) -> Item:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        items = []
-        for index, rows in zip(indices, self.image_rows(indices), strict=True):
-            sample = self.sample(index)
+        items, read = [], self._read(indices)
+        for (sample, _), rows in zip(read, self._rows_at([n for _, n in read]), strict=True):
             ids, labels = self.template.encode(sample)
             items.append({"input_ids": ids, "labels": labels, "image_rows": rows, "id": sample.id})
         return items
@@ -257,10 +293,6 @@ def spread(count: int, length: int) -> list[int]:
     """Return `count` indices, or all of them, that are spread evenly over `range(length)`."""
     count = min(count, length)
     return [number * length // count for number in range(count)]
-
-
-def _map(path: Path) -> NDArray[np.int64]:
-    return np.asarray(np.memmap(path, np.int64, "r"))  # a view, still mapped
 
 
 class Collator:

@@ -30,7 +30,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.manifest import read_manifest
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
-from realign_fast.revision.conversation_files import entry_texts, parquet_to_json_lines, read_sample
+from realign_fast.revision.conversation_files import entry_texts, read_sample
 from realign_fast.revision.llava import load_mm_projector, save_mm_projector
 from realign_fast.revision.model import Projector, ReVisionConfig
 from realign_fast.storage.paths import storage_path
@@ -143,9 +143,9 @@ def _read_corpus(name: str, folder: Path) -> None:
             raise
 
 
-def _read_lines(folder: Path) -> None:
-    for start, text in entry_texts(folder / "list.json"):
-        read_sample(text, f"{folder / 'list.json'}: the entry at byte {start}")
+def _read_list(name: str, folder: Path) -> None:
+    for number, text in enumerate(entry_texts(folder / name)):
+        read_sample(text, f"{folder / name}: entry {number}")
 
 
 def _conversations() -> list[bytes]:
@@ -270,15 +270,9 @@ def _targets() -> Iterator[tuple[str, Target]]:
             partial(_read_corpus, "rows.bin"),
         ),
     )
-    yield "conversations", Target("list.json", _conversations, _read_lines)
-    yield (
-        "conversations-parquet",
-        Target(
-            "list.parquet",
-            _parquet,
-            lambda folder: parquet_to_json_lines(folder / "list.parquet", folder / "list.json"),
-        ),
-    )
+    yield "conversations", Target("list.json", _conversations, partial(_read_list, "list.json"))
+    parquet_list = Target("list.parquet", _parquet, partial(_read_list, "list.parquet"))
+    yield "conversations-parquet", parquet_list
     for kind in ("jsonl", "parquet"):
         file = f"metadata/metadata_0.{kind}"
         yield f"metadata-{kind}", Target(file, partial(_metadata, kind), _read_ids, _clip_root)

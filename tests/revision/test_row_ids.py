@@ -1,12 +1,10 @@
 """Ids of rows: each shard is joined with its own file of metadata, whatever its name."""
 
-import sqlite3
-
 import numpy as np
 import pytest
 
 from realign_fast.corpus import Corpus
-from realign_fast.revision.id_index import build_index
+from realign_fast.revision.training_data import row_finder
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -31,10 +29,9 @@ def test_each_shard_gets_the_ids_of_its_own_file(tmp_path, names):
         np.save(tmp_path / "text_emb" / f"{shard}.npy", np.ones((end - first, 4), np.float32))
         table = pa.table({"id": [f"id {row}" for row in range(first, end)]})
         pq.write_table(table, tmp_path / "metadata" / f"{metadata}.parquet")
-    build_index(Corpus(tmp_path), None, tmp_path / "ids.sqlite")
-    with sqlite3.connect(tmp_path / "ids.sqlite") as database:
-        joined = dict(database.execute("SELECT id, row FROM ids"))
-    assert joined == {f"id {row}": row for row in range(cuts[-1][1])}
+    row_of = row_finder(Corpus(tmp_path))
+    assert [row_of(f"id {row}") for row in range(cuts[-1][1])] == [*range(cuts[-1][1])]
+    assert row_of("id") is None
 
 
 def test_files_of_other_parts_are_not_joined(tmp_path):
@@ -44,4 +41,4 @@ def test_files_of_other_parts_are_not_joined(tmp_path):
         table = pa.table({"id": [f"{i} {row}" for row in range(3)]})
         pq.write_table(table, tmp_path / "metadata" / f"metadata-0000{i + 2}-of-00004.parquet")
     with pytest.raises(ValueError, match=r"metadata: has no .* named as train-00000-of-00004\.npy"):
-        build_index(Corpus(tmp_path), None, tmp_path / "ids.sqlite")
+        row_finder(Corpus(tmp_path))
