@@ -224,11 +224,7 @@ def table_writer(
 def _entries_of(shard: Shard | MetadataFile) -> Iterator[dict[str, Any]]:
     """Yield the other columns of a shard as a dictionary for each row."""
     for chunk in shard.other_columns():
-        if isinstance(chunk, dict):
-            rows = zip(*(column.tolist() for column in chunk.values()), strict=True)
-            yield from (dict(zip(chunk, row, strict=True)) for row in rows)
-        else:
-            yield from chunk if isinstance(chunk, list) else chunk.to_pylist()
+        yield from chunk if isinstance(chunk, list) else chunk.to_pylist()
 
 
 def _schema_of(shard: Shard | MetadataFile) -> Any:
@@ -240,7 +236,7 @@ def _schema_of(shard: Shard | MetadataFile) -> Any:
     pa = tables.pyarrow()
     chunks = shard.other_columns()
     first = next(chunks, [])
-    same = chunks if isinstance(first, list) else ()  # chunks of arrays are alike
+    same = chunks if isinstance(first, list) else ()
     schemas = [_record_batch(chunk, shard.path).schema for chunk in chain([first], same)]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
@@ -251,14 +247,11 @@ def _schema_of(shard: Shard | MetadataFile) -> Any:
 def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> Any:
     """Return a chunk as a record batch; `schema` is that of entries, None derives it from them."""
     pa = tables.pyarrow()
-    if not isinstance(chunk, list | dict):
+    if not isinstance(chunk, list):
         return chunk
+    names = schema.names if schema else dict.fromkeys(chain.from_iterable(chunk))
     try:
-        if isinstance(chunk, dict):
-            columns = {name: _arrow_array(values) for name, values in chunk.items()}
-        else:
-            names = schema.names if schema else dict.fromkeys(chain.from_iterable(chunk))
-            columns = {name: [_plain(entry.get(name)) for entry in chunk] for name in names}
+        columns = {name: [_plain(entry.get(name)) for entry in chunk] for name in names}
         return pa.RecordBatch.from_pydict(columns, schema)
     except (pa.ArrowException, TypeError) as error:
         problem = f"its other entries cannot become columns ({error})"
@@ -266,11 +259,5 @@ def _record_batch(chunk: ColumnChunk, path: StoragePath, schema: Any = None) -> 
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _arrow_array(values: np.ndarray) -> Any:
-    """Return a column `[n]` or `[n, k]` as an array of numbers or of fixed-size lists."""
-    pa = tables.pyarrow()
-    flat = pa.array(values.reshape(-1))
-    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    """Return an array of several dimensions as lists, which Arrow takes; it knows other arrays."""
+    return value.tolist() if isinstance(value, np.ndarray) and value.ndim != 1 else value

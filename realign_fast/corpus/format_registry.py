@@ -30,32 +30,7 @@ LEFT_BY_DATASETS = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # beside shards, 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 HEAD_BYTES = 512  # of a file, by which its format is recognized
 
-# Formats that are not read, by suffixes: their name, and the rows of `file` as an array or a table.
-FOREIGN_FORMATS = {
-    ".h5 .hdf5": ("HDF5", "h5py.File(file)[name][:]"),
-    ".lance": ("Lance", "lance.dataset(file).to_table()"),
-    ".zarr": ("Zarr", "zarr.open(file)[:]"),
-    ".csv .tsv": ("a table of text", "pandas.read_csv(file)[columns].to_numpy()"),
-    ".jsonl .ndjson .json": ("JSON", "pyarrow.json.read_json(file)"),
-    ".mat": ("MATLAB", "scipy.io.loadmat(file)[name]"),
-    ".sqlite .sqlite3 .db": ("SQLite", "numpy.stack([numpy.frombuffer(b, '<f4') for b, in rows])"),
-    ".orc": ("ORC", "pyarrow.orc.read_table(file)"),
-    ".faiss .index": (
-        "an index of faiss",
-        "(i := faiss.read_index(file)).reconstruct_n(0, i.ntotal)",
-    ),
-    ".fbin": (
-        "float32 behind two counts",
-        "numpy.fromfile(file, '<f4', offset=8).reshape(numpy.fromfile(file, '<i4', 2))",
-    ),
-    ".fvecs": (
-        "float32, each row behind its length",
-        "numpy.fromfile(file, '<f4').reshape(-1, 1 + numpy.fromfile(file, '<i4', 1)[0])[:, 1:]",
-    ),
-    ".bin .dat .raw": ("bare numbers", "numpy.fromfile(file, '<f4').reshape(-1, columns)"),
-}
-FOREIGN_STARTS = {b"\x89HDF\r\n": ".h5", b"SQLite format 3": ".db", b"MATLAB 5.0": ".mat"}
-FOREIGN_STARTS |= {b"ORC": ".orc"}
+CONVERSIONS = "the page `formats` of the documentation converts other formats in a line of Python"
 
 
 class Format(NamedTuple):
@@ -143,20 +118,17 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
     if compression := compression_of(path.name):
         problem = f"is compressed ({compression}), so a row cannot be read without all before it"
         raise ValueError(f"{path}: {problem}; decompress it")
-    name = format_of(path.name) or _format_of_content(head := _head(path))
+    name = format_of(path.name) or _format_of_content(_head(path))
     if not name:
         problem = "neither its suffix nor its content is that of a format that is read"
-        advice = f"{problem}; expected one of {', '.join(SUFFIXES)}"
-        raise ValueError(f"{path}: {advice_for(path.name, head) or advice}")
+        raise ValueError(f"{path}: {problem}; expected one of {', '.join(SUFFIXES)}; {CONVERSIONS}")
     if name == "pickle" and not allow_pickle:
         advice = "give allow_pickle=True or --allow-pickle (nothing in it is run)"
         raise ValueError(f"{path}: a pickle is read only when asked to: {advice}")
     try:
         return FORMATS[name].read(path, column)
     except ValueError as error:
-        content = _format_of_content(head := _head(path))
-        if conversion := advice_for("", head):
-            raise ValueError(f"{path}: {conversion}") from error
+        content = _format_of_content(_head(path))
         if content in (None, name):
             raise
         raise ValueError(f"{error}; by its content it is {content}: rename it") from error
@@ -174,16 +146,3 @@ def _format_of_content(head: bytes) -> str | None:
         return "tar"
     by_start = (name for start, name in STARTS.items() if head.startswith(start))
     return next(by_start, "safetensors" if safetensors.recognizes(head) else None)
-
-
-def advice_for(name: str, head: bytes = b"") -> str | None:
-    """Return what the file is and how to convert it, by its first bytes or its name, or None."""
-    by_start = (suffix for start, suffix in FOREIGN_STARTS.items() if head.startswith(start))
-    suffix = next(by_start, os.path.splitext(name.lower())[1])
-    for suffixes, (format_name, rows) in FOREIGN_FORMATS.items():
-        if suffix in suffixes.split():
-            is_table = rows.startswith(("pyarrow.", "lance."))
-            write = "pyarrow.parquet.write_table({}, 'rows.parquet')"
-            write = write if is_table else "numpy.save('rows.npy', {})"
-            return f"is {format_name}, which is not read; convert it: {write.format(rows)}"
-    return None

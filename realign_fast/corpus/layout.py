@@ -19,9 +19,9 @@ from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, natural_order, storage_path
 from .format_registry import (
+    CONVERSIONS,
     ONLY_ALONE,
     UNFINISHED,
-    advice_for,
     compression_of,
     format_of,
     read_shards,
@@ -182,11 +182,8 @@ def shards_of(folder: StoragePath) -> list[StoragePath]:
         raise FileNotFoundError(
             f"{folder}: has only compressed files ({some(packed)}); decompress them"
         )
-    for name in ("", *sorted(names)):  # of itself (Lance, Zarr), and of the files
-        conversion = advice_for(name or folder.name)
-        if conversion and not name.endswith(".json"):
-            raise FileNotFoundError(f"{folder / name}: {conversion}")
-    raise FileNotFoundError(f"{folder}: has no .npy file or other shard [rows, columns]")
+    problem = "has no .npy file or other shard [rows, columns]"
+    raise FileNotFoundError(f"{folder}: {problem}; {CONVERSIONS}")
 
 
 def metadata_files(folder: StoragePath) -> list[StoragePath]:

@@ -153,8 +153,6 @@ def _values_in(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator
                         entry = {**json.loads(entry["json"]), **entry}
                 yield entry[_column(f"{source.path}: row {row}", entry, columns)]
                 row += 1
-        elif isinstance(chunk, dict):  # arrays of a safetensors file
-            yield from chunk[_column(source.path, chunk, columns)].tolist()
         else:  # a record batch
             column = _column(source.path, chunk.schema.names, columns)
             yield from chunk.column(column).to_pylist()

@@ -55,8 +55,8 @@ FLOATS: dict[Dtype, torch.dtype] = {
 TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
 
 Batches: TypeAlias = Iterator[tuple[int, torch.Tensor]]  # row number, rows [n, D]
-# Columns other than the rows, as a format yields them: entries, arrays, or a `pa.RecordBatch`.
-ColumnChunk: TypeAlias = "list[dict[str, Any]] | dict[str, np.ndarray] | Any"
+# Columns other than the rows, as a format yields them: entries, or a `pa.RecordBatch`.
+ColumnChunk: TypeAlias = "list[dict[str, Any]] | Any"
 
 
 @dataclass(frozen=True)

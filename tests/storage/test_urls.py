@@ -134,7 +134,7 @@ def test_opening_reads_headers_only(tmp_path, served):
     assert sum(served[1].fetched(f"emb_{i}.npy") for i in (0, 1)) < 40_000
 
 
-@pytest.mark.parametrize("form", ("arrow", "hf", "parquet", "safetensors"))
+@pytest.mark.parametrize("form", ("parquet", "safetensors"))
 def test_opening_a_format_fetches_a_small_part(form, tmp_path, served):
     write(tmp_path / "rows", 1, (130_000,))
     (path,) = convert(Corpus(tmp_path / "rows"), tmp_path / "www/big", form, batch_bytes=1 << 19)

@@ -2,22 +2,23 @@
 
 The rows are the entry `embedding`, or the only entry `[N, D]` of floating-point numbers. Nothing in
 the files is run: numpy loads no pickles, and `torch.load` with `weights_only` knows tensors and
-plain data alone. A `.pt` file is mapped, and so are the rows of an `.npz` file without compression.
-Other `.npz` files are in memory while they are read, and all results while they are written. A
-result keeps the other entries.
+plain data alone. A `.pt` file is mapped, and so are matrices of an `.npz` file without compression.
+Other arrays are in memory while a file is read, and all results while they are written. A result
+keeps the other entries.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import math
 import pickle
 import struct
 import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from ..shard import (
     FLOATS,
     MAX_COLUMNS,
     TORCH_DTYPES,
-    ContiguousShard,
     Shard,
     absolute,
     as_numpy,
@@ -75,42 +75,9 @@ class TorchWriter(NpzWriter):
         torch.save(self._rows if alone else entries, file)
 
 
-class ArchiveShard(Shard):
-    """One of the named entries of a file."""
-
-    entries: Any  # all entries by name; None may stand for the rows
-
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the other entries that have a value for each row, as a dictionary for each row."""
-        entries, columns = self.entries, {}
-        for name in selected((name for name in entries if name != self.column), only):
-            values = entries[name]
-            values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
-            if isinstance(values, list) and len(values) == self.num_rows:
-                columns[name] = values
-        if columns:
-            rows = zip(*columns.values(), strict=True)
-            yield [dict(zip(columns, row, strict=True)) for row in rows]
-
-
 @dataclass(frozen=True)
-class StoredShard(ArchiveShard, ContiguousShard):
-    """One array of an `.npz` file whose bytes lie there without compression."""
-
-    format = "npz"
-    writer_class = NpzWriter
-
-    @property
-    def entries(self) -> dict[str, Any]:
-        """The other arrays."""
-        with explained(self.path), self.path.open("rb") as file:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: None if name == self.column else arrays[name] for name in arrays}
-
-
-@dataclass(frozen=True)
-class NpzShard(ArchiveShard):
-    """One array of an `.npz` file that is loaded whole: a compressed or unusual one."""
+class NpzShard(Shard):
+    """One array of an `.npz` file."""
 
     format = "npz"
     writer_class = NpzWriter
@@ -133,6 +100,18 @@ class NpzShard(ArchiveShard):
     def _rows(self, selection: Any) -> np.ndarray:
         rows: np.ndarray = as_numpy(self.entries[self.column].detach())[selection]
         return rows
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
+        """Yield the other entries that have a value for each row, as a dictionary for each row."""
+        entries, columns = self.entries, {}
+        for name in selected((name for name in entries if name != self.column), only):
+            values = entries[name]
+            values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+            if isinstance(values, list) and len(values) == self.num_rows:
+                columns[name] = values
+        if columns:
+            rows = zip(*columns.values(), strict=True)
+            yield [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -163,42 +142,7 @@ def _read_shard(
     return shard_class(path, len(rows), rows.shape[1], DTYPES[rows.dtype], name, stamp)
 
 
-read_torch = partial(_read_shard, TorchShard)
-
-
-def read_npz(path: StoragePath, column: str | None = None) -> ArchiveShard:
-    """Open the array `column` of a file; by default `embedding`, or the only one of rows."""
-    return _stored_shard(path, column) or _read_shard(NpzShard, path, column)
-
-
-def _stored_shard(path: StoragePath, column: str | None) -> StoredShard | None:
-    """Return the shard of rows that can be read in place, or None."""
-    candidates: dict[str, StoredShard | None] = {}
-    stamp = path.stamp()
-    with explained(path), path.open("rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.infolist():
-                    head = io.BytesIO(archive.open(member).read(HEADER_BYTES))
-                    shape, in_columns, dtype = read_array_header(head)
-                    if dtype.hasobject:
-                        return None
-                    name = member.filename.removesuffix(".npy")
-                    if dtype not in FLOATS or len(shape) != 2 or not 0 < shape[1] < MAX_COLUMNS:
-                        continue
-                    file.seek(member.header_offset + _LOCAL_LENGTHS)
-                    lengths = struct.unpack("<HH", file.read(4))
-                    offset = member.header_offset + _LOCAL_LENGTHS + 4 + sum(lengths) + head.tell()
-                    data_bytes = shape[0] * shape[1] * dtype.itemsize
-                    is_whole = member.file_size == head.tell() + data_bytes
-                    is_plain = member.compress_type == zipfile.ZIP_STORED and not in_columns
-                    shard = StoredShard(path, *shape, dtype, name, stamp, offset)
-                    is_inside = is_whole and offset + data_bytes <= stamp[0]
-                    candidates[name] = shard if is_plain and is_inside else None
-        except Exception:  # hostile files raise many kinds; `_read_shard` says what is wrong
-            return None
-    only = next(iter(candidates)) if len(candidates) == 1 else DEFAULT
-    return candidates.get(column or only)
+read_npz, read_torch = partial(_read_shard, NpzShard), partial(_read_shard, TorchShard)
 
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
@@ -206,11 +150,8 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
     try:
         with explained(path), path.local_copy() as local:
             if form == "npz":
-                with np.load(local, allow_pickle=False) as arrays:
-                    return {
-                        name: torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
-                        for name, array in arrays.items()
-                    }
+                with np.load(local, allow_pickle=False) as arrays, open(local, "rb") as file:
+                    return {name: _array(file, arrays, name) for name in arrays}
             value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile files make the libraries raise many kinds
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek before the start
@@ -228,6 +169,25 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
     if isinstance(value, torch.Tensor | dict):
         return value if isinstance(value, dict) else {"": value.detach()}
     raise ValueError(f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them")
+
+
+def _array(file: IO[bytes], arrays: Any, name: str) -> torch.Tensor | np.ndarray:
+    """Return an array of an open `.npz` file; a matrix of floats that is not compressed is mapped.
+
+    Behind the head of a member, the lengths of its name and extras say where its data begin.
+    """
+    member = arrays.zip.NameToInfo.get(f"{name}.npy")
+    if member and member.compress_type == zipfile.ZIP_STORED:
+        head = io.BytesIO(arrays.zip.open(member).read(HEADER_BYTES))
+        shape, in_columns, dtype = read_array_header(head)
+        is_whole = member.file_size == head.tell() + math.prod(shape) * dtype.itemsize
+        if dtype in FLOATS and len(shape) == 2 and 0 not in shape and is_whole and not in_columns:
+            file.seek(member.header_offset + _LOCAL_LENGTHS)
+            lengths = struct.unpack("<HH", file.read(4))
+            offset = member.header_offset + _LOCAL_LENGTHS + 4 + sum(lengths) + head.tell()
+            return torch.from_numpy(np.memmap(file, dtype, "c", offset, shape))
+    array: np.ndarray = arrays[name]
+    return torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
 
 
 def _is_rows(entry: Any) -> bool:

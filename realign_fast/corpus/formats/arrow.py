@@ -4,10 +4,9 @@ A local file is mapped. A batch of rows is copied out of the map, and the mapped
 every `RELEASE_BYTES`, so memory is bounded whatever the size of the record batches (compressed ones
 are decompressed whole). From a URL record batches are fetched one after the other.
 
-Rows are counted from the heads of messages: pyarrow reads whole messages. A file is a stream behind
-8 bytes, with a footer. Each message (arrow.apache.org, "Serialization and Interprocess
-Communication") is `ff ff ff ff`, the length of its head, the head, then its body. The head is a
-flatbuffer table with the length of the body and, for a record batch, that of its columns.
+Opening a file counts its rows: pyarrow goes through its record batches, which for a mapped file
+touches their heads alone. A compressed file is decompressed for it, and of a remote file the column
+of rows is fetched, of a remote stream everything.
 
 A table in memory is any object with Arrow's stream interface (`__arrow_c_stream__`): of pyarrow,
 pandas, polars, DuckDB. It is turned into a `pyarrow.Table` once, without a copy where its library
@@ -26,7 +25,6 @@ import io
 import json
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,16 +32,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...storage.paths import LocalPath, OpenedFile, StoragePath, explained, write_whole
+from ...storage.paths import LocalPath, StoragePath, explained, write_whole
 from ..io_extension import io as _io
 from . import arrow_columns as tables
 
 MAGIC = b"ARROW1"
 RELEASE_BYTES = 16 << 20
-CONTINUES = b"\xff\xff\xff\xff"
-RECORD_BATCH = 3  # in the union MessageHeader
-MAX_HEAD = 64 << 20
-FIRST_BYTES = 1 << 12  # of a head, fetched at once: most heads are shorter
 DATASET_STATE, DATASET_INFO = "state.json", "dataset_info.json"
 PIECE_ROWS = 1024  # of a dataset or a table at a time
 DATASET_SPLITS = "dataset_dict.json"
@@ -115,12 +109,11 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
     stamp = path.stamp()
     with _opened_data(path) as data:
         reader = _open_reader(data)
-        with path.opened() as file:
-            num_rows = sum(_rows_of_batches(path, file, _is_stream(reader)))
-
         vectors = tables.vectors_of(
             path, reader.schema, column, lambda name: _record_batches(data, name)
         )
+        root = tables.root_of(reader.schema, vectors[2])
+        num_rows = sum(map(len, _record_batches(data, root)))
     shard_class = StreamShard if _is_stream(reader) else ArrowShard
     return shard_class(path, num_rows, *vectors, stamp, reader.schema)
 
@@ -172,52 +165,6 @@ def _record_batches(data: Data, column: str | None = None) -> Iterator[Any]:
     if _is_stream(reader):
         return iter(reader)
     return map(reader.get_batch, range(reader.num_record_batches))
-
-
-def _rows_of_batches(path: StoragePath, file: OpenedFile, is_stream: bool) -> Iterator[int]:
-    """Yield the number of rows of each record batch in turn."""
-    offset = 0 if is_stream else 8
-    while True:
-        start = file.pread(FIRST_BYTES, offset)
-        prefix = 8 if start[:4] == CONTINUES else 4  # Arrow before 0.15 wrote the length alone
-        try:
-            (length,) = struct.unpack_from("<i", start, prefix - 4)
-            if length == 0:
-                return
-            head = start[prefix : prefix + length]
-            if len(head) < length <= MAX_HEAD:
-                head += file.pread(length - len(head), offset + prefix + len(head))
-            body, num_rows = _body_and_rows(head)
-            end = offset + prefix + length + body
-            if len(head) != length or min(body, num_rows or 0) < 0 or end > file.size:
-                raise IndexError(f"a message of {length} + {body} bytes")
-        except (struct.error, IndexError) as error:
-            problem = f"its message at byte {offset} is truncated or damaged ({error})"
-            raise ValueError(f"{path}: {problem}; write it again") from error
-        if num_rows is not None:
-            yield num_rows
-        offset = end
-
-
-def _body_and_rows(head: bytes) -> tuple[int, int | None]:
-    """Return the length of the body, and the number of rows of a record batch, else None."""
-    (root,) = struct.unpack_from("<I", head, 0)
-    header_type, table, body = (_field(head, root, number) for number in (1, 2, 3))
-    length = struct.unpack_from("<q", head, body)[0] if body else 0
-    if not header_type or head[header_type] != RECORD_BATCH:
-        return length, None
-    (offset,) = struct.unpack_from("<I", head, table)
-    count = _field(head, table + offset, 0)
-    return length, struct.unpack_from("<q", head, count)[0] if count else 0
-
-
-def _field(data: bytes, table: int, number: int) -> int:
-    """Return the offset of a field of a flatbuffer table; 0 if the field is left out."""
-    (back,) = struct.unpack_from("<i", data, table)
-    size = struct.unpack_from("<H", data, table - back)[0]
-    place = 4 + 2 * number
-    offset = struct.unpack_from("<H", data, table - back + place)[0] if place < size else 0
-    return table + offset if offset else 0
 
 
 class MemoryPath(LocalPath):
