@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import NamedTuple
 from zlib import crc32
@@ -28,8 +29,9 @@ from .estimate import Estimate
 TargetMap = Callable[[Tensor], Tensor]
 # Fits on source and target rows and returns the map of either; None leaves target rows as given.
 Fit = Callable[[Tensor, Tensor], tuple[TargetMap, TargetMap | None]]
+Check = Callable[[torch.nn.Module], tuple[float, float]]  # loss and accuracy of a reader
 _BLOCK = 4096  # tested rows at a time
-_CHECK_STEPS, _PATIENCE = 50, 10  # steps between losses of held-out rows, and such losses
+_CHECK_STEPS, _PATIENCE = 50, 10  # steps between losses of held-out rows, and their number
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5%, from 1 degree
 
 
@@ -42,8 +44,9 @@ class Reader:
     batch: int = 256
     rate: float = 1e-3
     weight_decay: float = 1e-2
-    held_out: float = 0.0  # share of its training rows; above 0, the weights of least loss on them
-    # (each 50 steps) are kept, and training ends after 500 steps without a lower one
+    # Share of the target rows that are not tested, on which every reader is checked each 50 steps,
+    # and none trains: its weights of least loss are kept, and 500 steps without a lower one end it.
+    held_out: float = 0.0
 
 
 class Substitution(NamedTuple):
@@ -135,6 +138,11 @@ def substitution(
     for seed in seeds:
         is_tested = _draw_test(test, len(target_rows), seed)
         tested, trained = (mask.nonzero()[:, 0] for mask in (is_tested, ~is_tested))
+        held_out = trained[:0]
+        if reader.held_out:
+            is_held_out = _draw_test(reader.held_out, len(trained), seed, "held_out")
+            held_out, trained = trained[is_held_out], trained[~is_held_out]
+            is_tested[held_out] = True
         free = (~is_tested[partners] | (partners < 0)).nonzero()[:, 0]
         for name, figures in runs.items():
             rows, moves = (target_rows if name == "target" else source_rows), maps.get(name)
@@ -146,8 +154,10 @@ def substitution(
             if not moves and rows.shape[1] != target_rows.shape[1]:
                 raise ValueError(f"substitution: {name} rows have other columns than target rows")
             side = (target_labels, trained) if name == "target" else (source_labels, free)
-            network = _train(rows, *side, outputs, seed, reader)
-            figures.append(_test(network, target_rows, target_labels, tested, moves))
+            score = partial(_test, rows=target_rows, labels=target_labels, target_map=moves)
+            check = partial(score, tested=held_out) if len(held_out) else None
+            network = _train(rows, *side, outputs, seed, reader, check)
+            figures.append(score(network, tested=tested))
             if not figures[-1][0] < math.inf:
                 raise ValueError(
                     f"substitution: the reader of {name} rows has a loss that is not finite; give "
@@ -229,7 +239,7 @@ def _summary(figures: dict[str, Tensor], overlap: float) -> Substitution:
     return Substitution(means[0], means[1], shares, intervals, figures)
 
 
-def _draw_test(test: float | Tensor, count: int, seed: int) -> Tensor:
+def _draw_test(test: float | Tensor, count: int, seed: int, name: str = "`test`") -> Tensor:
     """Return which target rows [M] are tested; a ValueError unless some are and some are not."""
     is_tested = torch.zeros(count, dtype=torch.bool)
     if isinstance(test, Tensor):
@@ -239,16 +249,25 @@ def _draw_test(test: float | Tensor, count: int, seed: int) -> Tensor:
         is_tested[order[: max(round(test * count), 0)]] = True
     if not 0 < int(is_tested.sum()) < count:
         raise ValueError(
-            f"substitution: `test` takes {int(is_tested.sum())} of {count} target rows, expected "
+            f"substitution: {name} takes {int(is_tested.sum())} of {count} target rows, expected "
             "some, and others to train on"
         )
     return is_tested
 
 
 def _train(
-    rows: Tensor, labels: Tensor, trained: Tensor, outputs: int, seed: int, reader: Reader
+    rows: Tensor,
+    labels: Tensor,
+    trained: Tensor,
+    outputs: int,
+    seed: int,
+    reader: Reader,
+    check: Check | None,
 ) -> torch.nn.Module:
-    """Return a reader that was trained on the rows whose numbers are ``trained``."""
+    """Return a reader that was trained on the rows whose numbers are ``trained``.
+
+    With a ``check``, it has the weights for which that returned the least loss.
+    """
     if not len(trained):
         raise ValueError("substitution: no source row is left to train on; test fewer target rows")
     columns = rows.shape[1]
@@ -261,21 +280,17 @@ def _train(
         network = torch.nn.Sequential(*layers).to(rows.device)
         weights = network.parameters()
         optimizer = torch.optim.AdamW(weights, reader.rate, weight_decay=reader.weight_decay)
-        held_out, stale, best = trained[:0], 0, (math.inf, network.state_dict())
-        if reader.held_out:
-            trained = trained[torch.randperm(len(trained))]
-            count = min(max(round(reader.held_out * len(trained)), 1), len(trained) - 1)
-            held_out, trained = trained[:count], trained[count:]
+        stale, best = 0, (math.inf, network.state_dict())
         for step in range(1, reader.steps + 1):
             batch = trained[torch.randint(len(trained), (reader.batch,))]
             loss = _loss(network(rows[batch].float()), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if len(held_out) and step % _CHECK_STEPS == 0:
-                figure, stale = _test(network, rows, labels, held_out, None)[0], stale + 1
-                if figure < best[0]:
-                    stale, best = 0, (figure, copy.deepcopy(network.state_dict()))
+            if check and step % _CHECK_STEPS == 0:
+                held_out_loss, stale = check(network)[0], stale + 1
+                if held_out_loss < best[0]:
+                    stale, best = 0, (held_out_loss, copy.deepcopy(network.state_dict()))
                 elif stale == _PATIENCE:
                     break
         if best[0] < math.inf:

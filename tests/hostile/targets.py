@@ -159,6 +159,13 @@ def _conversations() -> list[bytes]:
     return [json.dumps(entries, indent=1).encode(), lines]
 
 
+def _parquet_list() -> list[bytes]:
+    tables = [
+        pyarrow.Table.from_pylist([json.loads(line)]) for line in _conversations()[1].splitlines()
+    ]
+    return [_bytes_of(partial(pyarrow.parquet.write_table, table)) for table in tables]
+
+
 def _clip_root(folder: Path) -> None:
     for side in ("text_emb", "img_emb"):
         (folder / side).mkdir()
@@ -271,7 +278,7 @@ def _targets() -> Iterator[tuple[str, Target]]:
         ),
     )
     yield "conversations", Target("list.json", _conversations, partial(_read_list, "list.json"))
-    parquet_list = Target("list.parquet", _parquet, partial(_read_list, "list.parquet"))
+    parquet_list = Target("list.parquet", _parquet_list, partial(_read_list, "list.parquet"))
     yield "conversations-parquet", parquet_list
     for kind in ("jsonl", "parquet"):
         file = f"metadata/metadata_0.{kind}"

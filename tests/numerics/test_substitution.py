@@ -82,6 +82,28 @@ def test_maps_are_fitted_on_rows_that_are_not_tested():
     assert [*found.loss] == ["source", "aligned", "target"]
 
 
+def test_a_reader_stops_where_held_out_target_rows_say():
+    """Labels are noise: readers that train on get worse, those that are checked keep their best."""
+    source, target = (random_rows(80, 20, seed=seed).float() for seed in (2, 3))
+    labels = [random_rows(80, 4, seed=seed) > 0 for seed in (4, 5)]
+    seen, losses = [], []
+
+    def fit(source_rows, target_rows):
+        seen.append((len(source_rows), len(target_rows)))
+        return lambda rows: rows, None
+
+    for held_out in (0, 0.25):
+        reader = metrics.Reader(steps=600, batch=16, held_out=held_out)
+        options = dict(aligned=fit, partners=torch.arange(80), seeds=[0], test=0.25, reader=reader)
+        losses.append(metrics.substitution(source, target, *labels, **options).loss)
+    assert seen == [(60, 60), (45, 45)]
+    for name in losses[0]:
+        assert losses[1][name] < 0.8 < losses[0][name]
+    with pytest.raises(ValueError, match="held_out takes 60 of 60 target rows"):
+        options["reader"] = metrics.Reader(held_out=1)
+        metrics.substitution(source, target, *labels, **options)
+
+
 @pytest.mark.parametrize("kind", ["classes", "labels"])
 def test_bytes_depend_on_seeds_alone(kind):
     source, target, *numbers = planted(80)[:4]
