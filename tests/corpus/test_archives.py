@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,28 @@ def test_an_array_of_a_truncated_file_is_refused(tmp_path):
         (tmp_path / "x.npz").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"x\.npz: cannot be read"):
             Corpus(tmp_path / "x.npz")
+
+
+def test_bytes_before_a_zip_file_are_named(tmp_path):
+    """Python's reader of zip files allows them, and numpy looks at the first ones."""
+    path = tmp_path / "x.npz"
+    np.savez(path, embedding=ROWS, id=np.arange(9))
+    path.write_bytes(b"before" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"x\.npz: cannot be read"):
+        list(Corpus(path).ids())
+
+
+def test_a_damaged_stream_of_bzip2_is_named(tmp_path):
+    """Its library raises an OSError without a number."""
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        with archive.open("rows.npy", "w") as member:
+            np.lib.format.write_array(member, ROWS)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"BZh") + 4] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"x\.npz: cannot be read: it is truncated or damaged"):
+        Corpus(path)
 
 
 def test_a_truncated_tensor_is_one_short_error(tmp_path):

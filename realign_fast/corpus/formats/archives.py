@@ -154,7 +154,8 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
                     return {name: _array(file, arrays, name) for name in arrays}
             value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile files make the libraries raise many kinds
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek before the start
+        # EINVAL is a seek before the start, and bz2 has errors without a number.
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, None):
             raise
         fault = str(error).partition("\n")[0].partition(". ")[0]
         reason, advice = f"it is truncated or damaged ({fault})", "write it again"
