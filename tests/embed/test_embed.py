@@ -15,9 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
+from hostile.kills import embedded_files
 from PIL import Image
 from support import programs
-from support.kill_embed import tree
 from support.small_models import picture, require, write_open_clip, write_pictures
 
 from realign_fast import Corpus, ReAlign, SharedSpace
@@ -160,7 +160,7 @@ def test_two_sides_that_are_no_pairs_share_no_number(encoder, pictures, tmp_path
 def test_the_same_bytes_for_any_number_of_processes(encoder, pictures, tmp_path, workers):
     for name, count in (("one", 0), ("other", workers)):
         run(encoder, tmp_path / name, workers=count, pairs=pictures)
-    assert tree(tmp_path / "one") == tree(tmp_path / "other")
+    assert embedded_files(tmp_path / "one") == embedded_files(tmp_path / "other")
 
 
 def test_dtype_of_the_rows(encoder, pictures, tmp_path):
@@ -172,12 +172,12 @@ def test_dtype_of_the_rows(encoder, pictures, tmp_path):
 
 def test_what_is_finished_is_not_embedded_again(encoder, pictures, tmp_path):
     first = run(encoder, tmp_path / "out", pairs=pictures)
-    before = tree(tmp_path / "out")
+    before = embedded_files(tmp_path / "out")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_emb/*")}
     resumed = run(encoder, tmp_path / "out", pairs=pictures)
     assert (first["embedded_now"], resumed["embedded_now"]) == (30, 0)
     assert resumed["finished_before"] == 30
-    assert tree(tmp_path / "out") == before
+    assert embedded_files(tmp_path / "out") == before
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
 
@@ -189,7 +189,7 @@ def test_a_changed_image_and_a_lost_shard_are_embedded_anew(encoder, pictures, t
     resumed = run(encoder, out, pairs=pictures)
     assert (resumed["embedded_now"], resumed["finished_before"]) == (18, 12)
     run(encoder, tmp_path / "fresh", pairs=pictures)
-    assert tree(out) == tree(tmp_path / "fresh")
+    assert embedded_files(out) == embedded_files(tmp_path / "fresh")
 
 
 def test_more_and_fewer_items(encoder, pictures, tmp_path):
@@ -204,7 +204,7 @@ def test_more_and_fewer_items(encoder, pictures, tmp_path):
     run(encoder, out, pairs=pictures)
     assert Corpus(out, "image").num_rows == Corpus(out, "text").num_rows == 17
     run(encoder, tmp_path / "fresh", pairs=pictures)
-    assert tree(out) == tree(tmp_path / "fresh")
+    assert embedded_files(out) == embedded_files(tmp_path / "fresh")
 
 
 def test_a_shard_of_failures_alone_has_no_files(encoder, pictures, tmp_path):
@@ -229,12 +229,12 @@ def test_nothing_but_failures_is_an_error(encoder, pictures, tmp_path):
 def test_an_output_begun_otherwise_is_refused_unless_overwritten(encoder, pictures, tmp_path):
     out = tmp_path / "out"
     run(encoder, out, pairs=pictures)
-    before = tree(out)
+    before = embedded_files(out)
     with pytest.raises(ValueError, match=r"begun with batch_size 5, now it is 4.*--mode overwrite"):
         run(encoder, out, pairs=pictures, batch_size=4)
     with pytest.raises(ValueError, match="begun with sources"):
         run(encoder, out, images=pictures)
-    assert tree(out) == before
+    assert embedded_files(out) == before
     run(encoder, out, images=pictures, mode="overwrite")
     assert not (out / "text_emb").exists()
     assert Corpus(out, "image").num_rows == 28
@@ -310,10 +310,11 @@ def test_a_name_that_is_no_utf8(encoder, tmp_path):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes():
     require("open_clip")
-    script = Path(__file__).parents[1] / "support" / "kill_embed.py"
-    path = os.pathsep.join(map(str, script.parents[1:3]))  # tests/ and the repository
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (tests, tests.parent)))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = programs.run(script, "--kills", "3", env=environment, timeout=240)
+    arguments = ["-m", "hostile.kills", "--command", "embed", "--kills", "3"]
+    done = programs.run(*arguments, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kills"] == 3
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
-from support.kill_embed import tree
+from hostile.kills import embedded_files
 from support.small_models import (
     require,
     write_hugging_face,
@@ -68,12 +68,12 @@ def test_another_architecture_of_the_same_weights_is_refused(
     model, config = write_model(kind, tmp_path / "model")
     out = tmp_path / "out"
     assert run(model, out, source)["embedded_now"] == 3
-    before = tree(out)
+    before = embedded_files(out)
     assert run(model, out, source)["embedded_now"] == 0
     change(config, setting, value)
     with pytest.raises(ValueError, match=f"begun with .*{words}"):
         run(model, out, source)
-    assert tree(out) == before
+    assert embedded_files(out) == before
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def test_outputs_of_version_0_1_0_resume_where_the_model_gives_the_same_rows(
     model, config = write_model(kind, tmp_path / "model")
     out = tmp_path / "out"
     run(model, out, source)
-    before = tree(out)
+    before = embedded_files(out)
     facts = forget_architecture(out)
     key = [facts, ["text", "image"], 0, 3, identity(source.items(0, 3))]  # its frozen formula
     key = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     assert json.loads((out / "__realign__/_embed" / "0.json").read_text())["key"] == key
     assert run(model, out, source)["embedded_now"] == 0
-    assert tree(out) == before  # with the architecture
+    assert embedded_files(out) == before  # with the architecture
     forget_architecture(out)
-    before = tree(out)
+    before = embedded_files(out)
     change(config, setting, value)
     with pytest.raises(ValueError, match="holds other rows than the model gives now"):
         run(model, out, source)
-    assert tree(out) == before
+    assert embedded_files(out) == before
 
 
 def test_weights_that_lack_a_part_of_the_model_are_refused(tmp_path):

@@ -47,6 +47,15 @@ def compiled(folder: Path) -> Path:
     return library
 
 
+def begin_again_preloaded(module: str) -> None:
+    """Start a module again with the library, and end with its status, unless it is loaded."""
+    if not os.environ.get(PRELOADED):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {"LD_PRELOAD": str(compiled(Path(folder))), PRELOADED: "1"}
+            command = [sys.executable, "-m", module, *sys.argv[1:]]
+            sys.exit(subprocess.run(command, env=environment).returncode)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--command", choices=sorted(COMMANDS), default="align")
@@ -55,11 +64,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, help="draw this many for each kind (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if not os.environ.get(PRELOADED):  # begin again with the library
-        with tempfile.TemporaryDirectory() as folder:
-            environment = os.environ | {"LD_PRELOAD": str(compiled(Path(folder))), PRELOADED: "1"}
-            command = [sys.executable, "-m", "hostile.faults", *sys.argv[1:]]
-            sys.exit(subprocess.run(command, env=environment).returncode)
+    begin_again_preloaded("hostile.faults")
     with tempfile.TemporaryDirectory() as folder:
         drawn = options.kinds, options.sites, options.seed
         result = attack(Path(folder), options.command, options.format, *drawn)
@@ -69,7 +74,7 @@ def main() -> None:
     sys.exit(bool(faults))
 
 
-def _sources(folder: Path, file_format: str) -> None:
+def write_sources(folder: Path, file_format: str) -> None:
     import numpy as np
 
     from realign_fast import Corpus
@@ -108,7 +113,7 @@ def attack(
     import torch
 
     torch.set_num_threads(1)  # a fork has no threads
-    _sources(folder, file_format)
+    write_sources(folder, file_format)
     out = folder / "out"
     arguments = COMMANDS[command](folder, str(out))
     status, said, calls, _ = run(arguments, out, -1, 0)

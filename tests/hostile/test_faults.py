@@ -12,23 +12,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def attack(*arguments):
+def attack(*arguments, module="hostile.faults"):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-m", "hostile.faults", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.stdout.startswith("{"), done.stderr
-    line, _, faults = done.stdout.partition("\n")
-    return json.loads(line), faults
+    lines = done.stdout.splitlines()
+    results = [line for line in lines if line.startswith("{")]
+    assert results, done.stderr
+    return json.loads(results[-1]), "\n".join(lines)
 
 
-@pytest.mark.skipif(
+preloads = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a compiler"
 )
+
+
+@preloads
 @pytest.mark.parametrize(
     "command, sites",
     [("align", "4"), pytest.param("unify", "60", marks=pytest.mark.slow)],
@@ -37,3 +41,11 @@ def test_failed_calls_leave_whole_shards_and_a_run_that_continues(command, sites
     result, faults = attack("--command", command, "--sites", sites)
     assert not result["faults"], faults
     assert result["sites"] > 150 and result["tried"] == 4 * int(sites)
+
+
+@preloads
+@pytest.mark.slow
+def test_runs_that_fail_in_one_process_leave_neither_memory_nor_descriptors():
+    result, faults = attack("--seconds", "150", module="hostile.soak")
+    assert not result["faults"], faults
+    assert result["rounds"] > 60 and result["failed_calls"] > 50
