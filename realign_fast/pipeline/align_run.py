@@ -11,9 +11,11 @@ worker, whatever the size of the corpus.
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from os.path import exists
 from typing import Any, TypeAlias
 
@@ -58,6 +60,7 @@ class AlignRun(PassRunner):
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
     count: int | None = None  # rows of each corpus that are measured; None is every row
     run_sample: Callable[..., Sample] = measure_sample
+    earlier: dict[str, bytes] | None = None  # the reports of the run before, once they are removed
 
     def measure(
         self,
@@ -132,7 +135,7 @@ class AlignRun(PassRunner):
             check_output(directory, [result], self.settings)
         check_columns(source, aligner)
         with self.output_directory(directory):
-            remove_reports(records_of(directory))
+            self.earlier = remove_reports(records_of(directory))
             if self.part[1] == 1:
                 aligner.save(records_of(directory) / ALIGNER)
             moments = self.write(result, aligner, directory)
@@ -195,9 +198,12 @@ class AlignRun(PassRunner):
         """Write the manifest and the report, which has ``facts`` and what every run knows.
 
         ``options`` are the names of settings for the manifest, ``made_by`` is the hash of the map.
+        A run that changes nothing leaves the reports of the run that did the work.
         """
         records = records_of(out)
-        passes = read_manifest(records)["passes"] | self.manifest_passes
+        before, earlier = read_manifest(records), self.earlier
+        earlier = remove_reports(records) if earlier is None else earlier
+        passes = before["passes"] | self.manifest_passes
         names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
         files = files_before(records) | self.carried
         for name in [*files] if self.settings.with_metadata else ():
@@ -225,6 +231,13 @@ class AlignRun(PassRunner):
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
+        if before == {"files": []} | manifest and not any(p.bytes_written for p in self.passes):
+            with suppress(KeyError, TypeError, ValueError):  # none, or a damaged one
+                kept = json.loads(earlier[REPORT])
+                if all(type(kept[name]) is type(value) for name, value in report.items()):
+                    for name, content in earlier.items():
+                        (records / name).write_whole(content)
+                    return report
         write_json(records / REPORT, report)
         return report
 

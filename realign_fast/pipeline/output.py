@@ -69,10 +69,13 @@ class Written(NamedTuple):
         return {f"{path.parent.name}/{path.name}": local_path(path) for path in paths}
 
 
-def remove_reports(records: StoragePath) -> None:
-    """Remove what an earlier run, and ``report`` of it, wrote; this run has not ended."""
-    for name in (REPORT, PAGE, FIGURES):
-        (records / name).unlink(missing_ok=True)
+def remove_reports(records: StoragePath) -> dict[str, bytes]:
+    """Remove and return what an earlier run and ``report`` wrote; this run has not ended."""
+    paths = [records / name for name in (PAGE, FIGURES, REPORT)]
+    removed = {path.name: path.read_bytes() for path in paths if path.exists()}
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return removed
 
 
 def check_output(

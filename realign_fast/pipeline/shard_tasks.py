@@ -95,7 +95,7 @@ class ShardTask:
             if result and checkpoints:
                 checkpoints.forget(shard)
                 writer = stack.enter_context(self._writer(shard, result))
-            moments, total = self._read(index, shard, writer)
+            moments, total = self.read(index, writer)
             check_unchanged(shard, shard_identity)
             writing = stack.pop_all()
 
@@ -135,11 +135,12 @@ class ShardTask:
         entries: Any = repeat({}, shard.num_rows) if is_bare else None  # none gets an id
         return table_writer(shard, path, shard.format, dtype, self.columns, entries)
 
-    def _read(self, index: int, shard: Shard, writer: FormatWriter | None) -> tuple[Moments, int]:
+    def read(self, index: int, writer: FormatWriter | None = None) -> tuple[Moments, int]:
         """Return moments, and the checksum of what was written while later batches were computed.
 
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
+        shard = self.corpus.shards[index]
         moments, total = moments_for(self.corpus, self.covariance), 0
         codes = self.corpus.codes(index) if isinstance(self.corpus, SplitCorpus) else None
         streams = streams_for(self.settings.device)

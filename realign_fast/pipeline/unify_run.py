@@ -147,7 +147,7 @@ def unify(
         for result, row_map in maps:
             check_columns(result.corpus, row_map)
         records = records_of(directory)
-        remove_reports(records)
+        run.earlier = remove_reports(records)
         space.save(records / SPACE)
         for result, row_map in maps:
             moments = run.write(result, row_map, directory)

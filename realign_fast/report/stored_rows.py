@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,14 @@ from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, shard_values
 from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
-from ..moments import good_rows
+from ..moments import Moments, good_rows
 from ..ops.reference import unit
-from ..pipeline.checkpoints import STATS, identity
+from ..pipeline.checkpoints import STATS, checksum, identity
 from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
+from ..pipeline.passes import PassRunner
+from ..pipeline.settings import Settings
+from ..pipeline.unify_run import map_of
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_of, records_of, storage_path
 
@@ -36,6 +40,7 @@ _REPORT: dict[str, Any] = {  # types of the values of a report.json that are use
     **dict.fromkeys(("source", "target", "text", "image", "table"), _SHAPE),
     **dict.fromkeys(("versions", "kernels"), dict),
 }
+_COMPARED_BYTES = 1 << 30  # of shards with a new time that are read to compare their rows
 _ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
 _LONGEST = 300  # characters of an id or a caption that are kept
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
@@ -151,9 +156,9 @@ class Output:
             if source.num_rows != total:
                 raise ValueError(f"{source.path}: has {source.num_rows} rows, the run read {total}")
             side.source = source
-            for shard, entry in zip(source.shards, entries, strict=bool(entries)):
-                if not entry.items() >= identity(shard).items():
-                    side.changed = side.changed or str(shard.path)
+            pairs = zip(source.shards, entries, strict=bool(entries))
+            is_new = [not entry.items() >= identity(shard).items() for shard, entry in pairs]
+            side.changed = _first_changed(source, is_new, lambda n: self._gives(source, n, record))
         except (OSError, ValueError) as error:
             side.missing = f"{role} rows before: {getattr(error, 'strerror', None) or error}"
         if "folder" in facts:
@@ -163,9 +168,12 @@ class Output:
                     side.result = side.result or _opened(names, role, options | {"column": column})
             if side.result is None or side.result.num_rows != total:
                 side.result, side.missing = None, f"{role} rows after: not all shards are there"
-            for path, entry in zip(names, entries, strict=True) if side.result else ():
-                if not self._is_as_written(path, entry):
-                    side.altered = side.altered or str(path)
+            if (result := side.result) is not None:
+                stamped = zip(names, entries, strict=True)
+                is_new = [not self._is_as_written(*pair) for pair in stamped]
+                side.altered = _first_changed(
+                    result, is_new, lambda n: _checksum(result, n) == entries[n]["checksum"]
+                )
         corpus = side.source or side.result
         if corpus is None:
             return [side]
@@ -177,6 +185,29 @@ class Output:
             self._filled(replace(side, name=name, rows=rows), ids[codes.numpy() == code])
             for code, (name, rows) in enumerate(table.side_rows.items())
         ]
+
+    def _gives(self, corpus: Corpus, number: int, record: dict[str, Any]) -> bool:
+        """Return whether a shard of a source, read again, gives what a pass recorded of it."""
+        facts, entry = record["facts"], record["shards"][number]
+        row_map: Any = None
+        unwritten: Any = None
+        with suppress(OSError, ValueError, KeyError, TypeError):  # rows or records are damaged
+            if "checksum" in entry:
+                unwritten = SimpleNamespace(write=lambda rows: None)
+                row_map = self.fitted
+                if isinstance(row_map, SharedSpace):
+                    row_map = map_of(row_map, facts["pass"])
+            if "split_by" in facts:
+                corpus = SplitCorpus(corpus, facts["split_by"])
+            settings = Settings(facts["bad_rows"], facts["batch_bytes"], dtype=facts.get("dtype"))
+            options = {"row_map": row_map, "covariance": facts["covariance"]}
+            task = PassRunner(settings).task(facts["pass"], corpus, **options)
+            moments, total = task.read(number, unwritten)
+            if unwritten:
+                return bool(total == entry["checksum"])
+            recorded = Moments.load(records_of(self.path) / entry["stats"]).state_dict()
+            return all(map(torch.equal, moments.state_dict().values(), recorded.values()))
+        return False
 
     def _is_as_written(self, path: StoragePath, entry: dict[str, Any]) -> bool:
         """Return whether a shard has the stamp that the run recorded; a file at a URL is taken so.
@@ -269,6 +300,23 @@ def _read_report(path: StoragePath) -> dict[str, Any]:
             f"{path}: expected the report of a run, got {fault}; run the same command again"
         )
     return report
+
+
+def _first_changed(
+    corpus: Corpus, is_new: Sequence[bool], has_same_rows: Callable[[int], bool]
+) -> str:
+    """Return the first new shard that has other rows, or the first of many; empty without one."""
+    numbers = np.flatnonzero(is_new)
+    is_large = np.diff(corpus.starts)[numbers].sum() * corpus.shards[0].row_bytes > _COMPARED_BYTES
+    changed = (n for n in map(int, numbers) if is_large or not has_same_rows(n))
+    return next((str(corpus.shards[n].path) for n in changed), "")
+
+
+def _checksum(corpus: Corpus, number: int) -> int:
+    total = 0
+    for batch in corpus.batches(number):
+        total = checksum(batch.rows, total)
+    return total
 
 
 def _opened(paths: Sequence[AnyPath], role: str, options: dict[str, Any]) -> Corpus:

@@ -44,7 +44,8 @@ def test_a_format_is_aligned_resumed_and_verified_as_npy_is(corpora, name, capsy
     assert main.main(["verify", "out"]) == 0, capsys.readouterr().out
     assert main.main(command) == 0
     assert "90 rows were finished before" in capsys.readouterr().out
-    passes = json.loads(open("out/__realign__/report.json").read())["passes"]
+    assert main.main([*command, "--json"]) == 0
+    passes = json.loads(capsys.readouterr().out)["passes"]
     assert all(one["rows"] == 0 for one in passes if one["name"].startswith(("source", "apply")))
 
 

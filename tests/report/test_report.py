@@ -22,7 +22,7 @@ from realign_fast.cli.measure_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
 from realign_fast.methods import METHODS
-from realign_fast.report import facts_of, render, trust, write_report
+from realign_fast.report import facts_of, render, stored_rows, trust, write_report
 
 HELD_OUT = str(DATA / "heldout")
 HOSTILE = (
@@ -131,6 +131,8 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert facts["gap"]["fitted"]["after"] < 0.2 * facts["gap"]["fitted"]["before"]
     assert facts["gap"]["held_out"]["after"] < 2 * facts["gap"]["held_out"]["floor"]
     run("unify", *sides, "--layout", layout)
+    assert (tmp_path / "__realign__/gap_report.html").exists(), "nothing was to do"
+    run("unify", *sides, "--layout", layout, "--method", "center", "--mode", "overwrite")
     assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
 
 
@@ -193,6 +195,93 @@ def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
     assert trust_facts["findings"][0]["rule"] == "another encoder or domain"
 
 
+def test_a_run_with_nothing_to_do_keeps_page_and_rates(tmp_path, capsys):
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
+    files = [tmp_path / "__realign__" / name for name in ("gap_report.html", "gap_report.json")]
+    report = tmp_path / "__realign__/report.json"
+
+    def work():
+        return [
+            (done["rows"], done["seconds"]) for done in json.loads(report.read_text())["passes"]
+        ]
+
+    run("align", *sides, "--report")
+    kept, rates = [file.read_bytes() for file in files], work()
+    assert all(rows == 400 for rows, _ in rates)
+    capsys.readouterr()
+    assert main(["align", *sides, "--json", "--threads", "1"]) == 0
+    done = json.loads(capsys.readouterr().out)["passes"]
+    assert [one["finished_before"] for one in done] == [400] * 4, "what this run did is printed"
+    assert [file.read_bytes() for file in files] == kept and work() == rates
+    run("align", *sides, "--report")
+    assert [file.read_bytes() for file in files] == kept, "with the rates of the run that worked"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"passes": None, "versions": 3}))
+    run("align", *sides)
+    assert [rows for rows, _ in work()] == [0] * 4, "a damaged report is written anew"
+    run("align", *sides, "--bad-rows", "skip")
+    assert not any(file.exists() for file in files), "it was of another run"
+    run("fit", *sides[:4], "--out", str(tmp_path / "fit"))
+    run("report", str(tmp_path / "fit"))
+    run("fit", *sides[:4], "--out", str(tmp_path / "fit"))
+    assert (tmp_path / "fit/__realign__/gap_report.html").exists()
+    run("fit", *sides[:4], "--out", str(tmp_path / "fit"), "--method", "mean-shift")
+    assert not (tmp_path / "fit/__realign__/gap_report.html").exists(), "it was of another map"
+
+
+def test_files_of_the_same_bytes_have_not_changed(tmp_path):
+    root, out, space = tmp_path / "root", tmp_path / "out", tmp_path / "space"
+    shutil.copytree(HELD_OUT, root)
+    sides = ["--text", str(root), "--image", str(root)]
+    run("align", *sides, "--out", str(out))
+    run("unify", *sides, "--out", str(space))
+
+    def rules(place):
+        found = {finding["rule"] for finding in facts_of(place, 50)["trust"]["findings"]}
+        return found & {"changed source", "changed result", "rows of another origin"}
+
+    shards = [*root.glob("*_emb/*.npy"), *out.glob("*_emb/*.npy"), *space.glob("*_emb/*.npy")]
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.unlink()
+        shard.write_bytes(content)
+    assert len(shards) == 5 and rules(out) == rules(space) == set()
+    for shard in shards:
+        content, array = shard.read_bytes(), np.load(shard)
+        array[[0, 1]] = array[[1, 0]]  # at rows that no sample has to read
+        np.save(shard, array)
+        is_source = shard.is_relative_to(root)
+        rule = {"changed source" if is_source else "changed result"}
+        for place in (out, space):
+            is_read = is_source or shard.is_relative_to(place)
+            assert rules(place) == (rule if is_read else set()), f"{shard} in {place}"
+        shard.write_bytes(content)
+
+
+def test_large_files_with_a_new_time_are_not_read(tmp_path, monkeypatch):
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(HELD_OUT, root)
+    run("align", "--text", str(root), "--image", str(root), "--out", str(out))
+    for shard in (*root.glob("text_emb/*"), *out.glob("text_emb/*")):
+        shard.touch()
+    monkeypatch.setattr(stored_rows, "_COMPARED_BYTES", 0)
+    found = {finding["rule"] for finding in facts_of(out, 50)["trust"]["findings"]}
+    assert {"changed source", "changed result"} <= found
+
+
+def test_files_that_went_along_and_are_gone_are_a_finding(tmp_path):
+    sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
+    run("align", *sides, "--with-metadata")
+    assert "missing files" not in {f["rule"] for f in facts_of(tmp_path, 50)["trust"]["findings"]}
+    (lost,) = (tmp_path / "metadata").iterdir()
+    lost.unlink()
+    findings = {f["rule"]: f["text"] for f in facts_of(tmp_path, 50)["trust"]["findings"]}
+    assert findings["missing files"].startswith(f"{lost} went along with")
+    shutil.rmtree(tmp_path / "img_emb")
+    assert len(facts_of(tmp_path, 50)["lost_files"]) == 2
+    run("align", *sides, "--with-metadata")
+    assert lost.exists() and facts_of(tmp_path, 50)["lost_files"] == []
+
+
 def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path / "out")]
@@ -219,8 +308,8 @@ def test_rows_that_the_run_did_not_write_are_a_fault(tmp_path):
         if not gone:
             assert facts["gap"]["fitted"]["after"] == facts["gap"]["fitted"]["before"] > 0.3
         shard.write_bytes(good)
-        found = [finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]]
-        assert "changed result" in found and "rows of another origin" not in found
+        rules = {finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]}
+        assert not rules & {"changed result", "rows of another origin"}, "the same bytes again"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -305,7 +394,7 @@ def test_what_was_not_measured_is_no_good_result(aligned, tmp_path):
     assert few["trust"]["level"] == "unknown" and not few["trust"]["findings"]
     assert few["trust"]["verdict"] == "Too little could be measured to judge this result."
     assert few["trust"]["rules"] == len(trust.FAULTS + trust.DOUBTS) - 2, "no neighbours, no pairs"
-    assert "Rules that could be applied: 10." in render(few)
+    assert "Rules that could be applied: 11." in render(few)
     shutil.copytree(aligned, tmp_path / "out")
     (tmp_path / "out/__realign__/manifest.json").unlink()
     finding = facts_of(tmp_path / "out", 50)["trust"]["findings"][0]
@@ -384,6 +473,7 @@ CHANGES = {
     "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
     "changed result": (("sides", "text", "altered"), "a.npy", "doubt"),
     "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
+    "missing files": (("lost_files",), ["metadata/a.parquet"], "doubt"),
     "torn neighbours": (("figures", "kept_knn_overlap"), 0.4, "doubt"),
     "worse search": (("recall", "of", "text", "after"), 0.0, "doubt"),
     "bad rows": (("bad_rows", "bad"), 5, "doubt"),
@@ -467,3 +557,60 @@ def test_the_page_in_a_browser(hostile_page, width, dark):
     assert "\ufffd bell \ufffd" in hovered[2] and hovered[3].startswith("text.parquet, row 3")
     assert "\u202e" not in hovered[3] and "<b>bold</b>" in hovered[4] and "&lt; &amp;" in hovered[4]
     assert len(hovered[5]) < 400
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium: apt install chromium")
+@pytest.mark.parametrize("factor", [1e-3, 0.02])
+def test_axes_of_small_shares_have_labels(facts, tmp_path, factor):
+    """Shares far below a percent, and values that lie within one power of ten."""
+    small = copy.deepcopy(facts)
+    for stage in ("before", "after"):
+        for side in ("source", "target"):
+            small["figures"][f"{stage}_{side}_mixing"] = 0.9 * factor
+            small["figures"][f"after_{side}_mixing_chance"] = factor
+        for part in ("beta", "gamma", "delta", "zeta"):
+            small["frame"][stage][f"{part}_norm"] = factor**0.5
+        for side in small["spectra"][stage].values():
+            side["shares"] = [factor * (0.4 - 0.02 * rank) for rank in range(8)]
+    small["frame"]["before"]["difference_energy"] = 1.0
+    small["recall"]["of"]["text"] |= {"before": factor, "after": 1.1 * factor, "alone": factor}
+    small["recall"]["of"]["image"] = small["recall"]["of"]["text"]
+    small["gap"] = {"fitted": {"before": 3 * factor, "after": 2.2 * factor, "floor": 2.5 * factor}}
+    for step in small["passes"]:
+        step["rows_per_second"] = 90.0 * factor
+    small["demo"] = {
+        "search": {"before": factor, "after": factor, "after_error": factor, "gallery": 9}
+        | {"images_alone": factor},
+        "substitution": {"share_closed": factor, "interval": [-factor, 2 * factor]},
+    }
+    (tmp_path / "page.html").write_text(render(small))
+    expression = """Object.fromEntries([...document.querySelectorAll(".figure")].map(place =>
+      [place.parentElement.id, ["x", "y"].map(axis =>
+        [...place.querySelectorAll(`.${axis}tick text`)].map(label => label.textContent))]))"""
+    found = browser.look(tmp_path / "page.html", f"({{labels: {expression}, problems}})", 1280)
+    assert found["problems"] == []
+    bare = ("position", "cosines", "substitution")  # their heights are not read
+    for name, (across, up) in found["labels"].items():
+        for labels in (across, up):
+            assert len(set(labels)) == len(labels), f"{name}: two labels are alike, {labels}"
+        assert name == "search" or len(across) > 1, f"{name}: {across}"
+        assert name in bare or name == "gap" or len(up) > 1, f"{name}: {up}"
+        assert not any("μ" in label or "m" in label for label in up), f"{name}: {up}"
+
+
+def test_no_card_is_empty(tmp_path):
+    for axis, side in enumerate(("text", "image")):  # all rows of a side are alike
+        np.save(tmp_path / f"{side}.npy", np.tile(np.eye(8, dtype="f4")[axis], (40, 1)))
+    sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    run("align", *sides, "--out", str(tmp_path / "out"), "--method", "mean-shift")
+    alike = facts_of(tmp_path / "out")
+    assert alike["spectra"] == {"before": {}, "after": {}}
+    assert "Not measured: all rows are alike" in render(alike)
+    bare = dict.fromkeys(alike["run"])
+    assert 'id="versions"' in render(alike) and 'id="versions"' not in render(alike | {"run": bare})
+    alike["bad_rows"] |= {"shards": 0, "rows": 0}
+    alike["recall"] = {"of": {}, "pairs": 9, "how": "their ids"}
+    del alike["missing"]["pairs"]
+    page = render(alike)
+    assert "Not measured: the run wrote no rows." in page and "None of 0 rows" not in page
+    assert "Not measured: no modality can search this index." in page
