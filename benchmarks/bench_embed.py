@@ -69,12 +69,12 @@ def write_items(kind: str, count: int, folder: Path) -> Path:
 
 def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> list[torch.Tensor]:
     """Return every batch in the form that the model takes, on its device."""
-    from realign_fast.embed.loader import PreparedBatches
+    from realign_fast.embed.loader import PreparedItems, prepared_batches
 
     side = {"images": "image", "texts": "text"}[kind]
     items = source.items(0, source.total)
-    data = PreparedBatches(source, items, encoder, (side,), BATCH[device])
-    batches = (data[number] for number in range(len(data)))
+    data = PreparedItems(items, encoder, (side,))
+    batches = prepared_batches(data, BATCH[device], 0)
     inputs = (one.pixels if kind == "images" else one.tokens["text"] for one in batches)
     return [one.to(device) for one in inputs]
 

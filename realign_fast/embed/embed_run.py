@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from .. import __version__
@@ -21,19 +20,12 @@ from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import records_of, write_json
 from . import embed_output
-from .embed_output import RECORDS, ShardFiles, Side
+from .embed_output import RECORDS, OutputShard
 from .encoders.base import Encoder
-from .loader import PreparedBatch, PreparedBatches, prepared_batches
-from .sources import Content, Item, Source, identity
+from .loader import PreparedBatch, PreparedItems, prepared_batches
+from .sources import Item, Source, identity
 
-SIDES: dict[Content, tuple[Side, ...]] = {
-    "texts": ("text",),
-    "images": ("image",),
-    "pairs": ("text", "image"),
-}
-# Differences of a number in a unit row between machines: rounding of the model and to float16.
-TOLERANCE = {"fp32": 6e-4, "bf16": 5e-3}
-CODE = 1  # rises with each version of this code that gives other bytes
+CODE = 2  # rises with each version of this code that gives other bytes
 
 
 @dataclass(frozen=True)
@@ -47,16 +39,6 @@ class EmbedSettings:
     dtype: RowDtype = "float16"  # of the rows on disk
     mode: EmbedMode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
     progress: bool = True  # show a progress bar
-
-
-class PlannedShard(NamedTuple):
-    """A shard to write: items `start` to `stop` of a source; `files` are to hold their rows."""
-
-    files: ShardFiles
-    source: Source
-    sides: tuple[Side, ...]
-    start: int
-    stop: int
 
 
 @memory_explained()
@@ -86,16 +68,36 @@ def embed(
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
-    plan = _plan(out, sources, settings.shard_rows)
-    run = _EmbedRun(encoder, out, settings, plan)
+    if texts or pairs:
+        encoder.prepare_texts(["a"])  # an error that every text would meet is raised here
+    starts = [
+        (source, i) for source in sources for i in range(0, source.total, settings.shard_rows)
+    ]
+    plan = [
+        OutputShard(out, number, source, start, min(start + settings.shard_rows, source.total))
+        for number, (source, start) in enumerate(starts)
+    ]
     records = records_of(out)
-    with locked(records / RECORDS):
-        run.recorded = embed_output.check_out(out, run.facts, settings.mode == "overwrite")
+    with locked(records / RECORDS) as lock:
+        run = _EmbedRun(encoder, settings, sources, lock)
+        embed_output.check_out(out, run.facts, settings.mode == "overwrite")
         (records / embed_output.REPORT).unlink(missing_ok=True)
-        embed_output.remove_stale(out, [shard.files for shard in plan])
-        report = run.write_shards()
-        failures = embed_output.join_failures(out, len(plan))
-        report |= {
+        embed_output.remove_stale(out, plan)
+        shards = run.write_shards(plan)
+        rows = {"text": 0, "image": 0}
+        for shard, record in zip(plan, shards, strict=True):
+            for side in shard.sides:
+                rows[side] += record["rows"]
+        failures, total = embed_output.write_failures(out, shards), sum(s.total for s in sources)
+        if not any(rows.values()):
+            place = records / embed_output.FAILURES
+            raise ValueError(f"{out}: all {failures} items failed; see {place}")
+        report = {
+            "rows": rows,
+            "unturned": sum(record["unturned"] for record in shards),
+            "items": total,
+            "finished_before": run.finished_before,
+            "embedded_now": total - run.finished_before,
             "failures": failures,
             "seconds": time.monotonic() - begun,
             "model": encoder.name,
@@ -103,156 +105,87 @@ def embed(
             "dtype": settings.dtype,
             "shards": len(plan),
         }
-        if not run.recorded:
-            write_json(records / RECORDS / embed_output.RUN, run.facts)
-        if not sum(report["rows"].values()):
-            raise ValueError(
-                f"{out}: all {failures} items failed; see {records / embed_output.FAILURES}"
-            )
         write_json(records / embed_output.REPORT, report | {"made": run.facts})
     return report
 
 
-def _plan(out: Path, sources: Sequence[Source], shard_rows: int) -> list[PlannedShard]:
-    """Return the shards to write; a shard's number is its index."""
-    plan: list[PlannedShard] = []
-    for source in sources:
-        for start in range(0, source.total, shard_rows):
-            stop = min(start + shard_rows, source.total)
-            files = ShardFiles(out, len(plan), SIDES[source.content])
-            plan.append(PlannedShard(files, source, SIDES[source.content], start, stop))
-    return plan
-
-
 class _EmbedRun:
-    """The work of one call of :func:`embed`, which holds the lock on `out`."""
+    """The work of one call of :func:`embed`, which holds the lock on its output."""
 
     def __init__(
-        self, encoder: Encoder, out: Path, settings: EmbedSettings, plan: list[PlannedShard]
+        self, encoder: Encoder, settings: EmbedSettings, sources: list[Source], lock: int | None
     ) -> None:
-        self.encoder, self.settings, self.plan = encoder, settings, plan
-        self.lock = records_of(out) / RECORDS / "lock"
-        self.recorded = True  # whether the output records everything that its rows depend on
+        self.encoder, self.settings, self.lock = encoder, settings, lock
+        self.finished_before = 0  # items
         on_gpu, cores = encoder.device.type == "cuda", os.cpu_count() or 1
         self.batch_size = settings.batch_size or (256 if on_gpu else 32)
         default = min(16, cores) if on_gpu else max(1, cores // 4)  # the model is on the others
         self.workers = default if settings.workers is None else settings.workers
-        self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.facts = {  # what every row depends on, and the layout
             "model": encoder.facts(),
-            "architecture": encoder.architecture,
             "batch_size": self.batch_size,
             "dtype": settings.dtype,
             "shard_rows": settings.shard_rows,
-            "metadata": embed_output.metadata_format(),
-            "sources": {s.source.content: os.path.realpath(s.source.path) for s in plan},
+            "sources": {source.content: os.path.realpath(source.path) for source in sources},
             "device": encoder.device.type,
             "code": f"realign_fast {__version__}, {CODE}",
         }
 
-    def write_shards(self) -> dict[str, Any]:
-        """Write every shard that is not complete, and return the counts of the report."""
-        rows, unturned, finished_before = {"text": 0, "image": 0}, 0, 0
-        total = sum(shard.stop - shard.start for shard in self.plan)
-        progress = self.settings.progress
+    def write_shards(self, plan: Sequence[OutputShard]) -> list[dict[str, Any]]:
+        """Write every shard that is not complete, and return the records of all."""
+        records, progress = [], self.settings.progress
+        total = sum(shard.stop - shard.start for shard in plan)
         with Progress(total, "embed", unit="row", delay=0, shown=progress) as bar:
-            for shard in self.plan:
+            for shard in plan:
                 items = shard.source.items(shard.start, shard.stop)
                 key = self._key(shard, items)
-                if (record := shard.files.finished(key)) is None:
+                if (record := shard.finished(key)) is None:
                     record = self._write_shard(shard, items, key, bar)
                 else:
-                    if record["rows"] and not self.recorded:
-                        self._verify(shard, items)
-                    finished_before += len(items)
+                    self.finished_before += len(items)
                     if progress:
                         bar.initial += len(items)  # the rate counts what this run does
                     bar.update(len(items))
-                for side in shard.sides:
-                    rows[side] += record["rows"]
-                unturned += record.get("unturned", 0)
-        counts = {"rows": rows, "unturned": unturned, "items": total}
-        embedded_now = total - finished_before
-        return counts | {"finished_before": finished_before, "embedded_now": embedded_now}
+                records.append(record)
+        return records
 
-    def _key(self, shard: PlannedShard, items: Sequence[Item]) -> str:
-        """Return a digest of everything that the bytes of a shard depend on.
-
-        The architecture is left to `run.json`: keys of version 0.1.0 do not have it.
-        """
-        facts = {name: fact for name, fact in self.facts.items() if name != "architecture"}
-        inputs = [facts, shard.sides, shard.start, shard.stop, identity(items)]
+    def _key(self, shard: OutputShard, items: Sequence[Item]) -> str:
+        """Return a digest of everything that the bytes of a shard depend on."""
+        inputs = [self.facts, shard.sides, shard.start, shard.stop, identity(items)]
         data = json.dumps(inputs, sort_keys=True).encode()
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    def _batches(self, shard: PlannedShard, items: Sequence[Item]) -> PreparedBatches:
-        return PreparedBatches(shard.source, items, self.encoder, shard.sides, self.batch_size)
-
-    def _verify(self, shard: PlannedShard, items: Sequence[Item]) -> None:
-        """Embed the first rows of a finished shard again, for want of a recorded architecture.
-
-        ValueError if the model gives other rows.
-        """
-        dataset = self._batches(shard, items)
-        batches = (dataset.batch(number) for number in range(len(dataset)))
-        first = next(batch for batch in batches if batch.positions)
-        side_rows = self._rows(first, shard.sides)
-        self._wait()
-        for path, rows in zip(shard.files.rows_paths, side_rows, strict=True):
-            stored = torch.from_numpy(np.load(path, mmap_mode="r")[: len(rows)].astype("float32"))
-            if (error := (rows.float() - stored).abs().max()) > TOLERANCE[self.encoder.precision]:
-                raise ValueError(
-                    f"{path}: holds other rows than the model gives now (by up to {error:.2g}): "
-                    "its architecture has changed, which was not recorded then; give the model of "
-                    "that run, another --out, or --mode overwrite to embed everything anew"
-                )
-
     def _write_shard(
-        self, shard: PlannedShard, items: Sequence[Item], key: str, bar: Progress
+        self, shard: OutputShard, items: Sequence[Item], key: str, bar: Progress
     ) -> dict[str, Any]:
         """Embed and write one shard; return its record."""
         row_items, failures, unturned = list[Item](), list[tuple[Item, str]](), 0
         parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
-        for batch in prepared_batches(self._batches(shard, items), self.workers, self.lock):
+        dataset = PreparedItems(items, self.encoder, shard.sides)
+        for batch in prepared_batches(dataset, self.batch_size, self.workers, self.lock):
             unturned += batch.unturned
             failures += [(items[position], reason) for position, reason in batch.failures]
-            if batch.positions:
-                row_items += [items[position] for position in batch.positions]
-                for side_parts, rows in zip(parts, self._rows(batch, shard.sides), strict=True):
-                    side_parts.append(rows)
-                if len(parts[0]) == 1:  # a broken model shows at once
-                    self._check_finite(row_items, parts)
+            batch_items = [items[position] for position in batch.positions]
+            row_items += batch_items
+            for side_parts, rows in zip(parts, self._rows(batch, batch_items), strict=False):
+                side_parts.append(rows)
             bar.update(len(batch.positions) + len(batch.failures))
-        self._check_finite(row_items, parts)
         if self._key(shard, items) != key:
             advice = "changed while it was embedded; let its writer finish and run again"
             raise ValueError(f"{shard.source.path}: {advice}")
-        return shard.files.write(key, row_items, parts, failures, unturned)
+        return shard.write(key, row_items, parts, failures, unturned)
 
-    def _wait(self) -> None:
-        """Wait for rows that are on their way to the CPU."""
-        if self.encoder.device.type == "cuda":
-            torch.cuda.synchronize(self.encoder.device)
-
-    def _check_finite(self, items: Sequence[Item], parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        self._wait()
-        for side_parts in parts if items else ():
-            finite = torch.cat([torch.isfinite(rows).all(dim=1) for rows in side_parts])
-            if not finite.all():
+    def _rows(self, batch: PreparedBatch, items: Sequence[Item]) -> list[torch.Tensor]:
+        """Return the rows `[n, D]` of each side; one that is not finite is a ValueError."""
+        features = []
+        if batch.tokens is not None:
+            features.append(self.encoder.text_rows(batch.tokens))
+        if batch.pixels is not None:
+            features.append(self.encoder.image_rows(batch.pixels))
+        sides = [rows.to(getattr(torch, self.settings.dtype)).cpu() for rows in features]
+        for rows in sides:
+            if not (finite := torch.isfinite(rows).all(dim=1)).all():
                 item = items[int((~finite).nonzero()[0, 0])]
                 reason = f"the model gives no finite row for {item.id!r}"
                 raise ValueError(f"{item.path}: {reason}; try --precision fp32")
-
-    def _rows(self, batch: PreparedBatch, sides: Sequence[Side]) -> list[torch.Tensor]:
-        """Run the model on a batch and start to copy its rows of each side to the CPU."""
-        features = []
-        try:
-            for side in sides:
-                if side == "text" and batch.tokens is not None:
-                    features.append(self.encoder.text_rows(batch.tokens))
-                elif side == "image" and batch.pixels is not None:
-                    features.append(self.encoder.image_rows(batch.pixels))
-            return [rows.to(self.dtype).to("cpu", non_blocking=True) for rows in features]
-        except torch.OutOfMemoryError as error:
-            reason = f"{self.encoder.device}: out of memory ({error})"
-            raise OSError(None, f"{reason}; give a smaller --batch-size") from error
+        return sides

@@ -7,11 +7,8 @@ depend on the number of processes. An item that fails is left out of its batch a
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,9 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from .decode import UNTURNED, Unreadable, decode
 from .embed_output import Side
 from .encoders.base import Encoder, Tokens
-from .sources import Item, Source
+from .sources import Item, read_image
 
 PREFETCH = 2  # batches that each process prepares ahead
+
+
+class Prepared(NamedTuple):
+    """An item of a shard as a decoding process leaves it."""
+
+    position: int  # among the items of the shard
+    failure: str | None = None  # the reason
+    image: torch.Tensor | None = None  # [3, height, width]
+    unturned: bool = False  # its EXIF orientation cannot be read
 
 
 class PreparedBatch(NamedTuple):
@@ -36,117 +42,76 @@ class PreparedBatch(NamedTuple):
 
 
 @dataclass(eq=False)
-class PreparedBatches(Dataset[PreparedBatch | Exception]):
-    """The batches of a shard by number; a row needs all of `sides`.
+class PreparedItems(Dataset[Prepared]):
+    """The items of a shard, each prepared on its own; a row needs all of `sides`."""
 
-    In the place of a batch stands the error of a source of which nothing more can be trusted.
-    """
-
-    source: Source
     items: Sequence[Item]
     encoder: Encoder
     sides: Sequence[Side]
-    batch_size: int
 
     def __len__(self) -> int:
-        return -(-len(self.items) // self.batch_size)
+        return len(self.items)
 
-    def __getitem__(self, number: int) -> PreparedBatch | Exception:
+    def __getitem__(self, position: int) -> Prepared:
+        item = self.items[position]
+        if item.failure or "image" not in self.sides:
+            return Prepared(position, item.failure)
         try:
-            return self.batch(number)
-        except (ValueError, TypeError, ImportError) as error:
-            return error
+            image = decode(read_image(item))
+            is_unturned = UNTURNED in image.info
+            return Prepared(position, None, self.encoder.prepare_image(image), is_unturned)
+        except Unreadable as error:
+            return Prepared(position, str(error))
+        except Exception as error:  # its preprocessing cannot take such a size
+            reason = str(error) or type(error).__name__
+            return Prepared(position, f"cannot be prepared: {reason}".splitlines()[0][:200])
 
-    def batch(self, number: int) -> PreparedBatch:
-        """Return a batch, or raise the error of the source."""
-        positions, failures, images, captions, unturned = [], [], [], [], 0
-        first = number * self.batch_size
-        for position in range(first, min(first + self.batch_size, len(self.items))):
-            item = self.items[position]
-            try:
-                if item.failure is not None:
-                    raise Unreadable(item.failure)
-                caption = _caption(item) if "text" in self.sides else ""
-                if "image" in self.sides:
-                    image, is_unturned = self._image(item)
-                    images.append(image)
-                    unturned += is_unturned
-            except Unreadable as error:
-                failures.append((position, str(error)))
-                continue
-            positions.append(position)
-            captions.append(caption)
-        texts = "text" in self.sides and positions
-        pixels = torch.stack(images) if images else None
-        tokens = self.encoder.prepare_texts(captions) if texts else None
+    def batch(self, prepared: Sequence[Prepared]) -> PreparedBatch:
+        """Return the batch of prepared items."""
+        failures = [(one.position, one.failure) for one in prepared if one.failure]
+        rows = [one for one in prepared if not one.failure]
+        positions = [row.position for row in rows]
+        images = [row.image for row in rows if row.image is not None]
+        pixels = torch.stack(images).to(self.encoder.dtype) if images else None
+        texts = [self.items[i].caption or "" for i in positions if "text" in self.sides]
+        tokens = self.encoder.prepare_texts(texts) if texts else None
+        unturned = sum(row.unturned for row in rows)
         return PreparedBatch(positions, failures, pixels, tokens, unturned)
 
-    def _image(self, item: Item) -> tuple[torch.Tensor, bool]:
-        """Return an image as the model takes it, and whether its EXIF data could not be read."""
-        try:
-            image = decode(self.source.read(item))
-        except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
-        try:
-            return self.encoder.prepare_image(image), UNTURNED in image.info
-        except Exception as error:  # its preprocessing cannot take such a size
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise Unreadable(f"cannot be prepared: {reason}") from error
 
-
-def _caption(item: Item) -> str:
-    if item.caption is None or not item.caption.strip():
-        raise Unreadable("no caption" if item.caption is None else "empty caption")
-    try:
-        item.caption.encode()
-    except UnicodeEncodeError as error:
-        raise Unreadable("its caption is no Unicode text") from error
-    return item.caption
-
-
-def prepared_batches(dataset: PreparedBatches, workers: int, lock: Path) -> Iterator[PreparedBatch]:
+def prepared_batches(
+    items: PreparedItems, batch_size: int, workers: int, lock: int | None = None
+) -> Iterator[PreparedBatch]:
     """Yield every batch in order, prepared by `workers` processes (0: in this process).
 
-    `lock` is the file that this process holds locked; its workers do not hold it.
+    `lock` is the descriptor of the lock that this process holds. Its workers close it: one that
+    outlives a killed run for a moment must not keep the next run waiting.
 
     Raises:
-        ValueError, TypeError, ImportError: the source turned out to be damaged.
         OSError: a decoding process died.
     """
+
+    def _close_lock(_: int) -> None:
+        if lock is not None:
+            os.close(lock)
+
     # Tokenizers with threads of their own do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
-        dataset,
-        batch_size=None,
+        items,
+        batch_size,
         num_workers=workers,
-        pin_memory=dataset.encoder.device.type == "cuda",
+        collate_fn=items.batch,
+        pin_memory=items.encoder.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=partial(_become_worker, os.stat(lock) if lock.exists() else None),
+        worker_init_fn=_close_lock,
     )
     try:
-        for batch in loader:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
         advice = "if memory or /dev/shm is full, give fewer --workers or a smaller --batch-size"
         raise OSError(None, f"a decoding process died ({reason}); {advice}") from error
-
-
-def _become_worker(lock: os.stat_result | None, _: int) -> None:
-    """Leave signals and the lock on the output to the main process.
-
-    A process that outlives a killed run for a moment must not keep the next run waiting.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for descriptor in range(3, 256):
-        try:
-            if lock and os.path.samestat(os.fstat(descriptor), lock):
-                os.close(descriptor)
-        except OSError:
-            continue

@@ -36,9 +36,10 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
+def locked(folder: AnyPath, part: str = "") -> Iterator[int | None]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
+    It gives the descriptor of a local lock: forked processes hold the lock too until they close it.
     It is an OSError if another process holds it, which the message names, or links are in the way.
     Each process takes its own lock and then looks for those of others, so of two at least one sees
     the other.
@@ -47,11 +48,11 @@ def locked(folder: AnyPath, part: str = "") -> Iterator[None]:
     own = folder / (f"lock-{part}" if part else "lock")
     if isinstance(folder, LocalPath):
         _refuse_links_of_others(folder)
-    with _held_object(own) if isinstance(own, Url) else _held_file(own):
+    with _held_object(own) if isinstance(own, Url) else _held_file(own) as descriptor:
         for path in _locks(folder):
             if path != own and (not part or path.name == "lock"):
                 _expect_free(path)
-        yield
+        yield descriptor
 
 
 def check_not_locked(folder: AnyPath) -> None:
@@ -93,7 +94,7 @@ def _refuse_links_of_others(folder: LocalPath) -> None:
 
 
 @contextmanager
-def _held_file(path: LocalPath) -> Iterator[None]:
+def _held_file(path: LocalPath) -> Iterator[int]:
     if path.is_symlink():
         fault = f"is a link to {os.readlink(path)}, and a lock is never written through a link"
         raise OSError(errno.ELOOP, f"{path}: {fault}; remove it")
@@ -110,7 +111,7 @@ def _held_file(path: LocalPath) -> Iterator[None]:
             if os.fstat(descriptor).st_nlink == 1:  # a file with another name is not ours alone
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{owner}{array}".encode(), 0)
-        yield
+        yield descriptor
 
 
 def _acquire_file(descriptor: int, path: LocalPath, kind: int) -> None:

@@ -1,6 +1,5 @@
 """The same weights in another architecture are another model, whose rows no output mixes."""
 
-import hashlib
 import json
 
 import pytest
@@ -16,7 +15,6 @@ from support.small_models import (
 )
 
 from realign_fast.embed import EmbedSettings, embed, load_encoder, open_source
-from realign_fast.embed.sources import identity
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +50,12 @@ def change(config, setting, value):
 
 
 CHANGES = [
-    ("open_clip", "quick_gelu", True, "architecture.config.quick_gelu null, now it is true"),
-    ("open_clip", "text_cfg.heads", 4, "architecture.config.text_cfg.heads 2, now it is 4"),
-    ("clip", "text_config.eos_token_id", 2, "architecture.config.text_config.eos_token_id 1"),
+    ("open_clip", "quick_gelu", True, "settings.config.quick_gelu null, now it is true"),
+    ("open_clip", "text_cfg.heads", 4, "settings.config.text_cfg.heads 2, now it is 4"),
+    ("clip", "text_config.eos_token_id", 2, "settings.config.text_config.eos_token_id 1"),
     ("clip", "vision_config.hidden_act", "relu", "hidden_act .quick_gelu., now it is .relu."),
     ("siglip", "text_config.layer_norm_eps", 0.1, "layer_norm_eps 1e-06, now it is 0.1"),
-    ("llm2clip", "rms_norm_eps", 0.1, "architecture.language_model.rms_norm_eps 1e-06"),
+    ("llm2clip", "rms_norm_eps", 0.1, "settings.language.rms_norm_eps 1e-06"),
 ]
 
 
@@ -79,7 +77,7 @@ def test_another_architecture_of_the_same_weights_is_refused(
 @pytest.mark.parametrize(
     ("name", "setting", "value", "words"),
     [
-        ("tokenizer.json", "normalizer", {"type": "Lowercase"}, "architecture.tokenizer.digest"),
+        ("tokenizer.json", "normalizer", {"type": "Lowercase"}, "model.settings.tokenizer.digest"),
         ("preprocessor_config.json", "resample", 2, "model.settings.preprocess.resample 3"),
     ],
 )
@@ -91,35 +89,13 @@ def test_another_tokenizer_or_processor_is_refused(tmp_path, source, name, setti
         run(model, tmp_path / "out", source)
 
 
-def forget_architecture(out):
-    """Make the output as version 0.1.0 left it: its facts name weights but no architecture."""
-    path = out / "__realign__/_embed" / "run.json"
-    facts = json.loads(path.read_text())
-    del facts["architecture"]
-    path.write_text(json.dumps(facts))
-    return facts
-
-
-@pytest.mark.parametrize(("kind", "setting", "value", "_"), [CHANGES[i] for i in (0, 2)])
-def test_outputs_of_version_0_1_0_resume_where_the_model_gives_the_same_rows(
-    tmp_path, source, kind, setting, value, _
-):
-    model, config = write_model(kind, tmp_path / "model")
-    out = tmp_path / "out"
-    run(model, out, source)
-    before = embedded_files(out)
-    facts = forget_architecture(out)
-    key = [facts, ["text", "image"], 0, 3, identity(source.items(0, 3))]  # its frozen formula
-    key = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    assert json.loads((out / "__realign__/_embed" / "0.json").read_text())["key"] == key
-    assert run(model, out, source)["embedded_now"] == 0
-    assert embedded_files(out) == before  # with the architecture
-    forget_architecture(out)
-    before = embedded_files(out)
-    change(config, setting, value)
-    with pytest.raises(ValueError, match="holds other rows than the model gives now"):
-        run(model, out, source)
-    assert embedded_files(out) == before
+def test_an_output_of_another_version_is_refused_with_its_name(tmp_path, source):
+    model, _ = write_model("open_clip", tmp_path / "model")
+    run(model, tmp_path / "out", source)
+    facts = tmp_path / "out" / "__realign__/_embed" / "run.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"code": "realign_fast 0.1.0, 1"}))
+    with pytest.raises(ValueError, match=r'begun with code "realign_fast 0\.1\.0, 1".*overwrite'):
+        run(model, tmp_path / "out", source)
 
 
 def test_weights_that_lack_a_part_of_the_model_are_refused(tmp_path):

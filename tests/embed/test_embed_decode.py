@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from PIL import Image
 
-from realign_fast.embed.decode import MAX_PIXELS, UNTURNED, Unreadable, decode
+from realign_fast.embed.decode import UNTURNED, Unreadable, decode
 
 RAMP = np.arange(40 * 48 * 3, dtype=np.uint32).reshape(48, 40, 3).astype(np.uint8)
 
@@ -138,17 +138,20 @@ def test_of_an_animation_the_first_frame():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "empty file"),
+        (b"", "no image that Pillow knows"),
         (b"no image at all" * 20, "no image"),
         (encoded(Image.fromarray(RAMP), "JPEG")[:-100], "truncated"),
         (encoded(Image.fromarray(RAMP))[:-60], "truncated|Truncated"),
         (png_header(100, 100), "OSError|SyntaxError|truncated"),
-        (png_header(60_000, 60_000), "too large"),
-        (png_header(13_000, 14_000), "too large"),
+        (png_header(60_000, 60_000), "DecompressionBombError"),
+        (png_header(13_000, 14_000), "DecompressionBombError"),
         (png_header(1, 40_000), "too narrow"),
         (png_header(0, 10), "ValueError|SyntaxError|no image|ZeroDivision|cannot|OSError"),
-        (encoded(Image.fromarray(RAMP[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
-        (encoded(Image.fromarray(RAMP[..., 0].astype(np.int32) << 20), "TIFF"), "32-bit pixels"),
+        (
+            encoded(Image.fromarray(RAMP[..., 0].astype(np.float32)), "TIFF"),
+            "mode F; save it with 8 or 16 bits",
+        ),
+        (encoded(Image.fromarray(RAMP[..., 0].astype(np.int32) << 20), "TIFF"), "mode I; save"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
@@ -156,10 +159,6 @@ def test_what_cannot_be_read_is_a_reason_in_one_line(data, words):
     with pytest.raises(Unreadable, match=words) as caught:
         decode(data)
     assert "\n" not in str(caught.value)
-
-
-def test_the_limit_is_where_pillow_has_it():
-    assert 2 * Image.MAX_IMAGE_PIXELS - MAX_PIXELS in (0, 1)
 
 
 def test_every_byte_of_a_jpeg_may_be_damaged():

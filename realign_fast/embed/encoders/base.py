@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -44,8 +44,7 @@ class Encoder:
     name: str  # as it was asked for
     dimension: int  # D
     model: Any  # a torch.nn.Module
-    settings: dict[str, Any]  # of preprocessing and tokens, on which rows depend
-    architecture: dict[str, Any]  # whatever else rows depend on: the configs of the towers
+    settings: dict[str, Any]  # everything beside the weights that rows depend on
 
     def __init__(self, device: str | None, precision: Precision | None) -> None:
         self.device = check_device(device)
@@ -71,7 +70,7 @@ class Encoder:
     @torch.inference_mode()
     def image_rows(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return unit rows `[n, D]` float32, on the device, of prepared `[n, 3, height, width]`."""
-        return _unit(self._image_features(pixels.to(self.device, non_blocking=True)))
+        return _unit(self._image_features(pixels.to(self.device, self.dtype, non_blocking=True)))
 
     @torch.inference_mode()
     def text_rows(self, tokens: Tokens) -> torch.Tensor:
@@ -103,35 +102,28 @@ class Encoder:
         facts = {"weights": self._weights_hash, "precision": self.precision}
         return facts | {"settings": self.settings}
 
-    def _measured_dimension(self) -> int:
-        image = self.embed_images([pillow().Image.new("RGB", (3, 3))]).shape[1]
-        text = self.embed_texts(["a"]).shape[1]
-        if image != text:
-            numbers = f"images become {image} numbers, texts {text}"
-            raise ValueError(f"{self.name}: {numbers}; expected one space for both")
-        return image
-
-    def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return the model on the device, frozen; sets the digest of its weights."""
-        self._weights_hash = weights_hash(model)
-        return model.eval().requires_grad_(False).to(self.device)
+    def _take(self, model: torch.nn.Module) -> None:
+        """Take a model, frozen on the device, and set the digest of its weights and D."""
+        self._weights_hash = weights_hash(model.state_dict())
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.dimension = self.embed_images([pillow().Image.new("RGB", (3, 3))]).shape[1]
 
 
-def weights_hash(model: torch.nn.Module) -> str:
+def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
     """Return a BLAKE2b digest of every weight and buffer with its name."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
+        digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 @contextmanager
-def loading(describe: Callable[[str], str]) -> Iterator[None]:
+def loading(name: str, expected: str = "") -> Iterator[None]:
     """Keep the log of a library silent while it loads a model.
 
-    An error of nearly any type becomes a `ValueError`, whose text `describe` makes of the reason.
+    An error of nearly any type becomes a `ValueError` that names the model and what was expected.
     """
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -140,15 +132,16 @@ def loading(describe: Callable[[str], str]) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(describe(reason)) from error
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        advice = f"; {expected}" if expected else ""
+        raise ValueError(f"{name}: cannot be loaded ({reason}){advice}") from error
     finally:
         logging.disable(level)
 
 
 def plain(value: Any) -> Any:
     """Return a setting as JSON gives it back; what JSON lacks becomes its text."""
-    return json.loads(json.dumps(value, default=str, sort_keys=True))
+    return json.loads(json.dumps(value, default=str))
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +17,6 @@ from ...interface.option_values import Precision
 from .base import Encoder, StrPath, Tokens, loading, plain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-NO_ARCHITECTURE = ("transformers_version", "dtype", "architectures", "id2label", "label2id")
-TOKENIZER_FILES = ("vocab", "merges", "tokenizer", "special_tokens", "spiece", "added_tokens")
 
 
 def transformers() -> ModuleType:
@@ -32,7 +28,7 @@ class TransformersEncoder(Encoder):
     """The base of encoders of transformers, which have an image processor and a tokenizer."""
 
     _processor: Any
-    _tokenizer: Any
+    _tokenizer: Any = None
 
     def prepare_image(self, image: Any) -> torch.Tensor:
         """Return the pixels `[3, height, width]` that the processor makes."""
@@ -52,19 +48,12 @@ class TransformersEncoder(Encoder):
             raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
         return model
 
-    def _record_processor(self, context: int) -> None:
-        self.settings = plain({"preprocess": self._processor.to_dict(), "context": context})
-        self.settings["library"] = f"transformers {transformers().__version__}"
-
-    def _record_tokenizer(self, folder: Path) -> None:
-        """Record the tokenizer, whose files lie in `folder`, among what rows depend on."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(TOKENIZER_FILES):
-                data = path.read_bytes()
-                digest.update(f"{path.name} {len(data)}".encode() + data)
-        self.settings["tokenizer"] = digest.hexdigest()
-        self.architecture["tokenizer"] = tokenizer_state(self._tokenizer)
+    def _record(self, **settings: Any) -> None:
+        """Record the processor, the tokenizer and other settings, on which rows depend."""
+        settings["preprocess"] = self._processor.to_dict()
+        settings["library"] = f"transformers {transformers().__version__}"
+        settings["tokenizer"] = tokenizer_state(self._tokenizer) if self._tokenizer else None
+        self.settings = plain(settings)
 
 
 class HuggingFaceEncoder(TransformersEncoder):
@@ -79,31 +68,25 @@ class HuggingFaceEncoder(TransformersEncoder):
     ) -> None:
         super().__init__(device, precision)
         self.name = os.fspath(folder)
-        with explained(folder):
-            model_type = transformers().AutoConfig.from_pretrained(folder, **LOCAL).model_type
-        if model_type == "siglip2":
-            advice = "use one of fixed resolution, whose model_type is siglip"
-            raise ValueError(f"{folder}: NaFlex models of SigLIP 2 are not supported; {advice}")
-        with explained(folder):
+        with quietly_loading(folder):
             model = self._load(folder)
-            self._processor = load_processor(Path(folder))
-        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-            expected = "expected a model with get_image_features and get_text_features, as CLIP has"
-            raise ValueError(f"{folder}: holds a {type(model).__name__}, {expected}")
-        self._sigmoid = model_type == "siglip"
-        self._lower_case = wants_lower_case(self._tokenizer, Path(folder), self._sigmoid)
-        text = model.config.text_config
-        self._context = min(text.max_position_embeddings, self._tokenizer.model_max_length)
-        self._record_processor(self._context)
-        if self._lower_case:
-            self.settings["lower_case"] = True
-        if self._sigmoid:  # which pools the last token, as it was trained
-            self._tokenizer.padding_side = "right"
-        self.architecture = {"config": config_of(model)}
-        self._record_tokenizer(Path(folder))
-        self.model = self._frozen(model)
-        with explained(folder):
-            self.dimension = self._measured_dimension()
+            model_type, tokenizer = model.config.model_type, self._tokenizer
+            if model_type == "siglip2":
+                advice = "use one of fixed resolution, whose model_type is siglip"
+                raise ValueError(f"NaFlex models of SigLIP 2 are not supported; {advice}")
+            self._processor = transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
+            self._sigmoid = model_type == "siglip"
+            # The first checkpoints of SigLIP 2, with Gemma's tokenizer, do not say that they were
+            # trained on lower-case texts.
+            is_lower = type(tokenizer).__name__.startswith(("Gemma", "Siglip2")) and self._sigmoid
+            self._lower_case = bool(tokenizer.init_kwargs.get("do_lower_case", is_lower))
+            if self._sigmoid:  # which pools the last token, as it was trained
+                tokenizer.padding_side = "right"
+            text = model.config.text_config
+            self._context = min(text.max_position_embeddings, tokenizer.model_max_length)
+            config = config_of(model)
+            self._record(config=config, context=self._context, lower_case=self._lower_case)
+            self._take(model)
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids, padded to the context, and their mask except for SigLIP."""
@@ -119,62 +102,35 @@ class HuggingFaceEncoder(TransformersEncoder):
         return {name: tokens[name] for name in names if name in tokens}
 
     def _image_features(self, pixels: torch.Tensor) -> Any:
-        return self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def _text_features(self, tokens: Tokens) -> Any:
         return self.model.get_text_features(**tokens).pooler_output
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """Return the config of a model, without what its rows do not depend on."""
-
-    def _relevant(values: dict[str, Any]) -> dict[str, Any]:
-        names = (name for name in values if name[0] != "_" and name not in NO_ARCHITECTURE)
-        return {n: _relevant(v) if isinstance(v := values[n], dict) else v for n in names}
-
-    return _relevant(plain(model.config.to_dict()))
+    """Return the config of a model, without where it was loaded from and by which version."""
+    config: dict[str, Any] = plain(model.config.to_dict())
+    return {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     """Return everything that a loaded tokenizer of transformers does to a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend else repr(tokenizer)
+    state = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
     marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
     return {"class": type(tokenizer).__name__, "digest": digest, "marks": marks}
 
 
-def wants_lower_case(tokenizer: Any, folder: Path, sigmoid: bool) -> bool:
-    """Return whether a model was trained on lower-case texts, which its tokenizer may not make.
-
-    `do_lower_case` says so; the first checkpoints of SigLIP 2, with Gemma's tokenizer, do not.
-    """
-    stated = tokenizer.init_kwargs.get("do_lower_case")
-    if stated is not None or not sigmoid:
-        return bool(stated)
-    config = folder / "tokenizer_config.json"
-    name = json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None
-    return str(name).startswith(("Gemma", "Siglip2"))
-
-
-def load_processor(folder: Path, usual: Any = None) -> Any:
-    """Load the image processor of a directory; where it has none, `usual` or a `ValueError`."""
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        if usual is None:
-            names = " or ".join(PROCESSOR_FILES)
-            raise ValueError(f"expected {names}, which says how images are prepared; save it there")
-        return usual
-    return transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
-
-
 @contextmanager
-def explained(folder: StrPath) -> Iterator[None]:
+def quietly_loading(folder: StrPath) -> Iterator[None]:
     """Load from a directory without progress bars; an error is one line that names it."""
-    log, expected = transformers().logging, "expected a directory as save_pretrained writes it"
+    log = transformers().logging
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:
-        with loading(lambda reason: f"{folder}: cannot be loaded ({reason}); {expected}"):
+        with loading(os.fspath(folder)):
             yield
     finally:
         if bars:

@@ -11,34 +11,22 @@ those directories is not run; this file computes the same:
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch.nn import functional
 
 from ...interface.option_values import Precision
-from . import hugging_face
 from .base import StrPath, Tokens, weights_hash
-from .hugging_face import TransformersEncoder, transformers
+from .hugging_face import LOCAL, TransformersEncoder, config_of, quietly_loading, transformers
 
 CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
 ADAPTER = "text_adapter.adaptor."
 TOWER = ("vision_model.", "visual_projection.")
-
-
-def is_llm2clip(folder: Path) -> bool:
-    """Return whether the `config.json` of a directory is LLM2CLIP's."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        classes = [*config.get("architectures", []), *config.get("auto_map", {}).values()]
-        return any("llm2clip" in str(name).lower() for name in classes)
-    except (ValueError, AttributeError, TypeError):
-        return False
 
 
 class Llm2ClipEncoder(TransformersEncoder):
@@ -48,6 +36,8 @@ class Llm2ClipEncoder(TransformersEncoder):
     :class:`Encoder`.
     ValueError, OSError or ImportError if a directory cannot be loaded.
     """
+
+    _language: Any = None
 
     def __init__(
         self,
@@ -59,7 +49,8 @@ class Llm2ClipEncoder(TransformersEncoder):
     ) -> None:
         super().__init__(device, precision)
         self.name, self._folder, library = os.fspath(folder), Path(folder), transformers()
-        with hugging_face.explained(folder):
+        text_folder = Path(text_model or self._folder / "text_model")
+        with quietly_loading(folder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
@@ -71,40 +62,48 @@ class Llm2ClipEncoder(TransformersEncoder):
             tower = library.CLIPVisionModelWithProjection(vision)
             names = [k for k in weights if k.startswith(TOWER) and "position_ids" not in k]
             tower.load_state_dict({name: weights[name] for name in names})
-            adapter = Adapter(weights)
+            self._adapter = {
+                name.removeprefix(ADAPTER): value.to(self.device, self.dtype)
+                for name, value in weights.items()
+                if name.startswith(ADAPTER)
+            }
+            if not self._adapter:
+                raise ValueError(f"expected an adapter in {ADAPTER}*")
+            self._last = max(int(name.partition(".")[0]) for name in self._adapter)
             side = vision.image_size
-            usual = library.CLIPImageProcessor(  # what is published has none of its own
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            crop = {"height": side, "width": side}
+            self._processor = library.CLIPImageProcessor(
+                size={"shortest_edge": side}, crop_size=crop
             )
-            self._processor = hugging_face.load_processor(self._folder, usual)
-        self._record_processor(CONTEXT)
-        towers = nn.ModuleDict({"tower": tower, "adapter": adapter})
-        self.model = self._frozen(towers.to(self.dtype))
-        self.architecture = {"config": hugging_face.config_of(tower)}
-        self.dimension = config.projection_dim
-        text_folder = Path(text_model or self._folder / "text_model")
-        self._language = self._load_language(text_folder) if text_folder.is_dir() else None
-        if self._language is None and text_folder.name != "text_model":
-            raise ValueError(f"{text_folder}: is no directory; name that of the language model")
+            if (self._folder / "preprocessor_config.json").is_file():  # not where it is published
+                self._processor = library.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+            self._take(tower.to(self.dtype))
+        named = {f"tower.{name}": weight for name, weight in tower.state_dict().items()}
+        named |= {f"adapter.adaptor.{name}": weight for name, weight in self._adapter.items()}
+        self._weights_hash = weights_hash(named)
+        settings = {"context": CONTEXT, "config": config_of(tower)}
+        if text_folder.is_dir():
+            with quietly_loading(text_folder):
+                settings |= self._load_language(text_folder)
+        elif text_model is not None:
+            raise ValueError(f"{text_model}: is no directory; name that of the language model")
+        self._record(**settings)
 
-    def _load_language(self, folder: Path) -> nn.Module:
-        with hugging_face.explained(folder):
-            model = self._load(folder, attn_implementation="sdpa")
+    def _load_language(self, folder: Path) -> dict[str, Any]:
+        """Load the language model and return the settings that it adds."""
+        model = self._load(folder, attn_implementation="sdpa")
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         vocabulary = self._tokenizer.get_vocab()
         chat = all(mark in vocabulary for mark in ("<|start_header_id|>", END))
         self._head, self._end = (HEAD, END) if chat else ("", "")
-        self.settings["language_model"] = weights_hash(model)
-        self.architecture["language_model"] = hugging_face.config_of(model)
-        self._record_tokenizer(folder)
-        width, expected = model.config.hidden_size, self.model["adapter"].width
+        width, expected = model.config.hidden_size, self._adapter["0.ln.weight"].numel()
         if width != expected:
             sizes = f"its hidden size is {width}, the adapter of {self._folder} takes {expected}"
-            raise ValueError(f"{folder}: {sizes}; name the language model that belongs to it")
-        language: nn.Module = model.eval().requires_grad_(False).to(self.device)
-        return language
+            raise ValueError(f"{sizes}; name the language model that belongs to it")
+        self._language = model.eval().requires_grad_(False).to(self.device)
+        return {"language_model": weights_hash(model.state_dict()), "language": config_of(model)}
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids padded on the left, their mask, and which are the text's own.
@@ -127,10 +126,9 @@ class Llm2ClipEncoder(TransformersEncoder):
         return {"input_ids": ids, "attention_mask": mask, "own": own}
 
     def _image_features(self, pixels: torch.Tensor) -> Any:
-        return self.model["tower"](pixel_values=pixels.to(self.dtype)).image_embeds
+        return self.model(pixel_values=pixels).image_embeds
 
     def _text_features(self, tokens: Tokens) -> Any:
-        assert self._language is not None  # prepare_texts has refused
         mask, length = tokens["attention_mask"], tokens["input_ids"].shape[1]
         bidirectional = mask[:, None, None, :].expand(-1, 1, length, -1)  # [n, 1, L, L]
         states = self._language(
@@ -138,46 +136,21 @@ class Llm2ClipEncoder(TransformersEncoder):
         ).last_hidden_state
         own = tokens["own"].unsqueeze(-1)
         mean = states.float().mul(own).sum(1) / own.sum(1)  # [n, width]
-        return self.model["adapter"](mean.to(self.dtype))
+        return self._adapted(mean.to(self.dtype))
 
+    def _adapted(self, states: torch.Tensor) -> torch.Tensor:
+        """Return features `[n, D]` of the language model's mean states `[n, width]`."""
+        weights = self._adapter
 
-class Adapter(nn.Module):
-    """Map the language model's mean state `[n, width]` to the space of the images `[n, D]`."""
+        def _norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+            return functional.layer_norm(x, x.shape[-1:], scale, shift)
 
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        """Build the adapter in the shape of its weights and load them."""
-        super().__init__()
-        own = {k.removeprefix(ADAPTER): v for k, v in weights.items() if k.startswith(ADAPTER)}
-        if not own:
-            parts = ", ".join(sorted({name.partition(".")[0] for name in weights}))
-            raise ValueError(f"expected an adapter in {ADAPTER}*, got {parts}")
-        last = max(int(name.partition(".")[0]) for name in own)
-        dimension, self.width = own[f"{last}.weight"].shape
-        widths = [len(own[f"{number}.fn.0.weight"]) for number in range(last - 1)]
-        self.adaptor = nn.Sequential(
-            *(Block(self.width, width) for width in widths),
-            nn.LayerNorm(self.width),
-            nn.Linear(self.width, dimension, bias=f"{last}.bias" in own),
-        )
-        self.adaptor.load_state_dict(own)
+        def _linear(x: torch.Tensor, name: str) -> torch.Tensor:
+            return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return features `[n, D]` of mean states `[n, width]`."""
-        features: torch.Tensor = self.adaptor(nn.functional.normalize(states, dim=-1))
-        return features
-
-
-class Block(nn.Module):
-    """A residual block, `x + W2 gelu(W1 norm(x))`."""
-
-    def __init__(self, width: int, inner_width: int) -> None:
-        super().__init__()
-        expand, contract = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
-        # The identity stands for the published model's dropout: weights are named by position.
-        self.fn = nn.Sequential(expand, nn.GELU(), nn.Identity(), contract)
-        self.ln = nn.LayerNorm(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `[n, width]` of `[n, width]`."""
-        update: torch.Tensor = self.fn(self.ln(x))
-        return x + update
+        x = functional.normalize(states, dim=-1)
+        for block in range(self._last - 1):
+            inner = functional.gelu(_linear(_norm(x, f"{block}.ln"), f"{block}.fn.0"))
+            x = x + _linear(inner, f"{block}.fn.3")
+        return _linear(_norm(x, f"{self._last - 1}"), f"{self._last}")
