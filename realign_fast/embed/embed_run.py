@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..corpus.formats.arrow_columns import pyarrow
 from ..interface.option_values import SHARD_ROWS, EmbedMode, RowDtype
 from ..interface.progress import Progress
 from ..storage.errors import memory_explained
@@ -68,8 +69,9 @@ def embed(
         folder = Path(os.path.realpath(source.path))
         if folder.is_dir() and Path(os.path.realpath(out)).is_relative_to(folder):
             raise ValueError(f"{out}: lies in {source.path}, which is read; give another --out")
+    pyarrow()  # errors that every item would meet are raised here
     if texts or pairs:
-        encoder.prepare_texts(["a"])  # an error that every text would meet is raised here
+        encoder.prepare_texts(["a"])
     starts = [
         (source, i) for source in sources for i in range(0, source.total, settings.shard_rows)
     ]
