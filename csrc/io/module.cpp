@@ -93,6 +93,14 @@ void write_pickled(const PickledRows& pickled, int descriptor, int64_t row,
   pickled.write(descriptor, row, rows, source.data(), out);
 }
 
+void check_pickle(const py::object& pickle, int64_t most_steps) {
+  const BufferView view(pickle, PyBUF_CONTIG_RO);
+  py::gil_scoped_release release;
+  const auto* data = reinterpret_cast<const uint8_t*>(view.data());
+  Window window(std::span(data, static_cast<size_t>(view.bytes())));
+  find_rows(window, {}, most_steps);
+}
+
 void as_python_error(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -203,12 +211,16 @@ PYBIND11_MODULE(_io, module) {
              "Return the chunk of column `leaf` in each row group of a Parquet file, from its\n"
              "footer. Raises NotPlain if the footer is damaged, and OSError if reading fails.");
 
+  module.def("check_pickle", &check_pickle, py::arg("pickle"), py::arg("most_steps"),
+             "Check that a pickle, given as a buffer, is plain data that Python's unpickler may\n"
+             "build; raises NotPlain otherwise.");
   py::class_<PickledRows>(
       module, "PickledRows",
       "The places of the rows of a pickled list of dicts in an open file of `bytes` bytes.\n\n"
-      "The rows are under the first of `names` (one or two) that the first dict has. Raises\n"
-      "NotPlain (a ValueError) if the file is not plain data with rows of one type, or has a rare\n"
-      "form, and OSError if reading or writing fails.")
+      "The rows are under the first of `names` (one or two) that the first dict has; there are "
+      "none\n"
+      "if they are not of one type and length. Raises NotPlain (a ValueError) if the file is not\n"
+      "plain data, and OSError if reading or writing fails.")
       .def(py::init<int, int64_t, const std::vector<std::string>&, int64_t>(), without_gil(),
            py::arg("descriptor"), py::arg("bytes"), py::arg("names"), py::arg("most_steps"))
       .def("__len__", &PickledRows::rows)

@@ -79,7 +79,7 @@ class Corpus:
         modality: the side of a clip-retrieval root that has both, `text_emb/` or `img_emb/`;
             other directories and files need none.
         column: name of the rows in formats with columns; None is `embedding`.
-        allow_pickle: read pickled lists, with an interpreter that runs no code of the file.
+        allow_pickle: read pickled lists; no code of the file is run.
     Raises:
         OSError: the path or one of its files cannot be read.
         TypeError: `path` is no path, table or dataset, or its numbers are of a type not read.

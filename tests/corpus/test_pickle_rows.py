@@ -1,4 +1,4 @@
-"""Rows read straight out of pickled files are those of the machine in Python, and so are copies."""
+"""Rows that are copied out of pickled files are those that Python's unpickler builds."""
 
 import pickle
 import pickletools
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realign_fast.corpus import Corpus
-from realign_fast.corpus.formats import pickle_interpreter, pickle_list
+from realign_fast.corpus.formats import pickle_list
 from realign_fast.storage.paths import storage_path
 
 FAST = settings(
@@ -27,18 +27,18 @@ pytestmark = pytest.mark.usefixtures("needs_the_reader")
 
 @pytest.fixture
 def only_direct(monkeypatch):
-    """The machine in Python is not there."""
-    monkeypatch.setattr(pickle_interpreter, "load", None)
+    """Nothing is built."""
+    monkeypatch.setattr(pickle_list, "build", None)
 
 
 @contextmanager
-def in_python():
-    """As where nothing was compiled."""
-    kept, pickle_list._io = pickle_list._io, None
+def built():
+    """Read files as those whose rows are not located."""
+    kept, pickle_list._places = pickle_list._places, lambda *arguments: None
     try:
         yield
     finally:
-        pickle_list._io = kept
+        pickle_list._places = kept
 
 
 def random_rows(count, columns=6, dtype="float32", seed=0):
@@ -149,6 +149,7 @@ def test_files_of_numpy_1_are_read_too(tmp_path, only_direct, protocol):
         new, old = b"numpy._core." + module, b"numpy.core." + module
         data = data.replace(bytes([0x8C, len(new)]) + new, bytes([0x8C, len(old)]) + old)
         data = data.replace(b"c" + new, b"c" + old)
+    data = data[:2] + data[11:] if protocol > 3 else data  # without its frame, which is shorter now
     assert b"_core" not in data and b"numpy.core" in data
     np.testing.assert_array_equal(read(save(tmp_path / "x.pkl", data)), rows)
 
@@ -228,7 +229,7 @@ def test_bytes_that_others_share_are_not_written_over(tmp_path, name):
     assert shard.places is not None and not shard.places.replaceable
     rows = -read(path)
     made = rewrite(path, tmp_path / "out" / "x.pkl", rows)
-    with in_python():
+    with built():
         save(path, path.read_bytes())
         assert made == rewrite(path, tmp_path / "out" / "x.pkl", rows)
     np.testing.assert_array_equal(read(save(tmp_path / "y.pkl", made)), rows)
@@ -239,7 +240,7 @@ def test_what_is_shared_beside_the_rows_is_no_matter(tmp_path, only_direct):
     assert Corpus(path, allow_pickle=True).shards[0].places.replaceable
 
 
-# Where the two machines meet.
+# Where the native interpreter and Python's unpickler meet.
 
 
 def outcome(path):
@@ -274,43 +275,41 @@ def without_addresses(text):
 
 
 def agree(path):
-    """Both machines say the same of a file and write the same list; whether it is read directly."""
+    """Located and built rows, and what is written, are the same; whether rows are located."""
     found = outcome(path)
-    with in_python():
+    with built():
         assert outcome(path) == found
     if isinstance(found, str) or not is_direct(path):
         return False
     rows = -np.frombuffer(found[3], found[1]).reshape(found[2])
     made = rewrite(path, path.parent / "out" / "x.pkl", rows)
     save(path, path.read_bytes())
-    with in_python():
+    with built():
         try:
             want = rewrite(path, path.parent / "out" / "x.pkl", rows)
         except ValueError:  # what is beside the rows cannot be pickled again
             return True
-    made, want = (plain(pickle_interpreter.load(memoryview(data))) for data in (made, want))
+    made, want = (plain(pickle_list.build(data)) for data in (made, want))
     assert repr(made) == repr(want)
     return True
 
 
 def unusual():
-    """Files that are left to the machine in Python."""
+    """Plain data whose rows are not located."""
     rows = random_rows(3)
     entries = [{"embed": row} for row in rows]
     yield "protocol 2", pickle.dumps(entries, protocol=2)
-    yield "a memo with gaps", pickle.dumps(entries, protocol=3).replace(b"q\0", b"q\xfe")
-    yield "a set of protocol 3", pickle.dumps([{"embed": rows[0], "set": {1}}], protocol=3)
     yield "integers", [{"embed": [1, 2.5]}]
     yield "an entry twice", entries[:1] * 2
     yield "a tensor", [{"embed": rows[0]}, {"embed": torch.from_numpy(rows[1])}]
-    yield "large", [{"embed": row, "x": np.longdouble(1)} for row in rows]
     yield "two lengths", [{"embed": rows[0]}, {"embed": rows[1][:2]}]
     yield "two kinds", [{"embed": rows[0].astype("f8")}, {"embed": rows[1].tolist()}]
     yield "big-endian", [{"embed": rows[0].astype(">f4")}]
     yield "no row", [{"embed": rows[0]}, {"id": 5}]
-    yield "surrogates", [{"embed": rows[0], "text": "\ud800"}]
     floats = pickle.dumps([{"embed": [1.5, 2.5]}], protocol=4)
     end = floats.index(b"e", floats.index(b"G\x40"))
+    floats = floats[:2] + floats[11:]  # without its frame
+    end -= 9
     yield "a number that goes", floats[:end] + b"G" + bytes(8) + b"0" + floats[end:]
     yield "a number in the memo", floats[:end] + b"\x94" + floats[end:]
 
@@ -319,11 +318,11 @@ UNUSUAL = [name for name, _ in unusual()]
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_unusual_is_left_to_python(tmp_path, name):
+def test_what_is_unusual_is_built(tmp_path, name):
     path = save(tmp_path / "x.pkl", dict(unusual())[name])
-    with in_python():
+    with built():
         found = outcome(path)
-    assert outcome(path) == found
+    assert outcome(path) == found and (isinstance(found, tuple) or name.startswith("two "))
     assert pickle_list._places(path, storage_path(path).stamp(), pickle_list.DEFAULTS) is None
 
 
@@ -336,6 +335,7 @@ UTF8 += [b"\x80", b"\xff", b"\xc3", b"\xe2\x82", b"\xc3A", b"\xe2\x82\x41", b"\x
 def test_text_is_utf8(tmp_path, length):
     """As strict as Python, in short texts and in long ones; across the reader's buffer too."""
     data = pickle.dumps([{"embed": random_rows(1)[0], "text": "T"}], protocol=4)
+    data = data[:2] + data[11:]  # without its frame
     for text in UTF8:
         for before in {0, length, length // 2}:
             whole = b"a" * before + text + b"b" * (length - before)
@@ -345,7 +345,7 @@ def test_text_is_utf8(tmp_path, length):
                 whole.decode()
                 assert agree(path)
             except UnicodeDecodeError:
-                assert "utf-8" in outcome(path)
+                assert "a text is not UTF-8" in outcome(path)
 
 
 FRAGMENTS = [bytes([code]) for code in b"N\x88\x89)]}(\x8f\x94\x85\x86\x87tl10aesu\x90\x91Rb.\x93"]
@@ -389,7 +389,7 @@ def programs(draw):
 
 @FAST
 @given(programs())
-def test_both_machines_agree_about_any_pickle(tmp_path, data):
+def test_located_and_built_rows_agree_in_any_pickle(tmp_path, data):
     agree(save(tmp_path / "x.pkl", data))
 
 
@@ -399,7 +399,7 @@ def test_and_about_whole_ones(tmp_path, protocol):
     for make in (np.array, lambda row: row[None], np.ndarray.tolist):
         assert agree(save(tmp_path / "x.pkl", entries_of(random_rows(5), make), protocol))
     sets = [{"embed": np.ones(3), "sets": ({1, "a"}, frozenset([2.5]), set())}]
-    assert agree(save(tmp_path / "x.pkl", sets, protocol)) == (protocol > 3)
+    assert agree(save(tmp_path / "x.pkl", sets, protocol))
 
 
 # Files that change, and limits.
@@ -442,5 +442,5 @@ def test_rows_beyond_the_list_are_not_read(tmp_path):
 @pytest.mark.parametrize("code", [b"]", b"}"])
 def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, code):
     path = save(tmp_path / "x.pkl", b"\x80\x04(" + code * 4_000_000 + b"l.")
-    with path.open("rb") as file, pytest.raises(_io.NotPlain, match="more values than plain data"):
+    with path.open("rb") as file, pytest.raises(_io.NotPlain, match=r"(has|take) more"):
         _io.PickledRows(file.fileno(), path.stat().st_size, (b"embed",), 1 << 27)

@@ -1,6 +1,7 @@
 #include "io/pickle/pickle_interpreter.h"
 
 #include <array>
+#include <string>
 #include <string_view>
 
 #include "io/pickle/pickle_values.h"
@@ -10,6 +11,7 @@ namespace {
 
 constexpr int64_t kMemoryPerByte = 16;         // of the tables, for each byte of the file
 constexpr int64_t kMemoryBase = 64 << 20;      // of the tables of any file
+constexpr int64_t kBuiltPerByte = 32;          // of the objects that Python makes of the file
 constexpr int64_t kStepsBetweenChecks = 4096;  // of the memory
 
 class Interpreter {
@@ -18,9 +20,11 @@ class Interpreter {
       : window_(window), values_(window, names), at_(window.begin()), end_(window.end()) {}
 
   PickledList run(int64_t max_steps);
+  std::string place() const;  // of the opcode that was run last
 
  private:
   bool step();  // returns false at the end
+  void begin_frame();
   void step_with_mark(uint8_t code);
   bool push(uint8_t code);
 
@@ -47,6 +51,9 @@ class Interpreter {
         values_.memory() + bytes_of(stack_) + bytes_of(memo_) + bytes_of(taken_) + bytes_of(marks_);
     if (bytes > kMemoryBase + kMemoryPerByte * end_) {
       throw NotPlain("it has more values than plain data of its size");
+    }
+    if (values_.built > kMemoryBase + kBuiltPerByte * end_) {
+      throw NotPlain("its values take more memory than plain data of its size");
     }
   }
   size_t frame_start() const { return marks_.empty() ? 0 : marks_.back(); }
@@ -80,7 +87,7 @@ class Interpreter {
 
   Window& window_;
   Values values_;
-  int64_t at_, end_;
+  int64_t at_, end_, frame_end_ = 0;
   std::vector<Value> stack_, memo_, taken_;
   std::vector<size_t> marks_;
   uint32_t reals_ = 0;  // the number of reals so far
@@ -89,16 +96,39 @@ class Interpreter {
 PickledList Interpreter::run(int64_t max_steps) {
   for (int64_t steps = 0; steps < max_steps; steps++) {
     if (steps % kStepsBetweenChecks == 0) check_memory();
-    if (step()) continue;
+    const bool framed = at_ < frame_end_;
+    const bool ended = !step();
+    // Python's unpickler would go on elsewhere.
+    if (framed && at_ > frame_end_) throw NotPlain("a frame ends in the middle of an opcode");
+    if (!ended) continue;
+    check_memory();
     if (stack_.size() != 1 || !marks_.empty() || at_ != end_) {
       throw NotPlain("it ends with more or fewer than one value, or before the file does");
     }
     for (const auto& value : memo_) {
       if (value.fetched) values_.share(value);
     }
-    return list_of(values_, stack_[0]);
+    return list_of(values_, stack_[0]).value_or(PickledList{});
   }
   throw NotPlain("it has too many opcodes");
+}
+
+std::string Interpreter::place() const {
+  if (!stack_.empty() && stack_[0].type == ValueType::list) {
+    size_t dicts = 0;
+    while (dicts + 1 < stack_.size() && stack_[dicts + 1].type == ValueType::dict) dicts++;
+    if (dicts > 0) return "row " + std::to_string(values_.lists[stack_[0].at].count + dicts - 1);
+  }
+  return "byte " + std::to_string(at_);
+}
+
+void Interpreter::begin_frame() {
+  const bool framed = at_ - 1 < frame_end_;
+  const auto bytes = number(8);
+  if (framed || bytes > static_cast<uint64_t>(end_ - at_)) {
+    throw NotPlain("a frame begins in another or is cut off");
+  }
+  frame_end_ = at_ + static_cast<int64_t>(bytes);
 }
 
 void Interpreter::push_text(int bytes) {
@@ -148,12 +178,16 @@ void Interpreter::get(uint64_t index) {
 
 // Reads a line of text and returns its keyword.
 Keyword Interpreter::line() {
-  std::array<char, 32> text;
+  std::array<char, 64> text;
   for (size_t length = 0; length < text.size(); length++) {
     text[length] = static_cast<char>(byte());
-    if (text[length] == '\n') return Values::keyword_of({text.data(), length});
+    if (text[length] != '\n') continue;
+    const std::string_view name(text.data(), length);
+    const auto keyword = Values::keyword_of(name);
+    if (keyword == Keyword::other) Values::throw_unknown(name);
+    return keyword;
   }
-  throw NotPlain("it refers to a global other than those of NumPy's arrays");
+  throw NotPlain("a name is longer than those of plain data");
 }
 
 // Runs an opcode that only pushes a value of the file; returns false for other opcodes.
@@ -187,7 +221,7 @@ bool Interpreter::push(uint8_t code) {
     case ')': stack_.push_back(values_.tuple({})); return true;
     case ']': stack_.push_back(values_.list({})); return true;
     case '}': stack_.push_back(values_.dict()); return true;
-    case 0x8F: stack_.push_back({.type = ValueType::set}); return true;
+    case 0x8F: stack_.push_back(values_.set_of(0)); return true;
     case 'h':
     case 'j': get(number(code == 'h' ? 1 : 4)); return true;
     default: return false;
@@ -217,7 +251,8 @@ void Interpreter::step_with_mark(uint8_t code) {
     default:
       for (const auto& value : taken) Values::check_key(value);
       if (code == 0x90) static_cast<void>(top(ValueType::set));
-      if (code == 0x91) stack_.push_back({.type = ValueType::frozen_set});
+      const auto set = values_.set_of(taken.size());
+      if (code == 0x91) stack_.push_back(set);
   }
 }
 
@@ -232,7 +267,7 @@ bool Interpreter::step() {
       if (protocol < 2 || protocol > 5) throw NotPlain("its protocol is not 2, 3, 4 or 5");
       return true;
     }
-    case 0x95: take(8); return true;  // the length of a frame is not needed
+    case 0x95: begin_frame(); return true;
     case '(': marks_.push_back(stack_.size()); return true;
     case '0': pop(); return true;
     case 't':
@@ -262,12 +297,13 @@ bool Interpreter::step() {
       const auto name = pop(), module = pop();
       if (name.type != ValueType::text || module.type != ValueType::text)
         throw NotPlain("the name of a global is not a text");
-      stack_.push_back(values_.global(module.keyword, name.keyword));
+      stack_.push_back(values_.global(module, name));
       return true;
     }
     case 'c': {
       const auto module = line();
-      stack_.push_back(values_.global(module, line()));
+      stack_.push_back(
+          values_.global({.keyword = module, .at = -1}, {.keyword = line(), .at = -1}));
       return true;
     }
     case 'R': {
@@ -289,7 +325,12 @@ bool Interpreter::step() {
 PickledList find_rows(Window& window, std::span<const std::string> names, int64_t max_steps) {
   if (window.begin() != 0 || window.end() > int64_t{kNowhere})
     throw NotPlain("it is 4 GiB or larger");
-  return Interpreter(window, names).run(max_steps);
+  Interpreter interpreter(window, names);
+  try {
+    return interpreter.run(max_steps);
+  } catch (const NotPlain& fault) {
+    throw NotPlain(interpreter.place() + ": " + fault.what());
+  }
 }
 
 }  // namespace realign_fast::io

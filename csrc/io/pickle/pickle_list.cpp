@@ -22,6 +22,7 @@ bool add(PickledList& list, const Values& values, Value row) {
     at = reals.real.at, columns = reals.count;
   }
   const bool is_list = row.type == ValueType::list;
+  if (at < 0) return false;  // its bytes are not in the file as they are
   if (list.rows.empty()) list.columns = columns, list.value_bytes = bytes, list.lists = is_list;
   list.rows.push_back(static_cast<uint32_t>(at));
   return columns > 0 && columns < kMaxColumns && list.columns == columns &&
@@ -51,19 +52,17 @@ bool are_replaceable(const PickledList& rows, Values& values, const List& list) 
 
 }  // namespace
 
-PickledList list_of(Values& values, Value root) {
-  if (root.type != ValueType::list) throw NotPlain("it is not a list");
+std::optional<PickledList> list_of(Values& values, Value root) {
+  if (root.type != ValueType::list) return {};
   const auto& list = values.lists[root.at];
-  if (list.holds != List::Holds::dicts) throw NotPlain("it is not a list of dicts");
+  if (list.holds != List::Holds::dicts) return {};
   PickledList pickled;
   const auto& first = values.dicts[list.first].rows;
   while (pickled.name < kNames && first[pickled.name].type == ValueType::absent) pickled.name++;
-  if (pickled.name == kNames) throw NotPlain("row 0 has none of the requested keys");
+  if (pickled.name == kNames) return {};
   for (auto index = list.first; index != kNowhere; index = values.dicts[index].next) {
     const auto& dict = values.dicts[index];
-    if (!add(pickled, values, dict.rows[pickled.name])) {
-      throw NotPlain("its rows are not all arrays, or all lists of floats, of one type and length");
-    }
+    if (!add(pickled, values, dict.rows[pickled.name])) return {};
     pickled.has_others |=
         dict.has_others || dict.rows[kNames - 1 - pickled.name].type != ValueType::absent;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "io/pickle/pickle_values.h"
@@ -20,8 +21,8 @@ struct PickledList {
   bool replaceable = false;  // rows are in order and share their bytes with no other value
 };
 
-// Returns the value as such a list; `values` must know which values occur more than once. Throws
-// NotPlain if it is not a list of dicts with rows of one type and length.
-PickledList list_of(Values& values, Value root);
+// Returns the value as such a list, or nothing if it is not a list of dicts with rows of one type
+// and length. `values` must know which values occur more than once.
+std::optional<PickledList> list_of(Values& values, Value root);
 
 }  // namespace realign_fast::io

@@ -1,19 +1,20 @@
 """Pickled lists of `{"id": ..., "embed": row, ...}`, as the code of the ReAlign paper writes them.
 
-They are read only with `allow_pickle`, and nothing in them is run. Arrays and floats lie in a
-pickle as the bytes they are: `csrc/io/pickle/pickle_interpreter.cpp` runs a file, builds nothing,
-and remembers where each row lies (4 bytes a row). A pass copies the rows out of the file, and an
-aligned file is the same bytes with other numbers in their places. Unusual files (rows of several
-types, bytes that two values share, text as bytes of protocol 2), files that are not plain data, and
-all columns but the rows are built by `pickle_interpreter.py`: then memory holds one file, at most
-`MAX_BYTES` of it, and its result. A row is an array or tensor `[D]` or `[1, D]`, or a list of
-numbers; the widest of their types is that of all. Tensors are unusual: they are read as arrays,
-bfloat16 as float32, and their results are arrays. An entry without a row, or with None, is a row of
-NaN.
+They are read only with `allow_pickle`, and nothing in them is run.
+`csrc/io/pickle/pickle_interpreter.cpp` runs a file, builds nothing, refuses all that is not plain
+data, and remembers where each row lies (4 bytes a row): arrays and floats lie in a pickle as the
+bytes they are. A pass copies the rows out of the file, and an aligned file is the same bytes with
+other numbers in their places. In unusual files (rows of several types, tensors, bytes that two
+values share or that protocol 2 wrote as text), and for all columns but the rows, Python's unpickler
+builds what was checked: then memory holds one file, at most `MAX_BYTES` of it, and its result. A
+row is an array or tensor `[D]` or `[1, D]`, or a list of numbers; the widest of their types is that
+of all. Tensors of bfloat16 are read as float32, and the results of tensors are arrays. An entry
+without a row, or with None, is a row of NaN.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -24,20 +25,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
+from ..io_extension import reader_description
 from ..shard import Shard, absolute, check_vector
 from ..shard_writer import FormatWriter
-from . import pickle_interpreter
 
 MAX_BYTES = 4 << 30
-MAX_STEPS = 1 << 27  # opcodes of a file whose rows are located
-THREADS = 2 if _io else 1  # that locate rows in files; what they leave is built one at a time
+MAX_STEPS = 1 << 27  # opcodes of a file
+THREADS = 2  # that locate rows in files; what they leave is built one at a time
 REMEMBERED_FILES = 256  # for which the places of the rows are kept
 CHUNK_ENTRIES = 1024  # of other columns at a time
 DEFAULTS = ("embed", "embedding")
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
+# The globals of plain data, by module; the native interpreter has checked how a file calls them.
+GLOBALS = {
+    "numpy": {"ndarray", "dtype"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "_codecs": {"encode"},  # with this and the next ones protocol 2 writes bytes and sets
+    "builtins": {"bytes", "set", "frozenset"},
+    "collections": {"OrderedDict"},  # the hooks of a tensor, of which it has none
+    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
+    "torch.storage": {"_load_from_bytes"},
+}
 _building = Lock()
 
 
@@ -195,21 +208,64 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         return PickledShard(path, len(entries), next(iter(known))[0], dtype, name, stamp, names)
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Python's unpickler, for pickles that `_io.check_pickle` has passed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return an object of `GLOBALS`; a storage of torch is loaded without running its code."""
+        known = module.replace("numpy.core.", "numpy._core.").replace("__builtin__", "builtins")
+        if name not in GLOBALS.get(known, ()):
+            raise pickle.UnpicklingError(f"names {module}.{name}")
+        own = {"_load_from_bytes": _storage, "_rebuild_tensor_v2": _tensor}
+        return own.get(name) or super().find_class(known, name)
+
+
+def _storage(data: bytes) -> torch.Tensor:
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.empty(0, dtype=storage.dtype).set_(storage)
+
+
+def _tensor(numbers: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    return numbers.as_strided(size, stride, offset)  # an error beyond the storage
+
+
+def build(data: bytes) -> Any:
+    """Return the value of a pickle of plain data; a ValueError says what else is in it."""
+    _io.check_pickle(data, MAX_STEPS)
+    try:
+        return PlainUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # damaged arrays and tensors make numpy and torch raise many kinds
+        fault = f"{type(error).__name__}: {error!s:.100}"
+        raise ValueError(f"an array or tensor is damaged ({fault})") from error
+
+
 def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
-    """Return where the rows lie in a file, under the first of `names` that row 0 has, or None."""
-    if not _io or stamp[0] > MAX_BYTES:
-        return None
+    """Return where the rows lie in a file, under the first of `names` that row 0 has, or None.
+
+    It is a ValueError if the file is not plain data, or nothing is compiled that could check it.
+    """
+    if not _io:
+        problem = f"pickles are read by the native reader alone, and rows by {reader_description()}"
+        raise ValueError(f"{path}: {problem}; install a C++ compiler and this package again")
+    if stamp[0] > MAX_BYTES:
+        problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
+        raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; split it")
     return _located(path, stamp, names, absolute(path))
 
 
 @lru_cache(maxsize=REMEMBERED_FILES)
 def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], place: str) -> Any:
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
-    with _opened(path, stamp) as descriptor:
-        try:
-            return _io.PickledRows(descriptor, stamp[0], keys, MAX_STEPS)
-        except _io.NotPlain:
-            return None
+    with _opened(path, stamp) as descriptor, _plain(path):
+        return _io.PickledRows(descriptor, stamp[0], keys, MAX_STEPS) or None
+
+
+@contextmanager
+def _plain(path: StoragePath) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: not plain data: {error}; {ADVICE}") from error
 
 
 @contextmanager
@@ -220,15 +276,10 @@ def _opened(path: StoragePath, stamp: Stamp) -> Iterator[int]:
 
 @lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
 def _entries(path: StoragePath, stamp: Stamp, place: str) -> list[Any]:
-    if stamp[0] > MAX_BYTES:
-        problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
-        raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; split it")
     with explained(path):
         data = path.read_bytes()
-    try:
-        value = pickle_interpreter.load(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: not plain data: {error}; {ADVICE}") from error
+    with _plain(path):
+        value = build(data)
     if type(value) is not list:
         raise ValueError(f"{path}: holds a {type(value).__name__}; {ADVICE}")
     return value
@@ -251,8 +302,12 @@ def _vector(path: StoragePath, number: int, entry: Any, column: str) -> np.ndarr
             row = np.array(row, None if are_floats else np.float64)
         except OverflowError as error:
             raise ValueError(f"{place}: {column!r} holds a number beyond float64") from error
+    if isinstance(row, torch.Tensor):
+        row = row.detach()
+        row = (row.float() if row.dtype == torch.bfloat16 else row).numpy()
     if not isinstance(row, np.ndarray):
         expected = "expected an array or tensor of float16, float32 or float64, or a list of floats"
         raise TypeError(f"{place}: {column!r} is {type(row).__name__}, {expected}")
+    row = row.astype(row.dtype.newbyteorder("="), copy=False)
     check_vector(f"{place}: {column!r}", row)
     return row.reshape(-1)

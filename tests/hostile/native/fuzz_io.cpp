@@ -38,6 +38,7 @@ void read_pickle(int descriptor, int64_t bytes, uint8_t choice) {
   std::vector<std::string> names = {"embed", "embedding"};
   if (choice & 1) names.pop_back();
   const PickledRows rows(descriptor, bytes, names, kMaxSteps);
+  if (rows.rows() == 0) return;  // plain data without such rows
   const int64_t row_bytes = rows.row_bytes();
   if (row_bytes <= 0 || row_bytes > bytes * 8) abort();  // a row lies in the file
   const int64_t count = std::min(rows.rows(), std::max<int64_t>(1, kMaxBytes / row_bytes));
