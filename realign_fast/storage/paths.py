@@ -101,6 +101,11 @@ class LocalPath(PosixPath):
         """Remove the directory with everything below it."""
         shutil.rmtree(self)
 
+    def read_bytes(self) -> bytes:
+        """Return the content of the file; an error names it, also one of the read itself."""
+        with errors.explained(self.explanation):
+            return super().read_bytes()
+
     def opened(self) -> LocalFile:
         """Open a regular file for reads at offsets; errors are those of :meth:`stamp`."""
         self.stamp()

@@ -93,6 +93,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, object]:
                 fault = f"the next run: status {status}, other bytes\n{said}"
         if fault:
             faults.append(f"{name}, {kind} at call {number} ({call}): {fault}")
+            print(faults[-1], flush=True)
         rounds += 1
         gc.collect()
         most = max(most, resident())

@@ -127,6 +127,13 @@ def test_an_error_is_explained_once(tmp_path):
         write_whole(path / "x", b"")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="has no file whose read fails")
+def test_an_error_of_a_read_names_the_file():
+    """The system names none: it knows a file that is open by its number."""
+    with pytest.raises(OSError, match=r"^\[Errno 5\] /proc/self/mem: Input/output error; check"):
+        local_path("/proc/self/mem").read_bytes()
+
+
 def test_json_is_written_into_a_new_directory(tmp_path):
     """The directory is made; a number that json lacks is refused and leaves nothing."""
     write_json(tmp_path / "new/x.json", {"a": 1})
