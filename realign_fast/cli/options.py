@@ -466,6 +466,8 @@ class TrainingOptions(Configured, DataOptions):
     """Options of a training; most are fields of ``TrainingConfig``."""
 
     report: ClassVar[str] = "training.json"
+    space: Annotated[str | None, _file("put text and image rows through this SharedSpace, which is "
+        "saved with the model", show_default="that of the model")] = None
     start: Annotated[str, _model("a causal language model: a name or a directory, which may be one "
         "that pretrain wrote", "--language-model", "--model", metavar="MODEL")]
     out: Annotated[str, _output("directory of checkpoints and result", metavar="DIR")]

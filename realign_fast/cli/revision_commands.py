@@ -55,7 +55,12 @@ def caption(
     with _open_output(out) as file:
         for names, rows in batches:
             captions = caption_rows(
-                model, template, [rows.float()], ask, max_new_tokens=options.max_new_tokens
+                model,
+                template,
+                [rows.float()],
+                ask,
+                side=options.modality or "image",
+                max_new_tokens=options.max_new_tokens,
             )
             for name, text in zip(names, captions, strict=True):
                 write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file)
@@ -80,7 +85,12 @@ def chat(options: opts.LookOptions, ask: opts.AskOnce = None) -> None:
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
         sample = Sample("", [""], None, [*turns, ("assistant", "")])
         (answer,) = respond(
-            model, template, [sample], [rows.float()], max_new_tokens=options.max_new_tokens
+            model,
+            template,
+            [sample],
+            [rows.float()],
+            side=options.modality or "image",
+            max_new_tokens=options.max_new_tokens,
         )
         turns.append(("assistant", answer))
         write(json.dumps({"answer": answer}) if options.as_json else answer)
@@ -100,6 +110,7 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     limits = {name: getattr(options, name) for name in ("ids", "max_length", "max_skipped")}
     cache = options.cache or Path(options.model) / "data"
     data = prepare(options.data, rows, template, cache, **limits)
+    data.side = options.modality or "image"
     names = ("choices", "limit", "max_new_tokens", "seed")
     settings = {name: getattr(options, name) for name in names} | {"batch": options.batch_size}
     figures = evaluate(model, data, generate=not options.no_generate, aligner=aligner, **settings)
@@ -119,6 +130,7 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
         "conversations": options.data,
         "rows": _corpus(options, options.rows, side),
         "aligner": _aligner(options.aligner),
+        "side": options.modality or side,
         "test_rows": Corpus(options.test_rows, "image") if options.test_rows else None,
         "train": tuple(options.train.split(",")) if options.train else None,
         "chat_template": Path(options.chat_template).read_text() if options.chat_template else None,
@@ -177,13 +189,17 @@ def _open_model(
     from ..corpus.corpus import common_encoder
     from ..revision.generation import open_model
     from ..revision.model import read_config
+    from ..revision.training_data import check_rows
 
     trained_on = read_config(Path(options.model)).encoder
     if options.rows:
         rows = _corpus(options, options.rows)
         common_encoder((rows.path, rows.encoder), (options.model, trained_on))
     dtype = getattr(torch, options.dtype)
-    return open_model(options.model, options.language_model, dtype, options.device)
+    model, template = open_model(options.model, options.language_model, dtype, options.device)
+    if options.rows:
+        check_rows(model.projector.space, rows)
+    return model, template
 
 
 def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor]:

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..align import ReAlign
+from ..interface.option_values import Modality
 from .conversation_files import Sample
 from .generation import respond
 from .model import ReVisionModel
 from .templates import IGNORED_LABEL, Template
 from .text_scores import cider, exact_match, interval
-from .training_data import Collator, Conversations, Item, spread
+from .training_data import Collator, Conversations, Item, check_rows, spread
 
 Query = tuple[int, str, int]  # a sample, a text for it, and the sample whose images are shown
 Figure = dict[str, float]  # `value`, `low` and `high`
@@ -46,7 +47,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model in eval mode on prepared samples (`prepare`).
 
-    `aligner` maps raw text rows first. `limit` is the number of samples, spread over the list;
+    `aligner` maps raw text rows first; rows of a model with a space go through the side that
+    `data.side` names. `limit` is the number of samples, spread over the list;
     `batch` that of sequences at a time. `seed` draws the wrong texts and images.
 
     The choice is among `choices` texts by the mean log-likelihood of their tokens (the sum would
@@ -69,7 +71,8 @@ def evaluate(
         raise ValueError(f"evaluate: got limit {limit}, expected a number of samples from 1")
     samples = [data.sample(index) for index in indices]
     rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
-    scorer = LikelihoodScorer(model, data.template, samples, rows, batch)
+    check_rows(model.projector.space, data.rows, aligner)
+    scorer = LikelihoodScorer(model, data.template, samples, rows, batch, data.side)
     references = scorer.references
     wrong_texts = _draw_wrong_texts(references, choices, seed) if choices else []
     own = [(number, text, number) for number, text in enumerate(references)]
@@ -94,7 +97,7 @@ def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[s
     for start in range(0, len(scorer.samples), scorer.batch):
         part = slice(start, start + scorer.batch)
         inputs = scorer.model, scorer.template, scorer.samples[part], scorer.rows[part]
-        texts += respond(*inputs, max_new_tokens=max_new_tokens)
+        texts += respond(*inputs, side=scorer.side, max_new_tokens=max_new_tokens)
     references = [[reference] for reference in scorer.references]
     shown = zip(scorer.samples[:_EXAMPLES], scorer.references, texts, strict=False)
     return {
@@ -113,6 +116,7 @@ class LikelihoodScorer:
     samples: Sequence[Sample]
     rows: Sequence[Tensor]  # the images of each sample, [images, D]
     batch: int  # sequences at a time
+    side: Modality = "image"  # of the rows
 
     def __post_init__(self) -> None:
         self.references = [self.template.reference(sample) for sample in self.samples]
@@ -153,7 +157,7 @@ class LikelihoodScorer:
         labels = [IGNORED_LABEL] * prompt + labels[prompt:]
         rows = self.rows[number if image == _MEAN_ROW else image]
         rows = self._mean_row.expand_as(rows) if image == _MEAN_ROW else rows
-        return {"input_ids": ids, "labels": labels, "image_rows": rows, "image": image}
+        return {"input_ids": ids, "labels": labels, f"{self.side}_rows": rows, "image": image}
 
     @torch.no_grad()
     def _scores(self, items: Sequence[Item]) -> Vector:

@@ -1,8 +1,8 @@
 """Captions and answers of a trained model, generated from embedding rows.
 
 At inference the embedding of an image is used unchanged (arXiv 2602.07026, section 5): nothing is
-aligned. Rows come from a corpus, or from pictures through the encoder that the model was trained
-on, `encoder.embed_images(images)`.
+aligned. A model with a space maps it by the image side. Rows come from a corpus, or from pictures
+through the encoder that the model was trained on, `encoder.embed_images(images)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..interface.devices import check_device
-from ..interface.option_values import DEFAULT_QUESTION
+from ..interface.option_values import DEFAULT_QUESTION, Modality
 from .conversation_files import IMAGE_MARK, Sample
 from .model import ReVisionModel, position_limit, transformers
 from .templates import TEMPLATES, Template
@@ -48,18 +48,20 @@ def respond(
     samples: Sequence[Sample],
     rows: Sequence[Tensor],
     *,
+    side: Modality = "image",
     max_new_tokens: int = 64,
     **generation: Any,
 ) -> list[str]:
     """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
-    `rows` are the images of each sample, `[images, D]`; `generation` are further options of
+    `rows` are the images of each sample, `[images, D]`, or texts in their place if that is the
+    `side`; `generation` are further options of
     `generate` of transformers, which is greedy by default. A text ends where the positions of the
     language model do; ValueError if they leave no place for one.
     """
     pad = template.pad_id
     items = [
-        {"input_ids": template.prompt(sample), "labels": [], "image_rows": images}
+        {"input_ids": template.prompt(sample), "labels": [], f"{side}_rows": images}
         for sample, images in zip(samples, rows, strict=True)
     ]
     batch = Collator(pad, side="left")(items)
@@ -86,15 +88,17 @@ def caption_rows(
     rows: Iterable[Tensor],
     ask: str = DEFAULT_QUESTION,
     *,
+    side: Modality = "image",
     max_new_tokens: int = 64,
     **generation: Any,
 ) -> Iterator[str]:
     """Yield a caption for every row of batches `[n, D]`, which `Corpus.batches()` yields.
 
-    `ask` is the question to a model that was trained on conversations; `generation` are further
+    `ask` is the question to a model that was trained on conversations; `side` is that of the rows,
+    which matters to a model with a space; `generation` are further
     options of `generate` of transformers, which is greedy by default.
     """
-    generation["max_new_tokens"] = max_new_tokens
+    generation |= {"max_new_tokens": max_new_tokens, "side": side}
     sample = Sample("", [""], None, [("user", f"{IMAGE_MARK}\n{ask}"), ("assistant", "")])
     for batch in rows:
         samples, images = [sample] * len(batch), list(batch[:, None])

@@ -80,6 +80,9 @@ def save_mm_projector(projector: Projector, path: str | os.PathLike[str]) -> Non
     LLaVA does not scale rows to unit length: give it unit rows, as aligned ones are.
     ValueError for the projector `prefix`, which LLaVA does not have.
     """
+    if projector.space is not None:
+        reason = "LLaVA would project rows that did not go through its space"
+        raise ValueError(f"save_mm_projector: {reason}; train without one")
     if projector.config.projector == "prefix":
         raise ValueError("save_mm_projector: got a projector prefix, expected linear or mlp")
     weights = {

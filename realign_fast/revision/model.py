@@ -7,9 +7,13 @@ identical copies of one projected row. Here a row is projected once and expanded
 same numbers for 1/K of the work, forward and backward: the gradient of an expansion is the sum
 over the copies.
 
-A saved model is a directory with `revision.json`, `projector.safetensors` and what was trained of
-the language model: `adapter/` (PEFT's format), `language_model/` (transformers' format), or
-nothing. `revision.json` is written last and names the language model that training started from.
+A model may have a `SharedSpace`: text rows go through its text side and image rows through its
+image side before they are projected, in training and afterwards.
+
+A saved model is a directory with `revision.json`, `projector.safetensors`, `space.safetensors` if
+it has a space, and what was trained of the language model: `adapter/` (PEFT's format),
+`language_model/` (transformers' format), or nothing. `revision.json` is written last, names the
+language model that training started from and holds the digest of the space.
 """
 
 from __future__ import annotations
@@ -30,8 +34,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
-from ..interface.option_values import RECIPES, VISUAL_TOKENS, ProjectorName, Recipe, TemplateName
+from ..interface import option_values
+from ..interface.option_values import RECIPES, VISUAL_TOKENS, ProjectorName, Recipe
+from ..shared_space import SharedSpace
 from ..storage.paths import write_json, write_whole
+from ..storage.tensor_file import tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +47,7 @@ IMAGE_TOKEN = -200  # stands for one visual token in input ids; no vocabulary ha
 PROJECTORS: tuple[ProjectorName, ...] = get_args(ProjectorName)
 TrainablePart = Literal["projector", "language_model", "lora"]
 TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
-CONFIG, WEIGHTS = "revision.json", "projector.safetensors"
+CONFIG, WEIGHTS, SPACE = "revision.json", "projector.safetensors", "space.safetensors"
 ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
 ATTACHED = "realign_projector"  # the submodule that `attach` gives a model of transformers
 _LANGUAGE_MODEL = "AutoModelForCausalLM"
@@ -67,9 +74,10 @@ class ReVisionConfig:
     projector: ProjectorName = "mlp"
     visual_tokens: int = VISUAL_TOKENS  # K, the tokens of one image
     normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
-    template: TemplateName = "plain"  # the template of the last training
+    template: option_values.TemplateName = "plain"  # the template of the last training
     encoder: str | None = None  # of the rows that it was trained on, where they say it
     recipe: Recipe = RECIPES["default"]  # the rules of the last training for samples
+    space: str | None = None  # `space_digest` of the space that rows go through
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
@@ -87,17 +95,20 @@ class Projector(nn.Module):
     the paper. `prefix` is linear, GELU and a linear layer to K different tokens of one row.
     """
 
-    def __init__(self, config: ReVisionConfig) -> None:
+    def __init__(self, config: ReVisionConfig, space: SharedSpace | None = None) -> None:
+        """Make a new projector; a ValueError if `space` is not the one that the config names."""
         super().__init__()
-        self.config = config
+        if (digest := space_digest(space)) != config.space:
+            raise ValueError(f"Projector: expected the space {config.space}, got {digest}")
+        self.config, self.space = config, space
         d, h, k = config.row_dimension, config.hidden_size, config.visual_tokens
         self.layers: nn.Module = nn.Linear(d, h)
         if config.projector != "linear":
             outputs = k * h if config.projector == "prefix" else h
             self.layers = nn.Sequential(self.layers, nn.GELU(), nn.Linear(h, outputs))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Project rows `[M, D]` of any float dtype to `[M, K, H]`.
+    def forward(self, rows: Tensor, side: option_values.Modality = "image") -> Tensor:
+        """Project rows `[M, D]` of any float dtype, of a `side` of the space, to `[M, K, H]`.
 
         Repeated tokens are an expanded view, which takes memory only where it is copied.
         ValueError if the rows are not `[M, D]`.
@@ -106,6 +117,8 @@ class Projector(nn.Module):
         if rows.dim() != 2 or rows.shape[1] != config.row_dimension:
             expected = f"expected [images, {config.row_dimension}]; embed with the model's encoder"
             raise ValueError(f"Projector: image rows have shape {list(rows.shape)}, {expected}")
+        if self.space is not None:
+            rows = self.space.documents(side, rows)
         rows = rows.to(next(self.parameters()).dtype)
         if config.normalize:
             rows = nn.functional.normalize(rows, dim=1)
@@ -120,7 +133,12 @@ class ReVisionModel(nn.Module):
 
     language_model: PreTrainedModel  # or the PeftModel around it
 
-    def __init__(self, config: ReVisionConfig, language_model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        config: ReVisionConfig,
+        language_model: PreTrainedModel,
+        space: SharedSpace | None = None,
+    ) -> None:
         """Put a new projector in front of a language model that embeds in `config.hidden_size`."""
         super().__init__()
         width = language_model.get_input_embeddings().embedding_dim
@@ -129,7 +147,7 @@ class ReVisionModel(nn.Module):
             raise ValueError(f"ReVisionModel: the language model embeds in {width}, {expected}")
         self.revision_config = config
         self.language_model = language_model
-        self.projector = Projector(config)
+        self.projector = Projector(config, space)
         self.language_model_changed = False  # since the one that `config` names
         self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
 
@@ -140,18 +158,21 @@ class ReVisionModel(nn.Module):
         row_dimension: int,
         *,
         dtype: torch.dtype = torch.float32,
+        space: SharedSpace | None = None,
         **settings: Any,
     ) -> ReVisionModel:
         """Put a new projector in front of a language model, a name on the hub or a directory.
 
-        The settings are fields of `ReVisionConfig`; `dtype` is that of the language model.
+        Rows go through `space` first, if there is one. The settings are fields of
+        `ReVisionConfig`; `dtype` is that of the language model.
         ValueError if the language model cannot be loaded, or a setting is wrong.
         """
         loaded = load_pretrained(_LANGUAGE_MODEL, language_model, dtype=dtype)
         path = Path(language_model)
         name = str(path.resolve()) if path.exists() else str(language_model)
         width = loaded.get_input_embeddings().embedding_dim
-        return cls(ReVisionConfig(name, row_dimension, width, **settings), loaded)
+        settings["space"] = space_digest(space)
+        return cls(ReVisionConfig(name, row_dimension, width, **settings), loaded, space)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -170,13 +191,16 @@ class ReVisionModel(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name) if name in _OF_BASE else super().__getattr__(name)
 
-    def splice(self, input_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
+    def splice(
+        self, input_ids: Tensor, image_rows: Tensor | None = None, text_rows: Tensor | None = None
+    ) -> Tensor:
         """Return the input embeddings `[B, T, H]` of ids `[B, T]`, with visual tokens in place.
 
-        `image_rows` `[M, D]` are the images of the batch in order of appearance.
+        `image_rows` `[M, D]` are the images of the batch in order of appearance. `text_rows` in
+        their place are captions that stand for images, and go through the text side of the space.
         ValueError if the ids hold another number of image tokens than the rows need.
         """
-        return splice(self.projector, self.language_model, input_ids, image_rows)
+        return splice(self.projector, self.language_model, input_ids, image_rows, text_rows)
 
     def forward(
         self,
@@ -184,10 +208,11 @@ class ReVisionModel(nn.Module):
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding, which may be on either side
         labels: Tensor | None = None,  # [B, T], -100 where there is no loss
         image_rows: Tensor | None = None,  # [M, D], the images of the batch in order
+        text_rows: Tensor | None = None,  # [M, D] in their place
         **options: Any,  # of the language model
     ) -> Any:
         """Return the output of the language model: `loss`, `logits` and so on."""
-        embeddings = self.splice(input_ids, image_rows)
+        embeddings = self.splice(input_ids, image_rows, text_rows)
         if attention_mask is not None and self._takes_positions and "position_ids" not in options:
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.language_model(
@@ -200,6 +225,7 @@ class ReVisionModel(nn.Module):
         input_ids: Tensor,  # [B, T], padded on the left
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
         image_rows: Tensor | None = None,  # [M, D], the images of the batch in order
+        text_rows: Tensor | None = None,  # [M, D] in their place
         **options: Any,  # of the language model's `generate`
     ) -> Tensor:
         """Return the generated token ids `[B, new tokens]`; ValueError for padding on the right."""
@@ -207,7 +233,9 @@ class ReVisionModel(nn.Module):
         if not mask[:, -1].all():
             raise ValueError("ReVisionModel: generate needs padding on the left, got it right")
         tokens: Tensor = self.language_model.generate(
-            inputs_embeds=self.splice(input_ids, image_rows), attention_mask=mask, **options
+            inputs_embeds=self.splice(input_ids, image_rows, text_rows),
+            attention_mask=mask,
+            **options,
         )
         return tokens
 
@@ -263,6 +291,8 @@ class ReVisionModel(nn.Module):
             }
         if self.language_model_changed:
             self.base.save_pretrained(directory / LANGUAGE_MODEL_FOLDER, state_dict=weights)
+        if self.projector.space is not None:
+            self.projector.space.save(directory / SPACE)
         write_json(directory / CONFIG, asdict(self.revision_config))
 
     @classmethod
@@ -281,7 +311,8 @@ class ReVisionModel(nn.Module):
         config = read_config(directory)
         trained = directory / LANGUAGE_MODEL_FOLDER
         source = language_model or (trained if trained.is_dir() else config.language_model)
-        model = cls(config, load_pretrained(_LANGUAGE_MODEL, source, dtype=dtype))
+        space = SharedSpace.load(directory / SPACE) if config.space else None
+        model = cls(config, load_pretrained(_LANGUAGE_MODEL, source, dtype=dtype), space)
         model.load_trained(directory)
         model.language_model_changed = trained.is_dir()
         return model.requires_grad_(False).eval()
@@ -290,10 +321,12 @@ class ReVisionModel(nn.Module):
         """Load the weights of a saved model of the same shape into this one.
 
         Those of a language model are loaded if this one has changed too.
-        FileNotFoundError if a file is missing, ValueError if the projector has another shape.
+        FileNotFoundError if a file is missing, ValueError for another shape or space.
         """
         directory = Path(directory)
-        read_config(directory)
+        if (trained := read_config(directory).space) != (own := self.revision_config.space):
+            fault = f"was trained in the space {trained}, and this model has {own}"
+            raise ValueError(f"{directory}: {fault}; give the space that it was trained in")
         try:
             self.projector.load_state_dict(load_file(directory / WEIGHTS))
         except RuntimeError as error:
@@ -312,7 +345,11 @@ class ReVisionModel(nn.Module):
 
 
 def splice(
-    projector: Projector, language_model: Any, input_ids: Tensor, image_rows: Tensor | None
+    projector: Projector,
+    language_model: Any,
+    input_ids: Tensor,
+    image_rows: Tensor | None,
+    text_rows: Tensor | None = None,
 ) -> Tensor:
     """Return what `ReVisionModel.splice` returns, with the embeddings of `language_model`.
 
@@ -320,17 +357,34 @@ def splice(
     distributed training takes part in their exchange.
     """
     is_image = input_ids == IMAGE_TOKEN
-    if image_rows is None:
-        image_rows = torch.zeros(0, projector.config.row_dimension)
-    visual = projector(image_rows.to(input_ids.device))
+    rows = image_rows if text_rows is None else text_rows
+    if rows is None:
+        rows = torch.zeros(0, projector.config.row_dimension)
+    side: option_values.Modality = "image" if text_rows is None else "text"
+    visual = projector(rows.to(input_ids.device), side)
     present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
     if present != needed:
         raise ValueError(
-            f"ReVisionModel: the input ids hold {present} image tokens, {len(image_rows)} "
+            f"ReVisionModel: the input ids hold {present} image tokens, {len(rows)} "
             f"image rows need {needed}; put <image> into the text once for every row"
         )
     text: Tensor = language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
     return text.masked_scatter(is_image[..., None], visual.to(text.dtype))
+
+
+def space_digest(space: SharedSpace | None) -> str | None:
+    """Return a digest of the maps of texts and images, which is None without a space.
+
+    ValueError if the space lacks one of the two, or gives each columns of its own.
+    """
+    if space is None:
+        return None
+    if space.layout != "single":
+        raise ValueError("a space of layout 'blocks' keeps texts and images apart; fit with single")
+    maps = [(side, space.document_map(side)) for side in ("text", "image")]
+    return tensor_digest(
+        {f"{side} {own.scales[0]!r} {own.normalized}": own.centre for side, own in maps}
+    )
 
 
 def part_of(parameter: str) -> str:
@@ -359,9 +413,12 @@ def read_config(directory: Path) -> ReVisionConfig:
         values = dict(json.loads((directory / CONFIG).read_text()))
         known = {field.name for field in fields(ReVisionConfig)}
         values["recipe"] = Recipe(**values.get("recipe", {}))
-        return ReVisionConfig(**{name: values[name] for name in values if name in known})
+        config = ReVisionConfig(**{name: values[name] for name in values if name in known})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG}: not as ReVision writes it: {error}") from error
+    if config.space and not (directory / SPACE).is_file():
+        raise FileNotFoundError(f"{directory}: lacks {SPACE}, which its rows go through; copy it")
+    return config
 
 
 def position_limit(config: Any) -> int | None:

@@ -23,10 +23,12 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
 from ..interface import option_values as values
 from ..interface.option_values import RECIPES, Recipe
+from ..shared_space import SharedSpace
 from ..storage.paths import write_whole
 from .model import (
     CONFIG,
     LANGUAGE_MODEL_FOLDER,
+    SPACE,
     ReVisionConfig,
     ReVisionModel,
     TrainablePart,
@@ -35,10 +37,11 @@ from .model import (
     part_of,
     position_limit,
     read_config,
+    space_digest,
     transformers,
 )
 from .templates import TEMPLATES, Template
-from .training_data import FAULTS, Collator, Conversations, check_inputs, prepare
+from .training_data import FAULTS, Collator, Conversations, check_inputs, check_rows, prepare
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -63,6 +66,7 @@ _TRAINER_SETTINGS = {  # of both stages
     "report_to": "none",
 }
 MODEL_FIELDS = ("projector", "visual_tokens", "normalize")  # of a new model; others have their own
+_SIDES: dict[Stage, values.Modality] = {"pretrain": "text", "finetune": "image"}
 _RATES = [_TRAINER_SETTINGS | {"learning_rate": rate} for rate in (5e-4, 1e-5)]
 _LLAVA_RATES: dict[Stage, float] = {"pretrain": 1e-3, "finetune": 2e-5}  # of LLaVA-1.5
 # The paper's settings, fields of TrainingConfig; its batch of stage 2 is not known, 128 is LLaVA's.
@@ -87,11 +91,13 @@ class TrainingConfig:
     """
 
     conversations: str  # a file as conversation_files.py describes it
-    rows: Corpus  # aligned text rows in stage 1, image rows in stage 2
+    rows: Corpus  # text rows in stage 1, aligned or with a space; image rows in stage 2
     out: str  # the directory of checkpoints and of the trained model
     start: str  # a language model, or a directory that pretrain wrote
     ids: str | None = None  # where the ids of the rows are (`prepare`)
     aligner: ReAlign | None = None  # maps raw text rows in every batch
+    space: SharedSpace | str | None = None  # (a path) that rows go through; None: the model's own
+    side: values.Modality | None = None  # of `rows` in the space: text in stage 1, else image
     projector: values.ProjectorName | None = None
     visual_tokens: int | None = None  # of an image
     normalize: bool | None = None  # rows to unit length
@@ -135,7 +141,15 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     check_inputs(config.conversations, config.rows, config.ids)
     if config.test is not None and config.test_rows is not None:
         check_inputs(config.test, config.test_rows)
-    saved = _saved_config(config)
+    space = config.space
+    if space is not None and not isinstance(space, SharedSpace):
+        space = SharedSpace.from_pretrained(space)
+    saved = _saved_config(config, space_digest(space))
+    if saved and saved.space:
+        space = SharedSpace.load(Path(config.start) / SPACE)
+    config = replace(config, space=space, side=config.side or _SIDES[stage])
+    for rows in filter(None, (config.rows, config.test_rows)):
+        check_rows(space, rows, config.aligner)
     recipe = _recipe(config, saved, PRESETS[stage]["template"])
     config = _with_preset(stage, config, recipe)
     arguments = _training_arguments(config)
@@ -162,6 +176,8 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     first = trainer.is_world_process_zero()
     if first:
         _print_overview(samples.report, model)
+        if space:
+            print(f"rows go through the {samples.side} side of the space {space}")
     checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
     if config.resume and checkpoint is None and first:
         print(f"{config.out}: holds no checkpoint to resume from, so training starts anew")
@@ -251,8 +267,11 @@ def last_checkpoint(out: Path) -> str | None:
     return transformers().trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
 
 
-def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
-    """Return the configuration of the model to train further, or None for a language model."""
+def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig | None:
+    """Return the configuration of the model to train further, or None for a language model.
+
+    `space` is the digest of the space that is asked for.
+    """
     start = Path(config.start)
     if not (start / CONFIG).is_file():
         if config.start.startswith(("/", "./", "../", "~")) and not start.is_dir():
@@ -260,9 +279,9 @@ def _saved_config(config: TrainingConfig) -> ReVisionConfig | None:
             raise FileNotFoundError(f"{start}: no such directory; {advice}")
         return None
     saved = read_config(start)
-    for name in MODEL_FIELDS:
-        requested, value = getattr(config, name), getattr(saved, name)
-        if requested not in (None, value):
+    requests = {name: getattr(config, name) for name in MODEL_FIELDS} | {"space": space}
+    for name, requested in requests.items():
+        if requested not in (None, value := getattr(saved, name)):
             fault = f"got {name} {requested}, and the model was made with {value}"
             raise ValueError(f"{start}: {fault}; leave it out, or pretrain another one")
     if saved.row_dimension != config.rows.dimension:
@@ -299,6 +318,7 @@ def _prepare_data(
         max_skipped=config.max_skipped,
     )
     samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
+    samples.side = config.side if config.space and config.side else "image"
     if config.test is not None and config.test_rows is not None:
         return samples, join(config.test, config.test_rows)
     count = config.held_out
@@ -320,7 +340,8 @@ def _build_model(
     else:
         requested = {name: getattr(config, name) for name in MODEL_FIELDS}
         fields = {name: value for name, value in requested.items() if value is not None}
-        model = ReVisionModel.start(config.start, config.rows.dimension, dtype=dtype, **fields)
+        fields |= {"dtype": dtype, "space": config.space}
+        model = ReVisionModel.start(config.start, config.rows.dimension, **fields)
     model.train_only(parts, **config.lora)
     return model
 

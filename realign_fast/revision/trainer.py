@@ -41,7 +41,8 @@ class ReVisionTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        answers = respond(model, self.template, samples, rows, max_new_tokens=48)
+        side = self.eval_dataset.side
+        answers = respond(model, self.template, samples, rows, side=side, max_new_tokens=48)
         model.train(was_training)
         step = self.state.global_step
         with open(Path(self.args.output_dir) / "samples.jsonl", "a") as file:

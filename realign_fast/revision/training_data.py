@@ -32,11 +32,14 @@ from torch.utils import data
 
 from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
+from ..corpus.corpus import common_encoder
+from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, ValueSource, shard_values, value_files
 from ..corpus.shard import ContiguousShard
-from ..interface.option_values import Recipe
+from ..interface.option_values import Modality, Recipe
+from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
-from ..storage.paths import StoragePath, explained, storage_path, write_json
+from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
 from .conversation_files import Sample, entry_texts, read_sample
 from .templates import IGNORED_LABEL, Fault, Template
 
@@ -51,7 +54,7 @@ _MAX_EXAMPLES = 3  # of each fault in the report
 _REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
 _CACHE_VERSION = 6
 RowOf = Callable[[str], int | None]
-Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `image_rows` and `id`
+Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `id`, and the rows of a side
 
 
 def prepare(
@@ -149,6 +152,26 @@ def check_inputs(
     id_inputs(rows, ids)
 
 
+def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None = None) -> None:
+    """Refuse rows that a model with a space would map a second time.
+
+    ValueError with an aligner, or if the output of `unify` or `align` says that the rows are in it.
+    """
+    if space is None:
+        return
+    common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
+    if aligner is not None:
+        raise ValueError("aligner: got one beside a space, which moves both sides; leave one out")
+    for folder in {shard.path.parent for shard in rows.shards}:
+        side = {name: side for side, name in SUBFOLDERS.items()}.get(folder.name)
+        records = records_of(folder.parent if side else folder)
+        for file in ("space.safetensors", "aligner.safetensors"):
+            if (records / file).is_file():
+                fault = f"these rows went through the {side or 'own'} side of {records / file}"
+                advice = "give the rows of the encoder, which the model maps by its space"
+                raise ValueError(f"{folder}: {fault} already; {advice}")
+
+
 def _join(
     source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
 ) -> dict[str, Any]:
@@ -212,7 +235,7 @@ class Conversations(data.Dataset[Item]):
     """A prepared list as a dataset; `prepare` makes it.
 
     An item is `{"input_ids": list of T ints, "labels": list of T ints, "image_rows": [images, D]
-    float32, "id": str}`.
+    float32, "id": str}`, with `text_rows` if the `side` is text.
     """
 
     def __init__(self, folder: Path, rows: Corpus, template: Template) -> None:
@@ -220,6 +243,7 @@ class Conversations(data.Dataset[Item]):
         self.folder, self.rows, self.template = folder, rows, template
         self.report: dict[str, Any] = json.loads((folder / _REPORT).read_text())
         self.aligner: ReAlign | None = None
+        self.side: Modality = "image"  # of a space, that the rows belong to
         self._ends = np.asarray(np.memmap(folder / _ENDS, np.int64, "r"))  # a view, still mapped
         self._indices: Any = range(len(self._ends))  # of the samples of a part
 
@@ -264,7 +288,9 @@ class Conversations(data.Dataset[Item]):
         items, read = [], self._read(indices)
         for (sample, _), rows in zip(read, self._rows_at([n for _, n in read]), strict=True):
             ids, labels = self.template.encode(sample)
-            items.append({"input_ids": ids, "labels": labels, "image_rows": rows, "id": sample.id})
+            items.append(
+                {"input_ids": ids, "labels": labels, f"{self.side}_rows": rows, "id": sample.id}
+            )
         return items
 
     def to_datasets(self) -> Any:
@@ -299,7 +325,7 @@ class Collator:
     """Make a batch of items: `input_ids`, `attention_mask`, `labels` and `image_rows`.
 
     The first three are `[B, T]`, padded to the longest item; `image_rows` `[M, D]`, float32, are
-    the images of the batch in order.
+    the images of the batch in order. Items of texts have `text_rows` in their place.
     """
 
     def __init__(self, pad: int, side: Literal["left", "right"] = "right") -> None:
@@ -310,11 +336,12 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         ids = [item["input_ids"] for item in items]
+        name = "text_rows" if "text_rows" in items[0] else "image_rows"
         return {
             "input_ids": self._pad(ids, self.pad),
             "attention_mask": self._pad([[1] * len(sequence) for sequence in ids], 0),
             "labels": self._pad([item["labels"] for item in items], IGNORED_LABEL),
-            "image_rows": torch.cat([item["image_rows"] for item in items]).float(),
+            name: torch.cat([item[name] for item in items]).float(),
         }
 
     def _pad(self, sequences: list[list[int]], value: int) -> Tensor:

@@ -108,6 +108,8 @@ class Knowing(torch.nn.Module):
     def __init__(self, knows, data):
         super().__init__()
         self.device, self.knows = torch.device("cpu"), knows
+        self.projector = torch.nn.Identity()
+        self.projector.space = None
         self.right = {}
         for number in range(len(data)):
             one = data[number]
