@@ -88,6 +88,17 @@ def test_faiss_trains_an_index_before_the_views_and_skips_zero_rows(rows):
     close(index.reconstruct(9), space.image(0 * image[:1])[0])
 
 
+def test_one_graph_of_both_blocks_misses_what_two_graphs_find(rows, monkeypatch):
+    """What docs/shared_space.md says of HNSW, on the rows of this file."""
+    pytest.importorskip("faiss")
+    monkeypatch.syspath_prepend(str(ROOT))
+    measure = pytest.importorskip("benchmarks.runs.hnsw_search").measure
+    sides = {side: torch.from_numpy(rows[f"{side}_rows"]) for side in ("text", "image")}
+    for way, shares in measure(sides, sides).items():
+        is_whole = "single" in way or "each modality" in way
+        assert shares[-1] > 0.98 if is_whole else shares[0] < 0.9, (way, shares)
+
+
 def test_faiss_refuses_other_indexes_modalities_and_roles(rows):
     faiss = pytest.importorskip("faiss")
     space = SharedSpace.fit(text=rows["text_rows"], image=rows["image_rows"])

@@ -5,6 +5,7 @@ Each scenario is a function of the rank. Two processes run them; what they retur
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.programs import Program
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import realign_fast
@@ -135,7 +138,37 @@ def buffers_by_broadcast(rank):
     return results
 
 
+def code_of_the_page(rank):
+    """The loop of docs/pytorch.md, "Several processes"; the second rank sees no row."""
+    page = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text()
+    (code,) = re.findall(
+        r"test_distributed.py runs this -->\n```python\n(.*?)^```", page, re.S | re.M
+    )
+    loader = [batch(0, step) for step in range(3)] if rank == 0 else []
+    names = {"Moments": Moments, "loader": loader, "encoder": torch.nn.Identity()}
+    names["loss_of"] = torch.sum
+    exec(compile(code, "pytorch.md", "exec"), names)
+    return [names[name].count for name in ("local", "everyone")], names["everyone"].mean
+
+
+def under_fully_shard(rank):
+    """Shard a model whose first module is an aligner; return what the aligner got and gave."""
+    generator = torch.Generator().manual_seed(1)
+    aligner = ReAlign.fit(*(torch.randn(50, 4, generator=generator) + m for m in (0.5, -0.5)))
+    rows, results = batch(0, 0, columns=4), [aligner(batch(0, 0, columns=4))]
+    for policy in (None, {"param_dtype": torch.bfloat16}):
+        model = torch.nn.Sequential(copy.deepcopy(aligner), torch.nn.Linear(4, 4))
+        policies = {"mp_policy": MixedPrecisionPolicy(**policy)} if policy else {}
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **policies)
+        model[0].register_forward_hook(lambda *facts: results.append(facts[2]))
+        model(rows).float().sum().backward()
+        assert all(buffer.dtype != torch.bfloat16 for buffer in model[0].buffers())
+    return results
+
+
 SCENARIOS = (
+    code_of_the_page,
+    under_fully_shard,
     train,
     one_rank_without_rows,
     no_rank_with_rows,
@@ -233,6 +266,17 @@ def test_ranks_that_receive_the_buffers_apply_the_same_map(outcome):
     for number, (ours, theirs) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(ours, first[number // 5 * 5]), f"rank 0, way {number}"
         assert torch.equal(theirs, ours), f"rank 1, way {number}"
+
+
+def test_the_code_of_the_page_counts_the_rows_of_all_ranks(outcome):
+    (first, mean), (second, other_mean) = outcome(code_of_the_page)
+    assert first == [18, 18] and second == [0, 18] and torch.equal(mean, other_mean)
+
+
+def test_fully_shard_leaves_an_aligner_whole(outcome):
+    for expected, plain, mixed in outcome(under_fully_shard):
+        assert torch.equal(plain, expected) and mixed.dtype == torch.bfloat16
+        torch.testing.assert_close(mixed.float(), expected, rtol=0, atol=0.01)
 
 
 def main(rank, folder):
