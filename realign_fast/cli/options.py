@@ -204,7 +204,7 @@ Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one j
     metavar="I/N", parser=_text(shard_part))]
 After = Annotated[values.Step, _run("step of the job array that has ended: the status is 0 once "
     "each of its shards is finished and the file for the next step is written, 4 before")]
-ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads, such as 2G")]
+ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads: 2G is 2 GiB")]
 WriteRate = Annotated[int | None, _rate("bytes a second that a machine writes")]
 Machines = Annotated[int, _run("machines that share the shards, at these rates each", min=1)]
 Result = Annotated[str, Argument(rich_help_panel="Input", metavar="OUT",

@@ -36,9 +36,9 @@ _NORMAL, _STUDENT = 1.96, 2.26  # 97.5% quantiles, the latter of 9 degrees of fr
 _TABLE = """\
 1. Is the gap closed?                         before      after
    distance of the centroids, fitted rows    {fitted[before]:7.4f}    {fitted[after]:7.4f}
-   the same, {held_out_pairs} held-out pairs{held_out[before]:21.4f}{held_out[after]:11.4f}\
+   the same, {held_out_pairs} new pictures{held_out[before]:23.4f}{held_out[after]:11.4f}\
    {closed}
-   Sampling alone would leave {statistical_floor:.4f} between the fitted clouds. Held-out \
+   Sampling alone would leave {statistical_floor:.4f} between the fitted clouds. New \
 pictures keep more,
    because this small encoder places pictures that it never saw a bit elsewhere.
 
@@ -50,7 +50,7 @@ pictures keep more,
 
 3. Can texts stand for images?                before      after
    share of the distance to real images           0%        {reader}
-   Small readers learn to name words from texts, and are tested on held-out images. Their loss is
+   Small readers learn to name words from texts, and are tested on new images. Their loss is
    {loss[source]:.4f} with texts as they are, {loss[centred]:.4f} with both sides centred, and \
 {loss[target]:.4f} if they learn
    from real images. Readers that are trained for longer close less of it."""

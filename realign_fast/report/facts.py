@@ -120,9 +120,9 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
 
 
 def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Facts:
-    """Return centroid gaps before and after with their floors, of fitted and held-out rows.
+    """Return centroid gaps before and after with floors, of fitted rows and of the other half.
 
-    Held out is every second sampled row: a map like that of the output is fitted on the others.
+    The other half is every second sampled row: a map like that of the output is fitted on the rest.
     """
     record, gaps = output.fitted.record, Facts()
     if isinstance(output.fitted, ReAlign) and len(output.sides) == 1:
@@ -145,13 +145,13 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
         try:
             half = output.refitted({name: side[::2] for name, side in rows.items()})
         except ValueError as error:  # too few rows for the method
-            missing["held_out"] = str(error)
+            missing["other_half"] = str(error)
             return gaps
-        held_out = {name: side[1::2] for name, side in rows.items()}
-        before = [Moments().update(side) for side in held_out.values()]
-        after = [Moments().update(half.moved(name, side)) for name, side in held_out.items()]
+        other_half = {name: side[1::2] for name, side in rows.items()}
+        before = [Moments().update(side) for side in other_half.values()]
+        after = [Moments().update(half.moved(name, side)) for name, side in other_half.items()]
         counts = [len(side) for side in (*rows.values(), *rows.values())]
-        gaps["held_out"] = {
+        gaps["other_half"] = {
             "before": metrics.centroid_gap(*before),
             "after": metrics.centroid_gap(*after),
             "floor": metrics.sampling_gap(after[1].trace, *(count // 2 for count in counts)),

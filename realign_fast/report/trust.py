@@ -77,8 +77,9 @@ def far_from_the_floor(facts: Facts) -> Iterator[str]:
     for name, gap in facts["gap"].items():
         times = round(gap["after"] / gap["floor"], 1) if gap["after"] and gap["floor"] else 0.0
         if times > FAR_FROM_FLOOR:
+            rows = "the other half of the sample" if name == "other_half" else f"{name} rows"
             yield (
-                f"On {name.replace('_', '-')} rows a gap of {gap['after']:.3g} is left, "
+                f"On {rows} a gap of {gap['after']:.3g} is left, "
                 f"{times:.1f} times what sampling explains (expected "
                 f"{FAR_FROM_FLOOR:g} times at most): they are not drawn like those of the fit."
             )

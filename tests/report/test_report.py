@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_rows(aligned, facts, rows):
     assert facts["figures"]["after_centroid_gap"] == pytest.approx(gap["after"], abs=1e-4)
     fitted = ReAlign.fit(text[::2], image[::2])
     left = float((fitted(text[1::2]).mean(0) - image[1::2].mean(0)).norm())
-    assert facts["gap"]["held_out"]["after"] == pytest.approx(left, rel=1e-5)
+    assert facts["gap"]["other_half"]["after"] == pytest.approx(left, rel=1e-5)
     number = torch.arange(400)
     found = metrics.mixed_gallery(
         moved, {"text": moved, "image": image}, {"image": number}, own={"text": number}
@@ -129,7 +129,7 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert recall["text"]["after"] == pytest.approx(float(found.recall[10]), rel=1e-5)
     assert [*recall] == (["text"] if layout == "single" else ["text", "image"])
     assert facts["gap"]["fitted"]["after"] < 0.2 * facts["gap"]["fitted"]["before"]
-    assert facts["gap"]["held_out"]["after"] < 2 * facts["gap"]["held_out"]["floor"]
+    assert facts["gap"]["other_half"]["after"] < 2 * facts["gap"]["other_half"]["floor"]
     run("unify", *sides, "--layout", layout)
     assert (tmp_path / "__realign__/gap_report.html").exists(), "nothing was to do"
     run("unify", *sides, "--layout", layout, "--method", "center", "--mode", "overwrite")
@@ -162,7 +162,7 @@ def test_a_source_that_is_gone_or_changed_is_said(tmp_path):
     assert "changed source" in found
     (root / "text_emb").rename(tmp_path / "elsewhere")
     facts = facts_of(out, 50)
-    assert facts["gap"]["fitted"]["before"] > 0.3 and "held_out" not in facts["gap"]
+    assert facts["gap"]["fitted"]["before"] > 0.3 and "other_half" not in facts["gap"]
     assert [*facts["scatter"]["places"]] == ["after"]
     assert facts["recall"] is None and facts["frame"] is None
     assert all("No such file" in facts["missing"][place] for place in ("before", "pairs"))
@@ -469,7 +469,7 @@ CHANGES = {
     "another encoder or domain": (("sides", "text", "far"), True, "fault"),
     "too few rows": (("fitted", "statistical_floor"), 0.15, "doubt"),
     "too few rows ": (("fitted", "modalities"), {"a": {"scale_error": {"a": 0.2}}}, "doubt"),
-    "far from the floor": (("gap", "held_out", "after"), 0.3, "doubt"),
+    "far from the floor": (("gap", "other_half", "after"), 0.3, "doubt"),
     "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
     "changed result": (("sides", "text", "altered"), "a.npy", "doubt"),
     "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
