@@ -1,4 +1,4 @@
-"""Corpora of lists, globs, tables and datasets; struct fields; files that are refused."""
+"""Corpora of lists, globs, tables and datasets; files that are refused."""
 
 import json
 import os
@@ -284,65 +284,6 @@ def test_lists_and_globs_that_name_no_corpus_are_refused(folders):
         Corpus(f"{folders}/part_*")
     os.rename(folders / "part_3/x.npy", folders / "[x].npy")
     assert len(Corpus(folders / "[x].npy")) == 9  # a name that is there is no pattern
-
-
-# ---- fields of structs
-
-
-def save_structs(path, structs):
-    table = pa.table({"id": IDS, "clip": structs})
-    if path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=4)
-    else:
-        with ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=4)
-    return table
-
-
-def load_table(path):
-    return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-@pytest.mark.parametrize("with_null", [False, True])
-def test_rows_are_a_field_of_a_struct(tmp_path, suffix, with_null):
-    mask = pa.array([with_null and number == 2 for number in range(9)])
-    captions = pa.array([f"c {number}" for number in range(9)])
-    structs = pa.StructArray.from_arrays([vectors(), captions], ["embedding", "text"], mask=mask)
-    outer = pa.StructArray.from_arrays([structs], ["b32"])
-    (tmp_path / "in").mkdir()
-    path = tmp_path / f"in/x{suffix}"
-    table = save_structs(path, outer)
-    corpus = Corpus(path, column="clip.b32.embedding")
-    expected = np.where(np.asarray(mask)[:, None], np.nan, ROWS)
-    np.testing.assert_array_equal(np.asarray(corpus), expected)
-    np.testing.assert_array_equal(corpus[[8, 0]].numpy(), ROWS[[8, 0]])
-    assert list(corpus.ids()) == IDS
-    np.save(tmp_path / "target.npy", OTHERS)
-    settings = Settings(progress=False, bad_rows="skip", batch_bytes=36)
-    align(corpus, tmp_path / "target.npy", tmp_path / "out", settings)
-    result = load_table(tmp_path / f"out/x{suffix}")
-    assert result.schema == table.schema and result["id"].to_pylist() == IDS
-    texts = [entry["b32"] and entry["b32"]["text"] for entry in result["clip"].to_pylist()]
-    assert texts == [entry["b32"] and entry["b32"]["text"] for entry in table["clip"].to_pylist()]
-    aligned = np.asarray(Corpus(tmp_path / f"out/x{suffix}", column="clip.b32.embedding"))
-    good = ~np.asarray(mask)
-    np.testing.assert_allclose(np.linalg.norm(aligned[good], axis=1), 1, rtol=1e-6)
-    assert not with_null or np.isnan(aligned[2]).all()
-
-
-def test_a_field_that_is_not_there_is_refused_with_those_that_are(tmp_path):
-    structs = pa.StructArray.from_arrays([vectors()], ["embedding"])
-    save_structs(tmp_path / "x.parquet", structs)
-    for column in ("clip.rows", "clip.embedding.x", "id.embedding"):
-        with pytest.raises(
-            ValueError, match=rf"no column '{column}'.*of: id .*clip \(struct<embed"
-        ):
-            Corpus(tmp_path, column=column)
-    with pytest.raises(TypeError, match=r"column 'clip' is struct<.*choose another column"):
-        Corpus(tmp_path, column="clip")
-    named = pa.table({"clip.embedding": vectors(), "clip": structs})
-    assert len(Corpus(named, column="clip.embedding")) == 9  # a column's own name comes first
 
 
 # ---- formats that are not read

@@ -76,8 +76,8 @@ class ArrowShard(tables.TableShard):
         """Yield views of the mapped record batches; see `Shard.pieces`."""
         batch_first, unreleased = 0, 0  # row, bytes
         with _opened_data(self.path) as data:
-            for batch in _record_batches(data, tables.root_of(self.schema, self.column)):
-                array, end = tables.column_of(batch, self.column), batch_first + len(batch)
+            for batch in _record_batches(data, self.column):
+                array, end = batch.column(self.column), batch_first + len(batch)
                 for row in range(max(first, batch_first), end, batch_rows):
                     if isinstance(data, mmap.mmap) and self.path.stamp()[0] != len(data):
                         raise self.changed_error()  # touching a page that is gone would be a SIGBUS
@@ -112,8 +112,7 @@ def read_shard(path: StoragePath, column: str | None = None) -> ArrowShard:
         vectors = tables.vectors_of(
             path, reader.schema, column, lambda name: _record_batches(data, name)
         )
-        root = tables.root_of(reader.schema, vectors[2])
-        num_rows = sum(map(len, _record_batches(data, root)))
+        num_rows = sum(map(len, _record_batches(data, vectors[2])))
     shard_class = StreamShard if _is_stream(reader) else ArrowShard
     return shard_class(path, num_rows, *vectors, stamp, reader.schema)
 
@@ -217,8 +216,7 @@ def read_table(data: Any, column: str | None = None) -> MemoryShard:
 
     vectors = tables.vectors_of(path, schema, column, lambda name: _table_batches(data, [name]))
     has_length = hasattr(data, "__len__")
-    root = tables.root_of(schema, vectors[2])
-    num_rows = len(data) if has_length else sum(map(len, _table_batches(data, [root])))
+    num_rows = len(data) if has_length else sum(map(len, _table_batches(data, [vectors[2]])))
     return MemoryShard(path, num_rows, *vectors, path.stamp(), schema, data)
 
 

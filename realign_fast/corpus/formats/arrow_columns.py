@@ -3,9 +3,8 @@
 A column of rows is a list, large list or fixed-size list of half, float or double; a tensor type of
 Arrow, Ray or datasets with the shape `[D]` or `[1, D]`, which is stored as such lists; or a
 fixed-size binary whose number type stands in the metadata of its field (`dtype`) or in the name
-that asks for it (`embedding:float16`). It may be a field of a struct (`clip.embedding`). A row that
-is null or empty, and a number that is null, are read as NaN; a row of another length is an error.
-This is the one file that imports pyarrow.
+that asks for it (`embedding:float16`). A row that is null or empty, and a number that is null, are
+read as NaN; a row of another length is an error. This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -64,11 +63,12 @@ def vectors_of(
     name, _, stated = (column or DEFAULT).rpartition(":")
     if stated not in FLOATS:
         name, stated = column or DEFAULT, ""
-    field, place = _field(schema, name), f"{path}: column {name!r}"
-    if field is None:
+    place = f"{path}: column {name!r}"
+    if schema.names.count(name) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
         number = "no column" if name not in schema.names else "two columns"
         raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
+    field = schema.field(name)
     storage = _storage(field.type)
     if pyarrow().types.is_fixed_size_binary(storage):
         in_metadata = (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
@@ -91,50 +91,13 @@ def vectors_of(
         raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
     if pyarrow().types.is_fixed_size_list(storage) and depth == 1:
         return _checked_dimension(place, storage.list_size), dtype, name
-    for batch in batches(root_of(schema, name)):
-        array = column_of(batch, name)
+    for batch in batches(name):
+        array = batch.column(name)
         array.validate(full=True)  # or a damaged offset would be followed
         lengths = _lengths_of(_lists_of(array, dtype)[0])
         if (lengths > 0).any():
             return _checked_dimension(place, int(lengths[lengths > 0][0])), dtype, name
     return 0, dtype, name
-
-
-def root_of(schema: Any, name: str) -> str:
-    """Return the column that `name` is, or the struct of which it is a field (`clip.embedding`)."""
-    return name if name in schema.names else name.partition(".")[0]
-
-
-def column_of(batch: Any, name: str) -> Any:
-    """Return a column of a record batch, or a field of a struct; a null struct has null fields."""
-    root = root_of(batch.schema, name)
-    column = batch.column(root)
-    return column if root == name else pyarrow().compute.struct_field(column, _path(name))
-
-
-def _path(name: str) -> list[str]:
-    """Return the names of the fields from a struct to one that lies in it."""
-    return name.split(".")[1:]
-
-
-def _field(schema: Any, name: str) -> Any:
-    """Return the field of a column, or of a field of a struct; None if it is not there once."""
-    for part in [name] if name in schema.names else name.split("."):
-        if schema.names.count(part) != 1:
-            return None
-        field = schema.field(part)
-        is_struct = pyarrow().types.is_struct(field.type)
-        schema = pyarrow().schema(list(field.type) if is_struct else [])
-    return field
-
-
-def _with_field(structs: Any, path: list[str], values: Any) -> Any:
-    """Return structs, which may be null, with other values of one of their fields."""
-    pa, fields = pyarrow(), list(structs.type)
-    place = structs.type.get_field_index(path[0])
-    arrays = structs.flatten()
-    arrays[place] = _with_field(arrays[place], path[1:], values) if path[1:] else values
-    return pa.StructArray.from_arrays(arrays, fields=fields, mask=structs.is_null())
 
 
 def _storage(column_type: Any) -> Any:
@@ -263,7 +226,7 @@ class TableShard(Shard):
     @property
     def has_other_columns(self) -> bool:
         """True if the table has other columns than the rows."""
-        return len(self.schema) > 1 or self.column not in self.schema.names
+        return len(self.schema) > 1
 
     @abstractmethod
     def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
@@ -271,15 +234,12 @@ class TableShard(Shard):
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield the rows of each record batch; see `Shard.pieces`."""
-        for batch in self.record_batches([root_of(self.schema, self.column)], first):
-            yield rows_of(column_of(batch, self.column), self, first)
+        for batch in self.record_batches([self.column], first):
+            yield rows_of(batch.column(self.column), self, first)
             first += len(batch)
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[Any]:
-        """Yield the columns other than the rows as record batches; see `Shard.other_columns`.
-
-        A struct of which the rows are a field is one of them, as it is in the table.
-        """
+        """Yield the columns other than the rows as record batches; see `Shard.other_columns`."""
         names = [name for name in self.schema.names if name != self.column]
         for batch in self.record_batches(selected(names, only)):
             with decoded(self.path):
@@ -309,23 +269,15 @@ class TableWriter(FormatWriter):
     def _begin(self) -> None:
         columns = self._source or TableColumns(plain_schema(self.dimension, self.dtype))
         self.columns = TableColumns(columns.schema, columns.column, columns.other_columns)
-        schema, name = self.columns.schema, self.columns.column
-        self._is_field = name not in schema.names  # of a struct, which stands with the others
-        has_others = len(schema) > 1 or self._is_field
+        has_others = len(self.columns.schema) > 1
         self._batches = self.columns.other_columns() if has_others else None
         self._unwritten: Any = None  # rows of the other columns, a `pyarrow.Table`
         self._table = self._open_table(pyarrow().PythonFile(self._buffered, "w"))
 
     def _append(self, rows: np.ndarray) -> None:
         schema, name = self.columns.schema, self.columns.column
-        index = schema.get_field_index(root_of(schema, name))
         columns = self._next_columns(self._batches, len(rows)) if self._batches else []
-        array = array_of(rows, _field(schema, name).type)
-        if self._is_field:
-            structs = pyarrow().concat_arrays(columns[index].chunks)
-            columns[index] = _with_field(structs, _path(name), array)
-        else:
-            columns.insert(index, array)
+        columns.insert(schema.get_field_index(name), array_of(rows, schema.field(name).type))
         self._table.write_table(pyarrow().Table.from_arrays(columns, schema=schema))
 
     def _next_columns(self, batches: Iterator[Any], count: int) -> list[Any]:

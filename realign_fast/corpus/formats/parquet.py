@@ -85,7 +85,7 @@ class ParquetShard(tables.TableShard):
         """Yield the rows of a row group through pyarrow, from `first` on; `row` is its first."""
         end = row + file.metadata.row_group(group).num_rows
         for batch in file.iter_batches(batch_rows, columns=[self.column], row_groups=[group]):
-            rows = tables.rows_of(tables.column_of(batch, self.column), self, row)
+            rows = tables.rows_of(batch.column(self.column), self, row)
             yield rows[max(0, first - row) :]
             row += len(rows)
         if row != end:
