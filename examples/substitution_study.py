@@ -153,7 +153,7 @@ def aniso_start(
         image_radii = radii(x @ frame).sort(0).values
         shares = [np.linspace(0, 1, len(side)) for side in (text_radii, image_radii)]
         rest = vectors[:, rank:]
-        ratio = (x @ rest).std(0) / ((y @ rest).std(0) + epsilon)
+        ratio = (x @ rest).std(0, correction=0) / ((y @ rest).std(0, correction=0) + epsilon)
 
         def start(rows: Tensor) -> Tensor:
             centred = unit(rows.double()) - text_mean

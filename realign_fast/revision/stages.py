@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,6 @@ from .model import (
     TrainablePart,
     build_dataclass,
     load_pretrained,
-    part_of,
     position_limit,
     read_config,
     space_digest,
@@ -352,12 +350,9 @@ def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
     skipped = [f"{report[name]:,} {text}" for name, text in texts.items() if report.get(name)]
     reasons = f" ({', '.join(skipped)})" if skipped else ""
     print(f"{report['used']:,} of {report['samples']:,} samples{reasons}")
-    trained, total = Counter[str](), Counter[str]()  # parameters by part
-    for name, parameter in model.named_parameters():
-        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
-        total[part_of(name)] += parameter.numel()
-    parts = [f"{part} {trained[part]:,} of {count:,}" for part, count in total.items()]
-    print(f"parameters that train: {', '.join(parts)}")
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    print(f"parameters that train: {trained:,} of {total:,}")
 
 
 def _figures(trainer: ReVisionTrainer, result: Any, resumed: bool) -> dict[str, Any]:
