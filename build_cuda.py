@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from build_steps import Steps, object_path
+from build_steps import FURTHER_LINK, Steps, object_path
 
 COMPILE = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA"
 # -lstdc++ comes first for the reason that build_steps.py gives.
@@ -74,7 +74,7 @@ def decide(torch: Path | None) -> tuple[str, str, str]:
     """
     choice = os.environ.get("REALIGN_FAST_CUDA", "")
     if choice == "0":
-        return "", "", "REALIGN_FAST_CUDA=0 when realign_fast was installed"
+        return "", "", "realign_fast was built with REALIGN_FAST_CUDA=0, as its wheels +cpu are"
     nvcc, version = find_nvcc()
     if choice == "1":
         if not nvcc:
@@ -120,5 +120,6 @@ def steps(
         steps[path] = [source], f"{quote(nvcc)} {flags} -MD -MF {path}.d -c {source} -o {path}"
     objects = list(steps)
     libraries = f"-L{quote(f'{torch}/lib')} -L{quote(str(Path(nvcc).parent.parent / 'lib'))}"
-    link = f"{quote(nvcc)} {' '.join(objects)} {libraries} {LINK} -o {quote(output)}"
+    link_flags = f"{FURTHER_LINK} {libraries} {LINK}"
+    link = f"{quote(nvcc)} {' '.join(objects)} {link_flags} -o {quote(output)}"
     return {**steps, output: (objects, link)}

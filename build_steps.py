@@ -21,29 +21,26 @@ STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 
 # -lstdc++ comes first, because some builds of torch export parts of it, unversioned, that others
 # lack.
 LINK = "-shared -Wl,-z,defs -Wl,--no-as-needed -lstdc++ -ltorch -ltorch_cpu"
+# Flags in front of those of every library; build_wheels.py links for older systems.
+FURTHER_LINK = os.environ.get("REALIGN_FAST_LINK_FLAGS", "")
 
 
-def library_steps(
-    compiler: str, torch: Path, stable: bool, sources: list[str], output: str
-) -> Steps:
-    """Return the steps that build one C++ library.
-
-    ``stable`` selects a library on torch's stable ABI; otherwise it is one on pybind11, whose
-    headers torch brings along, and does not link torch.
-    """
-    compile_flags, link_flags = f"{COMPILE} -isystem {quote(f'{torch}/include')}", "-shared"
-    if stable:
-        compile_flags += f" {STABLE}"
+def library_steps(compiler: str, torch: Path | None, sources: list[str], output: str) -> Steps:
+    """Return the steps that build a library on torch's stable ABI or, without ``torch``, _io."""
+    if torch:
+        compile_flags = f"{COMPILE} -isystem {quote(f'{torch}/include')} {STABLE}"
         link_flags = f"-L{quote(f'{torch}/lib')} {LINK}"
     else:
-        compile_flags += f" -Icsrc -isystem {quote(sysconfig.get_path('include'))} -pthread"
+        python = quote(sysconfig.get_path("include"))
+        compile_flags, link_flags = f"{COMPILE} -Icsrc -isystem {python} -pthread", "-shared"
     steps: Steps = {}
     for source in sources:
         path = object_path(source)
         command = f"{compiler} {compile_flags} -MD -MF {path}.d -c {source} -o {path}"
         steps[path] = [source], command
     objects = list(steps)
-    steps[output] = objects, f"{compiler} {' '.join(objects)} {link_flags} -o {quote(output)}"
+    link = f"{compiler} {FURTHER_LINK} {' '.join(objects)} {link_flags} -o {quote(output)}"
+    steps[output] = objects, link
     return steps
 
 

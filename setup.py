@@ -3,7 +3,7 @@
 There are three libraries. ``_C.abi3.so`` is csrc/cpu on torch's stable ABI: it holds no Python code
 and no C++ symbol of torch, so one binary serves every Python >= 3.10 and torch >= 2.10.
 ``_C_cuda.abi3.so`` is csrc/cuda on the same ABI, compiled by nvcc (build_cuda.py decides whether).
-``_io`` is csrc/io on pybind11, without torch, for the Python that builds it.
+``_io.abi3.so`` is csrc/io, a module on Python's stable ABI (>= 3.10) without torch.
 
 The metadata are in pyproject.toml. build_backend.py finds torch and the compiler, build_steps.py
 holds the commands, and CMakeLists.txt builds the same files for IDEs and sanitizers.
@@ -12,6 +12,7 @@ holds the commands, and CMakeLists.txt builds the same files for IDEs and saniti
 import json
 import os
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,8 +47,11 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no typ
     """Build the libraries with the commands of build_steps.py and build_cuda.py."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the file name of a library; libraries on the stable ABI name no Python version."""
-        if "_C" in fullname:
+        """Return the file name of a library; libraries on the stable ABI name no Python version.
+
+        A Python without the GIL has no stable ABI, so its module `_io` is of that Python alone.
+        """
+        if "_C" in fullname or ".abi3.so" in EXTENSION_SUFFIXES:
             return fullname.replace(".", "/") + ".abi3.so"
         return str(super().get_ext_filename(fullname))
 
@@ -67,9 +71,12 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no typ
             if extension.name.endswith("_C_cuda"):
                 steps |= build_cuda.steps(nvcc, cuda_version, torch, STABLE, sources, output)
             else:
-                stable = extension.name.endswith("_C")
-                steps |= library_steps(compiler, torch, stable, sources, output)
+                uses_torch = extension.name.endswith("_C")
+                steps |= library_steps(compiler, torch if uses_torch else None, sources, output)
         run_steps(steps)
+        if self.inplace:  # Python would load a module of its own version before this one
+            for old in Path("realign_fast").glob("_io.cpython-*.so"):
+                old.unlink()
 
 
 class BuildPython(build_py):  # type: ignore[misc]  # (setuptools has no type information)

@@ -1,9 +1,6 @@
 // realign_fast._io: the Python module of the native readers and writers. It releases the GIL
 // whenever it waits.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <system_error>
+#include "io/python_types.h"  // first, as Python.h must be
 
 #include "io/mapped_range.h"
 #include "io/parquet/footer.h"
@@ -11,49 +8,27 @@
 #include "io/pickle/pickle_rows.h"
 #include "io/shard_reader.h"
 
-namespace py = pybind11;
 using namespace realign_fast::io;
-using without_gil = py::call_guard<py::gil_scoped_release>;
+using namespace realign_fast::io::python;
 
 namespace {
 
-using Reader = std::shared_ptr<ShardReader>;
+// Blocks of bytes.
 
-Reader make_reader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes, int64_t ahead,
-                   int threads, std::shared_ptr<Ring> ring, bool direct) {
-  auto* reader =
-      new ShardReader(descriptor, begin, end, block_bytes, ahead, threads, std::move(ring), direct);
-  return Reader(reader, [](ShardReader* ended) {
-    if (ended->was_forked()) return;  // its threads are in the other process; this one leaks it
-    py::gil_scoped_release release;   // its threads may be in the middle of a large read
-    delete ended;
-  });
+int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
+  const auto& block = value_of<Block>(self);
+  return PyBuffer_FillInfo(view, self, block.data, block.bytes, 0, flags);
 }
 
-py::buffer_info as_buffer(Block& block) {
-  return {block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes};
-}
+Py_ssize_t length_of_block(PyObject* self) { return value_of<Block>(self).bytes; }
 
-// The contiguous buffer of a Python object, writable unless `flags` say otherwise. While this
-// object lives, no other thread may resize it.
-class BufferView {
- public:
-  explicit BufferView(const py::object& object, int flags = PyBUF_CONTIG) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
-  }
-  ~BufferView() { PyBuffer_Release(&view_); }
-  BufferView(const BufferView&) = delete;
-  std::byte* data() const { return static_cast<std::byte*>(view_.buf); }
-  int64_t bytes() const { return view_.len; }
-
- private:
-  Py_buffer view_;
-};
+uintptr_t address(const Block& block) { return reinterpret_cast<uintptr_t>(block.memory.get()); }
+bool block_lost(const Block& block) { return block.range != nullptr && block.range->lost(); }
 
 // The mapping of a file that another library made, as a buffer.
 class MappedBuffer {
  public:
-  explicit MappedBuffer(const py::object& object)
+  explicit MappedBuffer(PyObject* object)
       : view_(object, PyBUF_CONTIG_RO), range_(view_.data(), view_.bytes()) {}
   bool lost() const { return range_.lost(); }
 
@@ -61,187 +36,327 @@ class MappedBuffer {
   BufferView view_;
   MappedRange range_;
 };
+using Mapped = std::unique_ptr<MappedBuffer>;
+
+PyObject* new_mapped_buffer(PyObject* args, PyObject* keywords) {
+  PyObject* buffer = nullptr;
+  parse(args, keywords, "O:MappedBuffer", {"buffer"}, &buffer);
+  return new_object<Mapped>([&] { return std::make_unique<MappedBuffer>(buffer); });
+}
+
+bool buffer_lost(const Mapped& mapped) { return mapped->lost(); }
+
+PyObject* survive(PyObject* args, PyObject* keywords) {
+  parse(args, keywords, ":survive_lost_pages", {});
+  survive_lost_pages();
+  return none();
+}
+
+using SharedRing = std::shared_ptr<Ring>;
+
+PyObject* new_ring(PyObject* args, PyObject* keywords) {
+  long long buffers = 0, bytes = 0;
+  parse(args, keywords, "LL:Ring", {"buffers", "bytes"}, &buffers, &bytes);
+  return new_object<SharedRing>([&] { return std::make_shared<Ring>(buffers, bytes); });
+}
+
+int64_t ring_bytes(const SharedRing& ring) { return ring->bytes(); }
+int64_t ring_free(const SharedRing& ring) { return ring->free(); }
+std::vector<uintptr_t> ring_addresses(const SharedRing& ring) { return ring->addresses(); }
+
+PyObject* take(const SharedRing& ring, PyObject* args, PyObject* keywords) {
+  parse(args, keywords, ":take", {});
+  auto memory = ring->take();
+  return wrap(Block{memory, memory.get(), ring->bytes()});
+}
+
+struct EndReader {
+  void operator()(ShardReader* reader) const {
+    if (reader->was_forked()) return;     // its threads are in the other process; it leaks
+    without_gil([&] { delete reader; });  // its threads may be in the middle of a large read
+  }
+};
+using Reader = std::unique_ptr<ShardReader, EndReader>;
+
+PyObject* new_reader(PyObject* args, PyObject* keywords) {
+  int descriptor = 0, threads = 2, direct = 1;
+  long long begin = 0, end = 0, block_bytes = 0, ahead = 2;
+  PyObject* ring = Py_None;
+  parse(args, keywords, "iLLL|$LiOp:ShardReader",
+        {"descriptor", "begin", "end", "block_bytes", "ahead", "threads", "ring", "direct"},
+        &descriptor, &begin, &end, &block_bytes, &ahead, &threads, &ring, &direct);
+  SharedRing buffers = ring == Py_None ? nullptr : checked_value_of<SharedRing>(ring);
+  return new_object<Reader>([&] {
+    return Reader(new ShardReader(descriptor, begin, end, block_bytes, ahead, threads,
+                                  std::move(buffers), direct != 0));
+  });
+}
+
+bool reader_direct(const Reader& reader) { return reader->direct(); }
+
+PyObject* next_block(Reader& reader) {
+  Block block = without_gil([&] { return reader->next(); });
+  return block.memory ? wrap(std::move(block)) : nullptr;  // no error: StopIteration
+}
+
+// Rows of Parquet files and of pickled lists.
 
 int64_t rows_in(const BufferView& target, int64_t row_bytes) {
   if (target.bytes() % row_bytes) {
-    throw py::value_error("expected a buffer of a whole number of rows of " +
-                          std::to_string(row_bytes) + " bytes, got " +
-                          std::to_string(target.bytes()) + " bytes: not a whole number of rows");
+    throw std::invalid_argument(
+        "expected a buffer of a whole number of rows of " + std::to_string(row_bytes) +
+        " bytes, got " + std::to_string(target.bytes()) + " bytes: not a whole number of rows");
   }
   return target.bytes() / row_bytes;
 }
 
-void read_pages(ParquetPages& pages, int64_t row, const py::object& out) {
-  const BufferView target(out);
-  const auto rows = rows_in(target, pages.row_bytes());
-  py::gil_scoped_release release;
-  pages.read(row, rows, target.data());
+using Pages = std::unique_ptr<ParquetPages>;
+
+PyObject* new_pages(PyObject* args, PyObject* keywords) {
+  int descriptor = 0, max_definition = 0, max_repetition = 0;
+  long long begin = 0, end = 0, rows = 0, row_values = 0, value_bytes = 0;
+  parse(args, keywords, "iLL$LLLii:ParquetPages",
+        {"descriptor", "begin", "end", "rows", "row_values", "value_bytes", "max_definition",
+         "max_repetition"},
+        &descriptor, &begin, &end, &rows, &row_values, &value_bytes, &max_definition,
+        &max_repetition);
+  const ColumnChunk chunk = {begin,          end,           rows, row_values, value_bytes,
+                             max_definition, max_repetition};
+  return new_object<Pages>([&] { return std::make_unique<ParquetPages>(descriptor, chunk); });
 }
 
-void read_pickled(const PickledRows& pickled, int descriptor, int64_t row, const py::object& out) {
+PyObject* read_pages(const Pages& pages, PyObject* args, PyObject* keywords) {
+  long long row = 0;
+  PyObject* out = nullptr;
+  parse(args, keywords, "LO:read", {"row", "out"}, &row, &out);
+  const BufferView target(out);
+  const auto rows = rows_in(target, pages->row_bytes());
+  without_gil([&] { pages->read(row, rows, target.data()); });
+  return none();
+}
+
+PyObject* check_pages(const Pages& pages, PyObject* args, PyObject* keywords) {
+  parse(args, keywords, ":check", {});
+  without_gil([&] { pages->check(); });
+  return none();
+}
+
+PyObject* read_footer(PyObject* args, PyObject* keywords) {
+  int descriptor = 0;
+  long long leaf = 0;
+  parse(args, keywords, "iL:read_chunks", {"descriptor", "leaf"}, &descriptor, &leaf);
+  auto chunks = without_gil([&] { return read_chunks(descriptor, leaf); });
+  return list_of(std::move(chunks), wrap<ChunkFacts>);
+}
+
+PyObject* check_pickle(PyObject* args, PyObject* keywords) {
+  PyObject* pickle = nullptr;
+  long long most_steps = 0;
+  parse(args, keywords, "OL:check_pickle", {"pickle", "most_steps"}, &pickle, &most_steps);
+  const BufferView view(pickle, PyBUF_CONTIG_RO);
+  const auto* data = reinterpret_cast<const uint8_t*>(view.data());
+  without_gil([&] {
+    Window window(std::span(data, static_cast<size_t>(view.bytes())));
+    find_rows(window, {}, most_steps);
+  });
+  return none();
+}
+
+// Returns the strings of a sequence of str or bytes.
+std::vector<std::string> strings_of(PyObject* sequence) {
+  std::vector<std::string> strings;
+  const Owned iterator(checked(PyObject_GetIter(sequence)));
+  while (const Owned item{PyIter_Next(iterator.get())}) {
+    const char* text = nullptr;
+    Py_ssize_t bytes = 0;
+    if (PyBytes_Check(item.get())) {
+      PyBytes_AsStringAndSize(item.get(), const_cast<char**>(&text), &bytes);
+    } else {
+      text = PyUnicode_AsUTF8AndSize(item.get(), &bytes);
+    }
+    if (text == nullptr) throw ErrorIsSet();
+    strings.emplace_back(text, bytes);
+  }
+  if (PyErr_Occurred()) throw ErrorIsSet();
+  return strings;
+}
+
+PyObject* new_pickled_rows(PyObject* args, PyObject* keywords) {
+  int descriptor = 0;
+  long long bytes = 0, most_steps = 0;
+  PyObject* sequence = nullptr;
+  parse(args, keywords, "iLOL:PickledRows", {"descriptor", "bytes", "names", "most_steps"},
+        &descriptor, &bytes, &sequence, &most_steps);
+  const auto names = strings_of(sequence);
+  return new_object<PickledRows>([&] {
+    return without_gil([&] { return PickledRows(descriptor, bytes, names, most_steps); });
+  });
+}
+
+Py_ssize_t length_of_list(PyObject* self) { return value_of<PickledRows>(self).rows(); }
+
+int64_t list_name(const PickledRows& rows) { return rows.list().name; }
+int64_t list_columns(const PickledRows& rows) { return rows.list().columns; }
+int64_t list_value_bytes(const PickledRows& rows) { return rows.list().value_bytes; }
+bool list_has_others(const PickledRows& rows) { return rows.list().has_others; }
+bool list_replaceable(const PickledRows& rows) { return rows.list().replaceable; }
+
+PyObject* read_pickled(const PickledRows& pickled, PyObject* args, PyObject* keywords) {
+  int descriptor = 0;
+  long long row = 0;
+  PyObject* out = nullptr;
+  parse(args, keywords, "iLO:read", {"descriptor", "row", "out"}, &descriptor, &row, &out);
   const BufferView target(out);
   const auto rows = rows_in(target, pickled.row_bytes());
-  py::gil_scoped_release release;
-  pickled.read(descriptor, row, rows, target.data());
+  without_gil([&] { pickled.read(descriptor, row, rows, target.data()); });
+  return none();
 }
 
-void write_pickled(const PickledRows& pickled, int descriptor, int64_t row,
-                   const py::object& numbers, int out) {
+PyObject* write_pickled(const PickledRows& pickled, PyObject* args, PyObject* keywords) {
+  int descriptor = 0, out = 0;
+  long long row = 0;
+  PyObject* numbers = nullptr;
+  parse(args, keywords, "iLOi:write", {"descriptor", "row", "numbers", "out"}, &descriptor, &row,
+        &numbers, &out);
   const BufferView source(numbers, PyBUF_CONTIG_RO);
   const auto rows = rows_in(source, pickled.row_bytes());
-  py::gil_scoped_release release;
-  pickled.write(descriptor, row, rows, source.data(), out);
+  without_gil([&] { pickled.write(descriptor, row, rows, source.data(), out); });
+  return none();
 }
 
-void check_pickle(const py::object& pickle, int64_t most_steps) {
-  const BufferView view(pickle, PyBUF_CONTIG_RO);
-  py::gil_scoped_release release;
-  const auto* data = reinterpret_cast<const uint8_t*>(view.data());
-  Window window(std::span(data, static_cast<size_t>(view.bytes())));
-  find_rows(window, {}, most_steps);
+PyObject* write_early(PyObject* args, PyObject* keywords) {
+  int descriptor = 0;
+  long long begin = 0, bytes = 0;
+  parse(args, keywords, "iLL:start_writing", {"descriptor", "begin", "bytes"}, &descriptor, &begin,
+        &bytes);
+  without_gil([&] { start_writing(descriptor, begin, bytes); });
+  return none();
 }
 
-void as_python_error(std::exception_ptr error) {
-  try {
-    if (error) std::rethrow_exception(error);
-  } catch (const std::system_error& failed) {
-    errno = failed.code().value();
-    PyErr_SetFromErrno(PyExc_OSError);
-  } catch (const std::length_error& failed) {
-    PyErr_SetString(PyExc_EOFError, failed.what());
-  }
-}
+void fill_module(PyObject* module) {
+  not_plain = checked(PyErr_NewException("realign_fast._io.NotPlain", PyExc_ValueError, nullptr));
+  Py_INCREF(not_plain);
+  if (PyModule_AddObject(module, "NotPlain", not_plain) != 0) throw ErrorIsSet();
 
-}  // namespace
-
-PYBIND11_MODULE(_io, module) {
-  module.doc() =
-      "Native readers and writers of files: blocks read ahead, Parquet pages, pickled rows.";
-  py::register_local_exception_translator(as_python_error);
-
-  py::class_<Block>(module, "Block", py::buffer_protocol(),
-                    "Bytes of a file as a buffer; writes to it never reach the file.")
-      .def_buffer(&as_buffer)
-      .def_property_readonly(
-          "address",
-          [](const Block& block) { return reinterpret_cast<uintptr_t>(block.memory.get()); })
-      .def_property_readonly(
-          "lost", [](const Block& block) { return block.range != nullptr && block.range->lost(); },
-          "Whether pages of the file were gone when they were read; zeros are in their place.")
-      .def("__len__", [](const Block& block) { return block.bytes; });
-
-  py::class_<MappedBuffer>(
+  add_type<Block>(
+      module, "Block", "Bytes of a file as a buffer; writes to it never reach the file.",
+      {{Py_bf_getbuffer, reinterpret_cast<void*>(&fill_buffer)},
+       {Py_sq_length, reinterpret_cast<void*>(&length_of_block)}},
+      {property<Block, address>("address"),
+       property<Block, block_lost>(
+           "lost",
+           "Whether pages of the file were gone when they were read; zeros are in their place.")});
+  add_type<Mapped>(
       module, "MappedBuffer",
-      "A mapped file, given as a buffer, that the handler of `survive_lost_pages` knows.")
-      .def(py::init<const py::object&>(), py::arg("buffer"))
-      .def_property_readonly("lost", &MappedBuffer::lost, "Like `Block.lost`.");
-  module.def("survive_lost_pages", &survive_lost_pages,
-             "Install a handler of SIGBUS in this process: pages of mapped files that another\n"
-             "process cuts off become zeros, and `lost` tells.");
-
-  py::class_<Ring, std::shared_ptr<Ring>>(module, "Ring",
-                                          "Page-aligned buffers for blocks of up to `bytes` bytes.")
-      .def(py::init<int64_t, int64_t>(), py::arg("buffers"), py::arg("bytes"))
-      .def_property_readonly("bytes", &Ring::bytes)
-      .def_property_readonly("free", &Ring::free)
-      .def_property_readonly("addresses", &Ring::addresses)
-      .def(
+      "MappedBuffer(buffer)\n\n"
+      "A mapped file, given as a buffer, that the handler of `survive_lost_pages` knows.",
+      {constructor<new_mapped_buffer>()},
+      {property<Mapped, buffer_lost>("lost", "Like `Block.lost`.")});
+  add_type<SharedRing>(
+      module, "Ring",
+      "Ring(buffers, bytes)\n\n"
+      "Page-aligned buffers for blocks of up to `bytes` bytes.",
+      {constructor<new_ring>()},
+      {property<SharedRing, ring_bytes>("bytes"), property<SharedRing, ring_free>("free"),
+       property<SharedRing, ring_addresses>("addresses")},
+      {method<SharedRing, take>(
           "take",
-          [](Ring& ring) {
-            auto memory = ring.take();
-            return Block{memory, memory.get(), ring.bytes()};
-          },
-          "Return a buffer of `bytes` bytes; it returns to the ring when nothing refers to it.");
-
-  py::class_<ShardReader, Reader>(
+          "Return a buffer of `bytes` bytes; it returns to the ring when nothing refers to it.")});
+  add_type<Reader>(
       module, "ShardReader",
+      "ShardReader(descriptor, begin, end, block_bytes, *, ahead=2, threads=2, ring=None,\n"
+      "            direct=True)\n\n"
       "Iterator over the bytes `begin`..`end` of an open file in blocks; several are read at "
-      "once.\n\n"
-      "Without a ring, a block is a mapped window of the file. With one, it is a buffer of the "
-      "ring,\n"
-      "read past the page cache if `direct`.\n"
-      "Raises OSError if reading fails and EOFError if the file is shorter than `end`.")
-      .def(py::init(&make_reader), py::arg("descriptor"), py::arg("begin"), py::arg("end"),
-           py::arg("block_bytes"), py::kw_only(), py::arg("ahead") = 2, py::arg("threads") = 2,
-           py::arg("ring") = std::shared_ptr<Ring>(), py::arg("direct") = true)
-      .def_property_readonly("direct", &ShardReader::direct)
-      .def("__iter__", [](ShardReader& reader) -> ShardReader& { return reader; })
-      .def("__next__", [](ShardReader& reader) {
-        Block block;
-        {
-          py::gil_scoped_release release;
-          block = reader.next();
-        }
-        if (!block.memory) throw py::stop_iteration();
-        return block;
-      });
-
-  py::register_exception<NotPlain>(module, "NotPlain", PyExc_ValueError);
-  py::class_<ParquetPages>(
+      "once.\n"
+      "\n"
+      "Without a ring, a block is a mapped window of the file. With one, it is a buffer of the\n"
+      "ring, read past the page cache if `direct`.\n"
+      "Raises OSError if reading fails and EOFError if the file is shorter than `end`.",
+      {constructor<new_reader>(),
+       {Py_tp_iter, reinterpret_cast<void*>(&PyObject_SelfIter)},
+       slot<Reader, next_block>(Py_tp_iternext)},
+      {property<Reader, reader_direct>("direct")});
+  add_type<Pages>(
       module, "ParquetPages",
+      "ParquetPages(descriptor, begin, end, *, rows, row_values, value_bytes, max_definition,\n"
+      "             max_repetition)\n\n"
       "Rows of a Parquet column chunk, which is the bytes `begin`..`end` of an open file.\n\n"
       "Its pages must be uncompressed and PLAIN, without nulls, and every row must have\n"
       "`row_values` values. Raises NotPlain (a ValueError) otherwise, and OSError if reading "
-      "fails.")
-      .def(py::init([](int descriptor, int64_t begin, int64_t end, int64_t rows, int64_t row_values,
-                       int64_t value_bytes, int max_definition, int max_repetition) {
-             const ColumnChunk chunk = {
-                 begin, end, rows, row_values, value_bytes, max_definition, max_repetition};
-             return std::make_unique<ParquetPages>(descriptor, chunk);
-           }),
-           py::arg("descriptor"), py::arg("begin"), py::arg("end"), py::kw_only(), py::arg("rows"),
-           py::arg("row_values"), py::arg("value_bytes"), py::arg("max_definition"),
-           py::arg("max_repetition"))
-      .def("read", &read_pages, py::arg("row"), py::arg("out"),
-           "Fill `out`, a writable buffer, with the rows from `row` on.")
-      .def("check", &ParquetPages::check, without_gil(),
-           "Check the headers and levels of all pages without reading their values.");
-
-  py::class_<ChunkFacts>(module, "ChunkFacts",
-                         "A column chunk as the footer describes it; -1 stands for what is absent.")
-      .def_readonly("group_rows", &ChunkFacts::group_rows)
-      .def_readonly("codec", &ChunkFacts::codec)
-      .def_readonly("values", &ChunkFacts::values)
-      .def_readonly("bytes", &ChunkFacts::bytes)
-      .def_readonly("data_offset", &ChunkFacts::data_offset)
-      .def_readonly("encodings", &ChunkFacts::encodings)
-      .def_readonly("has_dictionary", &ChunkFacts::has_dictionary)
-      .def_readonly("is_elsewhere", &ChunkFacts::is_elsewhere);
-  module.def("read_chunks", &read_chunks, without_gil(), py::arg("descriptor"), py::arg("leaf"),
-             "Return the chunk of column `leaf` in each row group of a Parquet file, from its\n"
-             "footer. Raises NotPlain if the footer is damaged, and OSError if reading fails.");
-
-  module.def("check_pickle", &check_pickle, py::arg("pickle"), py::arg("most_steps"),
-             "Check that a pickle, given as a buffer, is plain data that Python's unpickler may\n"
-             "build; raises NotPlain otherwise.");
-  py::class_<PickledRows>(
+      "fails.",
+      {constructor<new_pages>()}, {},
+      {method<Pages, read_pages>("read",
+                                 "Fill `out`, a writable buffer, with the rows from `row` on."),
+       method<Pages, check_pages>(
+           "check", "Check the headers and levels of all pages without reading their values.")});
+  add_type<ChunkFacts>(module, "ChunkFacts",
+                       "A column chunk as the footer describes it; -1 stands for what is absent.",
+                       {},
+                       {property<ChunkFacts, &ChunkFacts::group_rows>("group_rows"),
+                        property<ChunkFacts, &ChunkFacts::codec>("codec"),
+                        property<ChunkFacts, &ChunkFacts::values>("values"),
+                        property<ChunkFacts, &ChunkFacts::bytes>("bytes"),
+                        property<ChunkFacts, &ChunkFacts::data_offset>("data_offset"),
+                        property<ChunkFacts, &ChunkFacts::encodings>("encodings"),
+                        property<ChunkFacts, &ChunkFacts::has_dictionary>("has_dictionary"),
+                        property<ChunkFacts, &ChunkFacts::is_elsewhere>("is_elsewhere")});
+  add_type<PickledRows>(
       module, "PickledRows",
+      "PickledRows(descriptor, bytes, names, most_steps)\n\n"
       "The places of the rows of a pickled list of dicts in an open file of `bytes` bytes.\n\n"
-      "The rows are under the first of `names` (one or two) that the first dict has; there are "
-      "none\n"
-      "if they are not of one type and length. Raises NotPlain (a ValueError) if the file is not\n"
-      "plain data, and OSError if reading or writing fails.")
-      .def(py::init<int, int64_t, const std::vector<std::string>&, int64_t>(), without_gil(),
-           py::arg("descriptor"), py::arg("bytes"), py::arg("names"), py::arg("most_steps"))
-      .def("__len__", &PickledRows::rows)
-      .def_property_readonly("name", [](const PickledRows& rows) { return rows.list().name; })
-      .def_property_readonly("columns", [](const PickledRows& rows) { return rows.list().columns; })
-      .def_property_readonly("value_bytes",
-                             [](const PickledRows& rows) { return rows.list().value_bytes; })
-      .def_property_readonly("has_others",
-                             [](const PickledRows& rows) { return rows.list().has_others; })
-      .def_property_readonly(
-          "replaceable", [](const PickledRows& rows) { return rows.list().replaceable; },
-          "Whether `write` can be used: no other value shares the bytes of the rows.")
-      .def("read", &read_pickled, py::arg("descriptor"), py::arg("row"), py::arg("out"),
-           "Fill `out`, a writable buffer, with the rows from `row` on.")
-      .def("write", &write_pickled, py::arg("descriptor"), py::arg("row"), py::arg("numbers"),
-           py::arg("out"),
+      "The rows are under the first of `names` (one or two) that the first dict has; there are\n"
+      "none if they are not of one type and length. Raises NotPlain (a ValueError) if the file is\n"
+      "not plain data, and OSError if reading or writing fails.",
+      {constructor<new_pickled_rows>(), {Py_sq_length, reinterpret_cast<void*>(&length_of_list)}},
+      {property<PickledRows, list_name>("name"), property<PickledRows, list_columns>("columns"),
+       property<PickledRows, list_value_bytes>("value_bytes"),
+       property<PickledRows, list_has_others>("has_others"),
+       property<PickledRows, list_replaceable>(
+           "replaceable",
+           "Whether `write` can be used: no other value shares the bytes of the rows.")},
+      {method<PickledRows, read_pickled>(
+           "read", "Fill `out`, a writable buffer, with the rows from `row` on."),
+       method<PickledRows, write_pickled>(
+           "write",
            "Append to the open file `out` the bytes from the end of the row before `row` on, with\n"
-           "`numbers` in place of the rows; without numbers, append the rest of the file.");
+           "`numbers` in place of the rows; without numbers, append the rest of the file.")});
+}
 
-  module.def(
-      "start_writing", &start_writing, without_gil(), py::arg("descriptor"), py::arg("begin"),
-      py::arg("bytes"),
-      "Ask the kernel to write these bytes of a file to disk now, not when the file is synced.");
+PyMethodDef functions[] = {
+    method<void, survive>(
+        "survive_lost_pages",
+        "Install a handler of SIGBUS in this process: pages of mapped files that another\n"
+        "process cuts off become zeros, and `lost` tells."),
+    method<void, read_footer>(
+        "read_chunks",
+        "Return the chunk of column `leaf` in each row group of a Parquet file, from its\n"
+        "footer. Raises NotPlain if the footer is damaged, and OSError if reading fails."),
+    method<void, check_pickle>(
+        "check_pickle",
+        "Check that a pickle, given as a buffer, is plain data that Python's unpickler may build;\n"
+        "raises NotPlain otherwise."),
+    method<void, write_early>(
+        "start_writing",
+        "Ask the kernel to write these bytes of a file to disk now, not when the file is synced."),
+    {}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_io",
+    "Native readers and writers of files: blocks read ahead, Parquet pages, pickled rows.",
+    -1,
+    functions,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__io() {
+  return guarded([] {
+    Owned module(checked(PyModule_Create(&definition)));
+    fill_module(module.get());
+    return module.release();
+  });
 }

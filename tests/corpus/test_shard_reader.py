@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import sys
 import threading
 import time
 
@@ -123,6 +124,62 @@ def test_bad_ranges_are_refused(file, arguments):
         io.ShardReader(file.fileno(), *arguments)
     with pytest.raises(ValueError, match="smaller blocks"):
         io.ShardReader(file.fileno(), 0, 9, 1 << 20, ring=ring(PAGE))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda file: io.Block(),  # nothing would be in it
+        lambda file: io.ChunkFacts(),
+        lambda file: io.Ring("two", PAGE),
+        lambda file: io.Ring(2),
+        lambda file: io.ShardReader(file, 0, 10, 10),
+        lambda file: io.ShardReader(file.fileno(), 0, 10, 10, 2),
+        lambda file: io.ShardReader(file.fileno(), 0, 10, 10, ring=file),
+        lambda file: io.ShardReader(file.fileno(), 0, 10, 10, cached=True),
+        lambda file: io.PickledRows(file.fileno(), 10, ("a", 1), 100),
+        lambda file: io.PickledRows(file.fileno(), 10, None, 100),
+        lambda file: io.read_chunks(file.fileno()),
+        lambda file: io.MappedBuffer(3),
+        lambda file: next(io.Ring(2, PAGE)),
+    ],
+)
+def test_wrong_arguments_are_type_errors(file, wrong):
+    with pytest.raises(TypeError):
+        wrong(file)
+
+
+def test_objects_hold_and_release_their_references(file, content):
+    """The module counts references by hand: those of types, of buffers and of returned values."""
+
+    def use_everything():
+        buffers = ring(PAGE)
+        blocks = list(io.ShardReader(file.fileno(), 0, 3 * PAGE, PAGE, ring=buffers))
+        views = [memoryview(block) for block in blocks]
+        assert buffers.take().address in buffers.addresses or buffers.free == 0
+        for wrong in (lambda: io.ShardReader(-1, 0, 9, 9), lambda: io.Ring("two", PAGE)):
+            with pytest.raises((OSError, TypeError)):
+                wrong()
+        mapped = io.MappedBuffer(content)
+        assert not mapped.lost
+        with pytest.raises(io.NotPlain):
+            io.PickledRows(file.fileno(), len(content), ("rows",), 100)
+        with pytest.raises(io.NotPlain):
+            io.read_chunks(file.fileno(), 0)
+        assert b"".join(map(bytes, views)) == content[: 3 * PAGE]
+
+    def counts():
+        gc.collect()
+        types = [io.Block, io.Ring, io.ShardReader, io.MappedBuffer, io.PickledRows, io.NotPlain]
+        return [sys.getrefcount(held) for held in (*types, content, None)]
+
+    use_everything()
+    before = counts()
+    for _ in range(1000):
+        use_everything()
+    changes = [after - count for after, count in zip(counts(), before, strict=True)]
+    assert changes[:-1] == [0] * len(changes[:-1])
+    assert abs(changes[-1]) < 500  # None, which others count too
 
 
 def test_nothing_is_read_of_an_empty_range(file):

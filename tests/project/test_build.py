@@ -177,6 +177,49 @@ def test_library_is_of_no_python_version():
     assert not [name for name in symbols if re.match("_?Py", name)]
 
 
+@pytest.fixture
+def module():
+    """The file of the native reader, which is on Python's stable ABI."""
+    path = LIBRARY.with_name("_io.abi3.so")
+    if not path.exists():
+        pytest.skip("no native reader is built, or it is for a Python without the GIL")
+    return path
+
+
+def test_the_reader_uses_python_alone_and_its_stable_abi(module):
+    undefined = [line.split() for line in read(["nm", "-D", "--undefined-only", str(module)])]
+    names = {name for kind, name in undefined if kind == "U" and "@" not in name}
+    if any(name.startswith("__asan_") for name in names):
+        pytest.skip("AddressSanitizer puts its own symbols in the place of the C++ run time's")
+    # Names of Python's own beside `Py...` that every version has, because headers use them.
+    private = {"_PyArg_ParseTupleAndKeywords_SizeT", "_Py_Dealloc", "_Py_NoneStruct"}
+    assert {name for name in names if not name.startswith("Py")} == private
+
+
+@pytest.mark.parametrize("minor", range(10, 16))
+def test_the_reader_works_in_every_python(module, tmp_path, minor):
+    """Other Pythons need no torch for it."""
+    python = shutil.which(f"python3.{minor}")
+    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no python3.{minor}")
+    (tmp_path / "rows").write_bytes(bytes(range(256)) * 100)
+    code = f"""
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+io = module_from_spec(spec_from_loader("_io", ExtensionFileLoader("_io", {str(module)!r})))
+with open({str(tmp_path / "rows")!r}, "rb") as file:
+    for ring in (None, io.Ring(2, 1000)):
+        blocks = io.ShardReader(file.fileno(), 0, 25600, 1000, ring=ring)
+        assert b"".join(map(bytes, blocks)) == bytes(range(256)) * 100
+    try:
+        io.read_chunks(file.fileno(), 0)
+    except io.NotPlain as error:
+        assert isinstance(error, ValueError)
+"""
+    ran = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @needs_library
 def test_library_is_tied_to_no_folder():
     """An rpath to the torch of the build would load a second torch beside the user's."""
