@@ -102,7 +102,7 @@ PyObject* next_block(Reader& reader) {
 // Rows of Parquet files and of pickled lists.
 
 int64_t rows_in(const BufferView& target, int64_t row_bytes) {
-  if (target.bytes() % row_bytes) {
+  if (row_bytes == 0 || target.bytes() % row_bytes) {
     throw std::invalid_argument(
         "expected a buffer of a whole number of rows of " + std::to_string(row_bytes) +
         " bytes, got " + std::to_string(target.bytes()) + " bytes: not a whole number of rows");
