@@ -220,7 +220,7 @@ FEW = {
     )
 }
 THEORY = {*STEPS, *DIAGONAL, "both sides centred", "calibrate", "optimal-transport, oas"}
-# Statements of the papers: the first arm is worse than the second.
+# Statements of the papers, and then ours: the first arm is worse than the second.
 ORDERINGS = (
     ("source", "anchor"),
     ("anchor", "anchor + scale"),
@@ -231,6 +231,13 @@ ORDERINGS = (
     ("blockwise, unshrunk", "anchor + scale + centroid (ReAlign)"),
     ("AnisoAlign's start", "anchor + scale + centroid (ReAlign)"),
     ("anchor + scale + centroid (ReAlign)", "target"),
+    ("source", "both sides centred"),
+    ("anchor + scale + centroid (ReAlign)", "both sides centred"),
+    ("optimal-transport, oas", "both sides centred"),
+    ("coral, oas", "both sides centred"),
+    ("diagonal", "optimal-transport, oas"),
+    ("both sides centred", "calibrate"),
+    ("noise 0.25", "anchor"),
 )
 
 

@@ -54,14 +54,7 @@ def caption(
     model, template = _open_model(options)
     with _open_output(out) as file:
         for names, rows in batches:
-            captions = caption_rows(
-                model,
-                template,
-                [rows.float()],
-                ask,
-                side=options.modality or "image",
-                max_new_tokens=options.max_new_tokens,
-            )
+            captions = caption_rows(model, template, [rows.float()], ask, **_generation(options))
             for name, text in zip(names, captions, strict=True):
                 write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file)
     return Result({"out": out}, f"wrote {out}") if out else None
@@ -84,14 +77,7 @@ def chat(options: opts.LookOptions, ask: opts.AskOnce = None) -> None:
     for question in [ask] if ask else _read_questions():
         turns.append(("user", question if turns else f"{IMAGE_MARK}\n{question}"))
         sample = Sample("", [""], None, [*turns, ("assistant", "")])
-        (answer,) = respond(
-            model,
-            template,
-            [sample],
-            [rows.float()],
-            side=options.modality or "image",
-            max_new_tokens=options.max_new_tokens,
-        )
+        (answer,) = respond(model, template, [sample], [rows.float()], **_generation(options))
         turns.append(("assistant", answer))
         write(json.dumps({"answer": answer}) if options.as_json else answer)
 
@@ -200,6 +186,10 @@ def _open_model(
     if options.rows:
         check_rows(model.projector.space, rows)
     return model, template
+
+
+def _generation(options: opts.LookOptions) -> dict[str, Any]:
+    return {"side": options.modality or "image", "max_new_tokens": options.max_new_tokens}
 
 
 def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Files of conversations, read entry by entry: JSON lists, JSON lines and parquet.
+"""Files of conversations: JSON lists, JSON lines and parquet.
 
 An entry has the fields of the paper's lists (arXiv 2602.07026, section 5), which are LLaVA's:
 
@@ -10,16 +10,16 @@ embedding row with its `id`; `"images": [id, ...]` names other rows, or several.
 every image has its place, marked `<image>`. Answers before the first question are skipped, as in
 LLaVA, if others follow it.
 
-A file is read once, entry by entry.
+A file is read once. JSON lines and parquet are read entry by entry, one JSON list is held in
+memory meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ..corpus.formats.arrow_columns import decoded, pyarrow
 from ..storage.paths import explained
@@ -27,8 +27,8 @@ from ..storage.paths import explained
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 Turn = tuple[str, str]  # (a value of ROLES, text)
-_READ_BYTES = 1 << 20
-_MAX_ENTRY_BYTES = 64 << 20  # an unparsable stretch that is longer means a damaged list
+_HEAD_BYTES = 1024  # in which a list has its bracket
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Sample(NamedTuple):
@@ -41,64 +41,35 @@ class Sample(NamedTuple):
     skipped_turns: int = 0  # answers before the first question
 
 
-def entry_texts(path: Path) -> Iterator[bytes]:
-    """Yield every entry of parquet, of JSON lines or of one JSON list as the bytes of its JSON."""
+def read_entries(path: Path) -> Iterator[Any]:
+    """Yield every entry of a parquet file, of JSON lines, or of one JSON list, which is held whole.
+
+    ValueError if the file cannot be decoded.
+    """
     with explained(path), open(path, "rb") as file:
         if path.suffix.lower() == ".parquet":
-            yield from _parquet_texts(path, file)
+            with decoded(path):
+                for batch in pyarrow().parquet.ParquetFile(file).iter_batches(1024):
+                    for row in batch.to_pylist():
+                        yield {name: value for name, value in row.items() if value is not None}
             return
-        first = file.read(1)
-        while first.isspace() or first in (b"\xef", b"\xbb", b"\xbf"):  # a byte order mark
-            first = file.read(1)
-        if first == b"[":
-            yield from _list_texts(path, file)
-        else:
-            yield from filter(bytes.strip, chain([first + file.readline()], file))
+        is_list = file.read(_HEAD_BYTES).lstrip(_BYTE_ORDER_MARK + b" \t\r\n").startswith(b"[")
+        file.seek(0)
+        texts = [file.read()] if is_list else filter(bytes.strip, file)
+        for number, text in enumerate(texts):
+            try:
+                entry = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                place = "not a JSON list" if is_list else f"entry {number}: is no JSON"
+                raise ValueError(f"{path}: {place} ({error}); write the file again") from error
+            yield from entry if is_list else [entry]
 
 
-def _list_texts(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the entries of a JSON list whose bracket was read.
-
-    The text is decoded as Latin-1, which has one character a byte; the characters that delimit
-    JSON are ASCII, so positions in the text are positions in the file.
-    """
-    decoder, text, position, base = json.JSONDecoder(), "", 0, file.tell()
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if position < len(text) and text[position] == "]":
-            return
-        try:
-            end = decoder.raw_decode(text, position)[1]
-        except ValueError as error:
-            more = file.read(_READ_BYTES).decode("latin-1")
-            if not more or len(text) - position > _MAX_ENTRY_BYTES:
-                reason = f"not a JSON list: {error.args[0]}, counted from byte {base}"
-                raise ValueError(f"{path}: {reason}; write the file again") from error
-            base, text, position = base + position, text[position:] + more, 0
-            continue
-        yield text[position:end].encode("latin-1")
-        position = end
-
-
-def _parquet_texts(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the rows of a parquet file as JSON, without null fields."""
-    with decoded(path):
-        for batch in pyarrow().parquet.ParquetFile(file).iter_batches(1024):
-            for row in batch.to_pylist():
-                entry = {name: value for name, value in row.items() if value is not None}
-                yield json.dumps(entry, default=str).encode()
-
-
-def read_sample(text: bytes, place: str) -> Sample:
+def read_sample(entry: Any, place: str) -> Sample:
     """Return an entry, validated; `place`, its file and its position there, is for errors.
 
-    ValueError if the text is not JSON, or not an object of the form in the module docstring.
+    ValueError if it is not an object of the form in the module docstring.
     """
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: is no JSON ({error}); correct it") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: is a {type(entry).__name__}, expected an object with an id")
     sample_id = "" if entry.get("id") is None else str(entry["id"])

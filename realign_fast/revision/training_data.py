@@ -40,7 +40,7 @@ from ..interface.option_values import Modality, Recipe
 from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
-from .conversation_files import Sample, entry_texts, read_sample
+from .conversation_files import Sample, read_entries, read_sample
 from .templates import IGNORED_LABEL, Fault, Template
 
 FAULTS: dict[Fault, str] = {
@@ -179,9 +179,9 @@ def _join(
     total, used, images, skipped_turns = 0, 0, 0, 0
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
     with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ENDS, "wb") as ends_file:
-        for text in entry_texts(source):
+        for entry in read_entries(source):
             place = f"{source}: entry {total}"
-            sample = read_sample(text, place)
+            sample = read_sample(entry, place)
             rows = [row for image in sample.images if (row := row_of(image)) is not None]
             try:
                 fault = template.fault(sample, max_length)

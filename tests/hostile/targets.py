@@ -30,7 +30,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.manifest import read_manifest
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
-from realign_fast.revision.conversation_files import entry_texts, read_sample
+from realign_fast.revision.conversation_files import read_entries, read_sample
 from realign_fast.revision.llava import load_mm_projector, save_mm_projector
 from realign_fast.revision.model import Projector, ReVisionConfig
 from realign_fast.storage.paths import storage_path
@@ -144,8 +144,8 @@ def _read_corpus(name: str, folder: Path) -> None:
 
 
 def _read_list(name: str, folder: Path) -> None:
-    for number, text in enumerate(entry_texts(folder / name)):
-        read_sample(text, f"{folder / name}: entry {number}")
+    for number, entry in enumerate(read_entries(folder / name)):
+        read_sample(entry, f"{folder / name}: entry {number}")
 
 
 def _conversations() -> list[bytes]:

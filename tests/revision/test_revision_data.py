@@ -55,7 +55,7 @@ def root(tmp_path):
 
 
 def sample_of(entry):
-    return conversation_files.read_sample(json.dumps(entry).encode(), "")
+    return conversation_files.read_sample(entry, "")
 
 
 def ready(path, corpus, template, cache, **options):
@@ -64,11 +64,7 @@ def ready(path, corpus, template, cache, **options):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("read", [7, 1 << 20])
-def test_every_format_of_lists_gives_the_samples(
-    suffix, read, root, tokenizer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(conversation_files, "_READ_BYTES", read)
+def test_every_format_of_lists_gives_the_samples(suffix, root, tokenizer, tmp_path):
     order = np.random.default_rng(0).permutation(len(IDS))
     entries = [list_entry(IDS[place], ODD[place % len(ODD)]) for place in order]
     path = write_list(tmp_path / f"list{suffix}", entries)
