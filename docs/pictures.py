@@ -257,14 +257,13 @@ def draw_quantised() -> None:
 
 
 def draw_job_array() -> None:
-    """Draw the six steps of a job array."""
-    figure, panel = pyplot.subplots(figsize=(12, 2.6))
-    steps = ("statistics", "merge", "drift", "merge", "apply", "merge")
-    for place, step in enumerate(steps):
-        jobs = 1 if step == "merge" else 4
+    """Draw the rounds of a job array and the job that ends them."""
+    figure, panel = pyplot.subplots(figsize=(9, 2.6))
+    steps = {"statistics": 4, "drift": 4, "apply": 4, "end": 1}
+    for place, (step, jobs) in enumerate(steps.items()):
         for job in range(jobs):
             left, bottom = 2 * place + 0.09 * job, 0.12 * job
-            colour = BEFORE if step == "merge" else AFTER
+            colour = BEFORE if jobs == 1 else AFTER
             box = pyplot.Rectangle((left, bottom), 1.2, 0.8, facecolor=colour, edgecolor="white")
             panel.add_patch(box)
         label = {"ha": "center", "va": "center", "color": "white", "fontweight": "bold"}
@@ -273,8 +272,8 @@ def draw_job_array() -> None:
             arrow = {"arrowstyle": "->", "lw": 2.5}
             panel.annotate("", (2 * place - 0.05, 0.4), (2 * place - 0.42, 0.4), arrowprops=arrow)
     panel.text(0, -0.35, "green: an array of jobs, each with its part of the shards", color=AFTER)
-    panel.text(6, -0.35, "grey: one job that reads no rows", color=BEFORE)
-    panel.set(xlim=(-0.1, 11.4), ylim=(-0.5, 1.4), aspect="auto")
+    panel.text(4.5, -0.35, "grey: one job without a part", color=BEFORE)
+    panel.set(xlim=(-0.1, 7.4), ylim=(-0.5, 1.4), aspect="auto")
     panel.axis("off")
     figure.savefig(IMAGES / "job_array.png")
 

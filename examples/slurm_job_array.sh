@@ -3,21 +3,20 @@
 #
 #   bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS [sbatch options]
 #
-# submits six steps, each after the one before: the statistics of both sides (an array), merge, the
-# drift (an array), merge, apply (an array), merge. A merge fails (status 4) unless every shard of the
-# array before it is finished, so that no step begins on half of one. Started again it goes on where
-# it stopped: a finished shard is not read again. A job that reaches its time limit (--time, 2 hours unless the
-# options say otherwise) gets SIGTERM a minute before, keeps what is finished (status 143) and is
-# queued again, up to 20 times; so is one whose output another process holds (5), and, up to three
-# times, one whose store did not answer (6).
+# submits three arrays of the same command, each after the one before, and then one job that ends them.
+# An array goes as far as the one before allows: statistics, drift, aligned shards. Started again it
+# goes on where it stopped: a finished shard is not read again. A job that reaches its time limit
+# (--time, 2 hours unless the options say otherwise) gets SIGTERM a minute before, keeps what is finished
+# (status 143) and is queued again, up to 20 times; so is one whose output another process holds (5),
+# and, up to three times, one whose store did not answer (6).
 # Logs: realign-STEP-JOB_TASK.log, with a line of JSON each minute. A job alone, as the arrays run it:
 #
-#   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh drift TEXT IMAGE OUT
+#   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh round-1 TEXT IMAGE OUT
 set -euo pipefail
 
-step=${1:?"submit, statistics, drift, apply or merge-STEP"} text=$2 image=$3 out=$4
+step=${1:?"submit, round-1, round-2, round-3 or end"} text=$2 image=$3 out=$4
+command=(align --text "$text" --image "$image" --out "$out" --fit-rows all)
 log=(--log-json --progress-interval 60)
-part="${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}"
 
 run() { # in the background, so that bash passes SIGTERM on
   realign-fast "$@" "${log[@]}" &
@@ -34,25 +33,18 @@ run() { # in the background, so that bash passes SIGTERM on
 }
 
 case $step in
-  statistics)
-    run stats --text "$text" --out "$out" --shard "$part"
-    run stats --image "$image" --out "$out" --shard "$part"
+  round-[123])
+    run "${command[@]}" --shard "${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}"
     ;;
-  drift)
-    run stats --text "$text" --out "$out" --aligner "$out" --shard "$part"
-    ;;
-  apply)
-    run apply --text "$text" --aligner "$out" --out "$out" --shard "$part"
-    ;;
-  merge-*)
-    run merge --text "$text" --image "$image" --out "$out" --after "${step#merge-}"
+  end)
+    run "${command[@]}"
     ;;
   submit)
     jobs=$5
     after=()
-    for next in statistics merge-statistics drift merge-drift apply merge-apply; do
+    for next in round-1 round-2 round-3 end; do
       array=()
-      [[ $next == merge-* ]] || array=(--array="1-$jobs")
+      [[ $next == end ]] || array=(--array="1-$jobs")
       id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:TERM@60 --requeue \
         --open-mode=append --output="realign-$next-%A_%a.log" "${array[@]}" "${after[@]}" "${@:6}" \
         "$(realpath "$0")" "$next" "$text" "$image" "$out")
@@ -61,7 +53,7 @@ case $step in
     done
     ;;
   *)
-    echo "$0: got the step $step, expected submit, statistics, drift, apply or merge-STEP" >&2
+    echo "$0: got the step $step, expected submit, round-1, round-2, round-3 or end" >&2
     exit 2
     ;;
 esac

@@ -243,7 +243,8 @@ def embedding_reader(workspace: Workspace) -> str:
 
 
 @check(
-    "embedding-reader", "`EmbeddingReader` of `align --with-metadata` and `unify`, npy and parquet"
+    "embedding-reader",
+    "`EmbeddingReader` of `align` and `unify` beside `metadata/`, npy and parquet",
 )
 def embedding_reader_metadata(workspace: Workspace) -> str:
     """Read both sides of an output and its metadata, the folders of `clip-retrieval index`."""
@@ -258,11 +259,14 @@ def embedding_reader_metadata(workspace: Workspace) -> str:
     expected = [
         f"{number}-{row}" for number, count in enumerate(SHARD_ROWS) for row in range(count)
     ]
-    options = "--text", str(root), "--image", str(root), "--with-metadata", "--quiet"
+    options = "--text", str(root), "--image", str(root), "--quiet"
     for command in ("align", "unify"):
         out = workspace.folder / f"indexed-{command}"
         if status := realign_fast_main([command, *options, "--out", str(out)]):
             raise RuntimeError(f"{command} ended with {status}")
+        shutil.copytree(root / "metadata", out / "metadata")
+        if command == "align":
+            shutil.copytree(root / "img_emb", out / "img_emb")
         for side in ("text_emb", "img_emb"):
             reader = EmbeddingReader(
                 str(out / side), "parquet_npy", "embedding", ["id"], str(out / "metadata")

@@ -1,19 +1,17 @@
-"""The commands that fit and apply an alignment: align, fit, apply, stats, merge and plan."""
+"""The commands that fit and apply an alignment: align, fit and apply."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..interface.option_values import OptionError, UnfinishedShards
-from ..storage.paths import StoragePath, output_of, output_path, records_of, storage_path
+from ..interface.option_values import OptionError
+from ..storage.paths import output_path, storage_path
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, plan_result, shows_progress
 from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
-    from ..align import ReAlign
-    from ..corpus.corpus import Corpus
     from ..pipeline.engines.local import Engine
     from ..pipeline.settings import Settings
 
@@ -21,10 +19,10 @@ _SIDES = "--text TEXT --image IMAGE --out OUT"
 _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray_ship")
 
 
-@command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --fit-rows 1000000")
+@command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --shard 3/100")
 def align(options: opts.AlignOptions, report_too: opts.WithReport = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
-    check_report(report_too)
+    check_report(report_too, is_job=opts.shard_part(options.shard)[1] > 1)
     result = _align(options)
     return with_report(result, options.out, options, report_too and not options.dry_run)
 
@@ -40,107 +38,44 @@ def fit(options: opts.FitOptions) -> Result:
 )
 def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
+    from ..align import ReAlign
     from ..pipeline.align_run import AlignRun
     from ..pipeline.output import Written, check_output
-    from ..pipeline.plan import measured_seconds, plan_apply
+    from ..pipeline.plan import plan_apply
 
-    aligner = _open_merged(storage_path(options.aligner))
+    aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, out = open_corpus(options, options.source, "text"), output_path(options.out)
     settings, part = settings_from(options), opts.shard_part(options.shard)
     if options.dry_run:
-        steps = plan_apply(aligner, source, out, settings, part)
-        return plan_result(steps, measured_seconds(steps, source, source, out, settings))
+        return plan_result(plan_apply(aligner, source, out, settings, part))
     run = AlignRun(settings, part, engine=engine_from(options))
-    if part[1] > 1:
-        run.apply(aligner, source, out)
-        later = "its files go along with the step that ends the array: merge --with-metadata"
-        return Result(run.passes[0].summary(), later * settings.with_metadata)
     check_output(out, [Written(source, source.subfolder)], settings)
     with run.output_directory(out):
         aligned = run.apply(aligner, source, out)
+        if part[1] > 1:
+            return job_result(run.job_report())
         report = run.finish(out, aligner, source, aligned=aligned)
-    return _reported(report, options.out, metadata_note(source, report))
-
-
-@command("Job arrays", "--text TEXT --out OUT --shard 1/100", "--image IMAGE --out OUT --shard 1/9")
-def stats(options: opts.StatsOptions) -> Result:
-    """Compute and keep the statistics of one side for merge, as one job of an array."""
-    from ..align import ReAlign
-    from ..pipeline.align_run import AlignRun
-    from ..pipeline.checkpoints import STATS
-    from ..pipeline.job_array import HALF, Side, stats
-
-    paths: dict[Side, str | None] = {"source": options.source, "target": options.target}
-    sides = [(side, path) for side, path in paths.items() if path is not None]
-    if len(sides) != 1:
-        actual = "both" if sides else "neither"
-        raise OptionError(f"stats: expected --text or --image, got {actual}; give one")
-    side, path = sides[0]
-    rows = open_corpus(options, path, "text" if side == "source" else "image")
-    half = storage_path(options.aligner) if options.aligner else None
-    if half and half.is_dir():
-        half = records_of(half) / HALF
-    if half and half.name == HALF and not half.exists() and (half.parent / STATS).is_dir():
-        advice = "run merge --after statistics, which says what is missing, and then this again"
-        raise UnfinishedShards(f"{half}: is not written yet; {advice}")
-    run = AlignRun(
-        settings_from(options), opts.shard_part(options.shard), engine=engine_from(options)
-    )
-    done = stats(run, side, rows, options.out, ReAlign.load(half) if half else None)
-    return Result(done.summary(), "")
-
-
-@command("Job arrays", f"{_SIDES} --after statistics", f"{_SIDES} --after drift", _SIDES)
-def merge(options: opts.JoinOptions, after: opts.After = "apply") -> Result:
-    """Fit a map from kept statistics, without reading rows, and say what is next."""
-    from ..pipeline.job_array import merge
-
-    source, target = _sides(options)
-    next_step, report = merge(source, target, options.out, settings_from(options), after)
-    notes = next_step, metadata_note(source, report) if report else ""
-    result = _reported(report, options.out, *notes) if report else Result({}, next_step)
-    facts = {"complete": report is not None, "next": next_step, **result.facts}
-    return result._replace(facts=facts, answer=True)
-
-
-@command("Results", _SIDES, f"{_SIDES} --read-rate 2G --write-rate 1G --machines 16 --json")
-def plan(
-    options: opts.PlanOptions,
-    read_rate: opts.ReadRate = None,
-    write_rate: opts.WriteRate = None,
-    machines: opts.Machines = 1,
-) -> Result:
-    """Say what align would read and write, what is finished already, and the hours it takes."""
-    rates = (read_rate, write_rate) if read_rate and write_rate else None
-    return _plan(options, rates=rates, machines=machines)
+    return _reported(report, options.out, metadata_note(source))
 
 
 def _align(options: opts.FitOptions, writes: bool = True) -> Result:
     from ..pipeline.align_run import align
+    from ..pipeline.plan import plan_align
 
+    source = open_corpus(options, options.source, "text")
+    sides = source, open_corpus(options, options.target, "image", "target_column")
+    settings, part = settings_from(options), opts.shard_part(options.shard)
     if options.dry_run:
-        return _plan(options, writes)
-    sides, settings = _sides(options), settings_from(options)
-    report = align(*sides, options.out, settings, engine_from(options), writes=writes)
-    return _reported(report, options.out, metadata_note(sides[0], report) if writes else "")
+        return plan_result(plan_align(*sides, options.out, settings, part, writes))
+    report = align(*sides, options.out, settings, engine_from(options), part, writes=writes)
+    if part[1] > 1:
+        return job_result(report)
+    return _reported(report, options.out, metadata_note(source) if writes else "")
 
 
-def _plan(
-    options: opts.FitOptions,
-    writes: bool = True,
-    rates: tuple[int, int] | None = None,
-    machines: int = 1,
-) -> Result:
-    from ..pipeline.plan import measured_seconds, plan_align, rated_seconds
-
-    source, target = _sides(options)
-    settings = settings_from(options)
-    steps = plan_align(source, target, options.out, settings, writes)
-    if rates:
-        seconds = rated_seconds(steps, *rates)
-    else:
-        seconds = measured_seconds(steps, source, target, options.out, settings)
-    return plan_result(steps, seconds, machines)
+def job_result(report: dict[str, Any]) -> Result:
+    """Return the result of a job of an array."""
+    return Result(report, f"next: {report['next']}", answer=True)
 
 
 def engine_from(options: opts.EngineOptions) -> Engine | None:
@@ -169,47 +104,12 @@ def settings_from(options: opts.Passes) -> Settings:
 
     if getattr(options, "engine", "local") == "local":  # the nodes of Ray check it themselves
         check_device(options.device)
-    if getattr(options, "resume", False) and getattr(options, "mode", "") != "incremental":
-        raise OptionError("--resume: is the same as --mode incremental; leave one of them out")
     return Settings(progress=shows_progress(options), **options.fields_of(Settings))
-
-
-def _sides(options: opts.MergeOptions) -> tuple[Corpus, Corpus]:
-    source = open_corpus(options, options.source, "text")
-    return source, open_corpus(options, options.target, "image", "target_column")
-
-
-def _open_merged(path: StoragePath) -> ReAlign:
-    """Open an aligner, but not that of a job array before its last step or before it is merged."""
-    from ..align import ReAlign
-    from ..pipeline.checkpoints import STATS
-    from ..pipeline.job_array import HALF
-    from ..pipeline.output import ALIGNER, SPACE, kinds_in
-
-    records = path.parent if path.name in (ALIGNER, SPACE) else records_of(path)
-    has_map = (records / ALIGNER).exists()
-    if not has_map and ((records / SPACE).exists() or kinds_in(records) - {"alignment"}):
-        raise OptionError(f"{path}: is of unify, a space and no aligner; give it to unify --space")
-    if (records / STATS).is_dir() and not has_map:
-        advice = "merge has to fit the map first: run it with the same --source, --target and --out"
-        if (half := records / HALF).exists():
-            advice = f"the drift is missing: run stats --aligner {half} --shard i/n, then merge"
-            advice += " --after drift"
-        raise UnfinishedShards(f"{output_of(records)}: has statistics and no {ALIGNER}; {advice}")
-    aligner = ReAlign.from_pretrained(path)  # first: an error if the file is damaged
-    if path.name == HALF:
-        raise OptionError(
-            f"{path}: is a map without its last step, for stats --aligner; run merge and give "
-            "its result"
-        )
-    return aligner
 
 
 def _reported(report: dict[str, Any], out: str, *notes: str) -> Result:
     """Return a report, and its summary as text; the passes were reported when they ended."""
     fitted, lines = report["fitted"], []
-    for name, rows in report["extended"].items():
-        lines.append(f"{name:16} {rows:>12,} rows of shards that are gone, from saved statistics")
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     method = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "

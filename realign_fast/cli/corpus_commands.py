@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
 from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
-from .app import LOGGER, ExitCode, Result, command
+from .app import ExitCode, Result, command
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
-    from ..pipeline.settings import Settings
     from ..shared_space import SharedSpace
 
 
@@ -60,32 +58,19 @@ def shows_progress(options: opts.Common) -> bool:
     return not options.quiet and not options.log_json
 
 
-def say_scratch(out: str, source: Corpus, settings: Settings) -> None:
-    """Say which directory of this machine holds shards before their upload."""
-    from ..pipeline.output import Written, check_scratch
-
-    if message := check_scratch(output_path(out), [Written(source, "")], settings):
-        LOGGER.info(message, extra={"event": {"event": "scratch"}})
-
-
-def metadata_note(corpus: Corpus, report: dict[str, Any]) -> str:
-    """Return how many files went along with the rows, or that ``metadata/`` stays where it is."""
+def metadata_note(corpus: Corpus) -> str:
+    """Return that ``metadata/`` of a clip-retrieval root stays where it is; empty without one."""
     from ..corpus.layout import metadata_of
 
-    if files := report["carried_files"]:
-        return f"{files} other files of the root went along"
     folder = metadata_of(corpus)
     return f"{folder} stays where it is; it describes the result too, row by row" if folder else ""
 
 
-def plan_result(
-    steps: Sequence[dict[str, Any]], seconds: Sequence[float], machines: int = 1
-) -> Result:
-    """Return the result of ``plan`` and of ``--dry-run``."""
-    from ..pipeline.plan import format_plan, plan_report
+def plan_result(plan: dict[str, Any]) -> Result:
+    """Return the result of ``--dry-run``."""
+    from ..pipeline.plan import format_plan
 
-    report = plan_report(steps, seconds, machines)
-    return Result(report, format_plan(report), answer=True)
+    return Result(plan, format_plan(plan), answer=True)
 
 
 @command("Results", "OUT", "s3://bucket/aligned --json")
@@ -121,11 +106,9 @@ def convert(
     corpus = open_corpus(options, options.source, options.modality)
     settings = Settings(dtype=dtype)
     if dry_run:
-        from ..pipeline.plan import measured_seconds, plan_copy
+        from ..pipeline.plan import plan_copy
 
-        steps = plan_copy("apply", corpus, out, FORMATS[to].writer.suffixes[0], settings)
-        return plan_result(steps, measured_seconds(steps, corpus, corpus, out))
-    say_scratch(out, corpus, settings)
+        return plan_result(plan_copy(corpus, out, FORMATS[to].writer.suffixes[0], settings))
     torch_dtype = getattr(torch, dtype) if dtype else None
     shown = shows_progress(options)
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:

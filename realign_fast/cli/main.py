@@ -38,14 +38,12 @@ from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, unwritabl
 SCHEMA_VERSION = 1  # of every JSON document that is printed; a field that is added keeps it
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that Typer brings
-_OLD_SPELLINGS = {"--side": "--modality", "--batch": "--batch-size"}  # for one release more
-_GROUPS = ("Align", "Job arrays", "Rows", "Results", "ReVision")  # of commands, in help
+_GROUPS = ("Align", "Rows", "Results", "ReVision")  # of commands, in help
 _WORDING = (  # of pydantic, which checks the values of options, and ours
     (": Value error, ", ": "),
     ("Input should be a valid", "expected a valid"),
     ("Input should be", "expected a number"),
 )
-_SEVERAL = {"caption": ("--row", "--id", "--image")}  # options that take several values
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,10 +84,7 @@ def _invoke(arguments: list[str]) -> int:
     application = _application("".join(arguments[:1]))
     output = explained(unwritable_output) if "--help" in arguments else nullcontext()
     try:
-        with (
-            output,
-            application.make_context("realign-fast", _respelled(arguments)) as context,
-        ):
+        with output, application.make_context("realign-fast", arguments) as context:
             return int(application.invoke(context))
     except (typer.Exit, SystemExit) as done:  # of rich with status 1: head has read enough of help
         write()
@@ -226,7 +221,7 @@ class Messages(logging.Handler):
 
 
 def _write_options(name: str, options: opts.Configured) -> None:
-    """Add the options of a run to the report beside its result, where ``--config`` finds them."""
+    """Add the options of a run to the report beside its result."""
     from ..storage.paths import output_path, records_of, write_json
 
     left_out = {*get_type_hints(opts.Configured), "dry_run"}
@@ -244,24 +239,6 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_: object) -> None:
     raise Terminated
-
-
-def _respelled(arguments: list[str]) -> list[str]:
-    """Return the arguments with present spellings, and with one value after each option."""
-    spelled: list[str] = []
-    several, option = _SEVERAL.get((arguments or [""])[0], ()), ""
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        if new := _OLD_SPELLINGS.get(name):
-            LOGGER.warning(f"{name} is called {new} now; the old name goes with the next release")
-            word = new + equals + value
-        if word.startswith("--"):
-            option = ""
-        elif option and spelled[-1] != option:
-            spelled.append(option)  # --id a b means --id a --id b
-        spelled.append(word)
-        option = word if word in several else option
-    return spelled
 
 
 def _print_version(is_given: bool) -> None:

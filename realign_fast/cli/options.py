@@ -7,21 +7,18 @@ torch, so that help and completion are quick.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from typer import Argument, BadParameter, Context, Option
+from typer import Argument, Option
 
 from ..interface import option_values as values
-from ..storage.paths import local_path, output_path, records_of, storage_path
-from ..storage.url import Url
+from ..storage.paths import local_path, output_path, storage_path
 
 PANELS = ("Input", "Output", "Method", "Model", "Training", "Run", "Engine", "Messages")
 
@@ -76,16 +73,6 @@ def rows_or_all(value: object) -> int:
     return int(text)
 
 
-def byte_count(value: object) -> int:
-    """Return the bytes of a size such as ``"4G"``, with K, M, G or T for powers of 1024."""
-    text = str(value)
-    number, unit = text.rstrip("KMGT"), text.lstrip("0123456789.")
-    try:
-        return int(float(number) * 1024 ** " KMGT".index(unit or " "))
-    except ValueError:
-        raise ValueError(f"expected a size such as 4G, got {text!r}") from None
-
-
 def shard_part(text: str) -> tuple[int, int]:
     """Return ``(i - 1, n)`` of ``"i/n"``."""
     number, _, parts = text.partition("/")
@@ -128,55 +115,6 @@ def _kept(path: str) -> None:
         raise ValueError(f"{path}: {reason}; give a directory or the URL of a store")
 
 
-def read_options(context: Context, path: Path | None) -> Path | None:
-    """Let the options in a file stand for those that are not given."""
-    if path is not None:
-        if path.is_dir():  # the output of the run, or the folder of a trained model
-            names = "report.json", "embed.json", "training.json"
-            folders = local_path(records_of(storage_path(path))), path
-            files = [folder / name for folder in folders for name in names]
-            path = next((file for file in files if file.is_file()), path)
-        advice = "give the report that align, apply, fit, embed or a training wrote"
-        try:
-            run = json.loads(path.read_bytes())["run"]
-            command_name, options = run["command"], {**run["options"]}
-            directory = str(run.get("directory", ""))
-        except OSError as error:
-            reason = f"{error.strerror}; give the report of a run"
-            raise OSError(error.errno, f"{path}: {reason}") from error
-        except ValueError:
-            raise BadParameter(f"{path}: is no JSON, or was cut off; {advice}") from None
-        except (KeyError, TypeError, AttributeError):
-            raise BadParameter(f"{path}: holds no options of a run; {advice}") from None
-        if command_name != context.info_name:
-            raise BadParameter(f"{path}: holds options of {command_name}")
-        known: dict[str | None, Any] = {info.name: info for info in context.command.params}
-        context.default_map = {
-            name: _stored_value(f"{path}: option {name!r}", known.get(name), value, directory)
-            for name, value in options.items()
-            if value is not None
-        }
-    return path
-
-
-def _stored_value(name: str, option: Any, value: Any, directory: str) -> Any:
-    """Return the value that a report holds for an option; paths are relative to ``directory``."""
-    if option is None:
-        raise BadParameter(f"{name} is none of this command; remove it from the file")
-    entries = value if option.multiple and isinstance(value, list) else [value]
-    types = {bool} if option.is_flag else {str, int, float}
-    if not types.issuperset(map(type, entries)):
-        expected = " or ".join(sorted(known.__name__ for known in types))
-        raise BadParameter(f"{name} is {value!r}, expected {expected}")
-    metavars = str(option.metavar).split("|")
-    if {"DIR", "FILE", "SOURCE", "MODEL"}.isdisjoint(metavars) or directory == os.getcwd():
-        return value
-    path = os.path.join(directory, value)
-    is_certain = metavars[0] in ("DIR", "FILE", "SOURCE") and value != "row"  # no name of a model
-    is_local = not isinstance(storage_path(value), Url)
-    return path if is_local and (is_certain or os.path.exists(path)) else value
-
-
 # Below, an option is on as few lines as it takes: its type, its help, its settings, its default.
 # fmt: off
 _directory = partial(_input, metavar="DIR", parser=_text(str))
@@ -184,8 +122,6 @@ _file = partial(_input, metavar="FILE")
 _source = partial(_input, metavar="SOURCE")
 _usual = partial(_input, metavar="NAME", show_default="the usual names are tried")
 _printed = partial(_output, metavar="FILE", show_default="printed")
-_size = partial(_run, metavar="SIZE", parser=byte_count)
-_rate = partial(_size, show_default="measured on the first shards")
 _SHARE = "a number from 0 to 1, oas or ledoit-wolf"
 _ROWS = "a directory of shards, or a clip-retrieval root"
 _SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
@@ -194,7 +130,7 @@ BatchBytes = Annotated[int, _run("bytes of rows at a time; memory use is a few t
     "the last bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
-DryRun = Annotated[bool, _run("print what the run would read and write, and for how long (plan)")]
+DryRun = Annotated[bool, _run("print what the run would read and write, and what is finished")]
 Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
     parser=_text(_kept))]
 LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
@@ -202,11 +138,6 @@ LocalOut = Annotated[str, _output("directory of the result", metavar="DIR",
 Source = Annotated[str, _directory(_SIDE.format("to align", "text"), "--text", "--source")]
 Shard = Annotated[str, _run("process every N-th shard from the I-th on, as one job of an array",
     metavar="I/N", parser=_text(shard_part))]
-After = Annotated[values.Step, _run("step of the job array that has ended: the status is 0 once "
-    "each of its shards is finished and the file for the next step is written, 4 before")]
-ReadRate = Annotated[int | None, _rate("bytes a second that a machine reads: 2G is 2 GiB")]
-WriteRate = Annotated[int | None, _rate("bytes a second that a machine writes")]
-Machines = Annotated[int, _run("machines that share the shards, at these rates each", min=1)]
 Result = Annotated[str, Argument(rich_help_panel="Input", metavar="OUT",
     parser=_text(storage_path), help="directory or URL of a run's result")]
 Converted = Annotated[str, Argument(rich_help_panel="Output", metavar="OUT", parser=_text(_kept),
@@ -242,9 +173,6 @@ class Configured(Common):
     """Options of the commands that keep their options beside the result."""
 
     report: ClassVar[str] = "report.json"  # the file of the result that keeps the options
-    config: Annotated[Path | None, _file(
-        "repeat the run of this report (report.json, embed.json, training.json); options that are "
-        "given come first", is_eager=True, callback=read_options)] = None
 
 
 class Reading(Common):
@@ -288,9 +216,7 @@ class Resuming(Options):
 
     dry_run: DryRun = False
     mode: Annotated[values.Mode, _run("skip shards that an earlier or killed run finished and that "
-        "are unchanged (incremental), count the statistics of shards that no longer exist too "
-        "(extend), or repeat everything (overwrite)", metavar="MODE")] = "incremental"
-    resume: Annotated[bool, _run("the same as --mode incremental")] = False
+        "are unchanged (incremental), or repeat everything (overwrite)")] = "incremental"
 
 
 class MethodOptions(Options):
@@ -305,47 +231,29 @@ class MethodOptions(Options):
 
 
 class Writing(Options):
-    """The form of the written rows, and the files that go along with them."""
+    """The form of the written rows."""
 
     dtype: Dtype = None
-    with_metadata: Annotated[bool, _output("bring metadata/ of the clip-retrieval root along, and "
-        "the side that is not aligned, so that clip-retrieval index finds both")] = False
 
 
-class MergeOptions(Passes, MethodOptions):
-    """Options of ``merge``, and of every command that fits a map from a source to a target."""
+class FitOptions(Passes, MethodOptions, Resuming, EngineOptions):
+    """Options of ``align`` and ``fit``."""
 
     source: Source
     target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--image", "--target")]
     out: Out
     target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
         show_default="that of --column")] = None
-
-
-class FitOptions(MergeOptions, Resuming, EngineOptions):
-    """Options of ``align`` and ``fit``."""
-
+    shard: Shard = "1/1"
     fit_rows: Annotated[int | None, _method(
         "fit on N rows of each side, spread evenly, and report how far off the result may be; "
         "'all' fits on every row", parser=rows_or_all, show_default=f"all, or "
         f"{values.DEFAULT_ROWS:,} if both take over {values.EXACT_BYTES / 1e12:g} TB")] = None
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
-    memory: Annotated[int, _size("keep a source up to this size in memory between passes, such as "
-        "4G (G is 2^30 bytes)")] = 0
-
-
-class JoinOptions(MergeOptions, Writing):
-    """Options of ``merge``."""
 
 
 class AlignOptions(FitOptions, Writing):
     """Options of ``align``."""
-
-
-class PlanOptions(AlignOptions):
-    """Options of ``plan``, which is a dry run."""
-
-    dry_run: bool = True
 
 
 class ApplyOptions(Passes, Writing, Resuming, EngineOptions):
@@ -384,17 +292,6 @@ class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
     fit_rows: Annotated[int | None, _method("fit on N rows of each side, spread evenly; 'all' fits "
         "on every row, with checkpoints", parser=rows_or_all, show_default="50,000")] = None
     seed: Annotated[int | None, _method("seed of --fit-rows", show_default="0")] = None
-
-
-class StatsOptions(Passes, MethodOptions, EngineOptions):
-    """Options of ``stats``, which takes one side."""
-
-    source: Annotated[str | None, _directory("measure the source", "--text", "--source")] = None
-    target: Annotated[str | None, _directory("measure the target", "--image", "--target")] = None
-    out: Out
-    shard: Shard = "1/1"
-    aligner: Annotated[str | None, _file("output of merge, or its half.safetensors: measure the "
-        "drift of the source under this map", parser=_text(storage_path))] = None
 
 
 class CorpusOptions(Reading):
@@ -436,7 +333,7 @@ class EmbedOptions(Configured):
         show_default="256 on CUDA, 32 on the CPU")] = None
     workers: Annotated[int | None, _run("decoding processes, 0 for the main process", min=0,
         show_default="a quarter of the cores, with CUDA all, at most 16")] = None
-    mode: Annotated[values.EmbedMode, _run("keep what an earlier or killed run finished "
+    mode: Annotated[values.Mode, _run("keep what an earlier or killed run finished "
         "(incremental), or embed everything again (overwrite)")] = "incremental"
 
 
@@ -526,9 +423,10 @@ class LookOptions(TrainedModel, RowOptions):
     rows: Annotated[str | None, _directory(_ROWS)] = None
     encoder: Annotated[str | None, _input("encoder that the model's rows came from: a directory, "
         "or NAME:WEIGHTS of open_clip", metavar="NAME")] = None
-    row: Annotated[list[int] | None, _input("numbers of rows", metavar="N ...")] = None
-    id: Annotated[list[str] | None, _input("ids of rows", metavar="ID ...")] = None
-    image: Annotated[list[str] | None, _input("files, with --encoder", metavar="FILE ...")] = None
+    row: Annotated[list[int] | None, _input("number of a row; may be repeated", metavar="N")] = None
+    id: Annotated[list[str] | None, _input("id of a row; may be repeated", metavar="ID")] = None
+    image: Annotated[list[str] | None, _input("picture, with --encoder; may be repeated",
+        metavar="FILE")] = None
 
 
 class EvaluateOptions(TrainedModel, DataOptions):

@@ -43,7 +43,7 @@ def finetune(options: opts.TrainingOptions) -> Result:
     return _train(options, "finetune", "image")
 
 
-@command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 0 1 2", "--model STAGE2 --rows ROOT")
+@command("ReVision", "--model STAGE2 --rows ROOT --row 0 --row 1", "--model STAGE2 --rows ROOT")
 def caption(
     options: opts.LookOptions, ask: opts.Ask = DEFAULT_QUESTION, out: opts.Captions = None
 ) -> Result | None:

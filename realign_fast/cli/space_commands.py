@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import Modality, OptionError
 from . import options as opts
-from .align_commands import engine_from, settings_from
+from .align_commands import engine_from, job_result, settings_from
 from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, open_space, plan_result
 from .measure_commands import check_report, with_report
 
 if TYPE_CHECKING:
-    from ..corpus.corpus import Corpus
-    from ..pipeline.settings import Settings
     from ..pipeline.unify_run import SpaceSides
 
 _SIDES: tuple[Modality, ...] = ("text", "image")
@@ -29,30 +26,18 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
 )
 def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
-    from ..pipeline.plan import measured_seconds, plan_unify
+    from ..pipeline.plan import plan_unify
     from ..pipeline.unify_run import unify
 
     part = opts.shard_part(options.shard)
     check_report(report_too, is_job=part[1] > 1)
     sides, settings = _sides(options), settings_from(options)
-    corpora = [*sides.corpora.values()]
     if options.dry_run:
-
-        def run(first: Corpus, last: Corpus, out: Any, quick: Settings) -> list[dict[str, Any]]:
-            """Return the passes of a run on the first shards of some corpora."""
-            beginnings = {id(corpora[-1]): last, id(corpora[0]): first}
-            few = {name: beginnings.get(id(c), c) for name, c in sides.documents.items()}
-            report = unify(replace(sides, documents=few), out, replace(quick, fit_rows=10_000))
-            passes: list[dict[str, Any]] = report["passes"]
-            return passes
-
-        steps = plan_unify(sides, options.out, settings, part)
-        rates_of = corpora[0], corpora[-1], options.out, settings, run
-        return plan_result(steps, measured_seconds(steps, *rates_of))
+        return plan_result(plan_unify(sides, options.out, settings, part))
     report = unify(sides, options.out, settings, engine_from(options), part)
     if part[1] > 1:
-        return Result(report, f"next: {report['next']}", answer=True)
-    notes = [metadata_note(corpus, report) for corpus in sides.documents.values()]
+        return job_result(report)
+    notes = [metadata_note(corpus) for corpus in sides.documents.values()]
     result = Result(report, _report_text(report, options.out, notes), has_report=True)
     return with_report(result, options.out, options, report_too)
 

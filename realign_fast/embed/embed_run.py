@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..corpus.formats.arrow_columns import pyarrow
-from ..interface.option_values import SHARD_ROWS, EmbedMode, RowDtype
+from ..interface.option_values import SHARD_ROWS, Mode, RowDtype
 from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
@@ -38,7 +38,7 @@ class EmbedSettings:
     # Items of a shard. A killed run repeats at most one, which memory holds until it is written.
     shard_rows: int = SHARD_ROWS
     dtype: RowDtype = "float16"  # of the rows on disk
-    mode: EmbedMode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
+    mode: Mode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
     progress: bool = True  # show a progress bar
 
 

@@ -8,8 +8,7 @@ Modality = Literal["text", "image"]
 FormatName = Literal[
     "npy", "npz", "pt", "safetensors", "parquet", "arrow", "arrow-stream", "hf", "pickle", "tar"
 ]
-Mode = Literal["incremental", "overwrite", "extend"]
-Step = Literal["statistics", "drift", "apply"]  # of a job array, in their order
+Mode = Literal["incremental", "overwrite"]
 Method = Literal[
     "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
 ]
@@ -17,7 +16,6 @@ BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too
 EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
 DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
 
-EmbedMode = Literal["incremental", "overwrite"]
 Precision = Literal["fp32", "bf16"]  # of the model that embeds
 RowDtype = Literal["float16", "float32"]  # of embedded rows on disk
 ModelDtype = Literal["float32", "bfloat16", "float16"]  # of a language model

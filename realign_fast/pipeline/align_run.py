@@ -7,33 +7,36 @@ worker, whatever the size of the corpus.
 
 ``align`` is ``fit`` (moments of the source, moments of the target, drift of the source) and then
 ``apply``.
+
+The jobs of an array run the same command with a part of the shards each, and share an output and
+nothing else. A job does its part of each pass, and goes on to the next pass once the checkpoints of
+all parts of this one are there. A run without a part ends the array: it finds every shard finished,
+and writes the bytes of a run of one process.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from os.path import exists
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from .. import __version__, ops
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
-from ..interface.option_values import OptionError
+from ..interface.option_values import UnfinishedShards
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
-from .cached_corpus import CachedCorpus
-from .carried_files import carry
 from .checkpoints import code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .manifest import FORMAT, MANIFEST, PASS_ORDER, files_before, read_manifest, saved_moments
+from .manifest import FORMAT, MANIFEST, PASS_ORDER, read_manifest
 from .output import (
     ALIGNER,
     REPORT,
@@ -41,72 +44,89 @@ from .output import (
     check_kept,
     check_output,
     check_place,
-    check_scratch,
     remove_reports,
 )
 from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
+from .shard_tasks import ShardTask
 from .table_rows import AnyMap, moments_for
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
 
+_NEXT_ROUND = (
+    "this was not the last round: once all jobs have ended, run them with the same options again"
+)
+LAST_STEP = "the same command without --shard, once all jobs of this round have ended"
+
 CorpusLike: TypeAlias = "AnyPath | Corpus"
+
+
+class Measure(NamedTuple):
+    """A pass that measures a corpus, or a sample of its rows, perhaps sent through a map."""
+
+    name: str
+    corpus: Corpus
+    row_map: AnyMap | None = None
+    sample: int | None = None  # rows; None is every row, with checkpoints
 
 
 class AlignRun(PassRunner):
     """The steps of ``align``, ``fit`` and ``apply``, and what goes into their ``report.json``."""
 
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
-    count: int | None = None  # rows of each corpus that are measured; None is every row
-    run_sample: Callable[..., Sample] = measure_sample
     earlier: dict[str, bytes] | None = None  # the reports of the run before, once they are removed
 
-    def measure(
-        self,
-        name: str,
-        corpus: Corpus,
-        row_map: AnyMap | None = None,
-        covariance: bool | None = None,
-    ) -> Sample:
-        """Measure a corpus, or a sample of it, or its rows sent through a map.
+    def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Sample]:
+        """Measure corpora in passes that do not depend on each other.
 
-        Without ``covariance`` the method of the settings decides whether there is one.
+        A job of an array measures its part of each, and then takes the checkpoints of all parts. If
+        some are missing, an ``UnfinishedShards`` says so once all passes are done.
         """
-        if covariance is None:
-            covariance = row_map is None and self.settings.method in NEED_COVARIANCE
-        if self.count is not None:
-            return self.run_sample(name, corpus, self.count, covariance, row_map)
+        samples, unfinished = [], list[UnfinishedShards]()
+        for measured in passes:
+            try:
+                samples.append(self._measure(measured, covariance))
+            except UnfinishedShards as error:
+                unfinished.append(error)
+        if unfinished:
+            raise unfinished[0]
+        return samples
+
+    def _measure(self, measured: Measure, covariance: bool) -> Sample:
+        name, corpus, row_map, count = measured
+        if count is not None:
+            if not self.reading:
+                raise UnfinishedShards(f"{name}: a sample leaves no checkpoints")
+            return measure_sample(self, name, corpus, count, covariance, row_map)
         task = self.task(name, corpus, row_map, covariance=covariance)
-        total, entries = moments_for(corpus, covariance), []
-        if self.settings.mode == "extend" and task.checkpoints and row_map is None:
-            for moments, entry in saved_moments(task.checkpoints, task.identities):
-                total.merge(moments)
-                entries.append(entry)
-                self.extended[name] = self.extended.get(name, 0) + entry["rows"]
-        return Sample(self.run_pass(task, total, entries), corpus.num_rows)
+        total = self.run_pass(task, moments_for(corpus, covariance))
+        if self.part[1] > 1:
+            reader = copy.copy(self)  # of what all jobs have finished
+            reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
+            task = reader.task(name, corpus, row_map, covariance=covariance)
+            total = reader.run_pass(task, moments_for(corpus, covariance))
+        return Sample(total, corpus.num_rows)
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
-        self.count, chosen = rows_to_fit(self.settings, source, target)
-        if self.count and self.settings.fit_rows is None:  # before hours of reading, not after
+        count, chosen = rows_to_fit(self.settings, source, target)
+        if count and self.settings.fit_rows is None and self.reading:
             message = f"fitting on {chosen}; --fit-rows all reads every row"
             LOGGER.warning(message, extra={"event": {"event": "sample"}})
-        y, x, aligner = self.half_fit(source, target)
-        drift = self.measure("source drift", source, aligner)
+        sides = ("source moments", source), ("target moments", target)
+        covariance = self.settings.method in NEED_COVARIANCE
+        y, x = self.measure((Measure(*side, sample=count) for side in sides), covariance)
+        aligner = self._from_moments((source, y.moments), (target, x.moments))
+        (drift,) = self.measure([Measure("source drift", source, aligner, count)])
         aligner.record_drift(drift.moments)
-        if self.count:
+        if count:
             self.sample = sampling_errors(y, x, drift, self.settings.seed)
-            self.count = None
         elif residual:
-            aligner.record_residual(self.measure("source residual", source, aligner).moments)
+            (moved,) = self.measure([Measure("source residual", source, aligner)])
+            aligner.record_residual(moved.moments)
         return aligner
-
-    def half_fit(self, source: Corpus, target: Corpus) -> tuple[Sample, Sample, ReAlign]:
-        """Measure both sides; fit the map without its last step, which needs the drift."""
-        y, x = self.measure("source moments", source), self.measure("target moments", target)
-        return y, x, self._from_moments((source, y.moments), (target, x.moments))
 
     def _from_moments(self, *sides: tuple[Corpus, Moments]) -> ReAlign:
         for corpus, moments in sides:
@@ -148,26 +168,28 @@ class AlignRun(PassRunner):
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         folder = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=folder)
-        earlier = read_manifest(records_of(out))["passes"].get(result.pass_name)
+        if self.out:
+            self._say_what_is_replaced(task, result)
+        moments = self.run_pass(task, moments_for(result.corpus))
+        if self.out and self.part[1] == 1:
+            has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
+            result.corpus.finish(out / result.folder, keeps_columns=has_columns)
+        return moments
+
+    def _say_what_is_replaced(self, task: ShardTask, result: Written) -> None:
+        if (checkpoints := task.checkpoints) is None:
+            return
+        earlier = read_manifest(checkpoints.records)["passes"].get(result.pass_name)
         replaced = 0
-        if task.checkpoints and earlier is None:  # a run that was killed before its manifest
-            replaced = task.checkpoints.other_results(result.corpus.shards, task.identities)
-        elif task.checkpoints and earlier["facts"] != task.checkpoints.facts:
+        if earlier is None:  # a run that was killed before its manifest
+            replaced = checkpoints.other_results(result.corpus.shards, task.identities)
+        elif earlier["facts"] != checkpoints.facts:
             replaced = len(earlier["shards"])
         if replaced:
             LOGGER.warning(
                 f"{task.folder}: holds {replaced} shards of other options or of "
                 "another map; they are written anew, and are of two maps until this run ends"
             )
-        if self.reading and (message := check_scratch(out, [result], self.settings)):
-            LOGGER.info(message, extra={"event": {"event": "scratch"}})
-        moments = self.run_pass(task, moments_for(result.corpus), [])
-        if self.part[1] == 1:
-            has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
-            result.corpus.finish(out / result.folder, keeps_columns=has_columns)
-            if self.settings.with_metadata:
-                self.carried |= carry(out, result.carried_files, files_before(records_of(out)))
-        return moments
 
     def finish(
         self,
@@ -181,8 +203,7 @@ class AlignRun(PassRunner):
         report: dict[str, Any] = {"source": shape_of(source)}
         if target is not None:
             report["target"] = shape_of(target)
-            if self.reading:
-                report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
+            report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
         if aligned is not None:
             report["result"] = {"centroid_gap": None, "trace": None}
             if aligned.count:  # else no row has a direction
@@ -205,10 +226,6 @@ class AlignRun(PassRunner):
         earlier = remove_reports(records) if earlier is None else earlier
         passes = before["passes"] | self.manifest_passes
         names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
-        files = files_before(records) | self.carried
-        for name in [*files] if self.settings.with_metadata else ():
-            if not (name in self.carried or (out / name).exists() or exists(files[name]["path"])):
-                del files[name]  # the user removed it at both places
         manifest = {
             "format": FORMAT,
             "code": code_version(self.settings.device),
@@ -216,22 +233,18 @@ class AlignRun(PassRunner):
             "aligner": made_by,
             "passes": {name: passes[name] for name in names if name in passes},
         }
-        if files:
-            manifest["files"] = [files[name] for name in sorted(files)]
         write_json(records / MANIFEST, manifest)
         peak_unit = 1 if sys.platform == "darwin" else 1024
         report = facts | {
             "bad_rows": self.settings.bad_rows,
             "passes": [finished.summary() for finished in self.passes],
-            "extended": self.extended,
-            "carried_files": len(self.carried),
             "peak_memory_bytes": peak_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "threads": torch.get_num_threads(),
             "kernels": {op: " ".join(ops.backend_of(op, self.settings.device)) for op in ops.OPS},
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
-        if before == {"files": []} | manifest and not any(p.bytes_written for p in self.passes):
+        if before == manifest and not any(p.bytes_written for p in self.passes):
             with suppress(KeyError, TypeError, ValueError):  # none, or a damaged one
                 kept = json.loads(earlier[REPORT])
                 if all(type(kept[name]) is type(value) for name, value in report.items()):
@@ -241,6 +254,14 @@ class AlignRun(PassRunner):
         write_json(records / REPORT, report)
         return report
 
+    def job_report(self, unfinished: UnfinishedShards | None = None) -> dict[str, Any]:
+        """Return what a job of an array did, and what is next; ``unfinished`` ended it early."""
+        next_step = LAST_STEP
+        if unfinished:
+            next_step = f"{_NEXT_ROUND} ({str(unfinished).partition(';')[0]})"
+        passes = [finished.summary() for finished in self.passes]
+        return {"complete": False, "next": next_step, "passes": passes}
+
 
 def align(
     source: CorpusLike,
@@ -248,6 +269,7 @@ def align(
     out: AnyPath,
     settings: Settings | None = None,
     engine: Engine | None = None,
+    part: tuple[int, int] = (0, 1),
     *,
     writes: bool = True,
 ) -> dict[str, Any]:
@@ -259,27 +281,29 @@ def align(
         out: a directory or a URL.
         settings: the options of the run.
         engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
+        part: ``(i, n)`` is job i (from 0) of an array of n. It returns what it did and the command
+            that is ``next``.
         writes: ``False`` writes the aligner and its records alone.
 
     Raises:
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
-    run, directory = AlignRun(settings or Settings(), engine=engine), output_path(out)
+    run, directory = AlignRun(settings or Settings(), part, engine=engine), output_path(out)
     source = source if isinstance(source, Corpus) else Corpus(source, "text")
     target = target if isinstance(target, Corpus) else Corpus(target, "image")
-    memory = run.settings.memory
-    if memory and (run.settings.workers > 1 or engine):
-        option = "--engine ray" if engine else "--workers"
-        raise OptionError(f"memory: rows are kept in one process; give --memory or {option}")
-    if source.nbytes <= memory:
-        source = CachedCorpus(source)
     check_sides(directory, source, target, run.settings, writes)
     aligned = None
     with run.output_directory(directory):
-        aligner = run.fit(source, target, residual=not writes)
+        try:
+            aligner = run.fit(source, target, residual=not writes)
+        except UnfinishedShards as error:
+            return run.job_report(error)
         if writes:
             aligned = run.apply(aligner, source, directory)
+        if part[1] > 1:
+            return run.job_report()
+        if aligned is not None:
             aligner.record_residual(aligned)
         aligner.save(records_of(directory) / ALIGNER)
         return run.finish(directory, aligner, source, target, aligned)
@@ -292,12 +316,6 @@ def check_sides(
     result = Written(source, source.subfolder)
     if writes:
         check_output(out, [result], settings, [target])
-        folder = result.other_side if settings.with_metadata else None
-        if folder and folder.resolve() not in {s.path.parent.resolve() for s in target.shards}:
-            raise OptionError(
-                f"with-metadata: {folder} would go along, but the rows move to {target.path}; give "
-                f"{source.path} for both sides, or leave the option out"
-            )
     else:
         check_place(out, source, target)
         check_kept(out, [result], settings.mode)

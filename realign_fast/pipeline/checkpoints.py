@@ -59,20 +59,15 @@ def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     return entries
 
 
-def changes(shard: Shard, expected: Entry) -> str:
-    """Say how a shard differs from its identity when the run began; empty if it does not."""
+def check_unchanged(shard: Shard, expected: Entry) -> None:
+    """Raise ValueError for a shard whose identity is not what it was when the run began."""
     current = identity(shard)
     pairs = ((name, current[name], value) for name, value in expected.items())
     texts = [f"its {name} is {now!r}, not {value!r}" for name, now, value in pairs if now != value]
-    return "; ".join(texts) + " as when the run began" * bool(texts)
-
-
-def check_unchanged(shard: Shard, expected: Entry) -> None:
-    """Raise ValueError for a shard whose identity is not what it was when the run began."""
-    if difference := changes(shard, expected):
+    if texts:
         raise ValueError(
-            f"{shard.path}: changed during the run: {difference}; let its writer finish and run "
-            "again: what is finished is kept, this shard is read anew"
+            f"{shard.path}: changed during the run: {'; '.join(texts)} as when the run began; let "
+            "its writer finish and run again: what is finished is kept, this shard is read anew"
         )
 
 
@@ -204,15 +199,12 @@ class Checkpoints:
                 count += json.loads(path.read_bytes())["key"] != self.key(entry)
         return count
 
-    def first_result(self) -> Entry | None:
-        """Return the entry of one result of an earlier run with any options, None without one."""
-        names = sorted(name for name, _ in self.folder.listed()) if self.folder.is_dir() else []
-        for name in names:
-            with _absent_if_damaged(self.folder / name):
-                if name.endswith(".json"):
-                    entry: Entry = json.loads((self.folder / name).read_bytes())["entry"]
-                    return entry
-        return None
+    def is_as_written(self, result: Shard) -> bool:
+        """Return whether a shard of the output has the stamp of its record, if there is one."""
+        path = self._path(result, "json")
+        with _absent_if_damaged(path):
+            return bool(json.loads(path.read_bytes())["written"] == [*result.path.stamp()])
+        return True
 
     def forget(self, shard: Shard) -> None:
         """Remove the record of a result, before another one takes its place."""

@@ -2,24 +2,21 @@
 
 ``passes`` holds for each pass the ``facts`` that its numbers depend on and one entry for each
 shard: the identity of the source file, the file of its statistics and its hash and, for an aligned
-shard, the checksum of its rows and how many of them are zero or NaN. ``files`` are those that went
-along with the rows (:mod:`.carried_files`). A manifest has no dates, so equal runs write
-equal bytes.
+shard, the checksum of its rows and how many of them are zero or NaN. A manifest has no dates, so
+equal runs write equal bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
 from ..corpus import Corpus
 from ..interface.option_values import OptionError
-from ..moments import Moments
 from ..storage.paths import StoragePath
-from .checkpoints import Checkpoints, Entry, digest, identity
+from .checkpoints import Entry, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
 ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
@@ -34,7 +31,6 @@ _RESULT = _SHARD | {"name": _PATH, "checksum": int, "zero_rows": int, "nan_rows"
 _FACTS: dict[str, Any] = {"column": str | None, "allow_pickle": bool}
 _MEASURED = {"facts": _FACTS, "shards": [_SHARD]}
 _WRITTEN = {"facts": _FACTS | {"folder": _PATH, "map": str}, "shards": [_RESULT]}
-_FILES = [{"name": _PATH, "path": str, "blake2b": str}]
 Passes = dict[str, dict[str, Any]]  # by name: {"facts": ..., "shards": [entries]}
 
 
@@ -45,7 +41,7 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
     """
     path = records / MANIFEST
     if not path.exists():
-        return {"format": FORMAT, "passes": {}, "files": []}
+        return {"format": FORMAT, "passes": {}}
     try:
         manifest = json.loads(path.read_bytes())
         fault = _first_fault(manifest)
@@ -58,13 +54,6 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
         )
     result: dict[str, Any] = manifest
     return result
-
-
-def files_before(records: StoragePath) -> dict[str, Entry]:
-    """Return the files that went along with earlier rows, by name; none of a damaged manifest."""
-    with suppress(ValueError):
-        return {entry["name"]: entry for entry in read_manifest(records)["files"]}
-    return {}
 
 
 def check_arithmetic(records: StoragePath, code: str) -> None:
@@ -90,11 +79,10 @@ def _first_fault(manifest: Any) -> str:
         return f"a {type(manifest).__name__}"
     if (version := manifest.get("format")) != FORMAT:
         return f"format {repr(version)[:60]}"
-    manifest.setdefault("files", [])
     passes: Any = dict
     if isinstance(names := manifest.get("passes"), dict):
         passes = {name: _WRITTEN if name.startswith("apply") else _MEASURED for name in names}
-    expected = {"passes": passes, "aligner": str, "files": _FILES}
+    expected = {"passes": passes, "aligner": str}
     expected |= {"settings": dict} if "settings" in manifest else {}
     return fault_of(manifest, expected, "the manifest")
 
@@ -130,52 +118,3 @@ def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) ->
         f"and {source.path} has none of them; give another --out, or replace that result with "
         "--mode overwrite"
     )
-
-
-def saved_moments(
-    checkpoints: Checkpoints, present: Sequence[Entry]
-) -> list[tuple[Moments, Entry]]:
-    """Return moments and entry of each shard of an earlier pass that is not among ``present``.
-
-    ``checkpoints`` are those of the pass, ``present`` the identities of the shards of the corpus.
-    Moments of other settings, files that changed and shards that have another name now are errors.
-    """
-    records, facts, name = checkpoints.records, checkpoints.facts, checkpoints.facts["pass"]
-    earlier = read_manifest(records)["passes"].get(name, {"facts": facts, "shards": []})
-    paths = {entry["path"] for entry in present}
-    absent = [entry for entry in earlier["shards"] if entry["path"] not in paths]
-    _refuse_renamed(absent, present)
-    if absent and earlier["facts"] != facts:
-        changes = "; ".join(
-            f"{key} was {value!r} and is {facts.get(key)!r}"
-            for key, value in earlier["facts"].items()
-            if value != facts.get(key)
-        )
-        raise ValueError(
-            f"{records / MANIFEST}: {name} of {len(absent)} shards cannot be extended: {changes}; "
-            "give the options of the earlier run, or read everything with --mode overwrite"
-        )
-    saved = []
-    for entry in absent:
-        path = records / entry["stats"]
-        if not path.exists() or digest(path) != entry["blake2b"]:
-            raise ValueError(
-                f"{path}: is not what the manifest says of {entry['path']}; bring it back, or "
-                "give that shard again and --mode incremental"
-            )
-        saved.append((Moments.load(path), entry))
-    return saved
-
-
-def _refuse_renamed(absent: Sequence[Entry], present: Sequence[Entry]) -> None:
-    """Refuse an absent shard whose rows, size and time are those of a present one."""
-    names = "rows", "size", "mtime_ns"
-    twins = {
-        tuple(map(entry.get, names)): entry["path"] for entry in present if "mtime_ns" in entry
-    }
-    for entry in absent:
-        if twin := twins.get(tuple(map(entry.get, names))):
-            raise ValueError(
-                f"{twin}: has the size and time of {entry['path']}, which is gone: renamed, it "
-                "would count twice; give the old name back, or run with --mode incremental"
-            )

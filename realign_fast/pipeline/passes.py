@@ -20,7 +20,7 @@ from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
-from .manifest import MANIFEST, Passes, check_arithmetic, files_before
+from .manifest import MANIFEST, Passes, check_arithmetic
 from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
 from .table_rows import AnyMap
@@ -79,8 +79,6 @@ class PassRunner:
     engine: Engine | None = None
     passes: list[Pass] = field(default_factory=list, init=False)
     manifest_passes: Passes = field(default_factory=dict, init=False)
-    carried: dict[str, Entry] = field(default_factory=dict, init=False)  # files of the manifest
-    extended: dict[str, int] = field(default_factory=dict, init=False)  # rows of absent shards
     out: StoragePath | None = field(default=None, init=False)
     records: StoragePath | None = field(default=None, init=False)  # None: no checkpoints are kept
     _identities: dict[Corpus, tuple[Entry, ...]] = field(default_factory=dict, init=False)
@@ -108,11 +106,6 @@ class PassRunner:
             if self.settings.mode != "overwrite":
                 check_arithmetic(records, code_version(self.settings.device))
             else:
-                self.carried = files_before(records)
-                if self.settings.with_metadata:  # the source may have some of them no more
-                    for name in self.carried:
-                        (out / name).unlink(missing_ok=True)
-                    self.carried = {}
                 (records / MANIFEST).unlink(missing_ok=True)
                 stats = records / STATS
                 for name in [name for name, is_folder in stats.listed() if is_folder]:
@@ -157,13 +150,12 @@ class PassRunner:
         return ShardTask(*shared, row_map, covariance, result[1] if result else None)
 
     @memory_explained()
-    def run_pass(self, task: ShardTask, total: Moments, entries: list[Entry]) -> Moments:
+    def run_pass(self, task: ShardTask, total: Moments) -> Moments:
         """Map a task over the shards and merge the results into ``total``, in their order.
 
-        ``entries`` are those of shards that ``total`` holds already; the others are appended. A
-        shard that is not finished is an error (``UnfinishedShards``) if the task reads none.
+        A shard that is not finished is an error (``UnfinishedShards``) if the task reads none.
         """
-        corpus, name = task.corpus, task.name
+        corpus, name, entries = task.corpus, task.name, list[Entry]()
         unfinished = []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
         rows = sum(corpus.shards[i].num_rows for i in shards)
@@ -189,7 +181,7 @@ class PassRunner:
                 f"{name}: {len(unfinished)} of {len(shards)} shards are not finished with these "
                 f"options, first {unfinished[0]}; run their part of the job array with them"
             )
-        if task.checkpoints and self.part[1] == 1:
+        if task.checkpoints and self.out and self.part[1] == 1:
             self.manifest_passes[name] = {"facts": task.checkpoints.facts, "shards": entries}
             task.checkpoints.remove_stale(corpus.shards, task.identities)
         return total
@@ -203,7 +195,7 @@ class PassRunner:
         Yields a function that is to be called with the number of rows done.
         """
         done, row_bytes = Pass(name), corpus.shards[0].row_bytes
-        start, cached_before = time.time(), getattr(corpus, "rows_from_memory", 0)
+        start = time.time()
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "miniters": 1}
         options["shown"] = self.settings.progress
         with Progress(rows * row_bytes, name, **options) as bar:
@@ -222,9 +214,9 @@ class PassRunner:
             yield advance
         done.seconds = time.time() - start
         done.start_seconds = min(done.start_seconds, done.seconds)
-        cached = getattr(corpus, "rows_from_memory", 0) - cached_before
-        done.bytes_read = (done.rows - cached) * row_bytes
+        done.bytes_read = done.rows * row_bytes
         done.bytes_written = done.rows * written_row_bytes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)
-        LOGGER.info(done.describe(), extra={"event": {"event": "pass", **done.summary()}})
+        if self.reading:
+            LOGGER.info(done.describe(), extra={"event": {"event": "pass", **done.summary()}})

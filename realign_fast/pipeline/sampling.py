@@ -17,7 +17,7 @@ import torch
 
 from ..corpus.corpus import Corpus, sample_ids
 from ..corpus.split_corpus import SplitCorpus
-from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, OptionError
+from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES
 from ..moments import Moments, good_rows
 from .passes import PassRunner
 from .settings import Settings
@@ -64,12 +64,10 @@ class Sample:
 def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
     """Return how many rows of each side to fit on (None: every row), and a description of it."""
     count, reason = settings.fit_rows, ""
-    if count is None and settings.mode != "extend" and source.nbytes + target.nbytes > EXACT_BYTES:
+    if count is None and source.nbytes + target.nbytes > EXACT_BYTES:
         count, reason = DEFAULT_ROWS, f", as both sides take more than {EXACT_BYTES / 1e12:g} TB"
     if not count:
         return None, "every row"
-    if settings.mode == "extend":
-        raise OptionError("fit-rows: statistics of every row are extended, not samples; drop one")
     sides = [
         f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
         for side, corpus in (("source", source), ("target", target))

@@ -25,19 +25,15 @@ class Settings:
         progress: show a progress bar on stderr.
         method, shrinkage: the map and its shrinkage, as :meth:`ReAlign.fit` takes them.
         mode: ``"incremental"`` does not read a shard again that is finished and unchanged in the
-            output directory; ``"overwrite"`` reads everything again; ``"extend"`` also counts the
-            saved moments of shards that are no longer in the corpus.
+            output directory; ``"overwrite"`` reads everything again.
         workers: number of processes that share the shards.
         fit_rows: number of rows of each side to fit on, chosen by ``seed`` (:mod:`.sampling`). 0 is
             every row. None is every row, unless both sides together take more than
             ``sampling.EXACT_BYTES``.
-        memory: bytes of memory in which the source is kept between passes if it fits.
         device: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``. The sums of
             another type of device may differ in their last bits.
         dtype: number type of the written rows, to which each is rounded once; None is that of the
             source.
-        with_metadata: bring ``metadata/`` of a clip-retrieval root into the output too, and where
-            one side of it is aligned also the other one, as it is (:mod:`.carried_files`).
     """
 
     bad_rows: BadRows = "error"
@@ -49,10 +45,8 @@ class Settings:
     workers: int = 1
     fit_rows: int | None = None
     seed: int = 0
-    memory: int = 0
     device: str = "cpu"
     dtype: Dtype | None = None
-    with_metadata: bool = False
 
     def result_dtype(self, corpus: Corpus) -> torch.dtype:
         """Return the number type in which the result of a corpus is written."""

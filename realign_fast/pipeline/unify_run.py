@@ -5,10 +5,6 @@ method centres, and one pass a side that writes. Each side keeps its format, its
 names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries. A
 table whose rows are of several modalities is one side: each pass reads it once, and its result is
 one table again.
-
-The jobs of an array run the same command with a part each. A job does its part of each pass, and
-goes on to the next pass once the checkpoints of all parts of this one are there. A run without a
-part ends the array.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, expect_rows, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, check_columns, check_different
+from .align_run import AlignRun, Measure, check_columns, check_different
 from .checkpoints import digest, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
@@ -44,10 +40,6 @@ from .table_rows import IndexMap, TableMap, TableMoments
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
 TABLE = "table"  # the name of a side that holds several modalities
-ANOTHER_ROUND = (
-    "this was not the last round: once all jobs have ended, run them with the same options again"
-)
-LAST_STEP = "the same command without --shard, once all jobs of this round have ended"
 _QUERIES = " queries"  # after the name of their role
 
 
@@ -139,8 +131,7 @@ def unify(
             try:
                 space = fit_space(run, sides)
             except UnfinishedShards as error:
-                unfinished = str(error).partition(";")[0]
-                return _job_report(run, f"{ANOTHER_ROUND} ({unfinished})")
+                return run.job_report(error)
             space.encoder = encoder
             check_kept_sides(directory, results, space, run.settings)
         maps = [(result, map_of(space, result.pass_name)) for result in results]
@@ -148,13 +139,14 @@ def unify(
             check_columns(result.corpus, row_map)
         records = records_of(directory)
         run.earlier = remove_reports(records)
-        space.save(records / SPACE)
+        if part[1] == 1:
+            space.save(records / SPACE)
         for result, row_map in maps:
             moments = run.write(result, row_map, directory)
             if part[1] == 1:
                 _warn_if_far(space, result, moments)
         if part[1] > 1:
-            return _job_report(run, LAST_STEP)
+            return run.job_report()
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
         report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
         options = "bad_rows", "batch_bytes"
@@ -162,9 +154,7 @@ def unify(
 
 
 def space_settings(settings: Settings) -> Settings:
-    """Return the settings of a run that fits a space; a ValueError for a mode that it lacks."""
-    if settings.mode == "extend":
-        raise OptionError("extend: a space is fitted on the rows that are there; leave it out")
+    """Return the settings of a run that fits a space."""
     return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
@@ -210,12 +200,6 @@ def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
             warn_if_far(place.format(name), own.mean, own.count, *fitted)
 
 
-def _job_report(run: AlignRun, next_step: str) -> dict[str, Any]:
-    """Return what a job of an array did, and what is next."""
-    passes = [finished.summary() for finished in run.passes]
-    return {"complete": False, "next": next_step, "passes": passes}
-
-
 def sample_of(settings: Settings, corpus: Corpus) -> int | None:
     """Return how many rows of each modality are measured; None is all rows, with checkpoints."""
     count, rows = settings.fit_rows, [corpus.num_rows]
@@ -258,23 +242,19 @@ def _measure_all(
     centring = {
         name: RoleMap(own.mean, True, {0: 1.0}, own.dimension) for name, own in centres.items()
     }
+    passes = []
+    for name, corpus in sides.corpora.items():
+        row_map: IndexMap | None = centring.get(name)
+        if centring and isinstance(corpus, SplitCorpus):
+            row_map = TableMap({modality: centring[modality] for modality in sides.modalities})
+        count = sample_of(run.settings, corpus)
+        passes.append(Measure(f"{name} {statistics}", corpus, row_map, count))
     measured: dict[str, Moments] = {}
-    every_part = AlignRun(run.settings, reading=False)  # of a job array: their checkpoints
-    every_part.out, every_part.records = run.out, run.records
-    for reader in (run, every_part)[: run.part[1]]:
-        for name, corpus in sides.corpora.items():
-            count = sample_of(run.settings, corpus)
-            if count and reader is not run:
-                continue  # each job measures the same sample
-            run.count = count
-            row_map: IndexMap | None = centring.get(name)
-            if centring and isinstance(corpus, SplitCorpus):
-                row_map = TableMap({modality: centring[modality] for modality in sides.modalities})
-            moments = reader.measure(f"{name} {statistics}", corpus, row_map, True).moments
-            own = {name: moments}
-            if isinstance(moments, TableMoments):
-                own = {modality: moments.side(modality) for modality in sides.modalities}
-            measured |= own
+    for name, sample in zip(sides.corpora, run.measure(passes, covariance=True), strict=True):
+        own = {name: sample.moments}
+        if isinstance(sample.moments, TableMoments):
+            own = {modality: sample.moments.side(modality) for modality in sides.modalities}
+        measured |= own
     for name, moments in measured.items():
         corpus = sides.corpora[name if name in sides.corpora else TABLE]
         expect_rows(f"{corpus.path}: the {name} side", moments)

@@ -3,14 +3,14 @@
 Checked of every aligned shard: that it exists, its shape and dtype, the checksum of its rows, how
 many rows are zero or NaN, that the others are unit rows, and that its mean is the one recorded when
 it was made. Checked besides: that no unknown shard lies among them or in a folder below, the
-hash of every statistics file and of every file that went along with the rows, and that the map
-is the one that the rows went through. The source is not read. The output may be at a URL.
+hash of every statistics file, and that the map is the one that the rows went through. The source is
+not read. The output may be at a URL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,12 +26,12 @@ from ..shared_space import SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
-from .carried_files import file_digest
+from .align_run import LAST_STEP
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
-from .output import ALIGNER, FOLDERS, REPORT, SPACE, kinds_in
+from .output import ALIGNER, FOLDERS, REPORT, SPACE
 from .table_rows import IndexMap, TableMap
-from .unify_run import LAST_STEP, map_of
+from .unify_run import map_of
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
 # The rows before rounding are unit to float32 or, of float64 rows, to float64.
@@ -60,10 +60,9 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
         check_not_locked(records / STATS)
     if not (records / MANIFEST).is_file():
         if (records / STATS).is_dir():
-            ending = LAST_STEP if kinds_in(records) - {"alignment"} else "merge"
             raise UnfinishedShards(
                 f"{out}: has statistics and no {MANIFEST}: its run or job array has not ended; run "
-                f"the same command again (it resumes), or the missing jobs and {ending}"
+                f"the same command again (it resumes), or the missing jobs and {LAST_STEP}"
             )
         raise FileNotFoundError(
             f"{out}: has no {MANIFEST}: expected the --out of a run that ended; run it again "
@@ -74,9 +73,7 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
         faults.append(f"{records / REPORT}: missing: the last run did not end; run it again")
     for record in manifest["passes"].values():
         for entry in record["shards"]:
-            faults += _content_faults(records / entry["stats"], entry, digest)
-    for entry in manifest["files"]:
-        faults += _content_faults(out / entry["name"], entry, file_digest)
+            faults += _content_faults(records / entry["stats"], entry)
     written = {n: record for n, record in manifest["passes"].items() if n.startswith("apply")}
     applied = {name: record["facts"]["map"] for name, record in written.items()}
     maps = _maps_of(records, manifest["aligner"], applied, faults)
@@ -89,15 +86,10 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             faults += [f"{path}: {fault}" for fault in found]
             rows.append(entry["rows"])
         known.setdefault(folder, set()).update(entry["name"] for entry in record["shards"])
-    for entry in manifest["files"]:
-        path = out / entry["name"]
-        if path.parent.name in FOLDERS.values():
-            known.setdefault(path.parent, set()).add(path.name)
     for folder, names in known.items():
         faults += _unknown_shards(folder, names, {METADATA, *FOLDERS.values()}, set())
     files = sum(len(record["shards"]) for record in manifest["passes"].values())
-    checked = {"shards": len(rows), "rows": sum(rows), "statistics": files}
-    return checked | ({"files": len(manifest["files"])} if manifest["files"] else {}), faults
+    return {"shards": len(rows), "rows": sum(rows), "statistics": files}, faults
 
 
 def _unknown_shards(
@@ -122,12 +114,10 @@ def _unknown_shards(
                     yield from _unknown_shards(path, (), (), seen)
 
 
-def _content_faults(
-    path: StoragePath, entry: dict[str, Any], digest_of: Callable[[StoragePath], str]
-) -> Iterator[str]:
+def _content_faults(path: StoragePath, entry: dict[str, Any]) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: missing"
-    elif (actual := digest_of(path)) != entry["blake2b"]:
+    elif (actual := digest(path)) != entry["blake2b"]:
         yield f"{path}: has blake2b {actual}, the manifest says {entry['blake2b']}"
 
 

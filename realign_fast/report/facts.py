@@ -21,7 +21,7 @@ from ..pipeline.manifest import MANIFEST, fault_of
 from ..pipeline.output import ALIGNER, SPACE
 from ..pipeline.paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
 from ..shared_space import SharedSpace
-from ..storage.paths import AnyPath, map_concurrently, records_of, storage_path
+from ..storage.paths import AnyPath, records_of
 from .stored_rows import Output, Side
 from .trust import sentence_of, verdict_of
 
@@ -64,7 +64,6 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
                 for side in output.sides
             },
             "has_manifest": (records_of(output.path) / MANIFEST).exists(),
-            "lost_files": _lost_files(output),
             "passes": output.report.get("passes"),
             "settings": output.manifest.get("settings", {}),
             "run": {name: output.report.get(name) for name in _RUN},
@@ -310,13 +309,6 @@ def _bad_rows(output: Output) -> Facts:
     rows = sum(side.rows for side in output.sides if side.result)
     numbers = {"shards": len(shards), "bad_shards": sum(map(bool, counts)), "rows": rows}
     return numbers | {"bad": sum(counts), "worst": worst}
-
-
-def _lost_files(output: Output) -> list[str]:
-    """Return the files that went along with the rows and are not in the output any more."""
-    paths = [output.path / entry["name"] for entry in output.manifest["files"]]
-    are_there = map_concurrently(lambda path: path.exists(), paths, storage_path)
-    return [str(path) for path, is_there in zip(paths, are_there, strict=True) if not is_there]
 
 
 def _file_bytes(output: Output) -> int | None:

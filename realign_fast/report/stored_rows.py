@@ -22,7 +22,7 @@ from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, good_rows
 from ..ops.reference import unit
-from ..pipeline.checkpoints import STATS, checksum, identity
+from ..pipeline.checkpoints import STATS, Checkpoints, checksum, identity
 from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
 from ..pipeline.passes import PassRunner
@@ -144,36 +144,13 @@ class Output:
             record: the pass in the manifest; None if the run measured a sample.
             shape: where the corpus was and how many rows it had, from the report.
         """
-        entries = record["shards"] if record else []
-        facts = record["facts"] if record else {}
-        options = {name: facts.get(name) for name in ("column", "allow_pickle")}
-        shape = shape or {"path": "", "rows": 0}
-        total = sum(entry["rows"] for entry in entries) or shape["rows"]
+        record = record or {"facts": {}, "shards": []}
+        facts, shape = record["facts"], shape or {"path": "", "rows": 0}
+        total = sum(entry["rows"] for entry in record["shards"]) or shape["rows"]
         side = Side(role, total)
-        paths = [entry["path"] for entry in entries] or [shape["path"]]
-        try:
-            source = _opened(paths, role, options)
-            if source.num_rows != total:
-                raise ValueError(f"{source.path}: has {source.num_rows} rows, the run read {total}")
-            side.source = source
-            pairs = zip(source.shards, entries, strict=bool(entries))
-            is_new = [not entry.items() >= identity(shard).items() for shard, entry in pairs]
-            side.changed = _first_changed(source, is_new, lambda n: self._gives(source, n, record))
-        except (OSError, ValueError) as error:
-            side.missing = f"{role} rows before: {getattr(error, 'strerror', None) or error}"
+        self._open_source(side, record, shape["path"])
         if "folder" in facts:
-            names = [self.path / facts["folder"] / entry["name"] for entry in entries]
-            for column in (facts["column"], None):  # rows of another width have the usual one
-                with suppress(OSError, ValueError):
-                    side.result = side.result or _opened(names, role, options | {"column": column})
-            if side.result is None or side.result.num_rows != total:
-                side.result, side.missing = None, f"{role} rows after: not all shards are there"
-            if (result := side.result) is not None:
-                stamped = zip(names, entries, strict=True)
-                is_new = [not self._is_as_written(*pair) for pair in stamped]
-                side.altered = _first_changed(
-                    result, is_new, lambda n: _checksum(result, n) == entries[n]["checksum"]
-                )
+            self._open_result(side, record)
         corpus = side.source or side.result
         if corpus is None:
             return [side]
@@ -185,6 +162,40 @@ class Output:
             self._filled(replace(side, name=name, rows=rows), ids[codes.numpy() == code])
             for code, (name, rows) in enumerate(table.side_rows.items())
         ]
+
+    def _open_source(self, side: Side, record: dict[str, Any], place: str) -> None:
+        """Open the rows that a pass read, and look whether they are still the same."""
+        entries, facts = record["shards"], record["facts"]
+        options = {name: facts.get(name) for name in ("column", "allow_pickle")}
+        try:
+            source = _opened([entry["path"] for entry in entries] or [place], side.name, options)
+            if source.num_rows != side.rows:
+                counts = f"has {source.num_rows} rows, the run read {side.rows}"
+                raise ValueError(f"{source.path}: {counts}")
+            side.source = source
+            pairs = zip(source.shards, entries, strict=bool(entries))
+            is_new = [not entry.items() >= identity(shard).items() for shard, entry in pairs]
+            side.changed = _first_changed(source, is_new, lambda n: self._gives(source, n, record))
+        except (OSError, ValueError) as error:
+            side.missing = f"{side.name} rows before: {getattr(error, 'strerror', None) or error}"
+
+    def _open_result(self, side: Side, record: dict[str, Any]) -> None:
+        """Open the rows that a pass wrote, and look whether they are still the same."""
+        entries, facts = record["shards"], record["facts"]
+        names = [self.path / facts["folder"] / entry["name"] for entry in entries]
+        for column in (facts["column"], None):  # rows of another width have the usual one
+            with suppress(OSError, ValueError):
+                options = {"column": column, "allow_pickle": facts["allow_pickle"]}
+                side.result = side.result or _opened(names, side.name, options)
+        result = side.result
+        if result is None or result.num_rows != side.rows:
+            side.result, side.missing = None, f"{side.name} rows after: not all shards are there"
+            return
+        is_known = Checkpoints(records_of(self.path), facts).is_as_written
+        is_new = [not (shard.path.is_remote or is_known(shard)) for shard in result.shards]
+        side.altered = _first_changed(
+            result, is_new, lambda n: _checksum(result, n) == entries[n]["checksum"]
+        )
 
     def _gives(self, corpus: Corpus, number: int, record: dict[str, Any]) -> bool:
         """Return whether a shard of a source, read again, gives what a pass recorded of it."""
@@ -205,21 +216,9 @@ class Output:
             moments, total = task.read(number, unwritten)
             if unwritten:
                 return bool(total == entry["checksum"])
-            recorded = Moments.load(records_of(self.path) / entry["stats"]).state_dict()
-            return all(map(torch.equal, moments.state_dict().values(), recorded.values()))
+            recorded = Moments.load(records_of(self.path) / entry["stats"])
+            return all(map(torch.equal, moments._state().values(), recorded._state().values()))
         return False
-
-    def _is_as_written(self, path: StoragePath, entry: dict[str, Any]) -> bool:
-        """Return whether a shard has the stamp that the run recorded; a file at a URL is taken so.
-
-        The record lies beside the statistics of the shard (:mod:`.checkpoints`).
-        """
-        statistics = records_of(self.path) / entry["stats"]
-        record = statistics.parent / f"{statistics.name.removesuffix('safetensors')}json"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            written = json.loads(record.read_bytes())["written"] if not path.is_remote else None
-            return written is None or bool(written == [*path.stamp()])
-        return True
 
     def _filled(self, side: Side, ids: np.ndarray) -> Side:
         """Return a side with these rows, without those that are zero or not finite."""

@@ -143,12 +143,6 @@ def changed_result(facts: Facts) -> Iterator[str]:
             )
 
 
-def missing_files(facts: Facts) -> Iterator[str]:
-    """Find files that went along with the rows and are gone."""
-    if lost := facts["lost_files"]:
-        yield f"{lost[0]} went along with the rows and is missing. Run the same command again."
-
-
 def changed_source(facts: Facts) -> Iterator[str]:
     """Find files that are not those the run read, or cannot be read."""
     for side in facts["sides"].values():
@@ -161,7 +155,7 @@ def changed_source(facts: Facts) -> Iterator[str]:
 FAULTS = (unfinished_run, rows_of_another_origin, another_encoder_or_domain)
 DOUBTS = (
     *(no_gap, too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
-    *(worse_search, bad_rows, changed_result, missing_files, changed_source),
+    *(worse_search, bad_rows, changed_result, changed_source),
 )
 NEEDS: dict[Rule, Callable[[Facts], Any]] = {  # what a rule needs to be applied
     rows_of_another_origin: lambda facts: _known(facts, "foreign"),

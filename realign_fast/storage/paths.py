@@ -79,6 +79,10 @@ class LocalPath(PosixPath):
             advice = "check that the disk has room, and which limits there are (quota, ulimit -f)"
         return f"{self}{link}: {reason}; {advice}"
 
+    def resolve(self, strict: bool = False) -> LocalPath:
+        """Return the path without links; a loop of links stays, an OSError where it is used."""
+        return type(self)(os.path.realpath(self, strict=strict))
+
     def is_within(self, folder: object) -> bool:
         """Return whether this path is ``folder`` or lies in it, links followed."""
         return isinstance(folder, Path) and self.resolve().is_relative_to(folder.resolve())

@@ -1,4 +1,4 @@
-"""The command line as programs use it: exit status, JSON, events, options from a report, plans."""
+"""The command line as programs use it: exit status, JSON, events, plans."""
 
 import contextlib
 import json
@@ -7,7 +7,6 @@ import resource
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import get_args
@@ -125,37 +124,20 @@ def test_a_shell_completes_commands_options_and_values(capsys, monkeypatch, word
     assert capsys.readouterr().out.split() == [expected]
 
 
-def test_json_of_every_step_of_a_job_array(capsys):
-    schema = {"schema_version": 1}
-    keys = {}
-    for command in (
-        ["stats", "--text", "text", "--out", "parts"],
-        ["stats", "--image", "image", "--out", "parts"],
-        ["merge", *SIDES, "--out", "parts", "--after", "statistics"],
-        [
-            "stats",
-            "--text",
-            "text",
-            "--out",
-            "parts",
-            "--aligner",
-            "parts/__realign__/half.safetensors",
-        ],
-        ["merge", *SIDES, "--out", "parts", "--after", "drift"],
-        ["apply", "--text", "text", "--aligner", "parts", "--out", "parts", "--shard", "1/2"],
-    ):
-        assert run(*command) == 0
+def test_json_of_every_job_of_an_array(capsys):
+    parts = [*ALIGN, "--shard"]
+    next_round = "this was not the last round: once all jobs have ended, run them with the same"
+    for job, ended_at in (("1/2", "source moments"), ("2/2", "source drift"), ("1/2", None)):
+        assert run(*parts, job) == 0
         found = document(capsys)
-        assert found["command"] == command[0] and schema.items() <= found.items()
-        keys[command[0]] = set(found)
-    assert {"name", "rows", "seconds", "start_seconds", "rows_per_second"} <= keys["stats"]
-    assert run("merge", *SIDES, "--out", "parts") == ExitCode.INCOMPLETE
-    found = document(capsys)
-    assert not found["complete"] and "2 of 4 shards are not finished" in found["next"]
-    assert run("apply", "--text", "text", "--aligner", "parts", "--out", "parts") == 0
+        assert found["command"] == "align" and found["complete"] is False
+        assert {"name", "rows", "seconds", "rows_per_second"} <= set(found["passes"][0])
+        expected = f"{next_round} options again ({ended_at}:" if ended_at else "the same command"
+        assert found["next"].startswith(expected)
+    assert run("verify", "out") == ExitCode.INCOMPLETE
     capsys.readouterr()
-    assert run("merge", *SIDES, "--out", "parts") == 0
-    assert document(capsys)["complete"]
+    assert run(*ALIGN) == 0
+    assert [done["rows"] for done in document(capsys)["passes"]] == [0, 0, 0, 100]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +148,7 @@ def test_json_of_every_step_of_a_job_array(capsys):
         (["convert", "text", "out", "--to", "safetensors"], {"rows", "shards", "out"}),
         (["inspect", "text"], {"rows", "dtype", "sample"}),
         (["info"], {"torch", "ops", "gpu"}),
-        (["plan", *ALIGN[1:]], {"passes", "rows", "bytes_read", "requests", "hours"}),
+        ([*ALIGN, "--dry-run"], {"passes", "rows", "bytes_read", "bytes_written"}),
     ],
 )
 def test_json_has_the_documented_fields(capsys, command, keys):
@@ -226,8 +208,8 @@ def fault(stack):
 
 
 def part(stack):
-    """The statistics of one of two jobs, and none of the other side."""
-    assert main.main(["stats", "--text", "text", "--out", "out", "--shard", "1/2", "--quiet"]) == 0
+    """The statistics of one of two jobs."""
+    assert main.main([*ALIGN, "--shard", "1/2", "--quiet"]) == 0
 
 
 def full_disk(stack):
@@ -273,47 +255,43 @@ FAILURES = [
         "embed --model m --out o",
         "unify --text text --out o", "evaluate-search --text text --image image",
         "inspect text --modality text", "convert text o --to npy --modality image",
-        "stats --out out", f"align {TEXT} --cpus-per-task 2", f"merge {TEXT} --threads 0",
-        f"pretrain --language-model m {TRAIN} --modality text", "align --config text/emb_0.npy"]),
-    (ExitCode.USAGE, other_aligned, [f"fit {OTHER}", f"fit {OTHER} --dry-run", f"merge {OTHER}",
-        "stats --text other --out out", "stats --text other --out out --shard 1/2"]),
-    (ExitCode.USAGE, aligned, ["stats --image text --out out", f"unify {TEXT}"]),
+        f"align {TEXT} --cpus-per-task 2", f"align {TEXT} --threads 0",
+        f"align {TEXT} --shard 2/2 --report", f"align {TEXT} --shard 2/2 --mode overwrite",
+        f"pretrain --language-model m {TRAIN} --modality text"]),
+    (ExitCode.USAGE, other_aligned, [f"fit {OTHER}", f"fit {OTHER} --dry-run",
+        f"fit {OTHER} --shard 1/2"]),
+    (ExitCode.USAGE, aligned, [f"unify {TEXT}"]),
     (ExitCode.USAGE, unified, [f"fit {TEXT}", f"fit {TEXT} --dry-run", f"align {TEXT}",
-        "stats --text text --out out"]),
-    (ExitCode.DATA, zero_row, [f"align {TEXT}", f"fit {TEXT}",
-        "stats --text text --out out"]),
-    (ExitCode.DATA, garbage, [f"align {TEXT}", f"merge {TEXT}", f"plan {TEXT}",
+        f"align {TEXT} --shard 1/2"]),
+    (ExitCode.DATA, zero_row, [f"align {TEXT}", f"fit {TEXT}", f"align {TEXT} --shard 2/2"]),
+    (ExitCode.DATA, garbage, [f"align {TEXT}", f"align {TEXT} --dry-run",
         "apply --aligner list.json --text text --out o", "inspect text", "verify out",
         "unify --text text --image image --out o", "evaluate-search --text text --image image",
         "substitution --text text --image image", "convert text o --to npy",
         "embed --images text --model m --out o", f"pretrain --language-model m {TRAIN}",
         f"finetune --model m {TRAIN}", f"caption {LOOK}", f"chat {LOOK} --row 1",
         "evaluate --model m --data list.json --rows text"]),
-    (ExitCode.INCOMPLETE, part, [f"merge {TEXT}", "verify out",
-        "apply --aligner out --text text --out out --shard 1/2",
-        "stats --text text --out out --aligner out/__realign__/half.safetensors"]),
-    (ExitCode.LOCKED, lock, [f"align {TEXT}", f"fit {TEXT}", f"merge {TEXT}", f"unify {TEXT}",
-        "verify out", "stats --image image --out out"]),
+    (ExitCode.INCOMPLETE, part, ["verify out"]),
+    (ExitCode.LOCKED, lock, [f"align {TEXT}", f"fit {TEXT}", f"unify {TEXT}",
+        "verify out", f"align {TEXT} --shard 1/2"]),
     (ExitCode.LOCKED, locked_and_fitted, ["apply --aligner fitted --text text --out out"]),
     (ExitCode.PLACE, nothing, ["align --text no --image image --out o",
         "align --text text --image no --out o", "fit --text no --image image --out o",
-        "plan --text no --image image --out o", "merge --text no --image image --out o",
+        "align --text no --image image --out o --dry-run",
         "unify --text no --image image --out o", "evaluate-search --text no --image image",
-        "substitution --text no --image image", "stats --image no --out o",
-        "stats --text text --out o --aligner no",
+        "substitution --text no --image image",
         "apply --aligner no --text text --out o", "convert no o --to npy", "inspect no",
-        "verify no", "embed --images no --model m --out o", "align --config no",
-        "embed --config text", "pretrain --language-model m --data no --rows text --out o",
+        "verify no", "embed --images no --model m --out o",
+        "pretrain --language-model m --data no --rows text --out o",
         "finetune --model m --data no --rows text --out o", "caption --model m --rows no",
         "chat --model m --rows no --row 1", "evaluate --model m --data no --rows text"]),
-    (ExitCode.ENGINE, nothing, [f"align {TEXT} {RAY}", f"fit {TEXT} {RAY}", f"unify {TEXT} {RAY}",
-        f"stats --text text --out out {RAY}"]),
+    (ExitCode.ENGINE, nothing, [f"align {TEXT} {RAY}", f"fit {TEXT} {RAY}", f"unify {TEXT} {RAY}"]),
     (ExitCode.SPACE, full_disk, [f"align {TEXT}", f"fit {TEXT}", f"unify {TEXT}",
-        "stats --text text --out out", "convert text o --to npy"]),
+        "convert text o --to npy"]),
     (ExitCode.SPACE, full_disk_and_fitted, ["apply --aligner fitted --text text --out o"]),
-    (ExitCode.SPACE, full_stdout, [f"align {TEXT}", f"plan {TEXT}", "inspect text", "info",
-        "inspect text --json", "--help", "--version"]),
-    (ExitCode.SPACE, full_stdout_aligned, ["verify out", f"merge {TEXT}"]),
+    (ExitCode.SPACE, full_stdout, [f"align {TEXT}", f"align {TEXT} --dry-run", "inspect text",
+        "info", "inspect text --json", "--help", "--version"]),
+    (ExitCode.SPACE, full_stdout_aligned, ["verify out"]),
 ]  # fmt: skip
 
 
@@ -380,73 +358,29 @@ def test_events_are_lines_of_json(capsys):
     assert json.loads(captured.out)["command"] == "align"
 
 
-def test_a_run_is_repeated_from_its_report(capsys, monkeypatch):
+def test_a_report_keeps_the_options_of_its_run():
     assert main.main([*ALIGN, "--method", "mean-shift", "--batch-bytes", "640", "--quiet"]) == 0
-    first = json.loads(Path("out/__realign__/report.json").read_text())
-    assert first["run"]["options"]["method"] == "mean-shift"
-    assert (
-        main.main(["align", "--config", "out/__realign__/report.json", "--out", "two", "--quiet"])
-        == 0
-    )
-    second = json.loads(Path("two/__realign__/report.json").read_text())
-    assert second["fitted"] == first["fitted"] and second["run"]["options"]["out"] == "two"
-    assert Path("two/emb_3.npy").read_bytes() == Path("out/emb_3.npy").read_bytes()
-    os.mkdir("elsewhere")  # relative paths of the report are those of the directory it was run in
-    monkeypatch.chdir("elsewhere")
-    assert (
-        main.main(["align", "--config", "../out/__realign__/report.json", "--out", "o", "--quiet"])
-        == 0
-    )
-    assert Path("o/emb_3.npy").read_bytes() == Path("../out/emb_3.npy").read_bytes()
-    text = Path("../out/__realign__/report.json").read_text()
-    for command, content, words in (
-        ("fit", text, "holds options of align"),
-        ("align", text[:-9], "is no JSON, or was cut off"),
-        ("align", "{}", "holds no options of a run"),
-        ("align", text.replace('"workers": 1', '"workers": true'), "'workers' is True, expected"),
-        ("align", text.replace('"source": "text"', '"source": ["T"]'), "'source' is ['T'], exp"),
-        ("align", text.replace('"workers": 1', '"worker": 1'), "'worker' is none of this command"),
-    ):
-        Path("report.json").write_text(content)
-        assert ended([command, "--config", "report.json", "--out", "o"]) == ExitCode.USAGE
-        assert words in " ".join(capsys.readouterr().err.split())
-
-
-def test_an_old_spelling_works_and_warns(caplog):
-    words = main._respelled(["pretrain", "--side", "text", "--batch=8", "--batch-size", "4"])
-    assert words == ["pretrain", "--modality", "text", "--batch-size=8", "--batch-size", "4"]
-    assert caplog.text.count("goes with the next release") == 2
-    several = ["caption", "--id", "a", "b", "--ask", "x", "--row", "1", "2"]
-    expected = ["--id", "a", "--id", "b", "--ask", "x", "--row", "1", "--row", "2"]
-    assert main._respelled(several)[1:] == expected
+    run = json.loads(Path("out/__realign__/report.json").read_text())["run"]
+    assert (run["command"], run["directory"]) == ("align", os.getcwd())
+    assert run["options"]["method"] == "mean-shift" and run["options"]["batch_bytes"] == 640
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_plan_counts_what_the_run_then_does(capsys, monkeypatch, finished):
-    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", "realign_fast"])
+def test_a_dry_run_counts_what_the_run_then_does(capsys, reads, finished):
     if finished:
         assert main.main([*ALIGN, "--quiet"]) == 0
         rows = np.load("text/emb_2.npy")
         np.save("text/emb_2.npy", rows[::-1])
-    assert run("plan", *ALIGN[1:]) == 0
-    plan = document(capsys)
-    planned = plan["passes"]
-    assert plan["start_seconds"] > 0.1  # the imports of this process, which the run makes too
-    whole = plan["start_seconds"] + sum(step["seconds"] for step in planned)
-    assert plan["seconds"] == pytest.approx(whole) == 3600 * plan["hours"]
+    reads.clear()
+    assert run(*ALIGN, "--dry-run") == 0
+    plan, size = document(capsys), 50 * D * 2
+    assert reads == [] and (finished or plan["bytes_read"] == 14 * size)
     assert run(*ALIGN) == 0
     done = document(capsys)["passes"]
     names = ("name", "rows", "bytes_read", "bytes_written", "finished_before")
-    assert [[p[n] for n in names] for p in planned] == [[p[n] for n in names] for p in done]
-    assert not Path("out.plan").exists()
-
-
-def test_a_plan_at_given_rates_reads_no_rows(capsys, reads):
-    rates = ["--read-rate", "6400", "--write-rate", "3200", "--machines", "2"]
-    assert run("plan", *ALIGN[1:], *rates) == 0
-    found, size = document(capsys), 50 * D * 2
-    assert reads == [] and found["bytes_read"] == 14 * size and found["bytes_written"] == 4 * size
-    assert found["seconds"] == pytest.approx((14 * size / 6400 + 4 * size / 3200) / 2)
+    assert [[p[n] for n in names] for p in plan["passes"]] == [[p[n] for n in names] for p in done]
+    for name in names[1:]:
+        assert plan[name] == sum(step[name] for step in done)
 
 
 def test_a_dry_run_writes_nothing(capsys):

@@ -134,7 +134,7 @@ def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
             fit(theirs / "text_emb", image)
     sides = ["--text", theirs, "--image", ours, "--out", out]
     aligned = ["--aligner", tmp_path / "aligner.safetensors", "--text", theirs, "--out", out]
-    for arguments in (["align", *sides], ["fit", *sides], ["apply", *aligned], ["merge", *sides]):
+    for arguments in (["align", *sides], ["fit", *sides], ["apply", *aligned]):
         assert main.main([*map(str, arguments)]) == 3
         assert re.search(both, capsys.readouterr().err)
     (theirs / "__realign__/embed.json").unlink()  # an unknown encoder passes

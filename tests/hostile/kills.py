@@ -73,19 +73,10 @@ def _job_array() -> Command:
     sides = _corpora(Path.cwd(), shards=3)
 
     def run(out: Path) -> None:
-        aligner = out / "__realign__"
-        into = ["--out", out, "--batch-bytes", "16384"]
-        for job in ("1/2", "2/2"):
-            for side in (sides[:2], sides[2:]):
-                _command_line("stats", *side, *into, "--shard", job)
-        _command_line("merge", *sides, *into, "--after", "statistics")
-        half = ["--aligner", aligner / "half.safetensors"]
-        for job in ("1/2", "2/2"):
-            _command_line("stats", *sides[:2], *into, *half, "--shard", job)
-        _command_line("merge", *sides, *into, "--after", "drift")
-        for job in ("1/2", "2/2"):
-            _command_line("apply", *sides[:2], "--aligner", out, *into, "--shard", job)
-        _command_line("merge", *sides, *into)
+        align = ["align", *sides, "--out", out, "--batch-bytes", "16384"]
+        for job in ("2/2", "1/2") * 2:
+            _command_line(*align, "--shard", job)
+        _command_line(*align)
 
     return Command(run)
 

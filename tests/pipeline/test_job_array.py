@@ -41,111 +41,56 @@ def run(*arguments):
     assert main.main([*arguments, "--quiet"]) == 0
 
 
-@pytest.mark.parametrize(("parts", "method"), [(1, "realign"), (3, "realign"), (2, "coral")])
-def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method):
-    options = ["--out", "out", "--method", method]
-    dtype = ["--dtype", "float32"] if parts == 2 else []
-    command = ["merge", "--text", "text", "--image", "image", *options, *dtype]
-    jobs = [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
-    for side in ("text", "image"):
+@pytest.mark.parametrize(
+    ("parts", "method", "command"),
+    [(3, "realign", "align"), (2, "coral", "align"), (2, "realign", "fit")],
+)
+def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method, command):
+    options = [command, "--text", "text", "--image", "image", "--method", method]
+    options += ["--dtype", "float32"] if method == "coral" else []
+    said, jobs = [], [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
+    for _ in range(3):
         for job in jobs:
-            run("stats", f"--{side}", side, *options, "--shard", job)
-    assert main.main([*command, "--after", "drift"]) == 4
-    capsys.readouterr()
-    assert main.main([*command, "--json"]) == 4
-    assert json.loads(capsys.readouterr().out)["complete"] is False  # although no drift has begun
-    run(*command, "--after", "statistics")
-    assert "next: stats --aligner out/__realign__/half.safetensors" in capsys.readouterr().out
-    drift = ["stats", "--text", "text", *options, "--aligner", "out/__realign__/half.safetensors"]
-    for job in jobs:
-        run(*drift, "--shard", job)
-    run(*command, "--after", "drift")
-    assert main.main(command) == 4  # the last step has not begun
-    next_step = " ".join(["next: apply --aligner out/__realign__/aligner.safetensors", *dtype])
-    assert f"{next_step} --shard i/n" in capsys.readouterr().out
-    for job in jobs:
-        run("apply", "--text", "text", "--aligner", "out", "--out", "out", *dtype, "--shard", job)
-    run(*command, "--after", "statistics")
-    run(*drift)  # a step that is submitted again finds its map
-    run(*command)
-    assert "every shard is aligned" in capsys.readouterr().out
-    sides = "--text", "text", "--image", "image"
-    run("align", *sides, "--out", "one", "--method", method, *dtype)
-    assert Corpus("out").dtype == (torch.float32 if dtype else torch.float16)
-    merged, expected = tree("out"), tree("one")
-    assert (
-        merged == expected
-        and "apply" in json.loads(expected["__realign__/manifest.json"])["passes"]
-    )
+            run(*options, "--out", "out", "--shard", job)
+            said.append(capsys.readouterr().out)
+    assert "this was not the last round" in said[0]
+    assert all("next: the same command without --shard" in text for text in said[-parts:])
+    assert main.main(["verify", "out"]) == 4
+    run(*options, "--out", "out")
+    run(*options, "--out", "one")
+    assert tree("out") == tree("one")
+    if command == "align":
+        assert Corpus("out").dtype == (torch.float32 if parts == 2 else torch.float16)
+        assert main.main(["verify", "out"]) == 0
+
+
+def test_a_job_names_the_first_shard_that_others_have_not_finished(corpora, capsys):
+    options = ["align", "--text", "text", "--image", "image", "--out", "out"]
+    run(*options, "--shard", "1/2")
+    said = capsys.readouterr().out
+    assert "source moments: 2 of 5 shards are not finished" in said and "text/emb_1.npy" in said
+    run(*options, "--dry-run", "--json", "--shard", "2/2")
+    passes = json.loads(capsys.readouterr().out)["passes"]
+    assert [step["rows"] for step in passes] == [71, 30, 71, 71]  # of its part
+    run(*options)  # a run without a part waits for nobody
     assert main.main(["verify", "out"]) == 0
 
 
-def test_merge_names_the_first_shard_that_is_missing(corpora, capsys):
-    run("stats", "--image", "image", "--out", "out")
-    run("stats", "--text", "text", "--out", "out", "--shard", "1/2")
-    merge = ["merge", "--text", "text", "--image", "image", "--out", "out"]
-    for options in ([], ["--after", "statistics"]):
-        assert main.main([*merge, *options, "--json"]) == 4
-        found = json.loads(capsys.readouterr().out)
-        assert not found["complete"] and found["next"].startswith("next: stats --shard i/n")
-        assert found["error"]["message"] == found["next"] and found["error"]["exit_code"] == 4
-    stats = [
-        "stats",
-        "--text",
-        "text",
-        "--out",
-        "out",
-        "--aligner",
-        "out/__realign__/half.safetensors",
-    ]
-    assert main.main(stats) == 4 and "run merge --after statistics" in capsys.readouterr().err
-    assert main.main(merge) == 4
-    error = capsys.readouterr().err
-    assert "source moments: 2 of 5 shards are not finished" in error and "text/emb_1.npy" in error
-
-
-@pytest.mark.parametrize("aligner", ["out", "out/__realign__/aligner.safetensors"])
-def test_apply_before_merge_says_what_comes_first(corpora, capsys, aligner):
-    sides = ["--text", "text", "--image", "image"]
-    for side in ("text", "image"):
-        run("stats", f"--{side}", side, "--out", "out")
-    apply = ["apply", *sides[:2], "--aligner", aligner, "--out", "out", "--shard", "1/2"]
-    assert main.main(apply) == 4
-    message = "out: has statistics and no aligner.safetensors; merge has to fit the map first"
-    assert message in capsys.readouterr().err
-    run("merge", *sides, "--out", "out", "--after", "statistics")
-    assert main.main(apply) == 4
-    assert (
-        "run stats --aligner out/__realign__/half.safetensors --shard i/n, then"
-        in capsys.readouterr().err
-    )
+def test_jobs_of_apply_are_ended_by_apply(corpora):
+    run("fit", "--text", "text", "--image", "image", "--out", "fitted")
+    apply = ["apply", "--text", "text", "--aligner", "fitted"]
+    for job in ("2/2", "1/2"):
+        run(*apply, "--out", "out", "--shard", job)
+    for out in ("out", "one"):
+        run(*apply, "--out", out)
+    assert tree("out") == tree("one")
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
 def test_a_part_that_does_not_exist_prints_the_usage(capsys, shard):
     with pytest.raises(SystemExit) as stop:
-        main.main(["stats", "--text", "text", "--out", "out", f"--shard={shard}"])
+        main.main(["fit", "--text", "t", "--image", "i", "--out", "o", f"--shard={shard}"])
     assert stop.value.code == 2 and "from 1/N to N/N" in capsys.readouterr().err
-
-
-def test_a_map_without_its_last_step_is_not_applied(corpora, capsys):
-    run("align", "--text", "text", "--image", "image", "--out", "one")
-    Path("one/__realign__/aligner.safetensors").rename("half.safetensors")
-    for aligner in ("half.safetensors", "./half.safetensors"):
-        assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 2
-        assert "without its last step" in capsys.readouterr().err
-    os.truncate("half.safetensors", 40)
-    assert main.main(["apply", "--text", "text", "--aligner", aligner, "--out", "two"]) == 3
-    assert "half.safetensors: expected an aligner" in capsys.readouterr().err
-    assert main.main(["stats", "--text", "text", "--aligner", "one", "--out", "two"]) == 4
-    assert "half.safetensors: is not written yet" in capsys.readouterr().err
-
-
-def test_an_aligner_is_for_the_source_alone(corpora, capsys):
-    run("align", "--text", "text", "--image", "image", "--out", "one")
-    arguments = ["--out", "out", "--aligner", "one/__realign__/aligner.safetensors"]
-    assert main.main(["stats", "--image", "image", *arguments]) == 2
-    assert "leave --aligner out" in capsys.readouterr().err
 
 
 def test_parts_share_an_output_and_a_part_is_done_by_one(tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
 from realign_fast.corpus.convert import convert
 from realign_fast.moments import Moments
-from realign_fast.pipeline import align_run
 from realign_fast.pipeline.align_run import AlignRun, align
 from realign_fast.pipeline.plan import plan_align
 from realign_fast.pipeline.settings import Settings
@@ -171,8 +169,6 @@ def test_the_report_is_what_the_files_say(corpora, tmp_path):
         "device",
         "fitted_on",
         "sample",
-        "carried_files",
-        "extended",
     }
     assert report["fitted_on"] == "every row" and report["sample"] is None
     assert report["source"] == {
@@ -474,37 +470,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp
     source, target, *_ = corpora
     monkeypatch.setattr(AlignRun, "fit", lambda *a: pytest.fail("rows were read"))
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", source, target, "file: expected a directory", OSError)
-    refused(tmp_path / "file" / "out", source, target, "file: expected a directory", OSError)
+    refused(tmp_path / "file", source, target, "file.*: Not a directory", OSError)
+    refused(tmp_path / "file" / "out", source, target, "file.*: Not a directory", OSError)
     (tmp_path / "loop").symlink_to("loop")
     for out in (tmp_path / "loop", tmp_path / "loop" / "out"):
-        refused(out, source, target, r"loop: is a link to loop, which leads to nothing", OSError)
+        refused(out, source, target, "loop.*: Too many levels of symbolic links", OSError)
     (tmp_path / "old").mkdir()
     for place in ("old/_stats", "old/__realign__"):
         (tmp_path / place).write_text("")
-        refused(tmp_path / "old", source, target, f"{place}: expected a directory", OSError)
+        refused(tmp_path / "old", source, target, f"{place}.*: (File exists|Not a dir)", OSError)
         (tmp_path / place).unlink()
-    monkeypatch.setattr(os, "access", lambda *a: False)  # root may write anywhere
-    refused(tmp_path / "out", source, target, "expected a directory to write into", OSError)
-
-
-def test_a_result_that_does_not_fit_on_the_disk_is_refused(corpora, tmp_path, monkeypatch):
-    source, target, *_ = corpora
-    usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(align_run.check_output.__globals__["shutil"], "disk_usage", lambda _: usage)
-    refused(
-        tmp_path / "out", source, target, "takes 78.5 kB, there are 10 bytes; make room", OSError
-    )
-
-
-def test_a_file_system_that_cannot_be_written_says_so(corpora):
-    source, target, *_ = corpora
-    places = [line.split()[1] for line in open("/proc/mounts")]
-    places = [folder for folder in places if os.path.isdir(folder) and "\\" not in folder]
-    frozen = [folder for folder in places if os.statvfs(folder).f_flag & os.ST_RDONLY]
-    if not frozen:
-        pytest.skip("no file system is mounted for reading alone")
-    refused(Path(frozen[0]) / "out", source, target, "is on a read-only file system", OSError)
 
 
 def test_columns_that_differ_are_refused(corpora, tmp_path):
@@ -547,7 +522,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeypatch):
     source, target, *_ = corpora
-    order, sync, write = [], os.fsync, ShardTask._read
+    order, sync, write = [], os.fsync, ShardTask.read
 
     def slow(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".emb_0.npy.partial"):
@@ -560,7 +535,7 @@ def test_a_shard_is_synced_while_the_next_is_computed(corpora, tmp_path, monkeyp
         return write(work, index, *arguments)
 
     aligner = AlignRun(QUIET).fit(Corpus(source), Corpus(target))
-    monkeypatch.setattr(ShardTask, "_read", noted)
+    monkeypatch.setattr(ShardTask, "read", noted)
     monkeypatch.setattr(os, "fsync", slow)
     AlignRun(QUIET).apply(aligner, Corpus(source), tmp_path / "out")
     assert order.index("shard 1") < order.index("synced")
@@ -599,7 +574,7 @@ def test_rows_are_written_in_the_type_that_is_asked_for(tmp_path, file_format):
         convert(text, tmp_path / "text", file_format)
         text = Corpus(tmp_path / "text", allow_pickle=True)
     wide = replace(QUIET, dtype="float32")
-    (planned,) = plan_align(text, Corpus(image), out, wide)[3:]
+    (planned,) = plan_align(text, Corpus(image), out, wide)["passes"][3:]
     done = align(text, image, out, wide)["passes"][3]
     assert done["bytes_written"] == planned["bytes_written"] == rows.size * 4
     aligned, aligner = Corpus(out, allow_pickle=True), ReAlign.from_pretrained(out)
@@ -611,13 +586,14 @@ def test_rows_are_written_in_the_type_that_is_asked_for(tmp_path, file_format):
     assert verify(out) == ({"shards": 4, "rows": len(rows), "statistics": 13}, [])
     assert align(text, image, out, wide)["passes"][3]["finished_before"] == len(rows)
     (out / "__realign__/manifest.json").unlink()  # as a run leaves it that is killed
-    for dtype in (None, "float64"):
-        with pytest.raises(ValueError, match="holds rows of float32, this run writes"):
-            align(text, image, out, replace(QUIET, dtype=dtype))
-    assert Corpus(out, allow_pickle=True).dtype == torch.float32
+    for dtype, expected in (("float64", torch.float64), (None, torch.float16)):
+        assert align(text, image, out, replace(QUIET, dtype=dtype))["passes"][3]["rows"] == len(
+            rows
+        )
+        assert Corpus(out, allow_pickle=True).dtype == expected
 
 
-def test_a_type_is_refused_early_where_the_format_lacks_it_or_the_output_has_another(corpora):
+def test_a_type_is_refused_early_where_the_format_lacks_it(corpora):
     text, image, *_ = corpora
     out = text.parent / "out"
     with pytest.raises(ValueError, match="text: npy has no bfloat16; give another --dtype"):
@@ -628,10 +604,8 @@ def test_a_type_is_refused_early_where_the_format_lacks_it_or_the_output_has_ano
     align(text, image, out, QUIET)
     before = contents(out)
     align(text, image, out, replace(QUIET, dtype="float32"))  # that of the source
-    with pytest.raises(ValueError, match="the number type of the source, this run writes float"):
-        align(text, image, out, replace(QUIET, dtype="float16"))
     assert contents(out) == before
-    align(text, image, out, replace(QUIET, dtype="float64", mode="overwrite", workers=1))
+    align(text, image, out, replace(QUIET, dtype="float64"))
     assert Corpus(out).dtype == torch.float64 and verify(out)[1] == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from support import programs
 from support.kill_and_resume import tree
 
-from realign_fast import Corpus, ReAlign
+from realign_fast import Corpus
 from realign_fast.cli import main
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline.align_run import AlignRun, align
@@ -144,22 +144,6 @@ def spoil(path, damage):
         os.truncate(path, path.stat().st_size - 1)
 
 
-def test_extend_says_what_it_counts_and_refuses_a_renamed_shard(corpora, tmp_path, capsys):
-    text, _ = corpora
-    fit = ["fit", "--text", str(text), "--image", str(corpora[1]), "--out", str(tmp_path / "out")]
-    assert main.main(fit) == 0
-    path = sorted(text.glob("emb_*.npy"))[-1]
-    renamed = path.with_name("emb_99.npy")
-    path.rename(renamed)
-    assert main.main([*fit, "--mode", "extend"]) == 3
-    assert "renamed, it would count twice" in capsys.readouterr().err
-    rows = len(np.load(renamed))
-    renamed.unlink()
-    assert main.main([*fit, "--mode", "extend"]) == 0
-    out = capsys.readouterr().out
-    assert f"{rows} rows of shards that are gone, from saved statistics" in out
-
-
 @pytest.mark.parametrize("damage", ["deleted", "bytes", "truncated"])
 @pytest.mark.parametrize(
     "target", ["emb_3.npy", "__realign__/_stats/apply/emb_3.npy.json", "moments"]
@@ -284,29 +268,3 @@ def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, 
         align(*corpora, out, QUIET)
     align(*corpora, out, quiet(mode="overwrite"))
     assert tree(out) == before
-
-
-def test_extend_counts_shards_that_are_gone(corpora, tmp_path, reads):
-    """The moments of old and new shards are those of one corpus; the old are not there to read."""
-    text, image = corpora
-    everything = AlignRun(QUIET).fit(Corpus(text), Corpus(image))
-    new, run = tmp_path / "new", AlignRun(quiet(mode="extend"))
-    new.mkdir()
-    (text / "emb_3.npy").rename(new / "emb_3.npy")
-    arguments = ["fit", "--image", str(image), "--out", str(tmp_path / "out"), "--text"]
-    assert main.main([*arguments, str(text)]) == 0
-    for shard in text.iterdir():
-        shard.unlink()
-    reads.clear()
-    assert main.main([*arguments, str(new), "--mode", "extend"]) == 0
-    assert reads == ["new/emb_3.npy"] * 3  # moments, drift, residual
-    fitted = ReAlign.load(tmp_path / "out" / "__realign__/aligner.safetensors")
-    for name in ("shift", "scale", "source_mean", "source_count"):
-        assert getattr(fitted, name).equal(getattr(everything, name)), name
-    assert int(fitted.source_count) == 111
-    with run.output_directory(tmp_path / "out"):
-        assert run.half_fit(Corpus(new), Corpus(image))[2].source_count == 111  # and once more
-    with pytest.raises(ValueError, match=r"cannot be extended: bad_rows was 'error' and is 'skip'"):
-        run = AlignRun(quiet(mode="extend", bad_rows="skip"))
-        with run.output_directory(tmp_path / "out"):
-            run.half_fit(Corpus(new), Corpus(image))

@@ -221,7 +221,6 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
         ),
         (3, f"{empty}: the image side has no rows", [*both[:2], *both[4:], "--image", empty]),
         (2, "is in both sides", ["--text", text, "--image", text / "emb_0.npy", "--out", out]),
-        (2, "extend: a space is fitted on", [*both, "--mode", "extend"]),
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
         (3, "expected a space", [*both, "--space", tmp_path / "bad.safetensors"]),
         (2, "is or lies in", ["--text", text, "--image", image, "--out", text / "out"]),
@@ -398,9 +397,7 @@ def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, ca
     assert "next: the same command without --shard" in capsys.readouterr().out
     align = ["--text", sides[0], "--image", sides[1]]
     for words, status, message in (
-        (["merge", *align, "--out", jobs], 2, "run unify --shard i/n with the same options until"),
         (["align", *align, "--out", jobs], 2, "holds the result of another command"),
-        (["apply", "--aligner", jobs, *align[:2], "--out", one], 2, "give it to unify --space"),
         (["verify", jobs], 4, "or the missing jobs and the same command without --shard"),
     ):
         assert run(*words) == status and message in capsys.readouterr().err

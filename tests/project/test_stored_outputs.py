@@ -179,7 +179,7 @@ def test_a_training_is_resumed_from_its_checkpoint(training, monkeypatch):
     out = training / "training"
     command = ["pretrain", "--language-model", str(training / "llama"), "--resume"]
     command += ["--data", str(training / "list.json"), "--rows", str(training / "corpus")]
-    command += ["--out", str(out), "--batch", "4", "--micro-batch", "4"]
+    command += ["--out", str(out), "--batch-size", "4", "--micro-batch", "4"]
     command += ["--visual-tokens", "2", "--held-out", "0"]
     settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.02}
     settings |= {"bf16": "false", "use_cpu": "true", "dataloader_num_workers": 0}

@@ -24,6 +24,6 @@ def trained(world, tmp_path_factory):
     where = ["--data", world / "list.jsonl", "--rows", world / "corpus", "--out", root / "two"]
     more = ["learning_rate=0.01", "num_train_epochs=8.0", "eval_steps=0.5"]
     long = [word for setting in more for word in ("--set", setting)]
-    long += ["--batch", 8, "--held-out", 8]
+    long += ["--batch-size", 8, "--held-out", 8]
     assert main(words("finetune", "--model", root / "one", *where, *QUIET, *long)) == 0
     return root / "two"

@@ -44,7 +44,7 @@ def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
     right = [one["caption"] == CAPTIONS[one["row"] % 4] for one in lines]
     assert sum(right) == 48
     assert "no --row, --id or --image, so all 48 rows" in capsys.readouterr().err
-    assert main(words(*base, "--id", "x6", "x1")) == 0
+    assert main(words(*base, "--id", "x6", "--id", "x1")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["row"], one["caption"]) for one in lines] == [("x6", CAPTIONS[2]),
                                                                ("x1", CAPTIONS[1])]  # fmt: skip
@@ -68,7 +68,8 @@ def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys, monk
         paths.append(tmp_path / f"{name}.png")
         image.new("RGB", (4, 4), colour).save(paths[-1])
     monkeypatch.setattr(revision_commands, "open_encoder", Colours)
-    base = ["caption", "--model", trained, "--ask", "what is this ?", "--image", *paths]
+    base = ["caption", "--model", trained, "--ask", "what is this ?"]
+    base += [word for path in paths for word in ("--image", path)]
     assert main(words(*base, "--encoder", "plain")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["caption"] for one in lines] == [CAPTIONS[2], CAPTIONS[0]]
@@ -76,7 +77,7 @@ def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys, monk
     assert main(words(*base)) == 2
     assert "--image needs --encoder" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
-    assert main(words(*base, tmp_path / "text.png", "--encoder", "plain")) == 3
+    assert main(words(*base, "--image", tmp_path / "text.png", "--encoder", "plain")) == 3
     assert "text.png: cannot be read as a picture" in capsys.readouterr().err
     assert main(words(*base, "--encoder", "plain", "--row", "3")) == 2
     assert "--image: not allowed with --row" in capsys.readouterr().err

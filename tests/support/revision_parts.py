@@ -150,5 +150,5 @@ def words(*pieces):
 def pretrain_command(world, out, *more):
     """Stage 1 on a `write_world`, 5 steps of 8 of its 48 samples with 8 held out."""
     where = ["--data", world / "list.jsonl", "--rows", world / "corpus", "--out", out]
-    small = ["--visual-tokens", 2, "--batch", 8, "--micro-batch", 4, "--held-out", 8]
+    small = ["--visual-tokens", 2, "--batch-size", 8, "--micro-batch", 4, "--held-out", 8]
     return words("pretrain", "--language-model", world / "llama", *where, *small, *QUIET, *more)
