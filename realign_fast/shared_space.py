@@ -514,8 +514,6 @@ class SharedSpace(HubObject):
         expected = "a space written by SharedSpace.save"
         with tensors_of(path, expected, "fit it again") as (tensors, metadata):
             stored = json.loads(metadata["shared_space"])
-            if isinstance(stored, list):  # before files had a version
-                stored = {"version": _VERSION, "choices": stored}
             if stored["version"] != _VERSION:
                 raise TypeError(f"version {stored['version']} of another release")
             if unknown := stored.keys() - {"version", "choices", "digest"}:

@@ -83,13 +83,6 @@ class SplitCorpus(Corpus):
         counts = [self._counts[shard.path] for shard in self.shards]
         return {name: sum(shard[name] for shard in counts) for name in self.modalities}
 
-    @property
-    def first_shards(self) -> set[int]:
-        """The numbers of the first shards that hold a row of each modality."""
-        counts = [self._counts[shard.path] for shard in self.shards]
-        places = ([i for i, shard in enumerate(counts) if shard[m]] for m in self.modalities)
-        return {shards[0] for shards in places if shards}
-
     def codes(self, index: int) -> torch.Tensor:
         """Return the number in `modalities` of each row of shard `index`, [rows] uint8."""
         if self._codes[0] != index:

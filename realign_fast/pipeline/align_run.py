@@ -323,14 +323,11 @@ def check_sides(
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
-    """Raise ValueError for two corpora whose rows have the same moments: copies of one another.
-
-    One object in both places is allowed: a plan measures its speed with it.
-    """
+    """Raise ValueError for two corpora whose rows have the same moments: copies of one another."""
     (source_corpus, y), (target_corpus, x) = source, target
     is_same = y.count == x.count and y.dimension == x.dimension
     is_same = is_same and float((y.mean - x.mean).norm()) + abs(y.trace - x.trace) <= _SAME
-    if is_same and source_corpus is not target_corpus:
+    if is_same:
         raise ValueError(
             f"{source_corpus.path}: its {y.count:,} rows have the mean and the trace of those of "
             f"{target_corpus.path}: the two are one side; give the rows of two modalities"

@@ -70,11 +70,6 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{short_name(path.name, MAX_NAME_BYTES - 9)}.partial")
 
 
-def remove_partial(path: Path) -> None:
-    """Remove what a writer of ``path`` that was killed left under the temporary name."""
-    _remove(partial_path(path))
-
-
 def short_name(name: str, most_bytes: int) -> str:
     """Return a name, or one with a hash of it if it has more than `most_bytes` bytes."""
     data = os.fsencode(name)

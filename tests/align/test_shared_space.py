@@ -420,14 +420,12 @@ def test_a_changed_byte_of_a_header_is_one_error_that_names_the_file(tmp_path, k
         (lambda t, m: t["image.centre"][3].add_(1e-9), "numbers that changed since it was written"),
     ],
 )
-def test_a_damaged_space_is_named_and_one_of_no_version_read(demo, tmp_path, change, message):
+def test_a_damaged_space_is_named(demo, tmp_path, change, message):
     path, space = tmp_path / "space.safetensors", SharedSpace.fit(text=demo[0], image=demo[1])
     space.save(path)
     with safe_open(path, "pt") as file:
         stored = json.loads(file.metadata()["shared_space"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    save_file(tensors, path, {"shared_space": json.dumps(stored["choices"])})
-    assert SharedSpace.load(path).record == space.record
     change(tensors, stored)
     save_file(tensors, path, {"shared_space": json.dumps(stored)})
     with pytest.raises(ValueError, match=r"space\.safetensors: expected a space .*" + message):
