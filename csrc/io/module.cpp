@@ -269,8 +269,8 @@ void fill_module(PyObject* module) {
       "Iterator over the bytes `begin`..`end` of an open file in blocks; several are read at "
       "once.\n"
       "\n"
-      "Without a ring, a block is a mapped window of the file. With one, it is a buffer of the\n"
-      "ring, read past the page cache if `direct`.\n"
+      "Without a ring, a block is mapped; with no threads it is loaded when it is asked for. With\n"
+      "one, it is a buffer of the ring, read past the page cache if `direct`.\n"
       "Raises OSError if reading fails and EOFError if the file is shorter than `end`.",
       {constructor<new_reader>(),
        {Py_tp_iter, reinterpret_cast<void*>(&PyObject_SelfIter)},

@@ -29,6 +29,10 @@ constexpr int64_t kPage =
 constexpr int64_t kHuge =
     kHugePage;  // the alignment at which cached files can be mapped by huge pages
 
+// One mapping holds many blocks: mapping and unmapping each block takes as long as reading it from
+// the page cache. It is not the whole file, for the sake of limits of the address space.
+constexpr int64_t kMappingBytes = 256 << 20;
+
 int64_t round_down(int64_t bytes, int64_t multiple) { return bytes - bytes % multiple; }
 int64_t round_up(int64_t bytes, int64_t multiple) {
   return round_down(bytes + multiple - 1, multiple);
@@ -39,20 +43,6 @@ int64_t round_up(int64_t bytes, int64_t multiple) {
                           ", up to which it is read; it may have become shorter");
 }
 
-// A mapped window of a file.
-struct Mapping {
-  void* window;
-  size_t length;
-  std::optional<MappedRange> range;
-  Mapping(void* window, size_t length) : window(window), length(length) {
-    range.emplace(window, static_cast<int64_t>(length));
-  }
-  ~Mapping() {
-    range.reset();  // first: the addresses may be mapped again at once
-    munmap(window, length);
-  }
-};
-
 std::byte* allocate(int64_t bytes) {
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kHuge, round_up(bytes, kHuge)));
   if (memory == nullptr) throw std::bad_alloc();
@@ -61,6 +51,25 @@ std::byte* allocate(int64_t bytes) {
 }
 
 }  // namespace
+
+// A mapped window of a file: the bytes low..low+length.
+struct ShardReader::Mapping {
+  int64_t low;
+  size_t length;
+  std::byte* window;
+  std::optional<MappedRange> range;
+  Mapping(int descriptor, int64_t low, size_t length) : low(low), length(length) {
+    constexpr int kFlags = MAP_PRIVATE | MAP_NORESERVE;
+    void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, kFlags, descriptor, low);
+    if (mapped == MAP_FAILED) throw_errno();
+    window = static_cast<std::byte*>(mapped);
+    range.emplace(window, static_cast<int64_t>(length));
+  }
+  ~Mapping() {
+    range.reset();  // first: the addresses may be mapped again at once
+    munmap(window, length);
+  }
+};
 
 struct Ring::Free {
   std::mutex mutex;
@@ -113,11 +122,10 @@ int64_t Ring::free() const {
 ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes,
                          int64_t ahead, int threads, std::shared_ptr<Ring> ring, bool direct)
     : begin_(begin), end_(end), block_bytes_(block_bytes), ahead_(ahead), ring_(std::move(ring)) {
-  if (begin < 0 || end < begin || block_bytes < 1 || ahead < 1 || threads < 1) {
+  if (begin < 0 || end < begin || block_bytes < 1 || ahead < 1 || threads < 0) {
     throw std::invalid_argument(
-        "ShardReader: expected 0 <= begin <= end and at least 1 for block_bytes, ahead and "
-        "threads, "
-        "got begin " +
+        "ShardReader: expected 0 <= begin <= end, at least 1 for block_bytes and ahead and at "
+        "least 0 for threads, got begin " +
         std::to_string(begin) + ", end " + std::to_string(end) + ", block_bytes " +
         std::to_string(block_bytes) + ", ahead " + std::to_string(ahead) + ", threads " +
         std::to_string(threads));
@@ -137,6 +145,7 @@ ShardReader::ShardReader(int descriptor, int64_t begin, int64_t end, int64_t blo
   }
   if (descriptor_ < 0) descriptor_ = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
   if (descriptor_ < 0) throw_errno();
+  without_threads_ = threads == 0;
   const auto thread_count = std::min<int64_t>({threads, ahead, count_});
   for (int64_t i = 0; i < thread_count; i++) threads_.emplace_back(&ShardReader::work, this);
 }
@@ -160,6 +169,12 @@ Block ShardReader::next() {
         "again here");
   }
   std::unique_lock lock(mutex_);
+  if (without_threads_) {
+    if (next_given_ == count_) return {};
+    auto block = fill(next_given_);
+    next_given_++;  // an error comes again
+    return block;
+  }
   // Another thread may take the block that this one waits for, and it may be the last.
   changed_.wait(lock, [&] { return next_given_ == count_ || ready_.contains(next_given_); });
   if (next_given_ == count_) return {};
@@ -190,10 +205,10 @@ void ShardReader::work() {
   }
 }
 
-Block ShardReader::fill(int64_t index) const {
+Block ShardReader::fill(int64_t index) {
   const auto begin = begin_ + index * block_bytes_;
   const auto bytes = std::min(block_bytes_, end_ - begin);
-  return ring_ ? read(begin, bytes) : map(begin, bytes);
+  return ring_ ? read(begin, bytes) : map(index, begin, bytes);
 }
 
 void ShardReader::check_length() const {
@@ -202,20 +217,35 @@ void ShardReader::check_length() const {
   if (state.st_size < end_) throw_too_short(end_);
 }
 
-Block ShardReader::map(int64_t begin, int64_t bytes) const {
-  check_length();  // an error is better than what MappedRange does about pages that are gone
+// Returns the mapping that holds a block.
+std::shared_ptr<ShardReader::Mapping> ShardReader::mapping_of(int64_t index) {
+  const auto blocks = std::max<int64_t>(1, kMappingBytes / block_bytes_);
+  const auto begin = begin_ + index / blocks * blocks * block_bytes_;
   const auto low = round_down(begin, kHuge);
-  const auto length = static_cast<size_t>(begin + bytes - low);
-  void* window = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor_, low);
-  if (window == MAP_FAILED) throw_errno();
-  const auto mapping = std::make_shared<Mapping>(window, length);
-  const std::shared_ptr<std::byte> memory(mapping, static_cast<std::byte*>(window));
-  const auto first = round_down(begin - low, kPage);
-  if (madvise(memory.get() + first, length - first, MADV_POPULATE_READ) != 0 && errno != EINVAL) {
+  std::lock_guard lock(mapping_mutex_);
+  if (!mapping_ || mapping_->low != low) {
+    const auto end = std::min(end_, begin + blocks * block_bytes_);
+    mapping_ = std::make_shared<Mapping>(descriptor_, low, static_cast<size_t>(end - low));
+  }
+  return mapping_;
+}
+
+Block ShardReader::map(int64_t index, int64_t begin, int64_t bytes) {
+  check_length();  // an error is better than what MappedRange does about pages that are gone
+  const auto mapping = mapping_of(index);
+  auto* const data = mapping->window + (begin - mapping->low);
+  const auto first = round_down(begin - mapping->low, kPage);
+  const auto end = begin - mapping->low + bytes;
+  if (madvise(mapping->window + first, end - first, MADV_POPULATE_READ) != 0 && errno != EINVAL) {
     if (errno == EFAULT) check_length();
     throw_errno();
   }
-  return {memory, memory.get() + (begin - low), bytes, &*mapping->range};
+  // The pages that are of this block alone are let go of with it.
+  const auto own = round_up(begin - mapping->low, kPage), own_end = round_down(end, kPage);
+  const auto release = [mapping, own, own_end](std::byte*) {
+    if (own < own_end) madvise(mapping->window + own, own_end - own, MADV_DONTNEED);
+  };
+  return {{data, release}, data, bytes, &*mapping->range};
 }
 
 Block ShardReader::read(int64_t begin, int64_t bytes) const {

@@ -32,8 +32,8 @@ class Ring {
   std::shared_ptr<Free> free_;
 };
 
-// A block of the file in memory that only this block uses: a private mapping, or a buffer of a
-// ring.
+// A block of the file in memory that only this block uses: a part of a private mapping, or a buffer
+// of a ring.
 struct Block {
   std::shared_ptr<std::byte> memory;
   std::byte* data = nullptr;  // the first requested byte, inside `memory`
@@ -43,10 +43,11 @@ struct Block {
 
 // Reads the bytes begin..end of a file, block_bytes at a time; the last block holds the rest.
 //
-// Without a ring, a block maps the file's cached pages, which are loaded before it is used, and
-// nothing is copied. With a ring, a block is read into a buffer. `direct` then bypasses the page
-// cache (O_DIRECT) if the file system supports it, which leaves the cache to other files and costs
-// little processor time.
+// Without a ring, a block is mapped: the file's cached pages, which are loaded before it is used,
+// and nothing is copied. Without threads a block is loaded when it is asked for, which is fastest
+// where the file is cached. With a ring, a block is read into a buffer. `direct` then bypasses the
+// page cache (O_DIRECT) if the file system supports it, which leaves the cache to other files and
+// costs little processor time.
 class ShardReader {
  public:
   ShardReader(int descriptor, int64_t begin, int64_t end, int64_t block_bytes, int64_t ahead,
@@ -68,16 +69,20 @@ class ShardReader {
     Block block;
     std::exception_ptr error;
   };
+  struct Mapping;
   void work();
-  Block fill(int64_t index) const;
-  Block map(int64_t begin, int64_t bytes) const;
+  Block fill(int64_t index);
+  Block map(int64_t index, int64_t begin, int64_t bytes);
+  std::shared_ptr<Mapping> mapping_of(int64_t index);
   Block read(int64_t begin, int64_t bytes) const;
   void check_length() const;
 
   int descriptor_, process_;
-  bool direct_ = false;
+  bool direct_ = false, without_threads_ = false;
   int64_t begin_, end_, block_bytes_, count_, ahead_;
   std::shared_ptr<Ring> ring_;
+  std::mutex mapping_mutex_;
+  std::shared_ptr<Mapping> mapping_;  // of the last block
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<int64_t, Result> ready_;

@@ -2,10 +2,10 @@
 
 Opening a shard reads headers only; an error names the file and is a `TypeError` (number type), an
 `OSError` or a `ValueError`. Most formats decode the rows in `pieces`. Where they lie in one piece
-of the file (npy, safetensors), the native reader (`csrc/io`) maps windows of it and brings their
-pages in on threads of its own, so rows are never copied, unless they are not aligned to their
-number type. Ranges are read where the file is remote or nothing is compiled; batches are the same
-either way. A file that becomes shorter is an error; in a mapped window this takes
+of the file (npy, safetensors), the native reader (`csrc/io`) maps blocks of it, so rows are never
+copied, unless they are not aligned to their number type. Its thread brings their pages in ahead,
+unless the file is cached. Ranges are read where the file is remote or nothing is compiled; batches
+are the same either way. A file that becomes shorter is an error; in a mapped window this takes
 `io_extension.survive_lost_pages`.
 """
 
@@ -34,6 +34,7 @@ BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
 RING_THREADS = 4  # they copy out of the page cache, or have several large reads in flight
+PROBES = 16  # bytes of a file that are looked for in the page cache
 GAP_BYTES = 32 << 10  # between wanted rows: fewer bytes cost less to fetch than another request
 
 
@@ -266,12 +267,13 @@ class ContiguousShard(Shard):
     ) -> Iterator[tuple[int, Any]]:
         """Yield the first row of each block, and memory that begins with it."""
         limits = self.offset + first * self.row_bytes, self.stamp[0]
-        options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
+        is_cached = _is_cached(file.fileno(), *limits)  # a thread only takes time then
+        options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": 0 if is_cached else THREADS}
         is_aligned = self.offset % self.dtype.itemsize == 0
         if ring is None and not is_aligned:
             ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, step * self.row_bytes)
         if ring is not None:  # a direct read would keep the place of the rows within a page
-            direct = is_aligned and not _is_cached(file.fileno(), self.stamp[0] - 1)
+            direct = is_aligned and not is_cached
             options |= {"ring": ring, "threads": RING_THREADS, "direct": direct}
         block_bytes = step * self.row_bytes
         reader = io_extension.io.ShardReader(file.fileno(), *limits, block_bytes, **options)
@@ -336,9 +338,10 @@ def block_rows(row_bytes: int, batch_rows: int) -> int:
     return max(1, BLOCK_BYTES // (batch_rows * row_bytes)) * batch_rows
 
 
-def _is_cached(descriptor: int, offset: int) -> bool:
-    """Return whether the byte at `offset` of a file can be read without its disk."""
+def _is_cached(descriptor: int, start: int, stop: int) -> bool:
+    """Return whether bytes of a file, spread over `start..stop`, can be read without its disk."""
+    places = np.linspace(start, stop - 1, PROBES, dtype=np.int64).tolist()
     try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        return all(os.preadv(descriptor, [bytearray(1)], p, os.RWF_NOWAIT) == 1 for p in places)
     except (OSError, AttributeError):  # the latter where the system cannot say
         return False

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import sys
 import threading
 import time
@@ -32,7 +33,7 @@ def ring(block_bytes, buffers=2):
 
 
 @pytest.mark.parametrize("through_ring", [False, True])
-@pytest.mark.parametrize(("ahead", "threads"), [(1, 1), (2, 1), (5, 3), (100, 8)])
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 0), (1, 1), (2, 1), (5, 3), (100, 8)])
 @pytest.mark.parametrize("block_bytes", [1, 777, PAGE, 3 * PAGE + 1, 1 << 20])
 @pytest.mark.parametrize(("begin", "end"), [(0, None), (128, None), (PAGE + 3, 2 * PAGE + 5)])
 def test_blocks_are_the_bytes(file, content, through_ring, ahead, threads, block_bytes, begin, end):
@@ -95,9 +96,41 @@ def test_writes_to_a_block_never_reach_the_file(file, content, through_ring):
     assert os.pread(file.fileno(), len(content), 0) == content
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+def test_the_pages_of_a_block_go_with_it_and_no_others(tmp_path, threads):
+    """Blocks share a mapping: what is written to a block stays while another is let go of."""
+    content = os.urandom(64 << 20)
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+    with open(path, "rb") as file:
+        size, kept = (4 << 20) + 777, []
+        blocks = io.ShardReader(file.fileno(), 99, len(content), size, ahead=1, threads=threads)
+        for number, block in enumerate(blocks):
+            if number % 3 == 1:
+                memoryview(block)[:] = bytes(len(block))
+                kept.append(block)
+            else:
+                assert bytes(block) == content[99 + number * size :][:size]
+            del block
+        assert all(not any(bytes(block)) for block in kept)
+        assert resident_bytes(path) < len(content) / 2
+    assert path.read_bytes() == content
+
+
+def resident_bytes(path):
+    """Return how much of the mappings of a file this process has in memory."""
+    with open("/proc/self/smaps") as lines:
+        entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", lines.read(), flags=re.MULTILINE)
+    mine = [entry for entry in entries if entry.partition("\n")[0].endswith(str(path))]
+    assert mine
+    return sum(int(re.search(r"^Rss: +(\d+)", entry, re.MULTILINE)[1]) << 10 for entry in mine)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
 @pytest.mark.parametrize("through_ring", [False, True])
-def test_a_file_that_ends_early_is_an_error(file, content, through_ring):
+def test_a_file_that_ends_early_is_an_error(file, content, through_ring, threads):
     options = {"ring": ring(PAGE)} if through_ring else {}
+    options["threads"] = threads
     reader = io.ShardReader(file.fileno(), 0, len(content) + 1, PAGE, ahead=1, **options)
     with pytest.raises(EOFError):
         list(reader)
