@@ -109,6 +109,8 @@ def _application(chosen: str | None) -> Any:
 
 def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     """Run a command with the values of its options, print its result, return the exit status."""
+    if values.get("backend"):  # for the processes of a run too, and before the kernels are loaded
+        os.environ["REALIGN_FAST_BACKEND"] = values["backend"]
     with _startup.without_collection():
         from .. import ops  # noqa: F401  # torch and the kernels
     hints = get_type_hints(function)
@@ -265,6 +267,7 @@ def info(options: opts.Common) -> Result:
 
     from .. import ops
     from ..corpus.io_extension import reader_description
+    from ..ops.verdicts import faults_of, verdict_of
 
     cuda = torch.cuda.is_available()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None
@@ -279,12 +282,29 @@ def info(options: opts.Common) -> Result:
         "files": reader_description(),
     }
     lines = [f"{name:13} {value or 'none that torch can use'}" for name, value in facts.items()]
-    facts["ops"] = {op: {} for op in ops.OPS}
-    for op, device in product(ops.OPS, ("cpu", "cuda") if cuda else ("cpu",)):
+    facts |= {"ops": {op: {} for op in ops.OPS}, "checks": {}}
+    devices = ("cpu", "cuda") if cuda else ("cpu",)
+    for device in devices:
+        verdict = facts["checks"][device] = verdict_of(torch.device(device))
+        found = "; ".join(faults_of(verdict)) or "every result was right"
+        found = f"{verdict['date']}, {found}" if verdict["date"] else "none (realign-fast check)"
+        lines.append(f"{'check':13} {device}: {found}")
+    for op, device in product(ops.OPS, devices):
         backend = ops.backend_of(op, device)
         facts["ops"][op][device] = backend._asdict()
         lines.append(f"{op:13} {device}: {backend.kernel} ({backend.why})")
     return Result(facts, "\n".join(lines), answer=True)
+
+
+@command("Results", "", "--device cuda --json")
+def check(options: opts.Common, device: opts.CheckedDevice = None) -> Result:
+    """Try every kernel on a device against float64, and time those that are right."""
+    from .. import device_check, ops
+    from ..interface.devices import check_device
+
+    facts = device_check.check(check_device(device))
+    status = ExitCode.FAULTS if ops.verdicts.faults_of(facts) else ExitCode.DONE
+    return Result(facts, device_check.table_of(facts), status, answer=True)
 
 
 @command("Align", "", "--report", "--out DIR --quiet")

@@ -130,6 +130,8 @@ BatchBytes = Annotated[int, _run("bytes of rows at a time; memory use is a few t
     "the last bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
+CheckedDevice = Annotated[str | None, _run("device to check: cpu, cuda or cuda:N", metavar="NAME",
+    show_default="cuda if torch finds a GPU, else cpu")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and what is finished")]
 Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
     parser=_text(_kept))]
@@ -191,6 +193,8 @@ class Passes(Configured, Reading):
     batch_bytes: BatchBytes = values.BATCH_BYTES
     device: Annotated[str, _run("device that computes: cpu, cuda (with --workers N each process "
         "takes the next GPU) or cuda:N", metavar="NAME")] = "cpu"
+    backend: Annotated[Literal["cuda", "triton", "reference", "cpu"] | None, _run("kernels to use "
+        "without a test", show_default="REALIGN_FAST_BACKEND, or else those that are right")] = None
 
 
 class EngineOptions(Options):

@@ -4,6 +4,7 @@ from .dispatch import INSTRUCTION_SETS as INSTRUCTION_SETS
 from .dispatch import OPS as OPS
 from .dispatch import Backend as Backend
 from .dispatch import backend_of as backend_of
+from .dispatch import chosen_backends as chosen_backends
 from .dispatch import cpu_instruction_set as cpu_instruction_set
 from .dispatch import why_no_cuda as why_no_cuda
 from .functions import DTYPES as DTYPES

@@ -2,17 +2,20 @@
 
 ``reference.py`` implements every op on every device, and on tensors without memory for tracing. The
 compiled library ``_C.abi3.so`` registers its kernels under the CPU key, and ``_C_cuda.abi3.so``
-under the CUDA key, if torch has CUDA and the library has code for the GPUs (docs/kernels.md). On a
-GPU without that library the Triton kernels are registered instead (``triton_ops``). PyTorch's
-dispatcher chooses by the device of the rows; nothing is swapped at run time, and
-:func:`backend_of` says which kernel runs and why.
+under the CUDA key, if torch has CUDA. PyTorch's dispatcher chooses by the device of the rows. On a
+GPU it calls the chooser (``chooser.py``), which stands before the compiled kernels, those of Triton
+(``triton_ops``) and the reference. :func:`backend_of` says which kernel runs and why.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,8 @@ from torch._decomp import register_decomposition
 
 from .._libraries import PACKAGE, build_info, why_not_loaded
 from . import reference, triton_ops
-from .cuda_capability import visible_capabilities, why_unfit
+from .chooser import VARIABLE, Chooser
+from .chooser import Backend as Backend
 
 OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
 # On a CPU the index of an instruction set is the op's argument `variant`.
@@ -69,7 +73,9 @@ def _load_kernels(library: Path, key: str) -> str:
 def _load_compiled() -> str:
     """Load the compiled CPU kernels; return "", or the reason if there are none."""
     binary = PACKAGE / "_C.abi3.so"
-    if binary.exists():
+    if _asked == "reference":
+        reason = f"{VARIABLE}=reference"
+    elif binary.exists():
         reason = _load_kernels(binary, "CPU")
     else:
         reason = build_info().get("reason") or (
@@ -94,19 +100,37 @@ def _load_cuda() -> str:
             f"{binary.name} is built with CUDA {built_version}, torch with {torch.version.cuda}; "
             "install realign_fast again with an nvcc of that version"
         )
-    if unfit := why_unfit(info.get("cuda_archs", "").split(), visible_capabilities()):
-        reason = f"{binary.name} is not used: {unfit}"
-    else:
-        reason = _load_kernels(binary, "CUDA")
-    if reason:
+    if reason := _load_kernels(binary, "CUDA"):
         warnings.warn(f"realign_fast: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
+_asked = os.environ.get(VARIABLE, "cpu")
+if _asked not in ("cuda", "triton", "reference", "cpu"):
+    raise ValueError(f"{VARIABLE}: expected cuda, triton, reference or cpu, got {_asked!r}")
 _why_not_compiled = _load_compiled()
 HAS_CPU_KERNELS = not _why_not_compiled
 _why_not_cuda = _load_cuda()
-_triton_ops, _why_not_triton = triton_ops.register_kernels(_library, OPS)
+
+
+def _choose_on_gpus() -> Chooser:
+    """Let a chooser answer for rows on a GPU, in place of the kernels of the compiled library."""
+    compiled, keys = SimpleNamespace(), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for op in [] if _why_not_cuda else OPS:
+        kernel = torch.library.get_kernel(f"realign_fast::{op}", "CUDA")
+        setattr(compiled, op, partial(kernel.call_boxed, keys))
+    backends = {"cuda": _why_not_cuda or compiled, "triton": triton_ops.why_not() or triton_ops}
+    chooser = Chooser(backends | {"reference": reference})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of the kernels behind it
+        for op in OPS:
+            _library.impl(op, partial(chooser.call, op), "CUDA")
+    if _asked in ("cuda", "triton") and not parent_process():
+        warnings.warn(f"realign_fast: {VARIABLE}={_asked} chooses for GPUs", stacklevel=2)
+    return chooser
+
+
+CHOOSER = _choose_on_gpus()
 _best_instruction_set = 0 if _why_not_compiled else int(torch.ops.realign_fast.cpu_isa())
 
 
@@ -129,31 +153,31 @@ for _name in ("align_rows", "map_rows"):
     register_decomposition(getattr(torch.ops.realign_fast, _name).default)(reference.map_rows)
 
 
-class Backend(NamedTuple):
-    """The kernel that answers an op, and the reason for the choice."""
-
-    kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
-    why: str
-
-
 def backend_of(op: str, device: torch.device | str) -> Backend:
-    """Return the kernel that PyTorch's dispatcher runs for ``op`` and rows on ``device``.
+    """Return the kernel that answers ``op`` for rows on ``device``; nothing is run.
 
     Raises:
         ValueError: ``op`` is not one of :data:`OPS`.
+        RuntimeError: no backend is left for a GPU.
     """
     if op not in OPS:
         raise ValueError(f"backend_of: there is no op {op!r}; the ops are {', '.join(OPS)}")
     device = torch.device(device)
-    if device.type == "cuda" and op in _triton_ops:
-        return Backend("triton", f"Triton: {_why_not_cuda or 'no compiled library for this GPU'}")
-    if device.type in ("cpu", "cuda") and _has_kernel(f"realign_fast::{op}", device.type.upper()):
-        in_use = f", {cpu_instruction_set(op)} in use" if device.type == "cpu" else ""
-        return Backend(device.type, f"compiled{in_use}")
-    if device.type == "cpu":
-        return Backend("reference", f"plain torch: {_why_not_compiled}")
-    reasons = f": {_why_not_cuda}, and {_why_not_triton}" if device.type == "cuda" else ""
-    return Backend("reference", f"plain torch: no kernel is compiled for {device.type}{reasons}")
+    if device.type == "cuda":
+        return CHOOSER.choose(op, device.index or 0, test=False)
+    if device.type == "cpu" and HAS_CPU_KERNELS:
+        return Backend("cpu", f"compiled, {cpu_instruction_set(op)} in use")
+    reason = f"no kernel is compiled for {device.type}"
+    reason = _why_not_compiled if device.type == "cpu" else reason
+    return Backend("reference", f"plain torch: {reason}")
+
+
+def chosen_backends(device: torch.device | str) -> dict[str, str]:
+    """Choose the backend of every op for a GPU now; {} for the CPU, or if no GPU is here to ask."""
+    device = torch.device(device)
+    if device.type != "cuda" or not (torch.cuda.is_available() or _asked in CHOOSER.backends):
+        return {}
+    return {op: CHOOSER.choose(op, device.index or 0).kernel for op in OPS}
 
 
 def why_no_cuda() -> str:

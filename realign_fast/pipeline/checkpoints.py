@@ -78,6 +78,8 @@ def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     several types of CPU.
     """
     kernel = torch.device(device).type
+    if chosen := ops.chosen_backends(device):
+        kernel = " ".join(chosen.values()) if len({*chosen.values()}) > 1 else chosen["sum_rows"]
     if kernel == "cpu":
         kernel = ops.backend_of("sum_rows", "cpu").kernel
     return f"realign_fast {version}, sum_rows on {kernel}"

@@ -15,6 +15,7 @@ from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..interface.progress import Progress
 from ..moments import Moments
+from ..ops import chosen_backends
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
@@ -147,7 +148,8 @@ class PassRunner:
             self._identities[corpus] = identities(corpus.shards)
         checkpoints = Checkpoints(self.records, key_facts) if self.records else None
         shared = name, corpus, self._identities[corpus], checkpoints, self.settings, self.reading
-        return ShardTask(*shared, row_map, covariance, result[1] if result else None)
+        kernels = chosen_backends(self.settings.device)
+        return ShardTask(*shared, row_map, covariance, result[1] if result else None, kernels)
 
     @memory_explained()
     def run_pass(self, task: ShardTask, total: Moments) -> Moments:

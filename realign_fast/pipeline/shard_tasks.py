@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -26,8 +26,10 @@ from ..corpus.corpus import Batch, Corpus
 from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
 from ..corpus.split_corpus import SplitCorpus
+from ..interface.option_values import OptionError
 from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
+from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
 from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
@@ -72,6 +74,7 @@ class ShardTask:
     row_map: AnyMap | None
     covariance: bool
     folder: StoragePath | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)  # chosen for GPUs where the run began
     advance: Callable[[int], None] | None = None
 
     def __call__(self, index: int) -> ShardResult:
@@ -144,6 +147,10 @@ class ShardTask:
         moments, total = moments_for(self.corpus, self.covariance), 0
         codes = self.corpus.codes(index) if isinstance(self.corpus, SplitCorpus) else None
         streams = streams_for(self.settings.device)
+        if streams is not None and torch.cuda.is_available():
+            if not self.kernels:
+                raise OptionError("--backend: the run began without a GPU; give cuda or triton")
+            CHOOSER.keep(self.kernels)  # so that no worker's bytes depend on its own verdict
         size = self.settings.batch_bytes // shard.row_bytes
         size = max(1, min(size, shard.num_rows))
         row_map: Any = self.row_map

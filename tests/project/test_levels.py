@@ -23,7 +23,7 @@ LEVELS = (
         "_io",
     ),
     ("corpus", "covariance_sums", "seeded_noise", "whiten"),
-    ("moments",),
+    ("moments", "device_check"),
     ("frame", "metrics"),
     ("methods",),
     ("align", "shared_space"),

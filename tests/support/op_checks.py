@@ -18,6 +18,7 @@ from realign_fast.ops import (
     reference,
     triton_ops,
 )
+from realign_fast.ops.dispatch import CHOOSER
 from support import ptx_machine
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "coco_clip_vitb32_500.npy"
@@ -51,8 +52,8 @@ class Kernel:
             self.functions = torch.ops.realign_fast
         else:
             self.options = {}
-            own = {"reference": reference, "triton": triton_ops}
-            self.functions = own.get(name, torch.ops.realign_fast)
+            cuda = CHOOSER.backends["cuda"]  # itself, whatever is chosen for the GPU
+            self.functions = {"reference": reference, "triton": triton_ops, "cuda": cuda}[name]
 
     def align(self, rows, scale, shift, recentre=None, dtype=None, length=1.0, op="align_rows"):
         arguments = (*self._send(rows, scale, shift, recentre), dtype or rows.dtype, length)

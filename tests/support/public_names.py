@@ -79,8 +79,9 @@ def use_the_ops(rows: Tensor) -> str:
     sums = ops.sum_mapped_rows(rows, lambda block: ops.align_rows(block, scale, shift))
     backend: ops.Backend = realign_fast.backend_of(ops.OPS[0], "cpu")
     same = ops.backend_of(ops.OPS[0], rows.device), ops.sum_rows(rows), ops.add_scatter_
+    chosen: dict[str, str] = ops.chosen_backends(rows.device)
     answer: str = ops.INSTRUCTION_SETS[0] + ops.cpu_instruction_set("sum_rows") + ops.why_no_cuda()
-    return f"{answer} {backend} {same} {counts} {sums}"
+    return f"{answer} {backend} {same} {counts} {sums} {chosen}"
 
 
 def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:

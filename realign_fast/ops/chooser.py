@@ -1,0 +1,108 @@
+"""The chooser: which backend answers an op on a GPU, and why.
+
+It stands under the CUDA key of PyTorch's dispatcher. A process chooses once for each op and GPU, at
+the first use: the best backend that has code for the GPU and that ``realign-fast check`` found
+right or, without a verdict, that passes a smoke test of about a second. A backend that fails is
+named in a warning and replaced by the next.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .._libraries import build_info
+from .cuda_capability import why_no_code
+from .trials import fault_of, trials
+from .verdicts import verdict_of
+
+VARIABLE = "REALIGN_FAST_BACKEND"  # of the environment: the backend to use, without a test
+UNTESTED = "not tested yet; the first use outside of a graph capture does that"
+
+
+class Backend(NamedTuple):
+    """The kernel that answers an op, and the reason for the choice."""
+
+    kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
+    why: str
+
+
+class Chooser:
+    """The backends by name, best first: an object with the ops, or why there is none."""
+
+    def __init__(self, backends: Mapping[str, Any]) -> None:
+        self.backends = backends
+        self._kept: Mapping[str, str] = {}
+        self._chosen: dict[tuple[str, int], Backend] = {}
+
+    def call(self, op: str, *arguments: Any) -> Any:
+        """Call the backend of an op for the device of its first tensor."""
+        index = arguments[0].get_device()
+        chosen = self._chosen.get((op, index))
+        if chosen is None:
+            is_captured = index >= 0 and torch.cuda.is_current_stream_capturing()
+            chosen = self.choose(op, index, test=not is_captured)
+        return getattr(self.backends[chosen.kernel], op)(*arguments)
+
+    def keep(self, kernels: Mapping[str, str]) -> None:
+        """Use the backends that another process of the same run has chosen, by op."""
+        if kernels != self._kept:
+            self._kept, self._chosen = kernels, {}
+
+    def choose(self, op: str, index: int, test: bool = True) -> Backend:
+        """Return the backend of an op on GPU ``index`` (-1: the CPU); without ``test`` run nothing.
+
+        Raises:
+            RuntimeError: each backend fails, or the one that the run or the environment asks for.
+        """
+        if chosen := self._chosen.get((op, index)):
+            return chosen
+        asked, passed_over = os.environ.get(VARIABLE, "cpu"), ""
+        names = [self._kept[op]] if op in self._kept else [*self.backends]
+        for name in names if asked == "cpu" else [asked]:
+            fault, why = self._judge(op, name, index, test)
+            if not fault:
+                chosen = Backend(name, why + passed_over)
+                if why != UNTESTED:
+                    self._chosen[op, index] = chosen
+                return chosen
+            passed_over += f"; not {name}: {fault}"
+            if fault != self.backends.get(name):  # which the import has warned of
+                text = f"realign_fast: {name} is disabled, {fault}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+        raise RuntimeError(
+            f"realign_fast: no backend is left for {op}{passed_over}; run `realign-fast check`, or "
+            f"name the backend to use nevertheless in {VARIABLE}"
+        )
+
+    def _judge(self, op: str, name: str, index: int, test: bool) -> tuple[str, str]:
+        """Return what is wrong with a backend, or "" and why it may answer."""
+        backend = self.backends.get(name, "there is no such backend")
+        if isinstance(backend, str):
+            return backend, ""
+        if os.environ.get(VARIABLE) == name:
+            return "", f"{VARIABLE}={name}"
+        if index >= 0 and not torch.cuda.is_available():
+            return "", UNTESTED
+        if name == "cuda":
+            architectures = build_info().get("cuda_archs", "").split()
+            if fault := why_no_code(architectures, torch.cuda.get_device_capability(index)):
+                return fault, ""
+        device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
+        verdict = verdict_of(device)
+        if found := verdict["ops"].get(op, {}).get(name):
+            why = f"found right by the check of {verdict['date']}"
+            return found["fault"] and f"{op}: {found['fault']}", why
+        if name == "reference" or not test:
+            return "", UNTESTED if name != "reference" else "plain torch"
+        try:
+            for dtype in (torch.float16, torch.float32):
+                for trial in trials(op, dtype, (dtype,), 65, device):
+                    trial.check(trial.run(getattr(backend, op)))
+        except Exception as error:
+            return f"{op}: {fault_of(error)}", ""
+        return "", "it passed the smoke test"
