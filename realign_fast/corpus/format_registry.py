@@ -1,10 +1,9 @@
-"""The formats of shards: one table of suffixes, contents, readers and writers.
+"""The formats of shards: one table of suffixes, readers and writers.
 
-The suffix of a file decides on its format. A single file that is named by hand may have another
-suffix; then its content decides. A folder holds shards of one format.
+The suffix of a file decides on its format. A folder holds shards of one format.
 
-A new format is a file in `formats/`, a line in `FORMATS` and one in `STARTS`. Its shard derives
-from `ContiguousShard` or `Shard`, its writer from `FormatWriter` or `TableWriter`, and its
+A new format is a file in `formats/` and a line in `FORMATS`. Its shard derives from
+`ContiguousShard` or `Shard`, its writer from `FormatWriter` or `TableWriter`, and its
 `read_shard(path, column)` reads no more than a header where the format allows. Only this file may
 import an optional package of the format.
 """
@@ -27,10 +26,8 @@ UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conv
 NOT_SHARDS = {"aligner.safetensors", "half.safetensors", "space.safetensors"}
 ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
 LEFT_BY_DATASETS = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # beside shards, by its `map`
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-HEAD_BYTES = 512  # of a file, by which its format is recognized
 
-CONVERSIONS = "the page `formats` of the documentation converts other formats in a line of Python"
+CONVERSIONS = "decompress it, or convert it as the page `formats` of the documentation shows"
 
 
 class Format(NamedTuple):
@@ -54,13 +51,6 @@ FORMATS = {
     "pickle": Format(pickle_list.read_shard, pickle_list.PickleWriter),
     "tar": Format(webdataset.read_shard, webdataset.TarWriter),
 }
-STARTS = {  # of files of these formats; `_format_of_content` knows the others
-    archives.LEGACY_START: "pt",
-    b"\x93NUMPY": "npy",
-    b"PAR1": "parquet",
-    arrow.MAGIC: "arrow",
-    b"\xff\xff\xff\xff": "arrow",
-} | {bytes([0x80, protocol]): "pickle" for protocol in range(2, 6)}
 SUFFIXES = {suffix: name for name in reversed(FORMATS) for suffix in FORMATS[name].writer.suffixes}
 
 
@@ -74,13 +64,6 @@ def format_of(name: str) -> str | None:
 def is_output_shard(name: str) -> bool:
     """Return whether a file of an output is a shard, and none that other programs left there."""
     return format_of(name) is not None and not LEFT_BY_DATASETS.fullmatch(name)
-
-
-def compression_of(name: str) -> str | None:
-    """Return the compression of a shard that is compressed as a whole, such as `rows.tar.gz`."""
-    name = name.lower().replace(".tgz", ".tar.gz")
-    stem, suffix = os.path.splitext(name)
-    return suffix[1:] if suffix in COMPRESSED and format_of(stem) else None
 
 
 def shard_paths(folder: StoragePath) -> list[StoragePath]:
@@ -113,36 +96,14 @@ def read_shard(path: StoragePath, column: str | None = None, allow_pickle: bool 
     """Open the shard at `path`.
 
     It is a TypeError if the rows are numbers of a type that is not read, and a ValueError if the
-    file is damaged, compressed, a pickle without `allow_pickle`, or of another format.
+    file is damaged, a pickle without `allow_pickle`, or of another format.
     """
-    if compression := compression_of(path.name):
-        problem = f"is compressed ({compression}), so a row cannot be read without all before it"
-        raise ValueError(f"{path}: {problem}; decompress it")
-    name = format_of(path.name) or _format_of_content(_head(path))
+    name = format_of(path.name)
     if not name:
-        problem = "neither its suffix nor its content is that of a format that is read"
-        raise ValueError(f"{path}: {problem}; expected one of {', '.join(SUFFIXES)}; {CONVERSIONS}")
+        path.stamp()  # an error if it is not there
+        problem = f"its suffix is none of {', '.join(SUFFIXES)}: rename it if its format is read"
+        raise ValueError(f"{path}: {problem}; {CONVERSIONS}")
     if name == "pickle" and not allow_pickle:
         advice = "give allow_pickle=True or --allow-pickle (nothing in it is run)"
         raise ValueError(f"{path}: a pickle is read only when asked to: {advice}")
-    try:
-        return FORMATS[name].read(path, column)
-    except ValueError as error:
-        content = _format_of_content(_head(path))
-        if content in (None, name):
-            raise
-        raise ValueError(f"{error}; by its content it is {content}: rename it") from error
-
-
-def _head(path: StoragePath) -> bytes:
-    with explained(path), path.opened() as file:
-        return file.pread(HEAD_BYTES, 0)
-
-
-def _format_of_content(head: bytes) -> str | None:
-    if head.startswith(b"PK\3\4"):
-        return "pt" if b"/data.pkl" in head else "npz"
-    if head[257:262] == b"ustar":
-        return "tar"
-    by_start = (name for start, name in STARTS.items() if head.startswith(start))
-    return next(by_start, "safetensors" if safetensors.recognizes(head) else None)
+    return FORMATS[name].read(path, column)

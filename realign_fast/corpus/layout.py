@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,7 +22,6 @@ from .format_registry import (
     CONVERSIONS,
     ONLY_ALONE,
     UNFINISHED,
-    compression_of,
     format_of,
     read_shards,
     shard_paths,
@@ -54,13 +53,8 @@ def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         return storage_path(f"{paths[0]}{more}"), paths
     if not isinstance(path, str | os.PathLike) and not hasattr(path, "parent"):
-        type_name, advice = type(path).__name__, "give the rows of an array to ReAlign.fit itself"
-        if (shape := getattr(path, "shape", None)) is not None:
-            type_name += f" of shape {list(shape)}"
-            if len(shape) != 2:
-                advice = "rows are [N, D]: reshape them and give them to ReAlign.fit, or name paths"
-        if isinstance(path, Mapping):
-            advice = f"give one of its values ({', '.join(map(repr, path)) or 'it has none'})"
+        advice = "give rows [N, D] of an array to ReAlign.fit itself, and one value of a dict"
+        type_name = type(path).__name__
         raise TypeError(
             f"Corpus: expected a path, a table or a dataset, got a {type_name}; {advice}"
         )
@@ -178,10 +172,6 @@ def shards_of(folder: StoragePath) -> list[StoragePath]:
     if nested:
         advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
         raise FileNotFoundError(f"{folder}: its shards are in folders ({some(nested)}); {advice}")
-    if packed := sorted(filter(compression_of, names)):
-        raise FileNotFoundError(
-            f"{folder}: has only compressed files ({some(packed)}); decompress them"
-        )
     problem = "has no .npy file or other shard [rows, columns]"
     raise FileNotFoundError(f"{folder}: {problem}; {CONVERSIONS}")
 

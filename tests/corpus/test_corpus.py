@@ -852,9 +852,9 @@ def test_shards_in_folders_are_named(tmp_path):
 def test_compressed_files_are_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"\x1f\x8b\x08\0")
-    with pytest.raises(ValueError, match=rf"{name}: is compressed .*decompress it"):
+    with pytest.raises(ValueError, match=rf"{name}: its suffix is none of .*decompress it"):
         Corpus(path)
-    with pytest.raises(FileNotFoundError, match=rf"compressed files \({name}\); decompress"):
+    with pytest.raises(FileNotFoundError, match=r"has no \.npy file .*decompress it"):
         Corpus(tmp_path)
 
 

@@ -138,23 +138,6 @@ def test_one_column_of_numbers_is_no_row():
         ReAlign.fit(ROWS, OTHERS)(pandas.Series(ROWS[:, 0]))
 
 
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [
-        (ROWS, r"a ndarray of shape \[9, 3\]; give the rows of an array to ReAlign.fit itself"),
-        (ROWS[0], r"a ndarray of shape \[3\]; rows are \[N, D\]: reshape them"),
-        (np.array("x"), r"a ndarray of shape \[\]; rows are \[N, D\]: .* or name paths"),
-        (torch.ones(3), r"a Tensor of shape \[3\]; rows are"),
-    ],
-    ids=["rows", "row", "number", "tensor"],
-)
-def test_an_array_is_no_corpus(array, words):
-    with pytest.raises(
-        TypeError, match=f"Corpus: expected a path, a table or a dataset, got {words}"
-    ):
-        Corpus(array)
-
-
 def test_the_column_of_the_rows_names_no_modalities(tmp_path, capsys):
     pq.write_table(pa.table({"kind": ["text"] * 9, "embedding": vectors()}), tmp_path / "x.parquet")
     command = ["unify", "--corpus", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "out")]
@@ -188,9 +171,9 @@ def test_rows_in_memory_have_no_place_in_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (ROWS, r"got a ndarray of shape \[9, 3\]; give the rows of an array to ReAlign.fit"),
+        (ROWS, r"got a ndarray; give rows \[N, D\] of an array to ReAlign.fit"),
         (torch.from_numpy(ROWS), "got a Tensor"),
-        ({"train": 1, "test": 2}, r"got a dict; give one of its values \('train', 'test'\)"),
+        ({"train": 1, "test": 2}, "got a dict; .* one value of a dict"),
     ],
     ids=["array", "tensor", "splits"],
 )
@@ -292,7 +275,7 @@ def test_lists_and_globs_that_name_no_corpus_are_refused(folders):
 @pytest.mark.parametrize("name", ["x.h5", "x.csv", "x.fbin", "x.data"])
 def test_other_formats_are_refused_and_the_page_that_converts_them_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(bytes(40))
-    with pytest.raises(ValueError, match=rf"{name}: neither its suffix .* page `formats`"):
+    with pytest.raises(ValueError, match=rf"{name}: its suffix is none of .* page `formats`"):
         Corpus(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"has no \.npy file .* page `formats`"):
         Corpus(tmp_path)

@@ -269,14 +269,6 @@ def _targets() -> Iterator[tuple[str, Target]]:
     for name, seeds in shards.items():
         file = f"rows.{suffixes.get(name, name)}"
         yield name, Target(file, seeds, partial(_read_corpus, file))
-    yield (
-        "any-suffix",
-        Target(
-            "rows.bin",
-            lambda: ([seed for seeds in shards.values() for seed in seeds()[:1]]),
-            partial(_read_corpus, "rows.bin"),
-        ),
-    )
     yield "conversations", Target("list.json", _conversations, partial(_read_list, "list.json"))
     parquet_list = Target("list.parquet", _parquet_list, partial(_read_list, "list.parquet"))
     yield "conversations-parquet", parquet_list

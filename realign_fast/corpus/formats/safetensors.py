@@ -116,11 +116,6 @@ class TensorShard(ContiguousShard):
         raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, {problem}")
 
 
-def recognizes(head: bytes) -> bool:
-    """Return whether a file that begins with `head` may be a `.safetensors` file."""
-    return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= MAX_HEADER
-
-
 def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
     """Open the tensor `column` of the file; by default `embedding`, or the only tensor there is."""
     stamp = path.stamp()
