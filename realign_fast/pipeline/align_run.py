@@ -246,8 +246,8 @@ class AlignRun(PassRunner):
         }
         if before == manifest and not any(p.bytes_written for p in self.passes):
             with suppress(KeyError, TypeError, ValueError):  # none, or a damaged one
-                kept = json.loads(earlier[REPORT])
-                if all(type(kept[name]) is type(value) for name, value in report.items()):
+                stored = json.loads(earlier[REPORT])
+                if all(type(stored[name]) is type(value) for name, value in report.items()):
                     for name, content in earlier.items():
                         (records / name).write_whole(content)
                     return report
