@@ -462,6 +462,8 @@ def table_of(folder: Path) -> Table | None:
 
 def verdict(share: float, width: float) -> str:
     """Say whether a positive difference holds."""
+    if math.isnan(width):
+        return f"not decided, {share:+.3f} with one seed"
     interval = f"{share:+.3f} ({share - width:+.3f} to {share + width:+.3f})"
     if share - width > 0:
         return f"holds, {interval}"
@@ -479,6 +481,14 @@ def report(out: Path, names: list[str]) -> str:
             continue
         first = next(iter(table.loss.values()))
         source, target = (float(table.loss[side].mean()) for side in ("source", "target"))
+        if len(table.loss) == 2:  # the two sides of `own_rows`
+            lines += [
+                f"## {name}",
+                "",
+                f"Loss on new texts: {source:.4f}; seeds: {len(first)}.",
+                "",
+            ]
+            continue
         lines += [f"## {name}", "", f"Loss on images: readers of texts as they are {source:.4f}, "]
         lines[-1] += f"of images {target:.4f}; seeds: {len(first)}."
         lines += ["", "| map | loss | share closed, 95% | centroids apart |", "|---|---|---|---|"]
@@ -488,6 +498,8 @@ def report(out: Path, names: list[str]) -> str:
         for arm, losses in table.loss.items():
             share, width = table.difference("source", arm)
             interval = f"{share:.3f} ({share - width:.3f} to {share + width:.3f})"
+            if math.isnan(width):
+                interval = f"{share:.3f}"
             if arm not in ("source", "target"):
                 apart = f"{table.centroid[arm]:.4f}" if arm in table.centroid else ""
                 lines.append(f"| {arm} | {losses.mean():.4f} | {interval} | {apart} |")

@@ -82,6 +82,7 @@ def test_verdicts_have_the_interval():
     assert study.verdict(share, width).startswith("holds, +0.508 (")
     assert study.verdict(-share, width).startswith("does not hold, -0.508 (")
     assert study.verdict(0.1, 0.2) == "not decided, interval +0.100 (-0.100 to +0.300)"
+    assert study.verdict(0.1, math.nan) == "not decided, +0.100 with one seed"
     wider = study.Table(table.loss, 1.0, {})  # splits that overlap say less
     assert wider.difference("source", "a")[1] == pytest.approx(width * 2)
 
