@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -46,10 +47,11 @@ class Written(NamedTuple):
 
 def remove_reports(records: StoragePath) -> dict[str, bytes]:
     """Remove and return what an earlier run and ``report`` wrote; this run has not ended."""
-    paths = [records / name for name in (PAGE, FIGURES, REPORT)]
-    removed = {path.name: path.read_bytes() for path in paths if path.exists()}
-    for path in paths:
-        path.unlink(missing_ok=True)
+    removed = dict[str, bytes]()
+    for name in (PAGE, FIGURES, REPORT):
+        with suppress(FileNotFoundError):  # there is none, or another job of the array removed it
+            removed[name] = (records / name).read_bytes()
+            (records / name).unlink(missing_ok=True)
     return removed
 
 
