@@ -17,7 +17,7 @@ from torch import Tensor
 from ..interface.devices import check_device
 from ..interface.option_values import DEFAULT_QUESTION, Modality
 from .conversation_files import IMAGE_MARK, Sample
-from .model import ReVisionModel, position_limit, transformers
+from .model import ReVisionModel, load_pretrained, position_limit
 from .templates import TEMPLATES, Template
 from .training_data import Collator
 
@@ -36,7 +36,7 @@ def open_model(
     on_device = check_device(device)
     model = ReVisionModel.from_pretrained(directory, language_model, dtype).to(on_device)
     config = model.revision_config
-    tokenizer = transformers().AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_pretrained("AutoTokenizer", directory)
     template = TEMPLATES[config.template](tokenizer, config.visual_tokens, recipe=config.recipe)
     template.positions = position_limit(model.config)
     return model, template

@@ -440,10 +440,11 @@ def position_limit(config: Any) -> int | None:
 
 
 def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -> Any:
-    """Load a language model, or its configuration, with the class `auto` of transformers.
+    """Load a language model, or a part of it, with the class `auto` of transformers.
 
-    ValueError if it cannot be loaded.
+    ValueError if it cannot be loaded, or brings code of its own.
     """
+    options["trust_remote_code"] = False  # transformers asks on the terminal otherwise
     try:
         return getattr(transformers(), auto).from_pretrained(source, **options)
     except (OSError, ValueError) as error:

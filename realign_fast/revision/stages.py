@@ -292,9 +292,8 @@ def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig |
 
 def _template(config: TrainingConfig, saved: ReVisionConfig | None, recipe: Recipe) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
-    tokenizer = transformers().AutoTokenizer.from_pretrained(config.start)
-    if config.chat_template:
-        tokenizer.chat_template = config.chat_template  # saved with the trained model
+    tokenizer = transformers().AutoTokenizer.from_pretrained(config.start, trust_remote_code=False)
+    tokenizer.chat_template = config.chat_template or tokenizer.chat_template  # saved with it
     visual_tokens = config.visual_tokens or (saved or ReVisionConfig).visual_tokens
     template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens, recipe=recipe)
     source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
