@@ -267,7 +267,7 @@ def info(options: opts.Common) -> Result:
 
     from .. import ops
     from ..corpus.io_extension import reader_description
-    from ..ops.verdicts import faults_of, verdict_of
+    from ..ops.verdicts import verdict_of
 
     cuda = torch.cuda.is_available()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None
@@ -286,7 +286,7 @@ def info(options: opts.Common) -> Result:
     devices = ("cpu", "cuda") if cuda else ("cpu",)
     for device in devices:
         verdict = facts["checks"][device] = verdict_of(torch.device(device))
-        found = "; ".join(faults_of(verdict)) or "every result was right"
+        found = "; ".join(verdict["faults"]) or "every result was right"
         found = f"{verdict['date']}, {found}" if verdict["date"] else "none (realign-fast check)"
         lines.append(f"{'check':13} {device}: {found}")
     for op, device in product(ops.OPS, devices):
@@ -299,11 +299,11 @@ def info(options: opts.Common) -> Result:
 @command("Results", "", "--device cuda --json")
 def check(options: opts.Common, device: opts.CheckedDevice = None) -> Result:
     """Try every kernel on a device against float64, and time those that are right."""
-    from .. import device_check, ops
+    from .. import device_check
     from ..interface.devices import check_device
 
     facts = device_check.check(check_device(device))
-    status = ExitCode.FAULTS if ops.verdicts.faults_of(facts) else ExitCode.DONE
+    status = ExitCode.FAULTS if facts["faults"] else ExitCode.DONE
     return Result(facts, device_check.table_of(facts), status, answer=True)
 
 

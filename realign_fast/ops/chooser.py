@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from .._libraries import build_info
-from .cuda_capability import why_no_code
 from .trials import fault_of, trials
 from .verdicts import verdict_of
 
@@ -94,11 +93,12 @@ class Chooser:
                 return fault, ""
         device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
         verdict = verdict_of(device)
-        if found := verdict["ops"].get(op, {}).get(name):
-            why = f"found right by the check of {verdict['date']}"
-            return found["fault"] and f"{op}: {found['fault']}", why
-        if name == "reference" or not test:
-            return "", UNTESTED if name != "reference" else "plain torch"
+        if (fault := verdict["ops"].get(op, {}).get(name)) is not None:
+            return fault and f"{op}: {fault}", f"found right by the check of {verdict['date']}"
+        if name == "reference":
+            return "", "plain torch"
+        if not test:
+            return "", UNTESTED
         try:
             for dtype in (torch.float16, torch.float32):
                 for trial in trials(op, dtype, (dtype,), 65, device):
@@ -106,3 +106,30 @@ class Chooser:
         except Exception as error:
             return f"{op}: {fault_of(error)}", ""
         return "", "it passed the smoke test"
+
+
+def why_no_code(architectures: Sequence[str], capability: tuple[int, int]) -> str:
+    """Return why a library for these architectures cannot run on a GPU, or "" if it can.
+
+    Machine code runs on its own and on later minor versions of the same major version: code for
+    "80" on (8, 0) to (8, 9). The driver compiles PTX, of the last architecture, for that version
+    and all later ones. Code for "90a" runs on (9, 0) alone, and code for "100f" within its major
+    version; so does their PTX. A library without recorded architectures is trusted.
+    """
+    for position, architecture in enumerate(architectures):
+        number = architecture.rstrip("af")
+        compiled = int(number[:-1]), int(number[-1])
+        fits = capability[0] == compiled[0] and capability >= compiled
+        if architecture.endswith("a"):
+            fits = capability == compiled
+        is_ptx = number == architecture and position == len(architectures) - 1
+        if fits or (is_ptx and capability >= compiled):
+            return ""
+    if not architectures:
+        return ""
+    built = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    major, minor = capability
+    reason = f"it is compiled for {built}, and a GPU here is sm_{major}{minor}"
+    if capability < (8, 0):
+        return f"{reason}; the CUDA kernels need sm_80 or later"
+    return f"{reason}; install realign_fast again with REALIGN_FAST_CUDA_ARCHS={major}{minor}"

@@ -23,20 +23,19 @@ from .._libraries import PACKAGE
 
 def key_of(device: torch.device) -> dict[str, str]:
     """Return the facts of a device and of the software that a verdict depends on."""
-    facts = {"torch": str(torch.__version__), "triton": "", "driver": ""}
-    for found in metadata.distributions(name="triton"):
-        facts["triton"] = found.version
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts["device"], facts["driver"] = properties.name, _text("/proc/driver/nvidia/version")
-        facts["capability"] = f"{properties.major}.{properties.minor}"
+        name, driver = properties.name, _text("/proc/driver/nvidia/version")
+        capability = f"{properties.major}.{properties.minor}"
     else:
-        facts["device"] = "".join(re.findall("model name\t: (.*)", _text("/proc/cpuinfo"))[:1])
-        facts["capability"] = torch.backends.cpu.get_cpu_capability()
+        name = "".join(re.findall("model name\t: (.*)", _text("/proc/cpuinfo"))[:1])
+        driver, capability = "", torch.backends.cpu.get_cpu_capability()
+    triton = "".join(found.version for found in metadata.distributions(name="triton"))
+    facts = {"device": name, "capability": capability, "driver": driver, "triton": triton}
     code = hashlib.blake2b(digest_size=16)
     for path in sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("ops/**/*.py")]):
         code.update(path.read_bytes())
-    return facts | {"code": code.hexdigest()}
+    return facts | {"torch": str(torch.__version__), "code": code.hexdigest()}
 
 
 def _text(path: str) -> str:
@@ -52,28 +51,17 @@ def path_of(key: dict[str, str]) -> Path:
 
 @cache  # so that a check that ends meanwhile does not change what this process computes
 def verdict_of(device: torch.device) -> dict[str, Any]:
-    """Return the facts of the last check, or those of none, with the date "" and no ops.
-
-    A file that is damaged is ignored, with one warning.
-    """
-    path = path_of(key := key_of(device))
+    """Return the last verdict, or one of no date and no ops; a damaged file is warned of."""
+    path, none = path_of(key := key_of(device)), {"date": "", "ops": {}, "faults": []}
     try:
         facts: dict[str, Any] = json.loads(path.read_bytes())
         if facts["key"] == key:
             return facts
         problem = "is of another device or program"
     except FileNotFoundError:
-        return {"date": "", "ops": {}}
+        return none
     except (OSError, ValueError, TypeError, LookupError) as error:
         problem = f"cannot be read ({error})"
     advice = "it is ignored; run `realign-fast check` again"
     warnings.warn(f"{path}: {problem}; {advice}", RuntimeWarning, stacklevel=2)
-    return {"date": "", "ops": {}}
-
-
-def faults_of(verdict: dict[str, Any]) -> list[str]:
-    """Return a line for each fault of a verdict."""
-    found = [("whiten", verdict.get("algebra", ""))]
-    for op, backends in verdict["ops"].items():
-        found += [(f"{op} of {name}", backend["fault"]) for name, backend in backends.items()]
-    return [f"{place}: {fault}" for place, fault in found if fault]
+    return none

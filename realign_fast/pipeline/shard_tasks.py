@@ -147,7 +147,7 @@ class ShardTask:
         moments, total = moments_for(self.corpus, self.covariance), 0
         codes = self.corpus.codes(index) if isinstance(self.corpus, SplitCorpus) else None
         streams = streams_for(self.settings.device)
-        if streams is not None and torch.cuda.is_available():
+        if streams is not None and streams.device.type == "cuda":
             if not self.kernels:
                 raise OptionError("--backend: the run began without a GPU; give cuda or triton")
             CHOOSER.keep(self.kernels)  # so that no worker's bytes depend on its own verdict

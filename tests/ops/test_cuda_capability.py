@@ -2,7 +2,7 @@
 
 import pytest
 
-from realign_fast.ops.cuda_capability import why_no_code
+from realign_fast.ops.chooser import why_no_code
 
 BUILT = "80 90 100"
 T4, V100, A100, L4, H100 = (7, 5), (7, 0), (8, 0), (8, 9), (9, 0)

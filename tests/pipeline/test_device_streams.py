@@ -4,19 +4,22 @@
 the events that they wait for. A GPU is used if there is one.
 """
 
+import pickle
 import random
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from realign_fast import Corpus, Moments
+from realign_fast import Corpus, Moments, ops
 from realign_fast.corpus import Batch
 from realign_fast.interface.devices import check_device
-from realign_fast.pipeline import shard_tasks
+from realign_fast.pipeline import checkpoints, passes, shard_tasks
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.device_streams import (
     SLOTS,
@@ -175,6 +178,55 @@ def test_a_run_through_a_device_gives_what_the_cpu_gives(corpora, monkeypatch, m
             assert ours.tobytes() == theirs.tobytes()
         else:
             np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+class Begun(Exception):
+    """A shard is about to be read."""
+
+
+def begin_on_a_gpu(task, monkeypatch):
+    """Begin a task as on a worker with a GPU; return what its chooser keeps."""
+
+    def begin(*_):
+        raise Begun
+
+    fake, kept = SimpleNamespace(device=torch.device("cuda", 0)), []
+    monkeypatch.setattr(shard_tasks, "streams_for", lambda _: fake)
+    monkeypatch.setattr(shard_tasks.CHOOSER, "keep", kept.append)
+    monkeypatch.setattr(shard_tasks.copy, "deepcopy", begin)
+    monkeypatch.setattr(shard_tasks, "ResultBuffers", begin)
+    with pytest.raises(Begun):
+        task(0)
+    return kept
+
+
+def test_workers_keep_the_kernels_that_the_run_has_chosen(corpora, monkeypatch):
+    """So that the bytes of a shard do not depend on the verdict of the worker that reads it."""
+    chosen = dict.fromkeys(ops.OPS, "triton")
+    monkeypatch.setattr(passes, "chosen_backends", lambda device: chosen)
+    task = passes.PassRunner(Settings(device="cuda")).task("moments", Corpus(corpora[0]))
+    task = pickle.loads(pickle.dumps(task))
+    assert begin_on_a_gpu(task, monkeypatch) == [chosen]
+
+
+def test_a_run_that_began_without_a_gpu_has_to_name_its_kernels(corpora, monkeypatch):
+    task = passes.PassRunner(Settings(device="cuda")).task("moments", Corpus(corpora[0]))
+    task = replace(task, kernels={})  # (where a GPU is here)
+    with pytest.raises(ValueError, match="--backend: the run began without a GPU; give cuda or"):
+        begin_on_a_gpu(task, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kernel"),
+    [
+        ({}, "cuda"),
+        (dict.fromkeys(ops.OPS, "triton"), "triton"),
+        ({"map_rows": "cuda", "sum_rows": "triton"}, "cuda triton"),
+    ],
+)
+def test_checkpoints_of_other_kernels_are_others(monkeypatch, chosen, kernel):
+    monkeypatch.setattr(ops, "chosen_backends", lambda device: chosen)
+    assert checkpoints.code_version("cuda").endswith(f"sum_rows on {kernel}")
 
 
 @needs_gpu
