@@ -10,7 +10,7 @@ arXiv 2602.07026) from unpaired statistics, with fused kernels behind ``torch.op
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _startup
+from . import _old_names, _startup  # noqa: F401  # old names can be imported from here on
 
 if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
     from . import metrics, whiten

@@ -1,6 +1,6 @@
 """Sums of outer products about a provisional centre, from which a covariance is computed.
 
-``S = sum (u - c)(u - c)^T`` with ``c`` the mean of the first rows. The products of rows so close
+``S = sum w (u - c)(u - c)^T`` with ``c`` the mean of the first rows. The products of rows so close
 to their mean do not cancel, so float32 arithmetic keeps all the precision of float32 rows. A block
 that is far from ``c`` gets a centre of its own, and one that holds a far row is multiplied in
 float64. Two sums merge as Chan, Golub and LeVeque do ("Algorithms for computing the sample
@@ -10,6 +10,7 @@ variance", 1983): one is moved to the centre of the other in float64, and then t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +20,52 @@ from . import ops
 # (A [], [D] or [D, D], shift [D], recentre [D] or None), or a function that maps rows [N, D].
 RowMap = tuple[Tensor, Tensor, Tensor | None] | Callable[[Tensor], Tensor]
 _FIRST_ROWS = 1024  # their mean becomes the centre
-_BLOCK_ROWS = 1 << 13  # rows that are mapped at a time; whole blocks of the kernel
+_BLOCK_ROWS = 1 << 13  # rows that are mapped and weighted at a time; whole blocks of the kernel
 _FAR = 30  # a row this many times as far from the median as half of the rows is multiplied exactly
 _STATE = ("centre", "total", "scatter", "weights")
 
 
+class RowWeights(NamedTuple):
+    """Weights of rows as ``torch.cov`` takes them; None stands for 1 each."""
+
+    frequencies: Tensor | None  # [N] int64, fweights
+    importances: Tensor | None  # [N] float64, aweights
+
+    @classmethod
+    def checked(cls, fweights: object, aweights: object, rows: Tensor) -> RowWeights:
+        """Return the weights of rows [..., D] as [N] on their device; errors name the argument."""
+        frequencies = _checked_weights("fweights", fweights, rows)
+        return cls(frequencies, _checked_weights("aweights", aweights, rows))
+
+    def select(self, selection: slice | Tensor) -> RowWeights:
+        """Return the weights of some of the rows, by a slice or a mask [N]."""
+        return RowWeights(*(None if w is None else w[selection] for w in self))
+
+    @property
+    def total_frequency(self) -> int:
+        """The sum of the frequencies, which may be past int64; 0 without them."""
+        if self.frequencies is None:
+            return 0
+        high, low = self.frequencies >> 32, self.frequencies & 0xFFFFFFFF
+        return (int(high.sum()) << 32) + int(low.sum())
+
+    @property
+    def product(self) -> Tensor | None:
+        """The weight w of every row, [N] float64, or None if all are 1."""
+        if self.frequencies is None:
+            return self.importances
+        if self.importances is None:
+            return self.frequencies.double()
+        return self.frequencies * self.importances
+
+
 class Scatter:
-    """Sums of rows about a centre: start empty, ``add`` batches, ``merge``."""
+    """Weighted sums of rows about a centre: start empty, ``add`` batches, ``merge``."""
 
     centre: Tensor | None  # [D] float64, c, of float32 numbers; None before the first finite row
-    total: Tensor  # [D] float64, sum of u - c
-    scatter: Tensor  # [D, D] float64, sum of (u - c)(u - c)^T, upper triangle
-    # [3] float64: rows twice, rows multiplied in float32. Files of 0.1.0 may have weighted rows:
-    # sums of w and of w a, with w = f a as in torch.cov.
-    weights: Tensor
+    total: Tensor  # [D] float64, sum of w (u - c)
+    scatter: Tensor  # [D, D] float64, sum of w (u - c)(u - c)^T, upper triangle
+    weights: Tensor  # [3] float64: sum of w, of w a (w = f a), rows multiplied in float32
 
     def __init__(self, normalize: bool = True, accurate: bool = False) -> None:
         self.normalize, self.accurate = normalize, accurate  # (as in Moments)
@@ -45,18 +78,19 @@ class Scatter:
         self.weights = self.total.new_zeros(3)
         return self.centre
 
-    def add(self, rows: Tensor, through: RowMap | None) -> Tensor:
+    def add(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D], as :meth:`realign_fast.Moments.update` does.
 
         Returns:
-            [3] int64: rows (zero rows among them), zero rows and non-finite rows.
+            [3] int64: rows (zero rows among them), zero rows and non-finite rows, by frequency.
         """
         counts = torch.zeros(3, dtype=torch.int64, device=rows.device)
         for first in range(0, len(rows), _BLOCK_ROWS):
-            counts += self._add_block(rows[first : first + _BLOCK_ROWS], through)
+            block = slice(first, first + _BLOCK_ROWS)
+            counts += self._add_block(rows[block], weights.select(block), through)
         return counts
 
-    def _add_block(self, rows: Tensor, through: RowMap | None) -> Tensor:
+    def _add_block(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         operands, normalize = rows, self.normalize
         accurate = self.accurate or rows.dtype == torch.float64
         if through is not None:
@@ -71,20 +105,29 @@ class Scatter:
         start, centre = _mean_and_trace(operands, normalize), self.centre
         if centre is None:
             if start is None:
-                return _counts(rows)
+                return _counts(rows, weights.frequencies)
             centre = self._start(start[0])
         elif start is not None and _far(centre, *start):
             part = Scatter(self.normalize, accurate)  # with a centre of its own
-            counts = part._add_block(rows, through)
+            counts = part._add_block(rows, weights, through)
             self.merge(part)
             return counts
+        product = weights.product
         sums = self.scatter, self.total
-        counts = ops.add_scatter_(*sums, operands, centre, normalize=normalize, accurate=accurate)
-        if through is not None:  # the op has seen the rows after the map
-            counts = _counts(rows)
+        counts = ops.add_scatter_(
+            *sums, operands, centre, product, normalize=normalize, accurate=accurate
+        )
+        if product is not None or through is not None:
+            # The op has seen the rows after the map, and each of them once.
+            counts = _counts(rows, weights.frequencies)
         if not accurate:
             self.weights[2] += len(rows)
-        self.weights[:2] += counts[0]
+        if product is None:
+            self.weights[:2] += counts[0]
+        else:
+            finite, a = torch.isfinite(rows).all(dim=1), weights.importances
+            self.weights[0] += product[finite].sum()
+            self.weights[1] += (product if a is None else product * a)[finite].sum()
         return counts
 
     def merge(self, other: Scatter) -> None:
@@ -138,7 +181,7 @@ class Scatter:
         return self.scatter.trace() / self.weights[0] - offset @ offset
 
     def centred(self) -> Tensor:
-        """Return the sum of ``(u - mu)(u - mu)^T``, [D, D] float64."""
+        """Return the sum of ``w (u - mu)(u - mu)^T``, [D, D] float64."""
         upper = self.scatter - torch.triu(torch.outer(self.total, self.total)) / self.weights[0]
         return upper + torch.triu(upper, 1).T
 
@@ -154,6 +197,28 @@ class Scatter:
         """Restore what :meth:`state` returned."""
         for name in _STATE if state else ():
             setattr(self, name, state[name])
+
+
+def _checked_weights(name: str, given_weights: object, rows: Tensor) -> Tensor | None:
+    """Return fweights or aweights of rows [..., D] as [N] int64 or float64."""
+    if given_weights is None:
+        return None
+    weights = torch.as_tensor(given_weights)
+    if weights.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"Moments: {name} have shape {list(weights.shape)}, the rows {list(rows.shape[:-1])}; "
+            "give one to each row"
+        )
+    are_counts = name == "fweights"
+    if are_counts and (weights.is_floating_point() or weights.dtype == torch.bool):
+        raise TypeError(f"Moments: expected whole numbers as fweights, got {weights.dtype}")
+    if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        raise ValueError(f"Moments: a weight of {name} is negative or not finite")
+    in_range = (weights == 0) | ((weights > 1e-20) & (weights < 1e20))
+    if not are_counts and not bool(in_range.all()):
+        raise ValueError("Moments: aweights must be 0 or within 1e-20..1e20; scale them all alike")
+    dtype = torch.int64 if are_counts else torch.float64
+    return weights.detach().reshape(-1).to(rows.device, dtype)
 
 
 def _mean_and_trace(rows: Tensor, normalize: bool) -> tuple[Tensor, float] | None:
@@ -195,7 +260,8 @@ def _far(centre: Tensor, mean: Tensor, trace: float) -> bool:
     return distance > max(trace, 0.0) + 1e-10 * float(mean @ mean)
 
 
-def _counts(rows: Tensor) -> Tensor:
-    """Return [3] int64: finite rows, zero rows and non-finite rows."""
+def _counts(rows: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Return [3] int64: finite rows, zero rows and non-finite rows, by frequency."""
     finite, zero = torch.isfinite(rows).all(dim=1), (rows == 0).all(dim=1)
-    return torch.stack([finite, zero, ~finite]).sum(dim=1)
+    masks = torch.stack([finite, zero, ~finite])
+    return (masks if frequencies is None else masks * frequencies).sum(dim=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import ops
 from ._argument_checks import expect_numbers
 from .corpus.row_batches import Rows, batches, tensor_of
-from .covariance_sums import RowMap, Scatter
+from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .ops.reference import unit
 from .storage.paths import AnyPath
@@ -66,12 +66,20 @@ class Moments:
         self.total = self.energy_total = self.counts = None
         self.scatter = Scatter(normalize, accurate) if covariance else None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle; the scatter of one of version 0.1.0 has no options of its own."""
+        self.__dict__.update(state)
+        if self.scatter is not None:
+            self.scatter.normalize, self.scatter.accurate = self.normalize, self.accurate
+
     @torch.inference_mode(False)  # whose tensors nothing could be added to afterwards
     @torch.no_grad()
     def update(
         self,
         rows: Tensor | np.ndarray[Any, Any],
         *,
+        fweights: Tensor | None = None,
+        aweights: Tensor | None = None,
         through: RowMap | None = None,
         bad_rows: BadRows = "error",
         where: str = "rows",
@@ -81,6 +89,9 @@ class Moments:
 
         Args:
             rows: the rows; one that holds a NaN or an infinity is never summed.
+            fweights: [...] whole numbers, how often each row was seen, as in ``torch.cov``.
+            aweights: [...] importance of each row, not negative, as in ``torch.cov``. Weights
+                need ``covariance=True``.
             through: a row map (:attr:`realign_fast.ReAlign.row_map`): ``(scale, shift, recentre)``,
                 or a function of rows; the moments are then those of the mapped rows.
             bad_rows: ``"error"`` refuses a zero or non-finite row; ``"skip"`` leaves such rows
@@ -88,8 +99,8 @@ class Moments:
             where, first_row: how an error names the rows: a file, and the number of ``rows[0]``.
 
         Raises:
-            ValueError: other columns than before, or a bad row under ``bad_rows="error"``. The
-                moments are then what they were before.
+            ValueError: other columns than before, weights that do not fit, or a bad row under
+                ``bad_rows="error"``. The moments are then what they were before.
         """
         if bad_rows not in BAD_ROWS:
             raise ValueError(f"Moments: bad_rows={bad_rows!r} is none of {', '.join(BAD_ROWS)}")
@@ -103,12 +114,17 @@ class Moments:
                 f"Moments: expected through as (scale, shift, recentre) or a function, got "
                 f"{type(through).__name__}; give the row_map of a ReAlign"
             )
+        if self.scatter is None and not (fweights is aweights is None):
+            raise ValueError("Moments: weights need Moments(covariance=True)")
+        weights = RowWeights.checked(fweights, aweights, rows)
+        if weights.frequencies is not None:
+            _expect_countable([self.count + weights.total_frequency])
         rows = rows.detach().reshape(-1, rows.shape[-1])
         self._expect_columns(rows.shape[1], where)
         if bad_rows == "keep":
-            self._add_rows(rows, through)
+            self._add_rows(rows, weights, through)
             return self
-        bad = self._add_unless_bad(rows, through)
+        bad = self._add_unless_bad(rows, weights, through)
         if not int(bad.sum()):
             return self
         if bad_rows == "error":
@@ -121,32 +137,33 @@ class Moments:
                 "(--bad-rows skip) to leave such rows out"
             )
         good = good_rows(rows)
-        self._add_rows(rows[good], through)
+        self._add_rows(rows[good], weights.select(good), through)
         self._row_sums.counts[1:] += bad.to(self._row_sums.counts.device)
         return self
 
-    def _add_unless_bad(self, rows: Tensor, through: RowMap | None) -> Tensor:
+    def _add_unless_bad(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D] unless one is bad; return the counts [2] of zero and non-finite rows.
 
         The kernels count bad rows while they add, so the sums are copied and restored if there
-        were any. Rows are counted first where a copy would cost more than reading them.
+        were any. Rows are counted first where a copy would cost more than reading them, and where
+        fweights may count a bad row 0 times.
         """
         columns = len(self._state().get("scatter.scatter", ()))  # 0 where nothing large is copied
-        if len(rows) < 4 * columns:
+        if len(rows) < 4 * columns or weights.frequencies is not None:
             bad = ops.sum_rows(rows, normalize=False).counts[1:]
             if not int(bad.sum()):
-                self._add_rows(rows, through)
+                self._add_rows(rows, weights, through)
             return bad
         before = {name: tensor.clone() for name, tensor in self._state().items()}
-        bad = self._add_rows(rows, through)[1:]
+        bad = self._add_rows(rows, weights, through)[1:]
         if int(bad.sum()):
             self._restore(before)
         return bad
 
-    def _add_rows(self, rows: Tensor, through: RowMap | None) -> Tensor:
+    def _add_rows(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D] and return their counts [3]."""
         if self.scatter is not None:
-            counts = self.scatter.add(rows, through)
+            counts = self.scatter.add(rows, weights, through)
             self._start(rows.shape[1], rows.device).counts.add_(counts)
             return counts
         if callable(through):
@@ -188,6 +205,7 @@ class Moments:
             )
         if other.total is not None:
             self._expect_columns(len(other.total), "the other moments")
+            _expect_countable([sum(pair) for pair in zip(self._counts, other._counts, strict=True)])
             self._add(other._row_sums)
             if self.scatter is not None and other.scatter is not None:
                 self.scatter.merge(other.scatter)
@@ -204,18 +222,36 @@ class Moments:
                 "Moments.all_reduce: torch.distributed has no process group; call "
                 "init_process_group first (torchrun sets its variables)"
             )
-        total, fault = type(self)(**self._flags()), None
-        for rank in range(dist.get_world_size(group)):
-            parts: list[Any] = [self.to("cpu") if rank == dist.get_rank(group) else None]
-            dist.broadcast_object_list(parts, group=group, group_src=rank)
-            try:
-                total.merge(parts[0])
-            except ValueError as error:  # no rank waits for one that left the loop
-                fault = error
-        if fault:
-            raise ValueError(f"Moments.all_reduce: ranks differ: {fault}") from fault
-        device = "cpu" if self.total is None else self.total.device
-        vars(self).update(vars(total.to(device)))
+        default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        has_centre = self.scatter is not None and self.scatter.centre is not None
+        columns_or_0 = 0 if self.total is None else len(self.total)
+        own = torch.tensor(  # [8] int64
+            [columns_or_0, has_centre, *self._counts, *self._flags().values()],
+            device=default if self.total is None else self.total.device,
+        )
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, own, group)
+        facts = torch.stack(ranks)  # [ranks, 8]
+        columns, flags = facts[:, 0], facts[:, 5:]
+        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
+        if len({*columns.tolist(), 0}) > 2 or not torch.equal(*flags.aminmax(dim=0)):
+            raise ValueError(
+                f"Moments.all_reduce: this rank has {self!r}, another something else; "
+                "use one encoder and the same flags on all ranks"
+            )
+        _expect_countable([sum(counts) for counts in facts[:, 2:5].T.tolist()])
+        if not bool(columns.any()):
+            return self
+        self._start(int(columns.max()), own.device)
+        if self.scatter is not None and bool(facts[:, 1].any()):
+            is_first = dist.get_rank(group) == int(facts[:, 1].argmax())
+            zeros = torch.zeros_like(self._row_sums.total)
+            centre = self.scatter.centre if is_first and self.scatter.centre is not None else zeros
+            dist.all_reduce(centre, dist.ReduceOp.SUM, group)
+            self.scatter = self.scatter.moved_to(centre)
+        for name, tensor in self._state().items():
+            if name != "scatter.centre":
+                dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return self
 
     def to(self, device: torch.device | str) -> Moments:
@@ -297,7 +333,10 @@ class Moments:
         return covariance.float() if in_float32 else covariance
 
     def cov(self, correction: float = 1) -> Tensor:
-        """Return the covariance [D, D] float64, divided by ``n - correction`` as ``torch.cov``."""
+        """Return the covariance [D, D] float64 with ``torch.cov``'s weights and correction.
+
+        It is divided by ``W - correction sum(w a) / W``, ``w = f a``: ``n - 1`` without weights.
+        """
         if self.scatter is None:
             raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
         self._count_or_raise()
@@ -327,6 +366,27 @@ class Moments:
             if min(moments._counts) < 0:
                 raise KeyError("number of rows from 0")
         return moments
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the sums by name, and the three flags, for a checkpoint of a loop."""
+        flags = torch.tensor([*self._flags().values()])
+        return {"flags": flags} | {name: tensor.clone() for name, tensor in self._state().items()}
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the sums of :meth:`state_dict` in place of one's own; other flags are a ValueError.
+
+        They go to the device of the sums so far, if there are any.
+        """
+        flags, own = state["flags"].tolist(), self._flags()
+        if flags != [*own.values()]:
+            raise ValueError(
+                f"Moments: cannot load sums with {dict(zip(own, flags, strict=False))} into "
+                f"{self!r}; make it with the same flags"
+            )
+        device = state["flags"].device if self.total is None else self.total.device
+        sums = {name: tensor for name, tensor in state.items() if name != "flags"}
+        self._restore({name: tensor.to(device, copy=True) for name, tensor in sums.items()})
 
     def __repr__(self) -> str:
         columns = "?" if self.total is None else len(self.total)
@@ -369,10 +429,21 @@ class Moments:
                 f"Moments: no usable row yet ({self.zero_rows} zero and {self.nonfinite_rows} "
                 "non-finite rows seen); update with rows that have a direction"
             )
+        if self.scatter is not None and not float(self.scatter.weights[0]):
+            raise ValueError("Moments: the sum of the weights is 0; give some rows a weight")
         return count
 
 
 torch.serialization.add_safe_globals([Moments, Scatter])  # for torch.load(weights_only=True)
+
+
+def _expect_countable(counts: list[int]) -> None:
+    """Raise a ValueError if the sums of counts do not fit in int64."""
+    if max(counts) >= 1 << 63:
+        raise ValueError(
+            f"Moments: {max(counts)} rows cannot be counted, expected fewer than 2^63; divide the "
+            "fweights by a common factor, or keep the moments apart"
+        )
 
 
 def measure(

@@ -1,5 +1,7 @@
-"""Files that version 0.1.0 wrote: they load, and hold what a fit gives today."""
+"""Files and pickles that version 0.1.0 wrote: they load, and hold what a fit gives today."""
 
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,13 @@ def test_files_load():
     assert coral.method == "coral"
     close(coral.linear, fitted.linear)
     close(coral(TEXT), fitted(TEXT))
+
+
+def test_pickles_load():
+    sys.modules.pop("realign_fast.scatter", None)  # so that this import is the first, and warns
+    with pytest.warns(DeprecationWarning, match="is called realign_fast.covariance_sums now"):
+        objects = pickle.loads((STORED / "objects.pickle").read_bytes())
+    check_aligner(objects["aligner"])
+    check_moments(objects["moments"], covariance=True)
+    check_moments(objects["plain"], covariance=False)
+    check_frame(objects["frame"])

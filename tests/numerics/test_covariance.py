@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.op_checks import DTYPES, random_rows
@@ -58,36 +59,119 @@ def test_accuracy_where_others_lose_the_small_directions(normalize, mean, accura
 
 
 @pytest.mark.parametrize("correction", (0, 1, 2))
-def test_the_correction_is_that_of_torch_cov(correction):
+@pytest.mark.parametrize("which", ("none", "f", "a", "f and a"))
+def test_weights_and_correction_are_those_of_torch_cov(which, correction):
     rows = random_rows(400, 9)
+    generator = torch.Generator().manual_seed(1)
+    fweights = torch.randint(0, 4, (400,), generator=generator) if "f" in which else None
+    aweights = torch.rand(400, generator=generator).double() if "a" in which[-1] else None
+    weights = {"fweights": fweights, "aweights": aweights}
     moments, halves = (Moments(covariance=True, normalize=False) for _ in range(2))
-    moments.update(rows)
-    for part in (rows[:150], rows[150:]):
-        halves.merge(Moments(covariance=True, normalize=False).update(part))
-    expected = torch.cov(rows.T, correction=correction)
+    moments.update(rows, **weights)
+    for part in (slice(150), slice(150, None)):
+        part_weights = {k: None if w is None else w[part] for k, w in weights.items()}
+        other = Moments(covariance=True, normalize=False).update(rows[part], **part_weights)
+        halves.merge(other)
+    expected = torch.cov(rows.T, correction=correction, **weights)
     for one in (moments, halves):
         torch.testing.assert_close(one.cov(correction), expected, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(one.mean, rows.mean(dim=0), rtol=1e-12, atol=1e-13)
+    if fweights is not None:
+        assert moments.count == int(fweights.sum())
+        repeated = rows.repeat_interleave(fweights, dim=0)
+        again = None if aweights is None else aweights.repeat_interleave(fweights)
+        as_rows = Moments(covariance=True, normalize=False).update(repeated, aweights=again)
+        torch.testing.assert_close(as_rows.mean, moments.mean, rtol=1e-12, atol=1e-13)
+    average = torch.as_tensor(
+        np.average(rows.numpy(), axis=0, weights=_product(fweights, aweights))
+    )
+    torch.testing.assert_close(moments.mean, average, rtol=1e-12, atol=1e-13)
+
+
+def _product(*weights):
+    given = [w.double().numpy() for w in weights if w is not None]
+    return np.prod(given, axis=0) if given else None
+
+
+def test_bad_rows_take_their_weight_with_them():
+    rows, weights = random_rows(50, 5), torch.arange(50)
+    rows[3], rows[7, 2] = 0, torch.nan
+    good = torch.ones(50, dtype=torch.bool)
+    good[7] = False
+    kept = Moments(covariance=True).update(
+        rows, fweights=weights, aweights=weights / 50, bad_rows="keep"
+    )
+    expected = Moments(covariance=True).update(
+        rows[good], fweights=weights[good], aweights=weights[good] / 50, bad_rows="keep"
+    )
+    torch.testing.assert_close(kept.cov(), expected.cov(), rtol=1e-13, atol=1e-15)
+    assert (kept.count, kept.zero_rows, kept.nonfinite_rows) == (int(weights.sum()) - 7, 3, 7)
+    good[3] = False
+    skipped = Moments(covariance=True).update(rows, fweights=weights, bad_rows="skip")
+    expected = Moments(covariance=True).update(rows[good], fweights=weights[good])
+    torch.testing.assert_close(skipped.cov(), expected.cov(), rtol=1e-13, atol=1e-15)
+    assert skipped.count == int(weights[good].sum())
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "words"),
+    [
+        ({"fweights": torch.ones(9).long()}, ValueError, r"fweights have shape \[9\], the rows"),
+        ({"fweights": torch.ones(10)}, TypeError, "expected whole numbers as fweights"),
+        ({"fweights": -torch.ones(10).long()}, ValueError, "negative or not finite"),
+        ({"aweights": torch.full((10,), torch.inf)}, ValueError, "negative or not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights, error, words):
+    moments = Moments(covariance=True)
+    with pytest.raises(error, match=words):
+        moments.update(random_rows(10, 4), **weights)
+    assert moments.count == 0
+    with pytest.raises(ValueError, match=r"need Moments\(covariance=True\)"):
+        Moments().update(random_rows(10, 4), aweights=torch.ones(10))
     with pytest.raises(ValueError, match="1 rows leave nothing to divide by with correction=1"):
         Moments(covariance=True).update(random_rows(1, 4)).cov()
 
 
-@pytest.mark.parametrize("bad_rows", ("keep", "skip"))
-def test_bad_rows_are_counted_and_left_out(bad_rows):
-    rows = random_rows(50, 5)
-    rows[3], rows[7, 2] = 0, torch.nan
-    good = torch.ones(50, dtype=torch.bool)
-    good[7], good[3] = False, bad_rows == "keep"
-    moments = Moments(covariance=True).update(rows, bad_rows=bad_rows)
-    expected = Moments(covariance=True).update(rows[good], bad_rows="keep")
-    torch.testing.assert_close(moments.cov(), expected.cov(), rtol=1e-13, atol=1e-15)
-    assert (moments.count, moments.zero_rows, moments.nonfinite_rows) == (int(good.sum()), 1, 1)
+def test_a_weight_of_nothing_has_no_mean():
+    moments = Moments(covariance=True).update(random_rows(4, 3), aweights=torch.zeros(4))
+    with pytest.raises(ValueError, match="sum of the weights is 0"):
+        _ = moments.mean
 
 
-def test_a_file_with_a_count_below_0_is_refused(tmp_path):
-    moments = Moments(covariance=True).update(random_rows(4, 4))
-    moments.counts[0] = -5  # as a merge of version 0.1.0 could leave it
-    moments.save(tmp_path / "wrapped.safetensors")
+def test_counts_go_past_32_bits():
+    rows = random_rows(6, 4)
+    weights = torch.tensor([2**33, 1, 5, 2**34, 0, 7])
+    moments = Moments(covariance=True, normalize=False).update(rows, fweights=weights)
+    assert moments.count == int(weights.sum()) > 2**34
+    expected = torch.cov(rows.T, fweights=weights)
+    torch.testing.assert_close(moments.cov(), expected, rtol=1e-12, atol=1e-13)
+
+
+def counted(rows, *frequencies):
+    weights = torch.tensor(frequencies)
+    return Moments(covariance=True).update(rows[: len(weights)], fweights=weights)
+
+
+def test_counts_past_63_bits_are_refused_and_change_nothing(tmp_path):
+    rows = random_rows(4, 4)
+    most = counted(rows, 2**62, 2**62 - 1)
+    assert most.count == 2**63 - 1
+    before, covariance = most.counts.tolist(), most.covariance
+    for add in (
+        lambda: most.merge(counted(rows, 1)),
+        lambda: most.update(rows[:1], fweights=torch.tensor([1])),
+        lambda: counted(rows, 2**62, 2**62),
+        lambda: counted(rows, *[2**62 + 5] * 4),  # which is above 0 again after the wrap
+    ):
+        with pytest.raises(ValueError, match=r"rows cannot be counted, expected fewer than 2\^63"):
+            add()
+    assert most.counts.tolist() == before and torch.equal(most.covariance, covariance)
+    most.save(tmp_path / "most.safetensors")
+    loaded = Moments.load(tmp_path / "most.safetensors")
+    with pytest.raises(ValueError, match="cannot be counted"):
+        loaded.merge(most)
+    most.counts[0] = -5  # as a merge of version 0.1.0 could leave it
+    most.save(tmp_path / "wrapped.safetensors")
     with pytest.raises(ValueError, match=r"wrapped\.safetensors: .*number of rows from 0"):
         Moments.load(tmp_path / "wrapped.safetensors")
 
@@ -179,6 +263,16 @@ def test_clusters_far_apart_keep_their_small_spread():
         torch.linalg.eigvalsh(moments.covariance), torch.linalg.eigvalsh(expected), strict=True
     ):
         assert float(ours) == pytest.approx(float(truth), rel=1e-2, abs=1e-12)
+
+
+def test_weights_that_no_float_can_carry_are_refused():
+    for size in (1e-200, 1e37):
+        with pytest.raises(ValueError, match=r"within 1e-20\.\.1e20"):
+            Moments(covariance=True).update(
+                random_rows(5, 3), aweights=torch.full((5,), size, dtype=torch.float64)
+            )
+    as_list = Moments(covariance=True).update(random_rows(5, 3), aweights=[1.0, 2.0, 3.0, 4.0, 5.0])
+    assert float(as_list.scatter.weights[0]) == 15
 
 
 def test_arrays_are_rows_and_lists_are_named():

@@ -259,3 +259,19 @@ def test_phantom_drift_follows_theorem_b14(isotropic):
         tangential = drift - a * (a @ drift)
         assert (float(tangential.norm()) < 3 * rest[-1]) == isotropic
     assert rest[0] / rest[1] == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("covariance", (False, True))
+def test_a_state_dict_goes_on_where_the_loop_stopped(covariance):
+    rows = random_rows(60, 6)
+    moments, again = Moments(covariance).update(rows[:40]), Moments(covariance)
+    stored = moments.state_dict()
+    again.load_state_dict(stored)
+    assert state(again) == state(moments) and repr(again) == repr(moments)
+    assert state(again.update(rows[40:])) == state(moments.update(rows[40:]))
+    again.load_state_dict(stored)
+    assert again.count == 40, "the checkpoint shares no memory"
+    again.load_state_dict(Moments(covariance).state_dict())
+    assert again.count == 0 and again.total is None
+    with pytest.raises(ValueError, match=r"cannot load sums with {.*'accurate': False} into Mom"):
+        Moments(covariance, accurate=True).load_state_dict(stored)

@@ -30,7 +30,7 @@ LEVELS = (
     ("pipeline", "embed", "revision", "integrations"),  # none imports another
     ("demo", "report"),
     ("cli",),
-    ("__main__", "__init__"),
+    ("__main__", "__init__", "_old_names"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NEVER = {("corpus", "ops")}  # downwards, and still not allowed

@@ -5,6 +5,7 @@ because outputs name their sources by absolute paths, and the test replaces this
 """
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -33,15 +34,19 @@ def write_rows(random):
 
 
 def write_statistics(random):
-    """A moments file, a saved aligner, and the results that they gave."""
+    """A moments file, a saved aligner, pickles, and the results that they gave."""
     rows = torch.from_numpy(random.standard_normal((5, D)))
     text = Moments(covariance=True).update(Corpus(ROOT / "text").take(range(30)))
     image = Moments(covariance=True).update(Corpus(ROOT / "image").take(range(31)))
     aligner = ReAlign.from_moments(text, image, method="coral", shrinkage=0.1)
     frame = FixedFrame.fit(text, image, energy=0.8)
-    estimator = StreamingCovariance().fit(rows.numpy())
+    objects = {"realign": aligner, "moments": text, "frame": frame, "scatter": text.scatter}
+    objects["estimator"] = StreamingCovariance().fit(rows.numpy())
     text.save(ROOT / "moments.safetensors")
     aligner.save_pretrained(ROOT / "aligner")
+    (ROOT / "pickles").mkdir()
+    for name, value in objects.items():
+        (ROOT / "pickles" / f"{name}.pkl").write_bytes(pickle.dumps(value))
     np.savez_compressed(
         ROOT / "results.npz",
         rows=rows.numpy(),
@@ -49,7 +54,7 @@ def write_statistics(random):
         mean=text.mean.numpy(),
         covariance=text.covariance.numpy(),
         principal=frame.principal.numpy(),
-        precision=estimator.precision_,
+        precision=objects["estimator"].precision_,
     )
 
 
@@ -70,14 +75,7 @@ def write_training():
         "--data",
         str(ROOT / "list.json"),
     ]
-    command += [
-        "--rows",
-        str(ROOT / "corpus"),
-        "--out",
-        str(ROOT / "training"),
-        "--batch-size",
-        "4",
-    ]
+    command += ["--rows", str(ROOT / "corpus"), "--out", str(ROOT / "training"), "--batch", "4"]
     command += ["--micro-batch", "4", "--visual-tokens", "2", "--held-out", "0"]
     settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.02}
     settings |= {"bf16": "false", "use_cpu": "true", "dataloader_num_workers": 0}
