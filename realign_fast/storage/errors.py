@@ -111,9 +111,6 @@ def explained_error(
     It is an ImportError if the package of the protocol is not installed, a ValueError if fsspec
     does not know the protocol, and an OSError in all other cases.
     """
-    if isinstance(error, ImportError) and error.name == "fsspec":
-        reason = f"{url}: URLs are read through fsspec, which does not import ({error})"
-        return ImportError(f"{reason}: pip install 'realign_fast[urls]'")
     if isinstance(error, ImportError):
         reason = "its protocol is read through another package: install the one that is named"
         return ImportError(f"{url}: {reason} ({error})")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote, unquote
 
+from .._extras import import_extra
 from .errors import Participle, explained, explained_error, may_be_temporary, redacted
 from .read_ahead import ReadAhead, pieces
 
@@ -343,8 +344,7 @@ class Url:
     def _connected(self) -> tuple[Any, str]:
         """Return its file system in this process, and its path there."""
         if self._connection is None or self._connection[0] != os.getpid():
-            import fsspec.core
-
+            fsspec = import_extra("fsspec.core", "urls", "A URL")
             self._connection = (os.getpid(), *fsspec.core.url_to_fs(self._text))
         return self._connection[1:]
 

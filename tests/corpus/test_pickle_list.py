@@ -313,6 +313,7 @@ def hostile(touched):
     yield "fields", [{"embed": np.zeros(2, [("a", "f4"), ("b", "O")])}], "object arrays"
     yield "numpy name", Calls(np.load, (str(touched),)), "names (numpy.)?load"
     yield "reconstruct a class", Calls(np._core.multiarray._reconstruct, (int, (0,), b"b")), "names"
+    yield "no text", b"\x80\x02cposix\xff\x85\nsystem\n.", r"names posix\?\?,"
     yield "persistent", b"\x80\x04\x8c\x01aQ.", "opcode that does not build"
     yield "instance", b"\x80\x02(c__builtin__\neval\no.", "names eval"
     yield "extension", b"\x80\x02\x82\x01.", "opcode that does not build"

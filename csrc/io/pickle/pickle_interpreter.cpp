@@ -184,7 +184,7 @@ Keyword Interpreter::line() {
     if (text[length] != '\n') continue;
     const std::string_view name(text.data(), length);
     const auto keyword = Values::keyword_of(name);
-    if (keyword == Keyword::other) Values::throw_unknown(name);
+    if (keyword == Keyword::other) Values::throw_unknown(std::string(name));
     return keyword;
   }
   throw NotPlain("a name is longer than those of plain data");

@@ -232,8 +232,11 @@ void Values::check_key(Value key) {
   if (!is_key(key)) throw NotPlain("a key of a dict or set is neither a text nor a number");
 }
 
-void Values::throw_unknown(std::string_view name) {
-  throw NotPlain("it names " + std::string(name) +
+void Values::throw_unknown(std::string name) {
+  for (auto& letter : name) {
+    if (letter < ' ' || letter > '~') letter = '?';
+  }
+  throw NotPlain("it names " + name +
                  ", which is no constructor of NumPy's arrays or torch's tensors");
 }
 
@@ -242,9 +245,6 @@ std::string Values::text_of(Value text) {
   if (text.at < 0 || text.keyword == Keyword::number_type) return "a value";
   std::string name(std::min<uint32_t>(text.count, 60), ' ');
   window_.copy(text.at, std::ssize(name), reinterpret_cast<std::byte*>(name.data()));
-  for (auto& letter : name) {
-    if (letter < ' ' || letter > '~') letter = '?';
-  }
   return name;
 }
 

@@ -150,7 +150,7 @@ class Values {
 
   static bool is_key(Value value);  // a text or a number: hashing others may take for ever
   static void check_key(Value key);
-  [[noreturn]] static void throw_unknown(std::string_view name);
+  [[noreturn]] static void throw_unknown(std::string name);
   static Keyword keyword_of(std::string_view text);
 
   std::vector<List> lists;
