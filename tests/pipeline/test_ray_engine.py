@@ -232,7 +232,8 @@ def test_a_node_with_another_version_is_refused(corpora, engine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("side", "message"), [("text", "No such file"), ("out", "is not seen on Ray node .* shared")]
+    ("side", "message"),
+    [("text", "(No such file|Not a directory)"), ("out", "is not seen on Ray node .* shared")],
 )
 def test_a_node_that_does_not_see_the_files_is_one_error(corpora, engine, side, message):
     """A path through a descriptor of this process: no other process sees anything there."""
