@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import resource
 import zipfile
 from pathlib import Path
 
@@ -272,6 +273,19 @@ def test_a_damaged_stream_of_bzip2_is_named(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"x\.npz: cannot be read: it is truncated or damaged"):
         Corpus(path)
+
+
+def test_a_record_that_says_it_has_gigabytes_is_refused_before_they_are_allocated(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"rows": TENSOR}, path)
+    damaged = bytearray(path.read_bytes())
+    directory = damaged.index(b"PK\x01\x02")
+    damaged[directory + 24 : directory + 28] = b"\xfe\xff\xff\xff"  # bytes of the first record
+    path.write_bytes(damaged)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"x\.pt: cannot be read: .*a record is larger than the"):
+        Corpus(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # in KiB
 
 
 def test_a_truncated_tensor_is_one_short_error(tmp_path):

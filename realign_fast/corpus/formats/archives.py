@@ -152,6 +152,10 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
             if form == "npz":
                 with np.load(local, allow_pickle=False) as arrays, open(local, "rb") as file:
                     return {name: _array(file, arrays, name) for name in arrays}
+            if zipfile.is_zipfile(local):  # torch allocates what a record says that it has
+                with zipfile.ZipFile(local) as archive:
+                    if any(record.file_size > stamp[0] for record in archive.infolist()):
+                        raise ValueError("a record is larger than the file")
             value = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # hostile files make the libraries raise many kinds
         # EINVAL is a seek before the start, and bz2 has errors without a number.
