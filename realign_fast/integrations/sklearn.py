@@ -13,15 +13,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from ..moments import Moments
-from ..shared_space import SPACE_METHODS, SharedSpace, SpaceMethod, measure_side
+from ..shared_space import SharedSpace, SpaceMethod, measure_side
 from ..whiten import AffineMap, affine_transport, whitening
 from ..whiten.matrix_roots import WhiteningKind
 
 try:
-    from scipy.linalg import pinvh
-    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
     from sklearn.covariance import EmpiricalCovariance
-    from sklearn.utils._param_validation import StrOptions
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
@@ -43,23 +41,21 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
     float32 with ``accurate=False``).
 
     Args:
-        store_precision: keep the pseudo-inverse in ``precision_`` (``None`` otherwise).
+        store_precision: compute the pseudo-inverse ``precision_`` at every batch, as scikit-learn
+            does at every fit. Without it ``precision_`` is None, and ``get_precision`` and the
+            methods that need it compute it when they are called: cheaper for many batches.
         assume_centered: take second moments about zero instead of the mean.
         accurate: multiply float16 and float32 rows in float64, as scikit-learn does; ``False``
             takes half the time or less (:class:`realign_fast.Moments` states the error).
 
     Attributes:
         location_: mean [D] float64, or zeros if ``assume_centered``.
-        covariance_: [D, D] float64.
-        precision_: [D, D] float64; computed on first access after ``covariance_`` was set, not at
-            every batch. It can be set to another estimate, as in scikit-learn.
+        covariance_, precision_: [D, D] float64.
         moments_: the :class:`Moments` they are computed from, to save or merge.
         n_samples_seen_, n_features_in_: the numbers of rows and columns so far.
     """
 
     accurate = True  # of estimators that version 0.1.0 pickled
-    _known_precision: tuple[Any, Any] = None, None  # the covariance_ it belongs to, and it
-    _parameter_constraints = EmpiricalCovariance._parameter_constraints | {"accurate": ["boolean"]}
 
     def __init__(
         self, *, store_precision: bool = True, assume_centered: bool = False, accurate: bool = True
@@ -67,7 +63,6 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         super().__init__(store_precision=store_precision, assume_centered=assume_centered)
         self.accurate = accurate
 
-    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
         """Forget all earlier rows and fit on finite rows X [N, D]; ``y`` is ignored."""
         self._add(X, reset=True)
@@ -77,26 +72,10 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
             )
         return self
 
-    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def partial_fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
         """Add a batch of finite rows X [n, D], n from 1; ``y`` is ignored."""
         self._add(X, reset=not hasattr(self, "moments_"))
         return self
-
-    @property
-    def precision_(self) -> np.ndarray[Any, Any] | None:
-        """The pseudo-inverse of the covariance [D, D], or None without ``store_precision``."""
-        if not self.store_precision:
-            return None
-        covariance, precision = self._known_precision
-        if precision is None or covariance is not self.covariance_:  # (not there before a fit)
-            self.precision_ = pinvh(self.covariance_, check_finite=False)
-        known: np.ndarray[Any, Any] = self._known_precision[1]
-        return known
-
-    @precision_.setter
-    def precision_(self, precision: np.ndarray[Any, Any] | None) -> None:
-        self._known_precision = getattr(self, "covariance_", None), precision
 
     def _add(self, rows: ArrayLike, reset: bool) -> None:
         rows = validate_data(self, rows, reset=reset, **_READABLE)
@@ -107,8 +86,8 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         if self.assume_centered:
             covariance = covariance + torch.outer(mean, mean)
             mean = torch.zeros_like(mean)
-        self.location_, self.covariance_ = mean.numpy(), covariance.numpy()
-        self.n_samples_seen_ = self.moments_.count
+        self.location_, self.n_samples_seen_ = mean.numpy(), self.moments_.count
+        self._set_covariance(covariance.numpy())
 
 
 class WhiteningTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -123,16 +102,10 @@ class WhiteningTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         offset_: b [D] float64.
     """
 
-    _parameter_constraints = {  # noqa: RUF012  # as scikit-learn declares it
-        "kind": [StrOptions({"zca", "pca", "cholesky"})],
-        "floor": "no_validation",  # (whiten checks it)
-    }
-
     def __init__(self, *, kind: WhiteningKind = "zca", floor: float | None = None) -> None:
         self.kind = kind
         self.floor = floor
 
-    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit(self, X: ArrayLike, y: None = None) -> WhiteningTransformer:
         """Fit on finite rows X [N, D], N from 2; ``y`` is ignored."""
         rows = validate_data(self, X, ensure_min_samples=2, **_READABLE)
@@ -165,11 +138,6 @@ class TransportTransformer(WhiteningTransformer):
         target: rows [M, D] that the map goes to; None stands for mean 0 and covariance I.
         floor: as in :class:`WhiteningTransformer`, which describes the attributes.
     """
-
-    _parameter_constraints = {  # noqa: RUF012
-        "target": ["array-like", None],
-        "floor": "no_validation",
-    }
 
     def __init__(self, target: ArrayLike | None = None, *, floor: float | None = None) -> None:
         self.target = target
@@ -207,12 +175,6 @@ class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
         n_features_in_: the number of columns.
     """
 
-    _parameter_constraints = {  # noqa: RUF012  # as scikit-learn declares it
-        "queries": ["array-like", None],
-        "method": [StrOptions(set(SPACE_METHODS))],
-        "role": [StrOptions({"document", "query"})],
-    }
-
     def __init__(
         self,
         *,
@@ -224,9 +186,12 @@ class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
         self.method = method
         self.role = role
 
-    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit(self, X: ArrayLike, y: None = None) -> SharedSpaceTransformer:
         """Fit on finite rows X [N, D], N and D from 2; ``y`` is ignored."""
+        if self.role not in ("document", "query"):
+            raise ValueError(
+                f"SharedSpaceTransformer: role={self.role!r}, expected document or query"
+            )
         rows = validate_data(self, X, ensure_min_samples=2, ensure_min_features=2, **_READABLE)
         queries = rows if self.queries is None else check_array(self.queries, **_READABLE)
         sides = {"document": rows, "query": queries}

@@ -24,7 +24,6 @@ from .gap_report import GapSettings, gap_report
 from .mixed_gallery import MixedGallery, gini, mixed_gallery, over_splits, search_pairs
 from .neighbours import (
     Neighbours,
-    SearchBackend,
     knn_mixing,
     knn_overlap,
     match_ranks,
@@ -59,7 +58,6 @@ __all__ = [
     "MixedGallery",
     "Neighbours",
     "Reader",
-    "SearchBackend",
     "Spectrum",
     "Substitution",
     "anisotropy",

@@ -15,8 +15,6 @@ from .._argument_checks import expect_counts, expect_numbers, expect_tensor
 from ..ops.reference import unit
 from .estimate import Estimate
 
-_ENTRIES_AT_ONCE = 1 << 24  # rows of at most so many entries are normalized once, not for each pair
-
 
 def matched_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosines [N] float64 of matching rows a, b [N, D]."""
@@ -42,10 +40,7 @@ def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: i
     second = torch.randint(len(rows) - 1, (pairs,), generator=generator)
     second += second >= first
     blocks = row_blocks(first.to(rows.device), second.to(rows.device), block)
-    if rows.numel() > _ENTRIES_AT_ONCE:
-        return torch.cat([_cosines(rows[i], rows[j]) for i, j in blocks])
-    units = unit(rows.double())
-    return torch.cat([(units[i] * units[j]).sum(dim=1) for i, j in blocks])
+    return torch.cat([_cosines(rows[i], rows[j]) for i, j in blocks])
 
 
 def cosine_divergence(

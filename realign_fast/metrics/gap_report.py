@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class GapSettings:
     cosine_bins: int = 100  # over [-1, 1]
     seed: int = 0  # of the draw of pairs
     block: int = 2048  # rows of a tile: bounds the memory, does not change results
-    backend: neighbours.SearchBackend = "auto"  # of nearest_rows
 
 
 def gap_report(
@@ -80,11 +79,10 @@ def gap_report(
             target = _measure("aligned target", aligned_target_rows, None)
         stages["after"] = _compare(aligned, target, paired, settings)
         k, block = settings.overlap_k, settings.block
-        searched: Any = {"block": block, "backend": settings.backend}
         stages["kept"] = {
             "mean_cosine": cosines.mean_cosine(source_rows, aligned_rows, block),
             "cosine_correlation": cosines.cosine_correlation(source_rows, aligned_rows, block),
-            "knn_overlap": neighbours.knn_overlap(source_rows, aligned_rows, k, **searched),
+            "knn_overlap": neighbours.knn_overlap(source_rows, aligned_rows, k, block=block),
             "knn_overlap_chance": k / (len(source_rows) - 1),
         }
     report: Numbers = {}
@@ -135,16 +133,10 @@ def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSe
     for side, own, opposite in (("source", source, target), ("target", target, source)):
         for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
             figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), own.spectrum.values)
-        figures[f"{side}_mixing"] = neighbours.knn_mixing(
-            own.rows,
-            opposite.rows,
-            settings.mixing_k,
-            block=settings.block,
-            backend=settings.backend,
-        )
-        figures[f"{side}_mixing_chance"] = len(opposite.rows) / (
-            len(own.rows) + len(opposite.rows) - 1
-        )
+        rows, others = own.rows, opposite.rows
+        mixing = neighbours.knn_mixing(rows, others, settings.mixing_k, block=settings.block)
+        figures[f"{side}_mixing"] = mixing
+        figures[f"{side}_mixing_chance"] = len(others) / (len(rows) + len(others) - 1)
     return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
 
 

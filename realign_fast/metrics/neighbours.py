@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._argument_checks import expect_counts, expect_tensor
-from .._extras import import_extra
 from ..ops import working_dtype
 from ..ops.reference import unit
 from .cosines import check_pairs, check_rows, row_blocks
 from .estimate import Estimate
 
-SearchBackend = Literal["auto", "faiss", "torch"]
 TIE = 1e-12  # float64 scores that differ by less of their size are one number, rounded apart
 
 
@@ -29,13 +26,7 @@ class Neighbours(NamedTuple):
 
 @torch.no_grad()
 def nearest_rows(
-    queries: Tensor,
-    gallery: Tensor,
-    k: int,
-    *,
-    own: int | None = None,
-    block: int = 4096,
-    backend: SearchBackend = "auto",
+    queries: Tensor, gallery: Tensor, k: int, *, own: int | None = None, block: int = 4096
 ) -> Neighbours:
     """Find the k rows of gallery [M, D] with the largest cosine, for each of queries [N, D].
 
@@ -43,13 +34,9 @@ def nearest_rows(
         own: the gallery row that is ``queries[0]``, ``queries[1]`` being the next and so on; a
             query is then no neighbour of itself. ``None``: the queries are no rows of the gallery.
         block: number of queries and of gallery rows that are compared at a time.
-        backend: ``"faiss"`` (exact search, float32, on the CPU), ``"torch"``, or ``"auto"``: faiss
-            where it is installed and the queries are on the CPU and not float64, else torch.
 
     Of rows with equal cosines (up to rounding) any may be taken.
     """
-    if backend not in (known := get_args(SearchBackend)):
-        raise ValueError(f"nearest_rows: backend={backend!r} is none of {', '.join(known)}")
     for rows in (queries, gallery):
         check_rows("nearest_rows", rows, min_rows=0)
     expect_counts("nearest_rows", k=k, block=block)
@@ -64,8 +51,6 @@ def nearest_rows(
             f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
             "have as neighbours; give more rows or a smaller k"
         )
-    if (faiss := _faiss(backend, queries)) is not None:
-        return _faiss_nearest(faiss, queries, gallery, k, own, block)
     dtype = working_dtype(queries)
     blocks = []
     for first in range(0, len(queries), block):
@@ -77,9 +62,7 @@ def nearest_rows(
     return Neighbours(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
 
-def knn_mixing(
-    a: Tensor, b: Tensor, k: int = 20, *, block: int = 4096, backend: SearchBackend = "auto"
-) -> Estimate:
+def knn_mixing(a: Tensor, b: Tensor, k: int = 20, *, block: int = 4096) -> Estimate:
     """Return the mean share of rows of b among the k nearest of a row of a, in the union of both.
 
     a [N, D], b [M, D], unpaired; a row is no neighbour of itself. Two samples of one distribution
@@ -94,15 +77,13 @@ def knn_mixing(
             f"knn_mixing: got k = {k} with {len(a)} and {len(b)} rows, expected 2 or more rows and "
             "k below their sum; give more rows or a smaller k"
         )
-    within = nearest_rows(a, a, min(k, len(a) - 1), own=0, block=block, backend=backend).cosines
-    across = nearest_rows(a, b, min(k, len(b)), block=block, backend=backend).cosines
+    within = nearest_rows(a, a, min(k, len(a) - 1), own=0, block=block).cosines
+    across = nearest_rows(a, b, min(k, len(b)), block=block).cosines
     nearest = torch.cat([within, across], dim=1).topk(k, dim=1).indices
     return Estimate.of_mean((nearest >= within.shape[1]).double().mean(dim=1))
 
 
-def knn_overlap(
-    a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096, backend: SearchBackend = "auto"
-) -> Estimate:
+def knn_overlap(a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096) -> Estimate:
     """Return the mean share of the k nearest rows within a that are the k nearest within b too.
 
     a, b [N, D] match row by row (their D may differ). Unrelated rows have ``k / (N - 1)``. The
@@ -110,7 +91,7 @@ def knn_overlap(
     """
     check_pairs("knn_overlap", a, b, same_columns=False)
     nearest_a, nearest_b = (
-        nearest_rows(rows, rows, k, own=0, block=block, backend=backend).indices for rows in (a, b)
+        nearest_rows(rows, rows, k, own=0, block=block).indices for rows in (a, b)
     )
     shared = [
         (indices_a[:, :, None] == indices_b[:, None, :]).sum(dim=(1, 2))
@@ -181,36 +162,3 @@ def search_blocks(
 def _unit_rows(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return the map of rows to unit rows, computed in float64, of a dtype."""
     return lambda rows: unit(rows.double()).to(dtype)
-
-
-def _faiss_nearest(
-    faiss: ModuleType, queries: Tensor, gallery: Tensor, k: int, own: int | None, block: int
-) -> Neighbours:
-    """Find the k nearest rows with a flat inner-product index of faiss."""
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    for gallery_block in torch.split(gallery, block):
-        index.add(unit(gallery_block.double()).float().cpu().numpy())
-    blocks = []
-    for query_block in torch.split(queries, block):
-        unit_queries = unit(query_block.double()).float().cpu().numpy()
-        arrays = index.search(unit_queries, k + (own is not None))
-        blocks.append([torch.from_numpy(array) for array in arrays])
-    cosines, indices = (torch.cat(tensors) for tensors in zip(*blocks, strict=True))
-    if own is not None:
-        own_column = indices == torch.arange(own, own + len(queries))[:, None]
-        own_column[:, -1] |= ~own_column.any(dim=1)  # more than k rows tie with the query
-        cosines, indices = (tensor[~own_column].view(-1, k) for tensor in (cosines, indices))
-    return Neighbours(cosines.to(queries.device), indices.to(queries.device))
-
-
-def _faiss(backend: SearchBackend, queries: Tensor) -> ModuleType | None:
-    """Import faiss if the search is to use it; None if torch is."""
-    is_short = queries.dtype != torch.float64 and queries.device.type == "cpu"
-    if backend == "torch" or (backend == "auto" and not is_short):
-        return None
-    try:
-        return import_extra("faiss", "faiss", "nearest_rows with backend='faiss'")
-    except ImportError:
-        if backend == "faiss":
-            raise
-        return None

@@ -112,7 +112,7 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
             x.float(),
             moved_y.float(),
             aligned_target_rows=moved_x.float(),
-            settings=metrics.GapSettings(backend="torch", **few),
+            settings=metrics.GapSettings(**few),
         )
     facts["gap"] = _gaps(output, facts["figures"], missing)
     return facts

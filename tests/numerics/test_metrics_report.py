@@ -1,7 +1,6 @@
 """gap_report: every metric at once; invariances that hold for all; figures of real embeddings."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from support.op_checks import random_rows
 from realign_fast import Moments, ReAlign, metrics
 from realign_fast.metrics import GapSettings, gap_report
 
-SETTINGS = metrics.GapSettings(cosine_pairs=4000, backend="torch")
+SETTINGS = metrics.GapSettings(cosine_pairs=4000)
 
 
 def sides(count=150, columns=10):
@@ -72,7 +71,7 @@ def test_lengths_of_rows_change_nothing(report):
 
 
 def test_blocks_change_nothing(report):
-    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch", block=17)
+    settings = metrics.GapSettings(cosine_pairs=4000, block=17)
     blocked = metrics.gap_report(*sides(), paired=True, settings=settings)
     same(blocked, report, 1e-11, but=["settings_block"])
 
@@ -125,7 +124,7 @@ def test_moments_of_a_corpus_stand_in_for_those_of_the_sample():
 def test_the_golden_pairs_before_and_after(golden):
     """Figures of shared/data/README.md, computed elsewhere from the formulas."""
     text, image = (torch.from_numpy(rows) for rows in golden)
-    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch")
+    settings = metrics.GapSettings(cosine_pairs=4000)
     aligned = ReAlign.fit(text, image)(text)
     report = metrics.gap_report(text, image, aligned, paired=True, settings=settings)
     assert report["before_centroid_gap"] == pytest.approx(0.851352, abs=5e-7)
@@ -151,38 +150,12 @@ def test_the_golden_pairs_before_and_after(golden):
 def test_galleries_are_of_a_bounded_number_of_rows():
     """The fewer rows, the better the recall; those that are taken are spread over the sample."""
     source, target, _ = sides()
-    settings = metrics.GapSettings(cosine_pairs=4000, backend="torch", gallery_rows=30)
+    settings = metrics.GapSettings(cosine_pairs=4000, gallery_rows=30)
     found = metrics.gap_report(source, target, paired=True, settings=settings)
     fewer = metrics.gap_report(source[::5], target[::5], paired=True, settings=SETTINGS)
     assert found["before_gallery_rows"] == 30
     for name in ("recall_at_10", "mixed_recall_at_1", "within_rate", "mixed_ndcg_error"):
         assert found[f"before_source_{name}"] == fewer[f"before_source_{name}"]
-
-
-def test_without_faiss_it_is_said_or_torch_is_taken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    rows = random_rows(30, 4).float()
-    with pytest.raises(ImportError, match=r"needs faiss.*`pip install 'realign_fast\[faiss\]'`"):
-        metrics.nearest_rows(rows, rows, 3, backend="faiss")
-    auto = metrics.nearest_rows(rows, rows, 3)
-    assert torch.equal(auto.indices, metrics.nearest_rows(rows, rows, 3, backend="torch").indices)
-
-
-def test_auto_takes_faiss_for_short_floats_only(monkeypatch):
-    faiss = pytest.importorskip("faiss")
-    searched = []
-
-    class Index(faiss.IndexFlatIP):
-        def search(self, *arguments):
-            searched.append(arguments)
-            return super().search(*arguments)
-
-    monkeypatch.setattr(faiss, "IndexFlatIP", Index)
-    rows = random_rows(30, 4)
-    metrics.nearest_rows(rows, rows, 3)
-    assert not searched, "float64 rows would lose digits"
-    metrics.nearest_rows(rows.half(), rows, 3)
-    assert searched
 
 
 @pytest.mark.parametrize("count", (4, 15, 60))

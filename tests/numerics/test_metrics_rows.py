@@ -13,13 +13,6 @@ from realign_fast import metrics
 BLOCKS = (1, 7, 64, 4096)
 
 
-@pytest.fixture(params=("torch", "faiss"))
-def backend(request):
-    if request.param == "faiss":
-        pytest.importorskip("faiss")
-    return request.param
-
-
 def two_modalities(count=120, columns=6, seed=0):
     """Matched rows that differ by an offset and noise, float64."""
     a = random_rows(count, columns, seed=seed)
@@ -122,61 +115,61 @@ def test_the_error_of_the_divergence_is_that_of_other_draws():
 
 @pytest.mark.parametrize("block", BLOCKS[1:])
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-def test_nearest_rows_against_brute_force(backend, dtype, block):
+def test_nearest_rows_against_brute_force(dtype, block):
     a, b = (rows.to(dtype) for rows in two_modalities())
     for k in (1, 10, 119):
-        found = metrics.nearest_rows(a, b, k, block=block, backend=backend)
+        found = metrics.nearest_rows(a, b, k, block=block)
         np.testing.assert_array_equal(found.indices, nearest(a.double(), b.double(), k))
         truth = np.take_along_axis(cosines(a.double(), b.double()), found.indices.numpy(), 1)
         np.testing.assert_allclose(found.cosines, truth, atol=1e-6)
-        own = metrics.nearest_rows(a, a, k, own=0, block=block, backend=backend).indices
+        own = metrics.nearest_rows(a, a, k, own=0, block=block).indices
         np.testing.assert_array_equal(own, nearest(a.double(), a.double(), k, own=True))
-    some = metrics.nearest_rows(a[30:50], a, 5, own=30, block=block, backend=backend).indices
+    some = metrics.nearest_rows(a[30:50], a, 5, own=30, block=block).indices
     np.testing.assert_array_equal(some, nearest(a.double(), a.double(), 5, own=True)[30:50])
 
 
-def test_a_row_is_no_neighbour_of_itself_even_among_copies(backend):
+def test_a_row_is_no_neighbour_of_itself_even_among_copies():
     rows = torch.ones(12, 3).float()
-    found = metrics.nearest_rows(rows, rows, 5, own=0, backend=backend).indices
+    found = metrics.nearest_rows(rows, rows, 5, own=0).indices
     assert found.shape == (12, 5)
     assert (found != torch.arange(12)[:, None]).all()
     assert all(len(set(row)) == 5 for row in found.tolist())
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:])
-def test_mixing_and_overlap_against_brute_force(backend, block):
+def test_mixing_and_overlap_against_brute_force(block):
     a, b = two_modalities()
     b = b[:77]
     union = torch.cat([a, b])
     table = cosines(a, union)
     np.fill_diagonal(table, -np.inf)
     shares = (np.argsort(-table, axis=1)[:, :20] >= 120).mean(axis=1)
-    mixing = metrics.knn_mixing(a, b, block=block, backend=backend)
+    mixing = metrics.knn_mixing(a, b, block=block)
     assert mixing == pytest.approx(shares.mean(), abs=1e-12) and 0.1 < mixing < 0.7
     assert mixing.standard_error == pytest.approx(shares.std(ddof=1) / math.sqrt(120))
     one, two = nearest(a[:77], a[:77], 10, own=True), nearest(b, b, 10, own=True)
     shares = np.array([len(set(p) & set(q)) / 10 for p, q in zip(one, two, strict=True)])
-    overlap = metrics.knn_overlap(a[:77], b, block=block, backend=backend)
+    overlap = metrics.knn_overlap(a[:77], b, block=block)
     assert overlap == pytest.approx(shares.mean(), abs=1e-12)
     assert overlap.standard_error == pytest.approx(shares.std(ddof=1) / math.sqrt(77))
 
 
-def test_mixing_is_chance_for_one_distribution_and_zero_for_two_cones(backend):
+def test_mixing_is_chance_for_one_distribution_and_zero_for_two_cones():
     a, b = random_rows(500, 5), random_rows(300, 5, seed=1)
     for one, two in ((a, b), (b, a)):
-        mixing = metrics.knn_mixing(one, two, backend=backend)
+        mixing = metrics.knn_mixing(one, two)
         assert mixing == pytest.approx(len(two) / 799, abs=6 * mixing.standard_error)
     # Identical corpora: the twin is always near, the 19 others are from either side alike.
-    assert metrics.knn_mixing(a, a.clone(), backend=backend) == pytest.approx(10.5 / 20, abs=0.03)
+    assert metrics.knn_mixing(a, a.clone()) == pytest.approx(10.5 / 20, abs=0.03)
     cone_a, cone_b = (rows + 100 * torch.eye(5)[axis] for axis, rows in enumerate((a, b)))
-    assert metrics.knn_mixing(cone_a, cone_b, backend=backend) == 0
-    assert metrics.knn_mixing(a[:5], b, k=304, backend=backend) == pytest.approx(300 / 304)
+    assert metrics.knn_mixing(cone_a, cone_b) == 0
+    assert metrics.knn_mixing(a[:5], b, k=304) == pytest.approx(300 / 304)
 
 
-def test_overlap_is_one_for_a_copy_and_chance_for_strangers(backend):
+def test_overlap_is_one_for_a_copy_and_chance_for_strangers():
     a, b = random_rows(400, 5), random_rows(400, 5, seed=1)
-    assert metrics.knn_overlap(a, 3 * a.flip(1), backend=backend) == 1
-    overlap = metrics.knn_overlap(a, b, backend=backend)
+    assert metrics.knn_overlap(a, 3 * a.flip(1)) == 1
+    overlap = metrics.knn_overlap(a, b)
     assert overlap == pytest.approx(10 / 399, abs=5 * overlap.standard_error)
 
 
@@ -213,7 +206,6 @@ def test_the_error_of_recall_is_that_of_other_queries():
         (lambda a: metrics.knn_overlap(a, a, 9), r"k is 9, expected 1\.\.8"),
         (lambda a: metrics.knn_mixing(a, a, 18), "got k = 18 with 9 and 9 rows"),
         (lambda a: metrics.nearest_rows(a, a[:, :2], 1), r"got shapes \[9, 3\] and \[9, 2\]"),
-        (lambda a: metrics.nearest_rows(a, a, 1, backend="hnsw"), "none of auto, faiss, torch"),
         (lambda a: metrics.nearest_rows(a, a / 0, 1), "holds a NaN"),
         (lambda a: metrics.recall_at_k(a, a[:5], 1), "match_ranks: expected rows that match"),
         (lambda a: metrics.pairwise_cosines(a[:1]), "expected 2 or more rows"),

@@ -103,9 +103,8 @@ def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:
 
 
 def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str, float | None]:
-    backend: metrics.SearchBackend = "torch"
-    settings = metrics.GapSettings(backend=backend)
-    nearest: metrics.Neighbours = metrics.nearest_rows(text, image, 5, backend=backend)
+    settings = metrics.GapSettings(mixing_k=5)
+    nearest: metrics.Neighbours = metrics.nearest_rows(text, image, 5)
     spectrum: metrics.Spectrum = metrics.spectrum_of(y)
     values, vectors = spectrum
     mean, axes = metrics.principal_axes(text)
