@@ -401,7 +401,6 @@ def sklearn_rules(workspace: Workspace) -> str:
     from realign_fast.integrations import sklearn
 
     estimators = sklearn.StreamingCovariance(), sklearn.SharedSpaceTransformer()
-    estimators += sklearn.WhiteningTransformer(), sklearn.TransportTransformer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = [check_estimator(estimator, on_skip=None) for estimator in estimators]

@@ -180,8 +180,6 @@ def embed(options: opts.EmbedOptions) -> Result:
         f"{report['embedded_now']:,} items in {report['seconds']:.1f} s, {rate:,.0f} a second"
         + (f"; {before:,} items were finished before" if before else ""),
     ]
-    if report["unturned"]:
-        lines.append(f"{report['unturned']:,} images have damaged EXIF data and were not turned")
     if report["failures"]:
         failures = records_of(Path(options.out)) / FAILURES
         lines.append(f"{report['failures']:,} items failed and are no rows: {failures}")

@@ -3,7 +3,7 @@
 The content of a file decides how it is decoded, not its suffix:
 
 - EXIF orientation is applied, so that the picture stands as people see it. A picture whose EXIF
-  data is damaged is taken as it is stored, as viewers do, and marked in `info[UNTURNED]`.
+  data is damaged is taken as it is stored, as viewers do.
 - 16-bit gray keeps its high byte (Pillow's own conversion would turn nearly everything white).
 - Transparency is dropped as the models' own preprocessing drops it (`convert("RGB")`).
 - The first frame of an animation is taken.
@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from .._extras import import_extra
 
 MAX_ASPECT = 1000  # of the long side to the short side
-UNTURNED = "realign_fast_unturned"  # a key of `info`
 SUFFIXES = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm avif jp2".split())
 
 
@@ -50,12 +50,8 @@ def decode(data: bytes) -> Any:
                 size = f"{image.width} x {image.height} pixels"
                 raise ValueError(f"too narrow: {size}, at most {MAX_ASPECT} to 1")
             image.load()
-            try:
+            with suppress(Exception):  # damaged data raises SyntaxError, struct.error and others
                 pil.ImageOps.exif_transpose(image, in_place=True)
-            except (
-                Exception
-            ):  # damaged data raises SyntaxError, ValueError, struct.error and others
-                image.info[UNTURNED] = True
             return _as_rgb(image)
     except pil.UnidentifiedImageError as error:
         raise Unreadable("no image that Pillow knows") from error

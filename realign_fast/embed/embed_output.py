@@ -71,7 +71,6 @@ class OutputShard:
         items: Sequence[Item],
         parts: Sequence[Sequence[torch.Tensor]],
         failures: Sequence[tuple[Item, str]],
-        unturned: int,
     ) -> dict[str, Any]:
         """Write the items that have rows, and return the record.
 
@@ -96,7 +95,6 @@ class OutputShard:
         record = {
             "key": key,
             "rows": len(items),
-            "unturned": unturned,
             "files": self._stamps(),
             "failures": [
                 {"id": _utf8(item.id), "source": _utf8(item.path), "reason": _utf8(reason)}

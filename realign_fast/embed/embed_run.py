@@ -96,7 +96,6 @@ def embed(
             raise ValueError(f"{out}: all {failures} items failed; see {place}")
         report = {
             "rows": rows,
-            "unturned": sum(record["unturned"] for record in shards),
             "items": total,
             "finished_before": run.finished_before,
             "embedded_now": total - run.finished_before,
@@ -161,11 +160,10 @@ class _EmbedRun:
         self, shard: OutputShard, items: Sequence[Item], key: str, bar: Progress
     ) -> dict[str, Any]:
         """Embed and write one shard; return its record."""
-        row_items, failures, unturned = list[Item](), list[tuple[Item, str]](), 0
+        row_items, failures = list[Item](), list[tuple[Item, str]]()
         parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
         dataset = PreparedItems(items, self.encoder, shard.sides)
         for batch in prepared_batches(dataset, self.batch_size, self.workers, self.lock):
-            unturned += batch.unturned
             failures += [(items[position], reason) for position, reason in batch.failures]
             batch_items = [items[position] for position in batch.positions]
             row_items += batch_items
@@ -175,7 +173,7 @@ class _EmbedRun:
         if self._key(shard, items) != key:
             advice = "changed while it was embedded; let its writer finish and run again"
             raise ValueError(f"{shard.source.path}: {advice}")
-        return shard.write(key, row_items, parts, failures, unturned)
+        return shard.write(key, row_items, parts, failures)
 
     def _rows(self, batch: PreparedBatch, items: Sequence[Item]) -> list[torch.Tensor]:
         """Return the rows `[n, D]` of each side; one that is not finite is a ValueError."""

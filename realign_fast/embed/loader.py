@@ -14,21 +14,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .decode import UNTURNED, Unreadable, decode
+from .decode import Unreadable, decode
 from .embed_output import Side
 from .encoders.base import Encoder, Tokens
 from .sources import Item, read_image
 
 PREFETCH = 2  # batches that each process prepares ahead
-
-
-class Prepared(NamedTuple):
-    """An item of a shard as a decoding process leaves it."""
-
-    position: int  # among the items of the shard
-    failure: str | None = None  # the reason
-    image: torch.Tensor | None = None  # [3, height, width]
-    unturned: bool = False  # its EXIF orientation cannot be read
+# The position of an item in the shard, why it has no row, and its image [3, height, width].
+Prepared = tuple[int, str | None, torch.Tensor | None]
 
 
 class PreparedBatch(NamedTuple):
@@ -38,7 +31,6 @@ class PreparedBatch(NamedTuple):
     failures: list[tuple[int, str]]  # position and reason
     pixels: torch.Tensor | None  # [n, 3, height, width]
     tokens: Tokens | None  # [n, L] each
-    unturned: int  # images whose EXIF orientation cannot be read
 
 
 @dataclass(eq=False)
@@ -55,28 +47,22 @@ class PreparedItems(Dataset[Prepared]):
     def __getitem__(self, position: int) -> Prepared:
         item = self.items[position]
         if item.failure or "image" not in self.sides:
-            return Prepared(position, item.failure)
+            return position, item.failure, None
         try:
-            image = decode(read_image(item))
-            is_unturned = UNTURNED in image.info
-            return Prepared(position, None, self.encoder.prepare_image(image), is_unturned)
-        except Unreadable as error:
-            return Prepared(position, str(error))
-        except Exception as error:  # its preprocessing cannot take such a size
-            reason = str(error) or type(error).__name__
-            return Prepared(position, f"cannot be prepared: {reason}".splitlines()[0][:200])
+            return position, None, self.encoder.prepare_image(decode(read_image(item)))
+        except Exception as error:  # unreadable, or its preprocessing cannot take such a size
+            kind = "" if isinstance(error, Unreadable) else f"{type(error).__name__}: "
+            return position, f"{kind}{error}".splitlines()[0][:200], None
 
     def batch(self, prepared: Sequence[Prepared]) -> PreparedBatch:
         """Return the batch of prepared items."""
-        failures = [(one.position, one.failure) for one in prepared if one.failure]
-        rows = [one for one in prepared if not one.failure]
-        positions = [row.position for row in rows]
-        images = [row.image for row in rows if row.image is not None]
+        failures = [(position, failure) for position, failure, _ in prepared if failure]
+        positions = [position for position, failure, _ in prepared if not failure]
+        images = [image for *_, image in prepared if image is not None]
         pixels = torch.stack(images).to(self.encoder.dtype) if images else None
         texts = [self.items[i].caption or "" for i in positions if "text" in self.sides]
         tokens = self.encoder.prepare_texts(texts) if texts else None
-        unturned = sum(row.unturned for row in rows)
-        return PreparedBatch(positions, failures, pixels, tokens, unturned)
+        return PreparedBatch(positions, failures, pixels, tokens)
 
 
 def prepared_batches(

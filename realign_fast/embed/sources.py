@@ -23,9 +23,8 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from tarfile import TarInfo
 from typing import Any, Literal, NamedTuple
 
 from ..corpus.formats.arrow_columns import decoded, pyarrow
@@ -34,7 +33,6 @@ from ..storage.paths import natural_order
 from .decode import SUFFIXES, Unreadable
 
 MAX_IMAGE_BYTES = 1 << 30
-MAX_CAPTION_BYTES = 1 << 20
 READ_ROWS = 32  # images of a parquet file that are read at a time
 USUAL_NAMES = {
     "id": ("id", "key", "image_id"),
@@ -43,7 +41,8 @@ USUAL_NAMES = {
 }
 CAPTION_NAMES = ("txt", "caption", "text")  # endings of members, or keys of the json member
 Content = Literal["images", "texts", "pairs"]  # a pair is an image with its caption
-ReadMember = Callable[[str], bytes | None]  # of an ending such as "txt"; None: no such member
+# The place of a member by its ending, such as "txt": a path, and an offset and a size in a tar.
+PlaceOf = Callable[[str], tuple[Any, ...] | None]
 
 
 class Item(NamedTuple):
@@ -98,15 +97,13 @@ class Source:
 def identity(items: Sequence[Item]) -> str:
     """Return a BLAKE2b digest of items and of the size and time of each file that holds them."""
     digest = hashlib.blake2b(digest_size=16)
-    stamps: dict[str, tuple[int, int] | str | None] = {}
-    for item in items:
-        if item.path not in stamps:
-            try:
-                state = os.stat(item.path)
-                stamps[item.path] = (state.st_size, state.st_mtime_ns)
-            except OSError as error:
-                stamps[item.path] = error.strerror
-        digest.update(repr((item, stamps[item.path])).encode("utf-8", "surrogatepass"))
+    for path, group in groupby(items, lambda item: item.path):
+        try:
+            state = os.stat(path)
+            stamp: Any = (state.st_size, state.st_mtime_ns)
+        except OSError as error:
+            stamp = error.strerror
+        digest.update(repr((stamp, *group)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -123,9 +120,9 @@ def read_image(item: Item) -> bytes:
     except (OSError, ValueError) as error:  # pyarrow's errors are of these types too
         reason = " ".join(str(error).split())
         raise Unreadable(getattr(error, "strerror", None) or reason) from error
-    if value is None:
-        raise Unreadable("no image: the column is null")
-    return bytes(value)
+    if not isinstance(value, bytes):
+        raise Unreadable(f"no image: the column holds {value!r:.40}, expected bytes or a path")
+    return value
 
 
 def _read_at(path: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -172,40 +169,40 @@ def _parquet_values(file: Any, column: str, group: int) -> Iterator[tuple[int, A
 
 def _with_caption(content: Content, item: Item, caption: Any) -> Item:
     """Return an item with its caption, or with the reason why it has no text to embed."""
-    text, failure = caption if isinstance(caption, str) else None, None
-    if caption is None:
-        failure = "no caption"
-    elif text is None:
-        failure = f"its caption is {type(caption).__name__}, expected text"
-    elif not text.strip():
+    failure = None
+    if not isinstance(caption, str):
+        failure = f"no caption, but {caption!r:.40}"
+    elif not caption.strip():
         failure = "empty caption"
-    elif re.search("[\ud800-\udfff]", text):
+    elif re.search("[\ud800-\udfff]", caption):
         failure = "its caption is no Unicode text"
-    failure = item.failure or (None if content == "images" else failure)
-    return item._replace(caption=text, failure=failure)
+    return item._replace(
+        caption=caption if isinstance(caption, str) else None,
+        failure=item.failure or (None if content == "images" else failure),
+    )
 
 
-def _sample(content: Content, columns: Columns, item: Item, read: ReadMember) -> Item:
+def _sample(content: Content, columns: Columns, item: Item, place: PlaceOf) -> Item:
     """Return a sample with its id and caption: the text of a member, or a value of the json one."""
     caption = None
     try:
         if columns.id:
-            name = _value(read, (columns.id,))
+            name = _value(place, (columns.id,))
             failure = f"has no id in {columns.id}" if name is None else item.failure
             item = item._replace(id=item.id if name is None else str(name), failure=failure)
-        caption = _value(read, (columns.caption,) if columns.caption else CAPTION_NAMES)
-    except (OSError, ValueError, RecursionError) as error:
+        caption = _value(place, (columns.caption,) if columns.caption else CAPTION_NAMES)
+    except (OSError, ValueError, RecursionError, Unreadable) as error:
         if content != "images" and not item.failure:
             item = item._replace(failure=f"its caption cannot be read: {error}")
     return _with_caption(content, item, caption)
 
 
-def _value(read: ReadMember, names: Sequence[str]) -> Any:
+def _value(place: PlaceOf, names: Sequence[str]) -> Any:
     """Return the first member by one of `names`, or else value by such a key in the json member."""
     for name in names:
-        if (data := read(name.lower())) is not None:
-            return data.decode("utf-8-sig").strip()
-    values = json.loads(read("json") or b"{}")
+        if found := place(name.lower()):
+            return _read_at(*found).decode("utf-8-sig").strip()
+    values = json.loads(_read_at(*found)) if (found := place("json")) else {}
     known = values if isinstance(values, dict) else {}
     return next((known[name] for name in names if known.get(name) is not None), None)
 
@@ -233,16 +230,13 @@ def _folder_items(
             continue
         item = Item(os.path.relpath(stem, folder).replace(os.sep, "/"), path)
         if content == "pairs" or columns.id:
-            item = _sample(content, columns, item, partial(_file_content, stem))
+            item = _sample(content, columns, item, partial(_place_beside, stem))
         yield item
 
 
-def _file_content(stem: str, ending: str) -> bytes | None:
-    try:
-        with open(f"{stem}.{ending}", "rb") as file:
-            return file.read(MAX_CAPTION_BYTES)
-    except FileNotFoundError:
-        return None
+def _place_beside(stem: str, ending: str) -> tuple[str] | None:
+    path = f"{stem}.{ending}"
+    return (path,) if os.path.exists(path) else None
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -272,21 +266,16 @@ def _tar_items(content: Content, columns: Columns, file: Path) -> Iterator[Item]
     reads headers and captions; images are read later, by their position in the file.
     """
     image_endings = SUFFIXES if columns.image is None else (columns.image.lower(),)
-    with opened_tar(file) as tar, open(file, "rb") as data:
+    with opened_tar(file) as tar:
         for key, members in samples(file, tar):
-            image = next((info for end, info in members.items() if end in image_endings), None)
-            at, failure = (image.offset_data, image.size) if image else None, None
+            places = {end: (str(file), m.offset_data, m.size) for end, m in members.items()}
+            image = next((place for end, place in places.items() if end in image_endings), None)
+            failure = None
             if content != "texts" and image is None:
                 name = columns.image or "image"
                 failure = f"has no {name} member, only {', '.join(members)}"
-            read = partial(_member_content, data.fileno(), members)
-            yield _sample(content, columns, Item(key, str(file), at, None, failure), read)
-
-
-def _member_content(file: int, members: dict[str, TarInfo], ending: str) -> bytes | None:
-    if (member := members.get(ending)) is None:
-        return None
-    return os.pread(file, min(member.size, MAX_CAPTION_BYTES), member.offset_data)
+            item = Item(key, str(file), image and image[1:], None, failure)
+            yield _sample(content, columns, item, places.get)
 
 
 def _table_items(content: Content, columns: Columns, file: Path, prefix: str) -> Iterator[Item]:
@@ -297,9 +286,9 @@ def _table_items(content: Content, columns: Columns, file: Path, prefix: str) ->
     rows, names, inside = _text_rows(file, content), None, False
     if file.suffix.lower() == ".parquet":
         table = _opened(str(file), os.stat(file).st_mtime_ns)
-        schema = table.schema_arrow
-        names = _names(file, schema.names, content, columns)
-        inside = bool(names.image) and _holds_bytes(file, schema.field(names.image))
+        types = {field.name: str(field.type) for field in table.schema_arrow}
+        names = _names(file, [*types], content, columns)
+        inside = bool(names.image) and types[str(names.image)] not in ("string", "large_string")
         read = {names.id, names.caption, None if inside else names.image} - {None}
         rows = _parquet_rows(file, table, sorted(map(str, read)))
     for number, row in enumerate(rows):
@@ -336,19 +325,6 @@ def _names(file: Path, present: list[str], content: Content, columns: Columns) -
             advice = f"choose one with --{role}-column, of: {', '.join(present)}"
             raise ValueError(f"{file}: has no {missing}; {advice}")
     return Columns(**names)
-
-
-def _holds_bytes(path: Path, field: Any) -> bool:
-    """Return whether a column of images holds files; otherwise it holds paths."""
-    types, column_type = pyarrow().types, field.type
-    if types.is_struct(column_type) and column_type.get_field_index("bytes") >= 0:
-        column_type = column_type.field("bytes").type
-    if types.is_binary(column_type) or types.is_large_binary(column_type):
-        return True
-    if types.is_string(column_type) or types.is_large_string(column_type):
-        return False
-    advice = "expected bytes of image files, or paths; choose another column"
-    raise TypeError(f"{path}: column {field.name!r} is {field.type}, {advice}")
 
 
 def _text_rows(path: Path, content: Content) -> Iterator[dict[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Streamed covariance, whitening, transport and a side of a `SharedSpace` for scikit-learn.
+"""Streamed covariance and a side of a `SharedSpace` for scikit-learn.
 
 They need the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
 """
@@ -14,8 +14,6 @@ from numpy.typing import ArrayLike
 
 from ..moments import Moments
 from ..shared_space import SharedSpace, SpaceMethod, measure_side
-from ..whiten import AffineMap, affine_transport, whitening
-from ..whiten.matrix_roots import WhiteningKind
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
@@ -88,74 +86,6 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
             mean = torch.zeros_like(mean)
         self.location_, self.n_samples_seen_ = mean.numpy(), self.moments_.count
         self._set_covariance(covariance.numpy())
-
-
-class WhiteningTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Rows of mean 0 and covariance I (divided by n), by :func:`realign_fast.whiten.whitening`.
-
-    Args:
-        kind: ``"zca"``, ``"pca"`` or ``"cholesky"``.
-        floor: share of the largest eigenvalue up to which a direction is left out; None: rounding.
-
-    Attributes:
-        matrix_: A [D, D] float64, of the map ``A x + b``.
-        offset_: b [D] float64.
-    """
-
-    def __init__(self, *, kind: WhiteningKind = "zca", floor: float | None = None) -> None:
-        self.kind = kind
-        self.floor = floor
-
-    def fit(self, X: ArrayLike, y: None = None) -> WhiteningTransformer:
-        """Fit on finite rows X [N, D], N from 2; ``y`` is ignored."""
-        rows = validate_data(self, X, ensure_min_samples=2, **_READABLE)
-        maps = self._there_and_back(_moments_of(rows))
-        self._maps = [[tensor.numpy() for tensor in affine_map] for affine_map in maps]
-        self.matrix_, self.offset_ = self._maps[0]
-        return self
-
-    def transform(self, X: ArrayLike, *, inverse: bool = False) -> np.ndarray[Any, Any]:
-        """Return the mapped rows [N, D] of finite rows X [N, D], in their dtype."""
-        check_is_fitted(self)
-        rows: np.ndarray[Any, Any] = validate_data(self, X, reset=False, **_READABLE)
-        matrix, offset = self._maps[inverse]
-        mapped: np.ndarray[Any, Any] = rows @ matrix.T + offset
-        return mapped.astype(rows.dtype)
-
-    def inverse_transform(self, X: ArrayLike) -> np.ndarray[Any, Any]:
-        """Return the rows [N, D] that were mapped to X; directions that were left out are lost."""
-        return self.transform(X, inverse=True)
-
-    def _there_and_back(self, moments: Moments) -> tuple[AffineMap, AffineMap]:
-        matrix, inverse = whitening(moments.covariance, self.kind, floor=self.floor)
-        return AffineMap(matrix, -matrix @ moments.mean), AffineMap(inverse, moments.mean)
-
-
-class TransportTransformer(WhiteningTransformer):
-    """Rows with the mean and the covariance of a target (``affine_transport``).
-
-    Args:
-        target: rows [M, D] that the map goes to; None stands for mean 0 and covariance I.
-        floor: as in :class:`WhiteningTransformer`, which describes the attributes.
-    """
-
-    def __init__(self, target: ArrayLike | None = None, *, floor: float | None = None) -> None:
-        self.target = target
-        self.floor = floor
-
-    def _there_and_back(self, moments: Moments) -> tuple[AffineMap, AffineMap]:
-        means = moments.mean, torch.zeros_like(moments.mean)
-        covariances = moments.covariance, torch.eye(moments.dimension, dtype=torch.float64)
-        if self.target is not None:
-            target = _moments_of(check_array(self.target, ensure_min_samples=2, **_READABLE))
-            means, covariances = (means[0], target.mean), (covariances[0], target.covariance)
-        there = affine_transport(means, covariances, floor=self.floor)
-        return there, affine_transport(means[::-1], covariances[::-1], floor=self.floor)
-
-
-def _moments_of(rows: np.ndarray[Any, Any]) -> Moments:
-    """Return the exact moments of rows as they are."""
-    return Moments(covariance=True, normalize=False, accurate=True).update(rows, bad_rows="keep")
 
 
 class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]

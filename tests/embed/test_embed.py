@@ -92,17 +92,6 @@ def test_pairs_lie_in_the_same_row_and_failures_are_listed(encoder, pictures, tm
     assert (report["rows"], report["failures"]) == ({"text": 27, "image": 27}, 3)
 
 
-def test_pictures_with_damaged_exif_are_embedded_and_counted(encoder, tmp_path):
-    folder = write_pictures(tmp_path / "pictures", 4)
-    picture(1).save(folder / "p_1.png", exif=b"\0\x08\0\x02\x01\x12\0\x03")
-    for finished in (0, 4):  # of an output that is finished they are known from its records
-        report = run(encoder, tmp_path / "out", images=folder, shard_rows=2)
-        assert (report["unturned"], report["failures"], report["rows"]["image"]) == (1, 0, 4)
-        assert report["finished_before"] == finished
-    expected = encoder.embed_images([picture(number) for number in range(4)]).half()
-    torch.testing.assert_close(rows_of(tmp_path / "out", "image"), expected, rtol=0, atol=3e-4)
-
-
 def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
     encoder, pictures, tmp_path, capsys
 ):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..._extras import import_extra
 from ...interface.option_values import Precision
-from .base import Encoder, StrPath
+from .base import Encoder, StrPath, loading
 from .hugging_face import HuggingFaceEncoder
 from .llm2clip import Llm2ClipEncoder
 from .open_clip import OpenClipEncoder
@@ -62,14 +62,10 @@ def load_encoder(
 def _downloaded(name: str) -> Path:
     """Return the folder of a model of the Hugging Face hub, which is downloaded once."""
     hub = import_extra("huggingface_hub", "hub", f"Loading {name!r}, which is no local path,")
-    try:
+    with loading(name, "expected a directory, or a model of the hub; correct the name"):
         for weights in ("*.safetensors", "*.bin"):  # pickles only where there is nothing else
             patterns = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(name, allow_patterns=patterns))
             if any(folder.glob(weights)):
                 break
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        fault = f"no such directory, and the Hugging Face hub does not give it ({reason})"
-        raise FileNotFoundError(f"{name}: {fault}; correct the name, or download it") from error
     return folder

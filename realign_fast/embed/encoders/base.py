@@ -16,7 +16,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -79,13 +78,11 @@ class Encoder:
         return _unit(self._text_features(on_device))
 
     def embed_images(self, images: Sequence[Any], batch_size: int = 64) -> torch.Tensor:
-        """Return unit rows `[N, D]` float32, on the CPU, of `PIL.Image`s or prepared tensors."""
-        prepared = (
-            image if isinstance(image, torch.Tensor) else self.prepare_image(image.convert("RGB"))
-            for image in images
-        )
-        batches = iter(lambda: list(islice(prepared, batch_size)), [])
-        return self._joined(self.image_rows(torch.stack(batch)) for batch in batches)
+        """Return unit rows `[N, D]` float32, on the CPU, of `PIL.Image`s."""
+        starts = range(0, len(images), batch_size)
+        batches = ([i.convert("RGB") for i in images[j : j + batch_size]] for j in starts)
+        pixels = (torch.stack([*map(self.prepare_image, batch)]) for batch in batches)
+        return self._joined(map(self.image_rows, pixels))
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """Return unit rows `[N, D]` float32, on the CPU, of texts."""
