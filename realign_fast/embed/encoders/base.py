@@ -10,7 +10,6 @@ The work has two halves: `prepare_image` and `prepare_texts` run in decoding pro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import torch
 
 from ...interface.devices import check_device
 from ...interface.option_values import Precision
+from ...storage.tensor_file import tensor_digest
 from ..decode import pillow
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -108,12 +108,7 @@ class Encoder:
 
 def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
     """Return a BLAKE2b digest of every weight and buffer with its name."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensor_digest(state).removeprefix("blake2b=")
 
 
 @contextmanager

@@ -35,15 +35,13 @@ class TransformersEncoder(Encoder):
         pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    def _load(self, folder: StrPath, **options: Any) -> Any:
-        """Load the tokenizer and the model of a directory, and return the model.
+    def _load(self, kind: str, folder: StrPath, **options: Any) -> Any:
+        """Load a model of a directory as the class `kind` of transformers.
 
         ValueError if its weights lack some of the model's, which would be random.
         """
-        library = transformers()
-        self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
         options |= {"dtype": self.dtype, "output_loading_info": True}
-        model, info = library.AutoModel.from_pretrained(folder, **options, **LOCAL)
+        model, info = getattr(transformers(), kind).from_pretrained(folder, **options, **LOCAL)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
         return model
@@ -69,12 +67,13 @@ class HuggingFaceEncoder(TransformersEncoder):
         super().__init__(device, precision)
         self.name = os.fspath(folder)
         with quietly_loading(folder):
-            model = self._load(folder)
-            model_type, tokenizer = model.config.model_type, self._tokenizer
+            model, library = self._load("AutoModel", folder), transformers()
+            self._tokenizer = tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
+            model_type = model.config.model_type
             if model_type == "siglip2":
                 advice = "use one of fixed resolution, whose model_type is siglip"
                 raise ValueError(f"NaFlex models of SigLIP 2 are not supported; {advice}")
-            self._processor = transformers().AutoImageProcessor.from_pretrained(folder, **LOCAL)
+            self._processor = library.AutoImageProcessor.from_pretrained(folder, **LOCAL)
             self._sigmoid = model_type == "siglip"
             # The first checkpoints of SigLIP 2, with Gemma's tokenizer, do not say that they were
             # trained on lower-case texts.

@@ -26,7 +26,6 @@ from .hugging_face import LOCAL, TransformersEncoder, config_of, quietly_loading
 CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
 ADAPTER = "text_adapter.adaptor."
-TOWER = ("vision_model.", "visual_projection.")
 
 
 class Llm2ClipEncoder(TransformersEncoder):
@@ -54,17 +53,13 @@ class Llm2ClipEncoder(TransformersEncoder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
-            weights: dict[str, torch.Tensor] = {}
-            for path in self._folder.glob("*.safetensors"):
-                weights |= load_file(path)
-            if not weights:
-                raise ValueError("expected *.safetensors, as no pickle is loaded; convert them")
-            tower = library.CLIPVisionModelWithProjection(vision)
-            names = [k for k in weights if k.startswith(TOWER) and "position_ids" not in k]
-            tower.load_state_dict({name: weights[name] for name in names})
+            tower = self._load(
+                "CLIPVisionModelWithProjection", folder, config=vision, use_safetensors=True
+            )
             self._adapter = {
                 name.removeprefix(ADAPTER): value.to(self.device, self.dtype)
-                for name, value in weights.items()
+                for path in self._folder.glob("*.safetensors")
+                for name, value in load_file(path).items()
                 if name.startswith(ADAPTER)
             }
             if not self._adapter:
@@ -77,7 +72,7 @@ class Llm2ClipEncoder(TransformersEncoder):
             )
             if (self._folder / "preprocessor_config.json").is_file():  # not where it is published
                 self._processor = library.AutoImageProcessor.from_pretrained(folder, **LOCAL)
-            self._take(tower.to(self.dtype))
+            self._take(tower)
         named = {f"tower.{name}": weight for name, weight in tower.state_dict().items()}
         named |= {f"adapter.adaptor.{name}": weight for name, weight in self._adapter.items()}
         self._weights_hash = weights_hash(named)
@@ -91,7 +86,8 @@ class Llm2ClipEncoder(TransformersEncoder):
 
     def _load_language(self, folder: Path) -> dict[str, Any]:
         """Load the language model and return the settings that it adds."""
-        model = self._load(folder, attn_implementation="sdpa")
+        model = self._load("AutoModel", folder, attn_implementation="sdpa")
+        self._tokenizer = transformers().AutoTokenizer.from_pretrained(folder, **LOCAL)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
