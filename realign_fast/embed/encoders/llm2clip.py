@@ -94,7 +94,10 @@ class Llm2ClipEncoder(TransformersEncoder):
         vocabulary = self._tokenizer.get_vocab()
         chat = all(mark in vocabulary for mark in ("<|start_header_id|>", END))
         self._head, self._end = (HEAD, END) if chat else ("", "")
-        width, expected = model.config.hidden_size, self._adapter["0.ln.weight"].numel()
+        width, expected = (
+            model.config.hidden_size,
+            self._adapter[f"{self._last - 1}.weight"].numel(),
+        )
         if width != expected:
             sizes = f"its hidden size is {width}, the adapter of {self._folder} takes {expected}"
             raise ValueError(f"{sizes}; name the language model that belongs to it")
