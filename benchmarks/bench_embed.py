@@ -72,7 +72,7 @@ def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> l
     from realign_fast.embed.loader import PreparedItems, prepared_batches
 
     side = {"images": "image", "texts": "text"}[kind]
-    items = source.items(0, source.total)
+    items = list(source)
     data = PreparedItems(items, encoder, (side,))
     batches = prepared_batches(data, BATCH[device], 0)
     inputs = (one.pixels if kind == "images" else one.tokens["text"] for one in batches)

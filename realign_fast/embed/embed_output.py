@@ -40,13 +40,11 @@ METADATA_ROWS = 1 << 14  # rows of a record batch
 
 @dataclass(frozen=True)
 class OutputShard:
-    """Shard `number` of an output: the rows of items `start` to `stop` of a source."""
+    """Shard `number` of an output: the rows of a range of the items of a source."""
 
     out: Path
     number: int
     source: Source
-    start: int
-    stop: int
 
     @property
     def sides(self) -> tuple[Side, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,33 +71,52 @@ def embed(
     pyarrow()  # errors that every item would meet are raised here
     if texts or pairs:
         encoder.prepare_texts(["a"])
-    starts = [
-        (source, i) for source in sources for i in range(0, source.total, settings.shard_rows)
-    ]
-    plan = [
-        OutputShard(out, number, source, start, min(start + settings.shard_rows, source.total))
-        for number, (source, start) in enumerate(starts)
-    ]
-    records = records_of(out)
+    on_gpu, cores, size = encoder.device.type == "cuda", os.cpu_count() or 1, settings.shard_rows
+    batch_size = settings.batch_size or (256 if on_gpu else 32)
+    default = min(16, cores) if on_gpu else max(1, cores // 4)  # the model is on the others
+    workers = default if settings.workers is None else settings.workers
+    facts = {  # what every row depends on, and the layout
+        "model": encoder.facts(),
+        "batch_size": batch_size,
+        "dtype": settings.dtype,
+        "shard_rows": size,
+        "sources": {source.content: os.path.realpath(source.path) for source in sources},
+        "device": encoder.device.type,
+        "code": f"realign_fast {__version__}, {CODE}",
+    }
+    total = sum(source.total for source in sources)
+    shards = (source for source in sources for _ in range(0, source.total, size))
+    plan = [OutputShard(out, number, source) for number, source in enumerate(shards)]
+    walks = {source.content: iter(source) for source in sources}
+    records, written, rows, finished = records_of(out), [], {"text": 0, "image": 0}, 0
     with locked(records / RECORDS) as lock:
-        run = _EmbedRun(encoder, settings, sources, lock)
-        embed_output.check_out(out, run.facts, settings.mode == "overwrite")
+        embed_output.check_out(out, facts, settings.mode == "overwrite")
         (records / embed_output.REPORT).unlink(missing_ok=True)
         embed_output.remove_stale(out, plan)
-        shards = run.write_shards(plan)
-        rows = {"text": 0, "image": 0}
-        for shard, record in zip(plan, shards, strict=True):
-            for side in shard.sides:
-                rows[side] += record["rows"]
-        failures, total = embed_output.write_failures(out, shards), sum(s.total for s in sources)
-        if not any(rows.values()):
+        with Progress(total, "embed", unit="row", delay=0, shown=settings.progress) as bar:
+            for shard in plan:
+                items = list(islice(walks[shard.source.content], size))
+                if (record := shard.finished(identity(items))) is None:
+                    prepared = PreparedItems(items, encoder, shard.sides)
+                    batches = prepared_batches(prepared, batch_size, workers, lock)
+                    record = _write_shard(encoder, settings.dtype, shard, items, batches, bar)
+                else:
+                    finished += len(items)
+                    bar.update(len(items))
+                written.append(record)
+                for side in shard.sides:
+                    rows[side] += record["rows"]
+        if sum(record["rows"] + len(record["failures"]) for record in written) != total:
+            raise ValueError(f"{out}: a source changed while it was read; run the command again")
+        failures = embed_output.write_failures(out, written)
+        if sum(rows.values()) == 0:
             place = records / embed_output.FAILURES
             raise ValueError(f"{out}: all {failures} items failed; see {place}")
         report = {
             "rows": rows,
             "items": total,
-            "finished_before": run.finished_before,
-            "embedded_now": total - run.finished_before,
+            "finished_before": finished,
+            "embedded_now": total - finished,
             "failures": failures,
             "seconds": time.monotonic() - begun,
             "model": encoder.name,
@@ -104,80 +124,41 @@ def embed(
             "dtype": settings.dtype,
             "shards": len(plan),
         }
-        write_json(records / embed_output.REPORT, report | {"made": run.facts})
+        write_json(records / embed_output.REPORT, report | {"made": facts})
     return report
 
 
-class _EmbedRun:
-    """The work of one call of :func:`embed`, which holds the lock on its output."""
+def _write_shard(
+    encoder: Encoder,
+    dtype: RowDtype,
+    shard: OutputShard,
+    items: Sequence[Item],
+    batches: Iterable[PreparedBatch],
+    bar: Progress,
+) -> dict[str, Any]:
+    """Embed and write one shard; return its record.
 
-    def __init__(
-        self, encoder: Encoder, settings: EmbedSettings, sources: list[Source], lock: int | None
-    ) -> None:
-        self.encoder, self.settings, self.lock = encoder, settings, lock
-        self.finished_before = 0  # items
-        on_gpu, cores = encoder.device.type == "cuda", os.cpu_count() or 1
-        self.batch_size = settings.batch_size or (256 if on_gpu else 32)
-        default = min(16, cores) if on_gpu else max(1, cores // 4)  # the model is on the others
-        self.workers = default if settings.workers is None else settings.workers
-        self.facts = {  # what every row depends on, and the layout
-            "model": encoder.facts(),
-            "batch_size": self.batch_size,
-            "dtype": settings.dtype,
-            "shard_rows": settings.shard_rows,
-            "sources": {source.content: os.path.realpath(source.path) for source in sources},
-            "device": encoder.device.type,
-            "code": f"realign_fast {__version__}, {CODE}",
-        }
-
-    def write_shards(self, plan: Sequence[OutputShard]) -> list[dict[str, Any]]:
-        """Write every shard that is not complete, and return the records of all."""
-        records, progress = [], self.settings.progress
-        total = sum(shard.stop - shard.start for shard in plan)
-        with Progress(total, "embed", unit="row", delay=0, shown=progress) as bar:
-            for shard in plan:
-                items = shard.source.items(shard.start, shard.stop)
-                key = identity(items)  # the facts of the run are the same, or it is refused
-                if (record := shard.finished(key)) is None:
-                    record = self._write_shard(shard, items, key, bar)
-                else:
-                    self.finished_before += len(items)
-                    if progress:
-                        bar.initial += len(items)  # the rate counts what this run does
-                    bar.update(len(items))
-                records.append(record)
-        return records
-
-    def _write_shard(
-        self, shard: OutputShard, items: Sequence[Item], key: str, bar: Progress
-    ) -> dict[str, Any]:
-        """Embed and write one shard; return its record."""
-        row_items, failures = list[Item](), list[tuple[Item, str]]()
-        parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
-        dataset = PreparedItems(items, self.encoder, shard.sides)
-        for batch in prepared_batches(dataset, self.batch_size, self.workers, self.lock):
-            failures += [(items[position], reason) for position, reason in batch.failures]
-            batch_items = [items[position] for position in batch.positions]
-            row_items += batch_items
-            for side_parts, rows in zip(parts, self._rows(batch, batch_items), strict=False):
-                side_parts.append(rows)
-            bar.update(len(batch.positions) + len(batch.failures))
-        if identity(items) != key:
-            advice = "changed while it was embedded; let its writer finish and run again"
-            raise ValueError(f"{shard.source.path}: {advice}")
-        return shard.write(key, row_items, parts, failures)
-
-    def _rows(self, batch: PreparedBatch, items: Sequence[Item]) -> list[torch.Tensor]:
-        """Return the rows `[n, D]` of each side; one that is not finite is a ValueError."""
+    ValueError if a row is not finite, or a file of the items has changed meanwhile.
+    """
+    key, row_items, failures = identity(items), list[Item](), list[tuple[Item, str]]()
+    parts: list[list[torch.Tensor]] = [[] for _ in shard.sides]  # batches of rows
+    for batch in batches:
+        failures += [(items[position], reason) for position, reason in batch.failures]
+        batch_items = [items[position] for position in batch.positions]
+        row_items += batch_items
         features = []
         if batch.tokens is not None:
-            features.append(self.encoder.text_rows(batch.tokens))
+            features.append(encoder.text_rows(batch.tokens))
         if batch.pixels is not None:
-            features.append(self.encoder.image_rows(batch.pixels))
-        sides = [rows.to(getattr(torch, self.settings.dtype)).cpu() for rows in features]
-        for rows in sides:
+            features.append(encoder.image_rows(batch.pixels))
+        for side_parts, side_rows in zip(parts, features, strict=False):
+            side_parts.append(rows := side_rows.to(getattr(torch, dtype)).cpu())
             if not (finite := torch.isfinite(rows).all(dim=1)).all():
-                item = items[int((~finite).nonzero()[0, 0])]
+                item = batch_items[int((~finite).nonzero()[0, 0])]
                 reason = f"the model gives no finite row for {item.id!r}"
                 raise ValueError(f"{item.path}: {reason}; try --precision fp32")
-        return sides
+        bar.update(len(batch.positions) + len(batch.failures))
+    if identity(items) != key:
+        advice = "changed while it was embedded; let its writer finish and run again"
+        raise ValueError(f"{shard.source.path}: {advice}")
+    return shard.write(key, row_items, parts, failures)

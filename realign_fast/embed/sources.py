@@ -23,7 +23,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -65,7 +65,7 @@ class Columns(NamedTuple):
 
 
 class Source:
-    """The items of `path`, which are images, texts or pairs (`content`).
+    """The items of `path`, which are images, texts or pairs (`content`), to iterate over.
 
     `walk` yields all of them, and counts files that are no items in its argument, by suffix.
     """
@@ -76,22 +76,11 @@ class Source:
         self.path, self.content, self._walk = path, content, walk
         self.ignored: Counter[str] = Counter()
         self.total = sum(1 for _ in walk(self.ignored))  # items in all files
-        self._position, self._rest = 0, walk(Counter())
         if not self.total:
             raise ValueError(f"{path}: holds no {content}; `embed --help` lists what is read")
 
-    def items(self, start: int, stop: int) -> list[Item]:
-        """Return items `start` to `stop`. Rising ranges are served by a single walk.
-
-        ValueError if there are fewer items than were counted.
-        """
-        if start < self._position:
-            self._position, self._rest = 0, self._walk(Counter())
-        items = list(islice(self._rest, start - self._position, stop - self._position))
-        if len(items) != stop - start:
-            raise ValueError(f"{self.path}: changed while it was read; run the command again")
-        self._position = stop
-        return items
+    def __iter__(self) -> Iterator[Item]:
+        return self._walk(Counter())
 
 
 def identity(items: Sequence[Item]) -> str:

@@ -258,6 +258,15 @@ def test_a_source_that_changes_meanwhile_is_an_error(encoder, pictures, tmp_path
     assert run(encoder, tmp_path / "out", shard_rows=100_000, batch_size=8, images=pictures)["rows"]
 
 
+def test_a_source_that_loses_items_meanwhile_is_an_error(encoder, pictures, tmp_path):
+    source = open_source(pictures, "images")
+    (pictures / "p_29.png").unlink()
+    with pytest.raises(ValueError, match="out: a source changed while it was read"):
+        embed(
+            encoder, tmp_path / "out", images=source, settings=EmbedSettings(8, 0, progress=False)
+        )
+
+
 def test_a_model_without_finite_rows_is_an_error(model, pictures, tmp_path):
     state = torch.load(model[1], weights_only=True)
     state["visual.proj"].fill_(float("nan"))
