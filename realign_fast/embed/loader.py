@@ -76,11 +76,6 @@ def prepared_batches(
     Raises:
         OSError: a decoding process died.
     """
-
-    def _close_lock(_: int) -> None:
-        if lock is not None:
-            os.close(lock)
-
     # Tokenizers with threads of their own do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
@@ -91,7 +86,7 @@ def prepared_batches(
         pin_memory=items.encoder.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_close_lock,
+        worker_init_fn=None if lock is None else lambda _: os.close(lock),
     )
     try:
         yield from loader

@@ -104,48 +104,34 @@ def mixed_gallery(
         scores, places, counts = zip(*blocks, strict=True)
         order = torch.cat(scores, dim=1).topk(ks[-1], dim=1).indices
         parts.append((torch.cat(places, dim=1).gather(1, order), torch.stack(counts, dim=1)))
-    nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    nearest, above = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # above [N, G, R]
     sizes = {name: len(rows) - (left_out[name] >= 0).long() for name, rows in documents.items()}
     bounds = torch.tensor([len(rows) for rows in documents.values()]).cumsum(0)
     modality = torch.bucketize(nearest, bounds.to(nearest.device), right=True)
-    shares = {
-        name: Estimate.of_mean((modality == number).double().mean(dim=1))
-        for number, name in enumerate(documents)
-    }
-    return _figures(above, sizes, relevant, ks, shares, _hub_gini(nearest, int(bounds[-1])))
-
-
-def _figures(
-    above: Tensor,
-    sizes: Mapping[str, Tensor],
-    relevant: Mapping[str, Tensor],
-    ks: Sequence[int],
-    shares: dict[str, Estimate],
-    hub_gini: Estimate,
-) -> MixedGallery:
-    """Return all figures, from the rows above the relevant ones [N, G, R].
-
-    ``sizes`` has the numbers of gallery rows that each query is compared with, by modality [N].
-    """
     has_answer = torch.stack([rows >= 0 for rows in relevant.values()], dim=1)
     ranks = (1 + above.sum(dim=1)) * has_answer  # [N, R] from 1, 0 where there is no relevant row
-    union = sum(sizes.values())
     pure, within, between = {}, {}, {}
     for column, (name, answered) in enumerate(zip(relevant, has_answer.T, strict=True)):
-        same = above[:, list(sizes).index(name), column]
+        same = above[:, [*sizes].index(name), column]
         elsewhere = above[:, :, column].sum(dim=1) - same
         pure[name] = ((1 + same) * answered)[:, None]
         within[name] = Estimate.of_mean((same / (sizes[name] - 1))[answered])
-        between[name] = Estimate.of_mean((elsewhere / (union - sizes[name]))[answered])
+        others = sum(sizes.values()) - sizes[name]
+        between[name] = Estimate.of_mean((elsewhere / others)[answered])
     return MixedGallery(
-        {k: _recall(ranks, k) for k in ks},
-        _ndcg(ranks, ks[-1]),
-        {name: {k: _recall(own_ranks, k) for k in ks} for name, own_ranks in pure.items()},
-        {name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in pure.items()},
-        shares,
-        within,
-        between,
-        hub_gini,
+        recall={k: _recall(ranks, k) for k in ks},
+        ndcg=_ndcg(ranks, ks[-1]),
+        pure_recall={
+            name: {k: _recall(own_ranks, k) for k in ks} for name, own_ranks in pure.items()
+        },
+        pure_ndcg={name: _ndcg(own_ranks, ks[-1]) for name, own_ranks in pure.items()},
+        shares={
+            name: Estimate.of_mean((modality == number).double().mean(dim=1))
+            for number, name in enumerate(documents)
+        },
+        within=within,
+        between=between,
+        hub_gini=_hub_gini(nearest, int(bounds[-1])),
     )
 
 
