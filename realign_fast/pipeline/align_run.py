@@ -33,7 +33,8 @@ from ..interface.option_values import UnfinishedShards
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
-from .checkpoints import code_version, map_hash
+from ..storage.tensor_file import tensor_digest
+from .checkpoints import STATS, code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
 from .manifest import FORMAT, MANIFEST, PASS_ORDER, read_manifest
@@ -76,6 +77,7 @@ class AlignRun(PassRunner):
 
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
     earlier: dict[str, bytes] | None = None  # the reports of the run before, once they are removed
+    map_of_jobs: StoragePath | None = None  # which the last run of an array removes
 
     def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Sample]:
         """Measure corpora in passes that do not depend on each other.
@@ -137,10 +139,30 @@ class AlignRun(PassRunner):
                 )
         y, x = (moments for _, moments in sides)
         check_different(*sides)
-        method, shrinkage = self.settings.method, self.settings.shrinkage
-        aligner = ReAlign.from_moments(y, x, method=method, shrinkage=shrinkage)
+        aligner = self._fitted(y, x)
         aligner.encoder = common_encoder(*((corpus.path, corpus.encoder) for corpus, _ in sides))
         return aligner
+
+    def _fitted(self, source: Moments, target: Moments) -> ReAlign:
+        """Return the map without its last step; all jobs of an array take that of the first one.
+
+        LAPACK gives other last bits on another type of processor, and with them other keys.
+        """
+        method, shrinkage = self.settings.method, self.settings.shrinkage
+        path = None
+        if self.records is not None and method in NEED_COVARIANCE:
+            digests = [tensor_digest(m.state_dict()).partition("=")[2] for m in (source, target)]
+            path = (
+                self.records / STATS / f"map-{method}-{shrinkage}-{'-'.join(digests)}.safetensors"
+            )
+            if path.exists():
+                self.map_of_jobs = path
+                return ReAlign.load(path)
+        aligner = ReAlign.from_moments(source, target, method=method, shrinkage=shrinkage)
+        if path is None or self.part[1] == 1:
+            return aligner
+        aligner.save(path)
+        return ReAlign.load(path)  # another job may have written its own meanwhile
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
         """Write ``source`` aligned, with its aligner; return the moments.
@@ -306,6 +328,8 @@ def align(
         if aligned is not None:
             aligner.record_residual(aligned)
         aligner.save(records_of(directory) / ALIGNER)
+        if run.map_of_jobs:
+            run.map_of_jobs.unlink()
         return run.finish(directory, aligner, source, target, aligned)
 
 

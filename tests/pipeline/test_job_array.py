@@ -13,7 +13,7 @@ from support import programs
 from support.far import web
 from support.kill_and_resume import tree
 
-from realign_fast import Corpus
+from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.engines.local import worker_number
@@ -62,6 +62,28 @@ def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, met
     if command == "align":
         assert Corpus("out").dtype == (torch.float32 if parts == 2 else torch.float16)
         assert main.main(["verify", "out"]) == 0
+
+
+def test_jobs_on_other_processors_share_one_map(corpora, monkeypatch):
+    """LAPACK's last bits depend on the processor; here they change with every fit."""
+    fit, fits = ReAlign.from_moments, []
+
+    def other_bits(*moments, **options):
+        aligner = fit(*moments, **options)
+        fits.append(aligner)
+        aligner.linear.mul_(1 + len(fits) * 2**-50)
+        return aligner
+
+    monkeypatch.setattr(ReAlign, "from_moments", other_bits)
+    settings = Settings(progress=False, method="coral")
+    for _ in range(3):
+        for part in range(2):
+            align("text", "image", "out", settings, part=(part, 2))
+    assert len(fits) == 1
+    report = align("text", "image", "out", settings)
+    assert [done["rows"] for done in report["passes"]] == [0, 0, 0, 0] and len(fits) == 1
+    assert main.main(["verify", "out"]) == 0
+    assert not list(Path("out/__realign__/_stats").glob("map-*"))
 
 
 def test_a_job_names_the_first_shard_that_others_have_not_finished(corpora, capsys):

@@ -80,10 +80,17 @@ def test_an_aligned_output_is_verified(tmp_path):
 
 
 def test_a_fit_with_covariances_is_resumed_without_a_read(tmp_path, reads):
+    """On another type of processor LAPACK's map has other last bits: its two passes run again."""
     out = place_output("fit", tmp_path)
     before = tree(out)
     sides = ["--text", str(tmp_path / "text"), "--image", str(tmp_path / "image")]
-    assert main.main(["fit", *sides, "--out", str(out), "--method", "coral", "--quiet"]) == 0
+    command = ["fit", *sides, "--out", str(out), "--method", "coral", "--quiet"]
+    assert main.main(command) == 0
+    if reads:
+        assert reads == [f"text/emb_{index}.npy" for index in (0, 1, 2)] * 2
+        reads.clear()
+        before = tree(out)
+        assert main.main(command) == 0
     assert reads == [] and tree(out) == before
 
 
