@@ -289,14 +289,12 @@ def add_scatter_(
         total += added[0, :columns]
         counts += numbers[1:].long()
         with on_device_of(rows):
-            _add_product(scatter, packed, pairs, unit / scale, side)
+            _add_tiles(scatter, packed, pairs, unit / scale, side)
         scatter.diagonal().add_(added[1, :columns])
     return counts
 
 
-def _add_product(
-    scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, side: int
-) -> None:
+def _add_tiles(scatter: Tensor, packed: Tensor, pairs: Tensor, unscale: Tensor, side: int) -> None:
     """Add the unscaled product ``packed^T packed`` to the upper triangle of ``scatter``."""
     terms, packed_rows, width = packed.shape
     tiles = pairs.shape[1]
@@ -304,6 +302,8 @@ def _add_product(
     splits = triton.cdiv(groups, triton.cdiv(groups, triton.cdiv(_PROGRAMS, tiles)))
     split_rows = triton.cdiv(groups, splits) * _PROMOTE
     sum_dtype = torch.float32 if terms == 2 else torch.float64
+    # sm_80 to 89 and sm_120 multiply from registers, which hold no deeper operands of such tiles.
+    wants_registers = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (8, 12)
     parts = torch.empty(splits, tiles, side, side, dtype=sum_dtype, device=packed.device)
     multiply_packed_kernel[(tiles, splits)](
         parts,
@@ -315,7 +315,7 @@ def _add_product(
         PROMOTE=_PROMOTE,
         TERMS=terms,
         SUM=TRITON_DTYPE[sum_dtype],
-        **product_tile(side, sum_dtype, 32 if side == 128 else 64),
+        **product_tile(side, sum_dtype, 64 if side < 128 else 16 if wants_registers else 32),
     )
     add_parts_kernel[(tiles, side // 16)](
         scatter, parts, pairs, unscale, splits, COLUMNS=len(scatter), TILE=side, ROWS=16
