@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <type_traits>
 #include <vector>
 
@@ -79,6 +80,21 @@ class CallResources {
   cudaStream_t stream_ = nullptr;
   std::vector<Tensor> memory_;
 };
+
+// The packed rows of a chunk, which are in memory at a time. The larger, the less the launches and
+// the last wave of blocks cost. No result depends on it, and the tests make it small.
+constexpr int64_t kChunkBytes = int64_t(96) << 20;
+
+inline int64_t chunk_bytes() {
+  const char* kibibytes = std::getenv("REALIGN_FAST_CUDA_CHUNK_KIB");
+  return kibibytes ? std::atoll(kibibytes) << 10 : kChunkBytes;
+}
+
+// Returns the rows of a chunk, a multiple of `multiple`: the last one is about as long as others.
+inline int64_t rows_of_a_chunk(int64_t count, int64_t row_bytes, int64_t multiple) {
+  const int64_t most = std::max<int64_t>(1, chunk_bytes() / (row_bytes * multiple)) * multiple;
+  return round_up(divide_up(count, divide_up(count, most)), multiple);
+}
 
 // The blocks of a persistent grid: enough to fill the device, and no more than there is work.
 inline unsigned persistent_blocks(int64_t work, int blocks_per_multiprocessor) {

@@ -15,7 +15,7 @@
 
 namespace realign_fast {
 
-constexpr int kPackRows = 64;  // rows of a block
+constexpr int kPackRows = 16;  // rows of a block
 
 template <class T, class V>
 struct PackTask {
@@ -32,9 +32,12 @@ struct PackTask {
   V *high, *low;               // [padded_count, stride]; low may be null
   int64_t stride;              // D, rounded up to whole tiles
   int64_t padded;              // D, rounded up to whole packs of the team
-  double* sums;                // [blocks, 2, padded], columns in the order of `sum_place`; or null
+  double* sums;                // [blocks, width], columns in the order of `sum_place`; or null
   unsigned char* finite;       // [padded_count] or null
   unsigned long long* counts;  // [3]: rows, zero rows, non-finite rows; or null
+
+  // Of the sums of a block: those of root (high + low), and those of low^2 if there are low terms.
+  __host__ __device__ int64_t width() const { return low ? 2 * padded : padded; }
 };
 
 template <class T, class V, int SIZE, int PACKS>
@@ -63,7 +66,7 @@ __device__ __forceinline__ double weight_root(const PackTask<T, V>& task, int64_
   return task.weights ? sqrt(task.weights[i]) * *task.root_scale : 1;
 }
 
-// Packs one row step by step in float64 and adds its sums to `sums` [2, padded].
+// Packs one row step by step in float64 and adds its sums to `sums` [width].
 template <class T, class V, int SIZE>
 __device__ void pack_exactly(Team<SIZE>& team, int64_t i, const PackTask<T, V>& task,
                              double* sums) {
@@ -147,7 +150,7 @@ __device__ bool pack_regular(Team<SIZE>& team, int64_t i, const PackTask<T, V>& 
       } else if (sums && column + e < task.columns) {
         const int64_t at = (int64_t(p) * E + e) * SIZE + team.thread;
         sums[at] += static_cast<double>(total);
-        sums[task.padded + at] += static_cast<double>(square);
+        if (task.low) sums[task.padded + at] += static_cast<double>(square);
       }
     }
     if (column >= task.stride) return;
@@ -169,58 +172,78 @@ __device__ void pack_zeros(const Team<SIZE>& team, int64_t i, const PackTask<T, 
   }
 }
 
+// Writes the sums of a block's regular rows, which each of its teams holds in registers.
+template <class T, class V, int SIZE, int PACKS>
+__device__ void write_sums(const Team<SIZE>& team, const PackTask<T, V>& task,
+                           const PackSums<T, V, SIZE, PACKS>& held, void* shared, double* out) {
+  using M = typename PackTask<T, V>::M;
+  constexpr int E = kEntries<T>, kTeams = Team<SIZE>::kTeams;
+  const int64_t width = task.width();
+  std::conditional_t<kTeams == 1, double, M>* own;
+  if constexpr (kTeams == 1) {
+    own = out;
+  } else {
+    own = static_cast<M*>(shared) + team.team * width;
+  }
+#pragma unroll
+  for (int p = 0; p < PACKS; ++p) {
+    if (int64_t(p) * SIZE * E >= task.columns) break;
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const int64_t place = (p * E + e) * SIZE + team.thread;
+      own[place] = held.total[p][e];
+      if constexpr (std::is_same_v<V, Half>)
+        if (task.low) own[task.padded + place] = held.low[p][e];
+    }
+  }
+  if constexpr (kTeams > 1) {
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < width; j += Team<SIZE>::kThreads) {
+      double sum = 0;
+#pragma unroll
+      for (int t = 0; t < kTeams; ++t)
+        sum += static_cast<double>(static_cast<const M*>(shared)[t * width + j]);
+      out[j] = sum;
+    }
+  }
+}
+
 template <class T, class V, int SIZE, int PACKS>
 __global__ void __launch_bounds__(128, 3) pack_kernel(PackTask<T, V> task) {
   using Members = Team<SIZE>;
-  constexpr int E = kEntries<T>, kGroup = kPackRows / Members::kTeams;
+  constexpr int kGroup = kPackRows / Members::kTeams;
   unsigned char* shared = shared_memory();
   Members team(shared);
-  double* out = task.sums ? task.sums + blockIdx.x * 2 * task.padded : nullptr;
-  double* sums = out;
-  if (SIZE == 32 && out) sums = reinterpret_cast<double*>(shared + Members::kSharedBytes);
-  for (int64_t j = threadIdx.x; out && j < 2 * task.padded; j += Members::kThreads) sums[j] = 0;
-  __syncthreads();
+  double* out = task.sums ? task.sums + blockIdx.x * task.width() : nullptr;
+  if (PACKS == 0 && out)  // (each thread clears the columns that it adds to)
+    for (int64_t j = threadIdx.x; j < task.width(); j += Members::kThreads) out[j] = 0;
 
   PackSums<T, V, SIZE, PACKS> held = {};
   const int64_t first = int64_t(blockIdx.x) * kPackRows + team.team * kGroup;
-  unsigned long long remaining = 0;
+  unsigned remaining = 0;
   int regular_rows = 0;
 #pragma unroll 1
   for (int k = 0; k < kGroup && first + k < task.padded_count; ++k) {
     if (first + k >= task.count) {
       pack_zeros(team, first + k, task);
-    } else if (pack_regular(team, first + k, task, held, sums)) {
+    } else if (pack_regular(team, first + k, task, held, out)) {
       ++regular_rows;
     } else {
-      remaining |= 1ull << k;
+      remaining |= 1u << k;
     }
   }
   if (team.thread == 0 && task.counts && regular_rows)
     atomicAdd(task.counts, static_cast<unsigned long long>(regular_rows));
+  if (PACKS > 0 && out) write_sums(team, task, held, shared + Members::kSharedBytes, out);
+  __syncthreads();
 #pragma unroll 1
   for (int turn = 0; turn < Members::kTeams; ++turn) {  // the teams, always in this order
-    if (turn == team.team) {
-      if (PACKS > 0 && sums) {
-#pragma unroll
-        for (int p = 0; p < PACKS; ++p)
-#pragma unroll
-          for (int e = 0; e < E; ++e)
-            if (int64_t(p) * SIZE * E < task.columns) {
-              sums[(p * E + e) * SIZE + team.thread] += static_cast<double>(held.total[p][e]);
-              if constexpr (std::is_same_v<V, Half>)
-                sums[task.padded + (p * E + e) * SIZE + team.thread] +=
-                    static_cast<double>(held.low[p][e]);
-            }
-      }
-      team.wait();
+    if (turn == team.team)
 #pragma unroll 1
       for (int64_t i = first; remaining; ++i, remaining >>= 1)
-        if (remaining & 1) pack_exactly(team, i, task, sums);
-    }
+        if (remaining & 1) pack_exactly(team, i, task, out);
     __syncthreads();
   }
-  for (int64_t j = threadIdx.x; SIZE == 32 && out && j < 2 * task.padded; j += Members::kThreads)
-    out[j] = sums[j];
 }
 
 // The vectors and sizes of a call that are the same for every chunk of its rows.
@@ -255,7 +278,9 @@ struct Packing {
     dispatch_team<T>(columns, [&](auto size, auto packs) {
       using Members = Team<size()>;
       size_t shared = Members::kSharedBytes;
-      if (size() == 32) shared += 2 * sizeof(double) * static_cast<size_t>(chunk.padded);
+      if (Members::kTeams > 1 && chunk.sums)
+        shared +=
+            Members::kTeams * sizeof(*chunk.ordered_scale) * static_cast<size_t>(chunk.width());
       launch(pack_kernel<T, V, size(), packs()>, static_cast<unsigned>(blocks(chunk.padded_count)),
              Members::kThreads, shared, resources.stream(), chunk);
     });

@@ -5,11 +5,13 @@
 //
 // One block computes one square tile over one slice of k. Two or three stages of operands in shared
 // memory are filled by cp.async before they are used. If every value has two terms, high + low, the
-// product is high high + high low + low high; low low is left to the caller. Tensor cores truncate
+// product is high high + high low + low high; low low is left to the caller. Float16 rows of a map
+// are their own only term, and the product is high high + high low. Tensor cores truncate
 // their sums, so a float32 sum is added to a rounded one every kPromote steps. The slices, and with
 // them the bytes, depend on the problem alone and never on the device.
 //
-// Operands are padded with zeros to whole tiles, so that no code here has to check a border.
+// Operands are padded with zeros to whole tiles, but for the left one of a map, which may be rows
+// as they are: `left_rows` and `left_columns` are what may be read of it.
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -31,6 +33,7 @@ struct Product {
   S* out;               // scatter: [slices, tiles, side, side]; map: [m, out_stride]
   int64_t out_stride;   // of a row of out
   int tiles;            // along n
+  int64_t left_rows = 0, left_columns = 0;  // (map)
 };
 
 // The place of a tile.
@@ -52,31 +55,32 @@ inline void check_operand_variant(const char* op, int64_t variant) {
 }
 
 constexpr int kProductThreads = 256;  // 2 x 4 warps
-template <int kTerms>
-constexpr int kStages = kTerms == 1 ? 3 : 2;  // every GPU since sm_80 has 99 KiB for a block
 
-// A tile of float16 operands: each warp computes 64 x 32 of 128 x 128 with m16n8k16.
-template <bool kLeftInner, int kTerms>
+// A tile of float16 operands: each warp computes 64 x 32 of 128 x 128 with m16n8k16. LEFT_INNER
+// says that left is [m, k], as in a map; LEFT and RIGHT are the terms of the operands.
+template <bool LEFT_INNER, int LEFT, int RIGHT>
 struct HalfTile {
   using Value = Half;
   using Sum = float;
+  static constexpr bool kLeftInner = LEFT_INNER;
+  static constexpr int kLeftTerms = LEFT, kRightTerms = RIGHT;
   static constexpr int kSide = 128, kDepth = 32, kPad = 8;
-  static constexpr int kPromote = kTerms == 1 ? 16 : 2;  // steps: 512 and 64 of k
-  static constexpr int kRight = kSide + kPad;            // stride of right [k][n]
+  static constexpr int kStages = LEFT + RIGHT == 4 ? 2 : 3;  // a block of any GPU has 99 KiB
+  static constexpr int kPromote = RIGHT == 1 ? 16 : 2;       // steps: 512 and 64 of k
+  static constexpr int kRight = kSide + kPad;                // stride of right [k][n]
   static constexpr int kLeft = kLeftInner ? kDepth + kPad : kSide + kPad;
 
   Sum sums[4][4][4] = {}, rounded[4][4][4] = {};
 
-  __device__ void multiply(const Value* const (&left)[kTerms],
-                           const Value* const (&right)[kTerms]) {
+  __device__ void multiply(const Value* const (&left)[LEFT], const Value* const (&right)[RIGHT]) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int m0 = warp / 4 * 64, n0 = warp % 4 * 32, r = lane % 8, low = lane / 8 % 2,
               high = lane / 16;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      unsigned a[kTerms][4][4], b[kTerms][2][4];
+      unsigned a[LEFT][4][4], b[RIGHT][2][4];
 #pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
+      for (int term = 0; term < LEFT; ++term) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // matrices: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
           const int m = m0 + 16 * i + 8 * low;
@@ -86,6 +90,9 @@ struct HalfTile {
             load_matrices<true>(a[term][i], left[term] + (k + 8 * high + r) * kLeft + m);
           }
         }
+      }
+#pragma unroll
+      for (int term = 0; term < RIGHT; ++term) {
 #pragma unroll
         for (int j = 0; j < 2; ++j)  // matrices: (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)
           load_matrices<true>(b[term][j],
@@ -96,10 +103,10 @@ struct HalfTile {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int word = j % 2 * 2;
-          if constexpr (kTerms == 2) {
+          if constexpr (LEFT == 2)
             multiply_add(sums[i][j], a[1][i], b[0][j / 2][word], b[0][j / 2][word + 1]);
+          if constexpr (RIGHT == 2)
             multiply_add(sums[i][j], a[0][i], b[1][j / 2][word], b[1][j / 2][word + 1]);
-          }
           multiply_add(sums[i][j], a[0][i], b[0][j / 2][word], b[0][j / 2][word + 1]);
         }
     }
@@ -133,10 +140,12 @@ struct HalfTile {
 };
 
 // A tile of float64 operands: each warp computes 32 x 16 of 64 x 64 with m8n8k4.
-template <bool kLeftInner>
+template <bool LEFT_INNER>
 struct DoubleTile {
   using Value = double;
   using Sum = double;
+  static constexpr bool kLeftInner = LEFT_INNER;
+  static constexpr int kLeftTerms = 1, kRightTerms = 1, kStages = 3;
   static constexpr int kSide = 64, kDepth = 16, kPad = 4, kPromote = 1 << 30;
   static constexpr int kRight = kSide + kPad;
   static constexpr int kLeft = kLeftInner ? kDepth + kPad : kSide + kPad;
@@ -176,34 +185,46 @@ struct DoubleTile {
   }
 };
 
-// Copies kRows x kColumns of V from `source` to shared memory, in groups of 16 bytes.
-template <int kRows, int kColumns, int kTargetStride, class V>
-__device__ __forceinline__ void fetch(V* target, const V* source, int64_t stride) {
+// Copies kRows x kColumns of V from `source` to shared memory, in groups of 16 bytes. Of the
+// source, which begins at `source`, only so many rows and columns are read; the rest is zeros.
+template <bool kBorder, int kRows, int kColumns, int kTargetStride, class V>
+__device__ __forceinline__ void fetch(V* target, const V* source, int64_t stride, int64_t rows = 0,
+                                      int64_t columns = 0) {
   constexpr int kWide = 16 / sizeof(V), kAcross = kColumns / kWide;
   static_assert(kRows * kAcross % kProductThreads == 0);
 #pragma unroll
   for (int n = 0; n < kRows * kAcross; n += kProductThreads) {
     const int piece = n + static_cast<int>(threadIdx.x), row = piece / kAcross,
               column = piece % kAcross * kWide;
-    copy_async(target + row * kTargetStride + column, source + row * stride + column);
+    V* to = target + row * kTargetStride + column;
+    const V* from = source + row * stride + column;
+    if constexpr (kBorder) {
+      const int64_t entries = row < rows ? columns - column : 0;
+      const int taken = static_cast<int>(entries < 0 ? 0 : entries < kWide ? entries : kWide);
+      copy_async(to, taken ? from : source, taken * static_cast<int>(sizeof(V)));
+    } else {
+      copy_async(to, from);
+    }
   }
 }
 
-template <class Tile, bool kLeftInner, int kTerms>
+template <class Tile>
 struct ProductShared {
   using V = typename Tile::Value;
-  static constexpr int kLeftSize = (kLeftInner ? Tile::kSide : Tile::kDepth) * Tile::kLeft;
+  static constexpr int kLeftSize = (Tile::kLeftInner ? Tile::kSide : Tile::kDepth) * Tile::kLeft;
   static constexpr int kRightSize = Tile::kDepth * Tile::kRight;
-  static constexpr int kStageSize = kTerms * (kLeftSize + kRightSize);
-  static constexpr size_t kBytes = sizeof(V) * kStages<kTerms> * kStageSize;
+  static constexpr int kStageSize = Tile::kLeftTerms * kLeftSize + Tile::kRightTerms * kRightSize;
+  static constexpr size_t kBytes = sizeof(V) * Tile::kStages * kStageSize;
 };
 
-template <class Tile, bool kLeftInner, int kTerms>
+template <class Tile>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(Product<typename Tile::Value, typename Tile::Sum> task) {
   using V = typename Tile::Value;
-  using Shared = ProductShared<Tile, kLeftInner, kTerms>;
-  constexpr int kSide = Tile::kSide, kDepth = Tile::kDepth;
+  using Shared = ProductShared<Tile>;
+  constexpr int kSide = Tile::kSide, kDepth = Tile::kDepth, kStages = Tile::kStages,
+                kLeftTerms = Tile::kLeftTerms, kRightTerms = Tile::kRightTerms;
+  constexpr bool kLeftInner = Tile::kLeftInner;
   V* shared = reinterpret_cast<V*>(shared_memory());
   const TilePlace place =
       kLeftInner ? TilePlace{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)}
@@ -213,49 +234,50 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       task.depth - first < task.slice_depth ? task.depth - first : task.slice_depth;
   const int steps = static_cast<int>(depth / kDepth);
 
-  const auto left_of = [&](int stage, int term) {
-    return shared + stage * Shared::kStageSize + term * Shared::kLeftSize;
+  const auto left_of = [&](int step, int term) {
+    return shared + step % kStages * Shared::kStageSize + term * Shared::kLeftSize;
   };
-  const auto right_of = [&](int stage, int term) {
-    return shared + stage * Shared::kStageSize + kTerms * Shared::kLeftSize +
-           term * Shared::kRightSize;
+  const auto right_of = [&](int step, int term) {
+    return left_of(step, kLeftTerms) + term * Shared::kRightSize;
   };
   const auto fetch_step = [&](int step) {
     const int64_t k = first + int64_t(step) * kDepth;
     if (step < steps) {
+      const int64_t m = int64_t(place.row) * kSide, n = int64_t(place.column) * kSide;
 #pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
+      for (int term = 0; term < kLeftTerms; ++term) {
         const V* left = term ? task.left.low : task.left.high;
-        const V* right = term ? task.right.low : task.right.high;
+        const int64_t stride = task.left.stride;
         if constexpr (kLeftInner) {
-          fetch<kSide, kDepth, Tile::kLeft>(
-              left_of(step % kStages<kTerms>, term),
-              left + int64_t(place.row) * kSide * task.left.stride + k, task.left.stride);
+          fetch<true, kSide, kDepth, Tile::kLeft>(left_of(step, term), left + m * stride + k,
+                                                  stride, task.left_rows - m,
+                                                  task.left_columns - k);
         } else {
-          fetch<kDepth, kSide, Tile::kLeft>(
-              left_of(step % kStages<kTerms>, term),
-              left + k * task.left.stride + int64_t(place.row) * kSide, task.left.stride);
+          fetch<false, kDepth, kSide, Tile::kLeft>(left_of(step, term), left + k * stride + m,
+                                                   stride);
         }
-        fetch<kDepth, kSide, Tile::kRight>(
-            right_of(step % kStages<kTerms>, term),
-            right + k * task.right.stride + int64_t(place.column) * kSide, task.right.stride);
       }
+#pragma unroll
+      for (int term = 0; term < kRightTerms; ++term)
+        fetch<false, kDepth, kSide, Tile::kRight>(
+            right_of(step, term),
+            (term ? task.right.low : task.right.high) + k * task.right.stride + n,
+            task.right.stride);
     }
     copy_async_commit();
   };
 
   Tile tile;
-  for (int step = 0; step < kStages<kTerms> - 1; ++step) fetch_step(step);
+  for (int step = 0; step < kStages - 1; ++step) fetch_step(step);
   for (int step = 0; step < steps; ++step) {
-    copy_async_wait<kStages<kTerms> - 2>();  // this step's operands have arrived
-    __syncthreads();                         // for every thread, and the previous stage is free
-    fetch_step(step + kStages<kTerms> - 1);
-    const V *left[kTerms], *right[kTerms];
+    copy_async_wait<kStages - 2>();  // this step's operands have arrived
+    __syncthreads();                 // for every thread, and the previous stage is free
+    fetch_step(step + kStages - 1);
+    const V *left[kLeftTerms], *right[kRightTerms];
 #pragma unroll
-    for (int term = 0; term < kTerms; ++term) {
-      left[term] = left_of(step % kStages<kTerms>, term);
-      right[term] = right_of(step % kStages<kTerms>, term);
-    }
+    for (int term = 0; term < kLeftTerms; ++term) left[term] = left_of(step, term);
+#pragma unroll
+    for (int term = 0; term < kRightTerms; ++term) right[term] = right_of(step, term);
     tile.multiply(left, right);
     if (step % Tile::kPromote == Tile::kPromote - 1) tile.promote();
   }
@@ -270,13 +292,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 }
 
 // Launches `product`; `down` is the number of slices (scatter) or of tiles along m (map).
-template <class Tile, bool kLeftInner, int kTerms>
+template <class Tile>
 void multiply(CallResources& resources,
               const Product<typename Tile::Value, typename Tile::Sum>& product, int64_t down) {
-  const int across = kLeftInner ? product.tiles : upper_tiles(product.tiles);
-  launch(product_kernel<Tile, kLeftInner, kTerms>,
-         dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kProductThreads,
-         ProductShared<Tile, kLeftInner, kTerms>::kBytes, resources.stream(), product);
+  const int across = Tile::kLeftInner ? product.tiles : upper_tiles(product.tiles);
+  launch(product_kernel<Tile>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)),
+         kProductThreads, ProductShared<Tile>::kBytes, resources.stream(), product);
 }
 
 }  // namespace realign_fast

@@ -89,25 +89,31 @@ OrderedVectors<M> prepare(CallResources& resources, const double* first, const d
   return vectors;
 }
 
-// The dot products of a row with itself, with b and with h; the last two are 0 without a map.
-template <class T, class M, int SIZE, int PACKS>
-__device__ __forceinline__ void dot_products(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS>& row,
+// The dot products of ROWS rows with themselves, with b and with h, three numbers a row; the last
+// two are 0 without a map. The rows share the loads of b and h.
+template <int ROWS, class T, class M, int SIZE, int PACKS>
+__device__ __forceinline__ void dot_products(Team<SIZE>& team,
+                                             const TeamRow<T, SIZE, PACKS> (&rows)[ROWS],
                                              const M* shift, const M* recentre, bool has_map,
-                                             double (&dots)[3]) {
+                                             double (&dots)[3 * ROWS]) {
   constexpr int E = kEntries<T>;
-  M parts[3] = {0, 0, 0};
-  row.for_each_pack([&](int p, int64_t, const Pack<T>& pack) {
+  M parts[3 * ROWS] = {};
+  rows[0].for_each_place([&](int p, int64_t) {
     M b[E] = {}, h[E] = {};
     if (has_map) {
       load_vector(shift, p, team.thread, SIZE, b);
       load_vector(recentre, p, team.thread, SIZE, h);
     }
 #pragma unroll
-    for (int e = 0; e < E; ++e) {
-      const M x = static_cast<M>(pack.values[e]);
-      parts[0] += x * x;
-      parts[1] += x * b[e];
-      parts[2] += x * h[e];
+    for (int r = 0; r < ROWS; ++r) {
+      const Pack<T> pack = rows[r].pack(p);
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const M x = static_cast<M>(pack.values[e]);
+        parts[3 * r] += x * x;
+        parts[3 * r + 1] += x * b[e];
+        parts[3 * r + 2] += x * h[e];
+      }
     }
   });
   team.sum(parts, dots);

@@ -2,8 +2,9 @@
 //
 // A row is read as packs of 16 bytes: pack p of thread t covers the columns from
 // (p * SIZE + t) * kEntries<T> on, so neighbouring threads read neighbouring packs and a warp reads
-// whole lines. A row that is not aligned to 16 bytes, and the end of a row, is read entry by entry
-// into the same packs: the address of a row changes its speed but no bit of its result.
+// whole lines. A row that is not aligned to 16 bytes, or does not end with a whole pack, is read
+// entry by entry into the same packs: the address of a row changes its speed but no bit of its
+// result.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -24,20 +25,35 @@ inline bool is_aligned(const V* p, int64_t row_stride) {
          row_stride * static_cast<int64_t>(sizeof(V)) % 16 == 0;
 }
 
-// Loads the entries from `column` on, with zeros beyond the row [columns].
 template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64_t columns,
-                                             bool aligned) {
+__device__ __forceinline__ Pack<T> unpack(const uint4& words) {
   Pack<T> pack;
-  if (aligned && column + kEntries<T> <= columns) {
-    const uint4 bytes = __ldcs(reinterpret_cast<const uint4*>(row + column));
-    memcpy(&pack, &bytes, sizeof(pack));
-    return pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
+// Loads the 16 bytes from `column` on, zeros beyond the row. `whole` says that the row is aligned
+// and consists of whole packs.
+template <class T>
+__device__ __forceinline__ uint4 load_words(const T* row, int64_t column, int64_t columns,
+                                            bool whole) {
+  uint4 words = {0, 0, 0, 0};
+  if (whole) {
+    if (column < columns) words = __ldcs(reinterpret_cast<const uint4*>(row + column));
+    return words;
   }
+  Pack<T> pack;
 #pragma unroll
   for (int e = 0; e < kEntries<T>; ++e)
     pack.values[e] = column + e < columns ? row[column + e] : static_cast<T>(0.0f);
-  return pack;
+  memcpy(&words, &pack, sizeof(pack));
+  return words;
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64_t columns,
+                                             bool whole) {
+  return unpack<T>(load_words(row, column, columns, whole));
 }
 
 template <bool kKeep, class V>
@@ -49,6 +65,19 @@ __device__ __forceinline__ void store_word(V* target, V word) {
   }
 }
 
+// Two values rounded to 16 bits each, the first in the low half of the word.
+template <class O>
+__device__ __forceinline__ unsigned round_pair(float first, float second) {
+  unsigned word;
+  if constexpr (std::is_same_v<O, Half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    static_assert(std::is_same_v<O, BFloat16>);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+  return word;
+}
+
 // Stores E values of the arithmetic type M as O, in whole stores of up to 16 bytes if the row is
 // aligned. kKeep leaves the result in the caches, because it is read again at once.
 template <class O, bool kKeep = false, int E, class M>
@@ -56,10 +85,17 @@ __device__ __forceinline__ void store_as(void* out, int64_t offset, int64_t colu
                                          bool aligned, const M (&values)[E]) {
   O* target = static_cast<O*>(out) + offset + column;
   alignas(16) O rounded[E];
+  if constexpr (sizeof(O) == 2) {
 #pragma unroll
-  for (int e = 0; e < E; ++e)
-    rounded[e] =
-        static_cast<O>(static_cast<std::conditional_t<sizeof(O) == 8, double, float>>(values[e]));
+    for (int e = 0; e < E; e += 2) {
+      const unsigned word =
+          round_pair<O>(static_cast<float>(values[e]), static_cast<float>(values[e + 1]));
+      memcpy(rounded + e, &word, 4);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < E; ++e) rounded[e] = static_cast<O>(values[e]);
+  }
   if (aligned && column + E <= columns) {
     constexpr int kBytes = E * static_cast<int>(sizeof(O));
     if constexpr (kBytes % 16 == 0) {
@@ -98,20 +134,16 @@ template <int E, class M>
 __device__ __forceinline__ void store_pack(const RowOutput& out, int64_t i, int64_t column,
                                            int64_t columns, const M (&values)[E]) {
   const int64_t offset = i * out.row_stride;
-  if constexpr (std::is_same_v<M, float>) {
-    if (out.dtype == ScalarType::Half)
+  switch (out.dtype) {
+    case ScalarType::Half:
       return store_as<Half>(out.data, offset, column, columns, out.aligned, values);
-    store_as<float>(out.data, offset, column, columns, out.aligned, values);
-  } else {
-    switch (out.dtype) {
-      case ScalarType::Half:
-        return store_as<Half>(out.data, offset, column, columns, out.aligned, values);
-      case ScalarType::BFloat16:
-        return store_as<BFloat16>(out.data, offset, column, columns, out.aligned, values);
-      case ScalarType::Float:
-        return store_as<float>(out.data, offset, column, columns, out.aligned, values);
-      default: store_as<double>(out.data, offset, column, columns, out.aligned, values);
-    }
+    case ScalarType::BFloat16:
+      return store_as<BFloat16>(out.data, offset, column, columns, out.aligned, values);
+    case ScalarType::Float:
+      return store_as<float>(out.data, offset, column, columns, out.aligned, values);
+    default:
+      if constexpr (std::is_same_v<M, double>)  // float64 results come from no other arithmetic
+        store_as<double>(out.data, offset, column, columns, out.aligned, values);
   }
 }
 
@@ -144,7 +176,7 @@ template <int SIZE>
 struct Team {
   static constexpr int kThreads = SIZE == 32 ? 128 : SIZE;  // of a block
   static constexpr int kTeams = kThreads / SIZE;            // in a block
-  static constexpr int kMaxSums = 4;
+  static constexpr int kMaxSums = 6;
   static constexpr int kSlots = SIZE == 32 ? 0 : kMaxSums * (SIZE / 32);
   static constexpr size_t kSharedBytes = sizeof(double) * 2 * kSlots;
 
@@ -215,15 +247,21 @@ struct TeamRow {
   const T* row;
   int64_t columns;
   int thread;
-  bool aligned;
-  Pack<T> held[PACKS ? PACKS : 1];
+  bool whole;  // aligned, and nothing but whole packs
+  uint4 held[PACKS ? PACKS : 1];
 
+  TeamRow() = default;
+  // The loads of whole packs stand side by side, so that all are on their way at once.
   __device__ TeamRow(const T* row, int64_t columns, int thread, bool aligned)
-      : row(row), columns(columns), thread(thread), aligned(aligned) {
+      : row(row), columns(columns), thread(thread), whole(aligned && columns % kEntries<T> == 0) {
     if constexpr (PACKS > 0) {
+      if (whole) {
 #pragma unroll
-      for (int p = 0; p < PACKS; ++p)
-        if (reached(p)) held[p] = load_pack(row, column(p), columns, aligned);
+        for (int p = 0; p < PACKS; ++p) held[p] = load_words(row, column(p), columns, true);
+      } else {
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p) held[p] = load_words(row, column(p), columns, false);
+      }
     }
   }
 
@@ -239,25 +277,33 @@ struct TeamRow {
   // Keeps the row between two sweeps as it was read, not widened to the arithmetic type.
   __device__ __forceinline__ void forget_widened() {
 #pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-      uint4 words;
-      memcpy(&words, &held[p], sizeof(words));
-      make_opaque(words);
-      memcpy(&held[p], &words, sizeof(words));
+    for (int p = 0; p < PACKS; ++p) make_opaque(held[p]);
+  }
+
+  __device__ __forceinline__ Pack<T> pack(int p) const {
+    if constexpr (PACKS > 0) {
+      return unpack<T>(held[p]);
+    } else {
+      return load_pack(row, column(p), columns, whole);
+    }
+  }
+
+  // Calls body(p, first column) for the packs of a row of this length.
+  template <class Body>
+  __device__ __forceinline__ void for_each_place(const Body& body) const {
+    if constexpr (PACKS > 0) {
+#pragma unroll
+      for (int p = 0; p < PACKS; ++p)
+        if (reached(p)) body(p, column(p));
+    } else {
+      for (int p = 0; reached(p); ++p) body(p, column(p));
     }
   }
 
   // Calls body(p, first column, pack). The team walks together, so a thread may see an empty pack.
   template <class Body>
   __device__ __forceinline__ void for_each_pack(const Body& body) const {
-    if constexpr (PACKS > 0) {
-#pragma unroll
-      for (int p = 0; p < PACKS; ++p)
-        if (reached(p)) body(p, column(p), held[p]);
-    } else {
-      for (int p = 0; reached(p); ++p)
-        body(p, column(p), load_pack(row, column(p), columns, aligned));
-    }
+    for_each_place([&](int p, int64_t column) { body(p, column, pack(p)); });
   }
 };
 

@@ -9,6 +9,7 @@
 // bytes therefore depend neither on the number of multiprocessors nor on the order in which blocks
 // run.
 #include "cuda/row_map.cuh"
+#include "cuda/tree_sum.cuh"
 
 namespace realign_fast {
 namespace {
@@ -16,7 +17,6 @@ namespace {
 constexpr int kGroupRows = 64;        // rows that one team sums in the arithmetic type
 constexpr int64_t kMaxChunks = 2048;  // partial sums [D] in memory
 constexpr int64_t kMinChunkRows = 128;
-constexpr int kFan = 64;     // chunks that one thread sums
 constexpr int kScalars = 6;  // beside the sum: energy, beta, gamma and three counts
 
 template <class T, class M>
@@ -67,7 +67,7 @@ __device__ void sum_exactly(Team<SIZE>& team, int64_t i, const SumTask<T, M>& ta
 // Writes the row's weight in the sum to `weight`. Returns false if the row must be added step by
 // step.
 template <class T, class M, int SIZE, int PACKS>
-__device__ bool row_weight(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS>& row,
+__device__ bool row_weight(Team<SIZE>& team, const TeamRow<T, SIZE, PACKS> (&row)[1],
                            const SumTask<T, M>& task, const MapNumbers& numbers, M& weight,
                            RowScalars& scalars) {
   // Rows of fewer than 64 bits are summed in float64 only if there is no map.
@@ -99,15 +99,15 @@ __device__ unsigned long long sum_group(Team<SIZE>& team, int64_t first, int64_t
   unsigned long long remaining = 0;
 #pragma unroll 1
   for (int64_t i = first; i < end; ++i) {
-    TeamRow<T, SIZE, PACKS> row(task.rows + i * task.row_stride, task.columns, team.thread,
-                                task.aligned);
+    TeamRow<T, SIZE, PACKS> row[1] = {
+        {task.rows + i * task.row_stride, task.columns, team.thread, task.aligned}};
     M weight;
     if (!row_weight(team, row, task, numbers, weight, scalars)) {
       remaining |= 1ull << (i - first);
       continue;
     }
-    row.forget_widened();
-    row.for_each_pack([&](int p, int64_t column, const Pack<T>& pack) {
+    row[0].forget_widened();
+    row[0].for_each_pack([&](int p, int64_t column, const Pack<T>& pack) {
 #pragma unroll
       for (int e = 0; e < kEntries<T>; ++e) {
         const M v = weight * static_cast<M>(pack.values[e]);
@@ -183,19 +183,6 @@ __global__ void __launch_bounds__(128, 3) sum_kernel(SumTask<T, M> task) {
   }
 }
 
-// to [ceil(count / kFan), width] = the sums of kFan neighbours in from [count, width].
-__global__ void __launch_bounds__(128)
-    add_chunks(const double* from, double* to, int64_t count, int64_t width) {
-  const int64_t j = int64_t(blockIdx.x) * 128 + threadIdx.x;
-  if (j >= width) return;
-  const int64_t first = int64_t(blockIdx.y) * kFan;
-  const int64_t end = first + kFan < count ? first + kFan : count;
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t i = first; i < end; ++i) sum += from[i * width + j];
-  to[blockIdx.y * width + j] = sum;
-}
-
 // total = sums + beta b + gamma h, with its entries in the order of the columns.
 template <int E>
 __global__ void __launch_bounds__(256)
@@ -213,8 +200,8 @@ __global__ void __launch_bounds__(256)
   if (j < 3) counts[j] = static_cast<int64_t>(scalars[3 + j]);
 }
 
-// The rows of a chunk; it depends on N alone.
-int64_t rows_of_a_chunk(int64_t rows) {
+// The rows of a chunk of a sum; it depends on N alone.
+int64_t rows_of_a_sum(int64_t rows) {
   return round_up(std::max(divide_up(rows, kMaxChunks), kMinChunkRows), kMinChunkRows);
 }
 
@@ -238,22 +225,14 @@ void sum_typed(const Tensor& rows, const double* scale, const double* shift, con
     }
     task.rows = first_row, task.count = count, task.columns = columns;
     task.row_stride = rows.stride(0), task.aligned = is_aligned(first_row, rows.stride(0));
-    task.chunk_rows = rows_of_a_chunk(count), task.chunks = divide_up(count, task.chunk_rows);
+    task.chunk_rows = rows_of_a_sum(count), task.chunks = divide_up(count, task.chunk_rows);
     task.padded = padded, task.normalize = normalize;
     task.partial = resources.allocate<double>(task.chunks * width);
     size_t shared = Members::kSharedBytes + sizeof(RowScalars) * Members::kTeams;
     if (size() == 32) shared += sizeof(double) * static_cast<size_t>(padded);
     launch(sum_kernel<T, M, size(), packs()>, persistent_blocks(task.chunks, 16), Members::kThreads,
            shared, resources.stream(), task);
-    const double* sums = task.partial;
-    const auto across = static_cast<unsigned>(divide_up(width, 128));
-    for (int64_t chunks = task.chunks; chunks > 1; chunks = divide_up(chunks, kFan)) {
-      const int64_t fewer = divide_up(chunks, kFan);
-      double* target = resources.allocate<double>(fewer * width);
-      launch(add_chunks, dim3(across, static_cast<unsigned>(fewer)), 128, 0, resources.stream(),
-             sums, target, chunks, width);
-      sums = target;
-    }
+    const double* sums = add_all(resources, task.partial, task.chunks, width);
     launch(finish_sums<kEntries<T>>,
            static_cast<unsigned>(divide_up(std::max<int64_t>(columns, 3), 256)), 256, 0,
            resources.stream(), sums, columns, padded, size(), shift, recentre, result.total,

@@ -101,7 +101,7 @@ def test_one_ulp_for_each_of_a_million_entries(kernel, dtype):
 
 
 # The other kernels compute in float64, or promise an ulp.
-@pytest.mark.parametrize("kernel", ("baseline", "avx2", "avx512"), indirect=True)
+@pytest.mark.parametrize("kernel", ("baseline", "avx2", "avx512", "cuda", "ptx"), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 def test_bfloat16_results_are_rounded_float64_values_to_the_bit(kernel, dtype):
     """Also where entries are near a tie, cancel, underflow or leave the range of float32."""

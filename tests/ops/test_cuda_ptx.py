@@ -5,6 +5,7 @@ bounds and races as here. ``pytest -s`` prints the score of the mutants.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,8 @@ from support.ptx_machine import mutants
 from realign_fast.ops import reference
 
 HALF, BFLOAT, FLOAT, DOUBLE = DTYPES
+# Of a warp for each row of 1024 float16 entries, with some room.
+MOST_INSTRUCTIONS = {"align_kernel": 750, "pack_kernel": 1200, "finish_rows": 1500}
 pytestmark = pytest.mark.skipif(bool(ptx_machine.why_not()), reason=ptx_machine.why_not())
 
 
@@ -74,6 +77,100 @@ def test_more_slices_and_chunks_than_one(kernel):
         assert torch.equal(counts, reference.add_scatter_(*expected, *options))
         error = float((scatter - expected[0]).norm() / expected[0].norm())
         assert error < share, f"variant {variant}: {error:.1e}"
+
+
+@pytest.mark.parametrize("accurate", (False, True))
+def test_no_byte_depends_on_where_a_chunk_ends(kernel, monkeypatch, accurate):
+    """The rows of a chunk are a matter of memory and speed."""
+    rows, centre = random_rows(3000, 20, HALF), random_map(20)[1]
+    weights = torch.linspace(0.1, 2, len(rows), dtype=torch.float64)
+    few, matrix = random_rows(300, 20, FLOAT), 0.3 * random_rows(20, 20, seed=3)
+    found = []
+    for kibibytes in (1 << 20, 1):  # one chunk, and chunks of one slice
+        monkeypatch.setenv("REALIGN_FAST_CUDA_CHUNK_KIB", str(kibibytes))
+        scatter, total = torch.zeros(20, 20).double(), torch.zeros(20).double()
+        kernel.add_scatter(scatter, total, rows, centre, weights, True, accurate)
+        mapped = kernel.map(few.double() if accurate else few, matrix, centre, centre)
+        found.append((scatter, total, mapped))
+    for one_chunk, many_chunks in zip(*found, strict=True):
+        assert torch.equal(one_chunk, many_chunks)
+
+
+def test_the_grids_fill_a_large_device(machine, kernel):
+    """At 16 rows a block the packing of 1,000 rows is 63 blocks; no sum is left to one block."""
+    rows = random_rows(2500, 20, HALF)
+    before = machine.usage()
+    zeros = torch.zeros(20).double()
+    kernel.add_scatter(torch.diag(zeros), zeros.clone(), rows, zeros, None, True, False)
+    blocks = Counter()
+    for name, use in machine.usage().items():
+        blocks[ptx_machine.readable(name).split("<")[0]] += use.blocks - before[name].blocks
+    assert blocks["pack_kernel"] == 158
+    assert blocks["product_kernel"] == 3  # slices, of one tile
+    assert blocks["add_slices"] == 16
+    assert blocks["finish_scatter"] == 64
+
+
+def test_the_instructions_of_a_row(machine):
+    """PTX instructions that a warp executes for one more row of 1024 float16 entries.
+
+    docs/kernels.md says what they were, and what they are in machine code.
+    """
+    row_map = number(1.0), *random_map(1024)[1:]
+    matrix = torch.eye(1024).double()
+
+    def add(count):
+        sums = torch.zeros(1024, 1024).double(), torch.zeros(1024).double()
+        rows = random_rows(count, 1024, HALF)
+        machine.add_scatter_(*sums, rows, row_map[1], None, True, False, 0)
+
+    calls = {
+        ("align_kernel", 24): lambda count: machine.align_rows(
+            random_rows(count, 1024, HALF), *row_map, HALF, 1.0, 0
+        ),
+        ("pack_kernel", 32): add,
+        ("finish_rows", 128): lambda count: machine.map_rows(
+            random_rows(count, 1024, HALF), matrix, *row_map[1:], HALF, 1.0, 0
+        ),
+    }
+    machine.configure(find_races=False)
+    found = {}
+    for (kernel, count), call in calls.items():
+        steps = []
+        for rows in (count, 2 * count):
+            before = machine.usage()
+            call(rows)
+            steps.append(
+                sum(
+                    use.steps - before[name].steps
+                    for name, use in machine.usage().items()
+                    if kernel in name
+                )
+            )
+        found[kernel] = (steps[1] - steps[0]) / count
+    print(f"\ninstructions of a row: {found}")
+    for kernel, most in MOST_INSTRUCTIONS.items():
+        assert found[kernel] <= most, f"{kernel}: {found[kernel]}"
+
+
+@pytest.mark.parametrize("columns", (20, 70, 136))
+def test_float16_rows_are_multiplied_as_they_are_or_copied(machine, kernel, columns):
+    """Rows whose addresses are no multiples of 16 bytes are packed, and give the same bytes."""
+    rows, matrix = random_rows(150, columns, HALF), 0.3 * random_rows(columns, columns, seed=3)
+    rows[3], rows[7, 2], rows[9] = 0, torch.inf, rows[9] * 1e-4
+    _, shift, recentre = random_map(columns)
+    aligned = torch.zeros(150, 144, dtype=HALF)[:, :columns].copy_(rows)
+    shifted = torch.zeros(150, 145, dtype=HALF)[:, 1 : columns + 1].copy_(rows)
+    packed = [name for name in machine.usage() if "pack_kernelIN3c104HalfES" in name]
+    results = []
+    for source, packs in ((aligned, 0), (shifted, 1)):
+        before = machine.usage()
+        result = kernel.map(source, matrix, shift, recentre)
+        after = machine.usage()
+        assert sum(after[name].launches - before[name].launches for name in packed) == packs
+        results.append(result.nan_to_num(9))
+    assert torch.equal(*results)
+    assert_close(result, reference.map_rows(rows, matrix, shift, recentre, DOUBLE), 1e-3)
 
 
 def test_the_low_terms_squares_come_back_to_the_diagonal(kernel):
@@ -262,11 +359,11 @@ def sum_many_wide(machine):
     sum_all(machine, FLOAT, 520, 2300)
 
 
-def map_cancelling(machine, columns=140, count=70):
+def map_cancelling(machine, columns=140, count=70, dtype=FLOAT):
     """Rows whose image cancels are mapped step by step, two of them by one block."""
-    rows, (_, shift, recentre) = unusual_rows(count, columns, FLOAT), random_map(columns)
+    rows, (_, shift, recentre) = unusual_rows(count, columns, dtype), random_map(columns)
     matrix = torch.eye(columns).double() + 0.3 * random_rows(columns, columns) / columns**0.5
-    rows[[20, 68]] = torch.linalg.solve(matrix, -shift).float() * (1 + 1e-3)
+    rows[[20, 68]] = (torch.linalg.solve(matrix, -shift).float() * (1 + 1e-3)).to(dtype)
     result = machine.map_rows(rows, matrix, shift, recentre, DOUBLE, 1.0, 0)
     others = [i for i in range(count) if i not in (20, 68)]
     expected = reference.map_rows(rows, matrix, shift, recentre, DOUBLE)
@@ -288,10 +385,12 @@ WORK: dict[str, Callable] = {
     "product_kernelINS_8HalfTileILb0ELi2": partial(add_all, dtype=HALF, columns=140, count=200),
     "product_kernelINS_8HalfTileILb0ELi1": partial(add_all, dtype=HALF, columns=140, count=200),
     "product_kernelINS_10DoubleTileILb0E": partial(add_all, dtype=HALF, columns=140, count=200),
-    "product_kernelINS_8HalfTileILb1ELi2": partial(map_all, dtype=HALF, columns=140, count=130),
-    "product_kernelINS_8HalfTileILb1ELi1": partial(map_all, dtype=HALF, columns=140, count=130),
+    "product_kernelINS_8HalfTileILb1ELi2": partial(map_all, dtype=FLOAT, columns=140, count=130),
+    "product_kernelINS_8HalfTileILb1ELi1ELi2": partial(map_all, dtype=HALF, columns=140, count=130),
+    "product_kernelINS_8HalfTileILb1ELi1ELi1": partial(map_all, dtype=HALF, columns=140, count=130),
     "product_kernelINS_10DoubleTileILb1E": partial(map_all, dtype=HALF, columns=140, count=130),
-    "finish_rowsIffE": map_cancelling,
+    "finish_rowsIffLb0": map_cancelling,
+    "finish_rowsIN3c104HalfEfLb1": partial(map_cancelling, dtype=HALF),
     "prepare_vectorsIfLi8E": partial(align_all, dtype=HALF, columns=300),
     "12weight_peaks": partial(add_all, dtype=HALF, columns=20, count=600),
     "13matrix_scales": partial(map_all, dtype=HALF, columns=140),
@@ -304,7 +403,10 @@ ONE_TEAM = (
 )
 EQUIVALENT = {
     "sum_kernelIffLi128ELi4": (2, f"after clearing, and before step-by-step rows: {ONE_TEAM}"),
-    "pack_kernelIfN3c104HalfELi128ELi4": (3, f"those two, and one at the end: {ONE_TEAM}"),
+    "pack_kernelIfN3c104HalfELi128ELi4": (
+        2,
+        f"before step-by-step rows, and at the end: {ONE_TEAM}",
+    ),
 }
 QUICK = ("sum_kernelIffLi32", "pack_kernelIfN3c104HalfELi32", "product_kernelINS_8HalfTileILb0ELi2")
 

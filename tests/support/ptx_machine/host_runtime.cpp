@@ -208,18 +208,21 @@ EXPORT void ptx_allow(uint64_t begin, size_t bytes, size_t row_bytes, size_t row
   device().machine.global.allow(begin, bytes, row_bytes, row_stride, writable, name);
 }
 EXPORT void ptx_forget() { device().machine.global.forget(); }
-// One line for each kernel: launches, instructions, instructions that were executed, name.
+// One line for each kernel: launches, blocks, instructions, those that were executed, how often
+// warps executed one, name.
 EXPORT const char* ptx_report() {
   std::ostringstream lines;
   for (const auto& [name, text] : device().texts) {
     const auto found = device().kernels.find(name);
-    int64_t launches = 0, total = 0, executed = 0;
+    int64_t launches = 0, blocks = 0, total = 0, executed = 0, steps = 0;
     if (found != device().kernels.end()) {
       launches = found->second.launches;
+      blocks = found->second.blocks;
       for (const auto& instruction : found->second.instructions)
-        ++total, executed += instruction.executed;
+        ++total, executed += instruction.executed > 0, steps += instruction.executed;
     }
-    lines << launches << ' ' << total << ' ' << executed << ' ' << name << '\n';
+    lines << launches << ' ' << blocks << ' ' << total << ' ' << executed << ' ' << steps << ' '
+          << name << '\n';
   }
   device().report = lines.str();
   return device().report.c_str();

@@ -168,6 +168,16 @@ BFloat16 to_bfloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// Operands: the word, the value of its high half, that of its low half.
+template <class T, auto convert>
+void convert_pair(Warp& warp, const Instruction& n, uint32_t mask) {
+  Slot &to = operand(warp, n, 0), &high = operand(warp, n, 1), &low = operand(warp, n, 2);
+  for_each_lane(mask, [&](int lane) {
+    const T halves[2] = {convert(get<float>(low, lane)), convert(get<float>(high, lane))};
+    put<uint32_t>(to, lane, std::bit_cast<uint32_t>(halves));
+  });
+}
+
 // ---- Memory ----------------------------------------------------------------------------------
 
 enum class Space { parameter, global, shared };
@@ -233,6 +243,7 @@ void atomic(Warp& warp, const Instruction& n, uint32_t mask) {
   });
 }
 
+// Operands: the target, the source, 16, and how many bytes are read, if not all; zeros follow them.
 void begin_copy(Warp& warp, const Instruction& n, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
     const auto at = static_cast<size_t>(lane);
@@ -241,9 +252,17 @@ void begin_copy(Warp& warp, const Instruction& n, uint32_t mask) {
     const uint64_t global = operand(warp, n, 1)[at] + static_cast<uint64_t>(n.second_offset);
     if (get<uint32_t>(operand(warp, n, 2), lane) != 16)
       throw Fault("a copy of other than 16 bytes");
-    memory_at<Space::global>(warp, n, lane, global, 16, Kind::read);
+    const uint32_t bytes = n.width == 4 ? get<uint32_t>(operand(warp, n, 3), lane) : 16;
+    if (bytes > 16 || global % 16)
+      throw Fault("a copy of more than 16 bytes, or not aligned to them");
+    if (bytes == 16) {
+      memory_at<Space::global>(warp, n, lane, global, 16, Kind::read);
+    } else {
+      for (uint32_t byte = 0; byte < bytes; ++byte)
+        memory_at<Space::global>(warp, n, lane, global + byte, 1, Kind::read);
+    }
     warp.block.shared.begin_copy(shared, warp.access(lane));
-    warp.open_copies(lane).push_back({shared, global});
+    warp.open_copies(lane).push_back({shared, global, bytes});
   });
 }
 
@@ -430,6 +449,7 @@ void add_floating(Table& table, const std::string& type) {
   table["abs." + type] = {unary<T, T, [](T a) { return std::fabs(a); }>};
   table["neg." + type] = {unary<T, T, [](T a) { return -a; }>};
   table["sqrt.rn." + type] = {unary<T, T, [](T a) { return std::sqrt(a); }>};
+  table["rcp.rn." + type] = {unary<T, T, [](T a) { return 1 / a; }>};
   table["rsqrt.approx." + type] = {unary<T, T, [](T a) { return 1 / std::sqrt(a); }>};
 }
 
@@ -535,6 +555,8 @@ Table make_table() {
   add_conversion<float, Half>(table, "rn.f16.f32");
   table["cvt.f32.bf16"] = {unary<BFloat16, float, widened>};
   table["cvt.rn.bf16.f32"] = {unary<float, BFloat16, to_bfloat16>};
+  table["cvt.rn.f16x2.f32"] = {convert_pair<Half, [](float a) { return static_cast<Half>(a); }>};
+  table["cvt.rn.bf16x2.f32"] = {convert_pair<BFloat16, to_bfloat16>};
   table["cvta.to.global.u64"] = {unary<P, P, [](P a) { return a; }>};
   table["cvta.shared.u64"] = {unary<P, P, [](P a) { return a + kGenericSharedBase; }>};
   table["cvta.to.shared.u64"] = {unary<P, P, [](P a) { return a - kGenericSharedBase; }>};

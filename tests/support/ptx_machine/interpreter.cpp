@@ -58,7 +58,8 @@ void Warp::finish_copies(int lane, size_t newest) {
   const auto end = groups.end() - static_cast<std::ptrdiff_t>(newest);
   for (auto group = groups.begin(); group != end; ++group)
     for (const Copy& copy : *group)
-      block.shared.end_copy(copy.shared, reinterpret_cast<const void*>(copy.global), access(lane));
+      block.shared.end_copy(copy.shared, reinterpret_cast<const void*>(copy.global), copy.bytes,
+                            access(lane));
   groups.erase(groups.begin(), end);
 }
 
@@ -102,7 +103,7 @@ void Warp::run() {
       if (here >= static_cast<int>(code.size())) throw Fault("a thread runs past its last line");
       const Instruction& instruction = code[static_cast<size_t>(here)];
       ++here;
-      instruction.executed = true;
+      ++instruction.executed;
       const uint32_t active = lanes_that_take_part(instruction, mask);
       try {
         if (++steps_ > kMostSteps) throw Fault("a loop without an end");
@@ -168,6 +169,7 @@ void Machine::run_block(Block& block, std::vector<Warp>& warps) {
 void Machine::run(Kernel& kernel, Grid grid, int threads, size_t shared_bytes,
                   std::vector<unsigned char> parameters) {
   ++kernel.launches;
+  kernel.blocks += static_cast<int64_t>(grid.x) * grid.y;
   const auto slots = static_cast<size_t>(kernel.slots);
   const auto warp_count = static_cast<size_t>(threads / kLanes);
   // Registers begin as rubbish.

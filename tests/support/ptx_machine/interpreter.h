@@ -33,9 +33,10 @@ struct Block {
   uint32_t epoch = 0;  // barriers that the block has passed
 };
 
-// A cp.async copy of 16 bytes on its way.
+// A cp.async copy of 16 bytes on its way; those after the first `bytes` are zeros.
 struct Copy {
   uint64_t shared, global;
+  size_t bytes;
 };
 
 class Warp {

@@ -39,10 +39,10 @@ struct Instruction {
   bool negated = false;
   std::array<int, 14> operands{};
   int64_t offset = 0, second_offset = 0;  // of the addresses among the operands
-  int width = 1;                          // elements of a vector load, store, pack or unpack
-  int target = -1;                        // of a branch
+  int width = 1;    // elements of a vector load, store, pack or unpack; operands of a cp.async
+  int target = -1;  // of a branch
   std::string text;
-  mutable bool executed = false;
+  mutable int64_t executed = 0;            // times, by a warp
   mutable unsigned recent_allocation = 0;  // where its last access to global memory lay
 };
 
@@ -61,7 +61,7 @@ struct Kernel {
   std::vector<Parameter> parameters;
   int parameter_bytes = 0;
   int most_threads = 1024;  // .maxntid
-  int64_t launches = 0;
+  int64_t launches = 0, blocks = 0;
 };
 
 // Where the spaces begin in the addresses of a program. Shared memory is addressed from 0.

@@ -167,11 +167,16 @@ def _build(folder: Path) -> tuple[Path, list[Path]]:
 
 @dataclass(frozen=True)
 class Usage:
-    """How often a kernel was launched, and how many of its instructions were ever executed."""
+    """How often a kernel was launched, with how many blocks, and what its warps executed.
+
+    ``executed`` is how many of its instructions ever were, ``steps`` how often a warp executed one.
+    """
 
     launches: int
+    blocks: int
     instructions: int
     executed: int
+    steps: int
 
 
 class PtxMachine:

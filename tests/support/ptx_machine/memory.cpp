@@ -188,9 +188,12 @@ void SharedMemory::begin_copy(uint64_t address, const Access& access) {
   copying_[address / 16] = 1;
 }
 
-void SharedMemory::end_copy(uint64_t address, const void* bytes, const Access& access) {
+void SharedMemory::end_copy(uint64_t address, const void* source, size_t bytes,
+                            const Access& access) {
   copying_[address / 16] = 0;
-  std::memcpy(at(address, 16, access, Kind::write), bytes, 16);
+  void* target = at(address, 16, access, Kind::write);
+  std::memset(target, 0, 16);
+  if (bytes) std::memcpy(target, source, bytes);
 }
 
 }  // namespace ptx

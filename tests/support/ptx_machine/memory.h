@@ -91,7 +91,7 @@ class SharedMemory {
   void* at(uint64_t address, size_t bytes, const Access& access, Kind kind);
   // A cp.async to these 16 bytes is under way; until it ends nobody may touch them.
   void begin_copy(uint64_t address, const Access& access);
-  void end_copy(uint64_t address, const void* bytes, const Access& access);
+  void end_copy(uint64_t address, const void* source, size_t bytes, const Access& access);
 
  private:
   std::vector<unsigned char> bytes_;

@@ -164,6 +164,7 @@ class Builder {
     } else if (parts[0] == "bar" && parts[1] == "sync") {
       if (operands != std::vector<std::string>{"0"}) throw Fault("a barrier other than 0");
     } else {
+      if (parts[0] == "cp") instruction.width = static_cast<int>(operands.size());
       bool first_address = true;
       for (const std::string& operand : operands) {
         if (operand[0] == '[') {
