@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD_INFO = Path(realign_fast.__file__).parent / "_build_info.json"
 INSTALLED = Path(realign_fast.__file__).parent / "_C_cuda.abi3.so"
 # Bytes of stack that ptxas needs beside the registers. The first holds 64 or 32 sums a thread and a
-# row of 16-bit entries, the second two rows, and the last has the step-by-step map of rare rows.
-ALLOWED_STACK = {"sum_kernel": 32, "align_kernel": 16, "finish_rows": 16}
+# row of 16-bit entries, the second two rows (16 on sm_90, 40 on sm_80), and the last has the
+# step-by-step map of rare rows.
+ALLOWED_STACK = {"sum_kernel": 32, "align_kernel": 40, "finish_rows": 16}
 
 
 @pytest.fixture(scope="module")
