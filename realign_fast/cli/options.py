@@ -401,8 +401,8 @@ class TrainingOptions(Configured, DataOptions):
         show_default="a hundredth, 512 at most")] = None
     test: Annotated[str | None, _training("a list to measure on instead, such as pairs of real "
         "images in stage 1; with --test-rows", metavar="FILE")] = None
-    test_rows: Annotated[str | None, _training("rows of --test (image side of a root), which hold "
-        "their ids; --aligner leaves them as they are", metavar="DIR")] = None
+    test_rows: Annotated[str | None, _training("rows of --test (image side of a root), with their "
+        "ids or, without any, --ids row; --aligner leaves them as they are", metavar="DIR")] = None
     generations: Annotated[int, _training("held-out samples answered each time", min=0)] = 3
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
     set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "

@@ -20,6 +20,7 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
+from ..corpus.row_values import metadata_of_shards
 from ..interface import option_values as values
 from ..interface.option_values import RECIPES, Recipe
 from ..shared_space import SharedSpace
@@ -113,7 +114,7 @@ class TrainingConfig:
     max_skipped: float = 0.01  # the share of samples that may be unusable
     held_out: int | None = None  # samples; None: a hundredth of them, at most 512
     test: str | None = None  # a list to evaluate on instead: in stage 1, say, real images
-    test_rows: Corpus | None = None  # its rows, which hold their ids and are not aligned
+    test_rows: Corpus | None = None  # its rows, not aligned; without ids, `ids` "row" serves them
     generations: int = 3  # held-out samples that are answered at each evaluation
     resume: bool = False  # continue from the last checkpoint in `out`, if there is one
     trainer: dict[str, Any] = field(default_factory=dict)  # any fields of TrainingArguments
@@ -138,7 +139,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
     check_inputs(config.conversations, config.rows, config.ids)
     if config.test is not None and config.test_rows is not None:
-        check_inputs(config.test, config.test_rows)
+        check_inputs(config.test, config.test_rows, _test_ids(config))
     space = config.space
     if space is not None and not isinstance(space, SharedSpace):
         space = SharedSpace.from_pretrained(space)
@@ -317,11 +318,19 @@ def _prepare_data(
     samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
     samples.side = config.side if config.space and config.side else "image"
     if config.test is not None and config.test_rows is not None:
-        return samples, join(config.test, config.test_rows)
+        return samples, join(config.test, config.test_rows, ids=_test_ids(config))
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)
     return samples.split(count) if count else (samples, None)
+
+
+def _test_ids(config: TrainingConfig) -> str | None:
+    """Return "row" if row numbers are ids in this training and the test rows hold no ids."""
+    rows = config.test_rows
+    if rows is None or config.ids != "row" or any(metadata_of_shards(rows).values()):
+        return None
+    return None if any(shard.has_other_columns for shard in rows.shards) else "row"
 
 
 def _build_model(

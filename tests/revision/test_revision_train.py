@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -146,6 +147,26 @@ def test_a_test_list_is_measured_on_its_own_rows_which_nothing_moves(world, tmp_
     assert [one["id"] for one in lines[-2:]] == ["x0", "x6"]
     with pytest.raises(ValueError, match="got one of them"):
         pretrain(run_of(world, tmp_path / "x", test=test["test"]))
+
+
+def test_row_numbers_serve_test_rows_that_hold_no_ids(world, tmp_path):
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(48, 16)).astype("f4"))
+    np.save(tmp_path / "image.npy", np.random.default_rng(1).normal(size=(12, 16)).astype("f4"))
+    write_corpus(tmp_path / "named", IDS[:12], modality="image", seed=3)
+    texts = write_lines(tmp_path / "list.jsonl", [list_entry(str(n), "cat") for n in range(48)])
+    tests = {
+        "rows": (Corpus(tmp_path / "image.npy"), [str(n) for n in range(11, -1, -1)]),
+        "ids": (Corpus(tmp_path / "named", "image"), IDS[:12]),
+    }
+    for kind, (test_rows, ids) in tests.items():
+        path = write_lines(tmp_path / f"{kind}.jsonl", [list_entry(name, "dog") for name in ids])
+        test = {"ids": "row", "test": str(path), "test_rows": test_rows, "generations": 2}
+        out = tmp_path / f"{kind}_out"
+        config = run_of(world, out, rows=Corpus(tmp_path / "text.npy"), trainer=SHORT, **test)
+        found = pretrain(dataclasses.replace(config, conversations=str(texts)))
+        assert found["held_out_losses"]
+        answers = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [answer["id"] for answer in answers[-2:]] == [ids[0], ids[6]]
 
 
 def test_learned_positions_limit_samples_and_answers(world, tmp_path):
