@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # One alignment as SLURM job arrays: TEXT and IMAGE are read, OUT is written, all three shared.
 #
-#   bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS [sbatch options]
+#   bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS [sbatch options] [-- align options]
 #
 # submits three arrays of the same command, each after the one before, and then one job that ends them.
+# Behind -- stand options of `realign-fast align` for every job, such as -- --bad-rows skip. Every row
+# is fitted on (--fit-rows all) unless they say otherwise. Jobs run in the environment that submits
+# them: activate the virtual environment and export AWS_PROFILE, TMPDIR and the like first.
+#
 # An array goes as far as the one before allows: statistics, drift, aligned shards. Started again it
 # goes on where it stopped: a finished shard is not read again. A job that reaches its time limit
 # (--time, 2 hours unless the options say otherwise) gets SIGTERM a minute before, keeps what is finished
@@ -14,7 +18,13 @@
 #   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh round-1 TEXT IMAGE OUT
 set -euo pipefail
 
-step=${1:?"submit, round-1, round-2, round-3 or end"} text=$2 image=$3 out=$4
+if (($# < 4)) || [[ $1 == submit && ! ${5:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: bash $0 submit TEXT IMAGE OUT JOBS [sbatch options] [-- align options]" >&2
+  echo "   as: bash $0 submit s3://b/text s3://b/image s3://b/out 64 --cpus-per-task=4 --mem=4G" >&2
+  echo "a job: bash $0 round-1|round-2|round-3|end TEXT IMAGE OUT [align options]" >&2
+  exit 2
+fi
+step=$1 text=$2 image=$3 out=$4
 command=(align --text "$text" --image "$image" --out "$out" --fit-rows all)
 log=(--log-json --progress-interval 60)
 
@@ -34,20 +44,25 @@ run() { # in the background, so that bash passes SIGTERM on
 
 case $step in
   round-[123])
-    run "${command[@]}" --shard "${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}"
+    run "${command[@]}" "${@:5}" --shard "${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}"
     ;;
   end)
-    run "${command[@]}"
+    run "${command[@]}" "${@:5}"
     ;;
   submit)
-    jobs=$5
-    after=()
+    jobs=$5 sbatch_options=() after=()
+    shift 5
+    while (($#)) && [[ $1 != -- ]]; do
+      sbatch_options+=("$1")
+      shift
+    done
+    shift $(($# > 0)) # the --; options of align remain
     for next in round-1 round-2 round-3 end; do
       array=()
       [[ $next == end ]] || array=(--array="1-$jobs")
       id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:TERM@60 --requeue \
-        --open-mode=append --output="realign-$next-%A_%a.log" "${array[@]}" "${after[@]}" "${@:6}" \
-        "$(realpath "$0")" "$next" "$text" "$image" "$out")
+        --open-mode=append --output="realign-$next-%A_%a.log" "${array[@]}" "${after[@]}" "${sbatch_options[@]}" \
+        "$(realpath "$0")" "$next" "$text" "$image" "$out" "$@")
       echo "$next: job $id"
       after=(--dependency="afterok:${id%%;*}")
     done

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from realign_fast.cli import main
 
@@ -27,7 +28,7 @@ def test_the_steps_of_the_array_write_what_one_process_writes(tmp_path, monkeypa
     def run(step: str, job: int = 1, jobs: int = 1) -> None:
         """Let the script write down its commands, and run them in this process."""
         ids = {"SLURM_ARRAY_TASK_ID": str(job), "SLURM_ARRAY_TASK_COUNT": str(jobs)}
-        command = ["bash", str(SCRIPT), step, "text", "image", "out"]
+        command = ["bash", str(SCRIPT), step, "text", "image", "out", "--dtype", "float32"]
         subprocess.run(command, env=environment | ids, check=True, capture_output=True, timeout=120)
         commands = Path("commands").read_text().split("\0END\0")[:-1]
         Path("commands").unlink()
@@ -38,10 +39,34 @@ def test_the_steps_of_the_array_write_what_one_process_writes(tmp_path, monkeypa
             run(step, job, 2)
     assert main.main(["verify", "out"]) == 4
     run("end")
-    assert (
-        main.main(["align", "--text", "text", "--image", "image", "--out", "one", "--quiet"]) == 0
-    )
+    sides = ["--text", "text", "--image", "image", "--out", "one"]
+    assert main.main(["align", *sides, "--dtype", "float32", "--quiet"]) == 0
     for index in range(3):
         name = f"emb_{index}.npy"
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert main.main(["verify", "out"]) == 0
+
+
+def test_options_behind_two_hyphens_reach_every_job(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$SUBMITTED"\necho 7\n')
+    sbatch.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SUBMITTED": str(tmp_path / "submitted"),
+    }
+    command = ["bash", str(SCRIPT), "submit", "s3://b/text", "s3://b/image", "s3://b/out", "64"]
+    for options in (["--mem=4G"], ["--mem=4G", "--", "--workers", "4"]):
+        subprocess.run([*command, *options], env=environment, check=True, capture_output=True)
+    lines = (tmp_path / "submitted").read_text().splitlines()
+    assert len(lines) == 8 and all(f" --mem=4G {SCRIPT} " in line for line in lines)
+    assert all(line.endswith(" s3://b/text s3://b/image s3://b/out") for line in lines[:4])
+    assert all(line.endswith(" s3://b/out --workers 4") for line in lines[4:])
+    assert [" --array=1-64 " in line for line in lines[4:]] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("arguments", ([], ["submit"], ["submit", "t", "i", "o"], ["round-1", "t"]))
+def test_without_what_it_needs_it_prints_its_usage(arguments):
+    run = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert run.returncode == 2 and "submit TEXT IMAGE OUT JOBS" in run.stderr
