@@ -288,7 +288,7 @@ class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "
-        "modality (single), or of both with columns for each (blocks)",
+        "modality (single), or of both (blocks: with HNSW, an index for each)",
         show_default="single")] = None
     space_method: Annotated[SpaceMethod | None, _method("scale documents by the moments of their "
         "modality (calibrate), centre all rows too (center-calibrate), only centre them (center), "
