@@ -320,7 +320,9 @@ class ReAlign(nn.Module, HubObject):
     def forward(
         self, rows: Array, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
     ) -> Array:
-        """Align rows [..., D] on the module's device; the result has their kind, shape and dtype.
+        """Align rows [..., D]; the result has their kind, shape, dtype and device.
+
+        A module on another device copies its map to the device of the rows in every call.
 
         Rows of a table, a dataset or a :class:`Corpus` become a tensor. The map is differentiable
         in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
