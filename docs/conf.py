@@ -8,6 +8,9 @@ code; an error in it ends the build.
 
 from __future__ import annotations
 
+import inspect
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,60 @@ def _option(option: Any) -> str:
     return f"| {names} | {default} | {(option.help or '').replace('|', '/')} |".replace("\n", " ")
 
 
+_PUBLIC = {  # the page of each module
+    "realign_fast": "package",
+    "realign_fast.metrics": "metrics",
+    "realign_fast.whiten": "whiten",
+    "realign_fast.frame": "frame",
+    "realign_fast.revision": "revision",
+    "realign_fast.revision.llava": "revision",
+    "realign_fast.pipeline": "pipeline",
+    "realign_fast.report": "report",
+    "realign_fast.integrations.sklearn": "integrations",
+    "realign_fast.integrations.faiss": "integrations",
+    "realign_fast.integrations.sentence_transformers": "integrations",
+}
+
+
+def api_tables() -> str:
+    """Return a table for each public module: its names, and the first line of their docstrings."""
+    lines = []
+    for name, page in _PUBLIC.items():
+        module = import_module(name)
+        lines += ["", f"## [{name}]({page}.md)", "", "| name | what it is |", "|---|---|"]
+        for public in sorted(_public_names(module)):
+            member = getattr(module, public)
+            if not inspect.ismodule(member):
+                known = inspect.isclass(member) or inspect.isfunction(member)
+                text = (inspect.getdoc(member) or "") if known else "A type of an argument."
+                text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.splitlines()[0])
+                text = text.replace("``", "`").replace("|", "\\|")
+                lines.append(f"| `{public}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _public_names(module: Any) -> list[str]:
+    """Return ``__all__``, or the names of the classes and functions that the module defines."""
+    defined = [
+        name
+        for name, member in vars(module).items()
+        if getattr(member, "__module__", "") == module.__name__
+        and (inspect.isclass(member) or inspect.isfunction(member))
+        and not name.startswith("_")
+    ]
+    return list(getattr(module, "__all__", defined))
+
+
+def write_api_index(app: Sphinx) -> None:
+    """Write the tables of api/index.md between their comments."""
+    path = Path(app.srcdir) / "api" / "index.md"
+    before, begin, _, end, after = re.split("(<!-- (?:end of the )?names -->\n)", path.read_text())
+    text = before + begin + api_tables() + "\n" + end + after
+    if path.read_text() != text:
+        path.write_text(text)
+
+
 def setup(app: Sphinx) -> None:
-    """Write the generated page before Sphinx looks for pages."""
+    """Write the generated pages before Sphinx looks for pages."""
     app.connect("builder-inited", write_command_line)
+    app.connect("builder-inited", write_api_index)

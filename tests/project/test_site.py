@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -40,6 +41,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert re.search(r"texts that find their image: \d+% before, \d+% in the space", notebook)
     assert notebook.count("data:image/png") + notebook.count("_images/") >= 2
     assert (DOCS / "command_line.md").read_text() == committed, "commit the page that was written"
+
+
+def test_the_api_index_lists_every_public_name(monkeypatch):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(DOCS))
+    conf = importlib.import_module("conf")
+    index = (DOCS / "api" / "index.md").read_text()
+    assert conf.api_tables() in index, "build the site, and commit the page that was written"
+    for module, page in conf._PUBLIC.items():
+        assert module in (DOCS / "api" / f"{page}.md").read_text()
 
 
 @pytest.fixture
