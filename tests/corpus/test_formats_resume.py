@@ -69,14 +69,13 @@ def test_another_column_is_another_corpus(corpora, capsys):
     assert gaps[0] != gaps[1]
 
 
-@pytest.mark.parametrize("command", ["align", "stats", "apply", "convert", "inspect", "target"])
+@pytest.mark.parametrize("command", ["align", "apply", "convert", "inspect", "target"])
 def test_a_column_of_a_format_without_columns_is_refused(corpora, capsys, command):
     both = ["--text", "text", "--image", "image"]
     assert main.main(["align", *both, "--out", "one", "--quiet"]) == 0
     commands = {
         "align": ["align", *both, "--out", "two", "--column", "emb"],
         "target": ["align", *both, "--out", "two", "--target-column", "emb"],
-        "stats": ["stats", "--text", "text", "--out", "two", "--column", "emb"],
         "apply": ["apply", "--text", "text", "--aligner", "one", "--out", "two", "--column", "emb"],
         "convert": ["convert", "text", "two", "--to", "parquet", "--column", "emb"],
         "inspect": ["inspect", "text", "--column", "emb"],

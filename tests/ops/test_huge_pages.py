@@ -104,10 +104,14 @@ def test_a_large_result_is_freed_by_another_thread():
     require_compiled()
     if not Path("/proc/self/smaps").exists():
         pytest.skip("this system does not list mappings")
-    held = [result(34)[1]]
-    address = held[0].data_ptr() + 17 * MIB
-    before = mapping_of(address)["Rss"]
-    thread = threading.Thread(target=held.clear)
-    thread.start()
-    thread.join()
-    assert before >= 34 * 1024 - 8 and mapping_of(address) == {}
+    left = []
+    for _ in range(5):  # the system may give the addresses to another allocation at once
+        held = [result(34)[1]]
+        address = held[0].data_ptr() + 17 * MIB
+        assert mapping_of(address)["Rss"] >= 34 * 1024 - 8
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        if not (left := mapping_of(address)):
+            break
+    assert left == {}
