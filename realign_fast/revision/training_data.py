@@ -1,10 +1,10 @@
 """Training data: conversations joined to embedding rows by id, their dataset and the collator.
 
-`prepare` reads a list and the ids of the rows once; it holds the ids meanwhile. Into a folder of
-the cache it writes the usable samples as JSON lines with the numbers of their rows, and where each
-line begins. The folder is used again while list, rows, ids and settings are the same; it appears
-complete or not at all. `Conversations` reads samples and rows where they lie, so that a process
-that trains holds one batch however long the list or large the corpus is.
+`prepare` reads a list and the ids of the rows once. Into a folder of the cache it writes the usable
+samples as JSON lines with the numbers of their rows, and where each line begins. The folder is used
+again while list, rows, ids and settings are the same; it appears complete or not at all.
+`Conversations` reads samples and rows where they lie, so that a process that trains holds one batch
+however long the list or large the corpus is.
 
 Samples that cannot be used are counted (`FAULTS`) and reported, and are an error above a given
 share: images without a row, texts and images that differ in number, empty captions or answers,
@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import os
+import sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -111,16 +112,28 @@ def prepare(
 def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
     """Return the function from an id to the number of its row, or to None where there is none.
 
-    It holds all ids. ValueError if there are none, not one for each row, or one is not unique.
+    The ids lie in a temporary file of SQLite, which holds a few megabytes of it in memory.
+    ValueError if there are none, not one for each row, or one is not unique.
     """
     if ids == "row":
         return lambda text: n if text.isdecimal() and (n := int(text)) < corpus.num_rows else None
-    rows: dict[str, int] = {}
-    for row, row_id in enumerate(chain.from_iterable(shard_values(corpus, ids, ID_COLUMNS))):
-        if (first := rows.setdefault(row_id, row)) != row:
-            fault = f"rows {first} and {row} have the same id {row_id!r}"
-            raise ValueError(f"{corpus.path}: {fault}; give every row its own")
-    return rows.get
+    database = sqlite3.connect("")
+    database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
+    values = enumerate(chain.from_iterable(shard_values(corpus, ids, ID_COLUMNS)))
+    database.executemany("INSERT INTO ids VALUES (?, ?)", ((name, row) for row, name in values))
+    try:
+        database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
+    except sqlite3.IntegrityError as error:
+        query = "SELECT id, MIN(row), MAX(row) FROM ids GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
+        row_id, first, last = database.execute(query).fetchone()
+        fault = f"rows {first} and {last} have the same id {row_id!r}"
+        raise ValueError(f"{corpus.path}: {fault}; give every row its own") from error
+
+    def _row_of(row_id: str) -> int | None:
+        found = database.execute("SELECT row FROM ids WHERE id = ?", (row_id,)).fetchone()
+        return found[0] if found else None
+
+    return _row_of
 
 
 def id_inputs(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:

@@ -1,5 +1,7 @@
 """Ids of rows: each shard is joined with its own file of metadata, whatever its name."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,19 @@ def test_files_of_other_parts_are_not_joined(tmp_path):
         pq.write_table(table, tmp_path / "metadata" / f"metadata-0000{i + 2}-of-00004.parquet")
     with pytest.raises(ValueError, match=r"metadata: has no .* named as train-00000-of-00004\.npy"):
         row_finder(Corpus(tmp_path))
+
+
+def test_ids_take_no_memory_that_grows_with_their_number(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    rows = 200_000
+    np.save(tmp_path / "rows_0.npy", np.ones((rows, 2), np.float16))
+    table = pa.table({"id": [f"the id of row {row}" for row in range(rows)]})
+    pq.write_table(table, tmp_path / "metadata" / "metadata_0.parquet")
+    corpus = Corpus(tmp_path)
+    tracemalloc.start()
+    try:
+        row_of = row_finder(corpus)
+        assert row_of(f"the id of row {rows - 1}") == rows - 1
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20  # a dict of them takes 35 MB
+    finally:
+        tracemalloc.stop()
