@@ -286,9 +286,9 @@ def info(options: opts.Common) -> Result:
     devices = ("cpu", "cuda") if cuda else ("cpu",)
     for device in devices:
         verdict = facts["checks"][device] = verdict_of(torch.device(device))
-        found = "; ".join(verdict["faults"]) or "every result was right"
-        found = f"{verdict['date']}, {found}" if verdict["date"] else "none (realign-fast check)"
-        lines.append(f"{'check':13} {device}: {found}")
+        summary = "; ".join(verdict["faults"]) or "every result was right"
+        dated = f"{verdict['date']}, {summary}" if verdict["date"] else "none (realign-fast check)"
+        lines.append(f"{'check':13} {device}: {dated}")
     for op, device in product(ops.OPS, devices):
         backend = ops.backend_of(op, device)
         facts["ops"][op][device] = backend._asdict()

@@ -52,11 +52,11 @@ def check(
     facts |= {"ops": {}, "rates": {}, "faults": []}
     for op in ops:
         LOGGER.info("check of %s on %s: %s", op, device, ", ".join(known))
-        found = {name: _apart(_try, known[name], op, device, columns) or "" for name in known}
-        facts["ops"][op] = found
-        facts["faults"] += [f"{op} of {name}: {found[name]}" for name in known if found[name]]
+        wrong = {name: _apart(_try, known[name], op, device, columns) or "" for name in known}
+        facts["ops"][op] = wrong
+        facts["faults"] += [f"{op} of {name}: {wrong[name]}" for name in known if wrong[name]]
         if not op.endswith("rows_"):  # which are the kernels of the ops without "_"
-            right = {name: known[name] for name in known if not found[name]}
+            right = {name: known[name] for name in known if not wrong[name]}
             rates = _apart(_rates_of, right, op, device)
             facts["rates"][op] = rates if isinstance(rates, dict) else {"copy": rates}
     if fault := _apart(_try_algebra, device):
@@ -79,7 +79,7 @@ def _function(backend: Any, op: str, device: torch.device) -> Op:
 
 def _apart(work: Callable[..., Any], *arguments: Any) -> Any:
     """Return the result of a call in a process of its own, or in words why there is none."""
-    with ProcessPoolExecutor(1, CONTEXT, _begin, (LIMIT_SECONDS,)) as pool:
+    with ProcessPoolExecutor(1, CONTEXT, _set_alarm, (LIMIT_SECONDS,)) as pool:
         try:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool:
@@ -88,7 +88,7 @@ def _apart(work: Callable[..., Any], *arguments: Any) -> Any:
             return fault_of(error)
 
 
-def _begin(seconds: int) -> None:
+def _set_alarm(seconds: int) -> None:
     signal.alarm(seconds)  # which ends a process that hangs
     warnings.simplefilter("ignore")
 
@@ -101,8 +101,8 @@ def _try(backend: Any, op: str, device: torch.device, columns: Sequence[int]) ->
             results = trial.run(function)
             trial.check(results)
             expected = _bytes(results)
-            for way, again in _repeats(trial, function, results):
-                if not all(map(torch.equal, _bytes(again), expected)):
+            for way, repeated in _repeats(trial, function, results):
+                if not all(map(torch.equal, _bytes(repeated), expected)):
                     raise AssertionError(f"{trial.name}: other bytes in {way}")
             signal.alarm(LIMIT_SECONDS)
 
@@ -148,11 +148,11 @@ def _rates_of(backends: Mapping[str, Any], op: str, device: torch.device) -> dic
         runs[name] = partial(trial.run, _function(backend, op, device), rows)
     rates: dict[str, float] = dict.fromkeys(runs, 0)
     for turn, (name, run) in product(range(6), runs.items()):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        rate = len(rows) / (time.perf_counter() - begin) / 1e6
+        rate = len(rows) / (time.perf_counter() - start) / 1e6
         rates[name] = round(max(rates[name], rate * (turn > 0)), 3)  # the first turn warms up
     return rates
 
@@ -160,16 +160,16 @@ def _rates_of(backends: Mapping[str, Any], op: str, device: torch.device) -> dic
 def _try_algebra(device: torch.device) -> None:
     """Raise an AssertionError if ``whiten`` on the device is off the CPU for awkward spectra."""
     steps = torch.linspace(1, 2, 300, dtype=torch.float64)
-    basis, other = torch.linalg.qr(torch.randn(2, 300, 300, dtype=torch.float64))[0]
-    target = (other * steps) @ other.T
+    basis, target_basis = torch.linalg.qr(torch.randn(2, 300, 300, dtype=torch.float64))[0]
+    target = (target_basis * steps) @ target_basis.T
     for values in (steps.round(), (steps - 1.5).relu(), 1 + 1e-9 * steps):
         source = (basis * values) @ basis.T  # repeated, zero and clustered eigenvalues
-        for function, given in (
+        for function, matrices in (
             (whiten.inverse_root, [source]),
             (whiten.optimal_transport, [source, target]),
         ):
-            found = function(*(matrix.to(device) for matrix in given))
-            torch.testing.assert_close(found.cpu(), function(*given), rtol=0, atol=1e-8)
+            result = function(*(matrix.to(device) for matrix in matrices))
+            torch.testing.assert_close(result.cpu(), function(*matrices), rtol=0, atol=1e-8)
 
 
 def table_of(facts: dict[str, Any]) -> str:
@@ -180,8 +180,8 @@ def table_of(facts: dict[str, Any]) -> str:
     key, names = facts["key"], next(iter(facts["ops"].values()))
     heads = [*names, "copy", "product"]
     table = Table("op", *heads, title=f"{key['device']}, torch {key['torch']}, {facts['date']}")
-    for op, found in facts["ops"].items():
-        cells = {name: "WRONG" if found[name] else "right" for name in names}
+    for op, wrong in facts["ops"].items():
+        cells = {name: "WRONG" if wrong[name] else "right" for name in names}
         cells |= facts["rates"].get(op, {})
         table.add_row(op, *(str(cells.get(head, "")) for head in heads))
     Console(file=(text := io.StringIO()), width=100).print(table)

@@ -189,9 +189,9 @@ def _sample(content: Content, columns: Columns, item: Item, place: PlaceOf) -> I
 def _value(place: PlaceOf, names: Sequence[str]) -> Any:
     """Return the first member by one of `names`, or else value by such a key in the json member."""
     for name in names:
-        if found := place(name.lower()):
-            return _read_at(*found).decode("utf-8-sig").strip()
-    values = json.loads(_read_at(*found)) if (found := place("json")) else {}
+        if member := place(name.lower()):
+            return _read_at(*member).decode("utf-8-sig").strip()
+    values = json.loads(_read_at(*member)) if (member := place("json")) else {}
     known = values if isinstance(values, dict) else {}
     return next((known[name] for name in names if known.get(name) is not None), None)
 

@@ -60,13 +60,13 @@ class Chooser:
         """
         if chosen := self._chosen.get((op, index)):
             return chosen
-        asked, passed_over = os.environ.get(VARIABLE, "cpu"), ""
+        requested, passed_over = os.environ.get(VARIABLE, "cpu"), ""
         names = [self._kept[op]] if op in self._kept else [*self.backends]
-        for name in names if asked == "cpu" else [asked]:
-            fault, why = self._judge(op, name, index, test)
+        for name in names if requested == "cpu" else [requested]:
+            fault, reason = self._judge(op, name, index, test)
             if not fault:
-                chosen = Backend(name, why + passed_over)
-                if why != UNTESTED:
+                chosen = Backend(name, reason + passed_over)
+                if reason != UNTESTED:
                     self._chosen[op, index] = chosen
                 return chosen
             passed_over += f"; not {name}: {fault}"

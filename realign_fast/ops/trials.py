@@ -63,11 +63,11 @@ def trials(
         wide = [torch.float64 if value is result else value for value in arguments]
         exact = Trial("", rows, [tensor.double() for tensor in outputs], wide)
         truth = [tensor.double() for tensor in exact.run(getattr(reference, op))]
-        given = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
+        values = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
         name = f"{dtype}, D = {columns}, {label}".replace("torch.", "")
         limits = torch.finfo(result)
         errors = limits.eps + share, limits.eps * limits.smallest_normal + share * size
-        yield Trial(name, sent, [tensor.to(device) for tensor in outputs], given, truth, *errors)
+        yield Trial(name, sent, [tensor.to(device) for tensor in outputs], values, truth, *errors)
 
 
 def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) -> Iterator[Any]:
@@ -84,13 +84,19 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
     elif op == "add_scatter_":  # which reads and writes the upper triangle only
         scatter = torch.full((columns, columns), torch.nan).to(shift).tril(-1) + 1
         outputs, weights = [scatter, torch.ones_like(shift)], random(count).abs()
-        for name, given, variant, share in (
+        for name, row_weights, variant, share in (
             ("two terms", None, 0, 6e-6),
             ("weighted", weights, 0, 6e-6),
             ("accurate", weights, 0, 1e-14),
             ("fast", None, 1, 1e-3),
         ):
-            arguments = [0.1 * shift.float().double(), given, True, name == "accurate", variant]
+            arguments = [
+                0.1 * shift.float().double(),
+                row_weights,
+                True,
+                name == "accurate",
+                variant,
+            ]
             size = 1 + count / columns**0.5
             yield name, outputs, arguments, torch.float64, 1e-14 if is_exact else share, size
     else:
@@ -110,5 +116,5 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
 
 def fault_of(error: Exception) -> str:
     """Return an error as one line: what is wrong with a backend that raised it."""
-    words = " ".join(str(error).split())
-    return words if isinstance(error, AssertionError) else f"{type(error).__name__}: {words}"
+    message = " ".join(str(error).split())
+    return message if isinstance(error, AssertionError) else f"{type(error).__name__}: {message}"

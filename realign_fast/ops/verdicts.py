@@ -30,7 +30,7 @@ def key_of(device: torch.device) -> dict[str, str]:
     else:
         name = "".join(re.findall("model name\t: (.*)", _text("/proc/cpuinfo"))[:1])
         driver, capability = "", torch.backends.cpu.get_cpu_capability()
-    triton = "".join(found.version for found in metadata.distributions(name="triton"))
+    triton = "".join(package.version for package in metadata.distributions(name="triton"))
     facts = {"device": name, "capability": capability, "driver": driver, "triton": triton}
     code = hashlib.blake2b(digest_size=16)
     for path in sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("ops/**/*.py")]):

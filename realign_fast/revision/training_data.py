@@ -130,8 +130,8 @@ def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
         raise ValueError(f"{corpus.path}: {fault}; give every row its own") from error
 
     def _row_of(row_id: str) -> int | None:
-        found = database.execute("SELECT row FROM ids WHERE id = ?", (row_id,)).fetchone()
-        return found[0] if found else None
+        match = database.execute("SELECT row FROM ids WHERE id = ?", (row_id,)).fetchone()
+        return match[0] if match else None
 
     return _row_of
 
