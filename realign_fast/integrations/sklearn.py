@@ -61,6 +61,12 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         super().__init__(store_precision=store_precision, assume_centered=assume_centered)
         self.accurate = accurate
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle; one of version 0.1.0 has no ``precision_``."""
+        super().__setstate__(state)
+        if hasattr(self, "covariance_") and not hasattr(self, "precision_"):
+            self._set_covariance(self.covariance_)
+
     def fit(self, X: ArrayLike, y: None = None) -> StreamingCovariance:
         """Forget all earlier rows and fit on finite rows X [N, D]; ``y`` is ignored."""
         self._add(X, reset=True)
