@@ -90,23 +90,87 @@ _PUBLIC = {  # the page of each module
     "realign_fast.integrations.faiss": "integrations",
     "realign_fast.integrations.sentence_transformers": "integrations",
 }
+# Public names that no module above exports: pages import them from the modules that define them.
+_FURTHER = {
+    "realign_fast.shared_space": (["centring_map"], "package"),
+    "realign_fast.pipeline.engines.ray_driver": (["RayTasks"], "pipeline"),
+    "realign_fast.demo": (["DATA"], "package"),
+}
+_VALUES = {
+    "DATA": 'The directory of the built-in rows; `DATA / "heldout"` holds rows to test on.',
+    "Shrinkage": "The type of the argument `shrinkage`: a number from 0 to 1, `oas`, "
+    "`ledoit-wolf` or None.",
+}
+_IN_FULL = ("ReAlign", "Moments", "SharedSpace", "Corpus")  # with signatures and methods
 
 
 def api_tables() -> str:
     """Return a table for each public module: its names, and the first line of their docstrings."""
     lines = []
-    for name, page in _PUBLIC.items():
+    modules = [(name, _public_names(import_module(name)), page) for name, page in _PUBLIC.items()]
+    modules += [(name, *entry) for name, entry in _FURTHER.items()]
+    for name, names, page in modules:
         module = import_module(name)
         lines += ["", f"## [{name}]({page}.md)", "", "| name | what it is |", "|---|---|"]
-        for public in sorted(_public_names(module)):
+        for public in sorted(names):
             member = getattr(module, public)
             if not inspect.ismodule(member):
                 known = inspect.isclass(member) or inspect.isfunction(member)
-                text = (inspect.getdoc(member) or "") if known else "A type of an argument."
-                text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.splitlines()[0])
-                text = text.replace("``", "`").replace("|", "\\|")
-                lines.append(f"| `{public}` | {text} |")
+                lines.append(f"| `{public}` | {_summary(member) if known else _VALUES[public]} |")
+        if name == "realign_fast":
+            for public in _IN_FULL:
+                lines += _class_table(public, getattr(module, public))
     return "\n".join(lines) + "\n"
+
+
+def _class_table(name: str, kind: type) -> list[str]:
+    """Return a section for a class: its signature, and a row for each public method."""
+    lines = ["", f"### {name}", "", f"`{name}{_signature(kind)}`", "", "| member | what it is |"]
+    lines.append("|---|---|")
+    own = {key: value for base in reversed(kind.__mro__) for key, value in _own(base)}
+    for member, value in sorted(own.items()):
+        if isinstance(value, property):
+            shown, documented = member, value.fget
+        else:
+            documented = getattr(kind, member)
+            shown = f"{member}{_signature(documented)}"
+        lines.append(f"| `{shown}` | {_summary(documented)} |")
+    return lines
+
+
+def _own(kind: type) -> list[tuple[str, Any]]:
+    """Return the public methods and properties that a class of this package defines."""
+    if not kind.__module__.startswith("realign_fast"):
+        return []
+    kinds = (property, classmethod, staticmethod)
+    return [
+        (name, value)
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and (isinstance(value, kinds) or inspect.isfunction(value))
+        if inspect.getdoc(getattr(kind, name))
+    ]
+
+
+def _signature(member: Any) -> str:
+    """Return the arguments of a function or a class with their defaults, without their types."""
+    signature = inspect.signature(member)
+    arguments = [
+        argument.replace(annotation=inspect.Parameter.empty)
+        for argument in signature.parameters.values()
+        if argument.name != "self"
+    ]
+    text = str(inspect.Signature(arguments))
+    return text.replace("|", "\\|")
+
+
+def _summary(member: Any) -> str:
+    """Return the first sentence of a docstring, or its first line, as a cell of a table."""
+    paragraph = (inspect.getdoc(member) or "").split("\n\n")[0]
+    text = " ".join(paragraph.split("\n-")[0].split())
+    text = text.rsplit(";", 1)[0] if text.endswith(":") else text  # a list would follow
+    text = re.split(r"(?<=[.;:]) ", text)[0] if len(text) > 200 else text
+    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text)
+    return text.replace("``", "`").replace("|", "\\|").rstrip(";:")
 
 
 def _public_names(module: Any) -> list[str]:

@@ -9,7 +9,7 @@ again.
 
 import argparse
 
-from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline import align
 from realign_fast.pipeline.engines.ray_driver import RayTasks
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from support.pages import PAGES, README, ROOT, blocks, run_page
 
+import realign_fast
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli.main import main
 from realign_fast.demo import DATA
@@ -51,6 +53,41 @@ def test_the_api_index_lists_every_public_name(monkeypatch):
     assert conf.api_tables() in index, "build the site, and commit the page that was written"
     for module, page in conf._PUBLIC.items():
         assert module in (DOCS / "api" / f"{page}.md").read_text()
+    for module, (names, page) in conf._FURTHER.items():
+        text = (DOCS / "api" / f"{page}.md").read_text()
+        assert all(f"{module}.{name}" in text for name in names)
+    entries = re.findall(r"^\| `(.*?)` \| (.*) \|$", conf.api_tables(), re.MULTILINE)
+    assert len(entries) > 150 and not [name for name, text in entries if len(text.strip()) < 10]
+    for name in ("ReAlign", "Moments", "SharedSpace", "Corpus"):
+        kind = getattr(realign_fast, name)
+        section = index.split(f"\n### {name}\n")[1].split("\n#")[0]
+        members = {name for name in vars(kind) if not name.startswith("_")}
+        listed = {re.split(r"\W", shown)[0] for shown in re.findall(r"^\| `(.*?)`", section, re.M)}
+        assert {name for name in members if inspect.isfunction(vars(kind)[name])} <= listed
+
+
+def test_pages_import_public_names_alone(monkeypatch):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(DOCS))
+    conf = importlib.import_module("conf")
+    public = {
+        module: set(conf._public_names(importlib.import_module(module))) for module in conf._PUBLIC
+    }
+    public |= {module: {*names} for module, (names, _) in conf._FURTHER.items()}
+    modules = {name.rpartition(".")[2] for name in public}
+    hidden = []
+    for page in PAGES:
+        for block in blocks(page):
+            pattern = r"^from (realign_fast[\w.]*) import (\w[\w, ]*)$"
+            for module, names in re.findall(pattern, block.code, re.MULTILINE):
+                if block.language == "python":
+                    listed = public.get(module, set()) | modules
+                    hidden += [
+                        f"{page.name}: {module}.{name}"
+                        for name in names.split(", ")
+                        if name not in listed
+                    ]
+    assert not hidden
 
 
 @pytest.fixture
