@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,6 +124,48 @@ def test_the_code_of_a_page_runs(page, names, capsys):
     if page.stem == "start":
         assert "0.392881 -> 0.000462" in capsys.readouterr().out, "the page quotes these figures"
         assert names["scores"].argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_script_for_ddp_continues_after_its_checkpoint(tmp_path):
+    (block,) = (
+        b for b in blocks(DOCS / "pytorch.md") if b.comment.endswith("test_site.py runs this")
+    )
+    printed = []
+    for script, steps in (("half", 2), ("train", 4), ("whole", 4)):
+        code = block.code.replace("CHECKPOINT = 64, 4, 2", f"CHECKPOINT = 64, {steps}, 2")
+        assert code.count(f"= 64, {steps}, 2") == 1
+        if script == "whole":
+            code = code.replace('"checkpoint.pt"', '"whole.pt"')
+        (tmp_path / f"{script}.py").write_text(code)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+        ]
+        run = subprocess.run(
+            [*command, f"{script}.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout.strip())
+    assert printed == [
+        "began at step 0, 512 rows of 2 ranks",
+        "began at step 2, 1024 rows of 2 ranks",
+        "began at step 0, 1024 rows of 2 ranks",
+    ]
+    states = [
+        torch.load(tmp_path / name, weights_only=True) for name in ("checkpoint.pt", "whole.pt")
+    ]
+    for name, value in states[0]["model"].items():
+        exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(value, states[1]["model"][name], **exact)
 
 
 def test_blocks_that_are_not_run_say_why():
