@@ -59,15 +59,20 @@ def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     return entries
 
 
-def check_unchanged(shard: Shard, expected: Entry) -> None:
-    """Raise ValueError for a shard whose identity is not what it was when the run began."""
+def changes(shard: Shard, expected: Entry) -> str:
+    """Say how a shard differs from its identity when the run began; empty if it does not."""
     current = identity(shard)
     pairs = ((name, current[name], value) for name, value in expected.items())
     texts = [f"its {name} is {now!r}, not {value!r}" for name, now, value in pairs if now != value]
-    if texts:
+    return "; ".join(texts) + " as when the run began" * bool(texts)
+
+
+def check_unchanged(shard: Shard, expected: Entry) -> None:
+    """Raise ValueError for a shard whose identity is not what it was when the run began."""
+    if difference := changes(shard, expected):
         raise ValueError(
-            f"{shard.path}: changed during the run: {'; '.join(texts)} as when the run began; let "
-            "its writer finish and run again: what is finished is kept, this shard is read anew"
+            f"{shard.path}: changed during the run: {difference}; let its writer finish and run "
+            "again: what is finished is kept, this shard is read anew"
         )
 
 

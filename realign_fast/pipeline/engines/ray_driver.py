@@ -3,8 +3,8 @@
 The task of a pass goes into Ray's object store once, and each Ray task gets the index of a shard.
 It reads and writes the files of that shard by the paths that this process uses, and returns
 statistics: rows never travel. The nodes need a shared file system or URLs, with the packages and
-the credentials that open them. A node that does not see the output, or runs another
-``realign_fast``, is refused before it reads a row.
+the credentials that open them. A node that sees other files, or runs another ``realign_fast``, is
+refused before it reads a row.
 
 Ray repeats a task whose worker or node died; an exception of ours is raised as it is. The number of
 tasks behind the first one that still runs is bounded. Sources: Ray Core's documentation of tasks,
@@ -13,12 +13,14 @@ fault tolerance and Ray Client (docs.ray.io).
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
 import socket
 import threading
 import time
+import traceback
 import uuid
 import warnings
 import weakref
@@ -33,17 +35,20 @@ import torch
 from ... import __version__
 from ..._extras import import_extra
 from ...corpus.io_extension import survive_lost_pages
-from ..checkpoints import STATS, code_version
+from ..checkpoints import STATS, changes, code_version
+from ..shard_tasks import ShardTask
 from .local import Task
 
 _CONNECT_SECONDS = 10  # for a host to answer
+_POLL_SECONDS = 5  # between two queries of the nodes
+_PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
 _GRACE_SECONDS = 10  # for a cancelled task to clean up
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
 
 
 class Job(NamedTuple):
-    """Data of all Ray tasks of one pass."""
+    """Data of all Ray tasks of one pass, as plain values that any version can unpickle."""
 
     version: str  # of the driver
     folder: str  # its working directory, as paths may be relative to it
@@ -52,12 +57,15 @@ class Job(NamedTuple):
     task: bytes
 
 
+_loaded: tuple[Any, Job, Task] | None = None  # the job of this worker process, and its reference
+
+
 class RayTasks(AbstractContextManager["RayTasks"]):
     """An engine of Ray tasks: ``align(text, image, out, engine=RayTasks("auto"))``.
 
     The first call connects to Ray; :meth:`close`, the end of a ``with`` block or of this object
     disconnects. A Ray that was started here ends then, and one that was joined goes on. A Ray to
-    which the program is connected already is used as it is, if no ``address`` is given.
+    which the program is connected already is used as it is.
 
     Args:
         address: ``None`` is the environment's ``RAY_ADDRESS`` or, if that is not set, a Ray that is
@@ -72,7 +80,7 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: amounts that no task can have.
+        ValueError: amounts that no task can have, or options for a Ray that is connected already.
         OSError: from a call, if Ray cannot be reached or the workers of a shard died too often.
     """
 
@@ -85,27 +93,36 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         retries: int = 3,
         ship: bool = False,
     ) -> None:
+        possible = gpus_per_task < 1 or float(gpus_per_task).is_integer()
+        if cpus_per_task < 1 or gpus_per_task < 0 or not possible or retries < 0:
+            raise ValueError(
+                f"a task of Ray: got {cpus_per_task} CPUs, {gpus_per_task} GPUs, {retries} "
+                "retries, expected a CPU or more, a part of a GPU or whole ones, 0 retries or more"
+            )
         self.address, self.ship, self.retries = address, ship, retries
-        self._needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
+        needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
+        self._needs = {resource: amount for resource, amount in needs.items() if amount}
         self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
+        self._slots, self._polled, self._lacking_since = 0, -math.inf, math.inf
 
     def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
         """Yield the results of ``task`` in the order of the shards."""
         if not len(shards):
             return
-        ray, waiting = self._connect(), deque[tuple[int, Any]]()
-        self._expect_slots()
+        ray, waiting = self._connect(), deque[tuple[str, Any]]()
         with _witness(task) as witness:
             threads = int(self._needs["CPU"])
             job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
-            shared = ray.put(job)
-            remote_task = ray.remote(run_shard).options(
+            # In a list the job is fetched once a worker; as an argument it would be once a task.
+            shared = [ray.put(tuple(job))]
+            remote_task = ray.remote(_task_function()).options(
                 name=f"realign-fast {getattr(task, 'name', '')}".strip(),
                 num_cpus=threads,
-                num_gpus=self._needs["GPU"],
+                num_gpus=self._needs.get("GPU", 0),
                 max_retries=self.retries,
+                retry_exceptions=False,
                 scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
             )
             ended = False
@@ -113,12 +130,15 @@ class RayTasks(AbstractContextManager["RayTasks"]):
                 for shard in shards:
                     while len(waiting) >= 2 * max(1, self._task_slots()):
                         yield self._first_result(waiting)
-                    waiting.append((shard, remote_task.remote(shared, shard)))
+                    place = f"shard {shard}"
+                    if isinstance(task, ShardTask):
+                        place = str(task.corpus.shards[shard].path)
+                    waiting.append((place, remote_task.remote(shared, shard)))
                 while waiting:
                     yield self._first_result(waiting)
                 ended = True
             finally:
-                self._cancel([reference for _, reference in waiting])
+                _cancel(ray, [reference for _, reference in waiting])
                 if self._started and not ended:  # at the end of the process it may be too late
                     self.close()
 
@@ -133,7 +153,12 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     def _connect(self) -> Any:
         ray = self._ray
-        if ray.is_initialized() and (self._disconnect or not (self.address or self.ship)):
+        if ray.is_initialized():
+            if self._disconnect is None and (self.address or self.ship):
+                raise ValueError(
+                    f"Ray is reached already, so address {self.address!r} and ship={self.ship} "
+                    "come too late; leave them out, or call ray.shutdown() first"
+                )
             return ray
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         self._started = address == "local"
@@ -142,67 +167,69 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             options |= {"num_cpus": torch.get_num_threads(), "include_dashboard": False}
         if self.ship:
             options["runtime_env"] = {"py_modules": [str(_PACKAGE)]}
-        handler = signal.getsignal(signal.SIGTERM)
         try:
             _check_listening(address)
-            with warnings.catch_warnings():
+            with _signal_handler_restored(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address, **options)
+        except ImportError as error:
+            advice = "run `pip install 'realign_fast[ray]'`"
+            raise ImportError(f"{address}: {error}; {advice}") from error
         except Exception as error:
             raise ConnectionError(
                 f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
                 "that host and port are right (ray://HOST:10001 from outside a cluster), that Ray "
                 "and Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
             ) from error
-        finally:  # of SIGTERM, which Ray replaces
-            if callable(handler) and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
-        self._disconnect = weakref.finalize(self, ray.shutdown)
+        self._disconnect, self._polled = weakref.finalize(self, ray.shutdown), -math.inf
         return ray
 
     def _task_slots(self) -> int:
-        """Return how many tasks the cluster has room for at once, whatever runs there now."""
-        resources, needs = self._ray.cluster_resources(), self._needs.items()
-        return min(int(resources.get(name, 0) / amount) for name, amount in needs if amount)
+        """Return how many tasks the nodes have room for at once, whatever runs there now.
 
-    def _expect_slots(self) -> None:
-        """Refuse a task that does not fit into a Ray of our own; warn that it waits for a node."""
-        if self._task_slots():
-            return
+        A task that fits no node is an error, of a cluster after ``_PATIENCE_SECONDS``.
+        """
+        now = time.monotonic()
+        if now - self._polled <= _POLL_SECONDS:
+            return self._slots
+        self._polled, needs = now, self._needs.items()
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        self._slots = sum(min(int(node.get(k, 0) / need) for k, need in needs) for node in nodes)
+        if self._slots:
+            self._lacking_since = math.inf
+            return self._slots
         problem = (
             "no node of the Ray cluster has what a task asks for "
-            f"({', '.join(f'{amount:g} {name}' for name, amount in self._needs.items())}); give "
-            "less to --cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, "
-            "or add a node"
+            f"({', '.join(f'{need:g} {name}' for name, need in needs)}); give less to "
+            "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
+            "a node"
         )
         if self._started:
-            self.close()
             raise ValueError(problem)
-        warnings.warn(f"{problem}; waiting for one", stacklevel=4)
+        if self._lacking_since == math.inf:
+            self._lacking_since = now
+            warnings.warn(f"{problem}; waiting for one", stacklevel=4)
+        if now - self._lacking_since > _PATIENCE_SECONDS:
+            raise OSError(problem)
+        return 0
 
-    def _first_result(self, waiting: deque[tuple[int, Any]]) -> Any:
+    def _first_result(self, waiting: deque[tuple[str, Any]]) -> Any:
         """Return the result of the first task, which is removed only when it has ended."""
-        exceptions, (shard, reference) = self._ray.exceptions, waiting[0]
+        ray, (name, reference) = self._ray, waiting[0]
+        while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
+            self._task_slots()
         try:
-            value = self._ray.get(reference)
-        except exceptions.RayTaskError as failure:
-            raise failure.cause from failure
-        except exceptions.RayError as failure:
+            value, error, trace = pickle.loads(ray.get(reference))
+        except ray.exceptions.RayError as failure:
             raise ConnectionError(
-                f"shard {shard}: Ray gave up on it ({_first_line(failure)}) after {self.retries} "
-                "retries; what is finished is kept: run the same command again, with more "
-                "--cpus-per-task if memory was short"
+                f"{name}: Ray gave up on it ({_first_line(failure)}) after {self.retries} retries; "
+                "what is finished is kept: run the same command again, with more --cpus-per-task "
+                "if memory was short"
             ) from failure
         waiting.popleft()
+        if error is not None:
+            raise error from RuntimeError(f"in a task of Ray:\n{trace}")
         return value
-
-    def _cancel(self, references: list[Any]) -> None:
-        """Stop tasks as Ctrl-C does, and wait until they have cleaned up."""
-        if references and self._ray.is_initialized():
-            with suppress(Exception):  # the cluster is gone, which the error that led here says
-                for reference in references:
-                    self._ray.cancel(reference)
-                self._ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
 
 
 def _check_listening(address: str) -> None:
@@ -215,8 +242,20 @@ def _check_listening(address: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
     return (lines or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def _signal_handler_restored() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which Ray replaces."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        yield
+    finally:
+        if callable(previous):
+            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -237,31 +276,102 @@ def _witness(task: Task) -> Iterator[str | None]:
         path.unlink(missing_ok=True)
 
 
+def _cancel(ray: Any, references: list[Any]) -> None:
+    """Stop tasks as Ctrl-C does, and kill those that have not cleaned up after a while."""
+    if not references or not ray.is_initialized():
+        return
+    with suppress(Exception):  # the cluster is gone, which the error that led here says
+        for reference in references:
+            ray.cancel(reference)
+        _, running = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _task_function() -> Callable[[list[Any], int], bytes]:
+    """Return a function that Ray sends by value, so that a node without this package can answer."""
+
+    def run(shared: list[Any], shard: int) -> bytes:
+        """Do one shard; (result, error, traceback), pickled."""
+        try:
+            import ray
+
+            from realign_fast.pipeline.engines.ray_driver import run_shard
+        except ImportError as error:
+            import pickle
+            import socket
+
+            node = f"Ray node {socket.gethostname()}"
+            advice = "install the realign_fast of the driver there, or send it along (--ray-ship)"
+            return pickle.dumps((None, ImportError(f"{node}: {error}; {advice}"), ""))
+        return run_shard(ray.get, shared, shard)
+
+    return run
+
+
 def program_version() -> str:
     """Return the version of this package and the kernel it uses, the same on every node."""
     return code_version(version=__version__)
 
 
-def run_shard(job: Job, shard: int) -> Any:
-    """Do one shard of a job, on a node that runs the program of the driver and sees its output."""
-    node = f"Ray node {socket.gethostname()}"
+def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
+    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled.
+
+    The job is loaded once a process. This node has to run the program of the driver and to see its
+    files.
+    """
+    global _loaded
     survive_lost_pages()
-    if job.version != program_version():
+    previous_folder = os.getcwd()
+    answer: tuple[Any, Exception | None, str]
+    try:
+        if _loaded is None or _loaded[0] != shared[0]:
+            job = Job(*get(shared[0]))
+            if job.version != program_version():
+                raise ValueError(
+                    f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
+                    f"{job.version}, and their results could differ; install the same on every "
+                    "node, or send it along (--ray-ship, ship=True)"
+                )
+            _loaded = shared[0], job, pickle.loads(job.task)
+        _, job, task = _loaded
+        if os.path.isdir(job.folder):
+            os.chdir(job.folder)
+        torch.set_num_threads(job.threads)
+        if isinstance(task, ShardTask):
+            _check_shared(task, shard, job)
+        answer = task(shard), None, ""
+    except Exception as error:
+        answer = None, error, traceback.format_exc()
+    finally:
+        os.chdir(previous_folder)
+    return pickle.dumps(answer)
+
+
+def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
+    """Refuse a node that does not see the files that the driver sees."""
+    path = task.corpus.shards[shard].path
+    location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
+    advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
+    try:
+        difference = changes(task.corpus.shards[shard], task.identities[shard])
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        if path.is_remote:
+            raise OSError(f"on {_node()}: {error.strerror or error}") from error
+        raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
+    if difference:
         raise ValueError(
-            f"{node}: runs {program_version()} (in {_PACKAGE}), the driver {job.version}, and "
-            "their results could differ; install the same on every node, or send it along "
-            "(--ray-ship, ship=True)"
+            f"{location}: on {_node()} {difference}; let its writer finish and run again, or, if "
+            f"nobody writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
     while job.witness and not os.path.exists(job.witness):
         if time.monotonic() > deadline:
-            raise OSError(
-                f"{Path(job.witness).parents[1]}: is not seen on {node}; every node reads and "
-                "writes by the driver's paths: give paths of a shared file system"
-            )
+            out = Path(job.witness).parents[1]
+            raise OSError(f"{out}: is not seen on {_node()}; {advice}")
         time.sleep(0.1)
-    if os.path.isdir(job.folder):
-        os.chdir(job.folder)
-    torch.set_num_threads(job.threads)
-    task: Task = pickle.loads(job.task)
-    return task(shard)
+
+
+def _node() -> str:
+    return f"Ray node {socket.gethostname()}"
