@@ -25,7 +25,7 @@ def page_code(word):
     """The block of docs/shared_space.md, "Where people keep rows", that imports a package."""
     section = PAGE.split("## Where people keep rows\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    (block,) = (block for block in blocks if re.search(rf"^(import|from) {word}", block, re.M))
+    block = [block for block in blocks if re.search(rf"^(import|from) {word}", block, re.M)][-1]
     return compile(block, "docs/shared_space.md", "exec")
 
 

@@ -42,6 +42,7 @@ from .local import Task
 _CONNECT_SECONDS = 10  # for a host to answer
 _POLL_SECONDS = 5  # between two queries of the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
+_SHORT_SECONDS = 1  # in which most tasks that have failed end by themselves
 _GRACE_SECONDS = 10  # for a cancelled task to clean up
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
@@ -281,11 +282,14 @@ def _cancel(ray: Any, references: list[Any]) -> None:
     if not references or not ray.is_initialized():
         return
     with suppress(Exception):  # the cluster is gone, which the error that led here says
-        for reference in references:
-            ray.cancel(reference)
-        _, running = ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
-        for reference in running:
-            ray.cancel(reference, force=True)
+        # Ray 2.60 aborts this process when it cancels a task that ends at that moment, so short
+        # tasks are left to end.
+        _, running = ray.wait(references, num_returns=len(references), timeout=_SHORT_SECONDS)
+        for force in (False, True):
+            for reference in running:
+                ray.cancel(reference, force=force)
+            if running:
+                _, running = ray.wait(running, num_returns=len(running), timeout=_GRACE_SECONDS)
 
 
 def _task_function() -> Callable[[list[Any], int], bytes]:
