@@ -128,8 +128,7 @@ def attack(
             shutil.rmtree(out, ignore_errors=True)
             status, said, _, failed = run(arguments, out, number, KINDS[kind])
             tried += bool(failed)
-            is_harmless = kind == "short" or (kind == "EINTR" and failed.startswith(REPEATED))
-            fault = fault_of(status, said, is_harmless, files_of(out), clean)
+            fault = fault_of(status, said, is_harmless(kind, failed), files_of(out), clean)
             if not fault:
                 status, again, _, _ = run(arguments, out, -1, 0)
                 differing = different(files_of(out), clean)
@@ -140,10 +139,15 @@ def attack(
     return {"command": command, "sites": calls, "tried": tried, "faults": faults}
 
 
+def is_harmless(kind: str, call: str) -> bool:
+    """Return whether a program repeats a call that failed in this way, and goes on."""
+    return kind == "short" or (kind == "EINTR" and call.startswith(REPEATED))
+
+
 def fault_of(
     status: int | None,
     said: str,
-    is_harmless: bool,
+    can_be_repeated: bool,
     files: dict[str, bytes],
     clean: dict[str, bytes],
 ) -> str:
@@ -152,7 +156,7 @@ def fault_of(
         return f"no end within {SECONDS} s\n{said}"
     if status < 0 or "Traceback" in said:
         return f"status {status}\n{said}"
-    if status and is_harmless:
+    if status and can_be_repeated:
         return f"status {status} where the call could be repeated\n{said}"
     if status and ("/" not in said or "rror" not in said):
         return f"status {status} without an error that names a file\n{said}"

@@ -57,15 +57,11 @@ def _command_line(*arguments: object) -> None:
 
 
 def _of_two_sides(verb: str, *options: str, kills_children: bool = False) -> Command:
-    work = Path.cwd()
-    small = ["--batch-bytes", "16384", *options]
+    sides = _corpora(Path.cwd())
 
     def run(out: Path) -> None:
-        _command_line(
-            verb, "--text", work / "text", "--image", work / "image", *small, "--out", out
-        )
+        _command_line(verb, *sides, "--batch-bytes", "16384", *options, "--out", out)
 
-    _corpora(work)
     return Command(run, kills_children=kills_children)
 
 

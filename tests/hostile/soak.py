@@ -28,10 +28,10 @@ from pathlib import Path
 from hostile.faults import (
     COMMANDS,
     KINDS,
-    REPEATED,
     begin_again_preloaded,
     fault_of,
     files_of,
+    is_harmless,
     write_sources,
 )
 
@@ -85,8 +85,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, object]:
         shutil.rmtree(out, ignore_errors=True)
         status, said, _, call = run_here(work[name], out, number, KINDS[kind])
         failed += bool(call)
-        is_harmless = kind == "short" or (kind == "EINTR" and call.startswith(REPEATED))
-        fault = fault_of(status, said, is_harmless, files_of(out), clean[name])
+        fault = fault_of(status, said, is_harmless(kind, call), files_of(out), clean[name])
         if not fault:
             status, said, _, _ = run_here(work[name], out)
             if status or files_of(out) != clean[name]:
