@@ -42,8 +42,7 @@ from .local import Task
 _CONNECT_SECONDS = 10  # for a host to answer
 _POLL_SECONDS = 5  # between two queries of the nodes
 _PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
-_SHORT_SECONDS = 1  # in which most tasks that have failed end by themselves
-_GRACE_SECONDS = 10  # for a cancelled task to clean up
+_GRACE_SECONDS = 10  # for a task to end by itself, and for a cancelled one to clean up
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
 
@@ -112,22 +111,21 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         """Yield the results of ``task`` in the order of the shards."""
         if not len(shards):
             return
-        ray, waiting = self._connect(), deque[tuple[str, Any]]()
-        with _witness(task) as witness:
-            threads = int(self._needs["CPU"])
-            job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
-            # In a list the job is fetched once a worker; as an argument it would be once a task.
-            shared = [ray.put(tuple(job))]
-            remote_task = ray.remote(_task_function()).options(
-                name=f"realign-fast {getattr(task, 'name', '')}".strip(),
-                num_cpus=threads,
-                num_gpus=self._needs.get("GPU", 0),
-                max_retries=self.retries,
-                retry_exceptions=False,
-                scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
-            )
-            ended = False
-            try:
+        ray, waiting, ended = self._connect(), deque[tuple[str, Any]](), False
+        try:
+            with _witness(task) as witness:
+                threads = int(self._needs["CPU"])
+                job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
+                # In a list the job is fetched once a worker; as an argument it would be once a task
+                shared = [ray.put(tuple(job))]
+                remote_task = ray.remote(_task_function()).options(
+                    name=f"realign-fast {getattr(task, 'name', '')}".strip(),
+                    num_cpus=threads,
+                    num_gpus=self._needs.get("GPU", 0),
+                    max_retries=self.retries,
+                    retry_exceptions=False,
+                    scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
+                )
                 for shard in shards:
                     while len(waiting) >= 2 * max(1, self._task_slots()):
                         yield self._first_result(waiting)
@@ -138,10 +136,11 @@ class RayTasks(AbstractContextManager["RayTasks"]):
                 while waiting:
                     yield self._first_result(waiting)
                 ended = True
-            finally:
-                _cancel(ray, [reference for _, reference in waiting])
-                if self._started and not ended:  # at the end of the process it may be too late
-                    self.close()
+        finally:
+            # The witness is gone, so tasks that have not begun do nothing.
+            _cancel(ray, [reference for _, reference in waiting])
+            if self._started and not ended:  # at the end of the process it may be too late
+                self.close()
 
     def close(self) -> None:
         """Disconnect from Ray; a Ray that was started here ends."""
@@ -282,14 +281,16 @@ def _cancel(ray: Any, references: list[Any]) -> None:
     if not references or not ray.is_initialized():
         return
     with suppress(Exception):  # the cluster is gone, which the error that led here says
-        # Ray 2.60 aborts this process when it cancels a task that ends at that moment, so short
-        # tasks are left to end.
-        _, running = ray.wait(references, num_returns=len(references), timeout=_SHORT_SECONDS)
-        for force in (False, True):
-            for reference in running:
-                ray.cancel(reference, force=force)
-            if running:
-                _, running = ray.wait(running, num_returns=len(running), timeout=_GRACE_SECONDS)
+        # Ray aborts this process when it cancels a task that ends at that moment (pull request
+        # 54738 of ray-project/ray), so tasks are left to end.
+        running = references
+        for cancel in (None, False, True):
+            if cancel is not None:
+                for reference in running:
+                    ray.cancel(reference, force=cancel)
+            _, running = ray.wait(running, num_returns=len(running), timeout=_GRACE_SECONDS)
+            if not running:
+                return
 
 
 def _task_function() -> Callable[[list[Any], int], bytes]:
