@@ -9,35 +9,13 @@ A matrix that is no covariance (not [D, D], not finite, not symmetric, or with a
 what rounding explains) is refused with a ValueError, any other object with a TypeError.
 """
 
-from .eigen import default_floor
-from .low_rank import LowRank
-from .matrix_roots import Whitening, inverse_root, symmetric_root, whitening
-from .shrinkage import Shrinkage, shrink, shrinkage
-from .transport import (
-    AffineMap,
-    affine_transport,
-    blockwise,
-    bures_distance,
-    coral,
-    optimal_transport,
-    squared_bures_distance,
-)
-
-__all__ = [
-    "AffineMap",
-    "LowRank",
-    "Shrinkage",
-    "Whitening",
-    "affine_transport",
-    "blockwise",
-    "bures_distance",
-    "coral",
-    "default_floor",
-    "inverse_root",
-    "optimal_transport",
-    "shrink",
-    "shrinkage",
-    "squared_bures_distance",
-    "symmetric_root",
-    "whitening",
-]
+from .eigen import default_floor as default_floor
+from .matrix_roots import inverse_root as inverse_root
+from .matrix_roots import symmetric_root as symmetric_root
+from .shrinkage import Shrinkage as Shrinkage
+from .shrinkage import shrink as shrink
+from .shrinkage import shrinkage as shrinkage
+from .transport import blockwise as blockwise
+from .transport import bures_distance as bures_distance
+from .transport import coral as coral
+from .transport import optimal_transport as optimal_transport

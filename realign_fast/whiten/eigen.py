@@ -15,8 +15,6 @@ from torch import Tensor
 from .._argument_checks import expect_numbers, expect_tensor
 from .._one_thread import at_once, product
 
-EPSILON = torch.finfo(torch.float64).eps
-
 
 class FlooredEigen(NamedTuple):
     """The eigenpairs ``S = vectors diag(values) vectors'``, zero at or under the floor."""
@@ -28,7 +26,8 @@ class FlooredEigen(NamedTuple):
 
     def factor(self, exponent: float) -> Tensor:
         """Return F [D, D] with ``F F' = S^(2 exponent)``."""
-        return self.vectors * power_of(self.values, exponent)
+        # (0 for 0: the pseudo-inverse for a negative exponent)
+        return self.vectors * torch.where(self.values > 0, self.values**exponent, 0.0)
 
     def power(self, exponent: float) -> Tensor:
         """Return ``S^exponent`` [D, D], symmetric to the last bit."""
@@ -130,7 +129,10 @@ def default_floor(covariance: Tensor) -> float:
     """
     expect_tensor("whiten", covariance, "the covariance")
     columns = len(covariance)
-    return max(columns * EPSILON, float(columns**0.5) * torch.finfo(covariance.dtype).eps)
+    return max(
+        columns * torch.finfo(torch.float64).eps,
+        float(columns**0.5) * torch.finfo(covariance.dtype).eps,
+    )
 
 
 def floor_of(covariance: Tensor, floor: float | None) -> float:
@@ -151,11 +153,6 @@ def warn_floored(floored: int, columns: int, floor: float) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def power_of(values: Tensor, exponent: float) -> Tensor:
-    """Return ``values^exponent``, and 0 for 0: the pseudo-inverse for a negative exponent."""
-    return torch.where(values > 0, values**exponent, 0.0)
 
 
 def symmetric(matrix: Tensor) -> Tensor:

@@ -16,12 +16,7 @@ _NOT_UNIT = 1e-5  # E|u|^2 of rows that were made unit length in float32 is near
 
 @one_thread
 def shrinkage(
-    covariance: Tensor,
-    method: Shrinkage,
-    *,
-    count: int | None = None,
-    mean: Tensor | None = None,
-    fourth_moment: float | None = None,
+    covariance: Tensor, method: Shrinkage, *, count: int | None = None, mean: Tensor | None = None
 ) -> float:
     """Return the share, from 0 to 1, by which to shrink S [D, D] towards ``tr(S)/D I``.
 
@@ -29,12 +24,11 @@ def shrinkage(
         covariance: S, divided by n.
         method: None (0), the number itself, ``"oas"`` (Chen et al., arXiv 0907.4698, eq. 23
             without its terms ``2/D``, as scikit-learn has it) or ``"ledoit-wolf"`` (Ledoit and
-            Wolf, 2004).
+            Wolf, 2004), for unit rows alone.
         count: rows n behind S; needed by both named methods.
-        mean, fourth_moment: one of them is needed by Ledoit-Wolf, which takes
-            ``m_4 = E|x - mu|^4``. Unit rows have ``|u - mu|^2 = 1 - 2 u.mu + |mu|^2 =
-            T - 2 (u - mu).mu`` with ``T = tr S = 1 - |mu|^2``, hence ``m_4 = T^2 + 4 mu'S mu``
-            exactly: the mean [D] is enough. Other rows need the number itself.
+        mean: mu [D] of the rows behind S; needed by Ledoit-Wolf, which takes ``E|u - mu|^4``. Unit
+            rows have ``|u - mu|^2 = T - 2 (u - mu).mu`` with ``T = tr S = 1 - |mu|^2``, hence
+            ``E|u - mu|^4 = T^2 + 4 mu'S mu`` exactly.
 
     An argument that is missing, or that no rows of this S can have, is a ValueError.
     """
@@ -54,50 +48,28 @@ def shrinkage(
     if method == "oas":
         sampling_error = (square + trace**2) / (count + 1)
     else:
-        fourth = _fourth_moment(covariance, trace, mean, fourth_moment)
-        sampling_error = max(fourth - square, 0.0) / count  # E|S_n - E S_n|_F^2
+        if mean is None:
+            raise ValueError("whiten: shrinkage 'ledoit-wolf' needs the mean of the unit rows")
+        expect_tensor("whiten", mean, "the mean")
+        mean = mean.detach().to(covariance)
+        energy = trace + float(mean.square().sum())
+        if abs(energy - 1) > _NOT_UNIT:
+            raise ValueError(
+                f"whiten: the rows behind S and mean have E|u|^2 = {energy:.6g}, expected 1, that "
+                "of unit rows; give moments of unit rows, or shrinkage 'oas'"
+            )
+        fourth_moment = trace**2 + 4 * float(mean @ covariance @ mean)
+        sampling_error = max(fourth_moment - square, 0.0) / count  # E|S_n - E S_n|_F^2
     return min(sampling_error / spread, 1.0) if spread > 0 else 0.0
 
 
 @one_thread
 def shrink(
-    covariance: Tensor,
-    method: Shrinkage,
-    *,
-    count: int | None = None,
-    mean: Tensor | None = None,
-    fourth_moment: float | None = None,
+    covariance: Tensor, method: Shrinkage, *, count: int | None = None, mean: Tensor | None = None
 ) -> Tensor:
     """Return ``(1 - r) S + r tr(S)/D I`` [D, D] float64, with r as in :func:`shrinkage`."""
-    r = shrinkage(covariance, method, count=count, mean=mean, fourth_moment=fourth_moment)
+    r = shrinkage(covariance, method, count=count, mean=mean)
     checked = checked_covariance(covariance)
     result = checked * (1 - r)
     result.diagonal().add_(r * checked.diagonal().mean())
     return result
-
-
-def _fourth_moment(
-    covariance: Tensor, trace: float, mean: Tensor | None, fourth_moment: float | None
-) -> float:
-    """Return the fourth moment that was given, or that of unit rows with this mean."""
-    if mean is None and fourth_moment is not None:
-        if fourth_moment < trace**2 * (1 - _NOT_UNIT):
-            raise ValueError(
-                f"whiten: fourth_moment={fourth_moment:.3g}, expected E|x - mu|^4, which is at "
-                f"least tr(S)^2 = {trace**2:.3g}; take both from the same rows"
-            )
-        return fourth_moment
-    if mean is None or fourth_moment is not None:
-        raise ValueError(
-            "whiten: shrinkage 'ledoit-wolf' needs either the mean of unit rows or the "
-            "fourth_moment E|x - mu|^4 of any rows"
-        )
-    expect_tensor("whiten", mean, "the mean")
-    mean = mean.detach().to(covariance)
-    energy = trace + float(mean.square().sum())
-    if abs(energy - 1) > _NOT_UNIT:
-        raise ValueError(
-            f"whiten: the rows behind S and mean have E|u|^2 = {energy:.6g}, expected 1, that of "
-            "unit rows; give their fourth_moment instead"
-        )
-    return trace**2 + 4 * float(mean @ covariance @ mean)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._argument_checks import expect_tensor
 from .._one_thread import one_thread, product
-from .eigen import (
-    checked_covariance,
-    floor_of,
-    floored_eigen,
-    floored_eigen_pair,
-    symmetric,
-    warn_floored,
-)
+from .eigen import checked_covariance, floor_of, floored_eigen_pair, symmetric, warn_floored
 
 
 @one_thread
@@ -44,31 +33,6 @@ def optimal_transport(source: Tensor, target: Tensor, *, floor: float | None = N
     return symmetric(product(root, root.T))
 
 
-class AffineMap(NamedTuple):
-    """The map ``A u + b`` of columns; rows [N, D] become ``rows @ matrix.T + offset``."""
-
-    matrix: Tensor  # [D, D] float64, A
-    offset: Tensor  # [D] float64, b
-
-
-def affine_transport(
-    means: tuple[Tensor, Tensor], covariances: tuple[Tensor, Tensor], *, floor: float | None = None
-) -> AffineMap:
-    """Return A of :func:`optimal_transport` and ``b = mu_x - A mu_y``: Gaussian to Gaussian.
-
-    Pairs are (source, target), (y, x). A mean of another shape than [D] is a ValueError.
-    """
-    matrix = optimal_transport(*covariances, floor=floor)
-    for name, mean in zip(("source", "target"), means, strict=True):
-        expect_tensor("whiten", mean, f"the {name} mean")
-        if mean.shape != matrix.shape[:1]:
-            shape, columns = list(mean.shape), len(matrix)
-            raise ValueError(
-                f"whiten: the {name} mean is {shape}, expected [{columns}] as its covariance"
-            )
-    return AffineMap(matrix, means[1].to(matrix) - matrix @ means[0].to(matrix))
-
-
 @one_thread
 def bures_distance(a: Tensor, b: Tensor) -> float:
     """Return the Bures distance of covariances [D, D], not squared: a metric.
@@ -80,38 +44,6 @@ def bures_distance(a: Tensor, b: Tensor) -> float:
     f_a, f_b = (eigen.factor(0.5) for eigen in floored_eigen_pair(a, b, 0.0, ("first", "second")))
     left_vectors, _, right_vectors = torch.linalg.svd(product(f_b.T, f_a))
     return float((f_a - product(f_b, product(left_vectors, right_vectors))).norm())
-
-
-def squared_bures_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the squares of :func:`bures_distance` of [..., D, D], as [...] float64.
-
-    The result is differentiable once. The gradient at ``S_a`` is ``I - A``, with A the optimal
-    transport from a to b, so that repeated eigenvalues do no harm. At a covariance without full
-    rank it is infinite, and a ValueError: add a ridge (``S + r I``) to it first.
-    """
-    for covariances in (a, b):
-        expect_tensor("whiten", covariances, "covariances [..., D, D]")
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    pairs = (
-        s.expand(*batch, *s.shape[-2:]).reshape(math.prod(batch), *s.shape[-2:]) for s in (a, b)
-    )
-    squares = [_squared_distance(*pair) for pair in zip(*pairs, strict=True)]
-    return torch.cat([a.new_zeros(0, dtype=torch.float64), *squares]).reshape(batch)
-
-
-def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the squared Bures distance of [D, D] as [1] float64, with its gradient."""
-    value = a.new_tensor([bures_distance(a, b)], dtype=torch.float64).square()
-    for s, other in ((a, b), (b, a)):
-        if torch.is_grad_enabled() and s.requires_grad:
-            if floored := floored_eigen(s, None).floored:
-                raise ValueError(
-                    f"whiten: {floored} of {len(s)} eigenvalues of a covariance are 0, where the "
-                    "Bures distance has no gradient; add a ridge (S + r I), or use torch.no_grad()"
-                )
-            gradient = torch.eye(len(s)).to(s) - optimal_transport(s, other).to(s)
-            value = value + (gradient * (s - s.detach())).sum()  # which is 0
-    return value
 
 
 @one_thread
