@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from realign_fast import Moments
-from realign_fast.frame import FixedFrame, gamma_history
+from realign_fast.frame import FixedFrame
 from realign_fast.ops.reference import unit
 
 BATCH = 128  # pairs, of the demo's training and of the gradient here
@@ -162,7 +162,10 @@ def frame_of(point: Checkpoint, energy: float, rank: int | None = None) -> Fixed
 def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
     """Return the report of each checkpoint, all in the same frame."""
     parts = [frame.decompose((point.text, point.image)) for point in points]
-    history, reports, v = gamma_history(parts), [], frame.complement
+    gammas = torch.stack([part.gamma for part in parts])
+    directions = torch.nn.functional.normalize(gammas)
+    drift, cosines = gammas.diff(dim=0).norm(dim=1), directions @ directions.T
+    reports, v = [], frame.complement
     for i, (point, part) in enumerate(zip(points, parts, strict=True)):
         own = frame_of(point, 1.0, rank=frame.rank)
         spread = (v.T @ own.basis).square() @ own.values  # of S_t along each column of V
@@ -171,10 +174,10 @@ def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
         reports.append(
             report
             | {
-                "gamma_drift": float(history.drift[i - 1]) if i else None,
-                "gamma_cosine_to_previous": float(history.cosine_to_previous[i - 1]) if i else None,
-                "gamma_cosine_to_first": float(history.cosine_to_first[i]),
-                "gamma_cosine_to_last": float(history.cosine_to_last[i]),
+                "gamma_drift": float(drift[i - 1]) if i else None,
+                "gamma_cosine_to_previous": float(cosines[i, i - 1]) if i else None,
+                "gamma_cosine_to_first": float(cosines[i, 0]),
+                "gamma_cosine_to_last": float(cosines[i, -1]),
                 "leak": frame.leak(own),
                 "leak_mean": float((v.T @ own.principal).square().sum()) / frame.rank,
                 "dimension_v_share": v.shape[1] / len(v),  # also the chance level of leak_mean

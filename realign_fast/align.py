@@ -21,7 +21,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from ._argument_checks import Array, expect_counts, expect_tensor
-from ._one_thread import one_thread
 from .corpus.row_batches import Rows, encoder_of, opened_sides, tensor_of
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
@@ -32,14 +31,11 @@ from .storage.tensor_file import HubObject, tensors_of, write_tensors
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
 _DEFAULT_NOISE = 0.25
-_NUMBERS: MutableMapping[Tensor, tuple[int, int]] = (
-    WeakIdKeyDictionary()
-)  # in buffers of other devices, and the version that was read
+# Numbers in buffers of other devices, and the version that was read.
+_NUMBERS: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
 _VECTORS = ("shift", "recentre", "source_mean", "target_mean")
 _SCALARS = ("scale", "source_trace", "target_trace", "drift", "residual_gap", "noise")
 _COUNTS = ("source_count", "target_count")
-_SIDES = [(f"source_{figure}", f"target_{figure}") for figure in ("mean", "trace", "count")]
-_OPPOSITE = dict(_SIDES) | {target: source for source, target in _SIDES}  # for the inverse
 
 
 class ReAlign(nn.Module, HubObject):
@@ -265,29 +261,6 @@ class ReAlign(nn.Module, HubObject):
         sigma = (self.noise * self.target_trace / self.dimension).sqrt()
         shift, recentre, seed = self.shift, self.recentre, self.seed
         return lambda rows: noisy_rows(rows, shift, recentre, sigma, seed)
-
-    @one_thread
-    def inverse(self) -> ReAlign:
-        """Return the map back, ``A^-1`` with the roles of the sides exchanged and ``h = 0``.
-
-        It undoes ``A u + b``, not the two normalisations: means and covariances return exactly,
-        single rows nearly. A map that is not fitted, has a singular A or adds noise is refused.
-        """
-        self._expect_fitted()
-        a = self.linear
-        singular = not a.all() if a.dim() < 2 else not float(torch.linalg.cond(a)) <= 1e12
-        if self.method == "noise" or singular:
-            raise ValueError(f"ReAlign: the {self.method} map has no inverse; fit the other way")
-        back = ReAlign(self.dimension, self.method).to(a.device)
-        back.encoder = self.encoder
-        for name, buffer in self.named_buffers():
-            setattr(back, _OPPOSITE.get(name, name), buffer.clone())
-        back.linear = torch.linalg.inv(a) if a.dim() == 2 else 1 / a
-        back.scale = 1 / self.scale
-        back.shift = -_times(back.linear, self.shift)
-        for name in ("recentre", "drift", "residual_gap"):
-            getattr(back, name).fill_(0 if name == "recentre" else math.nan)
-        return back
 
     @property
     def dimension(self) -> int:

@@ -14,9 +14,9 @@ All arithmetic is float64; memory holds D x D matrices and one block of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from .ops.reference import unit
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
 
-# (source, target), [n, D] each, or batches of it.
-Pairs = Sequence[Tensor] | Iterable[Sequence[Tensor]]
+Pairs = Sequence[Tensor | np.ndarray[Any, Any]]  # (source, target), [N, D] each
 _BLOCK_ROWS = 4096
 _SINGULAR = 1e-12  # an eigenvalue below this share of the largest counts as 0
 
@@ -103,24 +102,21 @@ class FixedFrame:
         return min(float(torch.linalg.matrix_norm(across, 2)), 1.0)
 
     def decompose(self, pairs: Pairs, *, ridge: float = 1e-6) -> Decomposition:
-        """Split the gap of matched pairs, read once.
+        """Split the gap of matched pairs.
 
         Args:
-            pairs: ``(source, target)`` rows, [N, D] each, or an iterable of such batches. Two or
-                more, finite and not zero; another pair is a ValueError.
+            pairs: ``(source, target)`` rows, [N, D] tensors or arrays; N from 2. Rows that do not
+                match, are zero or not finite are a ValueError.
             ridge: ``lambda`` of the coupling, as a share of ``tr(D D') / r``, the mean eigenvalue
                 of the delta rows' scatter: so it depends neither on N nor on the size of the gap.
         """
         if not ridge >= 0:
             raise ValueError(f"FixedFrame.decompose: ridge is {ridge}, expected 0 or more")
         moments = Moments(covariance=True, normalize=False)
-        for y, x in _unit_blocks(pairs, len(self.values)):
-            moments.update(x - y, bad_rows="keep")
-        if moments.count < 2:
-            raise ValueError(
-                f"FixedFrame.decompose: got {moments.count} pairs, expected 2 or more; an iterator "
-                "that was read before is empty"
-            )
+        blocks = (torch.split(rows, _BLOCK_ROWS) for rows in _checked(pairs, len(self.values)))
+        for y, x in zip(*blocks, strict=True):
+            difference = unit(x.double()) - unit(y.to(x.device).double())
+            moments.update(difference, bad_rows="keep")
         basis, r = self.basis.to(moments.mean.device), self.rank
         mean = basis.T @ moments.mean
         covariance = basis.T @ moments.covariance @ basis
@@ -147,15 +143,6 @@ class FixedFrame:
         expected = "a frame written by FixedFrame.save"
         with tensors_of(path, expected, "fit it again") as (tensors, _):
             return cls(tensors["basis"], tensors["values"], int(tensors["rank"]))
-
-
-class Parts(NamedTuple):
-    """The four parts of every pair; their sum is ``x - y``, target minus source."""
-
-    beta: Tensor  # [D]
-    gamma: Tensor  # [D]
-    delta: Tensor  # [N, D]
-    zeta: Tensor  # [N, D]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,43 +223,6 @@ class Decomposition:
         }
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
-    def parts(self, source: Tensor, target: Tensor) -> Parts:
-        """Return the parts of matched rows, [N, D] each, with this mean and frame."""
-        differences = [x - y for y, x in _unit_blocks((source, target), len(self.beta))]
-        centred = torch.cat(differences) - (self.beta + self.gamma)
-        u, v = (b.to(centred.device) for b in (self.frame.principal, self.frame.complement))
-        return Parts(self.beta, self.gamma, centred @ u @ u.T, centred @ v @ v.T)
-
-
-class GammaHistory(NamedTuple):
-    """The movement of the constant orthogonal bias over T checkpoints in one frame (section 3)."""
-
-    drift: Tensor  # [T - 1] |gamma_t - gamma_{t-1}|
-    cosine_to_previous: Tensor  # [T - 1]
-    cosine_to_first: Tensor  # [T]
-    cosine_to_last: Tensor  # [T]
-
-
-def gamma_history(decompositions: Sequence[Decomposition]) -> GammaHistory:
-    """Return drift and cosines of gamma over checkpoints, all decomposed in the same frame.
-
-    Sampling alone gives a drift of about ``gamma_standard_error * sqrt(2)`` between independent
-    samples of pairs. Fewer than two checkpoints, and different frames, are a ValueError.
-    """
-    if len(decompositions) < 2:
-        raise ValueError(
-            f"gamma_history: got {len(decompositions)} checkpoints, expected 2 or more"
-        )
-    frame = decompositions[0].frame
-    for frame_t in (decomposition.frame for decomposition in decompositions):
-        if frame_t.rank != frame.rank or not torch.equal(frame_t.basis, frame.basis):
-            raise ValueError("gamma_history: checkpoints have different frames; use one for all")
-    gammas = torch.stack([decomposition.gamma for decomposition in decompositions])
-    cosines = unit(gammas) @ unit(gammas).T
-    return GammaHistory(
-        gammas.diff(dim=0).norm(dim=1), cosines.diagonal(1), cosines[0], cosines[-1]
-    )
-
 
 def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
     """Return the shift of a mean's direction that normalising causes, to second order (Thm B.14).
@@ -312,32 +262,26 @@ def _spectrum(covariance: Tensor) -> Tensor:
     return values.flip(0).clamp(min=0)
 
 
-def _unit_blocks(pairs: Any, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield unit rows of pairs (source, target) in float64, a block at a time."""
-    first_row, arrays = 0, (Tensor, np.ndarray)
-    is_one_batch = isinstance(pairs, (list, tuple)) and len(pairs) == 2
-    for batch in [pairs] if is_one_batch and isinstance(pairs[0], arrays) else pairs:
-        if len(batch) != 2 or isinstance(batch, arrays):
-            raise ValueError(
-                "FixedFrame: expected (source, target) of tensors [n, D] or batches of it, got a "
-                f"batch of {type(batch).__name__}; give both sides, with torch.tensor(rows)"
-            )
-        source, target = (tensor_of("FixedFrame", rows) for rows in batch)
-        for rows in (source, target):
-            expect_numbers("FixedFrame", rows)
-        if source.shape != target.shape or source.dim() != 2 or source.shape[1] != columns:
-            raise ValueError(
-                f"FixedFrame: expected matched rows [n, {columns}] twice, got "
-                f"{list(source.shape)} and {list(target.shape)}; give both sides of the same "
-                "pairs, from the frame's encoder"
-            )
-        good = good_rows(target) & good_rows(source.to(target.device))
-        if not bool(good.all()):
-            bad_row = first_row + int((~good).nonzero()[0])
-            raise ValueError(
-                f"FixedFrame: a row of pair {bad_row} is zero or not finite; leave the pair out"
-            )
-        blocks = (torch.split(rows, _BLOCK_ROWS) for rows in (source, target))
-        for y, x in zip(*blocks, strict=True):
-            yield unit(y.to(x.device).double()), unit(x.double())
-        first_row += len(source)
+def _checked(pairs: Pairs, columns: int) -> list[Tensor]:
+    """Return source and target rows [N, columns] of pairs as tensors, or raise what is wrong."""
+    if not isinstance(pairs, (list, tuple)) or len(pairs) != 2:
+        raise ValueError(
+            "FixedFrame: expected (source, target), the rows [N, D] of both sides, got a "
+            f"{type(pairs).__name__}; give both and nothing else"
+        )
+    source, target = (tensor_of("FixedFrame", rows) for rows in pairs)
+    for rows in (source, target):
+        expect_numbers("FixedFrame", rows)
+    if source.shape != target.shape or source.shape[1:] != (columns,) or len(source) < 2:
+        raise ValueError(
+            f"FixedFrame: expected two or more matched rows [N, {columns}] twice, got "
+            f"{list(source.shape)} and {list(target.shape)}; give both sides of the same pairs, "
+            "from the frame's encoder"
+        )
+    bad = ~(good_rows(target) & good_rows(source.to(target.device)))
+    if bool(bad.any()):
+        raise ValueError(
+            f"FixedFrame: a row of pair {int(bad.nonzero()[0])} is zero or not finite; leave the "
+            "pair out"
+        )
+    return [source, target]

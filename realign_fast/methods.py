@@ -53,12 +53,6 @@ def linear_part(
             )
         scale = math.sqrt(target.trace / source.trace) if method == "realign" else 1.0
         return torch.tensor(scale, dtype=torch.float64)
-    for name, moments in (("source", source), ("target", target)):
-        if not moments.with_covariance:
-            raise ValueError(
-                f"ReAlign: method={method!r} needs covariances, the {name} moments have none; "
-                "measure with Moments(covariance=True)"
-            )
     s_y, s_x = (_shrunk_covariance(moments, shrinkage) for moments in (source, target))
     if method == "diagonal":
         return _deviation_ratios(s_y, s_x, floor)

@@ -107,7 +107,7 @@ def test_the_encoder_travels_with_the_rows_and_another_one_is_refused(
     aligner = ReAlign.fit(text, image)
     aligner.save(tmp_path / "aligner.safetensors")
     back = ReAlign.load(tmp_path / "aligner.safetensors")
-    assert back.encoder == back.inverse().encoder == back.record["encoder"] == name
+    assert back.encoder == back.record["encoder"] == name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few rows
         space = SharedSpace.fit(text=text, image=image)
