@@ -87,8 +87,6 @@ _PUBLIC = {  # the page of each module
     "realign_fast.pipeline": "pipeline",
     "realign_fast.report": "report",
     "realign_fast.integrations.sklearn": "integrations",
-    "realign_fast.integrations.faiss": "integrations",
-    "realign_fast.integrations.sentence_transformers": "integrations",
 }
 # Public names that no module above exports: pages import them from the modules that define them.
 _FURTHER = {
@@ -174,15 +172,22 @@ def _summary(member: Any) -> str:
 
 
 def _public_names(module: Any) -> list[str]:
-    """Return ``__all__``, or the names of the classes and functions that the module defines."""
-    defined = [
+    """Return ``__all__``, the names that a package exports, or those that a module defines.
+
+    A package exports what it imports as itself, and a module its classes and functions.
+    """
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    exports = re.findall(
+        r"^from \.\S+ import \w+ as (\w+)", inspect.getsource(module), re.MULTILINE
+    )
+    return exports or [
         name
         for name, member in vars(module).items()
         if getattr(member, "__module__", "") == module.__name__
         and (inspect.isclass(member) or inspect.isfunction(member))
         and not name.startswith("_")
     ]
-    return list(getattr(module, "__all__", defined))
 
 
 def write_api_index(app: Sphinx) -> None:

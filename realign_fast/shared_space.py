@@ -27,7 +27,6 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -152,22 +151,13 @@ class RoleMap:
         return replace(self, centre=self.centre.to(device))
 
     def _block(self, rows: Tensor, first: int, **options: Any) -> Tensor:
-        factor, shift, length = self._row_maps[first]
-        return align_rows(rows, factor, shift, length=length, **options)
-
-    @cached_property
-    def _row_maps(self) -> dict[int, tuple[float, Tensor, float | None]]:
-        """The arguments of ``align_rows``, factor, shift and length, by a block's first column."""
-        row_maps = {}
-        for first, scale in self.scales.items():
-            if not scale > 0:
-                raise ValueError(
-                    f"SharedSpace: scores of these documents have the standard deviation {scale}, "
-                    "so no scale exists; fit on more documents and queries"
-                )
-            factor, length = (1.0, 1 / scale) if self.normalized else (1 / scale, None)
-            row_maps[first] = factor, self.centre * -factor, length
-        return row_maps
+        if not (scale := self.scales[first]) > 0:
+            raise ValueError(
+                f"SharedSpace: scores of these documents have the standard deviation {scale}, "
+                "so no scale exists; fit on more documents and queries"
+            )
+        factor, length = (1.0, 1 / scale) if self.normalized else (1 / scale, None)
+        return align_rows(rows, factor, self.centre * -factor, length=length, **options)
 
 
 class SharedSpace(HubObject):
@@ -186,7 +176,6 @@ class SharedSpace(HubObject):
         self.method: SpaceMethod = method
         self.layout: Layout = layout
         self.query_role = query_role
-        self._maps: dict[tuple[str, str], RoleMap] = {}  # by "documents" or "queries", and name
         self._scales = {  # by modality and role
             (name, role): 1.0 if method == "center" else side.scale(queries)
             for name, side in self.sides.items()
@@ -310,15 +299,6 @@ class SharedSpace(HubObject):
         return self.dimension * (len(self.sides) if self.layout == "blocks" else 1)
 
     @property
-    def radius(self) -> float:
-        """A bound on the length of a document in the index, for :meth:`for_cosine`."""
-        keeps_length = self.method == "calibrate"
-        return max(
-            (1 + keeps_length * float(side.centre.norm())) / self.scale(name)
-            for name, side in self.sides.items()
-        )
-
-    @property
     def record(self) -> dict[str, Any]:
         """Plain numbers of the fit, ready for json."""
         facts = "method", "layout", "query_role", "dimension", "columns", "encoder"
@@ -376,14 +356,8 @@ class SharedSpace(HubObject):
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
         side, is_wide = self._side(modality), self.layout == "blocks"
         first = [*self.sides].index(modality) * self.dimension * is_wide
-        return self._map("documents", modality, side.centre, {first: self.scale(modality)})
-
-    def _map(self, kind: str, name: str, centre: Tensor, scales: dict[int, float]) -> RoleMap:
-        """Return the map of documents or queries, which is made once."""
-        if (kind, name) not in self._maps:
-            normalized = self.method != "calibrate"
-            self._maps[kind, name] = RoleMap(centre, normalized, scales, self.columns)
-        return self._maps[kind, name]
+        scales = {first: self.scale(modality)}
+        return RoleMap(side.centre, self.method != "calibrate", scales, self.columns)
 
     def query(self, rows: Array, role: str | None = None) -> Array:
         """Return queries [N, D] as they search the index, [N, ``columns``].
@@ -415,38 +389,10 @@ class SharedSpace(HubObject):
                 f"SharedSpace: the index is scaled for queries of {self.query_role!r}, got "
                 f"{role!r}; fit with query_role={role!r}, or with layout='blocks' for both"
             )
-        blocks, width = self.layout == "blocks", self.dimension
-        scales = {i * width: self._scales[name, role] for i, name in enumerate(self.sides)}
-        return self._map("queries", role, side.query_centre, scales if blocks else {0: 1.0})
-
-    def fuse(
-        self,
-        first: Array,
-        second: Array,
-        weight: float = 0.5,
-        *,
-        modalities: tuple[str, str] = ("text", "image"),
-    ) -> Array:
-        """Return rows of the index for documents that have rows of two modalities.
-
-        The row is ``w d_first + (1 - w) d_second`` of the rows in the index. The scores of such
-        documents have mean 0 and a standard deviation of at most 1.
-
-        Args:
-            first, second: rows [N, D] of the same documents.
-            weight: w, from 0 to 1.
-            modalities: the names of the two modalities.
-
-        Raises:
-            ValueError: shapes that differ, or a weight outside of [0, 1].
-        """
-        rows = self.documents(modalities[0], first), self.documents(modalities[1], second)
-        if not 0 <= weight <= 1 or len(first) != len(second):
-            raise ValueError(
-                f"SharedSpace.fuse: expected rows of the same documents and a weight from 0 to 1, "
-                f"got {len(first)} and {len(second)} rows and {weight}"
-            )
-        return weight * rows[0] + (1 - weight) * rows[1]
+        scales = {0: 1.0}
+        if self.layout == "blocks":
+            scales = {i * self.dimension: self._scales[n, role] for i, n in enumerate(self.sides)}
+        return RoleMap(side.query_centre, self.method != "calibrate", scales, self.columns)
 
     def score(self, queries: Array, rows: Array, modality: str, role: str | None = None) -> Tensor:
         """Return exact z-scores [N, M] float64 of queries [N, D] with documents [M, D].
@@ -464,38 +410,6 @@ class SharedSpace(HubObject):
         )
         deviations = ((searching @ side.covariance) * searching).sum(dim=1).clamp(min=0).sqrt()
         return (searching @ (stored - side.mean).T) / deviations[:, None]
-
-    def for_cosine(self, rows: Array, *, queries: bool = False) -> Array:
-        """Add a coordinate to rows of the index so that cosines order them as inner products do.
-
-        A document d becomes ``[d, sqrt(R^2 - |d|^2)]`` of length R (:attr:`radius`), a query
-        ``[q, 0]``; R is one number for the whole index.
-        """
-
-        block = self._checked(rows, self.columns)
-        norms = torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
-        rest = norms * 0 if queries else (self.radius**2 - norms.square()).clamp(min=0).sqrt()
-        wide = torch.cat([block, rest.to(block.dtype)], dim=1)
-        return wide.numpy() if isinstance(rows, np.ndarray) else wide
-
-    def to_faiss(self, index: Any, *, modality: str | None = None, role: str | None = None) -> Any:
-        """Return an ``IndexPreTransform`` of the encoder's rows [N, D], float32, before ``index``.
-
-        faiss writes and reads the map with the index. Views of one index share its rows: make that
-        of the queries last, since it copies ``ntotal`` and ``is_trained`` when it is made.
-
-        Args:
-            index: of ``METRIC_INNER_PRODUCT`` and :attr:`columns` columns, and trained if need be.
-            modality: of the documents that ``add`` takes; None for a view that queries search.
-            role: of those queries, by default ``query_role``.
-
-        Raises:
-            ValueError: another metric or width, or as in :meth:`documents` and :meth:`query`.
-        """
-        from .integrations.faiss import view_of_index
-
-        row_map = self.query_map(role) if modality is None else self.document_map(modality)
-        return view_of_index(row_map, index)
 
     def save(self, path: AnyPath) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -516,22 +430,17 @@ class SharedSpace(HubObject):
             stored = json.loads(metadata["shared_space"])
             if stored["version"] != _VERSION:
                 raise TypeError(f"version {stored['version']} of another release")
-            if unknown := stored.keys() - {"version", "choices", "digest"}:
-                raise TypeError(f"the unknown entry {min(unknown)!r}")
-            method, layout, query_role, encoder, *names = stored["choices"]
-            sides = {}
-            for name in names:
-                values: dict[str, Any] = {
-                    # (cloned: how memory is aligned changes the last bits of sums)
-                    field: tensors[f"{name}.{field}"].clone()
-                    for field in Side.__annotations__
-                }
-                values |= {field: int(values[field]) for field in ("count", "query_count")}
-                sides[name] = Side(**values)
-                _check_side(name, sides[name], len(values["centre"]))
-            _check_options(sides, query_role, layout, method)
-            if "digest" in stored and stored["digest"] != tensor_digest(tensors):
+            if stored["digest"] != tensor_digest(tensors):
                 raise TypeError("numbers that changed since it was written")
+            method, layout, query_role, encoder, *names = stored["choices"]
+            _check_options(names, query_role, layout, method)
+            # (cloned: how memory is aligned changes the last bits of sums)
+            values: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items()}
+            values |= {name: int(value) for name, value in values.items() if not value.dim()}
+            sides = {
+                name: Side(**{field: values[f"{name}.{field}"] for field in Side.__annotations__})
+                for name in names
+            }
             space = cls(sides, method, layout, query_role)
             space.encoder = encoder
             return space
@@ -591,27 +500,10 @@ def _check_options(
         ("query_role", query_role, tuple(modalities)),
         ("layout", layout, LAYOUTS),
         ("method", method, ("auto", *SPACE_METHODS)),
+        *(("queries", role, tuple(modalities)) for role in query_roles),
     ):
         if value not in known:
             raise ValueError(f"SharedSpace: {option}={value!r} is none of {', '.join(known)}")
-    if unknown := {*query_roles} - {*modalities}:
-        raise ValueError(
-            f"SharedSpace: queries of {sorted(unknown)} have no documents; give queries of "
-            f"{sorted(modalities)}"
-        )
-
-
-def _check_side(name: str, side: Side, columns: int) -> None:
-    """Raise a TypeError for statistics of a file that no rows have."""
-    for field, value in vars(side).items():
-        if isinstance(value, Tensor):
-            expected = [columns] * (1 + (field in ("covariance", "second_moment")))
-            if list(value.shape) != expected or not bool(value.isfinite().all()):
-                raise TypeError(
-                    f"{name}.{field} {list(value.shape)}, expected finite numbers {expected}"
-                )
-    if float(side.covariance.diagonal().min()) < 0:
-        raise TypeError(f"{name}.covariance with a negative variance")
 
 
 def measure_side(

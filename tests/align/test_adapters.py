@@ -1,19 +1,15 @@
-"""SharedSpace where people keep rows: faiss, sentence-transformers, stores, and the page's code."""
+"""SharedSpace where people keep rows: faiss, scikit-learn, stores, and the page's code."""
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import small_models
 
 import realign_fast
 from realign_fast import ReAlign, SharedSpace
-from realign_fast.shared_space import LAYOUTS, SPACE_METHODS
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(realign_fast.__file__).parent / "demo" / "data" / "heldout"
@@ -54,40 +50,6 @@ def close(found, expected, error=2e-6):
     np.testing.assert_allclose(found, expected, rtol=0, atol=error * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", SPACE_METHODS)
-def test_faiss_holds_and_searches_the_rows_of_the_space(rows, method, layout, tmp_path):
-    faiss = pytest.importorskip("faiss")
-    sides = {"text": rows["text_rows"], "image": rows["image_rows"]}
-    space = SharedSpace.fit(**sides, method=method, layout=layout)
-    index = faiss.IndexIDMap(faiss.IndexFlatIP(space.columns))
-    for number, (name, documents) in enumerate(sides.items()):
-        view = space.to_faiss(index, modality=name)
-        view.add_with_ids(documents, 1000 * number + np.arange(len(documents)))
-    placed = np.concatenate([space.documents(name, side) for name, side in sides.items()])
-    close(faiss.downcast_index(index.index).reconstruct_n(0, index.ntotal), placed)
-    for role in space.sides if layout == "blocks" else ("text",):
-        faiss.write_index(space.to_faiss(index, role=role), str(tmp_path / "index"))
-        searcher = faiss.read_index(str(tmp_path / "index"))
-        assert searcher.ntotal == len(placed)
-        scores, ids = searcher.search(sides[role][:50], 10)
-        expected = space.query(sides[role][:50], role) @ placed.T
-        close(scores, -np.sort(-expected)[:, :10])
-        close(np.take_along_axis(expected, ids % 1000 + 400 * (ids // 1000), axis=1), scores)
-
-
-def test_faiss_trains_an_index_before_the_views_and_skips_zero_rows(rows):
-    faiss = pytest.importorskip("faiss")
-    text, image = rows["text_rows"], rows["image_rows"]
-    space = SharedSpace.fit(text=text, image=image)
-    index = faiss.index_factory(space.columns, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
-    index.train(np.concatenate([space.text(text), space.image(image)]))
-    index.make_direct_map()
-    space.to_faiss(index, modality="image").add(np.concatenate([image[:9], 0 * image[:1]]))
-    close(index.reconstruct_n(0, 9), space.image(image[:9]))
-    close(index.reconstruct(9), space.image(0 * image[:1])[0])
-
-
 def test_one_graph_of_both_blocks_misses_what_two_graphs_find(rows, monkeypatch):
     """What docs/shared_space.md says of HNSW, on the rows of this file."""
     pytest.importorskip("faiss")
@@ -99,75 +61,15 @@ def test_one_graph_of_both_blocks_misses_what_two_graphs_find(rows, monkeypatch)
         assert shares[-1] > 0.98 if is_whole else shares[0] < 0.9, (way, shares)
 
 
-def test_faiss_refuses_other_indexes_modalities_and_roles(rows):
-    faiss = pytest.importorskip("faiss")
-    space = SharedSpace.fit(text=rows["text_rows"], image=rows["image_rows"])
-    for index in (faiss.IndexFlatL2(128), faiss.IndexFlatIP(64)):
-        with pytest.raises(ValueError, match="expected an index of METRIC_INNER_PRODUCT and 128"):
-            space.to_faiss(index)
-    for options, words in (
-        (dict(modality="audio"), "none of its modalities"),
-        (dict(role="image"), "scaled for queries of 'text', got 'image'"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            space.to_faiss(faiss.IndexFlatIP(128), **options)
-
-
 def test_the_page_runs_with_faiss(names):
     faiss = pytest.importorskip("faiss")
     exec(page_code("faiss"), names)
-    code = "import faiss, numpy, sys; index = faiss.read_index('mixed.faiss'); "
-    code += "numpy.save('ids', index.search(numpy.load('rows.npy'), 10)[1]); "
-    code += "assert 'realign_fast' not in sys.modules"
-    np.save("rows.npy", names["query_rows"])
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert np.array_equal(np.load("ids.npy"), names["ids"])
     space, queries, image = names["space"], names["query_rows"], names["image_rows"]
     scores = unit(queries) @ unit(image).T
     scores -= (unit(queries) @ space.sides["image"].centre.numpy())[:, None]
     scores /= space.scale("image")
     close(scores, space.query(queries) @ space.image(image).T)  # the page's merge of raw scores
     assert ((names["ids"] >= 400).mean() > 0.2) and faiss.read_index("mixed.faiss").ntotal == 800
-
-
-@pytest.mark.filterwarnings("ignore:SharedSpace. the scale of")
-def test_the_page_runs_with_sentence_transformers(names, tmp_path):
-    """A small CLIP, whose texts and pictures the real library tells apart."""
-    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    from sentence_transformers import SentenceTransformer
-
-    clip = SentenceTransformer(str(small_models.write_hugging_face(tmp_path / "clip", "clip")))
-    words = small_models.WORDS
-    names |= {
-        "model": clip,
-        "captions": [f"{first} {second}" for first in words for second in words[:3]],
-        "pictures": [small_models.picture(number) for number in range(20)],
-        "searches": words[:4],
-    }
-    exec(page_code("sentence_transformers"), names)
-    space, shared, again = names["space"], names["shared"], names["again"]
-    raw = {kind: clip.encode(names[kind]) for kind in ("captions", "pictures", "searches")}
-    placed = np.concatenate([space.text(raw["captions"]), space.image(raw["pictures"])])
-    close(names["rows"], placed)
-    close(names["similarities"].numpy(), space.query(raw["searches"]) @ placed.T)
-    assert shared.get_embedding_dimension() == space.columns == 24
-    assert again.similarity_fn_name == "dot"
-    assert np.array_equal(again.encode(names["pictures"]), shared.encode(names["pictures"]))
-    with pytest.raises(ValueError, match="scaled for queries of 'text', got 'image'"):
-        shared.encode_query(names["pictures"])
-    module = shared[-1]
-    embedding = {"sentence_embedding": clip.encode(["a"], convert_to_tensor=True).clone()}
-    with pytest.raises(ValueError, match="does not tell the modality"):
-        module(embedding | {"pixel_values": None})
-    blocks = SharedSpace.fit(text=raw["captions"], image=raw["pictures"], layout="blocks")
-    with pytest.warns(UserWarning, match="similarity_fn_name='cosine'; pass 'dot'"):
-        wide = SentenceTransformer(modules=[*clip, type(module)(blocks)])
-    close(wide.encode_query(names["pictures"]), blocks.query(raw["pictures"], "image"))
-    trained = torch.tensor(raw["captions"], requires_grad=True)
-    placed = wide[-1]({"sentence_embedding": trained})["sentence_embedding"]
-    close(placed.detach().numpy(), blocks.text(raw["captions"]))
-    placed[:, 3].sum().backward()
-    assert trained.grad.abs().min() > 0
 
 
 def test_the_page_runs_with_scikit_learn(names):

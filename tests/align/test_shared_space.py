@@ -61,8 +61,8 @@ def mean_figures(text, image, role, **options):
         number = torch.arange(len(searched))
         given = dict(relevant={other: number}, own={role: number})
         found = metrics.mixed_gallery(space.query(raw[role], role), stored, **given)
-        pure = metrics.recall_at_k(raw[role], raw[other], 10)
-        figures.append([found.recall[1], found.recall[10], found.pure_recall[other][10], pure])
+        pure = metrics.mixed_gallery(raw[role], {other: raw[other]}, {other: number}).recall[10]
+        figures.append([found.recall[1], found.recall[10], found.pure_recall[10], pure])
     return np.mean(figures, axis=0)
 
 
@@ -160,26 +160,6 @@ def test_the_error_of_a_scale_is_that_of_repeated_draws():
     with pytest.warns(UserWarning, match="has a standard error of .*%, from 5 documents") as told:
         SharedSpace.fit(**few)
     assert len(told) == 2
-
-
-def test_cosines_of_extended_rows_order_as_inner_products(demo):
-    text, image = demo
-    space = SharedSpace.fit(text=text, image=image, query_role="image")
-    documents = torch.cat([space.text(text), space.image(image)])
-    queries = space.query(image)
-    cosines = unit(space.for_cosine(queries, queries=True)) @ unit(space.for_cosine(documents)).T
-    expected = queries @ documents.T / space.radius
-    torch.testing.assert_close(cosines, expected, rtol=0, atol=1e-12)
-
-
-def test_fused_documents(demo):
-    text, image = demo
-    space = SharedSpace.fit(text=text, image=image)
-    fused = space.fuse(text, image, weight=0.25)
-    torch.testing.assert_close(fused, 0.25 * space.text(text) + 0.75 * space.image(image))
-    assert (space.query(text) @ fused.T).var(dim=1, correction=0).mean() <= 1
-    with pytest.raises(ValueError, match="a weight from 0 to 1"):
-        space.fuse(text, image, weight=2)
 
 
 @pytest.mark.parametrize("layout", ["single", "blocks"])
@@ -405,17 +385,10 @@ def test_a_changed_byte_of_a_header_is_one_error_that_names_the_file(tmp_path, k
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda t, m: t["text.covariance"].fill_(torch.nan),
-            r"covariance \[128, 128\], expected",
-        ),
-        (lambda t, m: t["image.covariance"].neg_(), "image.covariance with a negative variance"),
-        (
-            lambda t, m: t.update({"text.mean": t["text.mean"][:5].clone()}),
-            r"text.mean \[5\], expected",
-        ),
+        (lambda t, m: t["text.covariance"].fill_(torch.nan), "numbers that changed since it was"),
+        (lambda t, m: t.update({"text.mean": t["text.mean"][:5].clone()}), "numbers that changed"),
         (lambda t, m: m.update(version=9), "version 9 of another release"),
-        (lambda t, m: m.update(digesu=m.pop("digest")), "the unknown entry 'digesu'"),
+        (lambda t, m: m.update(digesu=m.pop("digest")), "no 'digest' in it"),
         (lambda t, m: m.update(digest=None), "numbers that changed since it was written"),
         (lambda t, m: t["image.centre"][3].add_(1e-9), "numbers that changed since it was written"),
     ],
@@ -451,7 +424,7 @@ ROWS = torch.eye(4)
             dict(text=ROWS[:1].double() + 1e-17 * torch.arange(9.0)[:, None] * ROWS[1], image=ROWS),
             "text: rows expected to differ by more than rounding, got 9 without spread",
         ),
-        (dict(text=ROWS, image=ROWS, queries={"audio": ROWS}), r"queries of \['audio'\] have no"),
+        (dict(text=ROWS, image=ROWS, queries={"audio": ROWS}), "queries='audio' is none of text"),
         (dict(text=Moments().update(ROWS), image=ROWS), "expected covariance=True"),
         (
             dict(text=Moments(True).update(ROWS), image=ROWS, method="center"),
