@@ -206,13 +206,6 @@ class Checkpoints:
                 count += json.loads(path.read_bytes())["key"] != self.key(entry)
         return count
 
-    def is_as_written(self, result: Shard) -> bool:
-        """Return whether a shard of the output has the stamp of its record, if there is one."""
-        path = self._path(result, "json")
-        with _absent_if_damaged(path):
-            return bool(json.loads(path.read_bytes())["written"] == [*result.path.stamp()])
-        return True
-
     def forget(self, shard: Shard) -> None:
         """Remove the record of a result, before another one takes its place."""
         self._path(shard, "json").unlink(missing_ok=True)

@@ -37,7 +37,7 @@ _DEMO = {  # what the page draws of demo.json
     | {"gallery": int},
     "substitution": {"share_closed": float, "interval": [float]},
 }
-_OF_SIDE = "rows", "missing", "changed", "altered", "foreign"
+_OF_SIDE = "rows", "missing", "changed", "foreign"
 Facts = dict[str, Any]
 
 
@@ -173,9 +173,9 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
     )
     recall: dict[str, dict[str, float]] = {}
     for role, ways in galleries.items():
-        (alone,) = ways["encoder"].pure_recall.values()
+        alone = ways["encoder"].pure_recall[10]
         before, after = (ways[way].recall[10] for way in ("encoder", "space"))
-        recall[role] = {"before": before, "after": after, "alone": alone[10]}
+        recall[role] = {"before": before, "after": after, "alone": alone}
         recall[role]["error"] = after.standard_error
     frame = FixedFrame.fit(*(Moments(covariance=True).update(side) for side in pairs.values()))
     moved = [output.moved(name, side) for name, side in pairs.items()]
@@ -214,7 +214,9 @@ def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
 
 def _scatter(stages: Mapping[str, Mapping[str, Tensor]], sides: Sequence[Side]) -> Facts:
     """Return places of some rows on the two leading axes of both sides before the map."""
-    mean, axes = metrics.principal_axes(torch.cat([*next(iter(stages.values())).values()]))
+    moments, first = Moments(covariance=True, accurate=True), next(iter(stages.values()))
+    moments.update(torch.cat([*first.values()]), bad_rows="keep")
+    mean, axes = moments.mean, metrics.spectrum_of(moments).vectors[:, :2]
     drawn = {side.name: spread(len(side.numbers), _PLACES) for side in sides}
     return {
         "places": {
@@ -303,21 +305,21 @@ def _bad_rows(output: Output) -> Facts:
         if name.startswith("apply")
         for entry in record["shards"]
     ]
-    counts = [shard["zero"] + shard["non-finite"] for shard in shards]
-    order = sorted(range(len(shards)), key=lambda number: -counts[number])
-    worst = [shards[number] for number in order[:_WORST_SHARDS] if counts[number]]
+    bad = [shard for shard in shards if shard["zero"] + shard["non-finite"]]
+    worst = sorted(bad, key=lambda shard: -shard["zero"] - shard["non-finite"])[:_WORST_SHARDS]
     rows = sum(side.rows for side in output.sides if side.result)
-    numbers = {"shards": len(shards), "bad_shards": sum(map(bool, counts)), "rows": rows}
-    return numbers | {"bad": sum(counts), "worst": worst}
+    count = sum(shard["zero"] + shard["non-finite"] for shard in bad)
+    numbers = {"shards": len(shards), "bad_shards": len(bad), "rows": rows, "bad": count}
+    return numbers | {"worst": worst}
 
 
 def _file_bytes(output: Output) -> int | None:
     """Return the size of the shards, the map and the manifest; of files at URLs, None."""
-    paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST)}
-    for side in output.sides:
-        paths |= {shard.path for shard in side.result.shards} if side.result else set()
     if output.path.is_remote:  # a question about a file there is a request
         return None
+    paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST)}
+    results = [side.result for side in output.sides if side.result]
+    paths |= {shard.path for result in results for shard in result.shards}
     return sum(path.stamp()[0] for path in paths if path.exists())
 
 

@@ -35,7 +35,7 @@ def write_report(
     """
     path = output_path(to) if to is not None else records_of(output_path(out)) / PAGE
     twin = path.parent / f"{path.name.rpartition('.')[0]}.json"
-    _check_place(path, twin, output_path(out), is_given=to is not None)
+    _check_place(path, twin, output_path(out))
     packages()
     facts = facts_of(out, sample, seed)
     page = render(facts, twin.name)
@@ -44,11 +44,11 @@ def write_report(
     return path, facts
 
 
-def _check_place(path: StoragePath, twin: StoragePath, out: StoragePath, is_given: bool) -> None:
+def _check_place(path: StoragePath, twin: StoragePath, out: StoragePath) -> None:
     """Refuse a page and its JSON where they would replace other files or lie among rows."""
-    records = records_of(out)
     if not path.name.endswith((".html", ".htm")):
         raise OptionError(f"{path}: expected a file that ends in .html; give one with --to")
+    records = records_of(out)
     is_in_records = path.parent.is_within(records) and records.is_within(path.parent)
     if path.is_within(out) and (not is_in_records or twin.name in (MANIFEST, REPORT)):
         raise OptionError(
@@ -56,14 +56,19 @@ def _check_place(path: StoragePath, twin: StoragePath, out: StoragePath, is_give
             "--to out"
         )
     for file in (path, twin):
-        kind = "a directory" if file.is_dir() else ""
-        if is_given and not kind and file.exists():
-            with file.opened() as beginning:
-                beginning.stamp()
-                is_ours = GENERATOR.encode() in beginning.pread(_HEAD_BYTES, 0)
-            kind = "" if is_ours else "there and no report of realign-fast"
-        if kind:
-            raise OptionError(f"{file}: is {kind}; move it away, or give another --to")
+        if file.exists() and not _is_report(file):
+            raise OptionError(
+                f"{file}: is there and no report of realign-fast; move it away, or give another "
+                "--to"
+            )
+
+
+def _is_report(file: StoragePath) -> bool:
+    if file.is_dir():
+        return False
+    with file.opened() as beginning:
+        beginning.stamp()
+        return GENERATOR.encode() in beginning.pread(_HEAD_BYTES, 0)
 
 
 def render(facts: Facts, twin: str = "") -> str:

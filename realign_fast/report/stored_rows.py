@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,11 @@ from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, shard_values
 from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
-from ..moments import Moments, good_rows
+from ..moments import good_rows
 from ..ops.reference import unit
-from ..pipeline.checkpoints import STATS, Checkpoints, checksum, identity
+from ..pipeline.checkpoints import STATS, identity
 from ..pipeline.manifest import fault_of, read_manifest
 from ..pipeline.output import ALIGNER, REPORT, SPACE
-from ..pipeline.passes import PassRunner
-from ..pipeline.settings import Settings
-from ..pipeline.unify_run import map_of
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_of, records_of, storage_path
 
@@ -40,7 +36,6 @@ _REPORT: dict[str, Any] = {  # types of the values of a report.json that are use
     **dict.fromkeys(("source", "target", "text", "image", "table"), _SHAPE),
     **dict.fromkeys(("versions", "kernels"), dict),
 }
-_COMPARED_BYTES = 1 << 30  # of shards with a new time that are read to compare their rows
 _ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
 _LONGEST = 300  # characters of an id or a caption that are kept
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
@@ -58,9 +53,8 @@ class Side:
     source: Corpus | None = None
     result: Corpus | None = None
     missing: str = ""  # why there are no rows before, or after
-    changed: str = ""  # how the source differs from what the run read
-    altered: str = ""  # a shard of the output that was written after the run
-    foreign: bool | None = None  # the rows of the output are not those that the run wrote
+    changed: str = ""  # a shard of the source of another size, time or version than the run read
+    foreign: bool | None = None  # rows of the output are not those that the map makes of the source
 
     def labels(self, places: Sequence[int]) -> list[list[str]]:
         """Return file and row, id and caption of some of the rows; empty where there is none."""
@@ -174,51 +168,21 @@ class Output:
                 raise ValueError(f"{source.path}: {counts}")
             side.source = source
             pairs = zip(source.shards, entries, strict=bool(entries))
-            is_new = [not entry.items() >= identity(shard).items() for shard, entry in pairs]
-            side.changed = _first_changed(source, is_new, lambda n: self._gives(source, n, record))
+            new = (str(x.path) for x, entry in pairs if not entry.items() >= identity(x).items())
+            side.changed = next(new, "")
         except (OSError, ValueError) as error:
             side.missing = f"{side.name} rows before: {getattr(error, 'strerror', None) or error}"
 
     def _open_result(self, side: Side, record: dict[str, Any]) -> None:
-        """Open the rows that a pass wrote, and look whether they are still the same."""
+        """Open the rows that a pass wrote; :func:`.pipeline.verify.verify` reads all of them."""
         entries, facts = record["shards"], record["facts"]
         names = [self.path / facts["folder"] / entry["name"] for entry in entries]
         for column in (facts["column"], None):  # rows of another width have the usual one
             with suppress(OSError, ValueError):
                 options = {"column": column, "allow_pickle": facts["allow_pickle"]}
                 side.result = side.result or _opened(names, side.name, options)
-        result = side.result
-        if result is None or result.num_rows != side.rows:
+        if side.result is None or side.result.num_rows != side.rows:
             side.result, side.missing = None, f"{side.name} rows after: not all shards are there"
-            return
-        is_known = Checkpoints(records_of(self.path), facts).is_as_written
-        is_new = [not (shard.path.is_remote or is_known(shard)) for shard in result.shards]
-        side.altered = _first_changed(
-            result, is_new, lambda n: _checksum(result, n) == entries[n]["checksum"]
-        )
-
-    def _gives(self, corpus: Corpus, number: int, record: dict[str, Any]) -> bool:
-        """Return whether a shard of a source, read again, gives what a pass recorded of it."""
-        facts, entry = record["facts"], record["shards"][number]
-        row_map: Any = None
-        unwritten: Any = None
-        with suppress(OSError, ValueError, KeyError, TypeError):  # rows or records are damaged
-            if "checksum" in entry:
-                unwritten = SimpleNamespace(write=lambda rows: None)
-                row_map = self.fitted
-                if isinstance(row_map, SharedSpace):
-                    row_map = map_of(row_map, facts["pass"])
-            if "split_by" in facts:
-                corpus = SplitCorpus(corpus, facts["split_by"])
-            settings = Settings(facts["bad_rows"], facts["batch_bytes"], dtype=facts.get("dtype"))
-            options = {"row_map": row_map, "covariance": facts["covariance"]}
-            task = PassRunner(settings).task(facts["pass"], corpus, **options)
-            moments, total = task.read(number, unwritten)
-            if unwritten:
-                return bool(total == entry["checksum"])
-            recorded = Moments.load(records_of(self.path) / entry["stats"])
-            return all(map(torch.equal, moments._state().values(), recorded._state().values()))
-        return False
 
     def _filled(self, side: Side, ids: np.ndarray) -> Side:
         """Return a side with these rows, without those that are zero or not finite."""
@@ -234,23 +198,11 @@ class Output:
             side.after = self.moved(side.name, side.before)
         if stored is not None and len(ids):
             expected, side.after = side.after, self._directions(side.name, stored[keep])
-            is_unknown = side.changed or self.fitted.method == "noise"  # drawn by the bits of rows
-            side.foreign = self._is_foreign(side.after, None if is_unknown else expected)
+            is_known = not side.changed and self.fitted.method != "noise"  # drawn by bits of rows
+            if is_known and expected is not None:
+                errors = (side.after - expected).norm(dim=1)
+                side.foreign = bool((errors > _ROW_ERROR).any())
         return side
-
-    def _is_foreign(self, stored: Tensor, expected: Tensor | None) -> bool | None:
-        """Return whether rows of the output are not those of its map, or not near their mean.
-
-        It is None where nothing tells.
-        """
-        gap = (self.report.get("result") or {}).get("centroid_gap")
-        if expected is not None:
-            return bool(((stored - expected).norm(dim=1) > _ROW_ERROR).any())
-        if gap is None or not isinstance(self.fitted, ReAlign) or not len(stored):
-            return None
-        spread_of_mean = (max(1 - float(stored.mean(dim=0).square().sum()), 0) / len(stored)) ** 0.5
-        found = float((stored.mean(dim=0) - self.fitted.target_mean).norm())
-        return bool(abs(found - gap) > 5 * spread_of_mean + 1e-3)
 
     def documents(self, name: str, rows: Tensor) -> Tensor:
         """Return the rows of a modality after the map."""
@@ -299,23 +251,6 @@ def _read_report(path: StoragePath) -> dict[str, Any]:
             f"{path}: expected the report of a run, got {fault}; run the same command again"
         )
     return report
-
-
-def _first_changed(
-    corpus: Corpus, is_new: Sequence[bool], has_same_rows: Callable[[int], bool]
-) -> str:
-    """Return the first new shard that has other rows, or the first of many; empty without one."""
-    numbers = np.flatnonzero(is_new)
-    is_large = np.diff(corpus.starts)[numbers].sum() * corpus.shards[0].row_bytes > _COMPARED_BYTES
-    changed = (n for n in map(int, numbers) if is_large or not has_same_rows(n))
-    return next((str(corpus.shards[n].path) for n in changed), "")
-
-
-def _checksum(corpus: Corpus, number: int) -> int:
-    total = 0
-    for batch in corpus.batches(number):
-        total = checksum(batch.rows, total)
-    return total
 
 
 def _opened(paths: Sequence[AnyPath], role: str, options: dict[str, Any]) -> Corpus:

@@ -6,13 +6,12 @@ A rule yields what it found, in words. A ``fault`` says that the result should n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ..methods import NEED_COVARIANCE
 
 Facts = dict[str, Any]
-Rule = Callable[[Facts], Iterator[str]]
 FLOOR_SHARE = 0.1  # of the gap: more may be left by the sampling of the means alone
 SCALE_ERROR = 0.1  # by which the scores of one modality are stretched
 FAR_FROM_FLOOR = 2.0  # means of like rows lie at the floor; twice as far apart is no chance
@@ -133,21 +132,14 @@ def bad_rows(facts: Facts) -> Iterator[str]:
         yield f"{bad:,} of {rows:,} rows are zero or not finite (expected {BAD_SHARE:.0%} at most)."
 
 
-def changed_result(facts: Facts) -> Iterator[str]:
-    """Find shards of the output that were written after the run."""
-    for side in facts["sides"].values():
-        if side["altered"] and not side["foreign"]:
-            yield (
-                f"{side['altered']} was changed after the run, or is a copy: run realign-fast "
-                f"verify {facts['output']}."
-            )
-
-
 def changed_source(facts: Facts) -> Iterator[str]:
     """Find files that are not those the run read, or cannot be read."""
     for side in facts["sides"].values():
         if side["changed"]:
-            yield f"{side['changed']} has changed since the run, or is a copy. Run again."
+            yield (
+                f"{side['changed']} has another size or time than the run saw: it was changed, or "
+                "is a copy. Run again if its rows changed."
+            )
         if side["missing"]:
             yield f"Panels and rules that need these rows are missing: {side['missing']}"
 
@@ -155,20 +147,8 @@ def changed_source(facts: Facts) -> Iterator[str]:
 FAULTS = (unfinished_run, rows_of_another_origin, another_encoder_or_domain)
 DOUBTS = (
     *(no_gap, too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
-    *(worse_search, bad_rows, changed_result, changed_source),
+    *(worse_search, bad_rows, changed_source),
 )
-NEEDS: dict[Rule, Callable[[Facts], Any]] = {  # what a rule needs to be applied
-    rows_of_another_origin: lambda facts: _known(facts, "foreign"),
-    another_encoder_or_domain: lambda facts: _known(facts, "far"),
-    no_gap: lambda facts: facts["gap"].get("fitted"),
-    far_from_the_floor: lambda facts: facts["gap"],
-    torn_neighbours: lambda facts: facts["figures"],
-    worse_search: lambda facts: facts["recall"],
-}
-
-
-def _known(facts: Facts, name: str) -> bool:
-    return any(side[name] is not None for side in facts["sides"].values())
 
 
 def verdict_of(facts: Facts) -> Facts:
@@ -186,8 +166,7 @@ def verdict_of(facts: Facts) -> Facts:
         level, verdict = findings[0]["level"], "Look at this before you rely on the result."
     if level == "fault":
         verdict = "Do not use this result yet."
-    rules = sum(rule not in NEEDS or bool(NEEDS[rule](facts)) for rule in FAULTS + DOUBTS)
-    return {"level": level, "verdict": verdict, "rules": rules, "findings": findings}
+    return {"level": level, "verdict": verdict, "findings": findings}
 
 
 def sentence_of(facts: Facts) -> str:

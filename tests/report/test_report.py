@@ -22,7 +22,7 @@ from realign_fast.cli.measure_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
 from realign_fast.methods import METHODS
-from realign_fast.report import facts_of, render, stored_rows, trust, write_report
+from realign_fast.report import facts_of, render, trust, write_report
 
 HELD_OUT = str(DATA / "heldout")
 HOSTILE = (
@@ -228,44 +228,21 @@ def test_a_run_with_nothing_to_do_keeps_page_and_rates(tmp_path, capsys):
     assert not (tmp_path / "fit/__realign__/gap_report.html").exists(), "it was of another map"
 
 
-def test_files_of_the_same_bytes_have_not_changed(tmp_path):
-    root, out, space = tmp_path / "root", tmp_path / "out", tmp_path / "space"
-    shutil.copytree(HELD_OUT, root)
-    sides = ["--text", str(root), "--image", str(root)]
-    run("align", *sides, "--out", str(out))
-    run("unify", *sides, "--out", str(space))
-
-    def rules(place):
-        found = {finding["rule"] for finding in facts_of(place, 50)["trust"]["findings"]}
-        return found & {"changed source", "changed result", "rows of another origin"}
-
-    shards = [*root.glob("*_emb/*.npy"), *out.glob("*_emb/*.npy"), *space.glob("*_emb/*.npy")]
-    for shard in shards:
-        content = shard.read_bytes()
-        shard.unlink()
-        shard.write_bytes(content)
-    assert len(shards) == 5 and rules(out) == rules(space) == set()
-    for shard in shards:
-        content, array = shard.read_bytes(), np.load(shard)
-        array[[0, 1]] = array[[1, 0]]  # at rows that no sample has to read
-        np.save(shard, array)
-        is_source = shard.is_relative_to(root)
-        rule = {"changed source" if is_source else "changed result"}
-        for place in (out, space):
-            is_read = is_source or shard.is_relative_to(place)
-            assert rules(place) == (rule if is_read else set()), f"{shard} in {place}"
-        shard.write_bytes(content)
-
-
-def test_large_files_with_a_new_time_are_not_read(tmp_path, monkeypatch):
+def test_a_source_of_another_time_has_changed(tmp_path):
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(HELD_OUT, root)
     run("align", "--text", str(root), "--image", str(root), "--out", str(out))
-    for shard in (*root.glob("text_emb/*"), *out.glob("text_emb/*")):
-        shard.touch()
-    monkeypatch.setattr(stored_rows, "_COMPARED_BYTES", 0)
-    found = {finding["rule"] for finding in facts_of(out, 50)["trust"]["findings"]}
-    assert {"changed source", "changed result"} <= found
+
+    def found():
+        facts = facts_of(out, 50)
+        named = {finding["rule"]: finding["text"] for finding in facts["trust"]["findings"]}
+        return named.get("changed source", ""), facts["sides"]["text"]["foreign"]
+
+    assert found() == ("", False)
+    (shard,) = root.glob("text_emb/*.npy")
+    shard.touch()
+    text, foreign = found()
+    assert text.startswith(f"{shard} has another size or time than the run saw") and foreign is None
 
 
 def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys):
@@ -277,32 +254,29 @@ def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys)
 
 
 def test_rows_that_the_run_did_not_write_are_a_fault(tmp_path):
-    root, out = tmp_path / "root", tmp_path / "out"
-    shutil.copytree(HELD_OUT, root)
-    run("align", "--text", str(root), "--image", str(root), "--out", str(out))
-    (shard,) = out.glob("text_emb/*.npy")
+    run("align", "--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path))
+    (shard,) = tmp_path.glob("text_emb/*.npy")
     good = shard.read_bytes()
-    for gone in (False, True):
-        if gone:
-            shutil.rmtree(root)
-        shard.write_bytes((DATA / "heldout/text_emb/text_emb_0.npy").read_bytes())
-        facts = facts_of(out, 200)
-        assert facts["trust"]["level"] == "fault"
-        finding = facts["trust"]["findings"][0]
-        assert finding["rule"] == "rows of another origin"
-        assert finding["text"].endswith(f"not those the run wrote: run realign-fast verify {out}.")
-        if not gone:
-            assert facts["gap"]["fitted"]["after"] == facts["gap"]["fitted"]["before"] > 0.3
-        shard.write_bytes(good)
-        rules = {finding["rule"] for finding in facts_of(out, 200)["trust"]["findings"]}
-        assert not rules & {"changed result", "rows of another origin"}, "the same bytes again"
+    shard.write_bytes((DATA / "heldout/text_emb/text_emb_0.npy").read_bytes())
+    facts = facts_of(tmp_path, 200)
+    assert facts["trust"]["level"] == "fault"
+    finding = facts["trust"]["findings"][0]
+    assert finding["rule"] == "rows of another origin"
+    advice = f"not those the run wrote: run realign-fast verify {tmp_path}."
+    assert finding["text"].endswith(advice)
+    assert facts["gap"]["fitted"]["after"] == facts["gap"]["fitted"]["before"] > 0.3
+    shard.write_bytes(good)
+    rules = {finding["rule"] for finding in facts_of(tmp_path, 200)["trust"]["findings"]}
+    assert "rows of another origin" not in rules, "the same bytes again"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_every_method_are_those_the_run_wrote(tmp_path, method):
     sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
     run("align", *sides, "--method", method)
-    assert facts_of(tmp_path, 100)["sides"]["text"]["foreign"] is False
+    assert facts_of(tmp_path, 100)["sides"]["text"]["foreign"] is (
+        None if method == "noise" else False
+    )
 
 
 @pytest.mark.parametrize(
@@ -379,8 +353,7 @@ def test_what_was_not_measured_is_no_good_result(aligned, tmp_path):
     few["trust"] = trust.verdict_of(few | {"fitted": few["fitted"] | {"statistical_floor": 0.01}})
     assert few["trust"]["level"] == "unknown" and not few["trust"]["findings"]
     assert few["trust"]["verdict"] == "Too little could be measured to judge this result."
-    assert few["trust"]["rules"] == len(trust.FAULTS + trust.DOUBTS) - 2, "no neighbours, no pairs"
-    assert "Rules that could be applied: 10." in render(few)
+    assert "No rule that could be applied found a reason to doubt it." in render(few)
     shutil.copytree(aligned, tmp_path / "out")
     (tmp_path / "out/__realign__/manifest.json").unlink()
     finding = facts_of(tmp_path / "out", 50)["trust"]["findings"][0]
@@ -457,7 +430,6 @@ CHANGES = {
     "too few rows ": (("fitted", "modalities"), {"a": {"scale_error": {"a": 0.2}}}, "doubt"),
     "far from the floor": (("gap", "other_half", "after"), 0.3, "doubt"),
     "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
-    "changed result": (("sides", "text", "altered"), "a.npy", "doubt"),
     "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
     "torn neighbours": (("figures", "kept_knn_overlap"), 0.4, "doubt"),
     "worse search": (("recall", "of", "text", "after"), 0.0, "doubt"),
