@@ -172,14 +172,18 @@ def recall_by_map(
 ) -> Iterator[tuple[str, float]]:
     """Yield each way to store rows, and its share of texts with their image among the first 10."""
     text, image = pairs["text"], pairs["image"]
-    yield "encoder's rows", float(metrics.recall_at_k(text, image, 10))
+    space = SharedSpace.fit(**fitted)
+
+    def recall(queries: Tensor, documents: Tensor) -> float:
+        """Return the share of queries with their own document among the first 10."""
+        nearest = (queries @ documents.T).topk(10).indices
+        return float((nearest == torch.arange(len(text))[:, None]).any(dim=1).double().mean())
+
+    yield "encoder's rows", recall(text, image)
     for name, method in MAPS.items():
         aligned = ReAlign.fit(fitted["text"], fitted["image"], method=method)(text)
-        yield name, float(metrics.recall_at_k(aligned, image, 10))
-    space = SharedSpace.fit(**fitted)
-    nearest = (space.query(text) @ space.image(image).T).topk(10).indices
-    found = (nearest == torch.arange(len(text))[:, None]).any(dim=1)
-    yield "SharedSpace", float(found.double().mean())
+        yield name, recall(aligned, image)
+    yield "SharedSpace", recall(space.query(text), space.image(image))
 
 
 def draw_search(fitted: dict[str, Tensor], pairs: dict[str, Tensor]) -> None:

@@ -91,7 +91,7 @@ def figures(way: Way, rows: Rows, role: str, seed: int) -> list[float]:
     queries, stored = way(fitted, searched, role)
     number = torch.arange(len(queries))
     found = metrics.mixed_gallery(queries, stored, {OTHER[role]: number}, own={role: number})
-    pure = found.pure_recall[OTHER[role]]
+    pure = found.pure_recall
     return [found.recall[1], found.recall[10], pure[1], pure[10]]
 
 

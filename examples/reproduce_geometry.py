@@ -161,7 +161,9 @@ def judge(data: Data, maps: dict[str, Map], seed: int) -> dict[str, Report]:
         )
         pair_text = map_rows(data.pair_text)
         report["pairs_mean_cosine"] = float(metrics.mean_cosine(pair_text, data.pair_image))
-        report["pairs_recall_at_1"] = float(metrics.recall_at_k(pair_text, data.pair_image, 1))
+        nearest = metrics.nearest_rows(pair_text, data.pair_image, 1).indices[:, 0]
+        found = nearest == torch.arange(len(nearest), device=nearest.device)
+        report["pairs_recall_at_1"] = float(found.double().mean())
         reports[name] = report
     return reports
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from realign_fast import Corpus, Moments, ReAlign, SharedSpace
 from realign_fast.demo import DATA
-from realign_fast.metrics import Reader, hashed_ngrams, substitution
+from realign_fast.metrics import Reader, hashed_words, substitution
 
 RowMap = Callable[[Tensor], Tensor]
 Fit = Callable[[Tensor, Tensor], tuple[RowMap, RowMap | None]]
@@ -260,7 +260,7 @@ def demo(_: int) -> Data:
     count = len(Corpus(DATA, "text").shards)
     captions = demo_captions(DATA, 0, count), demo_captions(DATA, count, None)
     text_labels, image_labels, tested = (
-        hashed_ngrams(side, 256) for side in (*captions, demo_captions(DATA / "heldout", 0, None))
+        hashed_words(side, 256) for side in (*captions, demo_captions(DATA / "heldout", 0, None))
     )
     test = torch.arange(len(image), len(image) + len(held_out))
     images = unit(torch.cat([image, held_out]))
@@ -383,10 +383,10 @@ def tasks(options: argparse.Namespace) -> dict[str, Task]:
 
 
 def measure(task: Task, seed: int) -> dict[str, Any]:
-    """Return the losses and the accuracies of all readers of a task with one seed."""
+    """Return the losses of all readers of a task with one seed."""
     began, data = time.time(), task.data(seed)
-    arms: dict[str, Any] = dict(task.arms)
-    arms |= {name: row_map(data.text) for name, row_map in data.maps.items()}
+    arms = dict(task.arms)
+    arms |= {name: lambda *_, known=row_map: (known, None) for name, row_map in data.maps.items()}
     result = substitution(
         data.text,
         data.image,
@@ -399,23 +399,19 @@ def measure(task: Task, seed: int) -> dict[str, Any]:
         reader=task.reader,
     )
     tested = 0 if isinstance(data.test, Tensor) else data.test
-    loss, accuracy = ({name: float(run[i, 0]) for name, run in result.runs.items()} for i in (0, 1))
-    cell: dict[str, Any] = {"seed": seed, "loss": loss, "accuracy": accuracy}
+    cell: dict[str, Any] = {"seed": seed}
+    cell["loss"] = {name: float(run[0]) for name, run in result.runs.items()}
     cell |= {"overlap": tested / (1 - tested), "reader": vars(task.reader)}
     if data.maps:
         cell["centroid"] = {name: centroid_distance(data, fit) for name, fit in arms.items()}
     return cell | {"seconds": round(time.time() - began, 1)}
 
 
-def centroid_distance(data: Data, fit: Any) -> float:
+def centroid_distance(data: Data, fit: Fit) -> float:
     """Return the distance of the centroids of moved texts and of images, fitted on all rows."""
-    image = data.image
-    if isinstance(fit, Tensor):
-        moved = fit
-    else:
-        text_map, image_map = fit(data.text, data.image)
-        moved, image = text_map(data.text), image_map(image) if image_map else image
-    return float((moved.double().mean(0) - image.double().mean(0)).norm())
+    text_map, image_map = fit(data.text, data.image)
+    image = image_map(data.image) if image_map else data.image
+    return float((text_map(data.text).double().mean(0) - image.double().mean(0)).norm())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import OptionError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..corpus.corpus import Corpus
-    from ..metrics import Captioned
 
 _SIDES = "--text TEXT --image IMAGE"
 _OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
@@ -112,7 +112,7 @@ def evaluate_search(options: opts.SearchOptions) -> Result:
     if repeated:
         lines.append(f"left out: {repeated:,} pairs with a row of an earlier pair")
     for role, ways in galleries.items():
-        columns = {way: figures.figures(_OTHER[role]) for way, figures in ways.items()}
+        columns = {way: figures.figures() for way, figures in ways.items()}
         facts[f"{role}_queries"] = {way: plain(column) for way, column in columns.items()}
         lines += ["", *_table(f"{role} queries", columns)]
     return Result(facts, "\n".join(lines), answer=True)
@@ -125,24 +125,24 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     from ..metrics import Reader, substitution
     from ..metrics.estimate import plain
 
-    captioned = _captioned_rows(options)
+    rows, labels, partners, wordless = _captioned_rows(options)
     names = [*(options.method or []), *filter(None, [options.aligner, options.space])]
     names = names or ["realign", "optimal-transport", "center"]
     total = options.seeds * (2 + len(names))
     with Progress(total, "readers", unit="reader", shown=shows_progress(options)) as bar:
         result = substitution(
-            *captioned.rows,
-            *captioned.labels,
+            *rows,
+            *labels,
             aligned={name: partial(_fit, name, options) for name in names},
-            partners=captioned.partners,
+            partners=partners,
             test=options.test,
             seeds=range(options.seeds),
             reader=Reader(steps=options.steps),
             on_reader=bar.update,
         )
-    texts, images = map(len, captioned.rows)
-    tested, wordless = round(images * options.test), captioned.wordless
-    figures = {name: getattr(result, name) for name in ("loss", "accuracy", "share_closed")}
+    texts, images = map(len, rows)
+    tested = round(images * options.test)
+    figures = {name: getattr(result, name) for name in ("loss", "share_closed")}
     facts: dict[str, Any] = {"texts": texts, "images": images, "tested": tested}
     facts |= {"without_words": dict(zip(_OTHER, wordless, strict=True)), "seeds": options.seeds}
     facts |= {name: plain(column) for name, column in figures.items()}
@@ -158,22 +158,35 @@ def substitution(options: opts.SubstitutionOptions) -> Result:
     )
 
 
-def _captioned_rows(options: opts.SubstitutionOptions) -> Captioned:
-    """Return rows of both sides with labels; a ValueError for a side with too few captions."""
-    from ..metrics import label_by_captions
+def _captioned_rows(
+    options: opts.SubstitutionOptions,
+) -> tuple[list[Tensor], list[Tensor], Tensor, list[int]]:
+    """Return rows with words in their captions, labels, partners, and how many have no words."""
+    import torch
+
+    from ..metrics import hashed_words
     from ..pipeline.paired_rows import FEWEST, spread, unit_rows, values_at
 
     sides, columns = _open_sides(options), ("caption", "text", "txt")
     places = [spread(side.num_rows, options.sample) for side in sides]
     captions = [values_at(*side, columns) for side in zip(sides, places, strict=True)]
-    captioned = label_by_captions(unit_rows(sides, places), captions, options.buckets)
-    for side, rows, count in zip(sides, captioned.rows, map(len, captions), strict=True):
-        if len(rows) < FEWEST:
+    labels = [hashed_words(side, options.buckets) for side in captions]
+    masks = [side.any(dim=1) for side in labels]
+    for side, mask in zip(sides, masks, strict=True):
+        if int(mask.sum()) < FEWEST:
             raise ValueError(
-                f"{side.path}: {len(rows)} of {count} captions have a word of 3 letters, expected "
-                f"{FEWEST} or more; give captions in {', '.join(columns)}"
+                f"{side.path}: {int(mask.sum())} of {len(mask)} captions have a word of 3 letters, "
+                f"expected {FEWEST} or more; give captions in {', '.join(columns)}"
             )
-    return captioned
+    worded = [[*compress(*side)] for side in zip(captions, masks, strict=True)]
+    place = {caption: number for number, caption in enumerate(worded[1])}
+    rows = zip(unit_rows(sides, places), masks, strict=True)
+    return (
+        [side[mask].float() for side, mask in rows],
+        [side[mask] for side, mask in zip(labels, masks, strict=True)],
+        torch.tensor([place.get(caption, -1) for caption in worded[0]]),
+        [int((~mask).sum()) for mask in masks],
+    )
 
 
 def _open_sides(options: opts.PairOptions) -> list[Corpus]:

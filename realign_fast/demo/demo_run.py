@@ -131,14 +131,15 @@ def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, An
 
     A space is fitted on one half of the pairs, without their pairing; the other half is searched.
     """
-
-    def fit(rows: Rows, role: str) -> SharedSpace:
-        """Return the space of a split."""
-        return SharedSpace.fit(text=rows["text"], image=rows["image"])
-
-    search = metrics.search_pairs(pairs, fit, roles=["text"], splits=_SPLITS, on_search=on_split)
+    search = metrics.search_pairs(
+        pairs,
+        lambda rows, _: SharedSpace.fit(text=rows["text"], image=rows["image"]),
+        roles=["text"],
+        splits=_SPLITS,
+        on_search=on_split,
+    )
     encoder, space = search["text"].values()
-    alone = encoder.pure_recall["image"][10]
+    alone = encoder.pure_recall[10]
     figures = plain(
         {"before": encoder.recall[10], "after": space.recall[10], "images_alone": alone}
     )
@@ -155,10 +156,9 @@ def _measure_substitution(
     result = metrics.substitution(
         fitted["text"].float(),
         images.float(),
-        metrics.hashed_ngrams([*_captions(DATA, "text")], _WORD_LABELS),
-        metrics.hashed_ngrams(captions, _WORD_LABELS),
-        aligned={"centred": space.text(fitted["text"].float())},
-        target_map=space.image,
+        metrics.hashed_words([*_captions(DATA, "text")], _WORD_LABELS),
+        metrics.hashed_words(captions, _WORD_LABELS),
+        aligned={"centred": lambda *_: (space.text, space.image)},
         test=torch.arange(len(fitted["image"]), len(images)),
         seeds=range(_SEEDS),
         reader=_READER,

@@ -5,91 +5,36 @@ memory is bounded by a ``block`` of rows, never by N x N. A figure that is estim
 is an :class:`Estimate`: a float that carries its standard error.
 """
 
-from .cosines import (
-    cosine_correlation,
-    cosine_divergence,
-    matched_cosine,
-    mean_cosine,
-    pairwise_cosines,
-)
-from .distribution import (
-    centroid_gap,
-    covariance_distance,
-    frechet_distance,
-    sampling_gap,
-    trace_ratio,
-)
-from .estimate import Estimate
-from .gap_report import GapSettings, gap_report
-from .mixed_gallery import MixedGallery, gini, mixed_gallery, over_splits, search_pairs
-from .neighbours import (
-    Neighbours,
-    knn_mixing,
-    knn_overlap,
-    match_ranks,
-    nearest_rows,
-    recall_at_k,
-)
-from .spectrum import (
-    Spectrum,
-    anisotropy,
-    effective_rank,
-    log_spectrum_correlation,
-    participation_ratio,
-    power_law_exponent,
-    principal_axes,
-    residual_anisotropy,
-    spectrum_of,
-    subspace_overlap,
-)
-from .substitution import (
-    Captioned,
-    Reader,
-    Substitution,
-    hashed_ngrams,
-    label_by_captions,
-    substitution,
-)
-
-__all__ = [
-    "Captioned",
-    "Estimate",
-    "GapSettings",
-    "MixedGallery",
-    "Neighbours",
-    "Reader",
-    "Spectrum",
-    "Substitution",
-    "anisotropy",
-    "centroid_gap",
-    "cosine_correlation",
-    "cosine_divergence",
-    "covariance_distance",
-    "effective_rank",
-    "frechet_distance",
-    "gap_report",
-    "gini",
-    "hashed_ngrams",
-    "knn_mixing",
-    "knn_overlap",
-    "label_by_captions",
-    "log_spectrum_correlation",
-    "match_ranks",
-    "matched_cosine",
-    "mean_cosine",
-    "mixed_gallery",
-    "nearest_rows",
-    "over_splits",
-    "pairwise_cosines",
-    "participation_ratio",
-    "power_law_exponent",
-    "principal_axes",
-    "recall_at_k",
-    "residual_anisotropy",
-    "sampling_gap",
-    "search_pairs",
-    "spectrum_of",
-    "subspace_overlap",
-    "substitution",
-    "trace_ratio",
-]
+from .cosines import cosine_correlation as cosine_correlation
+from .cosines import cosine_divergence as cosine_divergence
+from .cosines import mean_cosine as mean_cosine
+from .cosines import pairwise_cosines as pairwise_cosines
+from .distribution import centroid_gap as centroid_gap
+from .distribution import covariance_distance as covariance_distance
+from .distribution import frechet_distance as frechet_distance
+from .distribution import sampling_gap as sampling_gap
+from .distribution import trace_ratio as trace_ratio
+from .estimate import Estimate as Estimate
+from .gap_report import GapSettings as GapSettings
+from .gap_report import gap_report as gap_report
+from .mixed_gallery import MixedGallery as MixedGallery
+from .mixed_gallery import mixed_gallery as mixed_gallery
+from .mixed_gallery import over_splits as over_splits
+from .mixed_gallery import search_pairs as search_pairs
+from .neighbours import Neighbours as Neighbours
+from .neighbours import knn_mixing as knn_mixing
+from .neighbours import knn_overlap as knn_overlap
+from .neighbours import nearest_rows as nearest_rows
+from .spectrum import Spectrum as Spectrum
+from .spectrum import anisotropy as anisotropy
+from .spectrum import effective_rank as effective_rank
+from .spectrum import log_spectrum_correlation as log_spectrum_correlation
+from .spectrum import participation_ratio as participation_ratio
+from .spectrum import power_law_exponent as power_law_exponent
+from .spectrum import residual_anisotropy as residual_anisotropy
+from .spectrum import spectrum_of as spectrum_of
+from .spectrum import subspace_overlap as subspace_overlap
+from .substitution import Reader as Reader
+from .substitution import Substitution as Substitution
+from .substitution import hashed_words as hashed_words
+from .substitution import substitution as substitution

@@ -16,12 +16,6 @@ from ..ops.reference import unit
 from .estimate import Estimate
 
 
-def matched_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosines [N] float64 of matching rows a, b [N, D]."""
-    check_pairs("matched_cosine", a, b, min_rows=0)
-    return _cosines(a, b)
-
-
 def mean_cosine(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     """Return the mean cosine of matching rows a, b [N, D]; it is Phi where b is a aligned."""
     check_pairs("mean_cosine", a, b)

@@ -93,9 +93,7 @@ def frechet_distance(a: Moments, b: Moments, *, correction: float = 1) -> float:
     squared_gap = float((a.mean - b.mean.to(device)).square().sum())
     covariances = []
     for moments in (a, b):
-        rounded = (
-            moments.rounded_covariance
-        )  # in the dtype of its precision, 0 where it is rounding
+        rounded = moments.rounded_covariance  # of its own precision; 0 where it is rounding
         covariance = moments.cov(correction) * rounded.any()
         covariances.append(covariance.to(device, rounded.dtype))
     return squared_gap + bures_distance(*covariances) ** 2

@@ -164,5 +164,5 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
         retrieval = mixed_gallery.mixed_gallery(
             galleries[side], galleries, {answers: numbers}, own={side: numbers}, ks=ks, block=block
         )
-        figures |= {f"{side}_{name}": value for name, value in retrieval.figures(answers).items()}
+        figures |= {f"{side}_{name}": value for name, value in retrieval.figures().items()}
     return figures

@@ -1,4 +1,4 @@
-"""Nearest rows by cosine: mixing of two modalities, preserved neighbourhoods, retrieval."""
+"""Nearest rows by cosine: mixing of two modalities, and preserved neighbourhoods."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..ops import working_dtype
 from ..ops.reference import unit
 from .cosines import check_pairs, check_rows, row_blocks
 from .estimate import Estimate
-
-TIE = 1e-12  # float64 scores that differ by less of their size are one number, rounded apart
 
 
 class Neighbours(NamedTuple):
@@ -51,13 +49,17 @@ def nearest_rows(
             f"nearest_rows: k is {k}, expected 1..{candidates}, the gallery rows that a query may "
             "have as neighbours; give more rows or a smaller k"
         )
-    dtype = working_dtype(queries)
+
+    def prepare(rows: Tensor) -> Tensor:
+        """Return unit rows, computed in float64, of the dtype in which cosines are compared."""
+        return unit(rows.double()).to(working_dtype(queries))
+
     blocks = []
     for first in range(0, len(queries), block):
-        part = unit(queries[first : first + block].double()).to(dtype)
+        part = prepare(queries[first : first + block])
         numbers = torch.arange(first, first + len(part), device=part.device)
         skipped = None if own is None else numbers + own
-        nearest = search_blocks(part, gallery, k, skipped, _unit_rows(dtype), block=block)
+        nearest = search_blocks(part, gallery, k, skipped, prepare, block=block)
         blocks.append(nearest[:2])
     return Neighbours(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
@@ -100,31 +102,6 @@ def knn_overlap(a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096) -> Esti
     return Estimate.of_mean(torch.cat(shared).double() / k)
 
 
-def match_ranks(queries: Tensor, gallery: Tensor, block: int = 4096) -> Tensor:
-    """Return the rank [N] int64, from 1, of each query's own row of the gallery; both are [N, D].
-
-    Cosines are float64. A tie counts for the row: rank = 1 + number of strictly nearer rows.
-    """
-    check_pairs("match_ranks", queries, gallery, min_rows=1)
-    ranks, prepare = [], _unit_rows(torch.float64)
-    for queries_block, own_rows in row_blocks(queries, gallery, block):
-        part = prepare(queries_block)
-        limits = (part * prepare(own_rows)).sum(dim=1, keepdim=True) + TIE
-        ranks.append(1 + search_blocks(part, gallery, 0, None, prepare, limits, block)[2][:, 0])
-    return torch.cat(ranks)
-
-
-def recall_at_k(queries: Tensor, gallery: Tensor, k: int, block: int = 4096) -> Estimate:
-    """Return R@k, the share of queries [N, D] with their own gallery row among the k nearest.
-
-    Ties count for the row (:func:`match_ranks`). The standard error is the binomial one,
-    ``sqrt(p (1 - p) / N)``, over queries of a given gallery.
-    """
-    expect_counts("recall_at_k", k=k)
-    share = float((match_ranks(queries, gallery, block) <= k).double().mean())
-    return Estimate(share, (share * (1 - share) / len(queries)) ** 0.5)
-
-
 def search_blocks(
     queries: Tensor,
     gallery: Tensor,
@@ -138,27 +115,21 @@ def search_blocks(
 
     ``prepare`` maps a block to the rows that are compared; a query leaves out its row in
     ``skipped`` [n]. Return the k largest scores [n, k], descending, the numbers [n, k] of their
-    rows, and how many rows score above each of ``limits`` [n, R].
+    rows, and how many rows [n] score above ``limits`` [n].
     """
     rows = torch.arange(len(queries), device=queries.device)
-    limits = queries.new_empty(len(queries), 0) if limits is None else limits
     scores, numbers = queries.new_empty(len(queries), 0), rows[:, None][:, :0]
-    above = torch.zeros_like(limits, dtype=torch.int64)
+    above = torch.zeros_like(rows)
     for first in range(0, len(gallery), block):
         tile = queries @ prepare(gallery[first : first + block]).T
         if skipped is not None:
             columns = skipped - first
             inside = (columns >= 0) & (columns < tile.shape[1])
             tile[rows[inside], columns[inside]] = -torch.inf
-        for column, limit in enumerate(limits.T):
-            above[:, column] += (tile > limit[:, None]).sum(dim=1)
+        if limits is not None:
+            above += (tile > limits[:, None]).sum(dim=1)
         values, places = tile.topk(min(k, tile.shape[1]), dim=1)
         candidates = torch.cat([scores, values], dim=1)
         scores, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
         numbers = torch.cat([numbers, places + first], dim=1).gather(1, order)
     return scores, numbers, above
-
-
-def _unit_rows(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return the map of rows to unit rows, computed in float64, of a dtype."""
-    return lambda rows: unit(rows.double()).to(dtype)

@@ -39,13 +39,6 @@ def spectrum_of(moments: Moments) -> Spectrum:
     return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1))
 
 
-def principal_axes(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
-    """Return mean [D] and leading eigenvectors [D, count] of the rows' covariance, float64."""
-    expect_counts("principal_axes", count=count)
-    moments = Moments(covariance=True, accurate=True).update(rows, bad_rows="keep")
-    return moments.mean, spectrum_of(moments).vectors[:, :count]
-
-
 def effective_rank(values: Tensor) -> float:
     """Return ``exp(-sum p log p)``, ``p = values / sum``, 1 to D: Roy and Vetterli (2007)."""
     return float(torch.special.entr(_shares("effective_rank", values)).sum().exp())

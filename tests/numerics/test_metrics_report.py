@@ -41,7 +41,6 @@ def test_it_is_flat_plain_and_complete(report):
         "after_target_recall_at_10_error",
         "before_cosine_divergence",
         "before_residual_anisotropy",
-        "before_source_hub_gini_error",
         "before_target_between_rate",
         "before_subspace_overlap_chance",
         "kept_cosine_correlation_error",

@@ -173,31 +173,6 @@ def test_overlap_is_one_for_a_copy_and_chance_for_strangers():
     assert overlap == pytest.approx(10 / 399, abs=5 * overlap.standard_error)
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:])
-def test_ranks_and_recall(block):
-    a, b = two_modalities()
-    table = cosines(a, b)
-    ranks = 1 + (table > np.diag(table)[:, None]).sum(axis=1)
-    np.testing.assert_array_equal(metrics.match_ranks(a, b, block), ranks)
-    for k in (1, 5, 120):
-        recall = metrics.recall_at_k(a, b, k, block)
-        assert recall == (ranks <= k).mean()
-    assert recall == 1 and recall.standard_error == 0
-    assert metrics.recall_at_k(a, a, 1, block) == 1
-    assert metrics.recall_at_k(torch.ones(30, 3), torch.ones(30, 3), 1, block) == 1, "ties count"
-
-
-def test_the_error_of_recall_is_that_of_other_queries():
-    gallery = torch.eye(60).double()
-    found = []
-    for seed in range(300):
-        noise = random_rows(60, 60, seed=seed) - 0.3
-        found.append(metrics.recall_at_k(gallery + 0.5 * noise, gallery, 1))
-    error = np.mean([one.standard_error for one in found])
-    assert 0.2 < np.mean(found) < 0.8
-    assert error == pytest.approx(np.std(found, ddof=1), rel=0.15)
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -207,7 +182,6 @@ def test_the_error_of_recall_is_that_of_other_queries():
         (lambda a: metrics.knn_mixing(a, a, 18), "got k = 18 with 9 and 9 rows"),
         (lambda a: metrics.nearest_rows(a, a[:, :2], 1), r"got shapes \[9, 3\] and \[9, 2\]"),
         (lambda a: metrics.nearest_rows(a, a / 0, 1), "holds a NaN"),
-        (lambda a: metrics.recall_at_k(a, a[:5], 1), "match_ranks: expected rows that match"),
         (lambda a: metrics.pairwise_cosines(a[:1]), "expected 2 or more rows"),
         (lambda a: metrics.mean_cosine(a, torch.full_like(a, torch.nan)), "row 0 holds a NaN"),
     ],

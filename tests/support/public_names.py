@@ -23,7 +23,7 @@ from realign_fast import (
     revision,
     whiten,
 )
-from realign_fast.frame import Decomposition, FixedFrame, gamma_history, phantom_drift
+from realign_fast.frame import Decomposition, FixedFrame, phantom_drift
 from realign_fast.pipeline import AlignRun, Settings, SpaceSides, align, unify
 
 
@@ -34,12 +34,11 @@ def use_the_core(text: Tensor, image: Tensor) -> Tensor:
     half = ReAlign.from_moments(source, target, noise=None)
     half.record_drift(Moments().update(text, through=half.row_map))
     aligner.save_pretrained(Path("aligner"))
-    back: ReAlign = ReAlign.from_pretrained("aligner").inverse()
+    loaded: ReAlign = ReAlign.from_pretrained("aligner")
     frame = FixedFrame.fit(source, target, energy=0.9)
-    parts: list[Decomposition] = [frame.decompose((text, image))] * 2
-    drift: Tensor = gamma_history(parts).drift
+    split: Decomposition = frame.decompose((text, image))
     shift: Tensor = phantom_drift(source.mean, source.covariance)
-    return back(aligner(text)) + drift.sum() + shift
+    return loaded(aligner(text)) + split.gamma + shift
 
 
 def use_the_shared_space(text: Tensor, image: Tensor) -> Tensor:
@@ -54,14 +53,14 @@ def use_the_shared_space(text: Tensor, image: Tensor) -> Tensor:
 
     pairs = metrics.search_pairs({"text": text, "image": image}, fit, roles=["text"], splits=2)
     found = pairs["text"]["space"]
-    return space.score(text, image, "image") * found.recall[10] * metrics.gini(text[0])
+    return space.score(text, image, "image") * found.recall[10]
 
 
 def errors_that_the_types_reveal(text: Tensor, image: Tensor) -> None:
     ReAlign.fit(text, image, method="pca")  # type: ignore[arg-type]
     Moments().update(text, bad_rows="drop")  # type: ignore[arg-type]
     whiten.coral("source", "target")  # type: ignore[arg-type]
-    whiten.whitening(text, floor="0.1")  # type: ignore[arg-type]
+    whiten.inverse_root(text, floor="0.1")  # type: ignore[arg-type]
     FixedFrame.load("frame").decompose(text, image)  # type: ignore[arg-type, call-arg]
 
 
@@ -87,18 +86,13 @@ def use_the_ops(rows: Tensor) -> str:
 def use_whiten(source: Tensor, target: Tensor, rows: Tensor) -> list[Tensor]:
     shrinkage: whiten.Shrinkage = "ledoit-wolf"
     share: float = whiten.shrinkage(source, shrinkage, count=100, mean=rows.mean(dim=0))
-    whitener: whiten.Whitening = whiten.whitening(whiten.shrink(source, share), "pca")
-    leading: whiten.LowRank = whiten.LowRank.of(source, 8, floor=whiten.default_floor(source))
     distance: float = whiten.bures_distance(source, target)
-    affine: whiten.AffineMap = whiten.affine_transport((source[0], target[0]), (source, target))
+    default: float = whiten.default_floor(source)
     return [
-        whitener.matrix * distance,
-        affine.matrix * whiten.squared_bures_distance(source, target) + affine.offset,
-        leading.coral(rows, leading),
-        whiten.symmetric_root(source) @ whiten.inverse_root(source),
-        whiten.coral(source, target),
+        distance * whiten.symmetric_root(source) @ whiten.inverse_root(source, floor=default),
+        whiten.coral(whiten.shrink(source, share), target),
         whiten.optimal_transport(source, target),
-        whiten.blockwise(source, target, leading.vectors),
+        whiten.blockwise(source, target, rows.T),
     ]
 
 
@@ -107,7 +101,6 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
     nearest: metrics.Neighbours = metrics.nearest_rows(text, image, 5)
     spectrum: metrics.Spectrum = metrics.spectrum_of(y)
     values, vectors = spectrum
-    mean, axes = metrics.principal_axes(text)
     figures: list[metrics.Estimate] = [
         metrics.centroid_gap(y, x),
         metrics.trace_ratio(y, x),
@@ -116,7 +109,6 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         metrics.cosine_correlation(text, image),
         metrics.knn_mixing(text, image),
         metrics.knn_overlap(text, image),
-        metrics.recall_at_k(text, image, 1),
         metrics.power_law_exponent(values),
     ]
     numbers: list[float] = [
@@ -129,21 +121,16 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         metrics.effective_rank(values),
         metrics.participation_ratio(values),
         metrics.log_spectrum_correlation(values, values),
-        metrics.subspace_overlap(vectors, axes, 2),
+        metrics.subspace_overlap(vectors, vectors, 2),
     ]
-    rows: list[Tensor] = [
-        metrics.matched_cosine(text, image),
-        metrics.pairwise_cosines(text),
-        metrics.match_ranks(text, image),
-        nearest.indices,
-        mean,
-    ]
+    rows: list[Tensor] = [metrics.pairwise_cosines(text), nearest.indices]
     gap = metrics.gap_report(text, image, settings=settings, paired=True)
     captions = ["a caption"] * len(text)
-    captioned: metrics.Captioned = metrics.label_by_captions([text, text], [captions] * 2)
-    labels: Tensor = metrics.hashed_ngrams(captions)[: len(captioned.partners)]
+    labels: Tensor = metrics.hashed_words(captions)
     read: metrics.Substitution = metrics.substitution(
-        text, image, labels, labels, aligned={"moved": text}, reader=metrics.Reader(hidden=0)
+        *(text, image, labels, labels),
+        aligned={"moved": lambda source, target: (ReAlign.fit(source, target), None)},
+        reader=metrics.Reader(hidden=0),
     )
     numbers += [read.share_closed["moved"], read.loss["source"].standard_error]
     return gap | {"sum": sum(numbers) + float(rows[0].sum())}
