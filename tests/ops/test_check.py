@@ -7,6 +7,7 @@ kernels in the interpreter, and wrong ones. test_chooser.py tests what is done w
 import importlib
 import json
 import os
+import signal
 import time
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -36,6 +37,7 @@ def apart(monkeypatch, tmp_path):
     verdict_of.cache_clear()
     yield
     verdict_of.cache_clear()
+    assert signal.alarm(0) == 0  # it would end this process within later tests
 
 
 class Right:
