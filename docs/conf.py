@@ -83,7 +83,6 @@ _PUBLIC = {  # the page of each module
     "realign_fast.whiten": "whiten",
     "realign_fast.frame": "frame",
     "realign_fast.revision": "revision",
-    "realign_fast.revision.llava": "revision",
     "realign_fast.pipeline": "pipeline",
     "realign_fast.report": "report",
     "realign_fast.integrations.sklearn": "integrations",

@@ -25,7 +25,7 @@ COLORS = (
     "gray",
 )
 # 1: more is better, -1: less is better.
-FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1, "cider": 1}
+FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1}
 STEPS = ("mean shift (step 1)", "steps 1+2", "ReAlign")
 ORDERINGS = {  # worse before better, with the averages that the paper gives
     "a stage 1 on text as it is helps (paper 43.58, 47.50)": ("no stage 1", "text as it is"),
@@ -122,7 +122,7 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         "Held-out pictures of the demo corpus: the loss (nats a token), and how much higher it is "
         f"beside another picture (gain), on {settings['measured']}; the right title among "
         f"{settings['choices']}, by likelihood and by what the picture adds to it "
-        f"(choice_by_gain), and CIDEr on {settings['chosen']}; after stage 1 and after stage 2; "
+        f"(choice_by_gain) on {settings['chosen']}; after stage 1 and after stage 2; "
         "mean ± standard deviation over seeds.",
         "",
         *table(results, order),

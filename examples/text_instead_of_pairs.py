@@ -49,7 +49,7 @@ class Settings:
     steps: int  # of stage 1, also in an arm that has fewer samples
     pairs: int  # of stage 2, each seen once
     measured: int  # held-out pictures for the loss and the gain
-    chosen: int  # held-out pictures for the choices and CIDEr
+    chosen: int  # held-out pictures for the choices
     choices: int  # texts to choose from
     watched: int  # held-out pictures for the curves
     batch: int = 8  # on a CPU, many small steps learn more in a minute
@@ -198,7 +198,6 @@ def train(
         micro_batch=settings.batch,
         test=str(watched),
         test_rows=Corpus(DATA / "heldout", "image"),
-        generations=0,
         trainer={
             "max_steps": stage.steps,
             "learning_rate": settings.rate if first else settings.second_rate,
@@ -218,17 +217,15 @@ def train(
 
 
 def measure(folder: Path, test: Path, settings: Settings) -> dict[str, Any]:
-    """Measure the loss, gain, choices and CIDEr of a trained model on held-out pictures."""
+    """Measure the loss, gain and choices of a trained model on held-out pictures."""
     from realign_fast.revision.evaluation import evaluate
     from realign_fast.revision.generation import open_model
     from realign_fast.revision.training_data import prepare
 
     model, template = open_model(folder, dtype=torch.bfloat16)
     data = prepare(test, Corpus(DATA / "heldout", "image"), template, folder / "data")
-    figures = evaluate(
-        model, data, limit=settings.chosen, choices=settings.choices, batch=64, max_new_tokens=12
-    )
-    losses = evaluate(model, data, limit=settings.measured, choices=0, generate=False, batch=64)
+    figures = evaluate(model, data, limit=settings.chosen, choices=settings.choices, batch=64)
+    losses = evaluate(model, data, limit=settings.measured, choices=0, batch=64)
     return figures | {name: losses[name] for name in ("loss", "gain", "samples", "tokens")}
 
 

@@ -430,12 +430,6 @@ def lightning_trainer(workspace: Workspace) -> str:
     return run_page("lightning")
 
 
-@check("trl", "`SFTTrainer` on samples and `Collator`, with `attach` (training_codebases.md)")
-def trl_trainer(workspace: Workspace) -> str:
-    """Train a projector for two steps."""
-    return run_page("SFTConfig") + ", its loss is the model's"
-
-
 def expect_corpus(data: Any, workspace: Workspace) -> str:
     """Return a sentence on the corpus of `data`; raise if its rows are not those of the texts."""
     expected = np.asarray(Corpus(workspace.root, "text"))

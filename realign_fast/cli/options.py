@@ -324,12 +324,10 @@ class EmbedOptions(Configured):
     dtype: Annotated[values.RowDtype, _output("type of the rows on disk")] = "float16"
     shard_rows: Annotated[int, _output("items in a shard", min=1)] = values.SHARD_ROWS
     model: Annotated[str, _model("an open_clip model (name, JSON config or directory), or a "
-        "CLIP, SigLIP or LLM2CLIP of Hugging Face (directory, or owner/name of the hub)",
+        "CLIP or SigLIP of Hugging Face (directory, or owner/name of the hub)",
         metavar="NAME|DIR|JSON")]
     pretrained: Annotated[str | None, _model("weights of an open_clip model given by name or "
         "config: a tag or a checkpoint file", metavar="TAG|FILE")] = None
-    text_model: Annotated[str | None, _model("the language model of LLM2CLIP", metavar="DIR",
-        show_default="text_model/ in the model's directory")] = None
     device: Device = None
     precision: Annotated[values.Precision | None, _model("precision of the model",
         show_default="bf16 on CUDA, else fp32")] = None
@@ -384,12 +382,6 @@ class TrainingOptions(Configured, DataOptions):
     recipe: Annotated[values.RecipeName | None, _training("rules for samples: ours, those of the "
         "paper's code, or LLaVA's with its learning rates (1e-3, finetune 2e-5)",
         show_default="default, or the trained model's")] = None
-    target: Annotated[values.Target | None, _training("text of a plain sample that has both",
-        show_default="caption, in other recipes answer")] = None
-    image_position: Annotated[values.ImagePosition | None, _training("place of images in a turn",
-        show_default="in-place, in other recipes front")] = None
-    end: Annotated[values.EndName | None, _training("end of a plain sample",
-        show_default="eos, in other recipes newline")] = None
     train: Annotated[str | None, _training("what trains, of projector, language_model, lora",
         metavar="A,B", show_default="projector, with finetune language_model too")] = None
     lora: Annotated[list[str] | None, _training("field of PEFT's LoraConfig, such as r=64",
@@ -403,7 +395,6 @@ class TrainingOptions(Configured, DataOptions):
         "images in stage 1; with --test-rows", metavar="FILE")] = None
     test_rows: Annotated[str | None, _training("rows of --test (image side of a root), with their "
         "ids or, without any, --ids row; --aligner leaves them as they are", metavar="DIR")] = None
-    generations: Annotated[int, _training("held-out samples answered each time", min=0)] = 3
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
     set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "
         "bf16=false", "--set", metavar="NAME=VALUE", show_default="learning_rate=5e-4, finetune "
@@ -418,7 +409,6 @@ class TrainedModel(Common):
         metavar="MODEL", show_default="where it was in training")] = None
     dtype: Annotated[values.ModelDtype, _model("number type of the language model")] = "float32"
     device: Device = None
-    max_new_tokens: Annotated[int, _model("length of a generated text", min=1)] = 64
 
 
 class LookOptions(TrainedModel, RowOptions):
@@ -431,6 +421,7 @@ class LookOptions(TrainedModel, RowOptions):
     id: Annotated[list[str] | None, _input("id of a row; may be repeated", metavar="ID")] = None
     image: Annotated[list[str] | None, _input("picture, with --encoder; may be repeated",
         metavar="FILE")] = None
+    max_new_tokens: Annotated[int, _model("length of a generated text", min=1)] = 64
 
 
 class EvaluateOptions(TrainedModel, DataOptions):
@@ -439,7 +430,6 @@ class EvaluateOptions(TrainedModel, DataOptions):
     choices: Annotated[int, _run("texts to choose from by likelihood, 0 for none", min=0)] = 4
     limit: Annotated[int | None, _run("number of samples", min=1, show_default="all")] = None
     batch_size: Annotated[int, _run("samples at a time", min=1)] = 8
-    no_generate: Annotated[bool, _run("measure likelihoods alone")] = False
     seed: Annotated[int, _run("seed of the texts to choose from")] = 0
     out: Annotated[str | None, _printed("file of the figures, as JSON")] = None
     cache: Annotated[str | None, _output("directory for the prepared list", metavar="DIR",

@@ -97,9 +97,9 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     cache = options.cache or Path(options.model) / "data"
     data = prepare(options.data, rows, template, cache, **limits)
     data.side = options.modality or "image"
-    names = ("choices", "limit", "max_new_tokens", "seed")
-    settings = {name: getattr(options, name) for name in names} | {"batch": options.batch_size}
-    figures = evaluate(model, data, generate=not options.no_generate, aligner=aligner, **settings)
+    settings = {name: getattr(options, name) for name in ("choices", "limit", "seed")}
+    settings["batch"] = options.batch_size
+    figures = evaluate(model, data, aligner=aligner, **settings)
     inputs = {"model": options.model, "data": options.data, "rows": options.rows}
     result = inputs | figures | {"settings": settings, "report": data.report}
     text = json.dumps(result, indent=2)

@@ -13,7 +13,6 @@ transformers, accelerate and peft are installed with the extra `train` and impor
 
 from .evaluation import evaluate
 from .generation import caption_rows
-from .llava import attach
 from .model import Projector, ReVisionConfig, ReVisionModel
 from .stages import TrainingConfig, finetune, pretrain
 from .templates import Chat, Plain
@@ -27,7 +26,6 @@ __all__ = [
     "ReVisionConfig",
     "ReVisionModel",
     "TrainingConfig",
-    "attach",
     "caption_rows",
     "evaluate",
     "finetune",

@@ -1,8 +1,7 @@
 """Measures of how well a trained model describes images, on held-out pairs of rows and texts.
 
-They are the loss of the right text, the part of it that the image takes away, the choice of the
-right text among N by likelihood, and the agreement of generated texts with the right ones by exact
-match and CIDEr-D. Each comes with a 95% interval over the samples.
+They are the loss of the right text, the part of it that the image takes away, and the choice of the
+right text among N by likelihood. Each comes with a 95% interval over the samples.
 """
 
 from __future__ import annotations
@@ -13,24 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..align import ReAlign
 from ..interface.option_values import Modality
 from .conversation_files import Sample
-from .generation import respond
 from .model import ReVisionModel
 from .templates import IGNORED_LABEL, Template
-from .text_scores import cider, exact_match, interval
-from .training_data import Collator, Conversations, Item, check_rows, spread
+from .training_data import Collator, Conversations, Item, check_rows
 
 Query = tuple[int, str, int]  # a sample, a text for it, and the sample whose images are shown
 Figure = dict[str, float]  # `value`, `low` and `high`
 Vector = NDArray[np.float64]
 _MEAN_ROW = -1  # in place of the latter: the mean of all rows as the image
-_EXAMPLES = 5  # generated texts that are reported
+_RESAMPLES = 2000  # of a bootstrap
 
 
 def evaluate(
@@ -41,8 +38,6 @@ def evaluate(
     choices: int = 4,
     limit: int | None = None,
     batch: int = 8,
-    generate: bool = True,
-    max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a model in eval mode on prepared samples (`prepare`).
@@ -59,14 +54,14 @@ def evaluate(
     Returns:
         `loss`, nats a token of the last answer; `gain`, by how many nats it is lower than with the
         image of another sample, which is 0 for a model that ignores images and left out for
-        samples without any; `choice`, `choice_by_gain`, `exact_match` and `cider`; each with
-        `value`, `low` and `high` (95%, bootstrap over samples). Also the numbers of `samples` and
-        `tokens`, and a few `examples` of generated texts.
+        samples without any; `choice` and `choice_by_gain`; each with `value`, `low` and `high`
+        (95%, bootstrap over samples). Also the numbers of `samples` and `tokens`.
 
     Raises:
         ValueError: there are fewer different texts than `choices`, or no samples.
     """
-    indices = spread(len(data) if limit is None else limit, len(data))
+    count = len(data) if limit is None else min(limit, len(data))
+    indices = [number * len(data) // count for number in range(count)]
     if not indices:
         raise ValueError(f"evaluate: got limit {limit}, expected a number of samples from 1")
     samples = [data.sample(index) for index in indices]
@@ -88,23 +83,27 @@ def evaluate(
         figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)
         if differs.any():
             figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
-    return figures | (_generation_figures(scorer, max_new_tokens) if generate else {})
+    return figures
 
 
-def _generation_figures(scorer: LikelihoodScorer, max_new_tokens: int) -> dict[str, Any]:
-    """Return the figures of generated texts, and the first of them as examples."""
-    texts: list[str] = []
-    for start in range(0, len(scorer.samples), scorer.batch):
-        part = slice(start, start + scorer.batch)
-        inputs = scorer.model, scorer.template, scorer.samples[part], scorer.rows[part]
-        texts += respond(*inputs, side=scorer.side, max_new_tokens=max_new_tokens)
-    references = [[reference] for reference in scorer.references]
-    shown = zip(scorer.samples[:_EXAMPLES], scorer.references, texts, strict=False)
-    return {
-        "exact_match": interval(exact_match(texts, references)),
-        "cider": interval(cider(texts, references)),
-        "examples": [{"id": s.id, "expected": right, "generated": t} for s, right, t in shown],
-    }
+def interval(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
+    """Return the mean of values `[n]` and its 95% interval: `value`, `low` and `high`.
+
+    Each value is of a sample; `weights` `[n]` are equal by default. The interval is between
+    percentiles of a bootstrap.
+    ValueError if there are no values.
+    """
+    values = np.asarray(values, float)
+    if not len(values):
+        raise ValueError("interval: no values; evaluate at least one sample")
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    random, means = np.random.default_rng(0), []
+    for _ in range(_RESAMPLES):
+        drawn = random.integers(0, len(values), len(values))
+        means.append(np.average(values[drawn], weights=weights[drawn]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    mean = np.average(values, weights=weights)
+    return {"value": float(mean), "low": float(low), "high": float(high)}
 
 
 @dataclass

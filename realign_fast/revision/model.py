@@ -49,7 +49,6 @@ TrainablePart = Literal["projector", "language_model", "lora"]
 TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
 CONFIG, WEIGHTS, SPACE = "revision.json", "projector.safetensors", "space.safetensors"
 ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
-ATTACHED = "realign_projector"  # the submodule that `attach` gives a model of transformers
 _LANGUAGE_MODEL = "AutoModelForCausalLM"
 # Attributes that Trainer and accelerate ask a model for: those of its language model.
 _OF_BASE = {"config", "loss_type", "_no_split_modules"}
@@ -198,9 +197,24 @@ class ReVisionModel(nn.Module):
 
         `image_rows` `[M, D]` are the images of the batch in order of appearance. `text_rows` in
         their place are captions that stand for images, and go through the text side of the space.
+        Without rows, the projector still gets gradients (of zero), so that every process of a
+        distributed training takes part in their exchange.
         ValueError if the ids hold another number of image tokens than the rows need.
         """
-        return splice(self.projector, self.language_model, input_ids, image_rows, text_rows)
+        is_image = input_ids == IMAGE_TOKEN
+        rows = image_rows if text_rows is None else text_rows
+        if rows is None:
+            rows = torch.zeros(0, self.revision_config.row_dimension)
+        visual = self.projector(rows.to(input_ids.device), "image" if text_rows is None else "text")
+        present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
+        if present != needed:
+            raise ValueError(
+                f"ReVisionModel: the input ids hold {present} image tokens, {len(rows)} "
+                f"image rows need {needed}; put <image> into the text once for every row"
+            )
+        text = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        embeddings: Tensor = text.masked_scatter(is_image[..., None], visual.to(text.dtype))
+        return embeddings
 
     def forward(
         self,
@@ -255,7 +269,8 @@ class ReVisionModel(nn.Module):
         if "language_model" in chosen and self._has_adapter:
             self.language_model = self.language_model.merge_and_unload()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(part_of(name) in chosen)
+            part = "lora" if "lora_" in name else name.partition(".")[0]
+            parameter.requires_grad_(part in chosen)
         if "lora" in chosen and not self._has_adapter:
             settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | lora
             settings |= {"task_type": "CAUSAL_LM"}
@@ -277,8 +292,7 @@ class ReVisionModel(nn.Module):
         parts: dict[str, dict[str, Tensor]] = {"projector": {}, "language_model": {}}
         for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
             part, _, own_name = name.partition(".")
-            if ATTACHED not in own_name:  # the same projector, which `attach` put there too
-                parts[part][own_name] = tensor
+            parts[part][own_name] = tensor
         projector, weights = parts["projector"], parts["language_model"]
         projector = {name: weight.cpu().contiguous() for name, weight in projector.items()}
         write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
@@ -344,34 +358,6 @@ class ReVisionModel(nn.Module):
             self.language_model = _peft().PeftModel.from_pretrained(self.language_model, adapter)
 
 
-def splice(
-    projector: Projector,
-    language_model: Any,
-    input_ids: Tensor,
-    image_rows: Tensor | None,
-    text_rows: Tensor | None = None,
-) -> Tensor:
-    """Return what `ReVisionModel.splice` returns, with the embeddings of `language_model`.
-
-    Without rows, the projector still gets gradients (of zero), so that every process of a
-    distributed training takes part in their exchange.
-    """
-    is_image = input_ids == IMAGE_TOKEN
-    rows = image_rows if text_rows is None else text_rows
-    if rows is None:
-        rows = torch.zeros(0, projector.config.row_dimension)
-    side: option_values.Modality = "image" if text_rows is None else "text"
-    visual = projector(rows.to(input_ids.device), side)
-    present, needed = int(is_image.sum()), visual.shape[0] * visual.shape[1]
-    if present != needed:
-        raise ValueError(
-            f"ReVisionModel: the input ids hold {present} image tokens, {len(rows)} "
-            f"image rows need {needed}; put <image> into the text once for every row"
-        )
-    text: Tensor = language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-    return text.masked_scatter(is_image[..., None], visual.to(text.dtype))
-
-
 def space_digest(space: SharedSpace | None) -> str | None:
     """Return a digest of the maps of texts and images, which is None without a space.
 
@@ -385,13 +371,6 @@ def space_digest(space: SharedSpace | None) -> str | None:
     return tensor_digest(
         {f"{side} {own.scales[0]!r} {own.normalized}": own.centre for side, own in maps}
     )
-
-
-def part_of(parameter: str) -> str:
-    """Return the trainable part that a parameter of this name belongs to."""
-    if ATTACHED in parameter:
-        return "projector"
-    return "lora" if "lora_" in parameter else parameter.partition(".")[0]
 
 
 def read_config(directory: Path) -> ReVisionConfig:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from ..align import ReAlign
@@ -103,9 +104,6 @@ class TrainingConfig:
     template: values.TemplateName | None = None
     chat_template: str | None = None  # a Jinja text, where the tokenizer has none
     recipe: values.RecipeName | None = None  # rules for samples, and the learning rate of "llava"
-    target: values.Target | None = None  # this and the next two replace a rule of the recipe
-    image_position: values.ImagePosition | None = None
-    end: values.EndName | None = None
     train: tuple[TrainablePart, ...] | None = None
     lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
     batch: int | None = None  # samples a step, over all devices
@@ -115,7 +113,6 @@ class TrainingConfig:
     held_out: int | None = None  # samples; None: a hundredth of them, at most 512
     test: str | None = None  # a list to evaluate on instead: in stage 1, say, real images
     test_rows: Corpus | None = None  # its rows, not aligned; without ids, `ids` "row" serves them
-    generations: int = 3  # held-out samples that are answered at each evaluation
     resume: bool = False  # continue from the last checkpoint in `out`, if there is one
     trainer: dict[str, Any] = field(default_factory=dict)  # any fields of TrainingArguments
 
@@ -149,7 +146,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     config = replace(config, space=space, side=config.side or _SIDES[stage])
     for rows in filter(None, (config.rows, config.test_rows)):
         check_rows(space, rows, config.aligner)
-    recipe = _recipe(config, saved, PRESETS[stage]["template"])
+    recipe = _recipe(config, saved)
     config = _with_preset(stage, config, recipe)
     arguments = _training_arguments(config)
     template = _template(config, saved, recipe)
@@ -166,11 +163,10 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     trainer = ReVisionTrainer(
         model,
         arguments,
-        template=template,
-        generations=config.generations,
         data_collator=Collator(template.pad_id),
         train_dataset=samples,
         eval_dataset=held_out,
+        processing_class=template.tokenizer,
     )
     first = trainer.is_world_process_zero()
     if first:
@@ -190,21 +186,14 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     return summary
 
 
-def _recipe(config: TrainingConfig, saved: ReVisionConfig | None, template: str) -> Recipe:
+def _recipe(config: TrainingConfig, saved: ReVisionConfig | None) -> Recipe:
     """Return the rules for samples: those that are asked for, else those of the saved model.
 
-    ValueError if a chat template is given rules of plain samples, or a training that is resumed has
-    other rules.
+    ValueError if a training that is resumed has other rules.
     """
-    rules = {name: getattr(config, name) for name in ("target", "end", "image_position")}
-    rules = {name: value for name, value in rules.items() if value}
-    if (config.template or template) == "chat" and (wrong := rules.keys() - {"image_position"}):
-        fault = f"got {rules[min(wrong)]}, but a chat template writes answers and their ends"
-        raise ValueError(f"{min(wrong)}: {fault}; leave it out, or give --template plain")
     recipe = RECIPES[config.recipe or "default"]
     if saved and config.recipe in (None, saved.recipe.name):
         recipe = saved.recipe
-    recipe = replace(recipe, **rules)
     checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
     if checkpoint and (Path(checkpoint) / CONFIG).is_file():
         trained = read_config(Path(checkpoint)).recipe
@@ -365,14 +354,11 @@ def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
 
 def _figures(trainer: ReVisionTrainer, result: Any, resumed: bool) -> dict[str, Any]:
     """Return the figures of a finished training; `result` is what `Trainer.train` returned."""
-    history = trainer.state.log_history
-    loss = result.training_loss
-    if resumed:  # Trainer leaves out the steps before: the mean of all logged losses
-        total = step = 0.0
-        for entry in history:
-            if "loss" in entry:
-                total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
-        loss = total / step if step else loss
+    history, loss = trainer.state.log_history, result.training_loss
+    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if resumed and logged:  # Trainer leaves out the steps before: the mean of all logged losses
+        steps, losses = zip(*logged, strict=True)
+        loss = float(np.average(losses, weights=np.diff([0, *steps])))
     return {
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,

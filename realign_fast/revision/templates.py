@@ -1,7 +1,6 @@
 """Samples as token ids and labels: `Plain` for captions, `Chat` for conversations.
 
-The ids of a sample hold `image_token` K times for an image; labels are -100 where there is no loss.
-It is `IMAGE_TOKEN`, or the own token of a model with its own seam (`llava.attach`).
+The ids of a sample hold `IMAGE_TOKEN` K times for an image; labels are -100 where there is no loss.
 
 `Plain` (stage 1) encodes `[BOS][visual tokens]caption[EOS]`, with the loss on the caption and the
 EOS that ends it. `Chat` (stage 2) runs the chat template of the tokenizer, with the loss on the
@@ -52,15 +51,14 @@ class _Encoder:
         self,
         tokenizer: Any,
         visual_tokens: int,
-        image_token: int = IMAGE_TOKEN,
         recipe: Recipe = RECIPES["default"],
     ) -> None:
-        """Encode an image as `visual_tokens` (K) times `image_token`, text with `tokenizer`.
+        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`.
 
         ValueError if the tokenizer has no EOS; for `Chat` also if it has no chat template or is
         slow, or the template does more to a text than append to it.
         """
-        self.tokenizer, self.image_ids = tokenizer, [image_token] * visual_tokens
+        self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         self.recipe, self.pad_id = recipe, tokenizer.pad_token_id or 0
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
         self._set_up()

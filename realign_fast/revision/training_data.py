@@ -306,16 +306,6 @@ class Conversations(data.Dataset[Item]):
             )
         return items
 
-    def to_datasets(self) -> Any:
-        """Return a `Dataset` of the datasets library, as TRL wants it; samples stay on disk."""
-        from datasets import Dataset
-
-        def _read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-            items = self.__getitems__(batch["index"])
-            return {name: [item[name] for item in items] for name in items[0]}
-
-        return Dataset.from_dict({"index": range(len(self))}).with_transform(_read)
-
     def split(self, held_out: int) -> tuple[Conversations, Conversations]:
         """Return all other samples, and `held_out` samples that are spread evenly over the list."""
         if not 0 < held_out <= (half := len(self) // 2):
@@ -326,12 +316,6 @@ class Conversations(data.Dataset[Item]):
         testing._indices = range(0, held_out * step, step)
         training._indices = np.delete(np.arange(len(self)), testing._indices)
         return training, testing
-
-
-def spread(count: int, length: int) -> list[int]:
-    """Return `count` indices, or all of them, that are spread evenly over `range(length)`."""
-    count = min(count, length)
-    return [number * length // count for number in range(count)]
 
 
 class Collator:

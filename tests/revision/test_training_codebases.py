@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
@@ -46,7 +45,6 @@ def trained(names):
         ("import Trainer", ["accelerate"]),
         ("for batch in", []),
         ("pytorch_lightning", ["pytorch_lightning"]),
-        ("import SFTConfig", ["datasets", "trl"]),
     ],
 )
 def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path):
@@ -56,27 +54,6 @@ def test_other_training_codes_train_the_projector(containing, packages, run, tmp
     assert trained(names)
     saves = any("save_pretrained" in block for block in BLOCKS if containing in block)
     assert (tmp_path / "out" / "revision.json").is_file() == saves
-    if "trainer" in names:  # of TRL, whose loss is its own
-        assert_the_loss_is_the_models(names)
-
-
-def assert_the_loss_is_the_models(names):
-    batch, model = names["collator"](names["samples"].__getitems__([0, 1, 2])), names["model"]
-    with torch.no_grad():
-        expected = model(**batch).loss
-        loss = names["trainer"].compute_loss(names["language_model"], dict(batch))
-        other = batch | {"image_rows": -batch["image_rows"]}
-        other_loss = names["trainer"].compute_loss(names["language_model"], other)
-    torch.testing.assert_close(loss, expected)
-    dataset = names["samples"].to_datasets()
-    assert len(dataset) == len(names["samples"]) and dataset[2]["id"] == names["samples"][2]["id"]
-    assert torch.equal(dataset[2]["image_rows"], names["samples"][2]["image_rows"])
-    assert abs(other_loss - expected) > 1e-4
-    names["trainer"].save_model("of_trl")
-    model.save_pretrained("ours")
-    saved = load_file("of_trl/model.safetensors")
-    for name, weight in load_file("ours/projector.safetensors").items():
-        assert torch.equal(saved[f"realign_projector.{name}"], weight)
 
 
 def test_requests_of_vllm(run):
@@ -96,17 +73,4 @@ def test_weights_of_llava_go_out_and_come_back(run):
     assert set(weights) == {
         f"model.mm_projector.{layer}" for layer in ("0.weight", "0.bias", "2.weight", "2.bias")
     }
-    load = names["load_mm_projector"]
-    doubled = {f"base_model.{name}": 2 * weight.bfloat16() for name, weight in weights.items()}
-    torch.save(doubled | {"lm_head.weight": torch.ones(3)}, "non_lora_trainables.bin")
-    load(names["model"].projector, "non_lora_trainables.bin")
-    expected = 2 * weights["model.mm_projector.2.weight"].bfloat16().float()
-    assert torch.equal(ours["layers.2.weight"], expected)
-    torch.save({"model.mm_projector.weight": torch.ones(64, 16)}, "linear.bin")
-    torch.save({"model.mm_projector.0.weight": Path()}, "code.bin")
-    for name in ("linear.bin", "code.bin"):
-        with pytest.raises(ValueError, match=f"{name}: expected the mm_projector of LLaVA"):
-            load(names["model"].projector, name)
-    names["model"].projector.config.projector = "prefix"
-    with pytest.raises(ValueError, match="got a projector prefix, expected linear or mlp"):
-        names["save_mm_projector"](names["model"].projector, "other.bin")
+    assert torch.equal(ours["layers.2.weight"], weights["model.mm_projector.2.weight"])

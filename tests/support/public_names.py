@@ -160,11 +160,7 @@ def use_corpora_and_runs() -> dict[str, Any]:
 
 def use_embed() -> dict[str, Any]:
     encoder: embed.Encoder = embed.load_encoder("ViT-B-32", "laion2b_s34b_b79k")
-    encoders: list[type[embed.Encoder]] = [
-        embed.OpenClipEncoder,
-        embed.HuggingFaceEncoder,
-        embed.Llm2ClipEncoder,
-    ]
+    encoders: list[type[embed.Encoder]] = [embed.OpenClipEncoder, embed.HuggingFaceEncoder]
     assert isinstance(encoder, tuple(encoders))
     source = embed.open_source("pairs.parquet", "pairs", embed.Columns(caption="text"))
     return embed.embed(encoder, "out", pairs=source, settings=embed.EmbedSettings(workers=0))
@@ -173,7 +169,7 @@ def use_embed() -> dict[str, Any]:
 def use_revision(language_model: PreTrainedModel, tokenizer: Any, rows: Corpus) -> dict[str, Any]:
     config = revision.ReVisionConfig("model", row_dimension=512, hidden_size=576)
     projector: revision.Projector = revision.Projector(config)
-    revision.attach(language_model, config, projector)
+    print(revision.ReVisionModel(config, language_model), projector)
     training = revision.TrainingConfig("list.jsonl", rows, "out", "model")
     print(revision.pretrain(training), revision.finetune(training))
     model: revision.ReVisionModel = revision.ReVisionModel.from_pretrained("out")

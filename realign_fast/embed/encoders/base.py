@@ -10,11 +10,12 @@ The work has two halves: `prepare_image` and `prepare_texts` run in decoding pro
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..decode import pillow
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 StrPath = str | os.PathLike[str]
+FILES = ("*.json", "*.txt", "*.model")  # of a model: configuration, processor, tokenizer
 Tokens = dict[str, torch.Tensor]  # [n, L] each, by the name of the text tower's argument
 
 
@@ -131,9 +133,10 @@ def loading(name: str, expected: str = "") -> Iterator[None]:
         logging.disable(level)
 
 
-def plain(value: Any) -> Any:
-    """Return a setting as JSON gives it back; what JSON lacks becomes its text."""
-    return json.loads(json.dumps(value, default=str))
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return a BLAKE2b digest of each file beside the weights of a model, by its name."""
+    paths = sorted(path for pattern in FILES for path in folder.glob(pattern))
+    return {path.name: blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in paths}
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

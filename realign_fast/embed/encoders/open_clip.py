@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,7 @@ import torch
 
 from ..._extras import import_extra
 from ...interface.option_values import Precision
-from .base import Encoder, StrPath, Tokens, loading, plain
-from .hugging_face import config_of, tokenizer_state
+from .base import Encoder, StrPath, Tokens, file_digests, loading
 
 
 def open_clip() -> ModuleType:
@@ -57,22 +57,15 @@ class OpenClipEncoder(Encoder):
             clip = library.create_model(name, weights, **options)
             self._tokenize = library.get_tokenizer(name)
             preprocess, transform = clip.visual.preprocess_cfg, library.transform
-            config = transform.PreprocessCfg(**preprocess)
-            self._prepare = transform.image_transform_v2(config, is_train=False)
-            self.settings = {
+            pixels = transform.PreprocessCfg(**preprocess)
+            self._prepare = transform.image_transform_v2(pixels, is_train=False)
+            settings = {
                 "preprocess": preprocess,
-                "context": self._tokenize.context_length,
                 "library": f"open_clip {library.__version__}",
                 "config": library.get_model_config(name),
+                "files": file_digests(path) if path.is_dir() else {},
             }
-            if hasattr(tower := getattr(clip, "text", None), "config"):  # of transformers
-                self.settings["text_tower"] = config_of(tower)
-            if hasattr(self._tokenize, "tokenizer"):
-                self.settings["tokenizer"] = tokenizer_state(self._tokenize.tokenizer)
-            if "timm_model_name" in self.settings["config"]["vision_cfg"]:
-                timm = import_extra("timm", "clip", name)
-                self.settings["library"] += f", timm {timm.__version__}"
-            self.settings = plain(self.settings)
+            self.settings = json.loads(json.dumps(settings, default=str))  # as a file gives it
             self._take(clip)
 
     def prepare_image(self, image: Any) -> torch.Tensor:
