@@ -159,18 +159,13 @@ def embed(options: opts.EmbedOptions) -> Result:
         text += f" in {shards:,} shards, of which {finished:,} are there"
         facts = {"items": items, "shards": shards, "finished_shards": finished}
         return Result(facts, text, answer=True)
-    chosen = {"device": options.device, "precision": options.precision}
+    chosen: dict[str, Any] = {"device": options.device, "precision": options.precision}
     encoder = load_encoder(options.model, options.pretrained, **chosen)
     settings = EmbedSettings(progress=shows_progress(options), **options.fields_of(EmbedSettings))
     report = embed(encoder, Path(options.out), settings=settings, **sources)
-    lines = []
-    for source in sources.values():
-        if source.ignored:
-            counts = ", ".join(f"{count:,} .{suffix}" for suffix, count in source.ignored.items())
-            lines.append(f"{source.path}: files with other suffixes were not read: {counts}")
     rows = " and ".join(f"{count:,} {side} rows" for side, count in report["rows"].items() if count)
     rate, before = report["embedded_now"] / max(report["seconds"], 1e-9), report["finished_before"]
-    lines += [
+    lines = [
         f"{rows} of {report['dimension']} columns in {report['shards']} shards, {options.out}",
         f"{report['embedded_now']:,} items in {report['seconds']:.1f} s, {rate:,.0f} a second"
         + (f"; {before:,} items were finished before" if before else ""),

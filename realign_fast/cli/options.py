@@ -155,7 +155,6 @@ Sample = Annotated[int, _run("rows to look at, spread over the corpus", min=1)]
 SampleSeed = Annotated[int, _run("seed that chooses the sample")]
 Ask = Annotated[str, _run("question about each image", metavar="TEXT")]
 AskOnce = Annotated[str | None, _run("one question, then stop", metavar="TEXT")]
-Captions = Annotated[str | None, _printed("file of JSON lines")]
 
 
 class Common(Options):
@@ -335,8 +334,6 @@ class EmbedOptions(Configured):
         show_default="256 on CUDA, 32 on the CPU")] = None
     workers: Annotated[int | None, _run("decoding processes, 0 for the main process", min=0,
         show_default="a quarter of the cores, with CUDA all, at most 16")] = None
-    mode: Annotated[values.Mode, _run("keep what an earlier or killed run finished "
-        "(incremental), or embed everything again (overwrite)")] = "incremental"
 
 
 class RowOptions(Reading):
@@ -374,7 +371,6 @@ class TrainingOptions(Configured, DataOptions):
         "two, or two that give different tokens (prefix)", show_default="mlp")] = None
     visual_tokens: Annotated[int | None, _model("tokens of an image in a new model", min=1,
         show_default=str(values.VISUAL_TOKENS))] = None
-    no_normalize: Annotated[bool, _model("do not scale rows to unit length (new model)")] = False
     template: Annotated[values.TemplateName | None, _model("form of the samples",
         show_default="plain for pretrain, chat for finetune")] = None
     chat_template: Annotated[str | None, _model("Jinja template of a conversation",
@@ -393,8 +389,8 @@ class TrainingOptions(Configured, DataOptions):
         show_default="a hundredth, 512 at most")] = None
     test: Annotated[str | None, _training("a list to measure on instead, such as pairs of real "
         "images in stage 1; with --test-rows", metavar="FILE")] = None
-    test_rows: Annotated[str | None, _training("rows of --test (image side of a root), with their "
-        "ids or, without any, --ids row; --aligner leaves them as they are", metavar="DIR")] = None
+    test_rows: Annotated[str | None, _training("rows of --test (image side of a root), with ids of "
+        "their own or --ids row; --aligner leaves them as they are", metavar="DIR")] = None
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
     set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "
         "bf16=false", "--set", metavar="NAME=VALUE", show_default="learning_rate=5e-4, finetune "

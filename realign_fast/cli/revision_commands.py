@@ -6,12 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
-from ..storage.atomic import replaced
 from ..storage.paths import write_whole
 from . import options as opts
 from .app import LOGGER, Result, command, write
@@ -44,20 +43,16 @@ def finetune(options: opts.TrainingOptions) -> Result:
 
 
 @command("ReVision", "--model STAGE2 --rows ROOT --row 0 --row 1", "--model STAGE2 --rows ROOT")
-def caption(
-    options: opts.LookOptions, ask: opts.Ask = DEFAULT_QUESTION, out: opts.Captions = None
-) -> Result | None:
-    """Say what rows show, with a trained model."""
+def caption(options: opts.LookOptions, ask: opts.Ask = DEFAULT_QUESTION) -> None:
+    """Say what rows show, with a trained model: a line of JSON for each row."""
     from ..revision.generation import caption_rows
 
     batches = _row_batches(options)  # from local files, before the hub is asked for a model
     model, template = _open_model(options)
-    with _open_output(out) as file:
-        for names, rows in batches:
-            captions = caption_rows(model, template, [rows.float()], ask, **_generation(options))
-            for name, text in zip(names, captions, strict=True):
-                write(json.dumps({"row": name, "caption": text}, ensure_ascii=False), file)
-    return Result({"out": out}, f"wrote {out}") if out else None
+    for names, rows in batches:
+        captions = caption_rows(model, template, [rows.float()], ask, **_generation(options))
+        for name, text in zip(names, captions, strict=True):
+            write(json.dumps({"row": name, "caption": text}, ensure_ascii=False))
 
 
 @command("ReVision", "--model STAGE2 --rows IMAGE_ROOT --row 17 --ask 'What is this?'")
@@ -88,8 +83,10 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     from ..revision.evaluation import evaluate
     from ..revision.training_data import check_inputs, prepare
 
-    if options.out:
-        _make_parent(options.out)
+    if options.out:  # before anything is computed for it
+        if Path(options.out).is_dir():
+            raise OptionError(f"{options.out}: is a directory; name a file in it")
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     rows, aligner = _corpus(options, options.rows), _aligner(options.aligner)
     check_inputs(options.data, rows, options.ids)
     model, template = _open_model(options)
@@ -120,7 +117,6 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
         "test_rows": Corpus(options.test_rows, "image") if options.test_rows else None,
         "train": tuple(options.train.split(",")) if options.train else None,
         "chat_template": Path(options.chat_template).read_text() if options.chat_template else None,
-        "normalize": False if options.no_normalize else None,
         "batch": options.batch_size,
         "lora": _settings("--lora", options.lora),
         "trainer": _settings("--set", options.set_),
@@ -174,16 +170,14 @@ def _open_model(
 
     from ..corpus.corpus import common_encoder
     from ..revision.generation import open_model
-    from ..revision.model import read_config
     from ..revision.training_data import check_rows
 
-    trained_on = read_config(Path(options.model)).encoder
-    if options.rows:
-        rows = _corpus(options, options.rows)
-        common_encoder((rows.path, rows.encoder), (options.model, trained_on))
     dtype = getattr(torch, options.dtype)
     model, template = open_model(options.model, options.language_model, dtype, options.device)
     if options.rows:
+        rows = _corpus(options, options.rows)
+        trained_on = model.revision_config.encoder
+        common_encoder((rows.path, rows.encoder), (options.model, trained_on))
         check_rows(model.projector.space, rows)
     return model, template
 
@@ -194,31 +188,27 @@ def _generation(options: opts.LookOptions) -> dict[str, Any]:
 
 def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor]:
     """Return the names and the rows `[n, D]` of the images that the options choose."""
+    from ..revision.training_data import row_finder
+
     choices = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
     if len(choices) > 1:
         raise OptionError(f"{choices[1]}: not allowed with {choices[0]}; give one of them")
     if options.image:
         return _embed_pictures(options, options.image)
-    corpus = _corpus(options, options.rows)
-    numbers = _rows_of_ids(corpus, options.ids, options.id) if options.id else options.row
+    corpus, numbers = _corpus(options, options.rows), list(options.row or [])
+    if options.id:
+        row_of = row_finder(corpus, options.ids)
+        for sample_id in options.id:
+            if (row := row_of(sample_id)) is None:
+                advice = "look into its metadata/"
+                raise ValueError(f"{corpus.path}: no row has the id {sample_id!r}; {advice}")
+            numbers.append(row)
     if not numbers:
         raise OptionError("which row? give --row N or --id ID")
     try:
         return options.id or numbers, corpus.take(numbers)
     except IndexError as error:
         raise ValueError(str(error)) from error
-
-
-def _rows_of_ids(corpus: Corpus, ids_source: str | None, ids: list[str]) -> list[int]:
-    from ..revision.training_data import row_finder
-
-    rows, row_of = [], row_finder(corpus, ids_source)
-    for sample_id in ids:
-        if (row := row_of(sample_id)) is None:
-            advice = "look into its metadata/"
-            raise ValueError(f"{corpus.path}: no row has the id {sample_id!r}; {advice}")
-        rows.append(row)
-    return rows
 
 
 def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
@@ -256,24 +246,6 @@ def _row_batches(options: opts.LookOptions) -> Iterable[tuple[Sequence[Any], tor
     batches = corpus.batches(batch_rows=_CAPTION_ROWS)
     firsts = ((int(corpus.starts[batch.shard]) + batch.first, batch.rows) for batch in batches)
     return ((range(first, first + len(rows)), rows) for first, rows in firsts)
-
-
-@contextmanager
-def _open_output(path: str | None) -> Iterator[TextIO]:
-    """Open a file that appears complete or not at all; without a path, the terminal."""
-    if not path:
-        yield sys.stdout
-        return
-    _make_parent(path)
-    with replaced(Path(path)) as partial, open(partial, "w") as file:
-        yield file
-
-
-def _make_parent(path: str) -> None:
-    """Make the directory of a result, before anything is computed for it."""
-    if Path(path).is_dir():
-        raise OptionError(f"{path}: is a directory; name a file in it")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _read_questions() -> Iterator[str]:

@@ -12,7 +12,6 @@ OUT/__realign__/embed.json         the report
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,31 +119,27 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_out(out: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
+def check_out(out: Path, facts: Mapping[str, Any]) -> None:
     """Begin an output or go on with it, after a check that `out` is the output of such a run.
 
     `facts` are what every row depends on; `_embed/run.json` keeps them.
     ValueError if `out` holds other files, or rows that depend on other facts.
     """
-    records = records_of(out) / RECORDS
-    run = records / RUN
+    run = records_of(out) / RECORDS / RUN
     folders = [out, *(out / name for name in SUBFOLDERS.values())]
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
     if not run.exists() and (shards := [path for path in files if format_of(path.name)]):
         raise ValueError(f"{shards[0]}: no embed run of ours wrote it; give an empty --out")
-    if overwrite and run.exists():
-        for name in FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
-        for path in records.glob("*.*"):
-            path.unlink()
     if not run.exists():
         write_json(run, dict(facts))
     try:
         recorded = json.loads(run.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{run}: is damaged ({error}); give --mode overwrite") from error
+        raise ValueError(
+            f"{run}: is damaged ({error}); delete {out}, or give another --out"
+        ) from error
     for difference in _differences("", recorded, facts):
-        advice = "give the same again, another --out, or --mode overwrite to embed it all anew"
+        advice = "give the same again or another --out, or delete it to embed it all anew"
         raise ValueError(f"{out}: was begun with {difference}; {advice}")
 
 

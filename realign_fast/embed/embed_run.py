@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..corpus.formats.arrow_columns import pyarrow
-from ..interface.option_values import SHARD_ROWS, Mode, RowDtype
+from ..interface.option_values import SHARD_ROWS, RowDtype
 from ..interface.progress import Progress
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
@@ -37,7 +37,6 @@ class EmbedSettings:
     # Items of a shard. A killed run repeats at most one, which memory holds until it is written.
     shard_rows: int = SHARD_ROWS
     dtype: RowDtype = "float16"  # of the rows on disk
-    mode: Mode = "incremental"  # keep complete, unchanged shards; "overwrite" keeps none
     progress: bool = True  # show a progress bar
 
 
@@ -90,7 +89,7 @@ def embed(
     walks = {source.content: iter(source) for source in sources}
     records, written, rows, finished = records_of(out), [], {"text": 0, "image": 0}, 0
     with locked(records / RECORDS) as lock:
-        embed_output.check_out(out, facts, settings.mode == "overwrite")
+        embed_output.check_out(out, facts)
         (records / embed_output.REPORT).unlink(missing_ok=True)
         embed_output.remove_stale(out, plan)
         with Progress(total, "embed", unit="row", delay=0, shown=settings.progress) as bar:

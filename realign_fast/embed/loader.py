@@ -19,7 +19,6 @@ from .embed_output import Side
 from .encoders.base import Encoder, Tokens
 from .sources import Item, read_image
 
-PREFETCH = 2  # batches that each process prepares ahead
 # The position of an item in the shard, why it has no row, and its image [3, height, width].
 Prepared = tuple[int, str | None, torch.Tensor | None]
 
@@ -85,7 +84,6 @@ def prepared_batches(
         collate_fn=items.batch,
         pin_memory=items.encoder.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,
-        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=None if lock is None else lambda _: os.close(lock),
     )
     try:

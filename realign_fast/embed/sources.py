@@ -20,7 +20,6 @@ import json
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain, groupby
@@ -67,20 +66,17 @@ class Columns(NamedTuple):
 class Source:
     """The items of `path`, which are images, texts or pairs (`content`), to iterate over.
 
-    `walk` yields all of them, and counts files that are no items in its argument, by suffix.
+    `walk` begins to yield all of them anew.
     """
 
-    def __init__(
-        self, path: Path, content: Content, walk: Callable[[Counter[str]], Iterator[Item]]
-    ) -> None:
+    def __init__(self, path: Path, content: Content, walk: Callable[[], Iterator[Item]]) -> None:
         self.path, self.content, self._walk = path, content, walk
-        self.ignored: Counter[str] = Counter()
-        self.total = sum(1 for _ in walk(self.ignored))  # items in all files
+        self.total = sum(1 for _ in walk())  # items in all files
         if not self.total:
             raise ValueError(f"{path}: holds no {content}; `embed --help` lists what is read")
 
     def __iter__(self) -> Iterator[Item]:
-        return self._walk(Counter())
+        return self._walk()
 
 
 def identity(items: Sequence[Item]) -> str:
@@ -196,31 +192,24 @@ def _value(place: PlaceOf, names: Sequence[str]) -> Any:
     return next((known[name] for name in names if known.get(name) is not None), None)
 
 
-def _folder_items(
-    content: Content, columns: Columns, folder: Path, ignored: Counter[str]
-) -> Iterator[Item]:
+def _folder_items(content: Content, columns: Columns, folder: Path) -> Iterator[Item]:
     """Yield every image below a folder; its id is its path in the folder without the suffix.
 
     The suffix tells which files are images. In pairs the caption of `a/b.jpg` is the text of
     `a/b.txt`, or `caption` or `text` of `a/b.json`, as img2dataset writes them. Other files are
     chosen by the end of their names, and other values of the json file by their key.
     """
-    beside = {"txt", "json", (columns.caption or "txt").rpartition(".")[2].lower()}
-    beside = beside if content == "pairs" else set()
     for path in _files_below(folder):
         stem, suffix = os.path.splitext(path)
         is_image = suffix[1:].lower() in SUFFIXES
         if columns.image is not None:
             is_image = path.lower().endswith(ending := f".{columns.image.lower()}")
             stem = path[: -len(ending)]
-        if not is_image:
-            if suffix[1:].lower() not in beside:
-                ignored[suffix[1:].lower()] += 1
-            continue
-        item = Item(os.path.relpath(stem, folder).replace(os.sep, "/"), path)
-        if content == "pairs" or columns.id:
-            item = _sample(content, columns, item, partial(_place_beside, stem))
-        yield item
+        if is_image:
+            item = Item(os.path.relpath(stem, folder).replace(os.sep, "/"), path)
+            if content == "pairs" or columns.id:
+                item = _sample(content, columns, item, partial(_place_beside, stem))
+            yield item
 
 
 def _place_beside(stem: str, ending: str) -> tuple[str] | None:
@@ -367,11 +356,11 @@ def open_source(
     suffix = files[0].suffix.lower() if files else ""
     if suffix == ".tar":
         tars = partial(map, partial(_tar_items, kind, columns), files)
-        return Source(path, kind, lambda _: chain.from_iterable(tars()))
+        return Source(path, kind, lambda: chain.from_iterable(tars()))
     if suffix in (*formats, ".json"):
         prefixes = [f"{file.stem}-" if len(files) > 1 else "" for file in files]
         tables = partial(map, partial(_table_items, kind, columns), files, prefixes)
-        return Source(path, kind, lambda _: chain.from_iterable(tables()))
+        return Source(path, kind, lambda: chain.from_iterable(tables()))
     if path.is_dir() and kind != "texts":
         return Source(path, kind, partial(_folder_items, kind, columns, path))
     expected = f"{', '.join(formats)}, .json (the paper's) or a directory of such files or images"

@@ -1,35 +1,27 @@
-"""Streamed covariance and a side of a `SharedSpace` for scikit-learn.
+"""Streamed covariance for scikit-learn.
 
-They need the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
+It needs the extra ``sklearn`` (scikit-learn 1.6 or later), which no other module imports.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from ..moments import Moments
-from ..shared_space import SharedSpace, SpaceMethod, measure_side
 
 try:
-    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
     from sklearn.covariance import EmpiricalCovariance
-    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+    from sklearn.utils.validation import validate_data
 except ImportError as error:
     raise ImportError(
         "realign_fast.integrations.sklearn: expected scikit-learn 1.6 or later, which is an "
         f"extra, got {error}; run `pip install 'realign_fast[sklearn]'`"
     ) from error
-
-_READABLE: dict[str, Any] = dict(
-    dtype=(np.float64, np.float32, np.float16),
-    order="C",
-    force_writeable=True,  # torch takes no read-only memory
-)
 
 
 class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
@@ -82,7 +74,8 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
         return self
 
     def _add(self, rows: ArrayLike, reset: bool) -> None:
-        rows = validate_data(self, rows, reset=reset, **_READABLE)
+        options = {"dtype": (np.float64, np.float32, np.float16), "order": "C", "reset": reset}
+        rows = validate_data(self, rows, **options, force_writeable=True)  # as torch takes memory
         if reset:
             self.moments_ = Moments(covariance=True, normalize=False, accurate=self.accurate)
         self.moments_.update(torch.from_numpy(rows), bad_rows="keep")
@@ -92,56 +85,3 @@ class StreamingCovariance(EmpiricalCovariance):  # type: ignore[misc]
             mean = torch.zeros_like(mean)
         self.location_, self.n_samples_seen_ = mean.numpy(), self.moments_.count
         self._set_covariance(covariance.numpy())
-
-
-class SharedSpaceTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """One modality of a :class:`realign_fast.SharedSpace` of layout ``"single"``.
-
-    Fit one for each table of documents, since a scale depends on these and the queries alone, and
-    one of role ``"query"`` for the queries; docs/shared_space.md has an example.
-
-    Args:
-        queries: rows [N, D] like those that will search, the same for every modality; the rows
-            fitted on stand in for None.
-        method: one of ``SPACE_METHODS``, the same for every transformer of an index.
-        role: ``"document"``, or ``"query"`` for rows that search.
-
-    Attributes:
-        space_: the fitted space; its modality ``document`` are the rows fitted on.
-        n_features_in_: the number of columns.
-    """
-
-    def __init__(
-        self,
-        *,
-        queries: ArrayLike | None = None,
-        method: SpaceMethod = "calibrate",
-        role: Literal["document", "query"] = "document",
-    ) -> None:
-        self.queries = queries
-        self.method = method
-        self.role = role
-
-    def fit(self, X: ArrayLike, y: None = None) -> SharedSpaceTransformer:
-        """Fit on finite rows X [N, D], N and D from 2; ``y`` is ignored."""
-        if self.role not in ("document", "query"):
-            raise ValueError(
-                f"SharedSpaceTransformer: role={self.role!r}, expected document or query"
-            )
-        rows = validate_data(self, X, ensure_min_samples=2, ensure_min_features=2, **_READABLE)
-        queries = rows if self.queries is None else check_array(self.queries, **_READABLE)
-        sides = {"document": rows, "query": queries}
-        self.space_ = SharedSpace.from_passes(
-            lambda name, centre: measure_side(sides[name], name, centre, 1 << 16, "keep"),
-            [*sides],
-            query_role="query",
-            method=self.method,
-        )
-        return self
-
-    def transform(self, X: ArrayLike) -> np.ndarray[Any, Any]:
-        """Return rows of the index [N, D] for finite rows X [N, D], with their dtype."""
-        check_is_fitted(self)
-        rows: np.ndarray[Any, Any] = validate_data(self, X, reset=False, **_READABLE)
-        space = self.space_
-        return space.query(rows) if self.role == "query" else space.documents("document", rows)

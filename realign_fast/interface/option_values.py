@@ -26,9 +26,6 @@ SHARD_ROWS = 100_000  # items of an embedded shard
 ProjectorName = Literal["linear", "mlp", "prefix"]
 TemplateName = Literal["plain", "chat"]
 RecipeName = Literal["default", "paper", "llava"]
-Target = Literal["caption", "answer"]
-ImagePosition = Literal["front", "in-place"]
-EndName = Literal["eos", "newline", "none"]
 VISUAL_TOKENS = 576  # of an image
 DEFAULT_QUESTION = "Describe the image."
 
@@ -38,9 +35,11 @@ class Recipe:
     """The rules for samples in which training codes differ (docs/training_codebases.md)."""
 
     name: RecipeName = "default"
-    target: Target = "caption"  # of a plain sample that also has an answer; else the one it has
-    image_position: ImagePosition = "in-place"  # of `<image>` in a turn of a conversation
-    end: EndName = "eos"  # of a plain sample
+    # The text of a plain sample that also has an answer (else the one it has), the place of
+    # `<image>` in a turn of a conversation, and the end of a plain sample.
+    target: Literal["caption", "answer"] = "caption"
+    image_position: Literal["front", "in-place"] = "in-place"
+    end: Literal["eos", "newline", "none"] = "eos"
 
     def __str__(self) -> str:
         rules = f"target {self.target}, image position {self.image_position}, end {self.end}"

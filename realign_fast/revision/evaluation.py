@@ -23,7 +23,6 @@ from .model import ReVisionModel
 from .templates import IGNORED_LABEL, Template
 from .training_data import Collator, Conversations, Item, check_rows
 
-Query = tuple[int, str, int]  # a sample, a text for it, and the sample whose images are shown
 Figure = dict[str, float]  # `value`, `low` and `high`
 Vector = NDArray[np.float64]
 _MEAN_ROW = -1  # in place of the latter: the mean of all rows as the image
@@ -61,28 +60,34 @@ def evaluate(
         ValueError: there are fewer different texts than `choices`, or no samples.
     """
     count = len(data) if limit is None else min(limit, len(data))
-    indices = [number * len(data) // count for number in range(count)]
-    if not indices:
+    if not count:
         raise ValueError(f"evaluate: got limit {limit}, expected a number of samples from 1")
+    indices = [number * len(data) // count for number in range(count)]
     samples = [data.sample(index) for index in indices]
     rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
     check_rows(model.projector.space, data.rows, aligner)
     scorer = LikelihoodScorer(model, data.template, samples, rows, batch, data.side)
-    references = scorer.references
+    references, everyone = scorer.references, range(len(samples))
     wrong_texts = _draw_wrong_texts(references, choices, seed) if choices else []
-    own = [(number, text, number) for number, text in enumerate(references)]
-    sums, tokens = scorer.sums(own)
+    own, tokens = scorer.likelihoods(everyone, references, everyone)
     figures: dict[str, Any] = {"samples": len(tokens), "tokens": int(tokens.sum())}
-    figures["loss"] = interval(-sums / tokens, tokens)
+    figures["loss"] = interval(-own, tokens)
     exchanged, differs = _exchanged(scorer, seed)
     if differs.any():
-        queries = [(number, text, exchanged[number]) for number, text, _ in own]
-        gains = (sums - scorer.sums(queries)[0]) / tokens
+        gains = own - scorer.likelihoods(everyone, references, exchanged)[0]
         figures["gain"] = interval(gains[differs], tokens[differs])
+
+    def _likelihood(numbers: Sequence[int], texts: Sequence[str]) -> Vector:
+        return scorer.likelihoods(numbers, texts, numbers)[0]
+
+    def _gain(numbers: Sequence[int], texts: Sequence[str]) -> Vector:
+        mean_row = scorer.likelihoods(numbers, texts, [_MEAN_ROW] * len(texts))[0]
+        return _likelihood(numbers, texts) - mean_row
+
     if choices:
-        figures["choice"] = _choice(scorer.likelihoods, references, wrong_texts)
+        figures["choice"] = _choice(_likelihood, references, wrong_texts)
         if differs.any():
-            figures["choice_by_gain"] = _choice(scorer.gains, references, wrong_texts)
+            figures["choice_by_gain"] = _choice(_gain, references, wrong_texts)
     return figures
 
 
@@ -122,25 +127,19 @@ class LikelihoodScorer:
         self._known: dict[Hashable, Vector] = {}
         self._mean_row = torch.cat(list(self.rows)).mean(0)
 
-    def sums(self, queries: Sequence[Query]) -> tuple[Vector, Vector]:
-        """Return the log-likelihood, in nats, and the number of tokens of each text, `[n]` each."""
-        items = [self._item(*query) for query in queries]
+    def likelihoods(
+        self, numbers: Sequence[int], texts: Sequence[str], images: Sequence[int]
+    ) -> tuple[Vector, Vector]:
+        """Return the mean log-likelihood of a token, in nats, and the tokens of each text, `[n]`.
+
+        `numbers` are samples, each with a text and the sample whose images are shown with it.
+        """
+        items = list(map(self._item, numbers, texts, images))
         keys = [(tuple(item["input_ids"]), item["image"]) for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         self._known |= zip(new, self._scores(list(new.values())), strict=True)
         sums, tokens = np.array([self._known[key] for key in keys]).reshape(-1, 2).T
-        return sums, tokens
-
-    def likelihoods(self, sample_numbers: Sequence[int], texts: Sequence[str]) -> Vector:
-        """Return the mean log-likelihood of the tokens of a text for each sample, `[n]`."""
-        sums, tokens = self.sums(list(zip(sample_numbers, texts, sample_numbers, strict=True)))
-        return sums / tokens
-
-    def gains(self, sample_numbers: Sequence[int], texts: Sequence[str]) -> Vector:
-        """Return `likelihoods` minus those with the mean row: what the images add to each text."""
-        mean_row = [_MEAN_ROW] * len(texts)
-        sums, tokens = self.sums(list(zip(sample_numbers, texts, mean_row, strict=True)))
-        return self.likelihoods(sample_numbers, texts) - sums / tokens
+        return sums / tokens, tokens
 
     def _item(self, number: int, text: str, image: int) -> Item:
         """Encode a text as the answer to a sample's prompt, with labels on the text alone."""
@@ -179,7 +178,7 @@ class LikelihoodScorer:
         return scores
 
 
-def _exchanged(scorer: LikelihoodScorer, seed: int) -> tuple[list[int], NDArray[np.bool_]]:
+def _exchanged(scorer: LikelihoodScorer, seed: int) -> tuple[Sequence[int], NDArray[np.bool_]]:
     """Return for each sample another of as many images, and whether its images are different.
 
     The loss with those minus the loss with a sample's own estimates the pointwise mutual
@@ -222,10 +221,9 @@ def _draw_wrong_texts(references: Sequence[str], choices: int, seed: int) -> lis
     """Draw `choices - 1` different texts of other samples for each sample."""
     random, texts = np.random.default_rng(seed), sorted(set(references))
     if choices < 2 or len(texts) < choices:
-        expected = {1: "0", 2: "2, or 0"}.get(len(texts), f"2 to {len(texts)}, or 0")
-        counts = f"{len(texts)} different texts for a choice of {choices}"
-        advice = "set it (--choices), or take more samples"
-        raise ValueError(f"evaluate: {counts}, expected {expected} for no choice; {advice}")
+        fault = f"{len(texts)} different texts for a choice of {choices}"
+        expected = "expected 2 up to the number of different texts, or 0 for no choice"
+        raise ValueError(f"evaluate: {fault}, {expected}; set --choices, or take more samples")
     drawn = ([texts[i] for i in random.permutation(len(texts))[:choices]] for _ in references)
     pairs = zip(references, drawn, strict=True)
     return [[text for text in own if text != right][: choices - 1] for right, own in pairs]

@@ -55,9 +55,9 @@ def respond(
     """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
     `rows` are the images of each sample, `[images, D]`, or texts in their place if that is the
-    `side`; `generation` are further options of
-    `generate` of transformers, which is greedy by default. A text ends where the positions of the
-    language model do; ValueError if they leave no place for one.
+    `side`; `generation` are further options of `generate` of transformers, which is greedy by
+    default. A text ends where the positions of the language model do; ValueError if they leave no
+    place for one.
     """
     pad = template.pad_id
     items = [
@@ -95,8 +95,7 @@ def caption_rows(
     """Yield a caption for every row of batches `[n, D]`, which `Corpus.batches()` yields.
 
     `ask` is the question to a model that was trained on conversations; `side` is that of the rows,
-    which matters to a model with a space; `generation` are further
-    options of `generate` of transformers, which is greedy by default.
+    which matters to a model with a space; `generation` are options of transformers' `generate`.
     """
     generation |= {"max_new_tokens": max_new_tokens, "side": side}
     sample = Sample("", [""], None, [("user", f"{IMAGE_MARK}\n{ask}"), ("assistant", "")])

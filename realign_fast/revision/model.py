@@ -50,8 +50,8 @@ TRAINABLE_PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)
 CONFIG, WEIGHTS, SPACE = "revision.json", "projector.safetensors", "space.safetensors"
 ADAPTER_FOLDER, LANGUAGE_MODEL_FOLDER = "adapter", "language_model"
 _LANGUAGE_MODEL = "AutoModelForCausalLM"
-# Attributes that Trainer and accelerate ask a model for: those of its language model.
-_OF_BASE = {"config", "loss_type", "_no_split_modules"}
+# Attributes that Trainer, accelerate and we ask a model for: those of its language model.
+_OF_BASE = {"config", "device", "loss_type", "_no_split_modules"}
 _OF_BASE |= {"activation_checkpointing_enable", "gradient_checkpointing_enable"}
 
 
@@ -181,11 +181,6 @@ class ReVisionModel(nn.Module):
     @property
     def _has_adapter(self) -> bool:
         return hasattr(self.language_model, "peft_config")
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name) if name in _OF_BASE else super().__getattr__(name)
@@ -335,12 +330,14 @@ class ReVisionModel(nn.Module):
         """Load the weights of a saved model of the same shape into this one.
 
         Those of a language model are loaded if this one has changed too.
-        FileNotFoundError if a file is missing, ValueError for another shape or space.
+        FileNotFoundError if a file is missing, ValueError for another shape, space or recipe.
         """
         directory = Path(directory)
-        if (trained := read_config(directory).space) != (own := self.revision_config.space):
-            fault = f"was trained in the space {trained}, and this model has {own}"
-            raise ValueError(f"{directory}: {fault}; give the space that it was trained in")
+        trained, own = read_config(directory), self.revision_config
+        if (trained.space, trained.recipe) != (own.space, own.recipe):
+            before, now = (f"the space {c.space} and {c.recipe}" for c in (trained, own))
+            fault = f"was trained with {before}, and this model has {now}"
+            raise ValueError(f"{directory}: {fault}; give the same, or train in another directory")
         try:
             self.projector.load_state_dict(load_file(directory / WEIGHTS))
         except RuntimeError as error:

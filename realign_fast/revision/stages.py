@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,6 @@ import torch
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
-from ..corpus.row_values import metadata_of_shards
 from ..interface import option_values as values
 from ..interface.option_values import RECIPES, Recipe
 from ..shared_space import SharedSpace
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["pretrain", "finetune"]
 _MAX_HELD_OUT = 512  # samples, by default
-_TRAINER_SETTINGS = {  # of both stages
+TRAINER_SETTINGS = {  # of both stages, beside the learning rate
     "num_train_epochs": 1.0,
     "optim": "adamw_torch",
     "weight_decay": 0.0,
@@ -66,18 +64,13 @@ _TRAINER_SETTINGS = {  # of both stages
     "report_to": "none",
 }
 MODEL_FIELDS = ("projector", "visual_tokens", "normalize")  # of a new model; others have their own
-_SIDES: dict[Stage, values.Modality] = {"pretrain": "text", "finetune": "image"}
-_RATES = [_TRAINER_SETTINGS | {"learning_rate": rate} for rate in (5e-4, 1e-5)]
-_LLAVA_RATES: dict[Stage, float] = {"pretrain": 1e-3, "finetune": 2e-5}  # of LLaVA-1.5
+RATES: dict[Stage, float] = {"pretrain": 5e-4, "finetune": 1e-5}  # of the paper
+LLAVA_RATES: dict[Stage, float] = {"pretrain": 1e-3, "finetune": 2e-5}  # of LLaVA-1.5
+_BOTH = ("projector", "language_model")
 # The paper's settings, fields of TrainingConfig; its batch of stage 2 is not known, 128 is LLaVA's.
 PRESETS: dict[Stage, dict[str, Any]] = {
-    "pretrain": {"template": "plain", "train": ("projector",), "batch": 256, "trainer": _RATES[0]},
-    "finetune": {
-        "template": "chat",
-        "train": ("projector", "language_model"),
-        "batch": 128,
-        "trainer": _RATES[1],
-    },
+    "pretrain": {"side": "text", "template": "plain", "train": ("projector",), "batch": 256},
+    "finetune": {"side": "image", "template": "chat", "train": _BOTH, "batch": 128},
 }
 
 
@@ -112,7 +105,7 @@ class TrainingConfig:
     max_skipped: float = 0.01  # the share of samples that may be unusable
     held_out: int | None = None  # samples; None: a hundredth of them, at most 512
     test: str | None = None  # a list to evaluate on instead: in stage 1, say, real images
-    test_rows: Corpus | None = None  # its rows, not aligned; without ids, `ids` "row" serves them
+    test_rows: Corpus | None = None  # its rows, not aligned, with ids of their own or `ids` "row"
     resume: bool = False  # continue from the last checkpoint in `out`, if there is one
     trainer: dict[str, Any] = field(default_factory=dict)  # any fields of TrainingArguments
 
@@ -136,18 +129,23 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         raise ValueError("test, test_rows: got one of them; give a list and its rows, or neither")
     check_inputs(config.conversations, config.rows, config.ids)
     if config.test is not None and config.test_rows is not None:
-        check_inputs(config.test, config.test_rows, _test_ids(config))
-    space = config.space
+        check_inputs(config.test, config.test_rows, "row" if config.ids == "row" else None)
+    space, out = config.space, Path(config.out)
     if space is not None and not isinstance(space, SharedSpace):
         space = SharedSpace.from_pretrained(space)
     saved = _saved_config(config, space_digest(space))
     if saved and saved.space:
         space = SharedSpace.load(Path(config.start) / SPACE)
-    config = replace(config, space=space, side=config.side or _SIDES[stage])
     for rows in filter(None, (config.rows, config.test_rows)):
         check_rows(space, rows, config.aligner)
-    recipe = _recipe(config, saved)
-    config = _with_preset(stage, config, recipe)
+    checkpoint = last_checkpoint(out)
+    if checkpoint and not config.resume:
+        advice = "go on with it (--resume), or name another directory"
+        raise ValueError(f"{out}: holds checkpoints of an earlier training; {advice}")
+    recipe = RECIPES[config.recipe or "default"]
+    if saved and config.recipe in (None, saved.recipe.name):
+        recipe = saved.recipe
+    config = _with_preset(stage, replace(config, space=space), recipe)
     arguments = _training_arguments(config)
     template = _template(config, saved, recipe)
     with arguments.main_process_first(local=False):
@@ -170,57 +168,35 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     )
     first = trainer.is_world_process_zero()
     if first:
-        _print_overview(samples.report, model)
+        _print_overview(samples.report)
         if space:
             print(f"rows go through the {samples.side} side of the space {space}")
-    checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
     if config.resume and checkpoint is None and first:
-        print(f"{config.out}: holds no checkpoint to resume from, so training starts anew")
+        print(f"{out}: holds no checkpoint to resume from, so training starts anew")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    summary = {"stage": stage, "out": config.out} | _figures(trainer, result, bool(checkpoint))
+    summary = {"stage": stage, "out": config.out} | _figures(trainer, result)
     summary |= {"data": samples.report, "model": asdict(model.revision_config)}
     if first:
-        write_whole(Path(config.out) / "training.json", json.dumps(summary, indent=2).encode())
+        write_whole(out / "training.json", json.dumps(summary, indent=2).encode())
     return summary
-
-
-def _recipe(config: TrainingConfig, saved: ReVisionConfig | None) -> Recipe:
-    """Return the rules for samples: those that are asked for, else those of the saved model.
-
-    ValueError if a training that is resumed has other rules.
-    """
-    recipe = RECIPES[config.recipe or "default"]
-    if saved and config.recipe in (None, saved.recipe.name):
-        recipe = saved.recipe
-    checkpoint = last_checkpoint(Path(config.out)) if config.resume else None
-    if checkpoint and (Path(checkpoint) / CONFIG).is_file():
-        trained = read_config(Path(checkpoint)).recipe
-        if trained != recipe:
-            advice = "resume with the same rules, or train in another directory"
-            raise ValueError(f"{checkpoint}: was trained with {trained}; got {recipe}; {advice}")
-    return recipe
 
 
 def _with_preset(stage: Stage, config: TrainingConfig, recipe: Recipe) -> TrainingConfig:
     """Return the configuration with the presets of stage and recipe where it says nothing."""
-    preset = PRESETS[stage]
-    rate = {"learning_rate": _LLAVA_RATES[stage]} if recipe.name == "llava" else {}
+    preset, rates = PRESETS[stage], LLAVA_RATES if recipe.name == "llava" else RATES
     parts = config.train or preset["train"]
     if config.lora and "lora" not in parts:
         fault = f"got {', '.join(config.lora)} for an adapter that is not trained"
         raise ValueError(f"lora: {fault}, but {', '.join(parts)}; give --train projector,lora")
     chosen = {name: getattr(config, name) or value for name, value in preset.items()}
-    return replace(config, **chosen | {"trainer": preset["trainer"] | rate | config.trainer})
+    chosen["trainer"] = TRAINER_SETTINGS | {"learning_rate": rates[stage]} | config.trainer
+    return replace(config, **chosen)
 
 
 def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     """Return the TrainingArguments that the configuration means."""
-    out = Path(config.out)
-    if not config.resume and last_checkpoint(out):
-        advice = "go on with it (--resume), or name another directory"
-        raise ValueError(f"{out}: holds checkpoints of an earlier training; {advice}")
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     batch, simultaneous = config.batch or 1, config.micro_batch * devices
     if batch % simultaneous:
@@ -267,8 +243,8 @@ def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig |
             raise FileNotFoundError(f"{start}: no such directory; {advice}")
         return None
     saved = read_config(start)
-    requests = {name: getattr(config, name) for name in MODEL_FIELDS} | {"space": space}
-    for name, requested in requests.items():
+    for name in (*MODEL_FIELDS, "space"):
+        requested = space if name == "space" else getattr(config, name)
         if requested not in (None, value := getattr(saved, name)):
             fault = f"got {name} {requested}, and the model was made with {value}"
             raise ValueError(f"{start}: {fault}; leave it out, or pretrain another one")
@@ -297,29 +273,19 @@ def _prepare_data(
     config: TrainingConfig, template: Template
 ) -> tuple[Conversations, Conversations | None]:
     """Join the lists and their rows; return the samples and the held-out samples."""
-    join = partial(
-        prepare,
-        template=template,
-        cache=Path(config.out) / "data",
-        max_length=config.max_length,
-        max_skipped=config.max_skipped,
-    )
-    samples = join(config.conversations, config.rows, ids=config.ids).aligned(config.aligner)
-    samples.side = config.side if config.space and config.side else "image"
+    limits: dict[str, Any] = {"max_length": config.max_length, "max_skipped": config.max_skipped}
+    cache, ids = Path(config.out) / "data", config.ids
+    samples = prepare(config.conversations, config.rows, template, cache, ids=ids, **limits)
+    samples = samples.aligned(config.aligner)
+    if config.space and config.side:
+        samples.side = config.side
     if config.test is not None and config.test_rows is not None:
-        return samples, join(config.test, config.test_rows, ids=_test_ids(config))
+        ids = "row" if config.ids == "row" else None
+        return samples, prepare(config.test, config.test_rows, template, cache, ids=ids, **limits)
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)
     return samples.split(count) if count else (samples, None)
-
-
-def _test_ids(config: TrainingConfig) -> str | None:
-    """Return "row" if row numbers are ids in this training and the test rows hold no ids."""
-    rows = config.test_rows
-    if rows is None or config.ids != "row" or any(metadata_of_shards(rows).values()):
-        return None
-    return None if any(shard.has_other_columns for shard in rows.shards) else "row"
 
 
 def _build_model(
@@ -341,28 +307,24 @@ def _build_model(
     return model
 
 
-def _print_overview(report: dict[str, Any], model: ReVisionModel) -> None:
-    """Print the number of samples and of trainable parameters."""
+def _print_overview(report: dict[str, Any]) -> None:
+    """Print the number of samples, and the faults of those that are left out."""
     texts = FAULTS | {"skipped_turns": "answers before a first question skipped"}
-    skipped = [f"{report[name]:,} {text}" for name, text in texts.items() if report.get(name)]
+    skipped = [f"{report[name]:,} {text}" for name, text in texts.items() if report[name]]
     reasons = f" ({', '.join(skipped)})" if skipped else ""
     print(f"{report['used']:,} of {report['samples']:,} samples{reasons}")
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-    print(f"parameters that train: {trained:,} of {total:,}")
 
 
-def _figures(trainer: ReVisionTrainer, result: Any, resumed: bool) -> dict[str, Any]:
+def _figures(trainer: ReVisionTrainer, result: Any) -> dict[str, Any]:
     """Return the figures of a finished training; `result` is what `Trainer.train` returned."""
-    history, loss = trainer.state.log_history, result.training_loss
+    history = trainer.state.log_history
     logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if resumed and logged:  # Trainer leaves out the steps before: the mean of all logged losses
-        steps, losses = zip(*logged, strict=True)
-        loss = float(np.average(losses, weights=np.diff([0, *steps])))
+    steps, losses = zip(*(logged or [(1, result.training_loss)]), strict=True)
     return {
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
-        "train_loss": loss,
+        # Of all steps; that of Trainer leaves out the steps before a training was resumed.
+        "train_loss": float(np.average(losses, weights=np.diff([0, *steps]))),
         "held_out_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "samples_per_second": result.metrics.get("train_samples_per_second") or None,
     }

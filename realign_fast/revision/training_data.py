@@ -49,7 +49,8 @@ FAULTS: dict[Fault, str] = {
     "missing_images": "<image> marks and images differ in number, or no image where one must be",
     "empty_captions": "empty captions or answers",
     "missing_questions": "answers that no question stands before",
-    "over_long": "longer than max_length or than the language model takes",
+    "over_long": "longer than max_length (--max-length) or than the language model takes, with the "
+    "visual tokens of an image (--visual-tokens)",
 }
 _MAX_EXAMPLES = 3  # of each fault in the report
 _REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
@@ -88,12 +89,6 @@ def prepare(
     source, cache = Path(conversations), Path(cache)
     max_length = min(max_length, template.positions or max_length)
     check_inputs(source, rows, ids)
-    if len(template.image_ids) >= max_length:
-        limit, tokens = "max_length (--max-length)", len(template.image_ids)
-        if max_length == template.positions:
-            limit = "the language model's positions"
-        fault = f"an image alone takes {tokens} tokens of the {max_length} of {limit}"
-        raise ValueError(f"{source}: {fault}; train with fewer visual tokens")
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
@@ -189,11 +184,10 @@ def _join(
     source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
 ) -> dict[str, Any]:
     """Write the usable samples of the list `source` to `folder`; return the report."""
-    total, used, images, skipped_turns = 0, 0, 0, 0
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
     with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ENDS, "wb") as ends_file:
         for entry in read_entries(source):
-            place = f"{source}: entry {total}"
+            place = f"{source}: entry {counts['samples']}"
             sample = read_sample(entry, place)
             rows = [row for image in sample.images if (row := row_of(image)) is not None]
             try:
@@ -202,18 +196,16 @@ def _join(
                 raise ValueError(f"{place} ({sample.id}): {error}") from error
             if not fault and len(rows) < len(sample.images):
                 fault = "missing_ids"
-            total += 1
+            counts["samples"] += 1
             if fault:
                 counts[fault] += 1
                 examples[fault] += [sample.id or place] * (counts[fault] <= _MAX_EXAMPLES)
                 continue
             samples_file.write(json.dumps([*sample, rows]).encode() + b"\n")
             array("q", [samples_file.tell()]).tofile(ends_file)
-            used, images = used + 1, images + len(rows)
-            skipped_turns += sample.skipped_turns
-    report: dict[str, Any] = {"samples": total, "used": used, "images": images}
-    report["skipped_turns"] = skipped_turns
-    return report | {fault: counts[fault] for fault in FAULTS} | {"examples": examples}
+            counts.update(used=1, images=len(rows), skipped_turns=sample.skipped_turns)
+    names = ("samples", "used", "images", "skipped_turns", *FAULTS)
+    return {name: counts[name] for name in names} | {"examples": examples}
 
 
 def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> None:

@@ -74,9 +74,9 @@ def test_the_page_runs_with_faiss(names):
 
 def test_the_page_runs_with_scikit_learn(names):
     pytest.importorskip("sklearn")
-    exec(page_code("realign_fast.integrations.sklearn"), names)
+    exec(page_code("sklearn"), names)
     sides = dict(text=names["text_rows"], image=names["image_rows"], queries=names["query_rows"])
-    space = SharedSpace.fit(**sides, method="calibrate")
+    space = SharedSpace.fit(**sides)
     placed = np.concatenate([space.text(sides["text"]), space.image(sides["image"])])
     close(names["hits"], space.query(sides["queries"]) @ placed.T)
 

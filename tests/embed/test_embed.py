@@ -51,7 +51,7 @@ def pictures(tmp_path):
 
 
 def run(encoder, out, workers=0, shard_rows=12, **sources):
-    options = {key: sources.pop(key) for key in ("dtype", "mode", "batch_size") if key in sources}
+    options = {key: sources.pop(key) for key in ("dtype", "batch_size") if key in sources}
     opened = {content: open_source(path, content) for content, path in sources.items()}
     chosen = {"batch_size": 5, "progress": False} | options
     settings = EmbedSettings(workers=workers, shard_rows=shard_rows, **chosen)
@@ -214,26 +214,24 @@ def test_nothing_but_failures_is_an_error(encoder, pictures, tmp_path):
     assert len(failures(tmp_path / "out")) == 30
 
 
-def test_an_output_begun_otherwise_is_refused_unless_overwritten(encoder, pictures, tmp_path):
+def test_an_output_begun_otherwise_is_refused(encoder, pictures, tmp_path):
     out = tmp_path / "out"
     run(encoder, out, pairs=pictures)
     before = embedded_files(out)
-    with pytest.raises(ValueError, match=r"begun with batch_size 5, now it is 4.*--mode overwrite"):
+    with pytest.raises(
+        ValueError, match=r"begun with batch_size 5, now it is 4; .* delete it to embed"
+    ):
         run(encoder, out, pairs=pictures, batch_size=4)
     with pytest.raises(ValueError, match="begun with sources"):
         run(encoder, out, images=pictures)
     assert embedded_files(out) == before
-    run(encoder, out, images=pictures, mode="overwrite")
-    assert not (out / "text_emb").exists()
-    assert Corpus(out, "image").num_rows == 28
 
 
 def test_an_output_of_something_else_is_refused(encoder, pictures, tmp_path):
     (tmp_path / "out" / "img_emb").mkdir(parents=True)
     np.save(tmp_path / "out" / "img_emb" / "img_emb_0.npy", np.ones((2, 24), "f2"))
-    for mode in ("incremental", "overwrite"):
-        with pytest.raises(ValueError, match="no embed run of ours wrote it"):
-            run(encoder, tmp_path / "out", images=pictures, mode=mode)
+    with pytest.raises(ValueError, match="no embed run of ours wrote it"):
+        run(encoder, tmp_path / "out", images=pictures)
 
 
 def test_one_process_at_a_time(encoder, pictures, tmp_path):

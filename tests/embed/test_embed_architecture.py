@@ -90,7 +90,9 @@ def test_an_output_of_another_version_is_refused_with_its_name(tmp_path, source)
     run(model, tmp_path / "out", source)
     facts = tmp_path / "out" / "__realign__/_embed" / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"code": "realign_fast 0.1.0, 1"}))
-    with pytest.raises(ValueError, match=r'begun with code "realign_fast 0\.1\.0, 1".*overwrite'):
+    with pytest.raises(
+        ValueError, match=r'begun with code "realign_fast 0\.1\.0, 1".*another --out'
+    ):
         run(model, tmp_path / "out", source)
 
 

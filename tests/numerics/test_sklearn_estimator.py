@@ -1,4 +1,4 @@
-"""The estimators keep scikit-learn's rules; batches of StreamingCovariance are all rows."""
+"""The estimator keeps scikit-learn's rules; its batches are all rows."""
 
 import pickle
 from pathlib import Path
@@ -14,10 +14,7 @@ import sklearn.covariance.tests.test_covariance as their_tests  # noqa: E402
 from sklearn.covariance import EmpiricalCovariance  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
-from realign_fast.integrations.sklearn import (  # noqa: E402
-    SharedSpaceTransformer,
-    StreamingCovariance,
-)
+from realign_fast.integrations.sklearn import StreamingCovariance  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 THEIR_TESTS = [
@@ -54,15 +51,7 @@ def test_their_tests_were_found():
     assert len(THEIR_TESTS) >= 2
 
 
-@parametrize_with_checks(
-    [
-        StreamingCovariance(),
-        StreamingCovariance(store_precision=False),
-        SharedSpaceTransformer(),
-        SharedSpaceTransformer(method="center-calibrate", role="query"),
-    ]
-)
-@pytest.mark.filterwarnings("ignore:SharedSpace. the scale of")
+@parametrize_with_checks([StreamingCovariance(), StreamingCovariance(store_precision=False)])
 def test_it_keeps_to_the_rules_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -182,13 +171,6 @@ def test_an_estimator_pickled_before_it_had_the_option_goes_on():
     old = StreamingCovariance()
     del old.accurate
     close(old.fit(rows_of()).covariance_, StreamingCovariance().fit(rows_of()).covariance_)
-
-
-def test_an_unknown_role_or_method_is_refused():
-    with pytest.raises(ValueError, match="role='item', expected document or query"):
-        SharedSpaceTransformer(role="item").fit(rows_of())
-    with pytest.raises(ValueError, match="'no'"):
-        SharedSpaceTransformer(method="no").fit(rows_of())
 
 
 def test_it_refuses_what_scikit_learn_refuses():

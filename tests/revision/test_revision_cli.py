@@ -36,12 +36,13 @@ def test_pretrain_watches_a_list_of_its_own(world, tmp_path):
 
 def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
     base = ["caption", "--model", trained, "--rows", world / "corpus", "--ask", "what is this ?"]
-    assert main(words(*base, "--out", tmp_path / "all.jsonl")) == 0
-    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert main(words(*base)) == 0
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [one["row"] for one in lines] == list(range(48))
     right = [one["caption"] == CAPTIONS[one["row"] % 4] for one in lines]
     assert sum(right) == 48
-    assert "no --row, --id or --image, so all 48 rows" in capsys.readouterr().err
+    assert "no --row, --id or --image, so all 48 rows" in printed.err
     assert main(words(*base, "--id", "x6", "--id", "x1")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["row"], one["caption"]) for one in lines] == [("x6", CAPTIONS[2]),
@@ -183,7 +184,7 @@ NO_MODEL = ["--language-model", "nowhere/at/all"]  # which is looked for after l
         (NO_MODEL, 6, "nowhere/at/all"),
         (["--chat-template", "nowhere.jinja"], 6, "nowhere.jinja"),
         (["--max-length", "4"], 3, "48 of 48 samples cannot be used"),
-        (["--max-length", "2"], 3, "an image alone takes 2 tokens of the 2 of max_length"),
+        (["--max-length", "2"], 3, "takes, with the visual tokens of an image (--visual-tokens)"),
         (["--language-model", "/nowhere"], 6, "/nowhere: no such directory"),
     ],
 )

@@ -226,7 +226,7 @@ def test_samples_beyond_the_positions_of_the_language_model_are_left_out(
     assert found.report["over_long"] == 1 and found.report["examples"]["over_long"] == ["x2"]
     assert max(len(item["input_ids"]) for item in found.__getitems__([0, 1])) <= 64
     template.positions = K
-    with pytest.raises(ValueError, match="2 tokens of the 2 of the language model's positions"):
+    with pytest.raises(ValueError, match="3 of 3 samples cannot be used"):
         ready(path, root[0], template, tmp_path / "cache")
 
 

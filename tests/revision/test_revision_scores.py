@@ -150,15 +150,10 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
 @pytest.mark.parametrize(
     ("ids", "texts", "choices", "said"),
     [
-        (["x1"], ["a dog"], 4, "1 different texts for a choice of 4, expected 0 for no choice"),
-        (["x1", "x2"], ["a dog"] * 2, 2, "1 different texts for a choice of 2, expected 0 for"),
-        (
-            ["x1", "x2"],
-            ["a dog", "a cat"],
-            4,
-            "2 different texts for a choice of 4, expected 2, or 0",
-        ),
-        (["x1", "x2"], ["a dog", "a cat"], 1, "choice of 1, expected 2, or 0 for"),
+        (["x1"], ["a dog"], 4, "1 different texts for a choice of 4, expected 2 up"),
+        (["x1", "x2"], ["a dog"] * 2, 2, "1 different texts for a choice of 2, expected 2 up"),
+        (["x1", "x2"], ["a dog", "a cat"], 4, "2 different texts for a choice of 4, expected 2 up"),
+        (["x1", "x2"], ["a dog", "a cat"], 1, "2 different texts for a choice of 1, expected 2 up"),
     ],
 )
 def test_a_choice_needs_different_texts(ids, texts, choices, said, world, tmp_path):

@@ -98,8 +98,8 @@ class Encoder:
 
     def facts(self) -> dict[str, Any]:
         """Return everything in the encoder that rows depend on, as plain values."""
-        facts = {"weights": self._weights_hash, "precision": self.precision}
-        return facts | {"settings": self.settings}
+        own = {"weights": self._weights_hash, "precision": self.precision}
+        return own | {"settings": self.settings}
 
     def _take(self, model: torch.nn.Module) -> None:
         """Take a model, frozen on the device, and set the digest of its weights and D."""
