@@ -24,18 +24,17 @@ _SIDES = "--text TEXT --image IMAGE"
 _OTHER: dict[Any, Any] = {"text": "image", "image": "text"}
 
 
-@command("Results", "OUT", "OUT --to report.html --sample 10000")
+@command("Results", "OUT", "OUT --sample 10000")
 def report(
     options: opts.Common,
     out: opts.Result,
-    to: opts.ReportPlace = None,
     sample: opts.Sample = 3000,
     seed: opts.SampleSeed = 0,
 ) -> Result:
     """Write a page that shows what a run changed, and whether to trust its result."""
     from ..report import write_report
 
-    path, facts = write_report(out, to, sample, seed)
+    path, facts = write_report(out, sample, seed)
     lines = [facts["sentence"], facts["trust"]["verdict"]]
     lines += [f"  {finding['rule']}: {finding['text']}" for finding in facts["trust"]["findings"]]
     summary = {name: facts[name] for name in ("sentence", "trust")}

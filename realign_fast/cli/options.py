@@ -147,8 +147,6 @@ Converted = Annotated[str, Argument(rich_help_panel="Output", metavar="OUT", par
 Format = Annotated[values.FormatName, _output("format of the result")]
 Dtype = Annotated[values.Dtype | None, _output(
     "number type of the result; bfloat16 in safetensors, pt", show_default="unchanged")]
-ReportPlace = Annotated[str | None, _output("HTML file of the report; its JSON lies beside it",
-    metavar="FILE", parser=_text(_kept), show_default="gap_report.html in the records of OUT")]
 WithReport = Annotated[bool, _output("write a page of what changed, and whether to trust it, too "
     "(report)", "--report")]
 Sample = Annotated[int, _run("rows to look at, spread over the corpus", min=1)]

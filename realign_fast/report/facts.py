@@ -25,7 +25,6 @@ from ..storage.paths import AnyPath, records_of
 from .stored_rows import Output, Side
 from .trust import sentence_of, verdict_of
 
-GENERATOR = "realign-fast report"  # begins the JSON and the page of a report
 _BINS = 60  # of a density
 _PLACES = 512  # points of a side that are drawn
 _ROWS_BETWEEN = 256  # of each side, whose cosines with those of the other are drawn
@@ -55,7 +54,7 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
         output = Output.read(out, sample, seed)
         missing: dict[str, str] = {}
         facts: Facts = {
-            "generator": GENERATOR,
+            "generator": "realign-fast report",
             "output": str(output.path),
             "fitted": output.fitted.record,
             "sides": {
