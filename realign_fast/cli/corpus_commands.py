@@ -159,8 +159,13 @@ def embed(options: opts.EmbedOptions) -> Result:
         text += f" in {shards:,} shards, of which {finished:,} are there"
         facts = {"items": items, "shards": shards, "finished_shards": finished}
         return Result(facts, text, answer=True)
-    chosen: dict[str, Any] = {"device": options.device, "precision": options.precision}
-    encoder = load_encoder(options.model, options.pretrained, **chosen)
+    encoder = load_encoder(
+        options.model,
+        options.pretrained,
+        text_model=options.text_model,
+        device=options.device,
+        precision=options.precision,
+    )
     settings = EmbedSettings(progress=shows_progress(options), **options.fields_of(EmbedSettings))
     report = embed(encoder, Path(options.out), settings=settings, **sources)
     rows = " and ".join(f"{count:,} {side} rows" for side, count in report["rows"].items() if count)

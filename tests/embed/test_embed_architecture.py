@@ -9,6 +9,7 @@ from hostile.kills import embedded_files
 from support.small_models import (
     require,
     write_hugging_face,
+    write_llm2clip,
     write_open_clip,
     write_pictures,
 )
@@ -33,6 +34,8 @@ def write_model(kind, folder):
         config = config.rename(folder / "ViT-B-32.json")  # a name that open_clip knows too
         return (config, weights), config
     require("transformers")
+    if kind == "llm2clip":
+        return (write_llm2clip(folder),), folder / "text_model" / "config.json"
     return (write_hugging_face(folder, kind),), folder / "config.json"
 
 
@@ -52,6 +55,7 @@ CHANGES = [
     ("clip", "text_config.eos_token_id", 2, "model.settings.files.config.json .*, now it is"),
     ("clip", "vision_config.hidden_act", "relu", "model.settings.files.config.json"),
     ("siglip", "text_config.layer_norm_eps", 0.1, "model.settings.files.config.json"),
+    ("llm2clip", "rms_norm_eps", 0.1, "model.settings.language.config.json"),
 ]
 
 

@@ -160,7 +160,11 @@ def use_corpora_and_runs() -> dict[str, Any]:
 
 def use_embed() -> dict[str, Any]:
     encoder: embed.Encoder = embed.load_encoder("ViT-B-32", "laion2b_s34b_b79k")
-    encoders: list[type[embed.Encoder]] = [embed.OpenClipEncoder, embed.HuggingFaceEncoder]
+    encoders: list[type[embed.Encoder]] = [
+        embed.OpenClipEncoder,
+        embed.HuggingFaceEncoder,
+        embed.Llm2ClipEncoder,
+    ]
     assert isinstance(encoder, tuple(encoders))
     source = embed.open_source("pairs.parquet", "pairs", embed.Columns(caption="text"))
     return embed.embed(encoder, "out", pairs=source, settings=embed.EmbedSettings(workers=0))

@@ -35,7 +35,7 @@ class HuggingFaceEncoder(Encoder):
     ) -> None:
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
-        with _quietly_loading(folder):
+        with quietly_loading(folder):
             options = {"dtype": self.dtype, "output_loading_info": True}
             model, info = library.AutoModel.from_pretrained(folder, **options, **LOCAL)
             if missing := sorted(info["missing_keys"]):  # they would be random
@@ -85,7 +85,7 @@ class HuggingFaceEncoder(Encoder):
 
 
 @contextmanager
-def _quietly_loading(folder: StrPath) -> Iterator[None]:
+def quietly_loading(folder: StrPath) -> Iterator[None]:
     """Load from a directory without progress bars; an error is one line that names it."""
     log = transformers().logging
     bars = log.is_progress_bar_enabled()
