@@ -272,10 +272,6 @@ class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
 
     text: Annotated[str | None, _directory(_SIDE.format("of texts", "text"))] = None
     image: Annotated[str | None, _directory(_SIDE.format("of images", "img"))] = None
-    corpus: Annotated[str | None, _directory("one table of all modalities in place of --text and "
-        "--image: a file or directory in a format with columns", metavar="TABLE")] = None
-    split_by: Annotated[str | None, _input("column of --corpus that names the modality of each "
-        "row", metavar="NAME", show_default="modality")] = None
     queries: Annotated[str | None, _directory("rows like those that will be searched for; with "
         "--space they are written as they search", show_default="such documents")] = None
     space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "

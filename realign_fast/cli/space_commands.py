@@ -21,7 +21,6 @@ _SIDES: tuple[Modality, ...] = ("text", "image")
     "Align",
     "--text TEXT --image IMAGE --out OUT",
     "--text TEXT --image IMAGE --queries QUERIES --layout blocks --out OUT",
-    "--corpus TABLE --split-by modality --out OUT",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
 def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
@@ -44,25 +43,17 @@ def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Re
 
 def _sides(options: opts.UnifyOptions) -> SpaceSides:
     """Open the corpora and the space; an OptionError for sides that are missing."""
-    from ..corpus.split_corpus import SplitCorpus
-    from ..pipeline.unify_run import TABLE, SpaceSides
+    from ..pipeline.unify_run import SpaceSides
 
     paths = {side: path for side in _SIDES if (path := getattr(options, side)) is not None}
-    if options.corpus is not None and paths:
-        raise OptionError("unify: --corpus takes the place of --text and --image; leave them out")
-    if options.split_by is not None and options.corpus is None:
-        raise OptionError("--split-by: names a column of --corpus; give that")
-    if options.space is None and options.corpus is None and len(paths) < len(_SIDES):
+    if options.space is None and len(paths) < len(_SIDES):
         raise OptionError("unify: a space is fitted on --text and --image; give both, or --space")
-    if not paths and options.corpus is None and options.queries is None:
+    if not paths and options.queries is None:
         raise OptionError("unify: expected rows for the space; give --text, --image or --queries")
     of_queries = ("query_role",) * (options.queries is None)
     space = open_space(options, "layout", "space_method", "fit_rows", "seed", *of_queries)
     role: Any = options.query_role or (space.query_role if space else "text")
     documents = {str(side): open_corpus(options, path, side) for side, path in paths.items()}
-    if options.corpus is not None:
-        table, known = open_corpus(options, options.corpus, None), [*space.sides] if space else None
-        documents = {TABLE: SplitCorpus(table, options.split_by or "modality", known)}
     of_root = role if role in _SIDES else None
     return SpaceSides(
         documents,

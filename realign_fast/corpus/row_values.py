@@ -1,4 +1,4 @@
-"""Values beside the rows of a corpus, such as ids, captions and names of modalities.
+"""Values beside the rows of a corpus, such as ids and captions.
 
 They are read from the shards themselves (columns of tables, keys of pickled lists, entries of
 safetensors, npz and pt, members of tar samples and fields of their json), or from the `metadata/`

@@ -34,7 +34,7 @@ from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
 from ..storage.tensor_file import tensor_digest
-from .checkpoints import STATS, code_version, map_hash
+from .checkpoints import STATS, AnyMap, code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
 from .manifest import FORMAT, MANIFEST, PASS_ORDER, read_manifest
@@ -51,7 +51,6 @@ from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
 from .shard_tasks import ShardTask
-from .table_rows import AnyMap, moments_for
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
 
@@ -102,12 +101,12 @@ class AlignRun(PassRunner):
                 raise UnfinishedShards(f"{name}: a sample leaves no checkpoints")
             return measure_sample(self, name, corpus, count, covariance, row_map)
         task = self.task(name, corpus, row_map, covariance=covariance)
-        total = self.run_pass(task, moments_for(corpus, covariance))
+        total = self.run_pass(task)
         if self.part[1] > 1:
             reader = copy.copy(self)  # of what all jobs have finished
             reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
             task = reader.task(name, corpus, row_map, covariance=covariance)
-            total = reader.run_pass(task, moments_for(corpus, covariance))
+            total = reader.run_pass(task)
         return Sample(total, corpus.num_rows)
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
@@ -192,7 +191,7 @@ class AlignRun(PassRunner):
         task = self.task(result.pass_name, result.corpus, row_map, result=folder)
         if self.out:
             self._say_what_is_replaced(task, result)
-        moments = self.run_pass(task, moments_for(result.corpus))
+        moments = self.run_pass(task)
         if self.out and self.part[1] == 1:
             has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
             result.corpus.finish(out / result.folder, keeps_columns=has_columns)

@@ -33,9 +33,9 @@ from ..moments import Moments
 from ..shared_space import RoleMap
 from ..storage.atomic import MAX_NAME_BYTES, short_name
 from ..storage.paths import StoragePath, map_concurrently, write_whole
-from .table_rows import AnyMap, TableMap, TableMoments
 
 Entry = dict[str, Any]  # the manifest's record of one shard in one pass
+AnyMap = ReAlign | RoleMap
 STATS = "_stats"
 ARITHMETIC_VERSION = "0.1.0"  # the release whose results this one computes bit for bit, and resumes
 
@@ -95,12 +95,10 @@ def map_hash(row_map: AnyMap | None) -> str | None:
     if row_map is None:
         return None
     total = hashlib.blake2b(digest_size=16)
-    state = row_map.state_dict() if isinstance(row_map, ReAlign) else _fields_of(row_map)
-    if isinstance(row_map, TableMap):
-        parts = row_map.maps.items()
-        state = {
-            f"{m}.{name}": value for m, part in parts for name, value in _fields_of(part).items()
-        }
+    if isinstance(row_map, ReAlign):
+        state = row_map.state_dict()
+    else:  # its fields, without what it has computed from them
+        state = {name: getattr(row_map, name) for name in row_map.__dataclass_fields__}
     for name, value in sorted(state.items()):
         if not isinstance(value, torch.Tensor):
             total.update(f"{name} {value!r}".encode())
@@ -109,11 +107,6 @@ def map_hash(row_map: AnyMap | None) -> str | None:
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             total.update(data)
     return total.hexdigest()
-
-
-def _fields_of(row_map: RoleMap | TableMap) -> dict[str, Any]:
-    """Return the fields of a map, without what it has computed from them."""
-    return {name: getattr(row_map, name) for name in row_map.__dataclass_fields__}
 
 
 def checksum(rows: torch.Tensor, previous: int = 0) -> int:
@@ -160,9 +153,8 @@ class Checkpoints:
 
         A shard with a ``result`` is finished if that file is still as it was written.
         """
-        kind = TableMoments if "split_by" in self.facts else Moments
         if result is None:
-            return _load(self._moments_path(shard, shard_identity), kind)
+            return _load(self._moments_path(shard, shard_identity))
         path = self._path(shard, "json")
         with _absent_if_damaged(path):
             record = json.loads(path.read_bytes())
@@ -171,7 +163,7 @@ class Checkpoints:
             # Version 0.1.0 wrote no digest.
             same = same and record.get("digest", _digest(entry)) == _digest(entry)
             if same and record["written"] == list(result.stamp()):
-                stored = _load(self._path(shard, "safetensors"), kind)
+                stored = _load(self._path(shard, "safetensors"))
                 if stored and stored[1]["blake2b"] == entry["blake2b"]:
                     return stored[0], entry | stored[1]
         return None
@@ -243,9 +235,9 @@ def _save(path: StoragePath, moments: Moments) -> Entry:
     return _entry(path, path)
 
 
-def _load(path: StoragePath, kind: type[Moments]) -> tuple[Moments, Entry] | None:
+def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
     with _absent_if_damaged(path), path.local_copy() as local:
-        return kind.load(local), _entry(path, local)
+        return Moments.load(local), _entry(path, local)
     return None
 
 

@@ -94,24 +94,16 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
         return
     stats, finished = records_of(out) / STATS, read_manifest(records_of(out))["passes"]
     begun = [name for name, is_folder in stats.listed() if is_folder] if stats.is_dir() else []
-    kinds = {_kind_of(name.replace("-", " ")) for name in [*begun, *finished]}
+    kinds = {name.replace("-", " ") in ALIGN_PASSES for name in [*begun, *finished]}
     for result in results:
-        kinds.add(_kind_of(result.pass_name))
-        if len(kinds) > 1 and kinds not in ({"sides", "queries"}, {"table", "queries"}):
+        kinds.add(result.pass_name in ALIGN_PASSES)
+        if len(kinds) > 1:  # of maps: aligners and spaces
             raise OptionError(
-                f"{out}: holds the result of another command (align, unify, or unify --corpus); "
-                "give another --out, or replace that result with --mode overwrite"
+                f"{out}: holds the result of another command (align or unify); give "
+                "another --out, or replace that result with --mode overwrite"
             )
         if result.pass_name in finished:
             check_source(out, result.corpus, finished[result.pass_name]["shards"])
-
-
-def _kind_of(pass_name: str) -> str:
-    """Return which results of an output a pass belongs to."""
-    if pass_name in ALIGN_PASSES:
-        return "alignment"
-    words = pass_name.split()
-    return next((kind for kind in ("table", "queries") if kind in words), "sides")
 
 
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..corpus.corpus import Corpus
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..interface.progress import Progress
 from ..moments import Moments
@@ -19,12 +18,11 @@ from ..ops import chosen_backends
 from ..storage.errors import memory_explained
 from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .checkpoints import STATS, Checkpoints, Entry, code_version, identities, map_hash
+from .checkpoints import STATS, AnyMap, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
 from .manifest import MANIFEST, Passes, check_arithmetic
 from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
-from .table_rows import AnyMap
 
 LOGGER = logging.getLogger("realign_fast.passes")  # a message when a pass ends
 
@@ -141,7 +139,6 @@ class PassRunner:
             "map": map_hash(row_map),
             **({"folder": result[0]} if result else {}),
             **({"dtype": dtype} if result and dtype else {}),
-            **({"split_by": corpus.split_by} if isinstance(corpus, SplitCorpus) else {}),
             "code": code_version(self.settings.device),
         }
         if corpus not in self._identities:
@@ -152,13 +149,13 @@ class PassRunner:
         return ShardTask(*shared, row_map, covariance, result[1] if result else None, kernels)
 
     @memory_explained()
-    def run_pass(self, task: ShardTask, total: Moments) -> Moments:
-        """Map a task over the shards and merge the results into ``total``, in their order.
+    def run_pass(self, task: ShardTask) -> Moments:
+        """Map a task over the shards and return the merged moments, in the order of the shards.
 
         A shard that is not finished is an error (``UnfinishedShards``) if the task reads none.
         """
         corpus, name, entries = task.corpus, task.name, list[Entry]()
-        unfinished = []
+        total, unfinished = Moments(task.covariance, accurate=task.covariance), []
         shards = range(self.part[0], len(corpus.shards), self.part[1])
         rows = sum(corpus.shards[i].num_rows for i in shards)
         self.engine = self.engine or engine_of(self.settings.workers)

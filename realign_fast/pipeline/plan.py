@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import UnfinishedShards
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, output_path, records_of
@@ -30,7 +29,7 @@ class Step(NamedTuple):
 
     name: str
     corpus: Corpus
-    sample: int | None = None  # rows, of each modality
+    sample: int | None = None  # rows
     written_row_bytes: int = 0
 
 
@@ -128,8 +127,7 @@ def _plan(run: AlignRun, steps: Sequence[Step], finished: int = 0) -> dict[str, 
         shards = corpus.shards[run.part[0] :: run.part[1]]
         rows = sum(shard.num_rows for shard in shards)
         if sample is not None:
-            sides = corpus.side_rows if isinstance(corpus, SplitCorpus) else {"": corpus.num_rows}
-            rows = sum(min(sample, number) for number in sides.values())
+            rows = min(sample, corpus.num_rows)
         finished_before = before.get(name, finished)
         rows -= finished_before
         passes.append(

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from ..corpus.corpus import Corpus, sample_ids
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES
 from ..moments import Moments, good_rows
+from .checkpoints import AnyMap
 from .passes import PassRunner
 from .settings import Settings
-from .shard_tasks import add_rows
-from .table_rows import moments_for
 
 _BLOCKS = 20  # blocks of the delete-one jackknife
 
@@ -76,36 +74,36 @@ def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int
 
 
 def measure_sample(
-    run: PassRunner, name: str, corpus: Corpus, count: int, covariance: bool, row_map: Any
+    run: PassRunner,
+    name: str,
+    corpus: Corpus,
+    count: int,
+    covariance: bool,
+    row_map: AnyMap | None,
 ) -> Sample:
     """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
-    They are sent through ``row_map``. Of a table, ``count`` rows of each modality are taken. The
-    rows are the same for the same ``settings.seed``; memory is one batch, whatever the count.
+    They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
+    is one batch, whatever the count.
     """
-    settings, codes = run.settings, None
-    if isinstance(corpus, SplitCorpus):
-        ids, codes = corpus.sample(count, settings.seed)
-    else:
-        ids = sample_ids(corpus.num_rows, count, settings.seed)
+    settings, through = run.settings, row_map.row_map if row_map else None
+    ids = sample_ids(corpus.num_rows, count, settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
-    total, blocks = moments_for(corpus, covariance), []
+    total, blocks = Moments(covariance, accurate=covariance), []
     num_blocks = min(_BLOCKS, max(1, len(ids) // 2))
     with run.timed_pass(name, corpus, len(ids), total) as advance:
         for block in range(num_blocks):
-            moments, block_ids = moments_for(corpus, covariance), ids[block::num_blocks]
+            moments = Moments(covariance, accurate=covariance)
+            block_ids = ids[block::num_blocks]
             for first in range(0, len(block_ids), size):
                 batch_ids = block_ids[first : first + size]
                 rows = corpus.take(batch_ids)
                 if settings.bad_rows == "error":
                     _check_rows(corpus, batch_ids, rows)
-                batch_codes = (
-                    None if codes is None else codes[block::num_blocks][first : first + size]
-                )
-                add_rows(moments, rows, batch_codes, row_map, bad_rows=settings.bad_rows)
+                moments.update(rows, through=through, bad_rows=settings.bad_rows)
                 advance(len(rows))
             total.merge(moments)
-            if (n := moments.count) and codes is None:
+            if n := moments.count:
                 blocks.append((n, moments.mean * n, moments.energy * n))
     return Sample(total, corpus.num_rows, blocks)
 

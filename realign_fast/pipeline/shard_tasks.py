@@ -25,16 +25,14 @@ from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError
 from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
-from .checkpoints import Checkpoints, Entry, check_unchanged, checksum
+from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
-from .table_rows import AnyMap, TableMap, TableMoments, moments_for, zero_results
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,7 @@ class ShardTask:
         Leaving the pool waits for its thread, so no write is in flight when this returns or raises.
         """
         shard = self.corpus.shards[index]
-        moments, total = moments_for(self.corpus, self.covariance), 0
-        codes = self.corpus.codes(index) if isinstance(self.corpus, SplitCorpus) else None
+        moments, total = Moments(self.covariance, accurate=self.covariance), 0
         streams = streams_for(self.settings.device)
         if streams is not None and streams.device.type == "cuda":
             if not self.kernels:
@@ -157,8 +154,10 @@ class ShardTask:
         if row_map is not None and streams is not None:
             row_map = copy.deepcopy(row_map).to(streams.device)
         dtype = self.settings.result_dtype(self.corpus)
-        measured_map = row_map if writer is None or isinstance(row_map, ReAlign) else None
-        maps_once = writer is not None and self._has_products(measured_map, dtype)
+        through = None
+        if isinstance(row_map, ReAlign) or (row_map is not None and writer is None):
+            through = row_map.row_map
+        maps_once = writer is not None and self._has_products(through, dtype)
         buffers = ResultBuffers(streams, size if writer else 0, self.columns, dtype)
         writes: deque[Future[None]] = deque()
 
@@ -174,19 +173,14 @@ class ShardTask:
                 rows = batch.rows
                 if len(writes) == buffers.slots:
                     writes.popleft().result()
-                batch_codes: Any = None  # of a table
-                if codes is not None:
-                    batch_codes = codes[batch.first : batch.first + len(rows)].to(rows.device)
                 result = buffers.next(len(rows)) if writer is not None else None
-                mapping = measured_map
+                mapping = through
                 if result is not None and maps_once:
-                    mapping = mapped_into(row_map.row_map, result)
-                has_bad_row = self._update(moments, shard, batch, mapping, batch_codes)
+                    mapping = mapped_into(through, result)
+                has_bad_row = self._update(moments, shard, batch, mapping)
                 if result is not None and writer is not None:
                     try:
-                        if isinstance(row_map, TableMap):
-                            row_map(rows, batch_codes, result)
-                        elif has_bad_row or not maps_once:
+                        if has_bad_row or not maps_once:
                             row_map(rows, out=result)
                     except ValueError as error:
                         raise ValueError(f"{shard.path}: {error}") from error
@@ -199,28 +193,25 @@ class ShardTask:
                 writes.popleft().result()
             return moments.to("cpu"), total
 
-    def _update(
-        self, moments: Moments, shard: Shard, batch: Batch, row_map: Any, codes: Any
-    ) -> bool:
+    def _update(self, moments: Moments, shard: Shard, batch: Batch, through: Any) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
         place = {"where": str(shard.path), "first_row": batch.first}
         try:
-            add_rows(moments, batch.rows, codes, row_map, bad_rows=bad_rows, **place)
+            moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
         except ValueError:
             check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
             raise
         return moments.zero_rows + moments.nonfinite_rows > earlier
 
-    def _has_products(self, row_map: ReAlign | None, dtype: torch.dtype) -> bool:
+    def _has_products(self, through: Any, dtype: torch.dtype) -> bool:
         """Return whether the rows that are measured can be rounded to a result of ``dtype``.
 
         Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
         """
         has_more_digits = dtype == torch.float64 != self.corpus.dtype
-        if row_map is None or has_more_digits:
+        if through is None or has_more_digits:
             return False
-        through = row_map.row_map
         return callable(through) or through[0].dim() > 0
 
     def _expected_rows(self, moments: Moments) -> Entry:
@@ -228,17 +219,10 @@ class ShardTask:
         zero, nonfinite = moments.zero_rows, moments.nonfinite_rows
         if self.settings.bad_rows == "skip":
             return {"zero_rows": zero + nonfinite, "nan_rows": 0}
-        return {"zero_rows": zero_results(moments, self.row_map), "nan_rows": nonfinite}
-
-
-def add_rows(
-    moments: Moments, rows: Tensor, codes: Tensor | None, row_map: Any, **options: Any
-) -> None:
-    """Add rows [N, D], of a table with their codes [N], sent through a map or a function."""
-    if isinstance(moments, TableMoments) and codes is not None:
-        moments.update_sides(rows, codes, row_map, **options)
-    else:
-        moments.update(rows, through=getattr(row_map, "row_map", row_map), **options)
+        if zero and self.row_map is not None:
+            image = self.row_map(torch.zeros(1, self.corpus.dimension))
+            zero *= not bool(image.any())
+        return {"zero_rows": zero, "nan_rows": nonfinite}
 
 
 def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,9 +2,7 @@
 
 The passes are those of ``align``: the moments of each side, their moments about the means if the
 method centres, and one pass a side that writes. Each side keeps its format, its number type and the
-names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries. A
-table whose rows are of several modalities is one side: each pass reads it once, and its result is
-one table again.
+names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..corpus.corpus import Corpus, common_encoder
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import Moments, expect_rows, warn_if_far
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
@@ -36,10 +33,8 @@ from .output import (
     remove_reports,
 )
 from .settings import Settings
-from .table_rows import IndexMap, TableMap, TableMoments
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
-TABLE = "table"  # the name of a side that holds several modalities
 _QUERIES = " queries"  # after the name of their role
 
 
@@ -48,8 +43,7 @@ class SpaceSides:
     """The corpora of a space, and how it is fitted.
 
     Args:
-        documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``; or a
-            :class:`SplitCorpus` of any modalities as ``"table"``, alone.
+        documents: the corpora ``"text"`` and ``"image"``, or one of them with ``space``.
         queries: rows like those that will be searched for: the space is fitted on them, or with
             ``space`` they are written as they search the index.
         query_role, layout, method: as in :meth:`SharedSpace.fit`.
@@ -69,16 +63,10 @@ class SpaceSides:
         queries = {} if self.queries is None else {self.query_role + _QUERIES: self.queries}
         return {**self.documents, **queries}
 
-    @property
-    def modalities(self) -> list[str]:
-        """The names of the modalities of the documents."""
-        table = self.documents.get(TABLE)
-        return table.modalities if isinstance(table, SplitCorpus) else [*self.documents]
-
     def results(self, out: StoragePath, settings: Settings) -> list[Written]:
         """Return the corpora that are written; refuse an output that cannot hold them."""
         written = self.documents if self.space is None else self.corpora
-        modalities = [*(self.space.sides if self.space else self.modalities)]
+        modalities = [*(self.space.sides if self.space else self.documents)]
         if self.query_role not in modalities:
             known = ", ".join(modalities)
             raise OptionError(f"query-role: {self.query_role!r} is none of {known}; give one")
@@ -86,7 +74,7 @@ class SpaceSides:
         results = [
             Written(
                 corpus,
-                corpus.subfolder if role == TABLE else FOLDERS.get(role, FOLDERS["queries"]),
+                FOLDERS.get(role, FOLDERS["queries"]),
                 f"apply {role}",
                 corpus.dimension * len(modalities) if wide else None,
             )
@@ -158,13 +146,11 @@ def space_settings(settings: Settings) -> Settings:
     return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
-def map_of(space: SharedSpace, pass_name: str) -> IndexMap:
+def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
     """Return the map of a pass that writes: of documents, or of the queries of a role."""
     role = pass_name.removeprefix("apply ")
     if role.endswith(_QUERIES):
         return space.query_map(role.removesuffix(_QUERIES))
-    if role == TABLE:
-        return TableMap({name: space.document_map(name) for name in space.sides})
     return space.document_map(role)
 
 
@@ -187,25 +173,19 @@ def check_kept_sides(
 
 def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
     """Warn of rows that were written and lie far from those that the space was fitted on."""
-    role, place = result.pass_name.removeprefix("apply "), str(result.corpus.path)
-    checked = {role: moments}
-    if isinstance(moments, TableMoments):
-        checked, place = moments.sides, f"{place}, {{}} rows"
-    for name, own in checked.items():
-        if name.endswith(_QUERIES):
-            fitted = space.query_mean(name.removesuffix(_QUERIES))
-        else:
-            fitted = space.sides[name].centre, space.sides[name].count
-        if own.count:
-            warn_if_far(place.format(name), own.mean, own.count, *fitted)
+    name = result.pass_name.removeprefix("apply ")
+    if name.endswith(_QUERIES):
+        fitted = space.query_mean(name.removesuffix(_QUERIES))
+    else:
+        fitted = space.sides[name].centre, space.sides[name].count
+    if moments.count:
+        warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted)
 
 
 def sample_of(settings: Settings, corpus: Corpus) -> int | None:
-    """Return how many rows of each modality are measured; None is all rows, with checkpoints."""
-    count, rows = settings.fit_rows, [corpus.num_rows]
-    if isinstance(corpus, SplitCorpus):
-        rows = [*corpus.side_rows.values()]
-    return count if count and any(count < number for number in rows) else None
+    """Return how many rows of a side are measured; None is all rows, with checkpoints."""
+    count = settings.fit_rows
+    return count if count and count < corpus.num_rows else None
 
 
 def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
@@ -224,7 +204,7 @@ def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
 
     return SharedSpace.from_passes(
         measure,
-        sides.modalities,
+        [*sides.documents],
         [] if sides.queries is None else [sides.query_role],
         sides.query_role,
         layout=sides.layout,
@@ -235,30 +215,22 @@ def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
 def _measure_all(
     run: AlignRun, sides: SpaceSides, statistics: str, centres: Mapping[str, Moments]
 ) -> dict[str, Moments]:
-    """Measure each corpus, or a sample of it if it is larger; return the moments by modality.
+    """Measure each corpus, or a sample of it if it is larger; return the moments by name.
 
     The rows are centred at the means of ``centres``, if there are any.
     """
     centring = {
         name: RoleMap(own.mean, True, {0: 1.0}, own.dimension) for name, own in centres.items()
     }
-    passes = []
+    passes = [
+        Measure(f"{name} {statistics}", corpus, centring.get(name), sample_of(run.settings, corpus))
+        for name, corpus in sides.corpora.items()
+    ]
+    samples = run.measure(passes, covariance=True)
+    measured = {name: sample.moments for name, sample in zip(sides.corpora, samples, strict=True)}
     for name, corpus in sides.corpora.items():
-        row_map: IndexMap | None = centring.get(name)
-        if centring and isinstance(corpus, SplitCorpus):
-            row_map = TableMap({modality: centring[modality] for modality in sides.modalities})
-        count = sample_of(run.settings, corpus)
-        passes.append(Measure(f"{name} {statistics}", corpus, row_map, count))
-    measured: dict[str, Moments] = {}
-    for name, sample in zip(sides.corpora, run.measure(passes, covariance=True), strict=True):
-        own = {name: sample.moments}
-        if isinstance(sample.moments, TableMoments):
-            own = {modality: sample.moments.side(modality) for modality in sides.modalities}
-        measured |= own
-    for name, moments in measured.items():
-        corpus = sides.corpora[name if name in sides.corpora else TABLE]
-        expect_rows(f"{corpus.path}: the {name} side", moments)
-    if not centres and TABLE not in sides.documents:
+        expect_rows(f"{corpus.path}: the {name} side", measured[name])
+    if not centres:
         pairs = ((corpus, measured[name]) for name, corpus in sides.documents.items())
         for one_side, other_side in combinations(pairs, 2):
             check_different(one_side, other_side)

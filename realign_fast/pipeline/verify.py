@@ -22,7 +22,7 @@ from ..corpus.format_registry import is_output_shard, read_shards
 from ..corpus.layout import METADATA
 from ..interface.option_values import UnfinishedShards
 from ..moments import Moments
-from ..shared_space import SharedSpace
+from ..shared_space import RoleMap, SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
 from ..storage.lock import check_not_locked
 from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
@@ -30,7 +30,6 @@ from .align_run import LAST_STEP
 from .checkpoints import STATS, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
 from .output import ALIGNER, FOLDERS, REPORT, SPACE
-from .table_rows import IndexMap, TableMap
 from .unify_run import map_of
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
@@ -123,13 +122,13 @@ def _content_faults(path: StoragePath, entry: dict[str, Any]) -> Iterator[str]:
 
 def _maps_of(
     records: StoragePath, made_by: str, applied: dict[str, str], faults: list[str]
-) -> dict[str, IndexMap]:
+) -> dict[str, RoleMap]:
     """Return the maps of a space by pass, none for an aligner; add what is wrong with the map.
 
     ``made_by`` is the hash in the manifest, ``applied`` are those that the rows went through.
     """
     is_space = not set(applied) <= {"apply"}
-    path, maps = records / (SPACE if is_space else ALIGNER), dict[str, IndexMap]()
+    path, maps = records / (SPACE if is_space else ALIGNER), dict[str, RoleMap]()
     if not path.is_file():
         faults.append(f"{path}: missing")
         return maps
@@ -157,17 +156,16 @@ def _shard_faults(
     entry: dict[str, Any],
     facts: dict[str, Any],
     stats: StoragePath,
-    row_map: IndexMap | None,
+    row_map: RoleMap | None,
 ) -> Iterator[str]:
     """Compare a shard with its entry; ``row_map`` is None for the result of an aligner."""
     options = {"column": facts["column"], "allow_pickle": facts["allow_pickle"]}
-    columns, norms = entry["dimension"], [1.0]
+    columns, length = entry["dimension"], 1.0
     dtype = entry.get("written_dtype", entry["dtype"])
     if dtype != entry["dtype"]:
         options["column"] = None  # the default one of its format
     if row_map is not None:
-        maps = row_map.maps.values() if isinstance(row_map, TableMap) else [row_map]
-        norms = [part.length for part in maps]
+        length = row_map.length
         if row_map.columns != columns:
             columns, options["column"] = row_map.columns, None
     try:
@@ -181,7 +179,7 @@ def _shard_faults(
         if actual != (expected := f"[{entry['rows']}, {columns}] {dtype}"):
             yield f"is {actual}, expected {expected}"
             return
-        yield from _row_faults(corpus, entry, norms, None if row_map else stats)
+        yield from _row_faults(corpus, entry, length, None if row_map else stats)
     except (OSError, ValueError, TypeError) as error:
         if lacks_memory(error):
             raise  # which says nothing of the shard
@@ -190,22 +188,20 @@ def _shard_faults(
 
 
 def _row_faults(
-    corpus: Corpus, entry: dict[str, Any], lengths: list[float], stats: StoragePath | None
+    corpus: Corpus, entry: dict[str, Any], length: float, stats: StoragePath | None
 ) -> Iterator[str]:
-    """Compare the rows of a shard with its entry; each has one of ``lengths``, any if that is 0."""
+    """Compare the rows of a shard with its entry; each has ``length``, or any if that is 0."""
     found, off_rows, first_off = {"checksum": 0, "zero_rows": 0, "nan_rows": 0}, 0, ""
     total = torch.zeros(corpus.dimension, dtype=torch.float64)
     tolerance = _SUBNORMAL.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
     computed_in = torch.float64 if entry["dtype"] == "float64" else torch.float32
     tolerance += max(_NORM_TOLERANCE[corpus.dtype], _NORM_TOLERANCE[computed_in])
-    expected, is_known = torch.tensor(lengths, dtype=torch.float64), all(lengths)
     for batch in corpus.batches():
         found["checksum"] = checksum(batch.rows, found["checksum"])
         rows = batch.rows.double()
         norms = rows.norm(dim=1)
         zero, finite = norms == 0, torch.isfinite(norms)
-        far = ((norms[:, None] / expected - 1).abs() > tolerance).all(dim=1)
-        off = ~zero & finite & far & is_known
+        off = ~zero & finite & ((norms - length).abs() > tolerance * length) & bool(length)
         found["zero_rows"] += int(zero.sum())
         found["nan_rows"] += int((~finite).sum())
         off_rows += int(off.sum())
@@ -217,8 +213,7 @@ def _row_faults(
         if actual != entry[name]:
             yield f"{name.replace('nan', 'nonfinite')} is {actual}, expected {entry[name]}"
     if off_rows:
-        known = " or ".join(f"{length:.6g}" for length in lengths)
-        kind = "unit rows" if lengths == [1.0] else f"of norm {known}"
+        kind = "unit rows" if length == 1 else f"of norm {length:.6g}"
         yield f"{off_rows} rows are not {kind}, {first_off}"
     num_finite = corpus.num_rows - found["nan_rows"]
     with suppress(OSError, ValueError):  # _content_faults reports damaged statistics

@@ -189,11 +189,9 @@ def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
     """Return the rows of pairs of two sides and how these are known; a ValueError without any."""
     sides = output.sides[:2]
     corpora = [side.source for side in sides if side.source]
-    if len(corpora) < 2 or corpora[0] is corpora[1]:
+    if len(corpora) < 2:
         reasons = "; ".join(filter(None, (side.missing for side in sides)))
-        raise ValueError(
-            reasons or "pairs are looked for in two corpora, and these rows are in one"
-        )
+        raise ValueError(reasons or f"there are rows of {sides[0].name} alone")
     if sum(corpus.num_rows for corpus in corpora) > _MOST_IDS:
         raise ValueError(f"ids of more than {_MOST_IDS:,} rows are not read; see evaluate-search")
     pairs: list[tuple[int, int]] | None = []

@@ -17,7 +17,6 @@ from ..align import ReAlign
 from ..corpus.corpus import Corpus, sample_ids
 from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, shard_values
-from ..corpus.split_corpus import SplitCorpus
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import good_rows
 from ..ops.reference import unit
@@ -33,7 +32,7 @@ _PASS = dict.fromkeys(("seconds", "rows_per_second", "gb_per_second"), _NUMBER)
 _REPORT: dict[str, Any] = {  # types of the values of a report.json that are used
     "passes": [_PASS | {"name": str, "rows": int}],
     "result": {"centroid_gap": _NUMBER},
-    **dict.fromkeys(("source", "target", "text", "image", "table"), _SHAPE),
+    **dict.fromkeys(("source", "target", "text", "image"), _SHAPE),
     **dict.fromkeys(("versions", "kernels"), dict),
 }
 _ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
@@ -125,14 +124,14 @@ class Output:
             del names["image"]
         for role, name in names.items():
             shape = report.get(shapes.get(role, role))
-            self.sides += self._read_pass(role, passes.get(name), shape, sample, seed)
+            self.sides.append(self._read_pass(role, passes.get(name), shape, sample, seed))
         self.sides.sort(key=lambda side: side.name != first)
         return self
 
     def _read_pass(
         self, role: str, record: Any, shape: dict[str, Any] | None, sample: int, seed: int
-    ) -> list[Side]:
-        """Return the side whose rows a pass read, or those of a table.
+    ) -> Side:
+        """Return the side whose rows a pass read.
 
         Args:
             record: the pass in the manifest; None if the run measured a sample.
@@ -145,17 +144,9 @@ class Output:
         self._open_source(side, record, shape["path"])
         if "folder" in facts:
             self._open_result(side, record)
-        corpus = side.source or side.result
-        if corpus is None:
-            return [side]
-        if "split_by" not in facts:
-            return [self._filled(side, sample_ids(total, sample, seed))]
-        table = SplitCorpus(corpus, facts["split_by"])
-        ids, codes = table.sample(sample, seed)
-        return [
-            self._filled(replace(side, name=name, rows=rows), ids[codes.numpy() == code])
-            for code, (name, rows) in enumerate(table.side_rows.items())
-        ]
+        if side.source or side.result:
+            return self._filled(side, sample_ids(total, sample, seed))
+        return side
 
     def _open_source(self, side: Side, record: dict[str, Any], place: str) -> None:
         """Open the rows that a pass read, and look whether they are still the same."""

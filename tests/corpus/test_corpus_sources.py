@@ -138,14 +138,6 @@ def test_one_column_of_numbers_is_no_row():
         ReAlign.fit(ROWS, OTHERS)(pandas.Series(ROWS[:, 0]))
 
 
-def test_the_column_of_the_rows_names_no_modalities(tmp_path, capsys):
-    pq.write_table(pa.table({"kind": ["text"] * 9, "embedding": vectors()}), tmp_path / "x.parquet")
-    command = ["unify", "--corpus", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "out")]
-    assert main([*command, "--split-by", "embedding"]) == 3
-    words = "x.parquet: column 'embedding' holds the rows, expected names of modalities; split by"
-    assert words in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [

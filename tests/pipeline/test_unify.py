@@ -1,21 +1,15 @@
 """``unify``: both sides as documents of one index, in every format, resumed and verified."""
 
 import json
-import pickle
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
 from support.kill_and_resume import tree
 
 from realign_fast import Corpus, SharedSpace
 from realign_fast.cli import main
 from realign_fast.corpus.convert import convert
-from realign_fast.corpus.row_values import values_of
-from realign_fast.corpus.split_corpus import SplitCorpus
 from realign_fast.pipeline import Settings, unify_run
 from realign_fast.pipeline.verify import verify
 
@@ -223,6 +217,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
         (2, "is in both sides", ["--text", text, "--image", text / "emb_0.npy", "--out", out]),
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
         (3, "expected a space", [*both, "--space", tmp_path / "bad.safetensors"]),
+        (2, "query-role: 'video' is none of text, image", [*both, "--role", "video"]),
         (2, "is or lies in", ["--text", text, "--image", image, "--out", text / "out"]),
         (2, "is or lies in", [*both[:4], "--out", linked]),
         (2, "is or lies in", [*both[:4], "--queries", queries, "--out", queries / "out"]),
@@ -269,90 +264,9 @@ def test_other_options_over_a_result_are_a_warning_as_those_of_align(
         assert f"{folder}: holds {count} shards of other options or of another map" in messages
 
 
-def write_table(folder, names, sizes=(90, 1, 70), seed=5, **others):
-    """Parquet files of rows about the mean of the modality that a column names."""
-    generator = np.random.default_rng(seed)
-    centres = {name: generator.standard_normal(D) for name in names}
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, size in enumerate(sizes):
-        labels = generator.choice(names, size)
-        rows = [0.5 * generator.standard_normal(D) + centres[label] for label in labels]
-        columns = {"id": np.arange(size), "embedding": np.float32(rows).tolist()}
-        table = pa.table({**columns, "modality": labels, **others})
-        pq.write_table(table, folder / f"part_{index}.parquet")
-    return folder
-
-
-def modalities_of(corpus):
-    return np.array([name for shard in corpus.shards for name in values_of(shard, ["modality"])])
-
-
-def sent_map(task, shards):
-    """An engine that sends its task to another worker for each shard, the last one first."""
-    results = [pickle.loads(pickle.dumps(task))(index) for index in reversed(shards)]
-    return reversed(results)
-
-
-@pytest.mark.parametrize(
-    ("to", "layout", "method"),
-    [
-        ("parquet", "blocks", "center-calibrate"),
-        ("parquet", "single", "calibrate"),
-        ("arrow", "single", "center-calibrate"),
-        ("hf", "blocks", "calibrate"),
-        ("pickle", "single", "center"),
-        ("tar", "blocks", "center-calibrate"),
-        ("safetensors", "single", "calibrate"),
-    ],
-)
-def test_a_table_of_several_modalities_stays_one_table(tmp_path, to, layout, method):
-    """In one pass each, with the map of each row's own modality, in the places of the source."""
-    names = ["0", "7"] if to == "safetensors" else ["text", "image", "audio"]
-    source = write_table(tmp_path / "table", names)
-    if to == "safetensors":  # which has numbers for names
-        source = tmp_path / to
-        source.mkdir()
-        for path in (tmp_path / "table").iterdir():
-            table = pq.read_table(path)
-            rows = torch.tensor(table["embedding"].to_pylist())
-            codes = torch.tensor([int(name) for name in table["modality"].to_pylist()])
-            save_file({"embedding": rows, "modality": codes}, source / f"{path.stem}.safetensors")
-    elif to != "parquet":
-        source = tmp_path / to
-        convert(Corpus(tmp_path / "table"), source, to)
-    table = SplitCorpus(Corpus(source, allow_pickle=to == "pickle"), "modality")
-    out, choices = tmp_path / "out", {"method": method, "layout": layout, "query_role": names[0]}
-    report = unify({"table": table}, out, QUIET, **choices)
-    passes = ["table moments", *["table centred"] * (method != "calibrate"), "apply table"]
-    assert [done["name"] for done in report["passes"]] == passes
-    assert verify(out) == ({"shards": 3, "rows": 161, "statistics": 3 * len(passes)}, [])
-    space = SharedSpace.load(out / "__realign__/space.safetensors")
-    rows, labels = table.take(range(161)), modalities_of(table)
-    expected = SharedSpace.fit(**{name: rows[labels == name] for name in names}, **choices)
-    written = Corpus(out, allow_pickle=to == "pickle")
-    moved = written.take(range(161))
-    assert written.format == table.format and (modalities_of(written) == labels).all()
-    for name in names:
-        assert space.scale(name) == pytest.approx(expected.scale(name), rel=1e-12)
-        assert moved[labels == name].equal(space.documents(name, rows[labels == name]))
-    again = unify({"table": table}, out, QUIET, **choices)
-    assert [done["rows"] for done in again["passes"]] == [0] * len(passes)
-    sides = unify_run.SpaceSides({"table": table}, **choices)
-    unify_run.unify(sides, tmp_path / "sent", QUIET, sent_map)
-    assert tree(tmp_path / "sent") == tree(out)
-    if to == "parquet":  # each row is rounded once to another type
-        unify_run.unify(sides, tmp_path / "wide", WIDE)
-        wide = rows_of(tmp_path / "wide")
-        assert wide.dtype == torch.float64 and verify(tmp_path / "wide")[1] == []
-        for name in names:
-            own = torch.empty(int((labels == name).sum()), wide.shape[1], dtype=torch.float64)
-            space.document_map(name)(rows[labels == name], own)
-            assert wide[labels == name].equal(own)
-
-
-def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, capsys):
-    table, out = write_table(tmp_path / "table", ["text", "image", "audio"]), tmp_path / "out"
-    command = ["unify", "--corpus", table, "--method", "center-calibrate", "--layout", "blocks"]
+def test_jobs_of_an_array_need_a_round_for_each_pass_with_checkpoints(sides, tmp_path, capsys):
+    command = ["unify", "--text", sides[0], "--image", sides[1], "--layout", "blocks"]
+    command += ["--method", "center-calibrate"]
     for fit_rows, rounds in (("all", 3), (40, 1)):
         one, jobs = tmp_path / f"one-{fit_rows}", tmp_path / f"jobs-{fit_rows}"
         options = [*command, "--fit-rows", fit_rows]
@@ -361,7 +275,7 @@ def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, caps
         assert run(*options, "--json", "--out", one) == 0
         report = json.loads(capsys.readouterr().out)
         planned, done = ([s["rows"] for s in p["passes"]] for p in (plan, report))
-        assert planned == done == [161 if rounds == 3 else 120] * 2 + [161]
+        assert planned == done == ([241, 230] if rounds == 3 else [40, 40]) * 2 + [241, 230]
         finished = 0
         for _ in range(rounds):
             for job in ("3/3", "1/3", "2/3"):
@@ -374,18 +288,6 @@ def test_more_of_a_table_and_jobs_of_it_have_the_bytes_of_one_run(tmp_path, caps
         assert report["complete"] is False and report["next"].startswith("the same command without")
         assert run("verify", jobs) == 4, "no run without a part has ended it"
         assert run(*options, "--out", jobs) == 0 and tree(jobs) == tree(one)
-    space = SharedSpace.from_pretrained(one)
-    assert {name: side.count for name, side in space.sides.items()} == dict.fromkeys(
-        space.sides, 40
-    )
-    new = write_table(tmp_path / "new", ["audio", "text"], (40,), seed=5)
-    again = ["unify", "--corpus", new, "--split-by", "modality", "--space", one, "--out", out]
-    assert run(*again) == run("verify", out) == 0
-    labels, rows = modalities_of(Corpus(new)), rows_of(new)
-    assert rows_of(out)[labels == "text"].equal(space.text(rows[labels == "text"]))
-    capsys.readouterr()
-    assert run("unify", "--space", one, "--text", new, "--out", out) == 2
-    assert "holds the result of another command" in capsys.readouterr().err
 
 
 def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, capsys):
@@ -404,48 +306,3 @@ def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, ca
     for out in (jobs, one):
         assert run(*command, "--out", out) == 0
     assert tree(jobs) == tree(one) and rows_of(one / "img_emb").dtype == torch.float16
-
-
-def test_rows_without_a_modality_are_named(sides, tmp_path, capsys):
-    table = write_table(tmp_path / "table", ["text", "image"], (5, 20))
-    path, out = table / "part_1.parquet", ["--out", tmp_path / "out"]
-    sound = pq.read_table(path)
-    labels = sound["modality"].to_pylist()
-    SharedSpace.fit(text=torch.randn(99, D), image=torch.randn(99, D)).save(tmp_path / "s")
-    space = ["--space", tmp_path / "s"]
-    for status, message, label, words in (
-        (3, "part_1.parquet: row 7 has modality None, expected the name of a", None, []),
-        (3, "row 7 has modality None, expected one of text, image", "", space),
-        (3, "row 7 has modality 'video', expected one of text, image", "video", space),
-        (
-            3,
-            "no column caption, but 'id', 'modal",
-            "text",
-            ["--split-by", "caption"],
-        ),
-        (2, "--corpus takes the place of --text", "text", ["--text", sides[0]]),
-        (2, "query-role: 'video' is none of text, image", "text", ["--role", "video"]),
-    ):
-        changed = pa.array([*labels[:7], label, *labels[8:]])
-        pq.write_table(sound.set_column(2, "modality", changed), path)
-        assert run("unify", "--corpus", table, *words, *out) == status, message
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line and not out[1].exists()
-    near = pa.array([" text", "Image", "text", *labels[3:]])
-    pq.write_table(sound.set_column(2, "modality", near), path)
-    with pytest.warns(UserWarning, match="modality' has ' text', 'Image', 'image', 'text', which"):
-        assert len(SplitCorpus(Corpus(table), "modality").modalities) == 4
-    for status, message, words in (
-        (3, "emb_0.npy: has no column beside the rows", ["--corpus", sides[0]]),
-        (2, "--split-by: names a column of --corpus", ["--split-by", "modality", *space]),
-        (3, "column 'id' has 59 values, such as '0', expected the names of up to 32", None),
-    ):
-        if words is None:
-            words = [
-                "--corpus",
-                write_table(tmp_path / "many", ["text"], (59,)),
-                "--split-by",
-                "id",
-            ]
-        assert run("unify", *words, *out) == status, message
-        assert message in capsys.readouterr().err

@@ -137,22 +137,6 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
 
 
-def test_a_table_of_several_modalities(tmp_path, rows):
-    names = ["text"] * 300 + ["image"] * 300 + ["<b>{{x}}"] * 60
-    table_rows = torch.cat([rows[0][:300], rows[1][:300], rows[1][300:360]]).float()
-    table_rows[3] = float("nan")
-    columns = {"modality": names, "embedding": table_rows.numpy().tolist()}
-    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
-    table = ["--corpus", str(tmp_path / "table.parquet"), "--out", str(tmp_path / "out")]
-    run("unify", *table, "--bad-rows", "skip", "--report")
-    facts = json.loads((tmp_path / "out/__realign__/gap_report.json").read_text())
-    assert [*facts["sides"]] == ["text", "image", "<b>{{x}}"]
-    assert facts["sides"]["text"]["sampled"] == 299 and facts["bad_rows"]["bad"] == 1
-    assert "are in one" in facts["missing"]["pairs"]
-    assert facts["sentence"].endswith("The gaps of <b>{{x}} were not measured.")
-    assert "<b>{{x}}" not in render(facts)
-
-
 def test_a_source_that_is_gone_or_changed_is_said(tmp_path):
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(HELD_OUT, root)
