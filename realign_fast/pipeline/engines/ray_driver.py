@@ -13,7 +13,6 @@ fault tolerance and Ray Client (docs.ray.io).
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import signal
@@ -27,6 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +40,14 @@ from ..shard_tasks import ShardTask
 from .local import Task
 
 _CONNECT_SECONDS = 10  # for a host to answer
-_POLL_SECONDS = 5  # between two queries of the nodes
-_PATIENCE_SECONDS = 600  # for a cluster to add a node that a task fits on
 _GRACE_SECONDS = 10  # for a task to end by itself, and for a cancelled one to clean up
 _SHARED_SECONDS = 2  # for a new file to be seen on another node
 _PACKAGE = Path(__file__).parents[2]  # realign_fast/
+_load = lru_cache(maxsize=1)(pickle.loads)  # the tasks of a worker process are those of one pass
 
 
 class Job(NamedTuple):
-    """Data of all Ray tasks of one pass, as plain values that any version can unpickle."""
+    """Data of all Ray tasks of one pass."""
 
     version: str  # of the driver
     folder: str  # its working directory, as paths may be relative to it
@@ -57,22 +56,19 @@ class Job(NamedTuple):
     task: bytes
 
 
-_loaded: tuple[Any, Job, Task] | None = None  # the job of this worker process, and its reference
-
-
 class RayTasks(AbstractContextManager["RayTasks"]):
     """An engine of Ray tasks: ``align(text, image, out, engine=RayTasks("auto"))``.
 
     The first call connects to Ray; :meth:`close`, the end of a ``with`` block or of this object
     disconnects. A Ray that was started here ends then, and one that was joined goes on. A Ray to
-    which the program is connected already is used as it is.
+    which the program is connected already is used as it is, if no ``address`` is given.
 
     Args:
         address: ``None`` is the environment's ``RAY_ADDRESS`` or, if that is not set, a Ray that is
             started on this machine with as many CPUs as torch has threads. ``"auto"`` is the Ray
             that runs on this machine, ``"host:6379"`` a cluster as seen from one of its nodes, and
             ``"ray://host:10001"`` a cluster as seen from outside.
-        cpus_per_task: number of CPUs, and of threads, of a task.
+        cpus_per_task: number of CPUs, and of threads, of a task, from 1.
         gpus_per_task: number of GPUs that Ray reserves for a task and makes visible to it; a
             fraction if it is below 1.
         retries: number of times that a shard is repeated whose worker or node died.
@@ -80,8 +76,8 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: amounts that no task can have, or options for a Ray that is connected already.
         OSError: from a call, if Ray cannot be reached or the workers of a shard died too often.
+        ValueError: from a call, for amounts that a Ray which is started here does not have.
     """
 
     def __init__(
@@ -93,37 +89,28 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         retries: int = 3,
         ship: bool = False,
     ) -> None:
-        possible = gpus_per_task < 1 or float(gpus_per_task).is_integer()
-        if cpus_per_task < 1 or gpus_per_task < 0 or not possible or retries < 0:
-            raise ValueError(
-                f"a task of Ray: got {cpus_per_task} CPUs, {gpus_per_task} GPUs, {retries} "
-                "retries, expected a CPU or more, a part of a GPU or whole ones, 0 retries or more"
-            )
         self.address, self.ship, self.retries = address, ship, retries
-        needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
-        self._needs = {resource: amount for resource, amount in needs.items() if amount}
+        self._needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
         self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
-        self._slots, self._polled, self._lacking_since = 0, -math.inf, math.inf
 
     def __call__(self, task: Task, shards: Sequence[int]) -> Iterator[Any]:
         """Yield the results of ``task`` in the order of the shards."""
         if not len(shards):
             return
         ray, waiting, ended = self._connect(), deque[tuple[str, Any]](), False
+        self._expect_slots()
         try:
             with _witness(task) as witness:
                 threads = int(self._needs["CPU"])
                 job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
-                # In a list the job is fetched once a worker; as an argument it would be once a task
-                shared = [ray.put(tuple(job))]
-                remote_task = ray.remote(_task_function()).options(
+                shared = ray.put(job)
+                remote_task = ray.remote(run_shard).options(
                     name=f"realign-fast {getattr(task, 'name', '')}".strip(),
                     num_cpus=threads,
-                    num_gpus=self._needs.get("GPU", 0),
+                    num_gpus=self._needs["GPU"],
                     max_retries=self.retries,
-                    retry_exceptions=False,
                     scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
                 )
                 for shard in shards:
@@ -153,12 +140,7 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     def _connect(self) -> Any:
         ray = self._ray
-        if ray.is_initialized():
-            if self._disconnect is None and (self.address or self.ship):
-                raise ValueError(
-                    f"Ray is reached already, so address {self.address!r} and ship={self.ship} "
-                    "come too late; leave them out, or call ray.shutdown() first"
-                )
+        if ray.is_initialized() and (self._disconnect or not (self.address or self.ship)):
             return ray
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         self._started = address == "local"
@@ -167,64 +149,55 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             options |= {"num_cpus": torch.get_num_threads(), "include_dashboard": False}
         if self.ship:
             options["runtime_env"] = {"py_modules": [str(_PACKAGE)]}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             _check_listening(address)
-            with _signal_handler_restored(), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address, **options)
-        except ImportError as error:
-            advice = "run `pip install 'realign_fast[ray]'`"
-            raise ImportError(f"{address}: {error}; {advice}") from error
         except Exception as error:
             raise ConnectionError(
                 f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
                 "that host and port are right (ray://HOST:10001 from outside a cluster), that Ray "
                 "and Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
             ) from error
-        self._disconnect, self._polled = weakref.finalize(self, ray.shutdown), -math.inf
+        finally:  # of SIGTERM, which Ray replaces
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+        self._disconnect = weakref.finalize(self, ray.shutdown)
         return ray
 
     def _task_slots(self) -> int:
-        """Return how many tasks the nodes have room for at once, whatever runs there now.
-
-        A task that fits no node is an error, of a cluster after ``_PATIENCE_SECONDS``.
-        """
-        now = time.monotonic()
-        if now - self._polled <= _POLL_SECONDS:
-            return self._slots
-        self._polled, needs = now, self._needs.items()
+        """Return how many tasks the nodes have room for at once, whatever runs there now."""
+        needs = [(name, amount) for name, amount in self._needs.items() if amount]
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        self._slots = sum(min(int(node.get(k, 0) / need) for k, need in needs) for node in nodes)
-        if self._slots:
-            self._lacking_since = math.inf
-            return self._slots
+        return sum(min(int(node.get(name, 0) / n) for name, n in needs) for node in nodes)
+
+    def _expect_slots(self) -> None:
+        """Refuse a task that does not fit into a Ray of our own; warn that it waits for a node."""
+        if self._task_slots():
+            return
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items() if amount)
         problem = (
-            "no node of the Ray cluster has what a task asks for "
-            f"({', '.join(f'{need:g} {name}' for name, need in needs)}); give less to "
+            f"no node of the Ray cluster has what a task asks for ({needs}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
             "a node"
         )
         if self._started:
+            self.close()
             raise ValueError(problem)
-        if self._lacking_since == math.inf:
-            self._lacking_since = now
-            warnings.warn(f"{problem}; waiting for one", stacklevel=4)
-        if now - self._lacking_since > _PATIENCE_SECONDS:
-            raise OSError(problem)
-        return 0
+        warnings.warn(f"{problem}; waiting for one", stacklevel=4)
 
     def _first_result(self, waiting: deque[tuple[str, Any]]) -> Any:
         """Return the result of the first task, which is removed only when it has ended."""
-        ray, (name, reference) = self._ray, waiting[0]
-        while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
-            self._task_slots()
+        place, reference = waiting[0]
         try:
-            value, error, trace = pickle.loads(ray.get(reference))
-        except ray.exceptions.RayError as failure:
+            value, error, trace = pickle.loads(self._ray.get(reference))
+        except self._ray.exceptions.RayError as failure:
             raise ConnectionError(
-                f"{name}: Ray gave up on it ({_first_line(failure)}) after {self.retries} retries; "
-                "what is finished is kept: run the same command again, with more --cpus-per-task "
-                "if memory was short"
+                f"{place}: Ray gave up on it ({_first_line(failure)}) after {self.retries} "
+                "retries; what is finished is kept: run the same command again, with more "
+                "--cpus-per-task if memory was short"
             ) from failure
         waiting.popleft()
         if error is not None:
@@ -244,18 +217,6 @@ def _check_listening(address: str) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()
     return (lines or [type(error).__name__])[0].rstrip(".")
-
-
-@contextmanager
-def _signal_handler_restored() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which Ray replaces."""
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGTERM) if main else None
-    try:
-        yield
-    finally:
-        if callable(previous):
-            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -293,81 +254,52 @@ def _cancel(ray: Any, references: list[Any]) -> None:
                 return
 
 
-def _task_function() -> Callable[[list[Any], int], bytes]:
-    """Return a function that Ray sends by value, so that a node without this package can answer."""
-
-    def run(shared: list[Any], shard: int) -> bytes:
-        """Do one shard; (result, error, traceback), pickled."""
-        try:
-            import ray
-
-            from realign_fast.pipeline.engines.ray_driver import run_shard
-        except ImportError as error:
-            import pickle
-            import socket
-
-            node = f"Ray node {socket.gethostname()}"
-            advice = "install the realign_fast of the driver there, or send it along (--ray-ship)"
-            return pickle.dumps((None, ImportError(f"{node}: {error}; {advice}"), ""))
-        return run_shard(ray.get, shared, shard)
-
-    return run
-
-
 def program_version() -> str:
     """Return the version of this package and the kernel it uses, the same on every node."""
     return code_version(version=__version__)
 
 
-def run_shard(get: Callable[[Any], Any], shared: list[Any], shard: int) -> bytes:
-    """Do one shard of the job ``get(shared[0])``; return (result, error, traceback), pickled.
+def run_shard(job: Job, shard: int) -> bytes:
+    """Do one shard of a job; return (result, error, traceback), pickled.
 
-    The job is loaded once a process. This node has to run the program of the driver and to see its
-    files.
+    The node has to run the program of the driver and to see its files. An error is returned and not
+    raised: Ray 2.60 ended the driver from one of its own threads after some that were raised.
     """
-    global _loaded
     survive_lost_pages()
-    previous_folder = os.getcwd()
     answer: tuple[Any, Exception | None, str]
     try:
-        if _loaded is None or _loaded[0] != shared[0]:
-            job = Job(*get(shared[0]))
-            if job.version != program_version():
-                raise ValueError(
-                    f"{_node()}: runs {program_version()} (in {Path(__file__).parent}), the driver "
-                    f"{job.version}, and their results could differ; install the same on every "
-                    "node, or send it along (--ray-ship, ship=True)"
-                )
-            _loaded = shared[0], job, pickle.loads(job.task)
-        _, job, task = _loaded
+        if job.version != program_version():
+            raise ValueError(
+                f"{_node()}: runs {program_version()} (in {_PACKAGE}), the driver {job.version}, "
+                "and their results could differ; install the same on every node, or send it along "
+                "(--ray-ship, ship=True)"
+            )
         if os.path.isdir(job.folder):
             os.chdir(job.folder)
         torch.set_num_threads(job.threads)
+        task: Task = _load(job.task)
         if isinstance(task, ShardTask):
             _check_shared(task, shard, job)
         answer = task(shard), None, ""
     except Exception as error:
         answer = None, error, traceback.format_exc()
-    finally:
-        os.chdir(previous_folder)
     return pickle.dumps(answer)
 
 
 def _check_shared(task: ShardTask, shard: int, job: Job) -> None:
     """Refuse a node that does not see the files that the driver sees."""
     path = task.corpus.shards[shard].path
-    location = str(path) if path.is_remote else os.path.join(job.folder, str(path))
     advice = "every node reads and writes by the driver's paths: give paths of a shared file system"
     try:
         difference = changes(task.corpus.shards[shard], task.identities[shard])
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
         if path.is_remote:
-            raise OSError(f"on {_node()}: {error.strerror or error}") from error
-        raise OSError(f"{location}: is not seen on {_node()} ({reason}); {advice}") from error
+            raise
+        fault = f"is not seen on {_node()} ({error.strerror or error})"
+        raise OSError(f"{path}: {fault}; {advice}") from error
     if difference:
         raise ValueError(
-            f"{location}: on {_node()} {difference}; let its writer finish and run again, or, if "
+            f"{path}: on {_node()} {difference}; let its writer finish and run again, or, if "
             f"nobody writes to it: {advice}"
         )
     deadline = time.monotonic() + _SHARED_SECONDS
