@@ -1,4 +1,4 @@
-"""The commands `embed`, `convert`, `inspect` and `verify`, and how every command opens a corpus."""
+"""The commands `embed`, `convert` and `inspect`, and how every command opens a corpus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
 from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
-from .app import ExitCode, Result, command
+from .app import Result, command
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
@@ -71,19 +71,6 @@ def plan_result(plan: dict[str, Any]) -> Result:
     from ..pipeline.plan import format_plan
 
     return Result(plan, format_plan(plan), answer=True)
-
-
-@command("Results", "OUT", "s3://bucket/aligned --json")
-def verify(options: opts.Common, out: opts.Result) -> Result:
-    """Read a result again and compare it with its manifest."""
-    from ..pipeline.verify import verify
-
-    checked, faults = verify(out)
-    counts = ", ".join(f"{count:,} {name}" for name, count in checked.items())
-    summary = f"{out}: {counts} checked, {len(faults)} faults"
-    status = ExitCode.FAULTS if faults else ExitCode.DONE
-    facts = {"out": out, "checked": checked, "faults": faults}
-    return Result(facts, "\n".join([*faults, summary]), status, answer=True)
 
 
 @command("Rows", "SOURCE OUT --to parquet", "PICKLES OUT --to npy --allow-pickle --dtype float16")

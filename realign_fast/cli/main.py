@@ -28,9 +28,8 @@ from ..storage.errors import explained, memory_explained
 from . import (  # noqa: F401
     align_commands,
     corpus_commands,
-    measure_commands,
+    result_commands,
     revision_commands,
-    space_commands,
 )
 from . import options as opts
 from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, unwritable_output, write
@@ -318,9 +317,9 @@ def demo(
 
     from .. import demo
 
-    measure_commands.check_report(report_too)
+    result_commands.check_report(report_too)
     logging.getLogger("realign_fast.passes").setLevel("WARNING")  # its table has the rates
     with contextlib.redirect_stdout(io.StringIO()) as text:
         facts = demo.run(Path(out), progress=not options.quiet)
     result = Result({"out": out, **facts}, text.getvalue().rstrip(), answer=True)
-    return measure_commands.with_report(result, out, options, report_too)
+    return result_commands.with_report(result, out, options, report_too)

@@ -426,38 +426,3 @@ class EvaluateOptions(TrainedModel, DataOptions):
     out: Annotated[str | None, _printed("file of the figures, as JSON")] = None
     cache: Annotated[str | None, _output("directory for the prepared list", metavar="DIR",
         show_default="MODEL/data")] = None
-
-
-class PairOptions(Reading):
-    """Two sides, and how many of their rows are read."""
-
-    source: Annotated[str, _directory(_SIDE.format("of texts", "text"), "--text", "--source")]
-    target: Annotated[str, _directory(_SIDE.format("of images", "img"), "--image", "--target")]
-    space: Annotated[str | None, _file("measure this SharedSpace")] = None
-    sample: Annotated[int, _run("rows of a side, spread evenly, to hold in memory", min=1)] = 10_000
-
-
-class SearchOptions(PairOptions):
-    """Options of ``evaluate-search``."""
-
-    pairs: Annotated[Literal["row", "id"], _input("a pair is the same row of both sides (row) or "
-        "has the same id, in a column or in metadata/ (id)")] = "row"
-    queries: Annotated[values.Modality | None, _run("side of the queries",
-        show_default="each in turn")] = None
-    fit: Annotated[SpaceMethod | None, _method("method of the space that is fitted on half of the "
-        "pairs, without --space", "--fit", "--method", show_default="auto")] = None
-    splits: Annotated[int | None, _run("splits into halves, without --space", min=2,
-        show_default="10")] = None
-
-
-class SubstitutionOptions(PairOptions):
-    """Options of ``substitution``."""
-
-    aligner: Annotated[str | None, _file("measure this aligner")] = None
-    method: Annotated[list[str] | None, _method("measure a map of this method, or center, fitted "
-        "on rows that are not tested; once for each map", metavar="NAME",
-        show_default="realign, optimal-transport and center, if no file is given")] = None
-    buckets: Annotated[int, _method("labels that words of captions are hashed to", min=2)] = 512
-    steps: Annotated[int, _method("training steps of a reader", min=1)] = 400
-    test: Annotated[float, _run("share of images to test on", metavar="SHARE", min=0, max=1)] = 0.2
-    seeds: Annotated[int, _run("runs, each with weights and a split of its own", min=1)] = 5

@@ -58,7 +58,7 @@ _NEXT = """\
 Next, with your own rows:
   realign-fast align --text TEXT --image IMAGE --out OUT     move the texts onto the images
   realign-fast unify --text TEXT --image IMAGE --out INDEX   write rows for one search index
-  realign-fast substitution --text TEXT --image IMAGE        measure what texts are worth"""
+  realign-fast report OUT                                    see what changed, on one page"""
 
 
 def run(out: Path, progress: bool = True) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from ..moments import Moments, warn_if_far
 from ..ops.reference import unit
 from ..pipeline.manifest import MANIFEST, fault_of
 from ..pipeline.output import ALIGNER, SPACE
-from ..pipeline.paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, records_of
+from .paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
 from .stored_rows import Output, Side
 from .trust import sentence_of, verdict_of
 
@@ -193,7 +193,7 @@ def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
         reasons = "; ".join(filter(None, (side.missing for side in sides)))
         raise ValueError(reasons or f"there are rows of {sides[0].name} alone")
     if sum(corpus.num_rows for corpus in corpora) > _MOST_IDS:
-        raise ValueError(f"ids of more than {_MOST_IDS:,} rows are not read; see evaluate-search")
+        raise ValueError(f"ids of more than {_MOST_IDS:,} rows are not read; see search_pairs")
     pairs: list[tuple[int, int]] | None = []
     with suppress(ValueError, OSError):  # sides without ids
         pairs = pairs_of_ids(corpora, sample)
@@ -205,7 +205,7 @@ def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
             f"the ids of both sides have {len(pairs)} in common, expected {FEWEST} or more; a "
             "column id, or metadata/ beside the rows, tells which rows belong together"
         )
-    rows, _ = paired_rows(corpora, pairs, sample, skip_bad=True)
+    rows = paired_rows(corpora, pairs, sample)
     return {side.name: part for side, part in zip(sides, rows, strict=True)}, basis
 
 

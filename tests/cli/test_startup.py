@@ -64,7 +64,6 @@ COMMANDS = [
     "apply --aligner fitted --text text.npy --out applied",
     "verify aligned",
     f"unify {SIDES} --out unified",
-    f"evaluate-search {SIDES}",
 ]
 
 

@@ -22,7 +22,7 @@ from realign_fast.cli.measure_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
 from realign_fast.methods import METHODS
-from realign_fast.report import facts_of, render, trust, write_report
+from realign_fast.report import facts_of, paired_rows, render, trust, write_report
 
 HELD_OUT = str(DATA / "heldout")
 HOSTILE = (
@@ -135,6 +135,26 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert (tmp_path / "__realign__/gap_report.html").exists(), "nothing was to do"
     run("unify", *sides, "--layout", layout, "--method", "center", "--mode", "overwrite")
     assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
+
+
+def test_pairs_of_ids_are_a_sample_in_which_each_row_is_once(rows, tmp_path):
+    """Five texts of each image: a search for one of them would count the others as wrong."""
+    sides = [Corpus(HELD_OUT, side) for side in ("text", "image")]
+    every, few = (paired_rows.pairs_of_ids(sides, sample) for sample in (4, 1))
+    assert every == [(row, row) for row in range(400)]
+    assert set(few) < set(every) and 60 < len(few) < 140
+    ids = [f"a-{row // 5}" for row in range(200)]
+    image = rows[1][:200].view(40, 5, -1)[:, :1].expand(40, 5, -1).reshape(200, -1)
+    for side, table_rows in (("text", rows[0][:200]), ("image", image)):
+        columns = {"id": ids, "embedding": table_rows.float().numpy().tolist()}
+        pq.write_table(pa.table(columns), tmp_path / f"{side}.parquet")
+    tables = [Corpus(tmp_path / f"{side}.parquet") for side in ("text", "image")]
+    for pairs in (None, paired_rows.pairs_of_ids(tables, 400)):
+        assert [len(side) for side in paired_rows.paired_rows(tables, pairs, 400)] == [40, 40]
+    with pytest.raises(ValueError, match="holds the rows of"):
+        paired_rows.paired_rows([tables[1], tables[1]], None, 400)
+    with pytest.raises(ValueError, match="200 and 400 rows, expected pairs in one order"):
+        paired_rows.paired_rows([tables[0], sides[1]], None, 400)
 
 
 def test_a_source_that_is_gone_or_changed_is_said(tmp_path):

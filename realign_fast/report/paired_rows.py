@@ -1,0 +1,88 @@
+"""Pairs of rows of two corpora, by their places or by their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..corpus.corpus import Corpus
+from ..corpus.layout import metadata_of
+from ..corpus.row_values import ID_COLUMNS, shard_values
+from ..moments import good_rows
+from ..ops.reference import unit
+from ..pipeline.align_run import check_columns
+
+FEWEST = 22  # pairs to search among
+_IDS_A_PAIR = 100  # ids that are held for each pair that is searched for
+
+
+def spread(total: int, count: int) -> Sequence[int]:
+    """Return at most ``count`` numbers below ``total``, spread evenly."""
+    return [number * total // min(count, total) for number in range(min(count, total))]
+
+
+def paired_rows(
+    sides: Sequence[Corpus], pairs: Sequence[tuple[int, int]] | None, sample: int
+) -> list[Tensor]:
+    """Return unit rows [n, D] float64 of a sample of pairs, by side.
+
+    Pairs with a bad row are left out, and pairs with a row of an earlier one, such as other
+    captions of the same image: a search for one of them would count the others as wrong. ``pairs``
+    are numbers of rows, None pairs the rows of the same number. Too few pairs, or sides with the
+    same rows, are a ValueError.
+    """
+    check_columns(*sides)
+    paths = f"{sides[0].path}, {sides[1].path}"
+    counts = [side.num_rows for side in sides]
+    if pairs is None and counts[0] != counts[1]:
+        raise ValueError(f"{paths}: {counts[0]} and {counts[1]} rows, expected pairs in one order")
+    count = counts[0] if pairs is None else len(pairs)
+    chosen = [pairs[n] if pairs else (n, n) for n in spread(count, sample)]
+    numbers = zip(*chosen, strict=True) if chosen else [(), ()]
+    taken = [side.take([*own]) for side, own in zip(sides, numbers, strict=True)]
+    keep = good_rows(taken[0]) & good_rows(taken[1])
+    rows = [unit(side[keep].double()) for side in taken]
+    if torch.equal(*rows):
+        raise ValueError(f"{sides[0].path}: holds the rows of {sides[1].path}; give two modalities")
+    is_first = _is_first(rows[0]) & _is_first(rows[1])
+    if (count := int(is_first.sum())) < FEWEST:
+        raise ValueError(
+            f"{paths}: {count} pairs of different rows, expected {FEWEST} or more; give more pairs"
+        )
+    return [side[is_first] for side in rows]
+
+
+def pairs_of_ids(sides: Sequence[Corpus], sample: int) -> list[tuple[int, int]]:
+    """Return the numbers of rows with the same id on both sides, of a bounded sample of ids.
+
+    About ``100 * sample`` ids of the smaller side are drawn by their hash of 8 bytes, so that the
+    same ones are drawn on both sides. Memory is bounded by them, and by how many rows have an id in
+    common; other ids are read and let go. A side without ids is a ValueError.
+    """
+    smaller, most = min(sides, key=lambda side: side.num_rows), _IDS_A_PAIR * sample
+    limit = (most << 64) // max(smaller.num_rows, most)
+    drawn = {number for _, number in _hashed_ids(smaller) if number < limit}
+    first, second = ([entry for entry in _hashed_ids(side) if entry[1] in drawn] for side in sides)
+    place = {number: row for row, number in second}
+    return [(row, place[number]) for row, number in first if number in place]
+
+
+def _hashed_ids(corpus: Corpus) -> Iterator[tuple[int, int]]:
+    """Yield the row and the hash of each id; rows without one are left out."""
+    if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
+        raise ValueError(f"{corpus.path}: has no metadata/ and no other columns with ids")
+    for row, value in enumerate(chain.from_iterable(shard_values(corpus, None, ID_COLUMNS))):
+        if value:
+            name = value.encode("utf-8", "surrogatepass")
+            yield row, int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
+
+
+def _is_first(rows: Tensor) -> Tensor:
+    """Return a mask [N] of the rows [N, D] that equal none before them."""
+    number, group = torch.arange(len(rows)), torch.unique(rows, dim=0, return_inverse=True)[1]
+    first = number.new_full(number.shape, len(rows)).scatter_reduce(0, group, number, "amin")
+    return first[group] == number
