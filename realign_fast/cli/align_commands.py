@@ -8,10 +8,14 @@ from ..interface.option_values import Modality, OptionError
 from ..storage.paths import output_path, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import metadata_note, open_corpus, open_space, plan_result, shows_progress
+from .corpus_commands import metadata_note, open_corpus, open_space, shows_progress
 from .result_commands import check_report, with_report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..corpus.corpus import Corpus
+    from ..pipeline.align_run import Work
     from ..pipeline.engines.local import Engine
     from ..pipeline.settings import Settings
     from ..pipeline.unify_run import SpaceSides
@@ -41,23 +45,12 @@ def fit(options: opts.FitOptions) -> Result:
 def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..align import ReAlign
-    from ..pipeline.align_run import AlignRun
-    from ..pipeline.output import Written, check_output
-    from ..pipeline.plan import plan_apply
+    from ..pipeline.align_run import apply_work
 
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
-    source, out = open_corpus(options, options.source, "text"), output_path(options.out)
-    settings, part = settings_from(options), opts.shard_part(options.shard)
-    if options.dry_run:
-        return plan_result(plan_apply(aligner, source, out, settings, part))
-    run = AlignRun(settings, part, engine=engine_from(options))
-    check_output(out, [Written(source, source.subfolder)], settings)
-    with run.output_directory(out):
-        aligned = run.apply(aligner, source, out)
-        if part[1] > 1:
-            return job_result(run.job_report())
-        report = run.finish(out, aligner, source, aligned=aligned)
-    return _reported(report, options.out, metadata_note(source))
+    source, settings = open_corpus(options, options.source, "text"), settings_from(options)
+    work = apply_work(aligner, source, output_path(options.out), settings)
+    return _done(options, work, settings, _summary, [source])
 
 
 @command(
@@ -68,40 +61,50 @@ def apply(options: opts.ApplyOptions) -> Result:
 )
 def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
-    from ..pipeline.plan import plan_unify
-    from ..pipeline.unify_run import unify
+    from ..pipeline.unify_run import space_settings, space_work
 
-    part = opts.shard_part(options.shard)
-    check_report(report_too, is_job=part[1] > 1)
-    sides, settings = _space_sides(options), settings_from(options)
-    if options.dry_run:
-        return plan_result(plan_unify(sides, options.out, settings, part))
-    report = unify(sides, options.out, settings, engine_from(options), part)
-    if part[1] > 1:
-        return job_result(report)
-    notes = [metadata_note(corpus) for corpus in sides.documents.values()]
-    result = Result(report, _space_summary(report, options.out, notes), has_report=True)
-    return with_report(result, options.out, options, report_too)
+    check_report(report_too, is_job=opts.shard_part(options.shard)[1] > 1)
+    sides, settings = _space_sides(options), space_settings(settings_from(options))
+    work = space_work(sides, output_path(options.out), settings)
+    result = _done(options, work, settings, _space_summary, sides.documents.values())
+    return with_report(result, options.out, options, report_too and not options.dry_run)
 
 
 def _align(options: opts.FitOptions, writes: bool = True) -> Result:
-    from ..pipeline.align_run import align
-    from ..pipeline.plan import plan_align
+    from ..pipeline.align_run import align_work
 
     source = open_corpus(options, options.source, "text")
-    sides = source, open_corpus(options, options.target, "image", "target_column")
-    settings, part = settings_from(options), opts.shard_part(options.shard)
+    target = open_corpus(options, options.target, "image", "target_column")
+    settings = settings_from(options)
+    work = align_work(source, target, output_path(options.out), settings, writes)
+    return _done(options, work, settings, _summary, [source] if writes else [])
+
+
+def _done(
+    options: opts.ApplyOptions | opts.FitOptions | opts.UnifyOptions,
+    work: Work,
+    settings: Settings,
+    summary: Callable[[dict[str, Any]], list[str]],
+    written: Iterable[Corpus],
+) -> Result:
+    """Do the work of a command, a part of it, or its plan, and return the result.
+
+    The passes were reported when they ended; ``summary`` returns further lines.
+    """
+    from ..pipeline.align_run import execute
+    from ..pipeline.plan import format_plan, plan
+
+    out, part = output_path(options.out), opts.shard_part(options.shard)
     if options.dry_run:
-        return plan_result(plan_align(*sides, options.out, settings, part, writes))
-    report = align(*sides, options.out, settings, engine_from(options), part, writes=writes)
+        planned = plan(work, out, settings, part)
+        return Result(planned, format_plan(planned), answer=True)
+    report = execute(work, out, settings, engine_from(options), part)
     if part[1] > 1:
-        return job_result(report)
-    return _reported(report, options.out, metadata_note(source) if writes else "")
-
-
-def job_result(report: dict[str, Any]) -> Result:
-    """Return the result of a job of an array."""
-    return Result(report, f"next: {report['next']}", answer=True)
+        return Result(report, f"next: {report['next']}", answer=True)
+    peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    lines = [*summary(report), f"{peak}; wrote {options.out}"]
+    lines += dict.fromkeys(filter(None, map(metadata_note, written)))
+    return Result(report, "\n".join(lines), has_report=True)
 
 
 def engine_from(options: opts.EngineOptions) -> Engine | None:
@@ -133,23 +136,21 @@ def settings_from(options: opts.Passes) -> Settings:
     return Settings(progress=shows_progress(options), **options.fields_of(Settings))
 
 
-def _reported(report: dict[str, Any], out: str, *notes: str) -> Result:
-    """Return a report, and its summary as text; the passes were reported when they ended."""
-    fitted, lines = report["fitted"], []
+def _summary(report: dict[str, Any]) -> list[str]:
+    fitted = report["fitted"]
     after = report.get("result", {"centroid_gap": fitted["residual_gap"]})["centroid_gap"]
     method = f"scale {fitted['scale']:.6f}" if fitted["scale"] else fitted["method"]
     before = f"{_number(fitted['centroid_gap'])} -> "
     if "target" not in report:  # other rows than those fitted on, whose gap was not measured
         before = f"of the rows fitted on {_number(fitted['centroid_gap'])}, of these now "
     floor = f"(statistical floor on new rows {_number(fitted['statistical_floor'])})"
-    lines.append(f"centroid gap {before}{_number(after)} {floor}, {method}")
-    fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
-    peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    lines.append(f"{peak}; {fitted_on}wrote {out}")
+    lines = [f"centroid gap {before}{_number(after)} {floor}, {method}"]
+    if "fitted_on" in report:
+        lines.append(f"fitted on {report['fitted_on']}")
     if report["sample"]:
         errors = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
         lines.append((errors + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
-    return Result(report, "\n".join([*lines, *filter(None, notes)]), has_report=True)
+    return lines
 
 
 def _number(value: float | None) -> str:
@@ -180,8 +181,7 @@ def _space_sides(options: opts.UnifyOptions) -> SpaceSides:
     )
 
 
-def _space_summary(report: dict[str, Any], out: str, notes: list[str]) -> str:
-    """Return the summary of a run; its passes were reported when they ended."""
+def _space_summary(report: dict[str, Any]) -> list[str]:
     space = report["space"]
     role, lines = space["query_role"], []
     for name, side in space["modalities"].items():
@@ -190,7 +190,4 @@ def _space_summary(report: dict[str, Any], out: str, notes: list[str]) -> str:
             f"{name:16} {side['count']:>12,} rows  scores of {role} queries deviate by "
             f"{side['scale'][role]:.6g} +- {side['scale_error'][role]:.1%}" + share * (name != role)
         )
-    method = f"method {space['method']}, layout {space['layout']}"
-    peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    lines.append(f"{method}; {peak}; wrote {out}")
-    return "\n".join([*lines, *filter(None, dict.fromkeys(notes))])
+    return [*lines, f"method {space['method']}, layout {space['layout']}"]

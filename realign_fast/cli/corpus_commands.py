@@ -66,13 +66,6 @@ def metadata_note(corpus: Corpus) -> str:
     return f"{folder} stays where it is; it describes the result too, row by row" if folder else ""
 
 
-def plan_result(plan: dict[str, Any]) -> Result:
-    """Return the result of ``--dry-run``."""
-    from ..pipeline.plan import format_plan
-
-    return Result(plan, format_plan(plan), answer=True)
-
-
 @command("Rows", "SOURCE OUT --to parquet", "PICKLES OUT --to npy --allow-pickle --dtype float16")
 def convert(
     options: opts.CorpusOptions,
@@ -80,22 +73,14 @@ def convert(
     to: opts.Format,
     dtype: opts.Dtype = None,
     batch_bytes: opts.BatchBytes = BATCH_BYTES,
-    dry_run: opts.DryRun = False,
 ) -> Result:
     """Write a corpus in another format."""
     import torch
 
     from ..corpus.convert import convert
-    from ..corpus.format_registry import FORMATS
     from ..interface.progress import Progress
-    from ..pipeline.settings import Settings
 
     corpus = open_corpus(options, options.source, options.modality)
-    settings = Settings(dtype=dtype)
-    if dry_run:
-        from ..pipeline.plan import plan_copy
-
-        return plan_result(plan_copy(corpus, out, FORMATS[to].writer.suffixes[0], settings))
     torch_dtype = getattr(torch, dtype) if dtype else None
     shown = shows_progress(options)
     with Progress(corpus.num_rows, "convert", unit="row", shown=shown) as bar:

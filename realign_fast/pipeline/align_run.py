@@ -20,11 +20,12 @@ import copy
 import json
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from .. import __version__, ops
 from ..align import ReAlign
@@ -32,15 +33,18 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import UnfinishedShards
 from ..methods import NEED_COVARIANCE
 from ..moments import Moments, warn_if_far
+from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
 from ..storage.tensor_file import tensor_digest
 from .checkpoints import STATS, AnyMap, code_version, map_hash
 from .engines.local import Engine
 from .inspection import shape_of
-from .manifest import FORMAT, MANIFEST, PASS_ORDER, read_manifest
+from .manifest import FORMAT, MANIFEST, read_manifest
 from .output import (
     ALIGNER,
+    QUERIES,
     REPORT,
+    SPACE,
     Written,
     check_kept,
     check_output,
@@ -50,7 +54,6 @@ from .output import (
 from .passes import LOGGER, PassRunner
 from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
-from .shard_tasks import ShardTask
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
 
@@ -60,6 +63,7 @@ _NEXT_ROUND = (
 LAST_STEP = "the same command without --shard, once all jobs of this round have ended"
 
 CorpusLike: TypeAlias = "AnyPath | Corpus"
+Fitted: TypeAlias = ReAlign | SharedSpace
 
 
 class Measure(NamedTuple):
@@ -170,47 +174,47 @@ class AlignRun(PassRunner):
         at all. The moments are those of the result before it is rounded to its dtype. Rows of
         another dimension, and an ``out`` that :func:`.output.check_output` refuses, are errors.
         """
-        directory = output_path(out)
-        result = Written(source, source.subfolder)
-        if self.out != directory:  # else whoever opened it has checked it
-            check_output(directory, [result], self.settings)
-        check_columns(source, aligner)
+        directory, results = output_path(out), [Written(source, source.subfolder)]
+        check_output(directory, results, self.settings)
         with self.output_directory(directory):
-            self.earlier = remove_reports(records_of(directory))
-            if self.part[1] == 1:
-                aligner.save(records_of(directory) / ALIGNER)
-            moments = self.write(result, aligner, directory)
-            if self.part[1] == 1 and moments.count:
-                mean, count = aligner.target_mean, int(aligner.target_count)
-                warn_if_far(str(source.path), moments.mean, moments.count, mean, count)
+            (moments,) = self.write_all(aligner, results, directory)
             return moments
+
+    def write_all(
+        self, fitted: Fitted, results: Sequence[Written], out: StoragePath
+    ) -> list[Moments]:
+        """Write corpora through a fitted map, and the map; return the moments of each.
+
+        Rows that lie far from those that the map was fitted on are a warning.
+        """
+        maps, records = checked_maps(fitted, results), records_of(out)
+        self.earlier, is_whole = remove_reports(records), self.part[1] == 1
+        if is_whole:
+            fitted.save(records / (ALIGNER if isinstance(fitted, ReAlign) else SPACE))
+        written = []
+        for result, row_map in zip(results, maps, strict=True):
+            written.append(moments := self.write(result, row_map, out))
+            if is_whole and moments.count:
+                fitted_on = mean_of(fitted, result.pass_name)
+                warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted_on)
+        return written
 
     def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
         """Write the rows of a corpus, sent through a map, into a folder of ``out``."""
         folder = result.folder, out / result.folder
         task = self.task(result.pass_name, result.corpus, row_map, result=folder)
-        if self.out:
-            self._say_what_is_replaced(task, result)
+        if self.out and task.checkpoints:
+            earlier = read_manifest(task.checkpoints.records)["passes"].get(result.pass_name)
+            if earlier and earlier["facts"] != task.checkpoints.facts:
+                LOGGER.warning(
+                    f"{folder[1]}: holds {len(earlier['shards'])} shards of other options or of "
+                    "another map; they are written anew, and are of two maps until this run ends"
+                )
         moments = self.run_pass(task)
         if self.out and self.part[1] == 1:
             has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
             result.corpus.finish(out / result.folder, keeps_columns=has_columns)
         return moments
-
-    def _say_what_is_replaced(self, task: ShardTask, result: Written) -> None:
-        if (checkpoints := task.checkpoints) is None:
-            return
-        earlier = read_manifest(checkpoints.records)["passes"].get(result.pass_name)
-        replaced = 0
-        if earlier is None:  # a run that was killed before its manifest
-            replaced = checkpoints.other_results(result.corpus.shards, task.identities)
-        elif earlier["facts"] != checkpoints.facts:
-            replaced = len(earlier["shards"])
-        if replaced:
-            LOGGER.warning(
-                f"{task.folder}: holds {replaced} shards of other options or of "
-                "another map; they are written anew, and are of two maps until this run ends"
-            )
 
     def finish(
         self,
@@ -246,13 +250,12 @@ class AlignRun(PassRunner):
         before, earlier = read_manifest(records), self.earlier
         earlier = remove_reports(records) if earlier is None else earlier
         passes = before["passes"] | self.manifest_passes
-        names = dict.fromkeys([*PASS_ORDER, *sorted(passes)])  # queries may be of other roles
         manifest = {
             "format": FORMAT,
             "code": code_version(self.settings.device),
             "settings": {name: getattr(self.settings, name) for name in options},
             "aligner": made_by,
-            "passes": {name: passes[name] for name in names if name in passes},
+            "passes": passes,
         }
         write_json(records / MANIFEST, manifest)
         peak_unit = 1 if sys.platform == "darwin" else 1024
@@ -284,6 +287,35 @@ class AlignRun(PassRunner):
         return {"complete": False, "next": next_step, "passes": passes}
 
 
+class Work(NamedTuple):
+    """What a command does: passes that fit a map, and corpora that are written through it."""
+
+    measures: Sequence[Measure]  # the passes of ``fit``, for a plan
+    results: Sequence[Written]
+    fit: Callable[[AlignRun], Fitted]
+    finish: Callable[[AlignRun, Any, list[Moments]], dict[str, Any]]  # returns the report
+
+
+def execute(
+    work: Work,
+    out: StoragePath,
+    settings: Settings,
+    engine: Engine | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """Do the work, or the part of it of a job; return the report (see :func:`align`)."""
+    run = AlignRun(settings, part, engine=engine)
+    with run.output_directory(out):
+        try:
+            fitted = work.fit(run)
+        except UnfinishedShards as error:
+            return run.job_report(error)
+        written = run.write_all(fitted, work.results, out)
+        if part[1] > 1:
+            return run.job_report()
+        return work.finish(run, fitted, written)
+
+
 def align(
     source: CorpusLike,
     target: CorpusLike,
@@ -310,39 +342,57 @@ def align(
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
-    run, directory = AlignRun(settings or Settings(), part, engine=engine), output_path(out)
     source = source if isinstance(source, Corpus) else Corpus(source, "text")
     target = target if isinstance(target, Corpus) else Corpus(target, "image")
-    check_sides(directory, source, target, run.settings, writes)
-    aligned = None
-    with run.output_directory(directory):
-        try:
-            aligner = run.fit(source, target, residual=not writes)
-        except UnfinishedShards as error:
-            return run.job_report(error)
-        if writes:
-            aligned = run.apply(aligner, source, directory)
-        if part[1] > 1:
-            return run.job_report()
-        if aligned is not None:
-            aligner.record_residual(aligned)
-        aligner.save(records_of(directory) / ALIGNER)
-        if run.map_of_jobs:
-            run.map_of_jobs.unlink()
-        return run.finish(directory, aligner, source, target, aligned)
+    settings, directory = settings or Settings(), output_path(out)
+    work = align_work(source, target, directory, settings, writes)
+    return execute(work, directory, settings, engine, part)
 
 
-def check_sides(
-    out: StoragePath, source: Corpus, target: Corpus, settings: Settings, writes: bool = True
-) -> None:
-    """Refuse two sides, or an output of ``align`` or (without ``writes``) of ``fit`` on them."""
-    result = Written(source, source.subfolder)
+def align_work(
+    source: Corpus, target: Corpus, out: StoragePath, settings: Settings, writes: bool = True
+) -> Work:
+    """Return the work of ``align`` or (without ``writes``) of ``fit``; refuse sides or output."""
+    results = [Written(source, source.subfolder)]
     if writes:
-        check_output(out, [result], settings, [target])
+        check_output(out, results, settings, [target])
     else:
         check_place(out, source, target)
-        check_kept(out, [result], settings.mode)
+        check_kept(out, results, settings.mode)
     check_columns(source, target)
+    count, _ = rows_to_fit(settings, source, target)
+    sides = ("source moments", source), ("target moments", target), ("source drift", source)
+    measures = [Measure(*side, sample=count) for side in sides]
+    if not writes and not count:
+        measures.append(Measure("source residual", source))
+
+    def finish(run: AlignRun, aligner: Any, written: list[Moments]) -> dict[str, Any]:
+        """Write the aligner, which knows its residual now, the manifest and the report."""
+        for moments in written:
+            aligner.record_residual(moments)
+        aligner.save(records_of(out) / ALIGNER)
+        if run.map_of_jobs:
+            run.map_of_jobs.unlink()
+        return run.finish(out, aligner, source, target, *written)
+
+    return Work(
+        measures,
+        results if writes else [],
+        lambda run: run.fit(source, target, residual=not writes),
+        finish,
+    )
+
+
+def apply_work(aligner: ReAlign, source: Corpus, out: StoragePath, settings: Settings) -> Work:
+    """Return the work of ``apply``; refuse an output."""
+    results = [Written(source, source.subfolder)]
+    check_output(out, results, settings)
+    return Work(
+        [],
+        results,
+        lambda run: aligner,
+        lambda run, _, written: run.finish(out, aligner, source, aligned=written[0]),
+    )
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
@@ -368,3 +418,31 @@ def check_columns(corpus: Corpus, other: Corpus | AnyMap) -> None:
         )
     if isinstance(other, Corpus | ReAlign):
         common_encoder((corpus.path, corpus.encoder), (name, other.encoder))
+
+
+def checked_maps(fitted: Fitted, results: Sequence[Written]) -> list[AnyMap]:
+    """Return the maps of results; raise ValueError for rows of another encoder."""
+    maps = [map_of(fitted, result.pass_name) for result in results]
+    for result, row_map in zip(results, maps, strict=True):
+        check_columns(result.corpus, row_map)
+    return maps
+
+
+def map_of(fitted: Fitted, pass_name: str) -> AnyMap:
+    """Return the map of a pass that writes: of documents, or of the queries of a role."""
+    if isinstance(fitted, ReAlign):
+        return fitted
+    role = pass_name.removeprefix("apply ")
+    if role.endswith(QUERIES):
+        return fitted.query_map(role.removesuffix(QUERIES))
+    return fitted.document_map(role)
+
+
+def mean_of(fitted: Fitted, pass_name: str) -> tuple[Tensor, int]:
+    """Return the mean [D] to expect of the rows of a pass that writes, and of how many it is."""
+    if isinstance(fitted, ReAlign):
+        return fitted.target_mean, int(fitted.target_count)
+    role = pass_name.removeprefix("apply ")
+    if role.endswith(QUERIES):
+        return fitted.query_mean(role.removesuffix(QUERIES))
+    return fitted.sides[role].centre, fitted.sides[role].count

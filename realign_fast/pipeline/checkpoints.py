@@ -189,15 +189,6 @@ class Checkpoints:
         write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
-    def other_results(self, shards: Sequence[Shard], entries: Sequence[Entry]) -> int:
-        """Return how many results are recorded under other keys: of other rows, maps or options."""
-        count = 0
-        for shard, entry in zip(shards, entries, strict=True):
-            path = self._path(shard, "json")
-            with _absent_if_damaged(path):
-                count += json.loads(path.read_bytes())["key"] != self.key(entry)
-        return count
-
     def forget(self, shard: Shard) -> None:
         """Remove the record of a result, before another one takes its place."""
         self._path(shard, "json").unlink(missing_ok=True)

@@ -20,9 +20,6 @@ from .checkpoints import Entry, identity
 
 MANIFEST, FORMAT = "manifest.json", 1
 ALIGN_PASSES = "source moments", "target moments", "source drift", "source residual", "apply"
-_ROLES = ("text", "image", "text queries", "image queries")
-_STEPS = "{} moments", "{} centred", "apply {}"
-PASS_ORDER = (*ALIGN_PASSES, *(step.format(role) for step in _STEPS for role in _ROLES))
 # Types of the values of a manifest that are used. A path lies in the output, as it is opened.
 _PATH = PurePosixPath
 _SHARD: dict[str, Any] = {"path": str, "dtype": str, "rows": int, "dimension": int}

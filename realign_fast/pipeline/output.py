@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -29,6 +29,7 @@ from .settings import Settings
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
 PAGE, FIGURES = "gap_report.html", "gap_report.json"  # what `report` writes of a run
 FOLDERS = SUBFOLDERS | {"queries": "query_emb"}  # of the results of unify
+QUERIES = " queries"  # in names of passes, after the role of these queries
 
 
 class Written(NamedTuple):
@@ -94,14 +95,15 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
         return
     stats, finished = records_of(out) / STATS, read_manifest(records_of(out))["passes"]
     begun = [name for name, is_folder in stats.listed() if is_folder] if stats.is_dir() else []
-    kinds = {name.replace("-", " ") in ALIGN_PASSES for name in [*begun, *finished]}
-    for result in results:
-        kinds.add(result.pass_name in ALIGN_PASSES)
-        if len(kinds) > 1:  # of maps: aligners and spaces
+    names = [result.pass_name for result in results]
+    for name in [*finished, *(name.replace("-", " ") for name in begun)]:
+        is_written = name.startswith("apply") and name not in names
+        if is_written or (name in ALIGN_PASSES) != (names[0] in ALIGN_PASSES):
             raise OptionError(
-                f"{out}: holds the result of another command (align or unify); give "
-                "another --out, or replace that result with --mode overwrite"
+                f"{out}: holds the result of another command (align or unify) or of other sides "
+                f"({name}); give another --out, or replace that result with --mode overwrite"
             )
+    for result in results:
         if result.pass_name in finished:
             check_source(out, result.corpus, finished[result.pass_name]["shards"])
 
@@ -148,8 +150,7 @@ def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> N
         for result in results
         for shard in result.corpus.shards
     }
-    kept = {facts["folder"] for facts in kept_passes(out, results, mode).values()}
-    folders = [out / name for name in {"", *FOLDERS.values()} - kept]
+    folders = [out / name for name in ("", *FOLDERS.values())]
     paths = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
     present = {path for path in paths if is_output_shard(path.name)}
     if unknown := present - expected:
@@ -165,13 +166,3 @@ def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> N
             "a run of ours wrote it; give an empty --out, or --mode overwrite if an early version "
             "wrote it"
         )
-
-
-def kept_passes(
-    out: StoragePath, results: Sequence[Written], mode: Mode
-) -> dict[str, dict[str, Any]]:
-    """Return the facts of the finished passes whose shards in ``out`` these results leave there."""
-    names = {result.pass_name for result in results}
-    finished = read_manifest(records_of(out))["passes"] if mode != "overwrite" else {}
-    facts = {name: record["facts"] for name, record in finished.items() if name not in names}
-    return {name: own for name, own in facts.items() if "folder" in own}

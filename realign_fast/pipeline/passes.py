@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,11 +38,10 @@ class Pass:
     zero_rows: int = 0
     nonfinite_rows: int = 0
     finished_before: int = 0  # rows of shards that an earlier run had finished
-    start_seconds: float = 0.0  # until the first worker began, which the rates leave out
 
     def summary(self) -> dict[str, Any]:
         """Return the fields with rows/s and GB/s (bytes read and written, 1 GB = 10^9 bytes)."""
-        seconds = max(self.seconds - self.start_seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         moved = self.bytes_read + self.bytes_written
         rates = {"rows_per_second": self.rows / seconds, "gb_per_second": moved / seconds / 1e9}
         return vars(self) | rates
@@ -171,7 +169,7 @@ class PassRunner:
                     unfinished.append(str(shard.path))
                     continue
                 if not batchwise:
-                    advance(result.rows_read, began=result.began)
+                    advance(result.rows_read)
                 advance(shard.num_rows - result.rows_read, finished_before=True)
                 total.merge(result.moments)
                 entries.append(task.identities[result.index] | result.entry)
@@ -199,20 +197,16 @@ class PassRunner:
         options["shown"] = self.settings.progress
         with Progress(rows * row_bytes, name, **options) as bar:
 
-            def advance(rows: int, finished_before: bool = False, began: float = start) -> None:
-                """Count ``rows`` rows, which a worker ``began`` to read, and move the bar."""
-                if rows and not finished_before:
-                    earlier = done.start_seconds if done.rows else math.inf
-                    done.start_seconds = max(0.0, min(began - start, earlier))
+            def advance(rows: int, finished_before: bool = False) -> None:
+                """Count ``rows`` rows, and move the bar."""
                 done.rows += rows * (not finished_before)
                 done.finished_before += rows * finished_before
-                rate = done.rows / max(time.time() - start - done.start_seconds, 1e-9)
+                rate = done.rows / max(time.time() - start, 1e-9)
                 bar.set_postfix_str(f"{rate / 1e6:.2f} M rows/s", refresh=False)
                 bar.update(rows * row_bytes)
 
             yield advance
         done.seconds = time.time() - start
-        done.start_seconds = min(done.start_seconds, done.seconds)
         done.bytes_read = done.rows * row_bytes
         done.bytes_written = done.rows * written_row_bytes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows

@@ -8,7 +8,6 @@ other processes.
 from __future__ import annotations
 
 import copy
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
+from ..storage.read_ahead import started_ahead
 from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
@@ -47,7 +47,6 @@ class ShardResult:
     moments: Moments | None
     rows_read: int
     entry: Entry
-    began: float = 0.0  # the time at which the worker began to read
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class ShardTask:
 
         That function has to be called once, by any thread.
         """
-        began, checkpoints = time.time(), self.checkpoints
+        checkpoints = self.checkpoints
         shard, shard_identity = self.corpus.shards[index], self.identities[index]
         result = self.folder / shard.path.name if self.folder is not None else None
         saved = checkpoints.load(shard, shard_identity, result) if checkpoints else None
@@ -110,7 +109,7 @@ class ShardTask:
                     facts["written_dtype"] = dtype
             save = checkpoints.save if checkpoints else lambda *_: {}
             entry = save(shard, shard_identity, moments, result, facts)
-            return ShardResult(index, moments, shard.num_rows, entry, began)
+            return ShardResult(index, moments, shard.num_rows, entry)
 
         return finish
 
@@ -257,10 +256,6 @@ def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[Sha
     for it.
     """
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        results: deque[Future[ShardResult]] = deque()
-        for index in shards:
-            results.append(disk.submit(task.start(index)))
-            if len(results) == 2:
-                yield results.popleft().result()
-        while results:
-            yield results.popleft().result()
+        results = (disk.submit(task.start(index)) for index in shards)
+        for result in started_ahead(results, 2):
+            yield result.result()

@@ -7,7 +7,7 @@ names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_em
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -15,27 +15,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..corpus.corpus import Corpus, common_encoder
-from ..interface.option_values import OptionError, UnfinishedShards
-from ..moments import Moments, expect_rows, warn_if_far
+from ..interface.option_values import OptionError
+from ..moments import Moments, expect_rows
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, Measure, check_columns, check_different
-from .checkpoints import digest, map_hash
+from .align_run import AlignRun, Measure, Work, check_columns, check_different, execute
+from .checkpoints import digest
 from .engines.local import Engine
 from .inspection import shape_of
-from .output import (
-    FOLDERS,
-    SPACE,
-    Written,
-    check_output,
-    check_place,
-    kept_passes,
-    remove_reports,
-)
+from .output import FOLDERS, QUERIES, SPACE, Written, check_output, check_place
 from .settings import Settings
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
-_QUERIES = " queries"  # after the name of their role
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class SpaceSides:
     @property
     def corpora(self) -> dict[str, Corpus]:
         """Documents and queries by name."""
-        queries = {} if self.queries is None else {self.query_role + _QUERIES: self.queries}
+        queries = {} if self.queries is None else {self.query_role + QUERIES: self.queries}
         return {**self.documents, **queries}
 
     def results(self, out: StoragePath, settings: Settings) -> list[Written]:
@@ -81,8 +72,6 @@ class SpaceSides:
             for role, corpus in written.items()
         ]
         check_output(out, results, settings)
-        if self.space is not None:
-            check_kept_sides(out, results, self.space, settings)
         if self.queries is not None:
             check_place(out, self.queries)
         return results
@@ -110,35 +99,8 @@ def unify(
         ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
             message says which one and what to do.
     """
-    run, directory = AlignRun(space_settings(settings), part, engine=engine), output_path(out)
-    results, space = sides.results(directory, run.settings), sides.space
-    known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]
-    encoder = common_encoder(("the space", space.encoder if space else None), *known)
-    with run.output_directory(directory):
-        if space is None:
-            try:
-                space = fit_space(run, sides)
-            except UnfinishedShards as error:
-                return run.job_report(error)
-            space.encoder = encoder
-            check_kept_sides(directory, results, space, run.settings)
-        maps = [(result, map_of(space, result.pass_name)) for result in results]
-        for result, row_map in maps:
-            check_columns(result.corpus, row_map)
-        records = records_of(directory)
-        run.earlier = remove_reports(records)
-        if part[1] == 1:
-            space.save(records / SPACE)
-        for result, row_map in maps:
-            moments = run.write(result, row_map, directory)
-            if part[1] == 1:
-                _warn_if_far(space, result, moments)
-        if part[1] > 1:
-            return run.job_report()
-        report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
-        report |= {"space": space.record, "fit_rows": run.settings.fit_rows}
-        options = "bad_rows", "batch_bytes"
-        return run.write_report(directory, options, digest(records / SPACE), report)
+    settings, directory = space_settings(settings), output_path(out)
+    return execute(space_work(sides, directory, settings), directory, settings, engine, part)
 
 
 def space_settings(settings: Settings) -> Settings:
@@ -146,40 +108,37 @@ def space_settings(settings: Settings) -> Settings:
     return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
-def map_of(space: SharedSpace, pass_name: str) -> RoleMap:
-    """Return the map of a pass that writes: of documents, or of the queries of a role."""
-    role = pass_name.removeprefix("apply ")
-    if role.endswith(_QUERIES):
-        return space.query_map(role.removesuffix(_QUERIES))
-    return space.document_map(role)
+def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
+    """Return the work of ``unify``; refuse sides or an output.
 
+    Its measures are without the passes of an automatic choice to centre.
+    """
+    results = sides.results(out, settings)
+    known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]
+    encoder = common_encoder(("the space", sides.space.encoder if sides.space else None), *known)
+    statistics = ["moments", "centred"][: 1 + (sides.method not in ("auto", "calibrate"))]
+    measures = [
+        Measure(f"{name} {kind}", corpus, sample=sample_of(settings, corpus))
+        for kind in (statistics if sides.space is None else ())
+        for name, corpus in sides.corpora.items()
+    ]
 
-def check_kept_sides(
-    out: StoragePath, results: Sequence[Written], space: SharedSpace, settings: Settings
-) -> None:
-    """Raise an OptionError if sides that stay in ``out`` were written through another space."""
-    for name, facts in kept_passes(out, results, settings.mode).items():
-        try:
-            row_map = map_of(space, name)
-        except ValueError:  # a modality that this space lacks
-            row_map = None
-        if facts["map"] != map_hash(row_map):
-            raise OptionError(
-                f"{out / facts['folder']}: holds rows of another space, which this run would leave "
-                f"beside those of its own; give --space {out} to add to that space, or another "
-                "--out"
-            )
+    def fit(run: AlignRun) -> SharedSpace:
+        """Return the given space, or fit one."""
+        if sides.space is not None:
+            return sides.space
+        space = fit_space(run, sides)
+        space.encoder = encoder
+        return space
 
+    def finish(run: AlignRun, space: Any, _: list[Moments]) -> dict[str, Any]:
+        """Write the manifest and the report."""
+        report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
+        report |= {"space": space.record, "fit_rows": settings.fit_rows}
+        made_by = digest(records_of(out) / SPACE)
+        return run.write_report(out, ("bad_rows", "batch_bytes"), made_by, report)
 
-def _warn_if_far(space: SharedSpace, result: Written, moments: Moments) -> None:
-    """Warn of rows that were written and lie far from those that the space was fitted on."""
-    name = result.pass_name.removeprefix("apply ")
-    if name.endswith(_QUERIES):
-        fitted = space.query_mean(name.removesuffix(_QUERIES))
-    else:
-        fitted = space.sides[name].centre, space.sides[name].count
-    if moments.count:
-        warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted)
+    return Work(measures, results, fit, finish)
 
 
 def sample_of(settings: Settings, corpus: Corpus) -> int | None:

@@ -143,10 +143,6 @@ def test_any_number_of_workers_writes_the_same_bytes(corpora, engine):
     report = align("text", "image", "many", settings, engine)
     assert tree("many") == tree("one")
     assert [done["rows"] for done in report["passes"]] == [144, 120, 144, 144]
-    first = report["passes"][0]
-    assert 0 < first["start_seconds"] < first["seconds"]  # until a worker began
-    working = first["seconds"] - first["start_seconds"]
-    assert first["rows_per_second"] == pytest.approx(first["rows"] / working, rel=1e-6)
 
 
 def test_an_error_in_a_worker_is_the_same_error(corpora, capsys):

@@ -18,7 +18,7 @@ from realign_fast import Corpus, Moments, ReAlign, SharedSpace, metrics
 from realign_fast.cli import options as opts
 from realign_fast.cli.app import ExitCode, Result
 from realign_fast.cli.main import main
-from realign_fast.cli.measure_commands import with_report
+from realign_fast.cli.result_commands import with_report
 from realign_fast.demo import DATA
 from realign_fast.frame import FixedFrame
 from realign_fast.methods import METHODS
