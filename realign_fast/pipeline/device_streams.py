@@ -3,7 +3,7 @@
 While a batch is computed, the next one is copied to the device on one stream and the result before
 it is copied back on another. Each direction has ``SLOTS`` buffers, which take turns. Events alone
 order the copies and the kernels that use one buffer, so no kernel waits for the host. Host memory
-is pinned: rows in other memory are copied into a pinned buffer first.
+is pinned: rows are copied into a pinned buffer first.
 
 Only :class:`DeviceStreams` knows CUDA, so the order of copies is also tested without a GPU.
 """
@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from ..corpus.corpus import Batch, Corpus
-from ..corpus.io_extension import io
-from ..corpus.shard import BLOCKS_AHEAD, block_rows
 from ..interface.devices import check_device
 from ..storage.read_ahead import started_ahead
 from .engines.local import worker_number
 
 SLOTS = 3  # one buffer is filled, one is computed on, one waits
-RING_BUFFERS = BLOCKS_AHEAD + SLOTS + 1  # blocks read ahead, blocks being copied, and one more
 
 Direction = Literal["in", "out"]
 Sent = tuple[Tensor, Any]  # a result on its way: its rows on the host, the event of its copy
@@ -38,30 +35,10 @@ class DeviceStreams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = {name: torch.cuda.Stream(device) for name in ("in", "out")}  # type: ignore[no-untyped-call]
-        self._ring: Any = None
-        self._ring_bytes = 0
 
     def host_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Allocate [rows, columns] of pinned memory, which is copied without a wait."""
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
-
-    def ring(self, num_bytes: int) -> Any:
-        """Return pinned buffers (``_io.Ring``) of this size, None without the native reader."""
-        if io is not None and (self._ring is None or self._ring_bytes != num_bytes):
-            self._unpin()
-            ring, runtime = io.Ring(RING_BUFFERS, num_bytes), torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for address in ring.addresses:
-                torch.cuda.check_error(runtime.cudaHostRegister(address, ring.bytes, 0))
-            self._ring, self._ring_bytes = ring, num_bytes
-        return self._ring
-
-    def _unpin(self) -> None:
-        torch.cuda.synchronize(self.device)
-        if self._ring is not None:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for address in self._ring.addresses:
-                torch.cuda.check_error(runtime.cudaHostUnregister(address))
-        self._ring = None
 
     def copy(self, direction: Direction, to: Tensor, source: Tensor, after: list[Any]) -> Any:
         """Start a copy that waits for the events ``after``; return the event of its end."""
@@ -102,17 +79,14 @@ def streams_for(device: str) -> DeviceStreams | None:
 def batches_on_device(
     streams: DeviceStreams | None, corpus: Corpus, index: int, size: int
 ) -> Iterator[Batch]:
-    """Yield the batches of shard ``index``, ``size`` rows [size, D] each, on the device.
+    """Return the batches of shard ``index``, ``size`` rows [size, D] each, on the device.
 
     The rows of a batch are valid until the next batch is taken, for kernels of the current stream.
     """
+    batches = corpus.batches(index, batch_rows=size)
     if streams is None:
-        yield from corpus.batches(index, batch_rows=size)
-        return
-    row_bytes = corpus.shards[index].row_bytes
-    ring = streams.ring(block_rows(row_bytes, size) * row_bytes)
-    batches = corpus.batches(index, batch_rows=size, ring=ring)
-    yield from copied_batches(batches, streams, size, corpus.dimension, corpus.dtype)
+        return batches
+    return copied_batches(batches, streams, size, corpus.dimension, corpus.dtype)
 
 
 def copied_batches(
@@ -120,7 +94,7 @@ def copied_batches(
 ) -> Iterator[Batch]:
     """Copy batches of at most ``size`` rows to the device ahead of their use, and yield them."""
     on_device = list(torch.empty(SLOTS, size, columns, dtype=dtype, device=streams.device))
-    pinned: dict[int, Tensor] = {}
+    pinned = [streams.host_buffer(size, columns, dtype) for _ in range(SLOTS)]
     # Of each slot, the event that its last kernels are done (at first: of the memory's last user).
     released: list[Any] = [streams.record_event()] * SLOTS
     events: deque[Any] = deque(maxlen=SLOTS)  # of the last copies, which may be in flight
@@ -128,11 +102,8 @@ def copied_batches(
     def copies() -> Iterator[tuple[Batch, int, Any]]:
         """Start the copy of one batch after another; yield each with its slot and its event."""
         for number, batch in enumerate(batches):
-            slot, rows = number % SLOTS, batch.rows
-            if not rows.is_pinned():
-                if slot not in pinned:
-                    pinned[slot] = streams.host_buffer(size, columns, dtype)
-                rows = pinned[slot][: len(rows)].copy_(rows)
+            slot = number % SLOTS
+            rows = pinned[slot][: len(batch.rows)].copy_(batch.rows)
             event = streams.copy("in", on_device[slot][: len(rows)], rows, [released[slot]])
             events.append(event)
             yield batch, slot, event

@@ -47,9 +47,6 @@ class ThreadStreams:
     def host_buffer(self, rows, columns, dtype):
         return torch.full((rows, columns), torch.nan, dtype=dtype)
 
-    def ring(self, num_bytes):
-        return None
-
     def copy(self, direction, to, source, after):
         assert (to.shape, to.dtype) == (source.shape, source.dtype)
         return self._submit(direction, lambda: to.copy_(source), after)
@@ -108,7 +105,7 @@ def test_rows_arrive_whole_and_in_order(count, seed):
 
 
 def test_memory_of_the_host_is_not_touched_after_the_batch():
-    """A batch may lie in a window that is unmapped, or a ring that is filled again."""
+    """A batch may lie in a window that is unmapped, or in memory that is filled again."""
     streams, arrived = ThreadStreams(3), []
     memory, expected = torch.empty(4, 8, D), []
 
@@ -230,29 +227,12 @@ def test_checkpoints_of_other_kernels_are_others(monkeypatch, chosen, kernel):
 
 
 @needs_gpu
-def test_rows_of_a_ring_are_pinned_and_the_same(corpora):
-    corpus, streams = Corpus(corpora[0]), streams_for("cuda")
+def test_rows_on_the_device_are_those_of_the_file(corpora):
+    corpus = Corpus(corpora[0])
     host = torch.cat([batch.rows for batch in corpus.batches(0)])
-    there = torch.cat([batch.rows.clone() for batch in batches_on_device(streams, corpus, 0, 64)])
+    arriving = batches_on_device(streams_for("cuda"), corpus, 0, 64)
+    there = torch.cat([batch.rows.clone() for batch in arriving])
     assert there.is_cuda and torch.equal(there.cpu(), host)
-    ring = streams.ring(1 << 20)
-    assert torch.frombuffer(ring.take(), dtype=torch.uint8).is_pinned()
-
-
-def test_batches_read_into_a_ring_are_those_of_the_file(corpora):
-    from realign_fast.corpus.io_extension import io
-    from realign_fast.corpus.shard import BLOCK_BYTES
-
-    if io is None:
-        pytest.skip("no native reader was built")
-    corpus, ring = Corpus(corpora[0]), io.Ring(8, BLOCK_BYTES)
-    for first, second in zip(
-        corpus.batches(batch_rows=64), corpus.batches(batch_rows=64, ring=ring), strict=True
-    ):
-        assert (first.shard, first.first) == (second.shard, second.first)
-        assert torch.equal(first.rows, second.rows)
-        address = second.rows.data_ptr()
-        assert any(start <= address < start + ring.bytes for start in ring.addresses)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "", "cuda:99"])
