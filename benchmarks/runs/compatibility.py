@@ -35,9 +35,10 @@ from realign_fast import Corpus, ReAlign
 from realign_fast.cli.main import main as realign_fast_main
 from realign_fast.corpus.convert import convert
 from realign_fast.methods import Method
-from realign_fast.pipeline.align_run import AlignRun, align
+from realign_fast.pipeline.align_run import align, align_work, execute
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.unify_run import SpaceSides, unify
+from realign_fast.storage.paths import output_path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- checks -->\n", "<!-- end of the checks -->\n"
@@ -113,9 +114,8 @@ class Workspace:
         if kind == "aligned":
             align(text, image, out, settings)
         elif kind == "applied":
-            run, aligner = AlignRun(settings), ReAlign.from_pretrained(self.aligned(form))
-            with run.output_directory(out):
-                run.finish(out, aligner, text, aligned=run.apply(aligner, text, out))
+            path, aligner = output_path(out), ReAlign.from_pretrained(self.aligned(form))
+            execute(align_work(text, None, path, settings, aligner=aligner), path, settings)
         else:
             unify(SpaceSides({"text": text, "image": image}), out, settings)
         return out

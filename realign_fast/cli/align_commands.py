@@ -45,11 +45,11 @@ def fit(options: opts.FitOptions) -> Result:
 def apply(options: opts.ApplyOptions) -> Result:
     """Align rows with an aligner that was fitted before."""
     from ..align import ReAlign
-    from ..pipeline.align_run import apply_work
+    from ..pipeline.align_run import align_work
 
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, settings = open_corpus(options, options.source, "text"), settings_from(options)
-    work = apply_work(aligner, source, output_path(options.out), settings)
+    work = align_work(source, None, output_path(options.out), settings, aligner=aligner)
     return _done(options, work, settings, _summary, [source])
 
 
@@ -61,10 +61,10 @@ def apply(options: opts.ApplyOptions) -> Result:
 )
 def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
-    from ..pipeline.unify_run import space_settings, space_work
+    from ..pipeline.unify_run import space_work
 
     check_report(report_too, is_job=opts.shard_part(options.shard)[1] > 1)
-    sides, settings = _space_sides(options), space_settings(settings_from(options))
+    sides, settings = _space_sides(options), settings_from(options)
     work = space_work(sides, output_path(options.out), settings)
     result = _done(options, work, settings, _space_summary, sides.documents.values())
     return with_report(result, options.out, options, report_too and not options.dry_run)
@@ -81,7 +81,7 @@ def _align(options: opts.FitOptions, writes: bool = True) -> Result:
 
 
 def _done(
-    options: opts.ApplyOptions | opts.FitOptions | opts.UnifyOptions,
+    options: opts.RunOptions,
     work: Work,
     settings: Settings,
     summary: Callable[[dict[str, Any]], list[str]],
@@ -102,12 +102,13 @@ def _done(
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)
     peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    lines = [*summary(report), f"{peak}; wrote {options.out}"]
+    fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
+    lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
     lines += dict.fromkeys(filter(None, map(metadata_note, written)))
     return Result(report, "\n".join(lines), has_report=True)
 
 
-def engine_from(options: opts.EngineOptions) -> Engine | None:
+def engine_from(options: opts.RunOptions) -> Engine | None:
     """Return the engine of the options, or ``None`` for the processes of ``--workers``."""
     values = {name: getattr(options, name) for name in _RAY_OPTIONS}
     of_ray = {name: value for name, value in values.items() if value not in (None, False)}
@@ -126,12 +127,12 @@ def engine_from(options: opts.EngineOptions) -> Engine | None:
     return RayTasks(**{name.removeprefix("ray_"): value for name, value in of_ray.items()})
 
 
-def settings_from(options: opts.Passes) -> Settings:
+def settings_from(options: opts.RunOptions) -> Settings:
     """Return the settings of a run; refuse a device that this machine lacks."""
     from ..interface.devices import check_device
     from ..pipeline.settings import Settings
 
-    if getattr(options, "engine", "local") == "local":  # the nodes of Ray check it themselves
+    if options.engine == "local":  # the nodes of Ray check it themselves
         check_device(options.device)
     return Settings(progress=shows_progress(options), **options.fields_of(Settings))
 
@@ -145,11 +146,11 @@ def _summary(report: dict[str, Any]) -> list[str]:
         before = f"of the rows fitted on {_number(fitted['centroid_gap'])}, of these now "
     floor = f"(statistical floor on new rows {_number(fitted['statistical_floor'])})"
     lines = [f"centroid gap {before}{_number(after)} {floor}, {method}"]
-    if "fitted_on" in report:
-        lines.append(f"fitted on {report['fitted_on']}")
     if report["sample"]:
-        errors = "means +-{target_mean_error:.1e}, scale +-{scale_error:.1e}, gap of all rows "
-        lines.append((errors + "to expect {residual_gap_error:.1e}").format(**report["sample"]))
+        errors = (
+            "means +-{target_mean_error:.1e}, gap of all rows to expect {residual_gap_error:.1e}"
+        )
+        lines.append(errors.format(**report["sample"]))
     return lines
 
 

@@ -116,21 +116,13 @@ def embed(options: opts.EmbedOptions) -> Result:
     if not paths or ("pairs" in paths and len(paths) > 1):
         raise OptionError("embed: give --images, --texts or both, or --pairs alone")
     from ..embed import Columns, EmbedSettings, embed, load_encoder, open_source
-    from ..embed.embed_output import FAILURES, RECORDS
+    from ..embed.embed_output import FAILURES
 
     columns = Columns(*(getattr(options, f"{role}_column") for role in Columns._fields))
     sources: dict[str, Any] = {
         content: open_source(path, content, columns)  # type: ignore[arg-type]
         for content, path in paths.items()
     }
-    if options.dry_run:
-        items = {content: source.total for content, source in sources.items()}
-        shards = sum(-(-total // options.shard_rows) for total in items.values())
-        finished = len(list((records_of(Path(options.out)) / RECORDS).glob("[0-9]*.json")))
-        text = ", ".join(f"{count:,} {content}" for content, count in items.items())
-        text += f" in {shards:,} shards, of which {finished:,} are there"
-        facts = {"items": items, "shards": shards, "finished_shards": finished}
-        return Result(facts, text, answer=True)
     encoder = load_encoder(
         options.model,
         options.pretrained,

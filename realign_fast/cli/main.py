@@ -182,7 +182,7 @@ def _report_error(error: BaseException, name: str, as_json: bool) -> ExitCode:
     if as_json:
         fields = {"exit_code": int(code), "kind": code.name.lower(), "message": message}
         try:
-            write(_document(name, {**getattr(error, "facts", {}), "error": fields}))
+            write(_document(name, {"error": fields}))
         except OSError as full:
             LOGGER.error(full.strerror)
     LOGGER.error(message, extra={"event": {"event": "error", "kind": code.name.lower()}})
@@ -296,7 +296,7 @@ def info(options: opts.Common) -> Result:
 
 
 @command("Results", "", "--device cuda --json")
-def check(options: opts.Common, device: opts.CheckedDevice = None) -> Result:
+def check(options: opts.Common, device: opts.Device = None) -> Result:
     """Try every kernel on a device against float64, and time those that are right."""
     from .. import device_check
     from ..interface.devices import check_device

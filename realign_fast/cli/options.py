@@ -130,8 +130,6 @@ BatchBytes = Annotated[int, _run("bytes of rows at a time; memory use is a few t
     "the last bits of a result depend on it", min=1)]
 Device = Annotated[str | None, _model("cpu, cuda or cuda:N", metavar="NAME",
     show_default="cuda if torch finds a GPU, else cpu")]
-CheckedDevice = Annotated[str | None, _run("device to check: cpu, cuda or cuda:N", metavar="NAME",
-    show_default="cuda if torch finds a GPU, else cpu")]
 DryRun = Annotated[bool, _run("print what the run would read and write, and what is finished")]
 Out = Annotated[str, _output("directory or URL (s3://, gs://) of the result", metavar="DIR",
     parser=_text(_kept))]
@@ -182,9 +180,14 @@ class Reading(Common):
     allow_pickle: Annotated[bool, _input("also read pickled lists; no code of them runs")] = False
 
 
-class Passes(Configured, Reading):
-    """Options of each pass over a corpus."""
+class RunOptions(Configured, Reading):
+    """Options of a run over shards; the bytes of a result do not depend on the engine."""
 
+    out: Out
+    shard: Shard = "1/1"
+    dry_run: DryRun = False
+    mode: Annotated[values.Mode, _run("skip shards that an earlier or killed run finished and that "
+        "are unchanged (incremental), or repeat everything (overwrite)")] = "incremental"
     bad_rows: Annotated[values.BadRows, _run("zero and non-finite rows: stop (error), leave out "
         "and write zeros (skip), count zeros as data and write NaN for the rest (keep)")] = "error"
     batch_bytes: BatchBytes = values.BATCH_BYTES
@@ -192,10 +195,6 @@ class Passes(Configured, Reading):
         "takes the next GPU) or cuda:N", metavar="NAME")] = "cpu"
     backend: Annotated[Literal["cuda", "triton", "reference", "cpu"] | None, _run("kernels to use "
         "without a test", show_default="REALIGN_FAST_BACKEND, or else those that are right")] = None
-
-
-class EngineOptions(Options):
-    """The choice of an engine, on which the bytes of a result do not depend, and its options."""
 
     engine: Annotated[Literal["local", "ray"], _engine("local processes, or Ray tasks")] = "local"
     workers: Annotated[int, _engine("local: processes that share shards and threads", min=1)] = 1
@@ -212,40 +211,19 @@ class EngineOptions(Options):
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
 
 
-class Resuming(Options):
-    """The use of earlier results."""
+class FitOptions(RunOptions):
+    """Options of ``align`` and ``fit``."""
 
-    dry_run: DryRun = False
-    mode: Annotated[values.Mode, _run("skip shards that an earlier or killed run finished and that "
-        "are unchanged (incremental), or repeat everything (overwrite)")] = "incremental"
-
-
-class MethodOptions(Options):
-    """The choice of a map."""
-
+    source: Source
+    target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--image", "--target")]
+    target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
+        show_default="that of --column")] = None
     method: Annotated[values.Method, _method(
         f"map to fit: {', '.join(get_args(values.Method))}; maps of covariances fit the shape of "
         "the target too, and may separate neighbours", metavar="NAME")] = "realign"
     shrinkage: Annotated[Any, _method("shrink the covariances towards a multiple of the identity, "
         f"by {_SHARE}", metavar="R", show_default="no shrinkage",
         parser=_number(_SHARE, lambda number: 0 <= number <= 1, "oas", "ledoit-wolf"))] = None
-
-
-class Writing(Options):
-    """The form of the written rows."""
-
-    dtype: Dtype = None
-
-
-class FitOptions(Passes, MethodOptions, Resuming, EngineOptions):
-    """Options of ``align`` and ``fit``."""
-
-    source: Source
-    target: Annotated[str, _directory(_SIDE.format("to align to", "img"), "--image", "--target")]
-    out: Out
-    target_column: Annotated[str | None, _input("column of the target's rows", metavar="NAME",
-        show_default="that of --column")] = None
-    shard: Shard = "1/1"
     fit_rows: Annotated[int | None, _method(
         "fit on N rows of each side, spread evenly, and report how far off the result may be; "
         "'all' fits on every row", parser=rows_or_all, show_default=f"all, or "
@@ -253,21 +231,22 @@ class FitOptions(Passes, MethodOptions, Resuming, EngineOptions):
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
 
 
-class AlignOptions(FitOptions, Writing):
+class AlignOptions(FitOptions):
     """Options of ``align``."""
 
+    dtype: Dtype = None
 
-class ApplyOptions(Passes, Writing, Resuming, EngineOptions):
+
+class ApplyOptions(RunOptions):
     """Options of ``apply``."""
 
     aligner: Annotated[str, _file("output of an earlier fit, or its aligner.safetensors",
         parser=_text(storage_path))]
     source: Source
-    out: Out
-    shard: Shard = "1/1"
+    dtype: Dtype = None
 
 
-class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
+class UnifyOptions(RunOptions):
     """Options of ``unify``."""
 
     text: Annotated[str | None, _directory(_SIDE.format("of texts", "text"))] = None
@@ -276,8 +255,7 @@ class UnifyOptions(Passes, Writing, Resuming, EngineOptions):
         "--space they are written as they search", show_default="such documents")] = None
     space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "
         "space.safetensors", parser=_text(storage_path))] = None
-    out: Out
-    shard: Shard = "1/1"
+    dtype: Dtype = None
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "
@@ -303,7 +281,6 @@ class EmbedOptions(Configured):
     """Options of ``embed``."""
 
     report: ClassVar[str] = "embed.json"
-    dry_run: DryRun = False
     images: Annotated[str | None, _source("image files, WebDataset .tar, parquet with bytes or "
         "paths, csv or jsonl with paths, dataset.json; or a directory of such files")] = None
     texts: Annotated[str | None, _source("texts: .txt (one a line), jsonl, csv, tsv, parquet, "

@@ -290,7 +290,6 @@ class Corpus:
         batch_rows: int | None = None,
         batch_bytes: int = 4 << 20,
         start: int = 0,
-        ring: Any = None,
         with_ids: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over batches of rows.
@@ -305,7 +304,6 @@ class Corpus:
             batch_rows: rows in a batch; None takes as many as fit in `batch_bytes`.
             batch_bytes: size of a batch in bytes.
             start: number of the first row, within `shard` if one is given, else in the corpus.
-            ring: buffers (`_io.Ring`) for the rows of files that hold them in one piece.
             with_ids: also read the ids of the rows, as text (`row_values.py` says where they are).
         Raises:
             IndexError: there is no such shard.
@@ -325,8 +323,7 @@ class Corpus:
         first_rows = {number: max(0, int(skips[number])) for number in chosen}
         numbers = [n for n in chosen if first_rows[n] < self.shards[n].num_rows]
         batches = {
-            number: self.shards[number].read(first_rows[number], batch_rows, ring)
-            for number in numbers
+            number: self.shards[number].read(first_rows[number], batch_rows) for number in numbers
         }
         if with_ids:
             return self._with_ids(batches, first_rows)

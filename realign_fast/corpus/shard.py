@@ -95,12 +95,11 @@ class Shard(ABC):
         `batch_rows` is a good size. A writable piece is given away: a batch may be a view of it.
         """
 
-    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
+    def read(self, first: int, batch_rows: int) -> Batches:
         """Yield `(row number, rows [n, D])` from row `first` on.
 
-        Batches end at multiples of `batch_rows`. Rows of a local contiguous shard lie in the
-        buffers of `ring`, if one is given. Whatever is wrong with a file that no longer has its
-        `stamp` is that it has changed.
+        Batches end at multiples of `batch_rows`. Whatever is wrong with a file that no longer has
+        its `stamp` is that it has changed.
         """
         self.check_unchanged()
         try:
@@ -206,14 +205,11 @@ class ContiguousShard(Shard):
                 raise self.changed_error()
             yield file
 
-    def read(self, first: int, batch_rows: int, ring: Any = None) -> Batches:
-        """Yield views of the mapped file, or of ranges that were read; see `Shard.read`.
-
-        With a `ring` (`_io.Ring`, of buffers for blocks) the rows lie in its buffers.
-        """
+    def read(self, first: int, batch_rows: int) -> Batches:
+        """Yield views of the mapped file, or of ranges that were read; see `Shard.read`."""
         if self.path.is_remote or not io_extension.io:
             return super().read(first, batch_rows)
-        return self._read_blocks(first, batch_rows, ring)
+        return self._read_blocks(first, batch_rows)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Return the bytes of the rows at sorted `ids`; near ones at a URL share a request."""
@@ -239,11 +235,11 @@ class ContiguousShard(Shard):
         starts = range(first, self.num_rows, step)
         return self._ranges([(row, min(row + step, self.num_rows)) for row in starts])
 
-    def _read_blocks(self, first: int, batch_rows: int, ring: Any) -> Batches:
+    def _read_blocks(self, first: int, batch_rows: int) -> Batches:
         step = block_rows(self.row_bytes, batch_rows)
         block_first = first - first % batch_rows
         with self.opened() as file, explained(self.path):
-            for start, block in self._blocks(file, block_first, step, ring):
+            for start, block in self._blocks(file, block_first, step):
                 for row in range(start, min(start + step, self.num_rows), batch_rows):
                     self._check(file, block)
                     low, high = max(row, first), min(row + batch_rows, self.num_rows)
@@ -262,20 +258,15 @@ class ContiguousShard(Shard):
                 file.pread(self.row_bytes, self.offset + row * self.row_bytes)
             raise self.changed_error()
 
-    def _blocks(
-        self, file: OpenedFile, first: int, step: int, ring: Any
-    ) -> Iterator[tuple[int, Any]]:
+    def _blocks(self, file: OpenedFile, first: int, step: int) -> Iterator[tuple[int, Any]]:
         """Yield the first row of each block, and memory that begins with it."""
         limits = self.offset + first * self.row_bytes, self.stamp[0]
         is_cached = _is_cached(file.fileno(), *limits)  # a thread only takes time then
         options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": 0 if is_cached else THREADS}
-        is_aligned = self.offset % self.dtype.itemsize == 0
-        if ring is None and not is_aligned:
-            ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, step * self.row_bytes)
-        if ring is not None:  # a direct read would keep the place of the rows within a page
-            direct = is_aligned and not is_cached
-            options |= {"ring": ring, "threads": RING_THREADS, "direct": direct}
         block_bytes = step * self.row_bytes
+        if self.offset % self.dtype.itemsize:  # not aligned: the rows are copied into buffers
+            ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, block_bytes)
+            options |= {"ring": ring, "threads": RING_THREADS, "direct": False}
         reader = io_extension.io.ShardReader(file.fileno(), *limits, block_bytes, **options)
         for row in range(first, self.num_rows, step):
             try:

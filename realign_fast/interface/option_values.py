@@ -58,12 +58,4 @@ class OptionError(ValueError):
 
 
 class UnfinishedShards(ValueError):
-    """Some shards of a pass or of a job array are not finished, and the run reads no rows.
-
-    Attributes:
-        facts: fields of the JSON document of the command, beside the error.
-    """
-
-    def __init__(self, message: str, **facts: object) -> None:
-        super().__init__(message)
-        self.facts = facts
+    """Some shards of a pass or of a job array are not finished, and the run reads no rows."""

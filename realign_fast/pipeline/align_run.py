@@ -52,7 +52,7 @@ from .output import (
     remove_reports,
 )
 from .passes import LOGGER, PassRunner
-from .sampling import Sample, measure_sample, rows_to_fit, sampling_errors
+from .sampling import measure_sample, rows_to_fit, sampling_errors
 from .settings import Settings
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
@@ -82,23 +82,23 @@ class AlignRun(PassRunner):
     earlier: dict[str, bytes] | None = None  # the reports of the run before, once they are removed
     map_of_jobs: StoragePath | None = None  # which the last run of an array removes
 
-    def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Sample]:
+    def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Moments]:
         """Measure corpora in passes that do not depend on each other.
 
         A job of an array measures its part of each, and then takes the checkpoints of all parts. If
         some are missing, an ``UnfinishedShards`` says so once all passes are done.
         """
-        samples, unfinished = [], list[UnfinishedShards]()
+        totals, unfinished = [], list[UnfinishedShards]()
         for measured in passes:
             try:
-                samples.append(self._measure(measured, covariance))
+                totals.append(self._measure(measured, covariance))
             except UnfinishedShards as error:
                 unfinished.append(error)
         if unfinished:
             raise unfinished[0]
-        return samples
+        return totals
 
-    def _measure(self, measured: Measure, covariance: bool) -> Sample:
+    def _measure(self, measured: Measure, covariance: bool) -> Moments:
         name, corpus, row_map, count = measured
         if count is not None:
             if not self.reading:
@@ -111,7 +111,7 @@ class AlignRun(PassRunner):
             reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
             task = reader.task(name, corpus, row_map, covariance=covariance)
             total = reader.run_pass(task)
-        return Sample(total, corpus.num_rows)
+        return total
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
@@ -123,27 +123,23 @@ class AlignRun(PassRunner):
         sides = ("source moments", source), ("target moments", target)
         covariance = self.settings.method in NEED_COVARIANCE
         y, x = self.measure((Measure(*side, sample=count) for side in sides), covariance)
-        aligner = self._from_moments((source, y.moments), (target, x.moments))
-        (drift,) = self.measure([Measure("source drift", source, aligner, count)])
-        aligner.record_drift(drift.moments)
-        if count:
-            self.sample = sampling_errors(y, x, drift, self.settings.seed)
-        elif residual:
-            (moved,) = self.measure([Measure("source residual", source, aligner)])
-            aligner.record_residual(moved.moments)
-        return aligner
-
-    def _from_moments(self, *sides: tuple[Corpus, Moments]) -> ReAlign:
-        for corpus, moments in sides:
+        for corpus, moments in ((source, y), (target, x)):
             if not moments.count:
                 raise ValueError(
                     f"{corpus.path}: no usable row ({moments.zero_rows} zero, "
                     f"{moments.nonfinite_rows} non-finite); embed it again"
                 )
-        y, x = (moments for _, moments in sides)
-        check_different(*sides)
-        aligner = self._fitted(y, x)
-        aligner.encoder = common_encoder(*((corpus.path, corpus.encoder) for corpus, _ in sides))
+        check_different((source, y), (target, x))
+        aligner, known = self._fitted(y, x), [(c.path, c.encoder) for c in (source, target)]
+        aligner.encoder = common_encoder(*known)
+        (drift,) = self.measure([Measure("source drift", source, aligner, count)])
+        aligner.record_drift(drift)
+        if count:
+            corpus_rows, seed = (source.num_rows, target.num_rows), self.settings.seed
+            self.sample = sampling_errors(y, x, drift, corpus_rows, seed)
+        elif residual:
+            (moved,) = self.measure([Measure("source residual", source, aligner)])
+            aligner.record_residual(moved)
         return aligner
 
     def _fitted(self, source: Moments, target: Moments) -> ReAlign:
@@ -152,19 +148,16 @@ class AlignRun(PassRunner):
         LAPACK gives other last bits on another type of processor, and with them other keys.
         """
         method, shrinkage = self.settings.method, self.settings.shrinkage
-        path = None
-        if self.records is not None and method in NEED_COVARIANCE:
-            digests = [tensor_digest(m.state_dict()).partition("=")[2] for m in (source, target)]
-            path = (
-                self.records / STATS / f"map-{method}-{shrinkage}-{'-'.join(digests)}.safetensors"
-            )
-            if path.exists():
-                self.map_of_jobs = path
-                return ReAlign.load(path)
-        aligner = ReAlign.from_moments(source, target, method=method, shrinkage=shrinkage)
-        if path is None or self.part[1] == 1:
-            return aligner
-        aligner.save(path)
+        digests = [tensor_digest(m.state_dict()).partition("=")[2] for m in (source, target)]
+        name = f"map-{method}-{shrinkage}-{'-'.join(digests)}.safetensors"
+        path = self.records / STATS / name if self.records else None
+        if path is None or method not in NEED_COVARIANCE or not path.exists():
+            aligner = ReAlign.from_moments(source, target, method=method, shrinkage=shrinkage)
+            is_job = self.part[1] > 1 and self.reading and method in NEED_COVARIANCE
+            if path is None or not is_job:
+                return aligner
+            aligner.save(path)
+        self.map_of_jobs = path
         return ReAlign.load(path)  # another job may have written its own meanwhile
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
@@ -215,28 +208,6 @@ class AlignRun(PassRunner):
             has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
             result.corpus.finish(out / result.folder, keeps_columns=has_columns)
         return moments
-
-    def finish(
-        self,
-        out: StoragePath,
-        aligner: ReAlign,
-        source: Corpus,
-        target: Corpus | None = None,
-        aligned: Moments | None = None,
-    ) -> dict[str, Any]:
-        """Write the manifest and then the report of what was done; return the report."""
-        report: dict[str, Any] = {"source": shape_of(source)}
-        if target is not None:
-            report["target"] = shape_of(target)
-            report["fitted_on"] = rows_to_fit(self.settings, source, target)[1]
-        if aligned is not None:
-            report["result"] = {"centroid_gap": None, "trace": None}
-            if aligned.count:  # else no row has a direction
-                gap = float((aligned.mean - aligner.target_mean).norm())
-                report["result"] = {"centroid_gap": gap, "trace": aligned.trace}
-        names = "bad_rows", "batch_bytes", "method", "shrinkage"
-        report |= {"fitted": aligner.record, "sample": self.sample}
-        return self.write_report(out, names, map_hash(aligner), report)
 
     def write_report(
         self, out: StoragePath, options: Sequence[str], made_by: str | None, facts: dict[str, Any]
@@ -350,49 +321,59 @@ def align(
 
 
 def align_work(
-    source: Corpus, target: Corpus, out: StoragePath, settings: Settings, writes: bool = True
+    source: Corpus,
+    target: Corpus | None,
+    out: StoragePath,
+    settings: Settings,
+    writes: bool = True,
+    aligner: ReAlign | None = None,
 ) -> Work:
-    """Return the work of ``align`` or (without ``writes``) of ``fit``; refuse sides or output."""
-    results = [Written(source, source.subfolder)]
-    if writes:
-        check_output(out, results, settings, [target])
-    else:
-        check_place(out, source, target)
-        check_kept(out, results, settings.mode)
-    check_columns(source, target)
-    count, _ = rows_to_fit(settings, source, target)
-    sides = ("source moments", source), ("target moments", target), ("source drift", source)
-    measures = [Measure(*side, sample=count) for side in sides]
-    if not writes and not count:
-        measures.append(Measure("source residual", source))
+    """Return the work of ``align``; refuse sides or an output.
 
-    def finish(run: AlignRun, aligner: Any, written: list[Moments]) -> dict[str, Any]:
+    Without ``writes`` it is that of ``fit``, and with an ``aligner`` and no target of ``apply``.
+    """
+    results, others = [Written(source, source.subfolder)], [target] if target is not None else []
+    if writes:
+        check_output(out, results, settings, others)
+    else:
+        check_place(out, source, *others)
+        check_kept(out, results, settings.mode)
+    measures, fitted_on = list[Measure](), ""
+    if target is not None:
+        check_columns(source, target)
+        count, fitted_on = rows_to_fit(settings, source, target)
+        sides = ("source moments", source), ("target moments", target), ("source drift", source)
+        measures = [Measure(*side, sample=count) for side in sides]
+        if not writes and not count:
+            measures.append(Measure("source residual", source))
+
+    def fit(run: AlignRun) -> ReAlign:
+        """Return the given aligner, or fit one."""
+        if aligner is not None:
+            return aligner
+        assert target is not None
+        return run.fit(source, target, residual=not writes)
+
+    def finish(run: AlignRun, fitted: Any, written: list[Moments]) -> dict[str, Any]:
         """Write the aligner, which knows its residual now, the manifest and the report."""
+        report: dict[str, Any] = {"source": shape_of(source)}
+        if target is not None:
+            report |= {"target": shape_of(target), "fitted_on": fitted_on}
         for moments in written:
-            aligner.record_residual(moments)
-        aligner.save(records_of(out) / ALIGNER)
+            report["result"] = {"centroid_gap": None, "trace": None}
+            if moments.count:  # else no row has a direction
+                gap = float((moments.mean - fitted.target_mean).norm())
+                report["result"] = {"centroid_gap": gap, "trace": moments.trace}
+            if aligner is None:
+                fitted.record_residual(moments)
+        fitted.save(records_of(out) / ALIGNER)
         if run.map_of_jobs:
             run.map_of_jobs.unlink()
-        return run.finish(out, aligner, source, target, *written)
+        report |= {"fitted": fitted.record, "sample": run.sample}
+        options = "bad_rows", "batch_bytes", "method", "shrinkage"
+        return run.write_report(out, options, map_hash(fitted), report)
 
-    return Work(
-        measures,
-        results if writes else [],
-        lambda run: run.fit(source, target, residual=not writes),
-        finish,
-    )
-
-
-def apply_work(aligner: ReAlign, source: Corpus, out: StoragePath, settings: Settings) -> Work:
-    """Return the work of ``apply``; refuse an output."""
-    results = [Written(source, source.subfolder)]
-    check_output(out, results, settings)
-    return Work(
-        [],
-        results,
-        lambda run: aligner,
-        lambda run, _, written: run.finish(out, aligner, source, aligned=written[0]),
-    )
+    return Work(measures, results if writes else [], fit, finish)
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:

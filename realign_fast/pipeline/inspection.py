@@ -32,11 +32,8 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
     """
     rows = sample_rows(corpus, sample, seed)
     moments = Moments().update(rows, bad_rows="skip")
-    norms = rows[good_rows(rows)].double().norm(dim=1)
-    of_usable: dict[str, Any] = {"norms": None, "mean_norm": None, "trace": None}
-    if moments.count:
-        of_usable["norms"] = [float(f(norms)) for f in (torch.min, torch.mean, torch.max)]
-        of_usable |= {"mean_norm": float(moments.mean.norm()), "trace": moments.trace}
+    norms, is_usable = rows[good_rows(rows)].double().norm(dim=1), moments.count > 0
+    spread = [float(f(norms)) for f in (torch.min, torch.mean, torch.max)] if is_usable else None
     return shape_of(corpus) | {
         "format": corpus.format,
         "layout": corpus.layout,
@@ -45,27 +42,23 @@ def inspect(corpus: Corpus, sample: int = 10_000, seed: int = 0) -> dict[str, An
             "seed": seed,
             "zero_rows": moments.zero_rows,
             "nonfinite_rows": moments.nonfinite_rows,
-            **of_usable,
+            "norms": spread,
+            "mean_norm": float(moments.mean.norm()) if is_usable else None,
+            "trace": moments.trace if is_usable else None,
         },
     }
 
 
 def format_facts(facts: dict[str, Any]) -> str:
     """Format what :func:`inspect` returns as lines of text."""
-    sample = facts["sample"]
-    norms, mean_norm, trace = (sample[name] for name in ("norms", "mean_norm", "trace"))
-    lines = {
-        "path": facts["path"],
-        "format": f"{facts['format']}, {facts['layout']}",
-        "rows": f"{facts['rows']:,} x {facts['dimension']} {facts['dtype']}",
-        "shards": f"{facts['shards']:,}, {facts['bytes'] / 1e9:.3f} GB of rows",
-        "sample": f"{sample['rows']:,} rows, seed {sample['seed']}",
-        "bad rows": f"{sample['zero_rows']} zero, {sample['nonfinite_rows']} non-finite",
-        "norms": "n/a (least, mean, greatest)",
-        "mean": "of norm n/a, trace n/a (of unit rows)",
-    }
-    if norms is not None:
-        least, mean, greatest = norms
-        lines["norms"] = f"{least:.4g} .. {mean:.4g} .. {greatest:.4g} (least, mean, greatest)"
-        lines["mean"] = f"of norm {mean_norm:.6f}, trace {trace:.6f} (of unit rows)"
-    return "\n".join(f"{name:9} {text}" for name, text in lines.items())
+    sample = {f"sample {name}": value for name, value in facts["sample"].items()}
+    values = {name: value for name, value in (facts | sample).items() if name != "sample"}
+    return "\n".join(f"{name.replace('_', ' '):22} {_text(v)}" for name, v in values.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):  # least, mean, greatest
+        return " .. ".join(map(_text, value))
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return "n/a" if value is None else str(value)

@@ -137,12 +137,6 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
                 )
 
 
-def format_bytes(count: int) -> str:
-    """Format a number of bytes in the largest unit of which it is at least one."""
-    units = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
-    return next((f"{count / n:.1f} {unit}" for unit, n in units if count >= n), f"{count} bytes")
-
-
 def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:
     """Refuse shards in ``out`` that are not those of earlier runs on these sources."""
     expected = {

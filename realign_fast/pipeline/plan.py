@@ -11,12 +11,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from tqdm import tqdm
+
 from ..align import ReAlign
 from ..interface.option_values import UnfinishedShards
 from ..shared_space import SharedSpace
 from ..storage.paths import StoragePath, records_of
 from .align_run import AlignRun, Fitted, Work, checked_maps
-from .output import ALIGNER, SPACE, format_bytes
+from .output import ALIGNER, SPACE
 from .settings import Settings
 
 
@@ -64,14 +66,19 @@ def plan(
     return {"passes": passes} | {name: sum(step[name] for step in passes) for name in names}
 
 
+def _size(num_bytes: int) -> str:
+    size: str = tqdm.format_sizeof(num_bytes, "B")
+    return size
+
+
 def format_plan(plan: dict[str, Any]) -> str:
     """Return a plan as text."""
     lines = []
     for step in [*plan["passes"], plan | {"name": "in all"}]:
         before = step["finished_before"]
         lines.append(
-            f"{step['name']:16} {step['rows']:>15,} rows  {format_bytes(step['bytes_read']):>10} "
-            f"read  {format_bytes(step['bytes_written']):>10} written"
+            f"{step['name']:16} {step['rows']:>15,} rows  {_size(step['bytes_read']):>8} read  "
+            f"{_size(step['bytes_written']):>8} written"
             + f"  ({before:,} rows are finished)"
             * bool(before)
         )

@@ -9,7 +9,6 @@ rows thus fix a map to 1e-3 however large the corpus is; the paper finds 10^4 ro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,42 +20,6 @@ from ..moments import Moments, good_rows
 from .checkpoints import AnyMap
 from .passes import PassRunner
 from .settings import Settings
-
-_BLOCKS = 20  # blocks of the delete-one jackknife
-
-
-@dataclass
-class Sample:
-    """The moments of a sample of a corpus of ``corpus_rows`` rows, or of all its rows.
-
-    ``blocks`` holds count, sum [D] float64 and sum of squared norms of each block of the sample,
-    for a jackknife of means and traces.
-    """
-
-    moments: Moments
-    corpus_rows: int
-    blocks: list[tuple[int, torch.Tensor, float]] = field(default_factory=list)
-
-    @property
-    def finite_correction(self) -> float:
-        """``sqrt(1 - n / N)``, the factor of a sample without replacement."""
-        return math.sqrt(max(0.0, 1 - self.moments.count / max(self.corpus_rows, 1)))
-
-    @property
-    def mean_error(self) -> float:
-        """Expected distance between the mean of the sample and the mean of the corpus."""
-        return math.sqrt(self.moments.trace / self.moments.count) * self.finite_correction
-
-    def log_trace_error(self) -> float:
-        """Return the standard error of ``log T``, by leaving out one block at a time."""
-        counts, sums, energies = zip(*self.blocks, strict=True)
-        count, total, energy = sum(counts), sum(sums, torch.tensor(0.0)), sum(energies)
-        logs = []
-        for n, block_sum, squares in self.blocks:
-            remaining = count - n
-            mean = (total - block_sum) / remaining
-            logs.append(math.log(float((energy - squares) / remaining - mean @ mean)))
-        return self.finite_correction * math.sqrt((len(logs) - 1) * float(np.var(logs)))
 
 
 def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
@@ -80,7 +43,7 @@ def measure_sample(
     count: int,
     covariance: bool,
     row_map: AnyMap | None,
-) -> Sample:
+) -> Moments:
     """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
 
     They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
@@ -89,41 +52,39 @@ def measure_sample(
     settings, through = run.settings, row_map.row_map if row_map else None
     ids = sample_ids(corpus.num_rows, count, settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
-    total, blocks = Moments(covariance, accurate=covariance), []
-    num_blocks = min(_BLOCKS, max(1, len(ids) // 2))
+    total = Moments(covariance, accurate=covariance)
     with run.timed_pass(name, corpus, len(ids), total) as advance:
-        for block in range(num_blocks):
-            moments = Moments(covariance, accurate=covariance)
-            block_ids = ids[block::num_blocks]
-            for first in range(0, len(block_ids), size):
-                batch_ids = block_ids[first : first + size]
-                rows = corpus.take(batch_ids)
-                if settings.bad_rows == "error":
-                    _check_rows(corpus, batch_ids, rows)
-                moments.update(rows, through=through, bad_rows=settings.bad_rows)
-                advance(len(rows))
-            total.merge(moments)
-            if n := moments.count:
-                blocks.append((n, moments.mean * n, moments.energy * n))
-    return Sample(total, corpus.num_rows, blocks)
+        for first in range(0, len(ids), size):
+            batch_ids = ids[first : first + size]
+            rows = corpus.take(batch_ids)
+            if settings.bad_rows == "error":
+                _check_rows(corpus, batch_ids, rows)
+            total.update(rows, through=through, bad_rows=settings.bad_rows)
+            advance(len(rows))
+    return total
 
 
-def sampling_errors(source: Sample, target: Sample, drift: Sample, seed: int) -> dict[str, Any]:
+def sampling_errors(
+    source: Moments, target: Moments, drift: Moments, corpus_rows: tuple[int, int], seed: int
+) -> dict[str, Any]:
     """Return sample sizes, seed and standard errors for the report.
 
-    ``scale_error`` is the error of ``sqrt(T_x / T_y)``. ``residual_gap_error`` is the distance to
+    An error of a mean is its expected distance from the mean of all rows, of which there are
+    ``corpus_rows`` of the source and of the target. ``residual_gap_error`` is the distance to
     expect between the mean of all aligned rows and the mean of all target rows.
     """
-    logs = math.hypot(source.log_trace_error(), target.log_trace_error()) / 2
-    scale = math.sqrt(target.moments.trace / source.moments.trace)
+    rows, target_rows = corpus_rows
+    samples = (source, rows), (target, target_rows), (drift, rows)
+    source_error, target_error, drift_error = (
+        math.sqrt(max(0.0, 1 - m.count / total) * m.trace / m.count) for m, total in samples
+    )
     return {
         "seed": seed,
-        "source_rows": source.moments.count,
-        "target_rows": target.moments.count,
-        "source_mean_error": source.mean_error,
-        "target_mean_error": target.mean_error,
-        "scale_error": scale * logs,
-        "residual_gap_error": math.hypot(drift.mean_error, target.mean_error),
+        "source_rows": source.count,
+        "target_rows": target.count,
+        "source_mean_error": source_error,
+        "target_mean_error": target_error,
+        "residual_gap_error": math.hypot(drift_error, target_error),
     }
 
 

@@ -8,7 +8,6 @@ other processes.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -153,12 +152,13 @@ class ShardTask:
         if row_map is not None and streams is not None:
             row_map = copy.deepcopy(row_map).to(streams.device)
         dtype = self.settings.result_dtype(self.corpus)
-        through = None
+        through: Any = None
         if isinstance(row_map, ReAlign) or (row_map is not None and writer is None):
             through = row_map.row_map
-        maps_once = writer is not None and self._has_products(through, dtype)
+        # Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
+        maps_once = through is not None and not dtype == torch.float64 != self.corpus.dtype
+        maps_once = maps_once and (callable(through) or through[0].dim() > 0)
         buffers = ResultBuffers(streams, size if writer else 0, self.columns, dtype)
-        writes: deque[Future[None]] = deque()
 
         def write(sent: Sent, writer: FormatWriter) -> None:
             """Write a result once its rows are on the host."""
@@ -167,30 +167,31 @@ class ShardTask:
             writer.write(rows)
             total = checksum(rows, total)
 
-        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+        def begun_writes(disk: ThreadPoolExecutor) -> Iterator[Future[None]]:
+            """Measure and map one batch after another, and begin to write each."""
             for batch in batches_on_device(streams, self.corpus, index, size):
                 rows = batch.rows
-                if len(writes) == buffers.slots:
-                    writes.popleft().result()
-                result = buffers.next(len(rows)) if writer is not None else None
-                mapping = through
-                if result is not None and maps_once:
-                    mapping = mapped_into(through, result)
-                has_bad_row = self._update(moments, shard, batch, mapping)
-                if result is not None and writer is not None:
-                    try:
-                        if has_bad_row or not maps_once:
-                            row_map(rows, out=result)
-                    except ValueError as error:
-                        raise ValueError(f"{shard.path}: {error}") from error
-                    if has_bad_row and self.settings.bad_rows == "skip":
-                        result[~good_rows(rows)] = 0
-                    writes.append(disk.submit(write, buffers.send(len(rows)), writer))
                 if self.advance:
                     self.advance(len(rows))
-            while writes:
-                writes.popleft().result()
-            return moments.to("cpu"), total
+                if writer is None:
+                    self._update(moments, shard, batch, through)
+                    continue
+                result = buffers.next(len(rows))
+                mapping = mapped_into(through, result) if maps_once else through
+                has_bad_row = self._update(moments, shard, batch, mapping)
+                try:
+                    if has_bad_row or not maps_once:
+                        row_map(rows, out=result)
+                except ValueError as error:
+                    raise ValueError(f"{shard.path}: {error}") from error
+                if has_bad_row and self.settings.bad_rows == "skip":
+                    result[~good_rows(rows)] = 0
+                yield disk.submit(write, buffers.send(len(rows)), writer)
+
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+            for written in started_ahead(begun_writes(disk), buffers.slots):
+                written.result()
+        return moments.to("cpu"), total
 
     def _update(self, moments: Moments, shard: Shard, batch: Batch, through: Any) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
@@ -202,16 +203,6 @@ class ShardTask:
             check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
             raise
         return moments.zero_rows + moments.nonfinite_rows > earlier
-
-    def _has_products(self, through: Any, dtype: torch.dtype) -> bool:
-        """Return whether the rows that are measured can be rounded to a result of ``dtype``.
-
-        Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
-        """
-        has_more_digits = dtype == torch.float64 != self.corpus.dtype
-        if through is None or has_more_digits:
-            return False
-        return callable(through) or through[0].dim() > 0
 
     def _expected_rows(self, moments: Moments) -> Entry:
         """Return how many rows of the result are zero and how many are NaN."""

@@ -7,8 +7,8 @@ names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_em
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -54,27 +54,23 @@ class SpaceSides:
         queries = {} if self.queries is None else {self.query_role + QUERIES: self.queries}
         return {**self.documents, **queries}
 
-    def results(self, out: StoragePath, settings: Settings) -> list[Written]:
-        """Return the corpora that are written; refuse an output that cannot hold them."""
+    def results(self) -> list[Written]:
+        """Return the corpora that are written."""
         written = self.documents if self.space is None else self.corpora
         modalities = [*(self.space.sides if self.space else self.documents)]
         if self.query_role not in modalities:
             known = ", ".join(modalities)
             raise OptionError(f"query-role: {self.query_role!r} is none of {known}; give one")
-        wide = (self.space or self).layout == "blocks"
-        results = [
+        is_wide = (self.space or self).layout == "blocks"
+        return [
             Written(
                 corpus,
                 FOLDERS.get(role, FOLDERS["queries"]),
                 f"apply {role}",
-                corpus.dimension * len(modalities) if wide else None,
+                corpus.dimension * len(modalities) if is_wide else None,
             )
             for role, corpus in written.items()
         ]
-        check_output(out, results, settings)
-        if self.queries is not None:
-            check_place(out, self.queries)
-        return results
 
 
 def unify(
@@ -86,26 +82,11 @@ def unify(
 ) -> dict[str, Any]:
     """Write corpora as documents of one index into ``out``, with its space; return the report.
 
-    Args:
-        sides: the corpora, and the space or how it is fitted: on ``settings.fit_rows`` rows of each
-            modality, by default ``SPACE_ROWS``, 0 is every row.
-        out: a directory or a URL.
-        settings: the options of the run.
-        engine: takes the place of ``settings.workers``, such as :class:`.ray_driver.RayTasks`.
-        part: ``(i, n)`` is job i (from 0) of an array of n. It returns what it did and the command
-            that is ``next``.
-
-    Raises:
-        ValueError, TypeError, OSError: a file, a row or the output directory is refused; the
-            message says which one and what to do.
+    A space is fitted on ``settings.fit_rows`` rows of each side, by default ``SPACE_ROWS``; 0 is
+    every row. The other arguments and the errors are those of :func:`.align_run.align`.
     """
-    settings, directory = space_settings(settings), output_path(out)
+    directory = output_path(out)
     return execute(space_work(sides, directory, settings), directory, settings, engine, part)
-
-
-def space_settings(settings: Settings) -> Settings:
-    """Return the settings of a run that fits a space."""
-    return settings if settings.fit_rows is not None else replace(settings, fit_rows=SPACE_ROWS)
 
 
 def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
@@ -113,41 +94,51 @@ def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
 
     Its measures are without the passes of an automatic choice to centre.
     """
-    results = sides.results(out, settings)
+    results = sides.results()
+    check_output(out, results, settings)
+    if sides.queries is not None:
+        check_place(out, sides.queries)
     known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]
     encoder = common_encoder(("the space", sides.space.encoder if sides.space else None), *known)
-    statistics = ["moments", "centred"][: 1 + (sides.method not in ("auto", "calibrate"))]
-    measures = [
-        Measure(f"{name} {kind}", corpus, sample=sample_of(settings, corpus))
-        for kind in (statistics if sides.space is None else ())
-        for name, corpus in sides.corpora.items()
-    ]
+    fit_rows = SPACE_ROWS if settings.fit_rows is None else settings.fit_rows
+
+    def passes(statistics: str, centring: Mapping[str, RoleMap]) -> list[Measure]:
+        """Return a pass over each corpus, or over a sample of its rows if it has more."""
+        return [
+            Measure(
+                f"{name} {statistics}",
+                corpus,
+                centring.get(name),
+                fit_rows if 0 < fit_rows < corpus.num_rows else None,
+            )
+            for name, corpus in sides.corpora.items()
+        ]
 
     def fit(run: AlignRun) -> SharedSpace:
         """Return the given space, or fit one."""
         if sides.space is not None:
             return sides.space
-        space = fit_space(run, sides)
+        space = _fit(run, sides, passes)
         space.encoder = encoder
         return space
 
     def finish(run: AlignRun, space: Any, _: list[Moments]) -> dict[str, Any]:
         """Write the manifest and the report."""
         report: dict[str, Any] = {name: shape_of(c) for name, c in sides.corpora.items()}
-        report |= {"space": space.record, "fit_rows": settings.fit_rows}
+        report |= {"space": space.record, "fit_rows": fit_rows}
         made_by = digest(records_of(out) / SPACE)
         return run.write_report(out, ("bad_rows", "batch_bytes"), made_by, report)
 
-    return Work(measures, results, fit, finish)
+    centres = sides.method not in ("auto", "calibrate")
+    measures = passes("moments", {}) + (passes("centred", {}) if centres else [])
+    return Work(measures if sides.space is None else [], results, fit, finish)
 
 
-def sample_of(settings: Settings, corpus: Corpus) -> int | None:
-    """Return how many rows of a side are measured; None is all rows, with checkpoints."""
-    count = settings.fit_rows
-    return count if count and count < corpus.num_rows else None
-
-
-def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
+def _fit(
+    run: AlignRun,
+    sides: SpaceSides,
+    passes: Callable[[str, Mapping[str, RoleMap]], list[Measure]],
+) -> SharedSpace:
     """Fit a space in passes of ``run``; a job of an array may have to wait for others first."""
     first, *later_corpora = sides.corpora.values()
     for corpus in later_corpora:
@@ -158,7 +149,18 @@ def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
         """Return the moments of rows, or those about their means."""
         statistics = "moments" if centre is None else "centred"
         if statistics not in known:
-            known[statistics] = _measure_all(run, sides, statistics, known.get("moments", {}))
+            centring = {
+                side: RoleMap(own.mean, True, {0: 1.0}, own.dimension)
+                for side, own in known.get("moments", {}).items()
+            }
+            totals = run.measure(passes(statistics, centring), covariance=True)
+            known[statistics] = dict(zip(sides.corpora, totals, strict=True))
+            for side, corpus in sides.corpora.items():
+                expect_rows(f"{corpus.path}: the {side} side", known[statistics][side])
+            if centre is None:
+                pairs = ((own, known[statistics][side]) for side, own in sides.documents.items())
+                for one_side, other_side in combinations(pairs, 2):
+                    check_different(one_side, other_side)
         return known[statistics][name]
 
     return SharedSpace.from_passes(
@@ -169,28 +171,3 @@ def fit_space(run: AlignRun, sides: SpaceSides) -> SharedSpace:
         layout=sides.layout,
         method=sides.method,
     )
-
-
-def _measure_all(
-    run: AlignRun, sides: SpaceSides, statistics: str, centres: Mapping[str, Moments]
-) -> dict[str, Moments]:
-    """Measure each corpus, or a sample of it if it is larger; return the moments by name.
-
-    The rows are centred at the means of ``centres``, if there are any.
-    """
-    centring = {
-        name: RoleMap(own.mean, True, {0: 1.0}, own.dimension) for name, own in centres.items()
-    }
-    passes = [
-        Measure(f"{name} {statistics}", corpus, centring.get(name), sample_of(run.settings, corpus))
-        for name, corpus in sides.corpora.items()
-    ]
-    samples = run.measure(passes, covariance=True)
-    measured = {name: sample.moments for name, sample in zip(sides.corpora, samples, strict=True)}
-    for name, corpus in sides.corpora.items():
-        expect_rows(f"{corpus.path}: the {name} side", measured[name])
-    if not centres:
-        pairs = ((corpus, measured[name]) for name, corpus in sides.documents.items())
-        for one_side, other_side in combinations(pairs, 2):
-            check_different(one_side, other_side)
-    return measured

@@ -75,8 +75,9 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
     fitted = _fitted_map(records, is_space, manifest["aligner"], faults)
     known: dict[StoragePath, set[str]] = {out: set()}  # the names of shards by folder
     for name, record in written.items():
-        facts, row_map = record["facts"], None
-        if fitted:
+        facts: dict[str, Any] = record["facts"]
+        row_map: AnyMap | None = None
+        if fitted is not None:
             with suppress(ValueError):  # a modality that the space lacks
                 row_map = map_of(fitted, name)
             if (present := map_hash(row_map)) != facts["map"]:
@@ -133,7 +134,7 @@ def _fitted_map(
         faults.append(f"{path}: missing")
         return None
     try:
-        fitted = SharedSpace.load(path) if is_space else ReAlign.load(path)
+        fitted: Fitted = SharedSpace.load(path) if is_space else ReAlign.load(path)
     except ValueError as error:  # it names the file
         faults.append(str(error))
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 
@@ -42,7 +42,7 @@ def paired_rows(
         raise ValueError(f"{paths}: {counts[0]} and {counts[1]} rows, expected pairs in one order")
     count = counts[0] if pairs is None else len(pairs)
     chosen = [pairs[n] if pairs else (n, n) for n in spread(count, sample)]
-    numbers = zip(*chosen, strict=True) if chosen else [(), ()]
+    numbers: Iterable[tuple[int, ...]] = zip(*chosen, strict=True) if chosen else [(), ()]
     taken = [side.take([*own]) for side, own in zip(sides, numbers, strict=True)]
     keep = good_rows(taken[0]) & good_rows(taken[1])
     rows = [unit(side[keep].double()) for side in taken]

@@ -144,7 +144,7 @@ class Output:
         self._open_source(side, record, shape["path"])
         if "folder" in facts:
             self._open_result(side, record)
-        if side.source or side.result:
+        if (side.source or side.result) is not None:
             return self._filled(side, sample_ids(total, sample, seed))
         return side
 

@@ -19,11 +19,12 @@ from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
 from realign_fast.corpus.convert import convert
 from realign_fast.moments import Moments
-from realign_fast.pipeline.align_run import AlignRun, align
-from realign_fast.pipeline.plan import plan_align
+from realign_fast.pipeline.align_run import AlignRun, align, align_work
+from realign_fast.pipeline.plan import plan
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import ShardTask
 from realign_fast.pipeline.verify import verify
+from realign_fast.storage.paths import output_path
 
 QUIET = Settings(progress=False)
 D = 24
@@ -76,6 +77,11 @@ def corpora(tmp_path):
     text, image = rows_of(sum(SHARDS), 1), rows_of(400, 2)
     folders = write_corpus(tmp_path / "text", text), write_corpus(tmp_path / "image", image, [400])
     return *folders, text, image
+
+
+def plan_align(source, target, out, settings):
+    out = output_path(out)
+    return plan(align_work(source, target, out, settings), out, settings)
 
 
 def names(folder):
