@@ -169,6 +169,7 @@ class AlignRun(PassRunner):
         """
         directory, results = output_path(out), [Written(source, source.subfolder)]
         check_output(directory, results, self.settings)
+        checked_maps(aligner, results)
         with self.output_directory(directory):
             (moments,) = self.write_all(aligner, results, directory)
             return moments
@@ -339,6 +340,8 @@ def align_work(
         check_place(out, source, *others)
         check_kept(out, results, settings.mode)
     measures, fitted_on = list[Measure](), ""
+    if aligner is not None:
+        check_columns(source, aligner)
     if target is not None:
         check_columns(source, target)
         count, fitted_on = rows_to_fit(settings, source, target)

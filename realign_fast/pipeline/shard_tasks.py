@@ -8,6 +8,7 @@ other processes.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,7 +29,6 @@ from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
-from ..storage.read_ahead import started_ahead
 from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
 from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
 from .settings import Settings
@@ -188,15 +188,20 @@ class ShardTask:
                     result[~good_rows(rows)] = 0
                 yield disk.submit(write, buffers.send(len(rows)), writer)
 
+        writes: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for written in started_ahead(begun_writes(disk), buffers.slots):
-                written.result()
+            for begun in begun_writes(disk):
+                writes.append(begun)
+                if len(writes) == buffers.slots:
+                    writes.popleft().result()
+            while writes:
+                writes.popleft().result()
         return moments.to("cpu"), total
 
     def _update(self, moments: Moments, shard: Shard, batch: Batch, through: Any) -> bool:
         """Add a batch to ``moments``, and return whether it has a bad row."""
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
-        place = {"where": str(shard.path), "first_row": batch.first}
+        place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
         try:
             moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
         except ValueError:
@@ -247,6 +252,10 @@ def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[Sha
     for it.
     """
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        results = (disk.submit(task.start(index)) for index in shards)
-        for result in started_ahead(results, 2):
-            yield result.result()
+        results: deque[Future[ShardResult]] = deque()
+        for index in shards:
+            results.append(disk.submit(task.start(index)))
+            if len(results) == 2:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
