@@ -26,11 +26,9 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --shard 3/100")
-def align(options: opts.AlignOptions, report_too: opts.WithReport = False) -> Result:
+def align(options: opts.AlignOptions) -> Result:
     """Fit a map and write the source rows aligned by it."""
-    check_report(report_too, is_job=opts.shard_part(options.shard)[1] > 1)
-    result = _align(options)
-    return with_report(result, options.out, options, report_too and not options.dry_run)
+    return _align(options)
 
 
 @command("Align", _SIDES)
@@ -59,15 +57,13 @@ def apply(options: opts.ApplyOptions) -> Result:
     f"{_SIDES} --queries QUERIES --layout blocks",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
-def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
+def unify(options: opts.UnifyOptions) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.unify_run import space_work
 
-    check_report(report_too, is_job=opts.shard_part(options.shard)[1] > 1)
     sides, settings = _space_sides(options), settings_from(options)
     work = space_work(sides, output_path(options.out), settings)
-    result = _done(options, work, settings, _space_summary, sides.documents.values())
-    return with_report(result, options.out, options, report_too and not options.dry_run)
+    return _done(options, work, settings, _space_summary, sides.documents.values())
 
 
 def _align(options: opts.FitOptions, writes: bool = True) -> Result:
@@ -95,6 +91,8 @@ def _done(
     from ..pipeline.plan import format_plan, plan
 
     out, part = output_path(options.out), opts.shard_part(options.shard)
+    has_page = getattr(options, "report_too", False)
+    check_report(has_page, is_job=part[1] > 1)
     if options.dry_run:
         planned = plan(work, out, settings, part)
         return Result(planned, format_plan(planned), answer=True)
@@ -105,7 +103,8 @@ def _done(
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
     lines += dict.fromkeys(filter(None, map(metadata_note, written)))
-    return Result(report, "\n".join(lines), has_report=True)
+    result = Result(report, "\n".join(lines), has_report=True)
+    return with_report(result, options.out, options, has_page)
 
 
 def engine_from(options: opts.RunOptions) -> Engine | None:

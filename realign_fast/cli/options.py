@@ -235,6 +235,7 @@ class AlignOptions(FitOptions):
     """Options of ``align``."""
 
     dtype: Dtype = None
+    report_too: WithReport = False
 
 
 class ApplyOptions(RunOptions):
@@ -256,6 +257,7 @@ class UnifyOptions(RunOptions):
     space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "
         "space.safetensors", parser=_text(storage_path))] = None
     dtype: Dtype = None
+    report_too: WithReport = False
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "

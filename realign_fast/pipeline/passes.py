@@ -84,9 +84,6 @@ class PassRunner:
     def output_directory(self, out: AnyPath) -> Iterator[None]:
         """Keep checkpoints in ``out`` and lock it, so that no other process works on it."""
         out = output_path(out)
-        if self.out == out:
-            yield
-            return
         (index, parts), records = self.part, records_of(out)
         has_workers = self.settings.workers > 1 or self.engine not in (None, map)
         if has_workers and str(out).startswith("memory:"):

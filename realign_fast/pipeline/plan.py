@@ -66,19 +66,14 @@ def plan(
     return {"passes": passes} | {name: sum(step[name] for step in passes) for name in names}
 
 
-def _size(num_bytes: int) -> str:
-    size: str = tqdm.format_sizeof(num_bytes, "B")
-    return size
-
-
 def format_plan(plan: dict[str, Any]) -> str:
     """Return a plan as text."""
-    lines = []
+    lines, size = list[str](), tqdm.format_sizeof
     for step in [*plan["passes"], plan | {"name": "in all"}]:
         before = step["finished_before"]
         lines.append(
-            f"{step['name']:16} {step['rows']:>15,} rows  {_size(step['bytes_read']):>8} read  "
-            f"{_size(step['bytes_written']):>8} written"
+            f"{step['name']:16} {step['rows']:>15,} rows  {size(step['bytes_read'], 'B'):>8} read  "
+            f"{size(step['bytes_written'], 'B'):>8} written"
             + f"  ({before:,} rows are finished)"
             * bool(before)
         )
