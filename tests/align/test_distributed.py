@@ -20,8 +20,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import realign_fast
-from realign_fast import Moments, ReAlign
+from realign_fast import Moments, ReAlign, SharedSpace
 
+ROOT = Path(__file__).parents[2]
+SIDES = "text", "image"
 SECONDS = 60  # for all scenarios; a rank that waits for the other in vain ends before
 
 
@@ -138,17 +140,32 @@ def buffers_by_broadcast(rank):
     return results
 
 
+def page_code(containing):
+    """The block of docs/pytorch.md that this file runs and that contains a text."""
+    pattern = r"test_distributed.py runs this -->\n```python\n(.*?)^```"
+    found = re.findall(pattern, (ROOT / "docs" / "pytorch.md").read_text(), re.S | re.M)
+    (code,) = (code for code in found if containing in code)
+    return compile(code, "pytorch.md", "exec")
+
+
 def code_of_the_page(rank):
     """The loop of docs/pytorch.md, "Several processes"; the second rank sees no row."""
-    page = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text()
-    (code,) = re.findall(
-        r"test_distributed.py runs this -->\n```python\n(.*?)^```", page, re.S | re.M
-    )
     loader = [batch(0, step) for step in range(3)] if rank == 0 else []
     names = {"Moments": Moments, "loader": loader, "encoder": torch.nn.Identity()}
     names["loss_of"] = torch.sum
-    exec(compile(code, "pytorch.md", "exec"), names)
+    exec(page_code("loss_of"), names)
     return [names[name].count for name in ("local", "everyone")], names["everyone"].mean
+
+
+def refit_of_the_page(rank):
+    """The refit of a space in docs/pytorch.md, and its second pass for a method that centres."""
+    loader = [(batch(rank, step), batch(rank, step + 10) - 1) for step in range(20)]
+    names = {"Moments": Moments, "copy": copy, "loader": loader}
+    exec(page_code("SharedSpace.fit"), names)
+    names["batches_of"] = {name: [pair[n] for pair in loader] for n, name in enumerate(SIDES)}
+    exec(page_code("from_passes"), names)
+    rows = {name: torch.cat(names["batches_of"][name]) for name in SIDES}
+    return rows, [{**names[name].record} for name in ("space", "centred_space")]
 
 
 def under_fully_shard(rank):
@@ -168,6 +185,7 @@ def under_fully_shard(rank):
 
 SCENARIOS = (
     code_of_the_page,
+    refit_of_the_page,
     under_fully_shard,
     train,
     one_rank_without_rows,
@@ -271,6 +289,19 @@ def test_ranks_that_receive_the_buffers_apply_the_same_map(outcome):
 def test_the_code_of_the_page_counts_the_rows_of_all_ranks(outcome):
     (first, mean), (second, other_mean) = outcome(code_of_the_page)
     assert first == [18, 18] and second == [0, 18] and torch.equal(mean, other_mean)
+
+
+def test_the_code_of_the_page_refits_a_space_on_the_rows_of_all_ranks(outcome):
+    (first, records), (second, other_records) = outcome(refit_of_the_page)
+    assert records == other_records
+    rows = {name: torch.cat([first[name], second[name]]) for name in SIDES}
+    for record, method in zip(records, ("calibrate", "center-calibrate"), strict=True):
+        assert record["method"] == method
+        expected = SharedSpace.fit(**rows, method=method).record["modalities"]
+        for name, facts in expected.items():
+            found = record["modalities"][name]
+            assert found["count"] == facts["count"] == len(rows[name])
+            assert found["scale"] == pytest.approx(facts["scale"], rel=1e-5)
 
 
 def test_fully_shard_leaves_an_aligner_whole(outcome):

@@ -1,0 +1,51 @@
+"""The FSDP2 example, on two processes with gloo: it continues after its checkpoint."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import torch
+from support.programs import Program
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import realign_fast
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "fsdp2_train.py"
+
+
+def train(folder, steps):
+    """Run the script on two ranks, and return what the first one printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    environment |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": Path(realign_fast.__file__).parents[1]}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ranks = [
+        Program([SCRIPT, folder, str(steps)], environment | {"RANK": r, "LOCAL_RANK": r}, **pipes)
+        for r in range(2)
+    ]
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    return printed[0][0].strip()
+
+
+def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
+    assert train(tmp_path / "half", 2) == "began at step 0, 512 rows of 2 ranks"
+    assert train(tmp_path / "half", 4) == "began at step 2, 1024 rows of 2 ranks"
+    assert train(tmp_path / "whole", 4) == "began at step 0, 1024 rows of 2 ranks"
+    states = {}
+    for name, step in (("half", 2), ("half", 4), ("whole", 4)):
+        dcp_to_torch_save(tmp_path / name / f"step-{step}", tmp_path / "state.pt")
+        states[name, step] = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    continued, whole, before = (states[key] for key in (("half", 4), ("whole", 4), ("half", 2)))
+    assert continued.keys() == whole.keys()
+    for name, value in whole.items():
+        exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(continued[name], value, **exact)
+        assert not (name.startswith("1.") and torch.equal(before[name], value)), name
+    assert whole["0.shift"].dtype == torch.float64, "the map is whole, and not rounded"
+    for rank in range(2):
+        moments = torch.load(tmp_path / "half" / "step-4" / f"moments-{rank}.pt")
+        assert int(moments["counts"][0]) == 512, "each rank has its own rows, of both runs"
