@@ -10,9 +10,10 @@
 #
 # An array goes as far as the one before allows: statistics, drift, aligned shards. Started again it
 # goes on where it stopped: a finished shard is not read again. A job that reaches its time limit
-# (--time, 2 hours unless the options say otherwise) gets SIGTERM a minute before, keeps what is finished
+# (--time, 2 hours unless the options say otherwise) gets SIGUSR1 a minute before, keeps what is finished
 # (status 143) and is queued again, up to 20 times; so is one whose output another process holds (5),
-# and, up to three times, one whose store did not answer (6).
+# and, up to three times, one whose store did not answer (6). A job that gets SIGTERM, as scancel
+# sends it, also keeps what is finished, but is not queued again.
 # Logs: realign-STEP-JOB_TASK.log, with a line of JSON each minute. A job alone, as the arrays run it:
 #
 #   SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8 bash examples/slurm_job_array.sh round-1 TEXT IMAGE OUT
@@ -28,15 +29,16 @@ step=$1 text=$2 image=$3 out=$4
 command=(align --text "$text" --image "$image" --out "$out" --fit-rows all)
 log=(--log-json --progress-interval 60)
 
-run() { # in the background, so that bash passes SIGTERM on
+run() { # in the background, so that bash passes signals on
+  local status=0 times=20 time_is_up=
   realign-fast "$@" "${log[@]}" &
   trap 'kill -TERM $! 2>/dev/null' TERM
-  local status=0
+  trap 'time_is_up=1; kill -TERM $! 2>/dev/null' USR1
   wait $! || status=$?
   ! kill -0 $! 2>/dev/null || { status=0; wait $! || status=$?; } # a signal ended the first wait
-  local times=20
   ((status != 6)) || times=3
-  if [[ $status =~ ^(143|5|6)$ && -n ${SLURM_JOB_ID:-} && ${SLURM_RESTART_COUNT:-0} -lt $times ]]; then
+  if [[ $status =~ ^(5|6)$ || $status$time_is_up == 1431 ]] &&
+    [[ -n ${SLURM_JOB_ID:-} && ${SLURM_RESTART_COUNT:-0} -lt $times ]]; then
     scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
   fi
   return "$status"
@@ -60,7 +62,7 @@ case $step in
     for next in round-1 round-2 round-3 end; do
       array=()
       [[ $next == end ]] || array=(--array="1-$jobs")
-      id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:TERM@60 --requeue \
+      id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:USR1@60 --requeue \
         --open-mode=append --output="realign-$next-%A_%a.log" "${array[@]}" "${after[@]}" "${sbatch_options[@]}" \
         "$(realpath "$0")" "$next" "$text" "$image" "$out" "$@")
       echo "$next: job $id"

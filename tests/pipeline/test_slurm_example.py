@@ -1,7 +1,9 @@
 """The job array example: its steps, run as SLURM would run them, write what one process writes."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,38 @@ def test_options_behind_two_hyphens_reach_every_job(tmp_path):
     assert len(lines) == 8 and all(f" --mem=4G {SCRIPT} " in line for line in lines)
     assert all(line.endswith(" s3://b/text s3://b/image s3://b/out") for line in lines[:4])
     assert all(line.endswith(" s3://b/out --workers 4") for line in lines[4:])
+    assert all(" --signal=B:USR1@60 " in line for line in lines)
     assert [" --array=1-64 " in line for line in lines[4:]] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "is_queued_again"),
+    [("USR1", 143, True), ("TERM", 143, False), ("exit 5", 5, True), ("exit 3", 3, False)],
+)
+def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(
+    tmp_path, end, status, is_queued_again
+):
+    """SLURM sends SIGUSR1 a minute before the time limit, and scancel sends SIGTERM."""
+    waits = "trap 'exit 143' TERM; touch began; while :; do sleep 0.05; done"
+    programs = {"realign-fast": end if end.startswith("exit") else waits}
+    programs["scontrol"] = 'echo "$*" > queued'
+    for name, code in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    ids = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    environment = os.environ | ids | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(
+        ["bash", SCRIPT, "round-1", "t", "i", "o"], cwd=tmp_path, env=environment
+    )
+    if not end.startswith("exit"):
+        while not (tmp_path / "began").exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.send_signal(getattr(signal, f"SIG{end}"))
+    assert job.wait(60) == status
+    queued = tmp_path / "queued"
+    assert queued.exists() == is_queued_again
+    assert not is_queued_again or queued.read_text() == "requeue 7_3\n"
 
 
 @pytest.mark.parametrize("arguments", ([], ["submit"], ["submit", "t", "i", "o"], ["round-1", "t"]))

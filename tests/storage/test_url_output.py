@@ -6,8 +6,10 @@ The store is a real S3 server on this machine (moto), `memory://`, or files in d
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -465,6 +467,26 @@ def leave_lock(place, **differences):
     (folder(place) / "__realign__/_stats/lock").write_whole(
         json.dumps(holder | differences).encode()
     )
+
+
+def test_the_example_removes_stale_locks_alone(bucket, monkeypatch, capsys):
+    main_of_example = runpy.run_path(str(ROOT / "examples/stale_locks.py"))["main"]
+    with locked(folder(S3) / "__realign__/_stats", "1-of-2"):
+        leave_lock(S3, host="elsewhere")
+        for options, status, verdict in ((["--minutes=130"], 0, "alive"), ([], 1, "stale")):
+            monkeypatch.setattr(sys, "argv", ["stale_locks.py", S3, *options])
+            bucket.invalidate_cache()
+            assert main_of_example() == status
+            stale, own = capsys.readouterr().out.splitlines()
+            assert stale.startswith("rows/out/__realign__/_stats/lock: process ")
+            assert stale.endswith(
+                f"on elsewhere, since then, last sign of life 120 minutes ago: {verdict}"
+            )
+            assert "/lock-1-of-2: process " in own and own.endswith(" 0 minutes ago: alive")
+        monkeypatch.setattr(sys, "argv", ["stale_locks.py", f"{S3}/", "--remove"])
+        assert main_of_example() == 0
+        assert "ago: removed" in capsys.readouterr().out
+        assert keys(bucket) == ["__realign__/_stats/lock-1-of-2"]
 
 
 @pytest.mark.parametrize("differences", [{"pid": 1 << 22}, {"began": "1"}])
