@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ _VALUES = {
     "`ledoit-wolf` or None.",
 }
 _IN_FULL = ("ReAlign", "Moments", "SharedSpace", "Corpus")  # with signatures and methods
+_SECTION = re.compile(r"^(Args|Returns|Yields|Raises):\n((?:    .*\n|\n)*)", re.MULTILINE)
 
 
 def api_tables() -> str:
@@ -113,26 +115,62 @@ def api_tables() -> str:
             member = getattr(module, public)
             if not inspect.ismodule(member):
                 known = inspect.isclass(member) or inspect.isfunction(member)
-                lines.append(f"| `{public}` | {_summary(member) if known else _VALUES[public]} |")
+                summary = _summary(member) if known else _VALUES[public]
+                shown = public + (_short_signature(member) if inspect.isfunction(member) else "")
+                lines.append(f"| `{shown}` | {summary} |")
         if name == "realign_fast":
             for public in _IN_FULL:
                 lines += _class_table(public, getattr(module, public))
+        for public in sorted(set(names) - {*_IN_FULL}):
+            lines += _argument_table("###", public, getattr(module, public))
     return "\n".join(lines) + "\n"
 
 
 def _class_table(name: str, kind: type) -> list[str]:
     """Return a section for a class: its signature, and a row for each public method."""
-    lines = ["", f"### {name}", "", f"`{name}{_signature(kind)}`", "", "| member | what it is |"]
-    lines.append("|---|---|")
+    lines = ["", f"### {name}", "", f"`{name}{_signature(kind)}`", *_arguments_of(kind)]
+    lines += ["", "| member | what it is |", "|---|---|"]
     own = {key: value for base in reversed(kind.__mro__) for key, value in _own(base)}
     for member, value in sorted(own.items()):
         if isinstance(value, property):
             shown, documented = member, value.fget
         else:
             documented = getattr(kind, member)
-            shown = f"{member}{_signature(documented)}"
+            shown = f"{member}{_short_signature(documented)}"
         lines.append(f"| `{shown}` | {_summary(documented)} |")
+    for member in sorted(own):
+        lines += _argument_table("####", f"{name}.{member}", getattr(kind, member))
     return lines
+
+
+def _argument_table(heading: str, name: str, member: Any) -> list[str]:
+    """Return a section for a function whose docstring lists its arguments; else nothing."""
+    if not (table := _arguments_of(member)):
+        return []
+    return ["", f"{heading} {name}", "", f"`{name}{_signature(member)}`", *table]
+
+
+def _arguments_of(member: Any) -> list[str]:
+    """Return a table of the arguments in a docstring, and what it returns and raises."""
+    sections = dict(_SECTION.findall((inspect.getdoc(member) or "") + "\n"))
+    if "Args" not in sections:
+        return []
+    lines = ["", "| argument | what it is |", "|---|---|"]
+    for entry in _entries(sections["Args"]):
+        names, _, text = entry.partition(":")
+        shown = ", ".join(f"`{argument}`" for argument in names.split(", "))
+        lines.append(f"| {shown} | {_as_markdown(text)} |")
+    if text := sections.get("Returns", sections.get("Yields")):
+        lines += ["", f"*Returns:* {_as_markdown(text)}"]
+    if "Raises" in sections:
+        text = "; ".join(entry.rstrip(".") for entry in _entries(sections["Raises"]))
+        lines += ["", f"*Raises:* {_as_markdown(text)}."]
+    return lines
+
+
+def _entries(section: str) -> list[str]:
+    """Return the entries of a section of a docstring, whose further lines are indented."""
+    return re.split(r"\n(?=\S)", textwrap.dedent(section).strip())
 
 
 def _own(kind: type) -> list[tuple[str, Any]]:
@@ -146,6 +184,11 @@ def _own(kind: type) -> list[tuple[str, Any]]:
         if not name.startswith("_") and (isinstance(value, kinds) or inspect.isfunction(value))
         if inspect.getdoc(getattr(kind, name))
     ]
+
+
+def _short_signature(member: Any) -> str:
+    """Return the arguments of a function, or dots where a table of them follows."""
+    return "(...)" if _arguments_of(member) else _signature(member)
 
 
 def _signature(member: Any) -> str:
@@ -166,8 +209,13 @@ def _summary(member: Any) -> str:
     text = " ".join(paragraph.split("\n-")[0].split())
     text = text.rsplit(";", 1)[0] if text.endswith(":") else text  # a list would follow
     text = re.split(r"(?<=[.;:]) ", text)[0] if len(text) > 200 else text
-    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text)
-    return text.replace("``", "`").replace("|", "\\|").rstrip(";:")
+    return _as_markdown(text).rstrip(";:")
+
+
+def _as_markdown(text: str) -> str:
+    """Return a text of a docstring as a cell of a table."""
+    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", " ".join(text.split()))
+    return text.replace("``", "`").replace("|", "\\|")
 
 
 def _public_names(module: Any) -> list[str]:

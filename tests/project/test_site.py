@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_the_api_index_lists_every_public_name(monkeypatch):
     for module, (names, page) in conf._FURTHER.items():
         text = (DOCS / "api" / f"{page}.md").read_text()
         assert all(f"{module}.{name}" in text for name in names)
-    entries = re.findall(r"^\| `(.*?)` \| (.*) \|$", conf.api_tables(), re.MULTILINE)
+    tables = re.sub(r"^\| argument \|.*?\n\n", "", conf.api_tables(), flags=re.S | re.MULTILINE)
+    entries = re.findall(r"^\| `(.*?)` \| (.*) \|$", tables, re.MULTILINE)
     assert len(entries) > 100 and not [name for name, text in entries if len(text.strip()) < 10]
     for name in ("ReAlign", "Moments", "SharedSpace", "Corpus"):
         kind = getattr(realign_fast, name)
@@ -177,6 +179,24 @@ def test_blocks_that_are_not_run_say_why():
             known = block.language in ("python", "sh", "json", "sql", "dockerfile")
             known = known or block.language.startswith("{")
             assert known, f"{page.name}: {block.code[:60]}"
+
+
+def test_the_support_page_has_the_minimum_versions_of_pyproject():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    demands = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    minimums = {}
+    for demand in demands:
+        name, version = re.match(r"([\w-]+)(?:\[\w+\])?(?:>=([\d.]+))?", demand).groups()
+        minimums.setdefault(name, set()).add(version or "none")
+    section = (
+        (DOCS / "support.md").read_text().split("## Versions of packages\n")[1].split("\n#")[0]
+    )
+    table = re.findall(r"^\| ([\w, -]+) \|[^|]*\| ([\d.]+|none) \|", section, re.MULTILINE)
+    assert len(table) > 10
+    for names, minimum in table:
+        assert {name: minimums[name] for name in names.split(", ")} == {
+            name: {minimum} for name in names.split(", ")
+        }
 
 
 def test_pictures_are_small():
