@@ -25,6 +25,13 @@ def page_code(word):
     return compile(block, "docs/shared_space.md", "exec")
 
 
+def code_of(text):
+    """The block of docs/shared_space.md that contains a text."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if text in block)
+    return compile(block, "docs/shared_space.md", "exec")
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Rows of the demo corpus, float32 [400, 128] each, and queries [50, 128] among the texts."""
@@ -59,6 +66,39 @@ def test_one_graph_of_both_blocks_misses_what_two_graphs_find(rows, monkeypatch)
     for way, shares in measure(sides, sides).items():
         is_whole = "single" in way or "each modality" in way
         assert shares[-1] > 0.98 if is_whole else shares[0] < 0.9, (way, shares)
+
+
+def test_the_page_merges_two_searches_of_qdrant(names, capsys):
+    """Both merged lists are that of an exact search among all documents of a space."""
+    pytest.importorskip("qdrant_client")
+    exec(code_of("def search("), names)
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 5 and indented(printed) in PAGE, printed
+    sides = {"text": names["text_rows"], "image": names["image_rows"]}
+    names["calibrating"] = SharedSpace.fit(**sides, method="calibrate")
+    client, models = names["client"], names["models"]
+    client.create_collection(
+        "items", vectors_config=models.VectorParams(size=128, distance=models.Distance.COSINE)
+    )
+    payload = [{"modality": name} for name in sides for _ in sides[name]]
+    client.upload_collection("items", np.concatenate([*sides.values()]), payload, range(800))
+    exec(code_of("def search_encoder_index"), names)
+    for role in sides:
+        space = SharedSpace.fit(**sides, method="calibrate", query_role=role)
+        documents = np.concatenate([space.documents(name, side) for name, side in sides.items()])
+        for row in sides[role][:5]:
+            scores = (space.query(row[None]) @ documents.T)[0]
+            best = np.argsort(-scores)[:10]
+            merged, first = names["search"](row, role), {"text": 0, "image": 400}
+            assert [first[name] + number for _, name, number in merged] == best.tolist()
+            close(np.array([score for score, *_ in merged]), scores[best], 1e-5)
+            merged = names["search_encoder_index"](row, role)
+            assert [number for *_, number in merged] == best.tolist()
+            close(np.array([score for score, *_ in merged]), scores[best], 1e-4)
+
+
+def indented(text):
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def test_the_page_runs_with_faiss(names):

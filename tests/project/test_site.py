@@ -123,6 +123,11 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         assert torch.equal(names["empty"](text), names["model"](text))
         assert names["model"][1].weight.grad.any() and names["rows"].grad.isfinite().all()
         assert int(names["checkpoint"]["moments"]["counts"][0]) == len(text)
+    if page.stem == "measure":
+        figures = re.findall(r"^\w+ +\d\.\d{4} \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+        assert (
+            len(figures) == 10 and "".join(f"    {line}\n" for line in figures) in page.read_text()
+        )
     if page.stem == "start":
         assert "0.392881 -> 0.000462" in capsys.readouterr().out, "the page quotes these figures"
         assert names["scores"].argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
