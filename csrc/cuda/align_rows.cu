@@ -2,11 +2,11 @@
 // realign_fast/ops/reference.py.
 //
 // A team of threads (row_team.cuh) holds a row in registers, reduces three dot products, computes
-// three coefficients from them (common/row_map_math.h), and writes alpha x + beta b + gamma h. In
-// float32 a team takes two rows at a time, which share the loads of b and h; a last row without a
-// partner is taken twice. bfloat16 results have the dot products of float64. Teams walk over the
-// rows in a persistent grid. A row is computed from itself alone, so its bytes depend neither on
-// its neighbours nor on the size of the device.
+// three coefficients from them (common/row_map_math.h), and writes alpha x + beta b + gamma h. A
+// team takes two rows at a time, which share the loads of b and h, unless the rows are float64; a
+// last row without a partner is taken twice. bfloat16 results have the dot products of float64.
+// Teams walk over the rows in a persistent grid. A row is computed from itself alone, so its bytes
+// depend neither on its neighbours nor on the size of the device.
 #include "cuda/row_map.cuh"
 
 namespace realign_fast {
@@ -26,8 +26,8 @@ struct AlignTask {
 };
 
 // The rows that a team takes at a time.
-template <class M>
-constexpr int kTeamRows = std::is_same_v<M, float> ? 2 : 1;
+template <class T>
+constexpr int kTeamRows = std::is_same_v<T, double> ? 1 : 2;
 
 template <class T, class M, int SIZE>
 __device__ void align_exactly(Team<SIZE>& team, int64_t i, const AlignTask<T, M>& task) {
@@ -127,9 +127,37 @@ struct TeamCoefficients {
   }
 };
 
+// Writes those of a team's rows whose bfloat16 results float32 arithmetic can find, and returns
+// their bits.
+template <class T, class M, int SIZE, int PACKS, int ROWS>
+__device__ __forceinline__ unsigned align_narrowly(const Team<SIZE>& team, int64_t i,
+                                                   const AlignTask<T, M>& task,
+                                                   const TeamRow<T, SIZE, PACKS> (&rows)[ROWS],
+                                                   const TeamCoefficients<M, ROWS>& c) {
+  constexpr int E = kEntries<T>;
+  unsigned written = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+    written |= NarrowCoefficients(c.alpha[r], c.beta[r], c.gamma[r]).fit ? 1u << r : 0;
+  written &= c.regular;
+  if (!written) return 0;
+  rows[0].for_each_place([&](int p, int64_t column) {
+    float b[E], h[E];
+    load_vector(task.narrow_shift, p, team.thread, SIZE, b);
+    load_vector(task.narrow_recentre, p, team.thread, SIZE, h);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+      if (written >> r & 1)
+        store_narrow(task, i + r < task.count ? i + r : i, column,
+                     NarrowCoefficients(c.alpha[r], c.beta[r], c.gamma[r]), c.alpha[r], c.beta[r],
+                     c.gamma[r], rows[r].pack(p), b, h);
+  });
+  return written;
+}
+
 template <class T, class M, int SIZE, int PACKS>
 __global__ void __launch_bounds__(128, sizeof(M) == 8 ? 3 : 4) align_kernel(AlignTask<T, M> task) {
-  constexpr int E = kEntries<T>, kRows = kTeamRows<M>;
+  constexpr int E = kEntries<T>, kRows = kTeamRows<T>;
   Team<SIZE> team(shared_memory());
   const int64_t step = int64_t(gridDim.x) * Team<SIZE>::kTeams * kRows;
   for (int64_t i = (int64_t(blockIdx.x) * Team<SIZE>::kTeams + team.team) * kRows; i < task.count;
@@ -144,33 +172,25 @@ __global__ void __launch_bounds__(128, sizeof(M) == 8 ? 3 : 4) align_kernel(Alig
     MapNumbers numbers = *task.map.numbers;  // (registers are scarce, and a cache holds them)
     numbers.length = task.map.length;
     const TeamCoefficients<M, kRows> c(numbers, dots);
+    unsigned left = c.regular;
     if constexpr (std::is_same_v<M, double> && !std::is_same_v<T, double>) {
-      const NarrowCoefficients narrow(c.alpha[0], c.beta[0], c.gamma[0]);
-      if (task.narrow_shift && c.regular && narrow.fit) {
-        rows[0].for_each_place([&](int p, int64_t column) {
-          float b[E], h[E];
-          load_vector(task.narrow_shift, p, team.thread, SIZE, b);
-          load_vector(task.narrow_recentre, p, team.thread, SIZE, h);
-          store_narrow(task, i, column, narrow, c.alpha[0], c.beta[0], c.gamma[0], rows[0].pack(p),
-                       b, h);
-        });
-        continue;
-      }
+      if (task.narrow_shift) left &= ~align_narrowly(team, i, task, rows, c);
     }
-    rows[0].for_each_place([&](int p, int64_t column) {
-      M b[E], h[E], y[E];
-      load_vector(task.shift, p, team.thread, SIZE, b);
-      load_vector(task.recentre, p, team.thread, SIZE, h);
+    if (left)
+      rows[0].for_each_place([&](int p, int64_t column) {
+        M b[E], h[E], y[E];
+        load_vector(task.shift, p, team.thread, SIZE, b);
+        load_vector(task.recentre, p, team.thread, SIZE, h);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Pack<T> pack = rows[r].pack(p);
+        for (int r = 0; r < kRows; ++r) {
+          const Pack<T> pack = rows[r].pack(p);
 #pragma unroll
-        for (int e = 0; e < E; ++e)
-          y[e] =
-              c.alpha[r] * static_cast<M>(pack.values[e]) + (c.beta[r] * b[e] + c.gamma[r] * h[e]);
-        if (c.regular >> r & 1) store_pack(task.out, index(r), column, task.columns, y);
-      }
-    });
+          for (int e = 0; e < E; ++e)
+            y[e] = c.alpha[r] * static_cast<M>(pack.values[e]) +
+                   (c.beta[r] * b[e] + c.gamma[r] * h[e]);
+          if (left >> r & 1) store_pack(task.out, index(r), column, task.columns, y);
+        }
+      });
 #pragma unroll 1
     for (int r = 0; r < kRows; ++r)
       if (!(c.regular >> r & 1)) align_exactly(team, index(r), task);
@@ -202,7 +222,7 @@ void align_typed(const Tensor& out, const Tensor& rows, const double* scale, con
                                rows.stride(0),
                                is_aligned(first_row, rows.stride(0)),
                                row_output(out)};
-    const int64_t blocks = divide_up(count, Members::kTeams * kTeamRows<M>);
+    const int64_t blocks = divide_up(count, Members::kTeams * kTeamRows<T>);
     launch(align_kernel<T, M, size(), packs()>, persistent_blocks(blocks, 16), Members::kThreads,
            Members::kSharedBytes, resources.stream(), task);
   });
