@@ -61,6 +61,7 @@ def _lines() -> list[Line]:
         found.append(Line("align_rows", "cpu", F32, 768, count, "small batch", "warm"))
     for kind in SPACE_KINDS:
         found += [Line("align_rows", "cpu", dtype, 768, 32_768, kind) for dtype in (F16, F32)]
+    found += [Line("align_rows_backward", "cpu", dtype, 768, 32_768) for dtype in (F32, F16)]
     for dtype in (F32, F16):
         for dimension in (512, 768, 1024, 1280):
             ci = dtype == F32 and dimension == 768
@@ -90,6 +91,7 @@ def _on_a_gpu() -> list[Line]:
             found.append(Line(op, "cuda", F16, dimension, (1 << 29) // dimension))
         found += [Line(op, "cuda", dtype, 1024, 1 << 19) for dtype in (BF16, F32)]
     found += [Line("align_rows", "cuda", F16, 1024, 1 << 19, kind) for kind in SPACE_KINDS]
+    found += [Line("align_rows_backward", "cuda", dtype, 1024, 1 << 19) for dtype in (F16, F32)]
     found.append(Line("covariance", "cuda", F32, 768, 1 << 19))
     found += [Line("whitening", "cuda", F64, d, d) for d in (768, 1024, 2048)]
     found += [

@@ -66,6 +66,15 @@ inline void check_vector(const char* op, const char* name, const Tensor& vector,
   check_device(op, name, vector, rows);
 }
 
+// Checks the gradient [N, D] of a result that has the shape of the rows.
+inline void check_gradient(const char* op, const Tensor& grad, const Tensor& rows) {
+  check_rows(op, grad);
+  STD_TORCH_CHECK(grad.size(0) == rows.size(0) && grad.size(1) == rows.size(1), op,
+                  ": expected a gradient of the shape of the rows, [", rows.size(0), ", ",
+                  rows.size(1), "], got [", grad.size(0), ", ", grad.size(1), "]");
+  check_device(op, "the gradient", grad, rows);
+}
+
 // Checks scale, shift and the optional recentre of a row map.
 inline void check_map(const char* op, const Tensor& scale, const Tensor& shift,
                       const std::optional<Tensor>& recentre, const Tensor& rows) {

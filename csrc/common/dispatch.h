@@ -83,6 +83,39 @@ void dispatch_arithmetic(const char* op, const Tensor& rows, bool needs_double, 
   });
 }
 
+// Returns the tensor, or a copy of it in another dtype.
+inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// Returns the gradient of rows, in their dtype, that `body(out, rows, grad, T(), G(), M())` writes:
+// T is the element type of the rows and of out, G that of grad, M that of the arithmetic. G is T
+// or, for rows of 16 bits, float. Other pairs are first converted to one of these, which is exact.
+template <class Body>
+Tensor dispatch_gradient(const char* op, Tensor rows, Tensor grad, const Body& body) {
+  const ScalarType dtype = rows.scalar_type();
+  if (either_is_double(dtype, grad.scalar_type())) {
+    rows = in_dtype(rows, ScalarType::Double);
+    grad = in_dtype(grad, ScalarType::Double);
+  } else if (grad.scalar_type() != dtype) {
+    grad = in_dtype(grad, ScalarType::Float);
+  }
+  Tensor out = torch::stable::new_empty(rows, rows.sizes(), rows.scalar_type());
+  if (rows.size(0) == 0) return in_dtype(out, dtype);
+  dispatch_dtype(op, rows, [&](auto row_value) {
+    using T = decltype(row_value);
+    using M = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    if constexpr (sizeof(T) == 2)
+      if (grad.scalar_type() == ScalarType::Float)
+        return body(out, rows, grad, row_value, float(), M());
+    body(out, rows, grad, row_value, row_value, M());
+  });
+  return in_dtype(out, dtype);
+}
+
 inline const double* doubles(const Tensor& tensor) {
   return static_cast<const double*>(tensor.const_data_ptr());
 }

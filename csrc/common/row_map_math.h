@@ -125,4 +125,47 @@ REALIGN_HOST_DEVICE constexpr bool in_range(double squared_norm) {
   return (squared_norm > 1 / limit) & (squared_norm < limit);
 }
 
+// The gradient of a row's image with respect to the row, grad g + alpha x + beta b + gamma h, where
+// g is the gradient of the image. It follows from d unit(v) = (I - unit(v) unit(v)^T) dv / |v|,
+// applied from the last step of the map to the first, with the dot products of x and g.
+struct GradientCoefficients {
+  double grad, alpha, beta, gamma;
+  bool fit;  // whether M can compute with them, and no norm of the map has cancelled
+};
+
+constexpr int kGradientDots = 7;  // x.x, x.b, x.h, g.x, g.b, g.h and g.g
+
+// With `normalize` the map begins with u = x / |x|, otherwise with u = x.
+template <class M>
+REALIGN_HOST_DEVICE inline GradientCoefficients gradient_coefficients(
+    const MapNumbers& map, const double (&dots)[kGradientDots], bool normalize) {
+  const double xx = dots[0], xb = dots[1], xh = dots[2];
+  const double gx = dots[3], gb = dots[4], gh = dots[5], gg = dots[6];
+  const double s = map.scale, inverse = normalize ? inverse_root(xx) : 1, a = s * inverse;
+  const bool given = map.length.given, halved = given || map.recentred;
+  const bool twice = given && map.recentred;
+  // v = a x + b, e = v / |v| and w = e + h; where v is not normalised, its length counts as 1.
+  const double aa = a * a * xx, rr = halved ? aa + 2 * a * xb + map.bb : 1;
+  const double inverse_r = inverse_root(rr);
+  const double eg = inverse_r * (a * gx + gb), eh = inverse_r * (a * xh + map.bh);
+  const double qq = twice ? 1 + 2 * eh + map.hh : 1;
+  // The gradient of w is k g - m w, that of v is (k g - m h - p e) / |v|.
+  const double inverse_q = inverse_root(qq), k = map.length.value * inverse_q;
+  const double m = twice ? k * inverse_q * inverse_q * (eg + gh) : 0;
+  const double p = halved ? k * eg - m * eh : 0;
+  const double of_g = inverse_r * k, of_b = -inverse_r * inverse_r * p, of_h = -inverse_r * m;
+  // In the gradient of x, a multiple of x makes it orthogonal to x.
+  const double along =
+      normalize ? -inverse * inverse * (of_g * gx + of_b * xb + of_h * xh) : of_b * a;
+  GradientCoefficients c{a * of_g, a * along, a * of_b, a * of_h, true};
+  if (!normalize) c.alpha = s * along;
+  constexpr double limit = sizeof(M) == 4 ? 1e30 : 1e280, least = sizeof(M) == 4 ? 1e-44 : 1e-280;
+  const auto small = [](double x) { return (x < limit) & (x > -limit); };
+  c.fit = in_range<M>(gg) & (normalize ? in_range<M>(xx) : xx < limit) & in_range<M>(rr) &
+          !(halved && !(rr > kCancelled * (aa + map.bb))) &
+          !(twice && !(qq > kCancelled * (1 + map.hh))) & small(c.grad) & small(c.alpha) &
+          small(c.beta) & small(c.gamma) & (c.grad * c.grad * gg > least);
+  return c;
+}
+
 }  // namespace realign_fast

@@ -176,7 +176,7 @@ template <int SIZE>
 struct Team {
   static constexpr int kThreads = SIZE == 32 ? 128 : SIZE;  // of a block
   static constexpr int kTeams = kThreads / SIZE;            // in a block
-  static constexpr int kMaxSums = 6;
+  static constexpr int kMaxSums = 7;
   static constexpr int kSlots = SIZE == 32 ? 0 : kMaxSums * (SIZE / 32);
   static constexpr size_t kSharedBytes = sizeof(double) * 2 * kSlots;
 

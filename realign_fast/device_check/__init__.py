@@ -143,6 +143,10 @@ def _rates_of(backends: Mapping[str, Any], op: str, device: torch.device) -> dic
     dtype, repeats = (torch.float16, 500) if device.type == "cuda" else (torch.float32, 20)
     trial = next(trials(op, dtype, (dtype,), 1024, device))
     rows = trial.rows.nan_to_num(0, 0).repeat(repeats, 1)
+    for place, value in enumerate(arguments := list(trial.arguments)):
+        if isinstance(value, Tensor) and value.shape == trial.rows.shape:
+            arguments[place] = value.repeat(repeats, 1)
+    trial = trial._replace(arguments=arguments)
     runs: dict[str, Callable[[], object]] = {"copy": rows.clone}
     runs["product"] = partial(torch.mm, rows, rows[:1024])
     for name, backend in backends.items():

@@ -25,8 +25,12 @@ from .._libraries import PACKAGE, build_info, why_not_loaded
 from . import reference, triton_ops
 from .chooser import VARIABLE, Chooser
 from .chooser import Backend as Backend
+from .memory import plain
 
-OPS = ("add_scatter_", "align_rows", "align_rows_", "map_rows", "map_rows_", "sum_rows")
+OPS = (
+    *("add_scatter_", "align_rows", "align_rows_", "align_rows_backward"),
+    *("map_rows", "map_rows_", "sum_rows"),
+)
 # On a CPU the index of an instruction set is the op's argument `variant`.
 INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
 # The instruction set of ops whose bytes are stored and summed across machines. Registers of another
@@ -42,6 +46,8 @@ SCHEMAS = (
     # map_rows: 1 is "fast". The reference and the Triton kernels ignore it.
     f"align_rows(Tensor rows, {_MAP}, ScalarType dtype, {_LENGTH}) -> Tensor",
     f"align_rows_(Tensor(a!) out, Tensor rows, {_MAP}, {_LENGTH}) -> ()",
+    f"align_rows_backward(Tensor rows, Tensor grad, {_MAP}, float? length=1.0, "
+    + "bool normalize=True, int variant=0) -> Tensor",
     f"map_rows(Tensor rows, {_MAP}, ScalarType dtype, {_LENGTH}) -> Tensor",
     f"map_rows_(Tensor(a!) out, Tensor rows, {_MAP}, {_LENGTH}) -> ()",
     "sum_rows(Tensor rows, Tensor? scale, Tensor? shift, Tensor? recentre, bool normalize, "
@@ -140,9 +146,41 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient_of_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # For a second derivative autograd has to differentiate what is done here.
+    backward = reference.align_rows_backward if torch.is_grad_enabled() else rows_gradient
     rows, linear, shift, recentre = ctx.saved_tensors
-    gradient = reference.align_rows_backward(grad, rows, linear, shift, recentre, ctx.length)
-    return gradient, *[None] * 6
+    return backward(rows, grad, linear, shift, recentre, ctx.length), *[None] * 6
+
+
+def rows_gradient(
+    rows: Tensor,
+    grad: Tensor,
+    linear: Tensor,
+    shift: Tensor,
+    recentre: Tensor | None,
+    length: float | None,
+) -> Tensor:
+    """Return ``reference.align_rows_backward`` by the kernels of the device.
+
+    A number needs one pass over the rows. For a diagonal or a matrix A one kernel computes
+    ``A u + b``, the backward kernel goes back to it, torch multiplies by A^T, and the backward
+    kernel goes back through ``u``. The product is torch's, at the full speed of the device and in
+    the precision that the user has set for products, because ``map_rows`` normalises its rows.
+    """
+    backward = torch.ops.realign_fast.align_rows_backward
+    grad = plain(grad).contiguous()
+    if linear.dim() == 0:
+        gradient: Tensor = backward(rows, grad, linear, shift, recentre, length)
+        return gradient
+    dtype = torch.float64 if torch.float64 in (rows.dtype, grad.dtype) else torch.float32
+    one, zeros = torch.ones_like(shift[0]), torch.zeros_like(shift)
+    if length is not None or recentre is not None:
+        shifted = torch.ops.realign_fast.map_rows(rows, linear, shift, None, dtype, None)
+        grad = backward(shifted, grad, one, zeros, recentre, length, False)
+    linear, grad = linear.to(dtype), grad.to(dtype)
+    grad = grad * linear if linear.dim() == 1 else grad @ linear
+    gradient = backward(rows, grad, one, zeros, None, None)
+    return gradient
 
 
 for _name in ("align_rows", "map_rows"):

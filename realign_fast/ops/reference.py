@@ -89,33 +89,38 @@ def _finite_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def align_rows_backward(
-    grad: Tensor,  # [N, D] gradient of the result
-    rows: Tensor,
-    linear: Tensor,  # [] the scale, [D] or [D, D]
-    shift: Tensor,
-    recentre: Tensor | None,
+    rows: Tensor,  # [N, D] any floating dtype
+    grad: Tensor,  # [N, D] gradient of the result, any floating dtype
+    linear: Tensor,  # float64: s []; this function also takes A, [D] or [D, D]
+    shift: Tensor,  # [D] float64, b
+    recentre: Tensor | None,  # [D] float64, h
     length: float | None = 1.0,
+    normalize: bool = True,  # False differentiates the map of u = x
+    variant: int = 0,
 ) -> Tensor:
     """Return the gradient of `align_rows` and `map_rows` with respect to the rows, [N, D].
 
     It applies ``d unit(v) = (I - unit(v) unit(v)^T) / |v|`` from the last step to the first. It is
-    0 for zero and non-finite rows, so that a bad row does not spoil the gradients upstream of it.
+    0 for non-finite rows and where a vector that is normalised is zero, whatever ``grad`` is there,
+    so that a bad row does not spoil the gradients upstream of it. It has the dtype of the rows.
     """
-    x, _, _ = _finite_rows(rows)
-    half = _linear(unit(x), linear) + shift
+    x, finite, _ = _finite_rows(rows)
+    half = _linear(unit(x) if normalize else x, linear) + shift
     g = grad.double()
     if length is not None:
         g = _unit_backward(length * g, half if recentre is None else unit(half) + recentre)
     if recentre is not None:
         g = _unit_backward(g, half)
     g = g * linear if linear.dim() < 2 else g @ linear
-    return _unit_backward(g, x).to(rows.dtype)
+    if normalize:
+        g = _unit_backward(g, x)
+    return torch.where(finite, g, 0).to(rows.dtype)
 
 
 def _unit_backward(grad: Tensor, v: Tensor) -> Tensor:
     direction, peak, norm = _unit_and_norm(v)
     tangent = grad - direction * (direction * grad).sum(dim=-1, keepdim=True)
-    return tangent / peak / norm
+    return torch.where(norm == torch.inf, 0, tangent / peak / norm)
 
 
 def sum_rows(

@@ -61,7 +61,7 @@ def trials(
     sent = rows.to(device)
     for label, outputs, arguments, result, share, size in _calls(op, rows, results, random):
         wide = [torch.float64 if value is result else value for value in arguments]
-        exact = Trial("", rows, [tensor.double() for tensor in outputs], wide)
+        exact = Trial("", rows.double(), [tensor.double() for tensor in outputs], wide)
         truth = [tensor.double() for tensor in exact.run(getattr(reference, op))]
         values = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
         name = f"{dtype}, D = {columns}, {label}".replace("torch.", "")
@@ -81,6 +81,16 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
             share = 1e-14 if is_exact else 5e-7
             yield name, [], [*row_map, True], torch.float64, share, count
         yield "rows", [], [None, None, None, False], torch.float64, 1e-14, count
+    elif op == "align_rows_backward":
+        size = rows.double().square().mean(dim=1, keepdim=True).sqrt().nan_to_num(1, 1)
+        for dtype, last, length, name in (
+            *((dtype, recentre, 1.0, "") for dtype in results),
+            (rows.dtype, None, None, " without the last step"),
+        ):
+            grad = (size.clamp(min=1e-3) * random(count, columns)).to(dtype)
+            share = 1e-13 if is_exact else 2e-6
+            arguments = [grad, linear, shift, last, length]
+            yield f"of {dtype}{name}", [], arguments, rows.dtype, share, 4 / columns**0.5
     elif op == "add_scatter_":  # which reads and writes the upper triangle only
         scatter = torch.full((columns, columns), torch.nan).to(shift).tril(-1) + 1
         outputs, weights = [scatter, torch.ones_like(shift)], random(count).abs()

@@ -38,9 +38,11 @@ def calls(rows):
         align_rows(rows, scale, shift, recentre, out=out)
         align_rows(rows, matrix, shift, recentre, out=mapped)
         shifted = align_rows(rows, scale, shift, length=None)
+        gradient = torch.ops.realign_fast.align_rows_backward(rows, rows, scale, shift, recentre)
         scatter.zero_(), total.zero_()
         counts = add_scatter_(scatter, total, rows, shift)
-        return [out, mapped, shifted, scatter, total, counts, *sum_rows(rows, scale, shift)]
+        sums_of_rows = sum_rows(rows, scale, shift)
+        return [out, mapped, shifted, gradient, scatter, total, counts, *sums_of_rows]
 
     return run
 

@@ -19,7 +19,12 @@ from realign_fast.ops import reference
 
 HALF, BFLOAT, FLOAT, DOUBLE = DTYPES
 # Of a warp for each row of 1024 float16 entries, with some room.
-MOST_INSTRUCTIONS = {"align_kernel": 750, "pack_kernel": 1200, "finish_rows": 1500}
+MOST_INSTRUCTIONS = {
+    "align_kernel": 750,
+    "backward_kernel": 1300,
+    "pack_kernel": 1200,
+    "finish_rows": 1500,
+}
 pytestmark = pytest.mark.skipif(bool(ptx_machine.why_not()), reason=ptx_machine.why_not())
 
 
@@ -40,6 +45,7 @@ def results(kernel, rows, columns):
     weights = torch.linspace(0.1, 2, len(rows), dtype=torch.float64)
     matrix = torch.eye(columns).double() + 0.01 * random_rows(columns, columns, seed=3)
     found = [kernel.align(rows, *row_map, length=length) for length in (1.0, None)]
+    found += [kernel.gradient(rows, rows.flip(0), row_map)]
     found += kernel.sum(rows, *row_map)
     found += [kernel.sum(rows, normalize=False).total]
     if columns < 100:  # (the product is the same for any width)
@@ -127,6 +133,9 @@ def test_the_instructions_of_a_row(machine):
     calls = {
         ("align_kernel", 24): lambda count: machine.align_rows(
             random_rows(count, 1024, HALF), *row_map, HALF, 1.0, 0
+        ),
+        ("backward_kernel", 24): lambda count: machine.align_rows_backward(
+            *random_rows(2 * count, 1024, HALF).chunk(2), *row_map, 1.0, True, 0
         ),
         ("pack_kernel", 32): add,
         ("finish_rows", 128): lambda count: machine.map_rows(
@@ -262,6 +271,23 @@ def align_all(machine, dtype, columns, count=13):
         assert_close(result[:-1], expected, SHARE[out])
 
 
+def backward_all(machine, dtype, columns, count=13):
+    rows, (scale, *vectors) = unusual_rows(count, columns, dtype), random_map(columns)
+    rows[-1] = (-vectors[0] / vectors[0].norm()).to(dtype)  # cancels
+    grad = random_rows(count, columns, seed=8)
+    grad *= rows.double().square().mean(dim=1, keepdim=True).sqrt().nan_to_num(1)
+    grad[5], grad[6, 1] = 0, torch.inf
+    for grad_dtype in DTYPES:
+        for options in ((vectors[1], 1.0, True), (None, 1.0, False), (None, None, True)):
+            arguments = grad.to(grad_dtype), number(scale), vectors[0], *options
+            expected = reference.align_rows_backward(rows.double(), *arguments)
+            result = machine.align_rows_backward(rows, *arguments, 0)
+            for i in range(count):
+                if i not in (6, count - 1):
+                    assert_close(result[i], expected[i].to(dtype).double(), SHARE[dtype])
+            assert not bool(result[6].isfinite().all())
+
+
 def sum_all(machine, dtype, columns, count=130):
     rows, (scale, *vectors) = unusual_rows(count, columns, dtype), random_map(columns)
     for options in ((number(scale), *vectors, True), (None, None, None, True)):
@@ -319,7 +345,8 @@ def widths(dtype):
     return 20, 32 * 4 * entries + 1, 128 * 4 * entries + 1
 
 
-OPS = {"align_rows": align_all, "sum_rows": sum_all, "add_scatter": add_all, "map_rows": map_all}
+OPS = {"align_rows": align_all, "align_rows_backward": backward_all, "sum_rows": sum_all}
+OPS |= {"add_scatter": add_all, "map_rows": map_all}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -376,6 +403,8 @@ def map_cancelling(machine, columns=140, count=70, dtype=FLOAT):
 WORK: dict[str, Callable] = {
     "align_kernelIffLi128ELi4": partial(align_all, dtype=FLOAT, columns=600),
     "align_kernelIN3c108BFloat16EdLi128ELi0": partial(align_all, dtype=BFLOAT, columns=4100),
+    "backward_kernelIfffLi128ELi4": partial(backward_all, dtype=FLOAT, columns=600),
+    "backward_kernelIN3c108BFloat16ES": partial(backward_all, dtype=BFLOAT, columns=4100),
     "sum_kernelIffLi32ELi4": sum_many,
     "sum_kernelIffLi128ELi4": sum_many_wide,
     "pack_kernelIfN3c104HalfELi32ELi4": partial(add_all, dtype=FLOAT, columns=100),

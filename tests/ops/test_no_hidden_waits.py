@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from realign_fast import add_scatter_, align_rows, sum_rows
-from realign_fast.ops import reference
+from realign_fast.ops.dispatch import rows_gradient
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal.default")
 
@@ -54,7 +54,8 @@ def test_no_map_and_no_sum_waits(tracing, dtype):
                 align_rows(rows, scale, shift, recentre, length=length, out=out)
             sum_rows(rows, scale, shift, recentre)
             linear = scale if isinstance(scale, torch.Tensor) else fake()
-            reference.align_rows_backward(out, rows, linear, shift, recentre)
+            last = None if recentre is None else recentre.double()
+            rows_gradient(rows, out, linear, shift.double(), last, 1.0)
     align_rows(rows.T.contiguous().T, 0.9, vectors[0], out=rows)
     sum_rows(rows)
     sum_rows(rows, normalize=False)
@@ -91,6 +92,7 @@ def test_calls_on_a_few_hundred_rows_load_every_kernel(columns):
         before = machine.usage()
         scale = torch.ones((), dtype=torch.float64)
         machine.align_rows(rows, scale, *vectors, torch.float32, 1.0, 0)
+        machine.align_rows_backward(rows, rows, scale, *vectors, 1.0, True, 0)
         machine.sum_rows(rows, scale, *vectors, True, 0)
         sums = torch.zeros(columns, columns).double(), torch.zeros(columns).double()
         weights = torch.ones(count, dtype=torch.float64)

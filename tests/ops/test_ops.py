@@ -38,6 +38,7 @@ def test_the_compiled_kernel_is_the_one_that_runs(name):
     calls = {
         "align_rows": lambda: align_rows(rows, *MAP),
         "align_rows_": lambda: align_rows(rows, *MAP, out=torch.empty_like(rows)),
+        "align_rows_backward": lambda: OP.align_rows_backward(rows, rows, *DOUBLE_MAP),
         "sum_rows": lambda: sum_rows(rows, *MAP),
         "add_scatter_": lambda: add_scatter_(*sums, rows, torch.zeros(7)),
         "map_rows": lambda: align_rows(rows, torch.eye(7), *MAP[1:]),

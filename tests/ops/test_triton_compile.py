@@ -105,6 +105,16 @@ def scaled_rows(target, dtype, columns):
     return align_rows(target, dtype, columns, length=2)
 
 
+def gradient(target, dtype, columns):
+    m = DOUBLE if dtype == DOUBLE else FLOAT
+    pointers = dict(rows=dtype, grad=dtype, out=dtype, scale=DOUBLE, shift=DOUBLE)
+    pointers |= dict(recentre=DOUBLE, result_length=DOUBLE)
+    constants = dict(ROW_STEP=step(columns, dtype), GRAD_STEP=step(columns, dtype), M=NAME[m])
+    constants |= dict(**row_kernels.tile(columns, m == DOUBLE), COLUMNS=columns, KINDS=3)
+    constants |= dict(LENGTH=1, NORMALIZE=True)
+    return compiled(row_kernels.align_rows_backward_kernel, target, pointers, constants)
+
+
 def sum_rows(target, dtype, columns, kinds=1, terms=0, m=None):
     m = m or (DOUBLE if dtype == DOUBLE else FLOAT)
     names = "sums numbers scale shift recentre centre weights factor packed"
@@ -123,10 +133,11 @@ def drift(target, dtype, columns):
 ROW_CASES = [(align_rows, HALF, 768), (sum_rows, HALF, 768), (drift, HALF, 768)]
 ROW_CASES += [(align_rows, BFLOAT, 1280), (scaled_rows, FLOAT, 1000), (align_rows, DOUBLE, 768)]
 ROW_CASES += [(align_rows, HALF, 16384), (drift, HALF, 16384)]
+ROW_CASES += [(gradient, HALF, 768)]
 
 
 TARGET_CASES = [("sm_90", *case) for case in ROW_CASES]
-TARGET_CASES += [("gfx942", *case) for case in ROW_CASES[:4]]
+TARGET_CASES += [("gfx942", *case) for case in (*ROW_CASES[:4], ROW_CASES[-1])]
 
 
 @pytest.mark.parametrize(("target", "op", "dtype", "columns"), TARGET_CASES)
@@ -211,7 +222,9 @@ def test_products_run_on_the_matrix_cores_of_an_mi300(case, tmp_path):
 
 
 DTYPES = (HALF, BFLOAT, FLOAT, DOUBLE)
-GENERATIONS = (80, 89, 90, 100, 120)  # A100, L4 and RTX 40, H100, B200, RTX 50
+GENERATIONS = (80, 86, 89, 90, 100, 120)  # A100, RTX 30, L4 and RTX 40, H100, B200, RTX 50
+MATRIX_TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in GENERATIONS}
+MATRIX_TARGETS["gfx942"] = MI300
 # Kernels whose code differs between generations: those with products, and one for all conversions
 # of dtypes, which the other kernels share. Compiling those for one generation saves a minute.
 FOR_EVERY_GENERATION = ("align_rows_kernel", "multiply_rows_kernel", "multiply_packed_kernel")
@@ -259,6 +272,8 @@ def call_maps(dtype, out_dtype, columns):
         triton_ops.align_rows_(out, rows, fake(), shift, last, length)
         triton_ops.map_rows_(out, rows, fake(columns, columns), shift, last, length)
         triton_ops.map_rows_(out, rows, fake(columns), shift, last, length)
+        triton_ops.align_rows_backward(rows, out, fake(), shift, last, length)
+    triton_ops.align_rows_backward(rows, out, fake(), shift, recentre, 1.0, False)
 
 
 def call_sums(dtype, columns):
@@ -284,6 +299,7 @@ def test_no_op_waits_for_the_gpu(launches):
     assert {kernel.fn.__name__ for kernel, _, _ in launches} == {
         *FOR_EVERY_GENERATION,
         "add_parts_kernel",
+        "align_rows_backward_kernel",
         "sum_rows_kernel",
     }
 
@@ -307,16 +323,16 @@ def variants(launches):
 # A pair of dtypes is converted in two steps, so every dtype of rows and of results is compiled for
 # each generation, and every pair for one of them. The code of sm_89 takes the paths of sm_80, that
 # of sm_120 those of sm_100.
-STEPS = {80: (0, 1), 90: (2,), 100: (3,)}  # from the dtype of rows to that of results, in DTYPES
-GENERATION_CASES = [pytest.param(number, STEPS[number], id=f"sm_{number}") for number in STEPS]
+STEPS = {"sm_80": (0, 1), "sm_90": (2,), "sm_100": (3,)}  # from the dtype of rows to results
+GENERATION_CASES = [pytest.param(name, STEPS[name], id=name) for name in STEPS]
 GENERATION_CASES += [
-    pytest.param(number, range(4), id=f"sm_{number}, every pair", marks=pytest.mark.slow)
-    for number in GENERATIONS
+    pytest.param(name, range(4), id=f"{name}, every pair", marks=pytest.mark.slow)
+    for name in MATRIX_TARGETS
 ]
 
 
-@pytest.mark.parametrize(("generation", "steps"), GENERATION_CASES)
-def test_every_pair_of_dtypes_compiles(generation, steps, launches, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "steps"), GENERATION_CASES)
+def test_every_pair_of_dtypes_compiles(name, steps, launches, monkeypatch, tmp_path):
     """Compile as far as PTX; the tests above assemble it too, which takes a third of the time."""
     dtype_pairs = [(DTYPES[i], DTYPES[(i + step) % 4]) for i in range(4) for step in steps]
     with FakeTensorMode():
@@ -324,6 +340,8 @@ def test_every_pair_of_dtypes_compiles(generation, steps, launches, monkeypatch,
             rows, out = fake(200, 64, dtype=dtype), fake(200, 64, dtype=out_dtype)
             triton_ops.align_rows_(out, rows, fake(), fake(64), fake(64))
             triton_ops.map_rows_(out, rows, fake(64, 64), fake(64), fake(64))
+            if len(steps) == 4 or dtype == out_dtype in (BFLOAT, DOUBLE):  # (seconds for each)
+                triton_ops.align_rows_backward(rows, out, fake(), fake(64), fake(64))
         for dtype, accurate in product(DTYPES, (False, True)):
             rows, sums = fake(200, 64, dtype=dtype), (fake(64, 64), fake(64))
             triton_ops.sum_rows(rows, fake(), fake(64), fake(64), True)
@@ -331,14 +349,14 @@ def test_every_pair_of_dtypes_compiles(generation, steps, launches, monkeypatch,
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # (which then holds no machine code)
     monkeypatch.setattr(nvidia.compiler.CUDABackend, "make_cubin", lambda *arguments: b"")
     failed, pairs = [], set()
-    for name, (kernel, pointers, constants) in variants(launches).items():
-        if generation != GENERATIONS[0] and kernel.fn.__name__ not in FOR_EVERY_GENERATION:
+    for variant, (kernel, pointers, constants) in variants(launches).items():
+        if name not in ("sm_80", "gfx942") and kernel.fn.__name__ not in FOR_EVERY_GENERATION:
             continue
         try:
-            binary = compiled(kernel, GPUTarget("cuda", generation, 32), pointers, constants)
-            assert f".target sm_{generation}" in binary.asm["ptx"]
+            binary = compiled(kernel, MATRIX_TARGETS[name], pointers, constants)
+            assert "amdgcn" in binary.asm or f".target {name}" in binary.asm["ptx"]
         except RuntimeError as error:
-            failed.append(f"{name}: {error}")
+            failed.append(f"{variant}: {error}")
         if kernel.fn.__name__ == "align_rows_kernel":
             pairs.add((pointers["rows"], pointers["out"]))
     assert not failed, "\n".join(failed)
@@ -347,9 +365,6 @@ def test_every_pair_of_dtypes_compiles(generation, steps, launches, monkeypatch,
 
 # ---- Every kernel, for every target: what compiles, and what leaves the registers
 
-MATRIX_TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90)}
-MATRIX_TARGETS |= {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (100, 120)}
-MATRIX_TARGETS["gfx942"] = MI300
 CACHE = Path(__file__).parents[2] / "build/triton_matrix"
 # Bytes that a thread may spill. A few are bound to be there where a kernel fills the registers;
 # those known are the drift pass of sum_rows on sm_80 (48).
@@ -386,6 +401,7 @@ def traced_variants(launches, dtypes, columns, out_dtypes=None):
                 rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
                 for linear in (fake(), fake(columns), fake(columns, columns)):
                     triton_ops.map_rows_(out, rows, linear, fake(columns), fake(columns))
+                triton_ops.align_rows_backward(rows, out, fake(), fake(columns), fake(columns))
     return variants(launches)
 
 

@@ -69,6 +69,12 @@ class Kernel:
         sums = self.functions.sum_rows(*arguments, normalize, **self.options)
         return ops.RowSums(*(tensor.cpu() for tensor in sums))
 
+    def gradient(self, rows, grad, row_map, length=1.0, normalize=True):
+        """``row_map`` is scale and shift, with or without recentre."""
+        sent = self._send(rows, *row_map, *[None] * (3 - len(row_map)))
+        arguments = (sent[0], grad.to(self.device), *sent[1:], length, normalize)
+        return self.functions.align_rows_backward(*arguments, **self.options).cpu()
+
     map = partialmethod(align, op="map_rows")
     map_into = partialmethod(align_into, op="map_rows_")
 

@@ -27,6 +27,33 @@ def row_map(rows, scale, shift, recentre=None, length=1.0):
     return mapped if length is None else length * unit(mapped)
 
 
+def row_map_gradient(rows, grad, scale, shift, recentre=None, length=1.0, normalize=True):
+    """Gradient of ``(row_map(rows) * grad).sum()``, and the factors by which it stretches ``grad``.
+
+    The Jacobian of ``v / |v|`` is ``(I - e e^T) / |v|`` with ``e = v / |v|``, and that of a zero
+    vector is taken as 0. The factors [N, 1] are those of the gradient without the projections; its
+    rounding errors are as large as these. ``longdouble`` holds the squares of every float64.
+    """
+
+    def back(v, g, factor):
+        norm = np.linalg.norm(v.astype(np.longdouble), axis=-1, keepdims=True)
+        e, inverse = unit(v), np.where(norm > 0, 1 / np.where(norm > 0, norm, 1), 0)
+        return (g - e * (e * g).sum(axis=-1, keepdims=True)) * inverse, factor * inverse
+
+    s = np.asarray(scale)
+    u = unit(rows) if normalize else rows
+    half = (u @ s.T if s.ndim == 2 else s * u) + shift
+    g, factor = grad, np.ones((len(rows), 1), dtype=grad.dtype)
+    if length is not None:
+        last = half if recentre is None else unit(half) + recentre
+        g, factor = back(last, length * g, abs(length) * factor)
+    if recentre is not None:
+        g, factor = back(half, g, factor)
+    g = g @ s if s.ndim == 2 else s * g
+    factor = factor * np.abs(s).max()
+    return back(rows, g, factor) if normalize else (g, factor)
+
+
 class Stats(NamedTuple):
     count: int
     mean: np.ndarray  # [D]

@@ -20,7 +20,7 @@ def __getattr__(op: str) -> Any:
     if op.startswith("_"):
         raise AttributeError(op)
     kernels = importlib.import_module(".product_kernels", __package__)
-    return getattr(kernels, op.replace("align_", "map_"))
+    return getattr(kernels, op if op.endswith("backward") else op.replace("align_", "map_"))
 
 
 def why_not() -> str:
