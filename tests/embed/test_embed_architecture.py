@@ -1,6 +1,7 @@
 """The same weights in another architecture are another model, whose rows no output mixes."""
 
 import json
+import re
 
 import pytest
 
@@ -100,12 +101,21 @@ def test_an_output_of_another_version_is_refused_with_its_name(tmp_path, source)
         run(model, tmp_path / "out", source)
 
 
-def test_weights_that_lack_a_part_of_the_model_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "part", "weight"),
+    [
+        ("clip", "", "text_projection.weight"),
+        ("llm2clip", "", "visual_projection.weight"),
+        ("llm2clip", "text_model", "norm.weight"),
+    ],
+)
+def test_weights_that_lack_a_part_of_the_model_are_refused(tmp_path, kind, part, weight):
     from safetensors.torch import load_file, save_file
 
-    (folder,), _ = write_model("clip", tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    del weights["text_projection.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"weights lack text_projection\.weight and 0 others"):
+    (folder,), _ = write_model(kind, tmp_path / "model")
+    path = folder / part / "model.safetensors"
+    weights = load_file(path)
+    del weights[weight]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"weights lack {re.escape(weight)} and 0 others"):
         load_encoder(folder, device="cpu")

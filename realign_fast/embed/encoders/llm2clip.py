@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from ...interface.option_values import Precision
-from .base import Encoder, StrPath, Tokens, file_digests, weights_hash
-from .hugging_face import LOCAL, quietly_loading, transformers
+from .base import StrPath, Tokens, file_digests, weights_hash
+from .hugging_face import LOCAL, TransformersEncoder, quietly_loading, transformers
 
 CONTEXT = 512  # tokens, as in the paper's code
 HEAD, END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
 ADAPTER = "text_adapter.adaptor."
 
 
-class Llm2ClipEncoder(Encoder):
+class Llm2ClipEncoder(TransformersEncoder):
     """LLM2CLIP from `folder`, with its language model from `text_model` or `folder/text_model`.
 
     Without a language model it embeds images alone. For `device` and `precision` see
@@ -53,9 +53,8 @@ class Llm2ClipEncoder(Encoder):
             config = library.CLIPConfig.from_pretrained(folder)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
-            tower = library.CLIPVisionModelWithProjection.from_pretrained(
-                folder, config=vision, dtype=self.dtype, **LOCAL
-            )
+            kind = "CLIPVisionModelWithProjection"
+            tower = self._load(kind, folder, config=vision, use_safetensors=True)
             self._adapter = {
                 name.removeprefix(ADAPTER): value.to(self.device, self.dtype)
                 for path in self._folder.glob("*.safetensors")
@@ -84,10 +83,8 @@ class Llm2ClipEncoder(Encoder):
             raise ValueError(f"{text_model}: is no directory; name that of the language model")
 
     def _load_language(self, folder: Path) -> None:
-        library = transformers()
-        options = {"dtype": self.dtype, "attn_implementation": "sdpa", **LOCAL}
-        model = library.AutoModel.from_pretrained(folder, **options)
-        self._tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model = self._load("AutoModel", folder, attn_implementation="sdpa")
+        self._tokenizer = transformers().AutoTokenizer.from_pretrained(folder, **LOCAL)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -101,11 +98,6 @@ class Llm2ClipEncoder(Encoder):
         self._language = model.eval().requires_grad_(False).to(self.device)
         self.settings["language_model"] = weights_hash(model.state_dict())
         self.settings["language"] = file_digests(folder)
-
-    def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return the pixels `[3, height, width]` that the processor makes."""
-        pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids padded on the left, their mask, and which are the text's own.
