@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the page shows the path of the output
         demo.run(Path("demo"), progress=False)
-        page = Path(write_report("demo")[0])
+        page = Path(write_report("demo")[0]).resolve()
         for width, height in ((1280, 3400), (390, 7000)):
             for dark in (False, True):
                 name = f"report_{width}_{'dark' if dark else 'light'}.png"
