@@ -161,8 +161,13 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     galleries = {"source": unit(source[spread].double()), "target": unit(target[spread].double())}
     ks = [k for k in settings.recall_at if k < 2 * rows]
     for side, answers in (("source", "target"), ("target", "source")):
-        retrieval = mixed_gallery.mixed_gallery(
+        found = mixed_gallery.mixed_gallery(
             galleries[side], galleries, {answers: numbers}, own={side: numbers}, ks=ks, block=block
         )
-        figures |= {f"{side}_{name}": value for name, value in retrieval.figures().items()}
+        retrieval: Numbers = {f"mixed_recall_at_{k}": value for k, value in found.recall.items()}
+        retrieval |= {f"recall_at_{k}": value for k, value in found.pure_recall.items()}
+        retrieval |= {f"share_of_{name}": share for name, share in found.shares.items()}
+        retrieval |= {"mixed_ndcg": found.ndcg, "ndcg": found.pure_ndcg}
+        retrieval |= {"within_rate": found.within, "between_rate": found.between}
+        figures |= {f"{side}_{name}": value for name, value in retrieval.items()}
     return figures

@@ -28,18 +28,6 @@ class MixedGallery(NamedTuple):
     within: Estimate  # the share of the rows of the relevant row's modality, and of the other
     between: Estimate  # modalities, that score above it
 
-    def figures(self) -> dict[str, Estimate]:
-        """Return the figures under flat names."""
-        return {
-            **{f"mixed_recall_at_{k}": value for k, value in self.recall.items()},
-            "mixed_ndcg": self.ndcg,
-            **{f"recall_at_{k}": value for k, value in self.pure_recall.items()},
-            "ndcg": self.pure_ndcg,
-            **{f"share_of_{name}": value for name, value in self.shares.items()},
-            "within_rate": self.within,
-            "between_rate": self.between,
-        }
-
 
 def mixed_gallery(
     queries: Tensor | np.ndarray[Any, Any],

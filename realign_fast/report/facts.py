@@ -88,7 +88,7 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
     for stage in ("before", "after"):
         sampled = {side.name: getattr(side, stage) for side in output.sides}
         rows = {name: side for name, side in sampled.items() if side is not None and len(side) > 3}
-        if len(rows) >= max(1, min(len(output.sides), 2)):
+        if len(rows) == len(output.sides):
             complete[stage] = rows
         else:
             count = sum(len(side.numbers) for side in output.sides)
@@ -104,7 +104,7 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
         facts["cosines"] = _densities(drawn)
         facts["spectra"] = {stage: _spectra(rows) for stage, rows in complete.items()}
     if len(complete) == 2 and has_two:
-        (y, x), (moved_y, moved_x) = ([*rows.values()][:2] for rows in complete.values())
+        (y, x), (moved_y, moved_x) = (rows.values() for rows in complete.values())
         few: Any = {"mixing_k": min(20, len(y) + len(x) - 1), "overlap_k": min(10, len(y) - 1)}
         facts["figures"] = metrics.gap_report(
             y.float(),
@@ -138,7 +138,7 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
         names = {"before": "before_centroid_gap", "after": "after_centroid_gap"}
         names["floor"] = "after_sampling_gap"
         gaps["fitted"] = {stage: figures[name] for stage, name in names.items()}
-    rows = {side.name: side.before for side in output.sides[:2] if side.before is not None}
+    rows = {side.name: side.before for side in output.sides if side.before is not None}
     if len(rows) == 2:
         try:
             half = output.refitted({name: side[::2] for name, side in rows.items()})
@@ -187,7 +187,7 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
 
 def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
     """Return the rows of pairs of two sides and how these are known; a ValueError without any."""
-    sides = output.sides[:2]
+    sides = output.sides
     corpora = [side.source for side in sides if side.source]
     if len(corpora) < 2:
         reasons = "; ".join(filter(None, (side.missing for side in sides)))

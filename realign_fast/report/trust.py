@@ -180,12 +180,11 @@ def sentence_of(facts: Facts) -> str:
         )
     if len(names) < 2:
         return f"No gap was measured: there are {' and '.join(names) or 'no'} rows alone."
-    between, others = " and ".join(names[:2]), ", ".join(names[2:])
-    rest = f" The gaps of {others} were not measured." * bool(others)
+    between = " and ".join(names)
     if not gap or gap["after"] is None:
-        return f"The gap between {between} was not measured: rows are missing.{rest}"
+        return f"The gap between {between} was not measured: rows are missing."
     closed = f"({1 - gap['after'] / gap['before']:.1%} is closed)" if gap["before"] else ""
     return (
         f"The gap between {between} fell from {gap['before']:.3f} to {gap['after']:.4f} "
-        f"{closed}; sampling alone leaves {gap['floor']:.3f}.{rest}"
+        f"{closed}; sampling alone leaves {gap['floor']:.3f}."
     )
