@@ -6,12 +6,13 @@ import subprocess
 from pathlib import Path
 
 import torch
+from support.pages import ROOT, blocks
 from support.programs import Program
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import realign_fast
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "fsdp2_train.py"
+SCRIPT = ROOT / "examples" / "fsdp2_train.py"
 
 
 def train(folder, steps):
@@ -29,6 +30,18 @@ def train(folder, steps):
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     return printed[0][0].strip()
+
+
+def test_the_lines_of_the_page_are_those_of_the_script():
+    """docs/pytorch.md shows what differs from DDP."""
+    (block,) = (
+        block
+        for block in blocks(ROOT / "docs" / "pytorch.md")
+        if block.comment.endswith("test_fsdp2_example.py runs this")
+    )
+    script = [line.strip() for line in SCRIPT.read_text().splitlines()]
+    lines = [line.strip() for line in block.code.splitlines() if not line.startswith("#")]
+    assert len(lines) == 7 and set(lines) <= {*script}
 
 
 def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
