@@ -124,7 +124,9 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         assert names["model"][1].weight.grad.any() and names["rows"].grad.isfinite().all()
         assert int(names["checkpoint"]["moments"]["counts"][0]) == len(text)
     if page.stem == "measure":
-        figures = re.findall(r"^\w+ +\d\.\d{4} \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+        figures = re.findall(
+            r"^\w+ [\w ]+\d\.\d{4} \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE
+        )
         assert (
             len(figures) == 10 and "".join(f"    {line}\n" for line in figures) in page.read_text()
         )
