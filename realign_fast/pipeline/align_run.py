@@ -88,30 +88,24 @@ class AlignRun(PassRunner):
         A job of an array measures its part of each, and then takes the checkpoints of all parts. If
         some are missing, an ``UnfinishedShards`` says so once all passes are done.
         """
-        totals, unfinished = [], list[UnfinishedShards]()
-        for measured in passes:
+        totals, unfinished = list[Moments](), list[UnfinishedShards]()
+        for name, corpus, row_map, count in passes:
             try:
-                totals.append(self._measure(measured, covariance))
+                if count is not None:
+                    total = measure_sample(self, name, corpus, count, covariance, row_map)
+                else:
+                    total = self.run_pass(self.task(name, corpus, row_map, covariance=covariance))
+                if self.part[1] > 1 and count is None:
+                    reader = copy.copy(self)  # of what all jobs have finished
+                    reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
+                    task = reader.task(name, corpus, row_map, covariance=covariance)
+                    total = reader.run_pass(task)
+                totals.append(total)
             except UnfinishedShards as error:
                 unfinished.append(error)
         if unfinished:
             raise unfinished[0]
         return totals
-
-    def _measure(self, measured: Measure, covariance: bool) -> Moments:
-        name, corpus, row_map, count = measured
-        if count is not None:
-            if not self.reading:
-                raise UnfinishedShards(f"{name}: a sample leaves no checkpoints")
-            return measure_sample(self, name, corpus, count, covariance, row_map)
-        task = self.task(name, corpus, row_map, covariance=covariance)
-        total = self.run_pass(task)
-        if self.part[1] > 1:
-            reader = copy.copy(self)  # of what all jobs have finished
-            reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
-            task = reader.task(name, corpus, row_map, covariance=covariance)
-            total = reader.run_pass(task)
-        return total
 
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..corpus.corpus import Corpus, sample_ids
-from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES
+from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, UnfinishedShards
 from ..moments import Moments, good_rows
 from .checkpoints import AnyMap
 from .passes import PassRunner
@@ -49,6 +49,8 @@ def measure_sample(
     They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
     is one batch, whatever the count.
     """
+    if not run.reading:
+        raise UnfinishedShards(f"{name}: a sample leaves no checkpoints")
     settings, through = run.settings, row_map.row_map if row_map else None
     ids = sample_ids(corpus.num_rows, count, settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
