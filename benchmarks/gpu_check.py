@@ -46,7 +46,7 @@ from harness.gpu_plugin import CUDA_FAILED, WHOLE_FILES, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT", "."))
-OPS = ("align_rows", "sum_rows", "add_scatter", "map_rows")
+OPS = ("align_rows", "align_rows_backward", "sum_rows", "add_scatter", "map_rows")
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
 BENCHMARKS = (*OPS, "covariance", "whitening")
 PROCESSES = min(8, max(1, (os.cpu_count() or 2) // 2))  # Triton compiles for most of its time
