@@ -42,14 +42,6 @@ class RowWeights(NamedTuple):
         return RowWeights(*(None if w is None else w[selection] for w in self))
 
     @property
-    def total_frequency(self) -> int:
-        """The sum of the frequencies, which may be past int64; 0 without them."""
-        if self.frequencies is None:
-            return 0
-        high, low = self.frequencies >> 32, self.frequencies & 0xFFFFFFFF
-        return (int(high.sum()) << 32) + int(low.sum())
-
-    @property
     def product(self) -> Tensor | None:
         """The weight w of every row, [N] float64, or None if all are 1."""
         if self.frequencies is None:
@@ -214,6 +206,11 @@ def _checked_weights(name: str, given_weights: object, rows: Tensor) -> Tensor |
         raise TypeError(f"Moments: expected whole numbers as fweights, got {weights.dtype}")
     if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(f"Moments: a weight of {name} is negative or not finite")
+    if are_counts and float(weights.double().sum()) > 1 << 53:
+        raise ValueError(
+            "Moments: fweights of more than 2^53 rows, which no sum in float64 counts exactly; "
+            "divide them by a common factor"
+        )
     in_range = (weights == 0) | ((weights > 1e-20) & (weights < 1e20))
     if not are_counts and not bool(in_range.all()):
         raise ValueError("Moments: aweights must be 0 or within 1e-20..1e20; scale them all alike")

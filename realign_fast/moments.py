@@ -117,8 +117,6 @@ class Moments:
         if self.scatter is None and not (fweights is aweights is None):
             raise ValueError("Moments: weights need Moments(covariance=True)")
         weights = RowWeights.checked(fweights, aweights, rows)
-        if weights.frequencies is not None:
-            _expect_countable([self.count + weights.total_frequency])
         rows = rows.detach().reshape(-1, rows.shape[-1])
         self._expect_columns(rows.shape[1], where)
         if bad_rows == "keep":
@@ -205,7 +203,6 @@ class Moments:
             )
         if other.total is not None:
             self._expect_columns(len(other.total), "the other moments")
-            _expect_countable([sum(pair) for pair in zip(self._counts, other._counts, strict=True)])
             self._add(other._row_sums)
             if self.scatter is not None and other.scatter is not None:
                 self.scatter.merge(other.scatter)
@@ -222,33 +219,24 @@ class Moments:
                 "Moments.all_reduce: torch.distributed has no process group; call "
                 "init_process_group first (torchrun sets its variables)"
             )
-        default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        has_centre = self.scatter is not None and self.scatter.centre is not None
-        columns_or_0 = 0 if self.total is None else len(self.total)
-        own = torch.tensor(  # [8] int64
-            [columns_or_0, has_centre, *self._counts, *self._flags().values()],
-            device=default if self.total is None else self.total.device,
-        )
-        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(ranks, own, group)
-        facts = torch.stack(ranks)  # [ranks, 8]
-        columns, flags = facts[:, 0], facts[:, 5:]
+        centre = self.scatter.centre if self.scatter is not None else None
+        own = self._flags(), 0 if self.total is None else len(self.total), centre
+        ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, own, group)
+        columns = {columns for _, columns, _ in ranks} - {0}
         # Every rank sees a mismatch, so that all of them raise and none waits for the others.
-        if len({*columns.tolist(), 0}) > 2 or not torch.equal(*flags.aminmax(dim=0)):
+        if len(columns) > 1 or any(flags != ranks[0][0] for flags, _, _ in ranks):
             raise ValueError(
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "
                 "use one encoder and the same flags on all ranks"
             )
-        _expect_countable([sum(counts) for counts in facts[:, 2:5].T.tolist()])
-        if not bool(columns.any()):
+        if not columns:
             return self
-        self._start(int(columns.max()), own.device)
-        if self.scatter is not None and bool(facts[:, 1].any()):
-            is_first = dist.get_rank(group) == int(facts[:, 1].argmax())
-            zeros = torch.zeros_like(self._row_sums.total)
-            centre = self.scatter.centre if is_first and self.scatter.centre is not None else zeros
-            dist.all_reduce(centre, dist.ReduceOp.SUM, group)
-            self.scatter = self.scatter.moved_to(centre)
+        default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        sums = self._start(columns.pop(), torch.device(default))
+        first_centre = next((centre for _, _, centre in ranks if centre is not None), None)
+        if self.scatter is not None and first_centre is not None:
+            self.scatter = self.scatter.moved_to(first_centre.to(sums.total.device))
         for name, tensor in self._state().items():
             if name != "scatter.centre":
                 dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
@@ -435,15 +423,6 @@ class Moments:
 
 
 torch.serialization.add_safe_globals([Moments, Scatter])  # for torch.load(weights_only=True)
-
-
-def _expect_countable(counts: list[int]) -> None:
-    """Raise a ValueError if the sums of counts do not fit in int64."""
-    if max(counts) >= 1 << 63:
-        raise ValueError(
-            f"Moments: {max(counts)} rows cannot be counted, expected fewer than 2^63; divide the "
-            "fweights by a common factor, or keep the moments apart"
-        )
 
 
 def measure(
