@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from ._argument_checks import Array, expect_counts, expect_tensor
-from .corpus.row_batches import Rows, encoder_of, opened_sides, tensor_of
+from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
@@ -181,7 +181,7 @@ class ReAlign(nn.Module, HubObject):
                 encoders embedded, or what :meth:`from_moments` refuses.
             TypeError: an iterator, which can be read only once.
         """
-        source, target = opened_sides(source=source, target=target).values()
+        source, target = opened(source, "source"), opened(target, "target")
         encoder = encoder_of(source, target)
         measure_side = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows)
         covariance = method in NEED_COVARIANCE

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ._argument_checks import Array, expect_tensor
-from .corpus.row_batches import Rows, encoder_of, opened_sides, tensor_of
+from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .moments import BadRows, Moments, expect_rows, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
 from .storage.paths import AnyPath
@@ -220,7 +220,7 @@ class SharedSpace(HubObject):
             queries = {query_role: queries}
         roles = [*(queries or {})]
         sides = modalities | {_queries_of(role): rows for role, rows in (queries or {}).items()}
-        rows = opened_sides(**sides)
+        rows = {name: opened(side, name) for name, side in sides.items()}
         encoder = encoder_of(*rows.values())
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows

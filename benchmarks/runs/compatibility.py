@@ -93,11 +93,6 @@ class Workspace:
         """Return the texts of the root as `convert` writes them in a format."""
         return self.made("converted", form)
 
-    @property
-    def parquet_shards(self) -> list[Path]:
-        """The shards of the texts as parquet, in their order."""
-        return sorted(self.converted("parquet").glob("*.parquet"))
-
     def outputs(self, form: str) -> list[Path]:
         """Return the outputs of `align`, `apply`, `unify` and `convert` with shards of a format."""
         return [self.made(kind, form) for kind in ("aligned", "applied", "unified", "converted")]
@@ -428,69 +423,6 @@ def transformers_trainer(workspace: Workspace) -> str:
 def lightning_trainer(workspace: Workspace) -> str:
     """Train a projector for two steps."""
     return run_page("lightning")
-
-
-def expect_corpus(data: Any, workspace: Workspace) -> str:
-    """Return a sentence on the corpus of `data`; raise if its rows are not those of the texts."""
-    expected = np.asarray(Corpus(workspace.root, "text"))
-    np.testing.assert_array_equal(np.asarray(Corpus(data)), expected)
-    return f"{len(expected)} rows, the same bytes"
-
-
-@check("pyarrow", "`Corpus(table)`")
-def corpus_of_table(workspace: Workspace) -> str:
-    """Read a `pyarrow.Table`."""
-    from pyarrow import parquet
-
-    return expect_corpus(parquet.read_table(workspace.parquet_shards), workspace)
-
-
-@check("pandas", "`Corpus(pandas.read_parquet(shard))`, a frame with a column of vectors")
-def corpus_of_pandas(workspace: Workspace) -> str:
-    """Read a frame of pandas."""
-    import pandas
-
-    frames = [pandas.read_parquet(path) for path in workspace.parquet_shards]
-    return expect_corpus(pandas.concat(frames, ignore_index=True), workspace)
-
-
-@check("polars", "`Corpus(polars.read_parquet(shards))`")
-def corpus_of_polars(workspace: Workspace) -> str:
-    """Read a frame of polars."""
-    import polars
-
-    return expect_corpus(polars.read_parquet(workspace.parquet_shards), workspace)
-
-
-@check("duckdb", "`Corpus(duckdb.sql('SELECT ... FROM shards'))`")
-def corpus_of_duckdb(workspace: Workspace) -> str:
-    """Read the result of a query."""
-    import duckdb
-
-    shards = workspace.converted("parquet") / "*.parquet"
-    return expect_corpus(duckdb.sql(f"SELECT * FROM '{shards}' ORDER BY filename"), workspace)
-
-
-@check("datasets", "`Corpus(Dataset)` and `Corpus(IterableDataset)`")
-def corpus_of_dataset(workspace: Workspace) -> str:
-    """Read both datasets of the datasets library."""
-    import datasets
-
-    dataset = datasets.load_from_disk(str(workspace.converted("hf")))
-    expect_corpus(dataset.to_iterable_dataset(2), workspace)
-    return expect_corpus(dataset, workspace)
-
-
-@check("torch", "`DataLoader(corpus.to_torch(batch_rows=4), num_workers=2)`")
-def loader_of_corpus(workspace: Workspace) -> str:
-    """Read a corpus through the worker processes of a DataLoader."""
-    from torch.utils.data import DataLoader
-
-    corpus = Corpus(workspace.root, "text")
-    loader = DataLoader(corpus.to_torch(batch_rows=4), batch_size=None, num_workers=2)
-    rows = torch.cat(list(loader)).numpy()
-    np.testing.assert_array_equal(np.sort(rows, axis=0), np.sort(np.asarray(corpus), axis=0))
-    return f"{len(rows)} rows, each once"
 
 
 def known_lines(page: str) -> dict[tuple[str, str], str]:

@@ -1,18 +1,16 @@
 """Directories of shards: the sides of a clip-retrieval root, and what may lie beside shards.
 
 A clip-retrieval root has `text_emb/`, `img_emb/` and `metadata/`. Shards of the two sides that pair
-must have equally many rows. One without a pair on the other side is no error (people download
-parts); one that `metadata/` lacks is a warning, since it is never read here.
+must have equally many rows. One without a pair on the other side is no error: people download
+parts.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..interface.option_values import Modality as Modality
@@ -26,7 +24,6 @@ from .format_registry import (
     read_shards,
     shard_paths,
 )
-from .formats import arrow
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -34,42 +31,33 @@ if TYPE_CHECKING:
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
 METADATA_SUFFIXES = (".jsonl", ".parquet")
-EXAMINED_FILES = 1000  # of a folder that may hold shards
 LISTED_NAMES = 5  # in one message
 
 Paths: TypeAlias = Sequence[StoragePath]
 
 
-def expanded(path: Any) -> tuple[StoragePath, list[StoragePath]]:
-    """Return the name of a corpus for errors, and the paths that a path, glob or list names.
+def corpus_path(path: Any) -> StoragePath:
+    """Return the path of a corpus, for a list of shards a name for errors.
 
-    A glob names the folders and shards that it matches, in natural order. It is a TypeError if
-    `path` is none: neither a text nor a path of pathlib, this package or the like.
+    It is a TypeError if `path` is neither a text nor a path of pathlib, this package or the like.
     """
-    if isinstance(path, list | tuple):
-        if not path:
-            raise ValueError("Corpus: got an empty list; name directories or shards")
-        paths = list(chain.from_iterable(expanded(item)[1] for item in path))
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        return storage_path(f"{paths[0]}{more}"), paths
+    if isinstance(path, list | tuple) and path:
+        return storage_path(f"{path[0]}{f' and {len(path) - 1} more' * (len(path) > 1)}")
     if not isinstance(path, str | os.PathLike) and not hasattr(path, "parent"):
-        advice = "give rows [N, D] of an array to ReAlign.fit itself, and one value of a dict"
-        type_name = type(path).__name__
-        raise TypeError(
-            f"Corpus: expected a path, a table or a dataset, got a {type_name}; {advice}"
-        )
+        advice = "give rows [N, D] of an array to ReAlign.fit itself, and save a table or dataset"
+        raise TypeError(f"Corpus: expected a path, got a {type(path).__name__}; {advice}")
     if not str(path):
         raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
-    place = storage_path(path)
-    if not place.is_glob or place.exists():
-        return place, [place]
-    named: Iterable[StoragePath] = place.matches()
-    matches = sorted(named, key=lambda match: natural_order(str(match)))
-    matches = [match for match in matches if not match.name.startswith("_")]
-    paths = [match for match in matches if format_of(match.name) or is_folder(match)] or matches
-    if not paths:
-        raise FileNotFoundError(f"{path}: matches no file or folder; check the pattern")
-    return place, paths
+    return storage_path(path)
+
+
+def matching_shards(pattern: StoragePath) -> list[StoragePath]:
+    """Return the shards that match a glob, in natural order; other files are left out."""
+    matches: Iterable[StoragePath] = pattern.matches()
+    shards = [match for match in matches if format_of(match.name) and match.name[0] != "_"]
+    if not shards:
+        raise FileNotFoundError(f"{pattern}: matches no shard; check the pattern, as in '*/*.npy'")
+    return sorted(shards, key=lambda match: natural_order(str(match)))
 
 
 def is_folder(path: StoragePath) -> bool:
@@ -125,10 +113,9 @@ def _numbers(path: StoragePath) -> tuple[int, ...]:
 
 
 def check_pairs(corpus: Corpus) -> None:
-    """Refuse shards whose pairs on the other side have other numbers of rows; warn of metadata."""
-    root, shards = corpus.path, corpus.shards
+    """Refuse shards whose pairs on the other side of a root have other numbers of rows."""
+    root, row_counts = corpus.path, {shard.path: shard.num_rows for shard in corpus.shards}
     other_side = root / next(name for name in SUBFOLDERS.values() if name != corpus.subfolder)
-    row_counts = {shard.path: shard.num_rows for shard in shards}
     pairs = paired([*row_counts], shard_paths(other_side) if other_side.is_dir() else [])
     others = read_shards([*pairs.values()], corpus.column, corpus.allow_pickle)
     for path, pair in zip(pairs, others, strict=True):
@@ -136,19 +123,12 @@ def check_pairs(corpus: Corpus) -> None:
             counts = f"has {row_counts[path]} rows, {pair.path} has {pair.num_rows}"
             advice = f"embed again, or open {root / corpus.subfolder}"
             raise ValueError(f"{path}: {counts}; paired shards are row-aligned: {advice}")
-    metadata = root / METADATA
-    files = metadata_files(metadata) if metadata.is_dir() else []
-    described = paired([*row_counts], files)
-    missing = [path.name for path in row_counts if path not in described]
-    if files and missing:
-        message = f"no file for {len(missing)} of {len(shards)} shards, first {missing[0]}"
-        warnings.warn(f"{metadata}: {message}; rows and ids stay as they are", stacklevel=3)
 
 
 def shards_of(folder: StoragePath) -> list[StoragePath]:
-    """Return the shards in a folder, or the path itself where it is a shard.
+    """Return the shards in a folder, not in its folders, or the path itself where it is a shard.
 
-    A folder that holds no corpus is an error; shards in its folders, which are not read, a warning.
+    A folder that holds no corpus is an error.
     """
     if not is_folder(folder):
         return [folder]
@@ -158,22 +138,14 @@ def shards_of(folder: StoragePath) -> list[StoragePath]:
     names = dict(folder.listed())
     if UNFINISHED in names:
         raise ValueError(f"{folder}: is a conversion that did not end; run the same again")
-    subfolders = sorted(name for name, is_folder in names.items() if is_folder)
-    nested = [name for name in subfolders if _may_hold_shards(folder, name)]
-    if shards and nested:
-        problem = f"shards in its folders ({some(nested)}) are not read, only those beside them"
-        warnings.warn(f"{folder}: {problem}; open such a folder itself", stacklevel=4)
     if shards:
         return shards
-    if arrow.DATASET_SPLITS in names:
-        splits = arrow.splits_of(folder)
-        advice = f"give one of them, such as {folder / splits[0]}"
-        raise ValueError(f"{folder}: is a DatasetDict of the splits {some(splits)}; {advice}")
-    if nested:
-        advice = f"open one of them ({folder / nested[0]}), or move the shards into one folder"
-        raise FileNotFoundError(f"{folder}: its shards are in folders ({some(nested)}); {advice}")
-    problem = "has no .npy file or other shard [rows, columns]"
-    raise FileNotFoundError(f"{folder}: {problem}; {CONVERSIONS}")
+    problem, advice = "has no .npy file or other shard [rows, columns]", CONVERSIONS
+    nested = [name for name, is_folder in names.items() if is_folder and name[0] not in "._"]
+    if nested:  # a DatasetDict has one for each split
+        problem += f", only folders ({some(sorted(nested))})"
+        advice = "open one of them, or give a glob of shards"
+    raise FileNotFoundError(f"{folder}: {problem}; {advice}")
 
 
 def metadata_files(folder: StoragePath) -> list[StoragePath]:
@@ -192,39 +164,19 @@ def metadata_of(corpus: Corpus) -> StoragePath | None:
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
     """Refuse a result in `out / subfolder` that would lie beside or below the rows of `corpus`.
 
-    So are rows in memory, and those of a list or glob of which two shards would become one.
+    So are those of a glob or list of which two shards would become one.
     """
-    if isinstance(corpus.path, arrow.MemoryPath):
-        corpus.path.identity()  # an error
     names = Counter(shard.path.name for shard in corpus.shards)
     if twins := [name for name, count in names.items() if count > 1]:
         advice = "rename them, or run once for each of their folders"
         raise OptionError(f"{corpus.path}: two shards would become {twins[0]}; {advice}")
-    if corpus.parts != (corpus,):
-        for part in corpus.parts:
-            check_apart(out, part, subfolder)
-        return
-    shards = {shard.path for shard in corpus.shards}
+    shards, places = {shard.path for shard in corpus.shards}, (out, out / subfolder)
     folders = {path.parent.resolve() for path in shards}
     folders |= {path.resolve().parent for path in shards}  # of the files that links lead to
-    is_below = any(place.is_within(corpus.path) for place in (out, out / subfolder))
-    is_below &= corpus.path not in shards
-    if is_below or folders & {out.resolve(), (out / subfolder).resolve()}:
+    is_below = any(place.is_within(corpus.path) for place in places) and corpus.path not in shards
+    if is_below or folders & {place.resolve() for place in places}:
         problem = f"is or lies in {corpus.path}, which holds rows that are read"
         raise OptionError(f"{out}: {problem}; give another --out")
-
-
-def _may_hold_shards(folder: StoragePath, name: str) -> bool:
-    """Return whether a folder may hold shards; a remote one, of perhaps millions, is not listed."""
-    if name == METADATA or name.startswith((".", "_")):  # whose files are no shards
-        return False
-    if folder.is_remote:
-        return True
-    try:
-        entries = islice((folder / name).listed(), EXAMINED_FILES)
-        return any(format_of(file_name) for file_name, _ in entries)
-    except OSError:  # a folder that this user may not read
-        return False
 
 
 def some(names: Sequence[str]) -> str:

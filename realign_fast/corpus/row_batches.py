@@ -12,10 +12,7 @@ from torch import Tensor
 from .._argument_checks import expect_counts, expect_tensor
 from .._argument_checks import tensor_of as array_tensor
 from .corpus import Corpus, common_encoder
-from .formats.arrow import is_table
-from .formats.arrow_columns import DEFAULT
 
-# Also tables and datasets (`Corpus`), which have no type in common.
 Rows: TypeAlias = Tensor | np.ndarray[Any, Any] | Corpus | str | os.PathLike[str] | Iterable[Any]
 
 
@@ -30,9 +27,8 @@ class RowBatch(NamedTuple):
 def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
     """Iterate over rows [N, D], ``batch_rows`` at a time of a tensor or an array.
 
-    A table of pandas or polars stands for its numbers. ``name`` is for errors about rows that have
-    no file. An object that holds no floating-point rows, or an iterator, which can be read only
-    once, is a TypeError.
+    ``name`` is for errors about rows that have no file. An object that holds no floating-point
+    rows, or an iterator, which can be read only once, is a TypeError.
     """
     expect_counts(name, batch_rows=batch_rows)
     rows = opened(rows, name)
@@ -67,47 +63,24 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
         first_row += len(item)
 
 
-def opened(rows: Any, name: str = "rows") -> Any:
-    """Return the corpus at a path or of a table with vectors; any other object as it is.
+def opened(rows: Any, name: str) -> Any:
+    """Return the corpus at a path; any other object as it is, but a table is a TypeError.
 
-    A table without a column `embedding`, whose columns are the numbers, is an array.
+    The error begins with `name` and says how to convert the table: nothing says which of its
+    columns are the numbers.
     """
-    parts = rows if isinstance(rows, (list, tuple)) and rows else [rows]
-    if all(isinstance(part, (str, os.PathLike)) for part in parts):
+    if isinstance(rows, (str, os.PathLike)):
         return Corpus(rows)
-    if not hasattr(rows, "to_numpy"):
-        return Corpus(rows) if is_table(rows) else rows
-    dtype = str(getattr(rows, "dtype", getattr(rows, "type", ""))).lower()  # of a column alone
-    has_vectors = dtype.startswith(("object", "list", "array", "fixed_size", "large_list"))
-    if is_table(rows) and (has_vectors or DEFAULT in getattr(rows, "columns", ())):
-        return Corpus(rows)
-    return _table_values(rows, name)
-
-
-def opened_sides(**sides: Any) -> dict[str, Any]:
-    """Return each side as `opened` does; frames with the same columns get the order of the first.
-
-    Columns are matched by name, so that the order in which a frame was built does not matter.
-    """
-    first: list[Any] | None = None
-    for name, side in sides.items():
-        columns = (
-            list(side.columns) if hasattr(side, "to_numpy") and hasattr(side, "columns") else None
-        )
-        if first is None:
-            first = columns
-        elif columns and columns != first and sorted(map(str, columns)) == sorted(map(str, first)):
-            sides[name] = side[first]
-    return {name: opened(side, name) for name, side in sides.items()}
+    if hasattr(rows, "to_numpy") or hasattr(rows, "__arrow_c_stream__"):
+        expect_tensor(name, rows)
+    return rows
 
 
 def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
-    """Return the rows of a tensor, an array, a table or a dataset as one tensor [N, D].
+    """Return the rows of a tensor, an array or a corpus, which is read whole, as a tensor [N, D].
 
-    A corpus is read whole. Errors are those of `_argument_checks.tensor_of` and of `Corpus`.
+    Errors are those of `_argument_checks.tensor_of` and of `Corpus`.
     """
-    if is_table(rows) or hasattr(rows, "to_numpy"):
-        rows = opened(rows, name)
     return rows[:] if isinstance(rows, Corpus) else array_tensor(name, rows, argument)
 
 
@@ -116,31 +89,3 @@ def encoder_of(*sides: object) -> str | None:
     return common_encoder(
         *((rows.path, rows.encoder) for rows in sides if isinstance(rows, Corpus))
     )
-
-
-def _table_values(table: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return the values [N, D] of a table; a TypeError names a column that holds other values.
-
-    An id column of whole numbers must not become a part of the rows.
-    """
-    columns = list(getattr(table, "columns", ()))  # none of a Series
-    for column, dtype in zip(columns, table.dtypes, strict=True) if columns else ():
-        if not str(dtype).lower().startswith(("float", "double")):
-            raise TypeError(
-                f"{name}: column {column!r} of the table holds {dtype}, expected floating-point "
-                f"numbers; select those of the embedding, or name a column of vectors {DEFAULT!r}"
-            )
-    try:
-        values: np.ndarray[Any, Any] = table.to_numpy()
-    except (ValueError, NotImplementedError) as error:  # lists in an array of pyarrow
-        advice = "give its numbers, such as rows.flatten().to_numpy().reshape(len(rows), -1)"
-        fault = f"expected rows [N, D], got {type(table).__name__} ({error})"
-        raise TypeError(f"{name}: {fault}; {advice}") from error
-    if values.ndim == 1:
-        raise TypeError(
-            f"{name}: expected rows [N, D], got one column of {len(values)} numbers in a "
-            f"{type(table).__name__}; give a frame of all columns, or a column of vectors"
-        )
-    if columns and values.dtype == object:  # nullable dtypes of pandas; a missing value is NaN
-        values = table.to_numpy(np.float64, na_value=np.nan)
-    return values

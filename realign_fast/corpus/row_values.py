@@ -13,7 +13,6 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from ..storage.paths import StoragePath, explained, storage_path
 from .formats.arrow_columns import decoded, pyarrow
 from .layout import METADATA, metadata_files, paired
-from .shard import ColumnChunk, Shard, selected
+from .shard import Shard, selected
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -40,52 +39,55 @@ class MetadataFile:
     num_rows: int  # of the shard
     has_other_columns = True
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[ColumnChunk]:
-        """Yield the columns, many rows at a time; a ValueError if they are not row-aligned."""
+    @property
+    def schema(self) -> Any:
+        """The `pyarrow.Schema` of a parquet file; None for json lines."""
+        if self.path.suffix != ".parquet":
+            return None
+        with explained(self.path), self.path.open("rb") as file, decoded(self.path, file):
+            return pyarrow().parquet.read_schema(file)
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the entry of each row; a ValueError if they are not row-aligned."""
         count = 0
         with explained(self.path), self.path.open("rb") as file:
-            read = self._batches if self.path.suffix == ".parquet" else self._entries
-            for chunk in chain(read(file, only), [[]]):  # counted before the last rows are taken
-                count += len(chunk)
-                if count > self.num_rows or (not len(chunk) and count < self.num_rows):
-                    found = f"more than {self.num_rows}" if count > self.num_rows else count
-                    counts = f"has {found} entries, its shard has {self.num_rows} rows"
-                    advice = "they must be row-aligned; or convert the folder of the rows alone"
-                    raise ValueError(f"{self.path}: {counts}: {advice}")
-                if len(chunk):
-                    yield chunk
+            read = self._table_entries if self.path.suffix == ".parquet" else self._line_entries
+            for count, entry in enumerate(read(file, only), 1):
+                if count > self.num_rows:
+                    break
+                yield entry
+        if count != self.num_rows:
+            found = f"more than {self.num_rows}" if count > self.num_rows else count
+            counts = f"has {found} entries, its shard has {self.num_rows} rows"
+            advice = "they must be row-aligned; or convert the folder of the rows alone"
+            raise ValueError(f"{self.path}: {counts}: {advice}")
 
-    def _batches(self, file: Any, only: Collection[str]) -> Iterator[Any]:
+    def _table_entries(self, file: Any, only: Collection[str]) -> Iterator[dict[str, Any]]:
         with decoded(self.path, file):
             table = pyarrow().parquet.ParquetFile(file)
             names = selected(table.schema_arrow.names, only)
-            yield from table.iter_batches(METADATA_ROWS, columns=names)
+            for batch in table.iter_batches(METADATA_ROWS, columns=names):
+                yield from batch.to_pylist()
 
-    def _entries(self, file: Any, _: Collection[str]) -> Iterator[list[dict[str, Any]]]:
-        entries = []
+    def _line_entries(self, file: Any, _: Collection[str]) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
-                entries.append({**json.loads(line)})
+                entry = {**json.loads(line)}
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path}: line {number}: {error}") from error
-            if len(entries) == METADATA_ROWS:
-                yield entries
-                entries = []
-        yield entries
+            yield entry
 
 
 def metadata_of_shards(
     corpus: Corpus, ids: ValueSource = None
 ) -> dict[StoragePath, MetadataFile | None]:
     """Return the file that describes each shard, by its path; nothing where there are no files."""
-    described: dict[StoragePath, MetadataFile | None] = {}
-    for part in corpus.parts if ids is None else (corpus,):
-        if files := value_files(part, ids):
-            pairs = paired([shard.path for shard in part.shards], files)
-            for shard in part.shards:
-                file = pairs.get(shard.path)
-                described[shard.path] = MetadataFile(file, shard.num_rows) if file else None
-    return described
+    files = value_files(corpus, ids)
+    pairs = paired([shard.path for shard in corpus.shards], files)
+    return {
+        shard.path: MetadataFile(pairs[shard.path], shard.num_rows) if shard.path in pairs else None
+        for shard in (corpus.shards if files else ())
+    }
 
 
 def shard_values(
@@ -116,18 +118,31 @@ def values_of(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator[
 
     Bytes must be UTF-8. Null is "", but ids must be texts or numbers.
     """
-    for row, value in enumerate(_values_in(source, columns)):
+    entries = source.other_columns({*columns, "json"}) if source.num_rows else ()
+    for row, entry in enumerate(entries):
+        fields = entry if columns[0] in entry else with_json_fields(entry)
+        column = next((name for name in columns if name in fields), None)
         place = f"{source.path}: row {row}"
-        if isinstance(value, bytes):
-            try:
-                value = value.decode()
-            except UnicodeDecodeError as error:
-                found = f"has {value!r:.60}, no UTF-8 ({error})"
-                raise ValueError(f"{place} {found}; write it as text") from error
+        if column is None:
+            present = ", ".join(map(repr, entry)) or "nothing"
+            raise ValueError(f"{place}: no column {' or '.join(columns)}, but {present}")
+        try:
+            value = fields[column]
+            value = value.decode() if isinstance(value, bytes) else value
+        except UnicodeDecodeError as error:
+            found = f"has {value!r:.60}, no UTF-8 ({error})"
+            raise ValueError(f"{place} {found}; write it as text") from error
         if "id" in columns and isinstance(value, list | tuple | dict | np.ndarray | None):
             found = f"has the id {value!r:.60} of {type(value).__name__}"
             raise ValueError(f"{place} {found}, expected a text or a number; write such ids")
         yield "" if value is None else str(value)
+
+
+def with_json_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with the fields of its `json`, which samples of WebDataset have, as well."""
+    with suppress(KeyError, ValueError, TypeError, RecursionError):
+        return {**json.loads(entry["json"]), **entry}
+    return entry
 
 
 def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
@@ -140,27 +155,3 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
     if ids is not None and not files:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
     return [path for path in files if path.is_file()]
-
-
-def _values_in(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator[object]:
-    """Yield the values of one of the other columns, in the form that the format gives them."""
-    row = 0
-    for chunk in source.other_columns(columns) if source.num_rows else ():
-        if isinstance(chunk, list):  # entries of a pickled list or of json lines, samples of a tar
-            for entry in chunk:
-                if "json" in entry and not {*columns} & {*entry}:  # of a sample of WebDataset
-                    with suppress(ValueError, TypeError):
-                        entry = {**json.loads(entry["json"]), **entry}
-                yield entry[_column(f"{source.path}: row {row}", entry, columns)]
-                row += 1
-        else:  # a record batch
-            column = _column(source.path, chunk.schema.names, columns)
-            yield from chunk.column(column).to_pylist()
-
-
-def _column(place: object, names: Collection[str], columns: Sequence[str]) -> str:
-    column = next((name for name in columns if name in names), None)
-    if column is None:
-        present = ", ".join(map(repr, names)) or "nothing"
-        raise ValueError(f"{place}: no column {' or '.join(columns)}, but {present}")
-    return column

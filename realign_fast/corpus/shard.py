@@ -56,8 +56,6 @@ FLOATS: dict[Dtype, torch.dtype] = {
 TORCH_DTYPES = FLOATS | {BFloat16(): torch.bfloat16}  # the last in safetensors alone
 
 Batches: TypeAlias = Iterator[tuple[int, torch.Tensor]]  # row number, rows [n, D]
-# Columns other than the rows, as a format yields them: entries, or a `pa.RecordBatch`.
-ColumnChunk: TypeAlias = "list[dict[str, Any]] | Any"
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ class Shard(ABC):
         shape = self.num_rows, self.dimension, self.torch_dtype
         return self.writer_class(path, *shape, source=self)
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[ColumnChunk]:
-        """Yield the columns other than the rows, in order and many rows at a time.
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the columns other than the rows, as an entry for each row.
 
         A format may leave out the columns that are not `selected` by `only`.
         """

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -127,12 +126,9 @@ class ShardTask:
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
         dtype = self.settings.result_dtype(self.corpus)
-        keeps_width = self.columns == shard.dimension
-        if keeps_width and dtype == self.corpus.dtype:
+        if self.columns == shard.dimension and dtype == self.corpus.dtype:
             return shard.writer(path)
-        is_bare = keeps_width and shard.format == "pickle" and not shard.has_other_columns
-        entries: Any = repeat({}, shard.num_rows) if is_bare else None  # none gets an id
-        return table_writer(shard, path, shard.format, dtype, self.columns, entries)
+        return table_writer(shard, path, shard.format, dtype, self.columns)
 
     def read(self, index: int, writer: FormatWriter | None = None) -> tuple[Moments, int]:
         """Return moments, and the checksum of what was written while later batches were computed.

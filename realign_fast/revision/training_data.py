@@ -133,8 +133,7 @@ def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
 
 def id_inputs(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
     """Return the shards of `corpus` and the metadata files that its ids are read from."""
-    files = [value_files(part, ids) for part in (corpus.parts if ids is None else (corpus,))]
-    return [*(shard.path for shard in corpus.shards), *chain.from_iterable(files)]
+    return [*(shard.path for shard in corpus.shards), *value_files(corpus, ids)]
 
 
 def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:

@@ -85,17 +85,14 @@ def tables():
 
 
 @pytest.mark.parametrize("table", list(tables()))
-def test_a_table_stands_for_its_numbers(table):
-    expected = ReAlign.fit(TEXT, IMAGE)
-    fitted = ReAlign.fit(table(TEXT.numpy()), IMAGE)
-    assert torch.equal(fitted.shift, expected.shift)
-    for values in (np.ones((3, 8), np.int32), np.array([["a", "b"]] * 3)):
-        with pytest.raises(TypeError, match=r"source: (column .* holds|.* got ndarray of) "):
-            ReAlign.fit(table(values), IMAGE)
-    assert torch.equal(expected(table(TEXT.numpy())), expected(TEXT))
-    assert torch.equal(Moments().update(table(TEXT.numpy())).mean, Moments().update(TEXT).mean)
+def test_a_table_of_numbers_is_refused_and_its_conversion_is_named(table):
     moments = Moments().update(IMAGE)
     for use in (
+        lambda rows: ReAlign.fit(rows, IMAGE),
+        lambda rows: SharedSpace.fit(text=rows, image=IMAGE),
+        ALIGNER,
+        SPACE.text,
+        Moments().update,
         lambda rows: metrics.knn_mixing(rows, IMAGE),
         lambda rows: metrics.mean_cosine(rows, TEXT),
         lambda rows: metrics.gap_report(IMAGE, rows),
@@ -192,20 +189,6 @@ def test_arrays_of_any_strides_enter_a_space_and_masks_are_not_dropped():
         assert torch.from_numpy(rows.astype("float32")).shape == (100, 8)
 
 
-def test_tables_with_ids_missing_values_or_nullable_numbers():
-    pandas = pytest.importorskip("pandas")
-    table = pandas.DataFrame(TEXT.numpy())
-    nullable = table.astype("Float32")
-    assert torch.equal(ReAlign.fit(nullable, IMAGE).shift, ReAlign.fit(TEXT.double(), IMAGE).shift)
-    nullable.iloc[7, 2] = pandas.NA
-    with pytest.raises(ValueError, match="source: row 7 holds a NaN"):
-        ReAlign.fit(nullable, IMAGE)
-    table.insert(0, "id", range(len(table)))
-    for fit in (ReAlign.fit, lambda rows, image: SharedSpace.fit(text=rows, image=image)):
-        with pytest.raises(TypeError, match="column 'id' of the table holds int64, expected float"):
-            fit(table, IMAGE)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -224,7 +207,7 @@ def test_tables_with_ids_missing_values_or_nullable_numbers():
         (lambda: copy.deepcopy(ALIGNER).to("meta").record, "its buffers are on the device meta"),
         (
             lambda: ReAlign.fit(pytest.importorskip("pyarrow").array([[1.0, 2.0]]), TEXT),
-            "got ListArray .* give its numbers",
+            "got ListArray; use torch.tensor",
         ),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 3, block=0), "block is 0, expected a whole"),
         (lambda: metrics.nearest_rows(TEXT, IMAGE, 2.5), "k is 2.5, expected a whole"),

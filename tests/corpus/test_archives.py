@@ -6,7 +6,6 @@ import pickle
 import re
 import resource
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,7 +133,7 @@ def save_header(path, text=b"[]"):
         (
             "x.pt",
             save_as_before_torch_1_6,
-            r"torch.save\(torch.load\(file, weights_only=True\), file",
+            r"it is truncated or damaged, or older than torch 1.6",
         ),
         ("x.pt", save_sparse, r"only a \[9, 4\] .* sparse; .* save tensor.to_dense\(\)$"),
         ("x.safetensors", save_header, r"\(its header is no json object\); write it with"),
@@ -226,12 +225,10 @@ def test_shards_with_the_longest_names_are_aligned_and_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_without_compression_are_read_in_place(tmp_path, save):
+def test_arrays_and_their_ids_are_read_and_kept(tmp_path, save):
     arrays = {"names": np.array(["a"] * 9), "rows": ROWS, "id": np.arange(9), "more": ROWS[:, 0]}
     save(tmp_path / "x.npz", **arrays)
     corpus = Corpus(tmp_path)
-    is_mapped = str(tmp_path / "x.npz") in Path("/proc/self/maps").read_text()
-    assert is_mapped == (save is np.savez)
     assert np.array_equal(corpus, ROWS) and np.array_equal(corpus[[8, 0]], ROWS[[8, 0]])
     assert list(corpus.ids()) == [str(number) for number in range(9)]
     with corpus.shards[0].writer(tmp_path / "y.npz") as writer:

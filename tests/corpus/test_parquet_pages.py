@@ -12,7 +12,8 @@ from support.memory import forked
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.formats import parquet
-from realign_fast.corpus.formats.parquet import ParquetShard
+from realign_fast.corpus.formats.parquet import ColumnPages, ParquetShard
+from realign_fast.storage.paths import storage_path
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -65,8 +66,16 @@ def read(path, **options):
     return torch.cat(parts).numpy() if parts else None
 
 
-def why(path):
-    return Corpus(path).shards[0].why_decoded()
+def is_direct(path):
+    """Whether the compiled reader reads all row groups of a file."""
+    with parquet._opened(storage_path(path)) as (file, descriptor):
+        pages = ColumnPages(file, descriptor, Corpus(path).shards[0])
+        try:
+            for group in range(file.num_row_groups):
+                pages.of(group).check()
+        except ValueError:
+            return False
+    return True
 
 
 # What is read directly.
@@ -80,7 +89,7 @@ def test_rows_are_those_that_were_written(tmp_path, only_direct, kind, dtype, ve
         rows = random_rows(41, columns, dtype)
         path = save(tmp_path / "x.parquet", rows, kind, data_page_version=version)
         np.testing.assert_array_equal(read(path, batch_rows=10), rows)
-        assert why(path) == ""
+        assert is_direct(path)
 
 
 @pytest.mark.parametrize("element", [True, False])
@@ -182,7 +191,7 @@ def test_what_we_write_we_read_directly(tmp_path, only_direct, dtype):
     np.save(tmp_path / "x.npy", rows)
     convert(Corpus(tmp_path / "x.npy"), tmp_path / "out", "parquet")
     path = tmp_path / "out" / "x.parquet"
-    assert why(path) == ""
+    assert is_direct(path)
     np.testing.assert_array_equal(read(path), rows)
 
 
@@ -190,18 +199,18 @@ def test_what_we_write_we_read_directly(tmp_path, only_direct, dtype):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    "options",
     [
-        ({"compression": "snappy"}, "row group 0: .* compressed with SNAPPY"),
-        ({"use_dictionary": True}, "row group 0: .* RLE_DICTIONARY"),
-        ({"use_byte_stream_split": ["embedding.list.element"]}, "encoded RLE, BYTE_STREAM_SPLIT"),
-        ({"write_page_checksum": True}, "a page has a checksum"),
+        {"compression": "snappy"},
+        {"use_dictionary": True},
+        {"use_byte_stream_split": ["embedding.list.element"]},
+        {"write_page_checksum": True},
     ],
 )
-def test_another_way_of_writing_is_pyarrows_to_read(tmp_path, options, words):
+def test_another_way_of_writing_is_pyarrows_to_read(tmp_path, options):
     rows = random_rows(50, 6)
     path = save(tmp_path / "x.parquet", rows, row_group_size=20, **options)
-    assert re.search(words, why(path)), why(path)
+    assert not is_direct(path)
     np.testing.assert_array_equal(read(path, batch_rows=7, start=9), rows[9:])
     np.testing.assert_array_equal(Corpus(path).take([3, 49]), rows[[3, 49]])
 
@@ -212,7 +221,7 @@ def test_without_the_compiled_reader_pyarrow_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_io", None)
     np.testing.assert_array_equal(read(path), rows)
     np.testing.assert_array_equal(Corpus(path).take([7, 8]), rows[[7, 8]])
-    assert "the compiled reader is not installed" in why(path)
+    assert not is_direct(path)
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -286,7 +295,6 @@ def test_a_column_whose_name_could_be_anothers_is_read_by_pyarrow(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet", **PLAIN)
     corpus = Corpus(tmp_path / "x.parquet", column="a")
     np.testing.assert_array_equal(corpus.take(range(5)), rows)
-    assert "2 columns could be 'a'" in corpus.shards[0].why_decoded()
 
 
 # Hostile bytes.
@@ -343,7 +351,7 @@ def test_an_unknown_codec_is_an_error_and_no_abort(tmp_path):
     path.write_bytes(whole[:codec] + b"\x5a" + whole[codec + 1 :])
 
     def read_it():
-        assert "compressed with 45" in why(path)
+        assert not is_direct(path)
         for read_rows in (read, lambda path: Corpus(path).take([3])):
             with pytest.raises(ValueError, match=rf"{path}: cannot be read .*codec"):
                 read_rows(path)
@@ -391,7 +399,7 @@ def test_only_whole_rows_of_the_chunk_are_read_into_memory_that_may_be_written(t
     path = save(tmp_path / "x.parquet", random_rows(40, 6))
     with open(path, "rb") as file:
         shard = Corpus(path).shards[0]
-        pages = parquet.ColumnPages(pq.ParquetFile(path), file.fileno(), shard).of(0)
+        pages = ColumnPages(pq.ParquetFile(path), file.fileno(), shard).of(0)
     for row in (-1, 38, 41, 1 << 62):
         with pytest.raises(IndexError, match="has 40 rows"):
             pages.read(row, np.empty((3, 6), "f4"))

@@ -156,7 +156,7 @@ def test_other_columns_go_beside_the_shards(tmp_path, bucket):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Corpus(S3).num_rows == 4  # metadata/ holds no shards
-    with pytest.raises(FileNotFoundError, match=r"rows: its shards are in folders \(out\); open"):
+    with pytest.raises(FileNotFoundError, match=r"rows: has no .*, only folders \(out\); open"):
         Corpus("s3://rows")
 
 

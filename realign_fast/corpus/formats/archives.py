@@ -2,30 +2,25 @@
 
 The rows are the entry `embedding`, or the only entry `[N, D]` of floating-point numbers. Nothing in
 the files is run: numpy loads no pickles, and `torch.load` with `weights_only` knows tensors and
-plain data alone. A `.pt` file is mapped, and so are matrices of an `.npz` file without compression.
-Other arrays are in memory while a file is read, and all results while they are written. A result
-keeps the other entries.
+plain data alone. A `.pt` file is mapped. Arrays of an `.npz` file are in memory while it is read,
+and all results while they are written. A result keeps the other entries.
 """
 
 from __future__ import annotations
 
 import errno
-import io
-import math
 import pickle
-import struct
 import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ...storage.paths import Stamp, StoragePath, explained
 from ..shard import (
-    FLOATS,
     MAX_COLUMNS,
     TORCH_DTYPES,
     Shard,
@@ -34,11 +29,8 @@ from ..shard import (
     selected,
 )
 from ..shard_writer import FormatWriter
-from .npy import HEADER_BYTES, read_array_header
 
 DEFAULT = "embedding"
-LEGACY_START = b"\x80\x02\x8a\x0a"  # of files of torch.save before 1.6, which are no zip files
-_LOCAL_LENGTHS = 26  # bytes of the head of a zip member before the lengths of its name and extras
 DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -101,17 +93,16 @@ class NpzShard(Shard):
         rows: np.ndarray = as_numpy(self.entries[self.column].detach())[selection]
         return rows
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the other entries that have a value for each row, as a dictionary for each row."""
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the other entries that have a value for each row; see `Shard.other_columns`."""
         entries, columns = self.entries, {}
         for name in selected((name for name in entries if name != self.column), only):
             values = entries[name]
             values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
             if isinstance(values, list) and len(values) == self.num_rows:
                 columns[name] = values
-        if columns:
-            rows = zip(*columns.values(), strict=True)
-            yield [dict(zip(columns, row, strict=True)) for row in rows]
+        for row in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, row, strict=True))
 
 
 @dataclass(frozen=True)
@@ -150,8 +141,8 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
     try:
         with explained(path), path.local_copy() as local:
             if form == "npz":
-                with np.load(local, allow_pickle=False) as arrays, open(local, "rb") as file:
-                    return {name: _array(file, arrays, name) for name in arrays}
+                with np.load(local, allow_pickle=False) as arrays:
+                    return {name: _tensor(arrays[name]) for name in arrays}
             if zipfile.is_zipfile(local):  # torch allocates what a record says that it has
                 with zipfile.ZipFile(local) as archive:
                     if any(record.file_size > stamp[0] for record in archive.infolist()):
@@ -162,11 +153,8 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, None):
             raise
         fault = str(error).partition("\n")[0].partition(". ")[0]
-        reason, advice = f"it is truncated or damaged ({fault})", "write it again"
-        with path.opened() as file:
-            if form == "pt" and file.pread(len(LEGACY_START), 0) == LEGACY_START:
-                reason = "it has the form of before torch 1.6"
-                advice = "torch.save(torch.load(file, weights_only=True), file) renews it"
+        reason = f"it is truncated or damaged, or older than torch 1.6 ({fault})"
+        advice = "write it again"
         if isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error):
             reason = "it holds objects other than tensors, arrays and plain data"
             advice = "they are never loaded; write it without them"
@@ -176,22 +164,7 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
     raise ValueError(f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them")
 
 
-def _array(file: IO[bytes], arrays: Any, name: str) -> torch.Tensor | np.ndarray:
-    """Return an array of an open `.npz` file; a matrix of floats that is not compressed is mapped.
-
-    Behind the head of a member, the lengths of its name and extras say where its data begin.
-    """
-    member = arrays.zip.NameToInfo.get(f"{name}.npy")
-    if member and member.compress_type == zipfile.ZIP_STORED:
-        head = io.BytesIO(arrays.zip.open(member).read(HEADER_BYTES))
-        shape, in_columns, dtype = read_array_header(head)
-        is_whole = member.file_size == head.tell() + math.prod(shape) * dtype.itemsize
-        if dtype in FLOATS and len(shape) == 2 and 0 not in shape and is_whole and not in_columns:
-            file.seek(member.header_offset + _LOCAL_LENGTHS)
-            lengths = struct.unpack("<HH", file.read(4))
-            offset = member.header_offset + _LOCAL_LENGTHS + 4 + sum(lengths) + head.tell()
-            return torch.from_numpy(np.memmap(file, dtype, "c", offset, shape))
-    array: np.ndarray = arrays[name]
+def _tensor(array: np.ndarray) -> torch.Tensor | np.ndarray:
     return torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
 
 

@@ -1,8 +1,8 @@
 """Tables in Arrow's terms: the column of rows, its values as numpy rows, shards and writers.
 
 A column of rows is a list, large list or fixed-size list of half, float or double; a tensor type of
-Arrow, Ray or datasets with the shape `[D]` or `[1, D]`, which is stored as such lists; or a
-fixed-size binary whose number type stands in the metadata of its field (`dtype`) or in the name
+Arrow or Ray with the shape `[D]` or `[1, D]`, which is stored as such lists; or a fixed-size
+binary whose number type stands in the metadata of its field (`dtype`) or in the name
 that asks for it (`embedding:float16`). A row that is null or empty, and a number that is null, are
 read as NaN; a row of another length is an error. This is the one file that imports pyarrow.
 """
@@ -74,27 +74,24 @@ def vectors_of(
         in_metadata = (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
         dtype = _dtype_of_binary(place, name, storage, stated or in_metadata)
         return _checked_dimension(place, storage.byte_width // dtype.itemsize), dtype, name
-    numbers, depth = storage, 0
-    while _is_list(numbers):
-        numbers, depth = _storage(numbers.value_type), depth + 1
-    if not depth:
+    if not _is_list(storage):
         expected = "expected a list, fixed-size list or fixed-size binary of numbers"
         raise TypeError(f"{place} is {field.type}, {expected}; choose another column")
-    if not pyarrow().types.is_floating(numbers):
-        expected = "expected half, float or double; cast the column"
-        raise TypeError(f"{place} holds {numbers}, {expected}")
+    if not pyarrow().types.is_floating(storage.value_type):
+        expected = "expected half, float or double; cast or flatten the column"
+        raise TypeError(f"{place} holds {storage.value_type}, {expected}")
     if any(size not in (1, None) for size in _tensor_shape(field)[:-1]):
         expected = "expected vectors [D] or [1, D]; reshape them"
         raise TypeError(f"{place} holds tensors {_tensor_shape(field)}, {expected}")
-    dtype = np.dtype(numbers.to_pandas_dtype())
+    dtype = np.dtype(storage.value_type.to_pandas_dtype())
     if stated and dtype != stated:
         raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
-    if pyarrow().types.is_fixed_size_list(storage) and depth == 1:
+    if pyarrow().types.is_fixed_size_list(storage):
         return _checked_dimension(place, storage.list_size), dtype, name
     for batch in batches(name):
         array = batch.column(name)
         array.validate(full=True)  # or a damaged offset would be followed
-        lengths = _lengths_of(_lists_of(array, dtype)[0])
+        lengths = _lengths_of(_lists_of(array, dtype))
         if (lengths > 0).any():
             return _checked_dimension(place, int(lengths[lengths > 0][0])), dtype, name
     return 0, dtype, name
@@ -119,8 +116,7 @@ def _tensor_shape(field: Any) -> list[Any]:
     with suppress(ValueError, RecursionError):  # its library was not imported here
         shape = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", b""))
         shape = shape.get("shape") if isinstance(shape, dict) else shape
-        if isinstance(shape, list):  # datasets has [shape, number type]
-            return shape[0] if shape and isinstance(shape[0], list) else shape
+        return shape if isinstance(shape, list) else []
     return []
 
 
@@ -147,57 +143,42 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
     A ValueError names a row of another length; `first` is the number of the first one.
     """
     array.validate(full=True)  # offsets and buffers have not been read yet, and may not fit
-    lists, vectors = _lists_of(array, shard.dtype)
+    lists = _lists_of(array, shard.dtype)
     lengths = _lengths_of(lists)
     # Numbers are copied only where some are null. Those of a list that is null are left out.
     numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
     is_whole = lengths == shard.dimension
     if is_whole.all():
         return numbers.reshape(-1, shard.dimension)
-    if (ragged := np.flatnonzero((~is_whole & (lengths > 0)) | (vectors > 1))).size:
+    if (ragged := np.flatnonzero(~is_whole & (lengths > 0))).size:
         row = int(ragged[0])
-        found = f"{lengths[row]} numbers" if vectors[row] == 1 else f"{vectors[row]} vectors"
         raise ValueError(
-            f"{shard.path}: row {first + row} of column {shard.column!r} has {found}, expected "
-            f"{shard.dimension} numbers as in the first row; mend it, or make it null, a bad row"
+            f"{shard.path}: row {first + row} of column {shard.column!r} has {lengths[row]} "
+            f"numbers, expected {shard.dimension} numbers as in the first row; mend it, or make it "
+            "null, a bad row"
         )
     rows = np.full((len(lengths), shard.dimension), np.nan, shard.dtype)
-    starts = _starts_of(lengths)[is_whole, None]
-    rows[is_whole] = numbers[starts + np.arange(shard.dimension)]
+    rows[is_whole] = numbers.reshape(-1, shard.dimension)
     return rows
 
 
-def _lists_of(array: Any, dtype: np.dtype[Any]) -> tuple[Any, np.ndarray]:
-    """Return rows as lists of numbers, and the number of vectors in each; other than 1 is null."""
+def _lists_of(array: Any, dtype: np.dtype[Any]) -> Any:
+    """Return rows as lists of numbers."""
     pa = pyarrow()
     lists = getattr(array, "storage", array)
-    vector_counts = np.ones(len(lists), np.int64)
-    if pa.types.is_fixed_size_binary(lists.type):
-        width, value_type = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
-        buffers, count = [None, lists.buffers()[1]], len(lists) * width
-        values = pa.Array.from_buffers(value_type, count, buffers, offset=lists.offset * width)
-        mask = lists.is_null() if lists.null_count else None
-        return pa.FixedSizeListArray.from_arrays(values, width, mask=mask), vector_counts
-    while _is_list(_storage(lists.type.value_type)):
-        lengths, vectors = _lengths_of(lists), lists.flatten()
-        vector_counts = np.maximum(vector_counts, lengths)
-        if not (lengths == 1).all():
-            vectors = vectors.take(pa.array(_starts_of(lengths), mask=lengths != 1))
-        lists = getattr(vectors, "storage", vectors)
-    return lists, vector_counts
+    if not pa.types.is_fixed_size_binary(lists.type):
+        return lists
+    width, value_type = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
+    buffers, count = [None, lists.buffers()[1]], len(lists) * width
+    values = pa.Array.from_buffers(value_type, count, buffers, offset=lists.offset * width)
+    mask = lists.is_null() if lists.null_count else None
+    return pa.FixedSizeListArray.from_arrays(values, width, mask=mask)
 
 
 def _lengths_of(lists: Any) -> np.ndarray:
     """Return how many values each list has; -1 for null."""
     lengths: np.ndarray = pyarrow().compute.list_value_length(lists).fill_null(-1).to_numpy()
     return lengths
-
-
-def _starts_of(lengths: np.ndarray) -> np.ndarray:
-    """Return where each list begins among the values of all."""
-    counts = np.maximum(lengths, 0, dtype=np.int64)
-    starts: np.ndarray = np.cumsum(counts) - counts
-    return starts
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
@@ -209,10 +190,7 @@ def array_of(rows: np.ndarray, column_type: Any) -> Any:
         if rows.size > np.iinfo(np.int32).max:  # a cast would let the offsets wrap
             raise ValueError(f"got {rows.size} numbers for one array; write fewer rows at a time")
         values = pa.Array.from_buffers(pa.from_numpy_dtype(rows.dtype), rows.size, [None, data])
-        array, inner = pa.FixedSizeListArray.from_arrays(values, rows.shape[1]), storage
-        while _is_list(inner := _storage(inner.value_type)):
-            array = pa.FixedSizeListArray.from_arrays(array, 1)
-        array = array.cast(storage)
+        array = pa.FixedSizeListArray.from_arrays(values, rows.shape[1]).cast(storage)
     is_extension = storage is not column_type
     return pa.ExtensionArray.from_storage(column_type, array) if is_extension else array
 
@@ -235,16 +213,23 @@ class TableShard(Shard):
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield the rows of each record batch; see `Shard.pieces`."""
         for batch in self.record_batches([self.column], first):
-            yield rows_of(batch.column(self.column), self, first)
+            with decoded(self.path):
+                rows = rows_of(batch.column(self.column), self, first)
+            yield rows
             first += len(batch)
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[Any]:
+    def other_batches(self, only: Collection[str] = ()) -> Iterator[Any]:
         """Yield the columns other than the rows as record batches; see `Shard.other_columns`."""
         names = [name for name in self.schema.names if name != self.column]
         for batch in self.record_batches(selected(names, only)):
             with decoded(self.path):
                 batch.validate(full=True)  # so that no damage is copied
             yield batch
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the columns other than the rows; see `Shard.other_columns`."""
+        for batch in self.other_batches(only):
+            yield from batch.to_pylist()
 
 
 class TableColumns(NamedTuple):
@@ -253,7 +238,7 @@ class TableColumns(NamedTuple):
     schema: Any  # a `pyarrow.Schema` of all of them
     column: str = DEFAULT  # name of the rows
     # Yields the other columns as record batches of any size, as many rows in all.
-    other_columns: Callable[[], Iterator[Any]] = lambda: iter(())
+    other_batches: Callable[[], Iterator[Any]] = lambda: iter(())
 
 
 class TableWriter(FormatWriter):
@@ -267,10 +252,9 @@ class TableWriter(FormatWriter):
         raise NotImplementedError
 
     def _begin(self) -> None:
-        columns = self._source or TableColumns(plain_schema(self.dimension, self.dtype))
-        self.columns = TableColumns(columns.schema, columns.column, columns.other_columns)
+        self.columns = self._source or TableColumns(plain_schema(self.dimension, self.dtype))
         has_others = len(self.columns.schema) > 1
-        self._batches = self.columns.other_columns() if has_others else None
+        self._batches = self.columns.other_batches() if has_others else None
         self._unwritten: Any = None  # rows of the other columns, a `pyarrow.Table`
         self._table = self._open_table(pyarrow().PythonFile(self._buffered, "w"))
 

@@ -35,7 +35,7 @@ ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the latter two are those of the le
 
 
 class NotDirect(ValueError):
-    """The reason why pyarrow has to decode a row group; the compiled reader has a `NotPlain`."""
+    """A row group that pyarrow has to decode; the compiled reader has a `NotPlain`."""
 
 
 class ParquetWriter(tables.TableWriter):
@@ -111,17 +111,6 @@ class ParquetShard(tables.TableShard):
         self.check_unchanged()
         return taken.view(np.uint8)
 
-    def why_decoded(self) -> str:
-        """Return why pyarrow reads row groups of this file; empty if all are read directly."""
-        with _opened(self.path) as (file, descriptor):
-            pages = ColumnPages(file, descriptor, self)
-            for group in range(file.num_row_groups):
-                try:
-                    pages.of(group).check()
-                except ValueError as reason:
-                    return f"row group {group}: {reason}"
-        return ""
-
     def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
         """Yield columns as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, _):
@@ -169,22 +158,16 @@ class ColumnPages:
 
     def of(self, group: int) -> Any:
         """Return the pages of a row group, as `_io.ParquetPages`, or raise `NotDirect`."""
-        if not _io:
-            raise NotDirect("the compiled reader is not installed; run `realign-fast info`")
-        if self._descriptor is None:
-            raise NotDirect("its bytes are not in a file of this machine")
+        if not _io or self._descriptor is None:
+            raise NotDirect
         leaf, chunks = self._chunks
-        chunk = chunks[group]
-        if chunk.codec != "UNCOMPRESSED" or chunk.is_elsewhere:
-            raise NotDirect(f"its column is compressed with {chunk.codec}")
-        if chunk.has_dictionary or not set(chunk.encodings) <= ENCODINGS:
-            raise NotDirect(f"its column is encoded {', '.join(chunk.encodings)}")
-        row_values, value_bytes = _sizes(leaf, self._shard)
+        chunk, (row_values, value_bytes) = chunks[group], _sizes(leaf, self._shard)
         rows, start, end = chunk.group_rows, chunk.data_offset, chunk.data_offset + chunk.bytes
-        if not 0 <= start <= end <= os.fstat(self._descriptor).st_size:
-            raise NotDirect("its column is not inside the file")
-        if chunk.values != rows * row_values:
-            raise NotDirect(f"it has {chunk.values} values for {rows} rows of {row_values}")
+        is_inside = 0 <= start <= end <= os.fstat(self._descriptor).st_size
+        is_encoded = chunk.has_dictionary or not {*chunk.encodings} <= ENCODINGS
+        is_plain = chunk.codec == "UNCOMPRESSED" and not (chunk.is_elsewhere or is_encoded)
+        if not (is_plain and is_inside) or chunk.values != rows * row_values:
+            raise NotDirect
         sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
         levels = {name: getattr(leaf, f"{name}_level") for name in _LEVELS}
         return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
@@ -196,10 +179,10 @@ class ColumnPages:
         paths = [schema.column(i).path for i in range(len(schema))]
         leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
         if len(leaves) != 1:
-            raise NotDirect(f"{len(leaves)} columns could be {name!r}")
+            raise NotDirect
         chunks = _io.read_chunks(self._descriptor, leaves[0])
-        if len(chunks) != self._file.num_row_groups:
-            raise NotDirect("its footer has changed")
+        if len(chunks) != self._file.num_row_groups:  # the file has changed
+            raise NotDirect
         return schema.column(leaves[0]), chunks
 
 
@@ -213,4 +196,4 @@ def _sizes(leaf: Any, shard: Shard) -> tuple[int, int]:
     if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == shard.dtype.name:
         if not fixed or leaf.length == size:
             return shard.dimension, size
-    raise NotDirect(f"its column is {physical_type}, not rows of {shard.dimension} {shard.dtype}")
+    raise NotDirect

@@ -37,7 +37,6 @@ MAX_BYTES = 4 << 30
 MAX_STEPS = 1 << 27  # opcodes of a file
 THREADS = 2  # that locate rows in files; what they leave is built one at a time
 REMEMBERED_FILES = 256  # for which the places of the rows are kept
-CHUNK_ENTRIES = 1024  # of other columns at a time
 DEFAULTS = ("embed", "embedding")
 ADVICE = "expected a pickled list of {'id': ..., 'embed': row}; write it so, or as .npy"
 # The globals of plain data, by module; the native interpreter has checked how a file calls them.
@@ -72,6 +71,11 @@ class PickledShard(Shard):
         """The list that the file holds, built as plain data."""
         return _entries(self.path, self.stamp, absolute(self.path))
 
+    @property
+    def built_rows(self) -> np.ndarray:
+        """The rows [num_rows, D] of `built_entries`."""
+        return _built(self.path, self.stamp, self.names, absolute(self.path))[1]
+
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from the file or built; see `Shard.pieces`."""
         return self.filled(first, self.num_rows, batch_rows, self._fill)
@@ -80,23 +84,14 @@ class PickledShard(Shard):
         if places := self.places:
             with self.unchanged_file() as descriptor:
                 places.read(descriptor, first, batch)
-            return
-        entries = self.built_entries[first : first + len(batch)]
-        for number, entry in enumerate(entries):
-            row = _vector(self.path, first + number, entry, self.column)
-            if row is None:
-                batch[number] = np.nan
-                continue
-            if row.size != self.dimension:
-                place = f"{self.path}: row {first + number}"
-                expected = f"expected {self.dimension} numbers as in the first row"
-                raise ValueError(f"{place} holds {row.size} of {row.dtype}, {expected}")
-            batch[number] = row  # the widest type of the file
+        else:
+            batch[:] = self.built_rows[first : first + len(batch)]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Return the bytes of the rows at sorted `ids`; see `Shard.take`."""
         if (places := self.places) is None:
-            return super().take(ids)
+            rows: np.ndarray = self.built_rows[ids]
+            return rows.view(np.uint8)
         self.check_unchanged()
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with self.unchanged_file() as descriptor:
@@ -115,16 +110,16 @@ class PickledShard(Shard):
             if not self.path.is_remote:
                 self.check_unchanged()
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the entries without their rows, `CHUNK_ENTRIES` at a time."""
-        if (places := self.places) and not places.has_others:
-            return
-        entries = self.built_entries
-        if all(len(entry) == 1 for entry in entries):
-            return
-        for start in range(0, len(entries), CHUNK_ENTRIES):
-            part = entries[start : start + CHUNK_ENTRIES]
-            yield [{key: entry[key] for key in entry if key != self.column} for entry in part]
+    @property
+    def has_other_columns(self) -> bool:
+        """True if an entry has another key than that of the rows."""
+        places = self.places
+        return bool(places.has_others if places else any(self.other_columns()))
+
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the entries without their rows."""
+        for entry in self.built_entries:
+            yield {key: entry[key] for key in entry if key != self.column}
 
     def writer(self, path: AnyPath) -> FormatWriter:
         """Return a writer of a copy of the file with other rows."""
@@ -155,7 +150,7 @@ class PickleWriter(FormatWriter):
                 if isinstance(old_row, np.ndarray):
                     new_row = row.reshape(old_row.shape)
             else:
-                entry = next(self._other_columns) if self._other_columns else {"id": number}
+                entry = next(self._other_columns) if self._other_columns else {}
                 column, new_row = DEFAULTS[0], row
             self._entries.append(entry | {column: new_row})
 
@@ -191,21 +186,37 @@ def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
         name, dtype = names[places.name], np.dtype(f"<f{places.value_bytes}")
         return PickledShard(path, len(places), places.columns, dtype, name, stamp, names)
     with _building:
-        entries = _entries(path, stamp, absolute(path))
-        if not entries:  # beside others it takes their dimension
-            return PickledShard(path, 0, 0, np.dtype("<f4"), names[0], stamp, names)
-        keys = dict.fromkeys(key for entry in entries if type(entry) is dict for key in entry)
-        name = next((name for name in names if name in keys), names[0])
-        if name not in keys:
-            _vector(path, 0, entries[0], name)  # says so if the entries are no dicts
-            problem = f"row 0 has no key {name!r}; choose one as the column, of: "
-            raise ValueError(f"{path}: {problem}{', '.join(map(repr, keys))}")
-        rows = (_vector(path, number, entry, name) for number, entry in enumerate(entries))
-        known = {(row.size, row.dtype): None for row in rows if row is not None}
-        if not known:
-            raise ValueError(f"{path}: no entry has a row under {name!r}; leave the file out")
-        dtype = np.result_type(*(dtype for _, dtype in known))
-        return PickledShard(path, len(entries), next(iter(known))[0], dtype, name, stamp, names)
+        name, rows = _built(path, stamp, names, absolute(path))
+    return PickledShard(path, len(rows), rows.shape[1], rows.dtype, name, stamp, names)
+
+
+@lru_cache(maxsize=1)  # one file is in memory at a time, for every pass that follows
+def _built(
+    path: StoragePath, stamp: Stamp, names: tuple[str, ...], place: str
+) -> tuple[str, np.ndarray]:
+    """Build a file; return the key of its rows, the first of `names` there is, and the rows."""
+    entries = _entries(path, stamp, place)
+    if not entries:  # beside others it takes their dimension
+        return names[0], np.empty((0, 0), "<f4")
+    keys = dict.fromkeys(key for entry in entries if type(entry) is dict for key in entry)
+    name = next((name for name in names if name in keys), names[0])
+    if name not in keys:
+        _vector(path, 0, entries[0], name)  # says so if the entries are no dicts
+        problem = f"row 0 has no key {name!r}; choose one as the column, of: "
+        raise ValueError(f"{path}: {problem}{', '.join(map(repr, keys))}")
+    vectors = [_vector(path, number, entry, name) for number, entry in enumerate(entries)]
+    known = [vector for vector in vectors if vector is not None]
+    if not known:
+        raise ValueError(f"{path}: no entry has a row under {name!r}; leave the file out")
+    dtype = np.result_type(*{vector.dtype for vector in known})  # the widest of them
+    rows = np.full((len(vectors), known[0].size), np.nan, dtype)
+    for number, vector in enumerate(vectors):
+        if vector is not None and vector.size != rows.shape[1]:
+            found = f"{path}: row {number} holds {vector.size} of {vector.dtype}"
+            raise ValueError(f"{found}, expected {rows.shape[1]} numbers as in the first row")
+        if vector is not None:
+            rows[number] = vector
+    return name, rows
 
 
 class PlainUnpickler(pickle.Unpickler):

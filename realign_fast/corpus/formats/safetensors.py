@@ -89,8 +89,8 @@ class TensorShard(ContiguousShard):
     format = "safetensors"
     writer_class = TensorWriter
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the other tensors as a dictionary for each row, `COLUMN_ROWS` rows at a time."""
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the other tensors; see `Shard.other_columns`."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
             names = [name for name in header if name != self.column]
@@ -104,8 +104,8 @@ class TensorShard(ContiguousShard):
                     data = b"".join(pieces(file.pread, start, start + count * row_bytes))
                     values = np.frombuffer(data, dtypes[name])
                     chunk[name] = values.reshape(count, *tensor.shape[1:])
-                rows = zip(*chunk.values(), strict=True)
-                yield [dict(zip(chunk, row, strict=True)) for row in rows]
+                for row in zip(*chunk.values(), strict=True):
+                    yield dict(zip(chunk, row, strict=True))
 
     def _column_dtype(self, name: str, tensor: Tensor) -> np.dtype[Any]:
         """Return the number type of another tensor, which must have a value or vector a row."""

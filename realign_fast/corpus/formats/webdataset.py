@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -26,9 +26,8 @@ from .npy import HEADER_BYTES
 
 DEFAULT = "embedding.npy"
 KEY = "__key__"  # webdataset's name for the key of a sample
-ID = "id"  # a field of the json of a sample; null is kept, so that the key does not take its place
+ID = "id"  # is kept in the json of a sample if it is null, or the key would take its place
 TEXT_ENDINGS = {"txt", "json", "cls"}  # columns of text in another format; other members are bytes
-CHUNK_SAMPLES = 256  # of other columns at a time
 
 Members = dict[str, tarfile.TarInfo]  # of one sample, by ending
 
@@ -72,26 +71,26 @@ class TarWriter(FormatWriter):
         """Write the members of a row: those of the other columns, then the row itself."""
         columns = dict(next(self._other_columns)) if self._other_columns else {}
         key = columns.pop(KEY, f"{number:09}")
-        if "json" in columns and columns.get(ID) == (_id_in(columns["json"]) or None):
-            columns.pop(ID, None)  # which `TarShard.other_columns` took out of the json
-        in_json = {name: val for name, val in columns.items() if val is not None or name == ID}
-        members: dict[str, str | bytes] = {
-            name: in_json.pop(name)
-            for name, value in columns.items()
-            if isinstance(value, bytes) or (value is not None and name in TEXT_ENDINGS)
-        }
-        try:
-            if in_json:  # numpy's arrays and scalars become lists and numbers
-                options: Any = {"ensure_ascii": False, "default": lambda value: value.tolist()}
-                members["json"] = json.dumps(in_json, **options)
-        except (TypeError, ValueError, AttributeError) as error:
-            problem = f"row {number}: its other columns cannot become json ({error})"
-            raise ValueError(f"{self.path}: {problem}; convert to parquet") from error
+        members: dict[str, str | bytes] = {}
+        fields: dict[str, Any] = {}  # of the json member
+        for name, value in columns.items():
+            is_text = isinstance(value, str) and name in TEXT_ENDINGS
+            if is_text or isinstance(value, bytes):
+                members[name] = value
+            elif value is not None or name == ID:
+                fields[name] = value
         has_slash = any("/" in name for name in members)
-        if (in_json and "json" in columns) or DEFAULT in members or has_slash:
+        if (fields and "json" in members) or DEFAULT in members or has_slash:
             names = ", ".join(columns)
             problem = f"row {number} has columns {names}, not all of which can be members"
             raise ValueError(f"{self.path}: {problem}; rename them")
+        try:
+            if fields:  # numpy's arrays and scalars become lists and numbers
+                options: Any = {"ensure_ascii": False, "default": lambda value: value.tolist()}
+                members["json"] = json.dumps(fields, **options)
+        except (TypeError, ValueError, AttributeError) as error:
+            problem = f"row {number}: its other columns cannot become json ({error})"
+            raise ValueError(f"{self.path}: {problem}; convert to parquet") from error
         for name, value in members.items():
             data = value.encode() if isinstance(value, str) else bytes(value)
             self._add(tarfile.TarInfo(f"{key}.{name}"), data)
@@ -129,30 +128,22 @@ class TarShard(Shard):
             is_row = member.isreg() and _split_name(member.name)[1] == self.column
             yield member, _row(self.path, tar, member) if is_row else None
 
-    def other_columns(self, only: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Yield the key of each sample and its other members, `CHUNK_SAMPLES` samples at a time.
-
-        An `id` in the json of a sample is a column as well, as text.
-        """
+    def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the key of each sample and its other members; see `Shard.other_columns`."""
         with opened_tar(self.path) as tar:
-            entries = (self._entry(tar, key, parts, only) for key, parts in samples(self.path, tar))
-            while chunk := list(islice(entries, CHUNK_SAMPLES)):
-                yield chunk
+            for key, members in samples(self.path, tar):
+                entry: dict[str, Any] = {KEY: key}
+                for ending in selected([KEY, *members], only):
+                    if ending not in (self.column, KEY):
+                        entry[ending] = self._content(tar, members[ending], ending in TEXT_ENDINGS)
+                yield entry
 
-    def _entry(
-        self, tar: tarfile.TarFile, key: str, members: Members, only: Collection[str]
-    ) -> dict[str, Any]:
-        entry: dict[str, Any] = {KEY: key}
-        for ending in selected([KEY, *members], {*only, "json"} if only else ()):
-            if ending in (self.column, KEY):
-                continue
-            data = _content_of(tar, member := members[ending])
-            try:
-                entry[ending] = data.decode() if ending in TEXT_ENDINGS else data
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{self.path}: {member.name} is no UTF-8 ({error})") from error
-        sample_id = _id_in(entry.get("json"))
-        return entry if sample_id is None else {ID: sample_id or None} | entry
+    def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo, is_text: bool) -> str | bytes:
+        data = _content_of(tar, member)
+        try:
+            return data.decode() if is_text else data
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {member.name} is no UTF-8 ({error})") from error
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TarShard:
@@ -196,15 +187,6 @@ def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np
         raise ValueError(f"{place} is not a .npy file ({error}); use numpy.save") from error
     check_vector(place, array)
     return array
-
-
-def _id_in(json_text: str | None) -> str | None:
-    """Return the `id` in the json of a sample as text, "" for null; None if there is none."""
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        sample_id = json.loads(json_text or "")[ID]
-        if sample_id is None or isinstance(sample_id, str | int):
-            return "" if sample_id is None else str(sample_id)
-    return None
 
 
 def _npy(row: np.ndarray) -> bytes:
