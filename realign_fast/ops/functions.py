@@ -82,7 +82,7 @@ def align_rows(
             pass
     rows = _checked_rows("align_rows", rows)
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
-    if length is not None and not math.isfinite(length):
+    if length is not None and not -math.inf < length < math.inf:  # (dynamo traces no isfinite)
         raise ValueError(f"align_rows: expected a finite length or None, got {length}")
     if out is not None:
         _check_out(rows, out, out_dtype)

@@ -458,3 +458,20 @@ def test_the_example_prints_its_table(monkeypatch, capsys, tmp_path):
     assert len(lines) == 10 and plot.stat().st_size > 0
     tenth = {line.split(" | ")[0]: float(line.split(" | ")[2].split()[0]) for line in lines[2:]}
     assert tenth["| calibrated"] > 0.4 > 0.25 > tenth["| as the encoder gives them"]
+
+
+@pytest.mark.parametrize("layout", ["single", "blocks"])
+@pytest.mark.parametrize("method", SPACE_METHODS)
+def test_maps_of_refitted_spaces_compile_to_one_graph(method, layout):
+    """Dynamo makes a float that changes between two maps symbolic; so is the scale of a refit."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(8)
+    rows = torch.randn(200, 6, generator=generator)
+    for shift in (0.2, 0.4, 0.6):
+        space = SharedSpace.fit(
+            text=rows + shift, image=rows[:150] - 0.3, method=method, layout=layout
+        )
+        maps = ((space.document_map("image"), space.image), (space.query_map(), space.query))
+        for row_map, eager in maps:
+            compiled = torch.compile(row_map, backend="aot_eager", fullgraph=True)
+            assert torch.equal(compiled(rows), eager(rows))
