@@ -505,7 +505,7 @@ def warn_if_far(name: str, mean: Tensor, rows: int, fitted: Tensor, count: int) 
         warnings.warn(
             f"{name}: the mean of the rows lies {distance:.2f} from that of the {count} rows "
             f"fitted on, expected {limit:.2f} at most; rows of another encoder, modality or domain "
-            "need a fit of their own",
+            "need a fit of their own, and rows that are mapped already must not be mapped again",
             stacklevel=4,
         )
     return distance > limit

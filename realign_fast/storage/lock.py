@@ -98,6 +98,10 @@ def _held_file(path: LocalPath) -> Iterator[int]:
     if path.is_symlink():
         fault = f"is a link to {os.readlink(path)}, and a lock is never written through a link"
         raise OSError(errno.ELOOP, f"{path}: {fault}; remove it")
+    output = output_of(path.parent.parent)
+    if output.exists() and not output.is_dir():
+        fault = "is a file, and --out is a directory; give a directory, which may be new"
+        raise OSError(errno.ENOTDIR, f"{output}: {fault}")
     with ExitStack() as stack:
         with explained(path.explanation):
             path.parent.mkdir(parents=True, exist_ok=True)

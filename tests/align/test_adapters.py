@@ -97,6 +97,26 @@ def test_the_page_merges_two_searches_of_qdrant(names, capsys):
             close(np.array([score for score, *_ in merged]), scores[best], 1e-4)
 
 
+def test_the_share_of_images_shows_a_wrong_distance(names, capsys):
+    """The page's check, of hits that Qdrant returned: a cosine loses the scale of the images."""
+    pytest.importorskip("qdrant_client")
+    from qdrant_client import QdrantClient, models
+
+    space, sides = names["space"], [names["text_rows"], names["image_rows"]]
+    mapped = np.concatenate([space.text(sides[0]), space.image(sides[1])])
+    payload = [{"modality": name} for name in ("text", "image") for _ in sides[0]]
+    names["client"] = client = QdrantClient(":memory:")
+    stores = ("old", "COSINE", np.concatenate(sides)), ("new", "DOT", mapped)
+    for name, distance, rows in (*stores, ("wrong", "COSINE", mapped)):
+        vectors = models.VectorParams(size=128, distance=models.Distance[distance])
+        client.create_collection(name, vectors_config=vectors)
+        client.upload_collection(name, rows, payload, range(800))
+    exec(code_of("def image_share"), names)
+    before, after = map(float, capsys.readouterr().out.split())
+    assert before < 0.1 and after > 0.3
+    assert names["image_share"]("wrong", space.query(names["query_rows"])) < after / 2
+
+
 def indented(text):
     return "".join(f"    {line}\n" for line in text.splitlines())
 

@@ -84,6 +84,7 @@ def test_rows_of_another_modality_or_encoder_are_warned_about_once():
         for far in (other, usual.float() @ turn, usual[:, torch.randperm(128)]):
             (warning,) = far_warnings(fitted_map, usual, far, far, far, far)
             assert "fitted on, expected" in str(warning.message)
+            assert "rows that are mapped already" in str(warning.message)
         assert not far_warnings(fitted_map, *other[:80].split(8))  # too few rows to tell
 
 

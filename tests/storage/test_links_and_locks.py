@@ -95,6 +95,16 @@ def test_a_lock_is_never_a_link(name, target, tmp_path, victim):
     assert not (tmp_path / "created").exists()
 
 
+def test_an_output_that_is_a_file_is_said(tmp_path):
+    """The message names the file that was given, not the lock that would lie in it."""
+    out = tmp_path / "text.npy"
+    out.write_bytes(b"rows")
+    with pytest.raises(NotADirectoryError, match=r"text\.npy: is a file, and --out is a directory"):
+        with locked(out / "__realign__/_stats"):
+            pass
+    assert out.read_bytes() == b"rows"
+
+
 def test_a_lock_with_a_second_name_is_held_and_not_written(tmp_path, victim):
     (tmp_path / "_stats").mkdir()
     (tmp_path / "_stats/lock").hardlink_to(victim)
