@@ -22,6 +22,7 @@ __all__ = ["METHODS", "NEED_COVARIANCE", "Method", "Shrinkage", "linear_part"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 NEED_COVARIANCE = METHODS[2:6]
+ROWS_A_COLUMN = 10  # eigenvalues of a covariance of n rows are off by about sqrt(D / n)
 
 
 def expect_method(method: Method) -> Method:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..methods import NEED_COVARIANCE
+from ..methods import NEED_COVARIANCE, ROWS_A_COLUMN
 
 Facts = dict[str, Any]
 FLOOR_SHARE = 0.1  # of the gap: more may be left by the sampling of the means alone
 SCALE_ERROR = 0.1  # by which the scores of one modality are stretched
 FAR_FROM_FLOOR = 2.0  # means of like rows lie at the floor; twice as far apart is no chance
-ROWS_A_COLUMN = 10  # eigenvalues of a covariance of n rows are off by about sqrt(D / n)
 BAD_SHARE = 0.01  # of all rows
 KEPT = 0.5  # share of the neighbours of a row that stay
 
@@ -97,7 +96,8 @@ def rank_deficient_covariance(facts: Facts) -> Iterator[str]:
             yield (
                 f"The method {record['method']} uses covariances of {columns} columns. It was "
                 f"fitted on {rows:,} rows (expected {ROWS_A_COLUMN} for each column), which span "
-                f"{min(ranks, default=columns)} columns. Fit with --shrinkage oas."
+                f"{min(ranks, default=columns)} columns. Leave out --method "
+                "and --shrinkage, or fit on more rows."
             )
 
 

@@ -201,7 +201,9 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     batch, simultaneous = config.batch or 1, config.micro_batch * devices
     if batch % simultaneous:
         product = f"micro batch {config.micro_batch} x {devices} devices"
-        raise ValueError(f"batch: got {batch}, expected a multiple of {simultaneous}, {product}")
+        expected = f"expected a multiple of {simultaneous}, {product}"
+        advice = "change --batch-size or --micro-batch"
+        raise ValueError(f"batch: got {batch}, {expected}; {advice}")
     settings = {
         "output_dir": config.out,
         "per_device_train_batch_size": config.micro_batch,

@@ -31,7 +31,14 @@ IGNORED_LABEL = -100
 _MARK = "\ue000"  # stands at an answer whose place is looked for; no text holds it
 _WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without white space around it
 Span = tuple[int, int]  # the first character, and that after the last
-Fault = Literal["missing_ids", "missing_images", "empty_captions", "missing_questions", "over_long"]
+Fault = Literal[
+    "missing_ids",
+    "without_ids",
+    "missing_images",
+    "empty_captions",
+    "missing_questions",
+    "over_long",
+]
 
 
 class Encoded(NamedTuple):
@@ -85,8 +92,10 @@ class Plain(_Encoder):
 
     def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
         """Return the fault that makes a sample unusable, or None; `max_length` is in tokens."""
-        if not sample.images or sample.images == [""]:
+        if not sample.images:
             return "missing_images"
+        if sample.images == [""]:
+            return "without_ids"
         if not self.reference(sample):
             return "empty_captions"
         is_long = max_length is not None and len(self.encode(sample).ids) > max_length
@@ -151,8 +160,10 @@ class Chat(_Encoder):
         if "user" not in roles[: roles.index("assistant")]:
             return "missing_questions"
         marks = sum(text.count(IMAGE_MARK) for _, text in turns)
-        if marks != len(sample.images) or "" in sample.images:
+        if marks != len(sample.images):
             return "missing_images"
+        if "" in sample.images:
+            return "without_ids"
         ids, labels = self.encode(sample)
         if all(label == IGNORED_LABEL for label in labels):
             return "empty_captions"

@@ -46,6 +46,7 @@ from .templates import IGNORED_LABEL, Fault, Template
 
 FAULTS: dict[Fault, str] = {
     "missing_ids": "images whose id has no row",
+    "without_ids": "entries have no `id`; with --ids row, write row numbers, from 0",
     "missing_images": "<image> marks and images differ in number, or no image where one must be",
     "empty_captions": "empty captions or answers",
     "missing_questions": "answers that no question stands before",
@@ -54,7 +55,7 @@ FAULTS: dict[Fault, str] = {
 }
 _MAX_EXAMPLES = 3  # of each fault in the report
 _REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 RowOf = Callable[[str], int | None]
 Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `id`, and the rows of a side
 
@@ -84,7 +85,7 @@ def prepare(
     Raises:
         FileNotFoundError: the list does not exist.
         ValueError: no sample or too few can be used, an entry is malformed, the template cannot
-            label it, or ids are not unique.
+            label it, ids are not unique, or row numbers count from 1.
     """
     source, cache = Path(conversations), Path(cache)
     max_length = min(max_length, template.positions or max_length)
@@ -96,10 +97,11 @@ def prepare(
     settings += [str(template.recipe)] * (template.recipe != Recipe())  # as in 0.1.0
     folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
     if not (folder / _REPORT).is_file():
-        row_of = row_finder(rows, ids)
+        row_of, past_end = row_finder(rows, ids), str(rows.num_rows) if ids == "row" else None
         with replaced(folder) as partial:
             partial.mkdir()
-            write_json(partial / _REPORT, _join(source, row_of, template, max_length, partial))
+            report = _join(source, row_of, template, max_length, partial, past_end)
+            write_json(partial / _REPORT, report)
     _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped)
     return Conversations(folder, _with_random_access(rows, cache), template)
 
@@ -180,9 +182,18 @@ def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None 
 
 
 def _join(
-    source: Path, row_of: RowOf, template: Template, max_length: int, folder: Path
+    source: Path,
+    row_of: RowOf,
+    template: Template,
+    max_length: int,
+    folder: Path,
+    past_end: str | None,
 ) -> dict[str, Any]:
-    """Write the usable samples of the list `source` to `folder`; return the report."""
+    """Write the usable samples of the list `source` to `folder`; return the report.
+
+    ValueError if ids that are row numbers count from 1: `past_end`, the number of rows, is one of
+    them and 0 is not.
+    """
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
     with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ENDS, "wb") as ends_file:
         for entry in read_entries(source):
@@ -195,7 +206,7 @@ def _join(
                 raise ValueError(f"{place} ({sample.id}): {error}") from error
             if not fault and len(rows) < len(sample.images):
                 fault = "missing_ids"
-            counts["samples"] += 1
+            counts.update(samples=1, first=0 in rows, past_end=past_end in sample.images)
             if fault:
                 counts[fault] += 1
                 examples[fault] += [sample.id or place] * (counts[fault] <= _MAX_EXAMPLES)
@@ -203,6 +214,9 @@ def _join(
             samples_file.write(json.dumps([*sample, rows]).encode() + b"\n")
             array("q", [samples_file.tell()]).tofile(ends_file)
             counts.update(used=1, images=len(rows), skipped_turns=sample.skipped_turns)
+    if counts["past_end"] and not counts["first"]:
+        fault = f"has the id {past_end} and no id 0, but row numbers start at 0"
+        raise ValueError(f"{source}: {fault}; subtract 1 from every id")
     names = ("samples", "used", "images", "skipped_turns", *FAULTS)
     return {name: counts[name] for name in names} | {"examples": examples}
 

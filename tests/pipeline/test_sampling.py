@@ -106,6 +106,21 @@ def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, c
     assert tree("exact") == tree("one")
 
 
+@pytest.mark.parametrize(
+    ("method", "rows", "is_told"),
+    [
+        *(("coral", 159, True), ("optimal-transport", 159, True), ("blockwise", 159, True)),
+        *(("coral", 160, False), ("diagonal", 159, False), ("realign", 159, False)),
+    ],
+)
+def test_covariances_of_few_rows_are_a_warning(corpora, caplog, method, rows, is_told):
+    AlignRun(quiet(fit_rows=rows, method=method)).fit(*corpora)
+    told = [text for text in caplog.messages if "for a covariance" in text]
+    expected = f"{method}: 159 rows for a covariance of 16 columns, expected 160 (ten for each "
+    expected += "column); leave out --method and --shrinkage, or fit on more rows"
+    assert told == [expected] * is_told
+
+
 def test_a_bad_row_of_the_sample_is_named_or_skipped(corpora):
     rows = np.load("text/emb_3.npy")
     rows[7] = 0

@@ -126,6 +126,29 @@ def test_ids_from_elsewhere_and_row_numbers(root, tokenizer, tmp_path):
     assert torch.equal(found[0]["image_rows"][0], torch.from_numpy(root[1][12]))
 
 
+def test_a_list_without_ids_says_so(root, tokenizer, tmp_path):
+    entries = [{"caption": text} for text in ("a dog", "a cat")]
+    path = write_list(tmp_path / "list.jsonl", entries)
+    expected = r"2 entries have no `id`; with --ids row, write row numbers.*list.jsonl: entry 0"
+    with pytest.raises(ValueError, match=expected):
+        ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")
+    marked = [list_entry("x1") | {"id": None}]
+    with pytest.raises(ValueError, match="1 entries have no `id`"):
+        ready(write_list(path, marked), root[0], Chat(tokenizer, K), tmp_path / "cache")
+
+
+def test_row_numbers_that_count_from_1_are_refused(root, tokenizer, tmp_path):
+    path, plain, cache = tmp_path / "list.jsonl", Plain(tokenizer, K), tmp_path / "cache"
+    bare, options = Corpus(root[0] / "text_emb"), {"ids": "row", "max_skipped": 0.5}
+    write_list(path, map(list_entry, range(1, 41)))
+    with pytest.raises(ValueError, match=r"has the id 40 and no id 0.*; subtract 1 from every id"):
+        ready(path, bare, plain, cache, **options)
+    assert not list(cache.iterdir())
+    for numbers, used in ((range(41), 40), (range(1, 40), 39)):
+        write_list(path, map(list_entry, numbers))
+        assert len(ready(path, bare, plain, cache, **options)) == used
+
+
 def test_metadata_in_parquet(root, tokenizer, tmp_path):
     pyarrow = arrow()
     for file in list((root[0] / "metadata").glob("*.jsonl")):

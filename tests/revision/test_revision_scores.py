@@ -178,7 +178,7 @@ def test_few_samples_are_measured_without_what_they_cannot_tell(world, tmp_path)
         found = evaluate(model, data, choices=0)
         assert found["samples"] == len(data) == (3 if name == "same" else 1)
         assert "gain" not in found and found["loss"]["low"] <= found["loss"]["value"]
-    assert (data.report["missing_ids"], data.report["missing_images"]) == (1, 1)
+    assert (data.report["missing_ids"], data.report["without_ids"]) == (1, 1)
     with pytest.raises(ValueError, match="got limit 0, expected a number of samples from 1"):
         evaluate(model, data, choices=0, limit=0)
 

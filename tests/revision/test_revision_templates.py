@@ -383,7 +383,7 @@ def test_text_in_other_scripts_is_labelled_whole():
         (SAMPLE, None),
         (SAMPLE._replace(images=[]), "missing_images"),
         (SAMPLE._replace(images=["a", "b"]), "missing_images"),
-        (SAMPLE._replace(images=[""]), "missing_images"),
+        (SAMPLE._replace(images=[""]), "without_ids"),
         (SAMPLE._replace(turns=TURNS[:2]), "empty_captions"),
         (SAMPLE._replace(turns=[*TURNS[:2], ("assistant", " ")]), "empty_captions"),
         (SAMPLE._replace(turns=[("user", "hi"), ("assistant", "yes")], images=[]), None),
