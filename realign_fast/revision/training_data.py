@@ -215,8 +215,8 @@ def _join(
             array("q", [samples_file.tell()]).tofile(ends_file)
             counts.update(used=1, images=len(rows), skipped_turns=sample.skipped_turns)
     if counts["past_end"] and not counts["first"]:
-        fault = f"has the id {past_end} and no id 0, but row numbers start at 0"
-        raise ValueError(f"{source}: {fault}; subtract 1 from every id")
+        problem = f"has the id {past_end} and no id 0, but row numbers start at 0"
+        raise ValueError(f"{source}: {problem}; subtract 1 from every id")
     names = ("samples", "used", "images", "skipped_turns", *FAULTS)
     return {name: counts[name] for name in names} | {"examples": examples}
 
