@@ -9,6 +9,7 @@ three times: moments, drift, residual gap.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
@@ -69,6 +70,7 @@ class ReAlign(nn.Module, HubObject):
     noise: Tensor  # [] energy of C3's noise as a share of T_x; NaN in the other methods
     seed: Tensor  # [] int64, of C3's noise
     encoder: str | None = None  # of both sides, where corpora said it; kept by save
+    _awaited: tuple[str, ...] = ()  # buffers that no part of the last state_dict had
 
     def __init__(self, dimension: int, method: Method = "realign") -> None:
         expect_counts("ReAlign", dimension=dimension)
@@ -334,7 +336,24 @@ class ReAlign(nn.Module, HubObject):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Load the buffers; the shape of A depends on the method and is that of the saved A."""
+        """Load the buffers; the shape of A depends on the method and is that of the saved A.
+
+        A state_dict may arrive in parts, as shards of a checkpoint do; until all keys of the map
+        are there rows are refused.
+        """
+        names = [name for name, _ in self.named_buffers()]
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if given:
+            self._awaited = tuple(n for n in self._awaited or names if n not in given)
+        if any(
+            value.dtype in (torch.float16, torch.bfloat16, torch.float32)
+            for value in given.values()
+        ):
+            warnings.warn(
+                f"ReAlign: the buffers {prefix}* of the state_dict were cast from float64, which "
+                "rounds the map for good; do not cast these keys",
+                stacklevel=2,
+            )
         if (saved := state_dict.get(f"{prefix}linear")) is not None:
             self.linear = saved.new_empty(saved.shape, device=self.linear.device)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -362,6 +381,10 @@ class ReAlign(nn.Module, HubObject):
 
     def _expect_fitted(self, rows: Tensor | None = None) -> None:
         """Raise a ValueError for a map that is not fitted, or without numbers where rows have."""
+        if self._awaited:
+            raise ValueError(
+                f"ReAlign: the state_dict lacked {', '.join(self._awaited)}; load all of its keys"
+            )
         if not self._is_fitted():
             raise ValueError("ReAlign: not fitted yet; use ReAlign.fit or load a state_dict first")
         if self.shift.is_meta and (rows is None or not rows.is_meta):

@@ -60,12 +60,12 @@ def align_rows(
         ValueError: a shape does not fit, ``out`` is on another device than the rows, or ``length``
             is not finite.
         TypeError: a dtype is not floating point, or ``out_dtype`` contradicts ``out``.
-        RuntimeError: ``out=`` with rows that need a gradient.
+        RuntimeError: ``out=`` with rows that need a gradient, or a map that needs one.
 
     Inside the transforms of ``torch.func``, and of rows with a forward-mode tangent, plain torch in
     float64 answers (``ops/reference.py``) in place of the kernel.
     """
-    if _may_call_kernel(rows, scale, shift, length, out, out_dtype):
+    if _may_call_kernel(rows, scale, shift, recentre, length, out, out_dtype):
         linear = (
             scale
             if isinstance(scale, Tensor)
@@ -81,6 +81,10 @@ def align_rows(
         except RuntimeError:  # the kernel refused an argument, which is converted or named below
             pass
     rows = _checked_rows("align_rows", rows)
+    if _needs_gradient(scale, shift, recentre):
+        raise RuntimeError(
+            "align_rows: scale, shift and recentre are constants and get no gradient; detach them"
+        )
     row_map = _map_arguments("align_rows", rows, scale, shift, recentre)
     if length is not None and not -math.inf < length < math.inf:  # (dynamo traces no isfinite)
         raise ValueError(f"align_rows: expected a finite length or None, got {length}")
@@ -98,6 +102,7 @@ def _may_call_kernel(
     rows: Tensor,
     scale: Tensor | float,
     shift: Tensor,
+    recentre: Tensor | None,
     length: float | None,
     out: Tensor | None,
     out_dtype: torch.dtype | None,
@@ -115,13 +120,13 @@ def _may_call_kernel(
         and shift.dtype == torch.float64
         and (length is None or math.isfinite(length))
         and (out is None or (type(out) is Tensor and out_dtype is None and not out.is_neg()))
-        and not _needs_gradient(rows, out)
+        and not _needs_gradient(rows, out, scale, shift, recentre)
         and not is_transformed(rows)
     )
 
 
-def _needs_gradient(rows: Tensor, out: Tensor | None) -> bool:
-    needed = rows.requires_grad or (out is not None and out.requires_grad)
+def _needs_gradient(*values: Tensor | float | None) -> bool:
+    needed = any(isinstance(value, Tensor) and value.requires_grad for value in values)
     return needed and torch.is_grad_enabled()
 
 
@@ -177,7 +182,8 @@ def sum_rows(
     about 1e-8, and up to 1e-6 where the rows of a block are equal.
 
     With ``scale`` and ``shift`` the unit rows are first mapped to ``unit(s u + b)`` (the drift
-    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` by the whole map.
+    pass of ReAlign, arXiv 2602.07026, section 4), with ``recentre`` by the whole map. The sums have
+    no gradient.
 
     Args:
         rows: [N, D], as in :func:`align_rows`.
@@ -244,7 +250,7 @@ def add_scatter_(
     A covariance is accumulated from these sums. With ``c`` near the mean the products do not
     cancel, so float32 products under float64 sums are enough: the relative error is about 1e-8
     (2e-7 as simulated on CUDA, whose tensor cores truncate sums), and up to 6e-6 where hundreds of
-    rows are equal and far from ``c``.
+    rows are equal and far from ``c``. The sums have no gradient.
 
     Args:
         scatter: [D, D] float64, contiguous, on the device of the rows, as total and weights are.

@@ -348,3 +348,15 @@ def test_a_bad_row_has_no_gradient(bad):
 
 def test_devices_without_kernels_have_the_reference():
     assert backend_of("align_rows", "meta").kernel == "reference"
+
+
+@pytest.mark.parametrize("needing", range(3), ids=["scale", "shift", "recentre"])
+@pytest.mark.parametrize("trained_rows", [False, True])
+def test_a_map_that_needs_a_gradient_is_refused(needing, trained_rows):
+    row_map = [tensor.clone() for tensor in DOUBLE_MAP]
+    row_map[needing].requires_grad_()
+    rows = random_rows(5, 7).requires_grad_(trained_rows)
+    with pytest.raises(RuntimeError, match="scale, shift and recentre are constants"):
+        align_rows(rows, *row_map)
+    with torch.no_grad():
+        assert torch.equal(align_rows(rows, *row_map), align_rows(rows, *DOUBLE_MAP))
