@@ -181,8 +181,8 @@ def test_a_faulty_file_is_one_error_that_names_it(corpora, capsys, fault, words)
         (["align", "--source", "root", *ALIGN[3:]], 6, ["root", "no text_emb"]),
         ([*ALIGN[:-1], "text"], 2, ["text", "give another --out"]),
         ([*ALIGN[:-1], "image"], 2, ["image", "give another --out"]),
-        ([*ALIGN[:-1], "root/img_emb/x.npy"], 6, ["x.npy", "Not a directory"]),
-        (["fit", *ALIGN[1:-1], "root/img_emb/x.npy"], 6, ["x.npy", "Not a directory"]),
+        ([*ALIGN[:-1], "root/img_emb/x.npy"], 6, ["x.npy: is a file, and --out is"]),
+        (["fit", *ALIGN[1:-1], "root/img_emb/x.npy"], 6, ["x.npy: is a file, and --out is"]),
         (
             ["apply", "--aligner", "none", "--source", "text", "--out", "out"],
             6,

@@ -476,7 +476,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_reading(corpora, tmp
     source, target, *_ = corpora
     monkeypatch.setattr(AlignRun, "fit", lambda *a: pytest.fail("rows were read"))
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", source, target, "file.*: Not a directory", OSError)
+    refused(tmp_path / "file", source, target, "file: is a file, and --out is a directory", OSError)
     refused(tmp_path / "file" / "out", source, target, "file.*: Not a directory", OSError)
     (tmp_path / "loop").symlink_to("loop")
     for out in (tmp_path / "loop", tmp_path / "loop" / "out"):

@@ -158,7 +158,7 @@ def test_public_names_are_functions_however_often_they_are_asked_for():
 @pytest.mark.parametrize(
     ("more", "status", "said"),
     [
-        (["--row", "99"], 3, "got row 99, expected 0..47"),
+        (["--row", "99"], 3, "got row 99, expected -48..47"),
         (["--id", "nobody"], 3, "no row has the id 'nobody'"),
         ([], 2, "which row? give --row N or --id ID"),
     ],
