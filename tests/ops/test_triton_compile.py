@@ -444,6 +444,8 @@ def test_the_widest_tiles_spill_nothing(launches, monkeypatch):
 
 def pretend_gpu(name, monkeypatch):
     """Let the host code choose tiles for this GPU."""
+    with FakeTensorMode():  # which lets calls pass without a driver while torch finds no GPU
+        pass
     target = MATRIX_TARGETS[name]
     capability = divmod(target.arch, 10) if target.backend == "cuda" else (9, 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
