@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..ops.reference import unit
 from ..pipeline.manifest import MANIFEST, fault_of
 from ..pipeline.output import ALIGNER, SPACE
 from ..shared_space import SharedSpace
-from ..storage.paths import AnyPath, records_of
+from ..storage.paths import AnyPath, StoragePath, records_of
 from .paired_rows import FEWEST, paired_rows, pairs_of_ids, spread
 from .stored_rows import Output, Side
 from .trust import sentence_of, verdict_of
@@ -36,7 +36,7 @@ _DEMO = {  # what the page draws of demo.json
     | {"gallery": int},
     "substitution": {"share_closed": float, "interval": [float]},
 }
-_OF_SIDE = "rows", "missing", "changed", "foreign"
+_OF_SIDE = "rows", "missing", "changed"
 Facts = dict[str, Any]
 
 
@@ -83,28 +83,23 @@ def facts_of(out: AnyPath, sample: int = 3000, seed: int = 0) -> Facts:
 def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
     """Return the figures of samples of the sides, which need no pairs."""
     facts: Facts = dict.fromkeys(("scatter", "position", "cosines", "spectra", "figures"))
-    complete: dict[str, dict[str, Tensor]] = {}
-    reason = "; ".join(filter(None, (side.missing for side in output.sides)))
-    for stage in ("before", "after"):
-        sampled = {side.name: getattr(side, stage) for side in output.sides}
-        rows = {name: side for name, side in sampled.items() if side is not None and len(side) > 3}
-        if len(rows) == len(output.sides):
-            complete[stage] = rows
-        else:
-            count = sum(len(side.numbers) for side in output.sides)
-            small = f"a sample of {count} rows is too small, expected 4 of each side"
-            missing[stage] = reason or small
-    has_two = all(len(rows) > 1 for rows in complete.values())
+    sides, stages = output.sides, dict[str, dict[str, Tensor]]()
+    count, has_two = sum(len(side.numbers) for side in sides), len(sides) > 1
+    if reason := "; ".join(filter(None, (side.missing for side in sides))):
+        missing["rows"] = reason
+    elif any(len(side.numbers) < 4 for side in sides):
+        missing["rows"] = f"a sample of {count} rows is too small, expected 4 of each side"
+    else:
+        stages = {s: {side.name: getattr(side, s) for side in sides} for s in ("before", "after")}
     if not has_two:
-        missing["sides"] = f"there are rows of {output.sides[0].name} alone"
-    if complete:
-        facts["scatter"] = _scatter(complete, output.sides)
-        facts["position"] = _positions(complete) if has_two else None
-        drawn = {stage: _cosines(rows) for stage, rows in complete.items()}
-        facts["cosines"] = _densities(drawn)
-        facts["spectra"] = {stage: _spectra(rows) for stage, rows in complete.items()}
-    if len(complete) == 2 and has_two:
-        (y, x), (moved_y, moved_x) = (rows.values() for rows in complete.values())
+        missing["sides"] = f"there are rows of {sides[0].name} alone"
+    if stages:
+        facts["scatter"] = _scatter(stages, sides)
+        facts["position"] = _positions(stages) if has_two else None
+        facts["cosines"] = _densities({stage: _cosines(rows) for stage, rows in stages.items()})
+        facts["spectra"] = {stage: _spectra(rows) for stage, rows in stages.items()}
+    if stages and has_two:
+        (y, x), (moved_y, moved_x) = (rows.values() for rows in stages.values())
         few: Any = {"mixing_k": min(20, len(y) + len(x) - 1), "overlap_k": min(10, len(y) - 1)}
         facts["figures"] = metrics.gap_report(
             y.float(),
@@ -130,7 +125,7 @@ def _gaps(output: Output, figures: Facts | None, missing: dict[str, str]) -> Fac
             gaps["applied"] = {s: float((m - target.target_mean).norm()) for s, m in means.items()}
             trace, count = Moments().update(side.after).trace, len(side.after)
             gaps["applied"]["floor"] = metrics.sampling_gap(trace, count, int(target.target_count))
-    elif isinstance(output.fitted, ReAlign) and not any(side.foreign for side in output.sides):
+    elif isinstance(output.fitted, ReAlign):
         after = (output.report.get("result") or {}).get("centroid_gap", record["residual_gap"])
         floor = record["statistical_floor"]
         gaps["fitted"] = {"before": record["centroid_gap"], "after": after, "floor": floor}
@@ -188,7 +183,7 @@ def _of_pairs(output: Output, sample: int, missing: dict[str, str]) -> Facts:
 def _pairs(output: Output, sample: int) -> tuple[dict[str, Tensor], str]:
     """Return the rows of pairs of two sides and how these are known; a ValueError without any."""
     sides = output.sides
-    corpora = [side.source for side in sides if side.source]
+    corpora = [side.corpus for side in sides if side.corpus]
     if len(corpora) < 2:
         reasons = "; ".join(filter(None, (side.missing for side in sides)))
         raise ValueError(reasons or f"there are rows of {sides[0].name} alone")
@@ -220,7 +215,7 @@ def _scatter(stages: Mapping[str, Mapping[str, Tensor]], sides: Sequence[Side]) 
             stage: {name: ((side[drawn[name]] - mean) @ axes).T for name, side in rows.items()}
             for stage, rows in stages.items()
         },
-        "labels": {side.name: side.labels(drawn[side.name]) for side in sides if side.numbers.size},
+        "labels": {side.name: side.labels(drawn[side.name]) for side in sides},
     }
 
 
@@ -296,18 +291,25 @@ def _is_far(output: Output, side: Side) -> bool | None:
 
 def _bad_rows(output: Output) -> Facts:
     """Return the shards of the result that hold most bad rows, and sums over all."""
+    entries = [entry for _, entry in _written(output)]
     shards = [
         {"shard": entry["name"], "zero": entry["zero_rows"], "non-finite": entry["nan_rows"]}
-        for name, record in output.manifest["passes"].items()
-        if name.startswith("apply")
-        for entry in record["shards"]
+        for entry in entries
     ]
     bad = [shard for shard in shards if shard["zero"] + shard["non-finite"]]
     worst = sorted(bad, key=lambda shard: -shard["zero"] - shard["non-finite"])[:_WORST_SHARDS]
-    rows = sum(side.rows for side in output.sides if side.result)
+    rows = sum(entry["rows"] for entry in entries)
     count = sum(shard["zero"] + shard["non-finite"] for shard in bad)
     numbers = {"shards": len(shards), "bad_shards": len(bad), "rows": rows, "bad": count}
     return numbers | {"worst": worst}
+
+
+def _written(output: Output) -> Iterator[tuple[StoragePath, Facts]]:
+    """Yield the path of each shard that the run wrote, and its entry in the manifest."""
+    for name, record in output.manifest["passes"].items():
+        if name.startswith("apply"):
+            for entry in record["shards"]:
+                yield output.path / record["facts"]["folder"] / entry["name"], entry
 
 
 def _file_bytes(output: Output) -> int | None:
@@ -315,8 +317,7 @@ def _file_bytes(output: Output) -> int | None:
     if output.path.is_remote:  # a question about a file there is a request
         return None
     paths = {records_of(output.path) / name for name in (ALIGNER, SPACE, MANIFEST)}
-    results = [side.result for side in output.sides if side.result]
-    paths |= {shard.path for result in results for shard in result.shards}
+    paths |= {path for path, _ in _written(output)}
     return sum(path.stamp()[0] for path in paths if path.exists())
 
 

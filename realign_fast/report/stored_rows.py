@@ -1,4 +1,4 @@
-"""Rows of an output before and after its map, read again with what the run recorded of them."""
+"""Rows that a run read, before and after its map, with what the run recorded of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..align import ReAlign
@@ -35,7 +34,6 @@ _REPORT: dict[str, Any] = {  # types of the values of a report.json that are use
     **dict.fromkeys(("source", "target", "text", "image"), _SHAPE),
     **dict.fromkeys(("versions", "kernels"), dict),
 }
-_ROW_ERROR = 0.1  # of a direction: far above the rounding of any number type
 _LONGEST = 300  # characters of an id or a caption that are kept
 _VALUES = ID_COLUMNS, ("caption", "text", "txt")
 
@@ -46,18 +44,16 @@ class Side:
 
     name: str
     rows: int  # of the corpus
+    corpus: Corpus | None = None
     before: Tensor | None = None  # [n, D] float64, unit rows of the encoder
-    after: Tensor | None = None  # [n, D] float64, directions of the rows in the output
+    after: Tensor | None = None  # [n, D] float64, their directions after the map
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of these rows
-    source: Corpus | None = None
-    result: Corpus | None = None
-    missing: str = ""  # why there are no rows before, or after
-    changed: str = ""  # a shard of the source of another size, time or version than the run read
-    foreign: bool | None = None  # rows of the output are not those that the map makes of the source
+    missing: str = ""  # why there are none
+    changed: str = ""  # a shard of another size, time or version than the run read
 
     def labels(self, places: Sequence[int]) -> list[list[str]]:
         """Return file and row, id and caption of some of the rows; empty where there is none."""
-        corpus = self.source or self.result
+        corpus = self.corpus
         assert corpus is not None
         rows = self.numbers[places]
         shards = np.searchsorted(corpus.starts, rows, side="right") - 1
@@ -124,75 +120,41 @@ class Output:
             del names["image"]
         for role, name in names.items():
             shape = report.get(shapes.get(role, role))
-            self.sides.append(self._read_pass(role, passes.get(name), shape, sample, seed))
+            self.sides.append(self._read_side(role, passes.get(name), shape, sample, seed))
         self.sides.sort(key=lambda side: side.name != first)
         return self
 
-    def _read_pass(
+    def _read_side(
         self, role: str, record: Any, shape: dict[str, Any] | None, sample: int, seed: int
     ) -> Side:
-        """Return the side whose rows a pass read.
+        """Read a sample of the rows that a pass read, without those that are zero or not finite.
 
         Args:
             record: the pass in the manifest; None if the run measured a sample.
             shape: where the corpus was and how many rows it had, from the report.
         """
-        record = record or {"facts": {}, "shards": []}
-        facts, shape = record["facts"], shape or {"path": "", "rows": 0}
-        total = sum(entry["rows"] for entry in record["shards"]) or shape["rows"]
-        side = Side(role, total)
-        self._open_source(side, record, shape["path"])
-        if "folder" in facts:
-            self._open_result(side, record)
-        if (side.source or side.result) is not None:
-            return self._filled(side, sample_ids(total, sample, seed))
-        return side
-
-    def _open_source(self, side: Side, record: dict[str, Any], place: str) -> None:
-        """Open the rows that a pass read, and look whether they are still the same."""
+        record, shape = record or {"facts": {}, "shards": []}, shape or {"path": "", "rows": 0}
         entries, facts = record["shards"], record["facts"]
+        side = Side(role, sum(entry["rows"] for entry in entries) or shape["rows"])
         options = {name: facts.get(name) for name in ("column", "allow_pickle")}
         try:
-            source = _opened([entry["path"] for entry in entries] or [place], side.name, options)
-            if source.num_rows != side.rows:
-                counts = f"has {source.num_rows} rows, the run read {side.rows}"
-                raise ValueError(f"{source.path}: {counts}")
-            side.source = source
-            pairs = zip(source.shards, entries, strict=bool(entries))
+            paths = [entry["path"] for entry in entries] or [shape["path"]]
+            corpus = _opened(paths, role, options)
+            if corpus.num_rows != side.rows:
+                counts = f"has {corpus.num_rows} rows, the run read {side.rows}"
+                raise ValueError(f"{corpus.path}: {counts}")
+            pairs = zip(corpus.shards, entries, strict=bool(entries))
             new = (str(x.path) for x, entry in pairs if not entry.items() >= identity(x).items())
             side.changed = next(new, "")
+            numbers = sample_ids(side.rows, sample, seed)
+            rows = corpus.take(numbers).double()
         except (OSError, ValueError) as error:
-            side.missing = f"{side.name} rows before: {getattr(error, 'strerror', None) or error}"
-
-    def _open_result(self, side: Side, record: dict[str, Any]) -> None:
-        """Open the rows that a pass wrote; :func:`.pipeline.verify.verify` reads all of them."""
-        entries, facts = record["shards"], record["facts"]
-        names = [self.path / facts["folder"] / entry["name"] for entry in entries]
-        for column in (facts["column"], None):  # rows of another width have the usual one
-            with suppress(OSError, ValueError):
-                options = {"column": column, "allow_pickle": facts["allow_pickle"]}
-                side.result = side.result or _opened(names, side.name, options)
-        if side.result is None or side.result.num_rows != side.rows:
-            side.result, side.missing = None, f"{side.name} rows after: not all shards are there"
-
-    def _filled(self, side: Side, ids: np.ndarray) -> Side:
-        """Return a side with these rows, without those that are zero or not finite."""
-        raw = side.source.take(ids).double() if side.source else None
-        stored = side.result.take(ids).double() if side.result else None
-        keep = torch.ones(len(ids), dtype=torch.bool)
-        for rows in (raw, stored):
-            if rows is not None:
-                keep &= good_rows(rows)
-        side.numbers = ids[keep.numpy()]
-        if raw is not None:
-            side.before = unit(raw[keep])
-            side.after = self.moved(side.name, side.before)
-        if stored is not None and len(ids):
-            expected, side.after = side.after, self._directions(side.name, stored[keep])
-            is_known = not side.changed and self.fitted.method != "noise"  # drawn by bits of rows
-            if is_known and expected is not None:
-                errors = (side.after - expected).norm(dim=1)
-                side.foreign = bool((errors > _ROW_ERROR).any())
+            side.missing = f"{role} rows: {getattr(error, 'strerror', None) or error}"
+            return side
+        is_good = good_rows(rows)
+        side.corpus, side.numbers = corpus, numbers[is_good.numpy()]
+        side.before = unit(rows[is_good])
+        side.after = self.moved(role, side.before)
         return side
 
     def documents(self, name: str, rows: Tensor) -> Tensor:

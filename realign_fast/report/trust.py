@@ -26,13 +26,6 @@ def unfinished_run(facts: Facts) -> Iterator[str]:
         yield f"The run wrote no {name}. Run the same command again."
 
 
-def rows_of_another_origin(facts: Facts) -> Iterator[str]:
-    """Find rows of the output that the map does not make of the source."""
-    if any(side["foreign"] for side in facts["sides"].values()):
-        out = facts["output"]
-        yield f"The rows of {out} are not those the run wrote: run realign-fast verify {out}."
-
-
 def another_encoder_or_domain(facts: Facts) -> Iterator[str]:
     """Find rows whose mean is far from that of the rows fitted on."""
     for name in (name for name, side in facts["sides"].items() if side["far"]):
@@ -144,7 +137,7 @@ def changed_source(facts: Facts) -> Iterator[str]:
             yield f"Panels and rules that need these rows are missing: {side['missing']}"
 
 
-FAULTS = (unfinished_run, rows_of_another_origin, another_encoder_or_domain)
+FAULTS = (unfinished_run, another_encoder_or_domain)
 DOUBTS = (
     *(no_gap, too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
     *(worse_search, bad_rows, changed_source),
