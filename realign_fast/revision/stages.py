@@ -38,8 +38,8 @@ from .model import (
     space_digest,
     transformers,
 )
-from .templates import TEMPLATES, Template
-from .training_data import FAULTS, Collator, Conversations, check_inputs, check_rows, prepare
+from .templates import FAULTS, TEMPLATES, Template
+from .training_data import Collator, Conversations, check_inputs, check_rows, prepare
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -31,14 +31,15 @@ IGNORED_LABEL = -100
 _MARK = "\ue000"  # stands at an answer whose place is looked for; no text holds it
 _WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without white space around it
 Span = tuple[int, int]  # the first character, and that after the last
-Fault = Literal[
-    "missing_ids",
-    "without_ids",
-    "missing_images",
-    "empty_captions",
-    "missing_questions",
-    "over_long",
-]
+FAULTS = {  # that make a sample unusable
+    "missing_ids": "images whose id has no row",
+    "without_ids": "entries have no `id`; with --ids row, write row numbers, from 0",
+    "missing_images": "<image> marks and images differ in number, or no image where one must be",
+    "empty_captions": "empty captions or answers",
+    "missing_questions": "answers that no question stands before",
+    "over_long": "longer than max_length (--max-length) or than the language model takes, with the "
+    "visual tokens of an image (--visual-tokens)",
+}
 
 
 class Encoded(NamedTuple):
@@ -48,58 +49,98 @@ class Encoded(NamedTuple):
     labels: list[int]  # the ids, or `IGNORED_LABEL`
 
 
-class _Encoder:
-    """The parts that `Plain` and `Chat` share."""
+class Template:
+    """Samples as tokens; a subclass says what the turns of a sample are, and how they are written.
 
+    Args:
+        tokenizer: of the language model.
+        visual_tokens: K, how often `IMAGE_TOKEN` stands for an image.
+        recipe: the rules for samples.
+
+    Raises:
+        ValueError: the tokenizer has no EOS; for `Chat` also if it has no chat template or is slow,
+            or the template does more to a text than append to it.
+    """
+
+    name: TemplateName
+    takes_text_alone = False  # samples without an image
     positions: int | None = None  # the longest input of the language model, if it has a limit
     stop = ""  # a text that ends a generated one, beside `end_ids`
 
     def __init__(
-        self,
-        tokenizer: Any,
-        visual_tokens: int,
-        recipe: Recipe = RECIPES["default"],
+        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
     ) -> None:
-        """Encode an image as `visual_tokens` (K) times `IMAGE_TOKEN`, text with `tokenizer`.
-
-        ValueError if the tokenizer has no EOS; for `Chat` also if it has no chat template or is
-        slow, or the template does more to a text than append to it.
-        """
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         self.recipe, self.pad_id = recipe, tokenizer.pad_token_id or 0
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
-        self._set_up()
 
-    def _set_up(self) -> None:
-        """Derive what the kind of template needs from the tokenizer."""
+    def turns(self, sample: Sample) -> list[Turn]:
+        """Return the turns of a sample that are trained on."""
+        raise NotImplementedError
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Return the token ids and labels of a sample; ValueError as in `fault`."""
+        raise NotImplementedError
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """Return the ids after which the last answer is generated."""
+        raise NotImplementedError
+
+    def question(self, sample: Sample) -> list[Turn]:
+        """Return the turns before the last answer."""
+        turns = self.turns(sample)
+        return turns[: max(n for n, (role, _) in enumerate(turns) if role == "assistant")]
+
+    def reference(self, sample: Sample) -> str:
+        """Return the text that should be generated: the last answer."""
+        return [text for role, text in self.turns(sample) if role == "assistant"][-1].strip()
+
+    def with_answer(self, sample: Sample, text: str) -> Sample:
+        """Return the sample up to its last answer, with another text for it."""
+        return sample._replace(caption=None, turns=[*self.question(sample), ("assistant", text)])
+
+    def fault(self, sample: Sample, max_length: int | None = None) -> str | None:
+        """Return the key of `FAULTS` of an unusable sample, or None; `max_length` is in tokens.
+
+        ValueError if a chat template refuses the turns, or hides where an answer is.
+        """
+        turns = self.turns(sample)
+        answers = [text for role, text in turns if role == "assistant"]
+        if not answers or not all(text.strip() for text in answers):
+            return "empty_captions"
+        roles = [role for role, _ in turns]
+        if "user" not in roles[: roles.index("assistant")]:
+            return "missing_questions"
+        marks = sum(text.count(IMAGE_MARK) for _, text in turns)
+        if marks != len(sample.images) or not (marks or self.takes_text_alone):
+            return "missing_images"
+        if "" in sample.images:
+            return "without_ids"
+        ids, labels = self.encode(sample)
+        if all(label == IGNORED_LABEL for label in labels):
+            return "empty_captions"
+        return "over_long" if max_length is not None and len(ids) > max_length else None
 
 
-class Plain(_Encoder):
+class Plain(Template):
     """Encodes captions as `[BOS][visual tokens]caption[EOS]`, or with the end of the recipe."""
 
     name: TemplateName = "plain"
 
-    def _set_up(self) -> None:
-        self.bos_ids = _special_ids(self.tokenizer, "bos")
-        self.stop = "\n" if self.recipe.end == "newline" else ""
+    def __init__(
+        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
+    ) -> None:
+        super().__init__(tokenizer, visual_tokens, recipe)
+        self.bos_ids = _special_ids(tokenizer, "bos")
+        self.stop = "\n" if recipe.end == "newline" else ""
 
-    def reference(self, sample: Sample) -> str:
-        """Return the text that should be generated: the caption or the last answer."""
+    def turns(self, sample: Sample) -> list[Turn]:
+        """Return the images of a sample, and its caption or last answer."""
         answers = [text for role, text in sample.turns if role == "assistant"][-1:]
         captions = [] if sample.caption is None else [sample.caption]
         texts = answers + captions if self.recipe.target == "answer" else captions + answers
-        return texts[0].strip() if texts else ""
-
-    def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
-        """Return the fault that makes a sample unusable, or None; `max_length` is in tokens."""
-        if not sample.images:
-            return "missing_images"
-        if sample.images == [""]:
-            return "without_ids"
-        if not self.reference(sample):
-            return "empty_captions"
-        is_long = max_length is not None and len(self.encode(sample).ids) > max_length
-        return "over_long" if is_long else None
+        images = IMAGE_MARK * len(sample.images)
+        return [("user", images), ("assistant", texts[0] if texts else "")]
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
@@ -113,19 +154,18 @@ class Plain(_Encoder):
         """Return the ids after which the caption is generated."""
         return self.bos_ids + self.image_ids * len(sample.images)
 
-    def with_answer(self, sample: Sample, text: str) -> Sample:
-        """Return the sample with another caption."""
-        return sample._replace(caption=text, turns=[])
 
-
-class Chat(_Encoder):
+class Chat(Template):
     """Encodes conversations with the chat template of a tokenizer."""
 
     name: TemplateName = "chat"
+    takes_text_alone = True
     _closing = re.compile("")  # what follows an answer, up to the added token that ends the turn
 
-    def _set_up(self) -> None:
-        tokenizer = self.tokenizer
+    def __init__(
+        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
+    ) -> None:
+        super().__init__(tokenizer, visual_tokens, recipe)
         if not getattr(tokenizer, "chat_template", None):
             advice = "give one (--chat-template FILE), or train on captions (--template plain)"
             raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")
@@ -147,27 +187,14 @@ class Chat(_Encoder):
         end_tokens = set(last) & set(tokenizer.added_tokens_decoder)
         self.end_ids = sorted({*self.end_ids, *end_tokens})
 
-    def fault(self, sample: Sample, max_length: int | None = None) -> Fault | None:
-        """Return the fault that makes a sample unusable, or None; `max_length` is in tokens.
-
-        ValueError if the template refuses the turns, or hides where an answer is.
-        """
-        turns = _turns(sample, self.recipe)
-        answers = [text for role, text in turns if role == "assistant"]
-        if not answers or not all(text.strip() for text in answers):
-            return "empty_captions"
-        roles = [role for role, _ in turns]
-        if "user" not in roles[: roles.index("assistant")]:
-            return "missing_questions"
-        marks = sum(text.count(IMAGE_MARK) for _, text in turns)
-        if marks != len(sample.images):
-            return "missing_images"
-        if "" in sample.images:
-            return "without_ids"
-        ids, labels = self.encode(sample)
-        if all(label == IGNORED_LABEL for label in labels):
-            return "empty_captions"
-        return "over_long" if max_length is not None and len(ids) > max_length else None
+    def turns(self, sample: Sample) -> list[Turn]:
+        """Return the turns of a sample; a caption alone answers a question about its images."""
+        if sample.turns and self.recipe.image_position == "front":
+            return [(role, _images_first(text)) for role, text in sample.turns]
+        if sample.turns:
+            return sample.turns
+        question = "\n".join([IMAGE_MARK] * len(sample.images) + [DEFAULT_QUESTION])
+        return [("user", question), ("assistant", (sample.caption or "").strip())]
 
     def render(self, turns: Sequence[Turn], generate: bool = False) -> str:
         """Return the text of a conversation, with the generation prompt if `generate`.
@@ -184,23 +211,12 @@ class Chat(_Encoder):
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample; ValueError as in `fault`."""
-        return self._tokenize(*self._render_spans(_turns(sample, self.recipe)))
+        return self._tokenize(*self._render_spans(self.turns(sample)))
 
     def prompt(self, sample: Sample) -> list[int]:
         """Return the ids after which the last answer is generated."""
-        turns = _turns(sample, self.recipe)
-        before = self.render(turns[: _last_answer(turns)], generate=True)
+        before = self.render(self.question(sample), generate=True)
         return self._tokenize(before.rstrip(" "), []).ids
-
-    def reference(self, sample: Sample) -> str:
-        """Return the text that should be generated: the last answer."""
-        turns = _turns(sample, self.recipe)
-        return turns[_last_answer(turns)][1].strip()
-
-    def with_answer(self, sample: Sample, text: str) -> Sample:
-        """Return the sample up to its last answer, with another text for it."""
-        turns = _turns(sample, self.recipe)
-        return sample._replace(turns=[*turns[: _last_answer(turns)], ("assistant", text)])
 
     def _render_spans(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
         """Return the text of a conversation, and where its answers and their end tokens lie."""
@@ -210,39 +226,32 @@ class Chat(_Encoder):
             return self._spans_once(turns)
 
     def _spans_once(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
-        text = self.render(turns)
-        ends = self._places(turns, text, "{answer}{mark}")
-        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
-        before = [self.render(turns[:number], generate=True) for number in numbers]
-        starts = list(map(len, before))
-        if not all(map(text.startswith, before)):  # a template may change them as turns follow
-            marked = zip(before, self._places(turns, text, "{mark}{answer}"), strict=True)
-            starts = [len(b) if text.startswith(b) else place for b, place in marked]
-        ends = [match.end() if (match := self._closing.match(text, end)) else end for end in ends]
-        starts = [len(text[:start].rstrip(" ")) for start in starts]
-        if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
-            reason = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"
-            advice = "give a template that writes every turn once (--chat-template FILE)"
-            raise ValueError(f"{self.tokenizer.name_or_path}: {reason}; {advice}")
-        return text, list(zip(starts, ends, strict=True))
-
-    def _places(self, turns: Sequence[Turn], text: str, form: str) -> list[int]:
-        """Return the places in `text`, made from `turns`, of a mark that `form` puts to answers."""
-        marked, answers = [], []
+        text, marked, answers = self.render(turns), [], []
         for role, content in turns:
             if role == "assistant":  # a template may strip it, which marks would keep it from
                 answers.append(answer := content.strip())
-                content = content.replace(answer, form.format(answer=answer, mark=_MARK), 1)
+                content = content.replace(answer, f"{_MARK}{answer}{_MARK}", 1)
             marked.append((role, content))
-        *pieces, _ = parts = self.render(marked).split(_MARK)
-        if len(pieces) != len(answers) or "".join(parts) != text:
+        pieces = self.render(marked).split(_MARK)
+        if len(pieces) != 2 * len(answers) + 1 or "".join(pieces) != text:
             changed = next((a for a in answers if a not in text), "".join(answers[:1]))
-            raise ValueError(
-                f"{self.tokenizer.name_or_path}: the chat template renders answer {changed[:40]!r} "
-                "in another way at the end of its text; give one that only appends "
-                "(--chat-template FILE)"
-            )
-        return list(accumulate(map(len, pieces)))
+            fault = f"the chat template renders answer {changed[:40]!r} in another way at the end "
+            raise self._unusable(f"{fault}of its text; give one that only appends")
+        if text.count(IMAGE_MARK) != sum(content.count(IMAGE_MARK) for _, content in turns):
+            fault = f"the chat template leaves out or repeats a turn with {IMAGE_MARK}"
+            raise self._unusable(f"{fault}; give a template that writes every turn once")
+        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        before = [self.render(turns[:number], generate=True) for number in numbers]
+        places, spans = list(accumulate(map(len, pieces))), []
+        for prompt, start, end in zip(before, places[::2], places[1::2], strict=False):
+            if text.startswith(prompt):  # else the template writes it in another way here
+                start = len(prompt)
+            closing = self._closing.match(text, end)
+            spans.append((len(text[:start].rstrip(" ")), closing.end() if closing else end))
+        return text, spans
+
+    def _unusable(self, fault: str) -> ValueError:
+        return ValueError(f"{self.tokenizer.name_or_path}: {fault} (--chat-template FILE)")
 
     def _tokenize(self, text: str, answers: Sequence[Span]) -> Encoded:
         """Tokenize the pieces of a text between its image marks; label the spans of `answers`."""
@@ -267,28 +276,13 @@ class Chat(_Encoder):
         return encoded
 
 
-Template = Plain | Chat
-TEMPLATES: dict[TemplateName, type[Plain] | type[Chat]] = {"plain": Plain, "chat": Chat}
-
-
-def _turns(sample: Sample, recipe: Recipe) -> list[Turn]:
-    """Return the turns of a sample; a caption alone answers a question about its images."""
-    if sample.turns and recipe.image_position == "front":
-        return [(role, _images_first(text)) for role, text in sample.turns]
-    if sample.turns:
-        return sample.turns
-    question = "\n".join([IMAGE_MARK] * len(sample.images) + [DEFAULT_QUESTION])
-    return [("user", question), ("assistant", (sample.caption or "").strip())]
+TEMPLATES: dict[TemplateName, type[Template]] = {"plain": Plain, "chat": Chat}
 
 
 def _images_first(text: str) -> str:
     """Return a text with its image marks, a line each, in front of its words."""
     other_lines = [text.replace(IMAGE_MARK, "").strip()]
     return "\n".join([IMAGE_MARK] * text.count(IMAGE_MARK) + other_lines).strip()
-
-
-def _last_answer(turns: Sequence[Turn]) -> int:
-    return max(number for number, (role, _) in enumerate(turns) if role == "assistant")
 
 
 def _special_ids(tokenizer: Any, name: Literal["bos", "eos"]) -> list[int]:

@@ -42,17 +42,8 @@ from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
 from .conversation_files import Sample, read_entries, read_sample
-from .templates import IGNORED_LABEL, Fault, Template
+from .templates import FAULTS, IGNORED_LABEL, Template
 
-FAULTS: dict[Fault, str] = {
-    "missing_ids": "images whose id has no row",
-    "without_ids": "entries have no `id`; with --ids row, write row numbers, from 0",
-    "missing_images": "<image> marks and images differ in number, or no image where one must be",
-    "empty_captions": "empty captions or answers",
-    "missing_questions": "answers that no question stands before",
-    "over_long": "longer than max_length (--max-length) or than the language model takes, with the "
-    "visual tokens of an image (--visual-tokens)",
-}
 _MAX_EXAMPLES = 3  # of each fault in the report
 _REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
 _CACHE_VERSION = 7

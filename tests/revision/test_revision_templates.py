@@ -171,7 +171,7 @@ def test_a_date_that_changes_between_renderings_changes_no_label(ticks_after):
     pieces = shown(tokenizer, chat.encode(SAMPLE))
     answers = ["a red dog<|im_end|>", "the small cat sits<|im_end|>"]
     assert [text for labelled, text in pieces if labelled] == answers
-    assert pieces[0][1].startswith("monday" if ticks_after > 3 else "tuesday")
+    assert pieces[0][1].startswith("monday" if ticks_after > 1 else "tuesday")
 
 
 def trained_tokenizer(kind):
