@@ -126,7 +126,6 @@ def embed(options: opts.EmbedOptions) -> Result:
     encoder = load_encoder(
         options.model,
         options.pretrained,
-        text_model=options.text_model,
         device=options.device,
         precision=options.precision,
     )

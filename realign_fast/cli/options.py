@@ -296,12 +296,10 @@ class EmbedOptions(Configured):
     dtype: Annotated[values.RowDtype, _output("type of the rows on disk")] = "float16"
     shard_rows: Annotated[int, _output("items in a shard", min=1)] = values.SHARD_ROWS
     model: Annotated[str, _model("an open_clip model (name, JSON config or directory), or a "
-        "CLIP, SigLIP or LLM2CLIP of Hugging Face (directory, or owner/name of the hub)",
+        "CLIP or SigLIP of Hugging Face (directory, or owner/name of the hub)",
         metavar="NAME|DIR|JSON")]
     pretrained: Annotated[str | None, _model("weights of an open_clip model given by name or "
         "config: a tag or a checkpoint file", metavar="TAG|FILE")] = None
-    text_model: Annotated[str | None, _model("the language model of LLM2CLIP", metavar="DIR",
-        show_default="text_model/ in the model's directory")] = None
     device: Device = None
     precision: Annotated[values.Precision | None, _model("precision of the model",
         show_default="bf16 on CUDA, else fp32")] = None

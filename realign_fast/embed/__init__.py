@@ -10,7 +10,7 @@ imported when they are first used.
 """
 
 from .embed_run import EmbedSettings, embed
-from .encoders import Encoder, HuggingFaceEncoder, Llm2ClipEncoder, OpenClipEncoder, load_encoder
+from .encoders import Encoder, HuggingFaceEncoder, OpenClipEncoder, load_encoder
 from .sources import Columns, open_source
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "EmbedSettings",
     "Encoder",
     "HuggingFaceEncoder",
-    "Llm2ClipEncoder",
     "OpenClipEncoder",
     "embed",
     "load_encoder",

@@ -17,12 +17,11 @@ from support.small_models import (
     picture,
     require,
     write_hugging_face,
-    write_llm2clip,
     write_open_clip,
     write_tokenizer,
 )
 
-from realign_fast.embed import HuggingFaceEncoder, Llm2ClipEncoder, OpenClipEncoder, load_encoder
+from realign_fast.embed import HuggingFaceEncoder, OpenClipEncoder, load_encoder
 
 TEXTS = ["a red cat", "a small picture of a blue dog", "green " * 40]
 
@@ -41,12 +40,6 @@ def open_clip_files(tmp_path_factory):
 def hugging_face_folder(request, tmp_path_factory):
     require("transformers")
     return write_hugging_face(tmp_path_factory.mktemp("models") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def llm2clip_folder(tmp_path_factory):
-    require("transformers")
-    return write_llm2clip(tmp_path_factory.mktemp("models") / "llm2clip")
 
 
 def test_open_clip_rows_are_open_clips_own(open_clip_files):
@@ -88,67 +81,6 @@ def test_hugging_face_rows_are_transformers_own(hugging_face_folder):
     )
     torch.testing.assert_close(encoder.embed_images(images), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(encoder.embed_texts(TEXTS), expected_text, rtol=0, atol=1e-6)
-
-
-def test_llm2clip_text_is_the_formula(llm2clip_folder):
-    """Written a second time, a text at a time: no padding, no batches, eager attention."""
-    from safetensors.torch import load_file
-
-    library, weights = require("transformers"), load_file(llm2clip_folder / "model.safetensors")
-    folder = llm2clip_folder / "text_model"
-    tokenize = library.AutoTokenizer.from_pretrained(folder)
-    model = library.LlamaModel.from_pretrained(folder, attn_implementation="eager").eval()
-
-    def norm(x, name):
-        return torch.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    rows = []
-    for text in TEXTS[:2]:
-        own = tokenize(f"{text}<|eot_id|>", add_special_tokens=False)["input_ids"]
-        whole = f"<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
-        ids = torch.tensor([tokenize(whole)["input_ids"]])
-        nothing_hidden = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
-        with torch.no_grad():
-            states = model(input_ids=ids, attention_mask=nothing_hidden).last_hidden_state[0]
-        x = unit(states[-len(own) :].mean(dim=0))
-        for i in range(4):
-            name = f"text_adapter.adaptor.{i}"
-            inner = torch.nn.functional.gelu(linear(norm(x, f"{name}.ln"), f"{name}.fn.0"))
-            x = x + linear(inner, f"{name}.fn.3")
-        x = linear(norm(x, "text_adapter.adaptor.4"), "text_adapter.adaptor.5")
-        rows.append(unit(x))
-    encoder = load_encoder(llm2clip_folder, device="cpu")
-    assert isinstance(encoder, Llm2ClipEncoder)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS[:2]), torch.stack(rows), rtol=0, atol=2e-6)
-
-
-def test_llm2clip_image_is_the_towers(llm2clip_folder):
-    encoder = load_encoder(llm2clip_folder, device="cpu")
-    library = require("transformers")
-    process = library.CLIPImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )
-    with torch.no_grad():
-        pixels = process(images=[picture(3)], return_tensors="pt")["pixel_values"]
-        expected = unit(encoder.model(pixel_values=pixels).image_embeds)
-    torch.testing.assert_close(encoder.embed_images([picture(3)]), expected, rtol=0, atol=1e-6)
-    assert encoder.dimension == 20
-
-
-def test_llm2clip_without_its_language_model_embeds_images_alone(tmp_path):
-    require("transformers")
-    folder = write_llm2clip(tmp_path / "llm2clip")
-    (folder / "text_model").rename(tmp_path / "llama")
-    encoder = load_encoder(folder, device="cpu")
-    assert encoder.embed_images([picture(0)]).shape == (1, 20)
-    with pytest.raises(ValueError, match="give --text-model"):
-        encoder.embed_texts(["a cat"])
-    assert load_encoder(folder, text_model=tmp_path / "llama", device="cpu").embed_texts(
-        ["a cat"]
-    ).shape == (1, 20)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -220,7 +152,6 @@ def test_hugging_face_refusals(tmp_path):
     require("transformers")
     folder = write_hugging_face(tmp_path / "clip", "clip")
     assert "leave 'tag' out" in refused(folder, "tag")
-    assert "no LLM2CLIP directory" in refused(folder, text_model=folder)
     (folder / "preprocessor_config.json").rename(tmp_path / "processor")
     assert "preprocessor_config.json" in refused(folder)
     (tmp_path / "processor").rename(folder / "preprocessor_config.json")
@@ -265,12 +196,6 @@ def test_a_name_of_the_hugging_face_hub(weights, tmp_path, monkeypatch):
     assert encoder.facts() == expected.facts()
     assert torch.equal(encoder.embed_texts(TEXTS), expected.embed_texts(TEXTS))
     assert "expected a directory, or a model of the hub" in refused("small/other")
-
-
-def test_a_language_model_of_another_width_is_refused(tmp_path):
-    require("transformers")
-    one, other = (write_llm2clip(tmp_path / str(width), width) for width in (48, 64))
-    assert "hidden size is 64" in refused(one, text_model=other / "text_model")
 
 
 def test_devices_and_precisions(open_clip_files):

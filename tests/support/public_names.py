@@ -163,7 +163,6 @@ def use_embed() -> dict[str, Any]:
     encoders: list[type[embed.Encoder]] = [
         embed.OpenClipEncoder,
         embed.HuggingFaceEncoder,
-        embed.Llm2ClipEncoder,
     ]
     assert isinstance(encoder, tuple(encoders))
     source = embed.open_source("pairs.parquet", "pairs", embed.Columns(caption="text"))

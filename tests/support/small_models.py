@@ -89,52 +89,6 @@ def write_hugging_face(folder: Path, kind: str) -> Path:
     return folder
 
 
-def write_llm2clip(folder: Path, width: int = 48) -> Path:
-    """LLM2CLIP as published, names of weights included, its language model in `text_model/`.
-
-    Code beside the weights ends the process that runs it.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    transformers = require("transformers")
-    torch.manual_seed(0)
-    vision = TOWER | {"image_size": 28, "patch_size": 14}
-    tower = transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(**vision, projection_dim=20)
-    )
-    weights = {**tower.state_dict(), "logit_scale": torch.ones(())}
-    for i in range(4):
-        block = f"text_adapter.adaptor.{i}"
-        weights[f"{block}.fn.0.weight"] = torch.randn(2 * width, width) / 8
-        weights[f"{block}.fn.0.bias"] = torch.randn(2 * width) / 8
-        weights[f"{block}.fn.3.weight"] = torch.randn(width, 2 * width) / 8
-        weights[f"{block}.fn.3.bias"] = torch.randn(width) / 8
-        weights[f"{block}.ln.weight"] = torch.rand(width) + 0.5
-        weights[f"{block}.ln.bias"] = torch.randn(width) / 8
-    weights["text_adapter.adaptor.4.weight"] = torch.rand(width) + 0.5
-    weights["text_adapter.adaptor.4.bias"] = torch.randn(width) / 8
-    weights["text_adapter.adaptor.5.weight"] = torch.randn(20, width)
-    weights["text_adapter.adaptor.5.bias"] = torch.randn(20) / 8
-    folder.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
-    config = transformers.CLIPConfig(vision_config=vision, projection_dim=20).to_dict()
-    config |= {"architectures": ["LLM2CLIPModel"]}
-    config |= {"auto_map": {"AutoModel": "modeling_llm2clip.LLM2CLIPModel"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling_llm2clip.py").write_text("raise SystemExit('code in a model ran')\n")
-    text = folder / "text_model"
-    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    marks = {"bos_token": special[0], "eos_token": special[3]}
-    size = write_tokenizer(text, special, "<|begin_of_text|> $A", **marks)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(
-        hidden_size=width, intermediate_size=64, vocab_size=size, **heads
-    )
-    transformers.LlamaModel(config).save_pretrained(text)
-    return folder
-
-
 def picture(seed: int, width: int = 40, height: int = 48):
     """A smooth RGB picture."""
     from PIL import Image

@@ -10,28 +10,25 @@ from ..._extras import import_extra
 from ...interface.option_values import Precision
 from .base import FILES, Encoder, StrPath, loading
 from .hugging_face import HuggingFaceEncoder
-from .llm2clip import Llm2ClipEncoder
 from .open_clip import OpenClipEncoder
 
-__all__ = ["Encoder", "HuggingFaceEncoder", "Llm2ClipEncoder", "OpenClipEncoder", "load_encoder"]
+__all__ = ["Encoder", "HuggingFaceEncoder", "OpenClipEncoder", "load_encoder"]
 
 
 def load_encoder(
     model: StrPath,
     pretrained: StrPath | None = None,
     *,
-    text_model: StrPath | None = None,
     device: str | None = None,
     precision: Precision | None = None,
 ) -> Encoder:
     """Load the encoder that `model` names.
 
     Args:
-        model: a directory in the layout of Hugging Face (CLIP, SigLIP, LLM2CLIP) or of open_clip
+        model: a directory in the layout of Hugging Face (CLIP, SigLIP) or of open_clip
             (with `open_clip_config.json`), a JSON config of open_clip, the name of a model that
             open_clip knows, or `owner/name` of the Hugging Face hub.
         pretrained: the weights of a JSON config or a name: a tag of open_clip, or a checkpoint.
-        text_model: the directory of LLM2CLIP's language model.
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is a GPU.
         precision: "fp32" or "bf16"; by default "bf16" on CUDA and "fp32" on the CPU.
 
@@ -40,21 +37,14 @@ def load_encoder(
     """
     name = os.fspath(model)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name):
-        encoder = load_encoder(
-            _downloaded(name), pretrained, text_model=text_model, device=device, precision=precision
-        )
+        encoder = load_encoder(_downloaded(name), pretrained, device=device, precision=precision)
         encoder.name = name
         return encoder
     folder = Path(model)
     if folder.is_dir() and pretrained is not None:
         raise ValueError(f"{model}: a directory holds its weights; leave {pretrained!r} out")
-    config = folder / "config.json"
-    is_hugging_face = config.is_file() and not (folder / "open_clip_config.json").is_file()
-    if is_hugging_face and b"LLM2CLIPModel" in config.read_bytes():
-        return Llm2ClipEncoder(folder, text_model, device=device, precision=precision)
-    if text_model is not None:
-        raise ValueError(f"{model}: is no LLM2CLIP directory; leave the text model out")
-    if is_hugging_face:
+    has_config = (folder / "config.json").is_file()
+    if has_config and not (folder / "open_clip_config.json").is_file():
         return HuggingFaceEncoder(folder, device=device, precision=precision)
     return OpenClipEncoder(model, pretrained, device=device, precision=precision)
 

@@ -23,29 +23,7 @@ def transformers() -> ModuleType:
     return import_extra("transformers", "clip,train", "A Hugging Face model")
 
 
-class TransformersEncoder(Encoder):
-    """The base of encoders of transformers."""
-
-    _processor: Any
-
-    def _load(self, kind: str, folder: StrPath, **options: Any) -> Any:
-        """Load a model of a directory as the class `kind` of transformers.
-
-        ValueError if its weights lack some of the model's, which would be random.
-        """
-        options |= {"dtype": self.dtype, "output_loading_info": True}
-        model, info = getattr(transformers(), kind).from_pretrained(folder, **options, **LOCAL)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
-        return model
-
-    def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return the pixels `[3, height, width]` that the processor makes."""
-        pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
-
-class HuggingFaceEncoder(TransformersEncoder):
+class HuggingFaceEncoder(Encoder):
     """A CLIP or SigLIP model in `folder`: config, safetensors, processor and tokenizer files.
 
     Code in the directory is not run. For `device` and `precision` see :class:`Encoder`.
@@ -58,7 +36,10 @@ class HuggingFaceEncoder(TransformersEncoder):
         super().__init__(device, precision)
         self.name, library = os.fspath(folder), transformers()
         with quietly_loading(folder):
-            model = self._load("AutoModel", folder)
+            options = {"dtype": self.dtype, "output_loading_info": True, **LOCAL}
+            model, info = library.AutoModel.from_pretrained(folder, **options)
+            if missing := sorted(info["missing_keys"]):  # which would be random
+                raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
             self._tokenizer = tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
             model_type = model.config.model_type
             if model_type == "siglip2":
@@ -77,6 +58,11 @@ class HuggingFaceEncoder(TransformersEncoder):
             self.settings = {"library": f"transformers {library.__version__}"}
             self.settings["files"] = file_digests(Path(folder))
             self._take(model)
+
+    def prepare_image(self, image: Any) -> torch.Tensor:
+        """Return the pixels `[3, height, width]` that the processor makes."""
+        pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
     def prepare_texts(self, texts: list[str]) -> Tokens:
         """Return token ids, padded to the context, and their mask except for SigLIP."""
