@@ -8,6 +8,9 @@ splits. The same is done with images as queries. From the root of the repository
     python examples/mixed_search.py --pairs rows.npy      # your own: [2, N, D], texts first
     python examples/mixed_search.py --plot mixed.png
 
+A second table shows what text queries lose whose right answer is a text (the other caption that the
+encoder places nearest), and what changes if a number is subtracted from the scores of all images.
+
 Each line shows the mean over the splits and, in brackets, its standard error in the last digit
 that is printed.
 """
@@ -106,6 +109,40 @@ def measure(rows: Rows, splits: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def balance(rows: Rows, splits: int, offsets: tuple[float, ...] = (0, 0.25, 0.5, 1)) -> str:
+    """Return a table of text queries whose images score less by an offset, one line for each.
+
+    An index of inner products subtracts it by one more column: 1 in the queries, 0 in the texts and
+    the negative offset in the images.
+    """
+    found: dict[float, list[list[float]]] = {offset: [] for offset in offsets}
+    for seed in range(splits):
+        order = torch.randperm(len(rows["text"]), generator=torch.Generator().manual_seed(seed))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        fitted, searched = ({name: side[half] for name, side in rows.items()} for half in halves)
+        space, number = SharedSpace.fit(**fitted), torch.arange(len(halves[1]))
+        cosines = searched["text"] @ searched["text"].T
+        nearest = cosines.fill_diagonal_(-2).argmax(dim=1)
+        one = torch.ones(len(number), 1, dtype=torch.float64)
+        queries = torch.cat([space.query(searched["text"]), one], dim=1)
+        for offset, results in found.items():
+            stored = {
+                name: torch.cat([space.documents(name, side), column * one], dim=1)
+                for (name, side), column in zip(searched.items(), (0, -offset), strict=True)
+            }
+            text, image = (
+                metrics.mixed_gallery(queries, stored, {name: rows}, own={"text": number})
+                for name, rows in (("text", nearest), ("image", number))
+            )
+            results.append([text.recall[10], image.recall[10], image.shares["image"]])
+    lines = ["| offset | R@10, nearest caption | R@10, image | images of the first ten |"]
+    lines.append("|---" * 4 + "|")
+    for offset, results in found.items():
+        means = torch.tensor(results).mean(dim=0).tolist()
+        lines.append(f"| {offset:g} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
 def table(results: dict[str, dict[str, Tensor]]) -> str:
     """Return a table in Markdown: a line for each way, four figures for each role."""
     heads = ["mixed R@1", "mixed R@10", "pure R@1", "pure R@10"]
@@ -168,6 +205,7 @@ def main() -> None:
     }
     results = measure(rows, options.splits)
     print(table(results))
+    print(balance(rows, options.splits))
     if options.plot:
         plot(results, options.plot)
 

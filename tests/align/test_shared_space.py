@@ -455,9 +455,12 @@ def test_the_example_prints_its_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [str(path), "--splits", "2", "--plot", str(plot)])
     runpy.run_path(str(path), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and plot.stat().st_size > 0
-    tenth = {line.split(" | ")[0]: float(line.split(" | ")[2].split()[0]) for line in lines[2:]}
+    assert len(lines) == 16 and plot.stat().st_size > 0
+    tenth = {line.split(" | ")[0]: float(line.split(" | ")[2].split()[0]) for line in lines[2:10]}
     assert tenth["| calibrated"] > 0.4 > 0.25 > tenth["| as the encoder gives them"]
+    balance = np.array([[float(cell) for cell in line.split("|")[1:-1]] for line in lines[12:]])
+    caption, image, share = np.diff(balance[:, 1:], axis=0).T
+    assert (caption >= 0).all() and (image < 0).all() and (share < 0).all()
 
 
 @pytest.mark.parametrize("layout", ["single", "blocks"])

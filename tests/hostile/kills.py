@@ -119,7 +119,7 @@ def _training(stage: str) -> Command:
         model = world / "stage1"
         _command_line(*pretrain_command(world, model))
         where = ["--data", world / "list.jsonl", "--rows", world / "corpus", "--held-out", "8"]
-        batch = ["--batch", "8", "--micro-batch", "4", "--out", "OUT"]
+        batch = ["--batch-size", "8", "--micro-batch", "4", "--out", "OUT"]
         arguments = ["finetune", "--model", model, *where, *batch, *QUIET, *steps]
 
     def run(out: Path) -> None:
