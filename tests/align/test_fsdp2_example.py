@@ -1,35 +1,16 @@
 """The FSDP2 example, on two processes with gloo: it continues after its checkpoint."""
 
-import os
-import socket
-import subprocess
-from pathlib import Path
-
 import torch
 from support.pages import ROOT, blocks
-from support.programs import Program
+from support.programs import run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-import realign_fast
 
 SCRIPT = ROOT / "examples" / "fsdp2_train.py"
 
 
 def train(folder, steps):
     """Run the script on two ranks, and return what the first one printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
-    environment |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": Path(realign_fast.__file__).parents[1]}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    ranks = [
-        Program([SCRIPT, folder, str(steps)], environment | {"RANK": r, "LOCAL_RANK": r}, **pipes)
-        for r in range(2)
-    ]
-    printed = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed
-    return printed[0][0].strip()
+    return run_ranks(2, SCRIPT, folder, steps).strip()
 
 
 def test_the_lines_of_the_page_are_those_of_the_script():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.pages import PAGES, README, ROOT, blocks, run_page
+from support.programs import run_ranks
 
 import realign_fast
 from realign_fast import Corpus, ReAlign
@@ -146,24 +146,7 @@ def test_the_script_for_ddp_continues_after_its_checkpoint(tmp_path):
         if script == "whole":
             code = code.replace('"checkpoint.pt"', '"whole.pt"')
         (tmp_path / f"{script}.py").write_text(code)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-        ]
-        run = subprocess.run(
-            [*command, f"{script}.py"],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert run.returncode == 0, run.stderr
-        printed.append(run.stdout.strip())
+        printed.append(run_ranks(2, f"{script}.py", cwd=tmp_path).strip())
     assert printed == [
         "began at step 0, 512 rows of 2 ranks",
         "began at step 2, 1024 rows of 2 ranks",

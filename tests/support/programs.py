@@ -34,6 +34,27 @@ def run(*arguments, env=None, cwd=None, timeout=120):
     return subprocess.CompletedProcess(program.args, program.returncode, *printed)
 
 
+def run_ranks(count, *arguments, cwd=None, timeout=120):
+    """Run a script on so many ranks, as torchrun does, and return what the first one printed."""
+    import realign_fast
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"WORLD_SIZE": count, "OMP_NUM_THREADS": 1}
+    environment["PYTHONPATH"] = Path(realign_fast.__file__).parents[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [str(argument) for argument in arguments]
+    ranks = [
+        Program(command, environment | {"RANK": rank, "LOCAL_RANK": rank}, cwd, **pipes)
+        for rank in range(count)
+    ]
+    printed = [rank.communicate(timeout) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * count, printed
+    return printed[0][0]
+
+
 class Program:
     """A process that runs ``python *arguments``, with the methods of a Popen for text.
 
