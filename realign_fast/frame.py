@@ -31,7 +31,6 @@ from .storage.tensor_file import tensors_of, write_tensors
 
 Pairs = Sequence[Tensor | np.ndarray[Any, Any]]  # (source, target), [N, D] each
 _BLOCK_ROWS = 4096
-_SINGULAR = 1e-12  # an eigenvalue below this share of the largest counts as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,33 +84,11 @@ class FixedFrame:
         """The share of ``tr S`` in U, at least the threshold of :meth:`fit`."""
         return float(self.values[: self.rank].sum() / self.values.sum())
 
-    def leak(self, other: FixedFrame) -> float:
-        """Return ``|P_V P_Ut|_2 = sin theta(U_t, U)``, the sine of the largest principal angle.
+    def decompose(self, pairs: Pairs) -> Decomposition:
+        """Split the gap of matched pairs ``(source, target)``, rows [N, D] each, N from 2.
 
-        It is 0 where the U of ``other`` lies in this U, and 1 where that has more columns: fit
-        ``other`` at a checkpoint with ``rank=frame.rank``. Other dimensions are a ValueError.
+        Rows that do not match, are zero or not finite are a ValueError.
         """
-        if other.basis.shape != self.basis.shape:
-            raise ValueError(
-                f"FixedFrame.leak: got a frame of {len(other.values)} dimensions, this one has "
-                f"{len(self.values)}; compare checkpoints of one encoder"
-            )
-        if self.rank == len(self.values):
-            return 0.0
-        across = self.complement.T @ other.principal.to(self.basis.device)
-        return min(float(torch.linalg.matrix_norm(across, 2)), 1.0)
-
-    def decompose(self, pairs: Pairs, *, ridge: float = 1e-6) -> Decomposition:
-        """Split the gap of matched pairs.
-
-        Args:
-            pairs: ``(source, target)`` rows, [N, D] tensors or arrays; N from 2. Rows that do not
-                match, are zero or not finite are a ValueError.
-            ridge: ``lambda`` of the coupling, as a share of ``tr(D D') / r``, the mean eigenvalue
-                of the delta rows' scatter: so it depends neither on N nor on the size of the gap.
-        """
-        if not ridge >= 0:
-            raise ValueError(f"FixedFrame.decompose: ridge is {ridge}, expected 0 or more")
         moments = Moments(covariance=True, normalize=False)
         blocks = (torch.split(rows, _BLOCK_ROWS) for rows in _checked(pairs, len(self.values)))
         for y, x in zip(*blocks, strict=True):
@@ -129,7 +106,6 @@ class FixedFrame:
             delta_covariance=covariance[:r, :r],
             zeta_covariance=covariance[r:, r:],
             cross_covariance=covariance[r:, :r],
-            ridge=ridge,
         )
 
     def save(self, path: AnyPath) -> None:
@@ -160,7 +136,6 @@ class Decomposition:
     delta_covariance: Tensor  # [r, r] S_delta = U' cov(D) U
     zeta_covariance: Tensor  # [D - r, D - r] S_zeta = V' cov(D) V
     cross_covariance: Tensor  # [D - r, r] V' cov(D) U = E[zeta delta']
-    ridge: float  # lambda r / tr(D D')
 
     @property
     def energies(self) -> dict[str, float]:
@@ -172,94 +147,16 @@ class Decomposition:
             "zeta": float(self.zeta_covariance.trace()),
         }
 
-    @property
-    def delta_spectrum(self) -> Tensor:
-        """The eigenvalues of S_delta, [r], descending."""
-        return _spectrum(self.delta_covariance)
-
-    @property
-    def zeta_spectrum(self) -> Tensor:
-        """The eigenvalues of S_zeta, [D - r], descending."""
-        return _spectrum(self.zeta_covariance)
-
-    @property
-    def gamma_angle(self) -> float:
-        """The angle, 0..90 degrees, of gamma and S_zeta's top eigenvector; NaN if either is 0."""
-        length = float(self.gamma.norm())
-        if not length > 0 or not float(self.zeta_covariance.trace()) > 0:
-            return math.nan
-        top = torch.linalg.eigh(self.zeta_covariance).eigenvectors[:, -1]
-        along = self.frame.complement.to(top.device) @ top
-        return math.degrees(math.acos(min(abs(float(along @ self.gamma)) / length, 1.0)))
-
-    @property
-    def coupling(self) -> Tensor:
-        """The ridge regression of zeta on delta, ``L = Z D' (D D' + lambda I)^-1``, [D - r, r]."""
-        s = self.delta_covariance
-        penalised = s.clone()
-        penalised.diagonal().add_(self.ridge * s.trace() / len(s))
-        inverse: Tensor = torch.linalg.pinv(penalised, hermitian=True)
-        return self.cross_covariance @ inverse
-
     def summary(self) -> dict[str, float | int | None]:
-        """Return plain numbers, ready for json; ``None`` where one is undefined or infinite."""
+        """Return plain numbers, ready for json; ``None`` where one is undefined."""
         energies, total = self.energies, sum(self.energies.values())
         numbers: dict[str, float | int] = {"pairs": self.count, "rank": self.frame.rank}
         numbers |= {"frame_energy": self.frame.energy, "difference_energy": self.energy}
         for name, value in energies.items():
             numbers[f"{name}_norm"] = math.sqrt(max(value, 0.0))  # of residuals: root mean square
             numbers[f"{name}_share"] = value / total if total > 0 else math.nan
-        coupling, s = self.coupling, self.delta_covariance
-        explained = 2 * (coupling * self.cross_covariance).sum() - ((coupling @ s) * coupling).sum()
-        numbers |= {
-            "delta_condition": _condition(self.delta_spectrum),
-            "zeta_condition": _condition(self.zeta_spectrum),
-            "gamma_standard_error": math.sqrt(max(energies["zeta"], 0.0) / self.count),
-            "gamma_angle": self.gamma_angle,
-            "coupling_norm": float(torch.linalg.matrix_norm(coupling, 2)) if len(coupling) else 0.0,
-            "coupling_r2": float(explained) / energies["zeta"] if energies["zeta"] else math.nan,
-            "coupling_r2_chance": min(self.frame.rank / (self.count - 1), 1.0),
-            "ridge": self.ridge,
-        }
+        numbers["gamma_standard_error"] = math.sqrt(max(energies["zeta"], 0.0) / self.count)
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-
-
-def phantom_drift(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Return the shift of a mean's direction that normalising causes, to second order (Thm B.14).
-
-    For ``Z = mean + e`` with ``E[e] = 0`` and covariance S, ``r = |mean|``, ``a = mean / r``:
-
-        E[unit(Z)] - a = -(1/r^2) S a - (1/2r^2) a tr S + (3/2r^2) a (a' S a) + O(E|e|^3 / r^3)
-
-    The part orthogonal to a vanishes where a is an eigenvector of S, so for every a iff S is
-    isotropic. For symmetric noise the remainder is of fourth order. The mean [D] must not be 0,
-    S is [D, D] and the result [D] float64.
-    """
-    mean, s = (tensor_of("phantom_drift", given).double() for given in (mean, covariance))
-    expect_numbers("phantom_drift", s, "the covariance")
-    if mean.dim() != 1 or s.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"phantom_drift: expected mean [D] and covariance [D, D], got {list(mean.shape)} and "
-            f"{list(s.shape)}"
-        )
-    r = float(mean.norm())
-    if r == 0:
-        raise ValueError("phantom_drift: the mean is 0 and has no direction; expected another")
-    a = mean / r
-    return (-s @ a - a * s.trace() / 2 + 1.5 * a * (a @ s @ a)) / r**2
-
-
-def _condition(values: Tensor) -> float:
-    """Return the largest over the smallest of descending eigenvalues, infinite at rounding."""
-    if not len(values) or not float(values[0]) > 0:
-        return math.nan
-    ratio = float(values[-1] / values[0])
-    return 1 / ratio if ratio > _SINGULAR else math.inf
-
-
-def _spectrum(covariance: Tensor) -> Tensor:
-    values: Tensor = torch.linalg.eigvalsh(covariance)
-    return values.flip(0).clamp(min=0)
 
 
 def _checked(pairs: Pairs, columns: int) -> list[Tensor]:
