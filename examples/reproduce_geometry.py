@@ -39,9 +39,6 @@ Map = Callable[[Tensor], Tensor]  # of text rows [n, D] to rows [n, D]
 SHOWN = (
     "after_centroid_gap",
     "after_trace_ratio",
-    "after_source_power_law_exponent",
-    "after_target_power_law_exponent",
-    "after_log_spectrum_correlation",
     "after_covariance_distance",
     "after_cosine_divergence",
     "after_source_mixing",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -26,7 +24,6 @@ class GapSettings:
     overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
     recall_at: tuple[int, ...] = (1, 10)
     gallery_rows: int = 10_000  # of each side in the galleries of paired rows, spread evenly
-    subspace: int = 64  # leading eigenvectors of subspace_overlap, at most D // 2
     cosine_pairs: int = 1 << 17  # of pairwise_cosines
     cosine_bins: int = 100  # over [-1, 1]
     seed: int = 0  # of the draw of pairs
@@ -57,10 +54,10 @@ def gap_report(
         aligned_target_rows: the target rows after the map, where it moves them too.
         source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
             the whole corpora; those of the samples by default.
-        paired: row i of the source belongs to row i of the target; adds matched cosine, residual
-            anisotropy, the correlation of pairwise cosines, and retrieval both ways
-            (:func:`mixed_gallery`) from the other side alone and, ``mixed``, from both sides. This
-            takes ``4 n^2 D`` products, n the rows of a side, ``settings.gallery_rows`` at most.
+        paired: row i of the source belongs to row i of the target; adds matched cosine, the
+            correlation of pairwise cosines, and retrieval both ways (:func:`mixed_gallery`) from
+            the other side alone and, ``mixed``, from both sides. This takes ``4 n^2 D`` products,
+            n the rows of a side, ``settings.gallery_rows`` at most.
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
@@ -93,11 +90,11 @@ def gap_report(
 
 
 class _Modality(NamedTuple):
-    """The rows, moments and spectrum of one side of the gap."""
+    """The rows, moments and eigenvalues of one side of the gap."""
 
     rows: Tensor  # [N, D] sample
     moments: Moments  # of the sample, or of the corpus it is from
-    spectrum: spectrum.Spectrum  # of the moments
+    values: Tensor  # [D] eigenvalues of its covariance, descending
 
 
 def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
@@ -109,30 +106,22 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
             f"gap_report: the {name} moments are {moments!r}, expected normalize=True and "
             "covariance=True; measure again"
         )
-    return _Modality(rows, moments, spectrum.spectrum_of(moments))
+    return _Modality(rows, moments, spectrum.spectrum_of(moments).values)
 
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
     y, x = source.moments, target.moments
-    columns = len(target.spectrum.values)
-    leading = max(1, min(settings.subspace, columns // 2))
-    values, vectors = zip(source.spectrum, target.spectrum, strict=True)
     drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
     figures: Numbers = {
         "source_rows": y.count,
         "target_rows": x.count,
         "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
-        "log_spectrum_correlation": _or_nan(spectrum.log_spectrum_correlation, *values),
-        "subspace": leading,
-        "subspace_overlap": spectrum.subspace_overlap(*vectors, leading),
-        "subspace_overlap_chance": leading / columns,
         "cosine_divergence": cosines.cosine_divergence(source.rows, target.rows, **drawn),
     }
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
         figures[name] = getattr(distribution, name)(y, x)
     for side, own, opposite in (("source", source, target), ("target", target, source)):
-        for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
-            figures[f"{side}_{name}"] = _or_nan(getattr(spectrum, name), own.spectrum.values)
+        figures[f"{side}_effective_rank"] = spectrum.effective_rank(own.values)
         rows, others = own.rows, opposite.rows
         mixing = neighbours.knn_mixing(rows, others, settings.mixing_k, block=settings.block)
         figures[f"{side}_mixing"] = mixing
@@ -140,20 +129,11 @@ def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSe
     return figures | (_pairs(source.rows, target.rows, settings) if paired else {})
 
 
-def _or_nan(figure: Callable[..., float], *spectra: Tensor) -> float:
-    """Return a figure, or NaN where a spectrum has too few positive eigenvalues for it."""
-    try:
-        return figure(*spectra)
-    except ValueError:
-        return math.nan
-
-
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     block, rows = settings.block, min(len(source), settings.gallery_rows)
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
         "cosine_correlation": cosines.cosine_correlation(source, target, block),
-        "residual_anisotropy": spectrum.residual_anisotropy(source, target, block),
         "gallery_rows": rows,
     }
     numbers = torch.arange(rows, device=source.device)

@@ -71,13 +71,9 @@ def test_frechet_of_commuting_covariances_is_a_distance_of_standard_deviations()
 
 def test_a_corpus_has_no_distance_from_itself():
     a = measured(two_sides()[0])
-    values, vectors = metrics.spectrum_of(a)
     assert metrics.centroid_gap(a, a) == metrics.covariance_distance(a, a) == 0
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-28)
     assert metrics.trace_ratio(a, a) == 1
-    assert metrics.log_spectrum_correlation(values, values) == pytest.approx(1)
-    for count in (1, 3, 8):
-        assert metrics.subspace_overlap(vectors, vectors, count) == pytest.approx(1)
 
 
 def spread_and_error(measure, repeats):
@@ -131,18 +127,14 @@ def test_an_estimate_is_a_float_with_an_error():
     assert math.isnan(metrics.Estimate.of_mean(values[:1]).standard_error)
 
 
-def test_ranks_and_anisotropy_of_known_spectra():
+def test_the_effective_rank_of_known_spectra():
     for equal in (1, 3, 7):
         values = torch.zeros(7).double()
         values[:equal] = 0.25
         assert metrics.effective_rank(values) == pytest.approx(equal)
-        assert metrics.participation_ratio(values) == pytest.approx(equal)
-        assert metrics.anisotropy(values) == pytest.approx(7 / equal)
     values = random_rows(40, 1, seed=2)[:, 0].abs().sort(descending=True).values
     p = values.numpy() / values.numpy().sum()
     assert metrics.effective_rank(values) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
-    assert metrics.participation_ratio(values) == pytest.approx(1 / (p**2).sum())
-    assert metrics.participation_ratio(values) < metrics.effective_rank(values) < 40
     for scale in (1e-6, 1e6):
         assert metrics.effective_rank(values * scale) == pytest.approx(
             metrics.effective_rank(values)
@@ -160,65 +152,6 @@ def test_the_spectrum_is_that_of_the_rows():
     assert (values.diff() <= 0).all()
 
 
-def test_power_law_exponent():
-    ranks = torch.arange(1, 201).double()
-    pure = metrics.power_law_exponent(3 * ranks**-1.3)
-    assert pure == pytest.approx(1.3, rel=1e-12) and pure.standard_error < 1e-10
-    bent = ranks**-1.3 * torch.where(ranks > 100, (ranks / 100) ** -4, 1)
-    assert metrics.power_law_exponent(bent) == pytest.approx(1.3, rel=1e-12), "half of D"
-    assert metrics.power_law_exponent(bent, 101, 200) == pytest.approx(5.3, rel=1e-12)
-    noisy = pure * torch.exp(0.1 * random_rows(200, 1, seed=8)[:, 0]) * ranks**-0.9
-    (slope, _), covariance = np.polyfit(
-        np.log(ranks[9:100].numpy()), np.log(noisy[9:100].numpy()), 1, cov=True
-    )
-    fitted = metrics.power_law_exponent(noisy, 10, 100)
-    assert fitted == pytest.approx(-slope)
-    assert fitted.standard_error == pytest.approx(math.sqrt(covariance[0, 0]))
-    with pytest.raises(ValueError, match=r"ranks 3\.\.4 hold 2 eigenvalues"):
-        metrics.power_law_exponent(pure * ranks, 3, 4)
-
-
-def test_log_spectrum_correlation():
-    ranks = torch.arange(1, 51).double()
-    assert metrics.log_spectrum_correlation(ranks**-1, 7 * ranks**-3) == pytest.approx(1)
-    assert metrics.log_spectrum_correlation(ranks**-1, ranks) == pytest.approx(-1)
-    a, b = (one.abs() + 0.01 for one in random_rows(2, 50, seed=6))
-    truth = np.corrcoef(np.log(a.numpy()), np.log(b.numpy()))[0, 1]
-    assert metrics.log_spectrum_correlation(a, b) == pytest.approx(truth)
-    a_short, b_short = torch.cat([a, torch.zeros(4)]), torch.cat([b, torch.rand(4)])
-    assert metrics.log_spectrum_correlation(a_short, b_short) == pytest.approx(truth)
-    with pytest.raises(ValueError, match="2 ranks have variance in both"):
-        metrics.log_spectrum_correlation(torch.tensor([1.0, 1, 0, 0]), torch.ones(4))
-    with pytest.raises(ValueError, match="got 4 and 5 eigenvalues"):
-        metrics.log_spectrum_correlation(torch.ones(4), torch.ones(5))
-
-
-def test_subspace_overlap_of_random_subspaces_is_chance():
-    overlaps = [
-        metrics.subspace_overlap(rotation(12, 2 * seed), rotation(12, 2 * seed + 1), 3)
-        for seed in range(300)
-    ]
-    assert np.mean(overlaps) == pytest.approx(3 / 12, abs=4 * np.std(overlaps) / math.sqrt(300))
-    eye = torch.eye(4).double()
-    assert metrics.subspace_overlap(eye, eye.flip(1), 2) == 0
-    assert metrics.subspace_overlap(eye, eye[:, [1, 0, 2, 3]], 2) == 1, "a basis does not matter"
-    assert metrics.subspace_overlap(eye, eye[:, [0, 2, 1, 3]], 2) == 0.5
-    for count in (0, 5):
-        with pytest.raises(ValueError, match=rf"got {count} leading vectors.*expected 1\.\.4"):
-            metrics.subspace_overlap(eye, eye, count)
-
-
-@pytest.mark.parametrize("block", (7, 64, 4096))
-def test_residual_anisotropy(block):
-    a, b = random_rows(150, 5), random_rows(150, 5, seed=1)
-    residual = oracle.unit(exact(b)) - oracle.unit(exact(a))
-    values = np.linalg.eigvalsh(np.float64(oracle.stats(residual).covariance))
-    expected = values[-1] / values.mean()
-    assert metrics.residual_anisotropy(a, b, block) == pytest.approx(float(expected))
-    assert metrics.residual_anisotropy(b.float() * 9, a, block) == pytest.approx(expected, rel=1e-6)
-    assert math.isnan(metrics.residual_anisotropy(a, 2 * a, block))
-
-
 def test_what_does_not_fit_is_refused():
     a, b = measured(random_rows(9, 3)), measured(random_rows(9, 4))
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
@@ -226,7 +159,8 @@ def test_what_does_not_fit_is_refused():
             getattr(metrics, name)(a, b)
     with pytest.raises(ValueError, match="covariance was not asked for"):
         metrics.frechet_distance(Moments().update(random_rows(9, 3)), a)
-    for name in ("effective_rank", "participation_ratio", "anisotropy"):
-        with pytest.raises(ValueError, match=f"{name}: expected eigenvalues"):
-            getattr(metrics, name)(torch.zeros(3))
+    for values in (torch.eye(2), torch.tensor([1.0, -1e-3]), torch.ones(0)):
+        with pytest.raises(ValueError, match="effective_rank: expected eigenvalues"):
+            metrics.effective_rank(values)
+    assert math.isnan(metrics.effective_rank(torch.zeros(3)))
     assert math.isnan(metrics.trace_ratio(b, measured(torch.eye(4)[:1])))
