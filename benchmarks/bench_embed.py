@@ -73,8 +73,8 @@ def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> l
 
     side = {"images": "image", "texts": "text"}[kind]
     items = list(source)
-    data = PreparedItems(items, encoder, (side,))
-    batches = prepared_batches(data, BATCH[device], 0)
+    data = PreparedItems(items, encoder, (side,), BATCH[device])
+    batches = prepared_batches(data, 0)
     inputs = (one.pixels if kind == "images" else one.tokens["text"] for one in batches)
     return [one.to(device) for one in inputs]
 

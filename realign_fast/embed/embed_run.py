@@ -96,8 +96,8 @@ def embed(
             for shard in plan:
                 items = list(islice(walks[shard.source.content], size))
                 if (record := shard.finished(identity(items))) is None:
-                    prepared = PreparedItems(items, encoder, shard.sides)
-                    batches = prepared_batches(prepared, batch_size, workers, lock)
+                    prepared = PreparedItems(items, encoder, shard.sides, batch_size)
+                    batches = prepared_batches(prepared, workers, lock)
                     record = _write_shard(encoder, settings.dtype, shard, items, batches, bar)
                 else:
                     finished += len(items)

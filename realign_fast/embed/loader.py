@@ -19,9 +19,6 @@ from .embed_output import Side
 from .encoders.base import Encoder, Tokens
 from .sources import Item, read_image
 
-# The position of an item in the shard, why it has no row, and its image [3, height, width].
-Prepared = tuple[int, str | None, torch.Tensor | None]
-
 
 class PreparedBatch(NamedTuple):
     """A batch as the model takes it. Positions count the items of the shard."""
@@ -33,31 +30,30 @@ class PreparedBatch(NamedTuple):
 
 
 @dataclass(eq=False)
-class PreparedItems(Dataset[Prepared]):
-    """The items of a shard, each prepared on its own; a row needs all of `sides`."""
+class PreparedItems(Dataset[PreparedBatch]):
+    """The items of a shard, prepared in batches; a row needs all of `sides`."""
 
     items: Sequence[Item]
     encoder: Encoder
     sides: Sequence[Side]
+    batch_size: int
 
     def __len__(self) -> int:
-        return len(self.items)
+        return -(-len(self.items) // self.batch_size)
 
-    def __getitem__(self, position: int) -> Prepared:
-        item = self.items[position]
-        if item.failure or "image" not in self.sides:
-            return position, item.failure, None
-        try:
-            return position, None, self.encoder.prepare_image(decode(read_image(item)))
-        except Exception as error:  # unreadable, or its preprocessing cannot take such a size
-            kind = "" if isinstance(error, Unreadable) else f"{type(error).__name__}: "
-            return position, f"{kind}{error}".splitlines()[0][:200], None
-
-    def batch(self, prepared: Sequence[Prepared]) -> PreparedBatch:
-        """Return the batch of prepared items."""
-        failures = [(position, failure) for position, failure, _ in prepared if failure]
-        positions = [position for position, failure, _ in prepared if not failure]
-        images = [image for *_, image in prepared if image is not None]
+    def __getitem__(self, number: int) -> PreparedBatch:
+        first, images = number * self.batch_size, list[torch.Tensor]()
+        positions, failures = list[int](), list[tuple[int, str]]()
+        for position, item in enumerate(self.items[first : first + self.batch_size], first):
+            try:
+                if item.failure:
+                    raise Unreadable(item.failure)
+                if "image" in self.sides:
+                    images.append(self.encoder.prepare_image(decode(read_image(item))))
+                positions.append(position)
+            except Exception as error:  # unreadable, or its preprocessing cannot take such a size
+                kind = "" if isinstance(error, Unreadable) else f"{type(error).__name__}: "
+                failures.append((position, f"{kind}{error}".splitlines()[0][:200]))
         pixels = torch.stack(images).to(self.encoder.dtype) if images else None
         texts = [self.items[i].caption or "" for i in positions if "text" in self.sides]
         tokens = self.encoder.prepare_texts(texts) if texts else None
@@ -65,7 +61,7 @@ class PreparedItems(Dataset[Prepared]):
 
 
 def prepared_batches(
-    items: PreparedItems, batch_size: int, workers: int, lock: int | None = None
+    items: PreparedItems, workers: int, lock: int | None = None
 ) -> Iterator[PreparedBatch]:
     """Yield every batch in order, prepared by `workers` processes (0: in this process).
 
@@ -79,9 +75,8 @@ def prepared_batches(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
         items,
-        batch_size,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=items.batch,
         pin_memory=items.encoder.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=None if lock is None else lambda _: os.close(lock),
