@@ -348,9 +348,6 @@ class TrainingOptions(Configured, DataOptions):
         show_default="plain for pretrain, chat for finetune")] = None
     chat_template: Annotated[str | None, _model("Jinja template of a conversation",
         metavar="FILE", show_default="the tokenizer's")] = None
-    recipe: Annotated[values.RecipeName | None, _training("rules for samples: ours, those of the "
-        "paper's code, or LLaVA's with its learning rates (1e-3, finetune 2e-5)",
-        show_default="default, or the trained model's")] = None
     train: Annotated[str | None, _training("what trains, of projector, language_model, lora",
         metavar="A,B", show_default="projector, with finetune language_model too")] = None
     lora: Annotated[list[str] | None, _training("field of PEFT's LoraConfig, such as r=64",

@@ -1,6 +1,5 @@
 """Values, defaults and errors of options, for the library and the command line."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 BadRows = Literal["error", "skip", "keep"]
@@ -25,32 +24,8 @@ SHARD_ROWS = 100_000  # items of an embedded shard
 
 ProjectorName = Literal["linear", "mlp", "prefix"]
 TemplateName = Literal["plain", "chat"]
-RecipeName = Literal["default", "paper", "llava"]
 VISUAL_TOKENS = 576  # of an image
 DEFAULT_QUESTION = "Describe the image."
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The rules for samples in which training codes differ (docs/training_codebases.md)."""
-
-    name: RecipeName = "default"
-    # The text of a plain sample that also has an answer (else the one it has), the place of
-    # `<image>` in a turn of a conversation, and the end of a plain sample.
-    target: Literal["caption", "answer"] = "caption"
-    image_position: Literal["front", "in-place"] = "in-place"
-    end: Literal["eos", "newline", "none"] = "eos"
-
-    def __str__(self) -> str:
-        rules = f"target {self.target}, image position {self.image_position}, end {self.end}"
-        return f"recipe {self.name} ({rules})"
-
-
-RECIPES: dict[RecipeName, Recipe] = {
-    "default": Recipe(),
-    "paper": Recipe("paper", "answer", "front", "newline"),
-    "llava": Recipe("llava", "answer", "front", "newline"),
-}
 
 
 class OptionError(ValueError):

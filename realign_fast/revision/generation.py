@@ -37,7 +37,7 @@ def open_model(
     model = ReVisionModel.from_pretrained(directory, language_model, dtype).to(on_device)
     config = model.revision_config
     tokenizer = load_pretrained("AutoTokenizer", directory)
-    template = TEMPLATES[config.template](tokenizer, config.visual_tokens, recipe=config.recipe)
+    template = TEMPLATES[config.template](tokenizer, config.visual_tokens)
     template.positions = position_limit(model.config)
     return model, template
 
@@ -75,8 +75,6 @@ def respond(
             raise ValueError(f"a question takes {prompt} tokens, and {limit}; {advice}")
     options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
     options |= {"eos_token_id": template.end_ids, "max_new_tokens": max_new_tokens, **generation}
-    if template.stop:
-        options |= {"stop_strings": [template.stop], "tokenizer": template.tokenizer}
     tokens = model.generate(**batch, **options)
     texts = template.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]

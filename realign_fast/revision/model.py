@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from .._extras import import_extra
 from ..interface import option_values
-from ..interface.option_values import RECIPES, VISUAL_TOKENS, ProjectorName, Recipe
+from ..interface.option_values import VISUAL_TOKENS, ProjectorName
 from ..shared_space import SharedSpace
 from ..storage.paths import write_json, write_whole
 from ..storage.tensor_file import tensor_digest
@@ -75,7 +75,6 @@ class ReVisionConfig:
     normalize: bool = True  # rows are scaled to unit length first, as aligned rows are
     template: option_values.TemplateName = "plain"  # the template of the last training
     encoder: str | None = None  # of the rows that it was trained on, where they say it
-    recipe: Recipe = RECIPES["default"]  # the rules of the last training for samples
     space: str | None = None  # `space_digest` of the space that rows go through
 
     def __post_init__(self) -> None:
@@ -330,13 +329,12 @@ class ReVisionModel(nn.Module):
         """Load the weights of a saved model of the same shape into this one.
 
         Those of a language model are loaded if this one has changed too.
-        FileNotFoundError if a file is missing, ValueError for another shape, space or recipe.
+        FileNotFoundError if a file is missing, ValueError for another shape or space.
         """
         directory = Path(directory)
         trained, own = read_config(directory), self.revision_config
-        if (trained.space, trained.recipe) != (own.space, own.recipe):
-            before, now = (f"the space {c.space} and {c.recipe}" for c in (trained, own))
-            fault = f"was trained with {before}, and this model has {now}"
+        if trained.space != own.space:
+            fault = f"was trained with the space {trained.space}, and this model has {own.space}"
             raise ValueError(f"{directory}: {fault}; give the same, or train in another directory")
         try:
             self.projector.load_state_dict(load_file(directory / WEIGHTS))
@@ -388,7 +386,6 @@ def read_config(directory: Path) -> ReVisionConfig:
     try:
         values = dict(json.loads((directory / CONFIG).read_text()))
         known = {field.name for field in fields(ReVisionConfig)}
-        values["recipe"] = Recipe(**values.get("recipe", {}))
         config = ReVisionConfig(**{name: values[name] for name in values if name in known})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG}: not as ReVision writes it: {error}") from error

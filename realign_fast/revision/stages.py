@@ -21,7 +21,6 @@ import torch
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
 from ..interface import option_values as values
-from ..interface.option_values import RECIPES, Recipe
 from ..shared_space import SharedSpace
 from ..storage.paths import write_whole
 from .model import (
@@ -65,7 +64,6 @@ TRAINER_SETTINGS = {  # of both stages, beside the learning rate
 }
 MODEL_FIELDS = ("projector", "visual_tokens", "normalize")  # of a new model; others have their own
 RATES: dict[Stage, float] = {"pretrain": 5e-4, "finetune": 1e-5}  # of the paper
-LLAVA_RATES: dict[Stage, float] = {"pretrain": 1e-3, "finetune": 2e-5}  # of LLaVA-1.5
 _BOTH = ("projector", "language_model")
 # The paper's settings, fields of TrainingConfig; its batch of stage 2 is not known, 128 is LLaVA's.
 PRESETS: dict[Stage, dict[str, Any]] = {
@@ -79,7 +77,7 @@ class TrainingConfig:
     """The data, the model and the settings of one training.
 
     Where a field may be None, None takes the preset of the stage (`PRESETS`), and for `projector`,
-    `visual_tokens`, `normalize` and `recipe` the default of `ReVisionConfig`; a trained model keeps
+    `visual_tokens` and `normalize` the default of `ReVisionConfig`; a trained model keeps
     its own.
     """
 
@@ -96,7 +94,6 @@ class TrainingConfig:
     normalize: bool | None = None  # rows to unit length
     template: values.TemplateName | None = None
     chat_template: str | None = None  # a Jinja text, where the tokenizer has none
-    recipe: values.RecipeName | None = None  # rules for samples, and the learning rate of "llava"
     train: tuple[TrainablePart, ...] | None = None
     lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
     batch: int | None = None  # samples a step, over all devices
@@ -142,18 +139,15 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     if checkpoint and not config.resume:
         advice = "go on with it (--resume), or name another directory"
         raise ValueError(f"{out}: holds checkpoints of an earlier training; {advice}")
-    recipe = RECIPES[config.recipe or "default"]
-    if saved and config.recipe in (None, saved.recipe.name):
-        recipe = saved.recipe
-    config = _with_preset(stage, replace(config, space=space), recipe)
+    config = _with_preset(stage, replace(config, space=space))
     arguments = _training_arguments(config)
-    template = _template(config, saved, recipe)
+    template = _template(config, saved)
     with arguments.main_process_first(local=False):
         samples, held_out = _prepare_data(config, template)
     if held_out is None:
         arguments.eval_strategy = "no"
     model = _build_model(config, saved, arguments)
-    model.revision_config.template, model.revision_config.recipe = template.name, recipe
+    model.revision_config.template = template.name
     model.revision_config.encoder = saved.encoder if saved else config.rows.encoder
 
     from .trainer import ReVisionTrainer  # a subclass of Trainer, which transformers holds
@@ -183,15 +177,15 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     return summary
 
 
-def _with_preset(stage: Stage, config: TrainingConfig, recipe: Recipe) -> TrainingConfig:
-    """Return the configuration with the presets of stage and recipe where it says nothing."""
-    preset, rates = PRESETS[stage], LLAVA_RATES if recipe.name == "llava" else RATES
+def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with the preset of the stage where it says nothing."""
+    preset = PRESETS[stage]
     parts = config.train or preset["train"]
     if config.lora and "lora" not in parts:
         fault = f"got {', '.join(config.lora)} for an adapter that is not trained"
         raise ValueError(f"lora: {fault}, but {', '.join(parts)}; give --train projector,lora")
     chosen = {name: getattr(config, name) or value for name, value in preset.items()}
-    chosen["trainer"] = TRAINER_SETTINGS | {"learning_rate": rates[stage]} | config.trainer
+    chosen["trainer"] = TRAINER_SETTINGS | {"learning_rate": RATES[stage]} | config.trainer
     return replace(config, **chosen)
 
 
@@ -258,12 +252,12 @@ def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig |
     return saved
 
 
-def _template(config: TrainingConfig, saved: ReVisionConfig | None, recipe: Recipe) -> Template:
+def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
     tokenizer = transformers().AutoTokenizer.from_pretrained(config.start, trust_remote_code=False)
     tokenizer.chat_template = config.chat_template or tokenizer.chat_template  # saved with it
     visual_tokens = config.visual_tokens or (saved or ReVisionConfig).visual_tokens
-    template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens, recipe=recipe)
+    template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens)
     source, trained = config.start, Path(config.start) / LANGUAGE_MODEL_FOLDER
     if saved:
         source = str(trained) if trained.is_dir() else saved.language_model

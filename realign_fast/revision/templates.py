@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from ..interface.option_values import DEFAULT_QUESTION, RECIPES, Recipe, TemplateName
+from ..interface.option_values import DEFAULT_QUESTION, TemplateName
 from .conversation_files import IMAGE_MARK, Sample, Turn
 from .model import IMAGE_TOKEN
 
@@ -55,7 +55,6 @@ class Template:
     Args:
         tokenizer: of the language model.
         visual_tokens: K, how often `IMAGE_TOKEN` stands for an image.
-        recipe: the rules for samples.
 
     Raises:
         ValueError: the tokenizer has no EOS; for `Chat` also if it has no chat template or is slow,
@@ -65,13 +64,10 @@ class Template:
     name: TemplateName
     takes_text_alone = False  # samples without an image
     positions: int | None = None  # the longest input of the language model, if it has a limit
-    stop = ""  # a text that ends a generated one, beside `end_ids`
 
-    def __init__(
-        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
-    ) -> None:
+    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
-        self.recipe, self.pad_id = recipe, tokenizer.pad_token_id or 0
+        self.pad_id = tokenizer.pad_token_id or 0
         self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
 
     def turns(self, sample: Sample) -> list[Turn]:
@@ -123,31 +119,25 @@ class Template:
 
 
 class Plain(Template):
-    """Encodes captions as `[BOS][visual tokens]caption[EOS]`, or with the end of the recipe."""
+    """Encodes captions as `[BOS][visual tokens]caption[EOS]`."""
 
     name: TemplateName = "plain"
 
-    def __init__(
-        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
-    ) -> None:
-        super().__init__(tokenizer, visual_tokens, recipe)
+    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
+        super().__init__(tokenizer, visual_tokens)
         self.bos_ids = _special_ids(tokenizer, "bos")
-        self.stop = "\n" if recipe.end == "newline" else ""
 
     def turns(self, sample: Sample) -> list[Turn]:
         """Return the images of a sample, and its caption or last answer."""
-        answers = [text for role, text in sample.turns if role == "assistant"][-1:]
-        captions = [] if sample.caption is None else [sample.caption]
-        texts = answers + captions if self.recipe.target == "answer" else captions + answers
-        images = IMAGE_MARK * len(sample.images)
-        return [("user", images), ("assistant", texts[0] if texts else "")]
+        answers = [text for role, text in sample.turns if role == "assistant"]
+        text = sample.caption if sample.caption is not None else ["", *answers][-1]
+        return [("user", IMAGE_MARK * len(sample.images)), ("assistant", text)]
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
         prompt = self.prompt(sample)
-        text = self.reference(sample) + self.stop
-        caption = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        caption = caption + self.end_ids * (self.recipe.end == "eos")
+        text = self.reference(sample)
+        caption = self.tokenizer(text, add_special_tokens=False)["input_ids"] + self.end_ids
         return Encoded(prompt + caption, [IGNORED_LABEL] * len(prompt) + caption)
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -162,10 +152,8 @@ class Chat(Template):
     takes_text_alone = True
     _closing = re.compile("")  # what follows an answer, up to the added token that ends the turn
 
-    def __init__(
-        self, tokenizer: Any, visual_tokens: int, recipe: Recipe = RECIPES["default"]
-    ) -> None:
-        super().__init__(tokenizer, visual_tokens, recipe)
+    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
+        super().__init__(tokenizer, visual_tokens)
         if not getattr(tokenizer, "chat_template", None):
             advice = "give one (--chat-template FILE), or train on captions (--template plain)"
             raise ValueError(f"{tokenizer.name_or_path}: has no chat template; {advice}")
@@ -189,8 +177,6 @@ class Chat(Template):
 
     def turns(self, sample: Sample) -> list[Turn]:
         """Return the turns of a sample; a caption alone answers a question about its images."""
-        if sample.turns and self.recipe.image_position == "front":
-            return [(role, _images_first(text)) for role, text in sample.turns]
         if sample.turns:
             return sample.turns
         question = "\n".join([IMAGE_MARK] * len(sample.images) + [DEFAULT_QUESTION])
@@ -277,12 +263,6 @@ class Chat(Template):
 
 
 TEMPLATES: dict[TemplateName, type[Template]] = {"plain": Plain, "chat": Chat}
-
-
-def _images_first(text: str) -> str:
-    """Return a text with its image marks, a line each, in front of its words."""
-    other_lines = [text.replace(IMAGE_MARK, "").strip()]
-    return "\n".join([IMAGE_MARK] * text.count(IMAGE_MARK) + other_lines).strip()
 
 
 def _special_ids(tokenizer: Any, name: Literal["bos", "eos"]) -> list[int]:

@@ -37,7 +37,7 @@ from ..corpus.corpus import common_encoder
 from ..corpus.layout import SUBFOLDERS
 from ..corpus.row_values import ID_COLUMNS, ValueSource, shard_values, value_files
 from ..corpus.shard import ContiguousShard
-from ..interface.option_values import Modality, Recipe
+from ..interface.option_values import Modality
 from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
@@ -85,7 +85,6 @@ def prepare(
     tokenizer, jinja = template.tokenizer, repr(getattr(template, "template", None))
     settings = [template.name, jinja, max_length, len(template.image_ids)]
     settings += [tokenizer.name_or_path, len(tokenizer), str(ids)]
-    settings += [str(template.recipe)] * (template.recipe != Recipe())  # as in 0.1.0
     folder = cache / f"joined-{cache_key([storage_path(source), *id_inputs(rows, ids)], *settings)}"
     if not (folder / _REPORT).is_file():
         row_of, past_end = row_finder(rows, ids), str(rows.num_rows) if ids == "row" else None

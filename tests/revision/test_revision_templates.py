@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("transformers")
 from support.revision_parts import CHATML, LLAMA2, word_tokenizer
 
-from realign_fast.interface.option_values import RECIPES, Recipe
 from realign_fast.revision.conversation_files import Sample
 from realign_fast.revision.model import IMAGE_TOKEN
 from realign_fast.revision.templates import Chat, Plain
@@ -343,30 +342,6 @@ def test_a_caption_alone_stands_between_bos_and_eos():
     without = sample._replace(caption=None)
     assert shown(tokenizer, plain.encode(without))[1] == (True, "the small cat sits</s>")
     assert plain.prompt(sample) == plain.encode(sample).ids[: K + 1]
-
-
-def test_the_recipes_of_the_paper_and_of_llava():
-    """Worked out by hand: answer and newline, BOS and image, the image in front of its turn."""
-    tokenizer = word_tokenizer()
-    turns = [("system", "describe it ."), ("user", f" what is this ? {IMAGE}"), TURNS[2]]
-    turns += [("user", f"and {IMAGE} ? {IMAGE}"), ("assistant", "the small cat sits")]
-    sample = Sample("one", ["one", "two", "two"], " a tree\n", turns)
-    for name in ("paper", "llava"):
-        plain = Plain(tokenizer, K, recipe=RECIPES[name])
-        chat = Chat(tokenizer, K, recipe=RECIPES[name])
-        assert shown(tokenizer, plain.encode(sample._replace(images=["one"]))) == [
-            (False, "<s>II"),
-            (True, "the small cat sits\n"),
-        ]
-        assert plain.encode(sample._replace(turns=[])).ids[-2:] == tokenizer(" tree\n")["input_ids"]
-        assert plain.reference(plain.with_answer(sample, "a cat")) == "a cat"
-        questions = [text for labelled, text in shown(tokenizer, chat.encode(sample))][::2]
-        assert [text.split("<|im_start|>user\n")[1] for text in questions[:2]] == [
-            "II\nwhat is this ?<|im_end|>\n<|im_start|>assistant\n",
-            "II\nII\nand  ?<|im_end|>\n<|im_start|>assistant\n",
-        ]
-    ours = Plain(tokenizer, K, recipe=Recipe(end="none")).encode(sample)
-    assert shown(tokenizer, ours)[1] == (True, "a tree")
 
 
 def test_text_in_other_scripts_is_labelled_whole():

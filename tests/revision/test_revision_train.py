@@ -24,7 +24,6 @@ from support.revision_parts import (
 
 from realign_fast.align import ReAlign
 from realign_fast.corpus import Corpus
-from realign_fast.interface.option_values import RECIPES
 from realign_fast.revision import stages
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
@@ -257,30 +256,6 @@ def test_mistakes_are_named(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="/nowhere: no such directory; give a language"):
         finetune(run_of(world, tmp_path / "y", start=Path("/nowhere")))
     assert not (tmp_path / "y" / "training.json").exists()
-
-
-def test_a_recipe_is_trained_stored_inherited_and_kept_when_resumed(world, tmp_path):
-    entries = [list_entry(IDS[n], CAPTIONS[n % 4]) | {"caption": "one tree"} for n in range(48)]
-    path, out = write_lines(tmp_path / "list.jsonl", entries), tmp_path / "out"
-    rates = {"learning_rate": 0.01, "num_train_epochs": 6.0, "save_steps": 36}
-    config = run_of(
-        world, out, recipe="paper", trainer=rates, train=("projector", "language_model")
-    )
-    config = dataclasses.replace(config, conversations=str(path))
-    assert pretrain(config)["model"]["recipe"] == dataclasses.asdict(RECIPES["paper"])
-    model, template = open_model(out, device="cpu")  # which ends a text with the newline
-    captions = list(caption_rows(model, template, [config.rows.take([0, 1, 2, 3])]))
-    assert captions == CAPTIONS and template.recipe == RECIPES["paper"]
-    message = r"checkpoint-36: was trained with the space None and recipe paper \(target answer, "
-    message += r"image position front, end newline\), and this model has .* recipe default .*same"
-    with pytest.raises(ValueError, match=message):
-        pretrain(dataclasses.replace(config, resume=True, recipe=None))
-    second = run_of(world, tmp_path / "two", start=out, trainer=SHORT | {"max_steps": 1})
-    assert finetune(second)["model"]["recipe"]["name"] == "paper"
-    bare = dataclasses.replace(config, trainer={}, train=None)
-    for stage, rate in (("pretrain", 1e-3), ("finetune", 2e-5)):  # of LLaVA-1.5
-        chosen = stages._with_preset(stage, bare, RECIPES["llava"])
-        assert chosen.trainer["learning_rate"] == rate
 
 
 def test_a_fresh_adapter_begins_from_the_seed(world, tmp_path):
