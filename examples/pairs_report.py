@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from substitution_study import STUDENT, verdict
 from training_dynamics import processor
 
-STAGES = ("stage 1", "stage 2")
 # Of the arms in their order; colour-blind readers can tell them apart (Okabe and Ito, and grey).
-COLORS = (
-    "#999999",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-    "black",
-    "gray",
-)
-# 1: more is better, -1: less is better.
-FIGURES = {"loss": -1, "gain": 1, "choice": 1, "choice_by_gain": 1}
-STEPS = ("mean shift (step 1)", "steps 1+2", "ReAlign")
-ORDERINGS = {  # worse before better, with the averages that the paper gives
-    "a stage 1 on text as it is helps (paper 43.58, 47.50)": ("no stage 1", "text as it is"),
-    "a stage 1 on aligned text helps (paper 43.58, 50.16)": ("no stage 1", "ReAlign"),
-    "none < C3 < ReAlign (paper 47.50, 48.06, 50.16)": ("text as it is", "C3", "ReAlign"),
-    "step 1 < 1+2 < 1+2+3 (paper 46.68, 48.67, 50.16)": STEPS,
-    "real pairs are the ceiling": ("ReAlign", "real pairs"),
-    "more text beats fewer pairs, a quarter": ("real pairs, 1/4", "ReAlign"),
-    "ReAlign beats CORAL (our question)": ("CORAL, shrunk", "ReAlign"),
+COLORS = ("#999999", "#E69F00", "#D55E00", "#0072B2", "#009E73", "black")
+FIGURES = {"gain": 1, "loss": -1}  # 1: more is better, -1: less is better
+ENDS = ("blind", "real pairs")  # differences are judged beside the distance of these two
+KNOWN = 0.05  # of that distance: the half width of a difference that is known well enough
+ORDERINGS = {  # worse and better arm
+    "paper: a training on text helps": ("blind", "text as it is"),
+    "paper: text as it is < ReAlign": ("text as it is", "ReAlign"),
+    "paper: ReAlign < real pairs": ("ReAlign", "real pairs"),
+    "ours: ReAlign < optimal transport": ("ReAlign", "optimal transport"),
+    "ours: ReAlign < both sides centred": ("ReAlign", "both sides centred"),
+    "ours: text as it is < optimal transport": ("text as it is", "optimal transport"),
+    "ours: text as it is < both sides centred": ("text as it is", "both sides centred"),
+    "ours: optimal transport < both sides centred": ("optimal transport", "both sides centred"),
+    "real pairs are the ceiling": ("both sides centred", "real pairs"),
+    "4 times as long: text as it is < both sides centred": (
+        "text as it is, 4 times",
+        "both sides centred, 4 times",
+    ),
+    "4 times as long: text as it is < real pairs": (
+        "text as it is, 4 times",
+        "real pairs, 4 times",
+    ),
+    "4 times as long: both sides centred < real pairs": (
+        "both sides centred, 4 times",
+        "real pairs, 4 times",
+    ),
 }
 Result = dict[str, Any]  # what `run_arm` returned
 Results = dict[str, dict[int, Result]]  # by arm and seed
-
-
-class Verdict(NamedTuple):
-    """Whether one ordering of arms holds, by one figure, after one stage."""
-
-    ordering: str
-    stage: str
-    figure: str
-    means: list[float]
-    holds: bool  # the means are in order
-    seeds: tuple[int, int]  # the seeds in which the values are in order, and all seeds
+Vector = NDArray[np.float64]
 
 
 def load(out: Path) -> Results:
@@ -60,53 +56,55 @@ def load(out: Path) -> Results:
     return results
 
 
-def values(by_seed: dict[int, Result], stage: str, figure: str) -> dict[int, float]:
-    """Return a figure of an arm by seed; empty if the arm has no such stage."""
-    return {
-        seed: result[stage][figure]["value"] for seed, result in by_seed.items() if result[stage]
-    }
+def mean_and_width(values: Vector) -> tuple[float, float]:
+    """Return the mean of values [seeds] and the half width of its 95% interval (Student)."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), error * STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
 
 
-def verdicts(results: Results) -> list[Verdict]:
-    """Judge the orderings; those whose arms have not all run are left out."""
-    judged = []
-    for stage in STAGES:
-        for ordering, arms in ORDERINGS.items():
-            for figure, sign in FIGURES.items():
-                sides = [values(results.get(arm, {}), stage, figure) for arm in arms]
-                seeds = set.intersection(*(set(side) for side in sides))
-                if not seeds:
-                    continue
-                table = np.array([[side[seed] for seed in sorted(seeds)] for side in sides])
-                means = table.mean(1)
-                holds = bool((sign * np.diff(means) > 0).all())
-                ordered = int((sign * np.diff(table, axis=0) > 0).all(0).sum())
-                within = (ordered, len(seeds))
-                judged.append(Verdict(ordering, stage, figure, means.tolist(), holds, within))
-    return judged
+def improvement(results: Results, worse: str, better: str, figure: str) -> Vector:
+    """Return by how much one arm is better than another, [seeds], for the seeds of both."""
+    sides = [results.get(arm, {}) for arm in (worse, better)]
+    seeds = sorted(set.intersection(*map(set, sides)))
+    values = [[side[seed][figure]["value"] for seed in seeds] for side in sides]
+    return FIGURES[figure] * (np.array(values[1]) - np.array(values[0]))
+
+
+def judge(results: Results, worse: str, better: str, figure: str) -> str | None:
+    """Say whether one arm is better than another; None if no seed has both."""
+    values = improvement(results, worse, better, figure)
+    if not len(values):
+        return None
+    mean, width = mean_and_width(values)
+    said = verdict(mean, width)
+    if said.startswith("not decided") and width <= KNOWN * distance(results, figure):
+        said += f", which is known to {KNOWN:.0%} of the distance"
+    return said
+
+
+def distance(results: Results, figure: str) -> float:
+    """Return by how much real pairs are better than a blind training, nan without both."""
+    values = improvement(results, *ENDS, figure)
+    return float(values.mean()) if len(values) else math.nan
 
 
 def table(results: Results, order: list[str]) -> list[str]:
-    """Return a Markdown table with a row for each arm: mean and standard deviation over seeds."""
-    heads = [f"{figure} {stage[-1]}" for stage in STAGES for figure in FIGURES]
-    lines = [f"| arm | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    """Return a Markdown table with a row for each arm: mean, and half width over seeds."""
+    lines = ["| arm | seeds | gain | loss | best checkpoint, step |", "|---" * 5 + "|"]
     for arm in order:
         cells = []
-        for stage in STAGES:
-            for figure in FIGURES:
-                by_seed = list(values(results[arm], stage, figure).values())
-                spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
-                cells.append(f"{np.mean(by_seed):.3f}{spread}" if by_seed else "")
-        lines.append(f"| {arm} | {len(results[arm])} | {' | '.join(cells)} |")
+        for figure in FIGURES:
+            values = [result[figure]["value"] for result in results[arm].values()]
+            mean, width = mean_and_width(np.array(values))
+            cells.append(f"{mean:.3f}" + (f" ± {width:.3f}" if len(values) > 1 else ""))
+        best = [
+            min(result["curve"], key=lambda point: point[1])[0] for result in results[arm].values()
+        ]
+        cells.append(", ".join(map(str, best)))
+        lines.append(f"| {arm} | {len(best)} | {' | '.join(cells)} |")
     return lines
-
-
-def verdict_line(verdict: Verdict) -> str:
-    """Return a row of the Markdown table of verdicts."""
-    means = ", ".join(f"{value:.3f}" for value in verdict.means)
-    ordered, seeds = verdict.seeds
-    holds = f"{'yes' if verdict.holds else '**no**'}, in {ordered} of {seeds} seeds"
-    return f"| {verdict.ordering} | {verdict.figure} | {holds} | {means} |"
 
 
 def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
@@ -119,59 +117,49 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         f"transformers {about['transformers']}; {about['minutes']:.0f} minutes of all runs "
         f"together (others used the machine too). Settings: {json.dumps(settings)}.",
         "",
-        "Held-out pictures of the demo corpus: the loss (nats a token), and how much higher it is "
-        f"beside another picture (gain), on {settings['measured']}; the right title among "
-        f"{settings['choices']}, by likelihood and by what the picture adds to it "
-        f"(choice_by_gain) on {settings['chosen']}; after stage 1 and after stage 2; "
-        "mean ± standard deviation over seeds.",
+        "New pictures of the demo corpus after stage 1: how much higher the loss is beside another "
+        f"picture (gain) and the loss, in nats a token, on {settings['measured']}; the checkpoint "
+        "is the best on the others. Mean ± half width of the 95% interval over seeds.",
         "",
         *table(results, order),
     ]
-    judged = verdicts(results)
-    for stage in dict.fromkeys(verdict.stage for verdict in judged):
+    for figure in FIGURES:
         lines += [
             "",
-            f"Orderings after {stage}, by the means of the seeds, worse before better:",
+            f"Differences by {figure}, paired over seeds, with 95% intervals. The distance from a "
+            f"blind training to real pairs is {distance(results, figure):.3f}.",
             "",
+            "| ordering, worse < better | seeds | verdict |",
+            "|---|---|---|",
         ]
-        lines += ["| ordering | by | holds | means |", "|---|---|---|---|"]
-        lines += [verdict_line(verdict) for verdict in judged if verdict.stage == stage]
+        for ordering, arms in ORDERINGS.items():
+            if said := judge(results, *arms, figure):
+                seeds = len(improvement(results, *arms, figure))
+                lines.append(f"| {ordering} | {seeds} | {said} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, results: Results, order: list[str]) -> None:
-    """Draw the mean loss on held-out pictures against steps, and the seeds of ReAlign as a band."""
+    """Draw the loss on watched pictures against steps, as means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = pyplot.subplots(1, 2, figsize=(16, 6), layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        top = 0.0  # of the axis: the first steps are far above all later ones in every arm
-        for color, arm in zip(COLORS, order, strict=False):
-            curves = [result[f"curve {number}"] for result in results[arm].values()]
-            if not curves[0]:
-                continue
-            steps = [step for step, _ in curves[0]]
-            losses = [[loss for _, loss in curve] for curve in curves]
-            style = {"color": color, "ls": "--" if "pairs" in arm else "-"}
-            width = 4 if arm == "ReAlign" else 2
-            panel.plot(steps, np.mean(losses, axis=0), label=arm, lw=width, **style)
-            low, high = np.min(losses, axis=0), np.max(losses, axis=0)
-            if arm == "ReAlign":
-                panel.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
-            top = max(top, *high[len(high) // 3 :])
-        panel.set(xlabel="step", ylabel="loss on held-out pictures")
-        panel.set_title(f"Stage {number}", loc="left", fontweight="bold")
-        panel.set_ylim(top=top + 0.1 if top else None)
-    handles = {
-        label: line
-        for panel in panels
-        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    figure, panel = pyplot.subplots(figsize=(11, 6), layout="constrained")
+    short = [arm for arm in order if "times" not in arm]
+    colors = dict(zip(short, COLORS, strict=False))
+    for arm in order:
+        curves = [result["curve"] for result in results[arm].values()]
+        losses = np.array([[loss for _, loss in curve] for curve in curves])
+        steps = [step for step, _ in curves[0]]
+        color = colors.get(arm.split(",")[0], "black")
+        style = {"color": color, "ls": "--" if "times" in arm else "-"}
+        panel.plot(steps, losses.mean(0), label=arm, lw=2, **style)
+        panel.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.12, lw=0)
+    panel.set(xlabel="step", ylabel="loss on watched pictures", xscale="log")
+    panel.legend(frameon=False)
     figure.savefig(path, dpi=75)
     pyplot.close(figure)
 
@@ -186,7 +174,7 @@ def write_report(out: Path, folder: Path, threads: int, order: list[str]) -> Non
     if not finished:
         raise SystemExit(f"{out}: holds no results yet; run without --write first")
     about = {
-        "date": min(result["date"] for result in finished),
+        "date": max(result["date"] for result in finished),
         "machine": f"{processor()}, {platform.system()}",
         "threads": threads,
         "torch": torch.__version__,
@@ -196,8 +184,7 @@ def write_report(out: Path, folder: Path, threads: int, order: list[str]) -> Non
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"text_instead_of_pairs_{about['date']}.json"
-    content = about | {"verdicts": [verdict._asdict() for verdict in verdicts(results)]}
-    path.write_text(json.dumps(content | {"results": finished}, indent=1) + "\n")
+    path.write_text(json.dumps(about | {"results": finished}, indent=1) + "\n")
     text = page(results, order, about)
     path.with_suffix(".md").write_text(text)
     draw(path.with_suffix(".png"), results, order)

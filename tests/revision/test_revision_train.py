@@ -207,6 +207,14 @@ def test_gradient_checkpointing_trains_the_same(world, tmp_path):
     assert same(weights(tmp_path / "on"), weights(tmp_path / "off"))
 
 
+def test_warm_up_and_clipping_are_those_of_llava(world, tmp_path):
+    run = run_of(world, tmp_path, batch=None, trainer={})
+    run = stages._with_preset("pretrain", run, stages.RECIPES["default"])
+    arguments = stages._training_arguments(run)
+    assert (arguments.get_warmup_steps(400), arguments.max_grad_norm) == (12, 1.0)
+    assert arguments.learning_rate == stages.RATES["pretrain"]
+
+
 def test_the_presets_are_the_papers():
     for stage, rate, parts in (
         ("pretrain", 5e-4, ("projector",)),

@@ -23,26 +23,39 @@ pairs, pairs_report = (
 
 def test_no_picture_is_on_two_sides_and_the_split_is_the_seeds():
     one, again, other = (pairs.split(seed, pairs.FULL) for seed in (0, 0, 1))
-    sides = [{entry["id"] for entry in side} for side in vars(one).values()]
+    sides = [{entry["id"] for entry in side} for side in one]
     for number, side in enumerate(sides):
         assert all(side.isdisjoint(later) for later in sides[number + 1 :])
-    assert vars(one) == vars(again) and one.texts != other.texts and one.pairs != other.pairs
-    assert one.test == other.test and len(one.test) >= pairs.FULL.measured
-    assert len({entry["caption"] for entry in one.test}) == len(one.test)
-    assert len(one.pairs) == pairs.FULL.pairs
+    assert one == again and one.texts != other.texts and one.images != other.images
+    assert (one.watched, one.test) == (other.watched, other.test)
+    assert len(one.test) == pairs.FULL.measured and len(one.watched) == pairs.FULL.watched
+    new = one.watched + one.test
+    assert len({entry["caption"] for entry in new}) == len(new)
     assert min(len(one.texts), len(one.images)) >= pairs.FULL.samples
-    assert not any("skin tone" in entry["caption"] for side in vars(one).values() for entry in side)
+    assert not any("skin tone" in entry["caption"] for side in one for entry in side)
 
 
-def test_each_step_brings_the_mean_of_the_texts_nearer_to_that_of_the_images():
+def test_the_learning_rate_is_the_default_of_the_package():
+    pytest.importorskip("transformers")
+    from realign_fast.revision.stages import RATES
+
+    assert RATES["pretrain"] == pairs.FULL.rate  # with four times as much, a run diverged
+
+
+def test_every_map_brings_the_mean_of_the_texts_nearer_to_that_of_the_images():
     parts = pairs.split(0, pairs.FULL)
-    text, image = (pairs.rows_of(getattr(parts, f"{side}s"), side) for side in ("text", "image"))
-    gaps = []
-    for arm in ("text as it is", *pairs_report.STEPS):
-        how = pairs.ARMS[arm][1]
-        moved = text if how is None else pairs.aligner(text, image, **how)(text)
-        gaps.append(float((moved.double().mean(0) - image.double().mean(0)).norm()))
-    assert gaps[0] > 0.3 and 0.02 > gaps[1] > gaps[2] > 2 * gaps[3]
+    sides = [pairs.rows_of(parts.texts, "text"), pairs.rows_of(parts.images, "image")]
+    gap = {}
+    for name in ("text as it is", "ReAlign", "optimal transport", "both sides centred"):
+        fit, (text, image) = pairs.ARMS[name].fit, sides
+        if fit is not None:
+            moved = fit(text, image)
+            if isinstance(moved, pairs.SharedSpace):
+                text, image = moved.documents("text", text), moved.documents("image", image)
+            else:
+                text = moved(text)
+        gap[name] = float((text.double().mean(0) - image.double().mean(0)).norm())
+    assert gap.pop("text as it is") > 0.3 and all(0 <= value < 0.03 for value in gap.values()), gap
 
 
 def test_rows_belong_to_their_ids():
@@ -54,37 +67,53 @@ def test_rows_belong_to_their_ids():
     assert torch.equal(found, torch.from_numpy(rows[[7, 0, 99]]))
 
 
-def fake(arm, seed, **figures):
-    """A result with these figures after stage 2, as `run_arm` returns it."""
-    stage = {name: {"value": value} for name, value in figures.items()}
-    return {"arm": arm, "seed": seed, "stage 1": None, "stage 2": stage}
-
-
-def test_verdicts_look_at_means_and_at_every_seed():
-    table = {  # arm: (loss, choice) of two seeds
-        "text as it is": [(4.0, 0.1), (4.2, 0.2)],
-        "C3": [(3.9, 0.2), (4.1, 0.18)],
-        "ReAlign": [(3.5, 0.3), (3.6, 0.2)],
-    }
-    results = {
+def results_of(table):
+    """Results with the gains of table, arm -> [seeds], as `load` returns them; loss is -gain."""
+    return {
         arm: {
-            seed: fake(arm, seed, loss=loss, gain=-loss, choice=choice, choice_by_gain=0.5)
-            for seed, (loss, choice) in enumerate(seeds)
+            seed: {
+                "gain": {"value": gain},
+                "loss": {"value": -gain},
+                "curve": [[35, 6.0], [70, 5.0], [105, 5.5]],
+            }
+            for seed, gain in enumerate(gains)
         }
-        for arm, seeds in table.items()
+        for arm, gains in table.items()
     }
-    found = {one.figure: one for one in pairs_report.verdicts(results)}
-    assert set(found) == set(pairs_report.FIGURES)
-    assert found["loss"].means == pytest.approx([4.1, 4.0, 3.55])
-    assert (found["loss"].holds, found["loss"].seeds) == (True, (2, 2))  # lower is better
-    assert (found["gain"].holds, found["gain"].seeds) == (True, (2, 2))  # higher is
-    assert (found["choice"].holds, found["choice"].seeds) == (True, (1, 2))
-    by_gain = found["choice_by_gain"]
-    assert (by_gain.holds, by_gain.seeds) == (False, (0, 2))  # all are equal
-    lines = pairs_report.table(results, ["C3"])
-    assert lines[2] == (
-        f"| C3 | 2 |{'  |' * 4} 4.000 ± 0.141 | -4.000 ± 0.141 | 0.190 ± 0.014 | 0.500 ± 0.000 |"
+
+
+def test_a_difference_is_judged_by_its_interval_over_seeds():
+    results = results_of(
+        {
+            "blind": [0.0, 0.1, 0.2],
+            "text as it is": [0.5, 0.6, 0.7],
+            "ReAlign": [0.51, 0.59, 0.7, 0.9],  # the last seed has no partner
+            "real pairs": [1.0, 1.1, 1.2],
+        }
     )
+    for figure in pairs_report.FIGURES:  # of loss, less is better
+        assert pairs_report.distance(results, figure) == pytest.approx(1)
+        assert pairs_report.judge(results, "blind", "text as it is", figure).startswith("holds")
+        said = pairs_report.judge(results, "ReAlign", "blind", figure)
+        assert said.startswith("does not hold, -0.500 (-0.5")
+    differences = pairs_report.improvement(results, "text as it is", "ReAlign", "gain")
+    assert differences == pytest.approx([0.01, -0.01, 0.0])
+    mean, width = pairs_report.mean_and_width(differences)
+    assert (mean, width) == pytest.approx((0, 4.30 * 0.01 / 3**0.5))
+    said = pairs_report.judge(results, "text as it is", "ReAlign", "gain")
+    assert said.startswith("not decided") and said.endswith("known to 5% of the distance")
+    results["ReAlign"][0]["gain"]["value"] = 0.6
+    said = pairs_report.judge(results, "text as it is", "ReAlign", "gain")
+    assert said.startswith("not decided") and "known" not in said
+    assert pairs_report.judge(results, "blind", "both sides centred", "gain") is None
+    lines = pairs_report.table(results, ["real pairs"])
+    assert lines[2] == "| real pairs | 3 | 1.100 ± 0.248 | -1.100 ± 0.248 | 70, 70, 70 |"
+
+
+def test_one_seed_decides_nothing():
+    results = results_of({"blind": [0.0], "text as it is": [0.5], "real pairs": [1.0]})
+    said = pairs_report.judge(results, "blind", "text as it is", "gain")
+    assert said == "not decided, +0.500 with one seed"
 
 
 @pytest.mark.slow
@@ -110,12 +139,8 @@ def test_the_quick_version_trains_measures_reports_and_goes_on(tmp_path):
     found = json.loads(report.read_text())
     assert {one["arm"] for one in found["results"]} == set(pairs.QUICK_ARMS)
     for one in found["results"]:
-        for number in (1, 2):
-            if one[f"stage {number}"]:
-                curve = one[f"curve {number}"]
-                assert curve[-1][1] < curve[0][1]  # it learns
-                assert one[f"stage {number}"]["samples"] == pairs.QUICK.measured
-                assert one[f"stage {number}"]["choice"]["of"] == pairs.QUICK.choices
+        assert one["curve"][-1][1] < one["curve"][0][1]  # it learns
+        assert one["samples"] == pairs.QUICK.measured
     table = report.with_suffix(".md").read_text()
     assert table in said[1] and all(f"| {arm} | 1 |" in table for arm in pairs.QUICK_ARMS)
     assert report.with_suffix(".png").stat().st_size > 10_000
