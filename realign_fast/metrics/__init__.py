@@ -5,8 +5,6 @@ memory is bounded by a ``block`` of rows, never by N x N. A figure that is estim
 is an :class:`Estimate`: a float that carries its standard error.
 """
 
-from .cosines import cosine_correlation as cosine_correlation
-from .cosines import cosine_divergence as cosine_divergence
 from .cosines import mean_cosine as mean_cosine
 from .cosines import pairwise_cosines as pairwise_cosines
 from .distribution import centroid_gap as centroid_gap

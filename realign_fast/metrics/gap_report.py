@@ -24,9 +24,6 @@ class GapSettings:
     overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
     recall_at: tuple[int, ...] = (1, 10)
     gallery_rows: int = 10_000  # of each side in the galleries of paired rows, spread evenly
-    cosine_pairs: int = 1 << 17  # of pairwise_cosines
-    cosine_bins: int = 100  # over [-1, 1]
-    seed: int = 0  # of the draw of pairs
     block: int = 2048  # rows of a tile: bounds the memory, does not change results
 
 
@@ -45,7 +42,7 @@ def gap_report(
     """Return every metric of this package as a flat dict of plain numbers, ready for json.
 
     Keys begin with ``before_`` (source and target), ``after_`` (aligned and target) or ``kept_``
-    (source and aligned: Phi, Psi and k-NN overlap); ``_error`` ends a standard error. A number that
+    (source and aligned: Phi and k-NN overlap); ``_error`` ends a standard error. A number that
     does not exist (NaN) is ``None``.
 
     Args:
@@ -54,10 +51,10 @@ def gap_report(
         aligned_target_rows: the target rows after the map, where it moves them too.
         source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
             the whole corpora; those of the samples by default.
-        paired: row i of the source belongs to row i of the target; adds matched cosine, the
-            correlation of pairwise cosines, and retrieval both ways (:func:`mixed_gallery`) from
-            the other side alone and, ``mixed``, from both sides. This takes ``4 n^2 D`` products,
-            n the rows of a side, ``settings.gallery_rows`` at most.
+        paired: row i of the source belongs to row i of the target; adds matched cosine, and
+            retrieval both ways (:func:`mixed_gallery`) from the other side alone and, ``mixed``,
+            from both sides. This takes ``4 n^2 D`` products, n the rows of a side,
+            ``settings.gallery_rows`` at most.
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
@@ -78,7 +75,6 @@ def gap_report(
         k, block = settings.overlap_k, settings.block
         stages["kept"] = {
             "mean_cosine": cosines.mean_cosine(source_rows, aligned_rows, block),
-            "cosine_correlation": cosines.cosine_correlation(source_rows, aligned_rows, block),
             "knn_overlap": neighbours.knn_overlap(source_rows, aligned_rows, k, block=block),
             "knn_overlap_chance": k / (len(source_rows) - 1),
         }
@@ -111,12 +107,10 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
     y, x = source.moments, target.moments
-    drawn = dict(pairs=settings.cosine_pairs, bins=settings.cosine_bins, seed=settings.seed)
     figures: Numbers = {
         "source_rows": y.count,
         "target_rows": x.count,
         "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
-        "cosine_divergence": cosines.cosine_divergence(source.rows, target.rows, **drawn),
     }
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
         figures[name] = getattr(distribution, name)(y, x)
@@ -133,7 +127,6 @@ def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     block, rows = settings.block, min(len(source), settings.gallery_rows)
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
-        "cosine_correlation": cosines.cosine_correlation(source, target, block),
         "gallery_rows": rows,
     }
     numbers = torch.arange(rows, device=source.device)

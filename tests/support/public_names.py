@@ -104,8 +104,6 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         metrics.centroid_gap(y, x),
         metrics.trace_ratio(y, x),
         metrics.mean_cosine(text, image),
-        metrics.cosine_divergence(text, image),
-        metrics.cosine_correlation(text, image),
         metrics.knn_mixing(text, image),
         metrics.knn_overlap(text, image),
     ]
