@@ -32,9 +32,9 @@ class MixedGallery(NamedTuple):
 def mixed_gallery(
     queries: Tensor | np.ndarray[Any, Any],
     galleries: Mapping[str, Tensor | np.ndarray[Any, Any]],
-    relevant: Mapping[str, Tensor],
+    relevant: Mapping[str, Tensor | np.ndarray[Any, Any]],
     *,
-    own: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor | np.ndarray[Any, Any]] | None = None,
     ks: Sequence[int] = (1, 10),
     block: int = 4096,
 ) -> MixedGallery:
@@ -64,9 +64,12 @@ def mixed_gallery(
     expect_counts("mixed_gallery", block=block)
     queries = tensor_of("mixed_gallery, queries", queries)
     documents = {name: tensor_of(f"mixed_gallery, {name}", galleries[name]) for name in galleries}
-    own = own or {}
-    _check(queries, documents, relevant, own, ks)
-    ((answering, answers),) = relevant.items()
+    right, own = (
+        {name: torch.as_tensor(numbers) for name, numbers in (argument or {}).items()}
+        for argument in (relevant, own)
+    )
+    _check(queries, documents, right, own, ks)
+    ((answering, answers),) = right.items()
     parts = []
     for numbers in torch.split(torch.arange(len(queries), device=queries.device), block):
         part = queries[numbers].double()
@@ -145,6 +148,12 @@ def search_pairs(
         (``"space"``).
     """
     count = len(next(iter(pairs.values())))
+    if {len(side) for side in pairs.values()} != {count} or not callable(fit):
+        raise ValueError(
+            f"search_pairs: sides of {[len(side) for side in pairs.values()]} rows and "
+            f"{type(fit).__name__}, expected as many rows of each side, row i of all being one "
+            "pair, and a function that returns a space: lambda rows, role: SharedSpace.fit(...)"
+        )
     half = int(count * fitted_share)
     number = torch.arange(count - half)
     galleries: dict[str, dict[str, list[MixedGallery]]] = {

@@ -123,9 +123,18 @@ def test_what_does_not_fit_is_refused(search, change, message):
 def test_arrays_are_taken_and_lists_are_refused(search):
     queries, galleries, relevant, _ = search
     arrays = {name: rows.numpy() for name, rows in galleries.items()}
-    found = metrics.mixed_gallery(queries.numpy(), arrays, relevant)
+    numbers = {name: rows.numpy() for name, rows in relevant.items()}
+    found = metrics.mixed_gallery(queries.numpy(), arrays, numbers)
     expected = metrics.mixed_gallery(queries, galleries, relevant)
     assert found.recall == expected.recall and found.ndcg == expected.ndcg
     lists = {name: rows.tolist() for name, rows in galleries.items()}
     with pytest.raises(TypeError, match=r"mixed_gallery, text: expected rows as .*, got list"):
         metrics.mixed_gallery(queries, lists, relevant)
+
+
+def test_sides_that_are_no_pairs_are_refused():
+    sides = {"text": torch.ones(5, 3), "image": torch.ones(4, 3)}
+    with pytest.raises(ValueError, match=r"sides of \[5, 4\] rows .* one pair"):
+        metrics.search_pairs(sides, lambda rows, role: None, roles=["text"])
+    with pytest.raises(ValueError, match=r"and Tensor, expected .* a function"):
+        metrics.search_pairs({"text": sides["text"]}, sides["text"], roles=["text"])
