@@ -223,8 +223,15 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """Return the newest checkpoint in the directory of a training, or None."""
-    return transformers().trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
+    """Return the newest complete checkpoint in the directory of a training, or None."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        try:  # Trainer writes this file last; a killed training may leave it out or cut it off
+            json.loads((path / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig | None:

@@ -28,7 +28,13 @@ from realign_fast.revision import stages
 from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
 from realign_fast.revision.model import ReVisionConfig, ReVisionModel, position_limit
-from realign_fast.revision.stages import PRESETS, TrainingConfig, finetune, pretrain
+from realign_fast.revision.stages import (
+    PRESETS,
+    TrainingConfig,
+    finetune,
+    last_checkpoint,
+    pretrain,
+)
 from realign_fast.revision.templates import Plain
 from realign_fast.revision.training_data import prepare
 
@@ -293,3 +299,19 @@ def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
     done = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
     assert done["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
     assert done["samples_per_second"] is None and done["steps"] == 6
+
+
+def test_a_checkpoint_that_a_kill_left_incomplete_is_passed_over(world, tmp_path):
+    steps = {"max_steps": 3, "save_steps": 1}
+    pretrain(run_of(world, tmp_path, trainer=steps))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    state = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:100])
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert json.loads(state.read_bytes())["global_step"] == 3
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    assert last_checkpoint(tmp_path) is None
