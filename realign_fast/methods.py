@@ -22,7 +22,7 @@ __all__ = ["METHODS", "NEED_COVARIANCE", "Method", "Shrinkage", "linear_part"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 NEED_COVARIANCE = METHODS[2:6]
-ROWS_A_COLUMN = 10  # eigenvalues of a covariance of n rows are off by about sqrt(D / n)
+_ROWS_A_COLUMN = 10  # eigenvalues of a covariance of n rows are off by about sqrt(D / n)
 
 
 def expect_method(method: Method) -> Method:
@@ -30,6 +30,20 @@ def expect_method(method: Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"ReAlign: method={method!r} is none of {', '.join(METHODS)}")
     return method
+
+
+def few_rows(method: Method, shrinkage: Shrinkage, rows: int, columns: int) -> str:
+    """Say that the smaller side has few rows for its covariance, and what to do; else "".
+
+    A shrunk covariance needs a row for each column (docs/text_instead_of_pairs.md measures it),
+    another one ten.
+    """
+    needed = columns if shrinkage else _ROWS_A_COLUMN * columns
+    if method not in NEED_COVARIANCE or method == "diagonal" or rows >= needed:
+        return ""
+    advice = "give --shrinkage oas" if rows >= columns else "leave out --method and --shrinkage"
+    fault = f"{rows:,} rows for a covariance of {columns} columns, expected {needed:,}"
+    return f"{method}: {fault} ({needed // columns} for each column); {advice}, or fit on more rows"
 
 
 def linear_part(

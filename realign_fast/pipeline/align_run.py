@@ -31,7 +31,7 @@ from .. import __version__, ops
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import UnfinishedShards
-from ..methods import NEED_COVARIANCE, ROWS_A_COLUMN
+from ..methods import NEED_COVARIANCE, few_rows
 from ..moments import Moments, warn_if_far
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
@@ -124,11 +124,10 @@ class AlignRun(PassRunner):
                     f"{moments.nonfinite_rows} non-finite); embed it again"
                 )
         check_different((source, y), (target, x))
-        rows, needed = min(y.count, x.count), ROWS_A_COLUMN * y.dimension
-        if covariance and rows < needed and self.settings.method != "diagonal" and self.reading:
-            fault = f"{rows:,} rows for a covariance of {y.dimension} columns, expected {needed:,}"
-            advice = "leave out --method and --shrinkage, or fit on more rows"
-            LOGGER.warning(f"{self.settings.method}: {fault} (ten for each column); {advice}")
+        method, rows = self.settings.method, min(y.count, x.count)
+        fault = few_rows(method, self.settings.shrinkage, rows, y.dimension)
+        if fault and self.reading:
+            LOGGER.warning(fault)
         aligner, known = self._fitted(y, x), [(c.path, c.encoder) for c in (source, target)]
         aligner.encoder = common_encoder(*known)
         (drift,) = self.measure([Measure("source drift", source, aligner, count)])

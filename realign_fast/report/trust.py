@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..methods import NEED_COVARIANCE, ROWS_A_COLUMN
+from ..methods import NEED_COVARIANCE, few_rows
 
 Facts = dict[str, Any]
 FLOOR_SHARE = 0.1  # of the gap: more may be left by the sampling of the means alone
@@ -76,22 +76,14 @@ def far_from_the_floor(facts: Facts) -> Iterator[str]:
             )
 
 
-def rank_deficient_covariance(facts: Facts) -> Iterator[str]:
-    """Find a method with covariances whose rows do not determine them."""
+def few_rows_for_a_covariance(facts: Facts) -> Iterator[str]:
+    """Find a map of covariances that its rows do not determine."""
     record = facts["fitted"]
     if record["method"] in NEED_COVARIANCE:
-        rows, columns = min(record["source_count"], record["target_count"]), record["dimension"]
-        ranks = [s["rank"] for s in (facts["spectra"] or {}).get("before", {}).values()]
-        sampled = min(side["sampled"] for side in facts["sides"].values())
-        if rows < ROWS_A_COLUMN * columns or min(ranks, default=columns) < min(
-            columns, sampled - 1
-        ):
-            yield (
-                f"The method {record['method']} uses covariances of {columns} columns. It was "
-                f"fitted on {rows:,} rows (expected {ROWS_A_COLUMN} for each column), which span "
-                f"{min(ranks, default=columns)} columns. Leave out --method "
-                "and --shrinkage, or fit on more rows."
-            )
+        rows = min(record["source_count"], record["target_count"])
+        shrinkage = facts["settings"].get("shrinkage", "unknown")  # of what `apply` wrote
+        if fault := few_rows(record["method"], shrinkage, rows, record["dimension"]):
+            yield f"{fault}."
 
 
 def torn_neighbours(facts: Facts) -> Iterator[str]:
@@ -139,8 +131,8 @@ def changed_source(facts: Facts) -> Iterator[str]:
 
 FAULTS = (unfinished_run, another_encoder_or_domain)
 DOUBTS = (
-    *(no_gap, too_few_rows, far_from_the_floor, rank_deficient_covariance, torn_neighbours),
-    *(worse_search, bad_rows, changed_source),
+    *(no_gap, too_few_rows, far_from_the_floor, few_rows_for_a_covariance),
+    *(torn_neighbours, worse_search, bad_rows, changed_source),
 )
 
 

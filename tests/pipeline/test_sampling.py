@@ -107,18 +107,29 @@ def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("method", "rows", "is_told"),
+    ("method", "shrinkage", "rows", "expected", "advice"),
     [
-        *(("coral", 159, True), ("optimal-transport", 159, True), ("blockwise", 159, True)),
-        *(("coral", 160, False), ("diagonal", 159, False), ("realign", 159, False)),
+        ("coral", None, 159, 160, "give --shrinkage oas"),
+        ("optimal-transport", None, 159, 160, "give --shrinkage oas"),
+        ("blockwise", None, 15, 160, "leave out --method and --shrinkage"),
+        ("optimal-transport", "oas", 15, 16, "leave out --method and --shrinkage"),
+        ("optimal-transport", "oas", 16, None, ""),
+        ("coral", None, 160, None, ""),
+        ("diagonal", None, 15, None, ""),
+        ("realign", None, 15, None, ""),
     ],
 )
-def test_covariances_of_few_rows_are_a_warning(corpora, caplog, method, rows, is_told):
-    AlignRun(quiet(fit_rows=rows, method=method)).fit(*corpora)
+def test_covariances_of_few_rows_are_a_warning(
+    corpora, caplog, method, shrinkage, rows, expected, advice
+):
+    AlignRun(quiet(fit_rows=rows, method=method, shrinkage=shrinkage)).fit(*corpora)
     told = [text for text in caplog.messages if "for a covariance" in text]
-    expected = f"{method}: 159 rows for a covariance of 16 columns, expected 160 (ten for each "
-    expected += "column); leave out --method and --shrinkage, or fit on more rows"
-    assert told == [expected] * is_told
+    if expected is None:
+        assert not told
+        return
+    fault = f"{rows} rows for a covariance of 16 columns, expected {expected}"
+    counts = f"({expected // 16} for each column)"
+    assert told == [f"{method}: {fault} {counts}; {advice}, or fit on more rows"]
 
 
 def test_a_bad_row_of_the_sample_is_named_or_skipped(corpora):

@@ -188,7 +188,7 @@ def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
     facts = facts_of(tmp_path / "fit")
     assert facts["figures"]["kept_knn_overlap"] < 0.5
     found = {finding["rule"] for finding in facts["trust"]["findings"]}
-    assert {"rank deficient covariance", "torn neighbours"} <= found
+    assert {"few rows for a covariance", "torn neighbours"} <= found
     run("align", *sides, "--out", str(tmp_path / "sampled"), "--fit-rows", "200")
     assert facts_of(tmp_path / "sampled", 50)["sides"]["image"]["rows"] == 400, "no checkpoints"
     images = ["--text", f"{HELD_OUT}/img_emb", "--out", str(tmp_path / "applied")]
@@ -376,7 +376,7 @@ CHANGES = {
     "too few rows": (("fitted", "statistical_floor"), 0.15, "doubt"),
     "too few rows ": (("fitted", "modalities"), {"a": {"scale_error": {"a": 0.2}}}, "doubt"),
     "far from the floor": (("gap", "other_half", "after"), 0.3, "doubt"),
-    "rank deficient covariance": (("fitted", "method"), "coral", "doubt"),
+    "few rows for a covariance": (("fitted", "method"), "coral", "doubt"),
     "changed source": (("sides", "image", "changed"), "a.npy", "doubt"),
     "torn neighbours": (("figures", "kept_knn_overlap"), 0.4, "doubt"),
     "worse search": (("recall", "of", "text", "after"), 0.0, "doubt"),
