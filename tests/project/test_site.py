@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -135,6 +135,19 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         assert names["scores"].argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_maps_of_the_page_are_compared(names, capsys):
+    page = DOCS / "measure.md"
+    (block,) = (b for b in blocks(page) if b.comment.endswith("test_site.py runs this"))
+    code = block.code.replace("steps=4000", "steps=50").replace("seeds=range(3)", "seeds=range(2)")
+    assert code.count("steps=50,") == code.count("seeds=range(2)") == 1
+    exec(compile(code, page.name, "exec"), names)
+    line = r"^(\w[\w ]*\w) +\.?\d.* \(.* to .*\)$"
+    printed = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert printed == ["source", "ReAlign", "centred", "optimal transport", "target"]
+    quoted = re.findall(line.replace("^", "^    "), page.read_text(), re.MULTILINE)
+    assert quoted == printed
+
+
 def test_the_script_for_ddp_continues_after_its_checkpoint(tmp_path):
     (block,) = (
         b for b in blocks(DOCS / "pytorch.md") if b.comment.endswith("test_site.py runs this")
@@ -241,6 +254,42 @@ def test_every_command_knows_its_options(command, capsys):
     assert stop.value.code == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert {word for word in COMMANDS[command] if word.startswith("--")} <= known
+
+
+SCRIPTS = [
+    path
+    for folder in ("examples", "benchmarks", "tests/hostile", "tests/support", "docs", ".ci")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".sh", "") and path.is_file()
+]
+OF_OTHER_PROGRAMS = set(
+    "--help --install-completion --mem --time --requeue --constraint --minutes --remove --format "
+    "--object-store-memory --no-deps --inplace --all-files --nproc-per-node --config_file".split()
+)
+PROSE = [page for page in PAGES if page.stem not in ("changelog", "command_line")]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.stem)
+def test_prose_names_nothing_that_is_gone(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert {*re.findall(r"realign-fast\s+([a-z][\w-]*)", prose)} <= {*COMMANDS}
+    code = "\n".join(re.findall(r"`([^`]+)`", prose))
+    options = {*re.findall(r"(?<![\w-])--[a-z][\w-]+", code)} - OF_OTHER_PROGRAMS
+    known = (DOCS / "command_line.md").read_text()
+    options = {option for option in options if f"`{option}`" not in known}
+    defined = "\n".join(path.read_text("utf-8") for path in SCRIPTS) if options else ""
+    assert not {option for option in options if f'"{option}"' not in defined}
+    roots = {"metrics": realign_fast.metrics, "realign_fast": realign_fast}
+    roots |= {"whiten": importlib.import_module("realign_fast.whiten")}
+    public = {name: getattr(realign_fast, name) for name in realign_fast.__all__}
+    roots |= {name: kind for name, kind in public.items() if inspect.isclass(kind)}
+    names = rf"(?<![\w./\"-])({'|'.join(roots)})\.(\w*[a-z]\w*)(?![\w/]|\.(?:py|md|so))"
+    for root, name in re.findall(names, code):
+        owner = roots[root]
+        found = hasattr(owner, name) or name in getattr(owner, "__annotations__", {})
+        if not found and inspect.ismodule(owner):
+            found = importlib.util.find_spec(f"{owner.__name__}.{name}")
+        assert found, f"{root}.{name}"
 
 
 def test_the_pages_show_every_command():
