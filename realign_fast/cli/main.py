@@ -239,6 +239,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def _terminate(*_: object) -> None:
+    if callable(signal.getsignal(signal.SIGCHLD)):
+        # A DataLoader's handler would raise an error of its workers, which got SIGTERM as well.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     raise Terminated
 
 

@@ -354,7 +354,7 @@ class TrainingOptions(Configured, DataOptions):
         metavar="NAME=VALUE")] = None
     batch_size: Annotated[int | None, _training("samples a step over all devices", min=1,
         show_default="256 for pretrain, 128 for finetune")] = None
-    micro_batch: Annotated[int, _training("samples at a time on a device", min=1)] = 8
+    micro_batch: Annotated[int, _training("samples at a time on a device, at most", min=1)] = 8
     held_out: Annotated[int | None, _training("samples for the held-out loss, 0 for none", min=0,
         show_default="a hundredth, 512 at most")] = None
     test: Annotated[str | None, _training("a list to measure on instead, such as pairs of real "

@@ -170,7 +170,7 @@ def _open_model(
 
     from ..corpus.corpus import common_encoder
     from ..revision.generation import open_model
-    from ..revision.training_data import check_rows
+    from ..revision.training_data import ALIGNER, check_rows, moved_rows
 
     dtype = getattr(torch, options.dtype)
     model, template = open_model(options.model, options.language_model, dtype, options.device)
@@ -179,6 +179,8 @@ def _open_model(
         trained_on = model.revision_config.encoder
         common_encoder((rows.path, rows.encoder), (options.model, trained_on))
         check_rows(model.projector.space, rows)
+        if options.modality != "text" and (moved := moved_rows(rows, [ALIGNER])):
+            LOGGER.warning(f"{moved}; expected rows of images as the encoder gave them")
     return model, template
 
 

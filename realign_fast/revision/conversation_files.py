@@ -71,7 +71,8 @@ def read_sample(entry: Any, place: str) -> Sample:
     ValueError if it is not an object of the form in the module docstring.
     """
     if not isinstance(entry, dict):
-        raise ValueError(f"{place}: is a {type(entry).__name__}, expected an object with an id")
+        expected = 'expected an object such as {"id": "0", "caption": "a dog"}'
+        raise ValueError(f"{place}: is a {type(entry).__name__}, {expected}")
     sample_id = "" if entry.get("id") is None else str(entry["id"])
     entry_turns = entry.get("conversations") or entry.get("messages") or []
     all_turns = [_parse_turn(turn, place) for turn in entry_turns]

@@ -415,6 +415,7 @@ def position_limit(config: Any) -> int | None:
 def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -> Any:
     """Load a language model, or a part of it, with the class `auto` of transformers.
 
+    FileNotFoundError if it is no directory, and the hub has none of this name or is not reached;
     ValueError if it cannot be loaded, or brings code of its own.
     """
     options["trust_remote_code"] = False  # transformers asks on the terminal otherwise
@@ -422,8 +423,11 @@ def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -
         return getattr(transformers(), auto).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # transformers may list every model it knows
-        problem = f"cannot be loaded as a language model ({reason})"
-        raise ValueError(f"{source}: {problem}; name a causal one, or its directory") from error
+        problem = f"{source}: cannot be loaded as a language model ({reason})"
+        if isinstance(error, OSError) and not os.path.isdir(source):
+            advice = "name a causal one of the hub or, without network, the directory of a copy"
+            raise FileNotFoundError(f"{problem}; {advice} (docs/revision.md, On a CPU)") from error
+        raise ValueError(f"{problem}; name a causal one, or its directory") from error
 
 
 def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:

@@ -97,7 +97,7 @@ class TrainingConfig:
     train: tuple[TrainablePart, ...] | None = None
     lora: dict[str, Any] = field(default_factory=dict)  # fields of PEFT's LoraConfig
     batch: int | None = None  # samples a step, over all devices
-    micro_batch: int = 8  # samples at a time on one device
+    micro_batch: int = 8  # samples at a time on one device, at most
     max_length: int = 2048  # tokens of a sample
     max_skipped: float = 0.01  # the share of samples that may be unusable
     held_out: int | None = None  # samples; None: a hundredth of them, at most 512
@@ -192,16 +192,18 @@ def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
 def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     """Return the TrainingArguments that the configuration means."""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
-    batch, simultaneous = config.batch or 1, config.micro_batch * devices
+    batch = config.batch or 1
+    micro_batch = min(config.micro_batch, max(batch // devices, 1))
+    simultaneous = micro_batch * devices
     if batch % simultaneous:
-        product = f"micro batch {config.micro_batch} x {devices} devices"
+        product = f"micro batch {micro_batch} x {devices} devices"
         expected = f"expected a multiple of {simultaneous}, {product}"
         advice = "change --batch-size or --micro-batch"
         raise ValueError(f"batch: got {batch}, {expected}; {advice}")
     settings = {
         "output_dir": config.out,
-        "per_device_train_batch_size": config.micro_batch,
-        "per_device_eval_batch_size": config.micro_batch,
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
         "gradient_accumulation_steps": batch // simultaneous,
         "eval_strategy": "steps",
         "remove_unused_columns": False,
@@ -261,7 +263,7 @@ def _saved_config(config: TrainingConfig, space: str | None) -> ReVisionConfig |
 
 def _template(config: TrainingConfig, saved: ReVisionConfig | None) -> Template:
     """Return the template of the training, with the tokenizer of the model it starts from."""
-    tokenizer = transformers().AutoTokenizer.from_pretrained(config.start, trust_remote_code=False)
+    tokenizer = load_pretrained("AutoTokenizer", config.start)
     tokenizer.chat_template = config.chat_template or tokenizer.chat_template  # saved with it
     visual_tokens = config.visual_tokens or (saved or ReVisionConfig).visual_tokens
     template = TEMPLATES[config.template or "plain"](tokenizer, visual_tokens)

@@ -42,11 +42,13 @@ from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
 from .conversation_files import Sample, read_entries, read_sample
+from .model import SPACE
 from .templates import FAULTS, IGNORED_LABEL, Template
 
 _MAX_EXAMPLES = 3  # of each fault in the report
 _REPORT, _SAMPLES, _ENDS = "report.json", "samples.jsonl", "ends.i64"
 _CACHE_VERSION = 7
+ALIGNER = "aligner.safetensors"  # which `align` writes; `unify` writes SPACE
 RowOf = Callable[[str], int | None]
 Item = dict[str, Any]  # what a dataset yields: `input_ids`, `labels`, `id`, and the rows of a side
 
@@ -92,7 +94,7 @@ def prepare(
             partial.mkdir()
             report = _join(source, row_of, template, max_length, partial, past_end)
             write_json(partial / _REPORT, report)
-    _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped)
+    _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped, ids)
     return Conversations(folder, _with_random_access(rows, cache), template)
 
 
@@ -161,14 +163,21 @@ def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None 
     common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
     if aligner is not None:
         raise ValueError("aligner: got one beside a space, which moves both sides; leave one out")
+    if moved := moved_rows(rows):
+        advice = "give the rows of the encoder, which the model maps by its space"
+        raise ValueError(f"{moved} already; {advice}")
+
+
+def moved_rows(rows: Corpus, maps: Sequence[str] = (SPACE, ALIGNER)) -> str:
+    """Say which of the `maps` the rows went through, if they are an output of its command."""
     for folder in {shard.path.parent for shard in rows.shards}:
         side = {name: side for side, name in SUBFOLDERS.items()}.get(folder.name)
         records = records_of(folder.parent if side else folder)
-        for file in ("space.safetensors", "aligner.safetensors"):
+        for file in maps:
             if (records / file).is_file():
-                fault = f"these rows went through the {side or 'own'} side of {records / file}"
-                advice = "give the rows of the encoder, which the model maps by its space"
-                raise ValueError(f"{folder}: {fault} already; {advice}")
+                place = f"the {side} side of " * bool(side) + str(records / file)
+                return f"{folder}: these rows went through {place}"
+    return ""
 
 
 def _join(
@@ -211,7 +220,9 @@ def _join(
     return {name: counts[name] for name in names} | {"examples": examples}
 
 
-def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> None:
+def _check_skipped(
+    report: dict[str, Any], source: Path, max_skipped: float, ids: ValueSource
+) -> None:
     total, skipped = report["samples"], report["samples"] - report["used"]
     if not total:
         raise ValueError(f"{source}: holds no entry; give a list with at least one")
@@ -224,7 +235,10 @@ def _check_skipped(report: dict[str, Any], source: Path, max_skipped: float) -> 
     )
     shares = f"({skipped / total:.1%}, at most {max_skipped:.1%} may be)"
     fault = f"{skipped:,} of {total:,} samples cannot be used {shares}: {reasons}"
-    raise ValueError(f"{source}: {fault}. Correct the list, or allow more (--max-skipped)")
+    advice = "Correct the list, or allow more (--max-skipped)"
+    if ids == "row" and not all(map(str.isdecimal, report["examples"]["missing_ids"])):
+        advice = "Row numbers are expected: leave out --ids row, or write numbers from 0 as ids"
+    raise ValueError(f"{source}: {fault}. {advice}")
 
 
 def _with_random_access(corpus: Corpus, cache: Path) -> Corpus:

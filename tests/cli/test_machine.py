@@ -327,6 +327,31 @@ def test_a_signal_ends_each_command_with_its_status(capsys, monkeypatch, sent, n
     assert document(capsys)["error"]["kind"] in ("interrupted", "terminated")
 
 
+def test_workers_that_the_same_signal_ended_are_no_fault(capsys, monkeypatch):
+    """A scheduler sends SIGTERM to all processes, and torch tells of a worker that it ended."""
+
+    def tell(*_):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
+
+    both = [signal.SIGTERM, signal.SIGCHLD]
+
+    def stop(*_, **values):
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+    monkeypatch.setattr(Options, "__init__", stop)
+    before = signal.signal(signal.SIGCHLD, tell)
+    try:
+        assert run("info") == ExitCode.TERMINATED == 143
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capsys.readouterr().err.splitlines() == [
+        "realign-fast: stopped; files that it wrote, if any, are whole"
+    ]
+
+
 def test_a_fault_of_the_program_has_its_status_and_a_trace(capsys, monkeypatch):
     monkeypatch.setattr(Options, "__init__", lambda *a, **values: 1 / 0)
     assert run("info", "--log-json") == ExitCode.UNEXPECTED == 70

@@ -147,6 +147,23 @@ def test_stopping_says_where_training_goes_on(world, tmp_path, capsys, monkeypat
         assert said in capsys.readouterr().err
 
 
+def test_aligned_texts_in_place_of_images_are_a_warning(trained, world, tmp_path, capsys):
+    corpus, aligned = world / "corpus", tmp_path / "aligned"
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).normal(size=(48, 16)))
+    sides = ["--text", corpus, "--image", tmp_path / "image.npy"]
+    assert main(words("align", *sides, "--out", aligned, "--quiet")) == 0
+    capsys.readouterr()
+    base = ["--model", trained, "--row", 0, "--max-new-tokens", 1]
+    for rows, more, is_told in (
+        (aligned / "text_emb", [], True),
+        (aligned, ["--modality", "text"], False),
+        (corpus, [], False),
+    ):
+        assert main(words("caption", *base, "--rows", rows, *more)) == 0
+        warned = "expected rows of images as the encoder gave them" in capsys.readouterr().err
+        assert warned is is_told
+
+
 def test_public_names_are_functions_however_often_they_are_asked_for():
     import realign_fast.revision as revision
 
@@ -181,7 +198,8 @@ NO_MODEL = ["--language-model", "nowhere/at/all"]  # which is looked for after l
         ([*NO_MODEL, "--data", "nowhere.json"], 6, "nowhere.json: no such file; expected a list"),
         ([*NO_MODEL, "--ids", "nowhere"], 3, "has no metadata/"),
         (["--test", "alone.jsonl"], 3, "test, test_rows: got one of them"),
-        (NO_MODEL, 6, "nowhere/at/all"),
+        (NO_MODEL, 6, "nowhere/at/all: cannot be loaded as a language model"),
+        (NO_MODEL, 6, "without network, the directory of a copy"),
         (["--chat-template", "nowhere.jinja"], 6, "nowhere.jinja"),
         (["--max-length", "4"], 3, "48 of 48 samples cannot be used"),
         (["--max-length", "2"], 3, "takes, with the visual tokens of an image (--visual-tokens)"),

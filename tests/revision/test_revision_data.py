@@ -267,7 +267,7 @@ def test_a_sample_of_just_the_greatest_length_is_used(root, tokenizer, tmp_path)
     [
         ('[{"id": "x1", "caption": "a"}, {"id": "x2", ', "not a JSON list"),
         ('{"id": "x1", "caption": "a"}\n{"id": \n', "entry 1: is no JSON"),
-        ('["x1"]', "entry 0: is a str, expected an object"),
+        ('["x1"]', r'entry 0: is a str, expected an object such as \{"id": "0", "caption"'),
         ('[{"id": "x1"}]', "has neither a caption nor conversations, but 'id'"),
         ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "a turn is"),
         ("[]", "holds no entry"),
@@ -290,6 +290,15 @@ def test_what_was_prepared_is_used_again_until_something_changes(root, tokenizer
     assert ready(path, root[0], Plain(tokenizer, 3), tmp_path / "cache").folder != first.folder
     write_list(path, [list_entry("x1"), list_entry("x2"), list_entry("x3")])
     assert len(ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache")) == 3
+
+
+def test_names_where_row_numbers_are_asked_for_have_a_hint(root, tokenizer, tmp_path):
+    advice = "leave out --ids row, or write numbers from 0 as ids"
+    for name, has_hint in (("x1", True), (str(len(IDS) + 1), False)):
+        path = write_list(tmp_path / f"{name}.jsonl", [list_entry(name)])
+        with pytest.raises(ValueError, match="1 images whose id has no row") as error:
+            ready(path, root[0], Plain(tokenizer, K), tmp_path / "cache", ids="row")
+        assert (advice in str(error.value)) is has_hint
 
 
 @pytest.mark.parametrize("held_out", [1, 7, 13, 20])

@@ -243,7 +243,8 @@ def test_mistakes_are_named(world, tmp_path):
         ValueError, match=r"multiple of 4, micro batch 4 x 1 .* --batch-size or --micro-batch"
     ):
         pretrain(run_of(world, tmp_path, batch=6))
-    pretrain(run_of(world, tmp_path / "done", trainer={"save_steps": 2, "max_steps": 2}))
+    small = {"trainer": {"save_steps": 2, "max_steps": 2}, "batch": 2}  # the micro batch follows
+    pretrain(run_of(world, tmp_path / "done", **small))
     with pytest.raises(ValueError, match="holds checkpoints of an earlier training"):
         pretrain(run_of(world, tmp_path / "done"))
     write_corpus(tmp_path / "wide", IDS, dimension=8)
