@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
 from itertools import chain
 
 import torch
@@ -59,26 +58,22 @@ def paired_rows(
 def pairs_of_ids(sides: Sequence[Corpus], sample: int) -> list[tuple[int, int]]:
     """Return the numbers of rows with the same id on both sides, of a bounded sample of ids.
 
-    About ``100 * sample`` ids of the smaller side are drawn by their hash of 8 bytes, so that the
-    same ones are drawn on both sides. Memory is bounded by them, and by how many rows have an id in
-    common; other ids are read and let go. A side without ids is a ValueError.
+    ``100 * sample`` rows of the smaller side, spread evenly, are looked for in the other. Memory is
+    bounded by them, and by how many rows have an id in common. A side without ids is a ValueError.
     """
-    smaller, most = min(sides, key=lambda side: side.num_rows), _IDS_A_PAIR * sample
-    limit = (most << 64) // max(smaller.num_rows, most)
-    drawn = {number for _, number in _hashed_ids(smaller) if number < limit}
-    first, second = ([entry for entry in _hashed_ids(side) if entry[1] in drawn] for side in sides)
-    place = {number: row for row, number in second}
-    return [(row, place[number]) for row, number in first if number in place]
+    smaller, larger = sorted(sides, key=lambda side: side.num_rows)
+    chosen = set(spread(smaller.num_rows, _IDS_A_PAIR * sample))
+    row_of = {name: row for row, name in _ids(smaller) if row in chosen}
+    pairs = [(row_of[name], row) for row, name in _ids(larger) if name in row_of]
+    return pairs if smaller is sides[0] else [(row, other) for other, row in pairs]
 
 
-def _hashed_ids(corpus: Corpus) -> Iterator[tuple[int, int]]:
-    """Yield the row and the hash of each id; rows without one are left out."""
+def _ids(corpus: Corpus) -> Iterator[tuple[int, str]]:
+    """Yield the row and the id of each row that has one."""
     if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
         raise ValueError(f"{corpus.path}: has no metadata/ and no other columns with ids")
-    for row, value in enumerate(chain.from_iterable(shard_values(corpus, None, ID_COLUMNS))):
-        if value:
-            name = value.encode("utf-8", "surrogatepass")
-            yield row, int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
+    values = chain.from_iterable(shard_values(corpus, None, ID_COLUMNS))
+    return ((row, value) for row, value in enumerate(values) if value)
 
 
 def _is_first(rows: Tensor) -> Tensor:
