@@ -179,11 +179,8 @@ class Output:
         return replace(self, fitted=ReAlign.fit(*rows.values(), **options))
 
     def moved(self, name: str, rows: Tensor) -> Tensor:
-        """Return directions of rows of a modality after the map."""
-        return self._directions(name, self.documents(name, rows))
-
-    def _directions(self, name: str, rows: Tensor) -> Tensor:
-        """Return directions of documents, in a space in the columns that belong to their side."""
+        """Return directions after the map, in a space in the columns that belong to their side."""
+        rows = self.documents(name, rows)
         if isinstance(self.fitted, SharedSpace):
             (first,) = self.fitted.document_map(name).scales
             rows = rows[:, first : first + self.fitted.dimension]

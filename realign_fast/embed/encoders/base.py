@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -103,14 +103,9 @@ class Encoder:
 
     def _take(self, model: torch.nn.Module) -> None:
         """Take a model, frozen on the device, and set the digest of its weights and D."""
-        self._weights_hash = weights_hash(model.state_dict())
+        self._weights_hash = tensor_digest(model.state_dict()).removeprefix("blake2b=")
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.dimension = self.embed_images([pillow().Image.new("RGB", (3, 3))]).shape[1]
-
-
-def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a BLAKE2b digest of every weight and buffer with its name."""
-    return tensor_digest(state).removeprefix("blake2b=")
 
 
 @contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,11 +14,6 @@ from ...interface.option_values import Precision
 from .base import Encoder, StrPath, Tokens, file_digests, loading
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-
-
-def transformers() -> ModuleType:
-    """Import transformers; the error says how to install it."""
-    return import_extra("transformers", "clip,train", "A Hugging Face model")
 
 
 class HuggingFaceEncoder(Encoder):
@@ -34,8 +27,12 @@ class HuggingFaceEncoder(Encoder):
         self, folder: StrPath, *, device: str | None = None, precision: Precision | None = None
     ) -> None:
         super().__init__(device, precision)
-        self.name, library = os.fspath(folder), transformers()
-        with quietly_loading(folder):
+        library = import_extra("transformers", "clip,train", "A Hugging Face model")
+        self.name, log = os.fspath(folder), library.logging
+        with loading(self.name), ExitStack() as after:
+            if log.is_progress_bar_enabled():
+                log.disable_progress_bar()
+                after.callback(log.enable_progress_bar)
             options = {"dtype": self.dtype, "output_loading_info": True, **LOCAL}
             model, info = library.AutoModel.from_pretrained(folder, **options)
             if missing := sorted(info["missing_keys"]):  # which would be random
@@ -82,17 +79,3 @@ class HuggingFaceEncoder(Encoder):
 
     def _text_features(self, tokens: Tokens) -> Any:
         return self.model.get_text_features(**tokens).pooler_output
-
-
-@contextmanager
-def quietly_loading(folder: StrPath) -> Iterator[None]:
-    """Load from a directory without progress bars; an error is one line that names it."""
-    log = transformers().logging
-    bars = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        with loading(os.fspath(folder)):
-            yield
-    finally:
-        if bars:
-            log.enable_progress_bar()

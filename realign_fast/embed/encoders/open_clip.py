@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,12 +12,6 @@ import torch
 from ..._extras import import_extra
 from ...interface.option_values import Precision
 from .base import Encoder, StrPath, Tokens, file_digests, loading
-
-
-def open_clip() -> ModuleType:
-    """Import open_clip; the error says how to install it."""
-    user = "An open_clip model (with a torchvision that fits the installed torch)"
-    return import_extra("open_clip", "clip", user)
 
 
 class OpenClipEncoder(Encoder):
@@ -42,7 +35,9 @@ class OpenClipEncoder(Encoder):
         precision: Precision | None = None,
     ) -> None:
         super().__init__(device, precision)
-        library, path, name = open_clip(), Path(model), os.fspath(model)
+        user = "An open_clip model (with a torchvision that fits the installed torch)"
+        library = import_extra("open_clip", "clip", user)
+        path, name = Path(model), os.fspath(model)
         weights = None if pretrained is None else os.fspath(pretrained)
         self.name = f"{name} {weights}" if weights else name
         expected = "expected a directory of Hugging Face or open_clip, or a config or known name "
