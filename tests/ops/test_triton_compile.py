@@ -105,6 +105,16 @@ def scaled_rows(target, dtype, columns):
     return align_rows(target, dtype, columns, length=2)
 
 
+def gradient(target, dtype, columns):
+    m = DOUBLE if dtype == DOUBLE else FLOAT
+    pointers = dict(rows=dtype, grad=dtype, out=dtype, scale=DOUBLE, shift=DOUBLE)
+    pointers |= dict(recentre=DOUBLE, result_length=DOUBLE)
+    constants = dict(ROW_STEP=step(columns, dtype), GRAD_STEP=step(columns, dtype), M=NAME[m])
+    constants |= dict(**row_kernels.tile(columns, m == DOUBLE), COLUMNS=columns, KINDS=3)
+    constants |= dict(LENGTH=1, NORMALIZE=True)
+    return compiled(row_kernels.align_rows_backward_kernel, target, pointers, constants)
+
+
 def sum_rows(target, dtype, columns, kinds=1, terms=0, m=None):
     m = m or (DOUBLE if dtype == DOUBLE else FLOAT)
     names = "sums numbers scale shift recentre centre weights factor packed"
@@ -123,10 +133,11 @@ def drift(target, dtype, columns):
 ROW_CASES = [(align_rows, HALF, 768), (sum_rows, HALF, 768), (drift, HALF, 768)]
 ROW_CASES += [(align_rows, BFLOAT, 1280), (scaled_rows, FLOAT, 1000), (align_rows, DOUBLE, 768)]
 ROW_CASES += [(align_rows, HALF, 16384), (drift, HALF, 16384)]
+ROW_CASES += [(gradient, HALF, 768)]
 
 
 TARGET_CASES = [("sm_90", *case) for case in ROW_CASES]
-TARGET_CASES += [("gfx942", *case) for case in ROW_CASES[:4]]
+TARGET_CASES += [("gfx942", *case) for case in (*ROW_CASES[:4], ROW_CASES[-1])]
 
 
 @pytest.mark.parametrize(("target", "op", "dtype", "columns"), TARGET_CASES)
@@ -261,6 +272,7 @@ def call_maps(dtype, out_dtype, columns):
         triton_ops.align_rows_(out, rows, fake(), shift, last, length)
         triton_ops.map_rows_(out, rows, fake(columns, columns), shift, last, length)
         triton_ops.map_rows_(out, rows, fake(columns), shift, last, length)
+        triton_ops.align_rows_backward(rows, out, fake(), shift, last, length)
     triton_ops.align_rows_backward(rows, out, fake(), shift, recentre, 1.0, False)
 
 
@@ -287,6 +299,7 @@ def test_no_op_waits_for_the_gpu(launches):
     assert {kernel.fn.__name__ for kernel, _, _ in launches} == {
         *FOR_EVERY_GENERATION,
         "add_parts_kernel",
+        "align_rows_backward_kernel",
         "sum_rows_kernel",
     }
 
@@ -329,6 +342,8 @@ def test_every_pair_of_dtypes_compiles(name, steps, launches, monkeypatch, tmp_p
             rows, out = fake(200, 64, dtype=dtype), fake(200, 64, dtype=out_dtype)
             triton_ops.align_rows_(out, rows, fake(), fake(64), fake(64))
             triton_ops.map_rows_(out, rows, fake(64, 64), fake(64), fake(64))
+            if len(steps) == 4 or dtype == out_dtype in (BFLOAT, DOUBLE):  # (seconds for each)
+                triton_ops.align_rows_backward(rows, out, fake(), fake(64), fake(64))
         for dtype, accurate in product(DTYPES, (False, True)):
             rows, sums = fake(200, 64, dtype=dtype), (fake(64, 64), fake(64))
             triton_ops.sum_rows(rows, fake(), fake(64), fake(64), True)
@@ -388,6 +403,7 @@ def traced_variants(launches, dtypes, columns, out_dtypes=None):
                 rows, out = fake(200, columns, dtype=dtype), fake(200, columns, dtype=out_dtype)
                 for linear in (fake(), fake(columns), fake(columns, columns)):
                     triton_ops.map_rows_(out, rows, linear, fake(columns), fake(columns))
+                triton_ops.align_rows_backward(rows, out, fake(), fake(columns), fake(columns))
     return variants(launches)
 
 

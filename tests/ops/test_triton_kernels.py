@@ -18,7 +18,7 @@ from support import programs
 from realign_fast.ops import OPS, backend_of
 
 TESTS = Path(__file__).parents[1]
-OP_NAMES = ("align_rows", "sum_rows", "add_scatter", "map_rows", "memory")
+OP_NAMES = ("align_rows", "align_rows_backward", "sum_rows", "add_scatter", "map_rows", "memory")
 OP_TESTS = [f"ops/test_{op}.py" for op in OP_NAMES]
 needs_triton = pytest.mark.skipif(
     not find_spec("triton"), reason="triton is not installed (CUDA builds of torch bring it)"

@@ -2,9 +2,8 @@
 
 The kernels are in ``row_kernels.py`` and ``product_kernels.py``. These files import triton and are
 imported when an op of this module is first asked for. Every op takes the arguments of the function
-of the same name in ``reference.py``, which answers itself for the gradient. The kernels also run
-without a GPU, on CPU tensors, if ``TRITON_INTERPRET=1`` is set before triton is imported; that is
-how the tests check them.
+of the same name in ``reference.py``. The kernels also run without a GPU, on CPU tensors, if
+``TRITON_INTERPRET=1`` is set before triton is imported; that is how the tests check them.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from typing import Any
 
 import torch
 
-from ..reference import align_rows_backward as align_rows_backward
-
 
 def __getattr__(op: str) -> Any:
     """Return an op by name; a number in place of the matrix needs no other function."""
     if op.startswith("_"):
         raise AttributeError(op)
     kernels = importlib.import_module(".product_kernels", __package__)
-    return getattr(kernels, op.replace("align_", "map_"))
+    return getattr(kernels, op if op.endswith("backward") else op.replace("align_", "map_"))
 
 
 def why_not() -> str:

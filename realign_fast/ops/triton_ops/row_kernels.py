@@ -1,4 +1,4 @@
-"""Triton kernels of ``align_rows`` and ``sum_rows``, and what all row kernels share.
+"""Triton kernels of ``align_rows``, its gradient and ``sum_rows``, and what all row kernels share.
 
 A program processes a tile of `ROWS` rows and `BLOCK` columns at a time; a row longer than BLOCK is
 read block by block. ``unit(unit(A u + b) + h)``, with A a number or a diagonal, is computed term by
@@ -269,6 +269,216 @@ def align_rows_kernel(
                 write_images(y, x, x, mask, row_map, COLUMNS, PART, DIMS, KINDS, LENGTH, True, M)
 
 
+@triton.jit
+def _gradient_block(
+    row,  # [ROWS] pointers
+    grad,  # [ROWS] pointers
+    start,
+    alive,
+    row_map,  # and the length [] float64
+    lengths,  # of `image_block`
+    along,  # [ROWS] float64: the components of three gradients along the vectors that have lengths
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STEPS: tl.constexpr,  # back from the result: to e + h, to s u + b, and to the row
+):
+    """Return a block of the gradient after some steps back, in float64."""
+    peak, norm, half, last = lengths
+    y = load_rows(grad, start, alive, COLUMNS, BLOCK, tl.float64)
+    if LENGTH == 2:
+        y *= tl.load(row_map[3])
+    if STEPS > 0 and KINDS == 3 and LENGTH > 0:
+        f = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 2, True, tl.float64)
+        y = _over(y - f * along[0][:, None], last, True)
+    if STEPS > 1 and (KINDS == 3 or LENGTH > 0):
+        e = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 1, True, tl.float64)
+        y = _over(y - e * along[1][:, None], half, True)
+    if STEPS > 1:
+        y *= tl.load(row_map[0])
+    if STEPS > 2 and NORMALIZE:
+        u = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 0, True, tl.float64)
+        y = _over(_over(y - u * along[2][:, None], peak, True), norm, True)
+    return y
+
+
+@triton.jit
+def _write_gradients_exactly(
+    target,  # [ROWS] pointers
+    row,
+    grad,
+    mask,  # [ROWS] the rows to write
+    row_map,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Write gradients in float64, each step with sweeps of its own; 0 for rows without one."""
+    peak, _, lives = kind_of_rows(row, mask, COLUMNS, BLOCK)
+    unit_length = tl.full(mask.shape, 1, tl.float64)
+    if not NORMALIZE:
+        peak = unit_length
+    norm, half, last = unit_length, unit_length, unit_length
+    nothing = tl.zeros(mask.shape, tl.float64)
+    along_last, along_half, along_row = nothing, nothing, nothing
+    HALVED: tl.constexpr = KINDS == 3 or LENGTH > 0
+    TWICE: tl.constexpr = KINDS == 3 and LENGTH > 0
+    for stage in tl.static_range(3):
+        if NORMALIZE if stage == 0 else HALVED if stage == 1 else TWICE:
+            squares = nothing
+            for start in range(0, COLUMNS, BLOCK):
+                lengths = peak, norm, half, last
+                y = image_block(
+                    row, start, mask, row_map, lengths, COLUMNS, BLOCK, 0, stage, True, tl.float64
+                )
+                squares += tl.sum(y * y, axis=1)
+            lives = lives & (squares != 0)
+            length = tl.where(squares > 0, tl.sqrt(squares), 1)
+            if stage == 0:
+                norm = length
+            elif stage == 1:
+                half = length
+            else:
+                last = length
+    lengths = peak, norm, half, last
+    for steps in tl.static_range(3):
+        sums = nothing
+        for start in range(0, COLUMNS, BLOCK):
+            direction = image_block(
+                row, start, mask, row_map, lengths, COLUMNS, BLOCK, 0, 2 - steps, True, tl.float64
+            )
+            along = along_last, along_half, along_row
+            y = _gradient_block(
+                row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, KINDS, LENGTH,
+                NORMALIZE, steps,
+            )  # fmt: skip
+            sums += tl.sum(direction * y, axis=1)
+        if steps == 0:
+            along_last = sums
+        elif steps == 1:
+            along_half = sums
+        else:
+            along_row = sums
+    along = along_last, along_half, along_row
+    for start in range(0, COLUMNS, BLOCK):
+        y = _gradient_block(
+            row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, KINDS, LENGTH,
+            NORMALIZE, 3,
+        )  # fmt: skip
+        _store_rows(target, start, mask, tl.where(lives[:, None], y, 0), COLUMNS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["row_count", "row_stride", "grad_stride"])
+def align_rows_backward_kernel(
+    rows,  # [N, D]
+    row_count,
+    row_stride,
+    grad,  # [N, D]
+    grad_stride,
+    out,  # [N, D], contiguous, of the dtype of the rows
+    scale,  # [] float64
+    shift,  # b [D] float64
+    recentre,  # h [D] float64, read if KINDS = 3
+    result_length,  # [] float64, read if LENGTH = 2
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
+    KINDS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Write ``of_g g + alpha x + beta b + gamma h`` for one tile of rows, as row_map_math.h does.
+
+    Rows for which M cannot hold the coefficients, or for which a norm cancels, are computed step
+    by step.
+    """
+    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = rows + tl.multiple_of(number * row_stride, ROW_STEP)
+    gradient = grad + tl.multiple_of(number * grad_stride, GRAD_STEP)
+    target = out + tl.multiple_of(number * COLUMNS, ROW_STEP)
+    row_map = scale, shift, recentre, result_length
+    alive = number < row_count
+    xx = tl.zeros([ROWS], tl.float64)
+    xb, xh, gx, gb, gh, gg = xx, xx, xx, xx, xx, xx
+    bb = tl.zeros([1], tl.float64)
+    bh, hh = bb, bb
+    for start in range(0, COLUMNS, BLOCK):
+        x = load_rows(row, start, alive, COLUMNS, BLOCK, M)
+        g = load_rows(gradient, start, alive, COLUMNS, BLOCK, M)
+        b = _load_vector(shift, start, COLUMNS, BLOCK, M)
+        xx += tl.sum(x * x, axis=1).to(tl.float64)
+        xb += tl.sum(x * b, axis=1).to(tl.float64)
+        gx += tl.sum(g * x, axis=1).to(tl.float64)
+        gb += tl.sum(g * b, axis=1).to(tl.float64)
+        gg += tl.sum(g * g, axis=1).to(tl.float64)
+        bb += tl.sum(b * b, axis=1).to(tl.float64)
+        if KINDS == 3:
+            h = _load_vector(recentre, start, COLUMNS, BLOCK, M)
+            xh += tl.sum(x * h, axis=1).to(tl.float64)
+            gh += tl.sum(g * h, axis=1).to(tl.float64)
+            bh += tl.sum(b * h, axis=1).to(tl.float64)
+            hh += tl.sum(h * h, axis=1).to(tl.float64)
+
+    limit: tl.constexpr = 1e30 if M == tl.float32 else 1e280
+    least: tl.constexpr = 1e-44 if M == tl.float32 else 1e-280
+    fit = alive & (gg > 1 / limit) & (gg < limit) & (xx < limit)
+    s = tl.load(scale)
+    a = s + tl.zeros([ROWS], tl.float64)
+    if NORMALIZE:
+        fit = fit & (xx > 1 / limit)
+        a = s / tl.sqrt(xx)
+    k = tl.full([ROWS], 1, tl.float64)
+    if LENGTH == 2:
+        k = k * tl.load(result_length)
+    of_g, of_b, of_h = k, k * 0, k * 0
+    if KINDS == 3 or LENGTH > 0:
+        aa = a * a * xx
+        rr = aa + 2 * a * xb + bb
+        fit = fit & (rr > 1 / limit) & (rr < limit) & (rr > (aa + bb) / 8)
+        inverse_r = 1 / tl.sqrt(rr)
+        eg = inverse_r * (a * gx + gb)
+        eh = inverse_r * (a * xh + bh)
+        if KINDS == 3 and LENGTH > 0:
+            qq = 1 + 2 * eh + hh
+            fit = fit & (qq > (1 + hh) / 8)
+            k = k / tl.sqrt(qq)
+            along_last = k * (eg + gh) / qq
+            of_h = -inverse_r * along_last
+            of_b = -inverse_r * inverse_r * (k * eg - along_last * eh)
+        else:
+            of_b = -inverse_r * inverse_r * (k * eg)
+        of_g = inverse_r * k
+    if NORMALIZE:
+        alpha = -a * (of_g * gx + of_b * xb + of_h * xh) / xx
+    else:
+        alpha = a * a * of_b
+    of_g, beta, gamma = a * of_g, a * of_b, a * of_h
+    size = tl.maximum(tl.maximum(tl.abs(alpha), tl.abs(beta)), tl.abs(gamma))
+    fit = fit & (size < limit) & (tl.abs(of_g) < limit) & (of_g * of_g * gg > least)
+
+    of_g, alpha = of_g.to(M)[:, None], alpha.to(M)[:, None]
+    beta, gamma = beta.to(M)[:, None], gamma.to(M)[:, None]
+    for start in range(0, COLUMNS, BLOCK):
+        x = load_rows(row, start, alive, COLUMNS, BLOCK, M)
+        g = load_rows(gradient, start, alive, COLUMNS, BLOCK, M)
+        y = alpha * x + beta * _load_vector(shift, start, COLUMNS, BLOCK, M)
+        if KINDS == 3:
+            y += gamma * _load_vector(recentre, start, COLUMNS, BLOCK, M)
+        _store_rows(target, start, fit, of_g * g + y, COLUMNS, BLOCK)
+    unusual = alive & (fit == 0)
+    if tl.max(unusual.to(tl.int32), axis=0) > 0:
+        _write_gradients_exactly(
+            target, row, gradient, unusual, row_map, COLUMNS, BLOCK, KINDS, LENGTH, NORMALIZE
+        )
+
+
 @triton.jit(do_not_specialize=["row_count", "row_stride", "packed_rows", "program_rows"])
 def sum_rows_kernel(
     rows,  # [N, D]
@@ -458,6 +668,37 @@ def launch_map(
         LENGTH=0 if length is None else 1 if is_unit else 2,
         **shape,
     )
+
+
+def align_rows_backward(
+    rows: Tensor,  # [N, D]
+    grad: Tensor,  # [N, D]
+    linear: Tensor,  # [] float64
+    shift: Tensor,  # [D] float64
+    recentre: Tensor | None,  # [D] float64
+    length: float | None = 1.0,
+    normalize: bool = True,
+    variant: int = 0,
+) -> Tensor:
+    """Compute ``reference.align_rows_backward`` with one read of the rows and of the gradient."""
+    m = torch.float64 if torch.float64 in (rows.dtype, grad.dtype) else torch.float32
+    grad, out = aligned(grad), torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    is_unit = length in (None, 1)
+    shape = tile(rows.shape[1], m == torch.float64)
+    launch(
+        align_rows_backward_kernel,
+        (triton.cdiv(len(rows), shape["ROWS"]),),
+        aligned(rows),
+        m,
+        *(grad, grad.stride(0), out, linear, shift, shift if recentre is None else recentre),
+        shift if is_unit else shift.new_full((), length or 0),
+        GRAD_STEP=step_of(grad),
+        KINDS=2 if recentre is None else 3,
+        LENGTH=0 if length is None else 1 if is_unit else 2,
+        NORMALIZE=normalize,
+        **shape,
+    )
+    return out
 
 
 def launch_sums(
