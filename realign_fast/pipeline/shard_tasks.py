@@ -23,13 +23,14 @@ from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
 from ..corpus.shard import Shard
 from ..corpus.shard_writer import FormatWriter
+from ..interface.devices import check_device
 from ..interface.option_values import OptionError
 from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
 from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
-from .device_streams import ResultBuffers, Sent, batches_on_device, streams_for
+from .engines.local import worker_number
 from .settings import Settings
 
 
@@ -137,16 +138,16 @@ class ShardTask:
         """
         shard = self.corpus.shards[index]
         moments, total = Moments(self.covariance, accurate=self.covariance), 0
-        streams = streams_for(self.settings.device)
-        if streams is not None and streams.device.type == "cuda":
+        device = worker_device(self.settings.device)
+        if device.type == "cuda":
             if not self.kernels:
                 raise OptionError("--backend: the run began without a GPU; give cuda or triton")
             CHOOSER.keep(self.kernels)  # so that no worker's bytes depend on its own verdict
         size = self.settings.batch_bytes // shard.row_bytes
         size = max(1, min(size, shard.num_rows))
         row_map: Any = self.row_map
-        if row_map is not None and streams is not None:
-            row_map = copy.deepcopy(row_map).to(streams.device)
+        if row_map is not None and device.type == "cuda":
+            row_map = copy.deepcopy(row_map).to(device)
         dtype = self.settings.result_dtype(self.corpus)
         through: Any = None
         if isinstance(row_map, ReAlign) or (row_map is not None and writer is None):
@@ -154,27 +155,28 @@ class ShardTask:
         # Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
         maps_once = through is not None and not dtype == torch.float64 != self.corpus.dtype
         maps_once = maps_once and (callable(through) or through[0].dim() > 0)
-        buffers = ResultBuffers(streams, size if writer else 0, self.columns, dtype)
+        # One result is written, from the host, while the next one is computed.
+        results = torch.empty(2, size if writer else 0, self.columns, dtype=dtype, device=device)
 
-        def write(sent: Sent, writer: FormatWriter) -> None:
-            """Write a result once its rows are on the host."""
+        def write(result: Tensor, writer: FormatWriter) -> None:
+            """Write a result and add it to the checksum."""
             nonlocal total
-            rows = buffers.rows_of(sent)
+            rows = result.cpu()
             writer.write(rows)
             total = checksum(rows, total)
 
-        def begun_writes(disk: ThreadPoolExecutor) -> Iterator[Future[None]]:
-            """Measure and map one batch after another, and begin to write each."""
-            for batch in batches_on_device(streams, self.corpus, index, size):
-                rows = batch.rows
+        writes: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+            for number, batch in enumerate(self.corpus.batches(index, batch_rows=size)):
+                rows = batch.rows.to(device)
                 if self.advance:
                     self.advance(len(rows))
                 if writer is None:
-                    self._update(moments, shard, batch, through)
+                    self._update(moments, batch, rows, through)
                     continue
-                result = buffers.next(len(rows))
+                result = results[number % 2, : len(rows)]
                 mapping = mapped_into(through, result) if maps_once else through
-                has_bad_row = self._update(moments, shard, batch, mapping)
+                has_bad_row = self._update(moments, batch, rows, mapping)
                 try:
                     if has_bad_row or not maps_once:
                         row_map(rows, out=result)
@@ -182,24 +184,20 @@ class ShardTask:
                     raise ValueError(f"{shard.path}: {error}") from error
                 if has_bad_row and self.settings.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                yield disk.submit(write, buffers.send(len(rows)), writer)
-
-        writes: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for begun in begun_writes(disk):
-                writes.append(begun)
-                if len(writes) == buffers.slots:
+                writes.append(disk.submit(write, result, writer))
+                if len(writes) == 2:
                     writes.popleft().result()
             while writes:
                 writes.popleft().result()
         return moments.to("cpu"), total
 
-    def _update(self, moments: Moments, shard: Shard, batch: Batch, through: Any) -> bool:
-        """Add a batch to ``moments``, and return whether it has a bad row."""
+    def _update(self, moments: Moments, batch: Batch, rows: Tensor, through: Any) -> bool:
+        """Add the rows of a batch to ``moments``, and return whether one is a bad row."""
+        shard = self.corpus.shards[batch.shard]
         earlier, bad_rows = moments.zero_rows + moments.nonfinite_rows, self.settings.bad_rows
         place: dict[str, Any] = {"where": str(shard.path), "first_row": batch.first}
         try:
-            moments.update(batch.rows, through=through, bad_rows=bad_rows, **place)
+            moments.update(rows, through=through, bad_rows=bad_rows, **place)
         except ValueError:
             check_unchanged(shard, self.identities[batch.shard])  # pages that are lost are zeros
             raise
@@ -214,6 +212,14 @@ class ShardTask:
             image = self.row_map(torch.zeros(1, self.corpus.dimension))
             zero *= not bool(image.any())
         return {"zero_rows": zero, "nan_rows": nonfinite}
+
+
+def worker_device(name: str) -> torch.device:
+    """Return the device of a setting; ``"cuda"`` is the GPU that this worker process takes."""
+    device = check_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", worker_number() % torch.cuda.device_count())
+    return device
 
 
 def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
