@@ -4,9 +4,9 @@
 #   bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS [sbatch options] [-- align options]
 #
 # submits three arrays of the same command, each after the one before, and then one job that ends them.
-# Behind -- stand options of `realign-fast align` for every job, such as -- --bad-rows skip. Every row
-# is fitted on (--fit-rows all) unless they say otherwise. Jobs run in the environment that submits
-# them: activate the virtual environment and export AWS_PROFILE, TMPDIR and the like first.
+# Behind -- stand options of `realign-fast align` for every job, such as -- --bad-rows skip.
+# Jobs run in the environment that submits them: activate the virtual environment and export
+# AWS_PROFILE, TMPDIR and the like first.
 #
 # An array goes as far as the one before allows: statistics, drift, aligned shards. Started again it
 # goes on where it stopped: a finished shard is not read again. A job that reaches its time limit
@@ -26,8 +26,8 @@ if (($# < 4)) || [[ $1 == submit && ! ${5:-} =~ ^[1-9][0-9]*$ ]]; then
   exit 2
 fi
 step=$1 text=$2 image=$3 out=$4
-command=(align --text "$text" --image "$image" --out "$out" --fit-rows all)
-log=(--log-json --progress-interval 60)
+command=(align --text "$text" --image "$image" --out "$out")
+log=(--log-json)
 
 run() { # in the background, so that bash passes signals on
   local status=0 times=20 time_is_up=

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..interface.option_values import Modality, OptionError
-from ..storage.paths import output_path, storage_path
+from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import metadata_note, open_corpus, open_space, shows_progress
@@ -88,6 +88,7 @@ def _done(
     The passes were reported when they ended; ``summary`` returns further lines.
     """
     from ..pipeline.align_run import execute
+    from ..pipeline.output import REPORT
     from ..pipeline.plan import format_plan, plan
 
     out, part = output_path(options.out), opts.shard_part(options.shard)
@@ -103,7 +104,7 @@ def _done(
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
     lines += dict.fromkeys(filter(None, map(metadata_note, written)))
-    result = Result(report, "\n".join(lines), has_report=True)
+    result = Result(report, "\n".join(lines), report=records_of(out) / REPORT)
     return with_report(result, options.out, options, has_page)
 
 

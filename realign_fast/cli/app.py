@@ -10,6 +10,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple, TextIO, TypeVar
 
+from ..storage.paths import StoragePath
+
 LOGGER = logging.getLogger("realign_fast")
 CommandFunction = TypeVar("CommandFunction", bound="Callable[..., Result | None]")
 
@@ -42,7 +44,7 @@ class Result(NamedTuple):
     text: str
     status: ExitCode = ExitCode.DONE
     answer: bool = False
-    has_report: bool = False  # a report was written, which also keeps the options of the run
+    report: StoragePath | None = None  # was written, and also keeps the options of the run
 
 
 class Command(NamedTuple):

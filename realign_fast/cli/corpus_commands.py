@@ -1,4 +1,4 @@
-"""The commands `embed`, `convert` and `inspect`, and how every command opens a corpus."""
+"""The commands `embed` and `convert`, and how every command opens a corpus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
-from ..storage.paths import output_path, records_of, storage_path
+from ..storage.paths import local_path, output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
 
@@ -92,18 +92,6 @@ def convert(
     return Result(facts, "\n".join(lines))
 
 
-@command("Rows", "PATH", "ROOT --modality text --json")
-def inspect(
-    options: opts.CorpusOptions, sample: opts.Sample = 10_000, seed: opts.SampleSeed = 0
-) -> Result:
-    """Show what a corpus holds."""
-    from ..pipeline.inspection import format_facts, inspect
-
-    corpus = open_corpus(options, options.source, options.modality)
-    facts = inspect(corpus, sample, seed)
-    return Result(facts, format_facts(facts), answer=True)
-
-
 @command(
     "Rows",
     "--images IMAGES --texts captions.jsonl --model ViT-B-32 --pretrained TAG --out OUT",
@@ -116,7 +104,7 @@ def embed(options: opts.EmbedOptions) -> Result:
     if not paths or ("pairs" in paths and len(paths) > 1):
         raise OptionError("embed: give --images, --texts or both, or --pairs alone")
     from ..embed import Columns, EmbedSettings, embed, load_encoder, open_source
-    from ..embed.embed_output import FAILURES
+    from ..embed.embed_output import FAILURES, REPORT
 
     columns = Columns(*(getattr(options, f"{role}_column") for role in Columns._fields))
     sources: dict[str, Any] = {
@@ -138,7 +126,7 @@ def embed(options: opts.EmbedOptions) -> Result:
         f"{report['embedded_now']:,} items in {report['seconds']:.1f} s, {rate:,.0f} a second"
         + (f"; {before:,} items were finished before" if before else ""),
     ]
+    records = records_of(local_path(options.out))
     if report["failures"]:
-        failures = records_of(Path(options.out)) / FAILURES
-        lines.append(f"{report['failures']:,} items failed and are no rows: {failures}")
-    return Result({"out": options.out, **report}, "\n".join(lines), has_report=True)
+        lines.append(f"{report['failures']:,} items failed and are no rows: {records / FAILURES}")
+    return Result({"out": options.out, **report}, "\n".join(lines), report=records / REPORT)

@@ -25,6 +25,7 @@ import typer
 from .. import __version__, _startup
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import explained, memory_explained
+from ..storage.paths import StoragePath, write_json
 from . import (  # noqa: F401
     align_commands,
     corpus_commands,
@@ -117,18 +118,14 @@ def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     LOGGER.setLevel("ERROR" if options.quiet else options.log_level.upper())
     logging.getLogger("realign_fast.progress").setLevel("INFO" if options.log_json else "WARNING")
     logging.getLogger("realign_fast.passes").setLevel("NOTSET")
-    if options.log_json:
-        from ..interface import progress
-
-        progress.interval_seconds = options.progress_interval
     if options.threads:
         import torch
 
         torch.set_num_threads(options.threads)
     own = {name: values[name] for name in hints.keys() & values.keys()}
     result = function(options, **own) or Result({}, "")
-    if isinstance(options, opts.Configured) and result.has_report:
-        _write_options(function.__name__, options)
+    if result.report:
+        _write_options(function.__name__, options, result.report)
     if options.as_json and result.facts:
         write(_document(function.__name__.replace("_", "-"), result.facts))
     elif result.text and (result.answer or not options.quiet):
@@ -221,17 +218,12 @@ class Messages(logging.Handler):
         write(text, sys.stdout if on_stdout else sys.stderr)
 
 
-def _write_options(name: str, options: opts.Configured) -> None:
-    """Add the options of a run to the report beside its result."""
-    from ..storage.paths import output_path, records_of, write_json
-
-    left_out = {*get_type_hints(opts.Configured), "dry_run"}
+def _write_options(name: str, options: opts.Common, report: StoragePath) -> None:
+    """Add the options of a run to its report."""
+    left_out = {*get_type_hints(opts.Common), "dry_run"}
     values = {key: value for key, value in vars(options).items() if key not in left_out}
-    out = output_path(getattr(options, "out", ""))
-    places = [folder / options.report for folder in (out, records_of(out))]
-    path = next(path for path in reversed(places) if path.exists())
     run = {"command": name, "directory": os.getcwd(), "options": values}
-    write_json(path, json.loads(path.read_bytes()) | {"run": run})
+    write_json(report, json.loads(report.read_bytes()) | {"run": run})
 
 
 class Terminated(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from inspect import Parameter, signature
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
@@ -121,7 +121,6 @@ _directory = partial(_input, metavar="DIR", parser=_text(str))
 _file = partial(_input, metavar="FILE")
 _source = partial(_input, metavar="SOURCE")
 _usual = partial(_input, metavar="NAME", show_default="the usual names are tried")
-_printed = partial(_output, metavar="FILE", show_default="printed")
 _SHARE = "a number from 0 to 1, oas or ledoit-wolf"
 _ROWS = "a directory of shards, or a clip-retrieval root"
 _SIDE = "rows {}: a directory of shards, a clip-retrieval root (its {}_emb/), or the URL of one"
@@ -160,16 +159,8 @@ class Common(Options):
     quiet: Annotated[bool, _messages("print errors and the answer asked for, nothing else")] = False
     log_level: Annotated[values.LogLevel, _messages("show messages from this level on")] = "info"
     log_json: Annotated[bool, _messages("write messages as lines of JSON to stderr")] = False
-    progress_interval: Annotated[float, _messages("time between progress messages of --log-json",
-        metavar="SECONDS", min=0)] = 30.0
     threads: Annotated[int | None, _run("number of CPU threads, at most four for each CPU", min=1,
         max=4 * (os.cpu_count() or 1), show_default="as many as torch chooses")] = None
-
-
-class Configured(Common):
-    """Options of the commands that keep their options beside the result."""
-
-    report: ClassVar[str] = "report.json"  # the file of the result that keeps the options
 
 
 class Reading(Common):
@@ -180,7 +171,7 @@ class Reading(Common):
     allow_pickle: Annotated[bool, _input("also read pickled lists; no code of them runs")] = False
 
 
-class RunOptions(Configured, Reading):
+class RunOptions(Reading):
     """Options of a run over shards; the bytes of a result do not depend on the engine."""
 
     out: Out
@@ -226,8 +217,7 @@ class FitOptions(RunOptions):
         parser=_number(_SHARE, lambda number: 0 <= number <= 1, "oas", "ledoit-wolf"))] = None
     fit_rows: Annotated[int | None, _method(
         "fit on N rows of each side, spread evenly, and report how far off the result may be; "
-        "'all' fits on every row", parser=rows_or_all, show_default=f"all, or "
-        f"{values.DEFAULT_ROWS:,} if both take over {values.EXACT_BYTES / 1e12:g} TB")] = None
+        "'all' fits on every row", parser=rows_or_all, show_default="all")] = None
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
 
 
@@ -279,10 +269,9 @@ class CorpusOptions(Reading):
     modality: Annotated[values.Modality | None, _input("side of a clip-retrieval root")] = None
 
 
-class EmbedOptions(Configured):
+class EmbedOptions(Common):
     """Options of ``embed``."""
 
-    report: ClassVar[str] = "embed.json"
     images: Annotated[str | None, _source("image files, WebDataset .tar, parquet with bytes or "
         "paths, csv or jsonl with paths, dataset.json; or a directory of such files")] = None
     texts: Annotated[str | None, _source("texts: .txt (one a line), jsonl, csv, tsv, parquet, "
@@ -331,10 +320,9 @@ class DataOptions(RowOptions):
         min=0, max=1)] = 0.01
 
 
-class TrainingOptions(Configured, DataOptions):
+class TrainingOptions(DataOptions):
     """Options of a training; most are fields of ``TrainingConfig``."""
 
-    report: ClassVar[str] = "training.json"
     space: Annotated[str | None, _file("put text and image rows through this SharedSpace, which is "
         "saved with the model", show_default="that of the model")] = None
     start: Annotated[str, _model("a causal language model: a name or a directory, which may be one "
@@ -397,6 +385,5 @@ class EvaluateOptions(TrainedModel, DataOptions):
     limit: Annotated[int | None, _run("number of samples", min=1, show_default="all")] = None
     batch_size: Annotated[int, _run("samples at a time", min=1)] = 8
     seed: Annotated[int, _run("seed of the texts to choose from")] = 0
-    out: Annotated[str | None, _printed("file of the figures, as JSON")] = None
     cache: Annotated[str | None, _output("directory for the prepared list", metavar="DIR",
         show_default="MODEL/data")] = None

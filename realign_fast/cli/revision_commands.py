@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
-from ..storage.paths import write_whole
+from ..storage.paths import local_path
 from . import options as opts
 from .app import LOGGER, Result, command, write
 from .corpus_commands import open_corpus
@@ -77,16 +77,12 @@ def chat(options: opts.LookOptions, ask: opts.AskOnce = None) -> None:
         write(json.dumps({"answer": answer}) if options.as_json else answer)
 
 
-@command("ReVision", "--model STAGE2 --data held_out.jsonl --rows IMAGE_ROOT --out figures.json")
+@command("ReVision", "--model STAGE2 --data held_out.jsonl --rows IMAGE_ROOT --json")
 def evaluate(options: opts.EvaluateOptions) -> Result:
     """Measure a trained model on held-out samples."""
     from ..revision.evaluation import evaluate
     from ..revision.training_data import check_inputs, prepare
 
-    if options.out:  # before anything is computed for it
-        if Path(options.out).is_dir():
-            raise OptionError(f"{options.out}: is a directory; name a file in it")
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     rows, aligner = _corpus(options, options.rows), _aligner(options.aligner)
     check_inputs(options.data, rows, options.ids)
     model, template = _open_model(options)
@@ -99,10 +95,7 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     figures = evaluate(model, data, aligner=aligner, **settings)
     inputs = {"model": options.model, "data": options.data, "rows": options.rows}
     result = inputs | figures | {"settings": settings, "report": data.report}
-    text = json.dumps(result, indent=2)
-    if options.out:
-        write_whole(options.out, (text + "\n").encode())
-    return Result(result, f"wrote {options.out}" if options.out else text, answer=not options.out)
+    return Result(result, json.dumps(result, indent=2), answer=True)
 
 
 def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
@@ -132,8 +125,9 @@ def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
     losses = summary["held_out_losses"]
     held_out = f", held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
     text = f"{summary['steps']} steps, train loss {summary['train_loss']:.4f}{held_out}"
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
-    return Result({"out": config.out, **summary}, f"{text}; wrote {config.out}", has_report=first)
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
+    report = local_path(config.out) / "training.json" if is_first else None
+    return Result({"out": config.out, **summary}, f"{text}; wrote {config.out}", report=report)
 
 
 def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:

@@ -12,8 +12,6 @@ Method = Literal[
     "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
 ]
 BATCH_BYTES = 16 << 20  # smaller batches give the threads of a busy machine too little at a time
-EXACT_BYTES = 10**12  # of source and target together, up to which every row is used by default
-DEFAULT_ROWS = 1_000_000  # rows of each side for larger corpora
 
 Precision = Literal["fp32", "bf16"]  # of the model that embeds
 RowDtype = Literal["float16", "float32"]  # of embedded rows on disk

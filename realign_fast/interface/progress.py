@@ -10,11 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("realign_fast.progress")  # events, at the level INFO
-interval_seconds = 30.0  # between two events of one bar
+INTERVAL_SECONDS = 60.0  # between two events of one bar
 
 
 class Progress(tqdm):  # type: ignore[misc]
-    """A bar of tqdm on stderr that also logs events, at most one in ``interval_seconds``.
+    """A bar of tqdm on stderr that also logs events, at most one in ``INTERVAL_SECONDS``.
 
     The record of an event has the attribute ``event``, a dict: the name of the work, what is done
     and in all, the unit, the seconds since the start, and those that are left at the present rate.
@@ -32,7 +32,7 @@ class Progress(tqdm):  # type: ignore[misc]
         """Count ``n`` more."""
         done, total, now = self.facts["done"] + n, self.facts["total"], time.monotonic()
         self.facts["done"] = done
-        if n and (now - self.reported >= interval_seconds or done == total):
+        if n and (now - self.reported >= INTERVAL_SECONDS or done == total):
             self.reported, seconds = now, now - self.began
             times = {"seconds": seconds, "seconds_left": (total - done) * seconds / max(done, 1)}
             event = self.facts | {key: round(value, 3) for key, value in times.items()}

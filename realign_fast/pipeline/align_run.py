@@ -17,11 +17,9 @@ and writes the bytes of a run of one process.
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,7 +36,6 @@ from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write
 from ..storage.tensor_file import tensor_digest
 from .checkpoints import STATS, AnyMap, code_version, map_hash
 from .engines.local import Engine
-from .inspection import shape_of
 from .manifest import FORMAT, MANIFEST, read_manifest
 from .output import (
     ALIGNER,
@@ -79,7 +76,6 @@ class AlignRun(PassRunner):
     """The steps of ``align``, ``fit`` and ``apply``, and what goes into their ``report.json``."""
 
     sample: dict[str, Any] | None = None  # the standard errors of a fit on a sample
-    earlier: dict[str, bytes] | None = None  # the reports of the run before, once they are removed
     map_of_jobs: StoragePath | None = None  # which the last run of an array removes
 
     def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Moments]:
@@ -110,10 +106,7 @@ class AlignRun(PassRunner):
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
-        count, chosen = rows_to_fit(self.settings, source, target)
-        if count and self.settings.fit_rows is None and self.reading:
-            message = f"fitting on {chosen}; --fit-rows all reads every row"
-            LOGGER.warning(message, extra={"event": {"event": "sample"}})
+        count, _ = rows_to_fit(self.settings, source, target)
         sides = ("source moments", source), ("target moments", target)
         covariance = self.settings.method in NEED_COVARIANCE
         y, x = self.measure((Measure(*side, sample=count) for side in sides), covariance)
@@ -180,7 +173,8 @@ class AlignRun(PassRunner):
         Rows that lie far from those that the map was fitted on are a warning.
         """
         maps, records = checked_maps(fitted, results), records_of(out)
-        self.earlier, is_whole = remove_reports(records), self.part[1] == 1
+        is_whole = self.part[1] == 1
+        remove_reports(records)
         if is_whole:
             fitted.save(records / (ALIGNER if isinstance(fitted, ReAlign) else SPACE))
         written = []
@@ -214,12 +208,9 @@ class AlignRun(PassRunner):
         """Write the manifest and the report, which has ``facts`` and what every run knows.
 
         ``options`` are the names of settings for the manifest, ``made_by`` is the hash of the map.
-        A run that changes nothing leaves the reports of the run that did the work.
         """
         records = records_of(out)
-        before, earlier = read_manifest(records), self.earlier
-        earlier = remove_reports(records) if earlier is None else earlier
-        passes = before["passes"] | self.manifest_passes
+        passes = read_manifest(records)["passes"] | self.manifest_passes
         manifest = {
             "format": FORMAT,
             "code": code_version(self.settings.device),
@@ -238,13 +229,6 @@ class AlignRun(PassRunner):
             "device": self.settings.device,
             "versions": {"realign_fast": __version__, "torch": torch.__version__},
         }
-        if before == manifest and not any(p.bytes_written for p in self.passes):
-            with suppress(KeyError, TypeError, ValueError):  # none, or a damaged one
-                stored = json.loads(earlier[REPORT])
-                if all(type(stored[name]) is type(value) for name, value in report.items()):
-                    for name, content in earlier.items():
-                        (records / name).write_whole(content)
-                    return report
         write_json(records / REPORT, report)
         return report
 
@@ -375,6 +359,18 @@ def align_work(
         return run.write_report(out, options, map_hash(fitted), report)
 
     return Work(measures, results if writes else [], fit, finish)
+
+
+def shape_of(corpus: Corpus) -> dict[str, Any]:
+    """Return where a corpus is and how much it holds, as plain values."""
+    return {
+        "path": str(corpus.path),
+        "shards": len(corpus.shards),
+        "rows": corpus.num_rows,
+        "dimension": corpus.dimension,
+        "dtype": str(corpus.dtype).removeprefix("torch."),
+        "bytes": corpus.nbytes,
+    }
 
 
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:

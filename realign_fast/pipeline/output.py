@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple, get_args
 
 import torch
@@ -46,14 +45,10 @@ class Written(NamedTuple):
         return itemsize * (self.columns or self.corpus.dimension)
 
 
-def remove_reports(records: StoragePath) -> dict[str, bytes]:
-    """Remove and return what an earlier run and ``report`` wrote; this run has not ended."""
-    removed = dict[str, bytes]()
+def remove_reports(records: StoragePath) -> None:
+    """Remove what an earlier run and ``report`` wrote; this run has not ended."""
     for name in (PAGE, FIGURES, REPORT):
-        with suppress(FileNotFoundError):  # there is none, or another job of the array removed it
-            removed[name] = (records / name).read_bytes()
-            (records / name).unlink(missing_ok=True)
-    return removed
+        (records / name).unlink(missing_ok=True)
 
 
 def check_output(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..corpus.corpus import Corpus, sample_ids
-from ..interface.option_values import DEFAULT_ROWS, EXACT_BYTES, UnfinishedShards
+from ..interface.option_values import UnfinishedShards
 from ..moments import Moments, good_rows
 from .checkpoints import AnyMap
 from .passes import PassRunner
@@ -24,16 +24,14 @@ from .settings import Settings
 
 def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
     """Return how many rows of each side to fit on (None: every row), and a description of it."""
-    count, reason = settings.fit_rows, ""
-    if count is None and source.nbytes + target.nbytes > EXACT_BYTES:
-        count, reason = DEFAULT_ROWS, f", as both sides take more than {EXACT_BYTES / 1e12:g} TB"
+    count = settings.fit_rows
     if not count:
         return None, "every row"
     sides = [
         f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
         for side, corpus in (("source", source), ("target", target))
     ]
-    return count, f"a sample of {' and '.join(sides)}{reason}"
+    return count, f"a sample of {' and '.join(sides)}"
 
 
 def measure_sample(

@@ -28,8 +28,7 @@ class Settings:
             output directory; ``"overwrite"`` reads everything again.
         workers: number of processes that share the shards.
         fit_rows: number of rows of each side to fit on, chosen by ``seed`` (:mod:`.sampling`). 0 is
-            every row. None is every row, unless both sides together take more than
-            ``sampling.EXACT_BYTES``.
+            every row, as is None except in ``unify``.
         device: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``. The sums of
             another type of device may differ in their last bits.
         dtype: number type of the written rows, to which each is rounded once; None is that of the

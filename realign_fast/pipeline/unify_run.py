@@ -19,10 +19,17 @@ from ..interface.option_values import OptionError
 from ..moments import Moments, expect_rows
 from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import AlignRun, Measure, Work, check_columns, check_different, execute
+from .align_run import (
+    AlignRun,
+    Measure,
+    Work,
+    check_columns,
+    check_different,
+    execute,
+    shape_of,
+)
 from .checkpoints import digest
 from .engines.local import Engine
-from .inspection import shape_of
 from .output import FOLDERS, QUERIES, SPACE, Written, check_output, check_place
 from .settings import Settings
 

@@ -241,7 +241,7 @@ def test_an_error_from_a_shell_has_its_status_and_no_trace(corpora):
         [*ALIGN, "--threads", "0"],
         [*ALIGN[:-1], ""],
         ["align", "--source", "", *ALIGN[3:]],
-        ["inspect", ""],
+        ["verify", ""],
         [*ALIGN, "--bad-rows", "drop"],
     ],
 )
@@ -345,7 +345,7 @@ def test_a_log_sees_a_line_now_and_then(capsys):
     ("arguments", "printed"),
     [
         ("align --help | head -n 1 && realign info | head -n 1", " "),
-        ("inspect text 0<&- >&-", ""),  # a closed stream is as /dev/null
+        ("info 0<&- >&-", ""),  # a closed stream is as /dev/null
         (" ".join([*ALIGN, "2>&-"]), "source moments"),
     ],
 )

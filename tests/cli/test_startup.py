@@ -56,7 +56,6 @@ print(json.dumps([found, memory]))
 SIDES = "--text text.npy --image image.npy"
 COMMANDS = [
     "info",
-    "inspect text.npy",
     "convert text.npy converted --to npy",
     f"align {SIDES} --out aligned --dry-run",
     f"align {SIDES} --out aligned",

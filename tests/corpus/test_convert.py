@@ -1,10 +1,9 @@
-"""``convert`` and ``inspect``: rows and what is beside them from every format into every other."""
+"""``convert``: rows and what is beside them from every format into every other."""
 
 import io
 import json
 import pickle
 import tarfile
-import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from realign_fast.cli.main import main
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.format_registry import FORMATS
-from realign_fast.pipeline.inspection import inspect
 from realign_fast.storage import atomic
 
 pa = pytest.importorskip("pyarrow")
@@ -207,16 +205,10 @@ def test_the_commands(tmp_path, capsys):
     save(tmp_path / "in" / "x.parquet", random_rows(9), "parquet")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "npy"]) == 0
     assert "wrote 9 rows in 1 shards" in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "in")]) == 0
-    shown = capsys.readouterr().out
-    for name, value in (("format", "parquet"), ("rows", 9), ("dimension", 8), ("dtype", "float32")):
-        assert f"{name:22} {value}\n" in shown
-    assert main(["inspect", str(tmp_path / "in"), "--json", "--sample", "5"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["rows"], found["sample"]["rows"]) == (9, 5)
-    assert main(["inspect", str(tmp_path / "in"), "--column", "id"]) == 3
+    other = [str(tmp_path / "other"), "--to", "npy"]
+    assert main(["convert", str(tmp_path / "in"), *other, "--column", "id"]) == 3
     assert "column 'id' is string" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "none")]) == 6
+    assert main(["convert", str(tmp_path / "none"), *other]) == 6
 
 
 def test_align_takes_a_column_for_each_side(tmp_path):
@@ -236,43 +228,6 @@ def test_align_takes_a_column_for_each_side(tmp_path):
     assert main([*command, "--target-column", "image"]) == 0
     assert pq.read_table(tmp_path / "out" / "t.parquet").column_names == ["text"]
     assert main(command) == 3
-
-
-# ---- inspect
-
-
-def test_inspect_counts_what_is_there(tmp_path):
-    rows = random_rows(400, "float64") * np.linspace(1, 5, 400)[:, None]
-    rows[7], rows[9], rows[11, 0] = 0, np.nan, np.inf
-    save(tmp_path / "x.npy", rows, "npy")
-    found = inspect(Corpus(tmp_path), 1000)
-    good = rows[[i for i in range(400) if i not in (7, 9, 11)]]
-    norms, unit = np.linalg.norm(good, axis=1), good / np.linalg.norm(good, axis=1, keepdims=True)
-    sample = found["sample"]
-    assert (found["format"], found["rows"], found["dtype"], found["shards"]) == (
-        "npy",
-        400,
-        "float64",
-        1,
-    )
-    assert (sample["rows"], sample["zero_rows"], sample["nonfinite_rows"]) == (400, 1, 2)
-    np.testing.assert_allclose(
-        sample["norms"], [norms.min(), norms.mean(), norms.max()], rtol=1e-12
-    )
-    np.testing.assert_allclose(sample["mean_norm"], np.linalg.norm(unit.mean(0)), rtol=1e-10)
-    np.testing.assert_allclose(sample["trace"], unit.var(0).sum(), rtol=1e-10)
-    few = inspect(Corpus(tmp_path), 50, seed=1)
-    assert few == inspect(Corpus(tmp_path), 50, seed=1) != inspect(Corpus(tmp_path), 50, seed=2)
-
-
-@pytest.mark.parametrize("rows", [np.zeros((3, 4), "f4"), np.zeros((0, 4), "f4")])
-def test_inspect_without_a_good_row(tmp_path, rows, capsys):
-    np.save(tmp_path / "x.npy", rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert main(["inspect", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert f"{'sample zero rows':22} {len(rows)}\n" in shown and shown.count("n/a") == 3
 
 
 def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):

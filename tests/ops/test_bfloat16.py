@@ -11,7 +11,6 @@ from realign_fast.corpus.convert import convert
 from realign_fast.corpus.format_registry import FORMATS
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.checkpoints import checksum
-from realign_fast.pipeline.inspection import inspect
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 
@@ -95,11 +94,6 @@ def test_moments_are_those_of_the_same_numbers_in_float64(corpora):
     rows = rows_of(corpora[0])
     got, want = Moments().update(rows), Moments().update(rows.double())
     assert torch.allclose(got.mean, want.mean, atol=1e-7)
-
-
-def test_inspection_says_the_dtype(corpora):
-    found = inspect(Corpus(corpora[0]))
-    assert found["dtype"] == "bfloat16" and found["sample"]["rows"] == 81
 
 
 @pytest.mark.parametrize("to", OTHERS)

@@ -13,7 +13,6 @@ from realign_fast.cli import main
 from realign_fast.cli.app import ExitCode
 from realign_fast.corpus import Corpus
 from realign_fast.pipeline.align_run import align
-from realign_fast.pipeline.inspection import inspect
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage.errors import NoMemoryError, lacks_memory, memory_explained
@@ -72,7 +71,6 @@ def test_the_functions_behind_the_commands_raise_that_error(folder, tmp_path):
     calls = (
         lambda: align(*corpora, tmp_path / "out", settings),
         lambda: verify(folder / "out"),
-        lambda: inspect(corpora[0], 1 << 18),
     )
     for call in calls:
         with pytest.raises(NoMemoryError, match="ulimit -v"), address_space(0):

@@ -10,7 +10,6 @@ from support.kill_and_resume import tree
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
 from realign_fast.corpus.corpus import sample_ids
-from realign_fast.pipeline import sampling
 from realign_fast.pipeline.align_run import AlignRun, Measure, align
 from realign_fast.pipeline.settings import Settings
 
@@ -86,24 +85,17 @@ def test_the_text_is_read_once_and_written_once(corpora, reads):
     assert tree("out")["emb_0.npy"] != first["emb_0.npy"]
 
 
-def test_a_large_corpus_is_sampled_unless_told_otherwise(corpora, monkeypatch, capsys):
+def test_every_row_is_fitted_on_unless_told_otherwise(corpora, capsys):
     align("text", "image", "one", quiet())
-    monkeypatch.setattr(sampling, "EXACT_BYTES", 10_000)
-    monkeypatch.setattr(sampling, "DEFAULT_ROWS", 200)
     command = ["align", "--text", "text", "--image", "image", "--out"]
-    assert main.main([*command, "out"]) == 0
-    printed, warned = capsys.readouterr()
-    assert "fitting on a sample of 200 of 5,001 source rows" in warned
-    assert "--fit-rows all reads every row" in warned
-    assert (
-        "fitted on a sample of 200 of 5,001 source rows and 200 of 4,000 target rows, as both"
-        in (printed)
-    )
+    assert main.main([*command, "out", "--fit-rows", "200"]) == 0
+    printed = capsys.readouterr().out
+    assert "fitted on a sample of 200 of 5,001 source rows and 200 of 4,000 target rows" in printed
     assert "gap of all rows to expect" in printed
-    assert main.main([*command, "exact", "--fit-rows", "all"]) == 0
-    printed, warned = capsys.readouterr()
-    assert "fitted on every row; " in printed and "fitting on" not in warned
-    assert tree("exact") == tree("one")
+    for out, options in (("exact", ["--fit-rows", "all"]), ("plain", [])):
+        assert main.main([*command, out, *options]) == 0
+        assert "fitted on every row; " in capsys.readouterr().out
+        assert tree(out) == tree("one")
 
 
 @pytest.mark.parametrize(
