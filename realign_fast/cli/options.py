@@ -224,7 +224,6 @@ class FitOptions(RunOptions):
 class AlignOptions(FitOptions):
     """Options of ``align``."""
 
-    dtype: Dtype = None
     report_too: WithReport = False
 
 
@@ -234,7 +233,6 @@ class ApplyOptions(RunOptions):
     aligner: Annotated[str, _file("output of an earlier fit, or its aligner.safetensors",
         parser=_text(storage_path))]
     source: Source
-    dtype: Dtype = None
 
 
 class UnifyOptions(RunOptions):
@@ -246,7 +244,6 @@ class UnifyOptions(RunOptions):
         "--space they are written as they search", show_default="such documents")] = None
     space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "
         "space.safetensors", parser=_text(storage_path))] = None
-    dtype: Dtype = None
     report_too: WithReport = False
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None

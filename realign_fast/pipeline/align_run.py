@@ -159,7 +159,7 @@ class AlignRun(PassRunner):
         another dimension, and an ``out`` that :func:`.output.check_output` refuses, are errors.
         """
         directory, results = output_path(out), [Written(source, source.subfolder)]
-        check_output(directory, results, self.settings)
+        check_output(directory, results, self.settings.mode)
         checked_maps(aligner, results)
         with self.output_directory(directory):
             (moments,) = self.write_all(aligner, results, directory)
@@ -198,8 +198,7 @@ class AlignRun(PassRunner):
                 )
         moments = self.run_pass(task)
         if self.out and self.part[1] == 1:
-            has_columns = result.columns is None and not self.settings.converted_to(result.corpus)
-            result.corpus.finish(out / result.folder, keeps_columns=has_columns)
+            result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
         return moments
 
     def write_report(
@@ -317,7 +316,7 @@ def align_work(
     """
     results, others = [Written(source, source.subfolder)], [target] if target is not None else []
     if writes:
-        check_output(out, results, settings, others)
+        check_output(out, results, settings.mode, others)
     else:
         check_place(out, source, *others)
         check_kept(out, results, settings.mode)

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
-
-import torch
+from typing import NamedTuple
 
 from ..corpus import Corpus
-from ..corpus.format_registry import FORMATS, is_output_shard
+from ..corpus.format_registry import is_output_shard
 from ..corpus.layout import SUBFOLDERS, check_apart, some
-from ..interface.option_values import Dtype, Mode, OptionError
+from ..interface.option_values import Mode, OptionError
 from ..storage.paths import StoragePath, local_path, records_of
 from .checkpoints import STATS
 from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
-from .settings import Settings
 
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
 PAGE, FIGURES = "gap_report.html", "gap_report.json"  # what `report` writes of a run
@@ -39,10 +36,10 @@ class Written(NamedTuple):
     pass_name: str = "apply"
     columns: int | None = None  # of the result, if they are not those of the corpus
 
-    def row_bytes(self, settings: Settings) -> int:
-        """Return the size of a row of the result in bytes."""
-        itemsize = settings.result_dtype(self.corpus).itemsize
-        return itemsize * (self.columns or self.corpus.dimension)
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row of the result in bytes."""
+        return self.corpus.dtype.itemsize * (self.columns or self.corpus.dimension)
 
 
 def remove_reports(records: StoragePath) -> None:
@@ -52,7 +49,7 @@ def remove_reports(records: StoragePath) -> None:
 
 
 def check_output(
-    out: StoragePath, results: Sequence[Written], settings: Settings, others: Sequence[Corpus] = ()
+    out: StoragePath, results: Sequence[Written], mode: Mode, others: Sequence[Corpus] = ()
 ) -> None:
     """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
@@ -63,22 +60,8 @@ def check_output(
         check_place(out, result.corpus, subfolders=folders)
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
-    check_kept(out, results, settings.mode)
-    _check_shards(out, results, settings.mode)
-    _check_dtype(results, settings)
-
-
-def _check_dtype(results: Sequence[Written], settings: Settings) -> None:
-    """Refuse a number type that a format lacks."""
-    if settings.dtype not in (None, *(names := get_args(Dtype))):
-        raise OptionError(f"dtype: got {settings.dtype!r}, expected one of {', '.join(names)}")
-    for corpus, *_ in results:
-        dtype, file_format = settings.converted_to(corpus), corpus.shards[0].format
-        if dtype and getattr(torch, dtype) not in FORMATS[file_format].writer.dtypes:
-            raise OptionError(
-                f"{corpus.path}: {file_format} has no {dtype}; give another --dtype, or convert "
-                "the rows to safetensors first"
-            )
+    check_kept(out, results, mode)
+    _check_shards(out, results, mode)
 
 
 def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:

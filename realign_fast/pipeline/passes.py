@@ -123,7 +123,6 @@ class PassRunner:
 
         ``result`` is the name of a folder of the output, and its path.
         """
-        dtype = self.settings.converted_to(corpus)
         key_facts = {
             "pass": name,
             "bad_rows": self.settings.bad_rows,
@@ -133,7 +132,6 @@ class PassRunner:
             "covariance": covariance,
             "map": map_hash(row_map),
             **({"folder": result[0]} if result else {}),
-            **({"dtype": dtype} if result and dtype else {}),
             "code": code_version(self.settings.device),
         }
         if corpus not in self._identities:

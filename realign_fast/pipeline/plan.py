@@ -45,7 +45,7 @@ def plan(
             with suppress(UnfinishedShards):
                 run.write(result, row_map, out)
     steps = [(name, corpus, sample, 0) for name, corpus, _, sample in work.measures]
-    steps += [(r.pass_name, r.corpus, None, r.row_bytes(settings)) for r in work.results]
+    steps += [(r.pass_name, r.corpus, None, r.row_bytes) for r in work.results]
     before = {done.name: done.finished_before for done in run.passes}
     passes = list[dict[str, Any]]()
     for name, corpus, sample, written_row_bytes in steps:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from ..corpus.corpus import Corpus
-from ..interface.option_values import BATCH_BYTES, BadRows, Dtype, Method, Mode
+from ..interface.option_values import BATCH_BYTES, BadRows, Method, Mode
 from ..methods import Shrinkage
 
 
@@ -31,8 +28,6 @@ class Settings:
             every row, as is None except in ``unify``.
         device: ``"cpu"``, ``"cuda"`` (each worker takes the next GPU) or ``"cuda:N"``. The sums of
             another type of device may differ in their last bits.
-        dtype: number type of the written rows, to which each is rounded once; None is that of the
-            source.
     """
 
     bad_rows: BadRows = "error"
@@ -45,13 +40,3 @@ class Settings:
     fit_rows: int | None = None
     seed: int = 0
     device: str = "cpu"
-    dtype: Dtype | None = None
-
-    def result_dtype(self, corpus: Corpus) -> torch.dtype:
-        """Return the number type in which the result of a corpus is written."""
-        dtype: torch.dtype = getattr(torch, self.dtype) if self.dtype else corpus.dtype
-        return dtype
-
-    def converted_to(self, corpus: Corpus) -> Dtype | None:
-        """Return the number type of the result if it is another than that of the corpus."""
-        return None if self.result_dtype(corpus) == corpus.dtype else self.dtype

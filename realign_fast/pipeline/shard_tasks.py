@@ -104,8 +104,6 @@ class ShardTask:
             facts = {}
             if result:
                 facts = {"name": result.name, "checksum": total, **self._expected_rows(moments)}
-                if dtype := self.settings.converted_to(self.corpus):
-                    facts["written_dtype"] = dtype
             save = checkpoints.save if checkpoints else lambda *_: {}
             entry = save(shard, shard_identity, moments, result, facts)
             return ShardResult(index, moments, shard.num_rows, entry)
@@ -121,15 +119,13 @@ class ShardTask:
     @property
     def written_row_bytes(self) -> int:
         """The bytes of a row of the result, 0 if none is written."""
-        row_bytes = self.columns * self.settings.result_dtype(self.corpus).itemsize
-        return row_bytes * (self.folder is not None)
+        return self.columns * self.corpus.dtype.itemsize * (self.folder is not None)
 
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
-        dtype = self.settings.result_dtype(self.corpus)
-        if self.columns == shard.dimension and dtype == self.corpus.dtype:
+        if self.columns == shard.dimension:
             return shard.writer(path)
-        return table_writer(shard, path, shard.format, dtype, self.columns)
+        return table_writer(shard, path, shard.format, self.corpus.dtype, self.columns)
 
     def read(self, index: int, writer: FormatWriter | None = None) -> tuple[Moments, int]:
         """Return moments, and the checksum of what was written while later batches were computed.
@@ -148,15 +144,14 @@ class ShardTask:
         row_map: Any = self.row_map
         if row_map is not None and device.type == "cuda":
             row_map = copy.deepcopy(row_map).to(device)
-        dtype = self.settings.result_dtype(self.corpus)
         through: Any = None
         if isinstance(row_map, ReAlign) or (row_map is not None and writer is None):
             through = row_map.row_map
-        # Maps by a number are as fast twice; results in float64 of shorter rows have more digits.
-        maps_once = through is not None and not dtype == torch.float64 != self.corpus.dtype
-        maps_once = maps_once and (callable(through) or through[0].dim() > 0)
+        # A map by a number is as fast twice.
+        maps_once = through is not None and (callable(through) or through[0].dim() > 0)
         # One result is written, from the host, while the next one is computed.
-        results = torch.empty(2, size if writer else 0, self.columns, dtype=dtype, device=device)
+        shape, dtype = (2, size if writer else 0, self.columns), self.corpus.dtype
+        results = torch.empty(shape, dtype=dtype, device=device)
 
         def write(result: Tensor, writer: FormatWriter) -> None:
             """Write a result and add it to the checksum."""

@@ -153,9 +153,6 @@ def _shard_faults(
     """Compare a shard with its entry; ``row_map`` is None where it is lost."""
     options = {"column": facts["column"], "allow_pickle": facts["allow_pickle"]}
     columns, length = entry["dimension"], float(isinstance(row_map, ReAlign))
-    dtype = entry.get("written_dtype", entry["dtype"])
-    if dtype != entry["dtype"]:
-        options["column"] = None  # the default one of its format
     if isinstance(row_map, RoleMap):
         length = row_map.length
         if row_map.columns != columns:
@@ -168,7 +165,7 @@ def _shard_faults(
             return
         corpus = Corpus(path, **options)
         actual = f"[{corpus.num_rows}, {corpus.dimension}] {corpus.shards[0].dtype}"
-        if actual != (expected := f"[{entry['rows']}, {columns}] {dtype}"):
+        if actual != (expected := f"[{entry['rows']}, {columns}] {entry['dtype']}"):
             yield f"is {actual}, expected {expected}"
             return
         yield from _row_faults(corpus, entry, length)
@@ -183,8 +180,7 @@ def _row_faults(corpus: Corpus, entry: dict[str, Any], length: float) -> Iterato
     """Compare the rows of a shard with its entry; each has ``length``, or any if that is 0."""
     found, off_rows, first_off = {"checksum": 0, "zero_rows": 0, "nan_rows": 0}, 0, ""
     tolerance = _SUBNORMAL.get(corpus.dtype, 0.0) * math.sqrt(corpus.dimension)
-    computed_in = torch.float64 if entry["dtype"] == "float64" else torch.float32
-    tolerance += max(_NORM_TOLERANCE[corpus.dtype], _NORM_TOLERANCE[computed_in])
+    tolerance += _NORM_TOLERANCE[corpus.dtype]
     for batch in corpus.batches():
         found["checksum"] = checksum(batch.rows, found["checksum"])
         rows = batch.rows.double()

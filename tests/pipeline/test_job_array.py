@@ -47,7 +47,6 @@ def run(*arguments):
 )
 def test_a_job_array_writes_the_bytes_of_one_process(corpora, capsys, parts, method, command):
     options = [command, "--text", "text", "--image", "image", "--method", method]
-    options += ["--dtype", "float32"] if method == "coral" else []
     said, jobs = [], [f"{part}/{parts}" for part in range(parts, 0, -1)]  # in any order
     for _ in range(3):
         for job in jobs:

@@ -155,8 +155,7 @@ def test_a_ray_that_is_not_there_is_one_error():
 
 @pytest.mark.parametrize("method", ["realign", "coral"])
 def test_ray_writes_the_bytes_of_one_process(corpora, engine, method):
-    dtype = None if method == "realign" else "float64"
-    settings = Settings(progress=False, method=method, dtype=dtype)
+    settings = Settings(progress=False, method=method)
     align("text", "image", "one", settings)
     report = align("text", "image", "out", settings, engine)
     assert tree("out") == tree("one")

@@ -30,7 +30,7 @@ def test_the_steps_of_the_array_write_what_one_process_writes(tmp_path, monkeypa
     def run(step: str, job: int = 1, jobs: int = 1) -> None:
         """Let the script write down its commands, and run them in this process."""
         ids = {"SLURM_ARRAY_TASK_ID": str(job), "SLURM_ARRAY_TASK_COUNT": str(jobs)}
-        command = ["bash", str(SCRIPT), step, "text", "image", "out", "--dtype", "float32"]
+        command = ["bash", str(SCRIPT), step, "text", "image", "out", "--method", "diagonal"]
         subprocess.run(command, env=environment | ids, check=True, capture_output=True, timeout=120)
         commands = Path("commands").read_text().split("\0END\0")[:-1]
         Path("commands").unlink()
@@ -42,7 +42,7 @@ def test_the_steps_of_the_array_write_what_one_process_writes(tmp_path, monkeypa
     assert main.main(["verify", "out"]) == 4
     run("end")
     sides = ["--text", "text", "--image", "image", "--out", "one"]
-    assert main.main(["align", *sides, "--dtype", "float32", "--quiet"]) == 0
+    assert main.main(["align", *sides, "--method", "diagonal", "--quiet"]) == 0
     for index in range(3):
         name = f"emb_{index}.npy"
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

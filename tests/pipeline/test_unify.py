@@ -14,7 +14,6 @@ from realign_fast.pipeline import Settings, unify_run
 from realign_fast.pipeline.verify import verify
 
 D, QUIET = 12, Settings(progress=False)
-WIDE = Settings(progress=False, dtype="float64")
 
 
 def write(folder, seed, sizes, dtype="f4"):
@@ -94,23 +93,23 @@ def test_any_workers_leave_the_same_bytes_and_a_second_run_reads_nothing(
     documents, tmp_path, reads, caplog, engine
 ):
     choices = {"layout": "blocks", "method": "center-calibrate"}
-    unify(documents, tmp_path / "one", WIDE, **choices)
-    workers = Settings(progress=False, workers=engine.workers, dtype="float64")
+    unify(documents, tmp_path / "one", QUIET, **choices)
+    workers = Settings(progress=False, workers=engine.workers)
     unify(documents, tmp_path / "two", workers, engine, **choices)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     space = SharedSpace.from_pretrained(tmp_path / "two")
-    expected = torch.empty(241, 2 * D, dtype=torch.float64)
+    expected = torch.empty(241, 2 * D)
     space.document_map("text")(rows_of(documents["text"].path), expected)
     assert rows_of(tmp_path / "two/text_emb").equal(expected)
     reads.clear()
-    again = unify(documents, tmp_path / "two", WIDE, **choices)
+    again = unify(documents, tmp_path / "two", QUIET, **choices)
     assert reads == [] and all(done["rows"] == 0 for done in again["passes"])
     assert tree(tmp_path / "two") == tree(tmp_path / "one") and not caplog.records
-    unify(documents, tmp_path / "two", WIDE, layout="blocks", method="calibrate")
+    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")
     warned = "text_emb: holds 3 shards of other options or of another map"
     assert warned in caplog.text
     caplog.clear()
-    unify(documents, tmp_path / "two", WIDE, layout="blocks", method="calibrate")
+    unify(documents, tmp_path / "two", QUIET, layout="blocks", method="calibrate")
     assert not caplog.records
 
 
@@ -278,7 +277,6 @@ def test_jobs_of_an_array_need_a_round_for_each_pass_with_checkpoints(sides, tmp
 
 def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, capsys):
     command = ["unify", "--text", sides[0], "--image", sides[1], "--queries", sides[0]]
-    command += ["--dtype", "float16"]
     jobs, one = tmp_path / "jobs", tmp_path / "one"
     for job in ("1/2", "2/2", "1/2"):
         assert run(*command, "--out", jobs, "--shard", job) == 0
@@ -291,4 +289,4 @@ def test_a_job_array_of_two_folders_has_the_bytes_of_one_run(sides, tmp_path, ca
         assert run(*words) == status and message in capsys.readouterr().err
     for out in (jobs, one):
         assert run(*command, "--out", out) == 0
-    assert tree(jobs) == tree(one) and rows_of(one / "img_emb").dtype == torch.float16
+    assert tree(jobs) == tree(one)
