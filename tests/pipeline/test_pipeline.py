@@ -16,13 +16,11 @@ from support import programs
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.corpus import ShardWriter
-from realign_fast.corpus.convert import convert
 from realign_fast.moments import Moments
 from realign_fast.pipeline.align_run import AlignRun, align, align_work
 from realign_fast.pipeline.plan import plan
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.shard_tasks import ShardTask
-from realign_fast.pipeline.verify import verify
 from realign_fast.storage.paths import output_path
 
 QUIET = Settings(progress=False)
