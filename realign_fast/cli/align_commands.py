@@ -8,13 +8,12 @@ from ..interface.option_values import Modality, OptionError
 from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import metadata_note, open_corpus, open_space, shows_progress
+from .corpus_commands import open_corpus, open_space, shows_progress
 from .result_commands import check_report, with_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from ..corpus.corpus import Corpus
     from ..pipeline.align_run import Work
     from ..pipeline.engines.local import Engine
     from ..pipeline.settings import Settings
@@ -48,7 +47,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, settings = open_corpus(options, options.source, "text"), settings_from(options)
     work = align_work(source, None, output_path(options.out), settings, aligner=aligner)
-    return _done(options, work, settings, _summary, [source])
+    return _done(options, work, settings, _summary)
 
 
 @command(
@@ -61,9 +60,9 @@ def unify(options: opts.UnifyOptions) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.unify_run import space_work
 
-    sides, settings = _space_sides(options), settings_from(options)
-    work = space_work(sides, output_path(options.out), settings)
-    return _done(options, work, settings, _space_summary, sides.documents.values())
+    settings = settings_from(options)
+    work = space_work(_space_sides(options), output_path(options.out), settings)
+    return _done(options, work, settings, _space_summary)
 
 
 def _align(options: opts.FitOptions, writes: bool = True) -> Result:
@@ -73,7 +72,7 @@ def _align(options: opts.FitOptions, writes: bool = True) -> Result:
     target = open_corpus(options, options.target, "image", "target_column")
     settings = settings_from(options)
     work = align_work(source, target, output_path(options.out), settings, writes)
-    return _done(options, work, settings, _summary, [source] if writes else [])
+    return _done(options, work, settings, _summary)
 
 
 def _done(
@@ -81,7 +80,6 @@ def _done(
     work: Work,
     settings: Settings,
     summary: Callable[[dict[str, Any]], list[str]],
-    written: Iterable[Corpus],
 ) -> Result:
     """Do the work of a command, a part of it, or its plan, and return the result.
 
@@ -103,7 +101,6 @@ def _done(
     peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
-    lines += dict.fromkeys(filter(None, map(metadata_note, written)))
     result = Result(report, "\n".join(lines), report=records_of(out) / REPORT)
     return with_report(result, options.out, options, has_page)
 

@@ -58,14 +58,6 @@ def shows_progress(options: opts.Common) -> bool:
     return not options.quiet and not options.log_json
 
 
-def metadata_note(corpus: Corpus) -> str:
-    """Return that ``metadata/`` of a clip-retrieval root stays where it is; empty without one."""
-    from ..corpus.layout import metadata_of
-
-    folder = metadata_of(corpus)
-    return f"{folder} stays where it is; it describes the result too, row by row" if folder else ""
-
-
 @command("Rows", "SOURCE OUT --to parquet", "PICKLES OUT --to npy --allow-pickle --dtype float16")
 def convert(
     options: opts.CorpusOptions,

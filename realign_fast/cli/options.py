@@ -81,18 +81,14 @@ def shard_part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
-def _number(expected: str, holds: Callable[[float], bool], *names: str) -> Callable[..., Any]:
-    """Return a check of numbers for which ``holds`` is true, and of names in their place."""
-
-    def _check(value: object) -> float | str:
-        if (text := str(value)) in names:
-            return text
-        with suppress(ValueError):
-            if holds(number := float(text)):
-                return number
-        raise ValueError(f"expected {expected}, got {text!r}")
-
-    return _check
+def shrinkage_of(value: object) -> float | str:
+    """Return a number from 0 to 1, or the name of a rule."""
+    if (text := str(value)) in ("oas", "ledoit-wolf"):
+        return text
+    with suppress(ValueError):
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    raise ValueError(f"expected {_SHARE}, got {text!r}")
 
 
 def _text(check: Callable[[str], object]) -> Callable[[object], str]:
@@ -195,8 +191,7 @@ class RunOptions(Reading):
     cpus_per_task: Annotated[int | None, _engine("ray: CPUs and threads of a shard", min=1,
         show_default="1")] = None
     gpus_per_task: Annotated[float | None, _engine("ray: GPUs of a shard; two share one at 0.5",
-        metavar="N", show_default="0", parser=_number("a number from 0 to 1 or a whole number",
-        lambda number: 0 <= number < 1 or (number >= 1 and number.is_integer())))] = None
+        metavar="N", min=0, show_default="0")] = None
     retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
         min=0, show_default="3")] = None
     ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
@@ -214,7 +209,7 @@ class FitOptions(RunOptions):
         "the target too, and may separate neighbours", metavar="NAME")] = "realign"
     shrinkage: Annotated[Any, _method("shrink the covariances towards a multiple of the identity, "
         f"by {_SHARE}", metavar="R", show_default="no shrinkage",
-        parser=_number(_SHARE, lambda number: 0 <= number <= 1, "oas", "ledoit-wolf"))] = None
+        parser=shrinkage_of)] = None
     fit_rows: Annotated[int | None, _method(
         "fit on N rows of each side, spread evenly, and report how far off the result may be; "
         "'all' fits on every row", parser=rows_or_all, show_default="all")] = None
