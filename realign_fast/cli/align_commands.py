@@ -8,7 +8,7 @@ from ..interface.option_values import Modality, OptionError
 from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import open_corpus, open_space, shows_progress
+from .corpus_commands import open_corpus, shows_progress
 from .result_commands import check_report, with_report
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SIDES = "--text TEXT --image IMAGE --out OUT"
 _MODALITIES = get_args(Modality)
-_RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries", "ray_ship")
+_RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries")
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --shard 3/100")
@@ -108,7 +108,7 @@ def _done(
 def engine_from(options: opts.RunOptions) -> Engine | None:
     """Return the engine of the options, or ``None`` for the processes of ``--workers``."""
     values = {name: getattr(options, name) for name in _RAY_OPTIONS}
-    of_ray = {name: value for name, value in values.items() if value not in (None, False)}
+    of_ray = {name: value for name, value in values.items() if value is not None}
     if options.engine != "ray":
         for name in of_ray:
             option = name.replace("_", "-")
@@ -158,14 +158,22 @@ def _number(value: float | None) -> str:
 def _space_sides(options: opts.UnifyOptions) -> SpaceSides:
     """Open the corpora and the space; an OptionError for sides that are missing."""
     from ..pipeline.unify_run import SpaceSides
+    from ..shared_space import SharedSpace
 
     paths = {side: path for side in _MODALITIES if (path := getattr(options, side)) is not None}
     if options.space is None and len(paths) < len(_MODALITIES):
         raise OptionError("unify: a space is fitted on --text and --image; give both, or --space")
     if not paths and options.queries is None:
         raise OptionError("unify: expected rows for the space; give --text, --image or --queries")
-    of_queries = ("query_role",) * (options.queries is None)
-    space = open_space(options, "layout", "space_method", "fit_rows", "seed", *of_queries)
+    space, of_fit = None, ["layout", "space_method", "fit_rows", "seed"]
+    if options.space is not None:
+        of_fit += ["query_role"] if options.queries is None else []
+        for name in (name for name in of_fit if getattr(options, name) is not None):
+            option = name.removeprefix("space_").replace("_", "-")
+            raise OptionError(
+                f"--{option}: is an option of a fit, and --space is fitted; leave one of them out"
+            )
+        space = SharedSpace.from_pretrained(storage_path(options.space))
     role: Any = options.query_role or (space.query_role if space else "text")
     documents = {side: open_corpus(options, path, side) for side, path in paths.items()}
     of_root = role if role in _MODALITIES else None

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..interface.option_values import BATCH_BYTES, Modality, OptionError
-from ..storage.paths import local_path, output_path, records_of, storage_path
+from ..storage.paths import local_path, output_path, records_of
 from . import options as opts
 from .app import Result, command
 
 if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
-    from ..shared_space import SharedSpace
 
 
 def open_corpus(
@@ -37,20 +36,6 @@ def open_corpus(
         option = column_option.replace("_", "-")
         raise ValueError(f"{corpus.path}: npy has no columns; leave --{option} out")
     return corpus
-
-
-def open_space(options: Any, *fitting: str) -> SharedSpace | None:
-    """Open ``--space``, a file or a directory; an OptionError for options of a fit beside it."""
-    from ..shared_space import SharedSpace
-
-    if options.space is None:
-        return None
-    for name in (name for name in fitting if getattr(options, name) is not None):
-        option = name.removeprefix("space_").replace("_", "-")
-        raise OptionError(
-            f"--{option}: is an option of a fit, and --space is fitted; leave one of them out"
-        )
-    return SharedSpace.from_pretrained(storage_path(options.space))
 
 
 def shows_progress(options: opts.Common) -> bool:

@@ -194,7 +194,6 @@ class RunOptions(Reading):
         metavar="N", min=0, show_default="0")] = None
     retries: Annotated[int | None, _engine("ray: how often a shard is repeated whose worker died",
         min=0, show_default="3")] = None
-    ray_ship: Annotated[bool, _engine("ray: send this package to nodes that lack it")] = False
 
 
 class FitOptions(RunOptions):

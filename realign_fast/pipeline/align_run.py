@@ -172,8 +172,7 @@ class AlignRun(PassRunner):
 
         Rows that lie far from those that the map was fitted on are a warning.
         """
-        maps, records = checked_maps(fitted, results), records_of(out)
-        is_whole = self.part[1] == 1
+        maps, records, is_whole = checked_maps(fitted, results), records_of(out), self.part[1] == 1
         remove_reports(records)
         if is_whole:
             fitted.save(records / (ALIGNER if isinstance(fitted, ReAlign) else SPACE))
@@ -181,8 +180,8 @@ class AlignRun(PassRunner):
         for result, row_map in zip(results, maps, strict=True):
             written.append(moments := self.write(result, row_map, out))
             if is_whole and moments.count:
-                fitted_on = mean_of(fitted, result.pass_name)
-                warn_if_far(str(result.corpus.path), moments.mean, moments.count, *fitted_on)
+                _, mean, count = map_of(fitted, result.pass_name)
+                warn_if_far(str(result.corpus.path), moments.mean, moments.count, mean, count)
         return written
 
     def write(self, result: Written, row_map: AnyMap, out: StoragePath) -> Moments:
@@ -399,27 +398,22 @@ def check_columns(corpus: Corpus, other: Corpus | AnyMap) -> None:
 
 def checked_maps(fitted: Fitted, results: Sequence[Written]) -> list[AnyMap]:
     """Return the maps of results; raise ValueError for rows of another encoder."""
-    maps = [map_of(fitted, result.pass_name) for result in results]
+    maps = [map_of(fitted, result.pass_name)[0] for result in results]
     for result, row_map in zip(results, maps, strict=True):
         check_columns(result.corpus, row_map)
     return maps
 
 
-def map_of(fitted: Fitted, pass_name: str) -> AnyMap:
-    """Return the map of a pass that writes: of documents, or of the queries of a role."""
+def map_of(fitted: Fitted, pass_name: str) -> tuple[AnyMap, Tensor, int]:
+    """Return the map of a pass that writes, the mean [D] to expect of its rows, and of how many.
+
+    The pass writes documents, or the queries of a role.
+    """
     if isinstance(fitted, ReAlign):
-        return fitted
+        return fitted, fitted.target_mean, int(fitted.target_count)
     role = pass_name.removeprefix("apply ")
     if role.endswith(QUERIES):
-        return fitted.query_map(role.removesuffix(QUERIES))
-    return fitted.document_map(role)
-
-
-def mean_of(fitted: Fitted, pass_name: str) -> tuple[Tensor, int]:
-    """Return the mean [D] to expect of the rows of a pass that writes, and of how many it is."""
-    if isinstance(fitted, ReAlign):
-        return fitted.target_mean, int(fitted.target_count)
-    role = pass_name.removeprefix("apply ")
-    if role.endswith(QUERIES):
-        return fitted.query_mean(role.removesuffix(QUERIES))
-    return fitted.sides[role].centre, fitted.sides[role].count
+        role = role.removesuffix(QUERIES)
+        return fitted.query_map(role), *fitted.query_mean(role)
+    row_map, side = fitted.document_map(role), fitted.sides[role]
+    return row_map, side.centre, side.count

@@ -79,7 +79,7 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
         row_map: AnyMap | None = None
         if fitted is not None:
             with suppress(ValueError):  # a modality that the space lacks
-                row_map = map_of(fitted, name)
+                row_map = map_of(fitted, name)[0]
             if (present := map_hash(row_map)) != facts["map"]:
                 advice = "apply it, or unify all sides again; or fit elsewhere"
                 problem = f"is map {present}, the rows went through {facts['map']}"

@@ -72,7 +72,6 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         gpus_per_task: number of GPUs that Ray reserves for a task and makes visible to it; a
             fraction if it is below 1.
         retries: number of times that a shard is repeated whose worker or node died.
-        ship: send this package to every node, instead of expecting it there.
 
     Raises:
         ImportError: Ray is not installed.
@@ -87,10 +86,10 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         cpus_per_task: int = 1,
         gpus_per_task: float = 0,
         retries: int = 3,
-        ship: bool = False,
     ) -> None:
-        self.address, self.ship, self.retries = address, ship, retries
-        self._needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}  # of a task
+        self.address, self.retries, self._threads = address, retries, cpus_per_task
+        needs = {"CPU": cpus_per_task, "GPU": gpus_per_task}
+        self._needs = {name: amount for name, amount in needs.items() if amount}  # of a task
         self._ray: Any = import_extra("ray", "ray", "The engine ray")
         self._disconnect: Callable[[], object] | None = None  # None: not connected, or not by us
         self._started = False  # a Ray of our own: no node will be added to it
@@ -103,13 +102,12 @@ class RayTasks(AbstractContextManager["RayTasks"]):
         self._expect_slots()
         try:
             with _witness(task) as witness:
-                threads = int(self._needs["CPU"])
-                job = Job(program_version(), os.getcwd(), witness, threads, pickle.dumps(task))
-                shared = ray.put(job)
+                facts = program_version(), os.getcwd(), witness, self._threads
+                shared = ray.put(Job(*facts, pickle.dumps(task)))
                 remote_task = ray.remote(run_shard).options(
                     name=f"realign-fast {getattr(task, 'name', '')}".strip(),
-                    num_cpus=threads,
-                    num_gpus=self._needs["GPU"],
+                    num_cpus=self._threads,
+                    num_gpus=self._needs.get("GPU", 0),
                     max_retries=self.retries,
                     scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
                 )
@@ -140,15 +138,13 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     def _connect(self) -> Any:
         ray = self._ray
-        if ray.is_initialized() and (self._disconnect or not (self.address or self.ship)):
+        if ray.is_initialized() and (self._disconnect or not self.address):
             return ray
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         self._started = address == "local"
         options = {"log_to_driver": False, "logging_level": "ERROR"}
         if self._started:
             options |= {"num_cpus": torch.get_num_threads(), "include_dashboard": False}
-        if self.ship:
-            options["runtime_env"] = {"py_modules": [str(_PACKAGE)]}
         handler = signal.getsignal(signal.SIGTERM)
         try:
             _check_listening(address)
@@ -169,15 +165,15 @@ class RayTasks(AbstractContextManager["RayTasks"]):
 
     def _task_slots(self) -> int:
         """Return how many tasks the nodes have room for at once, whatever runs there now."""
-        needs = [(name, amount) for name, amount in self._needs.items() if amount]
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        needs = self._needs.items()
         return sum(min(int(node.get(name, 0) / n) for name, n in needs) for node in nodes)
 
     def _expect_slots(self) -> None:
         """Refuse a task that does not fit into a Ray of our own; warn that it waits for a node."""
         if self._task_slots():
             return
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items() if amount)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
         problem = (
             f"no node of the Ray cluster has what a task asks for ({needs}); give less to "
             "--cpus-per-task or --gpus-per-task, more to --threads where Ray starts here, or add "
@@ -271,8 +267,7 @@ def run_shard(job: Job, shard: int) -> bytes:
         if job.version != program_version():
             raise ValueError(
                 f"{_node()}: runs {program_version()} (in {_PACKAGE}), the driver {job.version}, "
-                "and their results could differ; install the same on every node, or send it along "
-                "(--ray-ship, ship=True)"
+                "and their results could differ; install the same on every node"
             )
         if os.path.isdir(job.folder):
             os.chdir(job.folder)
