@@ -2,14 +2,14 @@
 
 Checked of every aligned shard: that it exists, its shape and dtype, the checksum of its rows, how
 many rows are zero or NaN, and that the others are unit rows. Checked besides: that no unknown shard
-lies among them or in a folder below, the hash of every statistics file, and that the map is the one
-that the rows went through. The source is not read. The output may be at a URL.
+lies among them, the hash of every statistics file, and that the map is the one that the rows went
+through. The source is not read. The output may be at a URL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from ..align import ReAlign
 from ..corpus import Corpus
 from ..corpus.format_registry import is_output_shard, read_shards
-from ..corpus.layout import METADATA
 from ..interface.option_values import UnfinishedShards
 from ..shared_space import RoleMap, SharedSpace
 from ..storage.errors import lacks_memory, memory_explained
@@ -27,7 +26,7 @@ from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from .align_run import LAST_STEP, Fitted, map_of
 from .checkpoints import STATS, AnyMap, checksum, digest, map_hash
 from .manifest import MANIFEST, read_manifest
-from .output import ALIGNER, FOLDERS, REPORT, SPACE
+from .output import ALIGNER, REPORT, SPACE
 
 # Rounding a unit row moves every entry by at most half an ulp of itself, in all half an ulp of 1.
 # The rows before rounding are unit to float32 or, of float64 rows, to float64.
@@ -91,31 +90,12 @@ def verify(out: AnyPath) -> tuple[dict[str, int], list[str]]:
             rows.append(entry["rows"])
         known.setdefault(folder, set()).update(entry["name"] for entry in record["shards"])
     for folder, names in known.items():
-        faults += _unknown_shards(folder, names, {METADATA, *FOLDERS.values()}, set())
+        for name, _ in sorted(folder.listed()) if folder.is_dir() else ():
+            if is_output_shard(name) and name not in names:
+                fault = "is a shard that the manifest does not know; move it away"
+                faults.append(f"{folder / name}: {fault}")
     files = sum(len(record["shards"]) for record in manifest["passes"].values())
     return {"shards": len(rows), "rows": sum(rows), "statistics": files}, faults
-
-
-def _unknown_shards(
-    folder: StoragePath,
-    known: Collection[str],
-    passed_over: Collection[str],
-    seen: set[StoragePath],
-) -> Iterator[str]:
-    """Yield a fault for each shard in a folder, unless it is known, and in the folders below it.
-
-    Below are left out folders that readers of datasets skip (of names in `_` or `.`), those that
-    are ``passed_over`` and those that were ``seen``, to which links may lead.
-    """
-    seen.add(folder.resolve())
-    for name, is_folder in sorted(folder.listed()) if folder.is_dir() else ():
-        path = folder / name
-        if is_output_shard(name) and name not in known:
-            yield f"{path}: is a shard that the manifest does not know; move it away"
-        elif is_folder and not name.startswith(("_", ".")) and name not in passed_over:
-            if not (folder.is_remote and folder.is_web) and path.resolve() not in seen:
-                with suppress(PermissionError):  # no reader of this user finds rows there
-                    yield from _unknown_shards(path, (), (), seen)
 
 
 def _content_faults(path: StoragePath, entry: dict[str, Any]) -> Iterator[str]:

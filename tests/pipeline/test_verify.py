@@ -75,12 +75,6 @@ def other_moments(out):
     Moments().update(torch.ones(2, D)).save(path)
 
 
-def save_below(folder):
-    folder.mkdir(parents=True)
-    np.save(folder / "x.npy", np.zeros((3, D)))
-    (folder / "loop").symlink_to(folder.parent)
-
-
 def unlink(name):
     return lambda out: (out / name).unlink()
 
@@ -110,10 +104,6 @@ FAULTS = {
     "another shard": (
         lambda out: np.save(out / "emb_9.npy", np.zeros((3, D))),
         ["emb_9.npy: is a shard that the manifest does not know"],
-    ),
-    "another shard below": (
-        lambda out: save_below(out / "sub/metadata"),
-        ["sub/metadata/x.npy: is a shard that the manifest does not know"],
     ),
     "no report": (
         unlink("__realign__/report.json"),

@@ -25,7 +25,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ import torch
 from ... import __version__
 from ..._extras import import_extra
 from ...corpus.io_extension import survive_lost_pages
+from ...storage.paths import LocalPath
 from ..checkpoints import STATS, changes, code_version
 from ..shard_tasks import ShardTask
 from .local import Task
@@ -100,29 +101,31 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             return
         ray, waiting, ended = self._connect(), deque[tuple[str, Any]](), False
         self._expect_slots()
+        witness = _witness(task)
         try:
-            with _witness(task) as witness:
-                facts = program_version(), os.getcwd(), witness, self._threads
-                shared = ray.put(Job(*facts, pickle.dumps(task)))
-                remote_task = ray.remote(run_shard).options(
-                    name=f"realign-fast {getattr(task, 'name', '')}".strip(),
-                    num_cpus=self._threads,
-                    num_gpus=self._needs.get("GPU", 0),
-                    max_retries=self.retries,
-                    scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
-                )
-                for shard in shards:
-                    while len(waiting) >= 2 * max(1, self._task_slots()):
-                        yield self._first_result(waiting)
-                    place = f"shard {shard}"
-                    if isinstance(task, ShardTask):
-                        place = str(task.corpus.shards[shard].path)
-                    waiting.append((place, remote_task.remote(shared, shard)))
-                while waiting:
+            seen = os.path.abspath(witness) if witness else None
+            facts = program_version(), os.getcwd(), seen, self._threads
+            shared = ray.put(Job(*facts, pickle.dumps(task)))
+            remote_task = ray.remote(run_shard).options(
+                name=f"realign-fast {getattr(task, 'name', '')}".strip(),
+                num_cpus=self._threads,
+                num_gpus=self._needs.get("GPU", 0),
+                max_retries=self.retries,
+                scheduling_strategy="SPREAD",  # a node's bandwidth is what runs out first
+            )
+            for shard in shards:
+                while len(waiting) >= 2 * max(1, self._task_slots()):
                     yield self._first_result(waiting)
-                ended = True
+                place = f"shard {shard}"
+                if isinstance(task, ShardTask):
+                    place = str(task.corpus.shards[shard].path)
+                waiting.append((place, remote_task.remote(shared, shard)))
+            while waiting:
+                yield self._first_result(waiting)
+            ended = True
         finally:
-            # The witness is gone, so tasks that have not begun do nothing.
+            if witness:
+                witness.unlink(missing_ok=True)  # so tasks that have not begun do nothing
             _cancel(ray, [reference for _, reference in waiting])
             if self._started and not ended:  # at the end of the process it may be too late
                 self.close()
@@ -215,22 +218,17 @@ def _first_line(error: BaseException) -> str:
     return (lines or [type(error).__name__])[0].rstrip(".")
 
 
-@contextmanager
-def _witness(task: Task) -> Iterator[str | None]:
+def _witness(task: Task) -> LocalPath | None:
     """Create a file in the output directory, by which a node proves that it sees that directory.
 
     A URL needs no witness: it means the same on every node.
     """
     checkpoints = getattr(task, "checkpoints", None)
     if checkpoints is None or checkpoints.records.is_remote:
-        yield None
-        return
-    path = checkpoints.records / STATS / f"lock-ray-{uuid.uuid4().hex}"
+        return None
+    path: LocalPath = checkpoints.records / STATS / f"lock-ray-{uuid.uuid4().hex}"
     path.touch()
-    try:
-        yield os.path.abspath(path)
-    finally:
-        path.unlink(missing_ok=True)
+    return path
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
