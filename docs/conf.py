@@ -49,7 +49,7 @@ napoleon_use_ivar = True  # properties have entries of their own
 
 def write_command_line(app: Sphinx) -> None:
     """Write command_line.md, the reference of every command, from the options of the code."""
-    application = _application(None)
+    application = _application()
     lines = ["# Command-line reference", ""]
     lines += ["This page is generated from the commands; `realign-fast COMMAND --help` prints it."]
     for group in _GROUPS:

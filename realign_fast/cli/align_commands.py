@@ -107,8 +107,7 @@ def _done(
 
 def engine_from(options: opts.RunOptions) -> Engine | None:
     """Return the engine of the options, or ``None`` for the processes of ``--workers``."""
-    values = {name: getattr(options, name) for name in _RAY_OPTIONS}
-    of_ray = {name: value for name, value in values.items() if value is not None}
+    of_ray = {name: value for name in _RAY_OPTIONS if (value := getattr(options, name)) is not None}
     if options.engine != "ray":
         for name in of_ray:
             option = name.replace("_", "-")

@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
+    application = _application()
     if "_REALIGN_FAST_COMPLETE" in os.environ:
-        _application(None).main(arguments, "realign-fast")
-    application = _application("".join(arguments[:1]))
+        application.main(arguments, "realign-fast")
     output = explained(unwritable_output) if "--help" in arguments else nullcontext()
     try:
         with output, application.make_context("realign-fast", arguments) as context:
@@ -92,8 +92,8 @@ def _invoke(arguments: list[str]) -> int:
 
 
 @cache
-def _application(chosen: str | None) -> Any:
-    """Return the command of Typer; only the chosen command has its options, None gives all."""
+def _application() -> Any:
+    """Return the command of Typer."""
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.callback()(_root)
     for entry in sorted(COMMANDS, key=lambda entry: _GROUPS.index(entry.group)):
@@ -101,8 +101,7 @@ def _application(chosen: str | None) -> Any:
         lines = [f"realign-fast {name} {example}" for example in entry.examples]
         epilog, panel = "\n\n".join(["Examples:", *lines]), entry.group
         run: Any = lambda function=entry.function, **values: _execute(function, **values)  # noqa: E731
-        options = opts.parameters(entry.function) if chosen in (None, name) else []
-        run.__signature__ = Signature(options)
+        run.__signature__ = Signature(opts.parameters(entry.function))
         app.command(name, help=entry.function.__doc__, epilog=epilog, rich_help_panel=panel)(run)
     return typer.main.get_command(app)
 

@@ -49,7 +49,7 @@ from .output import (
     remove_reports,
 )
 from .passes import LOGGER, PassRunner
-from .sampling import measure_sample, rows_to_fit, sampling_errors
+from .sampling import measure_sample, sampling_errors
 from .settings import Settings
 
 _SAME = 1e-9  # distance of two means of the same rows, in files that are cut elsewhere
@@ -106,7 +106,7 @@ class AlignRun(PassRunner):
     def fit(self, source: Corpus, target: Corpus, *, residual: bool = False) -> ReAlign:
         """Fit a map from ``source`` to ``target``; ``residual`` reads the source a third time."""
         check_columns(source, target)
-        count, _ = rows_to_fit(self.settings, source, target)
+        count = self.settings.fit_rows or None
         sides = ("source moments", source), ("target moments", target)
         covariance = self.settings.method in NEED_COVARIANCE
         y, x = self.measure((Measure(*side, sample=count) for side in sides), covariance)
@@ -319,15 +319,18 @@ def align_work(
     else:
         check_place(out, source, *others)
         check_kept(out, results, settings.mode)
-    measures, fitted_on = list[Measure](), ""
+    measures, fitted_on = list[Measure](), "every row"
     if aligner is not None:
         check_columns(source, aligner)
     if target is not None:
         check_columns(source, target)
-        count, fitted_on = rows_to_fit(settings, source, target)
+        count = settings.fit_rows or None
         sides = ("source moments", source), ("target moments", target), ("source drift", source)
         measures = [Measure(*side, sample=count) for side in sides]
-        if not writes and not count:
+        if count:
+            rows = [f"{min(count, c.num_rows):,} of {c.num_rows:,}" for c in (source, target)]
+            fitted_on = f"a sample of {rows[0]} source rows and {rows[1]} target rows"
+        elif not writes:
             measures.append(Measure("source residual", source))
 
     def fit(run: AlignRun) -> ReAlign:

@@ -153,7 +153,8 @@ class PassRunner:
         rows = sum(corpus.shards[i].num_rows for i in shards)
         self.engine = self.engine or engine_of(self.settings.workers)
         batchwise = self.engine is map  # another process reports its progress shard by shard
-        with self.timed_pass(name, corpus, rows, total, task.written_row_bytes) as advance:
+        written = task.columns * corpus.dtype.itemsize if task.folder is not None else 0
+        with self.timed_pass(name, corpus, rows, total, written) as advance:
             if batchwise:
                 task = replace(task, advance=advance)
             overlaps = batchwise and task.folder is not None and not task.folder.is_remote

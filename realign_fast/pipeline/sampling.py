@@ -19,19 +19,6 @@ from ..interface.option_values import UnfinishedShards
 from ..moments import Moments, good_rows
 from .checkpoints import AnyMap
 from .passes import PassRunner
-from .settings import Settings
-
-
-def rows_to_fit(settings: Settings, source: Corpus, target: Corpus) -> tuple[int | None, str]:
-    """Return how many rows of each side to fit on (None: every row), and a description of it."""
-    count = settings.fit_rows
-    if not count:
-        return None, "every row"
-    sides = [
-        f"{min(count, corpus.num_rows):,} of {corpus.num_rows:,} {side} rows"
-        for side, corpus in (("source", source), ("target", target))
-    ]
-    return count, f"a sample of {' and '.join(sides)}"
 
 
 def measure_sample(

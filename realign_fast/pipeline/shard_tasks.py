@@ -116,11 +116,6 @@ class ShardTask:
         columns: int = getattr(self.row_map, "columns", self.corpus.dimension)
         return columns
 
-    @property
-    def written_row_bytes(self) -> int:
-        """The bytes of a row of the result, 0 if none is written."""
-        return self.columns * self.corpus.dtype.itemsize * (self.folder is not None)
-
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""
         if self.columns == shard.dimension:
