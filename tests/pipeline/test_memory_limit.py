@@ -45,14 +45,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("extra", [0, 10 << 20, 40 << 20, 90 << 20])
-@pytest.mark.parametrize("command", ["align", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["align", "verify"])
 def test_a_command_is_one_error_or_done(command, extra, folder, tmp_path, capsys):
     sides = ["--text", f"{folder}/text", "--image", f"{folder}/image"]
     writing = ["--out", str(tmp_path / "out"), "--batch-bytes", str(30 << 20), "--quiet"]
     commands = {
         "align": ["align", *sides, *writing],
         "verify": ["verify", f"{folder}/out"],
-        "inspect": ["inspect", f"{folder}/text", "--sample", str(1 << 18)],
     }
     with address_space(extra):
         status = main.main(commands[command])

@@ -130,8 +130,6 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert [*recall] == (["text"] if layout == "single" else ["text", "image"])
     assert facts["gap"]["fitted"]["after"] < 0.2 * facts["gap"]["fitted"]["before"]
     assert facts["gap"]["other_half"]["after"] < 2 * facts["gap"]["other_half"]["floor"]
-    run("unify", *sides, "--layout", layout)
-    assert (tmp_path / "__realign__/gap_report.html").exists(), "nothing was to do"
     run("unify", *sides, "--layout", layout, "--method", "center", "--mode", "overwrite")
     assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
 
@@ -198,35 +196,17 @@ def test_what_was_fitted_and_what_was_applied_elsewhere_have_a_report(tmp_path):
     assert trust_facts["findings"][0]["rule"] == "another encoder or domain"
 
 
-def test_a_run_with_nothing_to_do_keeps_page_and_rates(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["align", "fit"])
+def test_every_run_removes_the_page_and_reports_its_own_rates(tmp_path, command):
     sides = ["--text", HELD_OUT, "--image", HELD_OUT, "--out", str(tmp_path)]
-    files = [tmp_path / "__realign__" / name for name in ("gap_report.html", "gap_report.json")]
-    report = tmp_path / "__realign__/report.json"
-
-    def work():
-        return [
-            (done["rows"], done["seconds"]) for done in json.loads(report.read_text())["passes"]
-        ]
-
-    run("align", *sides, "--report")
-    kept, rates = [file.read_bytes() for file in files], work()
-    assert all(rows == 400 for rows, _ in rates)
-    capsys.readouterr()
-    assert main(["align", *sides, "--json", "--threads", "1"]) == 0
-    done = json.loads(capsys.readouterr().out)["passes"]
-    assert [one["finished_before"] for one in done] == [400] * 4, "what this run did is printed"
-    assert [file.read_bytes() for file in files] == kept and work() == rates
-    run("align", *sides, "--report")
-    assert [file.read_bytes() for file in files] == kept, "with the rates of the run that worked"
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"passes": None, "versions": 3}))
-    run("align", *sides)
-    assert [rows for rows, _ in work()] == [0] * 4, "a damaged report is written anew"
-    run("align", *sides, "--bad-rows", "skip")
-    assert not any(file.exists() for file in files), "it was of another run"
-    run("fit", *sides[:4], "--out", str(tmp_path / "fit"))
-    run("report", str(tmp_path / "fit"))
-    run("fit", *sides[:4], "--out", str(tmp_path / "fit"))
-    assert (tmp_path / "fit/__realign__/gap_report.html").exists()
+    page, report = (tmp_path / "__realign__" / name for name in ("gap_report.html", "report.json"))
+    for finished in (0, 400):
+        run(command, *sides)
+        assert not page.exists(), "it was of the earlier run"
+        for done in json.loads(report.read_text())["passes"]:
+            assert (done["rows"], done["finished_before"]) == (400 - finished, finished)
+        run("report", str(tmp_path))
+        assert page.exists()
     run("fit", *sides[:4], "--out", str(tmp_path / "fit"), "--method", "mean-shift")
     assert not (tmp_path / "fit/__realign__/gap_report.html").exists(), "it was of another map"
 
