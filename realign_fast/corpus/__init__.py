@@ -1,6 +1,6 @@
 """Directories of embedding shards, in every format that this package reads and writes."""
 
-from .corpus import Batch, Corpus, sample_ids, sample_rows
+from .corpus import Batch, Corpus, sample_ids
 from .format_registry import format_of
 from .formats.npy import ShardWriter, read_header
 from .shard import Shard, as_numpy
@@ -14,5 +14,4 @@ __all__ = [
     "format_of",
     "read_header",
     "sample_ids",
-    "sample_rows",
 ]

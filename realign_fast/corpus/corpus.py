@@ -310,8 +310,3 @@ def sample_ids(num_rows: int, count: int, seed: int) -> np.ndarray:
     edges = np.arange(count + 1) * num_rows // max(count, 1)
     offsets = np.random.default_rng(seed).random(count) * np.diff(edges)
     return edges[:-1] + offsets.astype(np.int64)
-
-
-def sample_rows(corpus: Corpus, count: int, seed: int = 0) -> torch.Tensor:
-    """Return the rows of `sample_ids`, `[min(count, num_rows), D]`, in the order of the corpus."""
-    return corpus.take(sample_ids(corpus.num_rows, count, seed))

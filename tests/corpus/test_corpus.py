@@ -23,7 +23,7 @@ from realign_fast.corpus import (
     Corpus,
     ShardWriter,
     read_header,
-    sample_rows,
+    sample_ids,
 )
 from realign_fast.corpus import shard as shard_module
 from realign_fast.storage.paths import natural_order
@@ -248,6 +248,10 @@ def test_take_returns_rows_in_the_order_asked(tmp_path):
     for bad in ([10], [-11, 3]):
         with pytest.raises(IndexError, match=rf"{tmp_path}.*expected -10\.\.9"):
             Corpus(tmp_path).take(bad)
+
+
+def sample_rows(corpus, count, seed=0):
+    return corpus.take(sample_ids(len(corpus), count, seed))
 
 
 def test_sample_is_seeded_sorted_spread_and_complete(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support.memory import memory_growth
 
 from realign_fast.cli.main import main
-from realign_fast.corpus import Corpus, sample_rows
+from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.formats import arrow
 from realign_fast.corpus.formats import arrow as arrow_module
@@ -128,7 +128,6 @@ def test_rows_and_batches_are_those_of_npy(tmp_path, form, dtype):
     np.testing.assert_array_equal(everything(corpus), np.concatenate(parts))
     ids = [39, 0, 22, 23, 24, 24, 7]
     assert torch.equal(corpus.take(ids), npy.take(ids))
-    assert torch.equal(sample_rows(corpus, 9, 3), sample_rows(npy, 9, 3))
 
 
 @settings(
