@@ -129,7 +129,7 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
 
 def use_corpora_and_runs() -> dict[str, Any]:
     text = Corpus("text", allow_pickle=True)
-    rows: Tensor = corpus.sample_rows(text, 100)
+    rows: Tensor = text.take(corpus.sample_ids(len(text), 100, 0))
     batches: list[corpus.Batch] = list(text.batches(batch_rows=4096))
     shard: corpus.Shard = corpus.read_header("text/text_emb_0.npy")
     writer_type: type[corpus.ShardWriter] = corpus.ShardWriter
