@@ -29,7 +29,7 @@ def bench_read_parquet(line, tmp_path, measure):
     pq.write_table(made, path, compression="none", use_dictionary=False)
     del made
     (shard,) = Corpus(path).shards
-    with parquet._opened(shard.path) as (file, descriptor):
+    with parquet._opened(shard.path) as (file, descriptor, _):
         for group in range(file.num_row_groups):
             parquet.ColumnPages(file, descriptor, shard).of(group).check()  # not read by pyarrow
     truth = float(rows[:, 0].double().sum())

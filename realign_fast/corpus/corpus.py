@@ -288,6 +288,14 @@ class Corpus:
             target[places] = self.shards[index].take(ids[places] - self.starts[index])
         return taken
 
+    def rows_read(self, ids: np.ndarray) -> int:
+        """Return how many rows `take` reads at most to return those at sorted `ids`, int64."""
+        ends = np.searchsorted(ids, self.starts)
+        return sum(
+            self.shards[shard].rows_read(ids[ends[shard] : ends[shard + 1]] - self.starts[shard])
+            for shard in np.flatnonzero(np.diff(ends)).tolist()
+        )
+
     def finish(self, folder: StoragePath, *, keeps_columns: bool = True) -> None:
         """Write what a format keeps beside the shards, once `folder` holds the results of all.
 

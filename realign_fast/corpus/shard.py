@@ -100,14 +100,20 @@ class Shard(ABC):
         its `stamp` is that it has changed.
         """
         self.check_unchanged()
-        try:
+        with self.noticing_changes():
             yield from self._batches_of(self.pieces(first, batch_rows), first, batch_rows)
-        except (OSError, ValueError) as error:
+        if self.path.is_remote:
+            self.check_unchanged()
+
+    @contextmanager
+    def noticing_changes(self) -> Iterator[None]:
+        """Raise the error of a changed file in place of one that its other content causes."""
+        try:
+            yield
+        except (OSError, ValueError, IndexError) as error:
             if self.path.exists() and self.path.stamp() != self.stamp:
                 raise self.changed_error() from error
             raise
-        if self.path.is_remote:
-            self.check_unchanged()
 
     def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
         """Cut pieces into batches; a batch is a view of a writable piece that holds all of it."""
@@ -145,6 +151,10 @@ class Shard(ABC):
                 break
         self.check_unchanged()  # `read` was left before its end, where it looks
         return taken
+
+    def rows_read(self, ids: np.ndarray) -> int:
+        """Return how many rows `take` reads at most to return those at sorted `ids`."""
+        return int(ids[-1]) + 1
 
     def writer(self, path: AnyPath) -> FormatWriter:
         """Return a writer for other rows of the same shape, which keeps all else of this file."""
@@ -226,6 +236,10 @@ class ContiguousShard(Shard):
         for part, (first, _), rows in zip(parts, runs, self._ranges(runs), strict=True):
             taken[part] = rows[ids[part] - first]
         return taken
+
+    def rows_read(self, ids: np.ndarray) -> int:
+        """Return the number of rows, which are read alone; see `Shard.rows_read`."""
+        return len(ids)
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield the bytes of ranges that are read ahead; see `Shard.pieces`."""

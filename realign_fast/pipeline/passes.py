@@ -181,11 +181,18 @@ class PassRunner:
 
     @contextmanager
     def timed_pass(
-        self, name: str, corpus: Corpus, rows: int, moments: Moments, written_row_bytes: int = 0
+        self,
+        name: str,
+        corpus: Corpus,
+        rows: int,
+        moments: Moments,
+        written_row_bytes: int = 0,
+        rows_read: int | None = None,
     ) -> Iterator[Callable[..., None]]:
         """Time a pass over ``rows`` rows, show its progress, and append it to ``passes``.
 
-        Yields a function that is to be called with the number of rows done.
+        Yields a function that is to be called with the number of rows done. ``rows_read`` are those
+        that a sample of ``rows`` has to read.
         """
         done, row_bytes = Pass(name), corpus.shards[0].row_bytes
         start = time.time()
@@ -203,7 +210,7 @@ class PassRunner:
 
             yield advance
         done.seconds = time.time() - start
-        done.bytes_read = done.rows * row_bytes
+        done.bytes_read = (done.rows if rows_read is None else rows_read) * row_bytes
         done.bytes_written = done.rows * written_row_bytes
         done.zero_rows, done.nonfinite_rows = moments.zero_rows, moments.nonfinite_rows
         self.passes.append(done)

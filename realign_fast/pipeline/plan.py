@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..align import ReAlign
+from ..corpus.corpus import sample_ids
 from ..interface.option_values import UnfinishedShards
 from ..shared_space import SharedSpace
 from ..storage.paths import StoragePath, records_of
@@ -27,8 +28,9 @@ def plan(
 ) -> dict[str, Any]:
     """Return rows and bytes of each pass, and the sums.
 
-    The run reads no rows, and writes and locks nothing. A map of an earlier run stands for one that
-    cannot be fitted without reading, such as a map of a sample.
+    The run reads no rows, and writes and locks nothing. The bytes of a sample are those of all rows
+    that its format has to read, such as whole row groups of parquet at a URL. A map of an earlier
+    run stands for one that cannot be fitted without reading, such as a map of a sample.
     """
     run = AlignRun(replace(settings, progress=False), part, reading=False)
     run.records = None if settings.mode == "overwrite" else records_of(out)
@@ -50,14 +52,15 @@ def plan(
     passes = list[dict[str, Any]]()
     for name, corpus, sample, written_row_bytes in steps:
         rows = sum(shard.num_rows for shard in corpus.shards[part[0] :: part[1]])
+        rows = rows_read = rows - before.get(name, 0)
         if sample is not None:
-            rows = min(sample, corpus.num_rows)
-        rows -= before.get(name, 0)
+            ids = sample_ids(corpus.num_rows, sample, settings.seed)
+            rows, rows_read = len(ids), corpus.rows_read(ids)
         passes.append(
             {
                 "name": name,
                 "rows": rows,
-                "bytes_read": rows * corpus.shards[0].row_bytes,
+                "bytes_read": rows_read * corpus.shards[0].row_bytes,
                 "bytes_written": rows * written_row_bytes,
                 "finished_before": before.get(name, 0),
             }

@@ -40,7 +40,8 @@ def measure_sample(
     ids = sample_ids(corpus.num_rows, count, settings.seed)
     size = max(1, settings.batch_bytes // corpus.shards[0].row_bytes)
     total = Moments(covariance, accurate=covariance)
-    with run.timed_pass(name, corpus, len(ids), total) as advance:
+    rows_read = corpus.rows_read(ids)
+    with run.timed_pass(name, corpus, len(ids), total, rows_read=rows_read) as advance:
         for first in range(0, len(ids), size):
             batch_ids = ids[first : first + size]
             rows = corpus.take(batch_ids)

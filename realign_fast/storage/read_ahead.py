@@ -58,12 +58,13 @@ class ReadAhead(io.RawIOBase):
     """A file to read and seek in. The longer it is read in sequence, the more it reads ahead.
 
     A jump fetches ``FIRST_BYTES``. A reader that goes on behind them gets pieces of twice the size
-    each, up to ``PIECE_BYTES``, and with each doubling one more piece ahead. ``error`` is the last
-    error of a request, for readers that lose it.
+    each, up to ``PIECE_BYTES``, and with each doubling one more piece ahead, but none of what lies
+    behind byte ``ahead_until``. ``error`` is the last error of a request, for readers that lose it.
     """
 
     def __init__(self, pread: Pread, size: int) -> None:
         self._pread, self._size, self._position = pread, size, 0
+        self.ahead_until = size
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "realign-fast-fetch")
         # Keyed by the start of a piece: its stop, and its bytes to be. The oldest use is first.
         self._pieces: OrderedDict[int, tuple[int, Future[bytes]]] = OrderedDict()
@@ -120,7 +121,7 @@ class ReadAhead(io.RawIOBase):
         stop = self._pieces[start][0]
         length = stop - start
         for _ in range((length // FIRST_BYTES).bit_length() - 1):
-            if stop not in self._pieces and stop < self._size:
+            if stop not in self._pieces and stop < min(self.ahead_until, self._size):
                 self._request(stop, 2 * length)
             if stop in self._pieces:
                 length, stop = self._pieces[stop][0] - stop, self._pieces[stop][0]
@@ -129,5 +130,6 @@ class ReadAhead(io.RawIOBase):
         return start
 
     def _request(self, start: int, length: int) -> None:
-        stop = min(start + min(length, PIECE_BYTES), self._size)
+        end = self.ahead_until if start < self.ahead_until else self._size
+        stop = min(start + min(length, PIECE_BYTES), end, self._size)
         self._pieces[start] = stop, self._pool.submit(self._pread, stop - start, start)

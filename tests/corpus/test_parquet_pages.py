@@ -68,7 +68,7 @@ def read(path, **options):
 
 def is_direct(path):
     """Whether the compiled reader reads all row groups of a file."""
-    with parquet._opened(storage_path(path)) as (file, descriptor):
+    with parquet._opened(storage_path(path)) as (file, descriptor, _):
         pages = ColumnPages(file, descriptor, Corpus(path).shards[0])
         try:
             for group in range(file.num_row_groups):

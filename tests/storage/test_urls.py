@@ -21,13 +21,16 @@ from realign_fast.cli import main
 from realign_fast.corpus import Corpus
 from realign_fast.corpus.convert import convert
 from realign_fast.corpus.format_registry import FORMATS
-from realign_fast.pipeline.align_run import align
+from realign_fast.pipeline.align_run import align, align_work
+from realign_fast.pipeline.plan import plan
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import url
 from realign_fast.storage.paths import storage_path
 
 fsspec = pytest.importorskip("fsspec")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 D, QUIET = 24, Settings(progress=False)
 
@@ -149,6 +152,36 @@ def test_rows_that_are_taken_are_fetched_alone(tmp_path, served):
     ids = [89_999, 7, 50_000, 7, 8]
     assert np.array_equal(corpus.take(ids).numpy(), rows[ids])
     assert served[1].fetched("emb_0.npy") - before < 50_000
+
+
+@pytest.mark.parametrize("codec", ["NONE", "SNAPPY"])
+def test_a_sample_of_parquet_fetches_the_row_groups_of_its_rows(tmp_path, served, codec):
+    """Other columns in between are not fetched, and the plan says how much is read."""
+    rows = np.random.default_rng(1).standard_normal((40_000, D)).astype("f4")
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
+    table = pa.table({"text": [os.urandom(60) for _ in rows], "embedding": embedding})
+    options = {"row_group_size": 2_000, "compression": codec, "use_dictionary": False}
+    for name in ("text", "image"):
+        folder = tmp_path / "www" / f"parquet-{name}"
+        folder.mkdir()
+        pq.write_table(
+            table.slice(0 if name == "text" else 7), folder / f"{name}.parquet", **options
+        )
+    group_bytes = 2_000 * D * 4
+    corpora = [Corpus(f"{served[0]}/parquet-{name}") for name in ("text", "image")]
+    before = served[1].fetched("text.parquet")
+    ids = [39_999, 7, 23_456, 8, 1_999]
+    assert np.array_equal(corpora[0].take(ids).numpy(), rows[ids])
+    fetched = served[1].fetched("text.parquet") - before
+    assert fetched < 3.3 * group_bytes + 2 * (128 << 10), "(and twice the first piece of a jump)"
+    out, settings = storage_path(tmp_path / "out"), Settings(progress=False, fit_rows=3)
+    planned = plan(align_work(*corpora, out, settings), out, settings)["passes"]
+    assert [step["bytes_read"] for step in planned[:3]] == [3 * group_bytes] * 3
+    report = align(*corpora, out, settings)
+    facts = ("name", "rows", "bytes_read")
+    assert [[p[f] for f in facts] for p in report["passes"]] == [
+        [p[f] for f in facts] for p in planned
+    ]
 
 
 def test_batches_are_cut_as_those_of_the_file(tmp_path, corpora, served):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -62,10 +62,11 @@ class ParquetShard(tables.TableShard):
 
     format = "parquet"
     writer_class = ParquetWriter
+    group_starts: np.ndarray = field(repr=False, compare=False)  # the first row of each, and all
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that were copied from pages or decoded; see `Shard.pieces`."""
-        with _opened(self.path) as (file, descriptor):
+        with _opened(self.path) as (file, descriptor, _):
             pages = ColumnPages(file, descriptor, self)
             for group, (start, end) in enumerate(pairwise(_row_group_starts(file).tolist())):
                 if first >= end:
@@ -93,38 +94,67 @@ class ParquetShard(tables.TableShard):
             raise ValueError(f"{self.path}: {problem}; write it again")
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the bytes of the rows at `ids`: the others are read only to decode with pyarrow.
+        """Return the bytes of the rows at sorted `ids`; pyarrow reads the row groups of theirs.
 
         See `Shard.take`.
         """
         taken = np.empty((len(ids), self.dimension), self.dtype)
-        with _opened(self.path) as (file, descriptor):
-            starts, pages = _row_group_starts(file), ColumnPages(file, descriptor, self)
-            groups = np.searchsorted(starts, ids, side="right") - 1
-            try:
-                for group in np.unique(groups).tolist():
-                    read = pages.reader(group, int(starts[group]))
-                    for place in range(*np.searchsorted(groups, [group, group + 1])):
+        with self.noticing_changes(), _opened(self.path) as (file, descriptor, raw):
+            pages, groups = ColumnPages(file, descriptor, self), self._groups_of(ids)
+            for group in np.unique(groups).tolist():
+                places = range(*np.searchsorted(groups, [group, group + 1]).tolist())
+                start = int(self.group_starts[group])
+                try:
+                    read = pages.reader(group, start)
+                    for place in places:
                         read(int(ids[place]), taken[place])
-            except (ValueError, IndexError):  # the latter in a file that has changed
-                return super().take(ids)
+                except (ValueError, IndexError):  # the latter in a file that has changed
+                    if self.path.is_remote:
+                        raw.raw.ahead_until = _end_of_chunks(file, group, self.column)
+                    row, wanted = int(ids[places.start]), slice(places.start, places.stop)
+                    step = max(1, (1 << 20) // self.row_bytes)
+                    for rows in self._decoded(file, group, start, row, step):
+                        low, high = np.searchsorted(ids[wanted], [row, row + len(rows)])
+                        taken[wanted][low:high] = rows[ids[wanted][low:high] - row]
+                        row += len(rows)
+                        if row > ids[places.stop - 1]:
+                            break
         self.check_unchanged()
         return taken.view(np.uint8)
 
+    def rows_read(self, ids: np.ndarray) -> int:
+        """Return the rows of the row groups that are decoded, and those alone of plain pages."""
+        groups, counts = np.unique(self._groups_of(ids), return_counts=True)
+        group_rows = np.diff(self.group_starts)[groups]
+        if self.path.is_remote:
+            return int(group_rows.sum())
+        with _opened(self.path) as (file, descriptor, _):
+            pages = ColumnPages(file, descriptor, self)
+            for place, group in enumerate(groups.tolist()):
+                with suppress(ValueError):
+                    pages.of(group)
+                    group_rows[place] = counts[place]
+        return int(group_rows.sum())
+
+    def _groups_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the row group of each row, int64."""
+        return np.searchsorted(self.group_starts, ids, side="right") - 1
+
     def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
         """Yield columns as record batches of `COLUMN_ROWS` rows."""
-        with _opened(self.path) as (file, _):
+        with _opened(self.path) as (file, *_):
             yield from file.iter_batches(COLUMN_ROWS, columns=names)
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> ParquetShard:
     """Open a column of rows of a parquet file; see `vectors_of` for its choice."""
     stamp = path.stamp()
-    with _opened(path) as (file, _):
+    with _opened(path) as (file, *_):
         vectors = tables.vectors_of(
             path, file.schema_arrow, column, lambda name: file.iter_batches(16, columns=[name])
         )
-        return ParquetShard(path, file.metadata.num_rows, *vectors, stamp, file.schema_arrow)
+        facts = stamp, file.schema_arrow, _row_group_starts(file)
+        return ParquetShard(path, file.metadata.num_rows, *vectors, *facts)
 
 
 def _row_group_starts(file: Any) -> np.ndarray:
@@ -133,16 +163,28 @@ def _row_group_starts(file: Any) -> np.ndarray:
     return np.cumsum([0, *counts], dtype=np.int64)
 
 
+def _end_of_chunks(file: Any, group: int, name: str) -> int:
+    """Return the byte behind the column of this name in a row group, as the footer says."""
+    columns = file.metadata.row_group(group)
+    chunks = [columns.column(leaf) for leaf in range(columns.num_columns)]
+    ends = [
+        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] == name.partition(".")[0]
+    ]
+    return int(max(ends))
+
+
 @contextmanager
-def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None]]:
-    """Yield a `pyarrow.parquet.ParquetFile`, and the descriptor that it reads; None for a URL."""
+def _opened(path: StoragePath) -> Iterator[tuple[Any, int | None, Any]]:
+    """Yield a `pyarrow.parquet.ParquetFile`, its descriptor (None for a URL), and its source."""
     with explained(path), path.open("rb") as raw:
         with tables.decoded(path, raw):
             descriptor = None if path.is_remote else raw.fileno()
             # Checksums are compared where a page has one: few writers add them.
             options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
             options["page_checksum_verification"] = True
-            yield tables.pyarrow().parquet.ParquetFile(raw, **options), descriptor
+            yield tables.pyarrow().parquet.ParquetFile(raw, **options), descriptor, raw
 
 
 class ColumnPages:
