@@ -83,10 +83,9 @@ def spread_and_error(measure, repeats):
     return np.std(estimates, ddof=1), np.mean([one.standard_error for one in estimates])
 
 
-@pytest.mark.parametrize("name", ("centroid_gap", "trace_ratio"))
-def test_standard_errors_are_those_of_repeated_sampling(name):
+def test_the_standard_error_of_the_gap_is_that_of_repeated_sampling():
     def measure(seed):
-        return getattr(metrics, name)(*map(measured, two_sides(400, seed=seed)))
+        return metrics.centroid_gap(*map(measured, two_sides(400, seed=seed)))
 
     spread, error = spread_and_error(measure, 300)
     assert error == pytest.approx(spread, rel=0.15)
@@ -97,8 +96,6 @@ def test_a_standard_error_that_is_not_known_is_nan():
     plain = [Moments().update(rows) for rows in (source, target)]
     raw = [measured(rows, normalize=False) for rows in (source, target)]
     assert math.isnan(metrics.centroid_gap(*plain).standard_error)
-    assert math.isnan(metrics.trace_ratio(*plain).standard_error)
-    assert math.isnan(metrics.trace_ratio(*raw).standard_error), "raw rows have no fixed energy"
     assert not math.isnan(metrics.centroid_gap(*raw).standard_error)
 
 

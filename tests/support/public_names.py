@@ -102,7 +102,6 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
     values = spectrum.values
     figures: list[metrics.Estimate] = [
         metrics.centroid_gap(y, x),
-        metrics.trace_ratio(y, x),
         metrics.mean_cosine(text, image),
         metrics.knn_mixing(text, image),
         metrics.knn_overlap(text, image),
@@ -110,6 +109,7 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
     numbers: list[float] = [
         figures[0].standard_error,
         metrics.sampling_gap(y.trace, y.count, x.count),
+        metrics.trace_ratio(y, x),
         metrics.covariance_distance(y, x),
         metrics.frechet_distance(y, x),
         metrics.effective_rank(values),
