@@ -18,7 +18,7 @@ from harness import ceilings, inputs, table, timing
 from peers import packages, row_ops
 
 from realign_fast import ReAlign
-from realign_fast.corpus import Corpus, ShardWriter, io_extension, shard
+from realign_fast.corpus import Corpus, ShardWriter, io_extension
 from realign_fast.pipeline.align_run import AlignRun
 from realign_fast.pipeline.settings import Settings
 
@@ -63,15 +63,6 @@ def through_mmap(folder: Path) -> float:
         io_extension.io = kept
 
 
-def with_a_thread(folder: Path) -> float:
-    """Read as of a file that is not cached: a thread brings the pages of blocks in ahead."""
-    kept, shard._is_cached = shard._is_cached, lambda *_: False
-    try:
-        return ours(folder)
-    finally:
-        shard._is_cached = kept
-
-
 def numpy_mapped(folder: Path) -> float:
     shards = (np.load(path, mmap_mode="r") for path in sorted(folder.iterdir()))
     return sum(float(one[:, 0].sum(dtype=np.float64)) for one in shards)
@@ -95,7 +86,6 @@ def bench_read_npy(line, folder, measure):
     case.add("dd", lambda _: ceilings.dd(paths), "ceiling")
     if line.cache == "cold":
         case.add("dd past the cache", lambda _: ceilings.dd(paths, "iflag=direct"), "ceiling")
-    case.add("read ahead by a thread", lambda _: with_a_thread(folder), "variant")
     case.add("read through mmap", lambda _: through_mmap(folder), "variant")
     case.add(f"np.load mapped (numpy {np.__version__})", lambda _: numpy_mapped(folder))
     reader = "embedding-reader", "embedding_reader", lambda _: embedding_reader(folder)

@@ -61,13 +61,9 @@ def _table(rows: np.ndarray, kind: str) -> pa.Table:
     if kind == "list":
         offsets = np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32)
         array = pa.ListArray.from_arrays(pa.array(offsets), values)
-    elif kind == "fixed-size list":
-        array = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
     else:
-        width = pa.binary(rows[0].nbytes)
-        array = pa.FixedSizeBinaryArray.from_buffers(width, len(rows), [None, pa.py_buffer(rows)])
-    field = pa.field("embedding", array.type, metadata={"dtype": "float16"})
-    return pa.table([array], schema=pa.schema([field]))
+        array = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    return pa.table({"embedding": array})
 
 
 def _pyarrow(path: Path, line: table.Line, memory_map: bool = False) -> float:
@@ -75,10 +71,6 @@ def _pyarrow(path: Path, line: table.Line, memory_map: bool = False) -> float:
     found = pq.read_table(path, columns=["embedding"], memory_map=memory_map)["embedding"]
     total, columns = 0.0, line.dimension
     for array in found.chunks:
-        if pa.types.is_fixed_size_binary(array.type):
-            start, count = 2 * array.offset * columns, len(array) * columns
-            flat = np.frombuffer(array.buffers()[1], np.float16, count, start)
-        else:
-            flat = array.flatten().to_numpy(zero_copy_only=False)
+        flat = array.flatten().to_numpy(zero_copy_only=False)
         total += float(flat.reshape(-1, columns)[:, 0].sum(dtype=np.float64))
     return total

@@ -76,7 +76,7 @@ def _lines() -> list[Line]:
         found.append(Line("align", "cpu", F16, 768, 100_000, "npy", cache))
     found.append(Line("align", "cpu", F16, 768, 200_000, "pickle", "cached"))
     found.append(Line("start", "cpu", F32, 512, 500, "align", "cached"))
-    for kind in ("parquet list", "parquet fixed-size list", "parquet fixed-size binary"):
+    for kind in ("parquet list", "parquet fixed-size list"):
         ci = kind == "parquet list"
         found.append(Line("read", "cpu", F16, 768, 100_000, kind, "cached", ci))
     found += [Line("training_step", "cpu", F32, 768, n, f"K={k}") for k, n in ((576, 2), (16, 16))]

@@ -52,24 +52,6 @@ PyObject* survive(PyObject* args, PyObject* keywords) {
   return none();
 }
 
-using SharedRing = std::shared_ptr<Ring>;
-
-PyObject* new_ring(PyObject* args, PyObject* keywords) {
-  long long buffers = 0, bytes = 0;
-  parse(args, keywords, "LL:Ring", {"buffers", "bytes"}, &buffers, &bytes);
-  return new_object<SharedRing>([&] { return std::make_shared<Ring>(buffers, bytes); });
-}
-
-int64_t ring_bytes(const SharedRing& ring) { return ring->bytes(); }
-int64_t ring_free(const SharedRing& ring) { return ring->free(); }
-std::vector<uintptr_t> ring_addresses(const SharedRing& ring) { return ring->addresses(); }
-
-PyObject* take(const SharedRing& ring, PyObject* args, PyObject* keywords) {
-  parse(args, keywords, ":take", {});
-  auto memory = ring->take();
-  return wrap(Block{memory, memory.get(), ring->bytes()});
-}
-
 struct EndReader {
   void operator()(ShardReader* reader) const {
     if (reader->was_forked()) return;     // its threads are in the other process; it leaks
@@ -79,20 +61,14 @@ struct EndReader {
 using Reader = std::unique_ptr<ShardReader, EndReader>;
 
 PyObject* new_reader(PyObject* args, PyObject* keywords) {
-  int descriptor = 0, threads = 2, direct = 1;
+  int descriptor = 0, threads = 2;
   long long begin = 0, end = 0, block_bytes = 0, ahead = 2;
-  PyObject* ring = Py_None;
-  parse(args, keywords, "iLLL|$LiOp:ShardReader",
-        {"descriptor", "begin", "end", "block_bytes", "ahead", "threads", "ring", "direct"},
-        &descriptor, &begin, &end, &block_bytes, &ahead, &threads, &ring, &direct);
-  SharedRing buffers = ring == Py_None ? nullptr : checked_value_of<SharedRing>(ring);
-  return new_object<Reader>([&] {
-    return Reader(new ShardReader(descriptor, begin, end, block_bytes, ahead, threads,
-                                  std::move(buffers), direct != 0));
-  });
+  parse(args, keywords, "iLLL|$Li:ShardReader",
+        {"descriptor", "begin", "end", "block_bytes", "ahead", "threads"}, &descriptor, &begin,
+        &end, &block_bytes, &ahead, &threads);
+  return new_object<Reader>(
+      [&] { return Reader(new ShardReader(descriptor, begin, end, block_bytes, ahead, threads)); });
 }
-
-bool reader_direct(const Reader& reader) { return reader->direct(); }
 
 PyObject* next_block(Reader& reader) {
   Block block = without_gil([&] { return reader->next(); });
@@ -252,30 +228,15 @@ void fill_module(PyObject* module) {
       "A mapped file, given as a buffer, that the handler of `survive_lost_pages` knows.",
       {constructor<new_mapped_buffer>()},
       {property<Mapped, buffer_lost>("lost", "Like `Block.lost`.")});
-  add_type<SharedRing>(
-      module, "Ring",
-      "Ring(buffers, bytes)\n\n"
-      "Page-aligned buffers for blocks of up to `bytes` bytes.",
-      {constructor<new_ring>()},
-      {property<SharedRing, ring_bytes>("bytes"), property<SharedRing, ring_free>("free"),
-       property<SharedRing, ring_addresses>("addresses")},
-      {method<SharedRing, take>(
-          "take",
-          "Return a buffer of `bytes` bytes; it returns to the ring when nothing refers to it.")});
   add_type<Reader>(
       module, "ShardReader",
-      "ShardReader(descriptor, begin, end, block_bytes, *, ahead=2, threads=2, ring=None,\n"
-      "            direct=True)\n\n"
-      "Iterator over the bytes `begin`..`end` of an open file in blocks; several are read at "
-      "once.\n"
-      "\n"
-      "Without a ring, a block is mapped; with no threads it is loaded when it is asked for. With\n"
-      "one, it is a buffer of the ring, read past the page cache if `direct`.\n"
+      "ShardReader(descriptor, begin, end, block_bytes, *, ahead=2, threads=2)\n\n"
+      "Iterator over the bytes `begin`..`end` of an open file in blocks, which are\n"
+      "mapped; threads bring the pages of several in ahead.\n"
       "Raises OSError if reading fails and EOFError if the file is shorter than `end`.",
       {constructor<new_reader>(),
        {Py_tp_iter, reinterpret_cast<void*>(&PyObject_SelfIter)},
-       slot<Reader, next_block>(Py_tp_iternext)},
-      {property<Reader, reader_direct>("direct")});
+       slot<Reader, next_block>(Py_tp_iternext)});
   add_type<Pages>(
       module, "ParquetPages",
       "ParquetPages(descriptor, begin, end, *, rows, row_values, value_bytes, max_definition,\n"

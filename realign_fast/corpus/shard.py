@@ -3,9 +3,9 @@
 Opening a shard reads headers only; an error names the file and is a `TypeError` (number type), an
 `OSError` or a `ValueError`. Most formats decode the rows in `pieces`. Where they lie in one piece
 of the file (npy, safetensors), the native reader (`csrc/io`) maps blocks of it, so rows are never
-copied, unless they are not aligned to their number type. Its thread brings their pages in ahead,
-unless the file is cached. Ranges are read where the file is remote or nothing is compiled; batches
-are the same either way. A file that becomes shorter is an error; in a mapped window this takes
+copied, and its thread brings their pages in ahead. Ranges are read where the file is remote, its
+rows are not aligned to their number type, or nothing is compiled; batches are the same either way.
+A file that becomes shorter is an error; in a mapped window this takes
 `io_extension.survive_lost_pages`.
 """
 
@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -33,8 +32,6 @@ MAX_COLUMNS = 1 << 24
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
-RING_THREADS = 4  # they copy out of the page cache, or have several large reads in flight
-PROBES = 16  # bytes of a file that are looked for in the page cache
 GAP_BYTES = 32 << 10  # between wanted rows: fewer bytes cost less to fetch than another request
 
 
@@ -102,8 +99,7 @@ class Shard(ABC):
         self.check_unchanged()
         with self.noticing_changes():
             yield from self._batches_of(self.pieces(first, batch_rows), first, batch_rows)
-        if self.path.is_remote:
-            self.check_unchanged()
+        self.check_unchanged()
 
     @contextmanager
     def noticing_changes(self) -> Iterator[None]:
@@ -171,23 +167,13 @@ class Shard(ABC):
     def filled(
         self, first: int, end: int, batch_rows: int, fill: Callable[[int, np.ndarray], object]
     ) -> Iterator[np.ndarray]:
-        """Yield the rows `first..end` in batches, each of which `fill(its first row, batch)` fills.
-
-        Memory of a batch is used again once the batch is released.
-        """
+        """Yield the rows `first..end` in batches, each of which `fill(first row, batch)` fills."""
         while first < end:
             count = min(batch_rows - first % batch_rows, end - first)
-            rows = self._batch_memory(count, min(batch_rows, self.num_rows))
+            rows = np.empty((count, self.dimension), self.dtype)
             fill(first, rows)
             first += count
             yield rows
-            del rows  # or its memory would be kept from the next batch
-
-    def _batch_memory(self, count: int, most_rows: int) -> np.ndarray:
-        if not io_extension.io:
-            return np.empty((count, self.dimension), self.dtype)
-        memory = _ring(most_rows * self.row_bytes).take()
-        return np.frombuffer(memory, self.dtype, count * self.dimension).reshape(count, -1)
 
     def check_unchanged(self) -> None:
         """Raise an error unless the file has the stamp that it had when it was opened."""
@@ -215,7 +201,8 @@ class ContiguousShard(Shard):
 
     def read(self, first: int, batch_rows: int) -> Batches:
         """Yield views of the mapped file, or of ranges that were read; see `Shard.read`."""
-        if self.path.is_remote or not io_extension.io:
+        is_aligned = self.offset % self.dtype.itemsize == 0
+        if self.path.is_remote or not (io_extension.io and is_aligned):
             return super().read(first, batch_rows)
         return self._read_blocks(first, batch_rows)
 
@@ -248,10 +235,18 @@ class ContiguousShard(Shard):
         return self._ranges([(row, min(row + step, self.num_rows)) for row in starts])
 
     def _read_blocks(self, first: int, batch_rows: int) -> Batches:
-        step = block_rows(self.row_bytes, batch_rows)
+        step = max(1, BLOCK_BYTES // (batch_rows * self.row_bytes)) * batch_rows
         block_first = first - first % batch_rows
         with self.opened() as file, explained(self.path):
-            for start, block in self._blocks(file, block_first, step):
+            limits = self.offset + block_first * self.row_bytes, self.stamp[0]
+            options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": THREADS}
+            blocks_of = io_extension.io.ShardReader
+            reader = blocks_of(file.fileno(), *limits, step * self.row_bytes, **options)
+            for start in range(block_first, self.num_rows, step):
+                try:
+                    block = next(reader)
+                except EOFError as error:
+                    raise self.changed_error() from error
                 for row in range(start, min(start + step, self.num_rows), batch_rows):
                     self._check(file, block)
                     low, high = max(row, first), min(row + batch_rows, self.num_rows)
@@ -270,22 +265,6 @@ class ContiguousShard(Shard):
                 file.pread(self.row_bytes, self.offset + row * self.row_bytes)
             raise self.changed_error()
 
-    def _blocks(self, file: OpenedFile, first: int, step: int) -> Iterator[tuple[int, Any]]:
-        """Yield the first row of each block, and memory that begins with it."""
-        limits = self.offset + first * self.row_bytes, self.stamp[0]
-        is_cached = _is_cached(file.fileno(), *limits)  # a thread only takes time then
-        options: dict[str, Any] = {"ahead": BLOCKS_AHEAD, "threads": 0 if is_cached else THREADS}
-        block_bytes = step * self.row_bytes
-        if self.offset % self.dtype.itemsize:  # not aligned: the rows are copied into buffers
-            ring = io_extension.io.Ring(BLOCKS_AHEAD + 2, block_bytes)
-            options |= {"ring": ring, "threads": RING_THREADS, "direct": False}
-        reader = io_extension.io.ShardReader(file.fileno(), *limits, block_bytes, **options)
-        for row in range(first, self.num_rows, step):
-            try:
-                yield row, next(reader)
-            except EOFError as error:
-                raise self.changed_error() from error
-
     def _ranges(self, runs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Yield the bytes `[n, row_bytes]` of each run of rows `first..end`."""
         start, size = self.offset, self.row_bytes
@@ -296,11 +275,6 @@ class ContiguousShard(Shard):
                 if len(data) != end_byte - first_byte:
                     raise self.changed_error()
                 yield np.frombuffer(data, np.uint8).reshape(-1, size)
-
-
-@lru_cache(maxsize=1)  # kept for the next shard and pass: new memory takes as long as copying
-def _ring(size: int) -> Any:
-    return io_extension.io.Ring(2, size)  # one is looked at while the next is filled
 
 
 def absolute(path: StoragePath) -> str:
@@ -334,17 +308,3 @@ def as_numpy(rows: torch.Tensor) -> np.ndarray:
     """Return rows as a numpy view; bfloat16, which numpy lacks, as uint16 of the same bits."""
     rows = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
     return rows.numpy()
-
-
-def block_rows(row_bytes: int, batch_rows: int) -> int:
-    """Return the number of rows of a block: whole batches of `batch_rows` rows."""
-    return max(1, BLOCK_BYTES // (batch_rows * row_bytes)) * batch_rows
-
-
-def _is_cached(descriptor: int, start: int, stop: int) -> bool:
-    """Return whether bytes of a file, spread over `start..stop`, can be read without its disk."""
-    places = np.linspace(start, stop - 1, PROBES, dtype=np.int64).tolist()
-    try:
-        return all(os.preadv(descriptor, [bytearray(1)], p, os.RWF_NOWAIT) == 1 for p in places)
-    except (OSError, AttributeError):  # the latter where the system cannot say
-        return False

@@ -1,4 +1,4 @@
-"""The native reader: bytes of a file in blocks, by mapping or through a ring of buffers."""
+"""The native reader: bytes of a file in mapped blocks."""
 
 import errno
 import gc
@@ -28,19 +28,13 @@ def file(tmp_path, content):
         yield file
 
 
-def ring(block_bytes, buffers=2):
-    return io.Ring(buffers, block_bytes)
-
-
-@pytest.mark.parametrize("through_ring", [False, True])
-@pytest.mark.parametrize(("ahead", "threads"), [(1, 0), (1, 1), (2, 1), (5, 3), (100, 8)])
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 1), (2, 1), (5, 3), (100, 8)])
 @pytest.mark.parametrize("block_bytes", [1, 777, PAGE, 3 * PAGE + 1, 1 << 20])
 @pytest.mark.parametrize(("begin", "end"), [(0, None), (128, None), (PAGE + 3, 2 * PAGE + 5)])
-def test_blocks_are_the_bytes(file, content, through_ring, ahead, threads, block_bytes, begin, end):
+def test_blocks_are_the_bytes(file, content, ahead, threads, block_bytes, begin, end):
     begin = begin if block_bytes > 1 else len(content) - 300
     end = end if block_bytes > 1 and end else len(content)
     options = {"ahead": ahead, "threads": threads}
-    options |= {"ring": ring(block_bytes)} if through_ring else {}
     blocks = io.ShardReader(file.fileno(), begin, end, block_bytes, **options)
     pieces = [bytes(block) for block in blocks]
     assert b"".join(pieces) == content[begin:end]
@@ -48,63 +42,26 @@ def test_blocks_are_the_bytes(file, content, through_ring, ahead, threads, block
     assert len(pieces) == -(-(end - begin) // block_bytes)
 
 
-@pytest.mark.parametrize("through_ring", [False, True])
-def test_kept_blocks_stay_as_they_are(file, content, through_ring):
-    """More of them than the ring has buffers; none waits for another to be given back."""
-    options = {"ring": ring(1000)} if through_ring else {}
-    kept = list(io.ShardReader(file.fileno(), 0, len(content), 1000, **options))
+def test_kept_blocks_stay_as_they_are(file, content):
+    kept = list(io.ShardReader(file.fileno(), 0, len(content), 1000))
     assert b"".join(map(bytes, kept)) == content
     assert len({block.address for block in kept}) == len(kept)
 
 
-def test_a_ring_is_used_again_and_again(file, content):
-    buffers = ring(1000)
-    assert all(address % PAGE == 0 for address in buffers.addresses)
-    for _ in range(2):
-        used = set()
-        for block in io.ShardReader(file.fileno(), 0, len(content), 1000, ahead=1, ring=buffers):
-            used.add(block.address)
-            del block
-        assert used <= set(buffers.addresses)
-
-
-def test_a_ring_reads_past_the_cache_where_it_can(tmp_path, content):
-    """Every file system has the ring; what cannot do O_DIRECT is read as usual."""
-    for folder in (tmp_path, "/dev/shm"):
-        path = os.path.join(folder, f"realign-fast-{os.getpid()}")
-        try:
-            with open(path, "wb") as file:
-                file.write(content)
-            with open(path, "rb") as file:
-                try:
-                    os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-                    can = True
-                except OSError:
-                    can = False
-                reader = io.ShardReader(file.fileno(), 5, len(content), 999, ring=ring(999))
-                assert reader.direct == can
-                assert b"".join(map(bytes, reader)) == content[5:]
-        finally:
-            os.unlink(path)
-
-
-@pytest.mark.parametrize("through_ring", [False, True])
-def test_writes_to_a_block_never_reach_the_file(file, content, through_ring):
-    options = {"ring": ring(PAGE)} if through_ring else {}
-    for block in io.ShardReader(file.fileno(), 0, len(content), PAGE, **options):
+def test_writes_to_a_block_never_reach_the_file(file, content):
+    for block in io.ShardReader(file.fileno(), 0, len(content), PAGE):
         memoryview(block)[0] ^= 0xFF
     assert os.pread(file.fileno(), len(content), 0) == content
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-def test_the_pages_of_a_block_go_with_it_and_no_others(tmp_path, threads):
+def test_the_pages_of_a_block_go_with_it_and_no_others(tmp_path):
     """Blocks share a mapping: what is written to a block stays while another is let go of."""
     content = os.urandom(64 << 20)
     path = tmp_path / "rows"
     path.write_bytes(content)
     with open(path, "rb") as file:
         size, kept = (4 << 20) + 777, []
-        blocks = io.ShardReader(file.fileno(), 99, len(content), size, ahead=1, threads=threads)
+        blocks = io.ShardReader(file.fileno(), 99, len(content), size, ahead=1, threads=1)
         for number, block in enumerate(blocks):
             if number % 3 == 1:
                 memoryview(block)[:] = bytes(len(block))
@@ -126,12 +83,9 @@ def resident_bytes(path):
     return sum(int(re.search(r"^Rss: +(\d+)", entry, re.MULTILINE)[1]) << 10 for entry in mine)
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-@pytest.mark.parametrize("through_ring", [False, True])
-def test_a_file_that_ends_early_is_an_error(file, content, through_ring, threads):
-    options = {"ring": ring(PAGE)} if through_ring else {}
-    options["threads"] = threads
-    reader = io.ShardReader(file.fileno(), 0, len(content) + 1, PAGE, ahead=1, **options)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_file_that_ends_early_is_an_error(file, content, threads):
+    reader = io.ShardReader(file.fileno(), 0, len(content) + 1, PAGE, ahead=1, threads=threads)
     with pytest.raises(EOFError):
         list(reader)
     with pytest.raises(EOFError):  # and stays one
@@ -155,8 +109,8 @@ def test_an_error_of_the_system_keeps_its_number(tmp_path):
 def test_bad_ranges_are_refused(file, arguments):
     with pytest.raises(ValueError, match="expected 0 <= begin <= end"):
         io.ShardReader(file.fileno(), *arguments)
-    with pytest.raises(ValueError, match="smaller blocks"):
-        io.ShardReader(file.fileno(), 0, 9, 1 << 20, ring=ring(PAGE))
+    with pytest.raises(ValueError, match="threads 0"):
+        io.ShardReader(file.fileno(), 0, 9, 1 << 20, threads=0)
 
 
 @pytest.mark.parametrize(
@@ -164,17 +118,14 @@ def test_bad_ranges_are_refused(file, arguments):
     [
         lambda file: io.Block(),  # nothing would be in it
         lambda file: io.ChunkFacts(),
-        lambda file: io.Ring("two", PAGE),
-        lambda file: io.Ring(2),
         lambda file: io.ShardReader(file, 0, 10, 10),
         lambda file: io.ShardReader(file.fileno(), 0, 10, 10, 2),
-        lambda file: io.ShardReader(file.fileno(), 0, 10, 10, ring=file),
+        lambda file: io.ShardReader(file.fileno(), 0, 10, 10, ahead="two"),
         lambda file: io.ShardReader(file.fileno(), 0, 10, 10, cached=True),
         lambda file: io.PickledRows(file.fileno(), 10, ("a", 1), 100),
         lambda file: io.PickledRows(file.fileno(), 10, None, 100),
         lambda file: io.read_chunks(file.fileno()),
         lambda file: io.MappedBuffer(3),
-        lambda file: next(io.Ring(2, PAGE)),
     ],
 )
 def test_wrong_arguments_are_type_errors(file, wrong):
@@ -186,11 +137,9 @@ def test_objects_hold_and_release_their_references(file, content):
     """The module counts references by hand: those of types, of buffers and of returned values."""
 
     def use_everything():
-        buffers = ring(PAGE)
-        blocks = list(io.ShardReader(file.fileno(), 0, 3 * PAGE, PAGE, ring=buffers))
+        blocks = list(io.ShardReader(file.fileno(), 0, 3 * PAGE, PAGE))
         views = [memoryview(block) for block in blocks]
-        assert buffers.take().address in buffers.addresses or buffers.free == 0
-        for wrong in (lambda: io.ShardReader(-1, 0, 9, 9), lambda: io.Ring("two", PAGE)):
+        for wrong in (lambda: io.ShardReader(-1, 0, 9, 9), lambda: io.ShardReader("two")):
             with pytest.raises((OSError, TypeError)):
                 wrong()
         mapped = io.MappedBuffer(content)
@@ -203,7 +152,7 @@ def test_objects_hold_and_release_their_references(file, content):
 
     def counts():
         gc.collect()
-        types = [io.Block, io.Ring, io.ShardReader, io.MappedBuffer, io.PickledRows, io.NotPlain]
+        types = [io.Block, io.ShardReader, io.MappedBuffer, io.PickledRows, io.NotPlain]
         return [sys.getrefcount(held) for held in (*types, content, None)]
 
     use_everything()
@@ -240,27 +189,28 @@ def test_a_reader_can_be_left_at_any_moment(file, content):
     assert now_threads <= threads
 
 
-def test_it_reads_ahead_and_no_further(file, content):
-    """Buffers in use say how far it has come: those ahead, and the one that is held."""
-    buffers = ring(PAGE, buffers=8)
-    reader = io.ShardReader(file.fileno(), 0, len(content), PAGE, ahead=3, threads=3, ring=buffers)
-    held = next(reader)
-    deadline = time.monotonic() + 20
-    while buffers.free > 4 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert buffers.free == 4
-    assert bytes(held) == content[:PAGE]
+def test_it_reads_ahead_and_no_further(tmp_path):
+    """Pages in memory say how far it has come: three blocks ahead of the one that is held."""
+    path = tmp_path / "rows"
+    path.write_bytes(os.urandom(8 << 20))
+    with open(path, "rb") as file:
+        reader = io.ShardReader(file.fileno(), 0, 8 << 20, 1 << 20, ahead=3, threads=3)
+        held = next(reader)
+        deadline = time.monotonic() + 20
+        while resident_bytes(path) < 4 << 20 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert resident_bytes(path) == 4 << 20
+        assert len(held) == 1 << 20
 
 
 def test_readers_of_several_threads(file, content):
     results = []
 
     def read():
-        blocks = io.ShardReader(file.fileno(), 0, len(content), 500, ring=buffers)
+        blocks = io.ShardReader(file.fileno(), 0, len(content), 500)
         results.append(b"".join(map(bytes, blocks)))
 
-    buffers = ring(500)
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -307,11 +257,9 @@ def test_threads_share_the_error_of_one_reader(file, content):
     assert len(errors) == 3
 
 
-@pytest.mark.parametrize("through_ring", [False, True])
-def test_a_forked_process_refuses_the_reader_and_ends(file, content, through_ring):
+def test_a_forked_process_refuses_the_reader_and_ends(file, content):
     """Its threads do not exist there: neither the next block nor the end may wait for them."""
-    options = {"ring": ring(500)} if through_ring else {}
-    reader = io.ShardReader(file.fileno(), 0, len(content), 500, ahead=4, threads=4, **options)
+    reader = io.ShardReader(file.fileno(), 0, len(content), 500, ahead=4, threads=4)
     begin = bytes(next(reader))
     child = os.fork()
     if child == 0:

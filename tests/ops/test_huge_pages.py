@@ -72,17 +72,6 @@ def test_a_large_result_asks_for_huge_pages(linear):
     assert asks_for_huge_pages(out.data_ptr() + middle)
 
 
-def test_the_blocks_of_the_reader_ask_for_huge_pages(tmp_path):
-    require_huge_pages()
-    io = pytest.importorskip("realign_fast._io")
-    ring, path = io.Ring(1, 34 * MIB), tmp_path / "rows"
-    path.write_bytes(bytes(4 * MIB))
-    with path.open("rb") as file:
-        reader = io.ShardReader(file.fileno(), 0, 4 * MIB, 4 * MIB, ring=ring, direct=False)
-        assert len(bytes(next(iter(reader)))) == 4 * MIB
-    assert asks_for_huge_pages(ring.addresses[0] + 2 * MIB)
-
-
 def test_the_storage_of_a_large_result_is_an_ordinary_one():
     require_compiled()
     rows, out = result(5)
