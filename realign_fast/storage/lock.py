@@ -2,15 +2,17 @@
 
 A local lock ends with the process, however that ends, and leaves nothing to clear away. A store of
 objects has no such lock, but it can create an object on the condition that none is there. Its
-holder rewrites it every ``HEARTBEAT_SECONDS`` with the time. The object of a killed process is
-removed by the next run if that run can see that the process is dead: on the same machine, in the
-same container. Elsewhere nobody can see that, so a person decides: the error says what to delete.
+holder rewrites it every ``HEARTBEAT_SECONDS`` with the time, and keeps a file of the directory for
+temporary files locked, which has the token of the object. The next run with that directory sees by
+this file that a holder is dead, and removes its object. Elsewhere nobody can see that, so a person
+decides: the error says what to delete.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -36,7 +38,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def locked(folder: AnyPath, part: str = "") -> Iterator[int | None]:
+def locked(folder: AnyPath, part: str = "") -> Iterator[int]:
     """Hold ``folder`` alone; with ``part`` share it with other parts and hold that part alone.
 
     It gives the descriptor of a local lock: forked processes hold the lock too until they close it.
@@ -69,8 +71,8 @@ def _locks(folder: StoragePath) -> list[StoragePath]:
 def _expect_free(path: StoragePath) -> None:
     """Raise an OSError (EBUSY) if a process holds the lock ``path``."""
     if isinstance(path, Url):
-        if (holder := _read(path)) is not None and not _is_dead(holder):
-            raise OSError(errno.EBUSY, _busy_message(path, holder))
+        with _not_alive(path, fcntl.LOCK_SH):
+            pass
     elif path.is_file() and os.access(path, os.R_OK):
         with open(path) as file:
             _acquire_file(file.fileno(), path, fcntl.LOCK_SH)
@@ -132,29 +134,54 @@ def _acquire_file(descriptor: int, path: LocalPath, kind: int) -> None:
 
 
 @contextmanager
-def _held_object(path: Url) -> Iterator[None]:
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    own = {**_process(), "token": uuid.uuid4().hex, "since": since, "alive": time.time()}
+def _held_object(path: Url) -> Iterator[int]:
+    token, since = uuid.uuid4().hex, time.strftime("%Y-%m-%d %H:%M:%S %z")
+    own: Holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": token}
+    own |= {"since": since, "alive": time.time()}
     stop = threading.Event()
     heartbeat = threading.Thread(target=_send_heartbeats, args=(path, own, stop), daemon=True)
+    with _not_alive(path, fcntl.LOCK_EX) as (descriptor, dead):
+        if dead:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk is full; then nobody sees that this process is dead
+            os.pwrite(descriptor, token.encode(), 0)
+        try:
+            _create(path, own)
+            heartbeat.start()
+            yield descriptor
+        finally:
+            stop.set()
+            if heartbeat.is_alive():
+                heartbeat.join()
+            with suppress(OSError):  # an object that stays is that of a dead process
+                if _is_own(path, own):
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, Holder | None]]:
+    """Give the locked file that stands for ``path`` on this machine, and the dead holder, if any.
+
+    It is an OSError (EBUSY) if a holder lives, or nobody can see whether it does.
+    """
+    digest = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    file = os.path.join(tempfile.gettempdir(), f"realign-fast-{os.getuid()}-{digest}.lock")
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        _create(path, own)
-        heartbeat.start()
-        yield
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            token = os.pread(descriptor, 64, 0).decode(errors="replace")
+        except OSError:
+            token = ""  # of a living process, or this file system has no locks
+        holder = _read(path)
+        if holder is not None and (not token or holder.get("token") != token):
+            raise OSError(errno.EBUSY, _busy_message(path, holder))
+        yield descriptor, holder
     finally:
-        stop.set()
-        if heartbeat.is_alive():
-            heartbeat.join()
-        with suppress(OSError):  # an object that stays is that of a dead process
-            if _is_own(path, own):
-                path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _create(path: Url, own: Holder) -> None:
-    with _alone_on_this_machine():  # else a second process would remove the lock of the first
-        if path.exists():
-            _expect_free(path)
-            path.unlink(missing_ok=True)  # of a dead process
     data = json.dumps(own).encode()
     if not path.create(data) and not _is_own(path, own):  # its answer may be lost
         raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
@@ -199,39 +226,3 @@ def _read(path: Url) -> Holder | None:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _process() -> Holder:
-    """Return facts that identify this process, also in containers and where ids are used again."""
-    machine, pid = "", os.getpid()
-    with suppress(OSError):  # not on Linux
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    began = start_time(pid)
-    return {"host": socket.gethostname(), "machine": machine, "pid": pid, "began": began}
-
-
-def start_time(pid: int) -> str | None:
-    """Return when a living process began, in ticks; None for a dead one, and where no /proc is."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
-
-
-def _is_dead(holder: Holder) -> bool:
-    """Return whether this process can see that a holder is dead."""
-    own, pid = _process(), holder.get("pid")
-    is_here = all(holder.get(name) == own[name] for name in ("host", "machine"))
-    return is_here and isinstance(pid, int) and start_time(pid) != holder.get("began")
-
-
-@contextmanager
-def _alone_on_this_machine() -> Iterator[None]:
-    descriptor = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -32,7 +32,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
 from realign_fast.storage import lock, url
-from realign_fast.storage.lock import locked
+from realign_fast.storage.lock import check_not_locked, locked
 from realign_fast.storage.paths import storage_path
 
 ROOT = Path(main.__file__).resolve().parents[2]
@@ -462,8 +462,9 @@ def test_two_runs_on_one_output(out, monkeypatch):
 
 
 def leave_lock(place, **differences):
-    """Leave a lock as another process would, with what differs from this one."""
-    holder = lock._process() | {"token": "t", "since": "then", "alive": time.time() - 7200}
+    """Leave a lock as a process elsewhere would."""
+    holder = {"host": "elsewhere", "pid": 5, "token": "t", "since": "then"}
+    holder["alive"] = time.time() - 7200
     (folder(place) / "__realign__/_stats/lock").write_whole(
         json.dumps(holder | differences).encode()
     )
@@ -472,7 +473,7 @@ def leave_lock(place, **differences):
 def test_the_example_removes_stale_locks_alone(bucket, monkeypatch, capsys):
     main_of_example = runpy.run_path(str(ROOT / "examples/stale_locks.py"))["main"]
     with locked(folder(S3) / "__realign__/_stats", "1-of-2"):
-        leave_lock(S3, host="elsewhere")
+        leave_lock(S3)
         for options, status, verdict in ((["--minutes=130"], 0, "alive"), ([], 1, "stale")):
             monkeypatch.setattr(sys, "argv", ["stale_locks.py", S3, *options])
             bucket.invalidate_cache()
@@ -489,18 +490,21 @@ def test_the_example_removes_stale_locks_alone(bucket, monkeypatch, capsys):
         assert keys(bucket) == ["__realign__/_stats/lock-1-of-2"]
 
 
-@pytest.mark.parametrize("differences", [{"pid": 1 << 22}, {"began": "1"}])
-def test_a_lock_of_a_dead_process_of_this_machine_is_taken(differences, bucket):
-    leave_lock(S3, **differences)
+def test_a_lock_of_a_dead_process_of_this_machine_is_taken(bucket):
+    code = (
+        "import os; from realign_fast.storage.lock import locked\n"
+        f"with locked('{S3}/__realign__/_stats'): os.kill(os.getpid(), 9)"
+    )
+    assert programs.Program(["-c", code], env=environment()).wait(60) == -signal.SIGKILL
+    assert keys(bucket) == ["__realign__/_stats/lock"]
+    check_not_locked(f"{S3}/__realign__/_stats")
     with locked(folder(S3) / "__realign__/_stats"):
         holder = json.loads(bucket.cat("rows/out/__realign__/_stats/lock"))
         assert holder["pid"] == os.getpid()
     assert keys(bucket) == []
 
 
-@pytest.mark.parametrize(
-    "differences", [{"host": "elsewhere"}, {"machine": "a container"}, {"pid": "x"}]
-)
+@pytest.mark.parametrize("differences", [{}, {"token": ""}, {"token": 5}])
 def test_a_lock_that_nobody_can_prove_dead_is_named(differences, bucket):
     leave_lock(S3, **differences)
     lock = f"{S3}/__realign__/_stats/lock"
