@@ -1,10 +1,9 @@
 """Tables in Arrow's terms: the column of rows, its values as numpy rows, shards and writers.
 
-A column of rows is a list, large list or fixed-size list of half, float or double; a tensor type of
-Arrow or Ray with the shape `[D]` or `[1, D]`, which is stored as such lists; or a fixed-size
-binary whose number type stands in the metadata of its field (`dtype`) or in the name
-that asks for it (`embedding:float16`). A row that is null or empty, and a number that is null, are
-read as NaN; a row of another length is an error. This is the one file that imports pyarrow.
+A column of rows is a list, large list or fixed-size list of half, float or double, or a tensor type
+of Arrow or Ray with the shape `[D]` or `[1, D]`, which is stored as such lists. A row that is null
+or empty, and a number that is null, are read as NaN; a row of another length is an error. This is
+the one file that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from ..shard import MAX_COLUMNS, Shard, selected
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
-FLOATS = ("float16", "float32", "float64")
 _USER = "A parquet or Arrow file"
 
 
@@ -57,12 +55,10 @@ def vectors_of(
 ) -> tuple[int, np.dtype[Any], str]:
     """Return dimension, number type and name of the column of rows of a `pyarrow.Schema`.
 
-    `column` is its `name` or `name:dtype`, or None for `embedding`. `batches(name)` yields a column
-    of the table; the first row of lists with numbers says their dimension, which is 0 without one.
+    `column` is its name, or None for `embedding`. `batches(name)` yields a column of the table; the
+    first row of lists with numbers says their dimension, which is 0 without one.
     """
-    name, _, stated = (column or DEFAULT).rpartition(":")
-    if stated not in FLOATS:
-        name, stated = column or DEFAULT, ""
+    name = column or DEFAULT
     place = f"{path}: column {name!r}"
     if schema.names.count(name) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
@@ -70,28 +66,17 @@ def vectors_of(
         raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
     field = schema.field(name)
     storage = _storage(field.type)
-    if pyarrow().types.is_fixed_size_binary(storage):
-        in_metadata = (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
-        dtype = _dtype_of_binary(place, name, storage, stated or in_metadata)
-        return _checked_dimension(place, storage.byte_width // dtype.itemsize), dtype, name
-    if not _is_list(storage):
-        expected = "expected a list, fixed-size list or fixed-size binary of numbers"
-        raise TypeError(f"{place} is {field.type}, {expected}; choose another column")
-    if not pyarrow().types.is_floating(storage.value_type):
-        expected = "expected half, float or double; cast or flatten the column"
-        raise TypeError(f"{place} holds {storage.value_type}, {expected}")
+    if not (_is_list(storage) and pyarrow().types.is_floating(storage.value_type)):
+        expected = "expected a list or fixed-size list of half, float or double"
+        raise TypeError(f"{place} is {field.type}, {expected}; cast or flatten it")
     if any(size not in (1, None) for size in _tensor_shape(field)[:-1]):
         expected = "expected vectors [D] or [1, D]; reshape them"
         raise TypeError(f"{place} holds tensors {_tensor_shape(field)}, {expected}")
     dtype = np.dtype(storage.value_type.to_pandas_dtype())
-    if stated and dtype != stated:
-        raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
     if pyarrow().types.is_fixed_size_list(storage):
         return _checked_dimension(place, storage.list_size), dtype, name
     for batch in batches(name):
-        array = batch.column(name)
-        array.validate(full=True)  # or a damaged offset would be followed
-        lengths = _lengths_of(_lists_of(array, dtype))
+        lengths = _lengths_of(_lists_of(batch.column(name)))
         if (lengths > 0).any():
             return _checked_dimension(place, int(lengths[lengths > 0][0])), dtype, name
     return 0, dtype, name
@@ -120,17 +105,6 @@ def _tensor_shape(field: Any) -> list[Any]:
     return []
 
 
-def _dtype_of_binary(place: str, name: str, column_type: Any, stated: str) -> np.dtype[Any]:
-    if stated not in FLOATS:
-        advice = f"ask for column {name + ':float16'!r} (or float32, float64)"
-        raise TypeError(f"{place} is {column_type}, which does not say its number type; {advice}")
-    dtype = np.dtype(stated)
-    if column_type.byte_width % dtype.itemsize:
-        expected = f"expected a multiple of {dtype.itemsize} for {stated}"
-        raise TypeError(f"{place} is {column_type}, {expected}; ask for another number type")
-    return dtype
-
-
 def _checked_dimension(place: str, dimension: int) -> int:
     if not 0 < dimension < MAX_COLUMNS:
         raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
@@ -142,8 +116,7 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
 
     A ValueError names a row of another length; `first` is the number of the first one.
     """
-    array.validate(full=True)  # offsets and buffers have not been read yet, and may not fit
-    lists = _lists_of(array, shard.dtype)
+    lists = _lists_of(array)
     lengths = _lengths_of(lists)
     # Numbers are copied only where some are null. Those of a list that is null are left out.
     numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
@@ -162,17 +135,10 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
     return rows
 
 
-def _lists_of(array: Any, dtype: np.dtype[Any]) -> Any:
-    """Return rows as lists of numbers."""
-    pa = pyarrow()
-    lists = getattr(array, "storage", array)
-    if not pa.types.is_fixed_size_binary(lists.type):
-        return lists
-    width, value_type = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
-    buffers, count = [None, lists.buffers()[1]], len(lists) * width
-    values = pa.Array.from_buffers(value_type, count, buffers, offset=lists.offset * width)
-    mask = lists.is_null() if lists.null_count else None
-    return pa.FixedSizeListArray.from_arrays(values, width, mask=mask)
+def _lists_of(array: Any) -> Any:
+    """Return rows as lists of numbers, whose offsets and buffers fit."""
+    array.validate(full=True)  # they have not been read yet, and would be followed
+    return getattr(array, "storage", array)
 
 
 def _lengths_of(lists: Any) -> np.ndarray:
@@ -182,15 +148,12 @@ def _lengths_of(lists: Any) -> np.ndarray:
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
-    """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared."""
+    """Return rows `[n, D]` as a `pyarrow.Array` of a list type; the memory is shared."""
     pa, storage, data = pyarrow(), _storage(column_type), pyarrow().py_buffer(rows.reshape(-1))
-    if pa.types.is_fixed_size_binary(storage):
-        array = pa.Array.from_buffers(storage, len(rows), [None, data])
-    else:
-        if rows.size > np.iinfo(np.int32).max:  # a cast would let the offsets wrap
-            raise ValueError(f"got {rows.size} numbers for one array; write fewer rows at a time")
-        values = pa.Array.from_buffers(pa.from_numpy_dtype(rows.dtype), rows.size, [None, data])
-        array = pa.FixedSizeListArray.from_arrays(values, rows.shape[1]).cast(storage)
+    if rows.size > np.iinfo(np.int32).max:  # a cast would let the offsets wrap
+        raise ValueError(f"got {rows.size} numbers for one array; write fewer rows at a time")
+    values = pa.Array.from_buffers(pa.from_numpy_dtype(rows.dtype), rows.size, [None, data])
+    array = pa.FixedSizeListArray.from_arrays(values, rows.shape[1]).cast(storage)
     is_extension = storage is not column_type
     return pa.ExtensionArray.from_storage(column_type, array) if is_extension else array
 
