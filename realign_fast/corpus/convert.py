@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import chain, repeat
 from typing import Any
 
@@ -73,23 +72,16 @@ def convert(
     described = metadata_of_shards(corpus) if corpus.subfolder else {}
     mark = out / UNFINISHED
     finished = _begin(corpus, mark, [to, str(dtype), corpus.column, batch_bytes])
-    try:
-        for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
-            if path.name in finished:
-                advance(shard.num_rows)
-                continue
-            source = shard if shard.has_other_columns else described.get(shard.path) or shard
-            first_row = int(corpus.starts[index])
-            with table_writer(source, path, to, dtype, shard.dimension, first_row) as writer:
-                for batch in corpus.batches(index, batch_bytes=batch_bytes):
-                    writer.write(_rounded(batch, shard, dtype))
-                    advance(len(batch.rows))
-    except BaseException:
-        with suppress(OSError):  # the first error says it, if the server is gone
-            if not shard_paths(out):
-                mark.unlink()
-                out.rmdir()
-        raise
+    for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
+        if path.name in finished:
+            advance(shard.num_rows)
+            continue
+        source = shard if shard.has_other_columns else described.get(shard.path) or shard
+        first_row = int(corpus.starts[index])
+        with table_writer(source, path, to, dtype, shard.dimension, first_row) as writer:
+            for batch in corpus.batches(index, batch_bytes=batch_bytes):
+                writer.write(_rounded(batch, shard, dtype))
+                advance(len(batch.rows))
     if to == "hf":
         arrow.write_state(out, paths)
     mark.unlink()  # the last change

@@ -41,8 +41,8 @@ class Format(NamedTuple):
 # Of formats that share a suffix, the first is found by it; its reader reads all.
 FORMATS = {
     "npy": Format(lambda path, column: npy.read_header(path), npy.ShardWriter),
-    "npz": Format(archives.read_npz, archives.NpzWriter),
-    "pt": Format(archives.read_torch, archives.TorchWriter),
+    "npz": Format(archives.read_shard, archives.NpzWriter),
+    "pt": Format(archives.read_shard, archives.TorchWriter),
     "safetensors": Format(safetensors.read_shard, safetensors.TensorWriter),
     "parquet": Format(parquet.read_shard, parquet.ParquetWriter),
     "arrow": Format(arrow.read_shard, arrow.ArrowWriter),

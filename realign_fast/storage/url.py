@@ -239,9 +239,6 @@ class Url:
             if not missing_ok:
                 raise
 
-    def rmdir(self) -> None:
-        """Do nothing: object stores keep no empty directories."""
-
     def remove_tree(self) -> None:
         """Remove the directory with everything below it."""
         self._ask(lambda fs, path: fs.rm(path, recursive=True), "removed")

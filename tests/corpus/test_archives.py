@@ -76,7 +76,7 @@ def test_a_file_of_the_same_name_in_another_directory_is_another_file(
         else:
             with open("x.pkl", "wb") as file:
                 pickle.dump(
-                    [{"id": str(n), "embed": list(row)} for n, row in enumerate(rows)], file
+                    [{"id": str(n), "embed": row.tolist()} for n, row in enumerate(rows)], file
                 )
         os.utime(f"x.{suffix}", (1, 1))
         corpus = Corpus(f"x.{suffix}", allow_pickle=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -136,7 +137,8 @@ def test_a_converted_dataset_is_loaded_by_its_library(tmp_path):
 
 def test_keys_that_come_and_go_become_nulls(tmp_path):
     row = np.zeros(2, "f4")
-    entries = [{"embed": row, "a": 1}] * 1500 + [{"embed": row, "b": [1.5], "c": np.arange(2)}]
+    entries = [{"embed": row, "a": 1} for _ in range(1500)]
+    entries.append({"embed": row, "b": [1.5], "c": np.arange(2)})
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(entries))
     convert(Corpus(tmp_path / "x.pkl", allow_pickle=True), tmp_path / "out", "parquet")
     last = pq.read_table(tmp_path / "out" / "x.parquet").slice(1499).to_pylist()
@@ -160,7 +162,7 @@ def test_keys_that_are_no_columns_say_so(tmp_path, more, words):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(entries))
     with pytest.raises(ValueError, match=rf"x\.pkl: .*{words}"):
         convert(Corpus(tmp_path / "x.pkl", allow_pickle=True), tmp_path / "out", "parquet")
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "out") == [".converting"]
 
 
 def test_tensors_that_are_no_columns_say_so(tmp_path):
@@ -195,7 +197,7 @@ def test_a_row_that_cannot_be_read_leaves_no_shard_behind(tmp_path):
     save(tmp_path / "x.parquet", random_rows(8), "parquet")
     with pytest.raises(ValueError, match="changed while it was read"):
         convert(corpus, tmp_path / "out", "arrow")
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "out") == [".converting"]
 
 
 # ---- the command line
@@ -259,11 +261,14 @@ def test_a_conversion_that_stopped_goes_on(tmp_path, monkeypatch):
     assert Corpus(out).num_rows == 60
 
 
-def test_what_was_refused_leaves_no_empty_directory(tmp_path):
+def test_what_was_refused_is_no_corpus_and_another_conversion_begins_there(tmp_path):
     save(tmp_path / "source" / "a.npy", np.full((2, DIMENSION), 1e30, np.float32), "npy")
     with pytest.raises(ValueError, match="beyond"):
         convert(Corpus(tmp_path / "source"), tmp_path / "out", "npy", dtype=torch.float16)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="conversion that did not end"):
+        Corpus(tmp_path / "out")
+    convert(Corpus(tmp_path / "source"), tmp_path / "out", "npy")
+    assert os.listdir(tmp_path / "out") == ["a.npy"]
 
 
 def write_root(folder, counts, write):

@@ -62,17 +62,11 @@ def read(path, **options):
 # ---- reading and writing
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_rows_come_out_of_every_protocol(tmp_path, protocol, dtype):
     rows = random_rows(11, dtype)
-    order = np.dtype(dtype).newbyteorder(">")
-    forms = (
-        lambda row: row[None],
-        lambda row: row[None].T.T.copy("F"),
-        lambda row: row.astype(order),
-    )
-    for make in (np.array, *forms):
+    for make in (np.array, lambda row: row[None], lambda row: row[None].T.T.copy("F")):
         path = save(tmp_path / "x.pkl", entries_of(rows, make), protocol)
         got = read(path)
         assert got.dtype == dtype
@@ -85,11 +79,11 @@ def test_lists_of_floats_and_other_keys(tmp_path):
     rows = random_rows(5, "float64")
     path = save(tmp_path / "x.pickle", [{"text": row.tolist()} for row in rows])
     np.testing.assert_array_equal(read(path, column="text"), rows)
-    with pytest.raises(ValueError, match=r"row 0 has no key 'embed'; choose .*of: 'text'"):
+    with pytest.raises(ValueError, match="row 0 under 'embed' is missing, of the keys 'text'; exp"):
         read(path)
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_aligned_lists_keep_all_but_the_rows(tmp_path, protocol):
     np.save(tmp_path / "target.npy", -random_rows(20))
     (tmp_path / "npy").mkdir()
@@ -144,76 +138,51 @@ def refuse(path, words, error=ValueError):
     assert str(path) in str(caught.value)
 
 
+FLOATS, OTHERS = np.zeros(3), np.zeros(4)
+
+
 @pytest.mark.parametrize(
-    ("value", "words", "error"),
+    ("value", "words"),
     [
-        ({"a": 1}, "holds a dict; expected a pickled list", ValueError),
-        ([], "has no row that is a vector, so nothing says its dimension", ValueError),
-        ([{"embed": None}], "no entry has a row under 'embed'", ValueError),
-        ([{"embed": [True]}], "'embed' is list, expected", TypeError),
-        ([1], "row 0 is a int", ValueError),
-        ([{"embed": np.zeros(3, int)}], "'embed' holds int64, expected float16", TypeError),
-        ([{"embed": "text"}], "'embed' is str, expected", TypeError),
-        ([{"embed": [1.0, "a"]}], "'embed' is list, expected", TypeError),
-        ([{"embed": [10**400]}], "a number beyond float64", ValueError),
-        ([{"embed": np.zeros((2, 3))}], r"shape \(2, 3\), expected \[D\]", ValueError),
-        ([{"embed": np.zeros(0)}], r"shape \(0,\)", ValueError),
-        ([{"embed": np.zeros(3)}, {"embed": np.zeros(4)}], "row 1 holds 4 of float64", ValueError),
-        ([{"embed": np.zeros(3)}, 7], "row 1 is a int", ValueError),
+        ({"a": 1}, "holds a dict; expected a pickled list"),
+        ([], "has no row that is a vector, so nothing says its dimension"),
+        ([{"embed": None}], "row 0 under 'embed' is a NoneType; expected arrays"),
+        ([{"embed": [True]}], "row 0 under 'embed' is a list of 1 bool; "),
+        ([1], "row 0 under 'embed' is missing: its entry is a int"),
+        ([{"embed": np.zeros(3, int)}], r"an array \[3\] of <i8; expected .* one of <f2, <f4"),
+        ([{"embed": "text"}], "is a str; expected arrays"),
+        ([{"embed": [1.0, "a"]}], "is a list of 2 float/str; "),
+        ([{"embed": [10**400]}], "is a list of 1 int; .* lists of floats"),
+        ([{"embed": np.zeros((2, 3))}], r"an array \[2, 3\] of <f8; expected arrays \[D\]"),
+        ([{"embed": np.zeros(0)}], r"an array \[0\] of"),
+        ([{"embed": FLOATS}, {"embed": OTHERS}], r"row 1 .*array \[4\] .*row 0 an array \[3\]"),
+        ([{"embed": FLOATS}] * 2 + [7], "row 2 under 'embed' is missing: its entry is a int"),
+        ([{"embed": FLOATS}, {"id": 5}], "row 1 under 'embed' is missing, of the keys 'id', row 0"),
+        ([{"embed": FLOATS}, {"embed": FLOATS.astype("f2")}], "row 1 .* of <f2, row 0 .*<f8"),
+        ([{"embed": FLOATS}, {"embed": [1.0, 2.0, 3.0]}], "row 1 .* list of 3 float, row 0 an arr"),
+        ([{"embed": torch.ones(3)}], "not plain data: .* names torch"),
     ],
 )
-def test_what_is_not_a_list_of_rows_says_so(tmp_path, value, words, error):
-    refuse(save(tmp_path / "x.pkl", value), words, error)
+def test_what_is_not_a_list_of_rows_says_so(tmp_path, value, words):
+    refuse(save(tmp_path / "x.pkl", value), words)
 
 
-def test_rows_that_are_missing_or_of_several_types_are_read(tmp_path):
-    """As the paper's code takes them: a row that is missing is a bad row in its place."""
-    rows = random_rows(6)
-    rows[2:4] = np.nan
-    values = [rows[0].astype("f2"), rows[1], None, None, [*rows[4]]]
-    entries = [{"id": i, "embed": value} for i, value in enumerate(values)]
-    del entries[3]["embed"]
-    rows[0] = values[0]
-    save(tmp_path / "rows_0.pkl", entries)
+def test_arrays_of_protocol_2_are_refused(tmp_path):
+    refuse(save(tmp_path / "x.pkl", [{"embed": FLOATS}], 2), r"row 0 .*protocol 3 on: pickle")
+
+
+def test_a_part_without_entries_keeps_its_place(tmp_path):
+    rows = random_rows(5)
+    save(tmp_path / "rows_0.pkl", entries_of(rows))
     save(tmp_path / "rows_1.pkl", [])
     corpus = Corpus(tmp_path, allow_pickle=True)
     assert [shard.num_rows for shard in corpus.shards] == [5, 0] and corpus.dtype == torch.float32
     (batch,) = corpus.batches()
-    np.testing.assert_array_equal(batch.rows.numpy(), rows[:5])
-    np.testing.assert_array_equal(corpus.take([3, 0]).numpy(), rows[[3, 0]])
-    (tmp_path / "out").mkdir()
-    with corpus.shards[0].writer(tmp_path / "out" / "rows_0.pkl") as writer:
-        writer.write(batch.rows.nan_to_num(0))
-    written = Corpus(tmp_path / "out", allow_pickle=True).take(range(5))
-    np.testing.assert_array_equal(written.numpy(), np.nan_to_num(rows[:5]))
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_rows_may_be_torch_tensors(tmp_path):
-    """They are read as arrays, also beside arrays, and their results are arrays."""
-    rows = random_rows(8)
-    rows[0] = torch.from_numpy(rows[0]).bfloat16().float()
-    rows[1] = rows[1].astype("f2")
-    tensors = torch.from_numpy(rows)
-    cuda_file = storage_file(tensors[7].clone()).replace(b"\3\0\0\0cpu", b"\6\0\0\0cuda:0")
-    assert b"cuda" in cuda_file
-    values = [tensors[0].bfloat16(), tensors[1].half(), rows[2], tensors[3:4].T.clone().T]
-    values += [tensors[4].clone().requires_grad_(), torch.nn.Parameter(tensors[5])]
-    values += [tensors.T.contiguous()[:, 6], tensor_of(cuda_file, size=(DIMENSION,))]
-    entries = [{"id": i, "embed": value} for i, value in enumerate(values)]
-    for protocol in (2, 4, 5):
-        path = save(tmp_path / "x.pkl", entries, protocol)
-        rows_read = read(path)
-        assert rows_read.dtype == np.float32
-        np.testing.assert_array_equal(rows_read, rows)
-    with Corpus(path, allow_pickle=True).shards[0].writer(tmp_path / "out" / "x.pkl") as writer:
-        writer.write(-tensors)
-    written = pickle.loads((tmp_path / "out" / "x.pkl").read_bytes())  # ours: plain data
-    assert [entry["id"] for entry in written] == list(range(8))
-    assert all(type(entry["embed"]) is np.ndarray for entry in written)
-    np.testing.assert_array_equal(read(tmp_path / "out" / "x.pkl"), -rows)
-    save(path, [{"embed": tensors[0].double()}])
-    assert read(path).dtype == np.float64
+    np.testing.assert_array_equal(batch.rows.numpy(), rows)
+    assert not corpus.shards[1].has_other_columns
+    with corpus.shards[1].writer(tmp_path / "out" / "rows_1.pkl") as writer:
+        writer.write(torch.zeros(0, DIMENSION))
+    assert pickle.loads((tmp_path / "out" / "rows_1.pkl").read_bytes()) == []
 
 
 def test_hostile_tensors_are_one_error_and_nothing_runs(tmp_path):
@@ -230,30 +199,28 @@ def test_hostile_tensors_are_one_error_and_nothing_runs(tmp_path):
         return tensor_of(sound.replace(old, new))
 
     hostile_tensors = [
-        (tensor_of(shell), "damaged"),
-        (changed(b"\x80\2M\xe9\3.", shell), "damaged"),
-        (changed(b"ctorch\nFloatStorage", b"cposix\nsystem"), "damaged"),
-        (changed(b"K\3N", b"J\xff\xff\xff\x7fN"), "damaged"),
-        (changed(b"K\3N", b"J\xff\xff\xff\xffN"), "damaged"),
-        (changed(b"K\3N", b"K\2N"), "damaged"),
-        (changed(b"q\1a.", b"q\1."), "damaged"),
-        (changed(b"Q.", b"0N."), "damaged"),
-        (tensor_of(saved.getvalue(), offset=1), "damaged"),
-        (tensor_of(sound[:-1]), "damaged"),
-        (tensor_of(sound, offset=1), "damaged"),
-        (tensor_of(sound, stride=(2,)), "damaged"),
-        (tensor_of(sound, size=(1, 3), stride=(1 << 40, 2)), "sizes"),
-        (tensor_of(sound, offset=-1), "row 1: .*sizes"),
-        (tensor_of(sound, size=(1 << 61,), stride=(0,)), "row 1: .*sizes"),
-        (tensor_of(sound, size=(1 << 20,), stride=(0,)), "row 1: .*sizes"),
-        (tensor_of(sound, stride=(-1,)), "row 1: .*sizes"),
-        (tensor_of(sound, stride=(1, 1)), "row 1: .*sizes"),
+        tensor_of(shell),
+        changed(b"\x80\2M\xe9\3.", shell),
+        changed(b"ctorch\nFloatStorage", b"cposix\nsystem"),
+        changed(b"K\3N", b"J\xff\xff\xff\x7fN"),
+        changed(b"K\3N", b"J\xff\xff\xff\xffN"),
+        changed(b"K\3N", b"K\2N"),
+        changed(b"q\1a.", b"q\1."),
+        changed(b"Q.", b"0N."),
+        tensor_of(saved.getvalue(), offset=1),
+        tensor_of(sound[:-1]),
+        tensor_of(sound, offset=1),
+        tensor_of(sound, stride=(2,)),
+        tensor_of(sound, size=(1, 3), stride=(1 << 40, 2)),
+        tensor_of(sound, offset=-1),
+        tensor_of(sound, size=(1 << 61,), stride=(0,)),
+        tensor_of(sound, size=(1 << 20,), stride=(0,)),
+        tensor_of(sound, stride=(-1,)),
+        tensor_of(sound, stride=(1, 1)),
     ]
-    for tensor, problem in hostile_tensors:
+    for tensor in hostile_tensors:
         save(path, [{"id": 0, "embed": np.ones(3)}, {"id": 1, "embed": tensor}])
-        refuse(path, f"not plain data: .*{problem}")
-    save(path, [{"embed": torch.ones(3).int()}])
-    refuse(path, "row 0: 'embed' holds int32, expected float16", TypeError)
+        refuse(path, "not plain data: ")
     assert not touched.exists()
 
 
@@ -403,7 +370,7 @@ def test_deep_nesting_does_not_recurse(tmp_path):
     depth = 200_000
     path = tmp_path / "x.pkl"
     path.write_bytes(b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b".")
-    refuse(path, "row 0 is a list")
+    refuse(path, "its entry is a list")
     path.write_bytes(b"\x80\x04" + b")" + b"\x85" * depth + b".")
     refuse(path, "holds a tuple")
     whole = pickle.dumps([{"embed": np.zeros(3, "f4"), "id": "here"}], protocol=4)

@@ -13,7 +13,7 @@ import pickle
 import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,7 +78,7 @@ class NpzShard(Shard):
     def entries(self) -> dict[str, Any]:
         """All entries; a tensor that is alone has the name ""."""
         self.check_unchanged()  # touching a page that is gone would be a SIGBUS
-        return _kept_entries(self.path, self.stamp, self.format, absolute(self.path))
+        return _kept_entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Yield copies of the rows; see `Shard.pieces`."""
@@ -113,12 +113,10 @@ class TorchShard(NpzShard):
     writer_class = TorchWriter
 
 
-def _read_shard(
-    shard_class: type[NpzShard], path: StoragePath, column: str | None = None
-) -> NpzShard:
+def read_shard(path: StoragePath, column: str | None = None) -> NpzShard:
     """Open the entry `column` of a file; by default `embedding`, or the only one of rows."""
-    stamp = path.stamp()
-    entries = _kept_entries(path, stamp, shard_class.format, absolute(path))
+    stamp, shard_class = path.stamp(), NpzShard if _is_npz(path) else TorchShard
+    entries = _kept_entries(path, stamp, absolute(path))
     candidates = [name for name, entry in entries.items() if _is_rows(entry)]
     name = column or (candidates[0] if len(candidates) == 1 else DEFAULT)
     if name not in candidates:
@@ -133,14 +131,11 @@ def _read_shard(
     return shard_class(path, len(rows), rows.shape[1], DTYPES[rows.dtype], name, stamp)
 
 
-read_npz, read_torch = partial(_read_shard, NpzShard), partial(_read_shard, TorchShard)
-
-
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
-def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dict[str, Any]:
+def _kept_entries(path: StoragePath, stamp: Stamp, place: str) -> dict[str, Any]:
     try:
         with explained(path), path.local_copy() as local:
-            if form == "npz":
+            if _is_npz(path):
                 with np.load(local, allow_pickle=False) as arrays:
                     return {name: _tensor(arrays[name]) for name in arrays}
             if zipfile.is_zipfile(local):  # torch allocates what a record says that it has
@@ -162,6 +157,10 @@ def _kept_entries(path: StoragePath, stamp: Stamp, form: str, place: str) -> dic
     if isinstance(value, torch.Tensor | dict):
         return value if isinstance(value, dict) else {"": value.detach()}
     raise ValueError(f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of them")
+
+
+def _is_npz(path: StoragePath) -> bool:
+    return path.suffix.lower() in NpzWriter.suffixes
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor | np.ndarray:

@@ -34,7 +34,6 @@ DTYPES: dict[str, Dtype] = {"BOOL": np.dtype("?"), "BF16": BFloat16()}
 for _name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
     DTYPES[f"{_name[0].upper()}{8 * int(_name[1])}"] = np.dtype(f"<{_name}")
 NAMES = {TORCH_DTYPES[dtype]: name for name, dtype in DTYPES.items() if dtype in TORCH_DTYPES}
-COLUMN_ROWS = 65536  # of the other tensors read at a time
 
 
 class Tensor(NamedTuple):
@@ -93,27 +92,19 @@ class TensorShard(ContiguousShard):
         """Yield the other tensors; see `Shard.other_columns`."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
-            names = [name for name in header if name != self.column]
-            columns = {name: header[name] for name in selected(names, only)}
-            dtypes = {name: self._column_dtype(name, columns[name]) for name in columns}
-            for first in range(0, self.num_rows if columns else 0, COLUMN_ROWS):
-                count, chunk = min(COLUMN_ROWS, self.num_rows - first), {}
-                for name, tensor in columns.items():
-                    row_bytes = (tensor.end - tensor.start) // self.num_rows
-                    start = data_offset + tensor.start + first * row_bytes
-                    data = b"".join(pieces(file.pread, start, start + count * row_bytes))
-                    values = np.frombuffer(data, dtypes[name])
-                    chunk[name] = values.reshape(count, *tensor.shape[1:])
-                for row in zip(*chunk.values(), strict=True):
-                    yield dict(zip(chunk, row, strict=True))
+            names = selected((name for name in header if name != self.column), only)
+            columns = [self._values(file, data_offset, name, header[name]) for name in names]
+        for row in zip(*columns, strict=True):
+            yield dict(zip(names, row, strict=True))
 
-    def _column_dtype(self, name: str, tensor: Tensor) -> np.dtype[Any]:
-        """Return the number type of another tensor, which must have a value or vector a row."""
+    def _values(self, file: OpenedFile, offset: int, name: str, tensor: Tensor) -> np.ndarray:
+        """Return another tensor, which must have a value or vector for each row."""
         dtype, shape = DTYPES.get(tensor.dtype), tensor.shape
-        if isinstance(dtype, np.dtype) and len(shape) in (1, 2) and shape[0] == self.num_rows:
-            return dtype
-        problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
-        raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, {problem}")
+        if not isinstance(dtype, np.dtype) or len(shape) not in (1, 2) or shape[0] != self.num_rows:
+            problem = f"cannot become a column of {self.num_rows} rows; leave it out of the file"
+            raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, {problem}")
+        data = b"".join(pieces(file.pread, offset + tensor.start, offset + tensor.end))
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 def read_shard(path: StoragePath, column: str | None = None) -> TensorShard:
