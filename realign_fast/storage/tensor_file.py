@@ -131,24 +131,17 @@ class HubObject:
             commit_message: first line of the commit.
             hub_options: arguments of ``huggingface_hub.HfApi``, such as ``token``.
 
-        Raises:
-            ConnectionError: the hub was not reached, or refused; the message says why.
+        Errors are those of that library.
         """
         name = type(self).__name__
         hub = import_extra("huggingface_hub", "hub", f"{name}.push_to_hub")
         api = hub.HfApi(library_name="realign_fast", **hub_options)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            try:
-                api.create_repo(repository, private=private, exist_ok=True)
-                commit = api.upload_folder(
-                    repo_id=repository, folder_path=folder, commit_message=commit_message
-                )
-            except Exception as error:  # those of the client that the hub's library uses
-                raise ConnectionError(
-                    f"{name}.push_to_hub: {repository} was not uploaded ({error}); log in with "
-                    "`hf auth login` or give token=, or upload the folder of save_pretrained later"
-                ) from error
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message
+            )
         return str(commit.commit_url)
 
     @classmethod

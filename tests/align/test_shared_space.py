@@ -312,11 +312,6 @@ def test_fitted_maps_go_to_the_hub(demo, tmp_path, monkeypatch):
             assert Hub.files == expected and set(expected) == HUB_FILES
             assert address == "https://huggingface.co/me/map/commit/1"
         server.shutdown()
-    with pytest.raises(ConnectionError, match=r"ReAlign\.push_to_hub: me/map was not uploaded \("):
-        fitted.push_to_hub("me/map", endpoint=endpoint, token="hf_x")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="log in with `hf auth login` or give token="):
-        fitted.push_to_hub("me/map")
 
 
 def test_the_page_applies_fitted_files_without_torch(demo, tmp_path):

@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -64,34 +65,30 @@ def vectors_of(
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
         number = "no column" if name not in schema.names else "two columns"
         raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
-    field = schema.field(name)
-    storage = _storage(field.type)
-    if not (_is_list(storage) and pyarrow().types.is_floating(storage.value_type)):
+    field, types = schema.field(name), pyarrow().types
+    storage, is_fixed = _storage(field.type), types.is_fixed_size_list(_storage(field.type))
+    is_list = is_fixed or types.is_list(storage) or types.is_large_list(storage)
+    if not (is_list and types.is_floating(storage.value_type)):
         expected = "expected a list or fixed-size list of half, float or double"
         raise TypeError(f"{place} is {field.type}, {expected}; cast or flatten it")
     if any(size not in (1, None) for size in _tensor_shape(field)[:-1]):
         expected = "expected vectors [D] or [1, D]; reshape them"
         raise TypeError(f"{place} holds tensors {_tensor_shape(field)}, {expected}")
     dtype = np.dtype(storage.value_type.to_pandas_dtype())
-    if pyarrow().types.is_fixed_size_list(storage):
-        return _checked_dimension(place, storage.list_size), dtype, name
-    for batch in batches(name):
-        lengths = _lengths_of(_lists_of(batch.column(name)))
-        if (lengths > 0).any():
-            return _checked_dimension(place, int(lengths[lengths > 0][0])), dtype, name
-    return 0, dtype, name
+    if is_fixed:
+        dimension = storage.list_size
+    else:
+        lengths = chain.from_iterable(_lists_of(batch.column(name))[1] for batch in batches(name))
+        dimension = int(next((length for length in lengths if length > 0), 0))
+    if not is_fixed <= dimension < MAX_COLUMNS:
+        raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
+    return dimension, dtype, name
 
 
 def _storage(column_type: Any) -> Any:
     """Return the type that an extension type is stored as; any other type is returned as it is."""
     is_extension = isinstance(column_type, pyarrow().BaseExtensionType)
     return column_type.storage_type if is_extension else column_type
-
-
-def _is_list(column_type: Any) -> bool:
-    types = pyarrow().types
-    kinds = types.is_list, types.is_large_list, types.is_fixed_size_list
-    return any(is_kind(column_type) for is_kind in kinds)
 
 
 def _tensor_shape(field: Any) -> list[Any]:
@@ -105,19 +102,12 @@ def _tensor_shape(field: Any) -> list[Any]:
     return []
 
 
-def _checked_dimension(place: str, dimension: int) -> int:
-    if not 0 < dimension < MAX_COLUMNS:
-        raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
-    return dimension
-
-
 def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
     """Return rows `[n, D]` of a `pyarrow.Array`; they view its memory where every row is whole.
 
     A ValueError names a row of another length; `first` is the number of the first one.
     """
-    lists = _lists_of(array)
-    lengths = _lengths_of(lists)
+    lists, lengths = _lists_of(array)
     # Numbers are copied only where some are null. Those of a list that is null are left out.
     numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
     is_whole = lengths == shard.dimension
@@ -135,16 +125,11 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
     return rows
 
 
-def _lists_of(array: Any) -> Any:
-    """Return rows as lists of numbers, whose offsets and buffers fit."""
-    array.validate(full=True)  # they have not been read yet, and would be followed
-    return getattr(array, "storage", array)
-
-
-def _lengths_of(lists: Any) -> np.ndarray:
-    """Return how many values each list has; -1 for null."""
-    lengths: np.ndarray = pyarrow().compute.list_value_length(lists).fill_null(-1).to_numpy()
-    return lengths
+def _lists_of(array: Any) -> tuple[Any, np.ndarray]:
+    """Return rows as lists of numbers that may be followed, and their lengths; -1 for null."""
+    array.validate(full=True)  # its offsets and buffers have not been read yet, and may not fit
+    lists = getattr(array, "storage", array)
+    return lists, pyarrow().compute.list_value_length(lists).fill_null(-1).to_numpy()
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:

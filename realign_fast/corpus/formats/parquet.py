@@ -44,16 +44,10 @@ class ParquetWriter(tables.TableWriter):
     suffixes = (".parquet",)
 
     def _open_table(self, file: Any) -> Any:
-        return tables.pyarrow().parquet.ParquetWriter(file, self.columns.schema, **self._codecs())
-
-    def _codecs(self) -> dict[str, Any]:
-        """Return the options for dictionaries and compression of every column but the rows."""
-        sink, rows = tables.pyarrow().BufferOutputStream(), self.columns.column
-        tables.pyarrow().parquet.ParquetWriter(sink, self.columns.schema).close()
-        leaves = tables.pyarrow().parquet.ParquetFile(sink.getvalue()).schema
-        paths = [leaves.column(i).path for i in range(len(leaves))]
-        names = [path for path in paths if path != rows and not path.startswith(f"{rows}.")]
-        return {"use_dictionary": names, "compression": dict.fromkeys(names, "snappy")}
+        schema, rows = self.columns.schema, self.columns.column
+        others = [name for name in schema.names if name != rows]  # nested ones are plain too
+        options = {"use_dictionary": others, "compression": dict.fromkeys(others, "snappy")}
+        return tables.pyarrow().parquet.ParquetWriter(file, schema, **options)
 
 
 @dataclass(frozen=True)
