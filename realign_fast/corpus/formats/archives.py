@@ -137,7 +137,10 @@ def _kept_entries(path: StoragePath, stamp: Stamp, place: str) -> dict[str, Any]
         with explained(path), path.local_copy() as local:
             if _is_npz(path):
                 with np.load(local, allow_pickle=False) as arrays:
-                    return {name: _tensor(arrays[name]) for name in arrays}
+                    return {
+                        name: torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
+                        for name, array in arrays.items()
+                    }
             if zipfile.is_zipfile(local):  # torch allocates what a record says that it has
                 with zipfile.ZipFile(local) as archive:
                     if any(record.file_size > stamp[0] for record in archive.infolist()):
@@ -161,10 +164,6 @@ def _kept_entries(path: StoragePath, stamp: Stamp, place: str) -> dict[str, Any]
 
 def _is_npz(path: StoragePath) -> bool:
     return path.suffix.lower() in NpzWriter.suffixes
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor | np.ndarray:
-    return torch.from_numpy(array) if array.dtype in TORCH_DTYPES else array
 
 
 def _is_rows(entry: Any) -> bool:
