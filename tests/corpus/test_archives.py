@@ -156,7 +156,7 @@ def test_advice_of_an_error_helps(tmp_path, capfd, monkeypatch, name, save, word
     path = name if "://" in name else tmp_path / name
     if save:
         save(path)
-    assert main(["inspect", str(path)]) != 0
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "npy"]) != 0
     message = capfd.readouterr().err.strip()
     assert re.search(words, message) and "rename" not in message, message
 

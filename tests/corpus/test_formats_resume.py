@@ -69,7 +69,7 @@ def test_another_column_is_another_corpus(corpora, capsys):
     assert gaps[0] != gaps[1]
 
 
-@pytest.mark.parametrize("command", ["align", "apply", "convert", "inspect", "target"])
+@pytest.mark.parametrize("command", ["align", "apply", "convert", "target"])
 def test_a_column_of_a_format_without_columns_is_refused(corpora, capsys, command):
     both = ["--text", "text", "--image", "image"]
     assert main.main(["align", *both, "--out", "one", "--quiet"]) == 0
@@ -78,7 +78,6 @@ def test_a_column_of_a_format_without_columns_is_refused(corpora, capsys, comman
         "target": ["align", *both, "--out", "two", "--target-column", "emb"],
         "apply": ["apply", "--text", "text", "--aligner", "one", "--out", "two", "--column", "emb"],
         "convert": ["convert", "text", "two", "--to", "parquet", "--column", "emb"],
-        "inspect": ["inspect", "text", "--column", "emb"],
     }
     assert main.main(commands[command]) == 3
     place, option = ("image", "--target-column") if command == "target" else ("text", "--column")

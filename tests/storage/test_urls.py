@@ -112,8 +112,9 @@ def test_the_command_line_reads_memory_of_its_process_and_files_by_url(tmp_path,
         fsspec.filesystem("memory").pipe(f"/cli-image/{path.name}", path.read_bytes())
     inputs = ["--source", f"file://{text}", "--target", "memory://cli-image"]
     assert main.main(["align", *inputs, "--out", str(tmp_path / "out")]) == 0
-    assert main.main(["inspect", "memory://cli-image", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["rows"] == 49
+    copy = str(tmp_path / "copy")
+    assert main.main(["convert", "memory://cli-image", copy, "--to", "safetensors"]) == 0
+    assert Corpus(copy).num_rows == 49
     with pytest.raises(SystemExit, match="2"):  # a result in memory would end with the command
         main.main(["align", *inputs, "--out", "memory://result"])
     assert "is memory of this process" in capsys.readouterr().err
@@ -418,7 +419,7 @@ def test_a_bucket_without_credentials(bucket, monkeypatch):
 @pytest.mark.parametrize("name", ("text", "text/a.npy"))
 def test_a_protocol_whose_package_is_missing_says_which(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert main.main(["inspect", f"gs://bucket/{name}"]) == 9
+    assert main.main(["convert", f"gs://bucket/{name}", "out", "--to", "npy"]) == 9
     message = capsys.readouterr().err
     assert f"gs://bucket/{name}: its protocol is read through another package" in message
     assert "install gcsfs" in message
