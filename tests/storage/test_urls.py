@@ -3,7 +3,6 @@
 Every server is a real one on this machine: HTTP from the standard library (`far.py`), S3 by moto.
 """
 
-import json
 import os
 import pickle
 import sys
