@@ -3,7 +3,7 @@
 Small readers (`metrics.substitution`) are trained on text rows that a map moved, and tested on
 image rows. The share closed says how much of the distance between unmoved texts (0) and as many
 images (1) a map closes. One command measures every map of the family and its steps, both sides
-centred, a calibrated space, noise, shrinkages, samples from 100 rows to all and the closed-form
+centred, a calibrated space, noise, shrinkages, samples from 25 rows to all and the closed-form
 start of AnisoAlign (arXiv 2605.07825), on the demo corpus, on COCO pairs, on checkpoints of
 `training_dynamics.py` and on synthetic rows whose gap is known exactly.
 
@@ -51,6 +51,7 @@ Fit = Callable[[Tensor, Tensor], tuple[RowMap, RowMap | None]]
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5%, from 1 degree
 SHARED_COMPONENTS = 32  # labels of pairs without captions
 READER = Reader(steps=4000, batch=64, held_out=0.1)
+TRANSPORT: dict[str, Any] = {"method": "optimal-transport", "shrinkage": "oas"}
 FIXED_STEPS = (100, 200, 400, 800, 1600, 3200)
 
 
@@ -84,11 +85,16 @@ class Task:
 # --- the maps -------------------------------------------------------------------------------------
 
 
-def family(last_step: bool = True, rows: int | None = None, **options: Any) -> Fit:
-    """Return the fit of a map of the family, on `rows` of each side; the last step is optional."""
+def family(
+    last_step: bool = True, rows: int | None = None, images: int | None = None, **options: Any
+) -> Fit:
+    """Return the fit of a map of the family; the last step is optional.
+
+    It is fitted on `rows` of each side, or on all texts and this number of `images`.
+    """
 
     def fit(text: Tensor, image: Tensor) -> tuple[RowMap, None]:
-        text, image = some(text, rows), some(image, rows)
+        text, image = some(text, rows), some(image, rows or images)
         if last_step:
             return ReAlign.fit(text, image, residual=False, **options), None
         sides = (Moments().update(side) for side in (text, image))
@@ -335,6 +341,18 @@ def synthetic(
     return draw
 
 
+def few_rows(count: int) -> dict[str, Fit]:
+    """Return maps that are fitted on `count` rows of each side."""
+    return {
+        "anchor": family(False, count, method="mean-shift"),
+        "anchor + scale + centroid (ReAlign)": family(rows=count),
+        "diagonal": family(rows=count, method="diagonal"),
+        "optimal-transport, oas": family(rows=count, **TRANSPORT),
+        "both sides centred": space("center", count),
+        "calibrate": space("calibrate", count),
+    }
+
+
 def tasks(options: argparse.Namespace) -> dict[str, Task]:
     """Return the tasks by name, in the order in which they are measured."""
     found: dict[str, Task] = {}
@@ -342,18 +360,14 @@ def tasks(options: argparse.Namespace) -> dict[str, Task]:
     if options.pairs:
         rows = torch.from_numpy(np.load(options.pairs))
         found["pairs"] = Task(lambda _: paired(*rows), ARMS)
-    for count in (100, 300, 1000, 3000):
-        arms = {
-            "anchor": family(False, count, method="mean-shift"),
-            "anchor + scale + centroid (ReAlign)": family(rows=count),
-            "diagonal": family(rows=count, method="diagonal"),
-            "optimal-transport, oas": family(
-                rows=count, method="optimal-transport", shrinkage="oas"
-            ),
-            "both sides centred": space("center", count),
-            "calibrate": space("calibrate", count),
-        }
-        found[f"rows, {count}"] = Task(demo, arms)
+        for count in (25, 50, 100, 200):
+            arms = few_rows(count) | {
+                "few images: ReAlign": family(images=count),
+                "few images: optimal-transport, oas": family(images=count, **TRANSPORT),
+            }
+            found[f"rows of pairs, {count}"] = Task(lambda _: paired(*rows), arms)
+    for count in (64, 100, 128, 200, 300, 1000, 3000):
+        found[f"rows, {count}"] = Task(demo, few_rows(count))
     for drifts in (False, True):
         for anisotropic in (False, True):
             for gap, scale, diagonal in (
