@@ -215,7 +215,7 @@ def test_gradient_checkpointing_trains_the_same(world, tmp_path):
 
 def test_warm_up_and_clipping_are_those_of_llava(world, tmp_path):
     run = run_of(world, tmp_path, batch=None, trainer={})
-    run = stages._with_preset("pretrain", run, stages.RECIPES["default"])
+    run = stages._with_preset("pretrain", run)
     arguments = stages._training_arguments(run)
     assert (arguments.get_warmup_steps(400), arguments.max_grad_norm) == (12, 1.0)
     assert arguments.learning_rate == stages.RATES["pretrain"]
