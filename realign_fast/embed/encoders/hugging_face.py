@@ -33,8 +33,8 @@ class HuggingFaceEncoder(Encoder):
             if log.is_progress_bar_enabled():
                 log.disable_progress_bar()
                 after.callback(log.enable_progress_bar)
-            options = {"dtype": self.dtype, "output_loading_info": True, **LOCAL}
-            model, info = library.AutoModel.from_pretrained(folder, **options)
+            options = {"dtype": self.dtype, "output_loading_info": True}
+            model, info = library.AutoModel.from_pretrained(folder, **LOCAL, **options)
             if missing := sorted(info["missing_keys"]):  # which would be random
                 raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
             self._tokenizer = tokenizer = library.AutoTokenizer.from_pretrained(folder, **LOCAL)
