@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from ..storage.paths import AnyPath, StoragePath, records_of, storage_path
 from . import layout
 from .format_registry import read_shards
 from .formats import arrow
-from .row_values import shard_values
+from .row_values import column_values
 
 
 class Batch(NamedTuple):
@@ -219,7 +218,7 @@ class Corpus:
         Raises:
             ValueError: there are none, or not one for each row.
         """
-        return chain.from_iterable(shard_values(self))
+        return column_values(self)
 
     def batches(
         self,

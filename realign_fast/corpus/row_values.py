@@ -90,18 +90,15 @@ def metadata_of_shards(
     }
 
 
-def shard_values(
-    corpus: Corpus,
-    ids: ValueSource = None,
-    columns: Sequence[str] = ID_COLUMNS,
-    shards: Sequence[Shard] | None = None,
-) -> Iterator[Iterator[str]]:
-    """Yield, for each shard, the values of its rows in the first of the columns that is there.
+def column_values(
+    corpus: Corpus, ids: ValueSource = None, columns: Sequence[str] = ID_COLUMNS
+) -> Iterator[str]:
+    """Yield the value of each row in the first of the columns that its shard has.
 
     ValueError if there is no such column, or it has not one value for each row.
     """
     described = metadata_of_shards(corpus, ids)
-    for shard in corpus.shards if shards is None else shards:
+    for shard in corpus.shards:
         source = described.get(shard.path, shard)
         if source is None:
             folder = f"{ids or corpus.path}/{METADATA}"
@@ -110,7 +107,7 @@ def shard_values(
             advice = "name the root whose metadata/ has them (--ids), or give --ids row for numbers"
             folder = f"{corpus.path}/{METADATA}"
             raise ValueError(f"{shard.path}: holds no ids, and {folder} is not there; {advice}")
-        yield values_of(source, columns)
+        yield from values_of(source, columns)
 
 
 def values_of(source: Shard | MetadataFile, columns: Sequence[str]) -> Iterator[str]:

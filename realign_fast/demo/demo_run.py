@@ -7,7 +7,6 @@ neither the encoder nor the map has seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import metrics
 from ..align import ReAlign
 from ..corpus.corpus import Corpus
-from ..corpus.row_values import shard_values
+from ..corpus.row_values import column_values
 from ..interface.option_values import Modality
 from ..interface.progress import Progress
 from ..metrics.estimate import plain
@@ -168,7 +167,7 @@ def _measure_substitution(
 
 
 def _captions(path: Path, modality: Modality) -> Iterator[str]:
-    return chain.from_iterable(shard_values(Corpus(path, modality), columns=("caption",)))
+    return column_values(Corpus(path, modality), columns=("caption",))
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..corpus.corpus import Corpus
 from ..corpus.layout import metadata_of
-from ..corpus.row_values import ID_COLUMNS, shard_values
+from ..corpus.row_values import column_values
 from ..moments import good_rows
 from ..ops.reference import unit
 from ..pipeline.align_run import check_columns
@@ -72,8 +71,7 @@ def _ids(corpus: Corpus) -> Iterator[tuple[int, str]]:
     """Yield the row and the id of each row that has one."""
     if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
         raise ValueError(f"{corpus.path}: has no metadata/ and no other columns with ids")
-    values = chain.from_iterable(shard_values(corpus, None, ID_COLUMNS))
-    return ((row, value) for row, value in enumerate(values) if value)
+    return ((row, value) for row, value in enumerate(column_values(corpus)) if value)
 
 
 def _is_first(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, sample_ids
 from ..corpus.layout import SUBFOLDERS
-from ..corpus.row_values import ID_COLUMNS, shard_values
+from ..corpus.row_values import ID_COLUMNS, column_values
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..moments import good_rows
 from ..ops.reference import unit
@@ -25,7 +25,7 @@ from ..pipeline.output import ALIGNER, REPORT, SPACE
 from ..shared_space import SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_of, records_of, storage_path
 
-_NAMED_ROWS = 1_000_000  # rows of the shards whose ids and captions are read
+_NAMED_ROWS = 1_000_000  # of a corpus whose ids and captions are read
 _NUMBER, _SHAPE = float | int | None, {"path": str, "rows": int}
 _PASS = dict.fromkeys(("seconds", "rows_per_second", "gb_per_second"), _NUMBER)
 _REPORT: dict[str, Any] = {  # types of the values of a report.json that are used
@@ -62,16 +62,14 @@ class Side:
             [f"{corpus.shards[shard].path.name}, row {row}", "", ""]
             for shard, row in zip(shards, rows, strict=True)
         ]
-        sizes = np.diff(corpus.starts)[(used := np.unique(shards))]
-        used = used[np.cumsum(sizes) <= _NAMED_ROWS]
         for column, names in enumerate(_VALUES, 1):
+            if corpus.num_rows > _NAMED_ROWS:
+                break
             with suppress(ValueError, OSError):  # files without such a column
-                values = shard_values(corpus, None, names, [corpus.shards[s] for s in used])
-                for shard, texts in zip(used, map(list, values), strict=True):
-                    for place in np.flatnonzero(shards == shard):
-                        text = texts[rows[place]]
-                        is_long = len(text) > _LONGEST
-                        labels[place][column] = text[: _LONGEST - 1] + "…" if is_long else text
+                texts = [*column_values(corpus, None, names)]
+                for label, row in zip(labels, self.numbers[places], strict=True):
+                    is_long = len(text := texts[row]) > _LONGEST
+                    label[column] = text[: _LONGEST - 1] + "…" if is_long else text
         return labels
 
 

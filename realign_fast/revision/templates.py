@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ..interface.option_values import DEFAULT_QUESTION, TemplateName
 from .conversation_files import IMAGE_MARK, Sample, Turn
@@ -68,7 +68,10 @@ class Template:
     def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
         self.tokenizer, self.image_ids = tokenizer, [IMAGE_TOKEN] * visual_tokens
         self.pad_id = tokenizer.pad_token_id or 0
-        self.end_ids = _special_ids(tokenizer, "eos")  # any of them ends a generated text
+        if tokenizer.eos_token_id is None:
+            fault = "has no EOS token to end a caption; set one"
+            raise ValueError(f"{tokenizer.name_or_path}: {fault}")
+        self.end_ids = [int(tokenizer.eos_token_id)]  # any of them ends a generated text
 
     def turns(self, sample: Sample) -> list[Turn]:
         """Return the turns of a sample that are trained on."""
@@ -123,10 +126,6 @@ class Plain(Template):
 
     name: TemplateName = "plain"
 
-    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
-        super().__init__(tokenizer, visual_tokens)
-        self.bos_ids = _special_ids(tokenizer, "bos")
-
     def turns(self, sample: Sample) -> list[Turn]:
         """Return the images of a sample, and its caption or last answer."""
         answers = [text for role, text in sample.turns if role == "assistant"]
@@ -142,7 +141,8 @@ class Plain(Template):
 
     def prompt(self, sample: Sample) -> list[int]:
         """Return the ids after which the caption is generated."""
-        return self.bos_ids + self.image_ids * len(sample.images)
+        bos = self.tokenizer.bos_token_id
+        return [bos] * (bos is not None) + self.image_ids * len(sample.images)
 
 
 class Chat(Template):
@@ -263,10 +263,3 @@ class Chat(Template):
 
 
 TEMPLATES: dict[TemplateName, type[Template]] = {"plain": Plain, "chat": Chat}
-
-
-def _special_ids(tokenizer: Any, name: Literal["bos", "eos"]) -> list[int]:
-    token = getattr(tokenizer, f"{name}_token_id", None)
-    if token is None and name == "eos":
-        raise ValueError(f"{tokenizer.name_or_path}: has no EOS token to end a caption; set one")
-    return [] if token is None else [int(token)]

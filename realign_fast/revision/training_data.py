@@ -35,7 +35,7 @@ from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
 from ..corpus.corpus import common_encoder
 from ..corpus.layout import SUBFOLDERS
-from ..corpus.row_values import ID_COLUMNS, ValueSource, shard_values, value_files
+from ..corpus.row_values import ValueSource, column_values, value_files
 from ..corpus.shard import ContiguousShard
 from ..interface.option_values import Modality
 from ..shared_space import SharedSpace
@@ -108,8 +108,8 @@ def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
         return lambda text: n if text.isdecimal() and (n := int(text)) < corpus.num_rows else None
     database = sqlite3.connect("")
     database.execute("CREATE TABLE ids (id TEXT, row INTEGER)")
-    values = enumerate(chain.from_iterable(shard_values(corpus, ids, ID_COLUMNS)))
-    database.executemany("INSERT INTO ids VALUES (?, ?)", ((name, row) for row, name in values))
+    values = ((name, row) for row, name in enumerate(column_values(corpus, ids)))
+    database.executemany("INSERT INTO ids VALUES (?, ?)", values)
     try:
         database.execute("CREATE UNIQUE INDEX by_id ON ids (id)")
     except sqlite3.IntegrityError as error:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 
 from realign_fast import Corpus, Moments, ReAlign, SharedSpace
-from realign_fast.corpus.row_values import shard_values
+from realign_fast.corpus.row_values import column_values
 from realign_fast.frame import FixedFrame
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.manifest import read_manifest
@@ -179,7 +179,7 @@ def _metadata(kind: str) -> list[bytes]:
 
 def _read_ids(folder: Path) -> None:
     corpus = Corpus(folder, "text")
-    deque((value for shard in shard_values(corpus) for value in shard), maxlen=0)
+    deque(column_values(corpus), maxlen=0)
 
 
 @cache
