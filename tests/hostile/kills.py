@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:tests python -m hostile.kills --command align --kills 100
 
-`workers` kills the run or one of its worker processes, `job-array` any step of one, and a training
-begins again from its last checkpoint. Prints one line of JSON for each command.
+`workers` kills the run or one of its worker processes, `ray` the driver or a worker process of a
+cluster on this machine, `job-array` any step of one, and a training begins again from its last
+checkpoint. Prints one line of JSON for each command.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from support.kill_and_resume import child, tree
 
+ROOT = Path(__file__).parents[2]
 SAID = Path("said.txt")  # what the last run printed
 Files = dict[str, bytes]
 
@@ -35,7 +38,10 @@ class Command(NamedTuple):
 
     run: Callable[[Path], object]  # writes an output; every call goes on with what is there
     files: Callable[[Path], Files] = tree  # what must be the same in the end
-    kills_children: bool = False  # a run whose worker process was killed ends with an error
+    # Of the process id of a run: those of its workers. A run may end with an error, or go on and
+    # be attacked again, when one of them was killed.
+    workers: Callable[[int], list[int]] | None = None
+    environment: AbstractContextManager[object] = nullcontext()  # of all runs
 
 
 def _corpora(work: Path, shards: int = 6, rows: int = 1000) -> list[str]:
@@ -56,13 +62,56 @@ def _command_line(*arguments: object) -> None:
         raise SystemExit(status)
 
 
-def _of_two_sides(verb: str, *options: str, kills_children: bool = False) -> Command:
+def _about(pid: int, file: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_text()
+    except OSError:  # the process is gone
+        return ""
+
+
+def _is_running(pid: int) -> bool:
+    state = _about(pid, "stat").rpartition(") ")[2][:1]
+    return state not in ("", "Z")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(one) for one in _about(pid, f"task/{pid}/children").split()]
+
+
+def _of_two_sides(
+    verb: str, *options: str, workers: Callable[[int], list[int]] | None = None
+) -> Command:
     sides = _corpora(Path.cwd())
 
     def run(out: Path) -> None:
         _command_line(verb, *sides, "--batch-bytes", "16384", *options, "--out", out)
 
-    return Command(run, kills_children=kills_children)
+    return Command(run, workers=workers)
+
+
+def _ray() -> Command:
+    from support.ray_cluster import cluster_of_one_node, descendants
+
+    sides = _corpora(Path.cwd(), rows=10_000)
+    address, head = "", 0
+
+    @contextmanager
+    def cluster() -> Iterator[None]:
+        nonlocal address, head
+        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+        os.environ.update(RAY_AUTH_MODE="disabled", RAY_ADDRESS="", PYTHONPATH=paths)
+        with cluster_of_one_node(os.environ) as (address, _, _, head):
+            yield
+
+    def run(out: Path) -> None:
+        options = ["--batch-bytes", "4096", "--engine", "ray", "--ray-address", address]
+        _command_line("align", *sides, *options, "--out", out)
+
+    def workers(_: int) -> list[int]:
+        titles = "ray::realign-fast", "ray::IDLE"  # and not the agents, with which the node ends
+        return [pid for pid in descendants(head) if _about(pid, "cmdline").startswith(titles)]
+
+    return Command(run, workers=workers, environment=cluster())
 
 
 def _job_array() -> Command:
@@ -138,19 +187,13 @@ def _trained(out: Path) -> Files:
 COMMANDS: dict[str, Callable[[], Command]] = {
     "align": partial(_of_two_sides, "align"),
     "unify": partial(_of_two_sides, "unify"),
-    "workers": partial(_of_two_sides, "align", "--workers", "2", kills_children=True),
+    "workers": partial(_of_two_sides, "align", "--workers", "2", workers=_children),
+    "ray": _ray,
     "job-array": _job_array,
     "embed": _embed,
     "pretrain": partial(_training, "pretrain"),
     "finetune": partial(_training, "finetune"),
 }
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def _quietly(command: Command, out: Path) -> None:
@@ -169,30 +212,30 @@ def kill_until_it_ends(
     """
     done = 0
     while True:
-        pid, target = child(partial(_quietly, command, out)), 0
-        if done < kills:
+        pid, target, killed = child(partial(_quietly, command, out)), 0, 0
+        while done + killed < kills and target != pid and _is_running(pid):
             time.sleep(longest * chance.random() ** 2)  # early more often: several kills a round
-            family = [pid, *_children(pid)] if command.kills_children else [pid]
-            target = chance.choice(family)
-            try:
+            workers = command.workers(pid) if command.workers else []
+            target = chance.choice([pid, *filter(_is_running, workers)])
+            with suppress(ProcessLookupError):
                 os.kill(target, signal.SIGKILL)
-            except ProcessLookupError:
-                target = 0
+                killed += 1
         status = os.waitpid(pid, 0)[1]
-        if os.WIFSIGNALED(status) or (status and target not in (0, pid)):
-            done += 1
-        elif status:
+        killed -= target == pid and not os.WIFSIGNALED(status)  # it had ended
+        done += killed
+        if status and not killed:
             sys.exit(f"a run failed by itself\n{SAID.read_text()}")
-        else:
+        if not status:
             return done
 
 
 def attack(name: str, kills: int, seed: int) -> dict[str, object]:
     """Kill a command this many times; end the program with a message where bytes differ."""
     chance, before = random.Random(seed), os.getcwd()
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         os.chdir(work)
         command, seconds = COMMANDS[name](), []
+        stack.enter_context(command.environment)
         for number in range(2):
             begin = time.monotonic()
             if os.waitpid(child(partial(_quietly, command, Path(f"clean{number}"))), 0)[1]:

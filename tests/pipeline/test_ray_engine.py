@@ -3,10 +3,8 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -19,6 +17,7 @@ from support import programs
 from support.far import web
 from support.kill_and_resume import tree
 from support.programs import Program
+from support.ray_cluster import cluster_of_one_node, descendants, free_ports, listens, until
 
 from realign_fast.cli import main
 from realign_fast.corpus import Corpus
@@ -37,59 +36,13 @@ PATHS = os.pathsep.join(map(str, (ROOT, TESTS, TESTS.parent)))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return [bound.getsockname()[1] for bound in sockets]
-
-
-def until(condition, awaited, seconds=120):
-    """Return the value of ``condition`` once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {awaited}"
-        time.sleep(0.002)
-    return value
-
-
-def listens(port):
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="module")
 def cluster(s3_server):
     """``(address from inside, address from outside, folder)`` of a node with two CPUs."""
     environment = ENVIRONMENT | {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "of-a-test"}
     environment |= {"AWS_SECRET_ACCESS_KEY": "of-a-test"}
-    port, client, *further_ports = free_ports(4)
-    folder = tempfile.mkdtemp(prefix="realign-ray-")  # a short path: sockets are in it
-    fixed = ("dashboard-port", "dashboard-agent-listen-port")
-    options = [f"--{name}={number}" for name, number in zip(fixed, further_ports, strict=True)]
-    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2"]
-    command += ["--num-gpus=1", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    command += ["--disable-usage-stats", "--object-store-memory=100000000", *options]
-    command += [f"--temp-dir={folder}", f"--port={port}", f"--ray-client-server-port={client}"]
-    with tempfile.TemporaryFile() as log:
-        head = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        try:
-            until(lambda: head.poll() is not None or (listens(port) and listens(client)), command)
-            log.seek(0)
-            assert head.poll() is None, log.read().decode()
-            yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", Path(folder)
-        finally:
-            head.terminate()
-            try:
-                head.wait(30)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(head.pid, signal.SIGKILL)
-                subprocess.run(["rm", "-rf", folder], check=False)
+    with cluster_of_one_node(environment) as (inside, outside, folder, _):
+        yield inside, outside, folder
 
 
 @pytest.fixture(scope="module")
@@ -342,19 +295,6 @@ def test_a_client_outside_the_cluster(corpora, cluster):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert tree("out") == tree("one")
     assert listens(int(outside.rsplit(":", 1)[1]))
-
-
-def descendants(pid):
-    """Every process below ``pid``."""
-    parents = {}
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            stat = (process / "stat").read_text().rsplit(")", 1)[1].split()
-            parents.setdefault(int(stat[1]), []).append(int(process.name))
-    children, below = [], [pid]
-    while below:
-        children += (below := [child for one in below for child in parents.get(one, ())])
-    return children
 
 
 def alive(pid):
