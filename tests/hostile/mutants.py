@@ -60,10 +60,12 @@ class Cover(NamedTuple):
 
 
 STATISTICS = "tests/numerics tests/align/test_align.py tests/align/test_distributed.py"
+STATISTICS += " tests/align/test_align_module.py"
 RUNS = "tests/pipeline/test_resume.py tests/pipeline/test_verify.py tests/pipeline/test_pipeline.py"
 RUNS += " tests/pipeline/test_job_array.py tests/pipeline/test_unify.py tests/hostile/test_fuzz.py"
-RUNS += " tests/project/test_stored_outputs.py"
+RUNS += " tests/project/test_stored_outputs.py tests/corpus/test_archives.py"
 FILES = "tests/storage tests/pipeline/test_resume.py tests/hostile/test_faults.py"
+FILES += " tests/corpus/test_archives.py"
 KERNELS = "tests/ops tests/numerics/test_moments.py tests/numerics/test_covariance.py"
 SUMS = "tests/numerics/test_moments.py tests/numerics/test_covariance.py"
 RECORDS = "tests/pipeline/test_verify.py tests/pipeline/test_resume.py"

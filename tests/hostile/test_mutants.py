@@ -29,5 +29,7 @@ def test_a_native_mutant_changes_one_line():
 
 
 def test_every_covered_file_and_test_is_there():
-    for file, tests in COVERED.items():
-        assert all((ROOT / name).exists() for name in (file, *tests.split()))
+    for file, cover in COVERED.items():
+        whole, first = cover.whole_in_order(), cover.first.split()
+        assert all((ROOT / name).is_file() for name in (file, *whole))
+        assert whole[-len(first) :] == sorted(first) and len({*whole}) == len(whole)

@@ -8,6 +8,7 @@ import torch
 from support.op_checks import DTYPES, random_rows
 
 from realign_fast import Moments
+from realign_fast.covariance_sums import _far, _holds_a_far_row
 
 
 def spread_rows(count, columns, condition, mean, normalize, seed=0):
@@ -271,3 +272,39 @@ def test_arrays_are_rows_and_lists_are_named():
         Moments().update(rows.tolist())
     with pytest.raises(ValueError, match=r"got shape \[3, 0\]"):
         Moments().update(torch.zeros(3, 0))
+
+
+def test_rows_through_a_function_are_taken_as_they_come():
+    rows = random_rows(50, 4)
+    moments = Moments(covariance=True).update(rows, through=lambda batch: 3 * batch)
+    torch.testing.assert_close(moments.mean, 3 * rows.mean(dim=0))
+    torch.testing.assert_close(moments.covariance, 9 * covariance(rows, False))
+    assert moments.energy == pytest.approx(9 * float(rows.square().sum(dim=1).mean()))
+
+
+def test_a_narrow_cone_keeps_its_small_spread_beside_a_row_at_60_degrees():
+    """A mean off the centre by 1 is far for rows that spread by 1e-3, and not for random ones."""
+    rows = 1e-3 * random_rows(8000, 16, seed=5)
+    rows[:, :2] += torch.tensor([0.5, 0.75**0.5])
+    first = torch.nn.functional.one_hot(torch.tensor([0]), 16).float()
+    rows = torch.cat([first, rows.float()])
+    moments = Moments(covariance=True).update(rows[:1]).update(rows[1:])
+    across = torch.zeros(16, dtype=torch.float64)
+    across[:2] = torch.tensor([0.75**0.5, 0.5])  # no part of the distance of the two
+    found, truth = (
+        float(across @ s @ across) for s in (moments.covariance, covariance(rows, True))
+    )
+    assert found == pytest.approx(truth, rel=1e-5)
+
+
+def test_what_is_far_is_known():
+    """A block about another mean, and one that holds a row 40 times as far out as half of them."""
+    mean = torch.tensor([0.6, 0.0], dtype=torch.float64)
+    assert not _far(mean, mean, 0.64) and not _far(mean, 0.5 * mean, 0.64)
+    assert _far(mean, -mean, 0.64) and not _far(mean, -mean, 1.45)
+    rows = random_rows(1000, 16).float()
+    assert not _holds_a_far_row(rows)
+    for place in (0, 3, 999):
+        far = rows.clone()
+        far[place] = 50.0  # of norm 200; half of the rows lie within 4 of the median
+        assert _holds_a_far_row(far)

@@ -11,6 +11,7 @@ from support import oracle
 from support.op_checks import DTYPES, exact, random_map, random_rows
 
 from realign_fast import Moments
+from realign_fast.moments import warn_if_far
 
 MAP = (torch.tensor(0.983, dtype=torch.float64), *random_map(6)[1:])
 
@@ -190,6 +191,8 @@ def test_leading_axes_are_rows_and_gradients_stay_away():
 
 
 def test_nothing_to_tell_without_rows():
+    empty = Moments()
+    assert (empty.count, empty.zero_rows, empty.nonfinite_rows) == (0, 0, 0)
     for ask in (lambda m: m.mean, lambda m: m.trace, lambda m: m.dimension):
         with pytest.raises(ValueError, match="no rows yet; call update first"):
             ask(Moments())
@@ -275,3 +278,51 @@ def test_a_state_dict_goes_on_where_the_loop_stopped(covariance):
     assert again.count == 0 and again.total is None
     with pytest.raises(ValueError, match=r"cannot load sums with {.*'accurate': False} into Mom"):
         Moments(covariance, accurate=True).load_state_dict(stored)
+
+
+def test_merged_moments_go_on_whatever_mode_they_were_merged_in():
+    rows = random_rows(20, 3)
+    with torch.inference_mode():
+        inside = Moments().merge(Moments().update(rows))
+    for merged in (inside, Moments().merge(Moments().update(rows))):
+        assert not merged.total.is_inference() and merged.update(rows).count == 40
+
+
+def test_a_file_with_an_unknown_flag_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    Moments().update(random_rows(4, 3)).save(path)
+    data = path.read_bytes()
+    assert data.count(b'"normalize ') == 1
+    path.write_bytes(data.replace(b'"normalize ', b'"normalizd '))
+    with pytest.raises(ValueError, match=r"m\.safetensors: expected moments written by"):
+        Moments.load(path)
+
+
+def test_a_covariance_has_the_dtype_of_its_precision_and_no_spread_that_is_rounding():
+    rows = random_rows(300, 6)
+    for dtype, accurate, expected in (
+        (torch.float32, False, torch.float32),
+        (torch.float32, True, torch.float64),
+        (torch.float64, False, torch.float64),
+    ):
+        moments = Moments(covariance=True, accurate=accurate).update(rows.to(dtype))
+        assert moments.rounded_covariance.dtype == expected
+        assert torch.equal(moments.rounded_covariance, moments.covariance.to(expected))
+    for count in (7, 300):
+        equal = Moments(covariance=True).update(rows[:1].float().expand(count, 6))
+        equal.update(rows[:1] * 2)
+        assert equal.count == count + 1 and not equal.rounded_covariance.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "limit"), [(64, 16, 1.1180340), (1000, 16, 1.0307764), (64, 1, 4.0311289)]
+)
+def test_a_mean_is_far_beyond_five_deviations(rows, count, limit, recwarn):
+    """``5 sqrt(T (1/k + 1/n))`` with k at most 256; T = .64 where the mean has length .6."""
+    fitted = torch.tensor([0.6, 0.0], dtype=torch.float64)
+    near, far = (fitted + torch.tensor([0, f * limit]).double() for f in (0.9999, 1.0001))
+    assert not warn_if_far("map", near, rows, fitted, count) and not recwarn
+    with pytest.warns(
+        UserWarning, match=f"map: .* of the {count} rows fitted on, expected {limit:.2f}"
+    ):
+        assert warn_if_far("map", far, rows, fitted, count)

@@ -441,7 +441,8 @@ def test_a_result_is_not_replaced_by_another_source_of_the_same_names(corpora, t
     for path in text.glob("*.npy"):
         np.save(another / path.name, -np.load(path))
     with pytest.raises(
-        ValueError, match=r"out: holds the result of .*emb_0\.npy and .* --mode overw"
+        ValueError,
+        match=r"out: holds the result of .*text/emb_0\.npy and 3 other shards, .* --mode overw",
     ):
         align(another, image, out, QUIET)
     with pytest.raises(ValueError, match="out: holds the result of"):

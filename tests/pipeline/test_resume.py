@@ -1,14 +1,17 @@
 """Never loses, never repeats: after kills, changes and errors, the bytes of a clean run."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import programs
 from support.kill_and_resume import tree
 
@@ -16,8 +19,10 @@ from realign_fast import Corpus
 from realign_fast.cli import main
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline.align_run import AlignRun, align
-from realign_fast.pipeline.checkpoints import Checkpoints, checksum
+from realign_fast.pipeline.checkpoints import Checkpoints, checksum, identity, map_hash
 from realign_fast.pipeline.settings import Settings
+from realign_fast.shared_space import RoleMap
+from realign_fast.storage.paths import LocalPath, storage_path
 
 D, SHARDS = 16, (40, 1, 0, 70)
 QUIET = Settings(progress=False)
@@ -268,3 +273,61 @@ def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, 
         align(*corpora, out, QUIET)
     align(*corpora, out, quiet(mode="overwrite"))
     assert tree(out) == before
+
+
+def test_a_record_that_cannot_be_read_is_made_again(corpora, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    align(*corpora, out, QUIET)
+    before, read_bytes, failed = tree(out), LocalPath.read_bytes, []
+
+    def failing(path):
+        if path.name == "emb_3.npy.json":
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(LocalPath, "read_bytes", failing)
+    report = align(*corpora, out, QUIET)
+    assert failed and finished(report)["apply"] == (SHARDS[3], sum(SHARDS[:3]))
+    monkeypatch.undo()
+    assert tree(out) == before
+
+
+def test_stale_moments_that_another_job_removed_are_no_error(corpora, tmp_path, monkeypatch):
+    records = storage_path(tmp_path / "records")
+    stats = records / "_stats/source-moments"
+    stats.mkdir(parents=True)
+    stale = stats / "emb_0.npy.0123456789abcdef.safetensors"
+    stale.touch()
+    shards, listed = Corpus(corpora[0]).shards, LocalPath.listed
+
+    def gone_meanwhile(folder):
+        yield from [*listed(folder), (stale.name.replace("emb_0", "emb_1"), False)]
+
+    monkeypatch.setattr(LocalPath, "listed", gone_meanwhile)
+    checkpoints = Checkpoints(records, {"pass": "source moments"})
+    checkpoints.remove_stale(shards, [identity(shard) for shard in shards])
+    assert not stale.exists()
+
+
+def test_a_key_depends_on_every_field_of_a_map():
+    """Also on the flags and scales of the map of an index, which are no tensors."""
+    centre = torch.arange(4).double()
+    maps = [RoleMap(centre + n, *rest) for n, rest in enumerate([(True, {0: 1.0}, 4)] * 2)]
+    maps += [RoleMap(centre, *rest) for rest in ((False, {0: 1.0}, 4), (True, {0: 2.0}, 4))]
+    maps += [RoleMap(centre, True, {0: 1.0}, 8)]
+    assert len({map_hash(row_map) for row_map in maps}) == 5
+    assert map_hash(maps[0]) == map_hash(RoleMap(centre.clone(), True, {0: 1.0}, 4))
+
+
+def test_a_checksum_is_the_crc_of_the_sums_of_the_words_of_rows():
+    for dtype, columns, word in (
+        ("f4", 2, "<u8"),
+        ("f8", 3, "<u8"),
+        ("f2", 3, "<u2"),
+        ("f4", 3, "<u4"),
+    ):
+        rows = np.random.default_rng(1).standard_normal((5, columns)).astype(dtype)
+        sums = [sum(int(w) for w in row) % 2**64 for row in rows.view(word)]
+        expected = zlib.crc32(b"".join(value.to_bytes(8, "little") for value in sums))
+        assert checksum(torch.from_numpy(rows)) == expected

@@ -5,8 +5,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from realign_fast import Corpus, ReAlign
 from realign_fast.cli import main
@@ -15,6 +18,7 @@ from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.checkpoints import checksum
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
+from realign_fast.storage.lock import locked
 
 D = 24
 
@@ -126,6 +130,57 @@ def test_every_fault_is_a_line_that_names_the_file(tmp_path, capsys, fault):
     assert lines[-1].endswith(f", {len(faults)} faults")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "within", "beyond"), [("f4", 8e-7, 1.1e-6), ("f8", 2e-14, 1e-9), ("f2", 2e-4, 1.5e-3)]
+)
+def test_a_row_is_a_unit_row_within_its_rounding(tmp_path, dtype, within, beyond):
+    """2^-20 of float32, 2^-45 of float64, and 2^-11 and the subnormals of float16."""
+    out = make(tmp_path, dtype)
+    rows = np.load(out / "emb_1.npy").astype("f8")
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    stretches = {0: False, within: False, -within: False, beyond: True, -beyond: True}
+    for stretch, is_fault in stretches.items():
+        stretched = (rows * (1 + stretch)).astype(dtype)
+        save(out, lambda _, new=stretched: new)
+        assert ("51 rows are not unit rows" in "".join(verify(out)[1])) == is_fault, stretch
+
+
+def test_rows_of_bfloat16_have_no_fault(tmp_path):
+    """Half an ulp of 1 is 2^-8 in bfloat16."""
+    for side in ("text", "image"):
+        rows = {"embedding": torch.randn(300, D) + 0.5}
+        save_file(rows, tmp_path / f"{side}.safetensors")
+    sides = tmp_path / "text.safetensors", tmp_path / "image.safetensors"
+    align(*sides, tmp_path / "out", Settings(progress=False, dtype="bfloat16"))
+    assert Corpus(tmp_path / "out").dtype == torch.bfloat16
+    assert verify(tmp_path / "out")[1] == []
+
+
+def test_a_column_that_was_chosen_is_the_one_that_is_read_again(tmp_path):
+    for side in ("text", "image"):
+        (tmp_path / side).mkdir()
+        rows = np.random.default_rng(len(side)).standard_normal((30, D)).astype("f4") + 0.5
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
+        pq.write_table(
+            pa.table({"embedding": lists, "second": lists}), tmp_path / side / "x.parquet"
+        )
+    text, image = (Corpus(tmp_path / side, column="second") for side in ("text", "image"))
+    align(text, image, tmp_path / "out", Settings(progress=False))
+    assert verify(tmp_path / "out")[1] == []
+
+
+def test_an_output_that_a_run_works_on_is_not_verified(tmp_path):
+    """It is known by its lock where no report says that a run has ended."""
+    out = make(tmp_path)
+    records = out / "__realign__"
+    with locked(records / "_stats"):
+        assert verify(out)[1] == []
+        (records / "report.json").unlink()
+        with pytest.raises(OSError, match="is working on it"):
+            verify(out)
+    assert len(verify(out)[1]) == 1
+
+
 def test_shards_that_are_links_are_known_by_their_own_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for side in ("text", "image"):
@@ -212,6 +267,7 @@ def test_a_checksum_does_not_depend_on_batches_and_sees_every_bit(dtype, columns
         (lambda m: m["passes"]["apply"]["shards"][0].update(checksum=None) or m, "None as checks"),
         (lambda m: m["passes"]["source drift"]["shards"][0].pop("stats") and m, "nothing as stats"),
         (lambda m: [m], "a list"),
+        (lambda m: m | {"settings": []}, "[] as settings of the manifest"),
         (lambda m: m["passes"]["apply"]["shards"][1].update(name="../x") or m, "'../x' as name o"),
         (lambda m: m["passes"]["apply"]["facts"].update(folder="../text") or m, "'../text' as fol"),
         (lambda m: m["passes"]["apply"]["shards"][1].update(stats="/etc/x") or m, "'/etc/x' as st"),

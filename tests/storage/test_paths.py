@@ -1,5 +1,6 @@
 """Local and remote paths answer the same questions in the same way, and writes are atomic."""
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from realign_fast.storage.atomic import replaced
+from realign_fast.storage.atomic import partial_path, pending_file, replaced
 from realign_fast.storage.paths import (
     LocalPath,
     explained,
@@ -173,3 +174,50 @@ def test_items_are_mapped_in_order_whatever_runs_at_a_time(tmp_path):
         root = storage_path(path)
         squares = map_concurrently(lambda n: n * n, numbers, lambda n, root=root: root, threads)
         assert squares == [number**2 for number in numbers]
+
+
+@pytest.mark.parametrize("length", [1, 200, 245, 246, 247, 254, 255])
+def test_names_of_any_length_have_a_temporary_name(length, tmp_path):
+    """A name stands in its temporary name while that has at most 255 bytes, and then its hash."""
+    path = tmp_path / ("é" * (length // 2) + "x" * (length % 2))
+    partial = partial_path(path)
+    if length <= 246:
+        assert partial.name == f".{path.name}.partial"
+    else:
+        digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
+        assert partial.name == f".{digest}.hashed.partial"
+    with pending_file(path) as file:
+        file.write(b"rows")
+        assert os.listdir(tmp_path) == [partial.name]
+    assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"rows"
+
+
+def test_a_file_is_whole_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What is written is out of this process before the sync; every descriptor is closed."""
+    seen, sync, replace = [], os.fsync, os.replace
+    partial = tmp_path / ".x.partial"
+
+    def noted_sync(descriptor):
+        seen.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert len(seen) > 1 or partial.read_bytes() == b"rows"
+        sync(descriptor)
+
+    def noted_replace(source, target):
+        seen.append((str(source), Path(source).read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    before = os.listdir("/proc/self/fd")
+    with pending_file(tmp_path / "x") as file:
+        file.write(b"rows")
+    assert seen == [str(partial), (str(partial), b"rows"), str(tmp_path)]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path):
+    (tmp_path / "x").write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError), pending_file(tmp_path / "x") as file:
+        file.write(b"rows")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_bytes() == b"before"
