@@ -279,7 +279,7 @@ def test_same_bytes_for_any_number_of_threads(compiled_kernel, set_threads, out_
 
 @pytest.mark.parametrize("place", (0, 3, 8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_entry_decides_wherever_it_stands(kernel, dtype, place):
+def test_one_entry_decides_wherever_it_stands(compiled_kernel, dtype, place):
     """It is the largest by far, the only one, or the only one that is not finite."""
     limits, row_map = torch.finfo(dtype), random_map(9)
     rows = random_rows(6, 9, dtype)
@@ -288,6 +288,6 @@ def test_one_entry_decides_wherever_it_stands(kernel, dtype, place):
         [limits.max, -limits.tiny, limits.smallest_normal / 4, 1.5, limits.max], dtype=dtype
     )
     rows[5, place] = torch.nan
-    result = align_checked(kernel, rows, row_map, torch.float64)
+    result = align_checked(compiled_kernel, rows, row_map, torch.float64)
     assert_near(result[:5], truth(rows[:5], *row_map), 1e-6 if dtype != torch.float64 else 1e-14)
     assert bool(result[5].isnan().all())

@@ -15,11 +15,17 @@ import torch
 from support import programs
 from support.kill_and_resume import tree
 
-from realign_fast import Corpus
+from realign_fast import Corpus, ops
 from realign_fast.cli import main
 from realign_fast.corpus import ShardWriter
 from realign_fast.pipeline.align_run import AlignRun, align
-from realign_fast.pipeline.checkpoints import Checkpoints, checksum, identity, map_hash
+from realign_fast.pipeline.checkpoints import (
+    Checkpoints,
+    checksum,
+    code_version,
+    identity,
+    map_hash,
+)
 from realign_fast.pipeline.settings import Settings
 from realign_fast.shared_space import RoleMap
 from realign_fast.storage.paths import LocalPath, storage_path
@@ -331,3 +337,20 @@ def test_a_checksum_is_the_crc_of_the_sums_of_the_words_of_rows():
         sums = [sum(int(w) for w in row) % 2**64 for row in rows.view(word)]
         expected = zlib.crc32(b"".join(value.to_bytes(8, "little") for value in sums))
         assert checksum(torch.from_numpy(rows)) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "expected"),
+    [
+        ("cpu", {}, "reference"),
+        ("cuda:1", {}, "cuda"),
+        ("cuda", {"align_rows": "triton", "sum_rows": "triton"}, "triton"),
+        ("cuda", {"align_rows": "cuda", "sum_rows": "triton"}, "cuda triton"),
+    ],
+)
+def test_a_key_names_the_kernels_that_compute(device, chosen, expected, monkeypatch):
+    """Here on a machine without the compiled library."""
+    backend = ops.backend_of("sum_rows", "cpu")._replace(kernel="reference")
+    monkeypatch.setattr(ops, "backend_of", lambda op, on: backend)
+    monkeypatch.setattr(ops, "chosen_backends", lambda on: chosen)
+    assert code_version(device) == f"realign_fast 0.1.0, sum_rows on {expected}"
