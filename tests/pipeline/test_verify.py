@@ -148,10 +148,10 @@ def test_a_row_is_a_unit_row_within_its_rounding(tmp_path, dtype, within, beyond
 def test_rows_of_bfloat16_have_no_fault(tmp_path):
     """Half an ulp of 1 is 2^-8 in bfloat16."""
     for side in ("text", "image"):
-        rows = {"embedding": torch.randn(300, D) + 0.5}
-        save_file(rows, tmp_path / f"{side}.safetensors")
+        rows = (torch.randn(300, D) + 0.5).bfloat16()
+        save_file({"embedding": rows}, tmp_path / f"{side}.safetensors")
     sides = tmp_path / "text.safetensors", tmp_path / "image.safetensors"
-    align(*sides, tmp_path / "out", Settings(progress=False, dtype="bfloat16"))
+    align(*sides, tmp_path / "out", Settings(progress=False))
     assert Corpus(tmp_path / "out").dtype == torch.bfloat16
     assert verify(tmp_path / "out")[1] == []
 
