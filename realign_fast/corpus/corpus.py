@@ -95,7 +95,6 @@ class Corpus:
         else:
             self.subfolder = layout.subfolder_of(self.path, modality)
             paths = layout.shards_of(self.path / self.subfolder)
-        self.layout = "clip-retrieval" if self.subfolder else "flat"
         shards = read_shards(paths, column, allow_pickle)
         first = next((shard for shard in shards if shard.dimension), None)
         if first is None:

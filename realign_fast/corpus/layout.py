@@ -155,12 +155,6 @@ def metadata_files(folder: StoragePath) -> list[StoragePath]:
     return [*{path.stem: path for path in visible}.values()]
 
 
-def metadata_of(corpus: Corpus) -> StoragePath | None:
-    """Return the local folder `metadata/` that describes the rows, or None."""
-    folder = corpus.path / METADATA
-    return folder if not folder.is_remote and folder.is_dir() else None
-
-
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:
     """Refuse a result in `out / subfolder` that would lie beside or below the rows of `corpus`.
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..corpus.corpus import Corpus
-from ..corpus.layout import metadata_of
 from ..corpus.row_values import column_values
 from ..moments import good_rows
 from ..ops.reference import unit
@@ -69,8 +68,6 @@ def pairs_of_ids(sides: Sequence[Corpus], sample: int) -> list[tuple[int, int]]:
 
 def _ids(corpus: Corpus) -> Iterator[tuple[int, str]]:
     """Yield the row and the id of each row that has one."""
-    if not metadata_of(corpus) and not all(shard.has_other_columns for shard in corpus.shards):
-        raise ValueError(f"{corpus.path}: has no metadata/ and no other columns with ids")
     return ((row, value) for row, value in enumerate(column_values(corpus)) if value)
 
 

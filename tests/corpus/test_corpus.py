@@ -80,7 +80,7 @@ def test_corpus_rows_is_a_deprecated_name_of_num_rows(tmp_path):
 def test_batches_are_the_rows_of_np_load(tmp_path, dtype, batch_rows):
     arrays = [save(tmp_path / f"x_{i}.npy", rows, 4, dtype, i) for i, rows in enumerate((7, 1, 6))]
     corpus = Corpus(tmp_path)
-    assert (corpus.num_rows, corpus.dimension, len(corpus), corpus.layout) == (14, 4, 14, "flat")
+    assert (corpus.num_rows, corpus.dimension, len(corpus)) == (14, 4, 14)
     assert corpus.subfolder == "" and corpus.nbytes == 14 * 4 * np.dtype(dtype).itemsize
     assert corpus.dtype == torch.from_numpy(arrays[0]).dtype
     batches = list(corpus.batches(batch_rows=batch_rows))
@@ -517,11 +517,11 @@ def test_clip_retrieval_root_needs_a_side(tmp_path):
     refuse(root, ValueError, "has text_emb and img_emb; choose with modality 'text' or 'image'")
     refuse(root, ValueError, "modality is 'img', expected 'text', 'image' or None", "img")
     text, image = Corpus(root, "text"), Corpus(root, "image")
-    assert (text.subfolder, text.layout, text.dimension) == ("text_emb", "clip-retrieval", 2)
+    assert (text.subfolder, text.dimension) == ("text_emb", 2)
     assert (image.subfolder, image.num_rows, image.dimension) == ("img_emb", 7, 3)
     assert text.shards[1].path == root / "text_emb" / "text_emb_1.npy" and text.path == root
     plain = Corpus(root / "text_emb", "text")
-    assert (plain.layout, plain.subfolder, plain.num_rows) == ("flat", "", 7)
+    assert (plain.subfolder, plain.num_rows) == ("", 7)
 
 
 def test_clip_retrieval_one_side_only(tmp_path):
