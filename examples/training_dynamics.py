@@ -35,10 +35,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from realign_fast import Moments
-from realign_fast.frame import Decomposition, FixedFrame
+from realign_fast.frame import FixedFrame
 from realign_fast.ops.reference import unit
 
-RIDGE = 1e-6  # of the coupling, as a share of the mean eigenvalue of the scatter of delta
 BATCH = 128  # pairs, of the demo's training and of the gradient here
 Report = dict[str, Any]  # the figures of a checkpoint
 MAX_TRAINED = 2048  # trained pairs in the probe
@@ -160,44 +159,6 @@ def frame_of(point: Checkpoint, energy: float, rank: int | None = None) -> Fixed
     return FixedFrame.fit(*sides, energy=energy, rank=rank)
 
 
-def leak(frame: FixedFrame, other: FixedFrame) -> float:
-    """Return `|P_V P_Ut|_2 = sin theta(U_t, U)`, the sine of the largest principal angle."""
-    if not frame.complement.numel():
-        return 0.0
-    return min(float(torch.linalg.matrix_norm(frame.complement.T @ other.principal, 2)), 1.0)
-
-
-def condition(values: Tensor) -> float | None:
-    """Return the largest over the smallest of ascending eigenvalues; None where that is 0."""
-    if not len(values) or values[0] <= 1e-12 * values[-1]:
-        return None
-    return float(values[-1] / values[0])
-
-
-def residual_report(part: Decomposition) -> dict[str, float | None]:
-    """Return the shapes of delta and zeta, the angle of gamma to zeta, and the coupling of both.
-
-    The angle, 0..90 degrees, is that of gamma and the leading eigenvector of zeta. The coupling is
-    the ridge regression of zeta on delta, `L = Z D' (D D' + lambda I)^-1` (appendices A to C).
-    """
-    s, z, cross = part.delta_covariance, part.zeta_covariance, part.cross_covariance
-    report: dict[str, float | None] = dict.fromkeys(("gamma_angle", "coupling_r2"))
-    values, vectors = torch.linalg.eigh(z)
-    report |= {"zeta_condition": condition(values)}
-    report |= {"delta_condition": condition(torch.linalg.eigvalsh(s))}
-    coupling = cross @ torch.linalg.pinv(s + RIDGE * s.trace() / len(s) * torch.eye(len(s)).to(s))
-    report["coupling_norm"] = float(torch.linalg.matrix_norm(coupling, 2)) if len(z) else 0.0
-    report["coupling_r2_chance"] = min(len(s) / (part.count - 1), 1.0)
-    energy, length = float(z.trace()), float(part.gamma.norm())
-    if energy > 0:
-        explained = 2 * (coupling * cross).sum() - ((coupling @ s) * coupling).sum()
-        report["coupling_r2"] = float(explained) / energy
-    if energy > 0 and length > 0:
-        cosine = abs(float((part.frame.complement @ vectors[:, -1]) @ part.gamma)) / length
-        report["gamma_angle"] = float(np.degrees(np.arccos(min(cosine, 1.0))))
-    return report
-
-
 def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
     """Return the report of each checkpoint, all in the same frame."""
     parts = [frame.decompose((point.text, point.image)) for point in points]
@@ -210,7 +171,6 @@ def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
         spread = (v.T @ own.basis).square() @ own.values  # of S_t along each column of V
         report: Report = {"step": point.step, "scale": point.scale}
         report |= {"gap": float((part.beta + part.gamma).norm())} | part.summary()
-        report |= residual_report(part)
         reports.append(
             report
             | {
@@ -218,7 +178,7 @@ def measure(frame: FixedFrame, points: list[Checkpoint]) -> list[Report]:
                 "gamma_cosine_to_previous": float(cosines[i, i - 1]) if i else None,
                 "gamma_cosine_to_first": float(cosines[i, 0]),
                 "gamma_cosine_to_last": float(cosines[i, -1]),
-                "leak": leak(frame, own),
+                "leak": frame.leak(own),
                 "leak_mean": float((v.T @ own.principal).square().sum()) / frame.rank,
                 "dimension_v_share": v.shape[1] / len(v),  # also the chance level of leak_mean
                 "spread_v_share": float(spread.sum() / own.values.sum()),

@@ -31,6 +31,8 @@ from .storage.tensor_file import tensors_of, write_tensors
 
 Pairs = Sequence[Tensor | np.ndarray[Any, Any]]  # (source, target), [N, D] each
 _BLOCK_ROWS = 4096
+_RIDGE = 1e-6  # of the coupling, as a share of the mean eigenvalue of S_delta
+_SINGULAR = 1e-12  # an eigenvalue below this share of the largest counts as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,16 @@ class FixedFrame:
     def energy(self) -> float:
         """The share of ``tr S`` in U, at least the threshold of :meth:`fit`."""
         return float(self.values[: self.rank].sum() / self.values.sum())
+
+    def leak(self, other: FixedFrame) -> float:
+        """Return ``|P_V P_Ut|_2 = sin theta(U_t, U)``, the sine of the largest principal angle.
+
+        ``other`` is the frame of a checkpoint, fitted with ``rank=frame.rank``.
+        """
+        if not self.complement.numel():
+            return 0.0
+        across = self.complement.T @ other.principal.to(self.basis.device)
+        return min(float(torch.linalg.matrix_norm(across, 2)), 1.0)
 
     def decompose(self, pairs: Pairs) -> Decomposition:
         """Split the gap of matched pairs ``(source, target)``, rows [N, D] each, N from 2.
@@ -147,16 +159,51 @@ class Decomposition:
             "zeta": float(self.zeta_covariance.trace()),
         }
 
+    @property
+    def coupling(self) -> Tensor:
+        """The ridge regression of zeta on delta, ``L = Z D' (D D' + lambda I)^-1``, [D - r, r]."""
+        s = self.delta_covariance
+        ridge = _RIDGE * s.trace() / len(s) * torch.eye(len(s)).to(s)
+        return self.cross_covariance @ torch.linalg.pinv(s + ridge, hermitian=True)
+
+    @property
+    def gamma_angle(self) -> float:
+        """The angle, 0..90 degrees, of gamma and S_zeta's top eigenvector; NaN if either is 0."""
+        length = float(self.gamma.norm())
+        if not length > 0 or not float(self.zeta_covariance.trace()) > 0:
+            return math.nan
+        top = torch.linalg.eigh(self.zeta_covariance).eigenvectors[:, -1]
+        along = self.frame.complement.to(top.device) @ top
+        return math.degrees(math.acos(min(abs(float(along @ self.gamma)) / length, 1.0)))
+
     def summary(self) -> dict[str, float | int | None]:
-        """Return plain numbers, ready for json; ``None`` where one is undefined."""
+        """Return plain numbers, ready for json; ``None`` where one is undefined or infinite."""
         energies, total = self.energies, sum(self.energies.values())
         numbers: dict[str, float | int] = {"pairs": self.count, "rank": self.frame.rank}
         numbers |= {"frame_energy": self.frame.energy, "difference_energy": self.energy}
         for name, value in energies.items():
             numbers[f"{name}_norm"] = math.sqrt(max(value, 0.0))  # of residuals: root mean square
             numbers[f"{name}_share"] = value / total if total > 0 else math.nan
-        numbers["gamma_standard_error"] = math.sqrt(max(energies["zeta"], 0.0) / self.count)
+        coupling, s = self.coupling, self.delta_covariance
+        explained = 2 * (coupling * self.cross_covariance).sum() - ((coupling @ s) * coupling).sum()
+        numbers |= {
+            "delta_condition": _condition(s),
+            "zeta_condition": _condition(self.zeta_covariance),
+            "gamma_standard_error": math.sqrt(max(energies["zeta"], 0.0) / self.count),
+            "gamma_angle": self.gamma_angle,
+            "coupling_norm": float(torch.linalg.matrix_norm(coupling, 2)) if len(coupling) else 0.0,
+            "coupling_r2": float(explained) / energies["zeta"] if energies["zeta"] else math.nan,
+            "coupling_r2_chance": min(self.frame.rank / (self.count - 1), 1.0),
+        }
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
+def _condition(covariance: Tensor) -> float:
+    """Return the largest over the smallest eigenvalue, infinite where that is rounding."""
+    values = torch.linalg.eigvalsh(covariance)
+    if not len(values) or not float(values[-1]) > 0:
+        return math.nan
+    return float(values[-1] / values[0]) if values[0] > _SINGULAR * values[-1] else math.inf
 
 
 def _checked(pairs: Pairs, columns: int) -> list[Tensor]:

@@ -5,6 +5,8 @@ memory is bounded by a ``block`` of rows, never by N x N. A figure that is estim
 is an :class:`Estimate`: a float that carries its standard error.
 """
 
+from .cosines import cosine_correlation as cosine_correlation
+from .cosines import cosine_divergence as cosine_divergence
 from .cosines import mean_cosine as mean_cosine
 from .cosines import pairwise_cosines as pairwise_cosines
 from .distribution import centroid_gap as centroid_gap
@@ -24,8 +26,13 @@ from .neighbours import knn_mixing as knn_mixing
 from .neighbours import knn_overlap as knn_overlap
 from .neighbours import nearest_rows as nearest_rows
 from .spectrum import Spectrum as Spectrum
+from .spectrum import anisotropy as anisotropy
 from .spectrum import effective_rank as effective_rank
+from .spectrum import log_spectrum_correlation as log_spectrum_correlation
+from .spectrum import participation_ratio as participation_ratio
+from .spectrum import power_law_exponent as power_law_exponent
 from .spectrum import spectrum_of as spectrum_of
+from .spectrum import subspace_overlap as subspace_overlap
 from .substitution import Reader as Reader
 from .substitution import Substitution as Substitution
 from .substitution import hashed_words as hashed_words

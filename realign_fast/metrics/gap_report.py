@@ -23,6 +23,7 @@ class GapSettings:
     mixing_k: int = 20  # neighbours of knn_mixing, as in the paper
     overlap_k: int = 10  # neighbours of knn_overlap, as in the paper
     recall_at: tuple[int, ...] = (1, 10)
+    subspace: int = 64  # leading eigenvectors of subspace_overlap, at most D // 2
     gallery_rows: int = 10_000  # of each side in the galleries of paired rows, spread evenly
     block: int = 2048  # rows of a tile: bounds the memory, does not change results
 
@@ -42,7 +43,7 @@ def gap_report(
     """Return every metric of this package as a flat dict of plain numbers, ready for json.
 
     Keys begin with ``before_`` (source and target), ``after_`` (aligned and target) or ``kept_``
-    (source and aligned: Phi and k-NN overlap); ``_error`` ends a standard error. A number that
+    (source and aligned: Phi, Psi and k-NN overlap); ``_error`` ends a standard error. A number that
     does not exist (NaN) is ``None``.
 
     Args:
@@ -51,10 +52,10 @@ def gap_report(
         aligned_target_rows: the target rows after the map, where it moves them too.
         source_moments, target_moments, aligned_moments: moments of unit rows with covariances of
             the whole corpora; those of the samples by default.
-        paired: row i of the source belongs to row i of the target; adds matched cosine, and
-            retrieval both ways (:func:`mixed_gallery`) from the other side alone and, ``mixed``,
-            from both sides. This takes ``4 n^2 D`` products, n the rows of a side,
-            ``settings.gallery_rows`` at most.
+        paired: row i of the source belongs to row i of the target; adds matched cosine, residual
+            anisotropy, the correlation of pairwise cosines, and retrieval both ways
+            (:func:`mixed_gallery`) from the other side alone and, ``mixed``, from both sides. This
+            takes ``4 n^2 D`` products, n the rows of a side, ``settings.gallery_rows`` at most.
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
@@ -76,6 +77,7 @@ def gap_report(
         stages["kept"] = {
             "mean_cosine": cosines.mean_cosine(source_rows, aligned_rows, block),
             "knn_overlap": neighbours.knn_overlap(source_rows, aligned_rows, k, block=block),
+            "cosine_correlation": cosines.cosine_correlation(source_rows, aligned_rows, block),
             "knn_overlap_chance": k / (len(source_rows) - 1),
         }
     report: Numbers = {}
@@ -86,11 +88,11 @@ def gap_report(
 
 
 class _Modality(NamedTuple):
-    """The rows, moments and eigenvalues of one side of the gap."""
+    """The rows, moments and spectrum of one side of the gap."""
 
     rows: Tensor  # [N, D] sample
     moments: Moments  # of the sample, or of the corpus it is from
-    values: Tensor  # [D] eigenvalues of its covariance, descending
+    spectrum: spectrum.Spectrum  # of the moments
 
 
 def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
@@ -102,20 +104,28 @@ def _measure(name: str, rows: Tensor, moments: Moments | None) -> _Modality:
             f"gap_report: the {name} moments are {moments!r}, expected normalize=True and "
             "covariance=True; measure again"
         )
-    return _Modality(rows, moments, spectrum.spectrum_of(moments).values)
+    return _Modality(rows, moments, spectrum.spectrum_of(moments))
 
 
 def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSettings) -> Numbers:
     y, x = source.moments, target.moments
+    (y_values, y_vectors), (x_values, x_vectors) = source.spectrum, target.spectrum
+    leading = max(1, min(settings.subspace, len(x_values) // 2))
     figures: Numbers = {
         "source_rows": y.count,
         "target_rows": x.count,
         "sampling_gap": distribution.sampling_gap(x.trace, y.count, x.count),
+        "cosine_divergence": cosines.cosine_divergence(source.rows, target.rows),
+        "log_spectrum_correlation": spectrum.log_spectrum_correlation(y_values, x_values),
+        "subspace": leading,
+        "subspace_overlap": spectrum.subspace_overlap(y_vectors, x_vectors, leading),
+        "subspace_overlap_chance": leading / len(x_values),
     }
     for name in ("centroid_gap", "trace_ratio", "covariance_distance", "frechet_distance"):
         figures[name] = getattr(distribution, name)(y, x)
     for side, own, opposite in (("source", source, target), ("target", target, source)):
-        figures[f"{side}_effective_rank"] = spectrum.effective_rank(own.values)
+        for name in ("effective_rank", "participation_ratio", "anisotropy", "power_law_exponent"):
+            figures[f"{side}_{name}"] = getattr(spectrum, name)(own.spectrum.values)
         rows, others = own.rows, opposite.rows
         mixing = neighbours.knn_mixing(rows, others, settings.mixing_k, block=settings.block)
         figures[f"{side}_mixing"] = mixing
@@ -125,8 +135,13 @@ def _compare(source: _Modality, target: _Modality, paired: bool, settings: GapSe
 
 def _pairs(source: Tensor, target: Tensor, settings: GapSettings) -> Numbers:
     block, rows = settings.block, min(len(source), settings.gallery_rows)
+    residuals = Moments(covariance=True, normalize=False)
+    for y, x in cosines.row_blocks(source, target, block):
+        residuals.update(unit(x.double()) - unit(y.double()), bad_rows="keep")
     figures: Numbers = {
         "mean_cosine": cosines.mean_cosine(source, target, block),
+        "cosine_correlation": cosines.cosine_correlation(source, target, block),
+        "residual_anisotropy": spectrum.anisotropy(spectrum.spectrum_of(residuals).values),
         "gallery_rows": rows,
     }
     numbers = torch.arange(rows, device=source.device)

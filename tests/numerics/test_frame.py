@@ -1,4 +1,4 @@
-"""The fixed frame: identities of the decomposition, and its files."""
+"""The fixed frame: identities of the decomposition, checkpoints."""
 
 import json
 import math
@@ -121,6 +121,41 @@ def test_energies_add_up_and_are_those_of_the_parts(split):
     assert sum(shares) == pytest.approx(1, rel=1e-14) and min(shares) > 0.005
 
 
+def test_spectra_angle_and_coupling_against_plain_formulas(fixed, split):
+    *_, delta, zeta = parts_of(split, *matched())
+    d, z = (delta @ fixed.principal).T.numpy(), (zeta @ fixed.complement).T.numpy()  # [r | D-r, N]
+    delta_values = np.linalg.svd(d, compute_uv=False) ** 2 / 250
+    zeta_vectors, zeta_values, _ = np.linalg.svd(z)
+    zeta_values = zeta_values**2 / 250
+    close(torch.linalg.eigvalsh(split.delta_covariance).flip(0), delta_values)
+    summary = split.summary()
+    assert summary["delta_condition"] == pytest.approx(delta_values[0] / delta_values[-1])
+    assert summary["zeta_condition"] == pytest.approx(zeta_values[0] / zeta_values[-1])
+    top = fixed.complement.numpy() @ zeta_vectors[:, 0]
+    cosine = abs(top @ split.gamma.numpy()) / np.linalg.norm(split.gamma)
+    assert split.gamma_angle == pytest.approx(math.degrees(math.acos(cosine)))
+    penalty = 1e-6 * np.trace(d @ d.T) / len(d)
+    coupling = z @ d.T @ np.linalg.inv(d @ d.T + penalty * np.eye(len(d)))
+    close(split.coupling, coupling, 1e-11)
+    assert summary["coupling_norm"] == pytest.approx(np.linalg.norm(coupling, 2))
+    left = ((z - coupling @ d) ** 2).sum() / (z**2).sum()
+    assert summary["coupling_r2"] == pytest.approx(1 - left)
+
+
+def test_r2_of_differences_without_coupling_is_chance():
+    """Antipodal rows have D = 2x; coordinates of the sphere are uncorrelated."""
+    plane = FixedFrame(torch.eye(40).double(), torch.ones(40).double(), 4)
+    found = []
+    for seed in range(200):
+        x = random_rows(60, 40, seed=seed) - 0.3
+        found.append(plane.decompose((-x, x)).summary())
+    mean = np.mean([one["coupling_r2"] for one in found])
+    assert found[0]["coupling_r2_chance"] == 4 / 59
+    assert mean == pytest.approx(4 / 59, rel=0.1)
+    x[:, 5] = 2 * x[:, 0] - x[:, 3]
+    close(plane.decompose((-x, x)).coupling[1], [2, 0, 0, -1], 1e-4)
+
+
 def test_the_standard_error_of_gamma_is_that_of_repeated_sampling():
     fixed = fitted(*matched(2000))
     drawn = [fixed.decompose(matched(200, seed)) for seed in range(150)]
@@ -157,7 +192,8 @@ def test_swapping_the_sides_turns_the_sign_of_the_bias(fixed, split):
     back = fixed.decompose(matched()[::-1])
     close(back.gamma, -split.gamma)
     close(back.beta, -split.beta)
-    close(back.cross_covariance, split.cross_covariance, 1e-10)
+    close(back.coupling, split.coupling, 1e-10)
+    assert back.gamma_angle == pytest.approx(split.gamma_angle)
 
 
 def test_a_summary_is_plain_and_tells_what_does_not_exist():
@@ -166,9 +202,30 @@ def test_a_summary_is_plain_and_tells_what_does_not_exist():
         one = fitted(y, x, rank=rank)
         summary = one.decompose((y, x)).summary()
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["gamma_norm"] == summary["zeta_share"] == summary["gamma_standard_error"] == 0
+    assert summary["zeta_condition"] is summary["gamma_angle"] is summary["coupling_r2"] is None
+    assert summary["gamma_norm"] == summary["zeta_share"] == summary["coupling_norm"] == 0
+    few = one.decompose((y[:4], x[:4])).summary()
+    assert few["delta_condition"] is None, "four pairs have three directions"
     same = fitted(y, x).decompose((x, x)).summary()
     assert same["difference_energy"] == 0 and same["beta_share"] is None
+
+
+def test_leak_is_the_sine_of_the_largest_angle():
+    eye = torch.eye(4).double()
+    values = torch.ones(4).double()
+    flat = FixedFrame(eye, values, 2)
+    for angle in (0.0, 0.1, 1.0, math.pi / 2):
+        turn = eye.clone()
+        c, s = math.cos(angle), math.sin(angle)
+        turn[1, 1], turn[1, 2], turn[2, 1], turn[2, 2] = c, -s, s, c
+        tilted = FixedFrame(turn, values, 2)
+        assert flat.leak(tilted) == pytest.approx(s, abs=1e-15)
+        assert tilted.leak(flat) == pytest.approx(s, abs=1e-15)
+    assert flat.leak(FixedFrame(eye, values, 1)) == 0
+    assert flat.leak(FixedFrame(eye, values, 3)) == 1
+    assert FixedFrame(eye, values, 4).leak(tilted) == 0
+    close_to_it = fitted(*matched(4000, seed=1), rank=3).leak(fitted(*matched(4000), rank=3))
+    assert 0 < close_to_it < 0.3
 
 
 def test_a_file_gives_back_every_bit(tmp_path, fixed):

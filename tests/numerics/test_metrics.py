@@ -1,5 +1,6 @@
 """Metrics from moments: distances of distributions, spectra; values, theorems, standard errors."""
 
+import itertools
 import json
 import math
 import pickle
@@ -136,6 +137,42 @@ def test_the_effective_rank_of_known_spectra():
         assert metrics.effective_rank(values * scale) == pytest.approx(
             metrics.effective_rank(values)
         )
+
+
+def test_figures_of_known_spectra():
+    ranks = torch.arange(1, 41).double()
+    assert metrics.participation_ratio(torch.ones(7)) == pytest.approx(7)
+    assert metrics.participation_ratio(torch.tensor([3.0, 1.0])) == pytest.approx(1.6)
+    assert metrics.anisotropy(torch.ones(7)) == pytest.approx(1)
+    assert metrics.anisotropy(torch.tensor([3.0, 1.0, 0.0, 0.0])) == pytest.approx(3)
+    for alpha in (0.5, 1.5):
+        values = 7 * ranks**-alpha
+        assert metrics.power_law_exponent(values) == pytest.approx(alpha)
+        values[20:] = 0
+        assert metrics.power_law_exponent(values) == pytest.approx(alpha), "the first half"
+    noisy = (values[:20] * random_rows(20, 1, seed=3)[:, 0].exp()).sort(descending=True).values
+    slope = np.polyfit(ranks[:10].log(), noisy[:10].log(), 1)[0]
+    assert metrics.power_law_exponent(noisy) == pytest.approx(-slope)
+    assert math.isnan(metrics.power_law_exponent(torch.ones(4)))
+    a, b = (random_rows(9, 1, seed=seed)[:, 0].abs().sort().values.flip(0) for seed in (4, 5))
+    expected = np.corrcoef(a.log(), b.log())[0, 1]
+    assert metrics.log_spectrum_correlation(a, b) == pytest.approx(expected)
+    cut = b.clone()
+    cut[7:] = 1e-12 * b[0]
+    expected = np.corrcoef(a[:7].log(), b[:7].log())[0, 1]
+    assert metrics.log_spectrum_correlation(a, cut) == pytest.approx(expected), "rounding counts"
+    assert math.isnan(metrics.log_spectrum_correlation(a[:2], b[:2]))
+
+
+def test_subspace_overlap_of_random_subspaces_is_chance():
+    eye = torch.eye(6).double()
+    assert metrics.subspace_overlap(eye, eye[:, [1, 0, 2, 3, 4, 5]], 2) == 1
+    assert metrics.subspace_overlap(eye, eye.flip(1), 3) == 0
+    chance = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(60, 60, generator=chance).double() for _ in range(40))
+    turns = [torch.linalg.qr(rows)[0] for rows in drawn]
+    found = [metrics.subspace_overlap(*two, 6) for two in itertools.pairwise(turns)]
+    assert np.mean(found) == pytest.approx(6 / 60, rel=0.1)
 
 
 def test_the_spectrum_is_that_of_the_rows():

@@ -34,7 +34,12 @@ def test_it_is_flat_plain_and_complete(report):
     assert all(type(value) in (int, float) for value in report.values())
     for name in (
         "after_centroid_gap_error",
+        "after_cosine_divergence",
         "after_frechet_distance",
+        "after_subspace_overlap",
+        "before_residual_anisotropy",
+        "before_target_power_law_exponent",
+        "kept_cosine_correlation",
         "after_source_mixing",
         "after_target_recall_at_10_error",
         "before_target_between_rate",

@@ -62,6 +62,38 @@ def test_pairs_are_of_different_rows_all_alike_and_drawn_by_the_seed():
     assert not torch.equal(again, metrics.pairwise_cosines(rows, 1000, seed=5))
 
 
+def test_cosine_divergence_is_jensen_shannon_of_the_histograms():
+    a, b = two_modalities()
+    value = metrics.cosine_divergence(a, b, pairs=5000, bins=40, seed=3)
+    p, q = (
+        np.histogram(metrics.pairwise_cosines(rows, 5000, 3), 40, (-1, 1))[0] / 5000
+        for rows in (a, b)
+    )
+    m = (p + q) / 2
+
+    def kl(p):
+        return sum(x * math.log(x / y) for x, y in zip(p, m, strict=True) if x)
+
+    assert value == pytest.approx((kl(p) + kl(q)) / 2, rel=1e-10)
+    assert metrics.cosine_divergence(a, a.clone()) == 0
+    parallel, crossed = torch.ones(9, 4), torch.cat([torch.eye(4), -torch.eye(4)])
+    apart = metrics.cosine_divergence(parallel, crossed)
+    assert apart == pytest.approx(math.log(2)), "densities that share no bin"
+
+
+@pytest.mark.parametrize("block", [2048, 7, 1])
+def test_cosine_correlation_is_that_of_all_pairs(block):
+    a, _ = two_modalities()
+    b = torch.cat([a + 0.5 * random_rows(*a.shape, seed=8), a[:, :2] + 3], dim=1)
+    i, j = np.triu_indices(len(a), 1)
+    cosines = ((oracle.unit(rows.numpy()) @ oracle.unit(rows.numpy()).T)[i, j] for rows in (a, b))
+    expected = np.corrcoef(*cosines)[0, 1]
+    assert metrics.cosine_correlation(a, b, block) == pytest.approx(expected, rel=1e-10)
+    turn, _ = torch.linalg.qr(random_rows(a.shape[1], a.shape[1], seed=9))
+    wider = torch.cat([a @ turn, torch.zeros(len(a), 3).double()], dim=1)
+    assert metrics.cosine_correlation(a, 5 * wider, block) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("block", BLOCKS[1:])
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_nearest_rows_against_brute_force(dtype, block):

@@ -7,7 +7,6 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,33 +130,6 @@ def test_a_known_turn_of_u_gives_the_known_leak():
     assert turned["leak"] == pytest.approx(math.sin(0.3))
     assert turned["leak_mean"] == pytest.approx(math.sin(0.3) ** 2 / 2)
     assert turned["spread_v_share"] == pytest.approx(math.sin(0.3) ** 2 / 2)
-
-
-def test_the_shape_of_residuals_against_plain_formulas():
-    """By singular values of the residuals, [r | D - r, N], and their regression with numpy."""
-    point = random_checkpoint(3)
-    frame = dynamics.frame_of(point, 0.6)
-    part = frame.decompose((point.text, point.image))
-    centred = (point.image - point.text).numpy()
-    centred = centred - centred.mean(axis=0)
-    d, z = (centred @ basis.numpy() for basis in (frame.principal, frame.complement))
-    report = dynamics.residual_report(part)
-    for name, rows in (("delta", d), ("zeta", z)):
-        singular = np.linalg.svd(rows, compute_uv=False)
-        assert report[f"{name}_condition"] == pytest.approx((singular[0] / singular[-1]) ** 2)
-    top = frame.complement.numpy() @ np.linalg.svd(z)[2][0]
-    cosine = abs(top @ part.gamma.numpy()) / np.linalg.norm(part.gamma)
-    assert report["gamma_angle"] == pytest.approx(math.degrees(math.acos(cosine)))
-    penalty = dynamics.RIDGE * np.trace(d.T @ d) / frame.rank * np.eye(frame.rank)
-    coupling = np.linalg.solve(d.T @ d + penalty, d.T @ z)
-    assert report["coupling_norm"] == pytest.approx(np.linalg.norm(coupling, 2))
-    left = ((z - d @ coupling) ** 2).sum() / (z**2).sum()
-    assert report["coupling_r2"] == pytest.approx(1 - left)
-    assert report["coupling_r2_chance"] == frame.rank / 255
-    whole = dynamics.frame_of(point, 1.0)  # V is empty
-    report = dynamics.residual_report(whole.decompose((point.text, point.image)))
-    assert report["zeta_condition"] is report["gamma_angle"] is report["coupling_r2"] is None
-    assert report["coupling_norm"] == dynamics.leak(whole, frame) == 0
 
 
 def test_the_pull_is_the_rate_at_which_a_step_of_the_rows_shortens_the_biases():

@@ -113,6 +113,13 @@ def use_metrics(text: Tensor, image: Tensor, y: Moments, x: Moments) -> dict[str
         metrics.covariance_distance(y, x),
         metrics.frechet_distance(y, x),
         metrics.effective_rank(values),
+        metrics.participation_ratio(values),
+        metrics.anisotropy(values),
+        metrics.power_law_exponent(values),
+        metrics.log_spectrum_correlation(values, values),
+        metrics.subspace_overlap(spectrum.vectors, spectrum.vectors, 2),
+        metrics.cosine_divergence(text, image),
+        metrics.cosine_correlation(text, image),
     ]
     rows: list[Tensor] = [metrics.pairwise_cosines(text), nearest.indices]
     gap = metrics.gap_report(text, image, settings=settings, paired=True)
