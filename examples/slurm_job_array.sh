@@ -6,7 +6,12 @@
 # submits three arrays of the same command, each after the one before, and then one job that ends them.
 # Behind -- stand options of `realign-fast align` for every job, such as -- --bad-rows skip.
 # Jobs run in the environment that submits them: activate the virtual environment and export
-# AWS_PROFILE, TMPDIR and the like first.
+# AWS_PROFILE, TMPDIR and the like first. Two variables of it choose another command and the number of
+# arrays; a side that is "" is left out:
+#
+#   COMMAND=apply ROUNDS=1 bash examples/slurm_job_array.sh submit TEXT "" OUT JOBS -- --aligner FITTED
+#   COMMAND=unify ROUNDS=1 bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS -- --space FITTED
+#   COMMAND=unify ROUNDS=3 bash examples/slurm_job_array.sh submit TEXT IMAGE OUT JOBS -- --fit-rows all
 #
 # An array goes as far as the one before allows: statistics, drift, aligned shards. Started again it
 # goes on where it stopped: a finished shard is not read again. A job that reaches its time limit
@@ -26,7 +31,7 @@ if (($# < 4)) || [[ $1 == submit && ! ${5:-} =~ ^[1-9][0-9]*$ ]]; then
   exit 2
 fi
 step=$1 text=$2 image=$3 out=$4
-command=(align --text "$text" --image "$image" --out "$out")
+command=("${COMMAND:-align}" ${text:+--text "$text"} ${image:+--image "$image"} --out "$out")
 log=(--log-json)
 
 run() { # in the background, so that bash passes signals on
@@ -59,7 +64,8 @@ case $step in
       shift
     done
     shift $(($# > 0)) # the --; options of align remain
-    for next in round-1 round-2 round-3 end; do
+    rounds=(round-1 round-2 round-3)
+    for next in "${rounds[@]:0:${ROUNDS:-3}}" end; do
       array=()
       [[ $next == end ]] || array=(--array="1-$jobs")
       id=$(sbatch --parsable --job-name="realign-$next" --time=2:00:00 --signal=B:USR1@60 --requeue \

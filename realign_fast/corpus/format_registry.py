@@ -78,7 +78,8 @@ def shard_paths(folder: StoragePath) -> list[StoragePath]:
     first_of_format = {format_of(path.name): path for path in reversed(paths)}
     if len(first_of_format) > 1:
         names = " and ".join(path.name for path in first_of_format.values())
-        raise ValueError(f"{folder}: has {names}; a corpus has one format: move one kind away")
+        advice = f"move one kind away, or give the glob '{folder / '*'}' to read both"
+        raise ValueError(f"{folder}: has {names}; a folder holds one format: {advice}")
     return paths
 
 

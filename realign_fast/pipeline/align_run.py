@@ -246,6 +246,7 @@ class Work(NamedTuple):
     results: Sequence[Written]
     fit: Callable[[AlignRun], Fitted]
     finish: Callable[[AlignRun, Any, list[Moments]], dict[str, Any]]  # returns the report
+    note: str = ""  # what a plan cannot know
 
 
 def execute(

@@ -19,6 +19,7 @@ from ..interface.option_values import UnfinishedShards
 from ..shared_space import SharedSpace
 from ..storage.paths import StoragePath, records_of
 from .align_run import AlignRun, Fitted, Work, checked_maps
+from .manifest import read_manifest
 from .output import ALIGNER, SPACE
 from .settings import Settings
 
@@ -26,7 +27,7 @@ from .settings import Settings
 def plan(
     work: Work, out: StoragePath, settings: Settings, part: tuple[int, int] = (0, 1)
 ) -> dict[str, Any]:
-    """Return rows and bytes of each pass, and the sums.
+    """Return rows and bytes of each pass, the sums, and notes on what else the run does.
 
     The run reads no rows, and writes and locks nothing. The bytes of a sample are those of all rows
     that its format has to read, such as whole row groups of parquet at a URL. A map of an earlier
@@ -66,7 +67,15 @@ def plan(
             }
         )
     names = "rows", "bytes_read", "bytes_written", "finished_before"
-    return {"passes": passes} | {name: sum(step[name] for step in passes) for name in names}
+    totals = {name: sum(step[name] for step in passes) for name in names}
+    notes, written = [work.note * (fitted is None)], read_manifest(records_of(out))["passes"]
+    for result in work.results:
+        shards = written.get(result.pass_name, {"shards": []})["shards"]
+        if shards and not before.get(result.pass_name):
+            folder = out / result.folder
+            reason = "as the options, the sources or the map differ"
+            notes.append(f"{folder}: the run replaces its {len(shards)} shards, {reason}")
+    return {"passes": passes, "notes": [note for note in notes if note]} | totals
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -80,4 +89,4 @@ def format_plan(plan: dict[str, Any]) -> str:
             + f"  ({before:,} rows are finished)"
             * bool(before)
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *plan["notes"]])

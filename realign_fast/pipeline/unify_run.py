@@ -138,7 +138,10 @@ def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
 
     centres = sides.method not in ("auto", "calibrate")
     measures = passes("moments", {}) + (passes("centred", {}) if centres else [])
-    return Work(measures if sides.space is None else [], results, fit, finish)
+    if sides.space is not None:
+        return Work([], results, fit, finish)
+    note = f"and up to {len(sides.corpora)} passes more, as those of the moments, if it centres"
+    return Work(measures, results, fit, finish, note * (sides.method == "auto"))
 
 
 def _fit(

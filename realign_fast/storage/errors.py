@@ -122,6 +122,8 @@ def explained_error(
     if isinstance(error, FileNotFoundError) and not may_be_temporary(error):
         written = operation == "written"
         fault = f"its bucket or folder is not there ({reason})" if written else "is not there"
+        if not written and "bucket does not exist" in reason:
+            fault = "its bucket is not there"
         return FileNotFoundError(errno.ENOENT, f"{url}: {fault}; check its name")
     if "Protocol not known" in reason:
         return OptionError(f"{url}: {reason}; expected one that fsspec knows")

@@ -407,6 +407,15 @@ def test_a_dry_run_counts_what_the_run_then_does(capsys, reads, finished):
         assert plan[name] == sum(step[name] for step in done)
 
 
+def test_a_dry_run_says_that_other_options_replace_what_is_there(capsys):
+    assert main.main([*ALIGN, "--quiet"]) == 0
+    assert run(*ALIGN, "--dry-run") == 0
+    assert document(capsys)["notes"] == []
+    assert main.main([*ALIGN, "--bad-rows", "skip", "--dry-run"]) == 0
+    note = "out: the run replaces its 4 shards, as the options, the sources or the map differ"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(note)
+
+
 def test_a_dry_run_writes_nothing(capsys):
     assert run(*ALIGN, "--dry-run") == 0
     plan = document(capsys)

@@ -193,7 +193,7 @@ def test_a_checkpoint_beside_shards_is_no_shard(tmp_path):
     np.savez(tmp_path / "cache.npz", ROWS)
     assert [shard.path.name for shard in Corpus(tmp_path).shards] == ["x.npy"]
     (tmp_path / "x.npy").unlink()
-    with pytest.raises(ValueError, match=r"has .* and .*; a corpus has one format"):
+    with pytest.raises(ValueError, match=r"has .* and .*; a folder holds one format"):
         Corpus(tmp_path)
 
 

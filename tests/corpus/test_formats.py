@@ -515,7 +515,7 @@ def test_a_missing_column_lists_those_there_are(tmp_path):
 def test_mixed_formats_are_refused_by_both_names(tmp_path):
     save_shards(tmp_path, "parquet-list", [random_rows(3)])
     save_shards(tmp_path, "npy", [random_rows(3)])
-    refuse(tmp_path, r"has rows_0\.\w+ and rows_0\.\w+; a corpus has one format")
+    refuse(tmp_path, r"has rows_0\.\w+ and rows_0\.\w+; a folder holds one format")
 
 
 def test_a_wrong_suffix_and_none_are_refused(tmp_path):

@@ -69,6 +69,52 @@ def test_options_behind_two_hyphens_reach_every_job(tmp_path):
     assert [" --array=1-64 " in line for line in lines[4:]] == [True, True, True, False]
 
 
+def test_another_command_with_fewer_rounds(tmp_path, monkeypatch):
+    """`fit`, then `apply` and `unify --space` in one array each, which inherit the variables."""
+    monkeypatch.chdir(tmp_path)
+    for side, shift in (("text", 0.5), ("image", -0.5)):
+        Path(side).mkdir()
+        for index in range(3):
+            rows = np.random.default_rng(index).standard_normal((50, 16)) + shift
+            np.save(f"{side}/emb_{index}.npy", rows.astype("f4"))
+    sides = ["--text", "text", "--image", "image"]
+    assert main.main(["fit", *sides, "--out", "fitted", "--quiet"]) == 0
+    assert main.main(["unify", *sides, "--out", "space", "--quiet"]) == 0
+    programs = {
+        "realign-fast": 'printf "%s\\0" "$@" END >> commands',
+        "sbatch": """while [ "$1" != "$SCRIPT" ]; do
+  case $1 in --array=1-2) jobs="1 2";; esac; shift
+done
+for job in ${jobs:-1}; do
+  SLURM_ARRAY_TASK_ID=$job SLURM_ARRAY_TASK_COUNT=2 bash "$@"
+done >&2
+echo 7""",
+    }
+    Path("bin").mkdir()
+    for name, code in programs.items():
+        Path("bin", name).write_text(f"#!/bin/sh\n{code}\n")
+        Path("bin", name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "ROUNDS": "1"}
+    environment |= {"SCRIPT": str(SCRIPT)}
+    for command, image, fitted in (
+        ("apply", "", ["--aligner", "fitted"]),
+        ("unify", "image", ["--space", "space"]),
+    ):
+        submit = ["bash", SCRIPT, "submit", "text", image, command, "2", "--", *fitted]
+        subprocess.run(submit, env=environment | {"COMMAND": command}, check=True, timeout=120)
+        commands = Path("commands").read_text().split("\0END\0")[:-1]
+        Path("commands").unlink()
+        assert len(commands) == 3
+        assert all(main.main([*line.split("\0"), "--quiet"]) == 0 for line in commands)
+        assert main.main(["verify", command]) == 0
+        one = [command, "--text", "text", *(["--image", image] if image else []), *fitted]
+        assert main.main([*one, "--out", f"{command}-one", "--quiet"]) == 0
+        for path in Path(f"{command}-one").rglob("emb_*.npy"):
+            assert Path(command, *path.parts[1:]).read_bytes() == path.read_bytes()
+    assert len([*Path("apply").rglob("emb_*.npy")]) == 3
+    assert len([*Path("unify").rglob("emb_*.npy")]) == 6
+
+
 @pytest.mark.parametrize(
     ("end", "status", "is_queued_again"),
     [("USR1", 143, True), ("TERM", 143, False), ("exit 5", 5, True), ("exit 3", 3, False)],

@@ -118,6 +118,7 @@ def test_a_sample_is_enough_and_its_plan_is_what_runs(sides, tmp_path, capsys):
     command += ["--fit-rows", 200, "--layout", "blocks", "--json"]
     assert run(*command, "--dry-run") == 0 and not (tmp_path / "out").exists()
     plan = json.loads(capsys.readouterr().out)
+    assert plan["notes"] == ["and up to 2 passes more, as those of the moments, if it centres"]
     assert run(*command) == 0
     report = json.loads(capsys.readouterr().out)
     facts = ("name", "rows", "bytes_read")
@@ -128,7 +129,8 @@ def test_a_sample_is_enough_and_its_plan_is_what_runs(sides, tmp_path, capsys):
     counts = {name: side["count"] for name, side in report["space"]["modalities"].items()}
     assert counts == {"text": 200, "image": 200}
     assert run(*command, "--dry-run") == 0
-    assert json.loads(capsys.readouterr().out)["finished_before"] == 471
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["finished_before"] == 471 and plan["notes"] == []
     assert run("verify", tmp_path / "out") == 0
 
 

@@ -377,6 +377,14 @@ def test_what_is_not_there_is_named(served):
     assert caught.value.strerror == f"{served[0]}/text/emb_9.npy: is not there; check its name"
 
 
+@pytest.mark.parametrize("place, fault", [("nobody/text", "its bucket"), ("rows/text", "")])
+def test_a_bucket_that_is_not_there_is_told_from_a_folder(bucket, place, fault):
+    with pytest.raises(FileNotFoundError) as caught:
+        Corpus(f"s3://{place}")
+    expected = f"s3://{place}: {fault} is not there; check its name"
+    assert caught.value.strerror == expected.replace("  ", " ")
+
+
 @pytest.mark.parametrize("status", (401, 403))
 def test_what_is_refused_is_named(status, corpora, served):
     served[1].statuses["emb_0.npy"] = status
