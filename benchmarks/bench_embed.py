@@ -87,13 +87,14 @@ def bench_embed(line, weights, measure, tmp_path):
     kind, out = line.kind, tmp_path / "out"
     source = open_source(write_items(kind, line.rows, tmp_path / "in"), kind)
     batches = ready(kind, encoder, source, device)
-    settings = EmbedSettings(BATCH[device], WORKERS[device], progress=False, mode="overwrite")
+    settings = EmbedSettings(BATCH[device], WORKERS[device], progress=False)
 
     def forward(_: object = None) -> torch.Tensor:
         rows = encoder.image_rows if kind == "images" else lambda x: encoder.text_rows({"text": x})
         return torch.cat([rows(one) for one in batches]).float().cpu()  # waits for the device
 
     def ours(_: object) -> torch.Tensor:
+        shutil.rmtree(out, ignore_errors=True)
         embed(encoder, out, settings=settings, **{kind: source})
         return torch.cat([one.rows for one in Corpus(out, kind[:-1]).batches()]).float()
 

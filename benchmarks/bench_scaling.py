@@ -161,9 +161,13 @@ def bench_files_against_n_shards_and_workers(tmp_path, benchmark, show):
         folder = tmp_path / name
         if not folder.exists():
             write_side(folder, rows[:count], shards)
-        chosen = Settings(progress=False, mode="overwrite", workers=workers)
-        out = tmp_path / f"{name}-out"
-        return lambda: align(Corpus(folder), Corpus(images), out, chosen)
+        chosen, out = Settings(progress=False, workers=workers), tmp_path / f"{name}-out"
+
+        def anew() -> object:
+            shutil.rmtree(out, ignore_errors=True)
+            return align(Corpus(folder), Corpus(images), out, chosen)
+
+        return anew
 
     fixed = "D=768 float16 npy, 20,000 images, cached"
     took = Series("align", "seconds", "N", f"1 shard, {fixed}", 1)

@@ -312,7 +312,7 @@ def demo(
     from .. import demo
 
     result_commands.check_report(report_too)
-    logging.getLogger("realign_fast.passes").setLevel("WARNING")  # its table has the rates
+    logging.getLogger("realign_fast.passes").setLevel("WARNING")  # rates are no answer
     with contextlib.redirect_stdout(io.StringIO()) as text:
         facts = demo.run(Path(out), progress=not options.quiet)
     result = Result({"out": out, **facts}, text.getvalue().rstrip(), answer=True)

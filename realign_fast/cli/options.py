@@ -173,8 +173,6 @@ class RunOptions(Reading):
     out: Out
     shard: Shard = "1/1"
     dry_run: DryRun = False
-    mode: Annotated[values.Mode, _run("skip shards that an earlier or killed run finished and that "
-        "are unchanged (incremental), or repeat everything (overwrite)")] = "incremental"
     bad_rows: Annotated[values.BadRows, _run("zero and non-finite rows: stop (error), leave out "
         "and write zeros (skip), count zeros as data and write NaN for the rest (keep)")] = "error"
     batch_bytes: BatchBytes = values.BATCH_BYTES

@@ -7,7 +7,6 @@ Modality = Literal["text", "image"]
 FormatName = Literal[
     "npy", "npz", "pt", "safetensors", "parquet", "arrow", "arrow-stream", "hf", "pickle", "tar"
 ]
-Mode = Literal["incremental", "overwrite"]
 Method = Literal[
     "realign", "mean-shift", "diagonal", "coral", "optimal-transport", "blockwise", "noise"
 ]

@@ -159,7 +159,7 @@ class AlignRun(PassRunner):
         another dimension, and an ``out`` that :func:`.output.check_output` refuses, are errors.
         """
         directory, results = output_path(out), [Written(source, source.subfolder)]
-        check_output(directory, results, self.settings.mode)
+        check_output(directory, results)
         checked_maps(aligner, results)
         with self.output_directory(directory):
             (moments,) = self.write_all(aligner, results, directory)
@@ -316,10 +316,10 @@ def align_work(
     """
     results, others = [Written(source, source.subfolder)], [target] if target is not None else []
     if writes:
-        check_output(out, results, settings.mode, others)
+        check_output(out, results, others)
     else:
         check_place(out, source, *others)
-        check_kept(out, results, settings.mode)
+        check_kept(out, results)
     measures, fitted_on = list[Measure](), "every row"
     if aligner is not None:
         check_columns(source, aligner)

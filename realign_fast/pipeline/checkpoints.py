@@ -53,7 +53,7 @@ def identities(shards: Sequence[Shard]) -> tuple[Entry, ...]:
     if unversioned := [entry["path"] for entry in entries if entry.get("version") == ""]:
         warnings.warn(
             f"{unversioned[0]}: its server gives no ETag and no time, so a new content of the same "
-            "size is not noticed; use --mode overwrite after a change",
+            "size is not noticed; remove the result after a change",
             stacklevel=3,
         )
     return entries

@@ -46,8 +46,8 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
         fault = "something that is no JSON"
     if fault:
         raise ValueError(
-            f"{path}: expected a manifest of format {FORMAT}, got {fault}; run again with "
-            "--mode overwrite, or give another --out"
+            f"{path}: expected a manifest of format {FORMAT}, got {fault}; remove it and run again "
+            "(finished shards are kept), or give another --out"
         )
     result: dict[str, Any] = manifest
     return result
@@ -63,7 +63,7 @@ def check_arithmetic(records: StoragePath, code: str) -> None:
     if made_by != (own := code.partition(",")[0]):
         raise OptionError(
             f"{records}: made by {made_by}, whose sums differ from those of {own}, so that nothing "
-            "of it can be continued; write it anew with --mode overwrite, or give another --out"
+            "of it can be continued; remove it, or give another --out"
         )
 
 
@@ -109,6 +109,5 @@ def check_source(out: StoragePath, source: Corpus, finished: Sequence[Entry]) ->
         return
     raise OptionError(
         f"{out}: holds the result of {finished[0]['path']} and {len(finished) - 1} other shards, "
-        f"and {source.path} has none of them; give another --out, or replace that result with "
-        "--mode overwrite"
+        f"and {source.path} has none of them; give another --out, or remove that result"
     )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..corpus import Corpus
 from ..corpus.format_registry import is_output_shard
 from ..corpus.layout import SUBFOLDERS, check_apart, some
-from ..interface.option_values import Mode, OptionError
+from ..interface.option_values import OptionError
 from ..storage.paths import StoragePath, local_path, records_of
 from .checkpoints import STATS
 from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
@@ -49,7 +49,7 @@ def remove_reports(records: StoragePath) -> None:
 
 
 def check_output(
-    out: StoragePath, results: Sequence[Written], mode: Mode, others: Sequence[Corpus] = ()
+    out: StoragePath, results: Sequence[Written], others: Sequence[Corpus] = ()
 ) -> None:
     """Refuse an output directory in which rows would be lost or mixed, before anything is read.
 
@@ -60,17 +60,15 @@ def check_output(
         check_place(out, result.corpus, subfolders=folders)
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
-    check_kept(out, results, mode)
-    _check_shards(out, results, mode)
+    check_kept(out, results)
+    _check_shards(out, results)
 
 
-def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:
+def check_kept(out: StoragePath, results: Sequence[Written]) -> None:
     """Refuse to replace what a run on another source, or of the other family, left in ``out``.
 
     Every command that writes records into ``out`` asks this first, also one that writes no shards.
     """
-    if mode == "overwrite":
-        return
     stats, finished = records_of(out) / STATS, read_manifest(records_of(out))["passes"]
     begun = [name for name, is_folder in stats.listed() if is_folder] if stats.is_dir() else []
     names = [result.pass_name for result in results]
@@ -79,7 +77,7 @@ def check_kept(out: StoragePath, results: Sequence[Written], mode: Mode) -> None
         if is_written or (name in ALIGN_PASSES) != (names[0] in ALIGN_PASSES):
             raise OptionError(
                 f"{out}: holds the result of another command (align or unify) or of other sides "
-                f"({name}); give another --out, or replace that result with --mode overwrite"
+                f"({name}); give another --out, or remove that result"
             )
     for result in results:
         if result.pass_name in finished:
@@ -115,7 +113,7 @@ def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = 
                 )
 
 
-def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> None:
+def _check_shards(out: StoragePath, results: Sequence[Written]) -> None:
     """Refuse shards in ``out`` that are not those of earlier runs on these sources."""
     expected = {
         out / result.folder / shard.path.name
@@ -131,10 +129,8 @@ def _check_shards(out: StoragePath, results: Sequence[Written], mode: Mode) -> N
             f"{names[0]}: is no shard that {results[0].corpus.path} becomes, and the two would "
             f"mix; remove what the source has no more ({some(names)}), or give an empty --out"
         )
-    evidence = {STATS, MANIFEST, *((ALIGNER, SPACE, REPORT) if mode == "overwrite" else ())}
-    if present and not any((records_of(out) / name).exists() for name in evidence):
+    if present and not any((records_of(out) / name).exists() for name in (STATS, MANIFEST)):
         raise OptionError(
             f"{min(map(str, present))}: would be replaced, but {out} has no {MANIFEST} that says "
-            "a run of ours wrote it; give an empty --out, or --mode overwrite if an early version "
-            "wrote it"
+            "a run of ours wrote it; give an empty --out"
         )

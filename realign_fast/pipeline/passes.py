@@ -19,7 +19,7 @@ from ..storage.lock import locked
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .checkpoints import STATS, AnyMap, Checkpoints, Entry, code_version, identities, map_hash
 from .engines.local import Engine, engine_of
-from .manifest import MANIFEST, Passes, check_arithmetic
+from .manifest import Passes, check_arithmetic
 from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
 
@@ -91,19 +91,8 @@ class PassRunner:
                 f"{out}: memory:// is of one process, and workers would write into their own; give "
                 "one worker, or another --out"
             )
-        if self.settings.mode == "overwrite" and parts > 1:
-            raise OptionError(
-                f"{out}: a part of a job array cannot overwrite what others share; remove "
-                f"{records / STATS} before the jobs start, or give another --out"
-            )
         with locked(records / STATS, f"{index + 1}-of-{parts}" if parts > 1 else ""):
-            if self.settings.mode != "overwrite":
-                check_arithmetic(records, code_version(self.settings.device))
-            else:
-                (records / MANIFEST).unlink(missing_ok=True)
-                stats = records / STATS
-                for name in [name for name, is_folder in stats.listed() if is_folder]:
-                    (stats / name).remove_tree()
+            check_arithmetic(records, code_version(self.settings.device))
             self.out, self.records = out, records
             try:
                 yield

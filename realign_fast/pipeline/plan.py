@@ -34,11 +34,11 @@ def plan(
     run stands for one that cannot be fitted without reading, such as a map of a sample.
     """
     run = AlignRun(replace(settings, progress=False), part, reading=False)
-    run.records = None if settings.mode == "overwrite" else records_of(out)
+    run.records = records_of(out)
     fitted: Fitted | None = None
     with suppress(UnfinishedShards):
         fitted = work.fit(run)
-    if fitted is None and run.records and any(measured.sample for measured in work.measures):
+    if fitted is None and any(measured.sample for measured in work.measures):
         if (path := run.records / ALIGNER).is_file():
             fitted = ReAlign.load(path)
         elif (path := run.records / SPACE).is_file():

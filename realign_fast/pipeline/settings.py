@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..interface.option_values import BATCH_BYTES, BadRows, Method, Mode
+from ..interface.option_values import BATCH_BYTES, BadRows, Method
 from ..methods import Shrinkage
 
 
@@ -21,8 +21,6 @@ class Settings:
             rows, so another value may change their last bits.
         progress: show a progress bar on stderr.
         method, shrinkage: the map and its shrinkage, as :meth:`ReAlign.fit` takes them.
-        mode: ``"incremental"`` does not read a shard again that is finished and unchanged in the
-            output directory; ``"overwrite"`` reads everything again.
         workers: number of processes that share the shards.
         fit_rows: number of rows of each side to fit on, chosen by ``seed`` (:mod:`.sampling`). 0 is
             every row, as is None except in ``unify``.
@@ -35,7 +33,6 @@ class Settings:
     progress: bool = True
     method: Method = "realign"
     shrinkage: Shrinkage = None
-    mode: Mode = "incremental"
     workers: int = 1
     fit_rows: int | None = None
     seed: int = 0

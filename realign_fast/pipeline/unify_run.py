@@ -102,7 +102,7 @@ def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
     Its measures are without the passes of an automatic choice to centre.
     """
     results = sides.results()
-    check_output(out, results, settings.mode)
+    check_output(out, results)
     if sides.queries is not None:
         check_place(out, sides.queries)
     known = [(corpus.path, corpus.encoder) for corpus in sides.corpora.values()]

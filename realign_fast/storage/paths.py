@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,10 +99,6 @@ class LocalPath(PosixPath):
         """Yield the name of each entry of a directory, and whether it is a directory."""
         with os.scandir(self) as entries:
             yield from ((entry.name, entry.is_dir()) for entry in entries)
-
-    def remove_tree(self) -> None:
-        """Remove the directory with everything below it."""
-        shutil.rmtree(self)
 
     def read_bytes(self) -> bytes:
         """Return the content of the file; an error names it, also one of the read itself."""

@@ -239,10 +239,6 @@ class Url:
             if not missing_ok:
                 raise
 
-    def remove_tree(self) -> None:
-        """Remove the directory with everything below it."""
-        self._ask(lambda fs, path: fs.rm(path, recursive=True), "removed")
-
     @contextmanager
     def pending_file(self, buffering: int = -1) -> Iterator[IO[bytes]]:
         """Yield a scratch file in ``TMPDIR``, without a name, that is uploaded at the end."""

@@ -333,7 +333,7 @@ def test_a_failed_run_leaves_no_report_and_a_rerun_mends_it(corpora, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            align(source, target, out, Settings(progress=False, mode="overwrite"))
+            align(source, target, out, Settings(progress=False, method="mean-shift"))
     assert "report.json" not in names(out)
     assert not [name for name in names(out) if name.endswith(".partial")]
     align(source, target, out, QUIET)
@@ -442,14 +442,12 @@ def test_a_result_is_not_replaced_by_another_source_of_the_same_names(corpora, t
         np.save(another / path.name, -np.load(path))
     with pytest.raises(
         ValueError,
-        match=r"out: holds the result of .*other/emb_0\.npy and 3 other shards, .* --mode overw",
+        match=r"out: holds the result of .*other/emb_0\.npy and 3 other shards, .*remove that result",
     ):
         align(another, image, out, QUIET)
     with pytest.raises(ValueError, match="out: holds the result of"):
         plan_align(Corpus(another), Corpus(image), out, QUIET)
     assert before == {path.name: path.read_bytes() for path in out.glob("*.npy")}
-    align(another, image, out, Settings(progress=False, mode="overwrite"))
-    assert before != {path.name: path.read_bytes() for path in out.glob("*.npy")}
 
 
 def test_an_output_with_other_shards_is_refused(corpora, tmp_path):

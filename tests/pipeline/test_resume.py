@@ -134,7 +134,7 @@ def test_new_shards_cost_only_their_own_moments(corpora, tmp_path, reads):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("bad_rows", "keep"), ("batch_bytes", 512), ("method", "coral"), ("mode", "overwrite")],
+    [("bad_rows", "keep"), ("batch_bytes", 512), ("method", "coral")],
 )
 def test_other_options_do_not_meet_finished_work(corpora, tmp_path, option, value):
     align(*corpora, tmp_path / "out", QUIET)
@@ -269,16 +269,13 @@ def test_two_processes_do_not_share_an_output(corpora, tmp_path, capsys):
     assert main.main(command) == 0  # the lock went with the process
 
 
-def test_outputs_of_runs_without_a_manifest_are_refused_or_overwritten(corpora, tmp_path):
+def test_outputs_of_runs_without_a_manifest_are_refused(corpora, tmp_path):
     out = tmp_path / "out"
     align(*corpora, out, QUIET)
-    before = tree(out)
     (out / "__realign__/manifest.json").unlink()
     os.rename(out / "__realign__/_stats", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"has no manifest\.json .* --mode overwrite"):
+    with pytest.raises(ValueError, match=r"has no manifest\.json .* an empty --out"):
         align(*corpora, out, QUIET)
-    align(*corpora, out, quiet(mode="overwrite"))
-    assert tree(out) == before
 
 
 def test_a_record_that_cannot_be_read_is_made_again(corpora, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_space_and_its_report_in_one_command(tmp_path, layout, rows):
     assert [*recall] == (["text"] if layout == "single" else ["text", "image"])
     assert facts["gap"]["fitted"]["after"] < 0.2 * facts["gap"]["fitted"]["before"]
     assert facts["gap"]["other_half"]["after"] < 2 * facts["gap"]["other_half"]["floor"]
-    run("unify", *sides, "--layout", layout, "--method", "center", "--mode", "overwrite")
+    run("unify", *sides, "--layout", layout, "--method", "center")
     assert not (tmp_path / "__realign__/gap_report.html").exists(), "it was of the earlier run"
 
 
