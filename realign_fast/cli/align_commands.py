@@ -9,7 +9,7 @@ from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
 from .corpus_commands import open_corpus, shows_progress
-from .result_commands import check_report, with_report
+from .result_commands import with_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,8 +90,6 @@ def _done(
     from ..pipeline.plan import format_plan, plan
 
     out, part = output_path(options.out), opts.shard_part(options.shard)
-    has_page = getattr(options, "report_too", False)
-    check_report(has_page, is_job=part[1] > 1)
     if options.dry_run:
         planned = plan(work, out, settings, part)
         return Result(planned, format_plan(planned), answer=True)
@@ -102,7 +100,7 @@ def _done(
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
     result = Result(report, "\n".join(lines), report=records_of(out) / REPORT)
-    return with_report(result, options.out, options, has_page)
+    return with_report(result, options.out, options, getattr(options, "report_too", False))
 
 
 def engine_from(options: opts.RunOptions) -> Engine | None:

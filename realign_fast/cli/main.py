@@ -311,7 +311,6 @@ def demo(
 
     from .. import demo
 
-    result_commands.check_report(report_too)
     logging.getLogger("realign_fast.passes").setLevel("WARNING")  # rates are no answer
     with contextlib.redirect_stdout(io.StringIO()) as text:
         facts = demo.run(Path(out), progress=not options.quiet)

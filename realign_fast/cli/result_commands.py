@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-from ..interface.option_values import OptionError
 from . import options as opts
 from .app import ExitCode, Result, command
 
@@ -39,18 +38,6 @@ def report(
     return Result(
         {"report": str(path), **summary}, "\n".join([*lines, f"wrote {path}"]), answer=True
     )
-
-
-def check_report(is_asked: bool, is_job: bool = False) -> None:
-    """Raise an error before a run whose report lacks a package, or is of one job of an array."""
-    if is_asked and is_job:
-        raise OptionError(
-            "report: a job of an array writes none; give it to the last command, without --shard"
-        )
-    if is_asked:
-        from ..report.page import packages
-
-        packages()
 
 
 def with_report(result: Result, out: str, options: opts.Common, is_asked: bool) -> Result:

@@ -256,7 +256,6 @@ FAILURES = [
         "unify --text text --out o",
         "convert text o --to npy --modality image",
         f"align {TEXT} --cpus-per-task 2", f"align {TEXT} --threads 0",
-        f"align {TEXT} --shard 2/2 --report",
         f"pretrain --language-model m {TRAIN} --modality text"]),
     (ExitCode.USAGE, other_aligned, [f"fit {OTHER}", f"fit {OTHER} --dry-run",
         f"fit {OTHER} --shard 1/2"]),
