@@ -164,7 +164,8 @@ class Decomposition:
         """The ridge regression of zeta on delta, ``L = Z D' (D D' + lambda I)^-1``, [D - r, r]."""
         s = self.delta_covariance
         ridge = _RIDGE * s.trace() / len(s) * torch.eye(len(s)).to(s)
-        return self.cross_covariance @ torch.linalg.pinv(s + ridge, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(s + ridge, hermitian=True)
+        return self.cross_covariance @ inverse
 
     @property
     def gamma_angle(self) -> float:
