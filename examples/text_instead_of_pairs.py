@@ -217,7 +217,8 @@ def train(
             "disable_tqdm": True,
         },
     )
-    pretrain(config)
+    if not (work / "model" / "training.json").exists():  # which ends a training
+        pretrain(config)
     state = json.loads((work / "model" / "trainer_state.json").read_text())
     log = [
         (entry["step"], entry["eval_loss"])

@@ -1,9 +1,11 @@
 """examples/text_instead_of_pairs.py: its split and its verdicts, and the quick version for real."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,29 @@ def test_rows_belong_to_their_ids():
     rows = np.load(DATA / "img_emb" / "img_emb_3.npy")
     found = pairs.rows_of([{"id": lines[at]["id"]} for at in (7, 0, 99)], "image")
     assert torch.equal(found, torch.from_numpy(rows[[7, 0, 99]]))
+
+
+@pytest.mark.parametrize("name", ["blind", "optimal transport", "both sides centred", "real pairs"])
+def test_an_arm_keeps_its_best_checkpoint_and_goes_on(world, tmp_path, name):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    settings = dataclasses.replace(pairs.QUICK, steps=4, checkpoints=2, rate=1e-2)
+    parts = pairs.split(0, settings)
+    run = (pairs.ARMS[name], parts, world / "llama", tmp_path, 0, settings)
+    best, curve = pairs.train(*run)
+    assert [step for step, _ in curve] == [2, 4]
+    assert best.name == f"checkpoint-{min(curve, key=lambda point: point[1])[0]}"
+    assert (best / "space.safetensors").is_file() == (name == "both sides centred")
+    samples = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    captions = {entry["id"]: entry["caption"] for entry in pairs.entries(DATA)}
+    own = [captions[entry["id"]] == entry["caption"] for entry in samples]
+    assert len(own) == settings.samples
+    assert all(own) or (name == "blind" and sum(own) < len(own) / 4)
+    (tmp_path / "model" / "training.json").unlink()
+    shutil.rmtree(tmp_path / "model" / "checkpoint-4")  # as if it had been stopped before
+    assert pairs.train(*run) == (best, curve)
+    figures = pairs.measure(best, pairs.write_list(tmp_path / "test.jsonl", parts.test))
+    assert figures["samples"] == settings.measured and figures["gain"].keys() >= {"value"}
 
 
 def results_of(table):
