@@ -161,8 +161,10 @@ class ReVisionModel(nn.Module):
     ) -> ReVisionModel:
         """Put a new projector in front of a language model, a name on the hub or a directory.
 
-        Rows go through `space` first, if there is one. The settings are fields of
-        `ReVisionConfig`; `dtype` is that of the language model.
+        Visual tokens start near the mean of the word embeddings, since trainings that start near
+        zero may get stuck (compare prompts: Lester et al., arXiv 2104.08691). Rows go through
+        `space` first, if there is one. The settings are fields of `ReVisionConfig`; `dtype` is
+        that of the language model.
         ValueError if the language model cannot be loaded, or a setting is wrong.
         """
         loaded = load_pretrained(_LANGUAGE_MODEL, language_model, dtype=dtype)
@@ -170,7 +172,13 @@ class ReVisionModel(nn.Module):
         name = str(path.resolve()) if path.exists() else str(language_model)
         width = loaded.get_input_embeddings().embedding_dim
         settings["space"] = space_digest(space)
-        return cls(ReVisionConfig(name, row_dimension, width, **settings), loaded, space)
+        model = cls(ReVisionConfig(name, row_dimension, width, **settings), loaded, space)
+        words = loaded.get_input_embeddings().weight.detach()
+        *_, last = (layer for layer in model.projector.modules() if isinstance(layer, nn.Linear))
+        if words.dim() == 2:  # with ZeRO-3, other processes hold a part
+            mean = words.mean(0, dtype=torch.float32)
+            last.bias.data.copy_(mean.repeat(last.out_features // width))
+        return model
 
     @property
     def base(self) -> PreTrainedModel:

@@ -78,6 +78,18 @@ def test_projecting_once_gives_the_numbers_and_gradients_of_projecting_copies(ki
         assert torch.allclose(one, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_visual_tokens_start_at_the_mean_of_the_words(world, kind):
+    model = ReVisionModel.start(world / "llama", D, projector=kind, visual_tokens=K)
+    mean = model.language_model.get_input_embeddings().weight.detach().mean(0)
+    *_, last = model.projector.layers.modules()
+    assert last.weight.abs().min() > 0  # rows still tell tokens apart
+    last.weight.data.zero_()
+    tokens = model.projector(torch.randn(2, D)).detach()
+    torch.testing.assert_close(tokens, mean.expand(2, K, -1), rtol=0, atol=1e-6)
+    assert mean.abs().max() > 1e-4
+
+
 def test_a_prefix_has_different_tokens():
     tokens = model_of(tiny_llama(), projector="prefix").projector(torch.randn(2, D))
     assert tokens.shape == (2, K, 64)
