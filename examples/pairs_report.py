@@ -124,10 +124,12 @@ def page(results: Results, order: list[str], about: dict[str, Any]) -> str:
         *table(results, order),
     ]
     for figure in FIGURES:
+        apart = distance(results, figure)
+        shown = "unknown" if math.isnan(apart) else f"{apart:.3f}"
         lines += [
             "",
             f"Differences by {figure}, paired over seeds, with 95% intervals. The distance from a "
-            f"blind training to real pairs is {distance(results, figure):.3f}.",
+            f"blind training to real pairs is {shown}.",
             "",
             "| ordering, worse < better | seeds | verdict |",
             "|---|---|---|",
