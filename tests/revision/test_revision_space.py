@@ -182,10 +182,9 @@ def test_commands_take_a_space(apart, tmp_path, capsys):
         assert main(words("chat", *rows, "--row", 1, "--ask", "what ?", *more)) == 0
         answers.append(capsys.readouterr().out)
     assert all(answers)
-    figures = tmp_path / "figures.json"
-    test = ["--data", apart / "list.jsonl", "--choices", 0, "--out", figures]
+    test = ["--data", apart / "list.jsonl", "--choices", 0]
     losses = []
     for more in ([], ["--modality", "text"]):
         assert main(words("evaluate", *rows, *test, *more)) == 0
-        losses.append(json.loads(figures.read_text())["loss"]["value"])
+        losses.append(json.loads(capsys.readouterr().out)["loss"]["value"])
     assert losses[0] != losses[1]  # each of its own side
