@@ -162,8 +162,8 @@ class Common(Options):
 class Reading(Common):
     """Options that say how shards are read."""
 
-    column: Annotated[str | None, _input("column of the rows", metavar="NAME",
-        show_default="embedding, in pickles embed")] = None
+    column: Annotated[str | None, _input("column of the rows; NAME:float16 states the type of a "
+        "binary column", metavar="NAME", show_default="embedding, in pickles embed")] = None
     allow_pickle: Annotated[bool, _input("also read pickled lists; no code of them runs")] = False
 
 

@@ -27,7 +27,7 @@ ipc, pq = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parqu
 ROOT = Path(__file__).parents[2]
 DIMENSION = 12
 FLOATS = ("float16", "float32", "float64")
-KINDS = ("list", "large_list", "fixed_list")
+KINDS = ("list", "large_list", "fixed_list", "binary")
 TABLES = [f"{file}-{kind}" for file in ("parquet", "arrow", "stream") for kind in KINDS]
 
 
@@ -40,6 +40,9 @@ def vectors(rows, kind):
     values = pa.array(rows.reshape(-1))
     if kind == "fixed_list":
         return pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    if kind == "binary":
+        width = rows.shape[1] * rows.itemsize
+        return pa.array([row.tobytes() for row in rows], pa.binary(width))
     make = pa.list_ if kind == "list" else pa.large_list
     return pa.array(list(rows), make(values.type))
 
@@ -149,8 +152,18 @@ def test_any_chunks_any_batches_any_start(tmp_path, form, rows, chunk, batch, st
 def test_another_column_is_read_by_its_name(tmp_path):
     data = random_rows(9, "float16")
     path = tmp_path / "x.parquet"
-    save_table(table_of(data, "list", "text_emb"), path, "parquet")
+    save_table(table_of(data, "binary", "text_emb").replace_schema_metadata(), path, "parquet")
     assert np.array_equal(everything(Corpus(path, column="text_emb")), data)
+    bare = pa.table({"v": pa.array([row.tobytes() for row in data], pa.binary(DIMENSION * 2))})
+    pq.write_table(bare, path)
+    assert np.array_equal(everything(Corpus(path, column="v:float16")), data)
+    with pytest.raises(TypeError, match=r"x\.parquet: column 'v' .*of no type; .* v:float16"):
+        Corpus(path, column="v")
+    with pytest.raises(
+        TypeError, match="of float64; expected its number type and a multiple of its bytes"
+    ):
+        pq.write_table(pa.table({"v": pa.array([b"123456"], pa.binary(6))}), path)
+        Corpus(path, column="v:float64")
 
 
 def test_a_tensor_is_read_by_its_name(tmp_path):
@@ -216,7 +229,7 @@ def same_but_rows(source, result, file):
 
 
 @pytest.mark.parametrize(
-    "form", ["safetensors", "npz", "pt", "parquet-list", "arrow-list", "stream-large_list"]
+    "form", ["safetensors", "npz", "pt", "parquet-list", "arrow-list", "stream-binary"]
 )
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path, form):
     (path,) = save_shards(tmp_path / "in", form, [random_rows(9)])
@@ -358,13 +371,14 @@ def test_ids_that_are_no_utf8_are_not_copied_on(tmp_path, file):
 
 @pytest.mark.parametrize("file", ["parquet", "arrow", "stream"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed_list", "binary"])
 def test_a_row_that_is_missing_is_not_a_number_and_keeps_its_place(tmp_path, file, dtype, kind):
     rows = random_rows(40, dtype)
     values, expected = rows.tolist(), rows.copy()
     for row in (0, 7, 39):  # the first says no dimension
         values[row], expected[row] = None, np.nan
-    values[9][4], expected[9, 4] = None, np.nan
+    if kind != "binary":
+        values[9][4], expected[9, 4] = None, np.nan
     if kind in ("list", "large_list"):
         values[11], expected[11] = [], np.nan
     number = pa.from_numpy_dtype(np.dtype(dtype))
@@ -372,7 +386,10 @@ def test_a_row_that_is_missing_is_not_a_number_and_keeps_its_place(tmp_path, fil
         "list": pa.list_(number),
         "large_list": pa.large_list(number),
         "fixed_list": pa.list_(number, DIMENSION),
+        "binary": pa.binary(rows[0].nbytes),
     }
+    if kind == "binary":
+        values = [None if row is None else np.array(row, dtype).tobytes() for row in values]
     field = pa.field("embedding", types[kind], metadata={"dtype": dtype})
     path = tmp_path / ("x.parquet" if file == "parquet" else "x.arrow")
     array = pa.array(values, types[kind])
@@ -664,7 +681,9 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch, capsys
 # ---- memory
 
 
-@pytest.mark.parametrize("form", ["parquet-fixed_list", "arrow-list", "stream-list"])
+@pytest.mark.parametrize(
+    "form", ["parquet-fixed_list", "parquet-binary", "arrow-list", "stream-list"]
+)
 def test_memory_is_bounded_by_the_batch_not_the_file(tmp_path, form):
     """One row group, one record batch, of 4 and of 80 MiB: nearly the same peak."""
     file, _, kind = form.partition("-")
@@ -672,7 +691,7 @@ def test_memory_is_bounded_by_the_batch_not_the_file(tmp_path, form):
     for mebibytes in (4, 80):
         rows = np.zeros((mebibytes << 8, 1024), np.float32)
         rows[:] = np.arange(1024)
-        array = vectors(rows, "fixed_list")
+        array = vectors(rows, "fixed_list") if kind != "binary" else vectors(rows, kind)
         if kind == "list":
             offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * 1024)
             array = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))

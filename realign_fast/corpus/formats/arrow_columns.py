@@ -1,9 +1,10 @@
 """Tables in Arrow's terms: the column of rows, its values as numpy rows, shards and writers.
 
-A column of rows is a list, large list or fixed-size list of half, float or double, or a tensor type
-of Arrow or Ray with the shape `[D]` or `[1, D]`, which is stored as such lists. A row that is null
-or empty, and a number that is null, are read as NaN; a row of another length is an error. This is
-the one file that imports pyarrow.
+A column of rows is a list, large list or fixed-size list of half, float or double; a tensor type of
+Arrow or Ray with the shape `[D]` or `[1, D]`, which is stored as such lists; or a fixed-size
+binary whose number type stands in the metadata of its field (`dtype`) or in the name
+that asks for it (`embedding:float16`). A row that is null or empty, and a number that is null, are
+read as NaN; a row of another length is an error. This is the one file that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..shard import MAX_COLUMNS, Shard, selected
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
+FLOATS = ("float16", "float32", "float64")
 _USER = "A parquet or Arrow file"
 
 
@@ -56,10 +58,12 @@ def vectors_of(
 ) -> tuple[int, np.dtype[Any], str]:
     """Return dimension, number type and name of the column of rows of a `pyarrow.Schema`.
 
-    `column` is its name, or None for `embedding`. `batches(name)` yields a column of the table; the
-    first row of lists with numbers says their dimension, which is 0 without one.
+    `column` is its `name` or `name:dtype`, or None for `embedding`. `batches(name)` yields a column
+    of the table; the first row of lists with numbers says their dimension, which is 0 without one.
     """
-    name = column or DEFAULT
+    name, _, stated = (column or DEFAULT).rpartition(":")
+    if stated not in FLOATS:
+        name, stated = column or DEFAULT, ""
     place = f"{path}: column {name!r}"
     if schema.names.count(name) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no column"
@@ -67,18 +71,27 @@ def vectors_of(
         raise ValueError(f"{path}: has {number} {name!r}; choose one as the column, of: {columns}")
     field, types = schema.field(name), pyarrow().types
     storage, is_fixed = _storage(field.type), types.is_fixed_size_list(_storage(field.type))
+    if types.is_fixed_size_binary(storage):
+        stated = stated or (field.metadata or {}).get(b"dtype", b"").decode(errors="replace")
+        if stated not in FLOATS or storage.byte_width % np.dtype(stated).itemsize:
+            expected = f"expected its number type and a multiple of its bytes, as in {name}:float16"
+            raise TypeError(f"{place} is {field.type} of {stated or 'no type'}; {expected}")
+        return storage.byte_width // np.dtype(stated).itemsize, np.dtype(stated), name
     is_list = is_fixed or types.is_list(storage) or types.is_large_list(storage)
     if not (is_list and types.is_floating(storage.value_type)):
-        expected = "expected a list or fixed-size list of half, float or double"
+        expected = "expected a list or fixed-size list of half, float or double, or a binary column"
         raise TypeError(f"{place} is {field.type}, {expected}; cast or flatten it")
     if any(size not in (1, None) for size in _tensor_shape(field)[:-1]):
         expected = "expected vectors [D] or [1, D]; reshape them"
         raise TypeError(f"{place} holds tensors {_tensor_shape(field)}, {expected}")
     dtype = np.dtype(storage.value_type.to_pandas_dtype())
+    if stated and dtype != stated:
+        raise TypeError(f"{place} holds {dtype}, asked for was {stated}; leave {stated} out")
     if is_fixed:
         dimension = storage.list_size
     else:
-        lengths = chain.from_iterable(_lists_of(batch.column(name))[1] for batch in batches(name))
+        columns = (batch.column(name) for batch in batches(name))
+        lengths = chain.from_iterable(_lists_of(part, dtype)[1] for part in columns)
         dimension = int(next((length for length in lengths if length > 0), 0))
     if not is_fixed <= dimension < MAX_COLUMNS:
         raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
@@ -107,7 +120,7 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
 
     A ValueError names a row of another length; `first` is the number of the first one.
     """
-    lists, lengths = _lists_of(array)
+    lists, lengths = _lists_of(array, shard.dtype)
     # Numbers are copied only where some are null. Those of a list that is null are left out.
     numbers: np.ndarray = lists.flatten().to_numpy(zero_copy_only=False)
     is_whole = lengths == shard.dimension
@@ -125,16 +138,24 @@ def rows_of(array: Any, shard: Shard, first: int) -> np.ndarray:
     return rows
 
 
-def _lists_of(array: Any) -> tuple[Any, np.ndarray]:
+def _lists_of(array: Any, dtype: np.dtype[Any]) -> tuple[Any, np.ndarray]:
     """Return rows as lists of numbers that may be followed, and their lengths; -1 for null."""
     array.validate(full=True)  # its offsets and buffers have not been read yet, and may not fit
-    lists = getattr(array, "storage", array)
-    return lists, pyarrow().compute.list_value_length(lists).fill_null(-1).to_numpy()
+    lists, pa = getattr(array, "storage", array), pyarrow()
+    if pa.types.is_fixed_size_binary(lists.type):
+        width, number = lists.type.byte_width // dtype.itemsize, pa.from_numpy_dtype(dtype)
+        buffers, count = [None, lists.buffers()[1]], len(lists) * width
+        values = pa.Array.from_buffers(number, count, buffers, offset=lists.offset * width)
+        mask = lists.is_null() if lists.null_count else None
+        lists = pa.FixedSizeListArray.from_arrays(values, width, mask=mask)
+    return lists, pa.compute.list_value_length(lists).fill_null(-1).to_numpy()
 
 
 def array_of(rows: np.ndarray, column_type: Any) -> Any:
-    """Return rows `[n, D]` as a `pyarrow.Array` of a list type; the memory is shared."""
+    """Return rows `[n, D]` as a `pyarrow.Array` of a list or binary type; the memory is shared."""
     pa, storage, data = pyarrow(), _storage(column_type), pyarrow().py_buffer(rows.reshape(-1))
+    if pa.types.is_fixed_size_binary(storage):
+        return pa.Array.from_buffers(storage, len(rows), [None, data])
     if rows.size > np.iinfo(np.int32).max:  # a cast would let the offsets wrap
         raise ValueError(f"got {rows.size} numbers for one array; write fewer rows at a time")
     values = pa.Array.from_buffers(pa.from_numpy_dtype(rows.dtype), rows.size, [None, data])

@@ -69,6 +69,7 @@ class ParquetShard(tables.TableShard):
                     for rows in self.filled(first, end, batch_rows, pages.reader(group, start)):
                         first += len(rows)
                         yield rows
+                        del rows  # or its memory would be kept from the next batch
                 if first < end:
                     yield from self._decoded(file, group, start, first, batch_rows)
                     first = end
@@ -196,17 +197,14 @@ class ColumnPages:
         if not _io or self._descriptor is None:
             raise NotDirect
         leaf, chunks = self._chunks
-        chunk, row_values, size = chunks[group], self._shard.dimension, self._shard.dtype.itemsize
-        of_numbers = NUMBERS.get(leaf.physical_type) == self._shard.dtype.name
-        if leaf.max_repetition_level != 1 or not of_numbers or leaf.length not in (0, size):
-            raise NotDirect
+        chunk, (row_values, value_bytes) = chunks[group], _sizes(leaf, self._shard)
         rows, start, end = chunk.group_rows, chunk.data_offset, chunk.data_offset + chunk.bytes
         is_inside = 0 <= start <= end <= os.fstat(self._descriptor).st_size
         is_encoded = chunk.has_dictionary or not {*chunk.encodings} <= ENCODINGS
         is_plain = chunk.codec == "UNCOMPRESSED" and not (chunk.is_elsewhere or is_encoded)
         if not (is_plain and is_inside) or chunk.values != rows * row_values:
             raise NotDirect
-        sizes = {"rows": rows, "row_values": row_values, "value_bytes": size}
+        sizes = {"rows": rows, "row_values": row_values, "value_bytes": value_bytes}
         levels = {name: getattr(leaf, f"{name}_level") for name in _LEVELS}
         return _io.ParquetPages(self._descriptor, start, end, **sizes, **levels)
 
@@ -222,3 +220,16 @@ class ColumnPages:
         if len(chunks) != self._file.num_row_groups:  # the file has changed
             raise NotDirect
         return schema.column(leaves[0]), chunks
+
+
+def _sizes(leaf: Any, shard: Shard) -> tuple[int, int]:
+    """Return the number of values in a row, and the size of each in bytes."""
+    physical_type, size = leaf.physical_type, shard.dtype.itemsize
+    row_bytes = shard.dimension * size
+    fixed = physical_type == "FIXED_LEN_BYTE_ARRAY"
+    if leaf.max_repetition_level == 0 and fixed and leaf.length == row_bytes:
+        return 1, row_bytes
+    if leaf.max_repetition_level == 1 and NUMBERS.get(physical_type) == shard.dtype.name:
+        if not fixed or leaf.length == size:
+            return shard.dimension, size
+    raise NotDirect
