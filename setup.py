@@ -11,6 +11,7 @@ holds the commands, and CMakeLists.txt builds the same files for IDEs and saniti
 
 import json
 import os
+import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -41,6 +42,17 @@ no_reader_reason = no_compiler_reason or build_backend.why_no_python_headers()
 nvcc, cuda_version, no_cuda_reason = "", "", no_compiler_reason
 if compiler:
     nvcc, cuda_version, no_cuda_reason = build_cuda.decide(build_backend.find_torch())
+
+
+def commit() -> str:
+    """Return the commit of this clone, with "-dirty" for changed files; "" outside of a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not Path(".git").exists():  # a source distribution may lie in another project's clone
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 class BuildLibraries(build_ext):  # type: ignore[misc]  # (setuptools has no type information)
@@ -87,6 +99,7 @@ class BuildPython(build_py):  # type: ignore[misc]  # (setuptools has no type in
         super().run()
         torch = build_backend.find_torch() if compiler else None
         info = {
+            "commit": commit(),
             "compiled": bool(compiler),
             "reason": no_compiler_reason,
             "why_no_reader": no_reader_reason,

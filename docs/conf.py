@@ -99,6 +99,17 @@ _VALUES = {
     "Shrinkage": "The type of the argument `shrinkage`: a number from 0 to 1, `oas`, "
     "`ledoit-wolf` or None.",
 }
+# Classes that public functions return, and constants that docstrings name.
+_RESULTS = {
+    "realign_fast.ops.functions": ["RowSums"],
+    "realign_fast.ops.chooser": ["Backend"],
+    "realign_fast.shared_space": ["RoleMap"],
+}
+_CONSTANTS = {
+    "realign_fast.methods": ["METHODS"],
+    "realign_fast.shared_space": ["SPACE_METHODS", "LAYOUTS"],
+    "realign_fast.ops.functions": ["DTYPES"],
+}
 _IN_FULL = ("ReAlign", "Moments", "SharedSpace", "Corpus")  # with signatures and methods
 _SECTION = re.compile(r"^(Args|Returns|Yields|Raises):\n((?:    .*\n|\n)*)", re.MULTILINE)
 
@@ -123,7 +134,30 @@ def api_tables() -> str:
                 lines += _class_table(public, getattr(module, public))
         for public in sorted(set(names) - {*_IN_FULL}):
             lines += _argument_table("###", public, getattr(module, public))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _result_tables()) + "\n"
+
+
+def _result_tables() -> list[str]:
+    """Return sections for the classes of results and the values of the constants."""
+    lines = ["", "## Classes of results"]
+    for module, names in _RESULTS.items():
+        for name in names:
+            kind = getattr(import_module(module), name)
+            lines += ["", f"### {name}", "", _summary(kind)]
+            lines += ["", "| member | what it is |", "|---|---|"]
+            fields = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE)
+            lines += [f"| `{field}` | {_as_markdown(comment)} |" for field, comment in fields]
+            if inspect.isfunction(call := vars(kind).get("__call__")):
+                lines.append(f"| `__call__{_signature(call)}` | {_summary(call)} |")
+            for member, value in sorted(_own(kind)):
+                shown = "" if isinstance(value, property) else _signature(getattr(kind, member))
+                lines.append(f"| `{member}{shown}` | {_summary(getattr(kind, member))} |")
+    lines += ["", "## Constants", "", "| name | value |", "|---|---|"]
+    for module, names in _CONSTANTS.items():
+        for name in names:
+            values = (str(value) for value in getattr(import_module(module), name))
+            lines.append(f"| `{module}.{name}` | {', '.join(f'`{value}`' for value in values)} |")
+    return lines
 
 
 def _class_table(name: str, kind: type) -> list[str]:

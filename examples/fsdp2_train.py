@@ -7,7 +7,8 @@ the head behind it is sharded. The aligner has no parameters, so it stays whole 
 lies outside of the sharded head, so that it gets rows as the encoder gave them, not in bfloat16.
 Every second step writes CHECKPOINTS/step-N with `torch.distributed.checkpoint`: the sharded
 parameters, the optimizer, the map, and the moments of each rank. Started again, the script
-continues after the last whole checkpoint. Random rows stand for yours: replace `rows_of`.
+continues after the last whole checkpoint, on any number of ranks. Random rows stand for yours:
+replace `rows_of`.
 """
 
 import copy
@@ -78,7 +79,7 @@ def main(folder, steps):
     if first_step:
         place = folder / f"step-{first_step}"
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state = {"model": model_state, "optimizer": optimizer_state, "world": world}
         dcp.load(state, checkpoint_id=place)
         set_state_dict(
             model,
@@ -86,7 +87,11 @@ def main(folder, steps):
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        moments.load_state_dict(torch.load(place / f"moments-{rank}.pt", weights_only=True))
+        for saved_rank in range(rank, state["world"], world):  # none for a rank that is new
+            of_one_rank = Moments(covariance=True)
+            path = place / f"moments-{saved_rank}.pt"
+            of_one_rank.load_state_dict(torch.load(path, map_location=device))
+            moments.merge(of_one_rank)
 
     for step in range(first_step, steps):
         rows = rows_of(rank, step, 0.3, device)
@@ -100,7 +105,10 @@ def main(folder, steps):
             place.mkdir(parents=True, exist_ok=True)
             torch.save(moments.state_dict(), place / f"moments-{rank}.pt")
             model_state, optimizer_state = get_state_dict(model, optimizer)
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=place)
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state, "world": world},
+                checkpoint_id=place,
+            )
 
     everyone = copy.deepcopy(moments).all_reduce()
     if rank == 0:
@@ -109,4 +117,6 @@ def main(folder, steps):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: torchrun --nproc-per-node 2 examples/fsdp2_train.py CHECKPOINTS [STEPS]")
     main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4)

@@ -345,13 +345,11 @@ class ReAlign(nn.Module, HubObject):
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if given:
             self._awaited = tuple(n for n in self._awaited or names if n not in given)
-        if any(
-            value.dtype in (torch.float16, torch.bfloat16, torch.float32)
-            for value in given.values()
-        ):
+        rounded = (torch.float16, torch.bfloat16, torch.float32)
+        if cast := [prefix + name for name, value in given.items() if value.dtype in rounded]:
             warnings.warn(
-                f"ReAlign: the buffers {prefix}* of the state_dict were cast from float64, which "
-                "rounds the map for good; do not cast these keys",
+                f"ReAlign: the keys {', '.join(cast)} of the state_dict were cast from float64, "
+                "which rounds the map for good; do not cast them",
                 stacklevel=2,
             )
         if (saved := state_dict.get(f"{prefix}linear")) is not None:

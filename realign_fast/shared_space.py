@@ -96,7 +96,7 @@ class RoleMap:
     """
 
     centre: Tensor  # [D] float64
-    normalized: bool
+    normalized: bool  # whether u - centre has length 1 before it is divided
     scales: Mapping[int, float]  # by the first column of each block
     columns: int  # of the index
 

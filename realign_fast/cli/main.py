@@ -259,6 +259,7 @@ def info(options: opts.Common) -> Result:
     import torch
 
     from .. import ops
+    from .._libraries import build_info
     from ..corpus.io_extension import reader_description
     from ..ops.verdicts import verdict_of
 
@@ -266,6 +267,7 @@ def info(options: opts.Common) -> Result:
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None
     facts: dict[str, Any] = {
         "realign_fast": __version__,
+        "commit": build_info().get("commit") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -27,7 +27,7 @@ class Backend(NamedTuple):
     """The kernel that answers an op, and the reason for the choice."""
 
     kernel: str  # "cpu" (csrc/cpu), "cuda" (csrc/cuda), "triton" or "reference" (reference.py)
-    why: str
+    why: str  # the reason in words, such as the instruction set or what is missing
 
 
 class Chooser:

@@ -204,7 +204,8 @@ def backend_of(op: str, device: torch.device | str) -> Backend:
     if device.type == "cuda":
         return CHOOSER.choose(op, device.index or 0, test=False)
     if device.type == "cpu" and HAS_CPU_KERNELS:
-        return Backend("cpu", f"compiled, {cpu_instruction_set(op)} in use")
+        reason = " for the same sums on every x86 CPU" if op in _INSTRUCTION_SET_OF else ""
+        return Backend("cpu", f"compiled, {cpu_instruction_set(op)} in use{reason}")
     reason = f"no kernel is compiled for {device.type}"
     reason = _why_not_compiled if device.type == "cpu" else reason
     return Backend("reference", f"plain torch: {reason}")

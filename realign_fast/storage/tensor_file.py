@@ -151,11 +151,18 @@ class HubObject:
         A repository is ``owner/name`` and needs the ``hub`` extra; ``hub_options`` are arguments of
         ``huggingface_hub.hf_hub_download``, such as ``revision``. A directory holds
         ``model.safetensors``, or is the output of a command.
+
+        Raises:
+            FileNotFoundError: there is neither a local path nor a repository of this name.
         """
         name, path = str(name_or_path), paths.storage_path(name_or_path)
         if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
             user = f"Loading {name!r}, which is no local path, from the Hugging Face hub"
             hub = import_extra("huggingface_hub", "hub", user)
-            path = paths.local_path(hub.hf_hub_download(name, _FILES[0], **hub_options))
+            try:
+                path = paths.local_path(hub.hf_hub_download(name, _FILES[0], **hub_options))
+            except OSError as error:  # as all of that library are for what cannot be had
+                message = f"{name}: no such folder here, and not read from the Hugging Face hub: "
+                raise FileNotFoundError(f"{message}{error}") from error
         loaded: _Object = cls.load(_file_at(path))
         return loaded

@@ -118,7 +118,7 @@ def test_its_buffers_have_the_shapes_of_the_fitted_ones(method):
     assert same(other, aligner) and torch.equal(other(rows), aligner(rows))
     with torch.device("meta"):
         empty = ReAlign(12, method)
-    with pytest.warns(UserWarning, match="buffers .* were cast from float64"):
+    with pytest.warns(UserWarning, match="keys shift, .*linear of .* were cast from float64"):
         empty.load_state_dict(state, assign=True)  # float64 again, of the half that was stored
     assert empty.shift.dtype == torch.float64
     assert empty.shift.equal(aligner.shift.half().double()) and empty.method == method
@@ -231,6 +231,17 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
         ReAlign.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file; expected a file written"):
         ReAlign.from_pretrained(tmp_path / "missing.safetensors")
+    hub = pytest.importorskip("huggingface_hub")
+    message = "^runs/aligner: no such folder here, and .* hub: cannot find the requested files"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileNotFoundError, match=message):
+        patch.setattr(hub, "hf_hub_download", offline)
+        ReAlign.from_pretrained("runs/aligner")
+
+
+def offline(*arguments, **options):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    raise LocalEntryNotFoundError("cannot find the requested files in the local cache")
 
 
 def test_gradcheck_through_forward(fitted):

@@ -8,9 +8,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 SCRIPT = ROOT / "examples" / "fsdp2_train.py"
 
 
-def train(folder, steps):
-    """Run the script on two ranks, and return what the first one printed."""
-    return run_ranks(2, SCRIPT, folder, steps).strip()
+def train(folder, steps, ranks=2):
+    """Run the script on so many ranks, and return what the first one printed."""
+    return run_ranks(ranks, SCRIPT, folder, steps).strip()
 
 
 def test_the_lines_of_the_page_are_those_of_the_script():
@@ -22,7 +22,7 @@ def test_the_lines_of_the_page_are_those_of_the_script():
     )
     script = [line.strip() for line in SCRIPT.read_text().splitlines()]
     lines = [line.strip() for line in block.code.splitlines() if not line.startswith("#")]
-    assert len(lines) == 7 and set(lines) <= {*script}
+    assert len(lines) == 10 and set(lines) <= {*script}
 
 
 def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
@@ -43,3 +43,6 @@ def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
     for rank in range(2):
         moments = torch.load(tmp_path / "half" / "step-4" / f"moments-{rank}.pt")
         assert int(moments["counts"][0]) == 512, "each rank has its own rows, of both runs"
+    # On fewer and on more ranks no moments are lost and none count twice.
+    assert train(tmp_path / "half", 6, ranks=1) == "began at step 4, 1280 rows of 1 ranks"
+    assert train(tmp_path / "half", 8, ranks=3) == "began at step 6, 2048 rows of 3 ranks"

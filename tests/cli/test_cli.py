@@ -370,6 +370,6 @@ def test_info_tells_which_kernel_answers_and_why(capsys):
         backend = ops.backend_of(op, "cpu")
         assert f"{backend.kernel} ({backend.why})" in printed
         assert any(line.startswith(op) for line in printed.splitlines())
-    names = ("realign_fast", "python", "torch", "numpy", "cpu", "gpu")
+    names = ("realign_fast", "commit", "python", "torch", "numpy", "cpu", "gpu")
     for word in (*names, ops.cpu_instruction_set()):
         assert word in printed

@@ -63,6 +63,15 @@ def test_type_information_is_packaged(monkeypatch):
     assert "py.typed" in files["realign_fast"]
 
 
+def test_a_build_names_the_commit_of_its_own_clone(run_setup, tmp_path, monkeypatch):
+    commit = run_setup("c++")["commit"]
+    assert bool(re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit())) == (ROOT / ".git").exists()
+    (tmp_path / "vendored").mkdir()  # a source distribution in the clone of another project
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path / "vendored")
+    assert commit() == ""
+
+
 # What setup.py and CMakeLists.txt say.
 
 

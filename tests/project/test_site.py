@@ -152,25 +152,27 @@ def test_the_script_for_ddp_continues_after_its_checkpoint(tmp_path):
     (block,) = (
         b for b in blocks(DOCS / "pytorch.md") if b.comment.endswith("test_site.py runs this")
     )
-    printed = []
-    for script, steps in (("half", 2), ("train", 4), ("whole", 4)):
+
+    def train(script, steps, ranks=2):
         code = block.code.replace("CHECKPOINT = 64, 4, 2", f"CHECKPOINT = 64, {steps}, 2")
         assert code.count(f"= 64, {steps}, 2") == 1
         if script == "whole":
             code = code.replace('"checkpoint.pt"', '"whole.pt"')
         (tmp_path / f"{script}.py").write_text(code)
-        printed.append(run_ranks(2, f"{script}.py", cwd=tmp_path).strip())
-    assert printed == [
-        "began at step 0, 512 rows of 2 ranks",
-        "began at step 2, 1024 rows of 2 ranks",
-        "began at step 0, 1024 rows of 2 ranks",
-    ]
+        return run_ranks(ranks, f"{script}.py", cwd=tmp_path).strip()
+
+    assert train("half", 2) == "began at step 0, 512 rows of 2 ranks"
+    assert train("train", 4) == "began at step 2, 1024 rows of 2 ranks"
+    assert train("whole", 4) == "began at step 0, 1024 rows of 2 ranks"
     states = [
         torch.load(tmp_path / name, weights_only=True) for name in ("checkpoint.pt", "whole.pt")
     ]
     for name, value in states[0]["model"].items():
         exact = {"rtol": 0, "atol": 0, "equal_nan": True}
         torch.testing.assert_close(value, states[1]["model"][name], **exact)
+    # On fewer and on more ranks no moments are lost and none count twice.
+    assert train("fewer", 6, ranks=1) == "began at step 4, 1280 rows of 1 ranks"
+    assert train("more", 8, ranks=3) == "began at step 6, 2048 rows of 3 ranks"
 
 
 def test_blocks_that_are_not_run_say_why():
