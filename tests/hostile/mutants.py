@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -209,10 +210,15 @@ def population(count: int, seed: int, files: Iterable[str] = COVERED) -> list[Mu
         chance.shuffle(mutants)
         drawn.append(mutants)
     taken: list[Mutant] = []
+    alike: Counter[object] = Counter()  # a line may hold a number twice
     while len(taken) < count and any(drawn):
         for mutants in drawn:
             if mutants and len(taken) < count:
-                taken.append(mutants.pop())
+                mutant = mutants.pop()
+                alike[mutant[:3]] += 1
+                if (place := alike[mutant[:3]]) > 1:
+                    mutant = mutant._replace(change=f"{mutant.change} ({place})")
+                taken.append(mutant)
     return taken
 
 

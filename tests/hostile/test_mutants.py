@@ -13,6 +13,13 @@ def test_the_population_is_that_of_its_seed():
         assert mutant.file == PYTHON and " -> " in mutant.change
 
 
+def test_every_mutant_has_a_name_of_its_own():
+    """Results are found by it; a line may hold the same number twice."""
+    mutants = population(1000, 1, ["realign_fast/pipeline/verify.py"])
+    names = {mutant[:3] for mutant in mutants}
+    assert len(names) == len(mutants) and any(name[2].endswith(" (2)") for name in names)
+
+
 def test_a_native_mutant_changes_one_line():
     original = (ROOT / NATIVE).read_text().splitlines()
     mutants = list(native_mutants(NATIVE))
