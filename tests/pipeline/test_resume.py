@@ -344,6 +344,7 @@ def test_a_checksum_is_the_crc_of_the_sums_of_the_words_of_rows():
         ("cuda", {"align_rows": "triton", "sum_rows": "triton"}, "triton"),
         ("cuda", {"align_rows": "cuda", "sum_rows": "triton"}, "cuda triton"),
     ],
+    ids=("without a library", "by default", "one is chosen", "two are chosen"),
 )
 def test_a_key_names_the_kernels_that_compute(device, chosen, expected, monkeypatch):
     """Here on a machine without the compiled library."""
