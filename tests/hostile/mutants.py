@@ -11,8 +11,8 @@ that was stopped goes on there.
 What makes 300 mutants affordable: tests run in forks of this process, which has imported torch and
 other libraries but nothing of the package, without plugins of pytest; only the library of
 ``csrc/cpu`` is compiled, and of it what includes the changed file. For the tests that run first
-this is one source file, with -O0 and for the baseline of the instruction sets alone, and they are
-the tests of the baseline; for the whole suite it is everything, with -O1.
+this is done with -O0 and for the baseline of the instruction sets alone, and they are the tests of
+the baseline; for the whole suite it is done with -O1 for all.
 ``--unchanged`` runs the same tests on the unchanged code with the same libraries, which must pass.
 """
 
@@ -83,7 +83,7 @@ COVERED = {
     "csrc/cpu/align_rows.inl": Cover("tests/ops/test_align_rows.py", KERNELS),
     "csrc/cpu/add_scatter.inl": Cover("tests/ops/test_add_scatter.py", KERNELS),
     "csrc/cpu/map_rows.inl": Cover("tests/ops/test_map_rows.py", KERNELS),
-    "csrc/cpu/row_map.h": Cover("tests/ops/test_align_rows.py", KERNELS),
+    "csrc/cpu/row_map.h": Cover("tests/ops/test_align_rows.py tests/ops/test_sum_rows.py", KERNELS),
 }
 # Not run: tests that compile the package, and tests of kernels that are not of csrc/cpu.
 LEFT_OUT = "build or libraries or ptx or triton"
@@ -322,11 +322,13 @@ def compile_library(tree: Path, sources: list[str], stage: str) -> int:
 
 
 def sources_of(file: str) -> list[str]:
-    """Return the sources of csrc/cpu that include a file; tests of the first run first."""
+    """Return the sources of csrc/cpu that include a file.
+
+    They are compiled together: of a function that several of them hold, the linker takes one.
+    """
     if file.endswith(".inl"):
         return [file.replace(".inl", ".cpp")]
-    every = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cpu").glob("*.cpp"))
-    return sorted(every, key=lambda source: "/align_rows." not in source)
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cpu").glob("*.cpp"))
 
 
 class Workshop:
@@ -369,10 +371,8 @@ class Workshop:
         return {"stage": stage, "noticed": noticed, "by": name, "seconds": seconds}
 
     def _try(self, file: str, stage: str, native: bool) -> tuple[str, str]:
-        if native:
-            sources = sources_of(file)[: 1 if stage == "first" else None]
-            if self._run(compile_library, sources, stage):
-                return "build", ""
+        if native and self._run(compile_library, sources_of(file), stage):
+            return "build", ""
         status = self._run(run_tests, COVERED[file], stage, self.scratch)
         if status == 0:
             return "", ""

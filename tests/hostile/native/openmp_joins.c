@@ -1,9 +1,9 @@
 // A library for LD_PRELOAD that tells ThreadSanitizer where threads of OpenMP begin and join.
 //
 // torch runs the kernels in GOMP_parallel, and neither torch nor libgomp is compiled for
-// ThreadSanitizer: it sees no order between the thread that calls and those that work, and reports
-// every result as a race. OpenMP promises this order (a parallel region begins after the calling
-// thread reached it, and ends after a barrier), and nothing about the threads among each other.
+// ThreadSanitizer: it sees no order between the thread that calls and those that work. OpenMP
+// promises this order (a parallel region begins after the calling thread reached it, and ends after
+// a barrier), and nothing about the threads among each other.
 // Beginning and end have an address each, so a thread that ends is not ordered before one that
 // begins later, and races between them are still found.
 #define _GNU_SOURCE
