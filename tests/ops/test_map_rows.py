@@ -53,7 +53,7 @@ def wide_case(dtype, columns, kind):
 
 
 @pytest.mark.parametrize("kind", ("matrix", "diagonal"))
-@pytest.mark.parametrize("columns", (1, 2, 7, 16, 33, 100, 257, 1100))
+@pytest.mark.parametrize("columns", (1, 2, 7, 16, 33, 100, 257, 1101))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_for_every_dtype_and_width(kernel, dtype, columns, kind):
     rows, row_map, expected = wide_case(dtype, columns, kind)
