@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from support.pages import PAGES, README, ROOT, blocks, run_page
 from support.programs import run_ranks
 
@@ -123,6 +124,11 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         assert torch.equal(names["empty"](text), names["model"](text))
         assert names["model"][1].weight.grad.any() and names["rows"].grad.isfinite().all()
         assert int(names["checkpoint"]["moments"]["counts"][0]) == len(text)
+        saved, loaded = names["documents_module"], names["Documents"](names["space"])
+        save_model(saved, "documents.safetensors")
+        load_model(loaded, "documents.safetensors")
+        assert torch.equal(loaded(text), saved(text))
+        assert not torch.equal(saved(text), names["space"].text(text))
     if page.stem == "measure":
         figures = re.findall(
             r"^\w+ [\w ]+\d\.\d{4} \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE

@@ -90,8 +90,8 @@ def vectors_of(
     if is_fixed:
         dimension = storage.list_size
     else:
-        columns = (batch.column(name) for batch in batches(name))
-        lengths = chain.from_iterable(_lists_of(part, dtype)[1] for part in columns)
+        arrays = (batch.column(name) for batch in batches(name))
+        lengths = chain.from_iterable(_lists_of(part, dtype)[1] for part in arrays)
         dimension = int(next((length for length in lengths if length > 0), 0))
     if not is_fixed <= dimension < MAX_COLUMNS:
         raise ValueError(f"{place} has {dimension} numbers a row, expected 1 or more")
