@@ -290,7 +290,6 @@ class EmbedOptions(Common):
 class RowOptions(Reading):
     """The rows that stand for images, and their ids."""
 
-    rows: Annotated[str, _directory(_ROWS)]
     modality: Annotated[values.Modality | None, _input("side of a clip-retrieval root",
         show_default="text for pretrain, else image")] = None
     ids: Annotated[str | None, _directory("a root with metadata/ that holds the ids of the rows, "
@@ -302,6 +301,7 @@ class DataOptions(RowOptions):
 
     data: Annotated[str, _file('entries {"id", "caption"} or {"id", "conversations": [{"from", '
         '"value"}]} in json, jsonl or parquet; the row with its id is the image')]
+    rows: Annotated[str, _directory(_ROWS)]
     aligner: Annotated[str | None, _file("align raw text rows with this aligner")] = None
     max_length: Annotated[int, _input("tokens of a sample, visual ones too, before it is left out",
         min=1)] = 2048
@@ -355,10 +355,15 @@ class TrainedModel(Common):
 
 
 class LookOptions(TrainedModel, RowOptions):
-    """Options for the input of a trained model."""
+    """Options for the input of a trained model: rows, or pictures through an encoder."""
 
+    rows: Annotated[str | None, _directory(_ROWS)] = None
+    encoder: Annotated[str | None, _input("encoder that the model's rows came from: a directory, "
+        "or NAME:WEIGHTS of open_clip", metavar="NAME")] = None
     row: Annotated[list[int] | None, _input("number of a row; may be repeated", metavar="N")] = None
     id: Annotated[list[str] | None, _input("id of a row; may be repeated", metavar="ID")] = None
+    image: Annotated[list[str] | None, _input("picture, with --encoder; may be repeated",
+        metavar="FILE")] = None
     max_new_tokens: Annotated[int, _model("length of a generated text", min=1)] = 64
 
 

@@ -144,7 +144,9 @@ def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _corpus(options: opts.RowOptions, rows: str, side: Modality = "image") -> Corpus:
+def _corpus(options: opts.RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
+    if not rows:
+        raise OptionError("nothing to look at: give --rows, or --image with --encoder")
     return open_corpus(options, rows, options.modality or side)
 
 
@@ -166,11 +168,13 @@ def _open_model(
 
     dtype = getattr(torch, options.dtype)
     model, template = open_model(options.model, options.language_model, dtype, options.device)
-    rows = _corpus(options, options.rows)
-    common_encoder((rows.path, rows.encoder), (options.model, model.revision_config.encoder))
-    check_rows(model.projector.space, rows)
-    if options.modality != "text" and (moved := moved_rows(rows, [ALIGNER])):
-        LOGGER.warning(f"{moved}; expected rows of images as the encoder gave them")
+    if options.rows:
+        rows = _corpus(options, options.rows)
+        trained_on = model.revision_config.encoder
+        common_encoder((rows.path, rows.encoder), (options.model, trained_on))
+        check_rows(model.projector.space, rows)
+        if options.modality != "text" and (moved := moved_rows(rows, [ALIGNER])):
+            LOGGER.warning(f"{moved}; expected rows of images as the encoder gave them")
     return model, template
 
 
@@ -182,10 +186,12 @@ def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor
     """Return the names and the rows `[n, D]` of the images that the options choose."""
     from ..revision.training_data import row_finder
 
+    choices = [f"--{name}" for name in ("row", "id", "image") if getattr(options, name)]
+    if len(choices) > 1:
+        raise OptionError(f"{choices[1]}: not allowed with {choices[0]}; give one of them")
+    if options.image:
+        return _embed_pictures(options, options.image)
     corpus, numbers = _corpus(options, options.rows), list(options.row or [])
-    names: list[Any] = [*numbers, *(options.id or [])]
-    if not names:
-        raise OptionError("which row? give --row N or --id ID")
     if options.id:
         row_of = row_finder(corpus, options.ids)
         for sample_id in options.id:
@@ -193,18 +199,46 @@ def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor
                 advice = "look into its metadata/"
                 raise ValueError(f"{corpus.path}: no row has the id {sample_id!r}; {advice}")
             numbers.append(row)
+    if not numbers:
+        raise OptionError("which row? give --row N or --id ID")
     try:
-        return names, corpus.take(numbers)
+        return options.id or numbers, corpus.take(numbers)
     except IndexError as error:
         raise ValueError(str(error)) from error
 
 
+def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
+    from ..embed.decode import Unreadable, decode
+
+    if not options.encoder or options.rows:
+        expected = "--encoder, the one that the model's rows came from, and no --rows"
+        raise OptionError(f"--image needs {expected}")
+    import torch
+
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(decode(Path(path).read_bytes()))
+        except Unreadable as error:
+            fault = f"cannot be read as a picture ({error})"
+            raise ValueError(f"{path}: {fault}; leave it out") from error
+    return paths, torch.as_tensor(open_encoder(options.encoder).embed_images(pictures))
+
+
+def open_encoder(name: str) -> Any:
+    """Load the encoder of a directory, or ``NAME`` or ``NAME:WEIGHTS`` of open_clip."""
+    from ..embed import load_encoder
+
+    model, _, weights = (name, "", "") if Path(name).exists() else name.partition(":")
+    return load_encoder(model, weights or None)
+
+
 def _row_batches(options: opts.LookOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:
     """Return names and rows `[n, D]` of the images that the options choose, or of all rows."""
-    if options.row or options.id:
+    if options.row or options.id or options.image:
         return [_chosen_rows(options)]
     corpus = _corpus(options, options.rows)
-    LOGGER.warning("caption: no --row or --id, so all %d rows", corpus.num_rows)
+    LOGGER.warning("caption: no --row, --id or --image, so all %d rows", corpus.num_rows)
     batches = corpus.batches(batch_rows=_CAPTION_ROWS)
     firsts = ((int(corpus.starts[batch.shard]) + batch.first, batch.rows) for batch in batches)
     return ((range(first, first + len(rows)), rows) for first, rows in firsts)

@@ -1,7 +1,8 @@
 """Captions and answers of a trained model, generated from embedding rows.
 
 At inference the embedding of an image is used unchanged (arXiv 2602.07026, section 5): nothing is
-aligned. A model with a space maps it by the image side.
+aligned. A model with a space maps it by the image side. Rows come from a corpus, or from pictures
+through the encoder that the model was trained on, `encoder.embed_images(images)`.
 """
 
 from __future__ import annotations

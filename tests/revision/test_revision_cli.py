@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.processes import run_apart
 from support.revision_parts import CAPTIONS, QUIET, pretrain_command, words
 
+from realign_fast.cli import revision_commands
 from realign_fast.cli.main import main
 
 
@@ -41,11 +42,44 @@ def test_captions_of_all_rows_and_of_some(trained, world, tmp_path, capsys):
     assert [one["row"] for one in lines] == list(range(48))
     right = [one["caption"] == CAPTIONS[one["row"] % 4] for one in lines]
     assert sum(right) == 48
-    assert "no --row or --id, so all 48 rows" in printed.err
-    assert main(words(*base, "--id", "x6", "--id", "x1", "--row", 3)) == 0
+    assert "no --row, --id or --image, so all 48 rows" in printed.err
+    assert main(words(*base, "--id", "x6", "--id", "x1")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    expected = [(3, CAPTIONS[3]), ("x6", CAPTIONS[2]), ("x1", CAPTIONS[1])]
-    assert [(one["row"], one["caption"]) for one in lines] == expected
+    assert [(one["row"], one["caption"]) for one in lines] == [("x6", CAPTIONS[2]),
+                                                               ("x1", CAPTIONS[1])]  # fmt: skip
+
+
+class Colours:
+    """An encoder for the seam: a picture's row is that of the caption its colour stands for."""
+
+    def __init__(self, name):
+        self.colours = {"plain": [(255, 0, 0), (0, 0, 255), (0, 255, 0), (9, 9, 9)]}[name]
+
+    def embed_images(self, images):
+        kinds = [self.colours.index(image.getpixel((0, 0))) for image in images]
+        return np.eye(16, dtype=np.float32)[kinds] + 0.05
+
+
+def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    paths = []
+    for name, colour in (("green", (0, 255, 0)), ("red", (255, 0, 0))):
+        paths.append(tmp_path / f"{name}.png")
+        image.new("RGB", (4, 4), colour).save(paths[-1])
+    monkeypatch.setattr(revision_commands, "open_encoder", Colours)
+    base = ["caption", "--model", trained, "--ask", "what is this ?"]
+    base += [word for path in paths for word in ("--image", path)]
+    assert main(words(*base, "--encoder", "plain")) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["caption"] for one in lines] == [CAPTIONS[2], CAPTIONS[0]]
+    assert [one["row"] for one in lines] == words(*paths)
+    assert main(words(*base)) == 2
+    assert "--image needs --encoder" in capsys.readouterr().err
+    (tmp_path / "text.png").write_text("no picture")
+    assert main(words(*base, "--image", tmp_path / "text.png", "--encoder", "plain")) == 3
+    assert "text.png: cannot be read as a picture" in capsys.readouterr().err
+    assert main(words(*base, "--encoder", "plain", "--row", "3")) == 2
+    assert "--image: not allowed with --row" in capsys.readouterr().err
 
 
 def test_a_chat_about_a_row(trained, world, capsys, monkeypatch):
