@@ -339,17 +339,27 @@ class ReAlign(nn.Module, HubObject):
         """Load the buffers; the shape of A depends on the method and is that of the saved A.
 
         A state_dict may arrive in parts, as shards of a checkpoint do; until all keys of the map
-        are there rows are refused.
+        are there rows are refused. A method that this version does not know, and a shift or a
+        recentre that is not finite, are torch's RuntimeError of a load; the map stays as it was.
         """
         names = [name for name, _ in self.named_buffers()]
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        number = _number_in(given["method_number"].long()) if "method_number" in given else None
+        if number is not None and not 0 <= number < len(METHODS):
+            fault = f"method number {number} is unknown to this version of realign_fast; upgrade it"
+            arguments[-1].append(f"ReAlign: {prefix}method_number: {fault}")  # raised at the end
+            return
+        for name in ("shift", "recentre"):
+            if name in given and _number_in(given[name].isfinite().all()) == 0:
+                arguments[-1].append(f"ReAlign: {prefix}{name} holds a NaN or an infinity")
+                return
         if given:
             self._awaited = tuple(n for n in self._awaited or names if n not in given)
         rounded = (torch.float16, torch.bfloat16, torch.float32)
         if cast := [prefix + name for name, value in given.items() if value.dtype in rounded]:
             warnings.warn(
-                f"ReAlign: the keys {', '.join(cast)} of the state_dict were cast from float64, "
-                "which rounds the map for good; do not cast them",
+                f"ReAlign: the keys {', '.join(cast)} of the state_dict were cast to a type "
+                "of fewer bits, which rounds the map for good; do not cast them",
                 stacklevel=2,
             )
         if (saved := state_dict.get(f"{prefix}linear")) is not None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .. import __version__
 from .._extras import import_extra
 from . import paths
 from .paths import AnyPath
@@ -111,7 +112,8 @@ class HubObject:
         self._expect_fitted()
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / _FILES[0])
-        config = {"library_name": "realign_fast", "model_type": class_name.lower(), **self.record}
+        library = {"library_name": "realign_fast", "library_version": __version__}
+        config = {**library, "model_type": class_name.lower(), **self.record}
         paths.write_json(folder / "config.json", config)
         card = _CARD.format(kind=class_name, record=json.dumps(self.record, indent=1))
         paths.write_whole(folder / "README.md", card.encode())

@@ -12,6 +12,7 @@ from test_align import NUMBERS, VECTORS, same, text_and_image
 from torch import nn
 from torch.autograd import gradcheck
 
+import realign_fast
 from realign_fast import Moments, ReAlign, SharedSpace, align_rows
 from realign_fast.methods import METHODS
 
@@ -118,7 +119,7 @@ def test_its_buffers_have_the_shapes_of_the_fitted_ones(method):
     assert same(other, aligner) and torch.equal(other(rows), aligner(rows))
     with torch.device("meta"):
         empty = ReAlign(12, method)
-    with pytest.warns(UserWarning, match="keys shift, .*linear of .* were cast from float64"):
+    with pytest.warns(UserWarning, match="keys shift, .*linear, .*seed of .* were cast to"):
         empty.load_state_dict(state, assign=True)  # float64 again, of the half that was stored
     assert empty.shift.dtype == torch.float64
     assert empty.shift.equal(aligner.shift.half().double()) and empty.method == method
@@ -219,6 +220,7 @@ def test_config_json_says_what_it_was_fitted_on(fitted, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert {name: config[name] for name in fitted.record} == fitted.record
     assert config["library_name"] == "realign_fast"
+    assert config["library_version"] == realign_fast.__version__
     names = {"README.md", "config.json", "model.safetensors"}
     assert {file.name for file in tmp_path.iterdir()} == names
 
@@ -277,6 +279,27 @@ def test_a_model_that_holds_one_compiles_to_one_graph_and_trains(fitted, dtype):
     (again,) = torch.autograd.grad(expected[..., 0].sum(), rows)
     assert bool(gradient.any())
     torch.testing.assert_close(gradient, again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method_number", 99, "aligner.method_number: method number 99 is unknown to this version"),
+        ("method_number", -1, "method number -1 is unknown to this version"),
+        ("shift", math.nan, "aligner.shift holds a NaN or an infinity"),
+        ("recentre", math.inf, "aligner.recentre holds a NaN or an infinity"),
+    ],
+)
+def test_a_state_dict_that_is_no_map_of_this_version_changes_nothing(fitted, key, value, message):
+    model, other = Model(copy.deepcopy(fitted)), Model(ReAlign.fit(*text_and_image()[::-1]))
+    state = other.state_dict()
+    state[f"aligner.{key}"].view(-1)[-1:].fill_(value)
+    for options in ({}, {"assign": True}, {"strict": False}):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state, **options)
+        assert same(model.aligner, fitted)
+    rows = random_rows(4, 12)
+    assert torch.equal(model.aligner(rows), fitted(rows))
 
 
 def test_a_map_of_which_keys_are_missing_is_refused_until_they_arrive(fitted):
