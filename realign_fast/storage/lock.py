@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -29,7 +28,7 @@ from typing import Any
 
 from .errors import explained
 from .paths import AnyPath, LocalPath, StoragePath, output_of, storage_path
-from .url import Url
+from .url import Url, scratch_folder
 
 Holder = dict[str, Any]  # the process that a lock at a URL names
 
@@ -165,7 +164,7 @@ def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, Holder | None]]:
     It is an OSError (EBUSY) if a holder lives, or nobody can see whether it does.
     """
     digest = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
-    file = os.path.join(tempfile.gettempdir(), f"realign-fast-{os.getuid()}-{digest}.lock")
+    file = os.path.join(scratch_folder(), f"realign-fast-{os.getuid()}-{digest}.lock")
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:

@@ -242,7 +242,8 @@ class Url:
     @contextmanager
     def pending_file(self, buffering: int = -1) -> Iterator[IO[bytes]]:
         """Yield a scratch file in ``TMPDIR``, without a name, that is uploaded at the end."""
-        with tempfile.TemporaryFile(prefix="realign-fast-", buffering=buffering) as file:
+        scratch = scratch_folder()
+        with tempfile.TemporaryFile("w+b", buffering, prefix="realign-fast-", dir=scratch) as file:
             yield file
             file.seek(0)  # also flushes
             self._write(partial(_upload, f"/dev/fd/{file.fileno()}"))
@@ -342,6 +343,17 @@ class Url:
         return self._connection[1:]
 
 
+def scratch_folder() -> str:
+    """Return the folder for scratch files. A ``TMPDIR`` without write access is an OSError.
+
+    Python's ``tempfile`` would use ``/tmp`` in its place and not say so.
+    """
+    if (folder := os.environ.get("TMPDIR")) and not os.access(f"{folder}/.", os.W_OK | os.X_OK):
+        fault = "expected a directory that this user may write to; make it, or set another"
+        raise OSError(errno.ENOTDIR, f"TMPDIR is {folder}: {fault}")
+    return tempfile.gettempdir()
+
+
 def _upload(path: str, fs: Any, target: str) -> None:
     """Upload a file of this machine; memory holds ``_UPLOAD`` of it at a time."""
     known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
@@ -350,7 +362,7 @@ def _upload(path: str, fs: Any, target: str) -> None:
 
 @lru_cache(maxsize=1)  # for every pass that follows over the same file
 def _fetched(url: Url, stamp: tuple[int, int | str]) -> IO[bytes]:
-    file = tempfile.TemporaryFile(prefix="realign-fast-")
+    file = tempfile.TemporaryFile(prefix="realign-fast-", dir=scratch_folder())
     file.writelines(pieces(url.pread, 0, stamp[0]))
     file.flush()
     return file

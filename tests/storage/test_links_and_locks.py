@@ -233,3 +233,38 @@ def test_a_full_scratch_disk_is_named_by_what_was_written_there(full_disk):
             pass
     with pytest.raises(OSError, match=r"/realign-fast-task-.*: File too large; check that"):
         list(Processes(2)(partial(len, bytes(40_000)), range(2)))
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "read-only"])
+def test_a_tmpdir_that_cannot_be_written_to_is_refused(kind, tmp_path, monkeypatch):
+    """Python would write to /tmp instead: the lock, the shards and the copies of sources."""
+    place = tmp_path / kind
+    if kind == "file":
+        place.write_bytes(b"")
+    elif kind == "read-only":
+        place.mkdir(mode=0o500)
+        if os.access(place, os.W_OK):
+            pytest.skip("this user may write anywhere")
+    remote = storage_path(f"memory://tmpdir/{kind}/a")
+    remote.write_whole(b"before")
+
+    def write():
+        with remote.pending_file() as file:
+            file.write(b"after")
+
+    def fetch():
+        with remote.local_copy() as path:
+            return path.read_bytes()
+
+    def lock():
+        with locked(remote.parent / "locks"):
+            pass
+
+    monkeypatch.setenv("TMPDIR", str(place))
+    for use in (write, fetch, lock):
+        with pytest.raises(OSError, match=f"TMPDIR is {place}: expected a directory"):
+            use()
+    assert remote.read_bytes() == b"before" and not (remote.parent / "locks").exists()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    write(), lock()
+    assert fetch() == b"after"
