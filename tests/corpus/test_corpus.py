@@ -298,6 +298,15 @@ def test_other_dtypes_are_refused(tmp_path, descr, name):
     )
 
 
+@pytest.mark.parametrize("ids", [np.arange(2), np.array(["a", "b"]), np.array(["a", 3], object)])
+def test_a_list_of_ids_among_the_rows_is_named(tmp_path, ids):
+    np.save(tmp_path / "text.npy", np.ones((2, 3), np.float32))
+    np.save(tmp_path / "ids.npy", ids)
+    reason = r"ids\.npy: shape is \(2,\) of .*, expected rows; is this a list of ids\? move it out"
+    refuse(tmp_path, TypeError, reason)
+    assert len(Corpus(tmp_path / "text.npy")) == 2
+
+
 def test_pickles_are_never_loaded(tmp_path):
     class Bomb:
         def __reduce__(self):

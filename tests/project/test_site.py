@@ -136,6 +136,9 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         assert (
             len(figures) == 10 and "".join(f"    {line}\n" for line in figures) in page.read_text()
         )
+    if page.stem == "revision":
+        printed = capsys.readouterr().out
+        assert "".join(f"    {line}\n" for line in printed.splitlines()) in page.read_text()
     if page.stem == "start":
         assert "0.392881 -> 0.000462" in capsys.readouterr().out, "the page quotes these figures"
         assert names["scores"].argmax(axis=1).tolist() == [0, 1, 2, 3, 4]

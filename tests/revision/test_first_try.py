@@ -1,4 +1,4 @@
-"""The first try of docs/revision.md runs as it stands, with a tiny language model and two steps."""
+"""The first try and the loop over maps of docs/revision.md run with a tiny language model."""
 
 import json
 import os
@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.pages import ROOT, blocks
+from support.revision_parts import CAPTIONS, write_lines
 
+from realign_fast import Corpus, SharedSpace
 from realign_fast.cli.main import main
+from realign_fast.demo import DATA
 
 pytest.importorskip("transformers")
 
@@ -47,3 +51,59 @@ def test_the_block_of_the_page_trains_measures_and_captions(world, tmp_path, mon
     assert figures["samples"] == 8 and {"value", "low", "high"} <= figures["gain"].keys()
     rows = [json.loads(line)["row"] for line in printed["caption"].out.splitlines()]
     assert rows == [0, 1]
+
+
+def test_the_loop_over_maps_measures_the_best_checkpoint(world, tmp_path):
+    pytest.importorskip("accelerate")
+    (block,) = (
+        block
+        for block in blocks(ROOT / "docs" / "revision.md")
+        if block.comment.endswith("test_first_try.py compares maps with this")
+    )
+    code = block.code
+    for text, replacement in (
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", str(world / "llama")),
+        ("max_steps=400", "max_steps=10 --set bf16=false --set learning_rate=1 --batch-size 8"),
+        ("SEED in 1 2 3", "SEED in 1"),
+        ("ARM in raw aligned centred", "ARM in centred"),
+    ):
+        assert code.count(text) == 1, text
+        code = code.replace(text, replacement)
+    for side in ("text", "image"):
+        np.save(tmp_path / f"{side}.npy", np.asarray(Corpus(DATA / "heldout", side)))
+    rows = [np.load(tmp_path / f"{side}.npy") for side in ("text", "image")]
+    SharedSpace.fit(text=rows[0], image=rows[1], method="center").save(tmp_path / "SPACE")
+    for name, rows_of_list, caption in (
+        ("list", range(400), CAPTIONS[0]),
+        ("val", range(16), CAPTIONS[1]),  # so that training makes its loss worse
+        ("test", range(16, 32), CAPTIONS[1]),
+    ):
+        entries = [{"id": str(row), "caption": caption} for row in rows_of_list]
+        write_lines(tmp_path / f"{name}.jsonl", entries)
+    program = tmp_path / "realign-fast"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> commands\nexec {sys.executable} -m realign_fast "$@"\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "RUNS").mkdir()
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-e", "-c", code]
+    run = subprocess.run(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    losses = json.loads((tmp_path / "RUNS/centred-1/training.json").read_text())["held_out_losses"]
+    best = int(np.argmin(losses)) + 1  # one evaluation a step
+    assert len(losses) == 10 and best < 10, "the last step must not be the best one"
+    evaluate = (tmp_path / "commands").read_text().splitlines()[-1]
+    assert f"--model RUNS/centred-1/checkpoint-{best} " in evaluate
+    figures = json.loads((tmp_path / "RUNS/centred-1.json").read_text())
+    assert figures["samples"] == 16
+    assert f'"value": {figures["loss"]["value"]}' in run.stdout
+    assert f'"value": {figures["gain"]["value"]}' in run.stdout

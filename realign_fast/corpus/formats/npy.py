@@ -68,6 +68,10 @@ def read_header(path: AnyPath) -> NpyShard:
         shape, fortran_order, dtype = read_array_header(head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
         raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
+    if len(shape) == 1 and dtype.kind in "iuUSO":
+        found = f"shape is {shape} of {dtype.str}, expected rows"
+        advice = "is this a list of ids? move it out of the folder, or name FOLDER/text.npy"
+        raise TypeError(f"{path}: {found}; {advice}")
     if dtype not in FLOATS:
         expected = "expected <f2, <f4 or <f8; save array.astype('<f4')"
         reason = "objects are pickles and never loaded, npy has no bfloat16 (safetensors has)"
