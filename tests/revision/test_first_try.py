@@ -85,7 +85,6 @@ def test_the_loop_over_maps_measures_the_best_checkpoint(world, tmp_path):
         f'#!/bin/sh\necho "$@" >> commands\nexec {sys.executable} -m realign_fast "$@"\n'
     )
     program.chmod(0o755)
-    (tmp_path / "RUNS").mkdir()
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
     command = ["bash", "-e", "-c", code]
