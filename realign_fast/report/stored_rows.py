@@ -146,7 +146,7 @@ class Output:
             side.changed = next(new, "")
             numbers = sample_ids(side.rows, sample, seed)
             rows = corpus.take(numbers).double()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             side.missing = f"{role} rows: {getattr(error, 'strerror', None) or error}"
             return side
         is_good = good_rows(rows)
@@ -209,7 +209,7 @@ def _opened(paths: Sequence[AnyPath], role: str, options: dict[str, Any]) -> Cor
     folder = storage_path(paths[0]).parent
     root = folder.parent if folder.name in SUBFOLDERS.values() else folder
     names = [PurePosixPath(str(path)).name for path in paths]
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):  # other files may lie beside the shards
         corpus = Corpus(root, side, **options)
         if [shard.path.name for shard in corpus.shards] == names:
             return corpus

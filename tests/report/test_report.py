@@ -211,6 +211,16 @@ def test_every_run_removes_the_page_and_reports_its_own_rates(tmp_path, command)
     assert not (tmp_path / "fit/__realign__/gap_report.html").exists(), "it was of another map"
 
 
+def test_other_files_may_lie_beside_a_source_file(tmp_path, rows):
+    for name, side in zip(("text", "image"), rows, strict=True):
+        np.save(tmp_path / f"{name}.npy", side[:200].float().numpy())
+    np.save(tmp_path / "ids.npy", np.arange(200))
+    sides = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    run("unify", *sides, "--out", str(tmp_path / "out"))
+    facts = facts_of(tmp_path / "out")
+    assert facts["figures"] and not any(side["missing"] for side in facts["sides"].values())
+
+
 def test_a_source_of_another_time_has_changed(tmp_path):
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(HELD_OUT, root)
