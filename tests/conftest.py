@@ -5,8 +5,11 @@ lacks, or a missing CUDA device, is skipped with its reason; a missing library w
 present is a failure, so that no green run hides untested kernels.
 """
 
+import fcntl
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 # Where other work takes a core, threads that wait by spinning turn seconds into minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -86,9 +89,13 @@ def bucket(s3_server, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     files = fsspec.filesystem("s3")
-    files.mkdir("rows")
-    yield files
-    files.rm("rows", recursive=True)
+    # Servers of several test processes have buckets of one name, and a lock in a bucket has a file
+    # in TMPDIR, which is found by that name.
+    with open(Path(tempfile.gettempdir(), f"realign-fast-tests-{os.getuid()}.lock"), "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        files.mkdir("rows")
+        yield files
+        files.rm("rows", recursive=True)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

@@ -139,11 +139,12 @@ def _held_object(path: Url) -> Iterator[int]:
     own |= {"since": since, "alive": time.time()}
     stop = threading.Event()
     heartbeat = threading.Thread(target=_send_heartbeats, args=(path, own, stop), daemon=True)
-    with _not_alive(path, fcntl.LOCK_EX) as (descriptor, dead):
+    with _not_alive(path, fcntl.LOCK_EX) as (descriptor, is_locked, dead):
         if dead:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # the disk is full; then nobody sees that this process is dead
-            os.pwrite(descriptor, token.encode(), 0)
+        if is_locked:
+            with suppress(OSError):  # the disk is full; nobody will see that this process is dead
+                os.pwrite(descriptor, token.encode(), 0)
         try:
             _create(path, own)
             heartbeat.start()
@@ -158,9 +159,11 @@ def _held_object(path: Url) -> Iterator[int]:
 
 
 @contextmanager
-def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, Holder | None]]:
-    """Give the locked file that stands for ``path`` on this machine, and the dead holder, if any.
+def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, bool, Holder | None]]:
+    """Give the file that stands for ``path`` on this machine, and the dead holder, if any.
 
+    Between them stands whether the file is locked: for a store of another address that has this
+    name, another process may have it.
     It is an OSError (EBUSY) if a holder lives, or nobody can see whether it does.
     """
     digest = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
@@ -169,13 +172,13 @@ def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, Holder | None]]:
     try:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            token = os.pread(descriptor, 64, 0).decode(errors="replace")
-        except OSError:
-            token = ""  # of a living process, or this file system has no locks
+            token, own = os.pread(descriptor, 64, 0).decode(errors="replace"), True
+        except OSError:  # a living process holds it, or this file system has no locks
+            token, own = "", False
         holder = _read(path)
         if holder is not None and (not token or holder.get("token") != token):
             raise OSError(errno.EBUSY, _busy_message(path, holder))
-        yield descriptor, holder
+        yield descriptor, own, holder
     finally:
         os.close(descriptor)
 

@@ -3,6 +3,7 @@
 The store is a real S3 server on this machine (moto), `memory://`, or files in directories.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -501,6 +502,18 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken(bucket):
         holder = json.loads(bucket.cat("rows/out/__realign__/_stats/lock"))
         assert holder["pid"] == os.getpid()
     assert keys(bucket) == []
+
+
+def test_the_file_of_a_lock_that_another_store_of_this_name_has_proves_nothing(bucket):
+    stats = folder(S3) / "__realign__/_stats"
+    with lock._not_alive(stats / "lock", fcntl.LOCK_EX):  # a run on another server
+        held = locked(stats)
+        held.__enter__()
+    with pytest.raises(OSError, match="is working on it"), locked(stats):
+        pass
+    held.__exit__(None, None, None)
+    with locked(stats):
+        pass
 
 
 @pytest.mark.parametrize("differences", [{}, {"token": ""}, {"token": 5}])
