@@ -172,13 +172,13 @@ def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, bool, Holder | None]
     try:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            token, own = os.pread(descriptor, 64, 0).decode(errors="replace"), True
+            token, is_locked = os.pread(descriptor, 64, 0).decode(errors="replace"), True
         except OSError:  # a living process holds it, or this file system has no locks
-            token, own = "", False
+            token, is_locked = "", False
         holder = _read(path)
         if holder is not None and (not token or holder.get("token") != token):
             raise OSError(errno.EBUSY, _busy_message(path, holder))
-        yield descriptor, own, holder
+        yield descriptor, is_locked, holder
     finally:
         os.close(descriptor)
 

@@ -18,22 +18,25 @@ from realign_fast.demo import DATA
 pytest.importorskip("transformers")
 
 
+def code_of(ending, *replacements):
+    """Return the block of docs/revision.md whose comment ends so, with other texts for some."""
+    pages = blocks(ROOT / "docs" / "revision.md")
+    (code,) = (block.code for block in pages if block.comment.endswith(ending))
+    for text, replacement in replacements:
+        assert code.count(text) == 1, text
+        code = code.replace(text, replacement)
+    return code
+
+
 def test_the_block_of_the_page_trains_measures_and_captions(world, tmp_path, monkeypatch, capsys):
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
-    (block,) = (
-        block
-        for block in blocks(ROOT / "docs" / "revision.md")
-        if block.comment.endswith("test_first_try.py runs this")
-    )
-    code = block.code
-    for text, replacement in (
+    code = code_of(
+        "test_first_try.py runs this",
         ("HuggingFaceTB/SmolLM2-135M-Instruct", str(world / "llama")),
         ("max_steps=150", "max_steps=2"),
         ("--limit 100", "--limit 8"),
-    ):
-        assert code.count(text) == 1, text
-        code = code.replace(text, replacement)
+    )
     (tmp_path / "realign-fast").write_text('#!/bin/sh\nprintf "%s\\0" "$@" END >> commands\n')
     (tmp_path / "realign-fast").chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -55,20 +58,13 @@ def test_the_block_of_the_page_trains_measures_and_captions(world, tmp_path, mon
 
 def test_the_loop_over_maps_measures_the_best_checkpoint(world, tmp_path):
     pytest.importorskip("accelerate")
-    (block,) = (
-        block
-        for block in blocks(ROOT / "docs" / "revision.md")
-        if block.comment.endswith("test_first_try.py compares maps with this")
-    )
-    code = block.code
-    for text, replacement in (
+    code = code_of(
+        "test_first_try.py compares maps with this",
         ("HuggingFaceTB/SmolLM2-135M-Instruct", str(world / "llama")),
         ("max_steps=400", "max_steps=10 --set bf16=false --set learning_rate=1 --batch-size 8"),
         ("SEED in 1 2 3", "SEED in 1"),
         ("ARM in raw aligned centred", "ARM in centred"),
-    ):
-        assert code.count(text) == 1, text
-        code = code.replace(text, replacement)
+    )
     for side in ("text", "image"):
         np.save(tmp_path / f"{side}.npy", np.asarray(Corpus(DATA / "heldout", side)))
     rows = [np.load(tmp_path / f"{side}.npy") for side in ("text", "image")]
