@@ -41,6 +41,7 @@ def cluster(s3_server):
     """``(address from inside, address from outside, folder)`` of a node with two CPUs."""
     environment = ENVIRONMENT | {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "of-a-test"}
     environment |= {"AWS_SECRET_ACCESS_KEY": "of-a-test"}
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "120"  # machines may be busy
     with cluster_of_one_node(environment) as (inside, outside, folder, _):
         yield inside, outside, folder
 
@@ -104,6 +105,12 @@ def test_a_ray_that_is_not_there_is_one_error():
     for address in (f"127.0.0.1:{free_ports(1)[0]}", f"ray://127.0.0.1:{free_ports(1)[0]}"):
         with pytest.raises(OSError, match=rf"^Ray cannot be reached at {address} \(.* refused\);"):
             list(RayTasks(address)(Slow(), range(2)))
+
+
+def test_the_cause_of_a_failure_is_the_end_of_its_trace():
+    trace = "Initialization failure from server:\nTraceback:\n  File x\nRuntimeError: see logs.\n"
+    summary = ray_driver._summary(ConnectionAbortedError(trace))
+    assert summary == "Initialization failure from server: RuntimeError: see logs."
 
 
 @pytest.mark.parametrize("method", ["realign", "coral"])
@@ -284,14 +291,34 @@ def test_a_shard_is_tried_again_as_often_as_asked(engine, tmp_path):
     assert len(list(tmp_path.glob("5-*"))) == 1
 
 
+TWO_CONNECTIONS_FAIL = """
+import sys
+
+import ray
+from realign_fast.cli.main import main
+
+connect, attempts = ray.init, []
+
+def init(*arguments, **options):
+    attempts.append(arguments)
+    if len(attempts) <= 2:
+        raise ConnectionAbortedError("Initialization failure from server:\\nthe node is busy")
+    return connect(*arguments, **options)
+
+ray.init = init
+sys.exit(main())
+"""
+
+
 def test_a_client_outside_the_cluster(corpora, cluster):
-    """``ray://``: the same bytes; the cluster goes on."""
+    """``ray://``: the same bytes after two attempts that failed; the cluster goes on."""
     align("text", "image", "one", QUIET)
     _, outside, _ = cluster
-    command = ["-m", "realign_fast", "align", "--text", "text", "--image", "image"]
+    Path("client.py").write_text(TWO_CONNECTIONS_FAIL)
+    command = ["client.py", "align", "--text", "text", "--image", "image"]
     command += ["--out", "out", "--engine", "ray", "--ray-address", outside]
     command += ["--cpus-per-task", "2", "--quiet"]
-    done = programs.run(*command, env=ENVIRONMENT)
+    done = programs.run(*command, env=ENVIRONMENT, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert tree("out") == tree("one")
     assert listens(int(outside.rsplit(":", 1)[1]))

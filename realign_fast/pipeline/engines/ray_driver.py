@@ -153,10 +153,16 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             _check_listening(address)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ray.init(address, **options)
+                for attempts_left in (2, 1, 0):
+                    try:
+                        ray.init(address, **options)
+                        break
+                    except ConnectionAbortedError:  # the node started no server for this client
+                        if not attempts_left:
+                            raise
         except Exception as error:
             raise ConnectionError(
-                f"Ray cannot be reached at {address} ({_first_line(error)}); check that it runs, "
+                f"Ray cannot be reached at {address} ({_summary(error)}); check that it runs, "
                 "that host and port are right (ray://HOST:10001 from outside a cluster), that Ray "
                 "and Python have the same versions here and there, and its token (RAY_AUTH_MODE)"
             ) from error
@@ -194,7 +200,7 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             value, error, trace = pickle.loads(self._ray.get(reference))
         except self._ray.exceptions.RayError as failure:
             raise ConnectionError(
-                f"{place}: Ray gave up on it ({_first_line(failure)}) after {self.retries} "
+                f"{place}: Ray gave up on it ({_summary(failure)}) after {self.retries} "
                 "retries; what is finished is kept: run the same command again, with more "
                 "--cpus-per-task if memory was short"
             ) from failure
@@ -213,9 +219,10 @@ def _check_listening(address: str) -> None:
             pass
 
 
-def _first_line(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()
-    return (lines or [type(error).__name__])[0].rstrip(".")
+    first, last = (lines or [type(error).__name__])[0].rstrip("."), (lines or [""])[-1].strip()
+    return f"{first} {last}" if first.endswith(":") else first  # a trace follows a colon
 
 
 def _witness(task: Task) -> LocalPath | None:
