@@ -234,7 +234,7 @@ def measure(model_folder: Path, test: str) -> dict[str, Any]:
     from realign_fast.revision.generation import open_model
     from realign_fast.revision.training_data import prepare
 
-    model, template = open_model(model_folder, dtype=torch.bfloat16)
+    model, template = open_model(model_folder)
     data = prepare(test, Corpus(DATA / "heldout", "image"), template, model_folder / "data")
     return evaluate(model, data, choices=0, batch=64)
 

@@ -280,7 +280,7 @@ class EmbedOptions(Common):
         "config: a tag or a checkpoint file", metavar="TAG|FILE")] = None
     device: Device = None
     precision: Annotated[values.Precision | None, _model("precision of the model",
-        show_default="bf16 on CUDA, else fp32")] = None
+        show_default="bf16 on a GPU that has it, else fp32")] = None
     batch_size: Annotated[int | None, _run("items in a batch", min=1,
         show_default="256 on CUDA, 32 on the CPU")] = None
     workers: Annotated[int | None, _run("decoding processes, 0 for the main process", min=0,
@@ -341,7 +341,7 @@ class TrainingOptions(DataOptions):
     resume: Annotated[bool, _run("go on from the last checkpoint in --out")] = False
     set_: Annotated[list[str] | None, _training("any TrainingArguments of transformers, such as "
         "bf16=false", "--set", metavar="NAME=VALUE", show_default="learning_rate=5e-4, finetune "
-        "1e-5, num_train_epochs=1, warmup_steps=0.03, bf16=true")] = None
+        "1e-5, num_train_epochs=1, warmup_steps=0.03, bf16 on hardware that has it")] = None
 
 
 class TrainedModel(Common):

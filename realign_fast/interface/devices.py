@@ -32,5 +32,14 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16, which is many times slower if emulated."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
+
+
 def _gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

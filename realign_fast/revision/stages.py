@@ -21,6 +21,7 @@ import torch
 from ..align import ReAlign
 from ..corpus.corpus import Corpus, common_encoder
 from ..interface import option_values as values
+from ..interface.devices import has_bf16
 from ..shared_space import SharedSpace
 from ..storage.paths import write_whole
 from .model import (
@@ -53,7 +54,6 @@ TRAINER_SETTINGS = {  # of both stages, beside the learning rate
     "weight_decay": 0.0,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # the share of all steps
-    "bf16": True,
     "seed": 0,
     "logging_steps": 10,
     "eval_steps": 0.1,  # the share of all steps, as the next
@@ -200,6 +200,9 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
         expected = f"expected a multiple of {simultaneous}, {product}"
         advice = "change --batch-size or --micro-batch"
         raise ValueError(f"batch: got {batch}, {expected}; {advice}")
+    cpu = torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or cpu
+    device = cpu if config.trainer.get("use_cpu") is True else device
     settings = {
         "output_dir": config.out,
         "per_device_train_batch_size": micro_batch,
@@ -211,7 +214,8 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
+        "use_cpu": device == cpu,  # or bf16 would be refused
+        "bf16": has_bf16(device),
     }
     arguments_class = transformers().TrainingArguments
     arguments = build_dataclass(arguments_class, "setting of Trainer", settings | config.trainer)

@@ -222,6 +222,14 @@ def test_warm_up_and_clipping_are_those_of_llava(world, tmp_path):
     assert arguments.learning_rate == stages.RATES["pretrain"]
 
 
+def test_bf16_is_the_default_where_the_processor_computes_in_it(world, tmp_path):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    run = stages._with_preset("pretrain", run_of(world, tmp_path, trainer={"use_cpu": True}))
+    assert stages._training_arguments(run).bf16 is bool(flags & {"avx512_bf16", "amx_tile"})
+    run.trainer["bf16"] = True
+    assert stages._training_arguments(run).bf16
+
+
 def test_the_presets_are_the_papers():
     for stage, rate, parts in (
         ("pretrain", 5e-4, ("projector",)),

@@ -30,7 +30,7 @@ def load_encoder(
             open_clip knows, or `owner/name` of the Hugging Face hub.
         pretrained: the weights of a JSON config or a name: a tag of open_clip, or a checkpoint.
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is a GPU.
-        precision: "fp32" or "bf16"; by default "bf16" on CUDA and "fp32" on the CPU.
+        precision: "fp32" or "bf16"; by default "bf16" on a GPU that has it, else "fp32".
 
     Raises:
         ValueError, OSError, ImportError: says in one sentence what is wrong and what to do.

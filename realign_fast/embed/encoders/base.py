@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ...interface.devices import check_device
+from ...interface.devices import check_device, has_bf16
 from ...interface.option_values import Precision
 from ...storage.tensor_file import tensor_digest
 from ..decode import pillow
@@ -36,7 +36,7 @@ class Encoder:
 
     Args:
         device: "cpu", "cuda" or "cuda:N"; by default CUDA where there is a GPU.
-        precision: "fp32" or "bf16"; by default "bf16" on CUDA and "fp32" on the CPU.
+        precision: "fp32" or "bf16"; by default "bf16" on a GPU that has it, else "fp32".
 
     Raises:
         ValueError: no such device or precision.
@@ -49,7 +49,9 @@ class Encoder:
 
     def __init__(self, device: str | None, precision: Precision | None) -> None:
         self.device = check_device(device)
-        self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        self.precision: Precision = precision or (
+            "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
+        )
         if self.precision not in DTYPES:
             raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[self.precision]
