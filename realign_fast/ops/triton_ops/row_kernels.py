@@ -56,13 +56,17 @@ def _load_vector(vector, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, M: t
 
 
 @triton.jit
-def _over(y, length, EXACT: tl.constexpr):
-    """Return the rows of y over their lengths; only EXACT survives lengths without reciprocal."""
-    if EXACT:
-        quotient = y / length[:, None]
-    else:
-        quotient = y * (1 / length).to(y.dtype)[:, None]
-    return quotient
+def _over(y, lengths, INDEX: tl.constexpr, EXACT: tl.constexpr):
+    """Return the rows of y over one of their lengths, if it is there.
+
+    Only EXACT survives lengths without reciprocal.
+    """
+    if INDEX < len(lengths):
+        if EXACT:
+            y /= lengths[INDEX][:, None]
+        else:
+            y *= (1 / lengths[INDEX]).to(y.dtype)[:, None]
+    return y
 
 
 @triton.jit
@@ -74,17 +78,16 @@ def image_block(
     lengths,  # [ROWS] float64: peak, |x / peak|, |A u + b|, |unit(A u + b) + h|
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    DIMS: tl.constexpr,  # of A
     STAGE: tl.constexpr,
-    EXACT: tl.constexpr,
-    M: tl.constexpr,
+    DIMS: tl.constexpr = 0,  # of A
+    EXACT: tl.constexpr = True,
+    M: tl.constexpr = tl.float64,
 ):
     """Return a block of u (stage 0), unit(A u + b) (1) or unit(unit(A u + b) + h) (2), as M.
 
-    A length of 1 leaves its division out.
+    A length that is not among ``lengths``, which may end early, leaves its division out.
     """
     linear, shift, recentre = row_map[0], row_map[1], row_map[2]
-    peak, norm, half, last = lengths
     if DIMS == 2 and STAGE >= 1:  # (the tile is one row)
         y = tl.zeros([1, BLOCK], M)
         column = (start + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
@@ -93,18 +96,19 @@ def image_block(
             deep = first + tl.arange(0, BLOCK)[None, :]
             mask = (column < COLUMNS) & (deep < COLUMNS)
             entries = tl.load(linear + column * COLUMNS + deep, mask, other=0)
-            y += tl.sum(entries * _over(_over(x, peak, EXACT), norm, EXACT), axis=1)[None, :]
+            x = _over(_over(x, lengths, 0, EXACT), lengths, 1, EXACT)
+            y += tl.sum(entries * x, axis=1)[None, :]
     else:
         x = load_rows(row, start, alive, COLUMNS, BLOCK, M)
-        y = _over(_over(x, peak, EXACT), norm, EXACT)
+        y = _over(_over(x, lengths, 0, EXACT), lengths, 1, EXACT)
         if STAGE >= 1 and DIMS == 1:
             y *= _load_vector(linear, start, COLUMNS, BLOCK, M)
         elif STAGE >= 1:
             y *= tl.load(linear).to(M)
     if STAGE >= 1:
-        y = _over(y + _load_vector(shift, start, COLUMNS, BLOCK, M), half, EXACT)
+        y = _over(y + _load_vector(shift, start, COLUMNS, BLOCK, M), lengths, 2, EXACT)
     if STAGE >= 2:
-        y = _over(y + _load_vector(recentre, start, COLUMNS, BLOCK, M), last, EXACT)
+        y = _over(y + _load_vector(recentre, start, COLUMNS, BLOCK, M), lengths, 3, EXACT)
     return y
 
 
@@ -113,46 +117,37 @@ def lengths_of_rows(
     row,
     image,  # [ROWS] pointers to A x where that is known; otherwise the rows
     alive,
-    peak,
+    lengths,  # those that are known: the peak at least
     row_map,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    DIMS: tl.constexpr,
     KINDS: tl.constexpr,  # number of lengths: 1 without a map, 2 with A and b, 3 with h
-    EXACT: tl.constexpr,
-    M: tl.constexpr,
+    DIMS: tl.constexpr = 0,
+    EXACT: tl.constexpr = True,
+    M: tl.constexpr = tl.float64,
 ):
-    """Return the lengths of `image_block` (1 instead of 0) and masks: usual, last one is not 0.
+    """Return the lengths of `image_block` (infinity instead of 0), and a mask of the usual rows.
 
     A row is usual if M can hold the squares, and if no sum ``y + c`` is shorter than half of c: a
     shorter one has lost digits to cancellation.
     """
-    unit_length = tl.full(alive.shape, 1, tl.float64)
-    norm, half, last, usual, lives = unit_length, unit_length, unit_length, alive, alive
+    usual = alive
     limit: tl.constexpr = 1e30 if M == tl.float32 else 1e280
-    for stage in tl.static_range(KINDS):
+    for stage in tl.static_range(len(lengths) - 1, KINDS):
         squares = tl.zeros(alive.shape, tl.float64)
         added = tl.zeros([1], tl.float64)
         for start in range(0, COLUMNS, BLOCK):
             source = row if stage == 0 else image
-            lengths = peak, norm, half, last
             y = image_block(
-                source, start, alive, row_map, lengths, COLUMNS, BLOCK, DIMS, stage, EXACT, M
+                source, start, alive, row_map, lengths, COLUMNS, BLOCK, stage, DIMS, EXACT, M
             )
             squares += tl.sum(y * y, axis=1).to(tl.float64)
             if stage >= 1:
                 c = _load_vector(row_map[stage], start, COLUMNS, BLOCK, M)
                 added += tl.sum(c * c, axis=1).to(tl.float64)
-        lives = squares > 0
         usual = usual & (squares > 1 / limit) & (squares < limit) & (squares > added / 4)
-        length = tl.where(lives, tl.sqrt(squares), 1)
-        if stage == 0:
-            norm = length
-        elif stage == 1:
-            half = length
-        else:
-            last = length
-    return (peak, norm, half, last), usual, lives
+        lengths += (tl.where(squares > 0, tl.sqrt(squares), float("inf")),)
+    return lengths, usual
 
 
 @triton.jit
@@ -193,17 +188,15 @@ def write_images(
         peak, _, finite = kind_of_rows(row, mask, COLUMNS, BLOCK)
     else:
         peak, finite = tl.full(mask.shape, 1, tl.float64), mask
-    lengths, usual, _ = lengths_of_rows(
-        row, image, mask, peak, row_map, COLUMNS, BLOCK, DIMS, KINDS, EXACT, DTYPE
+    lengths, usual = lengths_of_rows(
+        row, image, mask, (peak,), row_map, COLUMNS, BLOCK, KINDS, DIMS, EXACT, DTYPE
     )
     written = mask if EXACT else usual
     if LENGTH == 0:
-        unit_length = tl.full(mask.shape, 1, tl.float64)
-        peak, norm, half, _ = lengths
-        lengths = peak, norm, unit_length if KINDS == 2 else half, unit_length
+        lengths = lengths[:KINDS]
     for start in range(0, COLUMNS, BLOCK):
         y = image_block(
-            image, start, mask, row_map, lengths, COLUMNS, BLOCK, DIMS, KINDS - 1, EXACT, DTYPE
+            image, start, mask, row_map, lengths, COLUMNS, BLOCK, KINDS - 1, DIMS, EXACT, DTYPE
         )
         if LENGTH == 2:
             y *= tl.load(row_map[3]).to(DTYPE)
@@ -244,16 +237,13 @@ def align_rows_kernel(
     target = out + tl.multiple_of(number * out_stride, OUT_STEP)
     row_map = linear, shift, recentre, result_length
     alive = number < row_count
+    product, usual_map = row, row_map
     if WIDTH > 0:
-        product = image + number * WIDTH
-        usual_map = factor, shift, recentre, result_length
-        unusual = write_images(
-            target, row, product, alive, usual_map, COLUMNS, BLOCK, 0, KINDS, LENGTH, False, M
-        )
-    else:
-        unusual = write_images(
-            target, row, row, alive, row_map, COLUMNS, BLOCK, DIMS, KINDS, LENGTH, False, M
-        )
+        product, usual_map = image + number * WIDTH, (factor, shift, recentre, result_length)
+    unusual = write_images(
+        target, row, product, alive, usual_map, COLUMNS, BLOCK, DIMS * (WIDTH == 0), KINDS, LENGTH,
+        False, M,
+    )  # fmt: skip
     if tl.max(unusual.to(tl.int32), axis=0) > 0:
         if WIDTH == 0:
             write_images(
@@ -277,31 +267,23 @@ def _gradient_block(
     alive,
     row_map,  # and the length [] float64
     lengths,  # of `image_block`
-    along,  # [ROWS] float64: the components of three gradients along the vectors that have lengths
+    along,  # [ROWS] float64: for each step back, the component along the vector that has a length
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    KINDS: tl.constexpr,
     LENGTH: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    STEPS: tl.constexpr,  # back from the result: to e + h, to s u + b, and to the row
 ):
-    """Return a block of the gradient after some steps back, in float64."""
-    peak, norm, half, last = lengths
+    """Return a block of the gradient after the steps to e + h, to s u + b and to the row."""
     y = load_rows(grad, start, alive, COLUMNS, BLOCK, tl.float64)
     if LENGTH == 2:
         y *= tl.load(row_map[3])
-    if STEPS > 0 and KINDS == 3 and LENGTH > 0:
-        f = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 2, True, tl.float64)
-        y = _over(y - f * along[0][:, None], last, True)
-    if STEPS > 1 and (KINDS == 3 or LENGTH > 0):
-        e = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 1, True, tl.float64)
-        y = _over(y - e * along[1][:, None], half, True)
-    if STEPS > 1:
-        y *= tl.load(row_map[0])
-    if STEPS > 2 and NORMALIZE:
-        u = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 0, 0, True, tl.float64)
-        y = _over(_over(y - u * along[2][:, None], peak, True), norm, True)
-    return y
+    for step in tl.static_range(len(along)):
+        if 3 - step < len(lengths) and (step < 2 or NORMALIZE):
+            unit = image_block(row, start, alive, row_map, lengths, COLUMNS, BLOCK, 2 - step)
+            y = _over(y - unit * along[step][:, None], lengths, 3 - step, True)
+        if step == 1:
+            y *= tl.load(row_map[0])
+    return _over(y, lengths, 0, True) if len(along) == 3 else y
 
 
 @triton.jit
@@ -319,56 +301,28 @@ def _write_gradients_exactly(
 ):
     """Write gradients in float64, each step with sweeps of its own; 0 for rows without one."""
     peak, _, lives = kind_of_rows(row, mask, COLUMNS, BLOCK)
-    unit_length = tl.full(mask.shape, 1, tl.float64)
-    if not NORMALIZE:
-        peak = unit_length
-    norm, half, last = unit_length, unit_length, unit_length
-    nothing = tl.zeros(mask.shape, tl.float64)
-    along_last, along_half, along_row = nothing, nothing, nothing
-    HALVED: tl.constexpr = KINDS == 3 or LENGTH > 0
-    TWICE: tl.constexpr = KINDS == 3 and LENGTH > 0
-    for stage in tl.static_range(3):
-        if NORMALIZE if stage == 0 else HALVED if stage == 1 else TWICE:
-            squares = nothing
+    one = tl.full(mask.shape, 1, tl.float64)
+    known = (peak,) if NORMALIZE else (one, one)
+    MAPPED: tl.constexpr = KINDS if LENGTH > 0 else KINDS - 1
+    lengths, _ = lengths_of_rows(row, row, mask, known, row_map, COLUMNS, BLOCK, MAPPED)
+    for index in tl.static_range(1, len(lengths)):
+        lives = lives & (lengths[index] < float("inf"))
+    along = ()
+    for step in tl.static_range(3):
+        sums = tl.zeros(mask.shape, tl.float64)
+        if 3 - step < len(lengths):
             for start in range(0, COLUMNS, BLOCK):
-                lengths = peak, norm, half, last
-                y = image_block(
-                    row, start, mask, row_map, lengths, COLUMNS, BLOCK, 0, stage, True, tl.float64
-                )
-                squares += tl.sum(y * y, axis=1)
-            lives = lives & (squares != 0)
-            length = tl.where(squares > 0, tl.sqrt(squares), 1)
-            if stage == 0:
-                norm = length
-            elif stage == 1:
-                half = length
-            else:
-                last = length
-    lengths = peak, norm, half, last
-    for steps in tl.static_range(3):
-        sums = nothing
-        for start in range(0, COLUMNS, BLOCK):
-            direction = image_block(
-                row, start, mask, row_map, lengths, COLUMNS, BLOCK, 0, 2 - steps, True, tl.float64
-            )
-            along = along_last, along_half, along_row
-            y = _gradient_block(
-                row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, KINDS, LENGTH,
-                NORMALIZE, steps,
-            )  # fmt: skip
-            sums += tl.sum(direction * y, axis=1)
-        if steps == 0:
-            along_last = sums
-        elif steps == 1:
-            along_half = sums
-        else:
-            along_row = sums
-    along = along_last, along_half, along_row
+                unit = image_block(row, start, mask, row_map, lengths, COLUMNS, BLOCK, 2 - step)
+                y = _gradient_block(
+                    row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, LENGTH,
+                    NORMALIZE,
+                )  # fmt: skip
+                sums += tl.sum(unit * y, axis=1)
+        along += (sums,)
     for start in range(0, COLUMNS, BLOCK):
         y = _gradient_block(
-            row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, KINDS, LENGTH,
-            NORMALIZE, 3,
-        )  # fmt: skip
+            row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, LENGTH, NORMALIZE
+        )
         _store_rows(target, start, mask, tl.where(lives[:, None], y, 0), COLUMNS, BLOCK)
 
 
@@ -527,14 +481,14 @@ def sum_rows_kernel(
         root = alive.to(tl.float64)
         if WEIGHTED:
             root = tl.sqrt(tl.load(weights + number, alive, other=0))
-        lengths, usual, _ = lengths_of_rows(
-            row, row, alive, unit_length, row_map, COLUMNS, BLOCK, 0, KINDS, False, M
+        lengths, usual = lengths_of_rows(
+            row, row, alive, (unit_length,), row_map, COLUMNS, BLOCK, KINDS, 0, False, M
         )
         square = unit_length
         if not NORMALIZE:
             square = lengths[1] * lengths[1]
-            lengths = unit_length, unit_length, unit_length, unit_length
-        y = image_block(row, own, alive, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, False, M)
+            lengths = ()
+        y = image_block(row, own, alive, row_map, lengths, COLUMNS, BLOCK, KINDS - 1, 0, False, M)
         if TERMS > 0:
             y = (y - c.to(M)) * root.to(M)[:, None] * power.to(M)
         y = tl.where(usual[:, None], y, 0)
@@ -547,16 +501,13 @@ def sum_rows_kernel(
         if tl.max(unusual.to(tl.int32), axis=0) > 0:
             peak, zero, finite = kind_of_rows(row, unusual, COLUMNS, BLOCK)
             some = unusual & finite
-            lengths, _, lives = lengths_of_rows(
-                row, row, some, peak, row_map, COLUMNS, BLOCK, 0, KINDS, True, tl.float64
-            )
+            lengths, _ = lengths_of_rows(row, row, some, (peak,), row_map, COLUMNS, BLOCK, KINDS)
+            lives = lengths[KINDS] < float("inf")
             square = unit_length
             if not NORMALIZE:
                 square = peak * lengths[1] * peak * lengths[1]
-                lengths = unit_length, unit_length, unit_length, unit_length
-            exact = image_block(
-                row, own, some, row_map, lengths, COLUMNS, BLOCK, 0, KINDS - 1, True, tl.float64
-            )
+                lengths = ()
+            exact = image_block(row, own, some, row_map, lengths, COLUMNS, BLOCK, KINDS - 1)
             if TERMS > 0:
                 exact = (exact - c) * root[:, None] * power
                 y = tl.where(some[:, None], exact.to(M), y)
