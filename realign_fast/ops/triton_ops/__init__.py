@@ -19,8 +19,9 @@ def __getattr__(op: str) -> Any:
     """Return an op by name; a number in place of the matrix needs no other function."""
     if op.startswith("_"):
         raise AttributeError(op)
-    kernels = importlib.import_module(".product_kernels", __package__)
-    return getattr(kernels, op if op.endswith("backward") else op.replace("align_", "map_"))
+    name = op if op.endswith("backward") else op.replace("align_", "map_")
+    file = ".product_kernels" if name.startswith(("map_", "add_")) else ".row_kernels"
+    return getattr(importlib.import_module(file, __package__), name)
 
 
 def why_not() -> str:

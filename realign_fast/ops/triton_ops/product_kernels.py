@@ -27,18 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..memory import check_no_overlap
-from .row_kernels import (
-    TRITON_DTYPE,
-    align_rows_backward,
-    aligned,
-    launch,
-    launch_map,
-    launch_sums,
-    on_device_of,
-    sum_rows,
-)
-
-__all__ = ["add_scatter_", "align_rows_backward", "map_rows", "map_rows_", "sum_rows"]
+from .row_kernels import TRITON_DTYPE, aligned, launch, launch_map, launch_sums, on_device_of
 
 _PROMOTE = 1024  # summed on tensor cores before the sum is added to a rounded one
 _MAP_ENTRIES = 1 << 23  # of A u that are computed at a time, so that they stay in the L2 cache

@@ -57,10 +57,7 @@ def _load_vector(vector, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, M: t
 
 @triton.jit
 def _over(y, lengths, INDEX: tl.constexpr, EXACT: tl.constexpr):
-    """Return the rows of y over one of their lengths, if it is there.
-
-    Only EXACT survives lengths without reciprocal.
-    """
+    """Return y over a length, if it is there; only EXACT survives lengths without reciprocal."""
     if INDEX < len(lengths):
         if EXACT:
             y /= lengths[INDEX][:, None]
@@ -318,7 +315,7 @@ def _write_gradients_exactly(
                     NORMALIZE,
                 )  # fmt: skip
                 sums += tl.sum(unit * y, axis=1)
-        along += (sums,)
+        along += (sums,)  # type: ignore[assignment]
     for start in range(0, COLUMNS, BLOCK):
         y = _gradient_block(
             row, grad, start, mask, row_map, lengths, along, COLUMNS, BLOCK, LENGTH, NORMALIZE
@@ -466,11 +463,9 @@ def sum_rows_kernel(
     row_map = scale, shift, recentre
     unit_length = tl.full([ROWS], 1, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
-    squares = tl.zeros([BLOCK], tl.float64)
     energy = tl.zeros([ROWS], tl.float64)
     counted = tl.zeros([ROWS], tl.int32)
-    zeros = tl.zeros([ROWS], tl.int32)
-    outside = tl.zeros([ROWS], tl.int32)
+    squares, zeros, outside = total, counted, counted
     if TERMS > 0:
         c = tl.load(centre + there, there < WIDTH, other=0)[None, :]
         power = tl.load(factor + there, there < WIDTH, other=1)[None, :]
