@@ -261,7 +261,7 @@ def info(options: opts.Common) -> Result:
     from .. import ops
     from .._libraries import build_info
     from ..corpus.io_extension import reader_description
-    from ..ops.verdicts import verdict_of
+    from ..ops.chooser import verdict_of
 
     cuda = torch.cuda.is_available()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else None

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .. import whiten
 from ..ops import DTYPES, OPS, reference
+from ..ops.chooser import key_of, path_of
 from ..ops.dispatch import CHOOSER, HAS_CPU_KERNELS
 from ..ops.trials import Op, Trial, fault_of, trials
-from ..ops.verdicts import key_of, path_of
 from ..storage.paths import write_json
 
 COLUMNS = (1, 65, 768, 1024, 1280, 4096)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -167,11 +168,10 @@ def rows_gradient(
     kernel goes back through ``u``. The product is torch's, at the full speed of the device and in
     the precision that the user has set for products, because ``map_rows`` normalises its rows.
     """
-    backward = torch.ops.realign_fast.align_rows_backward
+    backward: Callable[..., Tensor] = torch.ops.realign_fast.align_rows_backward
     grad = plain(grad).contiguous()
     if linear.dim() == 0:
-        gradient: Tensor = backward(rows, grad, linear, shift, recentre, length)
-        return gradient
+        return backward(rows, grad, linear, shift, recentre, length)
     dtype = torch.float64 if torch.float64 in (rows.dtype, grad.dtype) else torch.float32
     one, zeros = torch.ones_like(shift[0]), torch.zeros_like(shift)
     if length is not None or recentre is not None:
@@ -179,8 +179,7 @@ def rows_gradient(
         grad = backward(shifted, grad, one, zeros, recentre, length, False)
     linear, grad = linear.to(dtype), grad.to(dtype)
     grad = grad * linear if linear.dim() == 1 else grad @ linear
-    gradient = backward(rows, grad, one, zeros, None, None)
-    return gradient
+    return backward(rows, grad, one, zeros, None, None)
 
 
 for _name in ("align_rows", "map_rows"):

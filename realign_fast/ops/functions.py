@@ -66,18 +66,15 @@ def align_rows(
     float64 answers (``ops/reference.py``) in place of the kernel.
     """
     if _may_call_kernel(rows, scale, shift, recentre, length, out, out_dtype):
-        linear = (
-            scale
-            if isinstance(scale, Tensor)
-            else torch.tensor(scale, dtype=torch.float64, device="cpu")
-        )
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
         try:
             if out is not None:
-                _WRITING_OPS[linear.dim() > 0](out, rows, linear, shift, recentre, length)
+                _WRITING_OPS[scale.dim() > 0](out, rows, scale, shift, recentre, length)
                 return out
             with torch._C._AutoDispatchBelowAutograd():
-                kernel = _MAP_OPS[linear.dim() > 0]
-                return kernel(rows, linear, shift, recentre, out_dtype or rows.dtype, length)
+                kernel = _MAP_OPS[scale.dim() > 0]
+                return kernel(rows, scale, shift, recentre, out_dtype or rows.dtype, length)
         except RuntimeError:  # the kernel refused an argument, which is converted or named below
             pass
     rows = _checked_rows("align_rows", rows)
@@ -107,10 +104,7 @@ def _may_call_kernel(
     out: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> bool:
-    """Return whether the compiled CPU kernel's checks are enough, with no layer of torch before it.
-
-    The checks of this module take as long as the map of a hundred rows.
-    """
+    """Return whether the compiled CPU kernel checks enough; our checks cost as much as 100 rows."""
     return (
         HAS_CPU_KERNELS
         and not torch.compiler.is_compiling()
@@ -143,7 +137,6 @@ def is_transformed(rows: Tensor) -> bool:
 
 
 def _check_out(rows: Tensor, out: Tensor, out_dtype: torch.dtype | None) -> None:
-    """Check that align_rows can write its result into ``out``."""
     if out.shape != rows.shape:
         raise ValueError(
             f"align_rows: out has shape {list(out.shape)}, the rows {list(rows.shape)}; "
@@ -330,10 +323,7 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
 
 
 def _check_devices(op: str, rows: Tensor, **tensors: Tensor | None) -> None:
-    """Raise if a tensor is on another device than the rows.
-
-    A kernel would read the memory of another device as its own.
-    """
+    """Raise if a tensor is on another device than the rows, whose kernel would misread it."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != rows.device:
             raise ValueError(

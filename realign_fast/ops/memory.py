@@ -53,8 +53,6 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     if isinstance(tensor, FakeTensor) or tensor.is_meta or not tensor.numel():
         return 0, 0
     start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in strides)
     return start, start + (last + 1) * tensor.element_size()

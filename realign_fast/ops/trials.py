@@ -76,6 +76,8 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
     is_exact = rows.dtype == torch.float64
     shift, recentre = (size * random(columns) / columns**0.5 for size in (0.8, 0.05))
     linear = torch.full_like(shift[0], 0.983)
+    maps: list[Any] = [(dtype, recentre, 1.0, "") for dtype in results]
+    maps.append((rows.dtype, None, None, " without the last step"))
     if op == "sum_rows":
         for name, row_map in (("directions", [None] * 3), ("mapped", [linear, shift, recentre])):
             share = 1e-14 if is_exact else 5e-7
@@ -83,10 +85,7 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
         yield "rows", [], [None, None, None, False], torch.float64, 1e-14, count
     elif op == "align_rows_backward":
         size = rows.double().square().mean(dim=1, keepdim=True).sqrt().nan_to_num(1, 1)
-        for dtype, last, length, name in (
-            *((dtype, recentre, 1.0, "") for dtype in results),
-            (rows.dtype, None, None, " without the last step"),
-        ):
+        for dtype, last, length, name in maps:
             grad = (size.clamp(min=1e-3) * random(count, columns)).to(dtype)
             share = 1e-13 if is_exact else 2e-6
             arguments = [grad, linear, shift, last, length]
@@ -94,28 +93,19 @@ def _calls(op: str, rows: Tensor, results: Sequence[torch.dtype], random: Op) ->
     elif op == "add_scatter_":  # which reads and writes the upper triangle only
         scatter = torch.full((columns, columns), torch.nan).to(shift).tril(-1) + 1
         outputs, weights = [scatter, torch.ones_like(shift)], random(count).abs()
+        centre, size = 0.1 * shift.float().double(), 1 + count / columns**0.5
         for name, row_weights, variant, share in (
             ("two terms", None, 0, 6e-6),
             ("weighted", weights, 0, 6e-6),
             ("accurate", weights, 0, 1e-14),
             ("fast", None, 1, 1e-3),
         ):
-            arguments = [
-                0.1 * shift.float().double(),
-                row_weights,
-                True,
-                name == "accurate",
-                variant,
-            ]
-            size = 1 + count / columns**0.5
+            arguments = [centre, row_weights, True, name == "accurate", variant]
             yield name, outputs, arguments, torch.float64, 1e-14 if is_exact else share, size
     else:
         if has_products := "map" in op:
             linear = torch.eye(columns).to(shift) + 0.3 * random(columns, columns) / columns**0.5
-        for dtype, last, length, name in (
-            *((dtype, recentre, 1.0, "") for dtype in results),
-            (rows.dtype, None, None, " without the last step"),
-        ):
+        for dtype, last, length, name in maps:
             share = 1e-14 if dtype == torch.float64 else 1e-6
             if has_products:
                 share = 1e-13 if is_exact or dtype == torch.float64 else 4e-6

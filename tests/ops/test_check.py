@@ -21,8 +21,8 @@ from support.op_checks import require_compiled
 from realign_fast import device_check
 from realign_fast.cli.main import main
 from realign_fast.ops import DTYPES, OPS, reference
+from realign_fast.ops.chooser import key_of, path_of, verdict_of
 from realign_fast.ops.trials import trials
-from realign_fast.ops.verdicts import key_of, path_of, verdict_of
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,7 @@ import torch
 from support import programs
 
 from realign_fast.ops import OPS, backend_of, chosen_backends, dispatch, reference
-from realign_fast.ops.chooser import VARIABLE, Chooser
-from realign_fast.ops.verdicts import key_of, path_of, verdict_of
+from realign_fast.ops.chooser import VARIABLE, Chooser, key_of, path_of, verdict_of
 
 CPU, ROWS = torch.device("cpu"), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
 
