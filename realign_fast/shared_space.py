@@ -27,6 +27,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._argument_checks import Array, expect_tensor
+from ._argument_checks import Array, expect_one_width
 from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .moments import BadRows, Moments, expect_rows, measure, warn_of_far_rows
 from .ops import align_rows, working_dtype
@@ -46,6 +47,7 @@ Layout = Literal["single", "blocks"]
 SPACE_METHODS: tuple[SpaceMethod, ...] = get_args(SpaceMethod)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
+QUERIES = " queries"  # ends the name of the queries of a role among all rows that are measured
 _CENTRE_FROM = 0.3  # share of the score's variance that every query of a role has in common
 _VERSION = 1  # of the files
 _UNSURE = 0.1  # relative standard error of a scale that is warned about
@@ -78,11 +80,9 @@ class Side:
         value = self.scale(queries) ** 2
         if not value:
             return math.nan
-        product = self.covariance @ queries.second_moment
+        product, mean = self.covariance @ queries.second_moment, queries.query_mean
         documents = max(2 * float((product * product.T).sum()), 0.0)  # rounding may be below 0
-        searches = (
-            documents - 2 * float(queries.query_mean @ self.covariance @ queries.query_mean) ** 2
-        )
+        searches = documents - 2 * float(mean @ self.covariance @ mean) ** 2
         variance = documents / self.count + max(searches, 0.0) / queries.query_count
         return math.sqrt(variance) / (2 * value)
 
@@ -123,7 +123,16 @@ class RoleMap:
         ``1 / scale`` if ``normalized``), so leave such documents out. Finite rows that the
         dtype cannot hold after the division by the scale are a ValueError.
         """
-        mapped = self._map(rows, out)
+        if self.columns == self.dimension:
+            mapped = self._block(rows, 0, out=out)
+        else:
+            mapped = rows.new_zeros(len(rows), self.columns) if out is None else out.zero_()
+            for first in self.scales:
+                part = mapped[:, first : first + self.dimension]
+                if out is None and rows.requires_grad:
+                    part.copy_(self._block(rows, first))  # out= keeps no gradient
+                else:
+                    self._block(rows, first, out=part)
         scale, largest = min(self.scales.values()), torch.finfo(mapped.dtype).max
         if 2 / scale > largest:  # no row is longer: u and the centre are at most 1
             if count := int(mapped.isinf().any(dim=1).sum()):
@@ -133,18 +142,6 @@ class RoleMap:
                     "as float32 (out of float32, or unify --dtype float32)"
                 )
         return mapped
-
-    def _map(self, rows: Tensor, out: Tensor | None) -> Tensor:
-        if self.columns == self.dimension:
-            return self._block(rows, 0, out=out)
-        wide = rows.new_zeros(len(rows), self.columns) if out is None else out.zero_()
-        for first in self.scales:
-            part = wide[:, first : first + self.dimension]
-            if out is None and rows.requires_grad:
-                part.copy_(self._block(rows, first))  # out= keeps no gradient
-            else:
-                self._block(rows, first, out=part)
-        return wide
 
     def to(self, device: torch.device | str) -> RoleMap:
         """Return the same map with its centre on ``device``."""
@@ -219,18 +216,26 @@ class SharedSpace(HubObject):
         if queries is not None and not isinstance(queries, Mapping):
             queries = {query_role: queries}
         roles = [*(queries or {})]
-        sides = modalities | {_queries_of(role): rows for role, rows in (queries or {}).items()}
+        sides = modalities | {role + QUERIES: rows for role, rows in (queries or {}).items()}
         rows = {name: opened(side, name) for name, side in sides.items()}
         encoder = encoder_of(*rows.values())
         if method == "auto" and any(isinstance(side, Moments) for side in rows.values()):
             method = "calibrate"  # centring would need the rows
+
+        def measure_rows(name: str, centre: Tensor | None) -> Moments:
+            if not isinstance(side := rows[name], Moments):
+                through = None if centre is None else centring_map(centre)
+                read = partial(measure, batch_rows=batch_rows, bad_rows=bad_rows, covariance=True)
+                return read(side, name, through=through)
+            if centre is None:
+                return side
+            raise ValueError(
+                f"SharedSpace: centring reads the rows of {name} a second time, and moments hold "
+                "none; give rows, or method='calibrate', or use from_passes"
+            )
+
         space = cls.from_passes(
-            lambda name, centre: measure_side(rows[name], name, centre, batch_rows, bad_rows),
-            [*modalities],
-            roles,
-            query_role,
-            layout=layout,
-            method=method,
+            measure_rows, [*modalities], roles, query_role, layout=layout, method=method
         )
         space.encoder = encoder
         for (name, side), (other, documents) in combinations(space.sides.items(), 2):
@@ -264,7 +269,7 @@ class SharedSpace(HubObject):
             query_role, layout, method: as in :meth:`fit`, which also says the errors.
         """
         _check_options(modalities, query_role, layout, method, query_roles)
-        names = [*modalities, *map(_queries_of, query_roles)]
+        names = [*modalities, *(role + QUERIES for role in query_roles)]
         moments = {name: measure_rows(name, None) for name in names}
         _check_moments(moments)
         space = cls(_sides(modalities, moments), "calibrate", layout, query_role)
@@ -350,7 +355,7 @@ class SharedSpace(HubObject):
             ValueError: an unknown modality, or other columns than those fitted on.
         """
         side, row_map = self._side(modality), self.document_map(modality)
-        return self._mapped(rows, row_map, modality, lambda: (side.centre, side.count))
+        return self._mapped(rows, row_map, modality, side.centre, side.count)
 
     def document_map(self, modality: str) -> RoleMap:
         """Return the map that :meth:`documents` applies; an unknown modality is a ValueError."""
@@ -371,8 +376,7 @@ class SharedSpace(HubObject):
                 for.
         """
         role = role or self.query_role
-        row_map, name = self.query_map(role), _queries_of(role)
-        return self._mapped(rows, row_map, name, lambda: self.query_mean(role))
+        return self._mapped(rows, self.query_map(role), role + QUERIES, *self.query_mean(role))
 
     def query_mean(self, role: str) -> tuple[Tensor, int]:
         """Return the mean [D] of the unit queries of a role, and their number."""
@@ -400,14 +404,10 @@ class SharedSpace(HubObject):
         ``z = (q.p - q.mean) / sqrt(q' C_m q)`` with the scale of each single query, for systems
         that score by modality and merge.
         """
-        side = self._side(modality)
-        centres = self._side(role or self.query_role).query_centre, side.centre
-        searching, stored = (
-            RoleMap(centre, self.method != "calibrate", {0: 1.0}, self.dimension)(
-                self._checked(given_rows).double()
-            )
-            for given_rows, centre in zip((queries, rows), centres, strict=True)
-        )
+        side, asking = self._side(modality), self._side(role or self.query_role)
+        placing = RoleMap(asking.query_centre, self.method != "calibrate", {0: 1.0}, self.dimension)
+        searching = placing(self._checked(queries).double())
+        stored = replace(placing, centre=side.centre)(self._checked(rows).double())
         deviations = ((searching @ side.covariance) * searching).sum(dim=1).clamp(min=0).sqrt()
         return (searching @ (stored - side.mean).T) / deviations[:, None]
 
@@ -454,28 +454,20 @@ class SharedSpace(HubObject):
             raise ValueError(f"SharedSpace: {name!r} is none of its modalities {list(self.sides)}")
         return self.sides[name]
 
-    def _checked(self, rows: Array, columns: int | None = None) -> Tensor:
+    def _checked(self, rows: Array) -> Tensor:
         """Return rows as a tensor; a ValueError for rows of another shape."""
-        columns = columns or self.dimension
-        tensor = rows if isinstance(rows, Tensor) else tensor_of("SharedSpace", rows)
-        expect_tensor("SharedSpace", tensor)
-        if tensor.dim() != 2 or tensor.shape[1] != columns:
+        tensor = tensor_of("SharedSpace", rows)
+        if tensor.dim() != 2 or tensor.shape[1] != self.dimension:
             raise ValueError(
-                f"SharedSpace: expected rows [N, {columns}] of the encoder that it was fitted on, "
-                f"got shape {list(tensor.shape)}"
+                f"SharedSpace: expected rows [N, {self.dimension}] of the encoder that it was "
+                f"fitted on, got shape {list(tensor.shape)}"
             )
         return tensor
 
-    def _mapped(
-        self,
-        rows: Array,
-        row_map: Callable[[Tensor], Tensor],
-        name: str,
-        fitted: Callable[[], tuple[Tensor, int]],
-    ) -> Array:
-        """Return the mapped rows; those far from the rows ``fitted`` on are warned about, once."""
+    def _mapped(self, rows: Array, row_map: RoleMap, name: str, mean: Tensor, count: int) -> Array:
+        """Return the mapped rows; those far from the rows fitted on are warned about, once."""
         tensor = self._checked(rows)
-        warn_of_far_rows(self, f"SharedSpace, {name}", tensor, fitted)
+        warn_of_far_rows(self, f"SharedSpace, {name}", tensor, lambda: (mean, count))
         mapped = row_map(tensor)
         return mapped.numpy() if isinstance(rows, np.ndarray) else mapped
 
@@ -506,27 +498,13 @@ def _check_options(
             raise ValueError(f"SharedSpace: {option}={value!r} is none of {', '.join(known)}")
 
 
-def measure_side(
-    rows: Any, name: str, centre: Tensor | None, batch_rows: int, bad_rows: BadRows
-) -> Moments:
-    """Return the moments of rows, or those of ``unit(u - centre)``."""
-    if isinstance(rows, Moments):
-        if centre is None:
-            return rows
-        raise ValueError(
-            f"SharedSpace: centring reads the rows of {name} a second time, and moments hold none; "
-            "give rows, or method='calibrate', or use from_passes"
-        )
-    through = None if centre is None else centring_map(centre)
-    options: dict[str, Any] = {"batch_rows": batch_rows, "bad_rows": bad_rows}
-    return measure(rows, name, covariance=True, through=through, **options)
-
-
 def _check_moments(sides: Mapping[str, Moments]) -> None:
     """Raise a ValueError for moments that no space can be computed from."""
-    widths = {}
+    first, first_moments = next(iter(sides.items()))
     for name, moments in sides.items():
         expect_rows(f"SharedSpace: the {name} side", moments)
+        widths = (name, moments.dimension), (first, first_moments.dimension)
+        expect_one_width("SharedSpace", *widths)
         if not moments.with_covariance or not moments.normalize:
             raise ValueError(
                 f"SharedSpace: the {name} moments are {moments!r}, expected covariance=True and "
@@ -537,17 +515,6 @@ def _check_moments(sides: Mapping[str, Moments]) -> None:
                 f"SharedSpace, {name}: rows expected to differ by more than rounding, got "
                 f"{moments.count} without spread; fit on more rows"
             )
-        widths[name] = moments.dimension
-    if len(set(widths.values())) > 1:
-        raise ValueError(
-            f"SharedSpace: the modalities have different columns, {widths}; embed them with one "
-            "encoder"
-        )
-
-
-def _queries_of(role: str) -> str:
-    """Return the name of the queries of a role among all rows that are measured."""
-    return f"{role} queries"
 
 
 def centring_map(centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -566,7 +533,7 @@ def _sides(
     """
     sides = {}
     for name in modalities:
-        searches_name = _queries_of(name) if _queries_of(name) in moments else name
+        searches_name = name + QUERIES if name + QUERIES in moments else name
         documents, searches = moments[name], moments[searches_name]
         zeros = torch.zeros_like(documents.mean)
         sides[name] = Side(

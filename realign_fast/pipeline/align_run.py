@@ -31,7 +31,7 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import UnfinishedShards
 from ..methods import NEED_COVARIANCE, few_rows
 from ..moments import Moments, warn_if_far
-from ..shared_space import SharedSpace
+from ..shared_space import QUERIES, SharedSpace
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of, write_json
 from ..storage.tensor_file import tensor_digest
 from .checkpoints import STATS, AnyMap, code_version, map_hash
@@ -39,7 +39,6 @@ from .engines.local import Engine
 from .manifest import FORMAT, MANIFEST, read_manifest
 from .output import (
     ALIGNER,
-    QUERIES,
     REPORT,
     SPACE,
     Written,

@@ -25,7 +25,6 @@ from .manifest import ALIGN_PASSES, MANIFEST, check_source, read_manifest
 ALIGNER, SPACE, REPORT = "aligner.safetensors", "space.safetensors", "report.json"
 PAGE, FIGURES = "gap_report.html", "gap_report.json"  # what `report` writes of a run
 FOLDERS = SUBFOLDERS | {"queries": "query_emb"}  # of the results of unify
-QUERIES = " queries"  # in names of passes, after the role of these queries
 
 
 class Written(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..corpus.corpus import Corpus, common_encoder
 from ..interface.option_values import OptionError
 from ..moments import Moments, expect_rows
-from ..shared_space import Layout, RoleMap, SharedSpace, SpaceMethod
+from ..shared_space import QUERIES, Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
 from .align_run import (
     AlignRun,
@@ -30,7 +30,7 @@ from .align_run import (
 )
 from .checkpoints import digest
 from .engines.local import Engine
-from .output import FOLDERS, QUERIES, SPACE, Written, check_output, check_place
+from .output import FOLDERS, SPACE, Written, check_output, check_place
 from .settings import Settings
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default

@@ -407,7 +407,7 @@ ROWS = torch.eye(4)
     ("options", "message"),
     [
         (dict(text=ROWS), "expected documents of two modalities or more, got"),
-        (dict(text=ROWS, image=torch.eye(5)), "different columns, {'text': 4, 'image': 5}"),
+        (dict(text=ROWS, image=torch.eye(5)), "image has 5 columns, text 4"),
         (dict(text=ROWS, image=ROWS, query_role="audio"), "query_role='audio' is none of text"),
         (dict(text=ROWS, image=ROWS, method="zscore"), "method='zscore' is none of auto"),
         (dict(text=ROWS, image=ROWS, layout="wide"), "layout='wide' is none of single, blocks"),
