@@ -48,6 +48,32 @@ def expect_numbers(name: str, tensor: Tensor, argument: str = "rows") -> None:
         raise TypeError(f"{name}: {argument} is on the device meta; give a tensor with numbers")
 
 
+def expect_pairs(name: str, a: Tensor, b: Tensor, same_columns: bool = True) -> None:
+    """Raise an error if rows do not match one by one, or :func:`expect_matrix` refuses them."""
+    for rows in (a, b):
+        expect_matrix(name, rows)
+    if len(a) != len(b) or (same_columns and a.shape != b.shape):
+        raise ValueError(
+            f"{name}: expected rows that match one by one, got shapes {list(a.shape)} and "
+            f"{list(b.shape)}; give both sides of the same pairs"
+        )
+
+
+def expect_matrix(name: str, rows: Tensor, min_rows: int = 2) -> None:
+    """Raise an error if rows are no tensor [N, D], too few, or not finite; ``name`` begins it."""
+    expect_tensor(name, rows)
+    expect_numbers(name, rows)
+    if rows.dim() != 2 or len(rows) < min_rows or not rows.shape[1]:
+        raise ValueError(
+            f"{name}: expected {min_rows} or more rows [N, D], got shape {list(rows.shape)}"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        bad_row = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+        raise ValueError(
+            f"{name}: row {bad_row} holds a NaN or an infinity, expected finite rows; leave it out"
+        )
+
+
 def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
     """Return the rows of a tensor or an array of any byte order and strides as a tensor.
 
@@ -64,6 +90,15 @@ def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
     expect_tensor(name, rows, argument)
     assert isinstance(rows, Tensor)
     return rows
+
+
+def expect_one_width(
+    name: str, first: tuple[str, int], second: tuple[str, int], advice: str = ""
+) -> None:
+    """Raise a ValueError if two sides, each with its number of columns, differ in that."""
+    if first[1] != second[1]:
+        fault = "{} has {} columns, {} {}".format(*first, *second)
+        raise ValueError(f"{name}: {fault}; {advice or 'embed both with one encoder'}")
 
 
 def expect_counts(name: str, **counts: int) -> None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from ._argument_checks import Array, expect_counts, expect_tensor
+from ._argument_checks import Array, expect_counts, expect_one_width, expect_tensor
 from .corpus.row_batches import Rows, encoder_of, opened, tensor_of
 from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method, linear_part
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
@@ -123,16 +123,16 @@ class ReAlign(nn.Module, HubObject):
                     f"{moments.trace:.1e}), so no scale exists; fit on more rows"
                 )
         aligner = cls(source.dimension, method)
-        aligner.linear = linear_part(
-            method, source, target, shrinkage=shrinkage, floor=floor, energy=energy
-        )
+        aligner.linear = linear_part(method, source, target, shrinkage, floor, energy)
         for name, moments in (("source", source), ("target", target)):
             getattr(aligner, f"{name}_mean").copy_(moments.mean.cpu())
             getattr(aligner, f"{name}_trace").fill_(moments.trace)
             getattr(aligner, f"{name}_count").fill_(moments.count)
         if source.trace:
             aligner.scale.fill_(math.sqrt(target.trace / source.trace))
-        aligner.shift.copy_(aligner.target_mean - _times(aligner.linear, aligner.source_mean))
+        linear, mean = aligner.linear, aligner.source_mean
+        mapped = linear @ mean if linear.dim() == 2 else linear * mean
+        aligner.shift.copy_(aligner.target_mean - mapped)
         if method == "noise":
             noise = _DEFAULT_NOISE if noise is None else noise
             if not noise >= 0:
@@ -194,16 +194,8 @@ class ReAlign(nn.Module, HubObject):
                 f"ReAlign: the {y.count} source rows are the target rows; give the rows of two "
                 "modalities"
             )
-        aligner = cls.from_moments(
-            y,
-            x,
-            method=method,
-            shrinkage=shrinkage,
-            floor=floor,
-            energy=energy,
-            noise=noise,
-            seed=seed,
-        )
+        from_moments = partial(cls.from_moments, method=method, shrinkage=shrinkage, floor=floor)
+        aligner = from_moments(y, x, energy=energy, noise=noise, seed=seed)
         aligner.encoder = encoder
         aligner.record_drift(measure_side(source, "source", through=aligner.row_map))
         if residual:
@@ -222,11 +214,8 @@ class ReAlign(nn.Module, HubObject):
     def _mean_of(self, mapped: Moments) -> Tensor:
         """Return the mean of mapped source rows; an error if the moments cannot be theirs."""
         expect_one_encoder("ReAlign", mapped, mapped)
-        if mapped.dimension != self.dimension:
-            raise ValueError(
-                f"ReAlign: the mapped rows have {mapped.dimension} columns, the map "
-                f"{self.dimension}; measure the source rows through its row_map"
-            )
+        sides = ("a mapped row", mapped.dimension), ("the map", self.dimension)
+        expect_one_width("ReAlign", *sides, "measure the source rows through its row_map")
         return mapped.mean.to(self.target_mean.device)
 
     @property
@@ -297,10 +286,9 @@ class ReAlign(nn.Module, HubObject):
     ) -> Array:
         """Align rows [..., D]; the result has their kind, shape, dtype and device.
 
-        A module on another device copies its map to the device of the rows in every call.
-
         Rows of a table, a dataset or a :class:`Corpus` become a tensor. The map is differentiable
-        in ``rows``; for bad rows see :func:`realign_fast.align_rows`.
+        in ``rows``; for bad rows see :func:`realign_fast.align_rows`. A module on another device
+        copies its map to the device of the rows in every call.
 
         ``out_dtype`` is the dtype of the result, if it is another; ``out``, with rows [N, D], a
         tensor to write the result into. Other columns than those fitted on, and a map that is not
@@ -442,8 +430,3 @@ def _number_in(buffer: Tensor) -> int | None:
         return number
     except RuntimeError:  # of vmap
         return None
-
-
-def _times(a: Tensor, v: Tensor) -> Tensor:
-    """Return ``A v`` for A a number, a diagonal [D] or a matrix [D, D]."""
-    return a @ v if a.dim() == 2 else a * v

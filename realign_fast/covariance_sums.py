@@ -177,10 +177,6 @@ class Scatter:
         upper = self.scatter - torch.triu(torch.outer(self.total, self.total)) / self.weights[0]
         return upper + torch.triu(upper, 1).T
 
-    def freedom(self, correction: float) -> float:
-        """Return the divisor of a covariance, ``W - correction sum(w a) / W``, as ``torch.cov``."""
-        return float(self.weights[0] - correction * self.weights[1] / self.weights[0])
-
     def state(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file or a reduction; none before the first row."""
         return {} if self.centre is None else {name: getattr(self, name) for name in _STATE}

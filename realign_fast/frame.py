@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._argument_checks import expect_numbers, tensor_of
+from ._argument_checks import expect_one_width, expect_pairs, tensor_of
 from ._one_thread import one_thread
-from .moments import Moments, expect_one_encoder, good_rows
+from .moments import Moments, expect_one_encoder
 from .ops.reference import unit
 from .storage.paths import AnyPath
 from .storage.tensor_file import tensors_of, write_tensors
@@ -215,18 +215,10 @@ def _checked(pairs: Pairs, columns: int) -> list[Tensor]:
             f"{type(pairs).__name__}; give both and nothing else"
         )
     source, target = (tensor_of("FixedFrame", rows) for rows in pairs)
-    for rows in (source, target):
-        expect_numbers("FixedFrame", rows)
-    if source.shape != target.shape or source.shape[1:] != (columns,) or len(source) < 2:
-        raise ValueError(
-            f"FixedFrame: expected two or more matched rows [N, {columns}] twice, got "
-            f"{list(source.shape)} and {list(target.shape)}; give both sides of the same pairs, "
-            "from the frame's encoder"
-        )
-    bad = ~(good_rows(target) & good_rows(source.to(target.device)))
-    if bool(bad.any()):
-        raise ValueError(
-            f"FixedFrame: a row of pair {int(bad.nonzero()[0])} is zero or not finite; leave the "
-            "pair out"
-        )
+    expect_pairs("FixedFrame", source, target)
+    expect_one_width("FixedFrame", ("a pair", source.shape[1]), ("the frame", columns))
+    zero = (~target.any(dim=1)) | (~source.any(dim=1)).to(target.device)
+    if bool(zero.any()):
+        pair = int(zero.nonzero()[0])
+        raise ValueError(f"FixedFrame: a row of pair {pair} is zero; leave the pair out")
     return [source, target]

@@ -50,7 +50,6 @@ def linear_part(
     method: Method,
     source: Moments,
     target: Moments,
-    *,
     shrinkage: Shrinkage = None,
     floor: float | None = None,
     energy: float = 0.9,

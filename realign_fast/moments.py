@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from ._argument_checks import expect_numbers
+from ._argument_checks import expect_numbers, expect_one_width
 from .corpus.row_batches import Rows, batches, tensor_of
 from .covariance_sums import RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
@@ -283,9 +283,7 @@ class Moments:
     def energy(self) -> float:
         """The mean squared norm E|u|^2: 1 for unit rows, less where zero rows were kept."""
         count = self._count_or_raise()
-        if self.scatter is not None:
-            return float(self.scatter.energy)
-        return float(self._row_sums.energy / count)
+        return float(self._row_sums.energy / count if self.scatter is None else self.scatter.energy)
 
     @property
     def trace(self) -> float:
@@ -295,10 +293,9 @@ class Moments:
         about 3e-8, up to 3e-7 where they are clustered and 2e-6 where many are equal. Use
         ``covariance=True`` for such rows, whose error is relative.
         """
-        energy = self.energy
-        if self.scatter is not None:
-            return max(float(self.scatter.trace), 0.0)
-        return max(float(energy - self.mean.square().sum()), 0.0)
+        energy = self.energy  # (which needs rows)
+        own = energy - self.mean.square().sum() if self.scatter is None else self.scatter.trace
+        return max(float(own), 0.0)
 
     @property
     def covariance(self) -> Tensor:
@@ -328,7 +325,8 @@ class Moments:
         if self.scatter is None:
             raise ValueError("Moments: covariance was not asked for; use Moments(covariance=True)")
         self._count_or_raise()
-        freedom = self.scatter.freedom(correction)
+        total, squares = self.scatter.weights[:2].tolist()
+        freedom: float = total - correction * squares / total
         if freedom <= 0:
             raise ValueError(
                 f"Moments: {self.count} rows leave nothing to divide by with correction="
@@ -394,7 +392,6 @@ class Moments:
         return sums | {f"scatter.{name}": tensor for name, tensor in scatter.items()}
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`_state` returned."""
         for name in _SUMS:
             setattr(self, name, state[name] if state else None)
         if self.scatter is not None:
@@ -461,11 +458,7 @@ def expect_one_encoder(name: str, source: Moments, target: Moments) -> None:
                 "Moments(covariance=True).update(rows)"
             )
         expect_rows(f"{name}: the {side}", moments)
-    if source.dimension != target.dimension:
-        raise ValueError(
-            f"{name}: the source has {source.dimension} columns, the target {target.dimension}; "
-            "embed both with one encoder"
-        )
+    expect_one_width(name, ("the source", source.dimension), ("the target", target.dimension))
 
 
 def warn_of_far_rows(

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_numbers, expect_tensor
+from .._argument_checks import expect_counts, expect_matrix, expect_pairs
 from ..ops.reference import unit
 from .estimate import Estimate
 
 
 def mean_cosine(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     """Return the mean cosine of matching rows a, b [N, D]; it is Phi where b is a aligned."""
-    check_pairs("mean_cosine", a, b)
+    expect_pairs("mean_cosine", a, b)
     return Estimate.of_mean(torch.cat([_cosines(*pair) for pair in row_blocks(a, b, block)]))
 
 
@@ -27,7 +27,7 @@ def pairwise_cosines(rows: Tensor, pairs: int = 1 << 17, seed: int = 0, block: i
 
     The draw is uniform and depends on N, ``pairs`` and ``seed`` alone.
     """
-    check_rows("pairwise_cosines", rows)
+    expect_matrix("pairwise_cosines", rows)
     expect_counts("pairwise_cosines", pairs=pairs)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(rows), (pairs,), generator=generator)
@@ -59,7 +59,7 @@ def cosine_correlation(a: Tensor, b: Tensor, block: int = 2048) -> float:
     a, b [N, D] match row by row (their D may differ). It takes N^2 D products and ``N block``
     cosines of memory.
     """
-    check_pairs("cosine_correlation", a, b, same_columns=False)
+    expect_pairs("cosine_correlation", a, b, same_columns=False)
     expect_counts("cosine_correlation", block=block)
     sides = [unit(rows.double()) for rows in (a, b)]
     shifts = [rows.mean(dim=0).square().sum() for rows in sides]  # so that the sums do not cancel
@@ -83,29 +83,3 @@ def row_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[Tensor, Tenso
     """Iterate over matching blocks of at most ``block`` rows of two tensors of equal length."""
     expect_counts("metrics", block=block)
     return zip(torch.split(a, block), torch.split(b, block), strict=True)
-
-
-def check_pairs(name: str, a: Tensor, b: Tensor, same_columns: bool = True) -> None:
-    """Raise an error if rows cannot be matched one by one, or :func:`check_rows` refuses them."""
-    for rows in (a, b):
-        check_rows(name, rows)
-    if len(a) != len(b) or (same_columns and a.shape != b.shape):
-        raise ValueError(
-            f"{name}: expected rows that match one by one, got shapes {list(a.shape)} and "
-            f"{list(b.shape)}; give both sides of the same pairs"
-        )
-
-
-def check_rows(name: str, rows: Tensor, min_rows: int = 2) -> None:
-    """Raise an error if rows are no tensor [N, D], too few, or not finite; ``name`` begins it."""
-    expect_tensor(name, rows)
-    expect_numbers(name, rows)
-    if rows.dim() != 2 or len(rows) < min_rows or not rows.shape[1]:
-        raise ValueError(
-            f"{name}: expected {min_rows} or more rows [N, D], got shape {list(rows.shape)}"
-        )
-    if not bool(torch.isfinite(rows).all()):
-        bad_row = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
-        raise ValueError(
-            f"{name}: row {bad_row} holds a NaN or an infinity, expected finite rows; leave it out"
-        )

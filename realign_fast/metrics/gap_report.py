@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._argument_checks import expect_matrix
 from ..moments import Moments
 from ..ops.reference import unit
 from . import cosines, distribution, mixed_gallery, neighbours, spectrum
@@ -59,7 +60,7 @@ def gap_report(
     """
     settings = settings or GapSettings()
     for name, rows in (("source", source_rows), ("target", target_rows)):
-        cosines.check_rows(f"gap_report, {name} rows", rows, min_rows=4)
+        expect_matrix(f"gap_report, {name} rows", rows, min_rows=4)
     if aligned_rows is not None and aligned_rows.shape != source_rows.shape:
         raise ValueError(
             f"gap_report: aligned rows are {list(aligned_rows.shape)}, the source rows "

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_tensor, tensor_of
-from .cosines import check_rows
+from .._argument_checks import expect_counts, expect_matrix, expect_one_width, tensor_of
 from .estimate import Estimate
 from .neighbours import search_blocks
 
+_Tensors = Mapping[str, Tensor]  # by modality
 _TIE = 1e-12  # float64 scores that differ by less of their size are one number, rounded apart
 
 
@@ -94,10 +94,8 @@ def mixed_gallery(
     elsewhere = above.sum(dim=1) - same
     others = sum(sizes.values()) - sizes[answering]
     return MixedGallery(
-        recall={k: _recall(1 + same + elsewhere, k) for k in ks},
-        ndcg=_ndcg(1 + same + elsewhere, ks[-1]),
-        pure_recall={k: _recall(1 + same, k) for k in ks},
-        pure_ndcg=_ndcg(1 + same, ks[-1]),
+        *_recall_and_ndcg(1 + same + elsewhere, ks),
+        *_recall_and_ndcg(1 + same, ks),
         shares={
             name: Estimate.of_mean((modality == number).double().mean(dim=1))
             for number, name in enumerate(documents)
@@ -178,30 +176,20 @@ def search_pairs(
     }
 
 
-def _recall(ranks: Tensor, k: int) -> Estimate:
-    """Return the share of queries with a rank [N] from 1 to k."""
-    return Estimate.of_mean((ranks <= k).double())
-
-
-def _ndcg(ranks: Tensor, k: int) -> Estimate:
-    """Return the mean NDCG@k of ranks [N] from 1, with one relevant row for each query."""
-    return Estimate.of_mean((ranks <= k) / torch.log2(ranks.double() + 1))
+def _recall_and_ndcg(ranks: Tensor, ks: Sequence[int]) -> tuple[dict[int, Estimate], Estimate]:
+    """Return R@k of ranks [N] from 1, one for each query, and NDCG@k of the last k."""
+    recall = {k: Estimate.of_mean((ranks <= k).double()) for k in ks}
+    return recall, Estimate.of_mean((ranks <= ks[-1]) / torch.log2(ranks.double() + 1))
 
 
 def _check(
-    queries: Tensor,
-    galleries: Mapping[str, Tensor],
-    relevant: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    ks: Sequence[int],
+    queries: Tensor, galleries: _Tensors, relevant: _Tensors, own: _Tensors, ks: Sequence[int]
 ) -> None:
     for name, rows in {"queries": queries, **galleries}.items():
-        check_rows(f"mixed_gallery, {name}", rows, min_rows=1)
-        if rows.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"mixed_gallery: {name} have {rows.shape[1]} columns, the queries "
-                f"{queries.shape[1]}; send queries and documents through one space"
-            )
+        expect_matrix(f"mixed_gallery, {name}", rows, min_rows=1)
+        sides = (f"a row of {name}", rows.shape[1]), ("a query", queries.shape[1])
+        advice = "send queries and documents through one space"
+        expect_one_width("mixed_gallery", *sides, advice)
     if len(relevant) != 1 or not {*relevant, *own} <= set(galleries):
         raise ValueError(
             f"mixed_gallery: `relevant` names {sorted(relevant)} and `own` {sorted(own)}, expected "
@@ -209,7 +197,6 @@ def _check(
         )
     for argument, numbers in (("relevant", relevant), ("own", own)):
         for name, rows in numbers.items():
-            expect_tensor("mixed_gallery", rows, f"{argument}[{name!r}]", floating=False)
             fits = rows.shape == queries.shape[:1] and rows.dtype == torch.int64
             if not fits or int(rows.min()) < 0 or int(rows.max()) >= len(galleries[name]):
                 raise ValueError(

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_counts, expect_tensor
+from .._argument_checks import expect_counts, expect_matrix, expect_one_width, expect_pairs
 from ..ops import working_dtype
 from ..ops.reference import unit
-from .cosines import check_pairs, check_rows, row_blocks
+from .cosines import row_blocks
 from .estimate import Estimate
 
 
@@ -36,13 +36,10 @@ def nearest_rows(
     Of rows with equal cosines (up to rounding) any may be taken.
     """
     for rows in (queries, gallery):
-        check_rows("nearest_rows", rows, min_rows=0)
+        expect_matrix("nearest_rows", rows, min_rows=0)
     expect_counts("nearest_rows", k=k, block=block)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"nearest_rows: expected rows [N, D] and [M, D], got shapes {list(queries.shape)} and "
-            f"{list(gallery.shape)}; embed both with one encoder"
-        )
+    sides = ("a query", queries.shape[1]), ("a row of the gallery", gallery.shape[1])
+    expect_one_width("nearest_rows", *sides)
     candidates = len(gallery) - (own is not None)
     if not 1 <= k <= candidates:
         raise ValueError(
@@ -73,7 +70,7 @@ def knn_mixing(a: Tensor, b: Tensor, k: int = 20, *, block: int = 4096) -> Estim
     independent queries of a given union.
     """
     for rows in (a, b):
-        expect_tensor("knn_mixing", rows)
+        expect_matrix("knn_mixing", rows, min_rows=1)
     if len(a) < 2 or not 1 <= k < len(a) + len(b):
         raise ValueError(
             f"knn_mixing: got k = {k} with {len(a)} and {len(b)} rows, expected 2 or more rows and "
@@ -91,7 +88,7 @@ def knn_overlap(a: Tensor, b: Tensor, k: int = 10, *, block: int = 4096) -> Esti
     a, b [N, D] match row by row (their D may differ). Unrelated rows have ``k / (N - 1)``. The
     standard error takes rows as independent.
     """
-    check_pairs("knn_overlap", a, b, same_columns=False)
+    expect_pairs("knn_overlap", a, b, same_columns=False)
     nearest_a, nearest_b = (
         nearest_rows(rows, rows, k, own=0, block=block).indices for rows in (a, b)
     )

@@ -17,18 +17,16 @@ from typing import NamedTuple
 from zlib import crc32
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from .._argument_checks import expect_counts, expect_tensor
+from .._argument_checks import expect_counts, expect_matrix, expect_tensor
 from .._one_thread import one_thread
-from .cosines import check_rows
 from .estimate import Estimate
 
 RowMap = Callable[[Tensor], Tensor]
 # Fits on source and target rows and returns the map of either; None leaves target rows as given.
 Fit = Callable[[Tensor, Tensor], tuple[RowMap, RowMap | None]]
-Check = Callable[[torch.nn.Module], float]  # the loss of a reader
+Check = Callable[[nn.Module], float]  # the loss of a reader
 _BLOCK = 4096  # tested rows at a time
 _CHECK_STEPS, _PATIENCE = 50, 10  # steps between losses of held-out rows, and their number
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5%, from 1 degree
@@ -205,13 +203,8 @@ def _draw_test(test: float | Tensor, count: int, seed: int, name: str = "`test`"
 
 
 def _train(
-    rows: Tensor,
-    labels: Tensor,
-    trained: Tensor,
-    seed: int,
-    reader: Reader,
-    check: Check | None,
-) -> torch.nn.Module:
+    rows: Tensor, labels: Tensor, trained: Tensor, seed: int, reader: Reader, check: Check | None
+) -> nn.Module:
     """Return a reader that was trained on the rows whose numbers are ``trained``.
 
     With a ``check``, it has the weights for which that returned the least loss.
@@ -221,11 +214,11 @@ def _train(
     columns = rows.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[torch.nn.Module] = []
+        layers: list[nn.Module] = []
         if reader.hidden:
-            layers = [torch.nn.Linear(columns, reader.hidden), torch.nn.GELU()]
-        layers.append(torch.nn.Linear(reader.hidden or columns, labels.shape[1]))
-        network = torch.nn.Sequential(*layers).to(rows.device)
+            layers = [nn.Linear(columns, reader.hidden), nn.GELU()]
+        layers.append(nn.Linear(reader.hidden or columns, labels.shape[1]))
+        network = nn.Sequential(*layers).to(rows.device)
         weights = network.parameters()
         optimizer = torch.optim.AdamW(weights, reader.rate, weight_decay=reader.weight_decay)
         stale, best = 0, (math.inf, network.state_dict())
@@ -248,13 +241,8 @@ def _train(
 
 @torch.no_grad()
 def _test(
-    network: torch.nn.Module,
-    rows: Tensor,
-    labels: Tensor,
-    tested: Tensor,
-    target_map: RowMap | None,
+    network: nn.Module, rows: Tensor, labels: Tensor, tested: Tensor, target_map: RowMap | None
 ) -> float:
-    """Return the mean loss of a reader on the tested target rows."""
     loss = 0.0
     for numbers in torch.split(tested, _BLOCK):
         outputs = network((target_map(rows[numbers]) if target_map else rows[numbers]).float())
@@ -266,12 +254,12 @@ def _loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the mean loss of outputs [n, C] for labels of their kind."""
     labels = labels.to(outputs.device)
     if labels.dtype == torch.bool:
-        return functional.binary_cross_entropy_with_logits(outputs, labels.float())
-    return functional.mse_loss(outputs, labels.float())
+        return nn.functional.binary_cross_entropy_with_logits(outputs, labels.float())
+    return nn.functional.mse_loss(outputs, labels.float())
 
 
 def _check(name: str, rows: Tensor, labels: Tensor, target_labels: Tensor) -> None:
-    check_rows(f"substitution, {name} rows", rows)
+    expect_matrix(f"substitution, {name} rows", rows)
     for side_labels in (labels, target_labels):
         expect_tensor("substitution", side_labels, "labels", floating=False)
     is_known = labels.dtype == torch.bool or labels.is_floating_point()

@@ -10,12 +10,12 @@ what rounding explains) is refused with a ValueError, any other object with a Ty
 """
 
 from .eigen import default_floor as default_floor
-from .matrix_roots import inverse_root as inverse_root
-from .matrix_roots import symmetric_root as symmetric_root
 from .shrinkage import Shrinkage as Shrinkage
 from .shrinkage import shrink as shrink
 from .shrinkage import shrinkage as shrinkage
 from .transport import blockwise as blockwise
 from .transport import bures_distance as bures_distance
 from .transport import coral as coral
+from .transport import inverse_root as inverse_root
 from .transport import optimal_transport as optimal_transport
+from .transport import symmetric_root as symmetric_root

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._argument_checks import expect_numbers, expect_tensor
+from .._argument_checks import expect_numbers, expect_one_width, expect_tensor
 from .._one_thread import at_once, product
 
 
@@ -35,10 +35,7 @@ class FlooredEigen(NamedTuple):
 
 
 def floored_eigen(
-    covariance: Tensor,
-    floor: float | None,
-    name: str = "covariance",
-    basis: Tensor | None = None,
+    covariance: Tensor, floor: float | None, name: str = "covariance", basis: Tensor | None = None
 ) -> FlooredEigen:
     """Decompose S [D, D], or its block ``B' S B`` for a basis B [D, q].
 
@@ -87,11 +84,7 @@ def floored_eigen_pair(
     """Decompose two covariances with the same D; the floor is for the source, 0 for the target."""
     for covariance, name in zip((source, target), names, strict=True):
         checked_covariance(covariance, name)
-    if len(source) != len(target):
-        raise ValueError(
-            f"whiten: the {names[0]} has {len(source)} columns, the {names[1]} {len(target)}; "
-            "embed both with one encoder"
-        )
+    expect_one_width("whiten", (f"the {names[0]}", len(source)), (f"the {names[1]}", len(target)))
     floored = [(source, floor, names[0], basis), (target, 0.0, names[1], basis)]
     y, x = at_once([partial(floored_eigen, *given) for given in floored], source)
     return y, x

@@ -1,4 +1,4 @@
-"""CORAL, optimal transport and blockwise: maps of covariances, and the Bures distance."""
+"""Roots of covariances, and maps made of them: CORAL, optimal transport and blockwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,32 @@ from torch import Tensor
 
 from .._argument_checks import expect_tensor
 from .._one_thread import one_thread, product
-from .eigen import checked_covariance, floor_of, floored_eigen_pair, symmetric, warn_floored
+from .eigen import (
+    checked_covariance,
+    floor_of,
+    floored_eigen,
+    floored_eigen_pair,
+    symmetric,
+    warn_floored,
+)
+
+
+@one_thread
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """Return ``S^1/2``, the symmetric positive semidefinite root [D, D] float64 of S [D, D]."""
+    return floored_eigen(covariance, 0.0).power(0.5)
+
+
+@one_thread
+def inverse_root(covariance: Tensor, *, floor: float | None = None) -> Tensor:
+    """Return ``W = S^-1/2``, [D, D] float64 and symmetric; directions under the floor are left out.
+
+    W is the whitening matrix that moves rows least (ZCA; Kessy, Lewin and Strimmer, arXiv
+    1512.00809): ``W S W'`` is the identity above the floor.
+    """
+    eigen = floored_eigen(covariance, floor)
+    warn_floored(eigen.floored, len(covariance), eigen.floor)
+    return eigen.power(-0.5)
 
 
 @one_thread

@@ -193,7 +193,7 @@ def test_arrays_of_any_strides_enter_a_space_and_masks_are_not_dropped():
     [
         (lambda: ReAlign.from_moments(None, None), "expected Moments, got NoneType"),
         (lambda: ALIGNER.record_drift(TEXT), "expected Moments, got Tensor"),
-        (lambda: ALIGNER.record_drift(Moments().update(TEXT[:, :1])), "have 1 columns, the map 8"),
+        (lambda: ALIGNER.record_drift(Moments().update(TEXT[:, :1])), "has 1 columns, the map 8"),
         (lambda: metrics.centroid_gap(Moments(), Moments()), "the source has no rows"),
         (lambda: Moments(covariance="no"), "options as True or False, got 'no'"),
         (lambda: Moments().update(TEXT, through=0), "expected through as .* got int"),

@@ -160,7 +160,7 @@ def test_overlap_is_one_for_a_copy_and_chance_for_strangers():
         (lambda a: metrics.mean_cosine(a, a[:5]), r"mean_cosine: expected rows that match"),
         (lambda a: metrics.knn_overlap(a, a, 9), r"k is 9, expected 1\.\.8"),
         (lambda a: metrics.knn_mixing(a, a, 18), "got k = 18 with 9 and 9 rows"),
-        (lambda a: metrics.nearest_rows(a, a[:, :2], 1), r"got shapes \[9, 3\] and \[9, 2\]"),
+        (lambda a: metrics.nearest_rows(a, a[:, :2], 1), "query has 3 columns, a row"),
         (lambda a: metrics.nearest_rows(a, a / 0, 1), "holds a NaN"),
         (lambda a: metrics.pairwise_cosines(a[:1]), "expected 2 or more rows"),
         (lambda a: metrics.mean_cosine(a, torch.full_like(a, torch.nan)), "row 0 holds a NaN"),

@@ -95,7 +95,7 @@ def test_ties_count_for_the_relevant_row():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(queries=torch.ones(3, 5)), "text have 6 columns, the queries 5"),
+        (dict(queries=torch.ones(3, 5)), "a row of text has 6 columns, a query 5"),
         (dict(relevant={"audio": torch.arange(40)}), r"`relevant` names \['audio'\] .*, expected"),
         (dict(relevant={}), r"`relevant` names \[\] and `own` \[\], expected galleries"),
         (dict(relevant={"image": torch.full((40,), 25)}), r"relevant\['image'\] must be \[40\]"),
