@@ -110,7 +110,7 @@ class Workspace:
             align(text, image, out, settings)
         elif kind == "applied":
             path, aligner = output_path(out), ReAlign.from_pretrained(self.aligned(form))
-            execute(align_work(text, None, path, settings, aligner=aligner), path, settings)
+            execute(align_work(text, None, path, settings, aligner=aligner))
         else:
             unify(SpaceSides({"text": text, "image": image}), out, settings)
         return out

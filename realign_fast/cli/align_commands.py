@@ -47,7 +47,7 @@ def apply(options: opts.ApplyOptions) -> Result:
     aligner = ReAlign.from_pretrained(storage_path(options.aligner))
     source, settings = open_corpus(options, options.source, "text"), settings_from(options)
     work = align_work(source, None, output_path(options.out), settings, aligner=aligner)
-    return _done(options, work, settings, _summary)
+    return _done(options, work, _summary)
 
 
 @command(
@@ -62,7 +62,7 @@ def unify(options: opts.UnifyOptions) -> Result:
 
     settings = settings_from(options)
     work = space_work(_space_sides(options), output_path(options.out), settings)
-    return _done(options, work, settings, _space_summary)
+    return _done(options, work, _space_summary)
 
 
 def _align(options: opts.FitOptions, writes: bool = True) -> Result:
@@ -70,36 +70,29 @@ def _align(options: opts.FitOptions, writes: bool = True) -> Result:
 
     source = open_corpus(options, options.source, "text")
     target = open_corpus(options, options.target, "image", "target_column")
-    settings = settings_from(options)
-    work = align_work(source, target, output_path(options.out), settings, writes)
-    return _done(options, work, settings, _summary)
+    work = align_work(source, target, output_path(options.out), settings_from(options), writes)
+    return _done(options, work, _summary)
 
 
 def _done(
-    options: opts.RunOptions,
-    work: Work,
-    settings: Settings,
-    summary: Callable[[dict[str, Any]], list[str]],
+    options: opts.RunOptions, work: Work, summary: Callable[[dict[str, Any]], list[str]]
 ) -> Result:
-    """Do the work of a command, a part of it, or its plan, and return the result.
-
-    The passes were reported when they ended; ``summary`` returns further lines.
-    """
+    """Do the work of a command, a part of it, or its plan; ``summary`` returns the last lines."""
     from ..pipeline.align_run import execute
     from ..pipeline.output import REPORT
     from ..pipeline.plan import format_plan, plan
 
-    out, part = output_path(options.out), opts.shard_part(options.shard)
+    part = opts.shard_part(options.shard)
     if options.dry_run:
-        planned = plan(work, out, settings, part)
+        planned = plan(work, part)
         return Result(planned, format_plan(planned), answer=True)
-    report = execute(work, out, settings, engine_from(options), part)
+    report = execute(work, engine_from(options), part)
     if part[1] > 1:
         return Result(report, f"next: {report['next']}", answer=True)
     peak = f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
-    result = Result(report, "\n".join(lines), report=records_of(out) / REPORT)
+    result = Result(report, "\n".join(lines), report=records_of(work.out) / REPORT)
     return with_report(result, options.out, options, getattr(options, "report_too", False))
 
 

@@ -35,15 +35,12 @@ class ExitCode(IntEnum):
 
 
 class Result(NamedTuple):
-    """The result of a command: fields for ``--json``, and a text for people.
-
-    ``answer`` is True where the text is what was asked for, which ``--quiet`` keeps.
-    """
+    """The result of a command: fields for ``--json``, and a text for people."""
 
     facts: dict[str, Any]
     text: str
     status: ExitCode = ExitCode.DONE
-    answer: bool = False
+    answer: bool = False  # the text is what was asked for, which --quiet keeps
     report: StoragePath | None = None  # was written, and also keeps the options of the run
 
 
@@ -59,11 +56,7 @@ COMMANDS: list[Command] = []
 
 
 def command(group: str, *examples: str) -> Callable[[CommandFunction], CommandFunction]:
-    """Register a function as a command.
-
-    Its first argument ``options`` is an object of a class of :mod:`.options`, which gives the
-    command its shared options; annotated further arguments are options of its own.
-    """
+    """Register a function, whose ``options`` are shared and whose other arguments are its own."""
 
     def _register(function: CommandFunction) -> CommandFunction:
         COMMANDS.append(Command(function, group, examples))
@@ -86,10 +79,7 @@ def unwritable_output(reason: str | None) -> str:
 def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a text, and what was printed before it, at once; on stdout if no stream is given.
 
-    A reader of the stream that has ended, such as ``head``, is no error.
-
-    Raises:
-        OSError: stdout cannot be written to, because its disk is full.
+    A reader of the stream that has ended, such as ``head``, is no error, but a full disk is one.
     """
     stream = stream or sys.stdout
     try:

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 def open_corpus(
     options: opts.Reading, path: str, modality: Modality | None, column_option: str = "column"
 ) -> Corpus:
-    """Open a corpus with ``--allow-pickle`` and ``--column``, or an option for its column alone.
-
-    Raises:
-        ValueError, TypeError, OSError: the corpus cannot be read, or has no columns or no
-            modalities to choose from.
-    """
+    """Open a corpus; refuse the options of columns and modalities if it has none."""
     from ..corpus.corpus import Corpus
 
     own_column = getattr(options, column_option)

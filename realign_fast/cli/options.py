@@ -1,8 +1,7 @@
 """The options of the commands: each is defined once; commands inherit groups of them.
 
-A command takes an object of a class of options, which others share, and options of its own. Typer
-reads their ``Annotated`` types from a signature that :func:`parameters` makes. Nothing here imports
-torch, so that help and completion are quick.
+Typer reads their ``Annotated`` types from a signature that :func:`parameters` makes. Nothing here
+imports torch, so that help and completion are quick.
 """
 
 from __future__ import annotations

@@ -121,10 +121,7 @@ def _measure_gap(before: Rows, aligned_text: Tensor) -> dict[str, Any]:
 
 
 def _measure_search(pairs: Rows, on_split: Callable[[], object]) -> dict[str, Any]:
-    """Return R@10 of the image of a text, in the index of both modalities and among images.
-
-    A space is fitted on one half of the pairs, without their pairing; the other half is searched.
-    """
+    """Return R@10 of the image of a text in half of the pairs; the space is fitted on the other."""
     search = metrics.search_pairs(
         pairs,
         lambda rows, _: SharedSpace.fit(text=rows["text"], image=rows["image"]),

@@ -8,22 +8,20 @@ from .option_values import OptionError
 
 
 def check_device(name: str | None) -> torch.device:
-    """Return the device that ``name`` ("cpu", "cuda" or "cuda:N") stands for.
+    """Return the device of a name: "cpu", "cuda", "cuda:N" or, for None, CUDA if there is a GPU.
 
-    ``None`` chooses CUDA where torch finds a GPU, and the CPU elsewhere.
-
-    Raises:
-        OptionError: the name is none of these, or torch finds no such GPU.
+    OptionError if the name is none of these, or torch finds no such GPU.
     """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
-        return torch.device("cuda" if _gpu_count() else "cpu")
+        return torch.device("cuda" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise OptionError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= (count := _gpu_count()):
+    if device.type == "cuda" and (device.index or 0) >= count:
         build = "" if torch.version.cuda else " (this torch is built without CUDA)"
         raise OptionError(
             f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices"
@@ -39,7 +37,3 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return True
-
-
-def _gpu_count() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,17 +1,12 @@
 """Fit a map on two corpora and write one of them aligned: shards in, shards out.
 
 Every pass (:mod:`.passes`) maps a task (:mod:`.shard_tasks`) over the shards with an engine and
-merges the results in the order of the shards, and a shard is read in fixed batches. Results have
-the same bytes for any number of threads or workers, and after a crash. Memory is a few batches a
-worker, whatever the size of the corpus.
-
-``align`` is ``fit`` (moments of the source, moments of the target, drift of the source) and then
-``apply``.
+merges the results in the order of the shards, which are read in fixed batches: the bytes are the
+same for any number of threads or workers, and after a crash. Memory is a few batches a worker.
 
 The jobs of an array run the same command with a part of the shards each, and share an output and
-nothing else. A job does its part of each pass, and goes on to the next pass once the checkpoints of
-all parts of this one are there. A run without a part ends the array: it finds every shard finished,
-and writes the bytes of a run of one process.
+nothing else. A job goes on to the next pass once the checkpoints of all parts of this one are
+there. A run without a part ends the array: it finds every shard finished.
 """
 
 from __future__ import annotations
@@ -47,7 +42,7 @@ from .output import (
     check_place,
     remove_reports,
 )
-from .passes import LOGGER, PassRunner
+from .passes import LOGGER, Part, PassRunner
 from .sampling import measure_sample, sampling_errors
 from .settings import Settings
 
@@ -80,8 +75,8 @@ class AlignRun(PassRunner):
     def measure(self, passes: Iterable[Measure], covariance: bool = False) -> list[Moments]:
         """Measure corpora in passes that do not depend on each other.
 
-        A job of an array measures its part of each, and then takes the checkpoints of all parts. If
-        some are missing, an ``UnfinishedShards`` says so once all passes are done.
+        A job of an array measures its part of each, then takes the checkpoints of all parts; it is
+        an ``UnfinishedShards`` once all passes are done if some are missing.
         """
         totals, unfinished = list[Moments](), list[UnfinishedShards]()
         for name, corpus, row_map, count in passes:
@@ -151,26 +146,20 @@ class AlignRun(PassRunner):
         return ReAlign.load(path)  # another job may have written its own meanwhile
 
     def apply(self, aligner: ReAlign, source: Corpus, out: AnyPath) -> Moments:
-        """Write ``source`` aligned, with its aligner; return the moments.
+        """Write ``source`` aligned, and the aligner; return the moments of the rows, not rounded.
 
-        Shards go to ``out / source.subfolder`` under their own names; each appears complete or not
-        at all. The moments are those of the result before it is rounded to its dtype. Rows of
-        another dimension, and an ``out`` that :func:`.output.check_output` refuses, are errors.
+        Shards go to ``out / source.subfolder`` under their own names. Rows of another dimension,
+        and an ``out`` that :func:`.output.check_output` refuses, are errors.
         """
-        directory, results = output_path(out), [Written(source, source.subfolder)]
-        check_output(directory, results)
-        checked_maps(aligner, results)
+        directory = output_path(out)
+        work = align_work(source, None, directory, self.settings, aligner=aligner)
         with self.output_directory(directory):
-            (moments,) = self.write_all(aligner, results, directory)
-            return moments
+            return self.write_all(aligner, work.results, directory)[0]
 
     def write_all(
         self, fitted: Fitted, results: Sequence[Written], out: StoragePath
     ) -> list[Moments]:
-        """Write corpora through a fitted map, and the map; return the moments of each.
-
-        Rows that lie far from those that the map was fitted on are a warning.
-        """
+        """Write corpora through a map, and the map; warn of rows far from those fitted on."""
         maps, records, is_whole = checked_maps(fitted, results), records_of(out), self.part[1] == 1
         remove_reports(records)
         if is_whole:
@@ -196,24 +185,20 @@ class AlignRun(PassRunner):
                 )
         moments = self.run_pass(task)
         if self.out and self.part[1] == 1:
-            result.corpus.finish(out / result.folder, keeps_columns=result.columns is None)
+            result.corpus.finish(out / result.folder, keeps_columns=result.blocks == 1)
         return moments
 
     def write_report(
         self, out: StoragePath, options: Sequence[str], made_by: str | None, facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the manifest and the report, which has ``facts`` and what every run knows.
-
-        ``options`` are the names of settings for the manifest, ``made_by`` is the hash of the map.
-        """
+        """Write the manifest, with the named settings and the hash of the map, and the report."""
         records = records_of(out)
-        passes = read_manifest(records)["passes"] | self.manifest_passes
         manifest = {
             "format": FORMAT,
             "code": code_version(self.settings.device),
             "settings": {name: getattr(self.settings, name) for name in options},
             "aligner": made_by,
-            "passes": passes,
+            "passes": read_manifest(records)["passes"] | self.manifest_passes,
         }
         write_json(records / MANIFEST, manifest)
         peak_unit = 1 if sys.platform == "darwin" else 1024
@@ -231,9 +216,8 @@ class AlignRun(PassRunner):
 
     def job_report(self, unfinished: UnfinishedShards | None = None) -> dict[str, Any]:
         """Return what a job of an array did, and what is next; ``unfinished`` ended it early."""
-        next_step = LAST_STEP
-        if unfinished:
-            next_step = f"{_NEXT_ROUND} ({str(unfinished).partition(';')[0]})"
+        reason = str(unfinished).partition(";")[0]
+        next_step = f"{_NEXT_ROUND} ({reason})" if unfinished else LAST_STEP
         passes = [finished.summary() for finished in self.passes]
         return {"complete": False, "next": next_step, "passes": passes}
 
@@ -241,28 +225,24 @@ class AlignRun(PassRunner):
 class Work(NamedTuple):
     """What a command does: passes that fit a map, and corpora that are written through it."""
 
-    measures: Sequence[Measure]  # the passes of ``fit``, for a plan
+    out: StoragePath
+    settings: Settings
     results: Sequence[Written]
     fit: Callable[[AlignRun], Fitted]
     finish: Callable[[AlignRun, Any, list[Moments]], dict[str, Any]]  # returns the report
+    measures: Sequence[Measure] = ()  # the passes of ``fit``, for a plan
     note: str = ""  # what a plan cannot know
 
 
-def execute(
-    work: Work,
-    out: StoragePath,
-    settings: Settings,
-    engine: Engine | None = None,
-    part: tuple[int, int] = (0, 1),
-) -> dict[str, Any]:
+def execute(work: Work, engine: Engine | None = None, part: Part = (0, 1)) -> dict[str, Any]:
     """Do the work, or the part of it of a job; return the report (see :func:`align`)."""
-    run = AlignRun(settings, part, engine=engine)
-    with run.output_directory(out):
+    run = AlignRun(work.settings, part, engine=engine)
+    with run.output_directory(work.out):
         try:
             fitted = work.fit(run)
         except UnfinishedShards as error:
             return run.job_report(error)
-        written = run.write_all(fitted, work.results, out)
+        written = run.write_all(fitted, work.results, work.out)
         if part[1] > 1:
             return run.job_report()
         return work.finish(run, fitted, written)
@@ -274,7 +254,7 @@ def align(
     out: AnyPath,
     settings: Settings | None = None,
     engine: Engine | None = None,
-    part: tuple[int, int] = (0, 1),
+    part: Part = (0, 1),
     *,
     writes: bool = True,
 ) -> dict[str, Any]:
@@ -296,9 +276,8 @@ def align(
     """
     source = source if isinstance(source, Corpus) else Corpus(source, "text")
     target = target if isinstance(target, Corpus) else Corpus(target, "image")
-    settings, directory = settings or Settings(), output_path(out)
-    work = align_work(source, target, directory, settings, writes)
-    return execute(work, directory, settings, engine, part)
+    work = align_work(source, target, output_path(out), settings or Settings(), writes)
+    return execute(work, engine, part)
 
 
 def align_work(
@@ -309,10 +288,7 @@ def align_work(
     writes: bool = True,
     aligner: ReAlign | None = None,
 ) -> Work:
-    """Return the work of ``align``; refuse sides or an output.
-
-    Without ``writes`` it is that of ``fit``, and with an ``aligner`` and no target of ``apply``.
-    """
+    """Return the work of ``align``, without ``writes`` of ``fit``, with an aligner of ``apply``."""
     results, others = [Written(source, source.subfolder)], [target] if target is not None else []
     if writes:
         check_output(out, results, others)
@@ -359,7 +335,7 @@ def align_work(
         options = "bad_rows", "batch_bytes", "method", "shrinkage"
         return run.write_report(out, options, map_hash(fitted), report)
 
-    return Work(measures, results if writes else [], fit, finish)
+    return Work(out, settings, results if writes else [], fit, finish, measures)
 
 
 def shape_of(corpus: Corpus) -> dict[str, Any]:
@@ -377,9 +353,9 @@ def shape_of(corpus: Corpus) -> dict[str, Any]:
 def check_different(source: tuple[Corpus, Moments], target: tuple[Corpus, Moments]) -> None:
     """Raise ValueError for two corpora whose rows have the same moments: copies of one another."""
     (source_corpus, y), (target_corpus, x) = source, target
-    is_same = y.count == x.count and y.dimension == x.dimension
-    is_same = is_same and float((y.mean - x.mean).norm()) + abs(y.trace - x.trace) <= _SAME
-    if is_same:
+    if (y.count, y.dimension) != (x.count, x.dimension):
+        return
+    if float((y.mean - x.mean).norm()) + abs(y.trace - x.trace) <= _SAME:
         raise ValueError(
             f"{source_corpus.path}: its {y.count:,} rows have the mean and the trace of those of "
             f"{target_corpus.path}: the two are one side; give the rows of two modalities"
@@ -408,15 +384,11 @@ def checked_maps(fitted: Fitted, results: Sequence[Written]) -> list[AnyMap]:
 
 
 def map_of(fitted: Fitted, pass_name: str) -> tuple[AnyMap, Tensor, int]:
-    """Return the map of a pass that writes, the mean [D] to expect of its rows, and of how many.
-
-    The pass writes documents, or the queries of a role.
-    """
+    """Return the map of a pass that writes, the mean [D] to expect of its rows, and of how many."""
     if isinstance(fitted, ReAlign):
         return fitted, fitted.target_mean, int(fitted.target_count)
     role = pass_name.removeprefix("apply ")
     if role.endswith(QUERIES):
         role = role.removesuffix(QUERIES)
         return fitted.query_map(role), *fitted.query_mean(role)
-    row_map, side = fitted.document_map(role), fitted.sides[role]
-    return row_map, side.centre, side.count
+    return fitted.document_map(role), fitted.sides[role].centre, fitted.sides[role].count

@@ -79,8 +79,7 @@ def check_unchanged(shard: Shard, expected: Entry) -> None:
 def code_version(device: str = "cpu", version: str = ARITHMETIC_VERSION) -> str:
     """Return the version of the program and the kernel, on which the numbers of a pass depend.
 
-    The instruction set is left out: it changes last bits alone, and the jobs of an array may run on
-    several types of CPU.
+    The instruction set changes last bits alone: jobs of an array may run on several types of CPU.
     """
     kernel = torch.device(device).type
     if chosen := ops.chosen_backends(device):
@@ -128,13 +127,10 @@ def digest(path: StoragePath | Path) -> str:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one pass in the records of an output (:func:`.paths.records_of`).
-
-    ``facts`` are what the numbers of the pass depend on, beside the identity of a shard.
-    """
+    """The checkpoints of one pass in the records of an output (:func:`.paths.records_of`)."""
 
     records: StoragePath
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the numbers depend on but the shard
 
     @property
     def folder(self) -> StoragePath:
@@ -149,10 +145,7 @@ class Checkpoints:
     def load(
         self, shard: Shard, shard_identity: Entry, result: StoragePath | None = None
     ) -> tuple[Moments, Entry] | None:
-        """Return moments and entry of a finished shard, None if it is not finished.
-
-        A shard with a ``result`` is finished if that file is still as it was written.
-        """
+        """Return moments and entry of a shard, None if it or its ``result`` is not as written."""
         if result is None:
             return _load(self._moments_path(shard, shard_identity))
         path = self._path(shard, "json")
@@ -163,7 +156,7 @@ class Checkpoints:
             # Version 0.1.0 wrote no digest.
             same = same and record.get("digest", _digest(entry)) == _digest(entry)
             if same and record["written"] == list(result.stamp()):
-                stored = _load(self._path(shard, "safetensors"))
+                stored = _load(self._moments_path(shard))
                 if stored and stored[1]["blake2b"] == entry["blake2b"]:
                     return stored[0], entry | stored[1]
         return None
@@ -176,17 +169,16 @@ class Checkpoints:
         result: StoragePath | None = None,
         facts: Entry | None = None,
     ) -> Entry:
-        """Save the moments of a finished shard and return its entry.
-
-        It has ``facts`` for ``verify`` where there is a ``result``, which is then complete.
-        """
-        if result is None:
-            return _save(self._moments_path(shard, shard_identity), moments)
-        entry = _save(self._path(shard, "safetensors"), moments) | (facts or {})
-        written = list(result.stamp())
-        record = {"key": self.key(shard_identity), "written": written, "entry": entry}
-        record["digest"] = _digest(entry)
-        write_whole(self._path(shard, "json"), json.dumps(record).encode())
+        """Save the moments of a finished shard; return its entry, with ``facts`` for ``verify``."""
+        path = self._moments_path(shard, None if result else shard_identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moments.save(path)
+        entry = _entry(path, path) | (facts or {})
+        if result is not None:
+            written = list(result.stamp())
+            record = {"key": self.key(shard_identity), "written": written, "entry": entry}
+            record["digest"] = _digest(entry)
+            write_whole(self._path(shard, "json"), json.dumps(record).encode())
         return entry
 
     def forget(self, shard: Shard) -> None:
@@ -202,8 +194,9 @@ class Checkpoints:
             if is_ours and name not in current:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _moments_path(self, shard: Shard, shard_identity: Entry) -> StoragePath:
-        return self._path(shard, f"{self.key(shard_identity)}.safetensors")
+    def _moments_path(self, shard: Shard, shard_identity: Entry | None = None) -> StoragePath:
+        key = "" if shard_identity is None else f"{self.key(shard_identity)}."
+        return self._path(shard, f"{key}safetensors")
 
     def _path(self, shard: Shard, ending: str) -> StoragePath:
         return self.folder / f"{_name(shard)}.{ending}"
@@ -220,12 +213,6 @@ def _digest(values: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _save(path: StoragePath, moments: Moments) -> Entry:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    moments.save(path)
-    return _entry(path, path)
-
-
 def _load(path: StoragePath) -> tuple[Moments, Entry] | None:
     with _absent_if_damaged(path), path.local_copy() as local:
         return Moments.load(local), _entry(path, local)
@@ -239,10 +226,7 @@ def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
 
 @contextmanager
 def _absent_if_damaged(path: StoragePath) -> Iterator[None]:
-    """Suppress the errors of a file that is absent or not what was written: it is made again.
-
-    The error of a store that gave no answer is raised: nothing is known of its file.
-    """
+    """Suppress the errors of a file that is absent or damaged, but not those of a silent store."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -33,12 +33,12 @@ class Written(NamedTuple):
     corpus: Corpus
     folder: str
     pass_name: str = "apply"
-    columns: int | None = None  # of the result, if they are not those of the corpus
+    blocks: int = 1  # of the columns of the corpus in a row of the result
 
     @property
     def row_bytes(self) -> int:
         """The size of a row of the result in bytes."""
-        return self.corpus.dtype.itemsize * (self.columns or self.corpus.dimension)
+        return self.corpus.dtype.itemsize * self.corpus.dimension * self.blocks
 
 
 def remove_reports(records: StoragePath) -> None:
@@ -50,10 +50,7 @@ def remove_reports(records: StoragePath) -> None:
 def check_output(
     out: StoragePath, results: Sequence[Written], others: Sequence[Corpus] = ()
 ) -> None:
-    """Refuse an output directory in which rows would be lost or mixed, before anything is read.
-
-    ``others`` are corpora that are read as well.
-    """
+    """Refuse an output in which rows, or those of ``others`` that are read, would be lost."""
     folders = [result.folder for result in results]
     for result in results:  # queries may be documents as well
         check_place(out, result.corpus, subfolders=folders)
@@ -64,10 +61,7 @@ def check_output(
 
 
 def check_kept(out: StoragePath, results: Sequence[Written]) -> None:
-    """Refuse to replace what a run on another source, or of the other family, left in ``out``.
-
-    Every command that writes records into ``out`` asks this first, also one that writes no shards.
-    """
+    """Refuse to replace what a run on another source, or of the other family, left in ``out``."""
     stats, finished = records_of(out) / STATS, read_manifest(records_of(out))["passes"]
     begun = [name for name, is_folder in stats.listed() if is_folder] if stats.is_dir() else []
     names = [result.pass_name for result in results]
@@ -84,10 +78,7 @@ def check_kept(out: StoragePath, results: Sequence[Written]) -> None:
 
 
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
-    """Refuse an output directory that holds rows which are read.
-
-    Refused as well are records that are a link to elsewhere, and corpora with a file in common.
-    """
+    """Refuse an output with rows that are read or records elsewhere, and corpora with one file."""
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)

@@ -24,6 +24,7 @@ from .settings import Settings
 from .shard_tasks import ShardTask, map_overlapping_sync
 
 LOGGER = logging.getLogger("realign_fast.passes")  # a message when a pass ends
+Part = tuple[int, int]  # (i, n): job i, from 0, of an array of n
 
 
 @dataclass
@@ -71,7 +72,7 @@ class PassRunner:
     """
 
     settings: Settings = field(default_factory=Settings)
-    part: tuple[int, int] = (0, 1)
+    part: Part = (0, 1)
     reading: bool = True
     engine: Engine | None = None
     passes: list[Pass] = field(default_factory=list, init=False)
@@ -108,10 +109,7 @@ class PassRunner:
         covariance: bool = False,
         result: tuple[str, StoragePath] | None = None,
     ) -> ShardTask:
-        """Return the task of pass ``name``, whose facts are in the keys of its checkpoints.
-
-        ``result`` is the name of a folder of the output, and its path.
-        """
+        """Return the task of pass ``name``; ``result`` is the name of a folder, and its path."""
         key_facts = {
             "pass": name,
             "bad_rows": self.settings.bad_rows,
@@ -178,10 +176,9 @@ class PassRunner:
         written_row_bytes: int = 0,
         rows_read: int | None = None,
     ) -> Iterator[Callable[..., None]]:
-        """Time a pass over ``rows`` rows, show its progress, and append it to ``passes``.
+        """Time a pass over ``rows`` rows; yield a function to call with the number of rows done.
 
-        Yields a function that is to be called with the number of rows done. ``rows_read`` are those
-        that a sample of ``rows`` has to read.
+        ``rows_read`` are those that a sample of ``rows`` has to read.
         """
         done, row_bytes = Pass(name), corpus.shards[0].row_bytes
         start = time.time()

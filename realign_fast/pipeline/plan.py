@@ -1,8 +1,7 @@
 """The plan of a run: what each pass will read and write, and what is finished already.
 
 A plan is the run itself, which reads no rows: it goes as far as the checkpoints in its output
-allow. The other passes are taken to read every row. Rows and bytes come from headers and
-checkpoints.
+allow. The other passes are taken to read every row.
 """
 
 from __future__ import annotations
@@ -17,22 +16,21 @@ from ..align import ReAlign
 from ..corpus.corpus import sample_ids
 from ..interface.option_values import UnfinishedShards
 from ..shared_space import SharedSpace
-from ..storage.paths import StoragePath, records_of
+from ..storage.paths import records_of
 from .align_run import AlignRun, Fitted, Work, checked_maps
 from .manifest import read_manifest
 from .output import ALIGNER, SPACE
-from .settings import Settings
+from .passes import Part
 
 
-def plan(
-    work: Work, out: StoragePath, settings: Settings, part: tuple[int, int] = (0, 1)
-) -> dict[str, Any]:
+def plan(work: Work, part: Part = (0, 1)) -> dict[str, Any]:
     """Return rows and bytes of each pass, the sums, and notes on what else the run does.
 
-    The run reads no rows, and writes and locks nothing. The bytes of a sample are those of all rows
-    that its format has to read, such as whole row groups of parquet at a URL. A map of an earlier
-    run stands for one that cannot be fitted without reading, such as a map of a sample.
+    Nothing is written or locked. The bytes of a sample are those of all rows that its format has to
+    read, such as whole row groups of parquet at a URL. A map of an earlier run stands for one that
+    cannot be fitted without reading, such as a map of a sample.
     """
+    out, settings = work.out, work.settings
     run = AlignRun(replace(settings, progress=False), part, reading=False)
     run.records = records_of(out)
     fitted: Fitted | None = None

@@ -29,10 +29,9 @@ def measure_sample(
     covariance: bool,
     row_map: AnyMap | None,
 ) -> Moments:
-    """Measure ``count`` rows of a corpus, one of each of as many equal stretches, in pass ``name``.
+    """Measure ``count`` rows, one of each of as many equal stretches, sent through ``row_map``.
 
-    They are sent through ``row_map``. The rows are the same for the same ``settings.seed``; memory
-    is one batch, whatever the count.
+    They are the same for the same ``settings.seed``; memory is one batch, whatever the count.
     """
     if not run.reading:
         raise UnfinishedShards(f"{name}: a sample leaves no checkpoints")

@@ -1,14 +1,12 @@
 """The tasks of a pass: measure one shard, or align it. An engine maps a task over the shards.
 
-A task is called with the index of a shard. It looks for the checkpoint of the shard first: a shard
-that is finished and unchanged is not read again. Tasks can be pickled, for engines that run them in
-other processes.
+A task is called with the index of a shard, which it does not read again if the shard is finished
+and unchanged. Tasks can be pickled, for engines that run them in other processes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,6 +27,7 @@ from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
+from ..storage.read_ahead import started_ahead
 from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
 from .engines.local import worker_number
 from .settings import Settings
@@ -36,15 +35,11 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The result of a task for one shard.
-
-    ``moments`` is None for a shard that is not finished and was not to be read. ``rows_read`` is 0
-    for a shard that was finished before.
-    """
+    """The result of a task for one shard."""
 
     index: int
-    moments: Moments | None
-    rows_read: int
+    moments: Moments | None  # None: it is not finished, and was not to be read
+    rows_read: int  # 0: it was finished before
     entry: Entry
 
 
@@ -52,36 +47,28 @@ class ShardResult:
 class ShardTask:
     """The moments of a shard, and its rows sent through a map into ``folder`` if there is one.
 
-    ``identities`` are those of the shards when the run began: a shard that has another one after it
-    was read is refused. Nothing is saved without ``checkpoints``. ``reading=False`` reads no shard
-    and takes only those that are finished. ``advance`` is called with the rows of each batch, where
-    progress is not seen shard by shard.
-
     The moments are those of mapped rows, before they are rounded; of rows that are written into an
     index they are those of their directions.
     """
 
     name: str
     corpus: Corpus
-    identities: tuple[Entry, ...]
-    checkpoints: Checkpoints | None
+    identities: tuple[Entry, ...]  # when the run began: a shard that changes is refused
+    checkpoints: Checkpoints | None  # None: nothing is saved
     settings: Settings
-    reading: bool
+    reading: bool  # False: take only shards that are finished
     row_map: AnyMap | None
     covariance: bool
     folder: StoragePath | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)  # chosen for GPUs where the run began
-    advance: Callable[[int], None] | None = None
+    advance: Callable[[int], None] | None = None  # called with the rows of each batch
 
     def __call__(self, index: int) -> ShardResult:
         """Measure shard ``index``, or write its result under its name."""
         return self.start(index)()
 
     def start(self, index: int) -> Callable[[], ShardResult]:
-        """Read shard ``index``; return a function that syncs its result and gives it its name.
-
-        That function has to be called once, by any thread.
-        """
+        """Read shard ``index``; return a function to call once, which syncs and names it."""
         checkpoints = self.checkpoints
         shard, shard_identity = self.corpus.shards[index], self.identities[index]
         result = self.folder / shard.path.name if self.folder is not None else None
@@ -155,8 +142,8 @@ class ShardTask:
             writer.write(rows)
             total = checksum(rows, total)
 
-        writes: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+        def mapped_batches(disk: ThreadPoolExecutor) -> Iterator[Future[None]]:
+            """Measure the batches, and begin to write the result of each."""
             for number, batch in enumerate(self.corpus.batches(index, batch_rows=size)):
                 rows = batch.rows.to(device)
                 if self.advance:
@@ -174,11 +161,11 @@ class ShardTask:
                     raise ValueError(f"{shard.path}: {error}") from error
                 if has_bad_row and self.settings.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                writes.append(disk.submit(write, result, writer))
-                if len(writes) == 2:
-                    writes.popleft().result()
-            while writes:
-                writes.popleft().result()
+                yield disk.submit(write, result, writer)
+
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
+            for written in started_ahead(mapped_batches(disk), 2):
+                written.result()
         return moments.to("cpu"), total
 
     def _update(self, moments: Moments, batch: Batch, rows: Tensor, through: Any) -> bool:
@@ -213,10 +200,10 @@ def worker_device(name: str) -> torch.device:
 
 
 def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a map as a function of blocks of rows, which also writes them into ``result`` in turn.
+    """Return a map of blocks of rows, which also writes them into ``result`` in turn.
 
-    The moments of a result are those of its rows before they are rounded. Thus the products of a
-    matrix are computed once.
+    The moments are those of rows before they are rounded, and the products of a matrix are computed
+    once.
     """
     remaining = result
 
@@ -238,16 +225,8 @@ def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[ShardResult]:
-    """Map a task as ``map`` does, but sync each shard while the next one is computed.
-
-    A shard that was written gets its name whatever becomes of the others: leaving the pool waits
-    for it.
-    """
+    """Map a task as ``map`` does, but sync each shard, which then stays, beside the next one."""
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        results: deque[Future[ShardResult]] = deque()
-        for index in shards:
-            results.append(disk.submit(task.start(index)))
-            if len(results) == 2:
-                yield results.popleft().result()
-        while results:
-            yield results.popleft().result()
+        started = (disk.submit(task.start(index)) for index in shards)
+        for result in started_ahead(started, 2):
+            yield result.result()

@@ -1,13 +1,12 @@
 """Fit a :class:`SharedSpace` on corpora, and write them as documents of one index.
 
-The passes are those of ``align``: the moments of each side, their moments about the means if the
-method centres, and one pass a side that writes. Each side keeps its format, its number type and the
-names of its shards, in ``text_emb/`` and ``img_emb/`` of the output, ``query_emb/`` for queries.
+The passes are the moments of each side, their moments about the means if the method centres, and
+one pass a side that writes, in ``text_emb/`` and ``img_emb/``, ``query_emb/`` for queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from .align_run import (
 from .checkpoints import digest
 from .engines.local import Engine
 from .output import FOLDERS, SPACE, Written, check_output, check_place
+from .passes import Part
 from .settings import Settings
 
 SPACE_ROWS = 50_000  # rows of each modality that a space is fitted on by default
@@ -68,14 +68,9 @@ class SpaceSides:
         if self.query_role not in modalities:
             known = ", ".join(modalities)
             raise OptionError(f"query-role: {self.query_role!r} is none of {known}; give one")
-        is_wide = (self.space or self).layout == "blocks"
+        blocks = len(modalities) if (self.space or self).layout == "blocks" else 1
         return [
-            Written(
-                corpus,
-                FOLDERS.get(role, FOLDERS["queries"]),
-                f"apply {role}",
-                corpus.dimension * len(modalities) if is_wide else None,
-            )
+            Written(corpus, FOLDERS.get(role, FOLDERS["queries"]), f"apply {role}", blocks)
             for role, corpus in written.items()
         ]
 
@@ -85,22 +80,18 @@ def unify(
     out: AnyPath,
     settings: Settings,
     engine: Engine | None = None,
-    part: tuple[int, int] = (0, 1),
+    part: Part = (0, 1),
 ) -> dict[str, Any]:
     """Write corpora as documents of one index into ``out``, with its space; return the report.
 
     A space is fitted on ``settings.fit_rows`` rows of each side, by default ``SPACE_ROWS``; 0 is
     every row. The other arguments and the errors are those of :func:`.align_run.align`.
     """
-    directory = output_path(out)
-    return execute(space_work(sides, directory, settings), directory, settings, engine, part)
+    return execute(space_work(sides, output_path(out), settings), engine, part)
 
 
 def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
-    """Return the work of ``unify``; refuse sides or an output.
-
-    Its measures are without the passes of an automatic choice to centre.
-    """
+    """Return the work of ``unify``; its measures lack the passes of an automatic choice."""
     results = sides.results()
     check_output(out, results)
     if sides.queries is not None:
@@ -111,21 +102,47 @@ def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
 
     def passes(statistics: str, centring: Mapping[str, RoleMap]) -> list[Measure]:
         """Return a pass over each corpus, or over a sample of its rows if it has more."""
-        return [
-            Measure(
-                f"{name} {statistics}",
-                corpus,
-                centring.get(name),
-                fit_rows if 0 < fit_rows < corpus.num_rows else None,
-            )
-            for name, corpus in sides.corpora.items()
-        ]
+        measures = []
+        for name, corpus in sides.corpora.items():
+            sample = fit_rows if 0 < fit_rows < corpus.num_rows else None
+            measures.append(Measure(f"{name} {statistics}", corpus, centring.get(name), sample))
+        return measures
 
     def fit(run: AlignRun) -> SharedSpace:
-        """Return the given space, or fit one."""
+        """Return the given space, or fit one in passes of ``run``."""
         if sides.space is not None:
             return sides.space
-        space = _fit(run, sides, passes)
+        first, *later_corpora = sides.corpora.values()
+        for corpus in later_corpora:
+            check_columns(corpus, first)
+        measured: dict[str, dict[str, Moments]] = {}  # by statistics, of all corpora at once
+
+        def measure(name: str, centre: Tensor | None) -> Moments:
+            """Return the moments of rows, or those about their means."""
+            statistics = "moments" if centre is None else "centred"
+            if statistics not in measured:
+                centring = {
+                    side: RoleMap(own.mean, True, {0: 1.0}, own.dimension)
+                    for side, own in measured.get("moments", {}).items()
+                }
+                totals = run.measure(passes(statistics, centring), covariance=True)
+                measured[statistics] = moments = dict(zip(sides.corpora, totals, strict=True))
+                for side, corpus in sides.corpora.items():
+                    expect_rows(f"{corpus.path}: the {side} side", moments[side])
+                if centre is None:
+                    pairs = [(own, moments[side]) for side, own in sides.documents.items()]
+                    for one_side, other_side in combinations(pairs, 2):
+                        check_different(one_side, other_side)
+            return measured[statistics][name]
+
+        space = SharedSpace.from_passes(
+            measure,
+            [*sides.documents],
+            [] if sides.queries is None else [sides.query_role],
+            sides.query_role,
+            layout=sides.layout,
+            method=sides.method,
+        )
         space.encoder = encoder
         return space
 
@@ -136,48 +153,10 @@ def space_work(sides: SpaceSides, out: StoragePath, settings: Settings) -> Work:
         made_by = digest(records_of(out) / SPACE)
         return run.write_report(out, ("bad_rows", "batch_bytes"), made_by, report)
 
+    work = Work(out, settings, results, fit, finish)
+    if sides.space is not None:
+        return work
     centres = sides.method not in ("auto", "calibrate")
     measures = passes("moments", {}) + (passes("centred", {}) if centres else [])
-    if sides.space is not None:
-        return Work([], results, fit, finish)
     note = f"and up to {len(sides.corpora)} passes more, as those of the moments, if it centres"
-    return Work(measures, results, fit, finish, note * (sides.method == "auto"))
-
-
-def _fit(
-    run: AlignRun,
-    sides: SpaceSides,
-    passes: Callable[[str, Mapping[str, RoleMap]], list[Measure]],
-) -> SharedSpace:
-    """Fit a space in passes of ``run``; a job of an array may have to wait for others first."""
-    first, *later_corpora = sides.corpora.values()
-    for corpus in later_corpora:
-        check_columns(corpus, first)
-    known: dict[str, dict[str, Moments]] = {}  # by statistics, which are measured all at once
-
-    def measure(name: str, centre: Tensor | None) -> Moments:
-        """Return the moments of rows, or those about their means."""
-        statistics = "moments" if centre is None else "centred"
-        if statistics not in known:
-            centring = {
-                side: RoleMap(own.mean, True, {0: 1.0}, own.dimension)
-                for side, own in known.get("moments", {}).items()
-            }
-            totals = run.measure(passes(statistics, centring), covariance=True)
-            known[statistics] = dict(zip(sides.corpora, totals, strict=True))
-            for side, corpus in sides.corpora.items():
-                expect_rows(f"{corpus.path}: the {side} side", known[statistics][side])
-            if centre is None:
-                pairs = ((own, known[statistics][side]) for side, own in sides.documents.items())
-                for one_side, other_side in combinations(pairs, 2):
-                    check_different(one_side, other_side)
-        return known[statistics][name]
-
-    return SharedSpace.from_passes(
-        measure,
-        [*sides.documents],
-        [] if sides.queries is None else [sides.query_role],
-        sides.query_role,
-        layout=sides.layout,
-        method=sides.method,
-    )
+    return work._replace(measures=measures, note=note * (sides.method == "auto"))

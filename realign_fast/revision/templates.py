@@ -19,7 +19,7 @@ that also holds other text of the prompt is not, because at inference that text 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -62,6 +62,9 @@ class Template:
     """
 
     name: TemplateName
+    turns: Callable[[Sample], list[Turn]]  # of a sample, that are trained on
+    encode: Callable[[Sample], Encoded]  # the tokens of a sample; ValueError as in `fault`
+    prompt: Callable[[Sample], list[int]]  # the ids after which the last answer is generated
     takes_text_alone = False  # samples without an image
     positions: int | None = None  # the longest input of the language model, if it has a limit
 
@@ -72,18 +75,6 @@ class Template:
             fault = "has no EOS token to end a caption; set one"
             raise ValueError(f"{tokenizer.name_or_path}: {fault}")
         self.end_ids = [int(tokenizer.eos_token_id)]  # any of them ends a generated text
-
-    def turns(self, sample: Sample) -> list[Turn]:
-        """Return the turns of a sample that are trained on."""
-        raise NotImplementedError
-
-    def encode(self, sample: Sample) -> Encoded:
-        """Return the token ids and labels of a sample; ValueError as in `fault`."""
-        raise NotImplementedError
-
-    def prompt(self, sample: Sample) -> list[int]:
-        """Return the ids after which the last answer is generated."""
-        raise NotImplementedError
 
     def question(self, sample: Sample) -> list[Turn]:
         """Return the turns before the last answer."""
@@ -134,8 +125,7 @@ class Plain(Template):
 
     def encode(self, sample: Sample) -> Encoded:
         """Return the token ids and labels of a sample."""
-        prompt = self.prompt(sample)
-        text = self.reference(sample)
+        prompt, text = self.prompt(sample), self.reference(sample)
         caption = self.tokenizer(text, add_special_tokens=False)["input_ids"] + self.end_ids
         return Encoded(prompt + caption, [IGNORED_LABEL] * len(prompt) + caption)
 

@@ -78,7 +78,7 @@ def corpora(tmp_path):
 
 def plan_align(source, target, out, settings):
     out = output_path(out)
-    return plan(align_work(source, target, out, settings), out, settings)
+    return plan(align_work(source, target, out, settings))
 
 
 def names(folder):

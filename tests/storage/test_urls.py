@@ -175,7 +175,7 @@ def test_a_sample_of_parquet_fetches_the_row_groups_of_its_rows(tmp_path, served
     fetched = served[1].fetched("text.parquet") - before
     assert fetched < 3.3 * group_bytes + 2 * (128 << 10), "(and twice the first piece of a jump)"
     out, settings = storage_path(tmp_path / "out"), Settings(progress=False, fit_rows=3)
-    planned = plan(align_work(*corpora, out, settings), out, settings)["passes"]
+    planned = plan(align_work(*corpora, out, settings))["passes"]
     assert [step["bytes_read"] for step in planned[:3]] == [3 * group_bytes] * 3
     report = align(*corpora, out, settings)
     facts = ("name", "rows", "bytes_read")

@@ -2,13 +2,11 @@
 
 The task of a pass goes into Ray's object store once, and each Ray task gets the index of a shard.
 It reads and writes the files of that shard by the paths that this process uses, and returns
-statistics: rows never travel. The nodes need a shared file system or URLs, with the packages and
-the credentials that open them. A node that sees other files, or runs another ``realign_fast``, is
-refused before it reads a row.
+statistics: rows never travel. The nodes need a shared file system or URLs. A node that sees other
+files, or runs another ``realign_fast``, is refused before it reads a row.
 
-Ray repeats a task whose worker or node died; an exception of ours is raised as it is. The number of
-tasks behind the first one that still runs is bounded. Sources: Ray Core's documentation of tasks,
-fault tolerance and Ray Client (docs.ray.io).
+Ray repeats a task whose worker or node died; an exception of ours is raised as it is. Sources: Ray
+Core's documentation of tasks, fault tolerance and Ray Client (docs.ray.io).
 """
 
 from __future__ import annotations
@@ -226,10 +224,7 @@ def _summary(error: BaseException) -> str:
 
 
 def _witness(task: Task) -> LocalPath | None:
-    """Create a file in the output directory, by which a node proves that it sees that directory.
-
-    A URL needs no witness: it means the same on every node.
-    """
+    """Create a file by which a node proves that it sees the output; a URL is the same on each."""
     checkpoints = getattr(task, "checkpoints", None)
     if checkpoints is None or checkpoints.records.is_remote:
         return None
