@@ -25,9 +25,9 @@ _RAY_OPTIONS = ("ray_address", "cpus_per_task", "gpus_per_task", "retries")
 
 
 @command("Align", _SIDES, f"{_SIDES} --workers 8", f"{_SIDES} --method coral --shard 3/100")
-def align(options: opts.AlignOptions) -> Result:
+def align(options: opts.FitOptions, report_too: opts.WithReport = False) -> Result:
     """Fit a map and write the source rows aligned by it."""
-    return _align(options)
+    return _align(options, report_too=report_too)
 
 
 @command("Align", _SIDES)
@@ -56,26 +56,29 @@ def apply(options: opts.ApplyOptions) -> Result:
     f"{_SIDES} --queries QUERIES --layout blocks",
     "--space OUT --image MORE --queries NEW --out OUT2",
 )
-def unify(options: opts.UnifyOptions) -> Result:
+def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Result:
     """Write texts and images as documents of one index that finds both."""
     from ..pipeline.unify_run import space_work
 
     settings = settings_from(options)
     work = space_work(_space_sides(options), output_path(options.out), settings)
-    return _done(options, work, _space_summary)
+    return _done(options, work, _space_summary, report_too)
 
 
-def _align(options: opts.FitOptions, writes: bool = True) -> Result:
+def _align(options: opts.FitOptions, writes: bool = True, report_too: bool = False) -> Result:
     from ..pipeline.align_run import align_work
 
     source = open_corpus(options, options.source, "text")
     target = open_corpus(options, options.target, "image", "target_column")
     work = align_work(source, target, output_path(options.out), settings_from(options), writes)
-    return _done(options, work, _summary)
+    return _done(options, work, _summary, report_too)
 
 
 def _done(
-    options: opts.RunOptions, work: Work, summary: Callable[[dict[str, Any]], list[str]]
+    options: opts.RunOptions,
+    work: Work,
+    summary: Callable[[dict[str, Any]], list[str]],
+    report_too: bool = False,
 ) -> Result:
     """Do the work of a command, a part of it, or its plan; ``summary`` returns the last lines."""
     from ..pipeline.align_run import execute
@@ -93,7 +96,7 @@ def _done(
     fitted_on = f"fitted on {report['fitted_on']}; " if "fitted_on" in report else ""
     lines = [*summary(report), f"{peak}; {fitted_on}wrote {options.out}"]
     result = Result(report, "\n".join(lines), report=records_of(work.out) / REPORT)
-    return with_report(result, options.out, options, getattr(options, "report_too", False))
+    return with_report(result, options.out, options, report_too)
 
 
 def engine_from(options: opts.RunOptions) -> Engine | None:

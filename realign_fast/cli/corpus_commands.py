@@ -84,10 +84,7 @@ def embed(options: opts.EmbedOptions) -> Result:
         for content, path in paths.items()
     }
     encoder = load_encoder(
-        options.model,
-        options.pretrained,
-        device=options.device,
-        precision=options.precision,
+        options.model, options.pretrained, device=options.device, precision=options.precision
     )
     settings = EmbedSettings(progress=shows_progress(options), **options.fields_of(EmbedSettings))
     report = embed(encoder, Path(options.out), settings=settings, **sources)

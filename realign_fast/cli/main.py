@@ -25,7 +25,7 @@ import typer
 from .. import __version__, _startup
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import explained, memory_explained
-from ..storage.paths import StoragePath, write_json
+from ..storage.paths import write_json
 from . import (  # noqa: F401
     align_commands,
     corpus_commands,
@@ -124,7 +124,10 @@ def _execute(function: Callable[..., Result | None], **values: Any) -> ExitCode:
     own = {name: values[name] for name in hints.keys() & values.keys()}
     result = function(options, **own) or Result({}, "")
     if result.report:
-        _write_options(function.__name__, options, result.report)
+        left_out = {*get_type_hints(opts.Common), "dry_run"}
+        chosen = {key: value for key, value in vars(options).items() if key not in left_out}
+        run = {"command": function.__name__, "directory": os.getcwd(), "options": chosen}
+        write_json(result.report, json.loads(result.report.read_bytes()) | {"run": run})
     if options.as_json and result.facts:
         write(_document(function.__name__.replace("_", "-"), result.facts))
     elif result.text and (result.answer or not options.quiet):
@@ -215,14 +218,6 @@ class Messages(logging.Handler):
             text = f"realign-fast: {label}{text}"
         on_stdout = event.get("event") == "pass" and not self.on_stderr
         write(text, sys.stdout if on_stdout else sys.stderr)
-
-
-def _write_options(name: str, options: opts.Common, report: StoragePath) -> None:
-    """Add the options of a run to its report."""
-    left_out = {*get_type_hints(opts.Common), "dry_run"}
-    values = {key: value for key, value in vars(options).items() if key not in left_out}
-    run = {"command": name, "directory": os.getcwd(), "options": values}
-    write_json(report, json.loads(report.read_bytes()) | {"run": run})
 
 
 class Terminated(KeyboardInterrupt):

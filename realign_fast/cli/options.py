@@ -212,12 +212,6 @@ class FitOptions(RunOptions):
     seed: Annotated[int, _method("seed that chooses the rows of --fit-rows")] = 0
 
 
-class AlignOptions(FitOptions):
-    """Options of ``align``."""
-
-    report_too: WithReport = False
-
-
 class ApplyOptions(RunOptions):
     """Options of ``apply``."""
 
@@ -235,7 +229,6 @@ class UnifyOptions(RunOptions):
         "--space they are written as they search", show_default="such documents")] = None
     space: Annotated[str | None, _file("use this space and fit none: an output of unify, or its "
         "space.safetensors", parser=_text(storage_path))] = None
-    report_too: WithReport = False
     query_role: Annotated[str | None, _method("modality of the queries", "--query-role", "--role",
         metavar="NAME", show_default="text, or that of --space")] = None
     layout: Annotated[Literal["single", "blocks"] | None, _method("an index for queries of one "

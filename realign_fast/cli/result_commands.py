@@ -23,10 +23,7 @@ def verify(options: opts.Common, out: opts.Result) -> Result:
 
 @command("Results", "OUT", "OUT --sample 10000")
 def report(
-    options: opts.Common,
-    out: opts.Result,
-    sample: opts.Sample = 3000,
-    seed: opts.SampleSeed = 0,
+    options: opts.Common, out: opts.Result, sample: opts.Sample = 3000, seed: opts.SampleSeed = 0
 ) -> Result:
     """Write a page that shows what a run changed, and whether to trust its result."""
     from ..report import write_report

@@ -156,9 +156,7 @@ def _aligner(path: str | None) -> ReAlign | None:
     return ReAlign.from_pretrained(path) if path else None
 
 
-def _open_model(
-    options: opts.LookOptions | opts.EvaluateOptions,
-) -> tuple[ReVisionModel, Template]:
+def _open_model(options: opts.LookOptions | opts.EvaluateOptions) -> tuple[ReVisionModel, Template]:
     """Load a trained model; a ValueError if the rows are of another encoder than its own."""
     import torch
 
@@ -208,12 +206,13 @@ def _chosen_rows(options: opts.LookOptions) -> tuple[Sequence[Any], torch.Tensor
 
 
 def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[str], torch.Tensor]:
-    from ..embed.decode import Unreadable, decode
-
     if not options.encoder or options.rows:
         expected = "--encoder, the one that the model's rows came from, and no --rows"
         raise OptionError(f"--image needs {expected}")
     import torch
+
+    from ..embed import load_encoder
+    from ..embed.decode import Unreadable, decode
 
     pictures = []
     for path in paths:
@@ -222,15 +221,10 @@ def _embed_pictures(options: opts.LookOptions, paths: list[str]) -> tuple[list[s
         except Unreadable as error:
             fault = f"cannot be read as a picture ({error})"
             raise ValueError(f"{path}: {fault}; leave it out") from error
-    return paths, torch.as_tensor(open_encoder(options.encoder).embed_images(pictures))
-
-
-def open_encoder(name: str) -> Any:
-    """Load the encoder of a directory, or ``NAME`` or ``NAME:WEIGHTS`` of open_clip."""
-    from ..embed import load_encoder
-
-    model, _, weights = (name, "", "") if Path(name).exists() else name.partition(":")
-    return load_encoder(model, weights or None)
+    model, _, weights = options.encoder.partition(":")
+    if Path(options.encoder).exists():  # a directory, not NAME:WEIGHTS of open_clip
+        model, weights = options.encoder, ""
+    return paths, torch.as_tensor(load_encoder(model, weights or None).embed_images(pictures))
 
 
 def _row_batches(options: opts.LookOptions) -> Iterable[tuple[Sequence[Any], torch.Tensor]]:

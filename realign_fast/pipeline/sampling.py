@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..corpus.corpus import Corpus, sample_ids
 from ..interface.option_values import UnfinishedShards
@@ -22,12 +21,7 @@ from .passes import PassRunner
 
 
 def measure_sample(
-    run: PassRunner,
-    name: str,
-    corpus: Corpus,
-    count: int,
-    covariance: bool,
-    row_map: AnyMap | None,
+    run: PassRunner, name: str, corpus: Corpus, count: int, covariance: bool, row_map: AnyMap | None
 ) -> Moments:
     """Measure ``count`` rows, one of each of as many equal stretches, sent through ``row_map``.
 
@@ -44,8 +38,13 @@ def measure_sample(
         for first in range(0, len(ids), size):
             batch_ids = ids[first : first + size]
             rows = corpus.take(batch_ids)
-            if settings.bad_rows == "error":
-                _check_rows(corpus, batch_ids, rows)
+            if settings.bad_rows == "error" and len(bad := batch_ids[~good_rows(rows).numpy()]):
+                shard = int(np.searchsorted(corpus.starts, bad[0], side="right")) - 1
+                raise ValueError(
+                    f"{corpus.shards[shard].path}: row {bad[0] - corpus.starts[shard]} is zero or "
+                    "not finite; mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave "
+                    "it out"
+                )
             total.update(rows, through=through, bad_rows=settings.bad_rows)
             advance(len(rows))
     return total
@@ -73,15 +72,3 @@ def sampling_errors(
         "target_mean_error": target_error,
         "residual_gap_error": math.hypot(drift_error, target_error),
     }
-
-
-def _check_rows(corpus: Corpus, ids: np.ndarray, rows: torch.Tensor) -> None:
-    """Raise ValueError for the first row that is zero or not finite."""
-    good = good_rows(rows)
-    if not bool(good.all()):
-        row = int(ids[int((~good).nonzero()[0])])
-        shard = int(np.searchsorted(corpus.starts, row, side="right")) - 1
-        raise ValueError(
-            f"{corpus.shards[shard].path}: row {row - int(corpus.starts[shard])} is zero or not "
-            "finite; mend the file, or pass bad_rows='skip' (--bad-rows skip) to leave it out"
-        )

@@ -18,15 +18,7 @@ from ..interface.option_values import OptionError
 from ..moments import Moments, expect_rows
 from ..shared_space import QUERIES, Layout, RoleMap, SharedSpace, SpaceMethod
 from ..storage.paths import AnyPath, StoragePath, output_path, records_of
-from .align_run import (
-    AlignRun,
-    Measure,
-    Work,
-    check_columns,
-    check_different,
-    execute,
-    shape_of,
-)
+from .align_run import AlignRun, Measure, Work, check_columns, check_different, execute, shape_of
 from .checkpoints import digest
 from .engines.local import Engine
 from .output import FOLDERS, SPACE, Written, check_output, check_place

@@ -43,9 +43,7 @@ def render(facts: Facts, twin: str = "") -> str:
     environment.policies["json.dumps_kwargs"] = {}  # keys keep their order: the source is first
     template = environment.from_string(_TEMPLATE.read_text())
     page: str = template.render(
-        facts=facts,
-        twin=twin,
-        plotly=environment.filters["safe"](plotly.offline.get_plotlyjs()),
+        facts=facts, twin=twin, plotly=environment.filters["safe"](plotly.offline.get_plotlyjs())
     )
     return page
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,9 @@ def paired_rows(
 ) -> list[Tensor]:
     """Return unit rows [n, D] float64 of a sample of pairs, by side.
 
-    Pairs with a bad row are left out, and pairs with a row of an earlier one, such as other
-    captions of the same image: a search for one of them would count the others as wrong. ``pairs``
-    are numbers of rows, None pairs the rows of the same number. Too few pairs, or sides with the
-    same rows, are a ValueError.
+    Left out are pairs with a bad row or a row of an earlier one, such as other captions of an
+    image, which a search would count as wrong. ``pairs`` are numbers of rows; None pairs equal
+    numbers. Too few pairs, or sides with the same rows, are a ValueError.
     """
     check_columns(*sides)
     paths = f"{sides[0].path}, {sides[1].path}"
@@ -56,19 +55,15 @@ def paired_rows(
 def pairs_of_ids(sides: Sequence[Corpus], sample: int) -> list[tuple[int, int]]:
     """Return the numbers of rows with the same id on both sides, of a bounded sample of ids.
 
-    ``100 * sample`` rows of the smaller side, spread evenly, are looked for in the other. Memory is
-    bounded by them, and by how many rows have an id in common. A side without ids is a ValueError.
+    ``100 * sample`` rows of the smaller side, spread evenly, are looked for in the other.
     """
     smaller, larger = sorted(sides, key=lambda side: side.num_rows)
     chosen = set(spread(smaller.num_rows, _IDS_A_PAIR * sample))
-    row_of = {name: row for row, name in _ids(smaller) if row in chosen}
-    pairs = [(row_of[name], row) for row, name in _ids(larger) if name in row_of]
+    row_of = {name: row for row, name in enumerate(column_values(smaller)) if row in chosen}
+    row_of.pop("", None)  # of rows without an id
+    ids = enumerate(column_values(larger))
+    pairs = [(row_of[name], row) for row, name in ids if name in row_of]
     return pairs if smaller is sides[0] else [(row, other) for other, row in pairs]
-
-
-def _ids(corpus: Corpus) -> Iterator[tuple[int, str]]:
-    """Yield the row and the id of each row that has one."""
-    return ((row, value) for row, value in enumerate(column_values(corpus)) if value)
 
 
 def _is_first(rows: Tensor) -> Tensor:

@@ -56,18 +56,16 @@ class Side:
         corpus = self.corpus
         assert corpus is not None
         rows = self.numbers[places]
-        shards = np.searchsorted(corpus.starts, rows, side="right") - 1
-        rows = rows - corpus.starts[shards]
-        labels = [
-            [f"{corpus.shards[shard].path.name}, row {row}", "", ""]
-            for shard, row in zip(shards, rows, strict=True)
-        ]
+        labels = []
+        for row, shard in zip(rows, np.searchsorted(corpus.starts, rows, "right") - 1, strict=True):
+            place = f"{corpus.shards[shard].path.name}, row {row - corpus.starts[shard]}"
+            labels.append([place, "", ""])
         for column, names in enumerate(_VALUES, 1):
             if corpus.num_rows > _NAMED_ROWS:
                 break
             with suppress(ValueError, OSError):  # files without such a column
                 texts = [*column_values(corpus, None, names)]
-                for label, row in zip(labels, self.numbers[places], strict=True):
+                for label, row in zip(labels, rows, strict=True):
                     is_long = len(text := texts[row]) > _LONGEST
                     label[column] = text[: _LONGEST - 1] + "…" if is_long else text
         return labels
@@ -85,11 +83,7 @@ class Output:
 
     @classmethod
     def read(cls, out: AnyPath, sample: int, seed: int) -> Output:
-        """Read the records of an output and ``sample`` rows of each side, spread evenly.
-
-        Raises:
-            OSError, ValueError: ``out`` has no map, or its records are damaged.
-        """
+        """Read the records of an output and ``sample`` rows of each side, spread evenly."""
         path = storage_path(out)
         folder = path.parent if path.name.endswith(".safetensors") else path
         if path != (output := output_of(folder)):
@@ -127,9 +121,7 @@ class Output:
     ) -> Side:
         """Read a sample of the rows that a pass read, without those that are zero or not finite.
 
-        Args:
-            record: the pass in the manifest; None if the run measured a sample.
-            shape: where the corpus was and how many rows it had, from the report.
+        ``record`` is the pass in the manifest, ``shape`` the corpus in the report.
         """
         record, shape = record or {"facts": {}, "shards": []}, shape or {"path": "", "rows": 0}
         entries, facts = record["shards"], record["facts"]

@@ -1,7 +1,6 @@
 """Rules over the figures of a report that say whether to trust the result of a run.
 
-A rule yields what it found, in words. A ``fault`` says that the result should not be used, a
-``doubt`` that it needs a look.
+A ``fault`` says that the result should not be used, a ``doubt`` that it needs a look.
 """
 
 from __future__ import annotations

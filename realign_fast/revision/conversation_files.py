@@ -9,9 +9,6 @@ An entry has the fields of the paper's lists (arXiv 2602.07026, section 5), whic
 embedding row with its `id`; `"images": [id, ...]` names other rows, or several. In a conversation
 every image has its place, marked `<image>`. Answers before the first question are skipped, as in
 LLaVA, if others follow it.
-
-A file is read once. JSON lines and parquet are read entry by entry, one JSON list is held in
-memory meanwhile.
 """
 
 from __future__ import annotations
@@ -66,17 +63,18 @@ def read_entries(path: Path) -> Iterator[Any]:
 
 
 def read_sample(entry: Any, place: str) -> Sample:
-    """Return an entry, validated; `place`, its file and its position there, is for errors.
-
-    ValueError if it is not an object of the form in the module docstring.
-    """
+    """Return an entry, validated; a ValueError begins with its `place`, a file and a position."""
     if not isinstance(entry, dict):
         expected = 'expected an object such as {"id": "0", "caption": "a dog"}'
         raise ValueError(f"{place}: is a {type(entry).__name__}, {expected}")
     sample_id = "" if entry.get("id") is None else str(entry["id"])
     entry_turns = entry.get("conversations") or entry.get("messages") or []
-    all_turns = [_parse_turn(turn, place) for turn in entry_turns]
-    turns = _without_leading_answers(all_turns)
+    turns = [_parse_turn(turn, place) for turn in entry_turns]
+    roles = [role for role, _ in turns]
+    first = roles.index("user") if "user" in roles else 0
+    leading = roles[:first].count("assistant") if "assistant" in roles[first:] else 0
+    if leading:
+        turns = [turn for n, turn in enumerate(turns) if n > first or turn[0] != "assistant"]
     caption = entry.get("caption")
     if not turns and not isinstance(caption, str):
         fields = ", ".join(map(repr, entry)) or "nothing"
@@ -87,15 +85,7 @@ def read_sample(entry: Any, place: str) -> Sample:
         images = [sample_id] * bool(has_image)
     if not isinstance(images, list):
         raise ValueError(f"{place}: images is {images!r}, expected a list of ids")
-    skipped = len(all_turns) - len(turns)
-    return Sample(sample_id, [str(image) for image in images], caption, turns, skipped)
-
-
-def _without_leading_answers(turns: list[Turn]) -> list[Turn]:
-    roles = [role for role, _ in turns]
-    first = roles.index("user") if "user" in roles else 0
-    leading = first if "assistant" in roles[first:] else 0
-    return [turn for turn in turns[:leading] if turn[0] != "assistant"] + turns[leading:]
+    return Sample(sample_id, [str(image) for image in images], caption, turns, leading)
 
 
 def _parse_turn(turn: Any, place: str) -> Turn:

@@ -94,21 +94,18 @@ def evaluate(
 def interval(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
     """Return the mean of values `[n]` and its 95% interval: `value`, `low` and `high`.
 
-    Each value is of a sample; `weights` `[n]` are equal by default. The interval is between
-    percentiles of a bootstrap.
+    `weights` `[n]` are equal by default. The interval is between percentiles of a bootstrap.
     ValueError if there are no values.
     """
     values = np.asarray(values, float)
     if not len(values):
         raise ValueError("interval: no values; evaluate at least one sample")
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    random, means = np.random.default_rng(0), []
-    for _ in range(_RESAMPLES):
-        drawn = random.integers(0, len(values), len(values))
-        means.append(np.average(values[drawn], weights=weights[drawn]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    mean = np.average(values, weights=weights)
-    return {"value": float(mean), "low": float(low), "high": float(high)}
+    random, count = np.random.default_rng(0), len(values)
+    draws = (random.integers(0, count, count) for _ in range(_RESAMPLES))
+    means = [np.average(values[drawn], weights=weights[drawn]) for drawn in draws]
+    figures = np.average(values, weights=weights), *np.percentile(means, [2.5, 97.5])
+    return dict(zip(("value", "low", "high"), map(float, figures), strict=True))
 
 
 @dataclass
@@ -148,8 +145,8 @@ class LikelihoodScorer:
         if template.positions and len(ids) > template.positions:
             raise ValueError(
                 f"evaluate: {text[:40]!r} as the answer of sample {sample.id!r} makes {len(ids)} "
-                f"tokens, expected at most {template.positions}, which is what the language model "
-                "takes; leave out long samples (--max-length) or the choice (--choices 0)"
+                f"tokens, expected at most {template.positions}, the positions of the model; leave "
+                "out long samples (--max-length) or the choice (--choices 0)"
             )
         prompt = len(template.prompt(sample))
         labels = [IGNORED_LABEL] * prompt + labels[prompt:]
@@ -159,10 +156,8 @@ class LikelihoodScorer:
 
     @torch.no_grad()
     def _scores(self, items: Sequence[Item]) -> Vector:
-        """Return the log-likelihood and the number of the labelled tokens of each item.
-
-        Items of similar length run together, so that there is little padding.
-        """
+        """Return the log-likelihood and the number of the labelled tokens of each item."""
+        # Items of similar length run together, so that there is little padding.
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
         scores = np.zeros((len(items), 2))
         for start in range(0, len(order), self.batch):
@@ -179,11 +174,7 @@ class LikelihoodScorer:
 
 
 def _exchanged(scorer: LikelihoodScorer, seed: int) -> tuple[Sequence[int], NDArray[np.bool_]]:
-    """Return for each sample another of as many images, and whether its images are different.
-
-    The loss with those minus the loss with a sample's own estimates the pointwise mutual
-    information of images and text under the model, a token.
-    """
+    """Return for each sample another of as many images, and whether its images are different."""
     image_counts, exchanged = [len(rows) for rows in scorer.rows], np.arange(len(scorer.rows))
     for count in sorted(set(image_counts) - {0}):
         group = np.flatnonzero(np.equal(image_counts, count))
@@ -201,8 +192,8 @@ def _choice(
 ) -> Figure:
     """Return how often the right text has the highest score; a tie counts for its share.
 
-    One higher wrong text decides a sample. So each sample is compared with one wrong text after
-    the other, first with those that score highest with their own images, until it is decided.
+    A sample is compared with one wrong text after the other until one is higher, first with those
+    that score highest with their own images.
     """
     right = score(range(len(references)), references)
     own_scores = dict(zip(references, right, strict=True))

@@ -28,12 +28,8 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
 ) -> tuple[ReVisionModel, Template]:
-    """Load a saved model in eval mode, and the template of its last training.
-
-    The arguments and errors are those of `ReVisionModel.from_pretrained`; `device` is by default
-    CUDA if there is one.
-    """
-    on_device = check_device(device)
+    """Load a saved model as `from_pretrained` does, and the template of its last training."""
+    on_device = check_device(device)  # before a model is loaded
     model = ReVisionModel.from_pretrained(directory, language_model, dtype).to(on_device)
     config = model.revision_config
     tokenizer = load_pretrained("AutoTokenizer", directory)
@@ -55,9 +51,8 @@ def respond(
     """Generate a text for each sample: its caption (`Plain`) or its last answer (`Chat`).
 
     `rows` are the images of each sample, `[images, D]`, or texts in their place if that is the
-    `side`; `generation` are further options of `generate` of transformers, which is greedy by
-    default. A text ends where the positions of the language model do; ValueError if they leave no
-    place for one.
+    `side`; `generation` are options of transformers' `generate`, which is greedy by default. A text
+    ends where the model's positions do; ValueError if they leave no place for one.
     """
     pad = template.pad_id
     items = [

@@ -62,10 +62,7 @@ def transformers() -> ModuleType:
 
 @dataclass
 class ReVisionConfig:
-    """Everything that is needed to build a model again; saved as `revision.json`.
-
-    ValueError if a field has a value that is not possible.
-    """
+    """Everything that is needed to build a model again; saved as `revision.json`."""
 
     language_model: str  # the name or path that training started from
     row_dimension: int  # D, the columns of an embedding row
@@ -163,9 +160,8 @@ class ReVisionModel(nn.Module):
 
         Visual tokens start near the mean of the word embeddings, since trainings that start near
         zero may get stuck (compare prompts: Lester et al., arXiv 2104.08691). Rows go through
-        `space` first, if there is one. The settings are fields of `ReVisionConfig`; `dtype` is
-        that of the language model.
-        ValueError if the language model cannot be loaded, or a setting is wrong.
+        `space` first. The settings are fields of `ReVisionConfig`; `dtype` is that of the language
+        model. ValueError if the language model cannot be loaded, or a setting is wrong.
         """
         loaded = load_pretrained(_LANGUAGE_MODEL, language_model, dtype=dtype)
         path = Path(language_model)
@@ -285,8 +281,7 @@ class ReVisionModel(nn.Module):
     ) -> None:
         """Write the files that the module docstring lists.
 
-        The language model is written only if it was trained. `state_dict` holds the weights of the
-        whole model where those of the modules are sharded.
+        `state_dict` holds the weights of the whole model where those of the modules are sharded.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -334,9 +329,8 @@ class ReVisionModel(nn.Module):
         return model.requires_grad_(False).eval()
 
     def load_trained(self, directory: str | os.PathLike[str]) -> None:
-        """Load the weights of a saved model of the same shape into this one.
+        """Load the weights of a saved model into this one; those of a language model if it changed.
 
-        Those of a language model are loaded if this one has changed too.
         FileNotFoundError if a file is missing, ValueError for another shape or space.
         """
         directory = Path(directory)
@@ -362,10 +356,7 @@ class ReVisionModel(nn.Module):
 
 
 def space_digest(space: SharedSpace | None) -> str | None:
-    """Return a digest of the maps of texts and images, which is None without a space.
-
-    ValueError if the space lacks one of the two, or gives each columns of its own.
-    """
+    """Return a digest of the maps of texts and images, None without a space; refuse blocks."""
     if space is None:
         return None
     if space.layout != "single":
@@ -377,12 +368,7 @@ def space_digest(space: SharedSpace | None) -> str | None:
 
 
 def read_config(directory: Path) -> ReVisionConfig:
-    """Read the configuration of the saved model in `directory`.
-
-    Raises:
-        FileNotFoundError: the directory or one of its files is missing.
-        ValueError: `revision.json` is damaged.
-    """
+    """Read the configuration of the saved model in `directory`; refuse one that lacks a file."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; give one that pretrain wrote")
     for name in (CONFIG, WEIGHTS):
@@ -403,10 +389,9 @@ def read_config(directory: Path) -> ReVisionConfig:
 
 
 def position_limit(config: Any) -> int | None:
-    """Return the longest input of a language model, in tokens, or None if it has no limit.
+    """Return the longest input, in tokens, of the language model of a configuration, or None.
 
-    `config` is its configuration. Rotary positions that are scaled reach further than the
-    positions that the model was first trained on.
+    Scaled rotary positions reach further than those that the model was first trained on.
     """
     config = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -423,8 +408,7 @@ def position_limit(config: Any) -> int | None:
 def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -> Any:
     """Load a language model, or a part of it, with the class `auto` of transformers.
 
-    FileNotFoundError if it is no directory, and the hub has none of this name or is not reached;
-    ValueError if it cannot be loaded, or brings code of its own.
+    FileNotFoundError if it is neither here nor on the hub, ValueError if it cannot be loaded.
     """
     options["trust_remote_code"] = False  # transformers asks on the terminal otherwise
     try:
@@ -439,10 +423,7 @@ def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -
 
 
 def build_dataclass(dataclass: type[Any], description: str, settings: dict[str, Any]) -> Any:
-    """Return `dataclass(**settings)`; `description` says what a setting is in errors.
-
-    ValueError if a setting is unknown, or is no number or truth value where its default is one.
-    """
+    """Return `dataclass(**settings)`; refuse unknown names and other types than the defaults'."""
     defaults = {field.name: field.default for field in fields(dataclass) if field.init}
     for name, value in settings.items():
         if name not in defaults:

@@ -101,8 +101,8 @@ def prepare(
 def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
     """Return the function from an id to the number of its row, or to None where there is none.
 
-    The ids lie in a temporary file of SQLite, which holds a few megabytes of it in memory.
-    ValueError if there are none, not one for each row, or one is not unique.
+    The ids lie in a temporary file of SQLite. ValueError if they are not one for each row, or one
+    is not unique.
     """
     if ids == "row":
         return lambda text: n if text.isdecimal() and (n := int(text)) < corpus.num_rows else None
@@ -140,10 +140,7 @@ def cache_key(paths: Sequence[StoragePath], *settings: Any) -> str:
 def check_inputs(
     conversations: str | os.PathLike[str], rows: Corpus, ids: ValueSource = None
 ) -> None:
-    """Check, before a model is loaded, that a list, its rows and their ids are on this machine.
-
-    FileNotFoundError or ValueError if they are not.
-    """
+    """Check, before a model is loaded, that a list, its rows and their ids are on this machine."""
     if rows.path.is_remote:
         advice = "copy the corpus first (realign-fast convert)"
         raise ValueError(f"{rows.path}: training reads rows in random order, from disk; {advice}")
@@ -154,10 +151,7 @@ def check_inputs(
 
 
 def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None = None) -> None:
-    """Refuse rows that a model with a space would map a second time.
-
-    ValueError with an aligner, or if the output of `unify` or `align` says that the rows are in it.
-    """
+    """Refuse rows that a model with a space would map a second time: aligned, or of an output."""
     if space is None:
         return
     common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
@@ -188,11 +182,7 @@ def _join(
     folder: Path,
     past_end: str | None,
 ) -> dict[str, Any]:
-    """Write the usable samples of the list `source` to `folder`; return the report.
-
-    ValueError if ids that are row numbers count from 1: `past_end`, the number of rows, is one of
-    them and 0 is not.
-    """
+    """Write the usable samples of the list `source` to `folder`; return the report."""
     counts, examples = Counter[str](), {fault: list[str]() for fault in FAULTS}
     with open(folder / _SAMPLES, "wb") as samples_file, open(folder / _ENDS, "wb") as ends_file:
         for entry in read_entries(source):
@@ -213,7 +203,7 @@ def _join(
             samples_file.write(json.dumps([*sample, rows]).encode() + b"\n")
             array("q", [samples_file.tell()]).tofile(ends_file)
             counts.update(used=1, images=len(rows), skipped_turns=sample.skipped_turns)
-    if counts["past_end"] and not counts["first"]:
+    if counts["past_end"] and not counts["first"]:  # of row numbers, which count from 1 then
         problem = f"has the id {past_end} and no id 0, but row numbers start at 0"
         raise ValueError(f"{source}: {problem}; subtract 1 from every id")
     names = ("samples", "used", "images", "skipped_turns", *FAULTS)

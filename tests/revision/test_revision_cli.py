@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from support.processes import run_apart
 from support.revision_parts import CAPTIONS, QUIET, pretrain_command, words
 
-from realign_fast.cli import revision_commands
 from realign_fast.cli.main import main
 
 
@@ -66,7 +65,7 @@ def test_captions_of_pictures_through_an_encoder(trained, tmp_path, capsys, monk
     for name, colour in (("green", (0, 255, 0)), ("red", (255, 0, 0))):
         paths.append(tmp_path / f"{name}.png")
         image.new("RGB", (4, 4), colour).save(paths[-1])
-    monkeypatch.setattr(revision_commands, "open_encoder", Colours)
+    monkeypatch.setattr("realign_fast.embed.load_encoder", lambda name, _: Colours(name))
     base = ["caption", "--model", trained, "--ask", "what is this ?"]
     base += [word for path in paths for word in ("--image", path)]
     assert main(words(*base, "--encoder", "plain")) == 0
