@@ -27,7 +27,6 @@ from ..moments import Moments, good_rows
 from ..ops import align_rows, working_dtype
 from ..ops.dispatch import CHOOSER
 from ..storage.paths import StoragePath
-from ..storage.read_ahead import started_ahead
 from .checkpoints import AnyMap, Checkpoints, Entry, check_unchanged, checksum
 from .engines.local import worker_number
 from .settings import Settings
@@ -142,8 +141,8 @@ class ShardTask:
             writer.write(rows)
             total = checksum(rows, total)
 
-        def mapped_batches(disk: ThreadPoolExecutor) -> Iterator[Future[None]]:
-            """Measure the batches, and begin to write the result of each."""
+        writes = list[Future[None]]()
+        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
             for number, batch in enumerate(self.corpus.batches(index, batch_rows=size)):
                 rows = batch.rows.to(device)
                 if self.advance:
@@ -161,11 +160,11 @@ class ShardTask:
                     raise ValueError(f"{shard.path}: {error}") from error
                 if has_bad_row and self.settings.bad_rows == "skip":
                     result[~good_rows(rows)] = 0
-                yield disk.submit(write, result, writer)
-
-        with ThreadPoolExecutor(1, "realign-fast-writer") as disk:
-            for written in started_ahead(mapped_batches(disk), 2):
-                written.result()
+                writes.append(disk.submit(write, result, writer))
+                if len(writes) == 2:
+                    writes.pop(0).result()
+            for last in writes:
+                last.result()
         return moments.to("cpu"), total
 
     def _update(self, moments: Moments, batch: Batch, rows: Tensor, through: Any) -> bool:
@@ -227,6 +226,9 @@ def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
 def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[ShardResult]:
     """Map a task as ``map`` does, but sync each shard, which then stays, beside the next one."""
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
-        started = (disk.submit(task.start(index)) for index in shards)
-        for result in started_ahead(started, 2):
-            yield result.result()
+        started = list[Future[ShardResult]]()
+        for index in shards:
+            started.append(disk.submit(task.start(index)))
+            if len(started) == 2:
+                yield started.pop(0).result()
+        yield from (last.result() for last in started)

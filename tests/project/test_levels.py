@@ -110,7 +110,7 @@ def test_imports_go_downwards_and_heavy_packages_have_one_place(file):
     [
         ("from .align import ReAlign", ("moments",), "imports align"),
         ("from ..frame import FixedFrame", ("metrics", "cosines"), "imports frame"),
-        ("import realign_fast.cli", ("demo", "demo_run"), "imports cli"),
+        ("import realign_fast.cli", ("demo", "__init__"), "imports cli"),
         ("from ..pipeline import Run", ("revision", "train"), "imports pipeline"),
         ("def f():\n    from .. import ops", ("corpus", "corpus"), "imports ops"),
         ("from realign_fast import ReAlign", ("pipeline", "passes"), "public names"),
@@ -119,7 +119,7 @@ def test_imports_go_downwards_and_heavy_packages_have_one_place(file):
         ("from .. import moments", ("ops", "reference"), "imports moments"),
         ("from .helpers import x", ("align",), "helpers, which has no level"),
         ("import os", ("helpers",), "no level"),
-        ("import plotly.offline", ("demo", "demo_run"), "its place is report"),
+        ("import plotly.offline", ("demo", "__init__"), "its place is report"),
         ("from transformers import Trainer", ("cli", "main"), "its place is ('embed', 'revision')"),
         ("import_extra('ray', 'ray', 'it')", ("cli", "main"), "its place is pipeline"),
         ("def f():\n    from .integrations import v", ("moments",), "imports integrations"),
