@@ -149,7 +149,6 @@ def _number(value: float | None) -> str:
 
 
 def _space_sides(options: opts.UnifyOptions) -> SpaceSides:
-    """Open the corpora and the space; an OptionError for sides that are missing."""
     from ..pipeline.unify_run import SpaceSides
     from ..shared_space import SharedSpace
 

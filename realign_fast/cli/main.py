@@ -93,7 +93,6 @@ def _invoke(arguments: list[str]) -> int:
 
 @cache
 def _application() -> Any:
-    """Return the command of Typer."""
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.callback()(_root)
     for entry in sorted(COMMANDS, key=lambda entry: _GROUPS.index(entry.group)):

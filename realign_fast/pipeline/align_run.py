@@ -90,9 +90,13 @@ class AlignRun(PassRunner):
                     reader.part, reader.reading, reader.out, reader.passes = (0, 1), False, None, []
                     task = reader.task(name, corpus, row_map, covariance=covariance)
                     total = reader.run_pass(task)
-                totals.append(total)
             except UnfinishedShards as error:
                 unfinished.append(error)
+                continue
+            totals.append(total)
+            if not total.count:
+                bad_rows = f"({total.zero_rows} zero, {total.nonfinite_rows} non-finite)"
+                raise ValueError(f"{corpus.path}: no usable row {bad_rows}; embed it again")
         if unfinished:
             raise unfinished[0]
         return totals
@@ -104,12 +108,6 @@ class AlignRun(PassRunner):
         sides = ("source moments", source), ("target moments", target)
         covariance = self.settings.method in NEED_COVARIANCE
         y, x = self.measure((Measure(*side, sample=count) for side in sides), covariance)
-        for corpus, moments in ((source, y), (target, x)):
-            if not moments.count:
-                raise ValueError(
-                    f"{corpus.path}: no usable row ({moments.zero_rows} zero, "
-                    f"{moments.nonfinite_rows} non-finite); embed it again"
-                )
         check_different((source, y), (target, x))
         method, rows = self.settings.method, min(y.count, x.count)
         fault = few_rows(method, self.settings.shrinkage, rows, y.dimension)

@@ -190,7 +190,6 @@ def _with_preset(stage: Stage, config: TrainingConfig) -> TrainingConfig:
 
 
 def _training_arguments(config: TrainingConfig) -> TrainingArguments:
-    """Return the TrainingArguments that the configuration means."""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.batch or 1
     micro_batch = min(config.micro_batch, max(batch // devices, 1))
@@ -198,8 +197,7 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     if batch % simultaneous:
         product = f"micro batch {micro_batch} x {devices} devices"
         expected = f"expected a multiple of {simultaneous}, {product}"
-        advice = "change --batch-size or --micro-batch"
-        raise ValueError(f"batch: got {batch}, {expected}; {advice}")
+        raise ValueError(f"batch: got {batch}, {expected}; change --batch-size or --micro-batch")
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator(check_available=True) or cpu
     device = cpu if config.trainer.get("use_cpu") is True else device
@@ -317,7 +315,6 @@ def _build_model(
 
 
 def _print_overview(report: dict[str, Any]) -> None:
-    """Print the number of samples, and the faults of those that are left out."""
     texts = FAULTS | {"skipped_turns": "answers before a first question skipped"}
     skipped = [f"{report[name]:,} {text}" for name, text in texts.items() if report[name]]
     reasons = f" ({', '.join(skipped)})" if skipped else ""

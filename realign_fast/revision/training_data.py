@@ -277,7 +277,6 @@ class Conversations(data.Dataset[Item]):
         return self._rows_at([numbers for _, numbers in self._read(indices)])
 
     def _read(self, indices: Sequence[int]) -> list[tuple[Sample, list[int]]]:
-        """Read samples and the numbers of their rows."""
         read, path = [], self.folder / _SAMPLES
         with explained(path), open(path, "rb", buffering=0) as file:
             for number in (int(self._indices[index]) for index in indices):

@@ -200,7 +200,7 @@ def test_what_no_space_is_made_of_is_one_error(sides, tmp_path, capsys):
                 ("--seed", "--seed", 0),
             )
         ),
-        (3, f"{empty}: the image side has no rows", [*both[:2], *both[4:], "--image", empty]),
+        (3, f"{empty}: no usable row (0 zero", [*both[:2], *both[4:], "--image", empty]),
         (2, "is in both sides", ["--text", text, "--image", text / "emb_0.npy", "--out", out]),
         (3, "columns", ["--text", text, "--image", tmp_path / "wide.npy", "--out", out]),
         (3, "expected a space", [*both, "--space", tmp_path / "bad.safetensors"]),
