@@ -135,8 +135,7 @@ class Checkpoints:
     @property
     def folder(self) -> StoragePath:
         """The directory of this pass in ``_stats/``."""
-        name: str = self.facts["pass"].replace(" ", "-")
-        return self.records / STATS / name
+        return self.records / STATS / str(self.facts["pass"]).replace(" ", "-")
 
     def key(self, shard_identity: Entry) -> str:
         """Return the key of a shard in this pass: 16 hexadecimal digits."""

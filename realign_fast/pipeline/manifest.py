@@ -40,7 +40,7 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
     if not path.exists():
         return {"format": FORMAT, "passes": {}}
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
         fault = _first_fault(manifest)
     except (ValueError, RecursionError):
         fault = "something that is no JSON"
@@ -49,8 +49,7 @@ def read_manifest(records: StoragePath) -> dict[str, Any]:
             f"{path}: expected a manifest of format {FORMAT}, got {fault}; remove it and run again "
             "(finished shards are kept), or give another --out"
         )
-    result: dict[str, Any] = manifest
-    return result
+    return manifest
 
 
 def check_arithmetic(records: StoragePath, code: str) -> None:

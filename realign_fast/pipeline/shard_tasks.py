@@ -99,8 +99,7 @@ class ShardTask:
     @property
     def columns(self) -> int:
         """The number of columns of the result."""
-        columns: int = getattr(self.row_map, "columns", self.corpus.dimension)
-        return columns
+        return int(getattr(self.row_map, "columns", self.corpus.dimension))
 
     def _writer(self, shard: Shard, path: StoragePath) -> FormatWriter:
         """Return a writer for the result of a shard, with its other columns."""

@@ -43,10 +43,8 @@ def render(facts: Facts, twin: str = "") -> str:
     environment = jinja2.Environment(autoescape=True)
     environment.policies["json.dumps_kwargs"] = {}  # keys keep their order: the source is first
     template = environment.from_string(_TEMPLATE.read_text())
-    page: str = template.render(
-        facts=facts, twin=twin, plotly=environment.filters["safe"](plotly.offline.get_plotlyjs())
-    )
-    return page
+    library = environment.filters["safe"](plotly.offline.get_plotlyjs())
+    return str(template.render(facts=facts, twin=twin, plotly=library))
 
 
 def packages() -> tuple[Any, Any]:
