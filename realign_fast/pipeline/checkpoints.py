@@ -225,7 +225,7 @@ def _entry(path: StoragePath, local: StoragePath | Path) -> Entry:
 
 @contextmanager
 def _absent_if_damaged(path: StoragePath) -> Iterator[None]:
-    """Suppress the errors of a file that is absent or damaged, but not those of a silent store."""
+    """Suppress the errors of a file that is absent or damaged, but not of a silent store."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -50,7 +50,7 @@ def remove_reports(records: StoragePath) -> None:
 def check_output(
     out: StoragePath, results: Sequence[Written], others: Sequence[Corpus] = ()
 ) -> None:
-    """Refuse an output in which rows, or those of ``others`` that are read, would be lost."""
+    """Refuse an output in which rows, also of ``others`` that are read, would be lost or mixed."""
     folders = [result.folder for result in results]
     for result in results:  # queries may be documents as well
         check_place(out, result.corpus, subfolders=folders)
@@ -78,7 +78,7 @@ def check_kept(out: StoragePath, results: Sequence[Written]) -> None:
 
 
 def check_place(out: StoragePath, *corpora: Corpus, subfolders: Sequence[str] = ("",)) -> None:
-    """Refuse an output with rows that are read or records elsewhere, and corpora with one file."""
+    """Refuse an output that holds rows that are read, records behind links, and shared files."""
     for corpus in corpora:
         for subfolder in subfolders:
             check_apart(out, corpus, subfolder)

@@ -67,7 +67,7 @@ class ShardTask:
         return self.start(index)()
 
     def start(self, index: int) -> Callable[[], ShardResult]:
-        """Read shard ``index``; return a function to call once, which syncs and names it."""
+        """Read shard ``index``; return a function, to call once, to sync and name its result."""
         checkpoints = self.checkpoints
         shard, shard_identity = self.corpus.shards[index], self.identities[index]
         result = self.folder / shard.path.name if self.folder is not None else None
@@ -223,7 +223,7 @@ def mapped_into(through: Any, result: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def map_overlapping_sync(task: ShardTask, shards: Sequence[int]) -> Iterator[ShardResult]:
-    """Map a task as ``map`` does, but sync each shard, which then stays, beside the next one."""
+    """Map a task as ``map`` does, but sync each shard while the next one is computed."""
     with ThreadPoolExecutor(1, "realign-fast-sync") as disk:
         started = list[Future[ShardResult]]()
         for index in shards:

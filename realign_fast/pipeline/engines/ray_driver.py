@@ -224,7 +224,7 @@ def _summary(error: BaseException) -> str:
 
 
 def _witness(task: Task) -> LocalPath | None:
-    """Create a file by which a node proves that it sees the output; a URL is the same on each."""
+    """Create a file by which a node proves that it sees the output; a URL needs none."""
     checkpoints = getattr(task, "checkpoints", None)
     if checkpoints is None or checkpoints.records.is_remote:
         return None
