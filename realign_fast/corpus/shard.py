@@ -79,6 +79,11 @@ class Shard(ABC):
         return self.dimension * int(self.dtype.itemsize)
 
     @property
+    def mebibyte_rows(self) -> int:
+        """Rows in a mebibyte, at least one."""
+        return max(1, (1 << 20) // self.row_bytes)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Number type of the rows."""
         return TORCH_DTYPES[self.dtype]
@@ -139,14 +144,24 @@ class Shard(ABC):
 
         All rows between the first and the last are decoded.
         """
-        taken = np.empty((len(ids), self.row_bytes), np.uint8)
-        for first, rows in self.read(int(ids[0]), max(1, (1 << 20) // self.row_bytes)):
-            low, high = np.searchsorted(ids, [first, first + len(rows)])
-            taken[low:high] = rows.view(torch.uint8).numpy()[ids[low:high] - first]
-            if high == len(ids):
-                break
-        self.check_unchanged()  # `read` was left before its end, where it looks
+        taken, first = np.empty((len(ids), self.row_bytes), np.uint8), int(ids[0])
+        self.check_unchanged()
+        with self.noticing_changes():
+            self.copy_selected(self.pieces(first, self.mebibyte_rows), first, ids, taken)
+        self.check_unchanged()
         return taken
+
+    def copy_selected(
+        self, pieces: Iterator[np.ndarray], first: int, ids: np.ndarray, taken: np.ndarray
+    ) -> None:
+        """Copy the bytes of the rows at sorted `ids` out of pieces, which begin at row `first`."""
+        for rows in pieces:
+            low, high = np.searchsorted(ids, [first, first + len(rows)])
+            taken[low:high] = rows.view(np.uint8)[ids[low:high] - first]
+            first += len(rows)
+            if high == len(ids):
+                return
+        raise self.changed_error()
 
     def rows_read(self, ids: np.ndarray) -> int:
         """Return how many rows `take` reads at most to return those at sorted `ids`."""
@@ -286,15 +301,6 @@ def selected(names: Iterable[str], only: Collection[str]) -> list[str]:
     """Return the names that are among `only`; all of them if none is."""
     names = list(names)
     return [name for name in names if name in only] or names
-
-
-def check_vector(place: str, array: np.ndarray) -> None:
-    """Raise an error unless an array is a row `[D]` or `[1, D]`."""
-    if array.dtype not in FLOATS:
-        expected = "expected float16, float32 or float64; save array.astype('<f4')"
-        raise TypeError(f"{place} holds {array.dtype}, {expected}")
-    if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
-        raise ValueError(f"{place} has shape {array.shape}, expected [D] or [1, D]; reshape it")
 
 
 def check_size(path: StoragePath, size: int, expected: int) -> None:

@@ -12,7 +12,6 @@ import errno
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -20,14 +19,7 @@ import numpy as np
 import torch
 
 from ...storage.paths import Stamp, StoragePath, explained
-from ..shard import (
-    MAX_COLUMNS,
-    TORCH_DTYPES,
-    Shard,
-    absolute,
-    as_numpy,
-    selected,
-)
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, Shard, absolute, as_numpy, selected
 from ..shard_writer import FormatWriter
 
 DEFAULT = "embedding"
@@ -67,7 +59,6 @@ class TorchWriter(NpzWriter):
         torch.save(self._rows if alone else entries, file)
 
 
-@dataclass(frozen=True)
 class NpzShard(Shard):
     """One array of an `.npz` file."""
 
@@ -81,12 +72,10 @@ class NpzShard(Shard):
         return _kept_entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield copies of the rows; see `Shard.pieces`."""
         starts = range(first, self.num_rows, batch_rows)
         return (self._rows(slice(row, row + batch_rows)).copy() for row in starts)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the bytes of the rows at `ids`."""
         return self._rows(ids).view(np.uint8)
 
     def _rows(self, selection: Any) -> np.ndarray:
@@ -105,7 +94,6 @@ class NpzShard(Shard):
             yield dict(zip(columns, row, strict=True))
 
 
-@dataclass(frozen=True)
 class TorchShard(NpzShard):
     """One tensor of a `.pt` file."""
 

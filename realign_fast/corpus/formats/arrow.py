@@ -22,7 +22,6 @@ import mmap
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ...storage.paths import StoragePath, explained, write_whole
@@ -56,7 +55,6 @@ class StreamWriter(ArrowWriter):
         return tables.pyarrow().ipc.new_stream(file, self.columns.schema)
 
 
-@dataclass(frozen=True)
 class ArrowShard(tables.TableShard):
     """One column of an Arrow IPC file."""
 
@@ -81,7 +79,6 @@ class ArrowShard(tables.TableShard):
                 start += len(batch)
 
 
-@dataclass(frozen=True)
 class StreamShard(ArrowShard):
     """One column of an Arrow IPC stream."""
 

@@ -7,8 +7,6 @@ The header is checked before the data are touched. No pickle is ever loaded. For
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,22 +38,11 @@ class ShardWriter(FormatWriter):
         self._put(text.getvalue())
 
 
-@dataclass(frozen=True)
 class NpyShard(ContiguousShard):
     """One `.npy` file."""
 
     format = "npy"
     writer_class = ShardWriter
-
-
-def read_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read shape, Fortran order and number type; hostile text makes numpy raise many errors."""
-    major, _ = np.lib.format.read_magic(file)
-    # Version 3 is version 2 with other field names, and types with fields are refused.
-    first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-    header: tuple[tuple[int, ...], bool, np.dtype[Any]]
-    header = {1: first, 2: second, 3: second}[major](file)
-    return header
 
 
 def read_header(path: AnyPath) -> NpyShard:
@@ -65,7 +52,10 @@ def read_header(path: AnyPath) -> NpyShard:
     with path.opened() as file:
         head = io.BytesIO(file.pread(HEADER_BYTES, 0))
     try:
-        shape, fortran_order, dtype = read_array_header(head)
+        major, _ = np.lib.format.read_magic(head)
+        # Version 3 is version 2 with other field names, and types with fields are refused.
+        first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = {1: first, 2: second, 3: second}[major](head)
     except Exception as error:  # hostile text makes the parser raise RecursionError, TypeError...
         raise ValueError(f"{path}: not a .npy file ({error}); write it with numpy.save") from error
     if len(shape) == 1 and dtype.kind in "iuUSO":

@@ -59,7 +59,6 @@ class ParquetShard(tables.TableShard):
     group_starts: np.ndarray = field(repr=False, compare=False)  # the first row of each, and all
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows that were copied from pages or decoded; see `Shard.pieces`."""
         with _opened(self.path) as (file, descriptor, _):
             pages = ColumnPages(file, descriptor, self)
             for group, (start, end) in enumerate(pairwise(_row_group_starts(file).tolist())):
@@ -88,10 +87,6 @@ class ParquetShard(tables.TableShard):
             raise ValueError(f"{self.path}: {problem}; write it again")
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the bytes of the rows at sorted `ids`; pyarrow reads the row groups of theirs.
-
-        See `Shard.take`.
-        """
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with self.noticing_changes(), _opened(self.path) as (file, descriptor, raw):
             pages, groups = ColumnPages(file, descriptor, self), self._groups_of(ids)
@@ -106,13 +101,8 @@ class ParquetShard(tables.TableShard):
                     if self.path.is_remote:
                         raw.raw.ahead_until = _end_of_chunks(file, group, self.column)
                     row, wanted = int(ids[places.start]), slice(places.start, places.stop)
-                    step = max(1, (1 << 20) // self.row_bytes)
-                    for rows in self._decoded(file, group, start, row, step):
-                        low, high = np.searchsorted(ids[wanted], [row, row + len(rows)])
-                        taken[wanted][low:high] = rows[ids[wanted][low:high] - row]
-                        row += len(rows)
-                        if row > ids[places.stop - 1]:
-                            break
+                    rows = self._decoded(file, group, start, row, self.mebibyte_rows)
+                    self.copy_selected(rows, row, ids[wanted], taken[wanted].view(np.uint8))
         self.check_unchanged()
         return taken.view(np.uint8)
 
@@ -135,7 +125,6 @@ class ParquetShard(tables.TableShard):
         return np.searchsorted(self.group_starts, ids, side="right") - 1
 
     def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
-        """Yield columns as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, *_):
             yield from file.iter_batches(COLUMN_ROWS, columns=names)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -81,7 +80,6 @@ class TensorWriter(FormatWriter):
             raise self._source.changed_error()
 
 
-@dataclass(frozen=True)
 class TensorShard(ContiguousShard):
     """One tensor of a `.safetensors` file."""
 
@@ -89,7 +87,6 @@ class TensorShard(ContiguousShard):
     writer_class = TensorWriter
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-        """Yield the other tensors; see `Shard.other_columns`."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
             names = selected((name for name in header if name != self.column), only)

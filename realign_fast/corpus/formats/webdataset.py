@@ -13,14 +13,13 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import MAX_COLUMNS, Shard, check_vector, selected
+from ..shard import FLOATS, MAX_COLUMNS, Shard, selected
 from ..shard_writer import FormatWriter
 from .npy import HEADER_BYTES
 
@@ -101,10 +100,9 @@ class TarWriter(FormatWriter):
         headers = member.pax_headers.items()
         member.pax_headers = {key: value for key, value in headers if key != "size"}
         self._tar.addfile(member, io.BytesIO(data))
-        _forget_members(self._tar)
+        self._tar.members.clear()  # type: ignore[attr-defined]  # which keep all that was written
 
 
-@dataclass(frozen=True)
 class TarShard(Shard):
     """The `.npy` members with one ending in a tar of samples."""
 
@@ -112,7 +110,6 @@ class TarShard(Shard):
     writer_class = TarWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows one at a time; see `Shard.pieces`."""
         with opened_tar(self.path) as tar:
             rows = ((member, row) for member, row in self.members(tar) if row is not None)
             for member, row in islice(rows, first, None):
@@ -185,7 +182,11 @@ def _row(path: StoragePath, tar: tarfile.TarFile, member: tarfile.TarInfo) -> np
         array: np.ndarray = np.lib.format.read_array(data, allow_pickle=False)
     except Exception as error:  # hostile headers make the parser raise many kinds
         raise ValueError(f"{place} is not a .npy file ({error}); use numpy.save") from error
-    check_vector(place, array)
+    if array.dtype not in FLOATS:
+        expected = "expected float16, float32 or float64; save array.astype('<f4')"
+        raise TypeError(f"{place} holds {array.dtype}, {expected}")
+    if array.shape not in ((array.size,), (1, array.size)) or not 0 < array.size < MAX_COLUMNS:
+        raise ValueError(f"{place} has shape {array.shape}, expected [D] or [1, D]; reshape it")
     return array
 
 
@@ -231,12 +232,7 @@ def _walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the members in order, one in memory at a time."""
     while (member := tar.next()) is not None:
         yield member
-        _forget_members(tar)
-
-
-def _forget_members(tar: tarfile.TarFile) -> None:
-    """Empty the list in which a tar keeps every member that was read or written."""
-    tar.members.clear()  # type: ignore[attr-defined]
+        tar.members.clear()  # type: ignore[attr-defined]  # which keep all that was read
 
 
 def _split_name(name: str) -> tuple[str, str]:
