@@ -69,7 +69,7 @@ def write_items(kind: str, count: int, folder: Path) -> Path:
 
 def ready(kind: str, encoder: OpenClipEncoder, source: object, device: str) -> list[torch.Tensor]:
     """Return every batch in the form that the model takes, on its device."""
-    from realign_fast.embed.loader import PreparedItems, prepared_batches
+    from realign_fast.embed.embed_run import PreparedItems, prepared_batches
 
     side = {"images": "image", "texts": "text"}[kind]
     items = list(source)

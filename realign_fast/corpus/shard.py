@@ -275,7 +275,7 @@ class ContiguousShard(Shard):
 
     def _check(self, file: OpenedFile, block: Any) -> None:
         """Raise an error if the file has another size, or had while the block was computed on."""
-        if block.lost or file.size != self.stamp[0]:
+        if block.lost or file.stamp()[0] != self.stamp[0]:
             for row in range(self.num_rows if block.lost else 0):  # has the disk failed?
                 file.pread(self.row_bytes, self.offset + row * self.row_bytes)
             raise self.changed_error()

@@ -3,10 +3,9 @@
     encoder = load_encoder("ViT-B-32", "laion2b_s34b_b79k")
     embed(encoder, "OUT", pairs=open_source("tars/", "pairs"))
 
-A source walks its files (`sources.py`), decoding processes read and prepare its items (`loader.py`,
-`decode.py`), the model turns them into rows (`encoders/`), and `embed_output.py` writes the rows
-into shards; `embed_run.py` drives all of it. open_clip, transformers, Pillow and pyarrow are
-imported when they are first used.
+A source walks its files (`sources.py`), decoding processes read and prepare its items
+(`embed_run.py`, `decode.py`), the model turns them into rows (`encoders/`), and `embed_output.py`
+writes them into shards. Optional packages are imported when they are first used.
 """
 
 from .embed_run import EmbedSettings, embed

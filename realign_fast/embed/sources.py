@@ -22,7 +22,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,17 +66,17 @@ class Columns(NamedTuple):
 class Source:
     """The items of `path`, which are images, texts or pairs (`content`), to iterate over.
 
-    `walk` begins to yield all of them anew.
+    Each of `walks` begins to yield a part of them anew.
     """
 
-    def __init__(self, path: Path, content: Content, walk: Callable[[], Iterator[Item]]) -> None:
-        self.path, self.content, self._walk = path, content, walk
-        self.total = sum(1 for _ in walk())  # items in all files
+    def __init__(self, path: Path, content: Content, walks: list[partial[Iterator[Item]]]) -> None:
+        self.path, self.content, self._walks = path, content, walks
+        self.total = sum(1 for _ in self)  # items in all files
         if not self.total:
             raise ValueError(f"{path}: holds no {content}; `embed --help` lists what is read")
 
     def __iter__(self) -> Iterator[Item]:
-        return self._walk()
+        return (item for walk in self._walks for item in walk())
 
 
 def identity(items: Sequence[Item]) -> str:
@@ -256,11 +256,14 @@ def _tar_items(content: Content, columns: Columns, file: Path) -> Iterator[Item]
             yield _sample(content, columns, item, places.get)
 
 
-def _table_items(content: Content, columns: Columns, file: Path, prefix: str) -> Iterator[Item]:
-    """Yield the rows of a table. Without a column of ids the id is `prefix` and the row's number.
+def _table_items(
+    is_one_of_several: bool, content: Content, columns: Columns, file: Path
+) -> Iterator[Item]:
+    """Yield the rows of a table. Without a column of ids the id is the number of the row.
 
     Text formats hold paths of images; parquet holds those or images.
     """
+    prefix = f"{file.stem}-" if is_one_of_several else ""
     rows, names, inside = _text_rows(file, content), None, False
     if file.suffix.lower() == ".parquet":
         table = _opened(str(file), os.stat(file).st_mtime_ns)
@@ -354,15 +357,13 @@ def open_source(
     formats = (".tar", ".parquet", ".jsonl", ".csv", ".tsv", *[".txt"] * (kind == "texts"))
     files = _files_of(path, kind, formats) if path.is_dir() else [path]
     suffix = files[0].suffix.lower() if files else ""
-    if suffix == ".tar":
-        tars = partial(map, partial(_tar_items, kind, columns), files)
-        return Source(path, kind, lambda: chain.from_iterable(tars()))
     if suffix in (*formats, ".json"):
-        prefixes = [f"{file.stem}-" if len(files) > 1 else "" for file in files]
-        tables = partial(map, partial(_table_items, kind, columns), files, prefixes)
-        return Source(path, kind, lambda: chain.from_iterable(tables()))
+        walk: Callable[..., Iterator[Item]] = _tar_items
+        if suffix != ".tar":
+            walk = partial(_table_items, len(files) > 1)
+        return Source(path, kind, [partial(walk, kind, columns, file) for file in files])
     if path.is_dir() and kind != "texts":
-        return Source(path, kind, partial(_folder_items, kind, columns, path))
+        return Source(path, kind, [partial(_folder_items, kind, columns, path)])
     expected = f"{', '.join(formats)}, .json (the paper's) or a directory of such files or images"
     actual = "a directory without any" if path.is_dir() else repr(path.suffix)
     raise ValueError(f"{path}: as {kind} expected {expected}, got {actual}")

@@ -146,7 +146,14 @@ def _held_object(path: Url) -> Iterator[int]:
             with suppress(OSError):  # the disk is full; nobody will see that this process is dead
                 os.pwrite(descriptor, token.encode(), 0)
         try:
-            _create(path, own)
+            data = json.dumps(own).encode()
+            if not path.create(data) and not _is_own(path, own):  # its answer may be lost
+                fault = "another process took it at the same time; run again"
+                raise OSError(errno.EBUSY, f"{path}: {fault}")
+            if path.create(data):  # although it is there
+                reason = "its store cannot create an object only where there is none"
+                advice = "nothing keeps two runs apart; run one"
+                warnings.warn(f"{path}: {reason}, so {advice}", stacklevel=3)
             heartbeat.start()
             yield descriptor
         finally:
@@ -181,15 +188,6 @@ def _not_alive(path: Url, kind: int) -> Iterator[tuple[int, bool, Holder | None]
         yield descriptor, is_locked, holder
     finally:
         os.close(descriptor)
-
-
-def _create(path: Url, own: Holder) -> None:
-    data = json.dumps(own).encode()
-    if not path.create(data) and not _is_own(path, own):  # its answer may be lost
-        raise OSError(errno.EBUSY, f"{path}: another process took it at the same time; run again")
-    if path.create(data):  # although it is there
-        reason = "its store cannot create an object only where there is none"
-        warnings.warn(f"{path}: {reason}, so nothing keeps two runs apart; run one", stacklevel=4)
 
 
 def _busy_message(path: Url, holder: Holder) -> str:

@@ -33,11 +33,6 @@ _LOCAL_URL = re.compile("(?:file|local)://(/[^:]*)")
 class LocalFile(io.FileIO):
     """A file opened for reads at offsets; every read asks the file system anew."""
 
-    @property
-    def size(self) -> int:
-        """Size in bytes as it is now."""
-        return os.fstat(self.fileno()).st_size
-
     def stamp(self) -> tuple[int, int]:
         """Return the :meth:`LocalPath.stamp` of the file that is open."""
         status = os.fstat(self.fileno())

@@ -71,11 +71,9 @@ class ReadAhead(io.RawIOBase):
         self.error: OSError | None = None
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

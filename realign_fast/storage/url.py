@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -39,19 +40,22 @@ _UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}  # of an upload in parts
 _one_at_a_time = threading.Lock()  # a cache would fetch a file once for each thread
 
 
+@dataclass(order=True, unsafe_hash=True, repr=False)
 class Url:
-    """A remote file or directory. Equal and hashed by its text; pickled as its text.
+    """A remote file or directory. Equal, ordered and hashed by its text; pickled as its text.
 
     Its ``str`` is for people, reports and manifests: passwords and signatures are left out.
     """
 
+    _text: str
+
     is_remote = True
 
-    def __init__(self, text: str) -> None:
-        self._text, self._shown = text, redacted(text)
-        self._has_secrets = self._shown != text  # which errors must not carry along
+    def __post_init__(self) -> None:
+        self._shown = redacted(self._text)
+        self._has_secrets = self._shown != self._text  # which errors must not carry along
         # The first link of a chain that has a path is where names are; what follows encloses it.
-        if not (parts := re.fullmatch("(.*?://)(.*?)((?:::.*)?)", text)):
+        if not (parts := re.fullmatch("(.*?://)(.*?)((?:::.*)?)", self._text)):
             raise ValueError(f"{self}: expected a URL, as protocol://place")
         self._prefix, path, self._suffix = parts.groups()
         if self._prefix in _IN_BUCKETS and not path.strip("/") and not self._suffix:
@@ -60,7 +64,7 @@ class Url:
         query = path.index("?") if self.is_web and "?" in path else len(path)
         self._path: str = path[:query]
         self._suffix = path[query:] + self._suffix
-        self.in_chain = "::" in text  # one file system lies in another
+        self.in_chain = "::" in self._text  # one file system lies in another
         self._connection: tuple[int, Any, str] | None = None  # process, file system, path in it
         self._size: int | None = None
 
@@ -108,15 +112,6 @@ class Url:
 
     def __repr__(self) -> str:
         return f"Url({str(self)!r})"
-
-    def __eq__(self, url: object) -> bool:
-        return isinstance(url, Url) and url._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __lt__(self, url: Url) -> bool:
-        return self._text < url._text
 
     def __reduce__(self) -> tuple[type[Url], tuple[str]]:
         return Url, (self._text,)
@@ -194,7 +189,7 @@ class Url:
 
     def stamp(self) -> tuple[int, str]:
         """Return the size and the version that its store gives; another stamp, another content."""
-        info = self._info()
+        info = self._ask(_current_info)
         if info["type"] != "file" or info["size"] is None:
             is_file = info["type"] == "file"
             fault = "its server does not say its size" if is_file else "is a directory"
@@ -311,15 +306,12 @@ class Url:
 
     def _entry_type(self) -> str | None:
         try:
-            info = self._info()
+            info = self._ask(_current_info)
         except FileNotFoundError:
             return None
         # A web server has files only, and of a directory it shows a page.
         listing = self.is_web and info.get("mimetype") == "text/html"
         return "directory" if listing else str(info["type"])
-
-    def _info(self) -> dict[str, Any]:
-        return dict(self._ask(_current_info))
 
     def _ask(self, request: Callable[[Any, str], Any], operation: Participle = "read") -> Any:
         """Return ``request(file system, path)``, tried again where that may help.

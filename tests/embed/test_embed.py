@@ -23,7 +23,7 @@ from support.small_models import picture, require, write_open_clip, write_pictur
 
 from realign_fast import Corpus, ReAlign, SharedSpace
 from realign_fast.cli import main
-from realign_fast.embed import EmbedSettings, embed, load_encoder, loader, open_source
+from realign_fast.embed import EmbedSettings, embed, embed_run, load_encoder, open_source
 from realign_fast.embed.sources import read_image
 from realign_fast.pipeline import align
 from realign_fast.storage.lock import locked
@@ -247,7 +247,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(encoder, pictures, tmp_path
         picture(77).save(pictures / "p_0.png", compress_level=0)
         return read_image(item)
 
-    monkeypatch.setattr(loader, "read_image", read_and_change)
+    monkeypatch.setattr(embed_run, "read_image", read_and_change)
     with pytest.raises(ValueError, match="changed while it was embedded"):
         embed(
             encoder, tmp_path / "out", images=source, settings=EmbedSettings(8, 0, progress=False)
@@ -282,7 +282,7 @@ def test_a_decoding_process_that_dies_is_one_clear_error(encoder, pictures, tmp_
         if multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for memory
 
-    monkeypatch.setattr(loader, "read_image", die)
+    monkeypatch.setattr(embed_run, "read_image", die)
     with pytest.raises(OSError, match=r"a decoding process died.*fewer --workers"):
         embed(
             encoder, tmp_path / "out", images=source, settings=EmbedSettings(8, 1, progress=False)
